@@ -1,0 +1,37 @@
+# Every target makes the virtual environment that it needs; PYTHON chooses the interpreter.
+PYTHON ?= python3.11
+PYTHON := $(shell command -v $(PYTHON) || command -v python3)
+RUN := .venv/bin/python
+
+.PHONY: demo test test-slow lint bench toybox clean
+
+.venv: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: .venv
+	$(RUN) -m iteris_core demo --output build/demo
+
+test: .venv
+	$(RUN) -m pytest
+
+test-slow: .venv
+	$(RUN) -m pytest -m 'slow or fuzz'
+
+lint: .venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: .venv
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+toybox: .venv
+	$(RUN) -m toybox.train
+
+clean:
+	rm -rf build .venv *.egg-info

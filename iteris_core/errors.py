@@ -1,0 +1,26 @@
+"""The errors that this package raises on purpose."""
+
+from __future__ import annotations
+
+
+class IterisError(Exception):
+    """Bad input or an impossible request.
+
+    The message says what is wrong, where (file, key, site) and what to do.
+    """
+
+
+class LoraFileError(IterisError):
+    """A LoRA file cannot be read, or does not fit the base model."""
+
+
+class SettingsError(IterisError):
+    """A setting is out of range or contradicts another one."""
+
+
+class SolveError(IterisError):
+    """A site has no usable solution (NaN inputs, a singular system)."""
+
+
+class MergeCancelled(IterisError):
+    """The caller's ``should_stop`` said stop; nothing was changed or written."""

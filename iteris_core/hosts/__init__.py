@@ -1,0 +1,63 @@
+"""What a base model has to offer so that LoRAs can be merged on it.
+
+A host is thin: it names the sites, reads LoRA files, makes samples and runs forwards. To add one,
+write a class with the members of :class:`Host`; nothing else has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..calibration import Calibration, Concept
+from ..lockstep import Lockstep
+from ..lora import Lora
+
+Tick = Callable[[str, int, int], None]
+"""``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
+
+    ``owners`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward on
+    those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
+    ``sites`` are those of the wanted sites that it reaches.
+    """
+
+    name: str
+    sites: Sequence[str]
+    owners: Sequence[int]
+    run: Callable[[Sequence[int], int], None]
+
+
+class Host(Protocol):
+    def sites(self) -> Mapping[str, nn.Module]:
+        """Every module that a LoRA may change, by site name."""
+        ...
+
+    def read_lora(self, path: str | Path) -> Lora:
+        """Read a file of any layout that the host's ecosystem knows."""
+        ...
+
+    def samples(
+        self,
+        concepts: Sequence[Concept],
+        sites: Set[str],
+        calibration: Calibration,
+        lockstep: Lockstep,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> Any:
+        """Make the rows on which features are collected; opaque to everybody but the host."""
+        ...
+
+    def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
+        """The stages that reach ``sites``. Each must be run to its end, in order."""
+        ...

@@ -1,0 +1,279 @@
+"""Run one base model on reference rows and merged rows at once (DESIGN 3.6).
+
+The batch holds R reference rows, each with its own LoRA's change added at every site, and, with
+``copies=2``, the same R samples again as merged rows, with the merged change added. A forward hook
+on every site adds the changes to the site's output, so no weight is read or patched, and shows a
+visitor what it saw on the way. Nothing is stored here.
+
+In a sweep every micro-batch's forward runs in a greenlet of its own that pauses at each site that
+has no merged change yet; when all have arrived the site is solved and they go on, one at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import IterisError
+from .lora import LowRank
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one micro-batch shows at one site, before the merged change is added.
+
+    ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
+    rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
+    in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
+    itself (``copies=1``). ``group`` is the same number for sites that received the same tensor,
+    ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
+    ``call`` counts the site's earlier calls in this forward. Copy or reduce: the model may change
+    these tensors afterwards.
+    """
+
+    site: str
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+    rows: int
+    copies: int
+    spans: Sequence[tuple[int, int, int]]
+    group: int
+    first: bool
+    alive: set[int]
+    call: int
+
+
+class Visitor(Protocol):
+    def visit(self, visit: Visit) -> None: ...
+
+
+@dataclass
+class MicroBatch:
+    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists."""
+
+    run: Callable[[], None]
+    owners: Sequence[int]
+    copies: int
+    visitor: Visitor | None = None
+    pauses: bool = False
+    _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
+    _groups: int = 0
+    _calls: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Runs of rows of one concept, as (concept, start, stop)."""
+        spans: list[tuple[int, int, int]] = []
+        for row, owner in enumerate(self.owners):
+            if spans and spans[-1][0] == owner:
+                spans[-1] = (owner, spans[-1][1], row + 1)
+            else:
+                spans.append((owner, row, row + 1))
+        return spans
+
+    def group_of(self, tensor: Tensor) -> tuple[int, bool]:
+        """A number for this tensor as it is now, and whether it is seen for the first time."""
+        self._seen = [entry for entry in self._seen if entry[0]() is not None]
+        # An inference tensor has no version counter: an in-place change could not be noticed.
+        if not tensor.is_inference():
+            for ref, version, group in self._seen:
+                if ref() is tensor and tensor._version == version:
+                    return group, False
+        self._groups += 1
+        if not tensor.is_inference():
+            self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
+        return self._groups, True
+
+    def call_of(self, site: str) -> int:
+        """How often the site was called before in this forward."""
+        self._calls[site] += 1
+        return self._calls[site] - 1
+
+    def alive(self) -> set[int]:
+        """Groups whose tensor may still reach another site."""
+        return {group for ref, _, group in self._seen if ref() is not None}
+
+
+class Lockstep:
+    """Hooks on the sites of one model; a context manager that always takes them off again.
+
+    ``references[site][i]`` is concept i's change of that site, scaled by its strength, or None.
+    ``merged`` holds the merged changes that are active on merged rows.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        references: Mapping[str, Sequence[LowRank | None]],
+    ) -> None:
+        self._modules = modules
+        self._references = references
+        self._active: MicroBatch | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._cast: dict[tuple[str, int], LowRank] = {}
+        self.merged: dict[str, LowRank] = {}
+
+    def __enter__(self) -> Lockstep:
+        try:
+            for site in self._references:
+                module = self._modules[site]
+                _check_supported(site, module)
+                self._handles.append(module.register_forward_hook(self._hook(site)))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._cast.clear()
+        self._active = None
+
+    def run(self, batch: MicroBatch) -> None:
+        """One forward, start to end."""
+        self._active = batch
+        try:
+            with torch.no_grad():
+                batch.run()
+        finally:
+            self._active = None
+
+    def sweep(self, batches: Sequence[MicroBatch], solve: Callable[[str], LowRank]) -> None:
+        """Run all micro-batches in step; ``solve(site)`` is called once all have shown it."""
+        workers = [greenlet.greenlet(batch.run) for batch in batches]
+        for batch in batches:
+            batch.pauses = True
+        try:
+            with torch.no_grad():
+                while True:
+                    arrived: list[Any] = []
+                    for worker, batch in zip(workers, batches, strict=True):
+                        self._active = batch
+                        arrived.append(worker.switch())
+                    ended = [worker.dead for worker in workers]
+                    if all(ended):
+                        return
+                    if any(ended) or any(site != arrived[0] for site in arrived):
+                        raise IterisError(
+                            f"The micro-batches took different paths through the model ({arrived}),"
+                            " so they cannot be merged in one sweep; use one micro-batch or "
+                            'schedule="jacobi".'
+                        )
+                    self._active = None
+                    self.merged[arrived[0]] = solve(arrived[0])
+        finally:
+            self._active = None
+            for worker in workers:
+                if worker and not worker.dead:
+                    worker.throw()
+
+    def _hook(self, site: str) -> Callable[..., Tensor | None]:
+        changes = self._references[site]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            batch = self._active
+            if batch is None:
+                return None
+            inputs: Tensor = args[0]
+            rows = len(batch.owners)
+            if inputs.shape[0] != rows * batch.copies:
+                raise IterisError(
+                    f"Site {site} received {inputs.shape[0]} rows where {rows * batch.copies} were "
+                    "expected: the model mixes or splits the batch, which lockstep cannot follow."
+                )
+            spans = batch.spans
+            for concept, start, stop in spans:
+                change = changes[concept]
+                if change is not None:
+                    change = self._ready(site, concept, change, inputs)
+                    output[start:stop] += delta(module, change, inputs[start:stop])
+            solved = batch.pauses and site in self.merged
+            if batch.visitor is not None and not solved:
+                group, first = batch.group_of(inputs)
+                call, alive = batch.call_of(site), batch.alive()
+                copies = batch.copies
+                batch.visitor.visit(
+                    Visit(
+                        site, module, inputs, output, rows, copies, spans, group, first, alive, call
+                    )
+                )
+            if batch.pauses and not solved:
+                greenlet.getcurrent().parent.switch(site)  # type: ignore[union-attr]
+            merged = self.merged.get(site)
+            if merged is not None and batch.copies == 2:
+                merged = merged.to(inputs.dtype, inputs.device)
+                output[rows:] += delta(module, merged, inputs[rows:])
+            return output
+
+        return hook
+
+    def _ready(self, site: str, concept: int, change: LowRank, inputs: Tensor) -> LowRank:
+        """The change in the inputs' dtype and on their device, made once."""
+        if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
+            return change
+        cached = self._cast.get((site, concept))
+        if cached is None or cached.up.dtype != inputs.dtype:
+            cached = self._cast[site, concept] = change.to(inputs.dtype, inputs.device)
+        return cached
+
+
+def _check_supported(site: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        raise IterisError(
+            f"Site {site} is a grouped or specially padded convolution, which cannot be merged; "
+            "leave it out of the LoRA."
+        )
+
+
+def delta(module: nn.Module, change: LowRank, inputs: Tensor) -> Tensor:
+    """What ``change`` adds to the output of ``module``, without a bias, shaped as that output."""
+    if not isinstance(module, nn.Conv2d):
+        return (inputs @ change.down.mT) @ change.up.mT
+    kernel = change.kernel or (1, 1)
+    down = change.down.reshape(change.rank, -1, *kernel)
+    hidden = functional.conv2d(
+        inputs, down, None, module.stride, module.padding, module.dilation, module.groups
+    )
+    return functional.conv2d(hidden, change.up[:, :, None, None])
+
+
+def input_tokens(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A site's inputs as (tokens, in); a convolution is a linear map of its patches."""
+    if not isinstance(module, nn.Conv2d):
+        return inputs.reshape(-1, inputs.shape[-1])
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
+        return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
+    assert not isinstance(module.padding, str)  # refused when the hooks were set
+    patches = functional.unfold(
+        inputs, module.kernel_size, module.dilation, module.padding, module.stride
+    )
+    return patches.mT.reshape(-1, patches.shape[1])
+
+
+def output_tokens(module: nn.Module, outputs: Tensor) -> Tensor:
+    """A site's outputs as (tokens, out), in the order of :func:`input_tokens`."""
+    if not isinstance(module, nn.Conv2d):
+        return outputs.reshape(-1, outputs.shape[-1])
+    return outputs.permute(0, 2, 3, 1).reshape(-1, outputs.shape[1])

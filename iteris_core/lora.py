@@ -1,0 +1,165 @@
+"""Low-rank changes of a base model's weights, and what can be done to them without the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import IterisError, SettingsError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One change of one site: ``ΔW = up @ down``, with any scale folded in.
+
+    ``up`` is (out, rank). ``down`` is (rank, in); for a Conv2d it is (rank, in·kh·kw) in the order
+    of ``weight.flatten(1)``, and ``kernel`` holds (kh, kw).
+    """
+
+    up: Tensor
+    down: Tensor
+    kernel: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
+            raise IterisError(
+                f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} do not form a "
+                "product; pass up as (out, rank) and down as (rank, in)."
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of ΔW."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def dense(self) -> Tensor:
+        """ΔW, (out, in), in the factors' dtype."""
+        return self.up @ self.down
+
+    def scaled(self, factor: float) -> LowRank:
+        return LowRank(self.up * factor, self.down, self.kernel)
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> LowRank:
+        return LowRank(
+            self.up.to(device=device, dtype=dtype),
+            self.down.to(device=device, dtype=dtype),
+            self.kernel,
+        )
+
+    def squared_norm(self) -> float:
+        """‖ΔW‖²_F, from two rank × rank products in float64."""
+        up, down = self.up.double(), self.down.double()
+        return float(((up.mT @ up) * (down @ down.mT)).sum())
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Changes by site name, such as ``unet.mid_block.attentions.0…to_q`` or
+    ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages."""
+
+    sites: Mapping[str, LowRank]
+    name: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def ranks(self) -> set[int]:
+        return {change.rank for change in self.sites.values()}
+
+
+def concatenate(changes: Sequence[LowRank]) -> LowRank:
+    """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
+    if not changes:
+        raise IterisError("There is nothing to add up: pass at least one change.")
+    first = changes[0]
+    if any(change.shape != first.shape or change.kernel != first.kernel for change in changes):
+        shapes = [change.shape for change in changes]
+        raise IterisError(f"Changes of one site differ in shape: {shapes}. Same base model?")
+    up = torch.cat([change.up for change in changes], dim=1)
+    down = torch.cat([change.down for change in changes], dim=0)
+    return LowRank(up, down, first.kernel)
+
+
+def truncate(change: LowRank, rank: int, metric: Tensor | None = None) -> tuple[LowRank, float]:
+    """The best change of at most ``rank``, and the share of energy that was cut off.
+
+    Best is in ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
+    inputs' second moment M = L Lᵀ, so that the outputs on those inputs change least; without it L
+    is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
+    result has the input's dtype.
+    """
+    if rank < 1:
+        raise SettingsError(f"rank must be at least 1, not {rank}.")
+    up, down = change.up.double(), change.down.double()
+    if metric is not None:
+        down = down @ metric.double()
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.mT)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.mT)
+    total = float((s**2).sum())
+    lost = float((s[rank:] ** 2).sum())
+    return _from_svd(
+        q_up @ u, s, vt @ q_down.mT, rank, metric, change
+    ), lost / total if total > 0 else 0.0
+
+
+def factorize(
+    weighted: Tensor, rank: int, metric: Tensor | None = None, *, like: LowRank
+) -> tuple[LowRank, float]:
+    """:func:`truncate` for a dense change: ``weighted`` is ΔW L, (out, in), float64.
+
+    ``like`` gives dtype and kernel of the result. Exact SVD up to 512 on the short side; beyond,
+    a randomised range finder with four power iterations (Halko, Martinsson and Tropp 2011,
+    algorithms 4.4 and 5.1) from a fixed seed.
+    """
+    if rank < 1:
+        raise SettingsError(f"rank must be at least 1, not {rank}.")
+    total = float((weighted**2).sum())
+    if min(weighted.shape) <= 512 or rank * 3 >= min(weighted.shape):
+        u, s, vt = torch.linalg.svd(weighted, full_matrices=False)
+    else:
+        u, s, vt = _randomized_svd(weighted, rank)
+    kept = float((s[:rank] ** 2).sum())
+    share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
+    return _from_svd(u, s, vt, rank, metric, like), share
+
+
+def _randomized_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device=matrix.device).manual_seed(0)
+    width = min(rank + max(10, rank // 4), min(matrix.shape))
+    probe = torch.randn(
+        matrix.shape[1], width, dtype=matrix.dtype, device=matrix.device, generator=generator
+    )
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix.mT @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    u, s, vt = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u, s, vt
+
+
+def _from_svd(
+    u: Tensor, s: Tensor, vt: Tensor, rank: int, metric: Tensor | None, like: LowRank
+) -> LowRank:
+    """Factors of equal norm from an SVD of ΔW L, with L taken out again."""
+    rank = min(rank, s.numel())
+    root = s[:rank].sqrt()
+    up = u[:, :rank] * root
+    down = root[:, None] * vt[:rank]
+    if metric is not None:
+        down = torch.linalg.solve_triangular(metric.double(), down, upper=False, left=False)
+    # A weighted SVD leaves the two factors of unequal size; half-precision files want them alike.
+    balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
+    if not math.isfinite(balance) or balance == 0.0:
+        balance = 1.0
+    dtype = like.up.dtype
+    return LowRank((up * balance).to(dtype), (down / balance).to(dtype), like.kernel)

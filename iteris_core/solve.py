@@ -1,0 +1,281 @@
+"""The closed form of one site: second moments in, one low-rank change out.
+
+Every site solves one ridge regression (paper, eqs. 5 to 8). With rows as tokens,
+
+    M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I),   K = Σ λ_i (T_iᵀX̃_i + ridge · ΔW_i),   ΔW = K M⁻¹,
+
+where ρ_i = α ‖X̃_iᵀX̃_i‖_F. The two objectives differ in the target T_i:
+
+``adapter``
+    T_i = X_i ΔW_iᵀ, and the ridge on the right is α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7). The solution is
+    exactly low rank: ``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹``.
+``full``
+    T_i is what LoRA i's layer gave minus what the base layer gives on the merged inputs; the ridge
+    is ρ_i on both sides, so that it pulls toward ΔW_i. ΔW is dense, and is truncated in the metric
+    of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
+
+Precondition: moments are finite. M is made positive definite by the ridge; where it is not
+(``ridge=0`` and too few tokens) the smallest pull toward the mean change that lets a Cholesky
+factorisation through is added. Everything is float64. An equivalent for one concept, without the
+factors, is ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import SolveError
+from .lora import LowRank, concatenate, factorize, truncate
+from .moments import Factor, SharedInputs, TargetMoments
+
+Align = Literal["adapter", "full"]
+Balance = Literal["adapter", "tokens", "full", "none"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A site's change and how well it does.
+
+    Per concept: ``balance`` is λ_i with the concept's weight in it, scaled to sum to 1;
+    ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the changes and with
+    the solution. ``condition`` is the estimate (max/min of the Cholesky diagonal)² of M's condition
+    number. ``truncated`` is the share of output energy that the cut to the rank lost.
+    """
+
+    change: LowRank
+    balance: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    condition: float
+    truncated: float
+
+
+def solve_site(
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    targets: Sequence[TargetMoments],
+    weights: Sequence[float],
+    *,
+    align: Align,
+    balance: Balance,
+    ridge: float,
+    rank: int | None,
+) -> Solution:
+    """Solve one site; all sequences run over the concepts.
+
+    A change of ``None`` stands for a change of zero: that concept's outputs are to stay as they
+    are. ``rank=None`` keeps Σ r_i. Raises :class:`SolveError` when a moment is not finite.
+    """
+    statistics = [part.own for part in inputs.concepts]
+    statistics += [part.full_energy for part in targets]
+    statistics += [part.target for part in targets if part.target is not None]
+    if not all(bool(torch.isfinite(part).all()) for part in statistics):
+        raise SolveError(
+            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
+        )
+    present = [change for change in changes if change is not None]
+    like = present[0]
+    work = torch.device("cpu") if like.up.device.type == "mps" else like.up.device
+    wide = [None if c is None else c.to(torch.float64, work) for c in changes]
+    total_rank = sum(change.rank for change in present)
+    rank = min(rank or total_rank, *like.shape)
+
+    lambdas = _balance(wide, inputs, targets, weights, balance)
+    factor = _factorise(inputs, lambdas, ridge)
+    mean = _mean_change(wide, weights)
+    lost, condition = 0.0, math.inf
+    if factor is None:  # no input energy at all: any change fits, so take the mean
+        exact = mean
+        if exact.rank > rank:
+            exact, lost = truncate(exact, rank)
+    elif align == "adapter":
+        exact = _solve_adapter(wide, inputs, lambdas, weights, factor, ridge)
+        if exact.rank > rank:
+            exact, lost = truncate(exact, rank, factor.cholesky)
+    else:
+        right = _full_right_side(wide, inputs, targets, lambdas, ridge)
+        if factor.jitter:
+            right += factor.jitter * mean.dense()
+        chol = factor.cholesky
+        weighted = torch.linalg.solve_triangular(chol.mT, right, upper=True, left=False)
+        exact, lost = factorize(weighted, rank, chol, like=mean)
+    if factor is not None:
+        diagonal = factor.cholesky.diagonal()
+        condition = float((diagonal.max() / diagonal.min()) ** 2)
+
+    change = exact.to(like.up.dtype, like.up.device)
+    if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
+        raise SolveError("the solution is not finite; raise `ridge`.")
+    before = _residuals(mean, wide, inputs, targets)
+    after = _residuals(exact, wide, inputs, targets)
+    share = sum(lambdas)
+    return Solution(
+        change, tuple(value / share for value in lambdas), before, after, condition, lost
+    )
+
+
+def _balance(
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    targets: Sequence[TargetMoments],
+    weights: Sequence[float],
+    balance: Balance,
+) -> list[float]:
+    """λ_i times the concept's weight. A common factor does not matter: the ridge is relative."""
+    values: list[float] = []
+    for index, (change, shared, target) in enumerate(
+        zip(changes, inputs.concepts, targets, strict=True)
+    ):
+        value = 1.0
+        if balance == "tokens":
+            value = 1.0 / max(shared.tokens, 1)
+        elif balance == "full":
+            value = _inverse(1.0, float(target.full_energy))
+        elif balance == "adapter":
+            if change is not None and target.down_gram is not None:
+                gram = target.down_gram.to(change.up)
+                energy = float((gram * (change.up.mT @ change.up)).sum())
+                value = _inverse(change.squared_norm(), energy)
+            else:
+                value = _gain_of_others(index, changes, shared.own)
+        values.append(value * weights[index])
+    largest = max(values)
+    if largest <= 0:
+        return [float(weight) for weight in weights]
+    return [value / largest for value in values]
+
+
+def _gain_of_others(index: int, changes: Sequence[LowRank | None], own: Tensor) -> float:
+    """Eq. 8 for a concept without a change here: that of the others' changes on its inputs."""
+    others = [c for i, c in enumerate(changes) if c is not None and i != index]
+    norm = sum(change.squared_norm() for change in others)
+    energy = sum(_energy(change, own) for change in others)
+    return _inverse(norm, energy)
+
+
+def _inverse(norm: float, energy: float) -> float:
+    return norm / energy if energy > 0 and norm > 0 else 1.0
+
+
+def _energy(change: LowRank, own: Tensor) -> float:
+    """‖X̃ ΔWᵀ‖²_F from r × r products."""
+    gram = change.down @ own.to(change.down) @ change.down.mT
+    return float((gram * (change.up.mT @ change.up)).sum())
+
+
+def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) -> LowRank:
+    total = sum(weights)
+    return concatenate(
+        [
+            change.scaled(weight / total)
+            for change, weight in zip(changes, weights, strict=True)
+            if change is not None
+        ]
+    )
+
+
+def _factorise(inputs: SharedInputs, lambdas: Sequence[float], ridge: float) -> Factor | None:
+    """The Cholesky factor of M; None where M is zero."""
+    key = (ridge, *lambdas)
+    if inputs.factor is not None and inputs.factor.key == key:
+        return inputs.factor
+    first = inputs.concepts[0].own
+    work = torch.device("cpu") if first.device.type == "mps" else first.device
+    moment = torch.zeros(first.shape, dtype=torch.float64, device=work)
+    for value, part in zip(lambdas, inputs.concepts, strict=True):
+        own = part.own.to(moment)
+        moment.add_(own, alpha=value)
+        moment.diagonal().add_(value * ridge * own.norm())
+    trace = float(moment.trace())
+    if trace <= 0:
+        return None
+    chol, info = torch.linalg.cholesky_ex(moment)
+    jitter = 0.0
+    step = torch.finfo(first.dtype).eps * trace / moment.shape[0]
+    while int(info) != 0:
+        moment.diagonal().add_(step)
+        jitter += step
+        step *= 10
+        if jitter > trace:
+            raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
+        chol, info = torch.linalg.cholesky_ex(moment)
+    inputs.factor = Factor(key, chol, jitter)
+    return inputs.factor
+
+
+def _solve_adapter(
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    lambdas: Sequence[float],
+    weights: Sequence[float],
+    factor: Factor,
+    ridge: float,
+) -> LowRank:
+    rows: list[Tensor] = []
+    ups: list[Tensor] = []
+    kernel = None
+    for change, part, value, weight in zip(changes, inputs.concepts, lambdas, weights, strict=True):
+        if change is None:
+            continue
+        assert part.cross is not None
+        cross = part.cross.to(change.down)
+        pull = value * ridge * cross.norm() + factor.jitter * weight / sum(weights)
+        rows.append(value * (change.down @ cross) + pull * change.down)
+        ups.append(change.up)
+        kernel = change.kernel
+    down = torch.cholesky_solve(torch.cat(rows).mT, factor.cholesky).mT
+    return LowRank(torch.cat(ups, dim=1), down, kernel)
+
+
+def _full_right_side(
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    targets: Sequence[TargetMoments],
+    lambdas: Sequence[float],
+    ridge: float,
+) -> Tensor:
+    first = next(change for change in changes if change is not None)
+    right = torch.zeros(first.shape, dtype=torch.float64, device=first.up.device)
+    for change, part, target, value in zip(changes, inputs.concepts, targets, lambdas, strict=True):
+        assert target.target is not None
+        right.add_(target.target.to(right), alpha=value)
+        if change is not None:
+            pull = value * ridge * float(part.own.double().norm())
+            right.addmm_(change.up, change.down, alpha=pull)
+    return right
+
+
+def _residuals(
+    solution: LowRank,
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    targets: Sequence[TargetMoments],
+) -> tuple[float, ...]:
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept, from rank × rank products.
+
+    Where T_i is zero, relative to what the other concepts' own changes would do there.
+    """
+    values: list[float] = []
+    for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
+        output = _energy(solution, part.own)
+        if target.target is not None:
+            wanted = float(target.target_energy)
+            both = float(((solution.up.mT @ target.target.to(solution.up)) * solution.down).sum())
+        elif change is not None and target.down_gram is not None and part.cross is not None:
+            gram = target.down_gram.to(change.up)
+            wanted = float((gram * (change.up.mT @ change.up)).sum())
+            crossed = (change.down @ part.cross.to(change.down)) @ solution.down.mT
+            both = float(((change.up.mT @ solution.up) * crossed).sum())
+        else:
+            wanted, both = 0.0, 0.0
+        left = max(0.0, wanted - 2 * both + output)
+        if wanted <= 0:
+            wanted = sum(_energy(other, part.own) for other in changes if other is not None)
+        values.append(math.sqrt(left / wanted) if wanted > 0 else 0.0)
+    return tuple(values)
