@@ -78,6 +78,8 @@ class DiffusersHost:
         tick: Tick,
     ) -> DiffusionSamples:
         prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
+        if not self._needs_denoiser(sites) and calibration.empty_share:
+            prompts = [[*some, ""] for some in prompts]
         owners = [i for i, some in enumerate(prompts) for _ in some]
         flat = [prompt for some in prompts for prompt in some]
         if not self._needs_denoiser(sites):
