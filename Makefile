@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow lint bench toybox clean
+.PHONY: demo test test-slow lint format bench toybox clean
 
 .venv: .venv/installed
 
@@ -29,6 +29,9 @@ lint: .venv
 format: .venv
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+bench: .venv
+	$(RUN) benchmarks/merge.py
 
 toybox: .venv
 	$(RUN) -m toybox.train

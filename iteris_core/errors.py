@@ -24,3 +24,8 @@ class SolveError(IterisError):
 
 class MergeCancelled(IterisError):
     """The caller's ``should_stop`` said stop; nothing was changed or written."""
+
+
+def brief(error: BaseException) -> str:
+    """A library's message on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:300]

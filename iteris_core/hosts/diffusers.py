@@ -16,6 +16,7 @@ from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from . import Stage, Tick
 from .diffusers_lora import read_lora
+from .diffusers_sites import named_sites
 
 _BATCH = 16  # rows per forward while samples are made
 
@@ -52,8 +53,8 @@ class DiffusersHost:
                 )
         self.pipeline = pipeline
         self._sites = {
-            **_named_sites("unet", pipeline.unet),
-            **_named_sites("text_encoder", pipeline.text_encoder),
+            **named_sites("unet", pipeline.unet),
+            **named_sites("text_encoder", pipeline.text_encoder),
         }
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._embeddings: list[list[Tensor | None]] = []
@@ -254,18 +255,6 @@ class DiffusersHost:
                 positive, negative = output.chunk(2)
                 output = negative + guidance * (positive - negative)
             latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
-
-
-def _named_sites(prefix: str, model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules under the names that LoRA files use for them."""
-    sites: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            # transformers 5 took ``text_model.`` out of the names; files have it.
-            if prefix.startswith("text_encoder") and name.startswith(("encoder.", "embeddings.")):
-                name = f"text_model.{name}"
-            sites[f"{prefix}.{name}"] = module
-    return sites
 
 
 def _rows(

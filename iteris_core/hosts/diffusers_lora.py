@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraFileError
+from ..errors import LoraFileError, brief
 from ..lora import Lora, LowRank
 from ..lora_files import read_tensors
 
@@ -69,7 +69,7 @@ def _to_peft_names(
         )
     except Exception as error:  # diffusers raises many kinds; all of them mean the same here
         raise LoraFileError(
-            f"{path} is in no layout that diffusers can read ({str(error)[:300]}); "
+            f"{path} is in no layout that diffusers can read ({brief(error)}); "
             "is it a LoRA of this kind of model?"
         ) from error
 

@@ -1,0 +1,33 @@
+"""The command line ``iteris``; one file a command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.markup import escape
+
+from ..errors import IterisError
+from .common import console
+from .demo import demo
+from .merge import merge
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Merge several LoRAs into one by least squares on what the merged model really sees.",
+)
+for command in (merge, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; an :class:`IterisError` is one line and exit status 2."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        app()
+    except IterisError as error:
+        console.print(f"[bold red]iteris:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,107 @@
+"""What the commands share: the base, concepts, settings, progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from ..errors import IterisError, brief
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class ConceptOption:
+    file: Path
+    trigger: str
+    class_word: str
+    strength: float
+
+
+def parse_concept(text: str) -> ConceptOption:
+    parts = text.rsplit(":", 3)
+    strength = 1.0
+    if len(parts) == 4:
+        try:
+            strength = float(parts[3])
+        except ValueError:  # a colon in the path, as in C:\loras\cat.safetensors:sks:cat
+            parts = [f"{parts[0]}:{parts[1]}", *parts[2:]]
+    if len(parts) < 3:
+        raise IterisError(
+            f"--concept {text!r} is not FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, "
+            "such as cat.safetensors:sks:cat"
+        )
+    return ConceptOption(Path(parts[0]), parts[1], parts[2], strength)
+
+
+def parse_settings(kind: type, pairs: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    names = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in names:
+            raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {', '.join(names)}.")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise IterisError(f"{path} does not exist or is not a file.")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
+def load_base(base: str, device: str | None) -> Any:
+    import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if base.endswith(".safetensors"):
+            pipeline = StableDiffusionPipeline.from_single_file(base)
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    except Exception as error:  # the libraries raise many kinds; the message is what helps
+        raise IterisError(
+            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a "
+            "Stable Diffusion pipeline of diffusers, a .safetensors checkpoint or a hub name."
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
+
+
+@contextmanager
+def progress_bars() -> Generator[Callable[[str, int, int], None]]:
+    """A progress bar per thing to do, on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done, total=total)
+
+        yield on_progress

@@ -1,0 +1,28 @@
+"""``iteris demo``"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import IterisError
+from .common import progress_bars
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where pictures and scores go")] = Path("build/demo"),
+) -> None:
+    """Merge two and four concepts of the embedded toybox, draw and score them."""
+    try:
+        toybox_demo: Any = importlib.import_module("toybox.demo")
+    except ModuleNotFoundError as error:
+        raise IterisError(
+            "The toybox is not installed; run this from a checkout of the project."
+        ) from error
+    with progress_bars() as on_progress:
+        table = toybox_demo.run(output, on_progress)
+    Console().print(table)

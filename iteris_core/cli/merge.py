@@ -1,0 +1,98 @@
+"""``iteris merge``"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..calibration import TEMPLATES, Calibration, Concept
+from ..lora_files import check_target
+from ..merge import MergeResult, merge_loras
+from ..methods import all_methods, find_method
+from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
+
+
+def merge(
+    base: Annotated[
+        str, typer.Argument(help="Stable Diffusion: a diffusers folder, a .safetensors, a hub name")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write")],
+    concept: Annotated[
+        list[str], typer.Option(help="FILE:TRIGGER:CLASS[:STRENGTH]; give it once per LoRA")
+    ],
+    method: Annotated[str, typer.Option(help=", ".join(m.name for m in all_methods()))] = "iteris",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of the method, such as align=adapter, rank=16"),
+    ] = None,
+    preserve: Annotated[
+        Path | None, typer.Option(help="A text file of prompts on which the base is to stay")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="A text file of prompt templates, with {} for the concept")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Prompts per concept")] = 50,
+    timesteps: Annotated[int, typer.Option(help="Latents per prompt")] = 4,
+    latents: Annotated[str, typer.Option(help="denoising or noise (quick)")] = "denoising",
+    latent_size: Annotated[int | None, typer.Option(help="Side of the latents")] = None,
+    seed: Annotated[int, typer.Option(help="Decides prompts and latents")] = 0,
+    layout: Annotated[str, typer.Option(help="kohya (read everywhere) or peft")] = "kohya",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 of the file")] = (
+        "float16"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output file")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+) -> None:
+    """Merge LoRAs on a Stable Diffusion base and write one LoRA."""
+    chosen = find_method(method)
+    calibration = Calibration(
+        samples=samples,
+        timesteps=timesteps,
+        latents=latents,  # type: ignore[arg-type]
+        latent_size=latent_size,
+        seed=seed,
+        templates=read_lines(templates) if templates else TEMPLATES,
+    )
+    settings = chosen.settings(**parse_settings(chosen.settings, setting or []))
+    options = [parse_concept(text) for text in concept]
+    check_target(output, layout, dtype, overwrite)
+
+    from ..hosts.diffusers import DiffusersHost
+
+    with progress_bars() as on_progress:
+        on_progress("loading the base", 0, 1)
+        host = DiffusersHost(load_base(base, device))
+        on_progress("loading the base", 1, 1)
+        concepts = [
+            Concept(
+                host.read_lora(option.file),
+                trigger=option.trigger,
+                class_word=option.class_word,
+                strength=option.strength,
+            )
+            for option in options
+        ]
+        if preserve is not None:
+            concepts.append(Concept(None, prompts=read_lines(preserve), trigger="preserve"))
+        result = merge_loras(
+            host,
+            concepts,
+            method,
+            settings=settings,
+            calibration=calibration,
+            on_progress=on_progress,
+        )
+    path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
+    _report(result, path, as_json)
+
+
+def _report(result: MergeResult, path: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), **result.report.to_dict()}))
+    else:
+        typer.echo(result.report.summary())
+        typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")

@@ -1,0 +1,67 @@
+"""Who may import whom (DESIGN section 4), and what the core may not need."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import iteris_core
+
+ROOT = Path(iteris_core.__file__).parent
+LAYERS = (
+    *("errors", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
+    *("collector", "report", "hosts", "methods", "merge", "score", "cli", "__main__"),
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package, by first name, that a file imports when it is loaded."""
+    package = path.relative_to(ROOT).parent.parts
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            names = [base] if node.module else [(*base[:-1], a.name) for a in node.names]
+            found |= {next(part for part in name if part) for name in names}
+    return found
+
+
+def test_imports_only_point_downward():
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        for other in imports_of(path) - {name}:
+            assert LAYERS.index(other) < LAYERS.index(name), f"{path} imports {other}"
+
+
+def test_the_package_imports_itself_relatively_and_nothing_of_comfyui():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                first = name.split(".")[0]
+                assert first not in ("iteris_core", "nodes", "comfy", "comfy_api", "folder_paths")
+
+
+def test_the_core_loads_without_its_hosts_libraries():
+    blocked = ("comfy", "diffusers", "transformers", "open_clip", "peft", "typer", "matplotlib")
+    script = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch, iteris_core
+lora = iteris_core.Lora({{"unet.a": iteris_core.LowRank(torch.ones(2, 1), torch.ones(1, 2))}})
+merged = iteris_core.merge_loras(None, [iteris_core.Concept(lora)] * 2, "sum").lora
+assert float(merged.sites["unet.a"].dense()[0, 0]) == 2.0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

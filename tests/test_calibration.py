@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
+from iteris_core.calibration import TEMPLATES, concept_prompts
+
+
+def prompts(concept, **kwargs):
+    return concept_prompts(concept, Calibration(**kwargs), torch.Generator().manual_seed(0))
+
+
+def test_prompts_from_trigger_and_class_word():
+    made = prompts(Concept(Lora({}), trigger="sks", class_word="dog"), samples=50)
+    assert len(made) == 50
+    assert all("sks dog" in prompt for prompt in made)
+    assert set(made) == {template.format("sks dog") for template in TEMPLATES}
+    only_class = prompts(Concept(None, class_word="dog"), samples=3, templates=["a {}"])
+    assert only_class == ["a dog"] * 3
+
+
+def test_own_prompts_are_used_as_they_are_and_evenly():
+    made = prompts(Concept(None, prompts=["a", "b", "c"]), samples=7)
+    assert sorted(made.count(p) for p in "abc") == [2, 2, 3]
+    assert prompts(Concept(None, prompts=[""]), samples=2) == ["", ""]
+
+
+def test_no_prompts_are_errors():
+    with pytest.raises(IterisError, match="empty prompt list"):
+        prompts(Concept(None, prompts=[]))
+    with pytest.raises(IterisError, match="neither prompts nor a trigger"):
+        prompts(Concept(Lora({}, "cat")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"samples": 0},
+        {"timesteps": 11},
+        {"empty_share": 1.0},
+        {"latents": "pictures"},
+        {"templates": ["a dog"]},
+        {"templates": []},
+        {"latent_size": 0},
+    ],
+)
+def test_settings_out_of_range_are_errors(settings):
+    with pytest.raises(SettingsError):
+        Calibration(**settings)
+
+
+def test_a_negative_weight_is_an_error():
+    with pytest.raises(SettingsError, match="weight must be 0 or more"):
+        Concept(None, prompts=["a"], weight=-1)

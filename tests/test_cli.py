@@ -1,0 +1,279 @@
+"""The command line: a merge from files to a file, and one clear line for any bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_pipeline, random_lora
+from safetensors.torch import load_file, save_file
+
+from iteris_core import cli, write_lora
+from iteris_core.cli.common import parse_concept
+from iteris_core.hosts.diffusers import DiffusersHost
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base folder, two LoRAs for it, and one of another base."""
+    folder = tmp_path_factory.mktemp("world")
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(folder / "base")
+    host = DiffusersHost(pipeline)
+    for seed in (1, 2):
+        write_lora(random_lora(host, seed), folder / f"lora{seed}.safetensors")
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of ``iteris …``"""
+    monkeypatch.setattr(sys, "argv", ["iteris", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def merge_arguments(world, *files, out, extra=()):
+    concepts = [f"--concept={file}:s{i}:dog" for i, file in enumerate(files)]
+    quick = ["--samples=3", "--timesteps=1", "--latents=noise", "--device=cpu"]
+    return ["merge", str(world / "base"), *concepts, "-o", str(out), *quick, *extra]
+
+
+def test_a_merge_from_files_to_a_file(world, tmp_path, monkeypatch, capsys):
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    out = tmp_path / "merged.safetensors"
+    code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
+    assert code == 0
+    assert "Merged 2 concepts with iteris" in text
+    assert str(out) in text
+    assert len(load_file(out)) == 3 * len(random_lora(DiffusersHost(make_pipeline()), 1).sites)
+
+
+def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    out = tmp_path / "merged.safetensors"
+    preserve = tmp_path / "preserve.txt"
+    preserve.write_text("a cat\n\na house\n")
+    extra = [
+        "--json", "--set=align=adapter", "--set", "rank=3", "--set=balance=adapter",
+        "--layout=peft", "--dtype=float32", f"--preserve={preserve}",
+    ]  # fmt: skip
+    code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra))
+    assert code == 0
+    report = json.loads(text)
+    assert report["settings"]["align"] == "adapter"
+    assert report["concepts"] == ["s0", "s1", "preserve"]
+    assert {site["rank"] for site in report["sites"].values()} == {3}
+    assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in load_file(out))
+    average = tmp_path / "average.safetensors"
+    code, text, _ = run(
+        monkeypatch, capsys,
+        *merge_arguments(world, *files, out=average, extra=["--method=average"]),
+    )  # fmt: skip
+    assert code == 0
+    assert average.exists()
+
+
+def _truncated(world, folder):
+    data = (world / "lora1.safetensors").read_bytes()
+    (folder / "bad.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _not_safetensors(world, folder):
+    (folder / "bad.safetensors").write_text("this is not a LoRA, it is a letter to you all")
+
+
+def _huge_header(world, folder):
+    (folder / "bad.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (print, ("a pickle was run",))
+
+
+def _pickle(world, folder):
+    (folder / "bad.safetensors").write_bytes(pickle.dumps(_Bomb()))
+
+
+def _torch_zip(world, folder):
+    torch.save({"x": torch.ones(1)}, folder / "bad.safetensors")
+
+
+def _edit(world, folder, change):
+    tensors = load_file(world / "lora1.safetensors")
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, folder / "bad.safetensors")
+
+
+def _other_base_names(world, folder):
+    def change(tensors):
+        return {k.replace("mid_block", "mid_block_9"): v for k, v in tensors.items()}
+
+    _edit(world, folder, change)
+
+
+def _no_common_site(world, folder):
+    up = {"transformer.h.0.attn.lora_A.weight": torch.ones(2, 8)}
+    save_file({**up, "transformer.h.0.attn.lora_B.weight": torch.ones(8, 2)},
+              folder / "bad.safetensors")  # fmt: skip
+
+
+def _other_base_shapes(world, folder):
+    def change(tensors):
+        key = next(k for k in tensors if "attn2_to_k.lora_down" in k)
+        return {**tensors, key: torch.ones(tensors[key].shape[0], 768)}
+
+    _edit(world, folder, change)
+
+
+def _nan(world, folder):
+    def change(tensors):
+        key = next(k for k in tensors if k.endswith("lora_up.weight"))
+        tensors[key][0, 0] = float("nan")
+        return tensors
+
+    _edit(world, folder, change)
+
+
+def _infinite(world, folder):
+    def change(tensors):
+        key = next(k for k in tensors if k.endswith("lora_up.weight"))
+        tensors[key][0, 0] = float("inf")
+        return tensors
+
+    _edit(world, folder, change)
+
+
+def _half_missing(world, folder):
+    def change(tensors):
+        key = next(k for k in tensors if k.endswith("lora_up.weight"))
+        return {k: v for k, v in tensors.items() if k != key}
+
+    _edit(world, folder, change)
+
+
+def _unknown_key(world, folder):
+    _edit(world, folder, lambda tensors: {**tensors, "lora_unet_mystery": torch.ones(2)})
+
+
+def _dora(world, folder):
+    _edit(world, folder, lambda t: {**t, "lora_unet_x.dora_scale": torch.ones(2)})
+
+
+def _missing(world, folder):
+    pass
+
+
+BAD_FILES = [
+    (_not_safetensors, "not a whole safetensors file"),
+    (_truncated, "not a whole safetensors file"),
+    (_huge_header, "not a whole safetensors file"),
+    (_pickle, "pickled"),
+    (_torch_zip, "pickled"),
+    (_other_base_names, "another base model"),
+    (_no_common_site, "another base model"),
+    (_other_base_shapes, "(4, 768)"),
+    (_nan, "NaN or infinite"),
+    (_infinite, "NaN or infinite"),
+    (_half_missing, "bad.safetensors"),
+    (_unknown_key, "lora_unet_mystery"),
+    (_dora, "DoRA"),
+    (_missing, "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_FILES, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_bad_file_is_one_line_and_nothing_is_written(
+    world, tmp_path, monkeypatch, capsys, make, message
+):
+    make(world, tmp_path)
+    bad, out = tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    files = [world / "lora1.safetensors", bad]
+    code, text, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
+    assert code == 2
+    assert "Traceback" not in err
+    assert "a pickle was run" not in text + err
+    line = next(line for line in err.splitlines() if line.startswith("iteris:"))
+    assert message in line
+    assert str(bad) in line
+    assert {path.name for path in tmp_path.iterdir()} <= {"bad.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--set=rank=-4"], "rank must be at least 1, not -4"),
+        (["--set=align=both"], "align must be one of"),
+        (["--set=ranks=4"], "names are"),
+        (["--samples=0"], "samples must be at least 1"),
+        (["--latents=pictures"], "latents must be"),
+        (["--method=magic"], "There is no method 'magic'"),
+        (["--layout=zip"], "layout must be"),
+        (["--dtype=int4"], "dtype must be"),
+        (["--concept=nothing"], "is not FILE:TRIGGER:CLASS"),
+        (["--preserve=/nowhere.txt"], "does not exist"),
+    ],
+)
+def test_bad_options(world, tmp_path, monkeypatch, capsys, extra, message):
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    out = tmp_path / "out.safetensors"
+    code, _, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra))
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_prompts_and_nothing_to_make_them_from(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    arguments = merge_arguments(world, out=out, extra=[f"--concept={world}/lora1.safetensors::"])
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "neither prompts nor a trigger" in err
+    preserve = tmp_path / "empty.txt"
+    preserve.write_text("\n")
+    files = [world / "lora1.safetensors"]
+    arguments = merge_arguments(world, *files, out=out, extra=[f"--preserve={preserve}"])
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "empty prompt list" in err
+    assert not out.exists()
+
+
+def test_an_existing_output_is_kept(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    code, _, err = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out))
+    assert code == 2
+    assert "exists already" in err
+    assert out.read_text() == "mine"
+
+
+def test_a_base_that_is_no_pipeline(world, tmp_path, monkeypatch, capsys):
+    arguments = ["merge", str(tmp_path), "--concept=a:b:c", f"-o{tmp_path / 'o.safetensors'}"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "cannot be loaded" in err
+
+
+def test_windows_paths_and_strengths():
+    assert (
+        str(parse_concept(r"C:\loras\cat.safetensors:sks:cat").file) == r"C:\loras\cat.safetensors"
+    )
+    option = parse_concept("a/cat.safetensors:sks:cat:0.5")
+    assert (option.trigger, option.class_word, option.strength) == ("sks", "cat", 0.5)
+    assert parse_concept("cat.safetensors:sks:").class_word == ""
+
+
+def test_help_of_the_installed_command():
+    command = [sys.executable, "-m", "iteris_core", "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "merge" in text
+    assert "demo" in text
