@@ -69,6 +69,11 @@ class DiffusersHost:
     def read_lora(self, path: str | Path) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path))
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        tokenizer = self.pipeline.tokenizer
+        found = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length)
+        return [len(ids) for ids in found.input_ids]
+
     def samples(
         self,
         concepts: Sequence[Concept],

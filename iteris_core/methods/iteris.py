@@ -7,19 +7,18 @@ once, in execution order, on inputs that already passed the solved sites: one pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..collector import Collector, SiteMoments
 from ..errors import IterisError, SettingsError, SolveError
-from ..hosts import Host, Stage
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
+from .passes import micro_batches, sweep_pass
 from .registry import Merged, Task, method
 
 
@@ -66,85 +65,78 @@ class IterisSettings:
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
-    assert task.host is not None
-    wanted = set(task.references)
-    with task.lockstep() as lockstep:
-        samples = task.host.samples(
-            task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
-        )
-        run = _Run(task, settings, lockstep)
-        if settings.schedule == "sweep":
-            run.sweep(task.host, samples)
-        else:
-            run.jacobi(task.host, samples)
-    missed = wanted - set(run.solutions)
+    run = _Run(task, settings)
+    if settings.schedule == "sweep":
+        sweep_pass(task, run.visitor_and_solve, settings.micro_batch)
+    else:
+        run.jacobi()
+    check_complete(task, run.solutions)
+    return {site: (s.change, site_report(s)) for site, s in run.solutions.items()}
+
+
+def check_complete(task: Task, solved: Mapping[str, object]) -> None:
+    """Raise :class:`IterisError` if a forward never reached a site."""
+    missed = set(task.references) - set(solved)
     if missed:
         raise IterisError(
             f"{len(missed)} sites were never reached by a forward, such as {min(missed)}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )
-    return {
-        site: (
-            solution.change,
-            SiteReport(
-                solution.change.rank,
-                solution.balance,
-                solution.before,
-                solution.after,
-                solution.condition,
-                solution.truncated,
-            ),
-        )
-        for site, solution in run.solutions.items()
-    }
+
+
+def site_report(solution: Solution) -> SiteReport:
+    return SiteReport(
+        solution.change.rank,
+        solution.balance,
+        solution.before,
+        solution.after,
+        solution.condition,
+        solution.truncated,
+    )
 
 
 class _Run:
-    def __init__(self, task: Task, settings: IterisSettings, lockstep: Lockstep) -> None:
+    def __init__(self, task: Task, settings: IterisSettings) -> None:
         self.task = task
         self.settings = settings
-        self.lockstep = lockstep
         self.solutions: dict[str, Solution] = {}
 
-    def sweep(self, host: Host, samples: Any) -> None:
-        total = len(self.task.references)
-        self.task.tick("solving sites", 0, total)
-        for stage in host.stages(samples, set(self.task.references)):
-            self._count_rows(stage)
-            collector = self._collector()
+    def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
+        collector = self._collector()
 
-            def solve(site: str, collector: Collector = collector) -> LowRank:
-                solution = self._solve(site, collector.take(site))
-                self.solutions[site] = solution
-                self.task.tick("solving sites", len(self.solutions), total)
-                return solution.change
+        def solve(site: str) -> LowRank:
+            self.solutions[site] = self._solve(site, collector.take(site))
+            return self.solutions[site].change
 
-            self.lockstep.sweep(list(self._batches(stage, 2, collector)), solve)
+        return collector, solve
 
-    def jacobi(self, host: Host, samples: Any) -> None:
-        iterations = self.settings.iterations
-        for iteration in range(iterations):
-            # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
-            copies = 1 if iteration == 0 else 2
-            solved: dict[str, Solution] = {}
-            self.task.tick("iterations", iteration, iterations)
-            for stage in host.stages(samples, set(self.task.references)):
-                if iteration == 0:
-                    self._count_rows(stage)
-                collector = self._collector()
-                for batch in self._batches(stage, copies, collector):
-                    self.lockstep.run(batch)
-                    self.task.tick("iterations", iteration, iterations)
-                for site in collector.sites:
-                    solved[site] = self._solve(site, collector.take(site))
-            if iteration:
-                self.task.convergence.append(_largest_change(self.solutions, solved))
-            self.solutions = solved
-            self.lockstep.merged = {site: s.change for site, s in solved.items()}
-        self.task.tick("iterations", iterations, iterations)
-
-    def _count_rows(self, stage: Stage) -> None:
-        self.task.rows = max(self.task.rows, len(stage.owners))
+    def jacobi(self) -> None:
+        task, host, iterations = self.task, self.task.host, self.settings.iterations
+        assert host is not None
+        wanted = set(task.references)
+        with task.lockstep() as lockstep:
+            samples = host.samples(
+                task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
+            )
+            for iteration in range(iterations):
+                # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
+                copies = 1 if iteration == 0 else 2
+                solved: dict[str, Solution] = {}
+                task.tick("iterations", iteration, iterations)
+                for stage in host.stages(samples, wanted):
+                    task.rows = max(task.rows, len(stage.owners))
+                    collector = self._collector()
+                    size = self.settings.micro_batch
+                    for batch in micro_batches(stage, copies, collector, size):
+                        lockstep.run(batch)
+                        task.tick("iterations", iteration, iterations)
+                    for site in collector.sites:
+                        solved[site] = self._solve(site, collector.take(site))
+                if iteration:
+                    task.convergence.append(_largest_change(self.solutions, solved))
+                self.solutions = solved
+                lockstep.merged = {site: s.change for site, s in solved.items()}
+            task.tick("iterations", iterations, iterations)
 
     def _collector(self) -> Collector:
         return Collector(
@@ -152,15 +144,6 @@ class _Run:
             full=self.settings.align == "full",
             dtype=getattr(torch, self.settings.statistics),
         )
-
-    def _batches(self, stage: Stage, copies: int, collector: Collector) -> Iterator[MicroBatch]:
-        for start in range(0, len(stage.owners), self.settings.micro_batch):
-            rows = range(start, min(start + self.settings.micro_batch, len(stage.owners)))
-
-            def run(rows: Sequence[int] = rows) -> None:
-                stage.run(rows, copies)
-
-            yield MicroBatch(run, [stage.owners[row] for row in rows], copies, collector)
 
     def _solve(self, site: str, moments: SiteMoments) -> Solution:
         settings = self.settings
