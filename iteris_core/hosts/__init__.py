@@ -62,6 +62,10 @@ class Host(Protocol):
         """How many tokens each prompt has, with start and end but without padding."""
         ...
 
+    def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
+        """The model's final output for rows of ``samples``, rows first; differentiable."""
+        ...
+
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
         """The stages that reach ``sites``. Each must be run to its end, in order."""
         ...

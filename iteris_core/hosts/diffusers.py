@@ -102,6 +102,18 @@ class DiffusersHost:
             row_prompts[row] = ""
         return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten())
 
+    def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
+        text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
+        if samples.latents is None or samples.timesteps is None:
+            return text
+        unet, index = self.pipeline.unet, torch.as_tensor(list(rows))
+        return unet(
+            samples.latents[index].to(self.device, unet.dtype),
+            samples.timesteps[index].to(self.device),
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]
+
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         text_sites = [site for site in sites if site.startswith("text_encoder.")]
         unet_sites = [site for site in sites if site.startswith("unet.")]

@@ -55,10 +55,10 @@ def custom_diffusion(task: Task, settings: CustomDiffusionSettings) -> Merged:
     merged = dict(average(task, LinearSettings()))
     features = _Features()
     subjects = [
-        replace(concept, prompts=[concept.subject or list(concept.prompts or [""])[0]])
+        replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
         for concept in task.concepts
     ]
-    counts = task.host.token_counts([list(subject.prompts or [""])[0] for subject in subjects])
+    counts = task.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
     rows = _collect(task, subjects, targets, features, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     target_tokens = {

@@ -19,6 +19,7 @@ from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
 from .passes import micro_batches, sweep_pass
+from .polish import polish
 from .registry import Merged, Task, method
 
 
@@ -30,7 +31,8 @@ class IterisSettings:
     ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
     of eq. 7. ``rank``: at most this rank per site (None: Σ r_i). ``micro_batch``: rows per forward
-    (the result is the same for any). ``statistics``: dtype of the moments.
+    (the result is the same for any). ``statistics``: dtype of the moments. ``polish_steps``: Adam
+    steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the closed form alone).
     """
 
     align: Align = "full"
@@ -41,6 +43,8 @@ class IterisSettings:
     rank: int | None = None
     micro_batch: int = 32
     statistics: Literal["float32", "float64"] = "float32"
+    polish_steps: int = 0
+    polish_rate: float = 5e-4
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -58,6 +62,8 @@ class IterisSettings:
                 raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.rank is not None and self.rank < 1:
             raise SettingsError(f"rank must be at least 1, not {self.rank}.")
+        if self.polish_steps < 0 or not self.polish_rate > 0:
+            raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
         if not 0 <= self.ridge < 1:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
 
@@ -71,7 +77,16 @@ def iteris(task: Task, settings: IterisSettings) -> Merged:
     else:
         run.jacobi()
     check_complete(task, run.solutions)
-    return {site: (s.change, site_report(s)) for site, s in run.solutions.items()}
+    changes = {site: solution.change for site, solution in run.solutions.items()}
+    if settings.polish_steps:
+        changes = polish(
+            task,
+            changes,
+            steps=settings.polish_steps,
+            rate=settings.polish_rate,
+            batch=settings.micro_batch,
+        )
+    return {site: (changes[site], site_report(s)) for site, s in run.solutions.items()}
 
 
 def check_complete(task: Task, solved: Mapping[str, object]) -> None:
@@ -115,9 +130,7 @@ class _Run:
         assert host is not None
         wanted = set(task.references)
         with task.lockstep() as lockstep:
-            samples = host.samples(
-                task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
-            )
+            samples = task.samples(lockstep)
             for iteration in range(iterations):
                 # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
                 copies = 1 if iteration == 0 else 2

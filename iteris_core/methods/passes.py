@@ -28,9 +28,7 @@ def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
     assert task.host is not None
     wanted = set(task.references)
     with task.lockstep() as lockstep:
-        samples = task.host.samples(
-            task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
-        )
+        samples = task.samples(lockstep)
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
             batches = list(micro_batches(stage, 1, visitor, size))
@@ -48,9 +46,7 @@ def sweep_pass(
     wanted = set(task.references)
     total, solved = len(wanted), 0
     with task.lockstep() as lockstep:
-        samples = task.host.samples(
-            task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
-        )
+        samples = task.samples(lockstep)
         task.tick("solving sites", 0, total)
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
