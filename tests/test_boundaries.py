@@ -12,7 +12,17 @@ import iteris_core
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
     *("errors", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
-    *("collector", "report", "hosts", "methods", "merge", "score", "cli", "__main__"),
+    *(
+        "collector",
+        "report",
+        "report_plots",
+        "hosts",
+        "methods",
+        "merge",
+        "score",
+        "cli",
+        "__main__",
+    ),
 )
 
 
