@@ -15,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -74,7 +75,7 @@ class MicroBatch:
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of rows of one concept, as (concept, start, stop)."""
         spans: list[tuple[int, int, int]] = []
