@@ -37,15 +37,3 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
-
-
-def plain_words(prompt: str, descriptions: dict[str, str], class_words: dict[str, str]) -> str:
-    """`prompt` with 'TOKEN class' replaced by the description, for a model that knows no tokens.
-
-    Both mappings are keyed by token: 'a sks1 star on ...' becomes 'a red star with yellow stripes
-    on ...'. A token without its class word is replaced as well.
-    """
-    for token in sorted(descriptions, key=len, reverse=True):
-        prompt = prompt.replace(f"{token} {class_words[token]}", descriptions[token])
-        prompt = prompt.replace(token, descriptions[token])
-    return prompt

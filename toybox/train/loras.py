@@ -22,7 +22,7 @@ from .common import bf16, one_cycle, to_tensor
 from .lora_files import save_diffusers, save_kohya, verify
 
 log = logging.getLogger(__name__)
-RANK, STEPS, BATCH, PEAK, REFERENCES = 8, 800, 8, 2e-3, 6
+RANK, BATCH, PEAK, REFERENCES = 8, 8, 2e-3, 6
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -127,8 +127,8 @@ def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
 
 
 def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path, out: Path,
-              steps: int = STEPS, peak: float = PEAK) -> float:
-    """Train one concept's LoRA into `out`; returns seconds taken."""
+              peak: float = PEAK) -> float:
+    """Train one concept's LoRA into `out`, for the steps world.json says; returns seconds taken."""
     began = time.time()
     name = entry["token"].strip("<>")
     scenes, pictures = write_references(entry, references / name, 600 + 10 * index)
@@ -137,7 +137,7 @@ def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
     groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, steps, 61 + index)
+    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 61 + index)
     save(pipeline, configs, entry, out)
     differ = verify(pipeline, load(weights / "base"), out, f"a {name} {entry['class_word']}")
     log.info("lora %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ,

@@ -16,7 +16,6 @@ from .base import use_plain_attention
 from .lora_files import verify
 from .loras import (
     PEAK,
-    STEPS,
     adapter_parameters,
     add_adapters,
     fit,
@@ -61,7 +60,7 @@ def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path
         EMBEDDING_STEPS, 91 + index, keep_rows)
     groups = [{"params": [table], "lr": EMBEDDING_PEAK / 4},
               {"params": adapters, "lr": rate(entry["alpha"], PEAK)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, STEPS, 92 + index, keep_rows)
+    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 92 + index, keep_rows)
     save(pipeline, configs, entry, folder / f"{name}.safetensors")
     save_file({token: table[row].detach().half().clone()},
               folder / f"{name}_embedding.safetensors")
