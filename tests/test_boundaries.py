@@ -11,7 +11,7 @@ import iteris_core
 
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
-    *("errors", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
+    *("errors", "bases", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
     *("collector", "report", "hosts", "methods", "merge", "score", "cli", "__main__"),
 )
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import SettingsError
-from ..lora import LowRank, concatenate, truncate
+from ..lora import LowRank, Rank, check_rank, concatenate, truncate
 from ..report import SiteReport
 from .registry import Merged, Task, method
 
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """``rank``: cut each site to at most this rank by plain SVD (None: keep Σ r_i)."""
+    """``rank``: cut each site to this rank, or to this share of energy, by plain SVD (None: no)."""
 
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise SettingsError(f"rank must be at least 1, not {self.rank}.")
+        check_rank(self.rank)
 
 
 @method("average", LinearSettings, needs_host=False)
