@@ -71,11 +71,11 @@ def read_lora_file(
         scale = _configured(path, configs, alias, parts)
         shape = _shape(alias, base)
         change = rebuild(parts, shape, scale, place)
-        if "magnitude" in parts:
+        if "magnitude" in parts or "output_magnitude" in parts:
             if weight is None:
                 raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
             dense = _base_weight(alias, shape, weight)
-            folded = fold_magnitude(change.matrix(), dense, parts["magnitude"], place)
+            folded = fold_magnitude(change.matrix(), dense, parts, place)
             change = Rebuilt(1.0, dense=folded)
         for piece in alias:
             _add(found, piece.site, piece.rows, change, base.shapes[piece.site], options)

@@ -48,7 +48,7 @@ def rebuild(parts: Parts, shape: tuple[int, ...], scale: float | None, place: st
     ``scale`` is what an adapter's configuration says; an ``alpha`` among the parts goes before it.
     Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing or do not fit.
     """
-    names = set(parts) - {"alpha", "magnitude"}
+    names = set(parts) - {"alpha", "magnitude", "output_magnitude"}
     floats = {name: _as_float(parts[name], name, place) for name in names}
     if names in ({"down", "up"}, {"down", "up", "mid"}):
         return _lora(floats, shape, _Scale(parts, scale, place), place)
