@@ -8,19 +8,18 @@ loaders which lose alpha are right as well.
 
 In kohya layout a UNet and a text encoder have one alpha each, since diffusers loses alphas that
 differ from site to site: smaller ranks are scaled by a power of two or filled up with zeros. And
-where a text encoder has neither ``out_proj`` nor MLP sites it gets one pair of zero factors for
-``out_proj``, since diffusers recognises the layout by it. Zeros change nothing.
+where a text encoder has neither ``out_proj`` nor MLP sites (in peft layout: no attention) it gets
+one pair of zero factors for ``out_proj``, since diffusers recognises layouts by it. Zeros change
+nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,9 +29,10 @@ from torch import Tensor
 
 from ..bases import text_component
 from ..errors import IterisError
-from ..lora import Lora, LowRank
+from ..lora import Lora
 from .mmdit_names import Alias, Piece
 from .names import kohya_modules
+from .stored import Stored, shaped, store_all
 
 Layout = Literal["kohya", "peft"]
 
@@ -43,20 +43,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 _TEXT_PREFIXES = ("lora_te", "lora_te2", "lora_te3")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Factors as they go into the file, and the scale alpha / rank that goes with them."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-    kernel: tuple[int, int] | None
-
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1]
 
 
 def write_lora(
@@ -76,7 +62,7 @@ def write_lora(
     check_target(path, layout, dtype, overwrite)
     if not lora.sites:
         raise IterisError("The merged LoRA changes no site; there is nothing to write.")
-    stored = _store_all(lora, DTYPES[dtype])
+    stored = store_all(lora, DTYPES[dtype])
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
@@ -86,9 +72,11 @@ def write_lora(
             tensors |= _kohya_tensors(name, module)
         metadata |= _network_metadata(lora, modules)
     else:
+        stored |= _recognisable_to_peft(stored)
         for site, module in stored.items():
-            up, down = _shaped(module)
-            tensors |= {f"{site}.lora_A.weight": down, f"{site}.lora_B.weight": up}
+            up, down = shaped(module)
+            # Sites may share a down matrix in memory, which safetensors refuses.
+            tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + _content_hash(tensors)
@@ -110,67 +98,22 @@ def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
-def _store_all(lora: Lora, dtype: torch.dtype) -> dict[str, _Stored]:
-    """Every site's factors; one scale for a whole component, or else none."""
-    stored = {
-        site: _store(site, change, lora.scales.get(site, 1.0), dtype)
-        for site, change in lora.sites.items()
-    }
-    for component in {site.partition(".")[0] for site in stored}:
-        sites = [site for site in stored if site.startswith(f"{component}.")]
-        if len({stored[site].scale for site in sites}) > 1:
-            stored |= {site: _store(site, lora.sites[site], 1.0, dtype) for site in sites}
-    return stored
-
-
-def _store(site: str, change: LowRank, scale: float, dtype: torch.dtype) -> _Stored:
-    """Factors in ``dtype``: exact if they can be, with the scale taken out again if that helps,
-    else with up and down brought to one size by a power of two."""
-    up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
-    for factor in (1.0, scale):
-        stored = _Stored((up / factor).to(dtype), down.to(dtype), factor, change.kernel)
-        if torch.equal(stored.up.float() * factor, up) and torch.equal(stored.down.float(), down):
-            return stored
-    largest = float(up.abs().max()), float(down.abs().max())
-    shift = round(math.log2(largest[1] / largest[0]) / 2) if min(largest) > 0 else 0
-    stored = _Stored(
-        torch.ldexp(up, torch.tensor(shift)).to(dtype),
-        torch.ldexp(down, torch.tensor(-shift)).to(dtype),
-        1.0,
-        change.kernel,
-    )
-    if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
-        raise IterisError(
-            f"Site {site}: values do not fit {dtype}; write bfloat16 or float32 instead."
-        )
-    return stored
-
-
-def _shaped(module: _Stored) -> tuple[Tensor, Tensor]:
-    """(up, down) in the shapes of a Linear's or Conv2d's weights."""
-    up, down = module.up, module.down
-    if module.kernel is not None:
-        up = up[:, :, None, None]
-        down = down.reshape(module.rank, -1, *module.kernel)
-    return up.contiguous(), down.contiguous()
-
-
-def _kohya_tensors(name: str, module: _Stored) -> dict[str, Tensor]:
-    up, down = _shaped(module)
+def _kohya_tensors(name: str, module: Stored) -> dict[str, Tensor]:
+    up, down = shaped(module)
     alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
 
 
-def _kohya(lora: Lora, stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
+def _kohya(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """Modules under sd-scripts' names, fused where it fuses."""
     names = _names(lora, stored)
-    components: dict[str, dict[str, _Stored]] = {}
+    components: dict[str, dict[str, Stored]] = {}
     for name, alias in names.items():
         component = alias[0].site.partition(".")[0]
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
         components.setdefault(component, {})[name] = module
-    modules: dict[str, _Stored] = {}
+    modules: dict[str, Stored] = {}
     for component, own in components.items():
         modules |= own if component == "transformer" else _even_out(own)
         if component.startswith("text_encoder"):
@@ -178,7 +121,7 @@ def _kohya(lora: Lora, stored: Mapping[str, _Stored]) -> dict[str, _Stored]:
     return modules
 
 
-def _names(lora: Lora, stored: Mapping[str, _Stored]) -> dict[str, Alias]:
+def _names(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Alias]:
     if lora.base is not None:
         known = kohya_modules(lora.base)
         names = {n: a for n, a in known.items() if any(piece.site in stored for piece in a)}
@@ -204,7 +147,7 @@ def _plain_name(site: str) -> str:
     return f"{prefix}_{path.replace('.', '_')}"
 
 
-def _fuse(name: str, alias: Alias, stored: Mapping[str, _Stored]) -> _Stored:
+def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
     """One module from its pieces: side by side, or with one ``down`` if they have it in common."""
     present = [piece for piece in alias if piece.site in stored]
     parts = [stored[piece.site] for piece in present]
@@ -226,27 +169,27 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, _Stored]) -> _Stored:
             start += end - begin
         column += 0 if shared else part.rank
     # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
-    return _Stored(up, down, first.scale, first.kernel)
+    return Stored(up, down, first.scale, first.kernel)
 
 
-def _even_out(modules: Mapping[str, _Stored]) -> dict[str, _Stored]:
+def _even_out(modules: Mapping[str, Stored]) -> dict[str, Stored]:
     """The same changes with one alpha."""
     alpha = max(module.rank for module in modules.values())
-    even: dict[str, _Stored] = {}
+    even: dict[str, Stored] = {}
     for name, module in modules.items():
         up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
         if torch.equal(up.float() * (alpha / module.rank), module.up.float()):
             scale = module.scale * alpha / module.rank
-            even[name] = _Stored(up, module.down, scale, module.kernel)
+            even[name] = Stored(up, module.down, scale, module.kernel)
         else:
             missing = alpha - module.rank
             up = torch.nn.functional.pad(module.up, (0, missing))
             down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
-            even[name] = _Stored(up, down, module.scale, module.kernel)
+            even[name] = Stored(up, down, module.scale, module.kernel)
     return even
 
 
-def _recognisable(text: Mapping[str, _Stored]) -> dict[str, _Stored]:
+def _recognisable(text: Mapping[str, Stored]) -> dict[str, Stored]:
     """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
     attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
     if not attention or any(n.endswith(("_out_proj", "_fc1", "_fc2")) for n in text):
@@ -254,10 +197,29 @@ def _recognisable(text: Mapping[str, _Stored]) -> dict[str, _Stored]:
     like = text[attention[0]]
     zeros = torch.zeros(like.down.shape[1], like.rank, dtype=like.up.dtype)
     name = attention[0].rpartition("_")[0].rpartition("_")[0] + "_out_proj"
-    return {name: _Stored(zeros, zeros.mT.contiguous(), like.scale, None)}
+    return {name: Stored(zeros, zeros.mT.contiguous(), like.scale, None)}
 
 
-def _network_metadata(lora: Lora, modules: Mapping[str, _Stored]) -> dict[str, str]:
+def _recognisable_to_peft(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Zero factors for an ``out_proj`` of each text encoder without attention sites."""
+    added: dict[str, Stored] = {}
+    for component in {
+        site.partition(".")[0] for site in stored if text_component(site) is not None
+    }:
+        own = {s: m for s, m in stored.items() if s.startswith(f"{component}.text_model.")}
+        if not own or any(".self_attn." in site for site in own):
+            continue
+        for site, like in own.items():
+            if site.endswith((".fc1", ".fc2")):
+                width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
+                zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
+                name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
+                added[name] = Stored(zeros, zeros.mT.contiguous(), like.scale, None)
+                break
+    return added
+
+
+def _network_metadata(lora: Lora, modules: Mapping[str, Stored]) -> dict[str, str]:
     """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
     ranks = [module.rank for module in modules.values()]
     dim = max(set(ranks), key=ranks.count)
@@ -272,7 +234,7 @@ def _network_metadata(lora: Lora, modules: Mapping[str, _Stored]) -> dict[str, s
     return found | ({"ss_base_model_version": kind.version} if kind else {})
 
 
-def _peft_metadata(stored: Mapping[str, _Stored]) -> dict[str, object]:
+def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:
     """What diffusers writes as ``lora_adapter_metadata``: a LoraConfig per component."""
     config: dict[str, object] = {}
     for component in sorted({site.partition(".")[0] for site in stored}):
