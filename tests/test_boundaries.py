@@ -12,7 +12,7 @@ import iteris_core
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
     *("errors", "bases", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
-    *("collector", "report", "hosts", "methods", "merge", "score", "cli", "__main__"),
+    *("collector", "report", "provenance", "hosts", "methods", "merge", "score", "cli", "__main__"),
 )
 
 

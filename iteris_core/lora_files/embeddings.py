@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import LoraFileError
+from ..errors import IterisError, LoraFileError
 from .tensors import read_tensors
 
 _MARK = "bundle_emb."
@@ -42,3 +43,20 @@ def split_embeddings(
             raise LoraFileError(f"{path} and {beside} both hold an embedding {path.stem!r}.")
         found[path.stem] = parts
     return found, rest
+
+
+def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str, Path]:
+    """Where the embeddings of the LoRA ``path`` go: beside it, ``<stem>_emb.safetensors`` for one,
+    ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
+    diffusers from loading it. Raises :class:`IterisError` where that exists."""
+    targets: dict[str, Path] = {}
+    for name in names:
+        safe = re.sub(r"[^A-Za-z0-9-]+", "_", name)[:80]
+        middle = "" if len(names) == 1 else f"_{safe}"
+        target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
+        if target in targets.values():
+            raise IterisError(f"Embeddings {names} would be written to one file, {target}.")
+        if target.exists() and not overwrite:
+            raise IterisError(f"{target} exists already; choose another name or allow overwriting.")
+        targets[name] = target
+    return targets

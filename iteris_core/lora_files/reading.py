@@ -21,7 +21,7 @@ from .mmdit_names import Alias
 from .names import all_aliases
 from .parts import refusal, split_key
 from .rebuild import Rebuilt, rebuild
-from .tensors import read_tensors
+from .tensors import file_digest, read_tensors
 
 Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a LoRA is a DoRA."""
@@ -80,7 +80,15 @@ def read_lora_file(
         for piece in alias:
             _add(found, piece.site, piece.rows, change, base.shapes[piece.site], options)
     return Lora(
-        found.sites, path.stem, metadata, base, found.scales, found.all_notes(options), embeddings
+        found.sites,
+        path.stem,
+        metadata,
+        str(path),
+        file_digest(path),
+        base,
+        found.scales,
+        found.all_notes(options),
+        embeddings,
     )
 
 

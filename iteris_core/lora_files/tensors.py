@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -62,3 +63,9 @@ def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:
             f"{path}: tensor {key} holds NaN or infinite values; the file is broken or its "
             "training diverged."
         )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the whole file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..bases import text_component
 from ..errors import IterisError
 from ..lora import Lora
+from .embeddings import embedding_targets
 from .mmdit_names import Alias, Piece
 from .names import kohya_modules
 from .stored import Stored, shaped, store_all
@@ -80,7 +81,11 @@ def write_lora(
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + _content_hash(tensors)
+    targets = embedding_targets(path, list(lora.embeddings), overwrite)
     _save_atomically(tensors, path, {**metadata, "format": "pt"})
+    for name, target in targets.items():
+        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
+        _save_atomically(parts, target, {"name": name})
     return path
 
 
