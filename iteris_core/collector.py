@@ -15,6 +15,7 @@ from .moments import (
     TargetMoments,
     add_inputs,
     add_target,
+    full_precision,
     new_inputs,
     new_target,
 )
@@ -87,9 +88,10 @@ class Collector:
                     ready = change.to(visit.inputs.dtype, visit.inputs.device)
                     own = delta(module, ready, visit.inputs[start:stop])
                     base = full - output_tokens(module, own)
-            if add_shared:
-                add_inputs(entry.shared.concepts[concept], reference, merged)
-            add_target(entry.targets[concept], change, reference, merged, full, base)
+            with full_precision(merged.device):
+                if add_shared:
+                    add_inputs(entry.shared.concepts[concept], reference, merged)
+                add_target(entry.targets[concept], change, reference, merged, full, base)
 
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
         change = next(change for change in changes if change is not None)

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -59,18 +60,22 @@ class Visitor(Protocol):
 
 @dataclass
 class MicroBatch:
-    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists."""
+    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
+
+    ``merged_only`` gives all of them the merged changes and none their LoRA's.
+    """
 
     run: Callable[[], None]
     owners: Sequence[int]
     copies: int
     visitor: Visitor | None = None
     pauses: bool = False
+    merged_only: bool = False
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of rows of one concept, as (concept, start, stop)."""
         spans: list[tuple[int, int, int]] = []
@@ -149,11 +154,11 @@ class Lockstep:
         self._cast.clear()
         self._active = None
 
-    def run(self, batch: MicroBatch) -> None:
-        """One forward, start to end."""
+    def run(self, batch: MicroBatch, *, grad: bool = False) -> None:
+        """One forward, start to end; with ``grad`` it can be differentiated by merged changes."""
         self._active = batch
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 batch.run()
         finally:
             self._active = None
@@ -201,6 +206,11 @@ class Lockstep:
                     f"Site {site} received {inputs.shape[0]} rows where {rows * batch.copies} were "
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
+            if batch.merged_only:
+                merged = self.merged.get(site)
+                if merged is None:
+                    return None
+                return output + delta(module, merged.to(inputs.dtype, inputs.device), inputs)
             spans = batch.spans
             for concept, start, stop in spans:
                 change = changes[concept]

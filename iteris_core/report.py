@@ -45,8 +45,42 @@ class MergeReport:
 
         return [(mean(i, "before"), mean(i, "after")) for i in range(len(self.concepts))]
 
+    def blocks(self) -> dict[str, list[tuple[float, float]]]:
+        """block → (before, after) of every concept, root mean square over the block's sites."""
+        groups: dict[str, list[SiteReport]] = {}
+        for name, site in self.sites.items():
+            if site.after:
+                groups.setdefault(block_of(name), []).append(site)
+
+        def mean(sites: list[SiteReport], index: int, name: str) -> float:
+            return math.sqrt(sum(getattr(s, name)[index] ** 2 for s in sites) / len(sites))
+
+        return {
+            block: [
+                (mean(sites, i, "before"), mean(sites, i, "after"))
+                for i in range(len(self.concepts))
+            ]
+            for block, sites in groups.items()
+        }
+
+    def sentence(self) -> str:
+        """Where the concepts disagree most, and what to expect of it."""
+        blocks = self.blocks()
+        if not blocks or len(self.concepts) < 2:
+            return ""
+        worst = max(blocks, key=lambda block: sum(after for _, after in blocks[block]))
+        left = self.residuals()
+        order = sorted(range(len(left)), key=lambda i: -left[i][1])
+        first, second = (self.concepts[i] for i in order[:2])
+        error = left[order[0]][1]
+        outlook = "kept almost whole" if error < 0.25 else "kept, with some detail lost"
+        if error >= 0.75:
+            outlook = "weak: merge fewer concepts, or give it a larger weight"
+        return f"{first} and {second} disagree most in {worst}; expect {first} {outlook}."
+
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
+        data["sentence"] = self.sentence()
         data["residuals"] = {
             name: {"before": before, "after": after}
             for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
@@ -70,4 +104,17 @@ class MergeReport:
                 )
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
-        return "\n".join(lines)
+        sentence = self.sentence()
+        return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
+
+
+def block_of(site: str) -> str:
+    """``up_blocks.1`` of a UNet site, ``text_encoder.layers.3`` of a text encoder's."""
+    component, *parts = site.split(".")
+    prefix = [] if component in ("unet", "transformer") else [component]
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join([*prefix, *parts[max(0, index - 1) : index + 1]])
+        if part == "mid_block":
+            return part
+    return ".".join([*prefix, *parts[:-1]]) or site

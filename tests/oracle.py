@@ -56,6 +56,12 @@ class ModuleHost:
     def samples(self, concepts, sites, calibration, lockstep, generator, tick):
         return self.data
 
+    def token_counts(self, prompts):
+        raise AssertionError("not used")
+
+    def forward(self, samples, rows):
+        return self.model(torch.cat(list(samples))[list(rows)])
+
     def stages(self, samples, sites):
         owners = [i for i, rows in enumerate(samples) for _ in range(len(rows))]
         rows_of = torch.cat(list(samples))

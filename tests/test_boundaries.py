@@ -12,7 +12,18 @@ import iteris_core
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
     *("errors", "bases", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
-    *("collector", "report", "provenance", "hosts", "methods", "merge", "score", "cli", "__main__"),
+    *(
+        "collector",
+        "report",
+        "report_plots",
+        "provenance",
+        "hosts",
+        "methods",
+        "merge",
+        "score",
+        "cli",
+        "__main__",
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from ..errors import IterisError
 from .common import console
 from .demo import demo
 from .merge import merge
+from .score import compare, methods, score
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Merge several LoRAs into one by least squares on what the merged model really sees.",
 )
-for command in (merge, demo):
+for command in (merge, compare, score, methods, demo):
     app.command()(command)
 
 

@@ -69,6 +69,12 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_base(base: str, device: str | None) -> Any:
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -77,7 +83,7 @@ def load_base(base: str, device: str | None) -> Any:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     try:
         if base.endswith(".safetensors"):
             pipeline = StableDiffusionPipeline.from_single_file(base)

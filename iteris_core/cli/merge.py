@@ -46,6 +46,7 @@ def merge(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output file")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A PNG of the output errors per block")] = None,
 ) -> None:
     """Merge LoRAs on a Stable Diffusion base and write one LoRA."""
     chosen = find_method(method)
@@ -87,6 +88,10 @@ def merge(
             on_progress=on_progress,
         )
     path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
+    if plot is not None:
+        from ..report_plots import plot_residuals
+
+        plot_residuals(result.report).savefig(plot)
     _report(result, path, as_json)
 
 

@@ -59,6 +59,14 @@ class Host(Protocol):
         """Make the rows on which features are collected; opaque to everybody but the host."""
         ...
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, with start and end but without padding."""
+        ...
+
+    def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
+        """The model's final output for rows of ``samples``, rows first; differentiable."""
+        ...
+
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
         """The stages that reach ``sites``. Each must be run to its end, in order."""
         ...

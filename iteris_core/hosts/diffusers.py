@@ -70,6 +70,11 @@ class DiffusersHost:
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        tokenizer = self.pipeline.tokenizer
+        found = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length)
+        return [len(ids) for ids in found.input_ids]
+
     def samples(
         self,
         concepts: Sequence[Concept],
@@ -97,6 +102,18 @@ class DiffusersHost:
         for row in empty.nonzero().flatten().tolist():
             row_prompts[row] = ""
         return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten())
+
+    def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
+        text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
+        if samples.latents is None or samples.timesteps is None:
+            return text
+        unet, index = self.pipeline.unet, torch.as_tensor(list(rows))
+        return unet(
+            samples.latents[index].to(self.device, unet.dtype),
+            samples.timesteps[index].to(self.device),
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         text_sites = [site for site in sites if site.startswith("text_encoder.")]

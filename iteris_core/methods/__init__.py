@@ -5,7 +5,33 @@ To add one, write a file like :mod:`.linear` and name it in the import below. A 
 declared once and read by the library, the command line and the nodes.
 """
 
-from . import iteris, linear
+from . import (
+    custom_diffusion,
+    dare,
+    iteris,
+    iteris_subspace,
+    knots,
+    linear,
+    orthogonal,
+    regmean,
+    ssr,
+    ties,
+)
 from .registry import Method, Task, all_methods, find_method
 
-__all__ = ["Method", "Task", "all_methods", "find_method", "iteris", "linear"]
+__all__ = [
+    "Method",
+    "Task",
+    "all_methods",
+    "custom_diffusion",
+    "dare",
+    "find_method",
+    "iteris",
+    "iteris_subspace",
+    "knots",
+    "linear",
+    "orthogonal",
+    "regmean",
+    "ssr",
+    "ties",
+]

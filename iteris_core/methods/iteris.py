@@ -7,19 +7,19 @@ once, in execution order, on inputs that already passed the solved sites: one pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..collector import Collector, SiteMoments
 from ..errors import IterisError, SettingsError, SolveError
-from ..hosts import Host, Stage
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
+from .passes import micro_batches, sweep_pass
+from .polish import polish
 from .registry import Merged, Task, method
 
 
@@ -30,9 +30,10 @@ class IterisSettings:
     ``align``: what a site's output is held against, see :mod:`..solve`. ``schedule``: one sweep or
     ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
-    of eq. 7. ``rank``: at most this rank per site, or the
-    share of output energy to keep, such as 0.99 (None: Σ r_i). ``micro_batch``: rows per forward
-    (the result is the same for any). ``statistics``: dtype of the moments.
+    of eq. 7. ``rank``: at most this rank per site, or the share of output energy to keep, such as
+    0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
+    ``statistics``: dtype of the moments. ``polish_steps``: Adam steps at ``polish_rate`` on the
+    final output, see :mod:`.polish` (0: the closed form alone).
     """
 
     align: Align = "full"
@@ -43,6 +44,8 @@ class IterisSettings:
     rank: Rank | None = None
     micro_batch: int = 32
     statistics: Literal["float32", "float64"] = "float32"
+    polish_steps: int = 0
+    polish_rate: float = 5e-4
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -59,6 +62,8 @@ class IterisSettings:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}.")
         check_rank(self.rank)
+        if self.polish_steps < 0 or not self.polish_rate > 0:
+            raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
         if not 0 <= self.ridge < 1:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
 
@@ -66,85 +71,85 @@ class IterisSettings:
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
-    assert task.host is not None
-    wanted = set(task.references)
-    with task.lockstep() as lockstep:
-        samples = task.host.samples(
-            task.concepts, wanted, task.calibration, lockstep, task.generator, task.tick
+    run = _Run(task, settings)
+    if settings.schedule == "sweep":
+        sweep_pass(task, run.visitor_and_solve, settings.micro_batch)
+    else:
+        run.jacobi()
+    check_complete(task, run.solutions)
+    changes = {site: solution.change for site, solution in run.solutions.items()}
+    if settings.polish_steps:
+        changes = polish(
+            task,
+            changes,
+            steps=settings.polish_steps,
+            rate=settings.polish_rate,
+            batch=settings.micro_batch,
         )
-        run = _Run(task, settings, lockstep)
-        if settings.schedule == "sweep":
-            run.sweep(task.host, samples)
-        else:
-            run.jacobi(task.host, samples)
-    missed = wanted - set(run.solutions)
+    return {site: (changes[site], site_report(s)) for site, s in run.solutions.items()}
+
+
+def check_complete(task: Task, solved: Mapping[str, object]) -> None:
+    """Raise :class:`IterisError` if a forward never reached a site."""
+    missed = set(task.references) - set(solved)
     if missed:
         raise IterisError(
             f"{len(missed)} sites were never reached by a forward, such as {min(missed)}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )
-    return {
-        site: (
-            solution.change,
-            SiteReport(
-                solution.change.rank,
-                solution.balance,
-                solution.before,
-                solution.after,
-                solution.condition,
-                solution.truncated,
-            ),
-        )
-        for site, solution in run.solutions.items()
-    }
+
+
+def site_report(solution: Solution) -> SiteReport:
+    return SiteReport(
+        solution.change.rank,
+        solution.balance,
+        solution.before,
+        solution.after,
+        solution.condition,
+        solution.truncated,
+    )
 
 
 class _Run:
-    def __init__(self, task: Task, settings: IterisSettings, lockstep: Lockstep) -> None:
+    def __init__(self, task: Task, settings: IterisSettings) -> None:
         self.task = task
         self.settings = settings
-        self.lockstep = lockstep
         self.solutions: dict[str, Solution] = {}
 
-    def sweep(self, host: Host, samples: Any) -> None:
-        total = len(self.task.references)
-        self.task.tick("solving sites", 0, total)
-        for stage in host.stages(samples, set(self.task.references)):
-            self._count_rows(stage)
-            collector = self._collector()
+    def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
+        collector = self._collector()
 
-            def solve(site: str, collector: Collector = collector) -> LowRank:
-                solution = self._solve(site, collector.take(site))
-                self.solutions[site] = solution
-                self.task.tick("solving sites", len(self.solutions), total)
-                return solution.change
+        def solve(site: str) -> LowRank:
+            self.solutions[site] = self._solve(site, collector.take(site))
+            return self.solutions[site].change
 
-            self.lockstep.sweep(list(self._batches(stage, 2, collector)), solve)
+        return collector, solve
 
-    def jacobi(self, host: Host, samples: Any) -> None:
-        iterations = self.settings.iterations
-        for iteration in range(iterations):
-            # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
-            copies = 1 if iteration == 0 else 2
-            solved: dict[str, Solution] = {}
-            self.task.tick("iterations", iteration, iterations)
-            for stage in host.stages(samples, set(self.task.references)):
-                if iteration == 0:
-                    self._count_rows(stage)
-                collector = self._collector()
-                for batch in self._batches(stage, copies, collector):
-                    self.lockstep.run(batch)
-                    self.task.tick("iterations", iteration, iterations)
-                for site in collector.sites:
-                    solved[site] = self._solve(site, collector.take(site))
-            if iteration:
-                self.task.convergence.append(_largest_change(self.solutions, solved))
-            self.solutions = solved
-            self.lockstep.merged = {site: s.change for site, s in solved.items()}
-        self.task.tick("iterations", iterations, iterations)
-
-    def _count_rows(self, stage: Stage) -> None:
-        self.task.rows = max(self.task.rows, len(stage.owners))
+    def jacobi(self) -> None:
+        task, host, iterations = self.task, self.task.host, self.settings.iterations
+        assert host is not None
+        wanted = set(task.references)
+        with task.lockstep() as lockstep:
+            samples = task.samples(lockstep)
+            for iteration in range(iterations):
+                # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
+                copies = 1 if iteration == 0 else 2
+                solved: dict[str, Solution] = {}
+                task.tick("iterations", iteration, iterations)
+                for stage in host.stages(samples, wanted):
+                    task.rows = max(task.rows, len(stage.owners))
+                    collector = self._collector()
+                    size = self.settings.micro_batch
+                    for batch in micro_batches(stage, copies, collector, size):
+                        lockstep.run(batch)
+                        task.tick("iterations", iteration, iterations)
+                    for site in collector.sites:
+                        solved[site] = self._solve(site, collector.take(site))
+                if iteration:
+                    task.convergence.append(_largest_change(self.solutions, solved))
+                self.solutions = solved
+                lockstep.merged = {site: s.change for site, s in solved.items()}
+            task.tick("iterations", iterations, iterations)
 
     def _collector(self) -> Collector:
         return Collector(
@@ -152,15 +157,6 @@ class _Run:
             full=self.settings.align == "full",
             dtype=getattr(torch, self.settings.statistics),
         )
-
-    def _batches(self, stage: Stage, copies: int, collector: Collector) -> Iterator[MicroBatch]:
-        for start in range(0, len(stage.owners), self.settings.micro_batch):
-            rows = range(start, min(start + self.settings.micro_batch, len(stage.owners)))
-
-            def run(rows: Sequence[int] = rows) -> None:
-                stage.run(rows, copies)
-
-            yield MicroBatch(run, [stage.owners[row] for row in rows], copies, collector)
 
     def _solve(self, site: str, moments: SiteMoments) -> Solution:
         settings = self.settings

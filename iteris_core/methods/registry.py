@@ -32,10 +32,25 @@ class Task:
     tick: Tick
     rows: int = 0
     convergence: list[float] = field(default_factory=list[float])
+    made: Any = None
 
     @property
     def weights(self) -> list[float]:
         return [concept.weight for concept in self.concepts]
+
+    def samples(self, lockstep: Lockstep) -> Any:
+        """The rows on which features are collected, made once, with each LoRA active."""
+        assert self.host is not None
+        if self.made is None:
+            self.made = self.host.samples(
+                self.concepts,
+                set(self.references),
+                self.calibration,
+                lockstep,
+                self.generator,
+                self.tick,
+            )
+        return self.made
 
     def lockstep(self) -> Lockstep:
         assert self.host is not None

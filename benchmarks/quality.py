@@ -1,0 +1,318 @@
+"""The toybox suite: every method on sets of 2, 3, 5, 7 and 10 concepts, scored alike.
+
+``python benchmarks/quality.py`` writes ``benchmarks/results/quality.json``; QUICK=1 takes a part of
+the sets and methods. Results are kept in ``build/quality.jsonl`` as they come, so that a run that
+was stopped goes on; delete that file to start over.
+
+Each rival is tuned on two pairs that are not reported, on a grid of at most six settings around its
+best published one; ``iteris`` has its defaults. Three seeds of pictures, standard errors over them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import toybox
+from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.score import ClipScorer, without_tokens
+from iteris_core.score.statistics import Stat, over_seeds
+from toybox.demo import TEMPLATES
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path("build/quality.jsonl")
+QUICK = os.environ.get("QUICK") == "1"
+SEEDS = (1, 2, 3)
+COLUMNS = ("image", "text", "judge", "pair")
+
+PAIRS = ((1, 4), (2, 6), (1, 2), (4, 5), (6, 7), (9, 10), (3, 8))
+TRIPLES = ((1, 4, 6), (2, 5, 8), (3, 7, 10), (1, 2, 3), (4, 6, 9))
+SETS: dict[str, Sequence[tuple[int, ...]]] = {
+    "2": PAIRS[:3] if QUICK else PAIRS,
+    "3": TRIPLES[:1] if QUICK else TRIPLES,
+    "5": ((1, 4, 6, 8, 10),),
+    "7": ((1, 2, 4, 5, 6, 8, 10),),
+    "10": (tuple(range(1, 11)),),
+}
+TUNING = ((3, 5), (8, 9))
+
+_DENSITY = ({"density": d, "scale": s} for d in (0.2, 0.5, 0.8) for s in (0.7, 1.0))
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "iteris": [{}],
+    "average": [{}],
+    "sum": [{}],
+    "svd": [{}],
+    "task-arithmetic": [{"scale": s} for s in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)],
+    "ties": list(_DENSITY),
+    "dare-linear": [{"density": d, "scale": s} for d in (0.5, 0.8) for s in (0.4, 0.6, 0.8)],
+    "dare-ties": [{"density": d, "scale": s} for d in (0.5, 0.8) for s in (0.6, 0.8, 1.0)],
+    "knots": [{"density": d, "scale": s} for d in (0.3, 0.6, 1.0) for s in (0.7, 1.0)],
+    "orthogonal": [{"softness": f, "scale": s} for f in (0.0, 1.0) for s in (0.5, 0.7, 1.0)],
+    "regmean": [{"shrink": s} for s in (0.7, 0.9, 0.99, 1.0)],
+    "regmean++": [{"shrink": s} for s in (0.7, 0.9, 0.99, 1.0)],
+    "ssr": [{"ridge": r} for r in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)],
+    "custom-diffusion": [{"ridge": r} for r in (1e-8, 1e-6, 1e-4, 1e-3)],
+    "iteris-subspace": [{"ridge": r} for r in (1e-6, 1e-5, 1e-4)],
+}
+QUICK_METHODS = ("iteris", "average", "sum", "ties", "dare-linear", "regmean", "ssr")
+
+
+@dataclass(frozen=True)
+class Picture:
+    concepts: tuple[str, ...]
+    prompt: str
+    seed: int
+
+
+class World:
+    """The toybox, loaded once: draws and scores."""
+
+    def __init__(self) -> None:
+        self.pipeline = toybox.load_pipeline()
+        self.host = DiffusersHost(self.pipeline)
+        self.concepts = toybox.concepts()
+        self.loras = {t: self.host.read_lora(c.lora) for t, c in self.concepts.items()}
+        self.judge = toybox.load_judge()
+        self.scorer = ClipScorer(*toybox.load_clip())
+        self.settings = toybox.settings()
+        self.references = {
+            token: self.scorer.embed_images([Image.open(f).convert("RGB") for f in c.references])
+            for token, c in self.concepts.items()
+        }
+
+    def concept(self, number: int) -> Concept:
+        token = f"sks{number}"
+        word = self.concepts[token].class_word
+        return Concept(self.loras[token], trigger=token, class_word=word)
+
+    def pictures(self, numbers: Sequence[int]) -> list[Picture]:
+        """Each concept on four backgrounds, and each two neighbours in one picture."""
+        wanted: list[tuple[tuple[str, ...], str]] = []
+        tokens = [f"sks{number}" for number in numbers]
+        for token in tokens:
+            concept = self.concepts[token]
+            for background in concept.backgrounds[:4]:
+                prompt = f"a {token} {concept.class_word} on a {background} background"
+                wanted.append(((token,), prompt))
+        for left, right in itertools.pairwise(tokens):
+            one, two = self.concepts[left], self.concepts[right]
+            background = next(b for b in one.backgrounds if b in two.backgrounds)
+            prompt = (
+                f"a {left} {one.class_word} left of a {right} {two.class_word} "
+                f"on a {background} background"
+            )
+            wanted.append(((left, right), prompt))
+        return [Picture(shown, prompt, seed) for shown, prompt in wanted for seed in SEEDS]
+
+    def draw(self, lora: Lora | None, pictures: Sequence[Picture]) -> list[Image.Image]:
+        """With the changes added to the weights, which are put back bit for bit."""
+        sites = self.host.sites()
+        kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
+        try:
+            for site, change in (lora.sites if lora else {}).items():
+                weight = sites[site].weight.data
+                weight += change.dense().reshape(weight.shape)
+            images: list[Image.Image] = []
+            for start in range(0, len(pictures), 32):
+                some = pictures[start : start + 32]
+                # The noise depends on the prompt too, so that no two prompts share a picture.
+                generators = [
+                    torch.Generator().manual_seed(
+                        int(hashlib.sha256(f"{p.prompt}{p.seed}".encode()).hexdigest()[:8], 16)
+                    )
+                    for p in some
+                ]
+                images += self.pipeline(
+                    [p.prompt for p in some],
+                    num_inference_steps=self.settings["steps"],
+                    guidance_scale=self.settings["guidance"],
+                    generator=generators,
+                ).images
+            return images
+        finally:
+            for site, weight in kept.items():
+                sites[site].weight.data.copy_(weight)
+
+    def score(
+        self, pictures: Sequence[Picture], images: Sequence[Image.Image]
+    ) -> dict[str, dict[str, float]]:
+        """column → seed → mean"""
+        values: dict[str, list[tuple[int, float]]] = {column: [] for column in COLUMNS}
+        vectors = self.scorer.embed_images(images)
+        texts = self.scorer.embed_texts(
+            [without_tokens(p.prompt, list(self.concepts)) for p in pictures]
+        )
+        alone = self.judge.read(images)
+        halves = self.judge.read_halves(images)
+        for p, vector, text, whole, two in zip(
+            pictures, vectors, texts, alone, halves, strict=True
+        ):
+            things = [self.concepts[token].thing for token in p.concepts]
+            values["text"].append((p.seed, float(vector @ text)))
+            if len(things) == 1:
+                image = float((self.references[p.concepts[0]] @ vector).mean())
+                values["image"].append((p.seed, image))
+                values["judge"].append((p.seed, sum(whole.matches(things[0])) / 4))
+            else:
+                right = sum(sum(h.matches(t)) for h, t in zip(two, things, strict=True)) / 8
+                values["pair"].append((p.seed, right))
+        return {
+            column: {str(seed): _mean(v for s, v in some if s == seed) for seed in SEEDS if some}
+            for column, some in values.items()
+            if some
+        }
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+class Suite:
+    """Scores by (set, method, settings), each measured once."""
+
+    def __init__(self, world: World, cache: Path) -> None:
+        self.world = world
+        self.cache = cache
+        self.known: dict[str, dict[str, Any]] = {}
+        if cache.exists():
+            for line in cache.read_text().splitlines():
+                entry = json.loads(line)
+                self.known[entry["key"]] = entry
+
+    def measure(
+        self,
+        numbers: Sequence[int],
+        method: str,
+        settings: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, float]]:
+        key = json.dumps([list(numbers), method, settings or {}, calibration or {}], sort_keys=True)
+        if key not in self.known:
+            started = time.perf_counter()
+            scores, merge_seconds = self._measure(numbers, method, settings, calibration or {})
+            entry = {
+                "key": key,
+                "scores": scores,
+                "merge_seconds": merge_seconds,
+                "seconds": time.perf_counter() - started,
+            }
+            self.known[key] = entry
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with self.cache.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(key, {c: round(_mean(v.values()), 3) for c, v in scores.items()},
+                  f"{entry['seconds']:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+        return self.known[key]["scores"]
+
+    def _measure(
+        self,
+        numbers: Sequence[int],
+        method: str,
+        settings: Mapping[str, Any] | None,
+        calibration: Mapping[str, Any],
+    ) -> tuple[dict[str, dict[str, float]], float]:
+        world = self.world
+        pictures = world.pictures(numbers)
+        if method == "base":
+            return world.score(pictures, world.draw(None, pictures)), 0.0
+        if method == "single":
+            images: list[Image.Image] = []
+            pictures = [p for p in pictures if len(p.concepts) == 1]
+            for number in numbers:
+                mine = [p for p in pictures if p.concepts == (f"sks{number}",)]
+                images += world.draw(world.loras[f"sks{number}"], mine)
+            return world.score(pictures, images), 0.0
+        result = merge_loras(
+            world.host,
+            [world.concept(number) for number in numbers],
+            method,
+            settings=settings,
+            calibration=Calibration(**{"templates": TEMPLATES, **calibration}),
+        )
+        return world.score(pictures, world.draw(result.lora, pictures)), result.report.seconds
+
+    def tune(self, method: str) -> dict[str, Any]:
+        """The setting with the best mean of image and text on the tuning pairs."""
+        grid = GRIDS[method]
+        if len(grid) == 1:
+            return grid[0]
+
+        def quality(settings: Mapping[str, Any]) -> float:
+            scores = [self.measure(pair, method, settings) for pair in TUNING]
+            return _mean(_mean(s[c].values()) for s in scores for c in ("image", "text"))
+
+        return max(grid, key=quality)
+
+    def total(
+        self,
+        sets: Sequence[tuple[int, ...]],
+        method: str,
+        settings: Mapping[str, Any] | None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, Stat]:
+        """column → mean over sets, standard error over seeds."""
+        scores = [self.measure(numbers, method, settings, calibration) for numbers in sets]
+        row: dict[str, Stat] = {}
+        for column in COLUMNS:
+            pairs = [
+                (value, int(seed)) for s in scores for seed, value in s.get(column, {}).items()
+            ]
+            if pairs:
+                row[column] = over_seeds([v for v, _ in pairs], [seed for _, seed in pairs])
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--sizes", default=",".join(SETS))
+    arguments = parser.parse_args()
+    suite = Suite(World(), CACHE)
+    every = QUICK_METHODS if QUICK else GRIDS
+    names = arguments.methods.split(",") if arguments.methods else list(every)
+    chosen = {name: suite.tune(name) for name in names}
+    data: dict[str, Any] = {
+        "default": "iteris",
+        "seeds": len(SEEDS),
+        "settings": chosen,
+        "sets": {},
+    }
+    for size in arguments.sizes.split(","):
+        rows = {
+            name: suite.total(SETS[size], name, chosen.get(name))
+            for name in ("base", "single", *names)
+        }
+        data["sets"][size] = {
+            name: {column: stat.to_dict() for column, stat in row.items()}
+            for name, row in rows.items()
+        }
+        _show(size, rows)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "quality.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _show(size: str, rows: Mapping[str, Mapping[str, Stat]]) -> None:
+    print(f"\n{size} concepts")
+    floor, ceiling = rows["base"]["image"].mean, rows["single"]["image"].mean
+    for name, row in sorted(rows.items(), key=lambda r: -r[1]["image"].mean - r[1]["text"].mean):
+        cells = "  ".join(f"{c} {row[c]}" for c in COLUMNS if c in row)
+        kept = (row["image"].mean - floor) / (ceiling - floor)
+        print(f"{name:18} {cells}  kept {kept:.2f}")
+
+
+if __name__ == "__main__":
+    main()

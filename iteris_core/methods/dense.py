@@ -1,0 +1,40 @@
+"""What the methods that work on whole ΔW matrices share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..lora import LowRank, Rank, factorize, truncate
+from ..report import SiteReport
+from .registry import Merged, Task
+
+
+def merge_dense(
+    task: Task, rank: Rank | None, merge: Callable[[Sequence[Tensor]], Tensor]
+) -> Merged:
+    """Apply ``merge`` to the dense changes of each site, (out, in), float64, and cut by SVD.
+
+    The result of ``merge`` is of full rank in general; ``rank=None`` keeps Σ r_i, and the report
+    has the share of energy that is lost.
+    """
+    merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    for site, changes in task.references.items():
+        present = [change for change in changes if change is not None]
+        dense = merge(
+            [
+                change.up.double() @ change.down.double() * weight
+                for change, weight in zip(changes, task.weights, strict=True)
+                if change is not None
+            ]
+        )
+        limit = rank if isinstance(rank, int) else sum(change.rank for change in present)
+        limit = min(limit, *dense.shape)
+        change, lost = factorize(dense, limit, like=present[0])
+        if isinstance(rank, float):
+            change, more = truncate(change, rank)
+            lost = 1 - (1 - lost) * (1 - more)
+        merged[site] = change, SiteReport(change.rank, truncated=lost)
+        task.tick("merging sites", len(merged), len(task.references))
+    return merged

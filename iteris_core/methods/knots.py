@@ -1,0 +1,69 @@
+"""KnOTS (Stoica et al., ICLR 2025, arXiv 2410.19735): merge in a basis that the LoRAs share.
+
+[ΔW_1 … ΔW_N] = U S [V_1 … V_N]; the V_i are merged with TIES and ΔW = U S V. The SVD of the wide
+matrix is one QR of the stacked up factors and one small SVD; the result has rank Σ r_i exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..lora import LowRank, Rank, check_rank, truncate
+from ..report import SiteReport
+from .registry import Merged, Task, method
+from .ties import check_density, disjoint_mean, keep_largest
+
+
+@dataclass(frozen=True)
+class KnotsSettings:
+    """``density``, ``scale``: of TIES on the V_i; ``rank``: of the result (None: Σ r_i)."""
+
+    density: float = 0.3
+    scale: float = 1.0
+    rank: Rank | None = None
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_rank(self.rank)
+
+
+@method("knots", KnotsSettings, needs_host=False)
+def knots(task: Task, settings: KnotsSettings) -> Merged:
+    """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
+    merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    for site, changes in task.references.items():
+        present = [
+            (change, weight)
+            for change, weight in zip(changes, task.weights, strict=True)
+            if change is not None
+        ]
+        basis, parts = shared_basis([change.scaled(weight) for change, weight in present])
+        trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
+        first = present[0][0]
+        change = LowRank(basis, settings.scale * disjoint_mean(trimmed), first.kernel)
+        lost = 0.0
+        if settings.rank is not None and settings.rank < change.rank:
+            change, lost = truncate(change, settings.rank)
+        change = change.to(first.up.dtype)
+        merged[site] = change, SiteReport(change.rank, truncated=lost)
+    return merged
+
+
+def shared_basis(changes: list[LowRank]) -> tuple[Tensor, list[Tensor]]:
+    """U S, (out, Σ r_i), and the V_i, (Σ r_i, in) each, with ΔW_i = U S V_i; float64."""
+    q, r = torch.linalg.qr(torch.cat([change.up.double() for change in changes], dim=1))
+    starts = [0]
+    for change in changes:
+        starts.append(starts[-1] + change.rank)
+    wide = torch.cat(
+        [
+            r[:, start:stop] @ change.down.double()
+            for change, start, stop in zip(changes, starts[:-1], starts[1:], strict=True)
+        ],
+        dim=1,
+    )
+    u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+    return q @ (u * s), list(vt.split(changes[0].shape[1], dim=1))

@@ -1,0 +1,86 @@
+"""RegMean and RegMean++: least squares on each LoRA's own inputs, or on the merged model's.
+
+RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) is the paper's eq. 4, ΔW = (Σ ΔW_i G_i)(Σ G_i)⁻¹
+with G_i = X_iᵀX_i, its off-diagonal entries shrunk. RegMean++ (2025, arXiv 2508.03121) takes G_i
+from the inputs that reach the site through the layers merged already. Both are exactly low rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..collector import Collector, SiteMoments
+from ..errors import SettingsError
+from ..lora import LowRank, Rank, check_rank
+from ..moments import InputMoments, SharedInputs
+from ..solve import Solution, solve_site
+from .iteris import check_complete, site_report
+from .passes import reference_pass, sweep_pass
+from .registry import Merged, Task, method
+
+
+@dataclass(frozen=True)
+class RegMeanSettings:
+    """``shrink``: what off-diagonal entries of G_i are multiplied by (0.9 in the paper; 1 is
+    eq. 4). ``rank``: of the result (None: Σ r_i). ``micro_batch``: rows per forward."""
+
+    shrink: float = 0.9
+    rank: Rank | None = None
+    micro_batch: int = 32
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        if not 0 <= self.shrink <= 1:
+            raise SettingsError(f"shrink must be in [0, 1], not {self.shrink}.")
+        if self.micro_batch < 1:
+            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+
+
+@method("regmean", RegMeanSettings, needs_host=True)
+def regmean(task: Task, settings: RegMeanSettings) -> Merged:
+    """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
+    collector = Collector(task.references, full=False)
+    reference_pass(task, collector, settings.micro_batch)
+    solved = {site: _solve(task, site, collector.take(site), settings) for site in collector.sites}
+    check_complete(task, solved)
+    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+
+
+@method("regmean++", RegMeanSettings, needs_host=True)
+def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
+    """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
+    solved: dict[str, Solution] = {}
+
+    def visitor_and_solve() -> tuple[Collector, Callable[[str], LowRank]]:
+        collector = Collector(task.references, full=False)
+
+        def solve(site: str) -> LowRank:
+            solved[site] = _solve(task, site, collector.take(site), settings)
+            return solved[site].change
+
+        return collector, solve
+
+    sweep_pass(task, visitor_and_solve, settings.micro_batch)
+    check_complete(task, solved)
+    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+
+
+def _solve(task: Task, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
+    """The adapter objective with X = X̃: both moments are the shrunk G_i."""
+    shrunk: list[InputMoments] = []
+    for part in moments.shared.concepts:
+        gram = settings.shrink * part.own + (1 - settings.shrink) * torch.diag(part.own.diagonal())
+        shrunk.append(InputMoments(gram, gram, part.tokens))
+    return solve_site(
+        task.references[site],
+        SharedInputs(shrunk),
+        moments.targets,
+        task.weights,
+        align="adapter",
+        balance="none",
+        ridge=0.0,
+        rank=settings.rank,
+    )

@@ -1,0 +1,68 @@
+"""TIES-Merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708): trim, elect sign, disjoint merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingsError
+from ..lora import Rank, check_rank
+from .dense import merge_dense
+from .registry import Merged, Task, method
+
+
+@dataclass(frozen=True)
+class TiesSettings:
+    """``density``: share of entries kept per LoRA (0.2 in the paper); ``scale``: λ; ``rank``: of
+    the result (None: Σ r_i)."""
+
+    density: float = 0.2
+    scale: float = 1.0
+    rank: Rank | None = None
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_rank(self.rank)
+
+
+@method("ties", TiesSettings, needs_host=False)
+def ties(task: Task, settings: TiesSettings) -> Merged:
+    """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
+
+    def merge(changes: Sequence[Tensor]) -> Tensor:
+        trimmed = torch.stack([keep_largest(change, settings.density) for change in changes])
+        return settings.scale * disjoint_mean(trimmed)
+
+    return merge_dense(task, settings.rank, merge)
+
+
+def check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise SettingsError(f"density must be in (0, 1], not {density}.")
+
+
+def keep_largest(change: Tensor, density: float) -> Tensor:
+    """Zero all but the ``density`` share of largest magnitudes."""
+    keep = max(1, int(density * change.numel()))
+    if keep == change.numel():
+        return change
+    kept = torch.zeros_like(change).flatten()
+    index = change.abs().flatten().topk(keep).indices
+    kept[index] = change.flatten()[index]
+    return kept.reshape(change.shape)
+
+
+def elect_signs(changes: Tensor) -> Tensor:
+    """The sign of the sum of (concepts, …) per entry; where it is zero, the sign of the whole."""
+    total = changes.sum(dim=0)
+    majority = total.sum().sign()
+    return torch.where(total == 0, majority, total.sign())
+
+
+def disjoint_mean(changes: Tensor) -> Tensor:
+    """Mean over (concepts, …) of the entries that have the elected sign."""
+    agree = (changes.sign() == elect_signs(changes)) & (changes != 0)
+    return (changes * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)

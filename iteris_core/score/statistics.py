@@ -1,0 +1,71 @@
+"""Means with standard errors over seeds, and tables of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean and its standard error; ``se`` is NaN where there is only one seed."""
+
+    mean: float
+    se: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        return {"mean": self.mean, "se": None if math.isnan(self.se) else self.se}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if math.isnan(self.se) else f"{self.mean:.4f} ± {self.se:.4f}"
+
+
+def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
+    """The mean of the seeds' means, and the standard error of that mean.
+
+    Pictures of one seed share their noise, so that seeds, not pictures, are what is independent.
+    """
+    groups: dict[int, list[float]] = {}
+    for value, seed in zip(values, seeds, strict=True):
+        groups.setdefault(seed, []).append(value)
+    means = [sum(group) / len(group) for group in groups.values()]
+    mean = sum(means) / len(means)
+    if len(means) < 2:
+        return Stat(mean, math.nan)
+    variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
+    return Stat(mean, math.sqrt(variance / len(means)))
+
+
+Rows = Mapping[str, Mapping[str, Stat]]
+"""method → column → value"""
+
+
+def markdown_table(rows: Rows) -> str:
+    """A table of four digits; a column that a row lacks stays empty."""
+    columns = _columns(rows)
+    lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for name, row in rows.items():
+        cells = [str(row[column]) if column in row else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(rows: Rows) -> str:
+    columns = _columns(rows)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["method", *(f"{c} {part}" for c in columns for part in ("mean", "se"))])
+    for name, row in rows.items():
+        cells: list[float | str] = []
+        for column in columns:
+            stat = row.get(column)
+            cells += ["", ""] if stat is None else [stat.mean, stat.se]
+        writer.writerow([name, *cells])
+    return text.getvalue()
+
+
+def _columns(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(column for row in rows.values() for column in row))

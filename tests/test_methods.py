@@ -1,0 +1,238 @@
+"""Every rival method against an independent source: peft's functions, or plain float64 formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import (
+    SITES,
+    ModuleHost,
+    Net,
+    captured_inputs,
+    changed,
+    dense_changes,
+    difference,
+    make_data,
+    make_lora,
+)
+from peft.utils import merge_utils
+
+from iteris_core import Concept, all_methods, merge_loras
+
+WIDE = 1000
+
+
+def merge(loras, method, data=None, generator=None, **settings):
+    data = data or make_data(len(loras))
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    return merge_loras(
+        ModuleHost(Net(), data), concepts, method, settings=settings, generator=generator
+    )
+
+
+LORAS = [make_lora(1, rank=2), make_lora(2, rank=3), make_lora(3, rank=2)]
+DENSE = [dense_changes(lora) for lora in LORAS]
+
+
+def per_site(function):
+    return {site: function([dense[site] for dense in DENSE]) for site in SITES}
+
+
+def test_every_method_is_listed_with_a_summary():
+    names = {method.name for method in all_methods()}
+    assert names >= {
+        *("average", "sum", "svd", "task-arithmetic", "ties", "dare-linear", "dare-ties"),
+        *("knots", "regmean", "regmean++", "ssr", "custom-diffusion", "orthogonal"),
+        *("iteris", "iteris-subspace"),
+    }
+    assert all(len(method.summary) > 10 for method in all_methods())
+
+
+def test_linear_ones_agree_with_peft():
+    weights = torch.ones(3, dtype=torch.float64)
+    total = per_site(lambda d: merge_utils.task_arithmetic(d, weights))
+    assert difference(merge(LORAS, "sum").lora, total) < 1e-12
+    scaled = per_site(lambda d: merge_utils.task_arithmetic(d, 0.3 * weights))
+    ours = merge(LORAS, "task-arithmetic", scale=0.3)
+    assert difference(ours.lora, scaled) < 1e-12
+
+
+def test_svd_is_the_best_low_rank_sum():
+    ours = merge(LORAS, "svd").lora
+    for site in SITES:
+        total = sum(dense[site] for dense in DENSE)
+        u, s, vt = torch.linalg.svd(total, full_matrices=False)
+        assert ours.sites[site].rank == 3
+        best = (u[:, :3] * s[:3]) @ vt[:3]
+        assert torch.allclose(ours.sites[site].dense(), best, atol=1e-9)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:The density")
+def test_ties_agrees_with_peft(density):
+    wanted = per_site(lambda d: merge_utils.ties(d, torch.ones(3), density))
+    ours = merge(LORAS, "ties", density=density, rank=WIDE)
+    assert difference(ours.lora, wanted) < 1e-9
+
+
+def seeded_masks(monkeypatch, density):
+    """Let peft draw the same masks as ours do: (concepts, out, in) per site, in order."""
+    generator = torch.Generator().manual_seed(5)
+    masks = []
+
+    def bernoulli(probabilities):
+        if not masks:
+            shape = (3, *probabilities.shape)
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) < density
+            masks.extend(drawn.to(probabilities))
+        return masks.pop(0)
+
+    monkeypatch.setattr(merge_utils.torch, "bernoulli", bernoulli)
+
+
+@pytest.mark.parametrize("name", ["dare-linear", "dare-ties"])
+def test_dare_agrees_with_peft_on_the_same_masks(monkeypatch, name):
+    seeded_masks(monkeypatch, 0.4)
+    function = getattr(merge_utils, name.replace("-", "_"))
+    wanted = per_site(lambda d: function(d, torch.ones(3), 0.4))
+    ours = merge(LORAS, name, generator=torch.Generator().manual_seed(5), density=0.4, rank=WIDE)
+    assert difference(ours.lora, wanted) < 1e-9
+
+
+def test_dare_is_unbiased_and_reproducible():
+    total = per_site(sum)
+    first, again = (
+        merge(LORAS, "dare-linear", generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert difference(first.lora, dense_changes(again.lora)) == 0
+    mean = {site: torch.zeros_like(change) for site, change in total.items()}
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = merge(LORAS, "dare-linear", generator=generator, rank=WIDE)
+        for site in SITES:
+            mean[site] += drawn.lora.sites[site].dense() / 60
+    for site in SITES:
+        assert float((mean[site] - total[site]).norm() / total[site].norm()) < 0.25
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_knots_is_ties_in_the_joint_basis(density):
+    ours = merge(LORAS, "knots", density=density)
+    for site in SITES:
+        u, s, vt = torch.linalg.svd(
+            torch.cat([dense[site] for dense in DENSE], dim=1), full_matrices=False
+        )
+        kept = min(7, len(u))
+        parts = [v[:kept] for v in vt.split(DENSE[0][site].shape[1], dim=1)]
+        if density < 1:
+            parts = [merge_utils.magnitude_based_pruning(part, density) for part in parts]
+        stacked = torch.stack(parts)
+        mask = merge_utils.calculate_majority_sign_mask(stacked)
+        merged = merge_utils.disjoint_merge(stacked, mask & (stacked != 0))
+        wanted = (u[:, :kept] * s[:kept]) @ merged
+        assert torch.allclose(ours.lora.sites[site].dense(), wanted, atol=1e-9)
+
+
+def test_orthogonal_leaves_earlier_loras_alone():
+    ours = merge(LORAS, "orthogonal").lora
+    for site in SITES:
+        rows = LORAS[0].sites[site].down
+        kept = ours.sites[site].dense() @ rows.mT
+        assert torch.allclose(kept, DENSE[0][site] @ rows.mT, atol=1e-9)
+    soft = merge(LORAS, "orthogonal", softness=1e9).lora
+    assert difference(soft, per_site(sum)) < 1e-6
+
+
+def references():
+    data = make_data(3)
+    return [captured_inputs(changed(Net(), dense), x) for dense, x in zip(DENSE, data, strict=True)]
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.9])
+def test_regmean_is_equation_four(shrink):
+    ours = merge(LORAS, "regmean", shrink=shrink)
+    inputs = references()
+
+    def shrunk(x):
+        gram = x.mT @ x
+        return shrink * gram + (1 - shrink) * gram.diag().diag()
+
+    wanted = {}
+    for site in SITES:
+        grams = [shrunk(x[site]) for x in inputs]
+        right = sum(dense[site] @ gram for dense, gram in zip(DENSE, grams, strict=True))
+        wanted[site] = right @ torch.linalg.inv(sum(grams))
+    assert difference(ours.lora, wanted) < 1e-4  # statistics are float32
+
+
+def test_regmean_plus_plus_sees_the_merged_layers():
+    ours = merge(LORAS, "regmean++", shrink=1.0)
+    seen = [captured_inputs(changed(Net(), dense_changes(ours.lora)), x) for x in make_data(3)]
+    for site in SITES:
+        grams = [x[site].mT @ x[site] for x in seen]
+        right = sum(dense[site] @ gram for dense, gram in zip(DENSE, grams, strict=True))
+        wanted = right @ torch.linalg.inv(sum(grams))
+        found = ours.lora.sites[site].dense()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+    assert difference(ours.lora, dense_changes(merge(LORAS, "regmean", shrink=1.0).lora)) > 1e-2
+
+
+def test_ssr_is_its_published_router():
+    ours = merge(LORAS, "ssr", ridge=1e-3)
+    inputs = references()
+    for site in SITES:
+        downs = [lora.sites[site].down for lora in LORAS]
+        stacked = torch.cat(downs)
+        z = [x[site] @ stacked.mT for x in inputs]
+        count = sum(map(len, z))
+        gram = sum(part.mT @ part for part in z) / count
+        guide = torch.cat(
+            [(x[site] @ down.mT).mT @ part for x, down, part in zip(inputs, downs, z, strict=True)]
+        )
+        router = guide / count @ torch.linalg.inv(gram + 1e-3 * torch.eye(len(gram)))
+        up = torch.cat([lora.sites[site].up for lora in LORAS], dim=1)
+        wanted = up @ router @ stacked
+        found = ours.lora.sites[site].dense()
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_ssr_passes_sites_of_one_lora_through():
+    one, two = make_lora(1, sites=("q", "out")), make_lora(2, sites=("out", "up"))
+    ours = merge([one, two], "ssr")
+    for lora, site in ((one, "q"), (two, "up")):
+        assert torch.equal(ours.lora.sites[site].dense(), lora.sites[site].dense())
+
+
+def test_the_subspace_form_is_the_least_squares_router():
+    """R against a plain lstsq of H_i on Z̃_i, weighed by 1 / tokens."""
+    ours = merge(LORAS, "iteris-subspace", ridge=0.0)
+    inputs = references()
+    merged = dense_changes(ours.lora)
+    seen = [captured_inputs(changed(Net(), merged), x) for x in make_data(3)]
+    for site in SITES:
+        down = torch.cat([lora.sites[site].down for lora in LORAS])
+        up = torch.cat([lora.sites[site].up for lora in LORAS], dim=1)
+        z, wanted, start = [], [], 0
+        for lora, x, xt in zip(LORAS, inputs, seen, strict=True):
+            rank, weight = lora.sites[site].rank, len(x[site]) ** -0.5
+            hidden = torch.zeros(len(x[site]), len(down), dtype=torch.float64)
+            hidden[:, start : start + rank] = x[site] @ lora.sites[site].down.mT
+            start += rank
+            wanted.append(weight * hidden)
+            z.append(weight * xt[site] @ down.mT)
+        router = torch.linalg.lstsq(torch.cat(z), torch.cat(wanted)).solution.mT
+        found = ours.lora.sites[site].dense()
+        assert float((found - up @ router @ down).norm() / found.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", [m.name for m in all_methods() if m.name not in ("custom-diffusion", "orthogonal")]
+)
+def test_one_lora_alone(name):
+    """What each method makes of a single LoRA: itself, but for known scales and random drops."""
+    lora = make_lora(1)
+    neutral = {"task-arithmetic": {"scale": 1.0}, "ties": {"density": 1.0}}
+    neutral |= {name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties")}
+    neutral |= {"iteris-subspace": {"ridge": 0.0}}
+    ours = merge([lora], name, **neutral.get(name, {}))
+    assert difference(ours.lora, dense_changes(lora)) < 1e-3  # float32 statistics

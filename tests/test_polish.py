@@ -1,0 +1,76 @@
+"""Polishing: the final output comes closer to each LoRA's own, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_lora
+from oracle import ModuleHost, Net, changed, dense_changes, make_data, make_lora
+
+from iteris_core import Calibration, Concept, MergeCancelled, merge_loras
+
+
+def final_error(lora, loras, data):
+    error = 0.0
+    with torch.no_grad():
+        for one, x in zip(loras, data, strict=True):
+            wanted = changed(Net(), dense_changes(one))(x)
+            base = Net()(x)
+            found = changed(Net(), dense_changes(lora))(x)
+            error += float((found - wanted).norm() ** 2 / (wanted - base).norm() ** 2)
+    return error
+
+
+def test_polish_lowers_the_final_error_and_keeps_the_base():
+    loras, data, model = [make_lora(1), make_lora(2)], make_data(2, rows=24), Net()
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, polished = (
+        merge_loras(
+            ModuleHost(model, data), concepts, settings={"polish_steps": steps, "polish_rate": 2e-3}
+        )
+        for steps in (0, 150)
+    )
+    assert final_error(polished.lora, loras, data) < 0.9 * final_error(plain.lora, loras, data)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not m._forward_hooks for m in model.modules())
+    assert all(not c.up.requires_grad for c in polished.lora.sites.values())
+
+
+def test_polish_never_ends_worse_than_it_began_on_held_out_rows():
+    loras, data = [make_lora(1), make_lora(2)], make_data(2, rows=24)
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    plain, wild = (
+        merge_loras(
+            ModuleHost(Net(), data), concepts, settings={"polish_steps": s, "polish_rate": 50.0}
+        )
+        for s in (0, 25)
+    )
+    for site, change in plain.lora.sites.items():
+        assert torch.allclose(change.dense(), wild.lora.sites[site].dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_polish_through_text_encoder_and_denoiser_can_be_cancelled(host):
+    concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
+    calibration = Calibration(samples=4, timesteps=2, latents="noise")
+    result = merge_loras(
+        host, concepts, settings={"polish_steps": 3, "micro_batch": 4}, calibration=calibration
+    )
+    assert any(site.startswith("text_encoder") for site in result.lora.sites)
+    seen = []
+
+    def on_progress(what, done, total):
+        seen.append(what)
+
+    with pytest.raises(MergeCancelled):
+        merge_loras(
+            host,
+            concepts,
+            settings={"polish_steps": 100, "micro_batch": 4},
+            calibration=calibration,
+            on_progress=on_progress,
+            should_stop=lambda: seen.count("polishing") == 2,
+        )
+    assert all(p.grad is None for p in host.pipeline.unet.parameters())

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from oracle import ModuleHost, Net, make_data, make_lora
+
+from iteris_core import Concept, IterisError, merge_loras
+from iteris_core.report import MergeReport, SiteReport, block_of
+from iteris_core.report_plots import plot_convergence, plot_residuals
+
+
+@pytest.mark.parametrize(
+    ("site", "block"),
+    [
+        ("unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block"),
+        ("text_encoder.text_model.encoder.layers.3.mlp.fc1", "text_encoder.layers.3"),
+        ("transformer.single_transformer_blocks.7.proj_mlp", "single_transformer_blocks.7"),
+        ("unet.conv_in", "unet.conv_in"),
+    ],
+)
+def test_blocks(site, block):
+    assert block_of(site) == block
+
+
+def report():
+    concepts = [Concept(make_lora(i), prompts=["unused"], trigger=f"s{i}") for i in (1, 2)]
+    settings = {"schedule": "jacobi", "iterations": 4}
+    return merge_loras(ModuleHost(Net(), make_data(2)), concepts, settings=settings).report
+
+
+def test_a_report_says_what_happened_in_words_and_as_data():
+    found = report()
+    assert len(found.convergence) == 3
+    data = json.loads(json.dumps(found.to_dict()))
+    assert set(data["residuals"]) == {"s1", "s2"}
+    for before, after in found.residuals():
+        assert 0 < after < before
+    assert "Merged 2 concepts with iteris: 7 sites" in found.summary()
+    assert "disagree most in" in found.sentence()
+
+
+def test_the_sentence_names_the_worst_block_and_concept():
+    sites = {
+        "unet.down_blocks.0.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.1, 0.2)),
+        "unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.5, 0.9)),
+    }
+    found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
+    assert found.sentence().startswith("dog and cat disagree most in up_blocks.1; expect dog kept")
+    assert found.blocks()["up_blocks.1"] == [(1.0, 0.5), (1.0, 0.9)]
+
+
+def test_plots_are_drawn(tmp_path):
+    found = report()
+    for index, figure in enumerate((plot_residuals(found), plot_convergence(found))):
+        path = tmp_path / f"{index}.png"
+        figure.savefig(path)
+        assert path.stat().st_size > 5000
+    average = merge_loras(None, [Concept(make_lora(1))], "average").report
+    with pytest.raises(IterisError, match="measures no output errors"):
+        plot_residuals(average)
+    with pytest.raises(IterisError, match="no iteration"):
+        plot_convergence(average)
