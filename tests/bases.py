@@ -127,7 +127,7 @@ def make_lora(
         up = torch.randn(shape[0], rank, generator=generator) * (size / rank**0.5)
         kernel = tuple(shape[2:]) or None
         changes[site] = LowRank(up.to(dtype).float(), down.to(dtype).float(), kernel)
-    return Lora(changes, f"lora-{seed}", {}, base)
+    return Lora(changes, f"lora-{seed}", base=base)
 
 
 def outputs(kind: str, pipeline) -> dict[str, torch.Tensor]:

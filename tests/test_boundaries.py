@@ -15,6 +15,7 @@ LAYERS = (
     *(
         "collector",
         "report",
+        "inspection",
         "report_plots",
         "provenance",
         "hosts",

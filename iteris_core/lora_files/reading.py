@@ -32,11 +32,13 @@ class ReadOptions:
     """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
 
     ``energy`` is the share of ‖ΔW‖² that is kept of a change that is not low rank by itself (full
-    differences, DoRA, large LoHa and LoKr), when it is made low rank.
+    differences, DoRA, large LoHa and LoKr), when it is made low rank. Without ``magnitudes`` a DoRA
+    is read as if it were none, to look at it without the base model's weights; a note says so.
     """
 
     allow_partial: bool = False
     energy: float = 0.999
+    magnitudes: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
@@ -71,7 +73,9 @@ def read_lora_file(
         scale = _configured(path, configs, alias, parts)
         shape = _shape(alias, base)
         change = rebuild(parts, shape, scale, place)
-        if "magnitude" in parts or "output_magnitude" in parts:
+        magnitude = "magnitude" in parts or "output_magnitude" in parts
+        found.counts["undone"] += magnitude and not options.magnitudes
+        if magnitude and options.magnitudes:
             if weight is None:
                 raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
             dense = _base_weight(alias, shape, weight)
@@ -105,7 +109,8 @@ class _Found:
             "extracted": f"{{}} sites were not low rank and were extracted at {options.energy:.4%} "
             "of their energy",
         }
-        return self.notes + [texts[k].format(n) for k, n in sorted(self.counts.items())]
+        texts["undone"] = "{} sites are DoRA, of which the magnitudes are not looked at"
+        return self.notes + [texts[k].format(n) for k, n in sorted(self.counts.items()) if n]
 
 
 def _group(
