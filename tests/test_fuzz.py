@@ -61,7 +61,8 @@ WORDS = ["../../../tmp/evil", "/etc/passwd", "a" * 5000, "\x00", "unet..weight",
          "bundle_emb.../../x.clip_l", "bundle_emb.", "lora_unet_", ".", ""]  # fmt: skip
 TEXTS = [
     "[" * 20000, '{"a":' * 20000, "9" * 6000, "null", "[1]", '{"unet": 1}', "\ud7ff",
-    '{"unet.lora_alpha": 1e999}', '{"unet.lora_alpha": [1]}', '{"unet.lora_alpha": %s}' % ("9" * 400),
+'{"unet.lora_alpha": 1e999}', '{"unet.lora_alpha": [1]}',
+    '{"unet.lora_alpha": %s}' % ("9" * 400),
     '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}',
     '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"' + ".*" * 30 + '!": 2}}',
     '{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}',
@@ -87,6 +88,8 @@ def mutated(draw):
         names = [n for n in header if n != "__metadata__"] or ["x"]
         name = draw(st.sampled_from(names))
         entry = header.get(name, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
+        if not isinstance(entry, dict):
+            entry = HEADER[NAMES[0]]
         if what == "dtype":
             header[name] = {**entry, "dtype": draw(st.sampled_from(DTYPES))}
         elif what == "shape":
