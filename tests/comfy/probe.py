@@ -1,8 +1,8 @@
 """Run by ComfyUI's own Python: what stock LoraLoader makes of a file.
 
-``probe.py COMFYUI KIND LORA OUT``: keys that match nothing, and ΔW x by diffusers' weight name (with
-ComfyUI's own conversion tables) for a few fixed x, of real SD 1.5, SDXL, SD 3 and FLUX without
-weights; with ``keys`` behind it, the keys only.
+``probe.py COMFYUI KIND LORA OUT``: keys that match nothing, and ΔW x by diffusers' weight name
+(with ComfyUI's own conversion tables) for a few fixed x, of real SD 1.5, SDXL, SD 3 and FLUX
+without weights; with ``keys`` behind it, the keys only.
 ``probe.py COMFYUI CHECKPOINT LORA OUT``: outputs of the text encoder and UNet of a checkpoint.
 """
 
