@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IterisError
-from .lockstep import Visit, delta, input_tokens, output_tokens
+from .lockstep import Visit
 from .lora import LowRank
 from .moments import (
     SharedInputs,
@@ -75,19 +75,15 @@ class Collector:
         add_shared = visit.first or not self._share
         for concept, start, stop in visit.spans:
             change = changes[concept]
-            module = visit.module
-            reference = input_tokens(module, visit.inputs[start:stop])
-            full = output_tokens(module, visit.outputs[start:stop])
+            reference = visit.input_tokens(start, stop)
+            merged = visit.input_tokens(start, stop, merged=True)
+            full = visit.output_tokens(start, stop)
             if visit.copies == 2:
-                rows = slice(visit.rows + start, visit.rows + stop)
-                merged = input_tokens(module, visit.inputs[rows])
-                base = output_tokens(module, visit.outputs[rows])
+                base = visit.output_tokens(start, stop, merged=True)
+            elif change is None:
+                base = full
             else:
-                merged, base = reference, full
-                if change is not None:
-                    ready = change.to(visit.inputs.dtype, visit.inputs.device)
-                    own = delta(module, ready, visit.inputs[start:stop])
-                    base = full - output_tokens(module, own)
+                base = full - visit.own_change(change, start, stop)
             with full_precision(merged.device):
                 if add_shared:
                     add_inputs(entry.shared.concepts[concept], reference, merged)

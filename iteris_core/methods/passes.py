@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from torch import Tensor
+
 from ..hosts import Stage
 from ..lockstep import MicroBatch, Visitor
 from ..lora import LowRank
@@ -20,7 +22,11 @@ def micro_batches(
         def run(rows: Sequence[int] = rows) -> None:
             stage.run(rows, copies)
 
-        yield MicroBatch(run, [stage.owners[row] for row in rows], copies, visitor)
+        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
+            return stage.mask(site, rows) if stage.mask is not None else None
+
+        owners = [stage.owners[row] for row in rows]
+        yield MicroBatch(run, owners, copies, visitor, mask_of=mask_of)
 
 
 def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
