@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import toybox
 from torch import Tensor
 from toybox.demo import TEMPLATES
 
+import toybox
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.lockstep import input_tokens
@@ -57,10 +57,9 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, float]]:
     loras = [read_lora(pipeline, sites, concept.lora) for concept in concepts]
     merged = merge_loras(None, [Concept(lora) for lora in loras], "sum").lora
     words = [f"{concept.token} {concept.class_word}" for concept in concepts]
-    first = collect(pipeline, list(merged.sites), [f"a {w} on a red background" for w in words], 1)
-    second = collect(
-        pipeline, list(merged.sites), [f"a {w} on a blue background" for w in words], 2
-    )
+    prompts = [template.format(word) for word in words for template in TEMPLATES]
+    first = collect(pipeline, list(merged.sites), prompts[::2], 1)
+    second = collect(pipeline, list(merged.sites), prompts[1::2], 2)
     table: dict[str, dict[str, float]] = {}
     for rank in RANKS:
         errors = {"plain": 0.0, "weighted": 0.0}
