@@ -31,11 +31,10 @@ def peak_mib() -> float:
 
 
 def run_one(settings: dict[str, object]) -> dict[str, float]:
-    from toybox.demo import TEMPLATES
-
     import toybox
     from iteris_core import Calibration, Concept, merge_loras
     from iteris_core.hosts.diffusers import DiffusersHost
+    from toybox.demo import TEMPLATES
 
     host = DiffusersHost(toybox.load_pipeline())
     concepts = [

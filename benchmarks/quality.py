@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from toybox.demo import TEMPLATES
 
 import toybox
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
 from iteris_core.score.statistics import Stat, over_seeds
+from toybox.demo import TEMPLATES
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("build/quality.jsonl")

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from toybox.demo import TEMPLATES
 
 import toybox
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.lockstep import input_tokens
 from iteris_core.lora import truncate
+from toybox.demo import TEMPLATES
 
 RANKS = (1, 2, 4, 6, 8, 12)
 
