@@ -118,6 +118,7 @@ def test_outputs_are_those_of_diffusers(tmp_path):
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True).to("cpu")
     pipeline.to(torch.float32)
+    pipeline.tokenizer.model_max_length = 77
     sites = pipeline_sites(pipeline)
     base = base_of(pipeline, sites)
     generator = torch.Generator().manual_seed(0)
