@@ -318,3 +318,15 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
     pipeline.text_encoder = None
     with pytest.raises(IterisError, match="has no text_encoder"):
         DiffusersHost(pipeline)
+
+
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_a_rank_by_share_of_energy(host64, align):
+    settings = {"align": align, "statistics": "float64"}
+    concepts = merged_concepts(host64)
+    exact = merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION)
+    cut = merge_loras(host64, concepts, settings={**settings, "rank": 0.9}, calibration=CALIBRATION)
+    assert max(cut.lora.ranks) < max(exact.lora.ranks)
+    assert all(site.truncated <= 0.1 + 1e-6 for site in cut.report.sites.values()) or (
+        align == "full"  # where Σ r_i itself cuts something off
+    )

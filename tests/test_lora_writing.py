@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import MATRIX, chosen, furthest, with_changes
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.bases import Base, describe_base
-from iteris_core.hosts.diffusers_sites import named_sites
+from iteris_core.hosts.known_bases import known_base
 from iteris_core.lora_files import read_lora_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -99,56 +98,6 @@ def test_small_values_keep_their_precision_in_half(tmp_path):
         assert float(error) < 1e-3
 
 
-def real_base(kind: str) -> Base:
-    """The sites of a real SD 1.5 or SDXL, without weights."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    with torch.device("meta"):
-        small = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_attention_heads=12,
-                num_hidden_layers=12,
-            )
-        )
-        if kind == "sd1":
-            unet = UNet2DConditionModel(cross_attention_dim=768)
-            models = {"unet": unet, "text_encoder": small}
-        else:
-            unet = UNet2DConditionModel(
-                block_out_channels=(320, 640, 1280),
-                cross_attention_dim=2048,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=(1, 2, 10),
-                attention_head_dim=(5, 10, 20),
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            )
-            large = CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    hidden_size=1280,
-                    intermediate_size=5120,
-                    num_attention_heads=20,
-                    num_hidden_layers=32,
-                    projection_dim=1280,
-                )
-            )
-            models = {"unet": unet, "text_encoder": small, "text_encoder_2": large}
-    shapes = {
-        site: tuple(module.weight.shape)
-        for name, model in models.items()
-        for site, module in named_sites(name, model).items()
-    }
-    base = describe_base(shapes)
-    assert base is not None
-    return base  # fmt: skip
-
-
 # Names of LoRANetwork(…, conv_lora_dim=1) of sd-scripts at 48d368fa on its own UNets, with
 # transformers 4's names of the text encoders: how many, and SHA-256 of them sorted, one a line.
 SD_SCRIPTS = {
@@ -166,7 +115,7 @@ def trainable(site: str) -> bool:
 
 @pytest.mark.parametrize("kind", SD_SCRIPTS)
 def test_names_of_a_whole_real_model_are_those_of_sd_scripts(kind, tmp_path):
-    base = real_base(kind)
+    base = known_base(kind)
     sites = [site for site in base.shapes if trainable(site)]
     one = torch.full((1, 1), 0.5)
     changes = {}
@@ -187,3 +136,10 @@ def test_names_of_a_whole_real_model_are_those_of_sd_scripts(kind, tmp_path):
     assert metadata["ss_network_module"] == "networks.lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("1", "1")
     assert metadata["ss_base_model_version"] == base.kind.version
+
+
+def test_a_written_file_has_ordinary_rights(tmp_path):
+    path = write_lora(make_lora("sd1"), tmp_path / "a.safetensors")
+    ordinary = tmp_path / "b"
+    ordinary.touch()
+    assert path.stat().st_mode == ordinary.stat().st_mode

@@ -46,15 +46,18 @@ def known_base(kind: str) -> Base:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"):
-        models: dict[str, nn.Module] = {"text_encoder": _clip(768, 12)}
+        models: dict[str, nn.Module] = {"text_encoder": _clip(768, 12, kind == "sd3")}
         if kind == "sd1":
             models["unet"] = UNet2DConditionModel(cross_attention_dim=768)
         elif kind == "sd2":
-            models = {"text_encoder": _clip(1024, 23), "unet": UNet2DConditionModel(**_SD2)}
+            models = {"text_encoder": _clip(1024, 23, False), "unet": UNet2DConditionModel(**_SD2)}
         elif kind == "sdxl":
-            models |= {"text_encoder_2": _clip(1280, 32), "unet": UNet2DConditionModel(**_SDXL)}
+            models |= {
+                "text_encoder_2": _clip(1280, 32, True),
+                "unet": UNet2DConditionModel(**_SDXL),
+            }
         elif kind == "sd3":
-            models |= {"text_encoder_2": _clip(1280, 32), "text_encoder_3": _t5()}
+            models |= {"text_encoder_2": _clip(1280, 32, True), "text_encoder_3": _t5()}
             models["transformer"] = SD3Transformer2DModel(**_SD3)
         else:
             models |= {"text_encoder_2": _t5(), "transformer": FluxTransformer2DModel(
@@ -104,10 +107,11 @@ def _width(shapes: Mapping[str, tuple[int, ...]], part: str) -> int | None:
     return None
 
 
-def _clip(width: int, layers: int) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def _clip(width: int, layers: int, projected: bool) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModelWithProjection(
+    model = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return model(
         CLIPTextConfig(
             hidden_size=width,
             intermediate_size=4 * width,
