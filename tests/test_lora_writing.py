@@ -143,3 +143,28 @@ def test_a_written_file_has_ordinary_rights(tmp_path):
     ordinary = tmp_path / "b"
     ordinary.touch()
     assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_diffusers_converts_a_kohya_file_for_the_real_flux(tmp_path):
+    """Its converter splits linear1 at the real width, so no tiny pipeline can hold against it."""
+    from diffusers import FluxPipeline
+
+    base = known_base("flux")
+    parts = ("r.transformer_blocks.18.", "single_transformer_blocks.37.", "layers.1.self")
+    sites = [s for s in base.shapes if any(part in s for part in parts) and "_2." not in s]
+    generator = torch.Generator().manual_seed(0)
+    changes = {}
+    for index, site in enumerate(sites):
+        out, fan = base.shapes[site]
+        up = torch.randn(out, 1 + index % 2, generator=generator)
+        changes[site] = LowRank(up, torch.randn(1 + index % 2, fan, generator=generator) / fan**0.5)
+    path = write_lora(Lora(changes, base=base), tmp_path / "a.safetensors", dtype="float32")
+    theirs = FluxPipeline.lora_state_dict(load_file(path))
+    denoiser = {k.partition(".lora_")[0] for k in theirs if k.startswith("transformer.")}
+    assert denoiser == {site for site in sites if site.startswith("transformer.")}
+    for site in denoiser:
+        x = torch.randn(base.shapes[site][1], 2, generator=generator)
+        found = theirs[f"{site}.lora_B.weight"] @ (theirs[f"{site}.lora_A.weight"] @ x)
+        wanted = changes[site].up @ (changes[site].down @ x)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, site
+    assert len(theirs) == 2 * len(sites)

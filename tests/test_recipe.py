@@ -170,3 +170,20 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     merged = write_lora(found, tmp_path / "c.safetensors")
     again = read_lora_file(merged, found.base)
     assert set(again.sites) == set(lora.sites)
+
+
+def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):
+    tensors = load_file(world / "lora1.safetensors")
+    save_file({**tensors, "lora_unet_mystery": torch.ones(2)}, tmp_path / "odd.safetensors")
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", world / "base", "-o", out, "--device=cpu", "--method=sum",
+                 f"--concept={tmp_path / 'odd.safetensors'}:a:dog"]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "lora_unet_mystery" in err
+    assert not out.exists()
+    code, text, err = run(monkeypatch, capsys, *arguments, "--allow-partial")
+    assert code == 0, err
+    assert "left out: lora_unet_mystery (2,)" in text
+    notes = json.loads(metadata_of(out)["iteris"])["notes"]
+    assert notes["a"][0].startswith("left out: lora_unet_mystery")
