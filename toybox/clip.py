@@ -14,20 +14,32 @@ def model_config(vocabulary: int) -> dict[str, Any]:
     return {
         "embed_dim": EMBED,
         "vision_cfg": {
-            "image_size": 64, "timm_model_name": "test_resnet", "timm_model_pretrained": False,
-            "timm_pool": "", "timm_proj": "linear",
+            "image_size": 64,
+            "timm_model_name": "test_resnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
         },
         "text_cfg": {
-            "context_length": CONTEXT, "vocab_size": vocabulary, "width": 96, "heads": 4,
-            "layers": 3, "hf_tokenizer_name": "local",  # with local-dir:, the folder itself
+            "context_length": CONTEXT,
+            "vocab_size": vocabulary,
+            "width": 96,
+            "heads": 4,
+            "layers": 3,
+            "hf_tokenizer_name": "local",  # with local-dir:, the folder itself
         },
     }
 
 
 def preprocess_config() -> dict[str, Any]:
     """open_clip's `preprocess_cfg`: pictures are 64 x 64 in [-1, 1]."""
-    return {"size": [64, 64], "mean": list(MEAN), "std": list(STD), "interpolation": "bicubic",
-            "resize_mode": "squash"}
+    return {
+        "size": [64, 64],
+        "mean": list(MEAN),
+        "std": list(STD),
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
 
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
