@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,18 +154,18 @@ def _draw(
     jobs_file = output / "jobs.json"
     jobs_file.write_text(json.dumps(plan), encoding="utf-8")
     command = [sys.executable, str(ROOT / "render.py"), str(jobs_file)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         assert process.stdout is not None
-        assert process.stderr is not None
         for line in process.stdout:
             done, _, total = line.strip().partition("/")
             if total.isdigit():
                 on_progress("drawing in a new process", int(done), int(total))
-        errors = process.stderr.read()
-    if process.returncode != 0:
-        raise RuntimeError(f"drawing failed:\n{errors[-2000:]}")
+        if process.wait() != 0:
+            errors.seek(0)
+            raise RuntimeError(f"drawing failed:\n{errors.read()[-2000:]}")
     jobs_file.unlink()
 
 

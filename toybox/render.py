@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-BATCH = 16
+BATCH = 32
 
 
 def main(jobs_file: str) -> None:
