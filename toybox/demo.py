@@ -69,6 +69,7 @@ class Picture:
 def run(output: Path, on_progress: Tick) -> Table:
     """Do everything into ``output`` and return the score table."""
     output.mkdir(parents=True, exist_ok=True)
+    _be_quiet()
     world = concepts()
     notes = {size: _merge(output, size, tokens, on_progress) for size, tokens in SETS.items()}
     pictures = {
@@ -87,6 +88,16 @@ def run(output: Path, on_progress: Tick) -> Table:
         _page(scores, notes, {s: _sheet(pictures, s, world) for s in SETS}), encoding="utf-8"
     )
     return _table(scores, output)
+
+
+def _be_quiet() -> None:
+    """Leave the screen to our own progress: loading a small pipeline says a lot."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: Tick) -> str:
