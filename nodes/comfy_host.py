@@ -453,6 +453,52 @@ class ComfyHost:
         return tuple(comfy.sample.fix_empty_latent_channels(self.model, empty).shape[1:])
 
 
+def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """MODEL and CLIP with a LoRA at strength 1, as the stock loader does it, but nothing lost."""
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
+    loaded = comfy.lora.load_lora(lora, key_map)
+    model, clip = model.clone(), clip.clone()
+    patched = {*model.add_patches(loaded), *clip.add_patches(loaded)}
+    modules = sum(key.endswith(".alpha") for key in lora)
+    if len(patched) != len(loaded) or len(loaded) != modules:
+        raise IterisError(
+            f"Only {len(patched)} of {modules} changes of the LoRA fit this MODEL and CLIP."
+        )
+    return model, clip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    memory.soft_empty_cache()
+
+
+def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
+    """A callback that draws the node's progress bar and raises when the user interrupts."""
+    shown: list[str] = []
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        if shown[-1:] != [what]:
+            shown.append(what)
+            show_text(f"{what[0].upper()}{what[1:]} …", node_id)
+        comfy.utils.ProgressBar(max(total, 1), node_id).update_absolute(done)
+
+    return on_progress
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Text on the node itself, while there is a server to show it."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
 class _TextBatch:
     """The distinct token lists of one text encoder, and what it gave for them."""
 
