@@ -678,3 +678,7 @@ def _whole(
     end = shape[dim] - start - length
     pad = nn.functional.pad
     return (pad(up, (0, 0, start, end)), down) if dim == 0 else (up, pad(down, (start, end)))
+
+
+def scoring_device() -> torch.device:
+    return memory.get_torch_device()
