@@ -492,11 +492,10 @@ def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
 
 def show_text(text: str, node_id: str | None) -> None:
     """Text on the node itself, while there is a server to show it."""
-    from server import PromptServer
+    if node_id is not None:
+        from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text(text, node_id)
 
 
 class _TextBatch:

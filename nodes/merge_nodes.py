@@ -48,6 +48,7 @@ def _sampling_inputs() -> list[Any]:
             default=0,
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
             tooltip="Decides prompts and latents. The same seed gives the same LoRA.",
         ),
     ]
