@@ -202,3 +202,37 @@ def _baked(parts: tuple[Any, Any], fresh: tuple[Any, Any]) -> tuple[Any, Any]:
         fresh[0].model.load_state_dict(model.model.state_dict())
         fresh[1].cond_stage_model.load_state_dict(clip.cond_stage_model.state_dict())
     return fresh
+
+
+def test_partial_load_gives_the_same(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the weights offloaded, with a LoRA on them that is applied as they are cast."""
+    import comfy.model_management as memory
+    import comfy.sd
+    import comfy.utils
+
+    extra = comfy.utils.load_torch_file(str(kit.loras / "b.safetensors"))
+    with torch.inference_mode():
+        patched = comfy.sd.load_lora_for_models(kit.model, kit.clip, extra, 0.5, 0.5)
+        plain = kit.merge().lora
+        whole = kit.merge(on=patched).lora
+        memory.load_models_gpu([patched[0], patched[1].patcher])
+        patched[0].partially_unload(patched[0].offload_device, patched[0].model_size() // 2)
+    casts = [m for m in patched[0].model.modules() if getattr(m, "weight_function", None)]
+    assert casts
+    monkeypatch.setattr(memory, "load_models_gpu", lambda *_, **__: None)
+    found = kit.merge(on=patched).lora
+    # A patch that is applied while casting is not rounded to the weights' float16.
+    assert distance(found, whole) < 0.05 < distance(whole, plain)
+    assert kit.hooks() == 0
+
+
+def test_fp8_base_weights(kit: Kit, models: Path) -> None:
+    """Merging on fp8 weights is merging on those weights in any wider dtype."""
+    options = {"model_options": {"dtype": torch.float8_e4m3fn}}
+    eight = load_thin(models, **options)
+    assert eight[0].model_dtype() == torch.float8_e4m3fn
+    fresh = load_thin(models)
+    with torch.inference_mode():
+        state = eight[0].model.state_dict()
+        fresh[0].model.load_state_dict({key: value.float() for key, value in state.items()})
+    assert distance(kit.merge(on=eight).lora, kit.merge(on=fresh).lora) < 1e-4
