@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow lint format bench toybox clean
+.PHONY: demo test test-slow lint format bench bench-quality toybox clean
 
 .venv: .venv/installed
 
@@ -31,7 +31,11 @@ format: .venv
 	.venv/bin/ruff format .
 
 bench: .venv
+	$(RUN) benchmarks/solve.py
 	$(RUN) benchmarks/merge.py
+
+bench-quality: .venv
+	$(RUN) benchmarks/quality.py
 
 toybox: .venv
 	$(RUN) -m toybox.train

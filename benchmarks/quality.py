@@ -257,9 +257,15 @@ class Suite:
 
         return max(grid, key=quality)
 
-    def total(self, sets: Sequence[tuple[int, ...]], method: str, settings: Any) -> dict[str, Stat]:
+    def total(
+        self,
+        sets: Sequence[tuple[int, ...]],
+        method: str,
+        settings: Mapping[str, Any] | None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, Stat]:
         """column → mean over sets, standard error over seeds."""
-        scores = [self.measure(numbers, method, settings) for numbers in sets]
+        scores = [self.measure(numbers, method, settings, calibration) for numbers in sets]
         row: dict[str, Stat] = {}
         for column in COLUMNS:
             pairs = [

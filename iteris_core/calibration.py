@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -62,6 +62,8 @@ class Concept:
     ``lora=None`` stands for prompts on which the base model is to stay as it is. ``prompts`` are
     used as they are; without them they are made from ``trigger`` and ``class_word``. ``strength``
     is what the LoRA would be loaded at, ``weight`` how much the concept counts in the merge.
+    ``inputs``, or what calling it gives, are batches of keyword arguments of the model, for hosts
+    that do not work from prompts.
     """
 
     lora: Lora | None
@@ -70,6 +72,7 @@ class Concept:
     class_word: str = ""
     strength: float = 1.0
     weight: float = 1.0
+    inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:

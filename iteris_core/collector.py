@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IterisError
-from .lockstep import Visit, delta, input_tokens, output_tokens
+from .lockstep import Visit
 from .lora import LowRank
 from .moments import (
     SharedInputs,
     TargetMoments,
     add_inputs,
     add_target,
+    full_precision,
     new_inputs,
     new_target,
 )
@@ -74,22 +75,19 @@ class Collector:
         add_shared = visit.first or not self._share
         for concept, start, stop in visit.spans:
             change = changes[concept]
-            module = visit.module
-            reference = input_tokens(module, visit.inputs[start:stop])
-            full = output_tokens(module, visit.outputs[start:stop])
+            reference = visit.input_tokens(start, stop)
+            merged = visit.input_tokens(start, stop, merged=True)
+            full = visit.output_tokens(start, stop)
             if visit.copies == 2:
-                rows = slice(visit.rows + start, visit.rows + stop)
-                merged = input_tokens(module, visit.inputs[rows])
-                base = output_tokens(module, visit.outputs[rows])
+                base = visit.output_tokens(start, stop, merged=True)
+            elif change is None:
+                base = full
             else:
-                merged, base = reference, full
-                if change is not None:
-                    ready = change.to(visit.inputs.dtype, visit.inputs.device)
-                    own = delta(module, ready, visit.inputs[start:stop])
-                    base = full - output_tokens(module, own)
-            if add_shared:
-                add_inputs(entry.shared.concepts[concept], reference, merged)
-            add_target(entry.targets[concept], change, reference, merged, full, base)
+                base = full - visit.own_change(change, start, stop)
+            with full_precision(merged.device):
+                if add_shared:
+                    add_inputs(entry.shared.concepts[concept], reference, merged)
+                add_target(entry.targets[concept], change, reference, merged, full, base)
 
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
         change = next(change for change in changes if change is not None)

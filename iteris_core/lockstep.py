@@ -15,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -36,8 +37,8 @@ class Visit:
     in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
     itself (``copies=1``). ``group`` is the same number for sites that received the same tensor,
     ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
-    ``call`` counts the site's earlier calls in this forward. Copy or reduce: the model may change
-    these tensors afterwards.
+    ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
+    a token counts; None where all do. Copy or reduce: the model may change these tensors later.
     """
 
     site: str
@@ -51,6 +52,41 @@ class Visit:
     first: bool
     alive: set[int]
     call: int
+    mask: Tensor | None = None
+
+    def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
+        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
+
+        A convolution is a linear map of its patches; masked tokens are left out.
+        """
+        return self._tokens(input_tokens, self.inputs, start, stop, merged)
+
+    def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
+        """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
+        return self._tokens(output_tokens, self.outputs, start, stop, merged)
+
+    def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
+        inputs = self.inputs[start:stop]
+        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
+        return self._masked(output_tokens(self.module, added), start, stop)
+
+    def _tokens(
+        self,
+        flatten: Callable[[nn.Module, Tensor], Tensor],
+        tensor: Tensor,
+        start: int,
+        stop: int,
+        merged: bool,
+    ) -> Tensor:
+        offset = self.rows if merged and self.copies == 2 else 0
+        tokens = flatten(self.module, tensor[offset + start : offset + stop])
+        return self._masked(tokens, start, stop)
+
+    def _masked(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        if self.mask is None:
+            return tokens
+        return tokens[self.mask[start:stop].reshape(-1)]
 
 
 class Visitor(Protocol):
@@ -61,7 +97,8 @@ class Visitor(Protocol):
 class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
-    ``merged_only`` gives all of them the merged changes and none their LoRA's.
+    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``mask_of(site)``
+    tells which tokens of the site's inputs count, (rows, tokens).
     """
 
     run: Callable[[], None]
@@ -70,11 +107,12 @@ class MicroBatch:
     visitor: Visitor | None = None
     pauses: bool = False
     merged_only: bool = False
+    mask_of: Callable[[str], Tensor | None] | None = None
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """Runs of rows of one concept, as (concept, start, stop)."""
         spans: list[tuple[int, int, int]] = []
@@ -219,11 +257,20 @@ class Lockstep:
             solved = batch.pauses and site in self.merged
             if batch.visitor is not None and not solved:
                 group, first = batch.group_of(inputs)
-                call, alive = batch.call_of(site), batch.alive()
-                copies = batch.copies
                 batch.visitor.visit(
                     Visit(
-                        site, module, inputs, output, rows, copies, spans, group, first, alive, call
+                        site=site,
+                        module=module,
+                        inputs=inputs,
+                        outputs=output,
+                        rows=rows,
+                        copies=batch.copies,
+                        spans=spans,
+                        group=group,
+                        first=first,
+                        alive=batch.alive(),
+                        call=batch.call_of(site),
+                        mask=_mask_for(batch, site, inputs),
                     )
                 )
             if batch.pauses and not solved:
@@ -244,6 +291,14 @@ class Lockstep:
         if cached is None or cached.up.dtype != inputs.dtype:
             cached = self._cast[site, concept] = change.to(inputs.dtype, inputs.device)
         return cached
+
+
+def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
+    """The mask of a site whose inputs are (rows, tokens, in); pooled inputs have no tokens."""
+    mask = batch.mask_of(site) if batch.mask_of is not None else None
+    if mask is None or inputs.ndim != 3 or inputs.shape[1] != mask.shape[1]:
+        return None
+    return mask
 
 
 def _check_supported(site: str, module: nn.Module) -> None:

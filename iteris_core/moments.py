@@ -6,6 +6,8 @@ number of pieces. Statistics are kept in one dtype (float32 unless the caller sa
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +124,18 @@ def add_target(
         target = full_output - base_output.to(dtype)
         moments.target.addmm_(target.mT, merged.to(dtype))
         moments.target_energy += (target**2).sum()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Generator[None]:
+    """float32 products that are float32: no TF32, no bfloat16 passes, no autocast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _energy_dtype(device: torch.device) -> torch.dtype:

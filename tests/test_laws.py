@@ -255,6 +255,34 @@ def test_float32_statistics_agree_with_the_converged_iteration():
         assert difference(sweep.lora, dense_changes(converged.lora)) < 1e-5
 
 
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
+    """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
+    from iteris_core.moments import add_inputs, add_target, full_precision, new_inputs, new_target
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 48, generator=generator)
+    cpu, single = torch.device("cpu"), torch.float32
+
+    def collect():
+        inputs = new_inputs(48, cross=align == "adapter", dtype=single, device=cpu)
+        target = new_target(48, 48, None, full=align == "full", dtype=single, device=cpu)
+        with full_precision(cpu):
+            add_inputs(inputs, x, x)
+            add_target(target, None, x, x, 2 * x, x)
+        return inputs.own
+
+    wanted = collect()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = collect()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, wanted)
+
+
 def test_nan_in_the_base_is_an_error_that_names_the_site():
     model = Net()
     model.q.weight.data[0, 0] = float("nan")

@@ -17,9 +17,12 @@ from ..methods import all_methods, find_method
 from .common import best_device, load_base, parse_concept, progress_bars, read_lines
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ClipName = Annotated[str, typer.Option("--clip", help="An architecture of open_clip")]
+ClipName = Annotated[
+    str, typer.Option("--clip", help="An architecture of open_clip, or local-dir:FOLDER")
+]
 ClipWeights = Annotated[
-    str | None, typer.Option("--clip-weights", help="A weights file or a tag of open_clip")
+    str | None,
+    typer.Option("--clip-weights", help="A weights file or a tag of open_clip; openai by default"),
 ]
 DinoName = Annotated[
     str | None, typer.Option("--dino", help="A DINO model too: a hub name or a folder")
@@ -33,7 +36,7 @@ def score(
         Path | None, typer.Option(help="A text file: one prompt per picture, or one for all")
     ] = None,
     clip: ClipName = "ViT-L-14",
-    clip_weights: ClipWeights = "openai",
+    clip_weights: ClipWeights = None,
     dino: DinoName = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
@@ -93,7 +96,7 @@ def compare(
     samples: Annotated[int, typer.Option(help="Calibration prompts per concept")] = 50,
     latent_size: Annotated[int | None, typer.Option(help="Side of calibration latents")] = None,
     clip: ClipName = "ViT-L-14",
-    clip_weights: ClipWeights = "openai",
+    clip_weights: ClipWeights = None,
     dino: DinoName = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
     seed: Annotated[int, typer.Option(help="Of calibration and pictures")] = 0,

@@ -28,13 +28,15 @@ class Stage:
 
     ``owners`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward on
     those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
-    ``sites`` are those of the wanted sites that it reaches.
+    ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
+    True where a token of the site's inputs counts (no padding); None where all do.
     """
 
     name: str
     sites: Sequence[str]
     owners: Sequence[int]
     run: Callable[[Sequence[int], int], None]
+    mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
 
 
 class Host(Protocol):

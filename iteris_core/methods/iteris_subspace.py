@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..lockstep import Visit, input_tokens
+from ..lockstep import Visit
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from .iteris import check_complete
@@ -88,13 +88,13 @@ class _Subspace:
         if moments is None:
             moments = self._sites[visit.site] = self._start(visit)
         for concept, start, stop in visit.spans:
-            rows = slice(visit.rows + start, visit.rows + stop)
-            merged = input_tokens(visit.module, visit.inputs[rows]).float() @ moments.stacked.mT
+            seen = visit.input_tokens(start, stop, merged=True).float()
+            merged = seen @ moments.stacked.mT
             moments.own[concept].addmm_(merged.mT, merged)
             moments.tokens[concept] += len(merged)
             change, cross = changes[concept], moments.cross[concept]
             if change is not None and cross is not None:
-                x = input_tokens(visit.module, visit.inputs[start:stop]).float()
+                x = visit.input_tokens(start, stop).float()
                 hidden = x @ change.down.to(x).mT
                 cross.addmm_(hidden.mT, merged)
 

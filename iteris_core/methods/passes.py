@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from torch import Tensor
+
 from ..hosts import Stage
 from ..lockstep import MicroBatch, Visitor
 from ..lora import LowRank
@@ -25,8 +27,12 @@ def micro_batches(
         def run(rows: Sequence[int] = rows) -> None:
             stage.run(rows, copies)
 
+        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
+            return stage.mask(site, rows) if stage.mask is not None else None
+
         owners = [stage.owners[row] for row in rows]
-        yield MicroBatch(run, owners, copies, visitor, _groups=number * _GROUPS)
+        groups = number * _GROUPS
+        yield MicroBatch(run, owners, copies, visitor, mask_of=mask_of, _groups=groups)
 
 
 def reference_pass(task: Task, visitor: Visitor, size: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..lockstep import Visit, input_tokens
+from ..lockstep import Visit
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from .iteris import check_complete
@@ -86,7 +86,7 @@ class _Router:
         gram, guide = self.grams[site]
         for concept, start, stop in visit.spans:
             if concept in slices:
-                x = input_tokens(visit.module, visit.inputs[start:stop]).float()
+                x = visit.input_tokens(start, stop).float()
                 z = x @ down.mT
                 gram.addmm_(z.mT, z)
                 guide[slices[concept]].addmm_(z[:, slices[concept]].mT, z)

@@ -35,9 +35,15 @@ class ClipScorer:
     def load(
         cls, architecture: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
     ) -> ClipScorer:
-        """Any architecture of open_clip with one of its weight tags or a weights file."""
+        """Any architecture of open_clip with one of its weight tags or a weights file.
+
+        ``local-dir:FOLDER`` is a model with its weights; another architecture without weights gets
+        OpenAI's.
+        """
         import open_clip
 
+        if pretrained is None and ":" not in architecture:
+            pretrained = "openai"
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained

@@ -1,0 +1,127 @@
+"""Our factored solve against a transcription of the official dense one, on the same moments.
+
+``python benchmarks/solve.py [--rounds 5]`` prints JSON: for the site shapes of SD 1.5, SDXL and
+FLUX at rank 32 and N = 2, 4, 8 LoRAs the median time of each, their ratio, the ratio of the memory
+that each allocates, and the relative difference of the results. QUICK=1 leaves the largest out.
+
+The dense form is the paper's Algorithm 1 as its authors wrote it for whole weights, here on ΔW:
+G_i = X_iᵀX̃_i + ridge, M = Σ λ_i (X̃_iᵀX̃_i + ridge), ΔW = (Σ λ_i ΔW_i G_i) M⁻¹ by a general solve
+with out right-hand sides, all in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iteris_core.lora import LowRank
+from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
+from iteris_core.solve import solve_site
+
+RANK = 32
+SHAPES = {
+    "SD 1.5 attention 320": (320, 320),
+    "SD 1.5 attention 1280": (1280, 1280),
+    "SD 1.5 cross-attention": (1280, 768),
+    "SD 1.5 feed-forward": (1280, 5120),
+    "SDXL cross-attention": (1280, 2048),
+    "FLUX attention": (3072, 3072),
+}
+LARGE = ("SD 1.5 feed-forward", "FLUX attention")
+
+
+def make_problem(out: int, width: int, count: int) -> tuple[list[LowRank], list[Any]]:
+    generator = torch.Generator().manual_seed(0)
+    changes: list[LowRank] = []
+    parts: list[InputMoments] = []
+    scale = torch.logspace(0, -2, width)
+    for _ in range(count):
+        up = torch.randn(out, RANK, generator=generator)
+        down = torch.randn(RANK, width, generator=generator) / width**0.5
+        changes.append(LowRank(up, down))
+        x = torch.randn(2 * width, width, generator=generator) * scale
+        xt = x + 0.1 * torch.randn(2 * width, width, generator=generator) * scale
+        parts.append(InputMoments(xt.mT @ xt, x.mT @ xt, len(x)))
+    return changes, parts
+
+
+def ours(changes: list[LowRank], parts: list[InputMoments]) -> Tensor:
+    zero = torch.zeros((), dtype=torch.float64)
+    targets = [TargetMoments(None, None, zero, zero, torch.float32) for _ in changes]
+    change = solve_site(
+        changes,
+        SharedInputs(parts),
+        targets,
+        [1.0] * len(changes),
+        align="adapter",
+        balance="none",
+        ridge=1e-5,
+        rank=None,
+    ).change
+    return change.up.double() @ change.down.double()
+
+
+def dense(changes: list[LowRank], parts: list[InputMoments]) -> Tensor:
+    width = changes[0].shape[1]
+    left = torch.zeros(width, width, dtype=torch.float64)
+    right = torch.zeros(width, changes[0].shape[0], dtype=torch.float64)
+    eye = torch.eye(width, dtype=torch.float64)
+    for change, part in zip(changes, parts, strict=True):
+        assert part.cross is not None
+        own, cross = part.own.double(), part.cross.double()
+        whole = change.up.double() @ change.down.double()
+        left += own + 1e-5 * own.norm() * eye
+        right += (cross + 1e-5 * cross.norm() * eye).mT @ whole.mT
+    return torch.linalg.solve(left, right).mT
+
+
+def measure(function: Callable[[], Any]) -> tuple[float, float]:
+    """(seconds, MiB allocated by tensors in all) of one call."""
+    started = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - started
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    return seconds, allocated / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    quick = os.environ.get("QUICK") == "1"
+    found: dict[str, Any] = {}
+    for name, (out, width) in SHAPES.items():
+        if quick and name in LARGE:
+            continue
+        for count in (2, 4, 8):
+            changes, parts = make_problem(out, width, count)
+            times: dict[str, list[tuple[float, float]]] = {"ours": [], "dense": []}
+            for _ in range(rounds):
+                times["ours"].append(measure(lambda c=changes, p=parts: ours(c, p)))
+                times["dense"].append(measure(lambda c=changes, p=parts: dense(c, p)))
+            wanted = dense(changes, parts)
+            gap = float((ours(changes, parts) - wanted).norm() / wanted.norm())
+            medians = {k: [statistics.median(x) for x in zip(*v, strict=True)] for k, v in
+                       times.items()}  # fmt: skip
+            found[f"{name}, N = {count}"] = {
+                "ours_seconds": medians["ours"][0],
+                "dense_seconds": medians["dense"][0],
+                "time_ratio": medians["dense"][0] / medians["ours"][0],
+                "memory_ratio": medians["dense"][1] / medians["ours"][1],
+                "difference": gap,
+            }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Adapter folders of peft (``adapter_config.json`` and ``adapter_model.safetensors``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import IterisError, LoraFileError
+from ..lora import Lora, LowRank
+from ..lora_files import read_tensors
+
+_PREFIX = "base_model.model."
+
+
+def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
+    """A LoRA adapter as peft saves it; heads in ``modules_to_save`` stay out, named in metadata.
+
+    Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
+    """
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights.is_file():
+        raise LoraFileError(
+            f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
+            "adapter_model.safetensors (a pickled adapter_model.bin is not read)."
+        )
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
+    tensors, _ = read_tensors(weights)
+    factors: dict[str, dict[str, Tensor]] = {}
+    apart: list[str] = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if any(f"{head}." in f"{name}." for head in config.get("modules_to_save") or []):
+            apart.append(name)
+            continue
+        module, _, leaf = name.rpartition(".lora_")
+        if leaf not in ("A.weight", "B.weight"):
+            raise LoraFileError(f"{weights}: key {key} {tuple(tensor.shape)} is not of a LoRA.")
+        factors.setdefault(f"model.{module}", {})[leaf[0]] = tensor
+    unknown = [site for site in factors if site not in sites]
+    if unknown:
+        first = ", ".join(f"{s} {tuple(factors[s]['A'].shape)}" for s in unknown[:3])
+        raise LoraFileError(
+            f"{folder}: {len(unknown)} of {len(factors)} sites match nothing in the base model; "
+            f"the first are {first}. This adapter was made for another base model."
+        )
+    changes = {
+        site: _low_rank(folder, site, parts, config, sites[site]) for site, parts in factors.items()
+    }
+    metadata = {"kept_apart": ", ".join(apart)} if apart else {}
+    return Lora(changes, folder.name, metadata)
+
+
+def _low_rank(
+    folder: Path, site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], module: Any
+) -> LowRank:
+    from peft.utils.other import get_pattern_key
+
+    if set(parts) != {"A", "B"}:
+        raise LoraFileError(f"{folder}: site {site} has only one of its two factors.")
+    down, up, shape = parts["A"], parts["B"], module.weight.shape
+    if down.shape[1:] != shape[1:] or up.shape[0] != shape[0] or up.shape[1] != down.shape[0]:
+        raise LoraFileError(
+            f"{folder}: site {site} has A {tuple(down.shape)} and B {tuple(up.shape)}, but the "
+            f"base model's weight there is {tuple(shape)}; it was made for another base model."
+        )
+    patterns = dict(config.get("alpha_pattern") or {})
+    alpha = config["lora_alpha"]
+    if patterns:
+        alpha = patterns.get(get_pattern_key(list(patterns), site.removeprefix("model.")), alpha)
+    scale = alpha / (len(down) ** 0.5 if config.get("use_rslora") else len(down))
+    kernel = (int(shape[2]), int(shape[3])) if len(shape) == 4 else None
+    return LowRank(up.flatten(1).float() * scale, down.flatten(1).float(), kernel)
+
+
+def write_adapter(lora: Lora, folder: str | Path, *, base: str = "") -> Path:
+    """Write an adapter folder that ``PeftModel.from_pretrained`` loads, float32.
+
+    Raises :class:`IterisError` if the folder exists. ``base`` is the name of the base model.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise IterisError(f"{folder} exists already; choose another name.")
+    ranks = {site.removeprefix("model."): c.rank for site, c in lora.sites.items()}
+    largest = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "r": largest,
+        "lora_alpha": largest,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+        "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+        "inference_mode": True,
+        "bias": "none",
+    }
+    tensors: dict[str, Tensor] = {}
+    for site, change in lora.sites.items():
+        name = _PREFIX + site.removeprefix("model.")
+        up, down = change.up, change.down
+        if change.kernel is not None:
+            up, down = up[:, :, None, None], down.reshape(change.rank, -1, *change.kernel)
+        tensors[f"{name}.lora_A.weight"] = down.to("cpu", torch.float32).contiguous()
+        tensors[f"{name}.lora_B.weight"] = up.to("cpu", torch.float32).contiguous()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    temporary.rename(folder)
+    return folder

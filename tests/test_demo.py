@@ -1,0 +1,37 @@
+"""``make demo`` from end to end: files in, one file out, pictures of it from plain diffusers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from iteris_core import cli
+
+
+@pytest.mark.slow
+def test_demo_writes_everything_and_iteris_leads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["iteris", "demo", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    methods = scores["methods"]
+    assert set(methods) == {"iteris", "average", "sum", "single", "base"}
+    for row in methods.values():
+        assert all(0 <= row[name] <= 1 for name in ("image", "text", "judge"))
+    for rival in ("average", "sum", "base"):
+        for name in ("image", "judge"):
+            assert methods["iteris"][name] > methods[rival][name]
+    for size in (2, 4):
+        tensors = load_file(tmp_path / f"merged-{size}.safetensors")
+        ranks = {t.shape[0] for k, t in tensors.items() if k.endswith("lora_down.weight")}
+        assert ranks == {8 * size}
+    assert Image.open(tmp_path / "sheet.png").size[0] > 1000
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=.https?:", page)
+    assert "4 concepts" in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""The merge on a GPU: the same result as on the CPU, in float32 and in half precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import random_lora
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-3), (torch.float16, 5e-2)])
+def test_the_gpu_gives_what_the_cpu_gives(host, dtype, limit):
+    concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
+    calibration = Calibration(samples=6, timesteps=2, latents="noise")
+    settings = {"ridge": 1e-3}
+    on_cpu = merge_loras(host, concepts, settings=settings, calibration=calibration)
+    pipeline = copy.deepcopy(host.pipeline).to("cuda", dtype)
+    on_gpu = merge_loras(
+        DiffusersHost(pipeline), concepts, settings=settings, calibration=calibration
+    )
+    for site, change in on_cpu.lora.sites.items():
+        found = on_gpu.lora.sites[site].dense().float().cpu()
+        assert float((found - change.dense()).norm() / change.dense().norm()) < limit
