@@ -25,7 +25,7 @@ class IterisToybox(io.ComfyNode):
             "IterIS Toybox",
             ["demo", "test model", "example"],
             description="A small world of coloured shapes, with nothing to download: base model, "
-            "LoRAs, reference pictures and a scorer. Draw 64 x 64 pictures at guidance 4.",
+            "LoRAs, reference pictures and a scorer. Draw 64 x 64 pictures at guidance 2.5.",
             inputs=[
                 io.String.Input(
                     "tokens",

@@ -154,7 +154,7 @@ def test_errors_are_one_sentence(client: Client) -> None:
 def test_quick_start_shows_both_concepts(client: Client) -> None:
     """Each concept's pictures are nearer to its references than the base model's are."""
     toybox = node("IterisToybox", tokens="sks1, sks4")
-    own = {"steps": 20, "cfg": 4.0, "batch": 4, "text": ["toybox", 5]}
+    own = {"steps": 20, "cfg": 2.5, "batch": 4, "text": ["toybox", 5]}
     scored = {"scorer": ["toybox", 6], "references": ["toybox", 4]}
     graph = {
         "toybox": toybox,
