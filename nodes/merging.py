@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files import read_tensors
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from .comfy_host import ComfyHost, ComfySamples, free_memory, is_out_of_memory, show_progress
-from .concept_specs import ConceptSpec
+from .concept_specs import ConceptSpec, read_metadata
 
 _ROWS = 32
 
@@ -80,7 +80,7 @@ def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str)
     """What ``result`` is once it is saved and loaded again."""
     with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
         path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = load_file(path), read_metadata(path)
     words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
     metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
     return LoraModel(tensors, metadata)
