@@ -29,7 +29,7 @@ class IterisToybox(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "tokens",
-                    default="sks1, sks4",
+                    default="sks1, sks6",
                     tooltip="Which of the concepts sks1 to sks10, with commas between them.",
                 ),
             ],

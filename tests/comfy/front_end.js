@@ -65,7 +65,6 @@ async function help(page, type) {
     if (wishes.includes('run')) await run(page);
     if (wishes.includes('help')) await help(page, wishes[wishes.indexOf('help') + 1]);
     else {
-      await page.evaluate(() => window.app.canvas.fitViewToSelectionAnimated?.({ duration: 0 }));
       await page.evaluate(() => {
         const { canvas, graph: shown } = window.app;
         const left = Math.min(...shown._nodes.map((n) => n.pos[0]));

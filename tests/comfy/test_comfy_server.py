@@ -153,7 +153,7 @@ def test_errors_are_one_sentence(client: Client) -> None:
 @needs_toybox
 def test_quick_start_shows_both_concepts(client: Client) -> None:
     """Each concept's pictures are nearer to its references than the base model's are."""
-    toybox = node("IterisToybox", tokens="sks1, sks4")
+    toybox = node("IterisToybox", tokens="sks1, sks6")
     own = {"steps": 20, "cfg": 2.5, "batch": 4, "text": ["toybox", 5]}
     scored = {"scorer": ["toybox", 6], "references": ["toybox", 4]}
     graph = {
