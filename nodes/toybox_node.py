@@ -9,10 +9,10 @@ from PIL import Image
 
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer
-from ..toybox import BASE, ToyConcept, load_clip
+from ..toybox import BASE, ToyConcept, load_clip, settings
 from ..toybox import concepts as toy_concepts
 from .comfy_toybox import load_world
-from .concept_specs import make_spec
+from .concept_specs import ConceptSpec, make_spec
 from .pictures import to_image
 from .schema import Concepts, Scorer, schema
 
@@ -62,11 +62,25 @@ class IterisToybox(io.ComfyNode):
             model,
             clip,
             vae,
-            tuple(make_spec(c.lora, trigger=c.token, class_word=c.class_word) for c in chosen),
+            tuple(_spec(concept) for concept in chosen),
             [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
             [concept.instance_prompt for concept in chosen],
             ClipScorer(*load_clip()),
         )
+
+
+def _spec(concept: ToyConcept) -> ConceptSpec:
+    """Prompts in the words that the world knows."""
+    subject = f"{concept.token} {concept.class_word}"
+    prompts = [f"a {subject}", f"a photo of a {subject}", f"a picture of a {subject}"]
+    for start in ("a", "a photo of a"):
+        prompts += [f"{start} {subject} on a {b} background" for b in settings()["backgrounds"]]
+    return make_spec(
+        concept.lora,
+        trigger=concept.token,
+        class_word=concept.class_word,
+        prompts="\n".join(prompts),
+    )
 
 
 def _chosen(tokens: str) -> list[ToyConcept]:
