@@ -210,7 +210,7 @@ def test_partial_load_gives_the_same(kit: Kit, monkeypatch: pytest.MonkeyPatch) 
     import comfy.sd
     import comfy.utils
 
-    extra = comfy.utils.load_torch_file(str(kit.loras / "b.safetensors"))
+    extra = comfy.utils.load_torch_file(str(kit.loras / "a.safetensors"))
     with torch.inference_mode():
         patched = comfy.sd.load_lora_for_models(kit.model, kit.clip, extra, 0.5, 0.5)
         plain = kit.merge().lora
