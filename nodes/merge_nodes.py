@@ -269,7 +269,9 @@ class CompareMerges(io.ComfyNode):
                 reports.append(result.report.summary())
             models.append(merged[0])
             clips.append(merged[1])
-        return io.NodeOutput(models, clips, names, "\n".join(reports))
+        report = "\n".join(reports)
+        show_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(models, clips, names, report)
 
 
 class SaveMergedLora(io.ComfyNode):

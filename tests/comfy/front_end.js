@@ -43,6 +43,9 @@ async function run(page) {
 async function help(page, type) {
   await page.evaluate((t) => {
     const found = window.app.graph._nodes.find((node) => node.type === t);
+    // The button floats above the node and must be in sight.
+    window.app.canvas.ds.scale = 0.9;
+    window.app.canvas.ds.offset = [300 - found.pos[0], 300 - found.pos[1]];
     window.app.canvas.selectNode(found);
     window.app.canvas.setDirty(true, true);
   }, type);
