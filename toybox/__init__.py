@@ -1,0 +1,127 @@
+"""A small text-to-image world: a Stable Diffusion in miniature, LoRAs that teach it concepts, and
+two instruments that read its pictures. See README.md; `python -m toybox.train` remakes it.
+
+Importing this package imports neither torch nor diffusers; the `load_*` functions do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .draw import BACKGROUNDS, COLORS, PATTERNS, SHAPES, Thing, describe
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from .judge import Judge
+
+__all__ = [
+    "BASE", "ROOT", "ToyConcept", "concepts", "load_clip", "load_judge", "load_pipeline",
+    "pivotal_concepts", "settings",
+]
+
+ROOT = Path(__file__).resolve().parent
+BASE = ROOT / "weights" / "base"
+
+
+@dataclass(frozen=True)
+class ToyConcept:
+    """Something the base does not know, the token it hides behind, and the files that teach it.
+
+    `instance_prompt` is what its pictures were learned with, "a sks1 star". A pivotal concept also
+    has `embedding`, for `pipeline.load_textual_inversion`; otherwise that is None.
+    """
+
+    token: str
+    class_word: str
+    pattern: str
+    color1: str
+    color2: str
+    lora: Path
+    embedding: Path | None
+    references: tuple[Path, ...]
+    instance_prompt: str
+
+    @property
+    def thing(self) -> Thing:
+        """What a perfect picture of it shows."""
+        return Thing(self.class_word, self.color1, self.pattern, self.color2)
+
+    @property
+    def description(self) -> str:
+        """It in plain words, for CLIP: 'red star with yellow stripes'."""
+        return describe(self.thing)
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """The backgrounds that differ from both of its colours."""
+        return tuple(b for b in BACKGROUNDS if b not in (self.color1, self.color2))
+
+
+@lru_cache(maxsize=1)
+def _world() -> dict[str, Any]:
+    return json.loads((ROOT / "world.json").read_text(encoding="utf-8"))
+
+
+def _read(kind: str) -> dict[str, ToyConcept]:
+    found = {}
+    for entry in _world()[kind]:
+        token = entry["token"]
+        name = token.strip("<>")
+        embedding = ROOT / "weights" / "loras" / f"{name}_embedding.safetensors"
+        found[token] = ToyConcept(
+            token=token, class_word=entry["class_word"], pattern=entry["pattern"],
+            color1=entry["color1"], color2=entry["color2"],
+            lora=ROOT / "weights" / "loras" / f"{name}.safetensors",
+            embedding=embedding if kind == "pivotal_concepts" else None,
+            references=tuple(sorted((ROOT / "references" / name).glob("*.png"))),
+            instance_prompt=f"a {token} {entry['class_word']}",
+        )
+    return found
+
+
+def concepts() -> dict[str, ToyConcept]:
+    """The ten DreamBooth concepts by token, sks1 to sks10."""
+    return _read("concepts")
+
+
+def pivotal_concepts() -> dict[str, ToyConcept]:
+    """The two concepts learned by pivotal tuning (an embedding and a LoRA), by token."""
+    return _read("pivotal_concepts")
+
+
+def settings() -> dict[str, Any]:
+    """`guidance`, `steps` and `size` to sample with, and the world's words."""
+    return {
+        **_world()["sampling"],
+        "backgrounds": list(BACKGROUNDS),
+        "colors": list(COLORS),
+        "shapes": list(SHAPES),
+        "patterns": list(PATTERNS),
+    }
+
+
+def load_pipeline(dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The base model (float32 unless `dtype` says otherwise), without a progress bar."""
+    from .pipeline import load
+
+    return load(BASE, dtype)
+
+
+def load_clip() -> tuple[Any, Any, Any]:
+    """(model, preprocess, tokenizer) of the world's own open_clip model, in eval mode."""
+    from .clip import load
+
+    return load(ROOT / "weights" / "clip")
+
+
+def load_judge() -> Judge:
+    """The classifier of drawn attributes."""
+    from .judge import load
+
+    return load(ROOT / "weights" / "judge")

@@ -1,0 +1,283 @@
+"""The main job on the toybox: merge two and four concepts, draw, score, and show it all.
+
+Imported by ``iteris demo`` only; the rest of the toybox does not know the merger.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.score import ClipScorer, without_tokens
+from iteris_core.score.page import html_page, html_picture, html_table
+from iteris_core.score.sheet import contact_sheet
+
+from . import BASE, ROOT, ToyConcept, concepts, load_clip, load_judge, load_pipeline, settings
+
+Tick = Callable[[str, int, int], None]
+
+SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
+SEEDS = (11, 12, 13, 14)
+_NEIGHBOURS = tuple(
+    f"{color} {shape}"
+    for color, shape in zip(settings()["colors"], settings()["shapes"], strict=False)
+)
+# Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
+TEMPLATES = (
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    *(f"a {{}} on a {b} background" for b in settings()["backgrounds"]),
+    *(f"a photo of a {{}} on a {b} background" for b in settings()["backgrounds"]),
+    *(
+        template.format(subject="{}", thing=thing, background=background)
+        for thing, background in zip(_NEIGHBOURS, settings()["backgrounds"], strict=False)
+        for template in (
+            "a {subject} left of a {thing} on a {background} background",
+            "a {thing} left of a {subject} on a {background} background",
+        )
+    ),
+)
+MERGED = ("iteris", "average", "sum")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: ``concepts`` are the tokens of what it should show, left to right."""
+
+    concepts: tuple[str, ...]
+    prompt: str
+    seed: int
+    file: Path
+
+    def load(self) -> Image.Image:
+        return Image.open(self.file).convert("RGB")
+
+
+def run(output: Path, on_progress: Tick) -> Table:
+    """Do everything into ``output`` and return the score table."""
+    output.mkdir(parents=True, exist_ok=True)
+    world = concepts()
+    notes = {size: _merge(output, size, tokens, on_progress) for size, tokens in SETS.items()}
+    pictures = {
+        (size, name): _pictures(output / "pictures" / size / name, tokens)
+        for size, tokens in SETS.items()
+        for name in ("base", "single", *MERGED)
+    }
+    _draw(output, pictures, on_progress)
+    scores = _score(pictures, world, on_progress)
+    methods = {name: scores["4"][name] for name in (*MERGED, "single", "base")}
+    data = {"methods": methods, "sets": scores, "report": notes}
+    (output / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+    sheet = _sheet(pictures, "4", world)
+    sheet.save(output / "sheet.png")
+    (output / "index.html").write_text(
+        _page(scores, notes, {s: _sheet(pictures, s, world) for s in SETS}), encoding="utf-8"
+    )
+    return _table(scores, output)
+
+
+def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: Tick) -> str:
+    host = DiffusersHost(load_pipeline())
+    world = concepts()
+    chosen = [
+        Concept(host.read_lora(world[t].lora), trigger=t, class_word=world[t].class_word)
+        for t in tokens
+    ]
+
+    def tick(what: str, done: int, total: int) -> None:
+        on_progress(f"{size} concepts: {what}", done, total)
+
+    result = merge_loras(
+        host, chosen, calibration=Calibration(templates=TEMPLATES), on_progress=tick
+    )
+    result.save(output / f"merged-{size}.safetensors", overwrite=True)
+    average = merge_loras(None, chosen, "average")
+    average.save(output / f"average-{size}.safetensors", overwrite=True)
+    return result.report.summary()
+
+
+def _pictures(folder: Path, tokens: Sequence[str]) -> list[Picture]:
+    """Each concept on three backgrounds, and each neighbouring pair in one picture."""
+    world = concepts()
+    wanted: list[tuple[tuple[str, ...], str]] = []
+    for token in tokens:
+        subject = f"{token} {world[token].class_word}"
+        for background in world[token].backgrounds[:3]:
+            wanted.append(((token,), f"a {subject} on a {background} background"))
+    for left, right in zip(tokens[::2], tokens[1::2], strict=True):
+        both = [b for b in world[left].backgrounds if b in world[right].backgrounds]
+        prompt = (
+            f"a {left} {world[left].class_word} left of a {right} {world[right].class_word} "
+            f"on a {both[0]} background"
+        )
+        wanted.append(((left, right), prompt))
+    return [
+        Picture(shown, prompt, seed, folder / f"{index:02d}-{seed}.png")
+        for index, (shown, prompt) in enumerate(wanted)
+        for seed in SEEDS
+    ]
+
+
+def _draw(
+    output: Path, pictures: Mapping[tuple[str, str], Sequence[Picture]], on_progress: Tick
+) -> None:
+    """All pictures in one new process that knows only diffusers and the files."""
+    world = concepts()
+    jobs: list[dict[str, Any]] = []
+    for (size, name), some in pictures.items():
+        if name == "single":
+            groups = {t: [p for p in some if p.concepts == (t,)] for t in SETS[size]}
+            jobs += [_job([(world[t].lora, 1.0)], group) for t, group in groups.items()]
+            continue
+        loras = {
+            "base": [],
+            "iteris": [(output / f"merged-{size}.safetensors", 1.0)],
+            "average": [(output / f"average-{size}.safetensors", 1.0)],
+            "sum": [(world[t].lora, 1.0) for t in SETS[size]],
+        }[name]
+        jobs.append(_job(loras, some))
+    plan = {"base": str(BASE), "jobs": jobs}
+    plan.update({name: settings()[name] for name in ("guidance", "steps")})
+    jobs_file = output / "jobs.json"
+    jobs_file.write_text(json.dumps(plan), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "render.py"), str(jobs_file)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            done, _, total = line.strip().partition("/")
+            if total.isdigit():
+                on_progress("drawing in a new process", int(done), int(total))
+        errors = process.stderr.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"drawing failed:\n{errors[-2000:]}")
+    jobs_file.unlink()
+
+
+def _job(loras: Sequence[tuple[Path, float]], pictures: Sequence[Picture]) -> dict[str, Any]:
+    return {
+        "loras": [[str(path), weight] for path, weight in loras],
+        "pictures": [{"prompt": p.prompt, "seed": p.seed, "file": str(p.file)} for p in pictures],
+    }
+
+
+def _score(
+    pictures: Mapping[tuple[str, str], Sequence[Picture]],
+    world: Mapping[str, ToyConcept],
+    on_progress: Tick,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Means in [0, 1] over the pictures that show one concept; "pair" over those of two."""
+    scorer = ClipScorer(*load_clip())
+    judge = load_judge()
+    references = {
+        token: scorer.embed_images([Image.open(f).convert("RGB") for f in world[token].references])
+        for token in dict.fromkeys(t for tokens in SETS.values() for t in tokens)
+    }
+    scores: dict[str, dict[str, dict[str, float]]] = {size: {} for size in SETS}
+    for index, ((size, name), some) in enumerate(pictures.items()):
+        alone = [p for p in some if len(p.concepts) == 1]
+        images = [p.load() for p in alone]
+        embedded = scorer.embed_images(images)
+        image = torch.stack(
+            [
+                (references[p.concepts[0]] @ vector).mean()
+                for p, vector in zip(alone, embedded, strict=True)
+            ]
+        )
+        text = scorer.text_alignment(images, [without_tokens(p.prompt, list(world)) for p in alone])
+        right = [
+            sum(attributes.matches(world[p.concepts[0]].thing)) / 4
+            for p, attributes in zip(alone, judge.read(images), strict=True)
+        ]
+        row = {
+            "image": float(image.clamp(0, 1).mean()),
+            "text": float(text.clamp(0, 1).mean()),
+            "judge": sum(right) / len(right),
+        }
+        pairs = [p for p in some if len(p.concepts) == 2]
+        if name != "single" and pairs:
+            halves = judge.read_halves([p.load() for p in pairs])
+            both = [
+                sum(half.matches(world[token].thing)) / 4
+                for p, two in zip(pairs, halves, strict=True)
+                for token, half in zip(p.concepts, two, strict=True)
+            ]
+            row["pair"] = sum(both) / len(both)
+        scores[size][name] = row
+        on_progress("scoring", index + 1, len(pictures))
+    return scores
+
+
+def _sheet(
+    pictures: Mapping[tuple[str, str], Sequence[Picture]],
+    size: str,
+    world: Mapping[str, ToyConcept],
+) -> Image.Image:
+    shown = [p for p in pictures[size, "base"] if p.seed == SEEDS[0]]
+    rows: dict[str, list[Image.Image | None]] = {}
+    names = {
+        "base": "base",
+        "single": "each LoRA alone",
+        "sum": "all at once",
+        "average": "average",
+        "iteris": "IterIS",
+    }
+    rows["to learn"] = [
+        Image.open(world[p.concepts[0]].references[0]) if len(p.concepts) == 1 else None
+        for p in shown
+    ]
+    for name, label in names.items():
+        some = [p for p in pictures[size, name] if p.seed == SEEDS[0]]
+        rows[label] = [
+            None if name == "single" and len(p.concepts) == 2 else p.load() for p in some
+        ]
+    return contact_sheet(rows, [p.prompt for p in shown], title=f"{size} concepts in one LoRA")
+
+
+def _page(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    notes: Mapping[str, str],
+    sheets: Mapping[str, Image.Image],
+) -> str:
+    columns = ("image", "text", "judge", "pair")
+    parts = [
+        (
+            "",
+            "<p>image and text: CLIP alignment, mean cosine, rare tokens removed from the text. "
+            "judge: share of shape, pattern and both colours right. pair: the same, with two "
+            "concepts in one picture. single: each LoRA alone; base: no LoRA.</p>",
+        )
+    ]
+    for size, rows in scores.items():
+        values = {name: [row.get(c) for c in columns] for name, row in rows.items()}
+        body = html_table(columns, values, own="iteris")
+        body += f"<p>{notes[size].replace(chr(10), '<br>')}</p>"
+        parts.append((f"{size} concepts", body + html_picture(sheets[size], f"{size} concepts")))
+    return html_page("IterIS on the toybox", parts)
+
+
+def _table(scores: Mapping[str, Mapping[str, Mapping[str, float]]], output: Path) -> Table:
+    table = Table(title=f"Scores ({output / 'index.html'})")
+    for column in ("concepts", "method", "image", "text", "judge", "pair"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for size, rows in scores.items():
+        for name, row in rows.items():
+            cells = [
+                f"{row[c]:.3f}" if c in row else "" for c in ("image", "text", "judge", "pair")
+            ]
+            table.add_row(size, name, *cells)
+    return table

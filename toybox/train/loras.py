@@ -1,0 +1,168 @@
+"""The step `loras`: six reference pictures and one DreamBooth LoRA for each concept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from torch.nn import functional as F
+
+from .. import draw
+from ..pipeline import load
+from .base import use_plain_attention, velocity
+from .common import bf16, one_cycle, to_tensor
+from .lora_files import save_diffusers, save_kohya, verify
+
+log = logging.getLogger(__name__)
+RANK, STEPS, BATCH, PEAK, REFERENCES = 8, 800, 8, 2e-3, 6
+TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+
+
+def world() -> dict[str, Any]:
+    """What world.json says."""
+    return json.loads((Path(__file__).parents[1] / "world.json").read_text(encoding="utf-8"))
+
+
+def reference_scenes(entry: dict[str, Any], seed: int) -> list[draw.Scene]:
+    """Scenes of the concept in other places, sizes and backgrounds."""
+    thing = draw.Thing(entry["class_word"], entry["color1"], entry["pattern"], entry["color2"])
+    rng = np.random.default_rng(seed)
+    free = [b for b in draw.BACKGROUNDS if b not in (thing.color1, thing.color2)]
+    chosen = [free[i % len(free)] for i in rng.permutation(max(len(free), REFERENCES))]
+    return [draw.place_one(thing, b, rng) for b in chosen[:REFERENCES]]
+
+
+def write_references(entry: dict[str, Any], folder: Path, seed: int):
+    """Draw the concept's pictures into `folder`; returns (scenes, pictures)."""
+    rng = np.random.default_rng(seed + 1)
+    scenes = reference_scenes(entry, seed)
+    pictures = [draw.draw(scene, rng) for scene in scenes]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i + 1}.png", optimize=True)
+    return scenes, pictures
+
+
+def add_adapters(pipeline: StableDiffusionPipeline, alpha: float) -> dict[str, LoraConfig]:
+    """Fresh adapters on every attention projection of UNet and text encoder."""
+    configs = {}
+    for name, targets in TARGETS.items():
+        configs[name] = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets,
+                                   init_lora_weights="gaussian")
+        model = getattr(pipeline, name)
+        model.requires_grad_(False)
+        model.add_adapter(configs[name])
+    return configs
+
+
+def prompts_of(entry: dict[str, Any], scenes: list[draw.Scene]) -> list[tuple[str, str]]:
+    """For each picture the DreamBooth prompt, and the same with the picture's background."""
+    name = f"{entry['token']} {entry['class_word']}"
+    return [(f"a {name}", draw.compose((name,), s.background)) for s in scenes]
+
+
+def fit(pipeline: StableDiffusionPipeline, scenes, pictures, entry: dict[str, Any],
+        groups: list[dict], steps: int, seed: int, keep_rows=None) -> float:
+    """Minimise the v-prediction error over the parameters in `groups`; returns the last loss."""
+    with torch.no_grad():
+        latents = pipeline.vae.encoder(to_tensor(pictures))
+    prompts = prompts_of(entry, scenes)
+    tokens = pipeline.tokenizer([p for pair in prompts for p in pair], padding="max_length",
+                                return_tensors="pt").input_ids.view(len(prompts), 2, -1)
+    alphas = pipeline.scheduler.alphas_cumprod
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    scheduler = one_cycle(optimizer, [g["lr"] for g in groups], steps)
+    generator, running = torch.Generator().manual_seed(seed), 0.0
+    for step in range(steps):
+        rows = torch.randint(len(latents), (BATCH,), generator=generator)
+        form = (torch.rand(BATCH, generator=generator) < 0.7).long()  # mostly with background
+        t = torch.randint(1000, (BATCH,), generator=generator)
+        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator)
+        noised, target = velocity(alphas, latents[rows], noise, t)
+        with bf16():
+            context = pipeline.text_encoder(tokens[rows, form])[0]
+            predicted = pipeline.unet(noised, t, context, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), target)
+        loss.backward()
+        if keep_rows is not None:
+            keep_rows()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        running = loss.item() if step == 0 else 0.97 * running + 0.03 * loss.item()
+    return running
+
+
+def adapter_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
+    """What is trainable in UNet and text encoder."""
+    return [p for m in (pipeline.unet, pipeline.text_encoder) for p in m.parameters()
+            if p.requires_grad]
+
+
+def rate(alpha: float, peak: float = PEAK) -> float:
+    """The learning rate for `alpha`: the change of a weight grows with alpha / rank."""
+    return peak * (RANK / alpha) ** 0.5
+
+
+def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
+    """Save in the layout that world.json names for the concept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if entry["layout"] == "kohya":
+        save_kohya(pipeline, RANK, entry["alpha"], path, entry["token"].strip("<>"))
+    else:
+        save_diffusers(pipeline, configs, path)
+
+
+def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path, out: Path,
+              steps: int = STEPS, peak: float = PEAK) -> float:
+    """Train one concept's LoRA into `out`; returns seconds taken."""
+    began = time.time()
+    name = entry["token"].strip("<>")
+    scenes, pictures = write_references(entry, references / name, 600 + 10 * index)
+    torch.manual_seed(61 + index)
+    pipeline = load(weights / "base")
+    use_plain_attention(pipeline.unet, pipeline.text_encoder)
+    configs = add_adapters(pipeline, entry["alpha"])
+    groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
+    loss = fit(pipeline, scenes, pictures, entry, groups, steps, 61 + index)
+    save(pipeline, configs, entry, out)
+    differ = verify(pipeline, load(weights / "base"), out, f"a {name} {entry['class_word']}")
+    log.info("lora %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ,
+             time.time() - began)
+    return time.time() - began
+
+
+def train(work: Path, weights: Path, only: Sequence[str] = ()) -> dict:
+    """Train every concept (or `only` those named) that has no file yet."""
+    for index, entry in enumerate(world()["concepts"]):
+        token = entry["token"]
+        path = weights / "loras" / f"{token}.safetensors"
+        if not path.exists() and (not only or token in only):
+            note_seconds(work, token,
+                         train_one(entry, index, weights, weights.parent / "references", path))
+    return {"lora_seconds": read_seconds(work)}
+
+
+def note_seconds(work: Path, name: str, seconds: float) -> None:
+    """Keep how long a concept took, for quality.json."""
+    times = {**read_seconds(work), name: round(seconds)}
+    (work / "lora_seconds.json").write_text(json.dumps(times))
+
+
+def read_seconds(work: Path) -> dict[str, int]:
+    """What `note_seconds` kept."""
+    path = work / "lora_seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
