@@ -53,7 +53,9 @@ def sdxl() -> tuple[Any, Any]:
 def flux() -> tuple[Any, Any]:
     import comfy.supported_models
     import comfy.text_encoders.flux
+    from comfy.ldm.flux.model import FluxParams
 
+    later = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     config = comfy.supported_models.Flux(
         {
             "image_model": "flux",
@@ -71,7 +73,7 @@ def flux() -> tuple[Any, Any]:
             "patch_size": 2,
             "qkv_bias": True,
             "guidance_embed": True,
-            "txt_ids_dims": [],
+            **later,
         }
     )
     t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
