@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .bases import Base
 from .errors import IterisError, SettingsError
 
 
@@ -65,11 +66,25 @@ class LowRank:
 @dataclass(frozen=True)
 class Lora:
     """Changes by site name, such as ``unet.mid_block.attentions.0…to_q`` or
-    ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages."""
+    ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages.
+
+    ``source`` and ``sha256`` are of the file. ``base`` is what it was read for, if that is known.
+    ``scales`` are the factors that the reader folded into ``up`` (not there: 1), so that the file
+    can be written again bit by bit. ``notes`` say what reading did beyond taking the file as it is.
+    ``embeddings`` are (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …).
+    """
 
     sites: Mapping[str, LowRank]
     name: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    source: str = ""
+    sha256: str = ""
+    base: Base | None = None
+    scales: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: Sequence[str] = ()
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict[str, Mapping[str, Tensor]]
+    )
 
     @property
     def ranks(self) -> set[int]:
@@ -89,16 +104,66 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     return LowRank(up, down, first.kernel)
 
 
-def truncate(change: LowRank, rank: int, metric: Tensor | None = None) -> tuple[LowRank, float]:
+Rank = int | float
+"""A number of at least 1, or the share of energy to keep, between 0 and 1."""
+
+
+def check_rank(rank: Rank | None) -> None:
+    """Raise :class:`SettingsError` unless ``rank`` is a :data:`Rank` or None (keep all)."""
+    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return
+    if isinstance(rank, float) and 0 < rank < 1:
+        return
+    raise SettingsError(
+        f"rank must be at least 1, not {rank}; or a share of energy between 0 and 1, such as 0.99."
+    )
+
+
+def rank_for(squares: Tensor, rank: Rank) -> int:
+    """How many of the descending ``squares`` (energies) to keep."""
+    if isinstance(rank, int):
+        return min(rank, squares.numel())
+    total = float(squares.sum())
+    if total == 0:
+        return 1
+    kept = squares.cumsum(0) / total
+    return min(int((kept < rank - 1e-12).sum()) + 1, squares.numel())
+
+
+def extract(
+    dense: Tensor, energy: float, kernel: tuple[int, int] | None = None
+) -> tuple[LowRank, float]:
+    """Float32 factors that keep the share ``energy`` of ‖ΔW‖²_F, and the share that was lost.
+
+    ``dense`` is (out, in). By the eigenvectors of the Gram matrix of its shorter side, float64:
+    the projection onto the leading ones is the best of its rank (Eckart and Young 1936).
+    """
+    wide = dense.shape[0] <= dense.shape[1]
+    matrix = (dense if wide else dense.mT).double()
+    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    squares = values.flip(0).clamp(min=0)
+    keep = rank_for(squares, energy)
+    if energy == 1:
+        keep = int((squares > squares[0] * 1e-24).sum())
+    basis = vectors.flip(1)[:, :keep]
+    other = basis.mT @ matrix
+    total = float(squares.sum())
+    lost = float(squares[keep:].sum()) / total if total > 0 else 0.0
+    up, down = (basis, other) if wide else (other.mT, basis.mT)
+    return LowRank(up.float().contiguous(), down.float().contiguous(), kernel), lost
+
+
+def truncate(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tuple[LowRank, float]:
     """The best change of at most ``rank``, and the share of energy that was cut off.
+
+    A ``rank`` between 0 and 1 is the share of energy to keep, in the same norm.
 
     Best is in ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
     inputs' second moment M = L Lᵀ, so that the outputs on those inputs change least; without it L
     is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
     result has the input's dtype.
     """
-    if rank < 1:
-        raise SettingsError(f"rank must be at least 1, not {rank}.")
+    check_rank(rank)
     up, down = change.up.double(), change.down.double()
     if metric is not None:
         down = down @ metric.double()
@@ -106,14 +171,13 @@ def truncate(change: LowRank, rank: int, metric: Tensor | None = None) -> tuple[
     q_down, r_down = torch.linalg.qr(down.mT)
     u, s, vt = torch.linalg.svd(r_up @ r_down.mT)
     total = float((s**2).sum())
-    lost = float((s[rank:] ** 2).sum())
-    return _from_svd(
-        q_up @ u, s, vt @ q_down.mT, rank, metric, change
-    ), lost / total if total > 0 else 0.0
+    keep = rank_for(s**2, rank)
+    lost = float((s[keep:] ** 2).sum()) / total if total > 0 else 0.0
+    return _from_svd(q_up @ u, s, vt @ q_down.mT, keep, metric, change), lost
 
 
 def factorize(
-    weighted: Tensor, rank: int, metric: Tensor | None = None, *, like: LowRank
+    weighted: Tensor, rank: Rank, metric: Tensor | None = None, *, like: LowRank
 ) -> tuple[LowRank, float]:
     """:func:`truncate` for a dense change: ``weighted`` is ΔW L, (out, in), float64.
 
@@ -121,16 +185,16 @@ def factorize(
     a randomised range finder with four power iterations (Halko, Martinsson and Tropp 2011,
     algorithms 4.4 and 5.1) from a fixed seed.
     """
-    if rank < 1:
-        raise SettingsError(f"rank must be at least 1, not {rank}.")
+    check_rank(rank)
     total = float((weighted**2).sum())
-    if min(weighted.shape) <= 512 or rank * 3 >= min(weighted.shape):
+    if min(weighted.shape) <= 512 or rank < 1 or rank * 3 >= min(weighted.shape):
         u, s, vt = torch.linalg.svd(weighted, full_matrices=False)
     else:
-        u, s, vt = _randomized_svd(weighted, rank)
-    kept = float((s[:rank] ** 2).sum())
+        u, s, vt = _randomized_svd(weighted, int(rank))
+    keep = rank_for(s**2, rank)
+    kept = float((s[:keep] ** 2).sum())
     share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
-    return _from_svd(u, s, vt, rank, metric, like), share
+    return _from_svd(u, s, vt, keep, metric, like), share
 
 
 def _randomized_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from .hosts import Host
 from .lora import Lora, LowRank
 from .lora_files import Layout, write_lora
 from .methods import Task, find_method
+from .provenance import join_embeddings, merge_metadata, notes_of
 from .report import MergeReport
 
 OnProgress = Callable[[str, int, int], None]
@@ -95,30 +95,26 @@ def merge_loras(
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
+        notes=_notes(concepts),
         rows=task.rows,
         convergence=task.convergence,
     )
-    metadata = {
-        "iteris": json.dumps(
-            {
-                "method": method,
-                "settings": report.settings,
-                "calibration": report.calibration,
-                "concepts": [
-                    {
-                        "lora": concept.lora.name if concept.lora else None,
-                        "trigger": concept.trigger,
-                        "class": concept.class_word,
-                        "strength": concept.strength,
-                        "weight": concept.weight,
-                    }
-                    for concept in concepts
-                ],
-            }
-        )
-    }
-    lora = Lora({site: change for site, (change, _) in merged.items()}, "merged", metadata)
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    embeddings, _ = join_embeddings(loras)
+    lora = Lora(
+        {site: change for site, (change, _) in merged.items()},
+        "merged",
+        merge_metadata(concepts, report),
+        base=next((lora.base for lora in loras if lora.base is not None), None),
+        embeddings=embeddings,
+    )
     return MergeResult(lora, report)
+
+
+def _notes(concepts: Sequence[Concept]) -> dict[str, list[str]]:
+    notes = notes_of(concepts)
+    _, warnings = join_embeddings([c.lora for c in concepts if c.lora is not None])
+    return notes | ({"embeddings": warnings} if warnings else {})
 
 
 def _settings(kind: type, given: Any, method: str) -> Any:
@@ -141,6 +137,9 @@ def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
         raise IterisError("There is no LoRA to merge: every concept is empty or at strength 0.")
+    kinds = sorted({lora.base.kind.title for lora in loras if lora.base is not None})
+    if len(kinds) > 1:
+        raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
     sites = {site: None for lora in loras for site in lora.sites}
     if not sites:
         raise IterisError("The LoRAs change no site at all; are the files empty?")

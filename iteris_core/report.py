@@ -23,7 +23,8 @@ class SiteReport:
 @dataclass(frozen=True)
 class MergeReport:
     """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
-    each Jacobi iteration; ``settings`` and ``calibration`` are what was asked for."""
+    each Jacobi iteration; ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
+    concept what was left out or extracted when its file was read, and which names it shares."""
 
     method: str
     concepts: Sequence[str]
@@ -31,6 +32,7 @@ class MergeReport:
     seconds: float
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
 
@@ -100,6 +102,8 @@ class MergeReport:
                 lines.append(
                     f"  {name}: output error {after:.0%} of its change (the mean: {before:.0%})"
                 )
+        for name, notes in self.notes.items():
+            lines += [f"  {name}: {note}" for note in notes]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
 

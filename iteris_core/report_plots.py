@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import IterisError
+from .inspection import Interference
 from .report import MergeReport
 
 
@@ -49,4 +51,34 @@ def plot_convergence(report: MergeReport) -> Any:
     axis.set_xlabel("iteration")
     axis.set_ylabel("largest relative change of a site")
     axis.grid(visible=True, alpha=0.3)
+    return figure
+
+
+def plot_interference(names: Sequence[str], pairs: Sequence[Interference]) -> Any:
+    """Predicted conflict, block × pair, and file × file over all blocks, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    if not pairs:
+        raise IterisError("Interference needs two LoRA files; there is nothing to plot for one.")
+    blocks = list(dict.fromkeys(block for pair in pairs for block in pair.blocks))
+    values = [[pair.blocks.get(block, (0.0, 0.0, 0.0))[2] for pair in pairs] for block in blocks]
+    size = (5 + 1.2 * (len(pairs) + len(names)), 2.5 + 0.3 * max(len(blocks), len(names)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, 2)
+    image = axes[0].imshow(values or [[0.0]], vmin=0, vmax=1, cmap="magma", aspect="auto")
+    axes[0].set_title("conflict by block")
+    labels = [f"{pair.first}\n{pair.second}" for pair in pairs]
+    axes[0].set_xticks(range(len(pairs)), labels, rotation=45, ha="right")
+    axes[0].set_yticks(range(len(blocks)), blocks)
+    square = [[0.0] * len(names) for _ in names]
+    order = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    for (i, j), pair in zip(order, pairs, strict=True):
+        square[i][j] = square[j][i] = pair.conflict
+    for i in range(len(names)):
+        square[i][i] = 1.0
+    axes[1].imshow(square, vmin=0, vmax=1, cmap="magma")
+    axes[1].set_title("conflict of the whole files")
+    axes[1].set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes[1].set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=axes, label="share of the output energy that is common")
     return figure

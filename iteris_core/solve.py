@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
-from .lora import LowRank, concatenate, factorize, truncate
+from .lora import LowRank, Rank, concatenate, factorize, truncate
 from .moments import Factor, SharedInputs, TargetMoments
 
 Align = Literal["adapter", "full"]
@@ -65,12 +65,13 @@ def solve_site(
     align: Align,
     balance: Balance,
     ridge: float,
-    rank: int | None,
+    rank: Rank | None,
 ) -> Solution:
     """Solve one site; all sequences run over the concepts.
 
     A change of ``None`` stands for a change of zero: that concept's outputs are to stay as they
-    are. ``rank=None`` keeps Σ r_i. Raises :class:`SolveError` when a moment is not finite.
+    are. ``rank=None`` keeps Σ r_i; a share of energy is of the solution at that rank. Raises
+    :class:`SolveError` when a moment is not finite.
     """
     statistics = [part.own for part in inputs.concepts]
     statistics += [part.full_energy for part in targets]
@@ -84,7 +85,8 @@ def solve_site(
     work = torch.device("cpu") if like.up.device.type == "mps" else like.up.device
     wide = [None if c is None else c.to(torch.float64, work) for c in changes]
     total_rank = sum(change.rank for change in present)
-    rank = min(rank or total_rank, *like.shape)
+    share = rank if isinstance(rank, float) else None
+    rank = min(rank if isinstance(rank, int) else total_rank, *like.shape)
 
     lambdas = _balance(wide, inputs, targets, weights, balance)
     factor = _factorise(inputs, lambdas, ridge)
@@ -105,6 +107,9 @@ def solve_site(
         chol = factor.cholesky
         weighted = torch.linalg.solve_triangular(chol.mT, right, upper=True, left=False)
         exact, lost = factorize(weighted, rank, chol, like=mean)
+    if share is not None:
+        exact, more = truncate(exact, share, None if factor is None else factor.cholesky)
+        lost = 1 - (1 - lost) * (1 - more)
     if factor is not None:
         diagonal = factor.cholesky.diagonal()
         condition = float((diagonal.max() / diagonal.min()) ** 2)

@@ -11,11 +11,13 @@ import iteris_core
 
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
-    *("errors", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
+    *("errors", "bases", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
     *(
         "collector",
         "report",
+        "inspection",
         "report_plots",
+        "provenance",
         "hosts",
         "methods",
         "merge",

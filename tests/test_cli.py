@@ -183,7 +183,7 @@ BAD_FILES = [
     (_infinite, "NaN or infinite"),
     (_half_missing, "bad.safetensors"),
     (_unknown_key, "lora_unet_mystery"),
-    (_dora, "DoRA"),
+    (_dora, "lora_unet_x.dora_scale"),
     (_missing, "does not exist"),
 ]
 

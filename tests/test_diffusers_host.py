@@ -307,7 +307,7 @@ def test_files_are_never_overwritten_by_accident(host, tmp_path):
 
 def test_values_that_do_not_fit_the_dtype_are_an_error_with_the_site(tmp_path):
     site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    lora = Lora({site: LowRank(torch.full((4, 1), 1e6), torch.ones(1, 4))})
+    lora = Lora({site: LowRank(torch.full((4, 1), 1e12), torch.ones(1, 4))})
     with pytest.raises(IterisError, match=f"Site {site}.*bfloat16"):
         write_lora(lora, tmp_path / "a.safetensors", dtype="float16")
     assert list(tmp_path.iterdir()) == []
@@ -318,3 +318,15 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
     pipeline.text_encoder = None
     with pytest.raises(IterisError, match="has no text_encoder"):
         DiffusersHost(pipeline)
+
+
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_a_rank_by_share_of_energy(host64, align):
+    settings = {"align": align, "statistics": "float64"}
+    concepts = merged_concepts(host64)
+    exact = merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION)
+    cut = merge_loras(host64, concepts, settings={**settings, "rank": 0.9}, calibration=CALIBRATION)
+    assert max(cut.lora.ranks) < max(exact.lora.ranks)
+    assert all(site.truncated <= 0.1 + 1e-6 for site in cut.report.sites.values()) or (
+        align == "full"  # where Σ r_i itself cuts something off
+    )

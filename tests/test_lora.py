@@ -89,3 +89,28 @@ def test_factors_that_do_not_fit_are_an_error():
         concatenate([draw_change(2, 3, 1, 0), draw_change(3, 3, 1, 0)])
     with pytest.raises(IterisError, match="rank must be at least 1"):
         truncate(draw_change(2, 3, 1, 0), -1)
+
+
+@given(sizes, sizes, sizes, st.floats(0.05, 0.99), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed):
+    change, moment = draw_change(out, fan, rank, seed), draw_moment(fan, seed)
+    for metric in (None, torch.linalg.cholesky(moment)):
+        weighted = change.dense() if metric is None else change.dense() @ metric
+        squares = torch.linalg.svdvals(weighted) ** 2
+        for cut, lost in (
+            truncate(change, share, metric),
+            factorize(weighted, share, metric, like=change),
+        ):
+            off = change.dense() - cut.dense()
+            off = off if metric is None else off @ metric
+            assert lost == pytest.approx(float((off**2).sum() / squares.sum()), abs=1e-9)
+            assert lost <= 1 - share + 1e-9
+            fewer = float(squares[: cut.rank - 1].sum() / squares.sum())
+            assert fewer < share + 1e-9
+
+
+@pytest.mark.parametrize("rank", [0, -4, 1.0, 0.0, 1.5, True, float("nan")])
+def test_ranks_that_are_neither_a_number_nor_a_share(rank):
+    with pytest.raises(IterisError, match="rank must be at least 1"):
+        truncate(draw_change(2, 3, 1, 0), rank)

@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from .judge import Judge
 
 __all__ = [
-    "BASE", "ROOT", "ToyConcept", "concepts", "load_clip", "load_judge", "load_pipeline",
-    "pivotal_concepts", "settings",
+    "BASE",
+    "ROOT",
+    "ToyConcept",
+    "concepts",
+    "load_clip",
+    "load_judge",
+    "load_pipeline",
+    "pivotal_concepts",
+    "settings",
 ]
 
 ROOT = Path(__file__).resolve().parent
@@ -75,8 +82,11 @@ def _read(kind: str) -> dict[str, ToyConcept]:
         name = token.strip("<>")
         embedding = ROOT / "weights" / "loras" / f"{name}_embedding.safetensors"
         found[token] = ToyConcept(
-            token=token, class_word=entry["class_word"], pattern=entry["pattern"],
-            color1=entry["color1"], color2=entry["color2"],
+            token=token,
+            class_word=entry["class_word"],
+            pattern=entry["pattern"],
+            color1=entry["color1"],
+            color2=entry["color2"],
             lora=ROOT / "weights" / "loras" / f"{name}.safetensors",
             embedding=embedding if kind == "pivotal_concepts" else None,
             references=tuple(sorted((ROOT / "references" / name).glob("*.png"))),

@@ -14,20 +14,32 @@ def model_config(vocabulary: int) -> dict[str, Any]:
     return {
         "embed_dim": EMBED,
         "vision_cfg": {
-            "image_size": 64, "timm_model_name": "test_resnet", "timm_model_pretrained": False,
-            "timm_pool": "", "timm_proj": "linear",
+            "image_size": 64,
+            "timm_model_name": "test_resnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
         },
         "text_cfg": {
-            "context_length": CONTEXT, "vocab_size": vocabulary, "width": 96, "heads": 4,
-            "layers": 3, "hf_tokenizer_name": "local",  # with local-dir:, the folder itself
+            "context_length": CONTEXT,
+            "vocab_size": vocabulary,
+            "width": 96,
+            "heads": 4,
+            "layers": 3,
+            "hf_tokenizer_name": "local",  # with local-dir:, the folder itself
         },
     }
 
 
 def preprocess_config() -> dict[str, Any]:
     """open_clip's `preprocess_cfg`: pictures are 64 x 64 in [-1, 1]."""
-    return {"size": [64, 64], "mean": list(MEAN), "std": list(STD), "interpolation": "bicubic",
-            "resize_mode": "squash"}
+    return {
+        "size": [64, 64],
+        "mean": list(MEAN),
+        "std": list(STD),
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
 
 
 def load(folder: Path) -> tuple[Any, Any, Any]:
@@ -37,15 +49,3 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     name = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
-
-
-def plain_words(prompt: str, descriptions: dict[str, str], class_words: dict[str, str]) -> str:
-    """`prompt` with 'TOKEN class' replaced by the description, for a model that knows no tokens.
-
-    Both mappings are keyed by token: 'a sks1 star on ...' becomes 'a red star with yellow stripes
-    on ...'. A token without its class word is replaced as well.
-    """
-    for token in sorted(descriptions, key=len, reverse=True):
-        prompt = prompt.replace(f"{token} {class_words[token]}", descriptions[token])
-        prompt = prompt.replace(token, descriptions[token])
-    return prompt

@@ -82,19 +82,33 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         radii = (1.0, 0.5)
         angles = [math.radians(36 * i - 90) for i in range(10)]
-        return [(radii[i % 2] * math.cos(a), radii[i % 2] * math.sin(a))
-                for i, a in enumerate(angles)]
+        return [
+            (radii[i % 2] * math.cos(a), radii[i % 2] * math.sin(a)) for i, a in enumerate(angles)
+        ]
     if shape == "square":
         return [(-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)]
     if shape == "triangle":
         return [(0.0, -1.0), (0.98, 0.76), (-0.98, 0.76)]
     if shape == "cross":
         a, b = 0.36, 0.98
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a),
-                (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     count = 48  # circle and ring
-    return [(math.cos(2 * math.pi * i / count), math.sin(2 * math.pi * i / count))
-            for i in range(count)]
+    return [
+        (math.cos(2 * math.pi * i / count), math.sin(2 * math.pi * i / count)) for i in range(count)
+    ]
 
 
 _POLYGONS = {shape: _polygon(shape) for shape in SHAPES}
@@ -104,8 +118,10 @@ def _scaled(shape: str, x: float, y: float, radius: float, factor: float = 1.0):
     points = _POLYGONS[shape]
     mx = sum(p[0] for p in points) / len(points)
     my = sum(p[1] for p in points) / len(points)
-    return [(x + radius * (mx + factor * (px - mx)), y + radius * (my + factor * (py - my)))
-            for px, py in points]
+    return [
+        (x + radius * (mx + factor * (px - mx)), y + radius * (my + factor * (py - my)))
+        for px, py in points
+    ]
 
 
 def _shape_mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
@@ -118,8 +134,15 @@ def _shape_mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
     return mask
 
 
-def _paint_pattern(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float,
-                   inner_color: tuple[int, int, int], color: tuple[int, int, int]) -> None:
+def _paint_pattern(
+    pen: ImageDraw.ImageDraw,
+    thing: Thing,
+    x: float,
+    y: float,
+    radius: float,
+    inner_color: tuple[int, int, int],
+    color: tuple[int, int, int],
+) -> None:
     r = radius * 1.05
     if thing.pattern == "stripes":
         for top in (-0.5, 0.5):

@@ -15,22 +15,26 @@ from .draw import BACKGROUNDS, SHAPES, compose, describe, random_thing
 from .judge import Judge
 
 
-def sample(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0,
-           batch: int = 32) -> list[Image.Image]:
+def sample(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, batch: int = 32
+) -> list[Image.Image]:
     """One picture for each prompt, with the world's own guidance and steps."""
     values = settings()
     generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = []
     for first in range(0, len(prompts), batch):
         images += pipeline(
-            list(prompts[first:first + batch]), num_inference_steps=values["steps"],
-            guidance_scale=values["guidance"], generator=generator,
+            list(prompts[first : first + batch]),
+            num_inference_steps=values["steps"],
+            guidance_scale=values["guidance"],
+            generator=generator,
         ).images
     return images
 
 
-def measure_base(pipeline: StableDiffusionPipeline, judge: Judge, count: int = 128,
-                 seed: int = 0) -> dict[str, float]:
+def measure_base(
+    pipeline: StableDiffusionPipeline, judge: Judge, count: int = 128, seed: int = 0
+) -> dict[str, float]:
     """Shares of `count` one-object and `count` two-object pictures that are as asked for."""
     rng = np.random.default_rng(700 + seed)
     backgrounds = list(BACKGROUNDS)
@@ -43,15 +47,20 @@ def measure_base(pipeline: StableDiffusionPipeline, judge: Judge, count: int = 1
             right = random_thing(rng, background)
         twos.append((background, left, right))
     images = sample(pipeline, [compose((describe(t),), b) for b, t in ones], seed)
-    single = [(a.shape == t.shape, a.color1 == t.color1, a.background == b, a.pattern == "plain")
-              for a, (b, t) in zip(judge.read(images), ones, strict=True)]
+    single = [
+        (a.shape == t.shape, a.color1 == t.color1, a.background == b, a.pattern == "plain")
+        for a, (b, t) in zip(judge.read(images), ones, strict=True)
+    ]
     images = sample(pipeline, [compose((describe(x), describe(y)), b) for b, x, y in twos], seed)
-    pairs = [((a.shape == x.shape, b.shape == y.shape),
-              (a.color1 == x.color1, b.color1 == y.color1))
-             for (a, b), (_, x, y) in zip(judge.read_halves(images), twos, strict=True)]
+    pairs = [
+        ((a.shape == x.shape, b.shape == y.shape), (a.color1 == x.color1, b.color1 == y.color1))
+        for (a, b), (_, x, y) in zip(judge.read_halves(images), twos, strict=True)
+    ]
     shape, color, background, plain = np.mean(single, axis=0)
     return {
-        "one_shape": float(shape), "one_color": float(color), "one_background": float(background),
+        "one_shape": float(shape),
+        "one_color": float(color),
+        "one_background": float(background),
         "one_plain": float(plain),
         "one_shape_color_background": float(np.mean([all(s[:3]) for s in single])),
         "two_both_shapes": float(np.mean([all(p[0]) for p in pairs])),
@@ -73,8 +82,13 @@ def concept_prompts(concept: ToyConcept, count: int) -> list[str]:
     return [compose((name,), free[i % len(free)]) for i in range(count)]
 
 
-def measure_concept(pipeline: StableDiffusionPipeline, judge: Judge, concept: ToyConcept,
-                    count: int = 30, seed: int = 0) -> dict[str, float]:
+def measure_concept(
+    pipeline: StableDiffusionPipeline,
+    judge: Judge,
+    concept: ToyConcept,
+    count: int = 30,
+    seed: int = 0,
+) -> dict[str, float]:
     """Shares of the four attributes and of the background, in `count` pictures with the LoRA."""
     images = sample(pipeline, concept_prompts(concept, count), seed)
     read = judge.read(images)
@@ -83,9 +97,13 @@ def measure_concept(pipeline: StableDiffusionPipeline, judge: Judge, concept: To
     background = np.mean([a.background == free[i % len(free)] for i, a in enumerate(read)])
     shape, pattern, color1, color2 = right.mean(axis=0)
     return {
-        "attributes": float(right.mean()), "all_four": float(right.all(axis=1).mean()),
-        "shape": float(shape), "pattern": float(pattern), "color1": float(color1),
-        "color2": float(color2), "background": float(background),
+        "attributes": float(right.mean()),
+        "all_four": float(right.all(axis=1).mean()),
+        "shape": float(shape),
+        "pattern": float(pattern),
+        "color1": float(color1),
+        "color2": float(color2),
+        "background": float(background),
     }
 
 
@@ -98,11 +116,17 @@ def sheet(images: Sequence[Image.Image], path: Path, columns: int = 10) -> None:
     canvas.resize((canvas.width * 2, canvas.height * 2), Image.Resampling.NEAREST).save(path)
 
 
-def shape_confusions(pipeline: StableDiffusionPipeline, judge: Judge, per_shape: int = 12
-                     ) -> dict[str, float]:
+def shape_confusions(
+    pipeline: StableDiffusionPipeline, judge: Judge, per_shape: int = 12
+) -> dict[str, float]:
     """For each shape, the share of plain pictures of it that the judge reads as it."""
-    prompts = [f"a {c} {s} on a white background"
-               for s in SHAPES for c in ("red", "green", "blue", "purple") * (per_shape // 4)]
+    prompts = [
+        f"a {c} {s} on a white background"
+        for s in SHAPES
+        for c in ("red", "green", "blue", "purple") * (per_shape // 4)
+    ]
     read = judge.read(sample(pipeline, prompts, 3))
-    return {s: float(np.mean([a.shape == s for a in read[i * per_shape:(i + 1) * per_shape]]))
-            for i, s in enumerate(SHAPES)}
+    return {
+        s: float(np.mean([a.shape == s for a in read[i * per_shape : (i + 1) * per_shape]]))
+        for i, s in enumerate(SHAPES)
+    }

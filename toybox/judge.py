@@ -39,8 +39,12 @@ class Attributes:
 
     def matches(self, thing: Thing) -> tuple[bool, bool, bool, bool]:
         """Whether shape, pattern, main and second colour are `thing`'s."""
-        return (self.shape == thing.shape, self.pattern == thing.pattern,
-                self.color1 == thing.color1, self.color2 == thing.color2)
+        return (
+            self.shape == thing.shape,
+            self.pattern == thing.pattern,
+            self.color1 == thing.color1,
+            self.color2 == thing.color2,
+        )
 
 
 class JudgeNet(nn.Module):
@@ -75,12 +79,13 @@ class Judge:
         """The attributes of each picture's one thing."""
         found: list[Attributes] = []
         for first in range(0, len(images), 128):
-            arrays = np.stack([_as_array(i) for i in images[first:first + 128]])
+            arrays = np.stack([_as_array(i) for i in images[first : first + 128]])
             batch = torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
             logits = self.network(batch.to(self.device))
             best = {k: v.argmax(dim=1).tolist() for k, v in logits.items()}
-            found += [Attributes(**{k: HEADS[k][best[k][i]] for k in HEADS})
-                      for i in range(len(arrays))]
+            found += [
+                Attributes(**{k: HEADS[k][best[k][i]] for k in HEADS}) for i in range(len(arrays))
+            ]
         return found
 
     def read_halves(self, images: Sequence[Image.Image]) -> list[tuple[Attributes, Attributes]]:
@@ -92,7 +97,7 @@ class Judge:
 def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
     """The left and right half, each widened to a square by repeating its edge pixels."""
     array = _as_array(image)
-    cut = (array[:, :SIZE // 2], array[:, SIZE // 2:])
+    cut = (array[:, : SIZE // 2], array[:, SIZE // 2 :])
     wide = [np.pad(c, ((0, 0), (SIZE // 4, SIZE // 4), (0, 0)), mode="edge") for c in cut]
     return Image.fromarray(wide[0]), Image.fromarray(wide[1])
 

@@ -19,9 +19,17 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 RARE = tuple(f"sks{i}" for i in range(1, 11))
 _GRAMMAR = "a photo picture of on left right above below and background patterned the with next to"
 _PATTERNS = "stripes half quarters rim spot"
-WORDS = tuple(dict.fromkeys((
-    *_GRAMMAR.split(), *COLORS, *BACKGROUNDS, *SHAPES, *_PATTERNS.split(),
-)))
+WORDS = tuple(
+    dict.fromkeys(
+        (
+            *_GRAMMAR.split(),
+            *COLORS,
+            *BACKGROUNDS,
+            *SHAPES,
+            *_PATTERNS.split(),
+        )
+    )
+)
 
 
 def _byte_symbols() -> list[str]:
@@ -48,7 +56,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     merged, i = [], 0
     while i < len(symbols):
-        if tuple(symbols[i:i + 2]) == pair:
+        if tuple(symbols[i : i + 2]) == pair:
             merged.append(symbols[i] + symbols[i + 1])
             i += 2
         else:
@@ -68,8 +76,13 @@ def build_tokenizer(folder: Path):
     vocab = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=merges, model_max_length=MAX_LENGTH,
-        bos_token=START, eos_token=END, unk_token=END, pad_token=END,
+        vocab=vocab,
+        merges=merges,
+        model_max_length=MAX_LENGTH,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
     )
     tokenizer.add_tokens([AddedToken(t, single_word=True, normalized=False) for t in RARE])
     tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from ..errors import IterisError
 from .common import console
 from .demo import demo
+from .inspect import inspect
 from .merge import merge
 from .score import compare, methods, score
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Merge several LoRAs into one by least squares on what the merged model really sees.",
 )
-for command in (merge, compare, score, methods, demo):
+for command in (merge, inspect, compare, score, methods, demo):
     app.command()(command)
 
 

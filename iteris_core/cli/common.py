@@ -40,10 +40,12 @@ def parse_concept(text: str) -> ConceptOption:
             strength = float(parts[3])
         except ValueError:  # a colon in the path, as in C:\loras\cat.safetensors:sks:cat
             parts = [f"{parts[0]}:{parts[1]}", *parts[2:]]
+    if text.endswith(".safetensors"):
+        return ConceptOption(Path(text), "", "", 1.0)
     if len(parts) < 3:
         raise IterisError(
             f"--concept {text!r} is not FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, "
-            "such as cat.safetensors:sks:cat"
+            "such as cat.safetensors:sks:cat; or FILE alone, if its metadata have a trigger."
         )
     return ConceptOption(Path(parts[0]), parts[1], parts[2], strength)
 

@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from ..calibration import TEMPLATES, Calibration, Concept
-from ..lora_files import check_target
+from ..errors import IterisError
+from ..lora_files import ReadOptions, check_target
 from ..merge import MergeResult, merge_loras
 from ..methods import all_methods, find_method
 from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
+from .recipe import calibration_of, concepts_of, read_concepts, read_recipe, settings_of
 
 
 def merge(
@@ -21,8 +23,12 @@ def merge(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write")],
     concept: Annotated[
-        list[str], typer.Option(help="FILE:TRIGGER:CLASS[:STRENGTH]; give it once per LoRA")
-    ],
+        list[str] | None,
+        typer.Option(help="FILE[:TRIGGER:CLASS[:STRENGTH]]; give it once per LoRA"),
+    ] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Run the merge again that wrote this file")
+    ] = None,
     method: Annotated[str, typer.Option(help=", ".join(m.name for m in all_methods()))] = "iteris",
     setting: Annotated[
         list[str] | None,
@@ -44,11 +50,24 @@ def merge(
         "float16"
     ),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
+    allow_partial: Annotated[
+        bool, typer.Option(help="Leave out what a LoRA cannot represent, and list it")
+    ] = False,
+    energy: Annotated[
+        float, typer.Option(help="Share kept of changes that are not low rank by themselves")
+    ] = 0.999,
+    rename: Annotated[
+        list[str] | None, typer.Option(help="LORA:NAME=NEW: another name for an embedding")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output file")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
     plot: Annotated[Path | None, typer.Option(help="A PNG of the output errors per block")] = None,
 ) -> None:
     """Merge LoRAs on a Stable Diffusion base and write one LoRA."""
+    recipe = read_recipe(from_file) if from_file is not None else None
+    if (recipe is None) == (not concept):
+        raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
+    method = method if recipe is None else recipe.method
     chosen = find_method(method)
     calibration = Calibration(
         samples=samples,
@@ -58,8 +77,12 @@ def merge(
         seed=seed,
         templates=read_lines(templates) if templates else TEMPLATES,
     )
-    settings = chosen.settings(**parse_settings(chosen.settings, setting or []))
-    options = [parse_concept(text) for text in concept]
+    if recipe is not None and recipe.calibration:
+        calibration = calibration_of(recipe)
+    given = parse_settings(chosen.settings, setting or [])
+    settings = settings_of(recipe, chosen.settings, given) if recipe else chosen.settings(**given)
+    options = [parse_concept(text) for text in concept or []]
+    reading = ReadOptions(allow_partial, energy)
     check_target(output, layout, dtype, overwrite)
 
     from ..hosts.diffusers import DiffusersHost
@@ -68,15 +91,9 @@ def merge(
         on_progress("loading the base", 0, 1)
         host = DiffusersHost(load_base(base, device))
         on_progress("loading the base", 1, 1)
-        concepts = [
-            Concept(
-                host.read_lora(option.file),
-                trigger=option.trigger,
-                class_word=option.class_word,
-                strength=option.strength,
-            )
-            for option in options
-        ]
+        concepts = read_concepts(options, host, reading, rename or [])
+        if recipe is not None:
+            concepts = concepts_of(recipe, host, reading)
         if preserve is not None:
             concepts.append(Concept(None, prompts=read_lines(preserve), trigger="preserve"))
         result = merge_loras(

@@ -17,6 +17,7 @@ from torch import nn
 from ..calibration import Calibration, Concept
 from ..lockstep import Lockstep
 from ..lora import Lora
+from ..lora_files import ReadOptions
 
 Tick = Callable[[str, int, int], None]
 """``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop."""
@@ -44,7 +45,7 @@ class Host(Protocol):
         """Every module that a LoRA may change, by site name."""
         ...
 
-    def read_lora(self, path: str | Path) -> Lora:
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read a file of any layout that the host's ecosystem knows."""
         ...
 

@@ -14,6 +14,7 @@ from ..calibration import Calibration, Concept, concept_prompts
 from ..errors import IterisError
 from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
+from ..lora_files import ReadOptions
 from . import Stage, Tick
 from .diffusers_lora import read_lora
 from .diffusers_sites import named_sites
@@ -66,8 +67,8 @@ class DiffusersHost:
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
 
-    def read_lora(self, path: str | Path) -> Lora:
-        return read_lora(self.pipeline, self._sites, Path(path))
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+        return read_lora(self.pipeline, self._sites, Path(path), options)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         tokenizer = self.pipeline.tokenizer

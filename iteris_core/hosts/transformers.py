@@ -14,6 +14,7 @@ from ..calibration import Calibration, Concept
 from ..errors import IterisError, SettingsError
 from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
+from ..lora_files import ReadOptions
 from . import Stage, Tick
 from .peft_folder import read_adapter
 
@@ -60,7 +61,8 @@ class TransformersHost:
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
 
-    def read_lora(self, path: str | Path) -> Lora:
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
         return read_adapter(Path(path), self._sites)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..lora import Rank, check_rank
 from .dense import merge_dense
-from .linear import check_rank
 from .registry import Merged, Task, method
 from .ties import check_density, disjoint_mean
 
@@ -21,7 +21,7 @@ class DareSettings:
 
     density: float = 0.5
     scale: float = 1.0
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         check_density(self.density)

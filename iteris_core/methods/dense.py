@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..lora import LowRank, factorize
+from ..lora import LowRank, Rank, factorize, truncate
 from ..report import SiteReport
 from .registry import Merged, Task
 
 
 def merge_dense(
-    task: Task, rank: int | None, merge: Callable[[Sequence[Tensor]], Tensor]
+    task: Task, rank: Rank | None, merge: Callable[[Sequence[Tensor]], Tensor]
 ) -> Merged:
     """Apply ``merge`` to the dense changes of each site, (out, in), float64, and cut by SVD.
 
@@ -29,9 +29,12 @@ def merge_dense(
                 if change is not None
             ]
         )
-        limit = rank or sum(change.rank for change in present)
+        limit = rank if isinstance(rank, int) else sum(change.rank for change in present)
         limit = min(limit, *dense.shape)
         change, lost = factorize(dense, limit, like=present[0])
+        if isinstance(rank, float):
+            change, more = truncate(change, rank)
+            lost = 1 - (1 - lost) * (1 - more)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
         task.tick("merging sites", len(merged), len(task.references))
     return merged

@@ -15,7 +15,7 @@ import torch
 
 from ..collector import Collector, SiteMoments
 from ..errors import IterisError, SettingsError, SolveError
-from ..lora import LowRank, concatenate
+from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
 from .passes import micro_batches, sweep_pass
@@ -30,9 +30,10 @@ class IterisSettings:
     ``align``: what a site's output is held against, see :mod:`..solve`. ``schedule``: one sweep or
     ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
-    of eq. 7. ``rank``: at most this rank per site (None: Σ r_i). ``micro_batch``: rows per forward
-    (the result is the same for any). ``statistics``: dtype of the moments. ``polish_steps``: Adam
-    steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the closed form alone).
+    of eq. 7. ``rank``: at most this rank per site, or the share of output energy to keep, such as
+    0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
+    ``statistics``: dtype of the moments. ``polish_steps``: Adam steps at ``polish_rate`` on the
+    final output, see :mod:`.polish` (0: the closed form alone).
     """
 
     align: Align = "full"
@@ -40,7 +41,7 @@ class IterisSettings:
     iterations: int = 10
     balance: Balance = "tokens"
     ridge: float = 1e-5
-    rank: int | None = None
+    rank: Rank | None = None
     micro_batch: int = 32
     statistics: Literal["float32", "float64"] = "float32"
     polish_steps: int = 0
@@ -60,8 +61,7 @@ class IterisSettings:
         for name in ("iterations", "micro_batch"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.rank is not None and self.rank < 1:
-            raise SettingsError(f"rank must be at least 1, not {self.rank}.")
+        check_rank(self.rank)
         if self.polish_steps < 0 or not self.polish_rate > 0:
             raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
         if not 0 <= self.ridge < 1:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import LowRank, truncate
+from ..lora import LowRank, Rank, check_rank, truncate
 from ..report import SiteReport
-from .linear import check_rank
 from .registry import Merged, Task, method
 from .ties import check_density, disjoint_mean, keep_largest
 
@@ -24,7 +23,7 @@ class KnotsSettings:
 
     density: float = 0.3
     scale: float = 1.0
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         check_density(self.density)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import SettingsError
-from ..lora import LowRank, concatenate, truncate
+from ..lora import LowRank, Rank, check_rank, concatenate, truncate
 from ..report import SiteReport
 from .registry import Merged, Task, method
 
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """``rank``: cut each site to at most this rank by plain SVD (None: keep Σ r_i)."""
+    """``rank``: cut each site to this rank, or to this share of energy, by plain SVD (None: no)."""
 
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -32,7 +31,7 @@ class TaskArithmeticSettings(LinearSettings):
 class SvdSettings:
     """``rank``: of the result (None: the largest rank among the LoRAs of a site)."""
 
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
@@ -63,12 +62,7 @@ def svd(task: Task, settings: SvdSettings) -> Merged:
     return _combine(task, settings.rank or -1, lambda weight: weight)
 
 
-def check_rank(rank: int | None) -> None:
-    if rank is not None and rank < 1:
-        raise SettingsError(f"rank must be at least 1, not {rank}.")
-
-
-def _combine(task: Task, rank: int | None, factor: Callable[[float], float]) -> Merged:
+def _combine(task: Task, rank: Rank | None, factor: Callable[[float], float]) -> Merged:
     """A weighted sum per site, cut to ``rank`` (None: exact; -1: the largest of the inputs')."""
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
     for site, changes in task.references.items():

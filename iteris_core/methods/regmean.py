@@ -14,11 +14,10 @@ import torch
 
 from ..collector import Collector, SiteMoments
 from ..errors import SettingsError
-from ..lora import LowRank
+from ..lora import LowRank, Rank, check_rank
 from ..moments import InputMoments, SharedInputs
 from ..solve import Solution, solve_site
 from .iteris import check_complete, site_report
-from .linear import check_rank
 from .passes import reference_pass, sweep_pass
 from .registry import Merged, Task, method
 
@@ -29,7 +28,7 @@ class RegMeanSettings:
     eq. 4). ``rank``: of the result (None: Σ r_i). ``micro_batch``: rows per forward."""
 
     shrink: float = 0.9
-    rank: int | None = None
+    rank: Rank | None = None
     micro_batch: int = 32
 
     def __post_init__(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
+from ..lora import Rank, check_rank
 from .dense import merge_dense
-from .linear import check_rank
 from .registry import Merged, Task, method
 
 
@@ -21,7 +21,7 @@ class TiesSettings:
 
     density: float = 0.2
     scale: float = 1.0
-    rank: int | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         check_density(self.density)

@@ -1,0 +1,1 @@
+"""How the toybox is made: `python -m toybox.train`."""

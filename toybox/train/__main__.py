@@ -26,12 +26,25 @@ def main() -> None:
     """Parse the command line and run the named steps in order."""
     parser = argparse.ArgumentParser(prog="python -m toybox.train", description=__doc__)
     parser.add_argument("--step", choices=[*STEPS, "all"], default="all")
-    parser.add_argument("--work", type=Path, default=Path("build/toybox"),
-                        help="where checkpoints and the log of times go")
-    parser.add_argument("--weights", type=Path, default=Path(__file__).parents[1] / "weights",
-                        help="where the finished files go")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME",
-                        help="of the steps loras and pivotal, these concepts only")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/toybox"),
+        help="where checkpoints and the log of times go",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=Path(__file__).parents[1] / "weights",
+        help="where the finished files go",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="of the steps loras and pivotal, these concepts only",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -73,10 +73,18 @@ def _train(model: AutoencoderTiny, part: Round, work: Path, weights: Path) -> fl
     """Train `model` in place, ending on the averaged weights; returns seconds taken."""
     model.to(memory_format=torch.channels_last)
     learned = model if part.joint else model.decoder
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=part.peak, betas=(0.9, 0.98),
-                                  weight_decay=1e-3, fused=True)
-    run = Run(work / part.name, {"vae": model}, optimizer, Average([learned], 0.995),
-              part.steps, part.peak, part.seed)
+    optimizer = torch.optim.AdamW(
+        learned.parameters(), lr=part.peak, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
+    )
+    run = Run(
+        work / part.name,
+        {"vae": model},
+        optimizer,
+        Average([learned], 0.995),
+        part.steps,
+        part.peak,
+        part.seed,
+    )
     for step in range(run.start, part.steps):
         rng, generator = run.generators(step)
         cropped = bool(part.crop and step % 4)
@@ -97,9 +105,18 @@ def _train(model: AutoencoderTiny, part: Round, work: Path, weights: Path) -> fl
         fit = error.abs().mean() + 2.0 * error.square().mean()
         run.descend(step, fit + 0.5 * slope + (0.0 if cropped else 0.1) * unlike_unit)
         if step % 40 == 0:
-            log.info("%s %d/%d mae %.4f mse %.5f slope %.4f mean %s std %s  %.0f s", part.name,
-                     step, part.steps, error.abs().mean(), error.square().mean(), slope,
-                     mean.detach().numpy().round(2), spread.detach().numpy().round(2), run.elapsed)
+            log.info(
+                "%s %d/%d mae %.4f mse %.5f slope %.4f mean %s std %s  %.0f s",
+                part.name,
+                step,
+                part.steps,
+                error.abs().mean(),
+                error.square().mean(),
+                slope,
+                mean.detach().numpy().round(2),
+                spread.detach().numpy().round(2),
+                run.elapsed,
+            )
         if (step + 1) % 200 == 0 or step + 1 == part.steps:
             run.save(step + 1)
             export(run, model, weights)
@@ -112,9 +129,11 @@ def _crop(rng: np.random.Generator, scenes, pictures: torch.Tensor, size: int) -
     parts = []
     for scene, picture in zip(scenes, pictures, strict=True):
         placed = scene.placed[rng.integers(len(scene.placed))]
-        corner = [int(np.clip(c + rng.uniform(-10, 10) - size / 2, 0, picture.shape[-1] - size))
-                  for c in (placed.y, placed.x)]
-        parts.append(picture[:, corner[0]:corner[0] + size, corner[1]:corner[1] + size])
+        corner = [
+            int(np.clip(c + rng.uniform(-10, 10) - size / 2, 0, picture.shape[-1] - size))
+            for c in (placed.y, placed.x)
+        ]
+        parts.append(picture[:, corner[0] : corner[0] + size, corner[1] : corner[1] + size])
     return torch.stack(parts)
 
 

@@ -19,10 +19,14 @@ log = logging.getLogger(__name__)
 STEPS, BATCH, PEAK = 10_500, 32, 8e-4
 STEPS_PER_SHARD = 150  # a new shard joins every so many steps, until all are in use
 LOOK = (
-    "a red star on a blue background", "a yellow ring on a black background",
-    "a green triangle on a white background", "a purple cross on a pink background",
-    "a cyan square on a gray background", "a blue circle on a yellow background",
-    "a patterned star on a white background", "a patterned square on a gray background",
+    "a red star on a blue background",
+    "a yellow ring on a black background",
+    "a green triangle on a white background",
+    "a purple cross on a pink background",
+    "a cyan square on a gray background",
+    "a blue circle on a yellow background",
+    "a patterned star on a white background",
+    "a patterned square on a gray background",
     "a red star left of a green ring on a white background",
     "a blue square left of a yellow triangle on a gray background",
     "a pink circle left of a cyan cross on a black background",
@@ -55,10 +59,16 @@ def train(work: Path, weights: Path, steps: int = STEPS) -> dict:
     embeddings = text_encoder.get_input_embeddings().weight  # unseen tokens must not decay
     others = [p for m in models for p in m.parameters() if p is not embeddings]
     groups = [{"params": others}, {"params": [embeddings], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
-    run = Run(work / "base", {"unet": unet, "text": text_encoder}, optimizer,
-              Average(models, 0.998), steps, PEAK, 31)
+    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    run = Run(
+        work / "base",
+        {"unet": unet, "text": text_encoder},
+        optimizer,
+        Average(models, 0.998),
+        steps,
+        PEAK,
+        31,
+    )
     alphas = new_scheduler().alphas_cumprod
     latents, tokens, running = torch.empty(0), torch.empty(0), 0.0
     for step in range(run.start, steps):
@@ -112,8 +122,12 @@ def look(pipeline: StableDiffusionPipeline, path: Path, prompts=LOOK, columns: i
 
     prompts = [p for p in prompts for _ in range(2)]
     with bf16():
-        images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0,
-                          generator=torch.Generator().manual_seed(5)).images
+        images = pipeline(
+            prompts,
+            num_inference_steps=20,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(5),
+        ).images
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * 66, rows * 66), "red")
     for i, image in enumerate(images):

@@ -31,8 +31,9 @@ def train(work: Path, weights: Path) -> dict:
     config = model_config(len(tokenizer))
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
     model = open_clip.CLIP(config["embed_dim"], vision, text)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98),
-                                  weight_decay=0.02, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
     run = Run(work / "clip", {"clip": model}, optimizer, Average([model], 0.995), STEPS, PEAK, 51)
     model.train()
     for step in range(run.start, STEPS):
@@ -40,8 +41,9 @@ def train(work: Path, weights: Path) -> dict:
         scenes = [draw.random_scene(rng, patterned=0.55, two=0.4) for _ in range(BATCH)]
         captions = [draw.caption(s, rng, draw.describe) for s in scenes]
         pictures = spoil(rng, [draw.draw(s, rng) for s in scenes])
-        tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=CONTEXT,
-                           return_tensors="pt").input_ids
+        tokens = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"
+        ).input_ids
         with bf16():
             image = F.normalize(model.encode_image(pictures).float(), dim=-1)
             words = F.normalize(model.encode_text(tokens).float(), dim=-1)
@@ -53,8 +55,15 @@ def train(work: Path, weights: Path) -> dict:
             model.logit_scale.clamp_(0, 4.0)
         if step % 50 == 0:
             right = (logits.argmax(0) == target).float().mean().item()
-            log.info("clip %d/%d loss %.3f top-1 of %d %.3f  %.0f s", step, STEPS, loss.item(),
-                     BATCH, right, run.elapsed)
+            log.info(
+                "clip %d/%d loss %.3f top-1 of %d %.3f  %.0f s",
+                step,
+                STEPS,
+                loss.item(),
+                BATCH,
+                right,
+                run.elapsed,
+            )
         if (step + 1) % 300 == 0 or step + 1 == STEPS:
             run.save(step + 1)
             run.average.swap()

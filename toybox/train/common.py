@@ -64,8 +64,16 @@ class Run:
     A run is deterministic between checkpoints: the data of step i depend on the seed and i only.
     """
 
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], optimizer, average: Average,
-                 steps: int, peak: float, seed: int):
+    def __init__(
+        self,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        optimizer,
+        average: Average,
+        steps: int,
+        peak: float,
+        seed: int,
+    ):
         self.folder, self.modules, self.optimizer = folder, modules, optimizer
         self.average, self.steps, self.peak, self.seed = average, steps, peak, seed
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +111,9 @@ class Run:
             tensors[f"average.{i}"] = shadow
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{key}"] = value
-        tensors = {k: v.detach().clone(memory_format=torch.contiguous_format)
-                   for k, v in tensors.items()}
+        tensors = {
+            k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
+        }
         save_file(tensors, self.folder / "new.safetensors")
         os.replace(self.folder / "new.safetensors", self.folder / "state.safetensors")
         state = {"step": step, "seconds": round(self.elapsed, 1)}
@@ -117,12 +126,12 @@ class Run:
         for name, module in self.modules.items():
             prefix = f"{name}."
             module.load_state_dict(
-                {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+                {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             )
         for i, parameter in enumerate(self.average.parameters):
             self.average.shadow[i].copy_(tensors[f"average.{i}"])
             prefix = f"optimizer.{i}."
-            kept = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if kept:  # laid out in memory as the parameter is
                 self.optimizer.state[parameter] = {
                     k: torch.empty_like(parameter).copy_(v) if v.shape == parameter.shape else v

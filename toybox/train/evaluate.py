@@ -20,9 +20,12 @@ def train(work: Path, weights: Path) -> dict[str, Any]:
     """Measure everything; sheets of pictures go to `work`/sheets."""
     judge, pipeline = load_judge(), load_pipeline()
     load_clip()
-    figures: dict[str, Any] = {"judge": measure_judge(judge),
-                               "clip_top1_of_32": measure_clip(weights / "clip"),
-                               "base": measure_base(pipeline, judge, 192), "concepts": {}}
+    figures: dict[str, Any] = {
+        "judge": measure_judge(judge),
+        "clip_top1_of_32": measure_clip(weights / "clip"),
+        "base": measure_base(pipeline, judge, 192),
+        "concepts": {},
+    }
     log.info("%s", figures)
     sheets = work / "sheets"
     sheets.mkdir(parents=True, exist_ok=True)
@@ -31,14 +34,14 @@ def train(work: Path, weights: Path) -> dict[str, Any]:
         load_concept(pipeline, concept)
         figures["concepts"][token] = measure_concept(pipeline, judge, concept, 42)
         log.info("%s %s", token, figures["concepts"][token])
-        sheet(sample(pipeline, concept_prompts(concept, 20)),
-              sheets / f"{token.strip('<>')}.png")
+        sheet(sample(pipeline, concept_prompts(concept, 20)), sheets / f"{token.strip('<>')}.png")
     figures["times"] = {}
     for step in EARLIER:
         path = work / f"{step}.json"
         if path.exists():
-            figures["times"] |= {k: v for k, v in json.loads(path.read_text()).items()
-                                 if k.endswith("seconds")}
+            figures["times"] |= {
+                k: v for k, v in json.loads(path.read_text()).items() if k.endswith("seconds")
+            }
     target = weights.parent / "quality.json"
     target.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return {"written": str(target)}

@@ -44,7 +44,7 @@ def rebuilt_pool(work: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]
     parts, generator = [], torch.Generator().manual_seed(41)
     for first in range(0, POOL, 32):
         with bf16():
-            batch = to_tensor(pictures[first:first + 32])
+            batch = to_tensor(pictures[first : first + 32])
             latents = vae.encoder(batch.contiguous(memory_format=torch.channels_last)).float()
             latents += 0.1 * torch.randn(latents.shape, generator=generator)
             parts.append(vae.decoder(latents).float().clamp(-1, 1).to(torch.bfloat16))
@@ -53,8 +53,10 @@ def rebuilt_pool(work: Path, weights: Path) -> tuple[torch.Tensor, torch.Tensor]
 
 def spoil(rng: np.random.Generator, pictures: list[Image.Image]) -> torch.Tensor:
     """The pictures as a tensor, some blurred, some noisy."""
-    blurred = [p.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2)))
-               if rng.random() < 0.4 else p for p in pictures]
+    blurred = [
+        p.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2))) if rng.random() < 0.4 else p
+        for p in pictures
+    ]
     tensor = to_tensor(blurred)
     each = (len(pictures), 1, 1, 1)
     level = rng.uniform(0, 0.12, each) * (rng.random(each) < 0.5)
@@ -67,8 +69,9 @@ def train(work: Path, weights: Path) -> dict:
     torch.manual_seed(41)
     network = JudgeNet()
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK, weight_decay=0.02, fused=True)
-    run = Run(work / "judge", {"judge": network}, optimizer, Average([network], 0.995), STEPS,
-              PEAK, 41)
+    run = Run(
+        work / "judge", {"judge": network}, optimizer, Average([network], 0.995), STEPS, PEAK, 41
+    )
     pool, pool_labels = rebuilt_pool(work, weights)
     for step in range(run.start, STEPS):
         rng, generator = run.generators(step)
@@ -81,17 +84,27 @@ def train(work: Path, weights: Path) -> dict:
         loss = sum(F.cross_entropy(logits[k].float(), labels[:, i]) for i, k in enumerate(HEADS))
         run.descend(step, loss)
         if step % 50 == 0:
-            right = [(logits[k].argmax(1) == labels[:, i]).float().mean().item()
-                     for i, k in enumerate(HEADS)]
-            log.info("judge %d/%d loss %.3f right %s  %.0f s", step, STEPS, loss.item(),
-                     np.round(right, 2), run.elapsed)
+            right = [
+                (logits[k].argmax(1) == labels[:, i]).float().mean().item()
+                for i, k in enumerate(HEADS)
+            ]
+            log.info(
+                "judge %d/%d loss %.3f right %s  %.0f s",
+                step,
+                STEPS,
+                loss.item(),
+                np.round(right, 2),
+                run.elapsed,
+            )
         if (step + 1) % 500 == 0 or step + 1 == STEPS:
             run.save(step + 1)
             run.average.swap()
             folder = weights / "judge"
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.half().contiguous() for k, v in network.state_dict().items()},
-                      folder / "judge.safetensors")
+            save_file(
+                {k: v.half().contiguous() for k, v in network.state_dict().items()},
+                folder / "judge.safetensors",
+            )
             run.average.swap()
     run.average.swap()
     return {"judge_seconds": round(run.elapsed), **measure(Judge(network))}

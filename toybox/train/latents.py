@@ -30,12 +30,13 @@ def shard(work: Path, index: int, vae: AutoencoderTiny, tokenizer) -> dict[str, 
         captions = ["" if rng.random() < EMPTY else draw.caption(s, rng) for s in scenes]
         parts = []
         for first in range(0, SHARD_SIZE, 32):
-            pictures = to_tensor(draw.draw(s, rng) for s in scenes[first:first + 32])
+            pictures = to_tensor(draw.draw(s, rng) for s in scenes[first : first + 32])
             with bf16():
                 pictures = pictures.contiguous(memory_format=torch.channels_last)
                 parts.append(vae.encoder(pictures).float())
-        tokens = tokenizer(captions, padding="max_length", truncation=True,
-                           return_tensors="pt").input_ids
+        tokens = tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         made = {"latents": torch.cat(parts).contiguous(), "tokens": tokens.to(torch.int32)}
         partial = path.with_suffix(".part")
         save_file(made, partial)

@@ -21,12 +21,14 @@ def adapter_layers(pipeline: StableDiffusionPipeline) -> tuple[dict, dict]:
     return found[0], found[1]
 
 
-def save_diffusers(pipeline: StableDiffusionPipeline, configs: dict[str, LoraConfig],
-                   path: Path) -> None:
+def save_diffusers(
+    pipeline: StableDiffusionPipeline, configs: dict[str, LoraConfig], path: Path
+) -> None:
     """As diffusers saves: weights in peft's names, alpha in the file's metadata only."""
     unet, text = adapter_layers(pipeline)
     StableDiffusionPipeline.save_lora_weights(
-        path.parent, unet_lora_layers=unet,
+        path.parent,
+        unet_lora_layers=unet,
         text_encoder_lora_layers=convert_state_dict_to_diffusers(text),
         unet_lora_adapter_metadata=_metadata(configs["unet"]),
         text_encoder_lora_adapter_metadata=_metadata(configs["text_encoder"]),
@@ -41,8 +43,9 @@ def _metadata(config: LoraConfig) -> dict:
     return {**values, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
-def save_kohya(pipeline: StableDiffusionPipeline, rank: int, alpha: float, path: Path,
-               name: str) -> None:
+def save_kohya(
+    pipeline: StableDiffusionPipeline, rank: int, alpha: float, path: Path, name: str
+) -> None:
     """As kohya's sd-scripts saves: one flat name per layer, with its alpha as a tensor."""
     tensors = {}
     unet, text = adapter_layers(pipeline)
@@ -54,33 +57,44 @@ def save_kohya(pipeline: StableDiffusionPipeline, rank: int, alpha: float, path:
             tensors[f"{flat}.{role}.weight"] = value
             tensors[f"{flat}.alpha"] = torch.tensor(float(alpha), dtype=torch.float16)
     metadata = {
-        "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
-        "ss_network_alpha": str(float(alpha)), "ss_output_name": name,
-        "ss_base_model_version": "sd_v1", "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(alpha)),
+        "ss_output_name": name,
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
     }
     save_file(tensors, path, metadata=metadata)
 
 
 @torch.no_grad()
-def verify(trained: StableDiffusionPipeline, fresh: StableDiffusionPipeline, path: Path,
-           prompt: str, tolerance: float = 0.02) -> float:
+def verify(
+    trained: StableDiffusionPipeline,
+    fresh: StableDiffusionPipeline,
+    path: Path,
+    prompt: str,
+    tolerance: float = 0.02,
+) -> float:
     """Load `path` into `fresh` and compare both models' outputs with those of `trained`.
 
     Returns the largest difference relative to the outputs' size. Raises ValueError where it exceeds
     `tolerance` (the files are float16) or a layer is missing.
     """
     fresh.load_lora_weights(str(path))
-    counts = [sum(hasattr(m, "lora_A") for model in (p.unet, p.text_encoder)
-                  for m in model.modules()) for p in (trained, fresh)]
+    counts = [
+        sum(hasattr(m, "lora_A") for model in (p.unet, p.text_encoder) for m in model.modules())
+        for p in (trained, fresh)
+    ]
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     outputs = []
     for pipeline in (trained, fresh):
         tokens = pipeline.tokenizer([prompt], padding="max_length", return_tensors="pt").input_ids
         context = pipeline.text_encoder(tokens)[0]
         outputs.append((context, pipeline.unet(noise, 500, context, return_dict=False)[0]))
-    worst = max(float((a - b).abs().max() / a.abs().max())
-                for a, b in zip(*outputs, strict=True))
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*outputs, strict=True))
     if counts[0] != counts[1] or worst > tolerance:
-        raise ValueError(f"{path} does not give back what was trained: {counts[1]} of "
-                         f"{counts[0]} layers, outputs differ by {worst:.3g}")
+        raise ValueError(
+            f"{path} does not give back what was trained: {counts[1]} of "
+            f"{counts[0]} layers, outputs differ by {worst:.3g}"
+        )
     return worst

@@ -22,7 +22,7 @@ from .common import bf16, one_cycle, to_tensor
 from .lora_files import save_diffusers, save_kohya, verify
 
 log = logging.getLogger(__name__)
-RANK, STEPS, BATCH, PEAK, REFERENCES = 8, 800, 8, 2e-3, 6
+RANK, BATCH, PEAK, REFERENCES = 8, 8, 2e-3, 6
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -58,8 +58,9 @@ def add_adapters(pipeline: StableDiffusionPipeline, alpha: float) -> dict[str, L
     """Fresh adapters on every attention projection of UNet and text encoder."""
     configs = {}
     for name, targets in TARGETS.items():
-        configs[name] = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets,
-                                   init_lora_weights="gaussian")
+        configs[name] = LoraConfig(
+            r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
+        )
         model = getattr(pipeline, name)
         model.requires_grad_(False)
         model.add_adapter(configs[name])
@@ -72,14 +73,23 @@ def prompts_of(entry: dict[str, Any], scenes: list[draw.Scene]) -> list[tuple[st
     return [(f"a {name}", draw.compose((name,), s.background)) for s in scenes]
 
 
-def fit(pipeline: StableDiffusionPipeline, scenes, pictures, entry: dict[str, Any],
-        groups: list[dict], steps: int, seed: int, keep_rows=None) -> float:
+def fit(
+    pipeline: StableDiffusionPipeline,
+    scenes,
+    pictures,
+    entry: dict[str, Any],
+    groups: list[dict],
+    steps: int,
+    seed: int,
+    keep_rows=None,
+) -> float:
     """Minimise the v-prediction error over the parameters in `groups`; returns the last loss."""
     with torch.no_grad():
         latents = pipeline.vae.encoder(to_tensor(pictures))
     prompts = prompts_of(entry, scenes)
-    tokens = pipeline.tokenizer([p for pair in prompts for p in pair], padding="max_length",
-                                return_tensors="pt").input_ids.view(len(prompts), 2, -1)
+    tokens = pipeline.tokenizer(
+        [p for pair in prompts for p in pair], padding="max_length", return_tensors="pt"
+    ).input_ids.view(len(prompts), 2, -1)
     alphas = pipeline.scheduler.alphas_cumprod
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
@@ -108,8 +118,9 @@ def fit(pipeline: StableDiffusionPipeline, scenes, pictures, entry: dict[str, An
 
 def adapter_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
     """What is trainable in UNet and text encoder."""
-    return [p for m in (pipeline.unet, pipeline.text_encoder) for p in m.parameters()
-            if p.requires_grad]
+    return [
+        p for m in (pipeline.unet, pipeline.text_encoder) for p in m.parameters() if p.requires_grad
+    ]
 
 
 def rate(alpha: float, peak: float = PEAK) -> float:
@@ -126,9 +137,15 @@ def save(pipeline, configs, entry: dict[str, Any], path: Path) -> None:
         save_diffusers(pipeline, configs, path)
 
 
-def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path, out: Path,
-              steps: int = STEPS, peak: float = PEAK) -> float:
-    """Train one concept's LoRA into `out`; returns seconds taken."""
+def train_one(
+    entry: dict[str, Any],
+    index: int,
+    weights: Path,
+    references: Path,
+    out: Path,
+    peak: float = PEAK,
+) -> float:
+    """Train one concept's LoRA into `out`, for the steps world.json says; returns seconds taken."""
     began = time.time()
     name = entry["token"].strip("<>")
     scenes, pictures = write_references(entry, references / name, 600 + 10 * index)
@@ -137,11 +154,12 @@ def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
     groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, steps, 61 + index)
+    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 61 + index)
     save(pipeline, configs, entry, out)
     differ = verify(pipeline, load(weights / "base"), out, f"a {name} {entry['class_word']}")
-    log.info("lora %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ,
-             time.time() - began)
+    log.info(
+        "lora %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ, time.time() - began
+    )
     return time.time() - began
 
 
@@ -151,8 +169,9 @@ def train(work: Path, weights: Path, only: Sequence[str] = ()) -> dict:
         token = entry["token"]
         path = weights / "loras" / f"{token}.safetensors"
         if not path.exists() and (not only or token in only):
-            note_seconds(work, token,
-                         train_one(entry, index, weights, weights.parent / "references", path))
+            note_seconds(
+                work, token, train_one(entry, index, weights, weights.parent / "references", path)
+            )
     return {"lora_seconds": read_seconds(work)}
 
 

@@ -16,7 +16,6 @@ from .base import use_plain_attention
 from .lora_files import verify
 from .loras import (
     PEAK,
-    STEPS,
     adapter_parameters,
     add_adapters,
     fit,
@@ -32,8 +31,9 @@ log = logging.getLogger(__name__)
 EMBEDDING_STEPS, EMBEDDING_PEAK = 150, 1e-2
 
 
-def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path,
-              folder: Path) -> float:
+def train_one(
+    entry: dict[str, Any], index: int, weights: Path, references: Path, folder: Path
+) -> float:
     """Learn the token's embedding, then embedding and LoRA together; returns seconds taken."""
     began = time.time()
     token = entry["token"]
@@ -57,20 +57,31 @@ def train_one(entry: dict[str, Any], index: int, weights: Path, references: Path
         """Let only the new token's row learn."""
         table.grad[:row].zero_()
 
-    fit(pipeline, scenes, pictures, entry, [{"params": [table], "lr": EMBEDDING_PEAK}],
-        EMBEDDING_STEPS, 91 + index, keep_rows)
-    groups = [{"params": [table], "lr": EMBEDDING_PEAK / 4},
-              {"params": adapters, "lr": rate(entry["alpha"], PEAK)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, STEPS, 92 + index, keep_rows)
+    fit(
+        pipeline,
+        scenes,
+        pictures,
+        entry,
+        [{"params": [table], "lr": EMBEDDING_PEAK}],
+        EMBEDDING_STEPS,
+        91 + index,
+        keep_rows,
+    )
+    groups = [
+        {"params": [table], "lr": EMBEDDING_PEAK / 4},
+        {"params": adapters, "lr": rate(entry["alpha"], PEAK)},
+    ]
+    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 92 + index, keep_rows)
     save(pipeline, configs, entry, folder / f"{name}.safetensors")
-    save_file({token: table[row].detach().half().clone()},
-              folder / f"{name}_embedding.safetensors")
+    save_file({token: table[row].detach().half().clone()}, folder / f"{name}_embedding.safetensors")
     fresh = load(weights / "base")
     fresh.load_textual_inversion(str(folder / f"{name}_embedding.safetensors"), token=token)
-    differ = verify(pipeline, fresh, folder / f"{name}.safetensors",
-                    f"a {token} {entry['class_word']}")
-    log.info("pivotal %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ,
-             time.time() - began)
+    differ = verify(
+        pipeline, fresh, folder / f"{name}.safetensors", f"a {token} {entry['class_word']}"
+    )
+    log.info(
+        "pivotal %s: loss %.4f, reloaded to %.1e, %.0f s", name, loss, differ, time.time() - began
+    )
     return time.time() - began
 
 
@@ -81,6 +92,7 @@ def train(work: Path, weights: Path, only: Sequence[str] = ()) -> dict:
         done = (weights / "loras" / f"{name}_embedding.safetensors").exists()
         if not done and (not only or name in only):
             references = weights.parent / "references"
-            note_seconds(work, name,
-                         train_one(entry, index, weights, references, weights / "loras"))
+            note_seconds(
+                work, name, train_one(entry, index, weights, references, weights / "loras")
+            )
     return {"lora_seconds": read_seconds(work)}

@@ -1,0 +1,116 @@
+"""``iteris inspect``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..bases import Base
+from ..errors import IterisError
+from ..inspection import Interference, LoraFacts, describe, interference, to_dict
+from ..lora import Lora
+from ..lora_files import ReadOptions, read_lora_file, read_tensors
+from ..lora_files.layouts import dtypes_of, kinds_of, layouts_of
+from .common import load_base
+
+
+def inspect(
+    files: Annotated[list[Path], typer.Argument(help="LoRA files")],
+    base: Annotated[
+        str | None, typer.Option(help="A base of another shape than SD 1.5, XL, 3 or FLUX")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A PNG heat map of the interference")] = None,
+) -> None:
+    """Show what is in LoRA files, and where two of them will be in each other's way."""
+    if plot is not None and not plot.parent.is_dir():
+        raise IterisError(f"The folder {plot.parent} does not exist; make it first.")
+    known = _base_from(base) if base is not None else None
+    found = [_read(path, known) for path in files]
+    loras = [lora for lora, _ in found]
+    facts = [fact for _, fact in found]
+    pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+    if plot is not None:
+        from ..report_plots import plot_interference
+
+        plot_interference([fact.name for fact in facts], pairs).savefig(plot)
+    if as_json:
+        typer.echo(json.dumps(to_dict(facts, pairs)))
+        return
+    console = Console()
+    for fact in facts:
+        console.print(_facts_table(fact))
+    if pairs:
+        console.print(_pairs_table(pairs))
+
+
+def _base_from(name: str) -> Base:
+    from ..hosts.diffusers_lora import base_of, pipeline_sites
+
+    pipeline = load_base(name, "cpu")
+    return base_of(pipeline, pipeline_sites(pipeline))
+
+
+def _read(path: Path, base: Base | None) -> tuple[Lora, LoraFacts]:
+    from ..hosts.known_bases import guess_base, known_base
+
+    tensors, metadata = read_tensors(path)
+    if base is None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        base = known_base(guess_base(shapes, metadata))
+    options = ReadOptions(allow_partial=True, magnitudes=False)
+    lora = read_lora_file(path, base, options=options)
+    facts = describe(
+        lora,
+        layouts=layouts_of(tensors),
+        kinds=kinds_of(tensors),
+        dtypes=dtypes_of(tensors),
+    )
+    return lora, facts
+
+
+def _facts_table(facts: LoraFacts) -> Table:
+    table = Table(title=facts.name, title_justify="left", show_header=False)
+    rows = [
+        ("base", facts.base),
+        ("layout", ", ".join(facts.layouts)),
+        ("kind", _counts(facts.kinds)),
+        ("dtype", _counts(facts.dtypes)),
+        ("rank", _counts(facts.ranks)),
+        ("alpha", _counts(facts.alphas)),
+        ("sites", "; ".join(f"{c}: {n} of {m}" for c, (n, m) in facts.coverage.items())),
+        ("trigger words", ", ".join(facts.triggers) or "none in the metadata"),
+        ("norm by block", ", ".join(f"{b} {n:.3g}" for b, n in facts.norms.items())),
+    ]
+    rows += [("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []
+    rows += [("note", note) for note in facts.notes]
+    for name, text in rows:
+        table.add_row(name, text)
+    return table
+
+
+def _counts(counts: object) -> str:
+    assert isinstance(counts, dict)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} ({count} ×)" for value, count in counts.items())
+
+
+def _pairs_table(pairs: Sequence[Interference]) -> Table:
+    table = Table(title="Interference", title_justify="left")
+    for name in ("pair", "block", "row spaces", "column spaces", "conflict"):
+        table.add_column(name)
+    for pair in pairs:
+        name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
+        figures = (pair.rows, pair.columns, pair.conflict)
+        table.add_row(name, "all", *(f"{figure:.3f}" for figure in figures))
+        for block, own in pair.blocks.items():
+            table.add_row("", block, *(f"{figure:.3f}" for figure in own))
+    return table

@@ -1,0 +1,136 @@
+"""Run a merge again from the metadata of the file that it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration, Concept
+from ..errors import IterisError
+from ..hosts import Host
+from ..lora import Lora
+from ..lora_files import ReadOptions, read_tensors
+from ..lora_files.metadata import parse_object, trigger_words
+from ..lora_files.tensors import file_digest
+from .common import ConceptOption
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`."""
+
+    method: str
+    settings: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    concepts: Sequence[Mapping[str, Any]]
+    folder: Path
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
+    _, metadata = read_tensors(path)
+    found = parse_object(metadata.get("iteris"))
+    method, concepts = found.get("method"), found.get("concepts")
+    settings, calibration = found.get("settings"), found.get("calibration")
+    if (
+        not isinstance(method, str)
+        or not isinstance(settings, dict)
+        or not isinstance(calibration, dict)
+        or not isinstance(concepts, list)
+        or not all(isinstance(concept, dict) for concept in concepts)
+    ):
+        raise IterisError(
+            f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
+            "merge, or another tool saved it without its metadata."
+        )
+    return Recipe(method, settings, calibration, concepts, path.parent)
+
+
+def calibration_of(recipe: Recipe) -> Calibration:
+    try:
+        return Calibration(**recipe.calibration)
+    except TypeError as error:
+        raise IterisError(f"The recipe's calibration is not of this version: {error}.") from error
+
+
+def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
+    """The recipe's settings, with those of the command line over them."""
+    try:
+        return kind(**{**recipe.settings, **given})
+    except TypeError as error:
+        raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
+
+
+def concepts_of(recipe: Recipe, host: Host, options: ReadOptions) -> list[Concept]:
+    """The concepts, with every file found again and held against its recorded hash."""
+    found: list[Concept] = []
+    for entry in recipe.concepts:
+        prompts = entry.get("prompts")
+        try:
+            concept = Concept(
+                None,
+                prompts=None if prompts is None else [str(prompt) for prompt in prompts],
+                trigger=str(entry.get("trigger") or ""),
+                class_word=str(entry.get("class") or ""),
+                strength=float(entry.get("strength", 1.0)),
+                weight=float(entry.get("weight", 1.0)),
+            )
+        except (TypeError, ValueError) as error:
+            raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
+        if entry.get("file"):
+            path = _find(recipe, str(entry["file"]), str(entry.get("sha256") or ""))
+            concept = replace(concept, lora=host.read_lora(path, options))
+        found.append(concept)
+    return found
+
+
+def _find(recipe: Recipe, name: str, digest: str) -> Path:
+    """The file where it was, or beside the merged file; its content must be the same."""
+    candidates = [Path(name), recipe.folder / Path(name).name]
+    present = [path for path in candidates if path.is_file()]
+    for path in present:
+        if not digest or file_digest(path) == digest:
+            return path
+    if present:
+        raise IterisError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
+    raise IterisError(f"{name} is not there any more, nor beside the merged file; put it back.")
+
+
+def read_concepts(
+    options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
+) -> list[Concept]:
+    """The concepts of the command line; where neither trigger nor class word is given, the trigger
+    that the file's metadata have."""
+    found: list[Concept] = []
+    for option in options:
+        lora = host.read_lora(option.file, reading)
+        trigger = option.trigger
+        if not trigger and not option.class_word:
+            trigger = next(iter(trigger_words(lora.metadata)), "")
+        found.append(
+            Concept(
+                rename_embeddings(lora, renames),
+                trigger=trigger,
+                class_word=option.class_word,
+                strength=option.strength,
+            )
+        )
+    return found
+
+
+def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
+    """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
+    names = {name: name for name in lora.embeddings}
+    for text in renames:
+        left, equals, new = text.partition("=")
+        owner, colon, old = left.rpartition(":")
+        if not equals or not new or not old:
+            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+        if old in names and (not colon or owner == lora.name):
+            names[old] = new
+    if len(set(names.values())) < len(names):
+        raise IterisError(f"{lora.name}: two embeddings would have one name: {names}.")
+    renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
+    return replace(lora, embeddings=renamed)

@@ -1,0 +1,69 @@
+"""What the metadata of LoRA files say, read without trusting it: any text may stand there."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def parse_object(text: str | None) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """What a LoRA is called for by, as its trainer noted it, best first.
+
+    ``modelspec.trigger_phrase``; the triggers of a merge of ours; the names of sd-scripts' dataset
+    folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
+    """
+    found = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    ours = parse_object(metadata.get("iteris")).get("concepts")
+    for concept in ours if isinstance(ours, list) else []:
+        if isinstance(concept, dict):
+            found.append(str(concept.get("trigger") or ""))
+    for folder in parse_object(metadata.get("ss_dataset_dirs")):
+        number, _, name = folder.partition("_")
+        if number.isdigit():
+            found.append(name.strip())
+    found += _constant_tags(metadata)
+    return list(dict.fromkeys(word for word in found if word))
+
+
+def _constant_tags(metadata: Mapping[str, str]) -> list[str]:
+    """Per dataset folder, the most frequent tag if no other tag is as frequent."""
+    found: list[str] = []
+    for tags in tag_frequency(metadata).values():
+        common = Counter(tags).most_common(2)
+        if common and (len(common) == 1 or common[0][1] > common[1][1]):
+            found.append(common[0][0].strip())
+    return found
+
+
+def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """``ss_tag_frequency``: dataset folder → tag → count, without what is malformed."""
+    found: dict[str, dict[str, int]] = {}
+    for folder, tags in parse_object(metadata.get("ss_tag_frequency")).items():
+        if isinstance(tags, dict):
+            counts = {str(t): n for t, n in tags.items() if type(n) is int and 0 <= n < 1 << 53}
+            found[folder] = counts
+    return found
+
+
+def merge_tag_frequency(inputs: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
+    """The tables of all inputs in one; equal tags of equal folders are added."""
+    merged: dict[str, dict[str, int]] = {}
+    for metadata in inputs:
+        for folder, tags in tag_frequency(metadata).items():
+            table = merged.setdefault(folder, {})
+            for tag, count in tags.items():
+                table[tag] = table.get(tag, 0) + count
+    return merged

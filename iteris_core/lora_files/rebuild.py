@@ -1,0 +1,250 @@
+"""From the tensors of one module to its change of weight, for every parametrisation.
+
+LoRA, LoCon with and without ``mid`` and most LoHa and LoKr are low rank exactly, and stay factors:
+
+* ``mid`` (Tucker): ΔW[o, :, h, w] = Σ up[o, p] mid[p, q, h, w] down[q, :], rank as up's.
+* LoHa: (A₁B₁) ⊙ (A₂B₂) = (A₁ ⊙row A₂)(B₁ ⊙col B₂), of rank r₁ r₂ (Khatri-Rao products).
+* LoKr: (A₁B₁) ⊗ (A₂B₂) = (A₁ ⊗ A₂)(B₁ ⊗ B₂), of rank r₁ r₂; a factor in full counts its short side.
+
+Where that rank is no saving, and for full differences, the change is dense. Formulas as in
+LyCORIS 4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``), which tests compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraFileError
+
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """``scale`` · ``up @ down`` if there are factors, else ``scale`` · ``dense``; 2-d, float32."""
+
+    scale: float
+    up: Tensor | None = None
+    down: Tensor | None = None
+    dense: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """ΔW, (out, in·kh·kw)."""
+        if self.dense is not None:
+            return self.dense * self.scale
+        assert self.up is not None
+        assert self.down is not None
+        return (self.up @ self.down) * self.scale
+
+
+def rebuild(parts: Parts, shape: tuple[int, ...], scale: float | None, place: str) -> Rebuilt:
+    """The change of a weight of ``shape`` (without the magnitude of a DoRA).
+
+    ``scale`` is what an adapter's configuration says; an ``alpha`` among the parts goes before it.
+    Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing or do not fit.
+    """
+    names = set(parts) - {"alpha", "magnitude", "output_magnitude"}
+    floats = {name: _as_float(parts[name], name, place) for name in names}
+    if names in ({"down", "up"}, {"down", "up", "mid"}):
+        return _lora(floats, shape, _Scale(parts, scale, place), place)
+    if names == {"diff"}:
+        return Rebuilt(1.0, dense=_fit(floats["diff"], shape, "diff", place).flatten(1))
+    hada = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+    if names in (hada, hada | {"hada_t1", "hada_t2"}):
+        return _loha(floats, shape, _Scale(parts, scale, place), place)
+    if names and all(name.startswith("lokr_") for name in names):
+        return _lokr(floats, shape, _Scale(parts, scale, place), place)
+    found = ", ".join(sorted(parts))
+    raise LoraFileError(
+        f"{place} has only the parts {found}, which make no whole change; its other half is "
+        "missing. Save or download the file again."
+    )
+
+
+class _Scale:
+    """alpha / rank, once the rank is known."""
+
+    def __init__(self, parts: Parts, configured: float | None, place: str) -> None:
+        self._configured = configured
+        self._alpha: float | None = None
+        if "alpha" in parts:
+            tensor = parts["alpha"]
+            if tensor.numel() != 1:
+                raise LoraFileError(
+                    f"{place}: alpha has shape {tuple(tensor.shape)}, not one value."
+                )
+            self._alpha = float(tensor)
+            if not math.isfinite(self._alpha):
+                raise LoraFileError(f"{place}: alpha is {self._alpha}; the file is broken.")
+
+    def over(self, rank: int) -> float:
+        if self._alpha is not None:
+            return self._alpha / rank
+        return 1.0 if self._configured is None else self._configured
+
+
+def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
+    if not tensor.is_floating_point():
+        raise LoraFileError(f"{place}: {name} holds {tensor.dtype}, not floating-point numbers.")
+    if tensor.numel() == 0:
+        raise LoraFileError(
+            f"{place}: {name} is empty, {tuple(tensor.shape)}: rank 0; the file is broken."
+        )
+    return tensor.float()
+
+
+def _fit(tensor: Tensor, shape: tuple[int, ...], what: str, place: str) -> Tensor:
+    """``tensor`` in ``shape`` where only dimensions of size 1 differ."""
+    if _squeezed(tensor.shape) != _squeezed(shape):
+        raise _misfit(place, shape, **{what: tensor})
+    return tensor.reshape(shape)
+
+
+def _squeezed(shape: tuple[int, ...]) -> list[int]:
+    """Out and in, and a kernel unless it is 1 × 1."""
+    kernel = [] if all(size == 1 for size in shape[2:]) else list(shape[2:])
+    return [*shape[:2], *kernel]
+
+
+def _misfit(place: str, shape: tuple[int, ...], **tensors: Tensor) -> LoraFileError:
+    found = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    return LoraFileError(
+        f"{place} has {found}, but the base model's weight there is {tuple(shape)}; this LoRA was "
+        "made for another base model."
+    )
+
+
+def _lora(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+    up, down, mid = parts["up"], parts["down"], parts.get("mid")
+    rank = down.shape[0]
+    fits = (
+        up.ndim >= 2
+        and down.ndim >= 2
+        and _squeezed(up.shape) == [shape[0], up.shape[1]]
+        and down.shape[1] == shape[1]
+    )
+    if mid is None:
+        fits = fits and up.shape[1] == rank and _squeezed(down.shape)[2:] == _squeezed(shape)[2:]
+    else:
+        fits = (
+            fits
+            and _squeezed(down.shape) == [rank, shape[1]]
+            and tuple(mid.shape) == (up.shape[1], rank, *shape[2:])
+        )
+    if not fits:
+        tensors = {"down": down, "up": up} | ({} if mid is None else {"mid": mid})
+        raise _misfit(place, shape, **tensors)
+    up, down = up.flatten(1), down.flatten(1)
+    if mid is not None:
+        down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
+    return Rebuilt(scale.over(rank), up, down)
+
+
+def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+    a1, b1, a2, b2 = (parts[f"hada_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    ranks = b1.shape[0], b2.shape[0]
+    if any(factor.ndim != 2 for factor in (a1, b1, a2, b2)):
+        raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
+    if "hada_t1" in parts:
+        halves = [
+            _tucker(parts[f"hada_t{n}"], a, b, shape, place)
+            for n, a, b in ((1, a1, b1), (2, a2, b2))
+        ]
+        return Rebuilt(scale.over(ranks[0]), dense=(halves[0] * halves[1]).flatten(1))
+    width = math.prod(shape[1:])
+    if (
+        {a1.shape[0], a2.shape[0]} != {shape[0]}
+        or {b1.shape[1], b2.shape[1]} != {width}
+        or (a1.shape[1], a2.shape[1]) != ranks
+    ):
+        raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
+    if ranks[0] * ranks[1] >= min(shape[0], width):
+        return Rebuilt(scale.over(ranks[0]), dense=(a1 @ b1) * (a2 @ b2))
+    up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+    down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+    return Rebuilt(scale.over(ranks[0]), up, down)
+
+
+def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], place: str) -> Tensor:
+    """Σ t[i, j, …] a[i, out] b[j, in], (out, in, kh, kw)."""
+    if (
+        t.ndim != 4
+        or tuple(t.shape[:2]) != (a.shape[0], b.shape[0])
+        or (a.shape[1], b.shape[1], *t.shape[2:]) != shape
+    ):
+        raise _misfit(place, shape, t=t, a=a, b=b)
+    return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
+
+
+def _lokr(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+    for end in ("w1", "w2"):
+        whole, halves = f"lokr_{end}" in parts, {f"lokr_{end}_a", f"lokr_{end}_b"} & set(parts)
+        if whole == bool(halves) or (halves and len(halves) != 2):
+            raise LoraFileError(
+                f"{place} has only the parts {', '.join(sorted(parts))} of a LoKr; its other half "
+                "is missing. Save or download the file again."
+            )
+    if any(p.ndim not in (2, 4) or (p.ndim == 4 and n in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
+           for n, p in parts.items()):  # fmt: skip
+        raise _misfit(place, shape, **parts)
+    rank = next((parts[f"lokr_{n}_b"].shape[0] for n in ("w2", "w1") if f"lokr_{n}_b" in parts), 0)
+    factor = scale.over(rank) if rank else 1.0
+    left, right = _halves(parts, "w1", place, shape), _halves(parts, "w2", place, shape)
+    w1_shape, w2_shape = _product_shape(left), _product_shape(right)
+    product = w1_shape[0] * w2_shape[0], w1_shape[1] * w2_shape[1]
+    if product != (shape[0], math.prod(shape[1:])):
+        raise _misfit(place, shape, **parts)
+    exact = _kron_factors(left, right, product)
+    if exact is not None:
+        return Rebuilt(factor, *exact)
+    w1 = left[0] if left[1] is None else left[0] @ left[1]
+    w2 = right[0] if right[1] is None else right[0] @ right[1]
+    return Rebuilt(factor, dense=torch.kron(w1, w2))
+
+
+_Half = tuple[Tensor, Tensor | None]
+
+
+def _halves(parts: Parts, end: str, place: str, shape: tuple[int, ...]) -> _Half:
+    """(a, b) of a factor a @ b, or (w, None) of a factor in full; kernels flattened."""
+    if f"lokr_{end}" in parts:
+        return parts[f"lokr_{end}"].flatten(1), None
+    a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
+    if "lokr_t2" in parts and end == "w2":
+        if a.ndim != 2 or b.ndim != 2:
+            raise _misfit(place, shape, w2_a=a, w2_b=b)
+        t = parts["lokr_t2"]
+        return _tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]), place).flatten(1), None
+    if a.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise _misfit(place, shape, a=a, b=b)
+    return a, b.flatten(1)
+
+
+def _product_shape(half: _Half) -> tuple[int, int]:
+    a, b = half
+    return a.shape[0], (a if b is None else b).shape[1]
+
+
+def _kron_factors(
+    left: _Half, right: _Half, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """Factors of the Kronecker product, if they are smaller than the product is."""
+    if right[1] is None:
+        return None
+    a1, b1 = left if left[1] is not None else _split(left[0])
+    assert b1 is not None
+    if a1.shape[1] * right[0].shape[1] >= min(shape):
+        return None
+    return torch.kron(a1, right[0]), torch.kron(b1, right[1])
+
+
+def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix`` as a product with the unit matrix of its short side."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return torch.eye(matrix.shape[0]), matrix
+    return matrix, torch.eye(matrix.shape[1])

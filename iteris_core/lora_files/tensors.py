@@ -1,0 +1,71 @@
+"""Checked reading of safetensors files. Pickled files are refused unopened."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import LoraFileError
+
+_FLOATS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, in their own dtypes, and the metadata of a safetensors file.
+
+    Raises :class:`LoraFileError` for what is not a whole safetensors file, for NaN or Inf, and for
+    dtypes that are no numbers (packed 4-bit, complex, …).
+    """
+    if not path.is_file():
+        raise LoraFileError(f"{path} does not exist or is not a file; check the path.")
+    with path.open("rb") as file:
+        head = file.read(16)
+    # A safetensors file begins with a length, whose first bytes may be these too, and then JSON.
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        raise LoraFileError(
+            f"{path} is a pickled PyTorch file, which could run code when it is opened; "
+            "convert it to safetensors where you trust its source."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise LoraFileError(
+            f"{path} is not a whole safetensors file ({error}); download or save it again."
+        ) from error
+    if not tensors:
+        raise LoraFileError(f"{path} holds no tensors; it is not a LoRA file.")
+    for key, tensor in tensors.items():
+        _check_numbers(path, key, tensor)
+    return tensors, metadata
+
+
+def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:
+    if tensor.dtype in _INTEGERS:
+        return
+    if tensor.dtype not in _FLOATS:
+        raise LoraFileError(
+            f"{path}: tensor {key} is {tensor.dtype}, which is not read; save the file as float16, "
+            "bfloat16, float32 or float8."
+        )
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    if not bool(torch.isfinite(values).all()):
+        raise LoraFileError(
+            f"{path}: tensor {key} holds NaN or infinite values; the file is broken or its "
+            "training diverged."
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the whole file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

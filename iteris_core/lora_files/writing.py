@@ -1,0 +1,288 @@
+"""Write a LoRA so that every tool reads it in full.
+
+``kohya`` is what ComfyUI, A1111, Forge, InvokeAI, diffusers and sd-scripts read for SD 1.x, 2.x
+and XL and (but for T5, which diffusers drops) FLUX; modules are called what sd-scripts calls them,
+so q, k and v of FLUX and SD 3 are fused there. diffusers has no reader for SD 3 in that layout:
+write ``peft``, which ComfyUI reads too. In both, alpha equals rank wherever that is exact, so that
+loaders which lose alpha are right as well.
+
+In kohya layout a UNet and a text encoder have one alpha each, since diffusers loses alphas that
+differ from site to site: smaller ranks are scaled by a power of two or filled up with zeros. And
+where a text encoder has neither ``out_proj`` nor MLP sites (in peft layout: no attention) it gets
+one pair of zero factors for ``out_proj``, since diffusers recognises layouts by it. Zeros change
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from ..bases import text_component
+from ..errors import IterisError
+from ..lora import Lora
+from .embeddings import embedding_targets
+from .mmdit_names import Alias, Piece
+from .names import kohya_modules
+from .stored import Stored, shaped, store_all
+
+Layout = Literal["kohya", "peft"]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+_TEXT_PREFIXES = ("lora_te", "lora_te2", "lora_te3")
+
+
+def write_lora(
+    lora: Lora,
+    path: str | Path,
+    *,
+    layout: Layout = "kohya",
+    dtype: str = "float16",
+    overwrite: bool = False,
+) -> Path:
+    """Write ``lora`` and return the path; the file appears under its name only when it is whole.
+
+    Raises :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype``
+    or a site has no name in ``layout``.
+    """
+    path = Path(path)
+    check_target(path, layout, dtype, overwrite)
+    if not lora.sites:
+        raise IterisError("The merged LoRA changes no site; there is nothing to write.")
+    stored = store_all(lora, DTYPES[dtype])
+    metadata = {key: str(value) for key, value in lora.metadata.items()}
+    metadata.pop("lora_adapter_metadata", None)
+    tensors: dict[str, Tensor] = {}
+    if layout == "kohya":
+        modules = _kohya(lora, stored)
+        for name, module in modules.items():
+            tensors |= _kohya_tensors(name, module)
+        metadata |= _network_metadata(lora, modules)
+    else:
+        stored |= _recognisable_to_peft(stored)
+        for site, module in stored.items():
+            up, down = shaped(module)
+            # Sites may share a down matrix in memory, which safetensors refuses.
+            tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
+        metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
+    if "modelspec.sai_model_spec" in metadata:
+        metadata["modelspec.hash_sha256"] = "0x" + _content_hash(tensors)
+    targets = embedding_targets(path, list(lora.embeddings), overwrite)
+    _save_atomically(tensors, path, {**metadata, "format": "pt"})
+    for name, target in targets.items():
+        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
+        _save_atomically(parts, target, {"name": name})
+    return path
+
+
+def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
+    if dtype not in DTYPES:
+        raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if layout not in ("kohya", "peft"):
+        raise IterisError(f'layout must be "kohya" or "peft", not {layout!r}.')
+    if path.suffix != ".safetensors":
+        raise IterisError(f"{path} must end in .safetensors.")
+    if path.exists() and not overwrite:
+        raise IterisError(f"{path} exists already; choose another name or allow overwriting.")
+    if not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+
+
+def _kohya_tensors(name: str, module: Stored) -> dict[str, Tensor]:
+    up, down = shaped(module)
+    alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+
+
+def _kohya(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Modules under sd-scripts' names, fused where it fuses."""
+    names = _names(lora, stored)
+    components: dict[str, dict[str, Stored]] = {}
+    for name, alias in names.items():
+        component = alias[0].site.partition(".")[0]
+        whole = len(alias) == 1 and len(alias[0].rows) == 1
+        module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
+        components.setdefault(component, {})[name] = module
+    modules: dict[str, Stored] = {}
+    for component, own in components.items():
+        modules |= own if component == "transformer" else _even_out(own)
+        if component.startswith("text_encoder"):
+            modules |= _recognisable({name: modules[name] for name in own})
+    return modules
+
+
+def _names(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Alias]:
+    if lora.base is not None:
+        known = kohya_modules(lora.base)
+        names = {n: a for n, a in known.items() if any(piece.site in stored for piece in a)}
+    else:
+        names = {_plain_name(site): (Piece(site, ((0, 0),)),) for site in stored}
+    covered = {piece.site for alias in names.values() for piece in alias}
+    missing = [site for site in stored if site not in covered]
+    if missing:
+        raise IterisError(f'Site {missing[0]} has no name in kohya layout; write layout="peft".')
+    return names
+
+
+def _plain_name(site: str) -> str:
+    """The name where nothing is known of the base model: that of SD 1.x."""
+    component, _, path = site.partition(".")
+    index = text_component(site)
+    if component != "unet" and index is None:
+        raise IterisError(
+            f"Site {site} has no name in kohya layout while its base model is unknown; "
+            'write layout="peft", or read the LoRAs through a host.'
+        )
+    prefix = "lora_unet" if index is None else _TEXT_PREFIXES[index]
+    return f"{prefix}_{path.replace('.', '_')}"
+
+
+def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
+    """One module from its pieces: side by side, or with one ``down`` if they have it in common."""
+    present = [piece for piece in alias if piece.site in stored]
+    parts = [stored[piece.site] for piece in present]
+    if len({part.scale for part in parts}) > 1:
+        raise IterisError(
+            f"{name}: its parts {', '.join(p.site for p in present)} have different scales that "
+            "half precision cannot hold; write float32."
+        )
+    first = parts[0]
+    shared = all(torch.equal(part.down, first.down) for part in parts)
+    down = first.down if shared else torch.cat([part.down for part in parts])
+    rows = max(stop for piece in alias for _, stop in piece.rows)
+    up = torch.zeros(rows, down.shape[0], dtype=down.dtype)
+    column = 0
+    for piece, part in zip(present, parts, strict=True):
+        start = 0
+        for begin, end in piece.rows:
+            up[begin:end, column : column + part.rank] = part.up[start : start + end - begin]
+            start += end - begin
+        column += 0 if shared else part.rank
+    # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
+    return Stored(up, down, first.scale, first.kernel)
+
+
+def _even_out(modules: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The same changes with one alpha."""
+    alpha = max(module.rank for module in modules.values())
+    even: dict[str, Stored] = {}
+    for name, module in modules.items():
+        up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
+        if torch.equal(up.float() * (alpha / module.rank), module.up.float()):
+            scale = module.scale * alpha / module.rank
+            even[name] = Stored(up, module.down, scale, module.kernel)
+        else:
+            missing = alpha - module.rank
+            up = torch.nn.functional.pad(module.up, (0, missing))
+            down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
+            even[name] = Stored(up, down, module.scale, module.kernel)
+    return even
+
+
+def _recognisable(text: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
+    attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
+    if not attention or any(n.endswith(("_out_proj", "_fc1", "_fc2")) for n in text):
+        return {}
+    like = text[attention[0]]
+    zeros = torch.zeros(like.down.shape[1], like.rank, dtype=like.up.dtype)
+    name = attention[0].rpartition("_")[0].rpartition("_")[0] + "_out_proj"
+    return {name: Stored(zeros, zeros.mT.contiguous(), like.scale, None)}
+
+
+def _recognisable_to_peft(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Zero factors for an ``out_proj`` of each text encoder without attention sites."""
+    added: dict[str, Stored] = {}
+    for component in {
+        site.partition(".")[0] for site in stored if text_component(site) is not None
+    }:
+        own = {s: m for s, m in stored.items() if s.startswith(f"{component}.text_model.")}
+        if not own or any(".self_attn." in site for site in own):
+            continue
+        for site, like in own.items():
+            if site.endswith((".fc1", ".fc2")):
+                width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
+                zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
+                name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
+                added[name] = Stored(zeros, zeros.mT.contiguous(), like.scale, None)
+                break
+    return added
+
+
+def _network_metadata(lora: Lora, modules: Mapping[str, Stored]) -> dict[str, str]:
+    """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
+    ranks = [module.rank for module in modules.values()]
+    dim = max(set(ranks), key=ranks.count)
+    scales = [module.scale for module in modules.values() if module.rank == dim]
+    alpha = dim * max(set(scales), key=scales.count)
+    kind = lora.base.kind if lora.base is not None else None
+    found = {
+        "ss_network_dim": str(dim),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_module": kind.module if kind else "networks.lora",
+    }
+    return found | ({"ss_base_model_version": kind.version} if kind else {})
+
+
+def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:
+    """What diffusers writes as ``lora_adapter_metadata``: a LoraConfig per component."""
+    config: dict[str, object] = {}
+    for component in sorted({site.partition(".")[0] for site in stored}):
+        # transformers 5 took ``text_model.`` out of the module names that peft compares with.
+        modules = {
+            site.removeprefix(f"{component}.").removeprefix("text_model."): module
+            for site, module in stored.items()
+            if site.startswith(f"{component}.")
+        }
+        ranks = [module.rank for module in modules.values()]
+        common = max(set(ranks), key=ranks.count)
+        alphas = {name: module.scale * module.rank for name, module in modules.items()}
+        config[f"{component}.r"] = common
+        config[f"{component}.lora_alpha"] = common
+        config[f"{component}.target_modules"] = sorted(modules)
+        config[f"{component}.rank_pattern"] = {
+            name: module.rank for name, module in modules.items() if module.rank != common
+        }
+        config[f"{component}.alpha_pattern"] = {
+            name: alpha for name, alpha in alphas.items() if alpha != common
+        }
+    return config
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors without the metadata (modelspec: of everything behind the header)."""
+    data = save(dict(tensors))
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.stem}-", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are for the owner only
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

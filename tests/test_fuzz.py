@@ -1,0 +1,220 @@
+"""Thousands of broken and hostile files: each is read right or refused with an IterisError."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import struct
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bases import tiny_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from iteris_core import Concept, IterisError, merge_loras
+from iteris_core.bases import Base
+from iteris_core.lora_files import ReadOptions, read_lora_file
+from iteris_core.lora_files.metadata import trigger_words
+
+STEM = "unet.mid_block.attentions.0.transformer_blocks.0"
+SITES = (
+    *(f"{STEM}.attn1.to_q", f"{STEM}.attn1.to_out.0", "unet.mid_block.resnets.0.conv1"),
+    *(f"text_encoder.text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")),
+)
+BASE = Base(tiny_base("sd1").kind, {site: tiny_base("sd1").shapes[site] for site in SITES})
+
+
+def kohya_name(site: str) -> str:
+    prefix = "lora_unet_" if site.startswith("unet.") else "lora_te_"
+    return prefix + site.partition(".")[2].replace(".", "_")
+
+
+def whole_file() -> bytes:
+    """A good file with a LoRA, a LoCon, a LoHa and metadata."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for site in SITES:
+        shape, name = BASE.shapes[site], kohya_name(site)
+        tail = (1, 1) if len(shape) == 4 else ()
+        tensors[f"{name}.lora_up.weight"] = torch.randn(shape[0], 2, *tail, generator=generator)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, *shape[1:], generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    tensors["bundle_emb.word.clip_l"] = torch.randn(2, 32, generator=generator)
+    return save(tensors, {"ss_tag_frequency": '{"1_a": {"b": 2}}', "format": "pt"})
+
+
+FILE = whole_file()
+LENGTH = struct.unpack("<Q", FILE[:8])[0]
+HEADER, DATA = json.loads(FILE[8 : 8 + LENGTH]), FILE[8 + LENGTH :]
+NAMES = [name for name in HEADER if name != "__metadata__"]
+DTYPES = ["F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "I64", "BOOL",
+          "C64", "U16", "nonsense"]  # fmt: skip
+LEAVES = ["lora_mid.weight", "hada_w1_a", "hada_t1", "lokr_w1", "lokr_t2", "diff", "dora_scale",
+          "diff_b", "oft_blocks", "alpha", "lora_A.weight", ""]  # fmt: skip
+WORDS = ["../../../tmp/evil", "/etc/passwd", "a" * 5000, "\x00", "unet..weight", "__metadata__x",
+         "bundle_emb.../../x.clip_l", "bundle_emb.", "lora_unet_", ".", ""]  # fmt: skip
+TEXTS = [
+    "[" * 20000, '{"a":' * 20000, "9" * 6000, "null", "[1]", '{"unet": 1}', "\ud7ff",
+'{"unet.lora_alpha": 1e999}', '{"unet.lora_alpha": [1]}',
+    '{"unet.lora_alpha": %s}' % ("9" * 400),
+    '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}',
+    '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"' + ".*" * 30 + '!": 2}}',
+    '{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}',
+    '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"[": 1}}',
+    '{"1_a": {"b": "c"}, "2_b": 3}', '{"concepts": [{"trigger": {"x": 1}}, 4]}',
+]  # fmt: skip
+KEYS = ["lora_adapter_metadata", "ss_tag_frequency", "iteris", "ss_dataset_dirs", "../../x",
+        "modelspec.trigger_phrase"]  # fmt: skip
+numbers = st.one_of(
+    st.integers(-3, 9), st.sampled_from([32, 64, 2**31, 2**40, 2**62, 2**63 - 1, 2**64])
+)
+
+
+@st.composite
+def mutated(draw):
+    """A good file with one to three things wrong."""
+    header = json.loads(json.dumps(HEADER))
+    length, cut, flips = None, None, []
+    for _ in range(draw(st.integers(1, 3))):
+        what = draw(st.sampled_from(
+            ["dtype", "shape", "offsets", "name", "leaf", "drop", "metadata", "length", "cut",
+             "flip", "copy", "extra"]))  # fmt: skip
+        names = [n for n in header if n != "__metadata__"] or ["x"]
+        name = draw(st.sampled_from(names))
+        entry = header.get(name, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
+        if not isinstance(entry, dict):
+            entry = HEADER[NAMES[0]]
+        if what == "dtype":
+            header[name] = {**entry, "dtype": draw(st.sampled_from(DTYPES))}
+        elif what == "shape":
+            header[name] = {**entry, "shape": draw(st.lists(numbers, max_size=5))}
+        elif what == "offsets":
+            header[name] = {**entry, "data_offsets": draw(st.lists(numbers, max_size=3))}
+        elif what == "name":
+            header.pop(name, None)
+            header[draw(st.sampled_from(WORDS + NAMES))] = entry
+        elif what == "leaf":
+            header.pop(name, None)
+            header[f"{name.split('.')[0]}.{draw(st.sampled_from(LEAVES))}"] = entry
+        elif what == "drop":
+            header.pop(name, None)
+        elif what == "copy":
+            other = name.replace("lora_unet_", "lycoris_").replace("lora_te_", "lora_te1_")
+            header[other] = entry
+        elif what == "extra":
+            header[draw(st.text(max_size=20))] = draw(
+                st.one_of(st.none(), numbers, st.just(entry), st.text(max_size=5))
+            )
+        elif what == "metadata":
+            key, text = draw(st.sampled_from(KEYS)), draw(st.sampled_from(TEXTS))
+            table = header.get("__metadata__")
+            header["__metadata__"] = {**(table if isinstance(table, dict) else {}), key: text}
+        elif what == "length":
+            length = draw(numbers.filter(lambda n: 0 <= n < 2**64))
+        elif what == "cut":
+            cut = draw(st.integers(0, len(FILE)))
+        else:
+            flips.append((draw(st.integers(0, len(FILE) - 1)), draw(st.integers(0, 255))))
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+    data = bytearray(struct.pack("<Q", len(text) if length is None else length) + text + DATA)
+    for place, value in flips:
+        data[place % len(data)] = value
+    return bytes(data if cut is None else data[:cut])
+
+
+def expected(tensors, site):
+    """ΔW by the plain formula, where the file still has a plain LoRA of the site."""
+    name = kohya_name(site)
+    up, down = (tensors.get(f"{name}.lora_{part}.weight") for part in ("up", "down"))
+    if up is None or down is None:
+        return None
+    alpha = tensors.get(f"{name}.alpha")
+    scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+    return scale * (up.float().flatten(1) @ down.float().flatten(1))
+
+
+def check(data: bytes, folder: Path, partial: bool) -> bool:
+    """Whether the file was taken; raises where anything is not as it has to be."""
+    path = folder / "in.safetensors"
+    path.write_bytes(data)
+    started = time.perf_counter()
+    try:
+        lora = read_lora_file(
+            path, BASE, lambda site: torch.ones(BASE.shapes[site]),
+            ReadOptions(allow_partial=partial),
+        )  # fmt: skip
+        result = merge_loras(None, [Concept(lora, trigger="x"), Concept(lora, trigger="y")], "sum")
+        out = result.save(folder / "out.safetensors", overwrite=True, dtype="float32")
+        again = read_lora_file(out, BASE)
+    except IterisError:
+        return False
+    finally:
+        allowed = {"in.safetensors", "out.safetensors"}
+        found = {p.name for p in folder.iterdir()}
+        assert all(n in allowed or n.endswith("_emb.safetensors") for n in found), found
+        for name in found - {"in.safetensors"}:
+            (folder / name).unlink()
+        assert time.perf_counter() - started < 5
+    tensors = load(data)
+    for site, change in again.sites.items():
+        dense = change.dense()
+        assert tuple(dense.shape) == (BASE.shapes[site][0], math.prod(BASE.shapes[site][1:]))
+        assert bool(torch.isfinite(dense).all())
+        wanted = expected(tensors, site)
+        if wanted is not None and f"{kohya_name(site)}.dora_scale" not in tensors:
+            scale = max(float(wanted.abs().max()), 1e-30)
+            assert float((dense - 2 * wanted).abs().max()) <= 1e-5 * scale
+    trigger_words(lora.metadata)
+    return True
+
+
+def fuzz(examples: int) -> int:
+    taken = []
+    with tempfile.TemporaryDirectory() as name:
+        outer = Path(name)
+        folder = outer / "a" / "b"
+        folder.mkdir(parents=True)
+
+        @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(mutated(), st.booleans())
+        def run(data, partial):
+            taken.append(check(data, folder, partial))
+            assert [p.name for p in outer.iterdir()] == ["a"]
+            assert [p.name for p in (outer / "a").iterdir()] == ["b"]
+
+        run()
+    return sum(taken)
+
+
+def test_the_good_file_is_taken(tmp_path):
+    assert check(FILE, tmp_path, False)
+
+
+def test_some_hostile_files():
+    fuzz(150)
+
+
+@pytest.mark.fuzz
+def test_thousands_of_hostile_files():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = fuzz(6000)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert taken > 100  # some of what is changed does no harm
+    assert grown < 300, f"{grown} MB more for files of {len(FILE)} bytes"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", KEYS)
+def test_hostile_metadata_one_by_one(key, text, tmp_path):
+    header = {**HEADER, "__metadata__": {key: text}}
+    blob = json.dumps(header).encode("utf-8", "surrogatepass")
+    blob += b" " * (-len(blob) % 8)
+    check(struct.pack("<Q", len(blob)) + blob + DATA, tmp_path, False)

@@ -1,0 +1,134 @@
+"""``iteris inspect``: facts of files and interference, against dense computations."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from bases import make_lora, tiny_base
+
+from iteris_core import Lora, LowRank, cli, write_lora
+from iteris_core.hosts.known_bases import guess_base, known_base
+from iteris_core.inspection import block_norms, describe, interference, site_interference
+from iteris_core.report import block_of
+
+
+def draw(seed, out=12, fan=9, rank=3):
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(out, rank, generator=generator, dtype=torch.float64)
+    return LowRank(up, torch.randn(rank, fan, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_interference_of_a_site_against_projections(seed):
+    one, two = draw(seed), draw(seed + 10, rank=2)
+    rows, columns, conflict, weight = site_interference(one, two)
+    for found, a, b in ((rows, one.down.mT, two.down.mT), (columns, one.up, two.up)):
+        # tr(P_a P_b) of the two orthogonal projections is the sum of the squared cosines.
+        overlap = float(((a @ torch.linalg.pinv(a)) * (b @ torch.linalg.pinv(b))).sum())
+        assert found == pytest.approx(overlap / min(a.shape[1], b.shape[1]))
+    a, b = one.dense(), two.dense()
+    total = float((a**2).sum() + (b**2).sum())
+    assert conflict == pytest.approx(2 * abs(float((a * b).sum())) / total)
+    assert weight == pytest.approx(float(a.norm() * b.norm()))
+
+
+def test_equal_opposite_and_orthogonal_changes():
+    one = draw(1)
+    assert site_interference(one, one)[:3] == pytest.approx((1, 1, 1))
+    assert site_interference(one, one.scaled(-1.0))[:3] == pytest.approx((1, 1, 1))
+    left = LowRank(torch.eye(4)[:, :2], torch.eye(6)[:2])
+    right = LowRank(torch.eye(4)[:, 2:], torch.eye(6)[2:4])
+    assert site_interference(left, right)[:3] == (0, 0, 0)
+    assert site_interference(left, LowRank(torch.zeros(4, 1), torch.zeros(1, 6)))[3] == 0
+
+
+def test_blocks_add_up():
+    one, two = make_lora("sd1", seed=1), make_lora("sd1", seed=2)
+    norms = block_norms(one)
+    for block, norm in norms.items():
+        dense = [c.dense() for s, c in one.sites.items() if block_of(s) == block]
+        assert norm == pytest.approx(float(sum((d**2).sum() for d in dense)) ** 0.5, rel=1e-4)
+    pair = interference(one, two)
+    assert pair.shared == len(one.sites)
+    assert set(pair.blocks) == set(norms)
+    assert interference(one, one).conflict == pytest.approx(1.0)
+    only = next(iter(two.sites))
+    few = Lora({only: two.sites[only]}, "few")
+    assert interference(one, few).shared == 1
+    assert list(interference(one, few).blocks) == [block_of(only)]
+
+
+def test_facts():
+    lora = make_lora("sdxl", ranks=(2, 4))
+    facts = describe(lora)
+    assert facts.base == "SDXL"
+    assert set(facts.ranks) == {2, 4}
+    assert sum(facts.ranks.values()) == facts.sites == len(lora.sites)
+    total = sum(1 for site in tiny_base("sdxl").shapes if site.startswith("unet."))
+    assert facts.coverage["unet"][1] == total
+
+
+def real_lora(kind: str, seed: int, rank: int = 2) -> Lora:
+    """A few sites of a real base model."""
+    base = known_base(kind)
+    parts = ("attn.to_q", "attn.to_k", "attn2.to_k", "attn1.to_q", "layers.0.self_attn.q_proj")
+    sites = [s for s in base.shapes if s.endswith(parts)][:30]
+    if kind == "flux":
+        sites += [s for s in base.shapes if "single" in s and ".1.attn.to_" in s]
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for site in sites:
+        out, fan = base.shapes[site][:2]
+        up = torch.randn(out, rank, generator=generator)
+        changes[site] = LowRank(up, torch.randn(rank, fan, generator=generator) / fan)
+    return Lora(changes, f"{kind}-{seed}", {"modelspec.trigger_phrase": f"sks{seed}"}, base=base)
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["iteris", "inspect", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_the_base_of_a_file_is_told_from_its_keys(kind, layout, tmp_path):
+    lora = real_lora(kind, 1)
+    path = write_lora(lora, tmp_path / "a.safetensors", layout=layout)
+    from iteris_core.lora_files import read_tensors
+
+    tensors, metadata = read_tensors(path)
+    assert guess_base({k: tuple(t.shape) for k, t in tensors.items()}, metadata) == kind
+    assert guess_base({k: tuple(t.shape) for k, t in tensors.items()}, {}) == kind
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    files = [
+        write_lora(real_lora("sd1", 1), tmp_path / "one.safetensors"),
+        write_lora(real_lora("sd1", 2, rank=3), tmp_path / "two.safetensors", layout="peft"),
+    ]
+    plot = tmp_path / "heat.png"
+    code, text, _ = run(monkeypatch, capsys, *files, "--json", f"--plot={plot}")
+    assert code == 0
+    found = json.loads(text)
+    one, two = found["files"]
+    assert (one["layouts"], two["layouts"]) == (["kohya"], ["diffusers (peft)"])
+    assert (one["base"], one["dtypes"], one["triggers"]) == ("SD 1.x", {"float16": 62}, ["sks1"])
+    assert found["interference"][0]["shared"] == 30
+    assert 0 < found["interference"][0]["rows"] < 0.2
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    code, text, _ = run(monkeypatch, capsys, *files)
+    assert code == 0
+    assert "row spaces" in text
+    assert "shared" in text
+    other = write_lora(real_lora("sdxl", 1), tmp_path / "xl.safetensors")
+    code, text, _ = run(monkeypatch, capsys, files[0], other, "--json")
+    assert code == 0
+    code, _, err = run(monkeypatch, capsys, tmp_path / "nothing.safetensors")
+    assert code == 2
+    assert "does not exist" in err

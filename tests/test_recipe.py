@@ -1,0 +1,189 @@
+"""Metadata of merged files: what they say, and that the same merge comes out of them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import make_pipeline, random_lora
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
+from iteris_core.cli.recipe import rename_embeddings
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files import read_lora_file
+from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(folder / "base")
+    host = DiffusersHost(pipeline)
+    for seed in (1, 2):
+        lora = random_lora(host, seed)
+        tags = json.dumps({f"10_sks{seed} dog": {f"sks{seed}": 5, "grass": seed}})
+        write_lora(Lora(lora.sites, metadata={"ss_tag_frequency": tags}),
+                   folder / f"lora{seed}.safetensors")  # fmt: skip
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["iteris", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch, capsys):
+    files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
+    preserve = tmp_path / "preserve.txt"
+    preserve.write_text("a cat\na house\n")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    # No trigger is given: they come from the tags of the files.
+    code, _, err = run(
+        monkeypatch, capsys, "merge", world / "base", "-o", first, "--samples=3", "--timesteps=1",
+        "--latents=noise", "--device=cpu", "--set=rank=3", "--set=ridge=1e-4", "--seed=5",
+        f"--preserve={preserve}", f"--concept={files[0]}", f"--concept={files[1]}::dog:0.5",
+    )  # fmt: skip
+    assert code == 0, err
+    found = metadata_of(first)
+    recipe = json.loads(found["iteris"])
+    assert [c["trigger"] for c in recipe["concepts"]] == ["sks1", "", "preserve"]
+    assert recipe["concepts"][0]["sha256"] == hashlib.sha256(files[0].read_bytes()).hexdigest()
+    assert recipe["settings"]["rank"] == 3
+    assert recipe["versions"]["torch"] == torch.__version__
+    assert found["modelspec.merged_from"] == "lora1, lora2"
+    assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert found["modelspec.trigger_phrase"] == "sks1"
+    assert found["ss_base_model_version"] == "sd_v1"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3")
+    tags = json.loads(found["ss_tag_frequency"])
+    assert tags["10_sks1 dog"] == {"sks1": 5, "grass": 1}
+    data = first.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(data[8 + header :]).hexdigest()
+    assert found["modelspec.hash_sha256"] == f"0x{digest}"
+    arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    one, two = load_file(first), load_file(second)
+    assert set(one) == set(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
+    lora = world / "lora1.safetensors"
+    out = tmp_path / "out.safetensors"
+    base = ["merge", world / "base", "-o", out, "--device=cpu"]
+    code, _, err = run(monkeypatch, capsys, *base, f"--from={lora}")
+    assert code == 2
+    assert "no whole recipe" in err
+    code, _, err = run(monkeypatch, capsys, *base)
+    assert code == 2
+    assert "Give the LoRAs with --concept" in err
+    concept = {"file": str(lora), "sha256": "0" * 64, "trigger": "x"}
+    recipe = {"method": "sum", "settings": {}, "calibration": {}, "concepts": [concept]}
+    for change, message in (
+        ({}, "SHA-256 differs"),
+        ({"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]}, "not there any more"),
+        ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
+        ({"method": "magic"}, "There is no method"),
+        ({"settings": {"magic": 1}}, "magic"),
+        ({"calibration": {"magic": 1}}, "calibration is not of this version"),
+        ({"concepts": "none"}, "no whole recipe"),
+    ):
+        path = tmp_path / "recipe.safetensors"
+        text = json.dumps({**recipe, **change})
+        save_file({"a": torch.ones(1)}, path, metadata={"iteris": text})
+        code, _, err = run(monkeypatch, capsys, *base, f"--from={path}")
+        assert code == 2
+        assert message in " ".join(err.split())
+        assert not out.exists()
+
+
+def test_triggers_are_found_where_trainers_put_them():
+    assert trigger_words({"modelspec.trigger_phrase": "sks, zwx"}) == ["sks", "zwx"]
+    assert trigger_words({"ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10}}'}) == ["sks dog"]
+    assert trigger_words({"ss_tag_frequency": '{"d": {"a": 2, "b": 9}}'}) == ["b"]
+    assert trigger_words({"ss_tag_frequency": '{"d": {"a": 9, "b": 9}}'}) == []
+    assert trigger_words({"ss_tag_frequency": "broken", "iteris": "[]"}) == []
+    one, two = ({"ss_tag_frequency": '{"d": {"a": 2}}'}, {"ss_tag_frequency": '{"d": {"a": 1}}'})
+    assert merge_tag_frequency([one, two, {}]) == {"d": {"a": 3}}
+
+
+def simple(name: str, **kwargs) -> Lora:
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    return Lora({site: LowRank(torch.ones(4, 1), torch.ones(1, 4))}, name, **kwargs)
+
+
+def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
+    vectors = [{"clip_l": torch.full((1, 4), float(i))} for i in range(2)]
+    loras = [simple(f"l{i}", embeddings={"word": vectors[i]}) for i in range(2)]
+    concepts = [Concept(loras[0], trigger="sks"), Concept(loras[1], trigger="SKS ")]
+    result = merge_loras(None, concepts, "sum")
+    text = result.report.summary()
+    assert "the trigger 'sks' also calls for another" in text
+    assert "--rename l1:word=NEW" in text
+    assert json.loads(result.lora.metadata["iteris"])["notes"] == result.report.notes
+    path = result.save(tmp_path / "merged.safetensors")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["merged.safetensors", "merged_l1-word_emb.safetensors",
+                     "merged_word_emb.safetensors"]  # fmt: skip
+    found = load_file(tmp_path / "merged_l1-word_emb.safetensors")
+    assert torch.equal(found["clip_l"], vectors[1]["clip_l"])
+    with pytest.raises(IterisError, match="exists already"):
+        result.save(path)
+    different = merge_loras(None, [Concept(loras[0], trigger="a"), Concept(loras[1], trigger="b")],
+                            "sum")  # fmt: skip
+    assert "the trigger" not in different.report.summary()
+
+
+def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
+    lora = random_lora(host, 1)
+    path = write_lora(lora, tmp_path / "a.safetensors")
+    bundled = {**load_file(path), "bundle_emb.word.string_to_param.*": torch.ones(2, 32)}
+    save_file(bundled, tmp_path / "b.safetensors")
+    save_file({"clip_l": torch.zeros(1, 32)}, tmp_path / "b_emb.safetensors")
+    found = host.read_lora(tmp_path / "b.safetensors")
+    assert set(found.sites) == set(lora.sites)
+    assert {name: list(parts) for name, parts in found.embeddings.items()} == {
+        "word": ["emb_params"], "b": ["clip_l"],
+    }  # fmt: skip
+    renamed = rename_embeddings
+    assert set(renamed(found, ["b:word=cat", "other:b=x"]).embeddings) == {"cat", "b"}
+    with pytest.raises(IterisError, match="is not LORA:NAME=NEW"):
+        renamed(found, ["word"])
+    with pytest.raises(IterisError, match="would have one name"):
+        renamed(found, ["word=b"])
+    merged = write_lora(found, tmp_path / "c.safetensors")
+    again = read_lora_file(merged, found.base)
+    assert set(again.sites) == set(lora.sites)
+
+
+def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):
+    tensors = load_file(world / "lora1.safetensors")
+    save_file({**tensors, "lora_unet_mystery": torch.ones(2)}, tmp_path / "odd.safetensors")
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", world / "base", "-o", out, "--device=cpu", "--method=sum",
+                 f"--concept={tmp_path / 'odd.safetensors'}:a:dog"]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "lora_unet_mystery" in err
+    assert not out.exists()
+    code, text, err = run(monkeypatch, capsys, *arguments, "--allow-partial")
+    assert code == 0, err
+    assert "left out: lora_unet_mystery (2,)" in text
+    notes = json.loads(metadata_of(out)["iteris"])["notes"]
+    assert notes["a"][0].startswith("left out: lora_unet_mystery")
