@@ -30,12 +30,13 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
+from ..iteris_core.bases import Base, describe_base
 from ..iteris_core.calibration import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.hosts import Stage, Tick
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora, LowRank, concatenate
-from ..iteris_core.lora_files import read_tensors
+from ..iteris_core.lora_files.tensors import file_digest, read_tensors
 from .peft_alphas import with_alphas
 
 _LATENT_SIDE = 64
@@ -77,6 +78,7 @@ class ComfyHost:
         self._key_map = _with_missing_names(key_map)
         self._names = _site_names(model, clip, set(map(_weight_key, key_map.values())))
         self._sites = {site: self._module(key) for key, site in self._names.items()}
+        self._base = _known_base(model, self._sites)
         self._encoders = {
             name: module
             for name, module in clip.cond_stage_model.named_modules()
@@ -124,7 +126,7 @@ class ComfyHost:
                 "another base model?"
             )
         sites = {site: concatenate(some) for site, some in parts.items()}
-        return Lora(sites, path.stem, metadata)
+        return Lora(sites, path.stem, metadata, str(path), file_digest(path), self._base)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         counts: list[int] = []
@@ -629,6 +631,20 @@ def _site_names(model: Any, clip: Any, keys: set[str]) -> dict[str, str]:
     return names
 
 
+def _known_base(model: Any, sites: Mapping[str, Any]) -> Base | None:
+    """What the file writer takes a UNet's names from; other denoisers' are kohya's already."""
+    if not comfy.utils.unet_to_diffusers(model.model.model_config.unet_config):
+        return None
+    return describe_base({site: _shape(module) for site, module in sites.items()})
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    """Of the weight, which may be stored in another shape where it is quantised."""
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, module.in_channels, *module.kernel_size)
+    return (module.out_features, module.in_features)
+
+
 def _is_site(root: nn.Module, path: str) -> bool:
     try:
         module = root.get_submodule(path)
@@ -646,9 +662,8 @@ def _low_rank(path: Path, site: str, target: Any, adapter: Any, module: Any) -> 
     for part, kind in ((mid, "a Tucker core"), (dora, "DoRA"), (reshape, "a reshaped weight")):
         if part is not None:
             raise LoraFileError(f"{path}: site {site} has {kind}, which cannot be merged here.")
-    kernel = tuple(module.kernel_size) if isinstance(module, nn.Conv2d) else None
-    shape = (module.out_features, module.in_features) if kernel is None else (
-        module.out_channels, module.in_channels * math.prod(kernel))  # fmt: skip
+    out, width, *window = _shape(module)
+    kernel, shape = tuple(window) or None, (out, width * math.prod(window))
     up, down = up.flatten(1).float(), down.flatten(1).float()
     scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
     if not isinstance(target, str):
