@@ -70,3 +70,17 @@ def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
     assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
     with pytest.raises(core.IterisError, match="two concepts"):
         module(pack, "nodes.interference").interference([a])
+
+
+def test_lora_stack_of_other_packs(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 1.0)]
+    (specs,) = nodes.ConceptsFromStack.execute(stack).result
+    assert [(spec.file.name, spec.strength) for spec in specs] == [
+        ("a.safetensors", 0.8),
+        ("b.safetensors", 1.0),
+    ]
+    assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
