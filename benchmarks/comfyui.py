@@ -1,0 +1,88 @@
+"""Time and memory of a merge on ComfyUI's MODEL and CLIP, as JSON on stdout.
+
+COMFYUI_PATH=… python benchmarks/comfyui.py CHECKPOINT LORA LORA [--samples 50] [--latent-size 64]
+[--timesteps 4] [--latents denoising|noise] [--gpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("loras", nargs="+", type=Path)
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--timesteps", type=int, default=4)
+    parser.add_argument("--latent-size", type=int, default=64)
+    parser.add_argument("--latents", default="denoising")
+    parser.add_argument("--gpu", action="store_true")
+    options = parser.parse_args()
+    merging, specs, core = _pack(options.gpu)
+
+    import comfy.sd
+    import torch
+
+    with torch.inference_mode():
+        model, clip = comfy.sd.load_checkpoint_guess_config(options.checkpoint)[:2]
+    before = _peak()
+    calibration = core.Calibration(
+        samples=options.samples,
+        timesteps=options.timesteps,
+        latent_size=options.latent_size,
+        latents=options.latents,
+    )
+    concepts = [
+        specs.make_spec(file, trigger=f"sks{number}", class_word="cat")
+        for number, file in enumerate(options.loras)
+    ]
+    started = time.perf_counter()
+    report = merging.merge_on(model, clip, concepts, "iteris", {}, calibration).report
+    found = {
+        "sites": len(report.sites),
+        "rows": report.rows,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_mb": _peak(),
+        "peak_before_merge_mb": before,
+        "threads": torch.get_num_threads(),
+        "device": str(model.load_device),
+        "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20 if options.gpu else None,
+    }
+    print(json.dumps(found | {"calibration": report.calibration | {"templates": "default"}}))
+
+
+def _pack(gpu: bool) -> tuple[Any, Any, Any]:
+    """The pack's modules, imported as ComfyUI does."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not gpu
+    spec = importlib.util.spec_from_file_location(
+        "pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["pack"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    names = ("nodes.merging", "nodes.concept_specs", "iteris_core")
+    merging, specs, core = (importlib.import_module(f"pack.{name}") for name in names)
+    return merging, specs, core
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+if __name__ == "__main__":
+    main()

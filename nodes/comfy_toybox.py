@@ -1,0 +1,133 @@
+"""The embedded world's pipeline as ComfyUI's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management as memory
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_world(folder: Path) -> tuple[Any, Any, Any]:
+    """(MODEL, CLIP, VAE) of a small Stable Diffusion in diffusers' layout, in float32."""
+    return _model(folder / "unet"), _clip(folder), _vae(folder / "vae")
+
+
+class _SmallSD15(comfy.supported_models.SD15):
+    """SD 1.5's architecture with widths of its own, and v-prediction."""
+
+    unet_extra_config: dict[str, Any] = {}  # noqa: RUF012
+
+    def model_type(self, state_dict: Any, prefix: str = "") -> Any:
+        return comfy.model_base.ModelType.V_PREDICTION
+
+
+def _model(folder: Path) -> Any:
+    config = _SmallSD15(_unet_config(json.loads((folder / "config.json").read_text())))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    state = _float32(folder / _WEIGHTS)
+    model.diffusion_model.load_state_dict(
+        {ours: state[theirs] for theirs, ours in names.items() if theirs in state}
+    )
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=memory.get_torch_device(),
+        offload_device=memory.unet_offload_device(),
+    )
+
+
+def _unet_config(theirs: dict[str, Any]) -> dict[str, Any]:
+    widths, layers = theirs["block_out_channels"], theirs["layers_per_block"]
+    levels = len(widths)
+    return {
+        "image_size": 32,
+        "in_channels": theirs["in_channels"],
+        "out_channels": theirs["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [layers] * levels,
+        "transformer_depth": [1] * (layers * levels),
+        "transformer_depth_output": [1] * ((layers + 1) * levels),
+        "transformer_depth_middle": 1,
+        "context_dim": theirs["cross_attention_dim"],
+        "num_heads": theirs["attention_head_dim"],  # diffusers' name for their number
+        "num_head_channels": -1,
+        "adm_in_channels": None,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": False,
+        "use_temporal_attention": False,
+        "use_checkpoint": False,
+        "legacy": False,
+    }
+
+
+def _clip(folder: Path) -> Any:
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    special = {
+        "start": config["bos_token_id"],
+        "end": config["eos_token_id"],
+        "pad": config["pad_token_id"],
+    }
+
+    class TextModel(comfy.sd1_clip.SDClipModel):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(textmodel_json_config=dict(config), special_tokens=special, **options)
+
+    class Clip(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(clip_name="l", clip_model=TextModel, **options)
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(
+                str(folder / "tokenizer"), embedding_size=config["hidden_size"], **options
+            )
+
+    class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(clip_name="l", tokenizer=Tokenizer, **options)
+
+    target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    state = _float32(folder / "text_encoder" / "model.safetensors")
+    named = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in state.items()}
+    text_model = clip.cond_stage_model.clip_l.transformer
+    # The world has a small vocabulary; ComfyUI's embedding has CLIP's 49408 rows.
+    key = "text_model.embeddings.token_embedding.weight"
+    rows = text_model.get_input_embeddings().weight.shape[0] - named[key].shape[0]
+    named[key] = torch.nn.functional.pad(named[key], (0, 0, 0, rows))
+    named["text_projection.weight"] = torch.eye(config["hidden_size"])
+    text_model.load_state_dict(named, strict=False)
+    return clip
+
+
+def _vae(folder: Path) -> Any:
+    """AutoencoderTiny is TAESD; its decoder's clamp counts as a layer there."""
+    scaling = json.loads((folder / "config.json").read_text()).get("scaling_factor", 1.0)
+    sd15 = comfy.supported_models.SD15.latent_format().scale_factor
+    state = {"vae_scale": torch.tensor(sd15 / scaling), "vae_shift": torch.tensor(0.0)}
+    for name, tensor in _float32(folder / _WEIGHTS).items():
+        part, _, rest = name.partition(".layers.")
+        layer, _, leaf = rest.partition(".")
+        number = int(layer) + (part == "decoder")
+        state[f"taesd_{part}.{number}.{leaf}"] = tensor
+    return comfy.sd.VAE(sd=state)
+
+
+def _float32(file: Path) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(file).items()}

@@ -1,0 +1,190 @@
+"""Nodes that say what is to be merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..iteris_core.errors import IterisError
+from .concept_specs import ConceptSpec, make_spec, prompt_lines
+from .schema import ADVANCED, Concepts, LoraStack, schema
+
+_NONE = "none"
+
+
+def _previous() -> Any:
+    return Concepts.Input(
+        "concepts", optional=True, tooltip="Concepts from the node before; this one is added."
+    )
+
+
+def _output() -> Any:
+    return Concepts.Output(
+        display_name="concepts", tooltip="For the next concept node, or for IterIS Merge."
+    )
+
+
+def _lora(name: str) -> Path:
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+class IterisConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisConcept",
+            "IterIS Concept",
+            ["lora", "load lora", "merge lora", "concept"],
+            description="One LoRA and how to call for what it knows; chain one node per LoRA.",
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="The LoRA, from models/loras.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip='The word that calls the concept, such as "sks". Leave trigger, class '
+                    "word and prompts empty to take them from the file.",
+                ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    tooltip='What kind of thing it is, such as "cat"; prompts are made from both.',
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="What you would load this LoRA at; the merged one is used at 1.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How much this concept counts where concepts disagree.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts of your own, one a line, used as they are. For a style, or "
+                    "where trigger and class word say too little.",
+                ),
+                io.Combo.Input(
+                    "embedding",
+                    options=[_NONE, *folder_paths.get_filename_list("embeddings")],
+                    default=_NONE,
+                    tooltip="A textual inversion that was trained together with the LoRA; it "
+                    "stands for the trigger.",
+                    extra_dict=ADVANCED,
+                ),
+                _previous(),
+            ],
+            outputs=[_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora_name: str,
+        trigger: str,
+        class_word: str,
+        strength: float,
+        weight: float,
+        prompts: str,
+        embedding: str,
+        concepts: tuple[ConceptSpec, ...] = (),
+    ) -> io.NodeOutput:
+        spec = make_spec(
+            _lora(lora_name),
+            trigger=trigger,
+            class_word=class_word,
+            prompts=prompts,
+            strength=strength,
+            weight=weight,
+            embedding="" if embedding == _NONE else Path(embedding).stem,
+        )
+        return io.NodeOutput((*concepts, spec))
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> Any:
+        return _lora(lora_name).stat().st_mtime_ns
+
+
+class ConceptsFromStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisConceptsFromStack",
+            "IterIS Concepts from LoRA Stack",
+            ["lora stack", "lora_stack"],
+            description="Every LoRA of a stack, with the words that its file knows.",
+            inputs=[
+                LoraStack.Input(
+                    "lora_stack",
+                    tooltip="(name, model strength, clip strength) of each LoRA, as LoRA stackers "
+                    "of other packs give it. The model strength is used.",
+                ),
+                _previous(),
+            ],
+            outputs=[_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, lora_stack: list[tuple[Any, ...]], concepts: tuple[ConceptSpec, ...] = ()
+    ) -> io.NodeOutput:
+        specs = [
+            make_spec(_lora(str(name)), strength=float(strength))
+            for name, strength, *_ in lora_stack
+            if name and name != "None"
+        ]
+        return io.NodeOutput((*concepts, *specs))
+
+
+class PreservePrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisPreservePrompts",
+            "IterIS Preserve Prompts",
+            ["regularization", "preservation"],
+            description="Prompts on which the base model is to stay as it is.",
+            inputs=[
+                io.String.Input(
+                    "prompts",
+                    default="a photo of a person\na photo of a dog\na landscape",
+                    multiline=True,
+                    tooltip="One prompt a line, about things that the LoRAs should leave alone.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=0.2,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="How much this counts; much of it weakens the concepts.",
+                ),
+                _previous(),
+            ],
+            outputs=[_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, prompts: str, weight: float, concepts: tuple[ConceptSpec, ...] = ()
+    ) -> io.NodeOutput:
+        lines = prompt_lines(prompts)
+        if not lines:
+            raise IterisError("Preserve Prompts is empty; write one prompt a line.")
+        spec = ConceptSpec(None, lines, trigger="preserve", weight=weight)
+        return io.NodeOutput((*concepts, spec))

@@ -1,0 +1,345 @@
+"""Nodes that merge, save, compare and look into LoRAs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+from safetensors.torch import save_file
+
+from ..iteris_core.calibration import Calibration
+from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import DTYPES
+from ..iteris_core.merge import MergeResult
+from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.report_plots import plot_residuals
+from .comfy_host import ComfyHost, apply_lora, show_text
+from .concept_specs import ConceptSpec
+from .interference import interference, plot_interference
+from .merging import as_lora_model, merge_on
+from .pictures import figure_image, text_image
+from .schema import ADVANCED, Concepts, LoraModel, schema
+
+_BASE = "base"
+
+
+def _model_inputs() -> list[Any]:
+    return [
+        io.Model.Input("model", tooltip="The base model; it is only run, never changed."),
+        io.Clip.Input("clip", tooltip="The base model's text encoders."),
+        Concepts.Input("concepts", tooltip="What is to be merged: two concepts or more."),
+    ]
+
+
+def _sampling_inputs() -> list[Any]:
+    return [
+        io.Int.Input(
+            "samples",
+            default=50,
+            min=1,
+            max=1000,
+            tooltip="Prompts per concept on which features are collected. Below 20 the merge "
+            "fits its prompts too closely.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="Decides prompts and latents. The same seed gives the same LoRA.",
+        ),
+    ]
+
+
+def _advanced_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "schedule",
+            options=["sweep", "jacobi"],
+            default="sweep",
+            tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
+            "same result, later.",
+            extra_dict=ADVANCED,
+        ),
+        io.Float.Input(
+            "ridge",
+            default=1e-5,
+            min=0.0,
+            max=0.5,
+            step=1e-6,
+            round=False,
+            tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
+            "most of the merge away.",
+            extra_dict=ADVANCED,
+        ),
+        io.Combo.Input(
+            "balance",
+            options=["tokens", "adapter", "full", "none"],
+            default="tokens",
+            tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
+            "own outputs (paper), the layer's whole output, or nothing.",
+            extra_dict=ADVANCED,
+        ),
+        io.Int.Input(
+            "timesteps",
+            default=4,
+            min=1,
+            max=10,
+            tooltip="Latents per prompt, from different steps of denoising.",
+            extra_dict=ADVANCED,
+        ),
+        io.Int.Input(
+            "latent_size",
+            default=0,
+            min=0,
+            max=256,
+            tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
+            extra_dict=ADVANCED,
+        ),
+        io.Combo.Input(
+            "latents",
+            options=["denoising", "noise"],
+            default="denoising",
+            tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
+            "worse.",
+            extra_dict=ADVANCED,
+        ),
+        io.Int.Input(
+            "rank",
+            default=0,
+            min=0,
+            max=1024,
+            tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
+            extra_dict=ADVANCED,
+        ),
+        io.Combo.Input(
+            "dtype",
+            options=list(DTYPES),
+            default="float16",
+            tooltip="Precision of the merged LoRA.",
+            extra_dict=ADVANCED,
+        ),
+    ]
+
+
+class IterisMerge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisMerge",
+            "IterIS Merge",
+            ["merge loras", "combine loras", "multi concept"],
+            description="Merges LoRAs into one by least squares on what the merged model really "
+            "sees.",
+            inputs=[
+                *_model_inputs(),
+                io.Combo.Input(
+                    "method",
+                    options=[method.name for method in all_methods()],
+                    default="iteris",
+                    tooltip="iteris, or one of the methods that it is compared with.",
+                ),
+                *_sampling_inputs(),
+                *_advanced_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
+                io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
+                LoraModel.Output(
+                    display_name="lora", tooltip="The merged LoRA, for Save Merged LoRA."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was merged, and how well each concept fits.",
+                ),
+                io.Image.Output(
+                    display_name="plot", tooltip="Output error of each concept in each block."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        concepts: tuple[ConceptSpec, ...],
+        method: str,
+        samples: int,
+        seed: int,
+        timesteps: int,
+        latent_size: int,
+        latents: str,
+        rank: int,
+        dtype: str,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        calibration = Calibration(
+            samples=samples,
+            timesteps=timesteps,
+            latents=latents,  # type: ignore[arg-type]
+            latent_size=latent_size or None,
+            seed=seed,
+        )
+        # Ridge, balance and schedule mean something else, or nothing, to the other methods.
+        settings = {"rank": rank or None, **(settings if method == "iteris" else {})}
+        result = merge_on(
+            model, clip, concepts, method, settings, calibration, cls.hidden.unique_id
+        )
+        lora = as_lora_model(result, concepts, dtype)
+        report = result.report.summary()
+        show_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
+
+
+class CompareMerges(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisCompareMerges",
+            "IterIS Compare Merges",
+            ["compare lora merges", "xy plot"],
+            description="Merges with several methods; a sampler behind it draws one picture each.",
+            inputs=[
+                *_model_inputs(),
+                io.String.Input(
+                    "methods",
+                    default="iteris, average, sum, ties",
+                    tooltip="Names with commas between them. base stands for no LoRA at all. There "
+                    f"are: {', '.join(method.name for method in all_methods())}.",
+                ),
+                *_sampling_inputs(),
+                *[i for i in _advanced_inputs() if i.id in ("timesteps", "latent_size", "latents")],
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL", is_output_list=True, tooltip="One MODEL per method."
+                ),
+                io.Clip.Output(
+                    display_name="CLIP", is_output_list=True, tooltip="One CLIP per method."
+                ),
+                io.String.Output(
+                    display_name="labels",
+                    is_output_list=True,
+                    tooltip="The methods' names, for Score Sheet.",
+                ),
+                io.String.Output(display_name="report", tooltip="The report of every merge."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        concepts: tuple[ConceptSpec, ...],
+        methods: str,
+        samples: int,
+        seed: int,
+        timesteps: int,
+        latent_size: int,
+        latents: str,
+    ) -> io.NodeOutput:
+        calibration = Calibration(
+            samples=samples,
+            timesteps=timesteps,
+            latents=latents,  # type: ignore[arg-type]
+            latent_size=latent_size or None,
+            seed=seed,
+        )
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        if not names:
+            raise IterisError("Compare Merges has no methods; write iteris, average for example.")
+        for name in names:
+            if name != _BASE:
+                find_method(name)
+        models, clips, reports = [], [], []
+        for name in names:
+            merged = model, clip
+            if name != _BASE:
+                result = merge_on(
+                    model, clip, concepts, name, {}, calibration, cls.hidden.unique_id
+                )
+                merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
+                reports.append(result.report.summary())
+            models.append(merged[0])
+            clips.append(merged[1])
+        report = "\n".join(reports)
+        show_text(report, cls.hidden.unique_id)
+        return io.NodeOutput(models, clips, names, report)
+
+
+class SaveMergedLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisSaveLora",
+            "IterIS Save Merged LoRA",
+            ["save lora", "export lora"],
+            description="Writes a LoRA into models/loras, each time under a new name.",
+            inputs=[
+                LoraModel.Input("lora", tooltip="The merged LoRA."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="iteris/merged",
+                    tooltip="Folder and name below models/loras; a number is added.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="lora_name", tooltip="The name as Load LoRA lists it."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, lora: dict[str, Any], filename_prefix: str) -> io.NodeOutput:
+        root = folder_paths.get_folder_paths("loras")[0]
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, root
+        )
+        file = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        save_file(dict(lora), file, metadata=getattr(lora, "metadata", None))
+        show_text(f"Saved {file}", cls.hidden.unique_id)
+        return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [str(file)]})
+
+
+class InspectLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisInspectLoras",
+            "IterIS Inspect LoRAs",
+            ["lora info", "lora interference"],
+            description="Where LoRAs would get into each other's way, before they are merged.",
+            inputs=_model_inputs(),
+            outputs=[
+                io.Image.Output(
+                    display_name="plot", tooltip="Interference of each pair in each block."
+                ),
+                io.String.Output(
+                    display_name="table", tooltip="Sites, ranks and size of each LoRA, and pairs."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...]) -> io.NodeOutput:
+        host = ComfyHost(model, clip)
+        found = interference([spec.read(host) for spec in concepts])
+        show_text(found.table(), cls.hidden.unique_id)
+        return io.NodeOutput(figure_image(plot_interference(found)), found.table())
+
+
+def _plot(result: MergeResult) -> Any:
+    if not result.report.blocks():
+        return text_image(f"{result.report.method} looks at weights only: no output errors.")
+    return figure_image(plot_residuals(result.report))

@@ -1,0 +1,115 @@
+"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA as ComfyUI has it."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..iteris_core.calibration import Calibration
+from ..iteris_core.errors import IterisError
+from ..iteris_core.merge import MergeResult, merge_loras
+from ..iteris_core.methods import find_method
+from .comfy_host import ComfyHost, ComfySamples, free_memory, is_out_of_memory, show_progress
+from .concept_specs import ConceptSpec, read_metadata
+
+_ROWS = 32
+
+
+class LoraModel(dict[str, Tensor]):
+    """A LoRA's tensors as a file would hold them: core's ``LORA_MODEL``, with the metadata."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def merge_on(
+    model: Any,
+    clip: Any,
+    specs: Sequence[ConceptSpec],
+    method: str,
+    settings: Mapping[str, Any],
+    calibration: Calibration,
+    node_id: str | None = None,
+    rows: int = _ROWS,
+) -> MergeResult:
+    """Merge at ``rows`` rows per forward, or at half as many as often as memory runs out.
+
+    Settings that ``method`` does not have are left out.
+    """
+    names = find_method(method).settings.__dataclass_fields__  # type: ignore[attr-defined]
+    on_progress = show_progress(node_id)
+    while True:
+        given = {**settings, "micro_batch": rows}
+        try:
+            # Inference tensors have no version, by which sites that share an input are found.
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                _RememberingHost(model, clip, (*specs, calibration), min(rows, 16)) as host,
+            ):
+                return merge_loras(
+                    host,
+                    [spec.read(host) for spec in specs],
+                    method,
+                    settings={name: given[name] for name in names if name in given},
+                    calibration=calibration,
+                    on_progress=on_progress,
+                )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows == 1:
+                raise IterisError(
+                    "There is not enough memory for a single row; lower latent_size, or close "
+                    "what else uses it."
+                ) from error
+        rows //= 2
+        free_memory()
+
+
+def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
+    """What ``result`` is once it is saved and loaded again."""
+    with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
+        path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
+        tensors, metadata = load_file(path), read_metadata(path)
+    words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
+    metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
+    return LoraModel(tensors, metadata)
+
+
+class _RememberingHost(ComfyHost):
+    """Keeps the last rows that were made, so that another rank or ridge does not denoise again."""
+
+    _last: tuple[Any, ComfySamples] | None = None
+
+    def __init__(self, model: Any, clip: Any, recipe: tuple[Any, ...], batch: int) -> None:
+        super().__init__(model, clip, batch)
+        self._recipe = recipe
+
+    def samples(
+        self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
+    ) -> ComfySamples:
+        parts = (self.model, self.clip.patcher)
+        key = (
+            [weakref.ref(part.model) for part in parts],
+            [part.patches_uuid for part in parts],
+            self.clip.layer_idx,
+            self._recipe[:-1],
+            asdict(calibration),
+            frozenset(sites),
+        )
+        self._lockstep = lockstep
+        kept = _RememberingHost._last
+        if kept is None or kept[0] != key:
+            kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
+            _RememberingHost._last = kept
+        return kept[1]

@@ -1,0 +1,54 @@
+"""The alphas that peft keeps in a file's metadata, as tensors beside the factors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..iteris_core.errors import LoraFileError
+
+_DOWN = ".lora_A.weight"
+
+
+def with_alphas(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """``tensors`` and an ``alpha`` for every module that ``lora_adapter_metadata`` speaks of."""
+    found = dict(tensors)
+    text = metadata.get("lora_adapter_metadata")
+    if not text:
+        return found
+    try:
+        flat = json.loads(text)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            component, _, name = key.partition(".")
+            configs.setdefault(component, {})[name] = value
+    except (ValueError, AttributeError) as error:
+        raise LoraFileError(
+            f"{path}: lora_adapter_metadata is not valid JSON ({error})."
+        ) from error
+    for key, down in tensors.items():
+        name = key.removesuffix(_DOWN)
+        component, _, module = name.partition(".")
+        config = configs.get(component, {})
+        if key.endswith(_DOWN) and "lora_alpha" in config and f"{name}.alpha" not in found:
+            found[f"{name}.alpha"] = torch.tensor(_alpha(config, module, down.shape[0]))
+    return found
+
+
+def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """peft's rule: the first pattern that matches the end of the module's name, else the common
+    alpha; rsLoRA divides by √rank instead of rank."""
+    alpha = float(config["lora_alpha"])
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha

@@ -1,0 +1,40 @@
+"""Between ComfyUI's IMAGE, (pictures, height, width, 3) in 0 to 1, and everybody else's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_pil(batch: Tensor) -> list[Image.Image]:
+    pixels = (batch[..., :3].float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def to_image(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size."""
+    arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
+    return torch.from_numpy(np.stack(arrays))
+
+
+def figure_image(figure: Any) -> Tensor:
+    """A matplotlib Figure as a batch of one."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    buffer.seek(0)
+    return to_image([Image.open(buffer)])
+
+
+def text_image(text: str) -> Tensor:
+    """A sentence where a plot would be."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.2))
+    figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
+    return figure_image(figure)

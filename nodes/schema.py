@@ -1,0 +1,21 @@
+"""What the nodes' schemas have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+Concepts = io.Custom("ITERIS_CONCEPTS")
+Scorer = io.Custom("ITERIS_SCORER")
+LoraModel = io.Custom("LORA_MODEL")
+LoraStack = io.Custom("LORA_STACK")
+
+ADVANCED = {"advanced": True}
+
+
+def schema(node_id: str, display_name: str, aliases: list[str], **fields: Any) -> io.Schema:
+    """A schema in our category; ``aliases`` are for the search of versions that know them."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:
+        fields["search_aliases"] = aliases
+    return io.Schema(node_id=node_id, display_name=display_name, category="IterIS", **fields)

@@ -1,0 +1,95 @@
+"""The embedded world as native ComfyUI objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from PIL import Image
+
+from ..iteris_core.errors import IterisError
+from ..iteris_core.score import ClipScorer
+from ..toybox import BASE, ToyConcept, load_clip, settings
+from ..toybox import concepts as toy_concepts
+from .comfy_toybox import load_world
+from .concept_specs import ConceptSpec, make_spec
+from .pictures import to_image
+from .schema import Concepts, Scorer, schema
+
+
+class IterisToybox(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisToybox",
+            "IterIS Toybox",
+            ["demo", "test model", "example"],
+            description="A small world of coloured shapes, with nothing to download: base model, "
+            "LoRAs, reference pictures and a scorer. Draw 64 x 64 pictures at guidance 2.5.",
+            inputs=[
+                io.String.Input(
+                    "tokens",
+                    default="sks1, sks6",
+                    tooltip="Which of the concepts sks1 to sks10, with commas between them.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The world's UNet."),
+                io.Clip.Output(display_name="CLIP", tooltip="The world's text encoder."),
+                io.Vae.Output(display_name="VAE", tooltip="The world's autoencoder."),
+                Concepts.Output(
+                    display_name="concepts", tooltip="The chosen LoRAs, for IterIS Merge."
+                ),
+                io.Image.Output(
+                    display_name="references",
+                    is_output_list=True,
+                    tooltip="Pictures of each chosen concept, one batch per concept.",
+                ),
+                io.String.Output(
+                    display_name="prompts",
+                    is_output_list=True,
+                    tooltip="The prompt that each concept was learned with.",
+                ),
+                Scorer.Output(display_name="scorer", tooltip="A CLIP that knows this world."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, tokens: str) -> io.NodeOutput:
+        chosen = _chosen(tokens)
+        model, clip, vae = load_world(BASE)
+        return io.NodeOutput(
+            model,
+            clip,
+            vae,
+            tuple(_spec(concept) for concept in chosen),
+            [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
+            [concept.instance_prompt for concept in chosen],
+            ClipScorer(*load_clip()),
+        )
+
+
+def _spec(concept: ToyConcept) -> ConceptSpec:
+    """Prompts in the words that the world knows."""
+    subject = f"{concept.token} {concept.class_word}"
+    prompts = [f"a {subject}", f"a photo of a {subject}", f"a picture of a {subject}"]
+    for start in ("a", "a photo of a"):
+        prompts += [f"{start} {subject} on a {b} background" for b in settings()["backgrounds"]]
+    return make_spec(
+        concept.lora,
+        trigger=concept.token,
+        class_word=concept.class_word,
+        prompts="\n".join(prompts),
+    )
+
+
+def _chosen(tokens: str) -> list[ToyConcept]:
+    known: dict[str, Any] = toy_concepts()
+    names = [name.strip() for name in tokens.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise IterisError(
+            f"The toybox has no concept {', '.join(unknown) or 'of that name'}; there are: "
+            f"{', '.join(known)}."
+        )
+    return [known[name] for name in names]

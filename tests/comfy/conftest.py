@@ -1,0 +1,112 @@
+"""A real ComfyUI: as a server of its own, and as a library in this process.
+
+Needs COMFYUI_PATH, a checkout whose requirements this Python has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+COMFYUI = os.environ.get("COMFYUI_PATH", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs a ComfyUI checkout in COMFYUI_PATH")
+    for item in items:
+        if Path(item.fspath).parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.comfyui)
+            if not COMFYUI:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def library() -> None:
+    """``import comfy`` works in this process, on the CPU."""
+    sys.path.insert(0, COMFYUI)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
+    """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
+    from thin_models import write_models
+
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes").mkdir()
+    # Help pages are served by folder name, so it is the project's.
+    (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    write_models(base / "models")
+    return base
+
+
+@pytest.fixture(scope="session")
+def client(models: Path) -> Iterator[Client]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    # PYTHONPATH may name this repository, whose `nodes` would shadow ComfyUI's.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    log = (models / "server.log").open("w")
+    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--disable-api-nodes", "--base-directory", str(models)]
+    process = subprocess.Popen(
+        command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+    found_client = Client(port)
+    try:
+        _wait_until_up(found_client, process, models / "server.log")
+        yield found_client
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        try:
+            client.get("/system_stats")
+            return
+        except (urllib.error.URLError, ConnectionError):
+            if process.poll() is not None:
+                break
+            time.sleep(0.5)
+    raise RuntimeError(f"ComfyUI did not start: {log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def pack(library: None) -> ModuleType:
+    """This pack, imported the way ComfyUI does: by its folder, under a name of no meaning."""
+    spec = importlib.util.spec_from_file_location(
+        "custom-nodes/comfyui-iteris", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def thin(models: Path, pack: ModuleType) -> tuple[Any, Any]:
+    from thin_models import load_thin
+
+    return load_thin(models)

@@ -1,0 +1,238 @@
+"""The host on MODEL and CLIP in this process: parity with diffusers, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from thin_models import load_thin, thin_pipeline
+
+
+class Kit:
+    """The pack's modules, a MODEL and CLIP, and the usual merge on them."""
+
+    def __init__(self, pack: ModuleType, thin: tuple[Any, Any], models: Path) -> None:
+        def module(name: str) -> Any:
+            return importlib.import_module(f"{pack.__name__}.{name}")
+
+        self.core, self.merging = module("iteris_core"), module("nodes.merging")
+        self.host, self.specs = module("nodes.comfy_host"), module("nodes.concept_specs")
+        self.model, self.clip = thin
+        self.loras = models / "models" / "loras"
+        self.calibration = self.core.Calibration(
+            samples=4, timesteps=2, denoising_steps=4, latent_size=8
+        )
+
+    def concepts(self) -> list[Any]:
+        make = self.specs.make_spec
+        return [
+            make(self.loras / "a.safetensors", trigger="sks", class_word="cat"),
+            make(self.loras / "b.safetensors", trigger="zwx", class_word="dog", strength=0.7),
+        ]
+
+    def merge(self, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        self.merging._RememberingHost._last = None
+        model, clip = kwargs.pop("on", (self.model, self.clip))
+        return self.merging.merge_on(
+            model, clip, self.concepts(), "iteris", {"statistics": "float64", **(settings or {})},
+            self.calibration, **kwargs,
+        )  # fmt: skip
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What MODEL and CLIP give, through ComfyUI's own sampler."""
+        import comfy.sample
+        import comfy.samplers
+
+        with torch.inference_mode():
+            text = self.clip.encode_from_tokens_scheduled(self.clip.tokenize("a (sks:1.2) cat"))
+            noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+            sampler = comfy.samplers.KSampler(
+                self.model,
+                2,
+                self.model.load_device,
+                "euler",
+                "normal",
+                1.0,
+                self.model.model_options,
+            )
+            drawn = sampler.sample(
+                noise, text, text, cfg=3.0, latent_image=torch.zeros_like(noise), disable_pbar=True
+            )
+        return text[0][0].clone(), drawn.clone()
+
+    def hooks(self) -> int:
+        roots = (self.model.model, self.clip.cond_stage_model)
+        modules = [module for root in roots for module in root.modules()]
+        stray = sum("encode" in module.__dict__ for module in modules)
+        return stray + sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+
+@pytest.fixture
+def kit(pack: ModuleType, thin: tuple[Any, Any], models: Path) -> Kit:
+    return Kit(pack, thin, models)
+
+
+def distance(found: Any, wanted: Any) -> float:
+    """Largest relative difference of a site."""
+    assert set(found.sites) == set(wanted.sites)
+    return max(
+        float((found.sites[s].dense().double() - w.dense().double()).norm()
+              / w.dense().double().norm())
+        for s, w in wanted.sites.items()
+    )  # fmt: skip
+
+
+def test_parity_with_diffusers(kit: Kit) -> None:
+    """Same weights, LoRAs, prompts, noise and timesteps; each side denoises for itself."""
+    found = kit.merge().lora
+    host = importlib.import_module(f"{kit.core.__name__}.hosts.diffusers").DiffusersHost(
+        thin_pipeline()
+    )
+    wanted = kit.core.merge_loras(
+        host,
+        [spec.read(host) for spec in kit.concepts()],
+        settings={"statistics": "float64"},
+        calibration=kit.calibration,
+    ).lora
+    assert len(found.sites) == 34
+    assert distance(found, wanted) < 1e-4
+
+
+def test_micro_batches_change_nothing(kit: Kit) -> None:
+    assert distance(kit.merge(rows=3).lora, kit.merge().lora) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["regmean", "ssr", "custom-diffusion", "iteris-subspace"])
+def test_other_methods_that_run_the_model(kit: Kit, method: str) -> None:
+    result = kit.merging.merge_on(kit.model, kit.clip, kit.concepts(), method, {}, kit.calibration)
+    assert kit.hooks() == 0
+    assert result.lora.sites
+
+
+def test_base_is_untouched_by_success_and_failure(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = kit.outputs()
+    kit.merge()
+    assert kit.hooks() == 0
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
+
+    def fail(error: BaseException, after: int) -> None:
+        seen = 0
+
+        def progress(_: Any) -> Any:
+            def on_progress(what: str, done: int, total: int) -> None:
+                nonlocal seen
+                seen += what == "solving sites"
+                if seen > after:
+                    raise error
+
+            return on_progress
+
+        monkeypatch.setattr(kit.merging, "show_progress", progress)
+        with pytest.raises(type(error)):
+            kit.merge()
+        gc.collect()
+        assert kit.hooks() == 0
+        assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
+
+    import comfy.model_management
+
+    fail(ValueError("broken"), after=0)
+    fail(ValueError("broken"), after=10)
+    fail(comfy.model_management.InterruptProcessingException(), after=5)
+
+
+def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, before = kit.merge().lora, kit.outputs()
+    predict, sizes = kit.host.ComfyHost._predict, []
+
+    def greedy(self: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(latents))
+        if len(latents) > 8:
+            raise torch.OutOfMemoryError("pretended")
+        return predict(self, latents, *rest)
+
+    monkeypatch.setattr(kit.host.ComfyHost, "_predict", greedy)
+    found = kit.merge().lora
+    assert max(sizes) > 8 >= sizes[-1]
+    assert distance(found, wanted) < 1e-4
+    assert kit.hooks() == 0
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
+
+
+def test_rank_does_not_denoise_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit.merge()
+    monkeypatch.setattr(kit.host.ComfyHost, "_latents", None)
+    result = kit.merging.merge_on(
+        kit.model, kit.clip, kit.concepts(), "iteris", {"rank": 2}, kit.calibration
+    )
+    assert result.lora.ranks == {2}
+
+
+def test_lora_already_on_the_model_is_part_of_the_base(kit: Kit, models: Path) -> None:
+    """Merging on a patched MODEL is merging on a checkpoint with that LoRA baked in."""
+    import comfy.sd
+    import comfy.utils
+
+    extra = comfy.utils.load_torch_file(str(kit.loras / "a.safetensors"))
+    with torch.inference_mode():
+        patched = comfy.sd.load_lora_for_models(kit.model, kit.clip, extra, 0.5, 0.5)
+    plain = kit.merge().lora
+    found = kit.merge(on=patched).lora
+    assert distance(found, plain) > 1e-3
+    baked = _baked(patched, load_thin(models))
+    assert distance(found, kit.merge(on=baked).lora) < 1e-4
+    assert kit.hooks() == 0
+
+
+def _baked(parts: tuple[Any, Any], fresh: tuple[Any, Any]) -> tuple[Any, Any]:
+    """``fresh`` with the weights of ``parts``, patches and all."""
+    import comfy.model_management as memory
+
+    model, clip = parts
+    with torch.inference_mode():
+        memory.load_models_gpu([model, clip.patcher], force_full_load=True)
+        fresh[0].model.load_state_dict(model.model.state_dict())
+        fresh[1].cond_stage_model.load_state_dict(clip.cond_stage_model.state_dict())
+    return fresh
+
+
+def test_partial_load_gives_the_same(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the weights offloaded, with a LoRA on them that is applied as they are cast."""
+    import comfy.model_management as memory
+    import comfy.sd
+    import comfy.utils
+
+    extra = comfy.utils.load_torch_file(str(kit.loras / "a.safetensors"))
+    with torch.inference_mode():
+        patched = comfy.sd.load_lora_for_models(kit.model, kit.clip, extra, 0.5, 0.5)
+        plain = kit.merge().lora
+        whole = kit.merge(on=patched).lora
+        memory.load_models_gpu([patched[0], patched[1].patcher])
+        patched[0].partially_unload(patched[0].offload_device, patched[0].model_size() // 2)
+    casts = [m for m in patched[0].model.modules() if getattr(m, "weight_function", None)]
+    assert casts
+    monkeypatch.setattr(memory, "load_models_gpu", lambda *_, **__: None)
+    found = kit.merge(on=patched).lora
+    # A patch that is applied while casting is not rounded to the weights' float16.
+    assert distance(found, whole) < 0.05 < distance(whole, plain)
+    assert kit.hooks() == 0
+
+
+def test_fp8_base_weights(kit: Kit, models: Path) -> None:
+    """Merging on fp8 weights is merging on those weights in any wider dtype."""
+    options = {"model_options": {"dtype": torch.float8_e4m3fn}}
+    eight = load_thin(models, **options)
+    assert eight[0].model_dtype() == torch.float8_e4m3fn
+    fresh = load_thin(models)
+    with torch.inference_mode():
+        state = eight[0].model.state_dict()
+        fresh[0].model.load_state_dict({key: value.float() for key, value in state.items()})
+    assert distance(kit.merge(on=eight).lora, kit.merge(on=fresh).lora) < 1e-4

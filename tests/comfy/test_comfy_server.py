@@ -1,0 +1,271 @@
+"""Real prompts on a real server: what a user of the pack does."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from client import Client, Graph, PromptError, node
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+ADVANCED = {
+    "schedule": "sweep",
+    "ridge": 1e-5,
+    "balance": "tokens",
+    "timesteps": 2,
+    "latent_size": 8,
+    "latents": "denoising",
+    "rank": 0,
+    "dtype": "float16",
+}
+needs_toybox = pytest.mark.skipif(
+    not (ROOT / "toybox" / "weights" / "loras").is_dir(), reason="the toybox has no LoRAs yet"
+)
+
+
+def concept(lora: str, **given: Any) -> dict[str, Any]:
+    values = {"trigger": "", "class_word": "", "prompts": "", "embedding": "none"}
+    values |= {"strength": 1.0, "weight": 1.0, "lora_name": lora}
+    return node("IterisConcept", **(values | given))
+
+
+def thin_graph(samples: int = 3, **advanced: Any) -> Graph:
+    """Both thin LoRAs merged and saved, and a picture."""
+    graph = {
+        "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
+        "a": concept("a.safetensors"),
+        "b": concept("b.safetensors", trigger="zwx", class_word="dog", concepts=["a", 0]),
+        "merge": node(
+            "IterisMerge",
+            model=["base", 0],
+            clip=["base", 1],
+            concepts=["b", 0],
+            method="iteris",
+            samples=samples,
+            seed=0,
+            **(ADVANCED | advanced),
+        ),
+        "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/thin"),
+        "report": node("PreviewAny", source=["merge", 3]),
+    }
+    return graph | drawing("merged", ["merge", 0], ["merge", 1], ["base", 2])
+
+
+def drawing(
+    name: str, model: Any, clip: Any, vae: Any, text: Any = "a sks cat", **more: Any
+) -> Graph:
+    """Nodes that draw; the pictures are shown by the node ``name``."""
+    settings = {"seed": 1, "steps": 2, "cfg": 3.0, "denoise": 1.0}
+    settings |= {"sampler_name": "euler", "scheduler": "simple"}
+    batch = more.pop("batch", 1)
+    return {
+        f"{name}+": node("CLIPTextEncode", clip=clip, text=text),
+        f"{name}-": node("CLIPTextEncode", clip=clip, text=""),
+        f"{name}0": node("EmptyLatentImage", width=64, height=64, batch_size=batch),
+        f"{name}k": node(
+            "KSampler",
+            model=model,
+            positive=[f"{name}+", 0],
+            negative=[f"{name}-", 0],
+            latent_image=[f"{name}0", 0],
+            **(settings | more),
+        ),
+        f"{name}d": node("VAEDecode", samples=[f"{name}k", 0], vae=vae),
+        name: node("PreviewImage", images=[f"{name}d", 0]),
+    }
+
+
+def pixels(client: Client, shown: dict[str, Any]) -> np.ndarray:
+    files = [client.picture(image) for image in shown["images"]]
+    return np.stack([np.asarray(Image.open(io.BytesIO(file)), dtype=float) for file in files])
+
+
+def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
+    error = float(((found - wanted) ** 2).mean())
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def saved_name(outputs: dict[str, Any]) -> str:
+    return outputs["save"]["text"][0].rpartition("/loras/")[2]
+
+
+def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
+    outputs = client.run(thin_graph())
+    assert "34 sites" in outputs["report"]["text"][0]
+    assert "sks" in outputs["report"]["text"][0]  # from the file's folder name
+    base = ["base", 0], ["base", 1]
+    graph = {
+        "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
+        "lora": node(
+            "LoraLoader",
+            model=base[0],
+            clip=base[1],
+            lora_name=saved_name(outputs),
+            strength_model=1.0,
+            strength_clip=1.0,
+        ),
+        **drawing("loaded", ["lora", 0], ["lora", 1], ["base", 2]),
+        **drawing("plain", *base, ["base", 2]),
+    }
+    stock = client.run(graph)
+    merged = pixels(client, outputs["merged"])
+    assert psnr(pixels(client, stock["loaded"]), merged) > 45
+    assert psnr(pixels(client, stock["plain"]), merged) < 40
+    again = client.run(thin_graph(rank=3))
+    assert saved_name(again) != saved_name(outputs)
+    assert "rank 3" in again["report"]["text"][0]
+
+
+def test_interrupt_leaves_the_base_as_it_was(client: Client) -> None:
+    graph = {
+        "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
+        **drawing("plain", ["base", 0], ["base", 1], ["base", 2], seed=7),
+    }
+    before = pixels(client, client.run(graph)["plain"])
+    prompt = client.start(thin_graph(samples=60, timesteps=4))
+    time.sleep(6)
+    client.post("/interrupt", {})
+    messages = client.wait(prompt)["status"]["messages"]
+    assert "execution_interrupted" in [kind for kind, _ in messages]
+    graph["plaink"]["inputs"]["seed"] = 8  # past the cache, and back again
+    client.run(graph)
+    graph["plaink"]["inputs"]["seed"] = 7
+    assert np.array_equal(pixels(client, client.run(graph)["plain"]), before)
+
+
+def test_errors_are_one_sentence(client: Client) -> None:
+    graph = thin_graph()
+    graph["b"] = concept("b.safetensors", trigger="", class_word="", concepts=["a", 0])
+    with pytest.raises(PromptError, match="neither prompts nor a trigger"):
+        client.run(graph)
+    with pytest.raises(PromptError, match="no concept sks99"):
+        client.run({
+            "toybox": node("IterisToybox", tokens="sks99"),
+            "shown": node("PreviewAny", source=["toybox", 3]),
+        })  # fmt: skip
+
+
+@needs_toybox
+def test_quick_start_shows_both_concepts(client: Client) -> None:
+    """Each concept's pictures are nearer to its references than the base model's are."""
+    toybox = node("IterisToybox", tokens="sks1, sks6")
+    own = {"steps": 20, "cfg": 2.5, "batch": 4, "text": ["toybox", 5]}
+    scored = {"scorer": ["toybox", 6], "references": ["toybox", 4]}
+    graph = {
+        "toybox": toybox,
+        "merge": node(
+            "IterisMerge",
+            model=["toybox", 0],
+            clip=["toybox", 1],
+            concepts=["toybox", 3],
+            method="iteris",
+            samples=40,
+            seed=0,
+            **(ADVANCED | {"timesteps": 4}),
+        ),
+        "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/toybox"),
+        **drawing("merged", ["merge", 0], ["merge", 1], ["toybox", 2], **own),
+        **drawing("plain", ["toybox", 0], ["toybox", 1], ["toybox", 2], **own),
+        "merged like": node("IterisClipImageAlignment", images=["mergedd", 0], **scored),
+        "plain like": node("IterisClipImageAlignment", images=["plaind", 0], **scored),
+        "merged score": node("PreviewAny", source=["merged like", 0]),
+        "plain score": node("PreviewAny", source=["plain like", 0]),
+        "sheet": node(
+            "IterisScoreSheet",
+            images=["mergedd", 0],
+            labels=["toybox", 5],
+            prompts="",
+            cell=64,
+            scores=["merged like", 0],
+        ),
+        "shown": node("PreviewImage", images=["sheet", 0]),
+    }
+    outputs = client.run(graph)
+    assert len(outputs["merged"]["images"]) == 8
+    graph = {
+        "toybox": toybox,
+        "lora": node(
+            "LoraLoader",
+            model=["toybox", 0],
+            clip=["toybox", 1],
+            lora_name=saved_name(outputs),
+            strength_model=1.0,
+            strength_clip=1.0,
+        ),
+        **drawing("loaded", ["lora", 0], ["lora", 1], ["toybox", 2], **own),
+    }
+    merged = pixels(client, outputs["merged"])
+    assert psnr(pixels(client, client.run(graph)["loaded"]), merged) > 45
+    merged_scores = [float(text) for text in outputs["merged score"]["text"]]
+    plain_scores = [float(text) for text in outputs["plain score"]["text"]]
+    assert all(m > p + 0.1 for m, p in zip(merged_scores, plain_scores, strict=True))
+
+
+@needs_toybox
+def test_compare_inspect_preserve_and_stack(client: Client) -> None:
+    toybox = ["toybox", 0], ["toybox", 1], ["toybox", 3]
+    graph = {
+        "toybox": node("IterisToybox", tokens="sks1, sks2"),
+        "kept": node(
+            "IterisPreservePrompts", prompts="a red ring\na ring", weight=0.2, concepts=toybox[2]
+        ),
+        "compared": node(
+            "IterisCompareMerges",
+            model=toybox[0],
+            clip=toybox[1],
+            concepts=["kept", 0],
+            methods="base, average, iteris",
+            samples=10,
+            seed=0,
+            timesteps=1,
+            latent_size=8,
+            latents="noise",
+        ),
+        **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
+        "sheet": node(
+            "IterisScoreSheet", images=["drawnd", 0], labels=["compared", 2], prompts="", cell=64
+        ),
+        "shown": node("PreviewImage", images=["sheet", 0]),
+        "inspected": node(
+            "IterisInspectLoras", model=toybox[0], clip=toybox[1], concepts=toybox[2]
+        ),
+        "table": node("PreviewAny", source=["inspected", 1]),
+        "score": node(
+            "IterisClipTextAlignment",
+            scorer=["toybox", 6],
+            images=["drawnd", 0],
+            prompts="a sks1 star",
+            leave_out="sks1",
+        ),
+        "scores": node("PreviewAny", source=["score", 2]),
+    }
+    outputs = client.run(graph)
+    assert len(outputs["drawn"]["images"]) == 6
+    assert "overlap" in outputs["table"]["text"][0]
+    assert "CLIPScore" in outputs["scores"]["text"][0]
+
+
+def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
+    found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
+    texts = client.get("/i18n")
+    assert len(found) == 12
+    for name, info in found.items():
+        assert info["category"] == "IterIS"
+        page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()
+        inputs = {
+            key: spec
+            for part in ("required", "optional")
+            for key, spec in info["input"].get(part, {}).items()
+        }
+        for key, spec in inputs.items():
+            assert spec[1]["tooltip"]
+            assert f"| `{key}` | {spec[1]['tooltip']} |" in page
+        assert all(info["output_tooltips"])
+        for language in ("en", "zh"):
+            assert set(texts[language]["nodeDefs"][name]["inputs"]) == set(inputs)
+            assert len(texts[language]["nodeDefs"][name]["outputs"]) == len(info["output"])

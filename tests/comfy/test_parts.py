@@ -1,0 +1,86 @@
+"""What the nodes say about files and LoRAs, without a model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+
+def module(pack: ModuleType, name: str) -> Any:
+    return importlib.import_module(f"{pack.__name__}.{name}")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("sks", "cat")),
+        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog")),
+        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "")),
+        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "")),
+        ({"ss_tag_frequency": "not JSON"}, ("", "")),
+        ({}, ("", "")),
+    ],
+)
+def test_words_of_a_file(
+    pack: ModuleType, metadata: dict[str, str], words: tuple[str, str]
+) -> None:
+    assert module(pack, "nodes.concept_specs").words_of(metadata) == words
+
+
+def test_alphas_of_the_metadata(pack: ModuleType) -> None:
+    config = {
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {"mid_block.*to_q": 2},
+        "text_encoder.lora_alpha": 4,
+        "text_encoder.use_rslora": True,
+    }
+    names = ("unet.down.to_q", "unet.mid_block.0.to_q", "text_encoder.q_proj", "other.q_proj")
+    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names}
+    found = module(pack, "nodes.peft_alphas").with_alphas(
+        Path("x"), tensors, {"lora_adapter_metadata": json.dumps(config)}
+    )
+    alphas = {key: float(value) for key, value in found.items() if key.endswith(".alpha")}
+    assert alphas == {
+        "unet.down.to_q.alpha": 8.0,
+        "unet.mid_block.0.to_q.alpha": 2.0,
+        "text_encoder.q_proj.alpha": 8.0,
+    }
+
+
+def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
+    core = module(pack, "iteris_core")
+    rows = torch.linalg.qr(torch.randn(8, 8)).Q
+
+    def concept(name: str, down: torch.Tensor) -> Any:
+        change = core.LowRank(torch.randn(5, len(down)), down)
+        return core.Concept(core.Lora({"unet.mid_block.to_q": change}, name), trigger=name)
+
+    def overlap(one: Any, other: Any) -> float:
+        found = module(pack, "nodes.interference").interference([one, other])
+        return found.blocks["mid_block"]["a", "b"]
+
+    a = concept("a", rows[:2])
+    assert overlap(a, concept("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
+    assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
+    with pytest.raises(core.IterisError, match="two concepts"):
+        module(pack, "nodes.interference").interference([a])
+
+
+def test_lora_stack_of_other_packs(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 1.0)]
+    (specs,) = nodes.ConceptsFromStack.execute(stack).result
+    assert [(spec.file.name, spec.strength) for spec in specs] == [
+        ("a.safetensors", 0.8),
+        ("b.safetensors", 1.0),
+    ]
+    assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
