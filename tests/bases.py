@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from conftest import make_pipeline
+from tiny import make_pipeline
 
 from iteris_core import Lora, LowRank
 from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites

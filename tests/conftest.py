@@ -1,81 +1,16 @@
-"""Small real pipelines with random weights, and LoRAs for them."""
+"""Fixtures of a tiny pipeline and its host, in float32 and float64."""
 
 from __future__ import annotations
 
 import copy
-import string
 
 import pytest
 import torch
+from tiny import make_pipeline
 
-from iteris_core import Lora, LowRank
 from iteris_core.hosts.diffusers import DiffusersHost
 
 torch.set_num_threads(2)
-
-
-def make_pipeline():
-    """A StableDiffusionPipeline with 68-site-like structure, a few thousand weights each."""
-    from diffusers import (
-        AutoencoderTiny,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    letters = string.ascii_lowercase + string.digits
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[])
-    tokenizer.model_max_length = 40
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=40,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderTiny(
-            encoder_block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            num_encoder_blocks=(1, 1, 1, 1),
-            num_decoder_blocks=(1, 1, 1, 1),
-        ),
-        text_encoder=CLIPTextModel(config).eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="session")
@@ -99,31 +34,3 @@ def host64(_pipeline):
     pipeline.unet.double()
     pipeline.text_encoder.double()
     return DiffusersHost(pipeline)
-
-
-def is_attention(site: str) -> bool:
-    return site.rpartition(".")[2] in (
-        "to_q",
-        "to_k",
-        "to_v",
-        "0",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "out_proj",
-    ) and ("attn" in site)
-
-
-def random_lora(host, seed: int, rank: int = 4, select=is_attention, size: float = 0.5) -> Lora:
-    """A LoRA on the selected sites, big enough to move the outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    sites = {}
-    for site, module in host.sites().items():
-        if select(site):
-            weight = module.weight
-            down = torch.randn(rank, weight[0].numel(), generator=generator)
-            up = torch.randn(weight.shape[0], rank, generator=generator)
-            kernel = tuple(weight.shape[2:]) or None
-            scale = size / (weight[0].numel() * rank) ** 0.5
-            sites[site] = LowRank(up.to(weight.dtype), (down * scale).to(weight.dtype), kernel)
-    return Lora(sites, f"lora-{seed}")

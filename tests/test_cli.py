@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make_pipeline, random_lora
 from safetensors.torch import load_file, save_file
+from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
 from iteris_core.cli.common import parse_concept

@@ -7,8 +7,8 @@ import json
 import sys
 
 import pytest
-from conftest import make_pipeline, random_lora
 from PIL import Image
+from tiny import make_pipeline, random_lora
 
 import toybox
 from iteris_core import Concept, IterisError, Lora, cli, write_lora

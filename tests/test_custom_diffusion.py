@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import is_attention, random_lora
 from safetensors.torch import load_file, save_file
+from tiny import is_attention, random_lora
 
 from iteris_core import Calibration, Concept, IterisError, Lora, LowRank, merge_loras, write_lora
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -195,7 +195,7 @@ def test_unequal_ranks_and_one_sided_sites_round_trip(host, tmp_path):
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from conftest import make_pipeline
+from tiny import make_pipeline
 from test_diffusers_host import outputs
 from safetensors.torch import save_file
 pipeline = make_pipeline()

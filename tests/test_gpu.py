@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import random_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_lora
 from oracle import ModuleHost, Net, changed, dense_changes, make_data, make_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, MergeCancelled, merge_loras
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import make_pipeline, random_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import make_pipeline, random_lora
 
 from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core.cli.recipe import rename_embeddings
