@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IterisError
-from .lockstep import Visit
+from .lockstep import Group, Visit
 from .lora import LowRank
 from .moments import (
     SharedInputs,
@@ -49,8 +49,8 @@ class Collector:
         self._dtype = dtype
         self._share = share
         self._sites: dict[str, SiteMoments] = {}
-        self._groups: dict[int, SharedInputs] = {}
-        self._order: dict[tuple[str, int], int] = {}
+        self._groups: dict[Group, SharedInputs] = {}
+        self._order: dict[tuple[str, int], Group] = {}
 
     def take(self, site: str) -> SiteMoments:
         """Hand over a site's moments and forget them."""

@@ -27,6 +27,9 @@ from torch.nn import functional
 from .errors import IterisError
 from .lora import LowRank
 
+Group = tuple[str, int]
+"""Stands for one tensor: the stage that it belongs to, and a number."""
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -35,7 +38,7 @@ class Visit:
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
     rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
     in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
-    itself (``copies=1``). ``group`` is the same number for sites that received the same tensor,
+    itself (``copies=1``). ``group`` is the same for sites that received the same tensor,
     ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
     ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
     a token counts; None where all do. Copy or reduce: the model may change these tensors later.
@@ -48,9 +51,9 @@ class Visit:
     rows: int
     copies: int
     spans: Sequence[tuple[int, int, int]]
-    group: int
+    group: Group
     first: bool
-    alive: set[int]
+    alive: set[Group]
     call: int
     mask: Tensor | None = None
 
@@ -108,6 +111,7 @@ class MicroBatch:
     pauses: bool = False
     merged_only: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
+    stage: str = ""
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
@@ -123,27 +127,27 @@ class MicroBatch:
                 spans.append((owner, row, row + 1))
         return spans
 
-    def group_of(self, tensor: Tensor) -> tuple[int, bool]:
-        """A number for this tensor as it is now, and whether it is seen for the first time."""
+    def group_of(self, tensor: Tensor) -> tuple[Group, bool]:
+        """What stands for this tensor as it is now, and whether it is seen for the first time."""
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         # An inference tensor has no version counter: an in-place change could not be noticed.
         if not tensor.is_inference():
             for ref, version, group in self._seen:
                 if ref() is tensor and tensor._version == version:
-                    return group, False
+                    return (self.stage, group), False
         self._groups += 1
         if not tensor.is_inference():
             self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
-        return self._groups, True
+        return (self.stage, self._groups), True
 
     def call_of(self, site: str) -> int:
         """How often the site was called before in this forward."""
         self._calls[site] += 1
         return self._calls[site] - 1
 
-    def alive(self) -> set[int]:
+    def alive(self) -> set[Group]:
         """Groups whose tensor may still reach another site."""
-        return {group for ref, _, group in self._seen if ref() is not None}
+        return {(self.stage, group) for ref, _, group in self._seen if ref() is not None}
 
 
 class Lockstep:

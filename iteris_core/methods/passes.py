@@ -11,16 +11,11 @@ from ..lockstep import MicroBatch, Visitor
 from ..lora import LowRank
 from .registry import Task
 
-_GROUPS = 1_000_000
-
 
 def micro_batches(
-    stage: Stage, copies: int, visitor: Visitor | None, size: int, number: int = 0
+    stage: Stage, copies: int, visitor: Visitor | None, size: int
 ) -> Iterator[MicroBatch]:
-    """The rows of a stage in order, at most ``size`` at a time.
-
-    ``number`` counts the stages that one visitor sees: groups of tensors are numbered on.
-    """
+    """The rows of a stage in order, at most ``size`` at a time."""
     for start in range(0, len(stage.owners), size):
         rows = range(start, min(start + size, len(stage.owners)))
 
@@ -31,8 +26,7 @@ def micro_batches(
             return stage.mask(site, rows) if stage.mask is not None else None
 
         owners = [stage.owners[row] for row in rows]
-        groups = number * _GROUPS
-        yield MicroBatch(run, owners, copies, visitor, mask_of=mask_of, _groups=groups)
+        yield MicroBatch(run, owners, copies, visitor, mask_of=mask_of, stage=stage.name)
 
 
 def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
@@ -41,9 +35,9 @@ def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
     wanted = set(task.references)
     with task.lockstep() as lockstep:
         samples = task.samples(lockstep)
-        for number, stage in enumerate(task.host.stages(samples, wanted)):
+        for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
-            batches = list(micro_batches(stage, 1, visitor, size, number))
+            batches = list(micro_batches(stage, 1, visitor, size))
             for done, batch in enumerate(batches, 1):
                 lockstep.run(batch)
                 task.tick(f"features of the {stage.name}", done, len(batches))
