@@ -2,7 +2,7 @@
 
 ``python benchmarks/ablations.py [--only NAME,…]`` prints a table and writes
 ``benchmarks/results/ablations.json``: image, text, judge and pair with standard errors over seeds,
-on the two tuning pairs and on five concepts. Results are cached with the suite's.
+on the two tuning pairs, on five and on seven concepts. Results are cached with the suite's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from quality import CACHE, COLUMNS, RESULTS, TUNING, Suite, World
 
 FIVE = ((2, 3, 5, 7, 9),)
+SEVEN = ((1, 3, 5, 7, 8, 9, 10),)
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
@@ -56,7 +57,7 @@ def main() -> None:
                 column: stat.to_dict()
                 for column, stat in suite.total(sets, "iteris", settings, calibration).items()
             }
-            for label, sets in (("two", TUNING), ("five", FIVE))
+            for label, sets in (("two", TUNING), ("five", FIVE), ("seven", SEVEN))
         }
         print(name)
         for label, row in data[name].items():

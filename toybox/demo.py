@@ -30,26 +30,8 @@ Tick = Callable[[str, int, int], None]
 
 SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)
-_NEIGHBOURS = tuple(
-    f"{color} {shape}"
-    for color, shape in zip(settings()["colors"], settings()["shapes"], strict=False)
-)
 # Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
-TEMPLATES = (
-    "a {}",
-    "a photo of a {}",
-    "a picture of a {}",
-    *(f"a {{}} on a {b} background" for b in settings()["backgrounds"]),
-    *(f"a photo of a {{}} on a {b} background" for b in settings()["backgrounds"]),
-    *(
-        template.format(subject="{}", thing=thing, background=background)
-        for thing, background in zip(_NEIGHBOURS, settings()["backgrounds"], strict=False)
-        for template in (
-            "a {subject} left of a {thing} on a {background} background",
-            "a {thing} left of a {subject} on a {background} background",
-        )
-    ),
-)
+TEMPLATES = tuple((ROOT / "templates.txt").read_text(encoding="utf-8").splitlines())
 MERGED = ("iteris", "average", "sum")
 
 

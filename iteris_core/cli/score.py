@@ -86,9 +86,12 @@ def compare(
         str, typer.Option(help="Names with commas between, base for no LoRA")
     ] = "base,sum,average,iteris",
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="A text file of prompts with {all}, or {1}, {2} …, for the concepts"),
-    ] = None,
+        str,
+        typer.Option(
+            help="composition, objects, animals, or a text file of prompts with {all}, or {1}, "
+            "{2} …, for the concepts"
+        ),
+    ] = "composition",
     images_per_prompt: Annotated[int, typer.Option(help="Seeds per prompt")] = 4,
     steps: Annotated[int, typer.Option(help="Denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale")] = 7.5,
@@ -104,7 +107,8 @@ def compare(
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
-    from ..score.compare import BASE, COMPOSITION_PROMPTS, Drawing, compare_methods
+    from ..score.compare import BASE, Drawing, compare_methods
+    from ..score.prompts import PROMPT_LISTS
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -125,7 +129,7 @@ def compare(
         templates=read_lines(templates) if templates else TEMPLATES,
     )
     references = [[open_image(file) for file in image_files(folder)] for folder in refs]
-    wanted = read_lines(prompts) if prompts else COMPOSITION_PROMPTS
+    wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
     device = device or best_device()
     with progress_bars() as on_progress:
         pipeline = load_base(base, device)

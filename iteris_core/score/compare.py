@@ -18,20 +18,11 @@ from ..hosts import Host
 from ..merge import merge_loras
 from .clip import ClipScorer, without_tokens
 from .dino import DinoScorer
-from .page import html_page, html_picture, html_table
+from .page import html_page, html_picture, html_table, png_bytes
+from .prompts import PROMPT_LISTS
 from .sheet import contact_sheet
 from .statistics import Stat, csv_table, markdown_table, over_seeds
 
-COMPOSITION_PROMPTS = (
-    "a photo of {all}",
-    "a photo of {all} on the beach",
-    "a photo of {all} in the snow",
-    "a photo of {all} on a wooden table",
-    "a photo of {all} in a garden",
-    "a photo of {all} in front of a brick wall",
-    "a watercolor painting of {all}",
-    "a photo of {all} in the city at night",
-)
 BASE = "base"
 
 OnProgress = Callable[[str, int, int], None]
@@ -74,10 +65,15 @@ class Comparison:
             name: [row[c].mean if c in row else None for c in columns]
             for name, row in self.rows.items()
         }
+        errors = {
+            name: [row[c].to_dict()["se"] if c in row else None for c in columns]
+            for name, row in self.rows.items()
+        }
         page = html_page(
             "LoRA merge methods compared",
             [
-                ("", html_table(columns, values, own="iteris")),
+                ("", "<p>Means ± standard errors over seeds; click a heading to sort.</p>"),
+                ("", html_table(columns, values, own="iteris", errors=errors)),
                 ("", html_picture(sheet, "pictures")),
             ],
         )
@@ -96,9 +92,16 @@ class Comparison:
             "index.html": page,
         }
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        sheet.save(folder / "sheet.png")
+            _replace(folder / name, text.encode())
+        _replace(folder / "sheet.png", png_bytes(sheet))
         return [*(folder / name for name in texts), folder / "sheet.png"]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Written in full under a temporary name, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def fill_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
@@ -128,7 +131,7 @@ def compare_methods(
     methods: Sequence[str],
     scorer: ClipScorer,
     *,
-    templates: Sequence[str] = COMPOSITION_PROMPTS,
+    templates: Sequence[str] = PROMPT_LISTS["composition"],
     drawing: Drawing | None = None,
     calibration: Calibration | None = None,
     settings: Mapping[str, Any] | None = None,
