@@ -22,7 +22,9 @@ _SORT = """
 document.querySelectorAll('th').forEach(th=>th.onclick=()=>{
 const body=th.closest('table').tBodies[0],i=th.cellIndex;
 const up=th.dataset.up=th.dataset.up?'':'1';
-[...body.rows].sort((a,b)=>{const v=r=>r.cells[i].dataset.value??r.cells[i].textContent,x=v(a),y=v(b);
+[...body.rows].sort((a,b)=>{
+const v=r=>r.cells[i].dataset.value??r.cells[i].textContent,
+x=v(a),y=v(b);
 const d=isNaN(x)||isNaN(y)?x.localeCompare(y):x-y;return up?d:-d}).forEach(r=>body.append(r))})"""
 
 
