@@ -87,7 +87,15 @@ class Collector:
             with full_precision(merged.device):
                 if add_shared:
                     add_inputs(entry.shared.concepts[concept], reference, merged)
-                add_target(entry.targets[concept], change, reference, merged, full, base)
+                add_target(
+                    entry.targets[concept],
+                    change,
+                    reference,
+                    merged,
+                    full,
+                    base,
+                    visit.drift_tokens(start, stop) if self._full else None,
+                )
 
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
         change = next(change for change in changes if change is not None)

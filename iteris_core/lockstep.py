@@ -41,7 +41,9 @@ class Visit:
     itself (``copies=1``). ``group`` is the same for sites that received the same tensor,
     ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
     ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
-    a token counts; None where all do. Copy or reduce: the model may change these tensors later.
+    a token counts; None where all do. ``stream`` is the residual stream that the output will be
+    added to, shaped as ``outputs``; None where the site has none. Copy or reduce: the model may
+    change these tensors later.
     """
 
     site: str
@@ -56,6 +58,7 @@ class Visit:
     alive: set[Group]
     call: int
     mask: Tensor | None = None
+    stream: Tensor | None = None
 
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
@@ -67,6 +70,13 @@ class Visit:
     def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
         return self._tokens(output_tokens, self.outputs, start, stop, merged)
+
+    def drift_tokens(self, start: int, stop: int) -> Tensor | None:
+        """How far the merged rows' residual stream is behind the reference rows', (tokens, out)."""
+        if self.stream is None or self.copies == 1:
+            return None
+        own = self._tokens(output_tokens, self.stream, start, stop, False)
+        return own - self._tokens(output_tokens, self.stream, start, stop, True)
 
     def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
         """What ``change`` added to the outputs of reference rows, (tokens, out)."""
@@ -112,6 +122,7 @@ class MicroBatch:
     merged_only: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
+    streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
@@ -154,16 +165,19 @@ class Lockstep:
     """Hooks on the sites of one model; a context manager that always takes them off again.
 
     ``references[site][i]`` is concept i's change of that site, scaled by its strength, or None.
-    ``merged`` holds the merged changes that are active on merged rows.
+    ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
+    :meth:`.hosts.Host.streams` gives them.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
         references: Mapping[str, Sequence[LowRank | None]],
+        streams: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._modules = modules
         self._references = references
+        self._streams = streams or {}
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._cast: dict[tuple[str, int], LowRank] = {}
@@ -175,6 +189,9 @@ class Lockstep:
                 module = self._modules[site]
                 _check_supported(site, module)
                 self._handles.append(module.register_forward_hook(self._hook(site)))
+                if site in self._streams:
+                    stream = self._streams[site]
+                    self._handles.append(stream.register_forward_pre_hook(self._keep_stream))
         except BaseException:
             self.close()
             raise
@@ -233,6 +250,20 @@ class Lockstep:
                 if worker and not worker.dead:
                     worker.throw()
 
+    def _keep_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._active is not None and self._active.visitor is not None:
+            self._active.streams[module] = args[0]
+
+    def _stream_of(self, site: str, batch: MicroBatch, outputs: Tensor) -> Tensor | None:
+        module = self._streams.get(site)
+        stream = batch.streams.pop(module, None) if module is not None else None
+        if stream is not None and stream.shape != outputs.shape:
+            raise IterisError(
+                f"Site {site} gives {tuple(outputs.shape)}, which cannot be added to its residual "
+                f"stream {tuple(stream.shape)}; merge with repair=false."
+            )
+        return stream
+
     def _hook(self, site: str) -> Callable[..., Tensor | None]:
         changes = self._references[site]
 
@@ -258,6 +289,7 @@ class Lockstep:
                 if change is not None:
                     change = self._ready(site, concept, change, inputs)
                     output[start:stop] += delta(module, change, inputs[start:stop])
+            stream = self._stream_of(site, batch, output)
             solved = batch.pauses and site in self.merged
             if batch.visitor is not None and not solved:
                 group, first = batch.group_of(inputs)
@@ -275,6 +307,7 @@ class Lockstep:
                         alive=batch.alive(),
                         call=batch.call_of(site),
                         mask=_mask_for(batch, site, inputs),
+                        stream=stream,
                     )
                 )
             if batch.pauses and not solved:

@@ -108,11 +108,13 @@ def add_target(
     merged: Tensor,
     full_output: Tensor,
     base_output: Tensor,
+    drift: Tensor | None = None,
 ) -> None:
     """Add one piece of tokens.
 
     ``reference`` X and ``merged`` X̃ are (tokens, in); ``full_output`` is (W0 + ΔW_i) on X and
-    ``base_output`` is W0 on X̃, both (tokens, out) with the layer's bias.
+    ``base_output`` is W0 on X̃, both (tokens, out) with the layer's bias. ``drift`` is what the
+    residual stream lacks of LoRA i's own, (tokens, out): it is added to the target.
     """
     dtype = moments.dtype
     if moments.down_gram is not None and change is not None:
@@ -122,6 +124,8 @@ def add_target(
     moments.full_energy += (full_output**2).sum()
     if moments.target is not None:
         target = full_output - base_output.to(dtype)
+        if drift is not None:
+            target += drift.to(dtype)
         moments.target.addmm_(target.mT, merged.to(dtype))
         moments.target_energy += (target**2).sum()
 

@@ -10,7 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. Sequences run over the concepts, as in :class:`.solve.Solution`."""
+    """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
+
+    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`: it has no ``before``
+    and ``after`` of its own.
+    """
 
     rank: int
     balance: Sequence[float] = ()
@@ -18,6 +22,7 @@ class SiteReport:
     after: Sequence[float] = ()
     condition: float = math.nan
     truncated: float = 0.0
+    repair: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,11 @@ class MergeReport:
         """Two or three lines for a person."""
         ranks = sorted({site.rank for site in self.sites.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        repairs = sum(site.repair for site in self.sites.values())
+        more = f" and {repairs} that repair drift" if repairs else ""
         lines = [
-            f"Merged {len(self.concepts)} concepts with {self.method}: {len(self.sites)} sites, "
-            f"rank {span}, {self.seconds:.1f} s."
+            f"Merged {len(self.concepts)} concepts with {self.method}: "
+            f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s."
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."

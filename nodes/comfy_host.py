@@ -34,6 +34,7 @@ from ..iteris_core.bases import Base, describe_base
 from ..iteris_core.calibration import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.hosts import Stage, Tick
+from ..iteris_core.hosts.streams import unet_streams
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora, LowRank, concatenate
 from ..iteris_core.lora_files.tensors import file_digest, read_tensors
@@ -170,6 +171,11 @@ class ComfyHost:
             "ComfyUI loads weights in inference mode, which keeps no gradients, so a merge cannot "
             "be polished there; set polish_steps to 0."
         )
+
+    def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
+        if not self._needs_denoiser(sites):
+            return {}
+        return unet_streams(self.model.model.diffusion_model, self._sites)
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
         batches = self._text_batches(samples, sites)

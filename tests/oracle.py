@@ -62,6 +62,9 @@ class ModuleHost:
     def forward(self, samples, rows):
         return self.model(torch.cat(list(samples))[list(rows)])
 
+    def streams(self, sites):
+        return {}
+
     def stages(self, samples, sites):
         owners = [i for i, rows in enumerate(samples) for _ in range(len(rows))]
         rows_of = torch.cat(list(samples))
@@ -126,6 +129,10 @@ def captured_inputs(model: nn.Module, data: torch.Tensor, sites=SITES) -> dict[s
     for handle in handles:
         handle.remove()
     return found
+
+
+def hooks_on(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def dense_changes(lora: Lora | None) -> dict[str, torch.Tensor]:

@@ -52,7 +52,12 @@ def test_a_merge_from_files_to_a_file(world, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert "Merged 2 concepts with iteris" in text
     assert str(out) in text
-    assert len(load_file(out)) == 3 * len(random_lora(DiffusersHost(make_pipeline()), 1).sites)
+    host = DiffusersHost(make_pipeline())
+    sites = set(random_lora(host, 1).sites)
+    repairs = set(host.streams(sites)) - sites
+    assert repairs
+    assert f"{len(sites)} sites and {len(repairs)} that repair drift" in text
+    assert len(load_file(out)) == 3 * len(sites | repairs)
 
 
 def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):

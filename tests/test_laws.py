@@ -6,7 +6,17 @@ import itertools
 
 import pytest
 import torch
-from oracle import SITES, ModuleHost, Net, dense_changes, difference, jacobi, make_data, make_lora
+from oracle import (
+    SITES,
+    ModuleHost,
+    Net,
+    dense_changes,
+    difference,
+    hooks_on,
+    jacobi,
+    make_data,
+    make_lora,
+)
 
 from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
 from iteris_core.collector import Collector
@@ -288,10 +298,6 @@ def test_nan_in_the_base_is_an_error_that_names_the_site():
     model.q.weight.data[0, 0] = float("nan")
     with pytest.raises(IterisError, match=r"Site q: .*NaN"):
         merge([make_lora(1), make_lora(2)], model=model)
-
-
-def hooks_on(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.mark.parametrize("end", ["success", "exception", "cancel"])

@@ -69,6 +69,12 @@ class Host(Protocol):
         """The model's final output for rows of ``samples``, rows first; differentiable."""
         ...
 
+    def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
+        """Sites whose output is added to a residual stream, each with the module whose input is
+        that stream as it is. Those that are not among ``sites`` are advised as repair sites: a
+        change there takes out drift that the sites before have left (none: an empty mapping)."""
+        ...
+
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
         """The stages that reach ``sites``. Each must be run to its end, in order."""
         ...

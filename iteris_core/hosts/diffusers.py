@@ -18,6 +18,7 @@ from ..lora_files import ReadOptions
 from . import Stage, Tick
 from .diffusers_lora import read_lora
 from .diffusers_sites import named_sites
+from .streams import unet_streams
 
 _BATCH = 16  # rows per forward while samples are made
 
@@ -114,6 +115,9 @@ class DiffusersHost:
             encoder_hidden_states=text,
             return_dict=False,
         )[0]
+
+    def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
+        return unet_streams(self.pipeline.unet, self._sites) if self._needs_denoiser(sites) else {}
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         text_sites = [site for site in sites if site.startswith("text_encoder.")]

@@ -87,6 +87,9 @@ class TransformersHost:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
 
+    def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
+        return {}
+
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
         def run(rows: Sequence[int], copies: int) -> None:
             self.model(**self._collate([samples.rows[row] for row in rows], copies))

@@ -21,6 +21,7 @@ from ..solve import Align, Balance, Solution, solve_site
 from .passes import micro_batches, sweep_pass
 from .polish import polish
 from .registry import Merged, Task, method
+from .repair import add_repairs
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class IterisSettings:
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
     of eq. 7. ``rank``: at most this rank per site, or the share of output energy to keep, such as
     0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
-    ``statistics``: dtype of the moments. ``polish_steps``: Adam steps at ``polish_rate`` on the
-    final output, see :mod:`.polish` (0: the closed form alone).
+    ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
+    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only). ``polish_steps``:
+    Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the closed form
+    alone).
     """
 
     align: Align = "full"
@@ -44,6 +47,7 @@ class IterisSettings:
     rank: Rank | None = None
     micro_batch: int = 32
     statistics: Literal["float32", "float64"] = "float32"
+    repair: bool = True
     polish_steps: int = 0
     polish_rate: float = 5e-4
 
@@ -71,6 +75,7 @@ class IterisSettings:
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
+    added = add_repairs(task) if settings.repair and settings.align == "full" else set[str]()
     run = _Run(task, settings)
     if settings.schedule == "sweep":
         sweep_pass(task, run.visitor_and_solve, settings.micro_batch)
@@ -86,7 +91,10 @@ def iteris(task: Task, settings: IterisSettings) -> Merged:
             rate=settings.polish_rate,
             batch=settings.micro_batch,
         )
-    return {site: (changes[site], site_report(s)) for site, s in run.solutions.items()}
+    return {
+        site: (changes[site], site_report(solution, repair=site in added))
+        for site, solution in run.solutions.items()
+    }
 
 
 def check_complete(task: Task, solved: Mapping[str, object]) -> None:
@@ -99,14 +107,15 @@ def check_complete(task: Task, solved: Mapping[str, object]) -> None:
         )
 
 
-def site_report(solution: Solution) -> SiteReport:
+def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
     return SiteReport(
         solution.change.rank,
         solution.balance,
-        solution.before,
-        solution.after,
+        () if repair else solution.before,
+        () if repair else solution.after,
         solution.condition,
         solution.truncated,
+        repair,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..calibration import Calibration, Concept
 from ..errors import SettingsError
@@ -20,8 +21,9 @@ from ..report import SiteReport
 class Task:
     """What a method gets. ``references[site][i]`` is concept i's change there, at its strength.
 
-    ``host`` is None for a method that only looks at weights. ``rows`` and ``convergence`` are for
-    the method to fill in for the report.
+    ``host`` is None for a method that only looks at weights. A method may add sites to
+    ``references``, and the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in
+    for the report.
     """
 
     host: Host | None
@@ -30,6 +32,7 @@ class Task:
     calibration: Calibration
     generator: torch.Generator
     tick: Tick
+    streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     rows: int = 0
     convergence: list[float] = field(default_factory=list[float])
     made: Any = None
@@ -54,7 +57,7 @@ class Task:
 
     def lockstep(self) -> Lockstep:
         assert self.host is not None
-        return Lockstep(self.host.sites(), self.references)
+        return Lockstep(self.host.sites(), self.references, self.streams)
 
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
