@@ -36,7 +36,7 @@ def kohya_name(site: str) -> str:
 
 
 def whole_file() -> bytes:
-    """A good file with a LoRA, a LoCon, a LoHa and metadata."""
+    """A good file with a LoRA, a LoCon and metadata."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for site in SITES:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from oracle import (
@@ -194,6 +198,31 @@ def test_ssr_is_its_published_router():
         wanted = up @ router @ stacked
         found = ours.lora.sites[site].dense()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.skipif(
+    "SSR_MERGE_PATH" not in os.environ, reason="SSR_MERGE_PATH names no checkout of SSR-Merge"
+)
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2])
+def test_ssr_is_its_authors_own_core(ridge):
+    path = Path(os.environ["SSR_MERGE_PATH"]) / "ssr_merge" / "core.py"
+    spec = importlib.util.spec_from_file_location("ssr_merge_core", path)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    linear = [site for site in SITES if site != "conv"]  # it has no convolutions
+    pairs = [{s: (lora.sites[s].down, lora.sites[s].up) for s in linear} for lora in LORAS]
+    merger = core.SSRMerger(pairs, lambda_reg=ridge)
+    for index, (dense, rows) in enumerate(zip(DENSE, make_data(3), strict=True)):
+        model = changed(Net(), dense)
+        merger.attach({site: model.get_submodule(site) for site in linear})
+        merger.set_active_task(index)
+        with torch.no_grad():
+            model(rows)
+        merger.detach()
+    ours = merge(LORAS, "ssr", ridge=ridge).lora
+    for site, (down, up) in merger.solve().items():
+        wanted = (up @ down).double()
+        assert float((ours.sites[site].dense() - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_ssr_passes_sites_of_one_lora_through():
