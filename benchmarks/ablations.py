@@ -1,68 +1,102 @@
 """Variants of ``iteris`` on compositions that the quality suite does not report.
 
-``python benchmarks/ablations.py [--only NAME,…]`` prints a table and writes
-``benchmarks/results/ablations.json``: image, text, judge and pair with standard errors over seeds,
-on the two tuning pairs, on five and on seven concepts. Results are cached with the suite's.
+``python benchmarks/ablations.py [--only NAME;…]`` prints a table and writes
+``benchmarks/results/ablations.json``: scores with standard errors over seeds on the two tuning
+pairs and on five concepts. Results are cached with the suite's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from quality import CACHE, COLUMNS, RESULTS, TUNING, Suite, World
+from quality import CACHE, RESULTS, TUNING, Suite, World
 
 FIVE = ((2, 3, 5, 7, 9),)
-SEVEN = ((1, 3, 5, 7, 8, 9, 10),)
+COLUMNS = ("mean", "image", "text", "judge", "pair")
 
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({}, {}),
-    "align=adapter": ({"align": "adapter"}, {}),
-    "balance=adapter (eq. 8)": ({"balance": "adapter"}, {}),
-    "balance=full": ({"balance": "full"}, {}),
-    "balance=none": ({"balance": "none"}, {}),
-    "paper: adapter, eq. 8, ridge 1e-4": (
-        {"align": "adapter", "balance": "adapter", "ridge": 1e-4},
-        {},
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the defaults. ``minimax`` weighs the concepts by the squared output error
+    that the default leaves them; ``preserve`` is the weight of prompts without triggers."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    minimax: bool = False
+    preserve: float = 0.0
+
+
+def jacobi(iterations: int, **more: Any) -> Variant:
+    return Variant({"schedule": "jacobi", "iterations": iterations, **more})
+
+
+VARIANTS: dict[str, Variant] = {
+    "default": Variant(),
+    "repair=false": Variant({"repair": False}),
+    "align=adapter": Variant({"align": "adapter"}),
+    "balance=adapter (eq. 8)": Variant({"balance": "adapter"}),
+    "balance=full": Variant({"balance": "full"}),
+    "balance=none": Variant({"balance": "none"}),
+    "paper: adapter, eq. 8, ridge 1e-4": Variant(
+        {"align": "adapter", "balance": "adapter", "ridge": 1e-4}
     ),
-    **{f"ridge={r:g}": ({"ridge": r}, {}) for r in (0.0, 1e-7, 1e-6, 1e-4, 1e-3, 1e-2)},
+    **{f"ridge={r:g}": Variant({"ridge": r}) for r in (0.0, 1e-7, 1e-6, 1e-4, 1e-3, 1e-2)},
+    **{f"jacobi, {k} iterations": jacobi(k) for k in (1, 2, 3, 5, 8, 12)},
     **{
-        f"jacobi, {k} iterations": ({"schedule": "jacobi", "iterations": k}, {})
-        for k in (1, 2, 3, 5, 8, 12)
+        f"paper, jacobi, {k} iterations": jacobi(k, align="adapter", balance="adapter", ridge=1e-4)
+        for k in (1, 2, 5, 10)
     },
-    **{f"samples={n}": ({}, {"samples": n}) for n in (6, 12, 25, 100)},
-    **{f"timesteps={n}": ({}, {"timesteps": n}) for n in (1, 2, 8)},
-    "latents=noise": ({}, {"latents": "noise"}),
-    "guidance=4 while denoising": ({}, {"guidance": 4.0}),
-    **{f"empty_share={s:g}": ({}, {"empty_share": s}) for s in (0.0, 0.1, 0.4)},
-    "rank=8": ({"rank": 8}, {}),
-    "rank=16": ({"rank": 16}, {}),
-    "polish, 100 steps": ({"polish_steps": 100}, {}),
-    "polish, 300 steps": ({"polish_steps": 300}, {}),
+    **{f"samples={n}": Variant(calibration={"samples": n}) for n in (6, 12, 25, 100)},
+    **{f"timesteps={n}": Variant(calibration={"timesteps": n}) for n in (1, 2, 8)},
+    "latents=noise": Variant(calibration={"latents": "noise"}),
+    "guidance=4 while denoising": Variant(calibration={"guidance": 4.0}),
+    **{f"empty_share={s:g}": Variant(calibration={"empty_share": s}) for s in (0.0, 0.4)},
+    **{f"preserve, weight {w:g}": Variant(preserve=w) for w in (0.1, 1.0)},
+    "minimax": Variant(minimax=True),
+    "rank=8": Variant({"rank": 8}),
+    "rank=16": Variant({"rank": 16}),
+    "polish, 100 steps": Variant({"polish_steps": 100}),
 }
+
+
+def weigh_by_error(suite: Suite, numbers: Sequence[int]) -> list[float]:
+    """Weights that sum to the number of concepts, from the residuals of the default."""
+    suite.measure(numbers, "iteris")
+    left = [error**2 for error in suite.entry(numbers, "iteris")["residuals"]]
+    return [round(error / sum(left) * len(left), 4) for error in left]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="names of variants, separated by ;")
     arguments = parser.parse_args()
     suite = Suite(World(), CACHE)
-    names = arguments.only.split(",") if arguments.only else list(VARIANTS)
+    names = arguments.only.split(";") if arguments.only else list(VARIANTS)
     data: dict[str, Any] = {}
     for name in names:
-        settings, calibration = VARIANTS[name]
+        variant = VARIANTS[name]
         data[name] = {
             label: {
                 column: stat.to_dict()
-                for column, stat in suite.total(sets, "iteris", settings, calibration).items()
+                for column, stat in suite.total(
+                    sets,
+                    "iteris",
+                    variant.settings,
+                    variant.calibration,
+                    (lambda numbers: weigh_by_error(suite, numbers)) if variant.minimax else None,
+                    variant.preserve,
+                ).items()
             }
-            for label, sets in (("two", TUNING), ("five", FIVE), ("seven", SEVEN))
+            for label, sets in (("two", TUNING), ("five", FIVE))
         }
         print(name)
         for label, row in data[name].items():
             cells = (f"{c} {row[c]['mean']:.3f} ± {row[c]['se']:.3f}" for c in COLUMNS)
-            print(f"  {label:5}", "  ".join(cells))
+            print(f"  {label:5}", "  ".join(cells), flush=True)
     if not arguments.only:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "ablations.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -12,32 +12,25 @@ best published one (``--tune`` does it again, in an hour or more; ``TUNED`` keep
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
 from PIL import Image
+from toybox_world import COLUMNS, SEEDS, World
 
-import toybox
-from iteris_core import Calibration, Concept, Lora, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.score import ClipScorer, without_tokens
+from iteris_core import Calibration, Concept, MergeReport, merge_loras
 from iteris_core.score.statistics import Stat, over_seeds
 from toybox.demo import TEMPLATES
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("build/quality.jsonl")
 QUICK = os.environ.get("QUICK") == "1"
-SEEDS = (1, 2, 3)
-COLUMNS = ("image", "text", "judge", "pair")
 
 PAIRS = ((1, 4), (2, 6), (1, 2), (4, 5), (6, 7), (9, 10), (3, 8))
 TRIPLES = ((1, 4, 6), (2, 5, 8), (3, 7, 10), (1, 2, 3), (4, 6, 9))
@@ -90,115 +83,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 QUICK_METHODS = ("iteris", "average", "sum", "ties", "dare-linear", "regmean", "ssr")
 
 
-@dataclass(frozen=True)
-class Picture:
-    concepts: tuple[str, ...]
-    prompt: str
-    seed: int
-
-
-class World:
-    """The toybox, loaded once: draws and scores."""
-
-    def __init__(self) -> None:
-        self.pipeline = toybox.load_pipeline()
-        self.host = DiffusersHost(self.pipeline)
-        self.concepts = toybox.concepts()
-        self.loras = {t: self.host.read_lora(c.lora) for t, c in self.concepts.items()}
-        self.judge = toybox.load_judge()
-        self.scorer = ClipScorer(*toybox.load_clip())
-        self.settings = toybox.settings()
-        self.references = {
-            token: self.scorer.embed_images([Image.open(f).convert("RGB") for f in c.references])
-            for token, c in self.concepts.items()
-        }
-
-    def concept(self, number: int) -> Concept:
-        token = f"sks{number}"
-        word = self.concepts[token].class_word
-        return Concept(self.loras[token], trigger=token, class_word=word)
-
-    def pictures(self, numbers: Sequence[int]) -> list[Picture]:
-        """Each concept on four backgrounds, and each two neighbours in one picture."""
-        wanted: list[tuple[tuple[str, ...], str]] = []
-        tokens = [f"sks{number}" for number in numbers]
-        for token in tokens:
-            concept = self.concepts[token]
-            for background in concept.backgrounds[:4]:
-                prompt = f"a {token} {concept.class_word} on a {background} background"
-                wanted.append(((token,), prompt))
-        for left, right in itertools.pairwise(tokens):
-            one, two = self.concepts[left], self.concepts[right]
-            background = next(b for b in one.backgrounds if b in two.backgrounds)
-            prompt = (
-                f"a {left} {one.class_word} left of a {right} {two.class_word} "
-                f"on a {background} background"
-            )
-            wanted.append(((left, right), prompt))
-        return [Picture(shown, prompt, seed) for shown, prompt in wanted for seed in SEEDS]
-
-    def draw(self, lora: Lora | None, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """With the changes added to the weights, which are put back bit for bit."""
-        sites = self.host.sites()
-        kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
-        try:
-            for site, change in (lora.sites if lora else {}).items():
-                weight = sites[site].weight.data
-                weight += change.dense().reshape(weight.shape)
-            images: list[Image.Image] = []
-            for start in range(0, len(pictures), 32):
-                some = pictures[start : start + 32]
-                # The noise depends on the prompt too, so that no two prompts share a picture.
-                generators = [
-                    torch.Generator().manual_seed(
-                        int(hashlib.sha256(f"{p.prompt}{p.seed}".encode()).hexdigest()[:8], 16)
-                    )
-                    for p in some
-                ]
-                images += self.pipeline(
-                    [p.prompt for p in some],
-                    num_inference_steps=self.settings["steps"],
-                    guidance_scale=self.settings["guidance"],
-                    generator=generators,
-                ).images
-            return images
-        finally:
-            for site, weight in kept.items():
-                sites[site].weight.data.copy_(weight)
-
-    def score(
-        self, pictures: Sequence[Picture], images: Sequence[Image.Image]
-    ) -> dict[str, dict[str, float]]:
-        """column → seed → mean"""
-        values: dict[str, list[tuple[int, float]]] = {column: [] for column in COLUMNS}
-        vectors = self.scorer.embed_images(images)
-        texts = self.scorer.embed_texts(
-            [without_tokens(p.prompt, list(self.concepts)) for p in pictures]
-        )
-        alone = self.judge.read(images)
-        halves = self.judge.read_halves(images)
-        for p, vector, text, whole, two in zip(
-            pictures, vectors, texts, alone, halves, strict=True
-        ):
-            things = [self.concepts[token].thing for token in p.concepts]
-            values["text"].append((p.seed, float(vector @ text)))
-            if len(things) == 1:
-                image = float((self.references[p.concepts[0]] @ vector).mean())
-                values["image"].append((p.seed, image))
-                values["judge"].append((p.seed, sum(whole.matches(things[0])) / 4))
-            else:
-                right = sum(sum(h.matches(t)) for h, t in zip(two, things, strict=True)) / 8
-                values["pair"].append((p.seed, right))
-        return {
-            column: {str(seed): _mean(v for s, v in some if s == seed) for seed in SEEDS if some}
-            for column, some in values.items()
-            if some
-        }
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def _key(
+    numbers: Sequence[int],
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    preserve: float = 0.0,
+) -> str:
+    parts: list[Any] = [list(numbers), method, settings or {}, calibration or {}]
+    if weights is not None or preserve:
+        parts += [weights, preserve]
+    return json.dumps(parts, sort_keys=True)
 
 
 class Suite:
@@ -219,24 +115,34 @@ class Suite:
         method: str,
         settings: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
+        weights: Sequence[float] | None = None,
+        preserve: float = 0.0,
     ) -> dict[str, dict[str, float]]:
-        key = json.dumps([list(numbers), method, settings or {}, calibration or {}], sort_keys=True)
+        """column → seed → mean. ``weights`` are the concepts'; ``preserve`` is that of a concept
+        of prompts without triggers, on which the base is to stay as it is."""
+        key = _key(numbers, method, settings, calibration, weights, preserve)
         if key not in self.known:
             started = time.perf_counter()
-            scores, merge_seconds = self._measure(numbers, method, settings, calibration or {})
+            concepts = self.world.merged_concepts(numbers, weights, preserve)
+            scores, report = self._measure(numbers, method, settings, calibration or {}, concepts)
             entry = {
                 "key": key,
                 "scores": scores,
-                "merge_seconds": merge_seconds,
+                "merge_seconds": report.seconds if report else 0.0,
+                "residuals": [after for _, after in report.residuals()] if report else [],
                 "seconds": time.perf_counter() - started,
             }
             self.known[key] = entry
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with self.cache.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-            print(key, {c: round(_mean(v.values()), 3) for c, v in scores.items()},
+            print(key, {c: round(fmean(v.values()), 3) for c, v in scores.items()},
                   f"{entry['seconds']:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
         return self.known[key]["scores"]
+
+    def entry(self, numbers: Sequence[int], method: str) -> dict[str, Any]:
+        """All that was kept of a measurement with the defaults."""
+        return self.known[_key(numbers, method)]
 
     def _measure(
         self,
@@ -244,26 +150,27 @@ class Suite:
         method: str,
         settings: Mapping[str, Any] | None,
         calibration: Mapping[str, Any],
-    ) -> tuple[dict[str, dict[str, float]], float]:
+        concepts: Sequence[Concept],
+    ) -> tuple[dict[str, dict[str, float]], MergeReport | None]:
         world = self.world
         pictures = world.pictures(numbers)
         if method == "base":
-            return world.score(pictures, world.draw(None, pictures)), 0.0
+            return world.score(pictures, world.draw(None, pictures)), None
         if method == "single":
             images: list[Image.Image] = []
             pictures = [p for p in pictures if len(p.concepts) == 1]
             for number in numbers:
                 mine = [p for p in pictures if p.concepts == (f"sks{number}",)]
                 images += world.draw(world.loras[f"sks{number}"], mine)
-            return world.score(pictures, images), 0.0
+            return world.score(pictures, images), None
         result = merge_loras(
             world.host,
-            [world.concept(number) for number in numbers],
+            concepts,
             method,
             settings=settings,
             calibration=Calibration(**{"templates": TEMPLATES, **calibration}),
         )
-        return world.score(pictures, world.draw(result.lora, pictures)), result.report.seconds
+        return world.score(pictures, world.draw(result.lora, pictures)), result.report
 
     def tune(self, method: str) -> dict[str, Any]:
         """The setting with the best mean of image and text on the tuning pairs."""
@@ -273,7 +180,7 @@ class Suite:
 
         def quality(settings: Mapping[str, Any]) -> float:
             scores = [self.measure(pair, method, settings) for pair in TUNING]
-            return _mean(_mean(s[c].values()) for s in scores for c in ("image", "text"))
+            return fmean(fmean(s[c].values()) for s in scores for c in ("image", "text"))
 
         return max(grid, key=quality)
 
@@ -283,9 +190,14 @@ class Suite:
         method: str,
         settings: Mapping[str, Any] | None,
         calibration: Mapping[str, Any] | None = None,
+        weigh: Callable[[Sequence[int]], Sequence[float]] | None = None,
+        preserve: float = 0.0,
     ) -> dict[str, Stat]:
         """column → mean over sets, standard error over seeds; ``mean`` is of image and text."""
-        scores = [self.measure(numbers, method, settings, calibration) for numbers in sets]
+        scores = [
+            self.measure(n, method, settings, calibration, weigh(n) if weigh else None, preserve)
+            for n in sets
+        ]
         row: dict[str, Stat] = {}
         for column in COLUMNS:
             pairs = [
