@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from tiny import make_pipeline
+from tiny import LETTERS, clip_tokenizer, make_pipeline
 
 from iteris_core import Lora, LowRank
 from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites
@@ -21,6 +21,21 @@ def clip_config(width: int):
         num_attention_heads=2, max_position_embeddings=16, projection_dim=width,
         bos_token_id=97, eos_token_id=98, pad_token_id=98,
     )  # fmt: skip
+
+
+def clip_words():
+    return clip_tokenizer(16, 97, 98)
+
+
+def t5_words():
+    """A T5 tokenizer of single letters."""
+    from transformers import T5Tokenizer
+
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocab = [*marks, *((letter, -3.0) for letter in LETTERS)]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+    tokenizer.model_max_length = 24
+    return tokenizer
 
 
 def t5():
@@ -45,8 +60,9 @@ def make_sdxl():
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=None, text_encoder=CLIPTextModel(clip_config(24)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(32)).eval(), tokenizer=None,
-        tokenizer_2=None, unet=unet.eval(), scheduler=DDIMScheduler(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(32)).eval(),
+        tokenizer=clip_words(), tokenizer_2=clip_words(),
+        unet=unet.eval(), scheduler=DDIMScheduler(),
     )  # fmt: skip
 
 
@@ -65,9 +81,10 @@ def make_sd3():
     )  # fmt: skip
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
-        text_encoder=CLIPTextModelWithProjection(clip_config(24)).eval(), tokenizer=None,
-        text_encoder_2=CLIPTextModelWithProjection(clip_config(32)).eval(), tokenizer_2=None,
-        text_encoder_3=t5().eval(), tokenizer_3=None,
+        text_encoder=CLIPTextModelWithProjection(clip_config(24)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(32)).eval(),
+        tokenizer=clip_words(), tokenizer_2=clip_words(),
+        text_encoder_3=t5().eval(), tokenizer_3=t5_words(),
     )  # fmt: skip
 
 
@@ -82,8 +99,8 @@ def make_flux():
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
-        text_encoder=CLIPTextModel(clip_config(24)).eval(), tokenizer=None,
-        text_encoder_2=t5().eval(), tokenizer_2=None, transformer=transformer.eval(),
+        text_encoder=CLIPTextModel(clip_config(24)).eval(), tokenizer=clip_words(),
+        text_encoder_2=t5().eval(), tokenizer_2=t5_words(), transformer=transformer.eval(),
     )  # fmt: skip
 
 

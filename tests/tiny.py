@@ -8,6 +8,20 @@ import torch
 
 from iteris_core import Lora, LowRank
 
+LETTERS = string.ascii_lowercase + string.digits
+
+
+def clip_tokenizer(length: int, start: int, end: int):
+    """A CLIP tokenizer of single letters; ``start`` and ``end`` are ids of the marks."""
+    from transformers import CLIPTokenizer
+
+    tokens = [*LETTERS, *(f"{c}</w>" for c in LETTERS)]
+    marks = {"<|startoftext|>": start, "<|endoftext|>": end}
+    vocab = {token: i for i, token in enumerate(tokens)} | marks
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[])
+    tokenizer.model_max_length = length
+    return tokenizer
+
 
 def make_pipeline():
     """A StableDiffusionPipeline with 68-site-like structure, a few thousand weights each."""
@@ -17,23 +31,21 @@ def make_pipeline():
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    letters = string.ascii_lowercase + string.digits
-    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[])
-    tokenizer.model_max_length = 40
+    count = 2 * len(LETTERS) + 2
+    tokenizer = clip_tokenizer(40, count - 2, count - 1)
     config = CLIPTextConfig(
-        vocab_size=len(tokens),
+        vocab_size=count,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=40,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
+        bos_token_id=count - 2,
+        eos_token_id=count - 1,
+        pad_token_id=count - 1,
     )
     unet = UNet2DConditionModel(
         sample_size=8,

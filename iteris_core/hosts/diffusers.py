@@ -1,8 +1,8 @@
-"""A Stable Diffusion pipeline of diffusers as host."""
+"""A text-to-image pipeline of diffusers as host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration, Concept, concept_prompts
-from ..errors import IterisError
 from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from . import Stage, Tick
-from .diffusers_lora import read_lora
-from .diffusers_sites import named_sites
+from .diffusers_families import Conditioning, family_of
+from .diffusers_lora import pipeline_sites, read_lora
+from .diffusers_noise import NoiseSchedule
 from .streams import unet_streams
 
 _BATCH = 16  # rows per forward while samples are made
+_GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class DiffusionSamples:
     """Rows of the denoiser, sorted by concept.
 
     ``text_owners`` and ``text_prompts`` list the distinct (concept, prompt) pairs, and
-    ``text_rows`` says which of them each row uses. ``latents`` is (rows, channels, height, width),
-    ``timesteps`` (rows,); both are None where no site needs the denoiser to run.
+    ``text_rows`` says which of them each row uses. ``latents`` is (rows, …), shaped as the model
+    takes them, ``timesteps`` (rows,); both are None where no site needs the denoiser to run.
+    ``guidance`` is what a guidance-distilled model is given.
     """
 
     text_owners: Sequence[int]
@@ -38,28 +40,27 @@ class DiffusionSamples:
     text_rows: Sequence[int]
     latents: Tensor | None
     timesteps: Tensor | None
+    guidance: float
 
 
 class DiffusersHost:
-    """Merges on a ``StableDiffusionPipeline`` (SD 1.x and 2.x, or of that shape).
+    """Merges on a pipeline of SD 1.x, 2.x, SDXL, SD 3, 3.5 or FLUX.1, or of their shapes.
 
-    The pipeline is only run: no weight, adapter or scheduler of it is changed.
+    The pipeline is only run: no weight, adapter or scheduler of it is changed. Its text encoders
+    are one stage and its denoiser another. Raises :class:`IterisError` for other pipelines and
+    where a part is missing.
     """
 
     def __init__(self, pipeline: Any) -> None:
-        for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
-            if getattr(pipeline, part, None) is None:
-                raise IterisError(
-                    f"{type(pipeline).__name__} has no {part}; this host merges on "
-                    "StableDiffusionPipeline. Load the whole pipeline."
-                )
+        self.family = family_of(pipeline)
         self.pipeline = pipeline
-        self._sites = {
-            **named_sites("unet", pipeline.unet),
-            **named_sites("text_encoder", pipeline.text_encoder),
-        }
+        self._sites = pipeline_sites(pipeline)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
-        self._embeddings: list[list[Tensor | None]] = []
+        self._encoded: list[list[Conditioning]] = []
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipeline, self.family.denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +87,14 @@ class DiffusersHost:
         tick: Tick,
     ) -> DiffusionSamples:
         prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
-        if not self._needs_denoiser(sites) and calibration.empty_share:
+        share = calibration.empty_share if self.family.empty_prompts else 0.0
+        if not self._needs_denoiser(sites) and share:
             prompts = [[*some, ""] for some in prompts]
         owners = [i for i, some in enumerate(prompts) for _ in some]
         flat = [prompt for some in prompts for prompt in some]
+        guidance = calibration.guidance if calibration.guidance > 1 else _GUIDANCE
         if not self._needs_denoiser(sites):
-            return _rows(owners, flat, None, None)
+            return _rows(owners, flat, None, None, guidance)
 
         latents, timesteps = self._latents(
             flat, owners, calibration, lockstep, generator, tick
@@ -99,42 +102,45 @@ class DiffusersHost:
         count = timesteps.shape[1]
         row_owners = [owner for owner in owners for _ in range(count)]
         row_prompts = [prompt for prompt in flat for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=generator) < calibration.empty_share
+        empty = torch.rand(len(row_owners), generator=generator) < share
         for row in empty.nonzero().flatten().tolist():
             row_prompts[row] = ""
-        return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten())
+        return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten(), guidance)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
         if samples.latents is None or samples.timesteps is None:
-            return text
-        unet, index = self.pipeline.unet, torch.as_tensor(list(rows))
-        return unet(
-            samples.latents[index].to(self.device, unet.dtype),
-            samples.timesteps[index].to(self.device),
-            encoder_hidden_states=text,
-            return_dict=False,
-        )[0]
+            return text["states"]
+        index = torch.as_tensor(list(rows))
+        return self._predict(
+            samples.latents[index], samples.timesteps[index], text, samples.guidance
+        )
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        return unet_streams(self.pipeline.unet, self._sites) if self._needs_denoiser(sites) else {}
+        return unet_streams(self.denoiser, self._sites) if self._needs_denoiser(sites) else {}
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
-        text_sites = [site for site in sites if site.startswith("text_encoder.")]
-        unet_sites = [site for site in sites if site.startswith("unet.")]
-        if not unet_sites and not text_sites:
+        text_sites = [site for site in sites if site.startswith("text_encoder")]
+        others = [site for site in sites if site.startswith(f"{self.family.denoiser}.")]
+        if not others and not text_sites:
             return
-        self._embeddings = [[None] * len(samples.text_prompts) for _ in range(2)]
-        yield Stage("text encoder", text_sites, samples.text_owners, self._run_text(samples))
+        self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
+        if text_sites:
+            yield Stage("text encoder", text_sites, samples.text_owners, self._run_text(samples))
+        else:
+            prompts = list(dict.fromkeys(samples.text_prompts))
+            run = self._run_plain_text(samples, prompts)
+            yield Stage("text encoder", [], [0] * len(prompts), run)
         if self._needs_denoiser(sites):
-            yield Stage("unet", unet_sites, samples.owners, self._run_unet(samples))
-        elif unet_sites:
-            run = self._run_projections(unet_sites)
-            yield Stage("cross-attention", unet_sites, samples.text_owners, run)
-        self._embeddings = []
+            yield Stage(self.family.denoiser, others, samples.owners, self._run_denoiser(samples))
+        elif others:
+            run = self._run_projections(others)
+            yield Stage("cross-attention", others, samples.text_owners, run)
+        self._encoded = []
 
     def _needs_denoiser(self, sites: Set[str]) -> bool:
-        return any(site.startswith("unet.") and site not in self._direct for site in sites)
+        prefix = f"{self.family.denoiser}."
+        return any(site.startswith(prefix) and site not in self._direct for site in sites)
 
     def _sees_text_only(self, site: str) -> bool:
         """Whether a site's input is the text embedding itself, whatever the latents are."""
@@ -149,25 +155,48 @@ class DiffusersHost:
             and getattr(unet, "encoder_hid_proj", None) is None
         )
 
-    def _encode(self, prompts: list[str]) -> Tensor:
-        """(rows, 77, width)"""
-        return self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        return self.family.encode(self.pipeline, prompts)
 
-    def _run_text(self, samples: DiffusionSamples) -> Any:
+    def _predict(
+        self, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
+    ) -> Tensor:
+        """The denoiser's output, rows first."""
+        latents = latents.to(self.device, self.denoiser.dtype)
+        text = {name: part.to(latents) for name, part in text.items()}
+        arguments = self.family.arguments(
+            self.pipeline, latents, timesteps.to(self.device), text, guidance
+        )
+        return self.denoiser(**arguments, return_dict=False)[0]
+
+    def _run_text(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
         def run(rows: Sequence[int], copies: int) -> None:
-            encoded = self._encode([samples.text_prompts[row] for row in rows] * copies)
+            text = self._encode([samples.text_prompts[row] for row in rows] * copies)
             for copy in range(copies):
                 for index, row in enumerate(rows):
-                    self._embeddings[copy][row] = encoded[copy * len(rows) + index]
+                    self._encoded[copy][row] = _part(text, copy * len(rows) + index)
 
         return run
 
-    def _text_batch(self, rows: Sequence[int], copies: int) -> Tensor:
-        found = [self._embeddings[copy][row] for copy in range(copies) for row in rows]
-        return torch.stack([embedding for embedding in found if embedding is not None])
+    def _run_plain_text(
+        self, samples: DiffusionSamples, prompts: list[str]
+    ) -> Callable[[Sequence[int], int], None]:
+        """Text encoders that no LoRA changes give the same for every concept, and merged."""
 
-    def _run_unet(self, samples: DiffusionSamples) -> Any:
-        unet = self.pipeline.unet
+        def run(rows: Sequence[int], copies: int) -> None:
+            text = self._encode([prompts[row] for row in rows])
+            found = {prompts[row]: _part(text, index) for index, row in enumerate(rows)}
+            for index, prompt in enumerate(samples.text_prompts):
+                for encoded in self._encoded:
+                    encoded[index] = found.get(prompt, encoded[index])
+
+        return run
+
+    def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
+        found = [self._encoded[copy][row] for copy in range(copies) for row in rows]
+        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+
+    def _run_denoiser(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
         assert samples.latents is not None
         assert samples.timesteps is not None
         latents, timesteps = samples.latents, samples.timesteps
@@ -175,20 +204,15 @@ class DiffusersHost:
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
             text = self._text_batch([samples.text_rows[row] for row in rows], copies)
-            unet(
-                latents[index].to(self.device, unet.dtype),
-                timesteps[index].to(self.device),
-                encoder_hidden_states=text,
-                return_dict=False,
-            )
+            self._predict(latents[index], timesteps[index], text, samples.guidance)
 
         return run
 
-    def _run_projections(self, sites: Sequence[str]) -> Any:
+    def _run_projections(self, sites: Sequence[str]) -> Callable[[Sequence[int], int], None]:
         modules = [module for site, module in self._sites.items() if site in set(sites)]
 
         def run(rows: Sequence[int], copies: int) -> None:
-            text = self._text_batch(rows, copies)
+            text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
             for module in modules:
                 module(text)
 
@@ -203,80 +227,80 @@ class DiffusersHost:
         generator: torch.Generator,
         tick: Tick,
     ) -> tuple[Tensor, Tensor]:
-        """Latents (prompts, T, channels, size, size) and their timesteps (prompts, T)."""
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        unet = self.pipeline.unet
-        scheduler: Any = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        """Latents (prompts, T, …) and their timesteps (prompts, T)."""
         steps, wanted = calibration.denoising_steps, calibration.timesteps
-        scheduler.set_timesteps(steps)
-        size = calibration.latent_size or unet.config.sample_size
-        noise = torch.randn(len(prompts), unet.config.in_channels, size, size, generator=generator)
+        shape = self.family.latent_shape(self.pipeline, calibration.latent_size)
+        schedule = NoiseSchedule(
+            self.pipeline.scheduler,
+            steps,
+            shape,
+            self.denoiser.config.get("patch_size", 1),
+            even_sigmas=self.family.even_sigmas,
+        )
+        noise = torch.randn(len(prompts), *shape, generator=generator)
         picks = torch.stack(
             [torch.randperm(steps, generator=generator)[:wanted] for _ in prompts]
         ).sort(dim=1)[0]
         if calibration.latents == "noise":
-            kept = noise[:, None].expand(-1, wanted, -1, -1, -1)
-            return kept, scheduler.timesteps[picks]
+            kept = noise[:, None].expand(-1, wanted, *(-1 for _ in shape))
+            return kept, schedule.timesteps[picks]
 
-        kept = torch.empty(len(prompts), wanted, *noise.shape[1:])
+        kept = torch.empty(len(prompts), wanted, *shape)
         chunks = [
             range(start, min(start + _BATCH, len(prompts)))
             for start in range(0, len(prompts), _BATCH)
         ]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
-            rows = list(chunk)
-            self._denoise(
-                [prompts[row] for row in rows],
-                [owners[row] for row in rows],
-                noise[rows],
-                picks[rows],
-                scheduler,
+            mine = kept[chunk.start : chunk.stop]
+            mine_picks = picks[list(chunk)]
+
+            def keep(
+                step: int, latents: Tensor, kept: Tensor = mine, picks: Tensor = mine_picks
+            ) -> None:
+                row, slot = (picks == step).nonzero(as_tuple=True)
+                kept[row, slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
+
+            predict = self._own_predict(
+                [prompts[row] for row in chunk],
+                [owners[row] for row in chunk],
                 calibration.guidance,
                 lockstep,
-                kept[chunk.start : chunk.stop],
             )
+            start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
+            schedule.denoise(start, predict, keep)
             tick("denoising samples", done, len(chunks))
-        return kept, scheduler.timesteps[picks]
+        return kept, schedule.timesteps[picks]
 
-    def _denoise(
-        self,
-        prompts: list[str],
-        owners: list[int],
-        noise: Tensor,
-        picks: Tensor,
-        scheduler: Any,
-        guidance: float,
-        lockstep: Lockstep,
-        kept: Tensor,
-    ) -> None:
-        """Denoise each row under its own LoRA; write the latents of the picked steps to kept."""
-        unet = self.pipeline.unet
-        guided = guidance > 1
+    def _own_predict(
+        self, prompts: list[str], owners: list[int], guidance: float, lockstep: Lockstep
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """The denoiser's output for each row under its own LoRA, with guidance."""
+        guided = self.family.empty_prompts and guidance > 1
         copies = 2 if guided else 1
-        result: list[Tensor] = []
+        scale = guidance if guidance > 1 else _GUIDANCE
+        result: list[Any] = []
 
-        def forward(call: Any) -> Tensor:
+        def own(call: Callable[[], Any]) -> Any:
             lockstep.run(MicroBatch(lambda: result.append(call()), owners * copies, 1))
             return result.pop()
 
-        text = forward(lambda: self._encode(prompts + [""] * len(prompts) * guided))
-        latents = noise.to(self.device, unet.dtype) * scheduler.init_noise_sigma
-        for step, timestep in enumerate(scheduler.timesteps):
-            row, slot = (picks == step).nonzero(as_tuple=True)
-            kept[row, slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
+        text = own(lambda: self._encode(prompts + [""] * len(prompts) * guided))
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             batch = torch.cat([latents] * copies)
-            batch = scheduler.scale_model_input(batch, timestep)
-            output = forward(
-                lambda batch=batch, timestep=timestep: unet(
-                    batch, timestep.to(self.device), encoder_hidden_states=text, return_dict=False
-                )[0]
-            )
+            timesteps = timestep.expand(len(batch))
+            output = own(lambda: self._predict(batch, timesteps, text, scale))
             if guided:
                 positive, negative = output.chunk(2)
                 output = negative + guidance * (positive - negative)
-            latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+            return output
+
+        return predict
+
+
+def _part(text: Conditioning, row: int) -> Conditioning:
+    return {name: part[row].cpu() for name, part in text.items()}
 
 
 def _rows(
@@ -284,6 +308,7 @@ def _rows(
     prompts: Sequence[str],
     latents: Tensor | None,
     timesteps: Tensor | None,
+    guidance: float,
 ) -> DiffusionSamples:
     pairs = {
         pair: index for index, pair in enumerate(dict.fromkeys(zip(owners, prompts, strict=True)))
@@ -295,4 +320,5 @@ def _rows(
         [pairs[pair] for pair in zip(owners, prompts, strict=True)],
         latents,
         timesteps,
+        guidance,
     )
