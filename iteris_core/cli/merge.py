@@ -14,17 +14,28 @@ from ..lora_files import ReadOptions, check_target
 from ..merge import MergeResult, merge_loras
 from ..methods import all_methods, find_method
 from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
+from .merge_model import is_model, merge_model
 from .recipe import calibration_of, concepts_of, read_concepts, read_recipe, settings_of
 
 
 def merge(
     base: Annotated[
-        str, typer.Argument(help="Stable Diffusion: a diffusers folder, a .safetensors, a hub name")
+        str,
+        typer.Argument(
+            help="Stable Diffusion: a diffusers folder, a .safetensors, a hub name; or a model of "
+            "transformers"
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The .safetensors to write (transformers: a folder)"),
+    ],
     concept: Annotated[
         list[str] | None,
-        typer.Option(help="FILE[:TRIGGER:CLASS[:STRENGTH]]; give it once per LoRA"),
+        typer.Option(
+            help="FILE[:TRIGGER:CLASS[:STRENGTH]]; on a model of transformers "
+            "FOLDER:SAMPLES[:STRENGTH]. Give it once per LoRA"
+        ),
     ] = None,
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Run the merge again that wrote this file")
@@ -43,6 +54,10 @@ def merge(
     samples: Annotated[int, typer.Option(help="Prompts per concept")] = 50,
     timesteps: Annotated[int, typer.Option(help="Latents per prompt")] = 4,
     latents: Annotated[str, typer.Option(help="denoising or noise (quick)")] = "denoising",
+    generate: Annotated[
+        int | None,
+        typer.Option(help="transformers: features while each LoRA writes so many tokens"),
+    ] = None,
     latent_size: Annotated[int | None, typer.Option(help="Side of the latents")] = None,
     seed: Annotated[int, typer.Option(help="Decides prompts and latents")] = 0,
     layout: Annotated[str, typer.Option(help="kohya (read everywhere) or peft")] = "kohya",
@@ -63,7 +78,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
     plot: Annotated[Path | None, typer.Option(help="A PNG of the output errors per block")] = None,
 ) -> None:
-    """Merge LoRAs on a Stable Diffusion base and write one LoRA."""
+    """Merge LoRAs on a Stable Diffusion base, or on a model of transformers, and write one."""
     recipe = read_recipe(from_file) if from_file is not None else None
     if (recipe is None) == (not concept):
         raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
@@ -81,6 +96,26 @@ def merge(
         calibration = calibration_of(recipe)
     given = parse_settings(chosen.settings, setting or [])
     settings = settings_of(recipe, chosen.settings, given) if recipe else chosen.settings(**given)
+    if recipe is None and is_model(base, concept or []):
+        for name, value in (("preserve", preserve), ("templates", templates), ("plot", plot)):
+            if value is not None:
+                raise IterisError(f"--{name} is for diffusion bases; {base} is a single model.")
+        result = merge_model(
+            base,
+            concept or [],
+            output,
+            method=method,
+            settings=settings,
+            samples=samples,
+            seed=seed,
+            generate=generate,
+            dtype=dtype,
+            device=device,
+        )
+        _report(result, output / "adapter_model.safetensors", as_json)
+        return
+    if generate is not None:
+        raise IterisError("--generate is for models of transformers.")
     options = [parse_concept(text) for text in concept or []]
     reading = ReadOptions(allow_partial, energy)
     check_target(output, layout, dtype, overwrite)

@@ -23,30 +23,22 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
 
     Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
     """
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_file.is_file() or not weights.is_file():
-        raise LoraFileError(
-            f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
-            "adapter_model.safetensors (a pickled adapter_model.bin is not read)."
-        )
-    try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
+    config, tensors = _read_folder(folder)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
-    tensors, _ = read_tensors(weights)
     factors: dict[str, dict[str, Tensor]] = {}
     apart: list[str] = []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if any(f"{head}." in f"{name}." for head in config.get("modules_to_save") or []):
+    for name, tensor in tensors.items():
+        if _is_apart(name, config):
             apart.append(name)
             continue
         module, _, leaf = name.rpartition(".lora_")
         if leaf not in ("A.weight", "B.weight"):
-            raise LoraFileError(f"{weights}: key {key} {tuple(tensor.shape)} is not of a LoRA.")
+            raise LoraFileError(
+                f"{folder}: {name} {tuple(tensor.shape)} is no factor of a linear or convolution; "
+                "embeddings and biases that were trained cannot be merged."
+            )
         factors.setdefault(f"model.{module}", {})[leaf[0]] = tensor
     unknown = [site for site in factors if site not in sites]
     if unknown:
@@ -62,6 +54,37 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
     return Lora(changes, folder.name, metadata)
 
 
+def read_heads(folder: str | Path) -> dict[str, Tensor]:
+    """The modules that an adapter was saved with in full (``modules_to_save``), such as a head.
+
+    Name of the parameter in the base model → tensor; load it with ``strict=False``. A merge leaves
+    them alone: every task keeps its own.
+    """
+    config, tensors = _read_folder(Path(folder))
+    return {name: tensor for name, tensor in tensors.items() if _is_apart(name, config)}
+
+
+def _is_apart(name: str, config: Mapping[str, Any]) -> bool:
+    heads = config.get("modules_to_save") or []
+    return any(f".{head}." in f".{name}." for head in heads)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration, and the tensors by their names in the base model."""
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights.is_file():
+        raise LoraFileError(
+            f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
+            "adapter_model.safetensors (a pickled adapter_model.bin is not read)."
+        )
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
+    tensors, _ = read_tensors(weights)
+    return config, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
 def _low_rank(
     folder: Path, site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], module: Any
 ) -> LowRank:
@@ -69,7 +92,7 @@ def _low_rank(
 
     if set(parts) != {"A", "B"}:
         raise LoraFileError(f"{folder}: site {site} has only one of its two factors.")
-    down, up, shape = parts["A"], parts["B"], module.weight.shape
+    down, up, shape = parts["A"], parts["B"], _weight_shape(module)
     if down.shape[1:] != shape[1:] or up.shape[0] != shape[0] or up.shape[1] != down.shape[0]:
         raise LoraFileError(
             f"{folder}: site {site} has A {tuple(down.shape)} and B {tuple(up.shape)}, but the "
@@ -84,14 +107,38 @@ def _low_rank(
     return LowRank(up.flatten(1).float() * scale, down.flatten(1).float(), kernel)
 
 
-def write_adapter(lora: Lora, folder: str | Path, *, base: str = "") -> Path:
-    """Write an adapter folder that ``PeftModel.from_pretrained`` loads, float32.
+def _weight_shape(module: Any) -> tuple[int, ...]:
+    """(out, in, …), also where the weight is stored transposed (Conv1D) or packed (quantised)."""
+    if isinstance(module, nn.Conv2d):
+        return tuple(module.weight.shape)
+    if hasattr(module, "nf"):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
 
-    Raises :class:`IterisError` if the folder exists. ``base`` is the name of the base model.
-    """
+
+def check_folder(folder: str | Path) -> Path:
+    """Raise :class:`IterisError` if :func:`write_adapter` cannot write there."""
     folder = Path(folder)
     if folder.exists():
         raise IterisError(f"{folder} exists already; choose another name.")
+    return folder
+
+
+def write_adapter(
+    lora: Lora,
+    folder: str | Path,
+    *,
+    base: str = "",
+    heads: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write an adapter folder that ``PeftModel.from_pretrained`` loads.
+
+    ``base`` is the name of the base model. ``heads`` are one task's, as :func:`read_heads` gives
+    them: they go into the folder as ``modules_to_save``. Raises :class:`IterisError` if the folder
+    exists.
+    """
+    folder = check_folder(folder)
     ranks = {site.removeprefix("model."): c.rank for site, c in lora.sites.items()}
     largest = max(ranks.values())
     config = {
@@ -104,15 +151,16 @@ def write_adapter(lora: Lora, folder: str | Path, *, base: str = "") -> Path:
         "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
         "inference_mode": True,
         "bias": "none",
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
     }
-    tensors: dict[str, Tensor] = {}
+    tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in (heads or {}).items()}
     for site, change in lora.sites.items():
         name = _PREFIX + site.removeprefix("model.")
         up, down = change.up, change.down
         if change.kernel is not None:
             up, down = up[:, :, None, None], down.reshape(change.rank, -1, *change.kernel)
-        tensors[f"{name}.lora_A.weight"] = down.to("cpu", torch.float32).contiguous()
-        tensors[f"{name}.lora_B.weight"] = up.to("cpu", torch.float32).contiguous()
+        tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
+        tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype).contiguous()
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})

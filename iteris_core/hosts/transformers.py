@@ -17,6 +17,7 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from . import Stage, Tick
 from .peft_folder import read_adapter
+from .transformers_streams import transformer_streams
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
@@ -34,12 +35,14 @@ class TransformersHost:
 
     Each batch is a mapping of keyword arguments of the model's forward, tensors with rows first.
     ``generate``: keyword arguments of ``model.generate``; with it each LoRA first continues its own
-    samples, and features are collected on the whole of it, as the paper does; without it they are
-    collected on the batches as they are (teacher-forced). Padding, as the attention masks mark it,
-    is left out of the moments.
+    samples, and features are collected on every token that the model read meanwhile, as the paper
+    does; without it they are collected on the batches as they are (teacher-forced). Padding, as the
+    attention masks or labels of -100 mark it, is left out of the moments.
     """
 
     def __init__(self, model: Any, *, generate: Mapping[str, Any] | None = None) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise IterisError(f"{type(model).__name__} is no model of transformers.")
         self.model: Any = model
@@ -47,7 +50,7 @@ class TransformersHost:
         self._sites = {
             f"model.{name}": module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, nn.Linear | nn.Conv2d | Conv1D)
         }
 
     @property
@@ -80,7 +83,7 @@ class TransformersHost:
         owners: list[int] = []
         rows: list[Mapping[str, Tensor]] = []
         for index, concept in enumerate(concepts):
-            mine = _split(concept, calibration.samples)
+            mine = _split(concept, calibration.samples, self._encodes_and_decodes)
             owners += [index] * len(mine)
             rows += mine
         if self._generate is not None:
@@ -88,7 +91,7 @@ class TransformersHost:
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        return {}
+        return transformer_streams(self._sites, sites, self.model)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
         def run(rows: Sequence[int], copies: int) -> None:
@@ -155,8 +158,9 @@ class TransformersHost:
         """Every row with what its own LoRA generates from it; one row a call, so no padding."""
         continued: list[Mapping[str, Tensor]] = []
         for done, (row, owner) in enumerate(zip(rows, owners, strict=True), 1):
-            batch = {name: tensor.to(self.device) for name, tensor in row.items()}
-            ids = self._generated(batch, owner, lockstep)
+            # Models write into what they are given (BLIP its start token).
+            batch = {name: tensor.clone().to(self.device) for name, tensor in row.items()}
+            ids = self._generated(batch, owner, lockstep)[:, :-1]  # the last one is never read
             if self._encodes_and_decodes:
                 mine = {**row, "decoder_input_ids": ids}
                 mine["decoder_attention_mask"] = torch.ones_like(ids)
@@ -175,10 +179,12 @@ class TransformersHost:
             found.append(self.model.generate(**batch, **options))
 
         lockstep.run(MicroBatch(run, [owner], 1))
+        if found[0].shape[1] < 2:
+            raise IterisError("The model generated nothing; look at the arguments of generate.")
         return found[0].cpu()
 
 
-def _split(concept: Concept, limit: int) -> list[Mapping[str, Tensor]]:
+def _split(concept: Concept, limit: int, decodes: bool) -> list[Mapping[str, Tensor]]:
     """The concept's batches as rows of one sample, ``limit`` of them at the most."""
     inputs: Any = concept.inputs
     if inputs is None:
@@ -189,7 +195,13 @@ def _split(concept: Concept, limit: int) -> list[Mapping[str, Tensor]]:
     batches: Any = inputs() if callable(inputs) else inputs
     rows: list[Mapping[str, Tensor]] = []
     for batch in batches:
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        strange = [name for name, value in batch.items() if not isinstance(value, Tensor)]
+        if strange:
+            raise SettingsError(
+                f"Concept {concept.name!r}: {', '.join(strange)} of a batch are not tensors; make "
+                'batches with return_tensors="pt".'
+            )
+        tensors = _with_masks(batch, decodes)
         sizes = {len(value) for value in tensors.values()}
         if len(sizes) != 1:
             raise SettingsError(
@@ -205,3 +217,17 @@ def _split(concept: Concept, limit: int) -> list[Mapping[str, Tensor]]:
     if not rows:
         raise IterisError(f"Concept {concept.name!r} has no samples: its inputs are empty.")
     return rows[:limit]
+
+
+def _with_masks(batch: Mapping[str, Tensor], decodes: bool) -> dict[str, Tensor]:
+    """The batch with a mask for every kind of tokens, so that rows can be padded to one length."""
+    masked = dict(batch)
+    if "input_ids" in masked:
+        masked.setdefault("attention_mask", torch.ones_like(masked["input_ids"]))
+    if "decoder_input_ids" in masked:
+        ones = torch.ones_like(masked["decoder_input_ids"])
+        masked.setdefault("decoder_attention_mask", ones)
+    elif decodes and "labels" in masked and masked["labels"].ndim == 2:
+        # The model reads the labels shifted by one: a token counts where it has one to predict.
+        masked.setdefault("decoder_attention_mask", (masked["labels"] != -100).long())
+    return masked

@@ -57,7 +57,9 @@ def _zero(module: nn.Module, rank: int) -> LowRank | None:
     """``module`` is linear; its weight may be stored in another shape where it is quantised."""
     if rank == 0:
         return None
-    width, fan = module.out_features, module.in_features
+    transposed = hasattr(module, "nf")  # GPT-2's Conv1D
+    width = module.nf if transposed else module.out_features
+    fan = module.nx if transposed else module.in_features
     assert isinstance(width, int)
     assert isinstance(fan, int)
     return LowRank(torch.zeros(width, rank), torch.zeros(rank, fan))

@@ -1,0 +1,167 @@
+"""``iteris merge`` on a base of transformers: adapter folders of peft in, one out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration, Concept
+from ..errors import IterisError, brief
+from ..merge import MergeResult, merge_loras
+from .common import best_device, progress_bars, read_lines
+
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""peft's ``task_type`` → the class that adapters of it are trained on."""
+
+
+@dataclass(frozen=True)
+class AdapterOption:
+    """``samples``: a text file with one sample a line, or a .safetensors of model inputs."""
+
+    folder: Path
+    samples: Path
+    strength: float
+
+
+def is_model(base: str, concepts: Sequence[str]) -> bool:
+    """Whether the base is a single model of transformers, and no pipeline of diffusers."""
+    folder = Path(base)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return any((Path(text.split(":")[0]) / "adapter_config.json").is_file() for text in concepts)
+
+
+def parse_adapter(text: str) -> AdapterOption:
+    folder, _, rest = text.partition(":")
+    samples, _, strength = rest.partition(":")
+    try:
+        if not samples:
+            raise ValueError
+        return AdapterOption(Path(folder), Path(samples), float(strength or 1))
+    except ValueError:
+        raise IterisError(
+            f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
+            "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
+            ".safetensors with the model's inputs."
+        ) from None
+
+
+def merge_model(
+    base: str,
+    concepts: Sequence[str],
+    output: Path,
+    *,
+    method: str,
+    settings: Any,
+    samples: int,
+    seed: int,
+    generate: int | None,
+    dtype: str,
+    device: str | None,
+) -> MergeResult:
+    """Merge adapter folders and write one, as :func:`..merge.merge_loras` with the CLI's options.
+
+    ``generate``: collect features while each adapter writes up to that many tokens.
+    """
+    import torch
+
+    from ..hosts.peft_folder import check_folder, write_adapter
+    from ..hosts.transformers import TransformersHost
+
+    check_folder(output)
+    options = [parse_adapter(text) for text in concepts]
+    with progress_bars() as on_progress:
+        on_progress("loading the base", 0, 1)
+        model = _load(base, options[0].folder).to(device or best_device())
+        on_progress("loading the base", 1, 1)
+        host = TransformersHost(
+            model, generate=None if generate is None else {"max_new_tokens": generate}
+        )
+        tokenizer = None
+        if any(option.samples.suffix != ".safetensors" for option in options):
+            tokenizer = _load_tokenizer(base)
+        found = [
+            Concept(
+                host.read_lora(option.folder),
+                trigger=option.folder.name,
+                strength=option.strength,
+                inputs=list(_inputs(option.samples, tokenizer)),
+            )
+            for option in options
+        ]
+        result = merge_loras(
+            host,
+            found,
+            method,
+            settings=settings,
+            calibration=Calibration(samples=samples, seed=seed),
+            on_progress=on_progress,
+        )
+    write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
+    return result
+
+
+def _load(base: str, adapter: Path) -> Any:
+    """The base as the class on which the adapter was trained, in eval mode."""
+    import transformers
+
+    try:
+        name = _class_of(adapter)
+        if name is None:
+            config = transformers.AutoConfig.from_pretrained(base)
+            name = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, name, None)
+        if kind is None:
+            raise IterisError(
+                f"The adapter {adapter} is for {name}, which is no class of transformers; merge it "
+                "from Python with TransformersHost(model)."
+            )
+        return kind.from_pretrained(base, use_safetensors=True).eval()
+    except IterisError:
+        raise
+    except Exception as error:  # the library raises many kinds; the message is what helps
+        raise IterisError(
+            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a model of "
+            "transformers (config.json and safetensors) or a hub name."
+        ) from error
+
+
+def _class_of(adapter: Path) -> str | None:
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # reading the adapter says what is wrong
+    mapping = config.get("auto_mapping") or {}
+    return _AUTO.get(config.get("task_type") or "") or mapping.get("base_model_class")
+
+
+def _load_tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as error:
+        raise IterisError(
+            f"The base {base!r} has no tokenizer ({brief(error)}); give samples as .safetensors."
+        ) from error
+
+
+def _inputs(file: Path, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+    """Batches: all rows of a .safetensors, or one line of text each."""
+    if file.suffix == ".safetensors":
+        from ..lora_files import read_tensors
+
+        yield read_tensors(file)[0]
+        return
+    for line in read_lines(file):
+        yield tokenizer([line], truncation=True, return_tensors="pt")

@@ -1,0 +1,42 @@
+"""BLEU and CIDEr of the caption benchmark against the COCO tools' figures (pycocoevalcap 1.2)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_FILE = Path(__file__).parent.parent / "benchmarks" / "caption_scores.py"
+_SPEC = importlib.util.spec_from_file_location("caption_scores", _FILE)
+scores = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(scores)
+
+CAPTIONS = [
+    "a red star on a white background",
+    "a lovely blue circle with yellow stripes",
+    "a ring",
+    "what a great green square on a black background , well done",
+]
+REFERENCES = [
+    ["a lovely red star on a white background", "a red star on a gray background",
+     "such a red star"],
+    ["a lovely blue circle with yellow stripes on a pink background",
+     "a dull blue circle with a yellow rim"],
+    ["a pink ring on a blue background that makes me smile", "a perfect pink ring"],
+    ["what a great green square on a black background",
+     "a green square on a black background and it shines"],
+]  # fmt: skip
+
+
+def test_scores_are_those_of_the_coco_tools():
+    assert scores.cider(CAPTIONS, REFERENCES) == pytest.approx(4.243903064066857)
+    expected = [0.8615320931280781, 0.832319076027666, 0.8282523976299306, 0.8197174409561164]
+    assert scores.bleu(CAPTIONS, REFERENCES) == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_perfect_and_an_empty_caption():
+    alike = [[caption] for caption in CAPTIONS[1:]]
+    assert scores.bleu(CAPTIONS[1:2], alike[:1]) == pytest.approx([1.0] * 4)
+    assert scores.cider(["", "", ""], alike) == 0
+    assert scores.bleu(["", "", ""], alike) == [0.0] * 4

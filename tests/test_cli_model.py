@@ -1,0 +1,142 @@
+"""``iteris merge`` on models of transformers, from folders to a folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from iteris_core import cli
+from iteris_core.hosts.transformers import TransformersHost
+
+_VOCABULARY = "[PAD] [END] [UNK] joy fear a of the is this day night good bad"
+WORDS = _VOCABULARY.split()
+
+
+def make_bert():
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config), ["query", "value"], "SEQ_CLS"
+
+
+def make_t5():
+    config = T5Config(
+        vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config), ["q", "v"], "SEQ_2_SEQ_LM"
+
+
+def make_world(make, folder):
+    """A base, two adapters and two text files."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    model, targets, task = make()
+    model.eval().save_pretrained(folder / "base")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(folder / "base")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=targets, task_type=task)
+        tuned = get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn_like(parameter)
+        tuned.save_pretrained(folder / f"a{seed}")
+        lines = ["this is a good day", "the night of fear", "joy", "bad day"][seed - 1 :]
+        (folder / f"t{seed}.txt").write_text("\n\n".join(lines))
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["iteris", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, " ".join(err.split())
+
+
+def arguments(world, out, *extra, samples=("t1.txt", "t2.txt")):
+    concepts = [f"--concept={world}/a{i}:{world / s}" for i, s in enumerate(samples, 1)]
+    return "merge", str(world / "base"), *concepts, "-o", str(out), "--device=cpu", *extra
+
+
+def test_texts_to_an_adapter_folder(tmp_path, monkeypatch, capsys):
+    world = make_world(make_bert, tmp_path)
+    out = tmp_path / "merged"
+    code, text, _ = run(monkeypatch, capsys, *arguments(world, out, "--dtype=float32", "--json"))
+    assert code == 0
+    report = json.loads(text)
+    assert report["concepts"] == ["a1", "a2"]
+    assert report["rows"] == 7
+    base = AutoModelForSequenceClassification.from_pretrained(world / "base")
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert not torch.equal(merged(input_ids=ids).logits, base.eval()(input_ids=ids).logits)
+    lora = TransformersHost(base).read_lora(out)
+    assert {site for site, found in report["sites"].items()} == set(lora.sites)
+    code, _, error = run(monkeypatch, capsys, *arguments(world, out))
+    assert code == 2
+    assert "exists already" in error
+
+
+def test_features_while_generating_and_inputs_from_tensors(tmp_path, monkeypatch, capsys):
+    world = make_world(make_t5, tmp_path)
+    for name, extra in (("generated", ["--generate=3"]), ("tensors", [])):
+        samples = ("t1.txt", "t2.txt")
+        if name == "tensors":
+            samples = ("x.safetensors",) * 2
+            ids = torch.randint(3, len(WORDS), (4, 5))
+            save_file(
+                {"input_ids": ids, "decoder_input_ids": ids.clone()}, tmp_path / "x.safetensors"
+            )
+        out = tmp_path / name
+        given = arguments(world, out, *extra, "--set=align=adapter", samples=samples)
+        code, text, error = run(monkeypatch, capsys, *given)
+        assert code == 0, error
+        assert "Merged 2 concepts with iteris" in text
+        base = AutoModelForSeq2SeqLM.from_pretrained(world / "base")
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(world / "base")
+        assert len(TransformersHost(base).read_lora(out).sites) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: [f"--concept={w}/a1"], "is not FOLDER:SAMPLES"),
+        (lambda w: [f"--concept={w}/a1:{w}/none.txt"], "does not exist"),
+        (lambda w: [f"--concept={w}/base:{w}/t1.txt"], "no adapter folder"),
+        (lambda w: [f"--concept={w}/a1:{w}/t1.txt:x"], "is not FOLDER:SAMPLES"),
+        (lambda w: ["--preserve", f"{w}/t1.txt", f"--concept={w}/a1:{w}/t1.txt"], "--preserve"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, change, message):
+    world = make_world(make_bert, tmp_path)
+    out = tmp_path / "merged"
+    given = ["merge", str(world / "base"), *change(world), "-o", str(out), "--device=cpu"]
+    code, _, error = run(monkeypatch, capsys, *given)
+    assert code == 2
+    assert message in error
+    assert not out.exists()
