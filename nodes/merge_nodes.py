@@ -15,7 +15,9 @@ from ..iteris_core.lora_files import DTYPES
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report_plots import plot_residuals
-from .comfy_host import ComfyHost, apply_lora, show_text
+from .comfy_host import ComfyHost
+from .comfy_lora import apply_lora
+from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
 from .merging import as_lora_model, merge_on
@@ -81,6 +83,13 @@ def _advanced_inputs() -> list[Any]:
             default="tokens",
             tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
             "own outputs (paper), the layer's whole output, or nothing.",
+            extra_dict=ADVANCED,
+        ),
+        io.Boolean.Input(
+            "repair",
+            default=True,
+            tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
+            "of each other: nearer to each LoRA alone, in a larger file.",
             extra_dict=ADVANCED,
         ),
         io.Int.Input(
@@ -185,7 +194,7 @@ class IterisMerge(io.ComfyNode):
             latent_size=latent_size or None,
             seed=seed,
         )
-        # Ridge, balance and schedule mean something else, or nothing, to the other methods.
+        # Ridge, balance, schedule and repair mean something else, or nothing, to the other methods.
         settings = {"rank": rank or None, **(settings if method == "iteris" else {})}
         result = merge_on(
             model, clip, concepts, method, settings, calibration, cls.hidden.unique_id

@@ -17,7 +17,8 @@ from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
-from .comfy_host import ComfyHost, ComfySamples, free_memory, is_out_of_memory, show_progress
+from .comfy_host import ComfyHost, ComfySamples
+from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec, read_metadata
 
 _ROWS = 32
@@ -54,7 +55,7 @@ def merge_on(
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),
-                _RememberingHost(model, clip, (*specs, calibration), min(rows, 16)) as host,
+                _RememberingHost(model, clip, (*specs, calibration), rows) as host,
             ):
                 return merge_loras(
                     host,
@@ -91,8 +92,8 @@ class _RememberingHost(ComfyHost):
 
     _last: tuple[Any, ComfySamples] | None = None
 
-    def __init__(self, model: Any, clip: Any, recipe: tuple[Any, ...], batch: int) -> None:
-        super().__init__(model, clip, batch)
+    def __init__(self, model: Any, clip: Any, recipe: tuple[Any, ...], rows: int) -> None:
+        super().__init__(model, clip, rows)
         self._recipe = recipe
 
     def samples(

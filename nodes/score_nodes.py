@@ -12,7 +12,7 @@ from torch import Tensor
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
-from .comfy_host import scoring_device, show_text
+from .comfy_runtime import scoring_device, show_text
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 from .score_plots import plot_scores

@@ -62,6 +62,21 @@ def test_the_package_imports_itself_relatively_and_nothing_of_comfyui():
                 assert first not in ("iteris_core", "nodes", "comfy", "comfy_api", "folder_paths")
 
 
+def test_only_some_files_of_the_nodes_know_the_inside_of_comfyui():
+    for path in (ROOT.parent / "nodes").glob("*.py"):
+        inside = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+        } & {"comfy", "server", "execution"}
+        assert path.name.startswith("comfy_") or not inside, path
+
+
 def test_the_core_loads_without_its_hosts_libraries():
     blocked = ("comfy", "diffusers", "transformers", "open_clip", "peft", "typer", "matplotlib")
     script = f"""

@@ -40,7 +40,7 @@ def test_merge_of_one_is_that_one(
     pack: ModuleType, tmp_path: Path, kind: str, sites: dict[str, tuple[int, int]]
 ) -> None:
     merging: Any = importlib.import_module(f"{pack.__name__}.nodes.merging")
-    comfy_host: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_host")
+    comfy_lora: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora")
     specs: Any = importlib.import_module(f"{pack.__name__}.nodes.concept_specs")
     core: Any = importlib.import_module(f"{pack.__name__}.iteris_core")
     model, clip = getattr(reduced_models, kind)()
@@ -56,8 +56,8 @@ def test_merge_of_one_is_that_one(
     (_, after), *_ = result.report.residuals()
     assert after < 1e-2
     with torch.inference_mode():
-        found = draw(*comfy_host.apply_lora(model, clip, tensors))
-        wanted = draw(*stock(comfy_host, model, clip, files[0]))
+        found = draw(*comfy_lora.apply_lora(model, clip, tensors))
+        wanted = draw(*stock(comfy_lora, model, clip, files[0]))
         plain = draw(model, clip)
     assert float((found - wanted).norm()) < 0.05 * float((plain - wanted).norm())
 
@@ -68,13 +68,13 @@ def test_merge_of_one_is_that_one(
     assert not any(m._forward_hooks for m in model.model.modules())
 
 
-def stock(comfy_host: Any, model: Any, clip: Any, file: Path) -> tuple[Any, Any]:
+def stock(comfy_lora: Any, model: Any, clip: Any, file: Path) -> tuple[Any, Any]:
     """The LoRA as ComfyUI applies it, under the names that our reader adds."""
     import comfy.lora
     import comfy.utils
 
-    host = comfy_host.ComfyHost(model, clip)
-    loaded = comfy.lora.load_lora(comfy.utils.load_torch_file(str(file)), host._key_map)
+    key_map = comfy_lora.ComfySites(model, clip).key_map
+    loaded = comfy.lora.load_lora(comfy.utils.load_torch_file(str(file)), key_map)
     model, clip = model.clone(), clip.clone()
     model.add_patches(loaded)
     clip.add_patches(loaded)

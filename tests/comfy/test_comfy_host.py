@@ -21,7 +21,8 @@ class Kit:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
-        self.host, self.specs = module("nodes.comfy_host"), module("nodes.concept_specs")
+        self.denoiser, self.text = module("nodes.comfy_denoiser"), module("nodes.comfy_text")
+        self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
         self.model, self.clip = thin
         self.loras = models / "models" / "loras"
         self.calibration = self.core.Calibration(
@@ -150,7 +151,7 @@ def test_base_is_untouched_by_success_and_failure(
 
 def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, before = kit.merge().lora, kit.outputs()
-    predict, sizes = kit.host.ComfyHost._predict, []
+    predict, sizes = kit.denoiser.Denoiser.predict, []
 
     def greedy(self: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(len(latents))
@@ -158,7 +159,7 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
             raise torch.OutOfMemoryError("pretended")
         return predict(self, latents, *rest)
 
-    monkeypatch.setattr(kit.host.ComfyHost, "_predict", greedy)
+    monkeypatch.setattr(kit.denoiser.Denoiser, "predict", greedy)
     found = kit.merge().lora
     assert max(sizes) > 8 >= sizes[-1]
     assert distance(found, wanted) < 1e-4
@@ -169,7 +170,7 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
 
 def test_rank_does_not_denoise_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.merge()
-    monkeypatch.setattr(kit.host.ComfyHost, "_latents", None)
+    monkeypatch.setattr(kit.denoiser.Denoiser, "latents", None)
     result = kit.merging.merge_on(
         kit.model, kit.clip, kit.concepts(), "iteris", {"rank": 2}, kit.calibration
     )

@@ -17,6 +17,7 @@ ADVANCED = {
     "schedule": "sweep",
     "ridge": 1e-5,
     "balance": "tokens",
+    "repair": True,
     "timesteps": 2,
     "latent_size": 8,
     "latents": "denoising",

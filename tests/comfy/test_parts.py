@@ -42,7 +42,7 @@ def test_alphas_of_the_metadata(pack: ModuleType) -> None:
     }
     names = ("unet.down.to_q", "unet.mid_block.0.to_q", "text_encoder.q_proj", "other.q_proj")
     tensors = {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names}
-    found = module(pack, "nodes.peft_alphas").with_alphas(
+    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
         Path("x"), tensors, {"lora_adapter_metadata": json.dumps(config)}
     )
     alphas = {key: float(value) for key, value in found.items() if key.endswith(".alpha")}

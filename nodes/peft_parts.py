@@ -1,4 +1,4 @@
-"""The alphas that peft keeps in a file's metadata, as tensors beside the factors."""
+"""What peft says elsewhere than ComfyUI looks for it: alphas in the metadata, and magnitudes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from torch import Tensor
 from ..iteris_core.errors import LoraFileError
 
 _DOWN = ".lora_A.weight"
+_MAGNITUDES = (".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
-def with_alphas(
+def as_comfyui_names_them(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """``tensors`` and an ``alpha`` for every module that ``lora_adapter_metadata`` speaks of."""
-    found = dict(tensors)
+    """``tensors``, an ``alpha`` for every module that ``lora_adapter_metadata`` speaks of, and
+    peft's magnitudes as ``dora_scale``; changes of biases that are all zeros are left out."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key.endswith((".diff_b", ".lora_B.bias")) and not bool(tensor.float().any()):
+            continue
+        end = next((end for end in _MAGNITUDES if key.endswith(end)), None)
+        if end is not None:
+            key, tensor = f"{key.removesuffix(end)}.dora_scale", tensor.reshape(-1, 1)
+        found[key] = tensor
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return found

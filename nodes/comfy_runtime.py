@@ -1,0 +1,43 @@
+"""ComfyUI around a merge: its device, memory, progress bar, interrupt and text on nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management as memory
+import comfy.utils
+import torch
+
+
+def scoring_device() -> torch.device:
+    return memory.get_torch_device()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    memory.soft_empty_cache()
+
+
+def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
+    """A callback that draws the node's progress bar and raises when the user interrupts."""
+    shown: list[str] = []
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        if shown[-1:] != [what]:
+            shown.append(what)
+            show_text(f"{what[0].upper()}{what[1:]} …", node_id)
+        comfy.utils.ProgressBar(max(total, 1), node_id).update_absolute(done)
+
+    return on_progress
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Text on the node itself, while there is a server to show it."""
+    if node_id is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,242 @@
+"""The text encoders of a CLIP, each run on all prompts in batches of its own.
+
+A composite (SDXL, FLUX, …) encodes one prompt at a time. So every encoder first runs all token
+lists in one stage; the composite is then asked as usual, with ``encode`` of its encoders answering
+from what they gave. Weights on words, pooled outputs and masks stay ComfyUI's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.sd1_clip
+import torch
+from torch import Tensor, nn
+
+from ..iteris_core.errors import IterisError
+from ..iteris_core.lockstep import Lockstep, MicroBatch
+
+Conditioning = tuple[Tensor, dict[str, Any]]
+
+
+class TextEncoders:
+    """Of one CLIP; :meth:`close` gives it back as it was."""
+
+    def __init__(self, clip: Any) -> None:
+        if getattr(clip, "use_clip_schedule", False) and clip.patcher.forced_hooks is not None:
+            raise IterisError(
+                "The CLIP has a hook schedule, whose weights change over the steps; connect the "
+                "CLIP from before Set CLIP Hooks."
+            )
+        self._clip = clip
+        self._encoders: dict[str, Any] = {
+            name: module
+            for name, module in clip.cond_stage_model.named_modules()
+            if isinstance(module, comfy.sd1_clip.SDClipModel)
+        }
+
+    def close(self) -> None:
+        for encoder in self._encoders.values():
+            encoder.__dict__.pop("encode", None)
+
+    def tokenize(self, prompts: Sequence[str]) -> list[Any]:
+        """Tokens of every prompt; encoders that do not pad get the longest prompt's length."""
+        tokens = [self._clip.tokenize(prompt) for prompt in prompts]
+        lengths = {
+            name: {len(section) for some in tokens for section in some[name]} for name in tokens[0]
+        }
+        ragged = {name: max(found) for name, found in lengths.items() if len(found) > 1}
+        if not ragged:
+            return tokens
+        options = {f"{name}_min_length": length for name, length in ragged.items()}
+        return [self._clip.tokenize(prompt, tokenizer_options=options) for prompt in prompts]
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        counts: list[int] = []
+        for prompt in prompts:
+            name, sections = next(iter(self._clip.tokenize(prompt).items()))
+            end = self._encoder_of(name).special_tokens.get("end")
+            found = [[token for token, *_ in section] for section in sections]
+            counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in found))
+        return counts
+
+    def batches(
+        self,
+        owners: Sequence[int],
+        tokens: Sequence[Any],
+        names: Mapping[str, str],
+        sites: Set[str],
+    ) -> dict[str, TextBatch]:
+        """Encoder → its distinct token lists, by owner where one of ``sites`` is in it; ``names``
+        maps weight keys to sites."""
+        batches: dict[str, TextBatch] = {}
+        for name, encoder in self._encoders.items():
+            prefix = f"{name}."
+            own = [s for key, s in names.items() if s in sites and key.startswith(prefix)]
+            rows: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
+            for owner, some in zip(owners, tokens, strict=True):
+                for key in (name, name.removeprefix("clip_")):
+                    for section in _sections(encoder, some.get(key, ())):
+                        rows.setdefault((owner if own else -1, _key(section)), section)
+            ordered = dict(sorted(rows.items(), key=lambda item: item[0][0]))
+            batches[name] = TextBatch(name, encoder, own, ordered)
+        return batches
+
+    def load(self, batches: Mapping[str, TextBatch], rows: int) -> None:
+        """What ``CLIP.encode_from_tokens`` does before it encodes, with room for ``rows`` rows
+        twice in one forward and all rows of ``batches`` waiting."""
+        model = self._clip.cond_stage_model
+        model.reset_clip_options()
+        if self._clip.layer_idx is not None:
+            model.set_clip_options({"layer": self._clip.layer_idx})
+        needed = max((batch.memory_required(rows) for batch in batches.values()), default=0)
+        with torch.inference_mode():
+            memory.load_models_gpu([self._clip.patcher], memory_required=needed)
+        model.set_clip_options({"execution_device": self._clip.patcher.load_device})
+
+    def assemble(
+        self,
+        owners: Sequence[int],
+        tokens: Sequence[Any],
+        batches: Mapping[str, TextBatch],
+        copy: int,
+        lockstep: Lockstep,
+    ) -> list[Conditioning]:
+        """The conditioning of every prompt, from what the text encoders gave."""
+        found: list[Conditioning] = []
+        for owner, some in zip(owners, tokens, strict=True):
+            with self._serving(batches, copy, owner, lockstep):
+                cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
+            found.append((cond, extra))
+        return found
+
+    @contextmanager
+    def _serving(
+        self, batches: Mapping[str, TextBatch], copy: int, owner: int, lockstep: Lockstep
+    ) -> Iterator[None]:
+        """Text encoders answer with what they gave in their batch."""
+        try:
+            for batch in batches.values():
+                batch.encoder.encode = _answer(batch, copy, owner, lockstep)
+            yield
+        finally:
+            self.close()
+
+    def _encoder_of(self, name: str) -> Any:
+        for found in (f"clip_{name}", name):
+            if found in self._encoders:
+                return self._encoders[found]
+        return next(iter(self._encoders.values()))
+
+
+class TextBatch:
+    """The distinct token lists of one text encoder, and what it gave for them."""
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Any,
+        sites: Sequence[str],
+        rows: Mapping[tuple[int, tuple[int, ...]], list[Any]],
+    ) -> None:
+        self.name, self.encoder, self.sites = name, encoder, sites
+        self._keys, self._tokens = list(rows), list(rows.values())
+        self.owners = [owner for owner, _ in rows]
+        self._found: list[dict[Any, Any]] = [{}, {}]
+
+    def memory_required(self, rows: int) -> int:
+        """Bytes of activations (the encoders compute in float32): what one layer's linear layers
+        take in and give, for ``rows`` rows twice, and the states of all rows that wait."""
+        layers = [m for m in self.encoder.modules() if isinstance(m, nn.Linear)]
+        depth = max(int(getattr(self.encoder, "num_layers", 1) or 1), 1)
+        per_token = sum(layer.in_features + layer.out_features for layer in layers) / depth
+        tokens = max((len(section) for section in self._tokens), default=0)
+        width = max((layer.in_features for layer in layers), default=0)
+        at_once = 2 * min(rows, len(self._tokens)) * tokens * (per_token + 32 * tokens)
+        waiting = 2 * len(self._tokens) * tokens * width
+        return int(4 * (at_once + waiting))
+
+    def run(self, rows: Sequence[int], copies: int) -> None:
+        outputs = type(self.encoder).encode(
+            self.encoder, [self._tokens[row] for row in rows] * copies
+        )
+        for copy in range(copies):
+            for index, row in enumerate(rows):
+                at = copy * len(rows) + index
+                self._found[copy][self._keys[row]] = _slice(outputs, at)
+
+    def run_all(self, size: int) -> None:
+        """An encoder that no LoRA changes gives the same for everybody."""
+        with torch.no_grad():
+            for start in range(0, len(self.owners), size):
+                self.run(range(start, min(start + size, len(self.owners))), 1)
+        self._found[1] = self._found[0]
+
+    def has(self, copy: int) -> bool:
+        return bool(self._found[copy]) or not self._keys
+
+    def find(self, copy: int, owner: int, sections: list[Any]) -> Any:
+        keys = [(owner if self.sites else -1, _key(section)) for section in sections]
+        if any(key not in self._found[copy] for key in keys):
+            return None
+        return _join([self._found[copy][key] for key in keys])
+
+
+def _answer(
+    batch: TextBatch, copy: int, owner: int, lockstep: Lockstep
+) -> Callable[[list[Any]], Any]:
+    def encode(sections: list[Any]) -> Any:
+        found = batch.find(copy, owner, sections)
+        if found is None:  # a composite that changes the tokens on their way
+            outputs: list[Any] = []
+            owners, merged = [owner] * len(sections), copy == 1
+            lockstep.run(
+                MicroBatch(
+                    lambda: outputs.append(batch.encoder(sections)),
+                    owners,
+                    1,
+                    merged_only=merged,
+                )
+            )
+            return outputs[0]
+        return found
+
+    return encode
+
+
+def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:
+    """The token lists that ``encode_token_weights`` hands to ``encode``."""
+    sections = [[token for token, *_ in section] for section in pairs]
+    if sections and any(weight != 1.0 for section in pairs for _, weight, *_ in section):
+        length = max(len(section) for section in sections)
+        make = getattr(encoder, "gen_empty_tokens", comfy.sd1_clip.gen_empty_tokens)
+        sections.append(make(encoder.special_tokens, length))
+    return sections
+
+
+def _key(section: Sequence[Any]) -> tuple[int, ...]:
+    """Tokens are numbers or, in embeddings, tensors."""
+    return tuple(token if isinstance(token, int) else id(token) for token in section)
+
+
+def _slice(outputs: Any, at: int) -> Any:
+    """Row ``at`` of (states, pooled or None[, extras])."""
+    where = memory.intermediate_device()
+    states, pooled, *extra = outputs
+    return (
+        states[at : at + 1].to(where),
+        None if pooled is None else pooled[at : at + 1].to(where),
+        *({key: value[at : at + 1] for key, value in some.items()} for some in extra),
+    )
+
+
+def _join(rows: Sequence[Any]) -> Any:
+    states, pooled, *extra = zip(*rows, strict=True)
+    return (
+        torch.cat(states),
+        None if pooled[0] is None else torch.cat(pooled),
+        *({key: torch.cat([e[key] for e in some]) for key in some[0]} for some in extra),
+    )
