@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}
+T5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
 RANK = 4
 
 
@@ -76,8 +77,7 @@ def flux() -> tuple[Any, Any]:
             **later,
         }
     )
-    t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
-    options = {"clip_l_model_config": CLIP, "t5xxl_model_config": t5}
+    options = {"clip_l_model_config": CLIP, "t5xxl_model_config": T5}
     module = comfy.text_encoders.flux
     return _model(config), _clip(module.FluxTokenizer, module.flux_clip(torch.float32), options)
 
@@ -117,14 +117,14 @@ def _fill(module: nn.Module) -> None:
             weight.copy_(noise * 0.5 / weight[0].numel() ** 0.5)
 
 
-def write_lora(file: Path, sites: dict[str, tuple[int, int]], seed: int) -> Path:
+def write_lora(file: Path, sites: dict[str, tuple[int, int]], seed: int, rank: int = RANK) -> Path:
     """A LoRA with the module names of ``sites``, each (out, in)."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (out, width) in sites.items():
         tensors[f"{name}.lora_A.weight"] = (
-            torch.randn(RANK, width, generator=generator) / width**0.5
+            torch.randn(rank, width, generator=generator) / width**0.5
         )
-        tensors[f"{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) / 4
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 4
     save_file(tensors, file)
     return file

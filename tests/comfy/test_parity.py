@@ -1,0 +1,124 @@
+"""Merging through ComfyUI is merging through diffusers: the same weights, LoRAs, prompts, noise and
+timesteps give the same change at every site. Each side makes its own latents and conditioning."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import reduced_models
+import torch
+from reduced_pipelines import flux_parts, flux_pipeline, sdxl_pipeline
+from thin_models import thin_pipeline
+
+SDXL = {
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (64, 64),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": (64, 2048),
+    "unet.mid_block.attentions.0.proj_in": (64, 64),
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0": (64, 64),
+    "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v": (64, 2048),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (768, 768),
+    "text_encoder_2.encoder.layers.1.self_attn.v_proj": (1280, 1280),
+}
+_DOUBLE, _SINGLE = "transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.0."
+FLUX = {
+    **{f"{_DOUBLE}attn.{name}": (64, 64) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"{_DOUBLE}attn.add_{name}_proj": (64, 64) for name in "qkv"},
+    f"{_DOUBLE}ff.net.2": (64, 256),
+    **{f"{_SINGLE}attn.to_{name}": (64, 64) for name in "qkv"},
+    f"{_SINGLE}proj_mlp": (256, 64),
+    f"{_SINGLE}proj_out": (64, 320),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (768, 768),
+}
+
+
+class Sides:
+    """Both merges of the same files."""
+
+    def __init__(self, pack: ModuleType) -> None:
+        def module(name: str) -> Any:
+            return importlib.import_module(f"{pack.__name__}.{name}")
+
+        self.core, self.merging = module("iteris_core"), module("nodes.merging")
+        self.make_spec = module("nodes.concept_specs").make_spec
+        self.host = module("iteris_core.hosts.diffusers").DiffusersHost
+        self.calibration = self.core.Calibration(
+            samples=4, timesteps=2, denoising_steps=4, latent_size=8
+        )
+        self.settings = {"statistics": "float64"}
+
+    def concepts(self, files: list[Path]) -> list[Any]:
+        words = [{"trigger": "sks", "class_word": "cat"}, {"trigger": "zwx", "class_word": "dog"}]
+        return [self.make_spec(f, strength=s, **w)
+                for f, s, w in zip(files, (1.0, 0.7), words, strict=True)]  # fmt: skip
+
+    def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
+        merged = self.merging.merge_on(
+            model, clip, self.concepts(files), "iteris", self.settings, self.calibration
+        )
+        return {site: change.dense().double() for site, change in merged.lora.sites.items()}
+
+    def in_diffusers(self, pipeline: Any, files: list[Path]) -> dict[str, torch.Tensor]:
+        host = self.host(pipeline)
+        merged = self.core.merge_loras(
+            host,
+            [spec.read(host) for spec in self.concepts(files)],
+            settings=self.settings,
+            calibration=self.calibration,
+        )
+        return {site: change.dense().double() for site, change in merged.lora.sites.items()}
+
+
+@pytest.fixture
+def sides(pack: ModuleType) -> Sides:
+    return Sides(pack)
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(wanted)
+    errors = {s: float((found[s] - w).norm() / w.norm()) for s, w in wanted.items()}
+    assert max(errors.values()) < 1e-4, errors
+
+
+def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
+    files = [models / "models" / "loras" / f"{name}.safetensors" for name in "ab"]
+    found = sides.in_comfyui(*thin, files)
+    assert len(found) == 38  # four of them repair
+    assert_same(found, sides.in_diffusers(thin_pipeline(), files))
+
+
+def test_sdxl(sides: Sides, tmp_path: Path) -> None:
+    model, clip = reduced_models.sdxl()
+    files = [reduced_models.write_lora(tmp_path / f"{n}.safetensors", SDXL, n) for n in (1, 2)]
+    found = sides.in_comfyui(model, clip, files)
+    assert_same(
+        {site.replace("r_2.enc", "r_2.text_model.enc"): delta for site, delta in found.items()},
+        sides.in_diffusers(sdxl_pipeline(model, clip), files),
+    )
+
+
+def test_flux(sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI solves fused weights in one; at full rank that is the same as solving their parts."""
+    model, clip = reduced_models.flux()
+    files = [reduced_models.write_lora(tmp_path / f"{n}.safetensors", FLUX, n, rank=32)
+             for n in (1, 2)]  # fmt: skip
+    found = sides.in_comfyui(model, clip, files)
+    parts = {f"{site}.weight": delta for site, delta in found.items()}
+    named = flux_parts(model, parts, "unet.")
+    found = {
+        f"transformer.{name.removesuffix('.weight')}": delta for name, delta in named.items()
+    } | {site: delta for site, delta in found.items() if site.startswith("text_encoder")}
+    plain = torch.randn
+
+    def packed(*size: int, **options: Any) -> torch.Tensor:
+        """The noise of ComfyUI's shape, as diffusers packs it: 2 × 2 latents are a token."""
+        if size[1:] != (16, 64):
+            return plain(*size, **options)
+        squares = plain(size[0], 16, 4, 2, 4, 2, generator=options["generator"])
+        return squares.permute(0, 2, 4, 1, 3, 5).reshape(size)
+
+    monkeypatch.setattr(torch, "randn", packed)
+    assert_same(found, sides.in_diffusers(flux_pipeline(model, clip), files))
