@@ -28,7 +28,9 @@ def sdxl_pipeline(model: Any, clip: Any) -> Any:
     )  # fmt: skip
     state = model.model.diffusion_model.state_dict()
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    _load(unet, {theirs: state[ours] for theirs, ours in names.items() if ours in state})
+    # SDXL's added embedding goes by two names there.
+    own = {t: state[o] for t, o in names.items() if o in state and not t.startswith("class_")}
+    _load(unet, own)
     big = {"hidden_size": 1280, "num_attention_heads": 20, "hidden_act": "gelu"}
     return StableDiffusionXLPipeline(
         vae=None,

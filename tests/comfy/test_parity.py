@@ -3,6 +3,7 @@ timesteps give the same change at every site. Each side makes its own latents an
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -92,6 +93,8 @@ def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
 
 def test_sdxl(sides: Sides, tmp_path: Path) -> None:
     model, clip = reduced_models.sdxl()
+    # With fewer tokens than inputs of a layer, rounding grows by 1 / ridge.
+    sides.calibration = dataclasses.replace(sides.calibration, latent_size=16)
     files = [reduced_models.write_lora(tmp_path / f"{n}.safetensors", SDXL, n) for n in (1, 2)]
     found = sides.in_comfyui(model, clip, files)
     assert_same(
