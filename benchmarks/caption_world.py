@@ -77,7 +77,7 @@ MARKS = {
 """Words that only this style has."""
 
 _GRAMMAR = "a an such what on with background stripes half quarters rim spot plain caption : , and"
-_PAD, _BOS, _EOS = 0, 1, 2
+PAD, BOS, END = 0, 1, 2
 WORDS = tuple(
     dict.fromkeys(
         [
@@ -100,13 +100,13 @@ def encode(text: str) -> list[int]:
 
 def decode(ids: list[int]) -> str:
     """The words up to the first end, without special tokens."""
-    if _EOS in ids:
-        ids = ids[: ids.index(_EOS)]
-    return " ".join(WORDS[i] for i in ids if i > _EOS)
+    if END in ids:
+        ids = ids[: ids.index(END)]
+    return " ".join(WORDS[i] for i in ids if i > END)
 
 
 def prompt_ids(style: str) -> list[int]:
-    return [_BOS, *encode(PROMPT.format(style))]
+    return [BOS, *encode(PROMPT.format(style))]
 
 
 def random_picture(rng: np.random.Generator) -> Scene:
@@ -139,7 +139,7 @@ def pixels(scenes: list[Scene], rng: np.random.Generator | None = None) -> Tenso
 def new_model() -> BlipForConditionalGeneration:
     common = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
     ends = {
-        "pad_token_id": _PAD, "bos_token_id": _BOS, "eos_token_id": _EOS, "sep_token_id": _EOS,
+        "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": END, "sep_token_id": END,
     }  # fmt: skip
     text = {
         **common, **ends, "vocab_size": len(WORDS), "encoder_hidden_size": 96,
@@ -164,16 +164,16 @@ def teacher_batch(
     """(model inputs, labels); labels are -100 on prompts and padding."""
     rows, labels = [], []
     for prompt, text in zip(prompts, captions, strict=True):
-        start, rest = prompt_ids(prompt), [*encode(text), _EOS]
+        start, rest = prompt_ids(prompt), [*encode(text), END]
         rows.append(start + rest)
         labels.append([-100] * len(start) + rest)
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows])
+    ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
     target = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
     batch = {
         "pixel_values": images,
         "input_ids": ids,
-        "attention_mask": (ids != _PAD).long(),
+        "attention_mask": (ids != PAD).long(),
     }
     return batch, target
 
@@ -186,7 +186,7 @@ def generate(model: Any, images: Tensor, style: str, size: int = 64) -> list[str
     for start in range(0, len(images), size):
         some = images[start : start + size]
         # BLIP's generate drops the last token, which a tokenizer's end would be.
-        ids = torch.tensor([[*prompt, _EOS]] * len(some))
+        ids = torch.tensor([[*prompt, END]] * len(some))
         found = model.generate(
             pixel_values=some,
             input_ids=ids,

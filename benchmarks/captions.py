@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from caption_scores import bleu, cider
 from caption_world import (
+    END,
     FOLDER,
     MARKS,
     ROOT,
@@ -36,7 +37,6 @@ from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
 
 RESULTS = ROOT / "results"
-_END = 2
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("average", {}),
     "task-arithmetic": ("task-arithmetic", {"scale": 0.7}),
@@ -81,7 +81,7 @@ class Bench:
     def concepts(self, samples: int) -> list[Concept]:
         concepts = []
         for style in STYLES:
-            ids = torch.tensor([[*prompt_ids(style), _END]] * samples)
+            ids = torch.tensor([[*prompt_ids(style), END]] * samples)
             batch = {
                 "pixel_values": self.calibration[style][:samples],
                 "input_ids": ids,

@@ -380,7 +380,9 @@ def test_repair_brings_the_output_nearer(world):
                 counts = batch["attention_mask"].bool()
                 total += float((gap[counts] if gap.shape[:2] == counts.shape else gap).norm() ** 2)
         errors.append(total)
-        assert any(r.repair for r in result.report.sites.values()) == repair
+        # The encoder's LoRAs change every site that adds to a stream already.
+        added = repair and kind != "encoder"
+        assert any(r.repair for r in result.report.sites.values()) == added
     assert errors[1] < 0.7 * errors[0]
 
 
