@@ -1,0 +1,134 @@
+"""LoCon, LoHa, LoKr, full differences and DoRA: ΔW as our reader has it against what ComfyUI adds
+to the weight itself."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import reduced_models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+LINEAR = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"  # (64, 256)
+CONV = "mid_block.resnets.0.conv1"  # (64, 64, 3, 3)
+EXACT = {"energy": 1.0}
+
+
+@pytest.fixture(scope="module")
+def sdxl(pack: ModuleType) -> tuple[Any, Any]:
+    return reduced_models.sdxl()
+
+
+def tensors(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.2 * torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+def dotted(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("__", "."): part for name, part in parts.items()}
+
+
+ALPHA = {"alpha": torch.tensor(2.0)}
+KINDS = {
+    "lora": (LINEAR, tensors(lora_up__weight=(64, 4), lora_down__weight=(4, 256)) | ALPHA),
+    "locon": (
+        CONV,
+        tensors(lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 3, 3)) | ALPHA,
+    ),
+    "locon with mid": (
+        CONV,
+        tensors(
+            lora_up__weight=(64, 4, 1, 1), lora_down__weight=(4, 64, 1, 1),
+            lora_mid__weight=(4, 4, 3, 3),
+        ) | ALPHA,
+    ),
+    "loha": (
+        LINEAR,
+        tensors(hada_w1_a=(64, 3), hada_w1_b=(3, 256), hada_w2_a=(64, 3), hada_w2_b=(3, 256))
+        | ALPHA,
+    ),
+    "loha with tucker": (
+        CONV,
+        tensors(
+            hada_w1_a=(3, 64), hada_w1_b=(3, 64), hada_w2_a=(3, 64), hada_w2_b=(3, 64),
+            hada_t1=(3, 3, 3, 3), hada_t2=(3, 3, 3, 3),
+        ) | ALPHA,
+    ),
+    "lokr": (LINEAR, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 32)) | ALPHA),
+    "lokr in full": (LINEAR, tensors(lokr_w1=(4, 8), lokr_w2=(16, 32))),
+    "lokr of a convolution": (
+        CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA,
+    ),
+    "full difference": (LINEAR, tensors(diff=(64, 256))),
+}  # fmt: skip
+
+
+def both(
+    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str, parts: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """ΔW of our reader, and what ComfyUI's own patching of the weight changes."""
+    import comfy.lora
+
+    name = f"lora_unet_{site.replace('.', '_')}"
+    file = tmp_path / "lora.safetensors"
+    save_file({f"{name}.{part}": t.contiguous() for part, t in dotted(parts).items()}, file)
+    comfy_lora: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora")
+    core: Any = importlib.import_module(f"{pack.__name__}.iteris_core.lora_files")
+    sites = comfy_lora.ComfySites(*sdxl)
+    ours = sites.read_lora(file, core.ReadOptions(**EXACT)).sites[f"unet.{site}"].dense()
+
+    key = next(key for key, found in sites.names.items() if found == f"unet.{site}")
+    patched = sdxl[0].clone()
+    loaded = comfy.lora.load_lora(
+        {f"{name}.{part}": t for part, t in dotted(parts).items()}, sites.key_map
+    )
+    assert patched.add_patches(loaded)
+    (weight, _), *patches = patched.get_key_patches(key)[key]
+    base = weight.float().clone()
+    moved = comfy.lora.calculate_weight(patches, base.clone(), key)
+    return ours, (moved - base).flatten(1).detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_change_is_what_comfyui_adds(
+    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, kind: str
+) -> None:
+    ours, theirs = both(pack, sdxl, tmp_path, *KINDS[kind])
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("site", [LINEAR, CONV])
+def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str) -> None:
+    """By inputs as ComfyUI has it. By outputs ComfyUI divides by the norm of the base's weight,
+    where the paper (eq. 5), peft and LyCORIS divide by that of the changed one; we follow them."""
+    kind = "lora" if site == LINEAR else "locon"
+    parts, width = KINDS[kind][1], 256 if site == LINEAR else 64
+    rest = (1,) * (2 if site == CONV else 0)
+    scale = 1 + tensors(seed=1, m=(1, width, *rest))["m"].abs()
+    ours, theirs = both(pack, sdxl, tmp_path, site, parts | {"dora_scale": scale})
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+    scale = 1 + tensors(seed=1, m=(64, 1, *rest))["m"].abs()
+    ours, theirs = both(pack, sdxl, tmp_path, site, parts | {"dora_scale": scale})
+    change, _ = both(pack, sdxl, tmp_path, site, parts)
+    sites: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora").ComfySites(*sdxl)
+    base = sites.modules[f"unet.{site}"].weight.detach().float().flatten(1)
+    moved = base + change
+    rows = scale.reshape(-1, 1)
+    wanted = rows * moved / moved.norm(dim=1, keepdim=True) - base
+    assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
+    theirs_again = rows * moved / base.norm(dim=1, keepdim=True) - base
+    assert float((theirs - theirs_again).norm() / theirs_again.norm()) < 1e-5
+
+
+def test_what_no_lora_can_say_is_refused(
+    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
+) -> None:
+    core: Any = importlib.import_module(f"{pack.__name__}.iteris_core")
+    with pytest.raises(core.LoraFileError, match="oft"):
+        both(pack, sdxl, tmp_path, LINEAR, tensors(oft_blocks=(8, 8, 8)) | ALPHA)
