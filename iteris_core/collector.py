@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .errors import IterisError
-from .lockstep import Group, Visit
 from .lora import LowRank
 from .moments import (
     SharedInputs,
     TargetMoments,
     add_inputs,
     add_target,
+    complete,
     full_precision,
     new_inputs,
     new_target,
 )
+from .visit import Group, Visit
 
 
 @dataclass
@@ -32,8 +34,9 @@ class SiteMoments:
 class Collector:
     """Adds up moments until they are taken with :meth:`take`.
 
-    ``full`` collects TᵀX̃ for ``align="full"``; else XᵀX̃ for ``align="adapter"``. Sites that
-    receive the same tensor share their input moments (``share=False`` is there to test that).
+    ``full`` collects TᵀX̃ for ``align="full"``; else XᵀX̃ for ``align="adapter"``. ``balance`` is
+    the solve's, and decides what else it needs. Sites that receive the same tensor share their
+    input moments (``share=False`` is there to test that).
     """
 
     def __init__(
@@ -41,11 +44,14 @@ class Collector:
         references: Mapping[str, Sequence[LowRank | None]],
         *,
         full: bool,
+        balance: str = "none",
         dtype: torch.dtype = torch.float32,
         share: bool = True,
     ) -> None:
         self._references = references
         self._full = full
+        self._down_gram = not full or balance == "adapter"
+        self._full_energy = balance == "full"
         self._dtype = dtype
         self._share = share
         self._sites: dict[str, SiteMoments] = {}
@@ -54,7 +60,10 @@ class Collector:
 
     def take(self, site: str) -> SiteMoments:
         """Hand over a site's moments and forget them."""
-        return self._sites.pop(site)
+        moments = self._sites.pop(site)
+        for part in moments.shared.concepts:
+            complete(part)
+        return moments
 
     @property
     def sites(self) -> list[str]:
@@ -75,27 +84,27 @@ class Collector:
         add_shared = visit.first or not self._share
         for concept, start, stop in visit.spans:
             change = changes[concept]
-            reference = visit.input_tokens(start, stop)
-            merged = visit.input_tokens(start, stop, merged=True)
-            full = visit.output_tokens(start, stop)
-            if visit.copies == 2:
-                base = visit.output_tokens(start, stop, merged=True)
-            elif change is None:
-                base = full
-            else:
-                base = full - visit.own_change(change, start, stop)
+            merged = visit.input_tokens(start, stop, merged=True).to(self._dtype)
+            # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
+            reference = visit.input_tokens(start, stop) if self._down_gram else None
+            target = entry.targets[concept]
             with full_precision(merged.device):
                 if add_shared:
                     add_inputs(entry.shared.concepts[concept], reference, merged)
-                add_target(
-                    entry.targets[concept],
-                    change,
-                    reference,
-                    merged,
-                    full,
-                    base,
-                    visit.drift_tokens(start, stop) if self._full else None,
-                )
+                if self._full or self._full_energy:
+                    full = visit.output_tokens(start, stop)
+                    base = self._base_output(visit, change, start, stop) if self._full else None
+                    drift = visit.drift_tokens(start, stop) if self._full else None
+                    add_target(target, change, reference, merged, full, base, drift)
+                else:
+                    add_target(target, change, reference, merged, None, None)
+
+    def _base_output(self, visit: Visit, change: LowRank | None, start: int, stop: int) -> Tensor:
+        """W0 on X̃, (tokens, out)."""
+        if visit.copies == 2:
+            return visit.output_tokens(start, stop, merged=True)
+        full = visit.output_tokens(start, stop)
+        return full if change is None else full - visit.own_change(change, start, stop)
 
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
         change = next(change for change in changes if change is not None)
@@ -113,7 +122,16 @@ class Collector:
             self._groups = {g: s for g, s in self._groups.items() if g in visit.alive}
             self._groups[visit.group] = shared
         targets = [
-            new_target(out, width, c, full=self._full, dtype=self._dtype, device=device)
+            new_target(
+                out,
+                width,
+                c,
+                full=self._full,
+                down_gram=self._down_gram,
+                full_energy=self._full_energy,
+                dtype=self._dtype,
+                device=device,
+            )
             for c in changes
         ]
         return SiteMoments(shared, targets)

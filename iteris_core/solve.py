@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
+from .factor import factorise
 from .lora import LowRank, Rank, concatenate, factorize, truncate
-from .moments import Factor, SharedInputs, TargetMoments
+from .moments import Factor, InputMoments, SharedInputs, TargetMoments
 
 Align = Literal["adapter", "full"]
 Balance = Literal["adapter", "tokens", "full", "none"]
@@ -66,63 +67,71 @@ def solve_site(
     balance: Balance,
     ridge: float,
     rank: Rank | None,
+    residuals: bool = True,
 ) -> Solution:
     """Solve one site; all sequences run over the concepts.
 
     A change of ``None`` stands for a change of zero: that concept's outputs are to stay as they
-    are. ``rank=None`` keeps Σ r_i; a share of energy is of the solution at that rank. Raises
-    :class:`SolveError` when a moment is not finite.
+    are. ``rank=None`` keeps Σ r_i; a share of energy is of the solution at that rank. Without
+    ``residuals`` the solution's ``before`` and ``after`` are empty. Raises :class:`SolveError` when
+    a moment is not finite.
     """
-    statistics = [part.own for part in inputs.concepts]
-    statistics += [part.full_energy for part in targets]
-    statistics += [part.target for part in targets if part.target is not None]
-    if not all(bool(torch.isfinite(part).all()) for part in statistics):
-        raise SolveError(
-            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
-        )
     present = [change for change in changes if change is not None]
     like = present[0]
-    work = torch.device("cpu") if like.up.device.type == "mps" else like.up.device
+    own = inputs.concepts[0].own
+    work = torch.device("cpu") if own.device.type == "mps" else own.device
     wide = [None if c is None else c.to(torch.float64, work) for c in changes]
     total_rank = sum(change.rank for change in present)
     share = rank if isinstance(rank, float) else None
     rank = min(rank if isinstance(rank, int) else total_rank, *like.shape)
 
+    _check_finite(targets)
     lambdas = _balance(wide, inputs, targets, weights, balance)
-    factor = _factorise(inputs, lambdas, ridge)
+    (factor,) = factorise([(inputs, lambdas)], ridge)
+    chol = factor.cholesky
     mean = _mean_change(wide, weights)
     lost, condition = 0.0, math.inf
-    if factor is None:  # no input energy at all: any change fits, so take the mean
+    if chol is None:  # no input energy at all: any change fits, so take the mean
         exact = mean
         if exact.rank > rank:
             exact, lost = truncate(exact, rank)
     elif align == "adapter":
         exact = _solve_adapter(wide, inputs, lambdas, weights, factor, ridge)
         if exact.rank > rank:
-            exact, lost = truncate(exact, rank, factor.cholesky)
+            exact, lost = truncate(exact, rank, chol)
     else:
-        right = _full_right_side(wide, inputs, targets, lambdas, ridge)
+        right = _full_right_side(wide, targets, lambdas, factor, ridge)
         if factor.jitter:
             right += factor.jitter * mean.dense()
-        chol = factor.cholesky
         weighted = torch.linalg.solve_triangular(chol.mT, right, upper=True, left=False)
         exact, lost = factorize(weighted, rank, chol, like=mean)
     if share is not None:
-        exact, more = truncate(exact, share, None if factor is None else factor.cholesky)
+        exact, more = truncate(exact, share, chol)
         lost = 1 - (1 - lost) * (1 - more)
-    if factor is not None:
-        diagonal = factor.cholesky.diagonal()
+    if chol is not None:
+        diagonal = chol.diagonal()
         condition = float((diagonal.max() / diagonal.min()) ** 2)
 
     change = exact.to(like.up.dtype, like.up.device)
     if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
         raise SolveError("the solution is not finite; raise `ridge`.")
-    before = _residuals(mean, wide, inputs, targets)
-    after = _residuals(exact, wide, inputs, targets)
+    before, after = (), ()
+    if residuals:
+        before, after = _residuals(mean, exact, wide, inputs, targets)
     share = sum(lambdas)
     return Solution(
         change, tuple(value / share for value in lambdas), before, after, condition, lost
     )
+
+
+def _check_finite(targets: Sequence[TargetMoments]) -> None:
+    """One number tells of a whole tensor: the energy of a NaN or an infinity is none."""
+    energies = [part.target_energy for part in targets if part.target is not None]
+    energies += [part.full_energy for part in targets if part.full_energy is not None]
+    if not all(math.isfinite(float(energy)) for energy in energies):
+        raise SolveError(
+            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
+        )
 
 
 def _balance(
@@ -141,6 +150,7 @@ def _balance(
         if balance == "tokens":
             value = 1.0 / max(shared.tokens, 1)
         elif balance == "full":
+            assert target.full_energy is not None
             value = _inverse(1.0, float(target.full_energy))
         elif balance == "adapter":
             if change is not None and target.down_gram is not None:
@@ -185,35 +195,6 @@ def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) ->
     )
 
 
-def _factorise(inputs: SharedInputs, lambdas: Sequence[float], ridge: float) -> Factor | None:
-    """The Cholesky factor of M; None where M is zero."""
-    key = (ridge, *lambdas)
-    if inputs.factor is not None and inputs.factor.key == key:
-        return inputs.factor
-    first = inputs.concepts[0].own
-    work = torch.device("cpu") if first.device.type == "mps" else first.device
-    moment = torch.zeros(first.shape, dtype=torch.float64, device=work)
-    for value, part in zip(lambdas, inputs.concepts, strict=True):
-        own = part.own.to(moment)
-        moment.add_(own, alpha=value)
-        moment.diagonal().add_(value * ridge * own.norm())
-    trace = float(moment.trace())
-    if trace <= 0:
-        return None
-    chol, info = torch.linalg.cholesky_ex(moment)
-    jitter = 0.0
-    step = torch.finfo(first.dtype).eps * trace / moment.shape[0]
-    while int(info) != 0:
-        moment.diagonal().add_(step)
-        jitter += step
-        step *= 10
-        if jitter > trace:
-            raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
-        chol, info = torch.linalg.cholesky_ex(moment)
-    inputs.factor = Factor(key, chol, jitter)
-    return inputs.factor
-
-
 def _solve_adapter(
     changes: Sequence[LowRank | None],
     inputs: SharedInputs,
@@ -222,6 +203,7 @@ def _solve_adapter(
     factor: Factor,
     ridge: float,
 ) -> LowRank:
+    assert factor.cholesky is not None
     rows: list[Tensor] = []
     ups: list[Tensor] = []
     kernel = None
@@ -240,47 +222,56 @@ def _solve_adapter(
 
 def _full_right_side(
     changes: Sequence[LowRank | None],
-    inputs: SharedInputs,
     targets: Sequence[TargetMoments],
     lambdas: Sequence[float],
+    factor: Factor,
     ridge: float,
 ) -> Tensor:
     first = next(change for change in changes if change is not None)
     right = torch.zeros(first.shape, dtype=torch.float64, device=first.up.device)
-    for change, part, target, value in zip(changes, inputs.concepts, targets, lambdas, strict=True):
+    for change, norm, target, value in zip(changes, factor.norms, targets, lambdas, strict=True):
         assert target.target is not None
-        right.add_(target.target.to(right), alpha=value)
+        right.add_(target.target.to(right.device), alpha=value)
         if change is not None:
-            pull = value * ridge * float(part.own.double().norm())
-            right.addmm_(change.up, change.down, alpha=pull)
+            right.addmm_(change.up, change.down, alpha=value * ridge * norm)
     return right
 
 
 def _residuals(
+    mean: LowRank,
     solution: LowRank,
     changes: Sequence[LowRank | None],
     inputs: SharedInputs,
     targets: Sequence[TargetMoments],
-) -> tuple[float, ...]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept, from rank × rank products.
-
-    Where T_i is zero, relative to what the other concepts' own changes would do there.
-    """
-    values: list[float] = []
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept with the mean and with the solution, from rank ×
+    rank products. Where T_i is zero, relative to what the other concepts' own changes would do
+    there."""
+    values: tuple[list[float], list[float]] = ([], [])
+    both_downs = torch.cat([mean.down, solution.down])
     for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
-        output = _energy(solution, part.own)
-        if target.target is not None:
-            wanted = float(target.target_energy)
-            both = float(((solution.up.mT @ target.target.to(solution.up)) * solution.down).sum())
-        elif change is not None and target.down_gram is not None and part.cross is not None:
-            gram = target.down_gram.to(change.up)
-            wanted = float((gram * (change.up.mT @ change.up)).sum())
-            crossed = (change.down @ part.cross.to(change.down)) @ solution.down.mT
-            both = float(((change.up.mT @ solution.up) * crossed).sum())
-        else:
-            wanted, both = 0.0, 0.0
-        left = max(0.0, wanted - 2 * both + output)
-        if wanted <= 0:
-            wanted = sum(_energy(other, part.own) for other in changes if other is not None)
-        values.append(math.sqrt(left / wanted) if wanted > 0 else 0.0)
-    return tuple(values)
+        # The dear products, (ranks, in) by (in, in), are made once for both.
+        weighted = (both_downs @ part.own.to(both_downs)).split([mean.rank, solution.rank])
+        for candidate, rows, found in zip((mean, solution), weighted, values, strict=True):
+            output = float(((rows @ candidate.down.mT) * (candidate.up.mT @ candidate.up)).sum())
+            wanted, both = _wanted(candidate, change, part, target)
+            left = max(0.0, wanted - 2 * both + output)
+            if wanted <= 0:
+                wanted = sum(_energy(other, part.own) for other in changes if other is not None)
+            found.append(math.sqrt(left / wanted) if wanted > 0 else 0.0)
+    return tuple(values[0]), tuple(values[1])
+
+
+def _wanted(
+    candidate: LowRank, change: LowRank | None, part: InputMoments, target: TargetMoments
+) -> tuple[float, float]:
+    """‖T_i‖² and tr(T_iᵀ X̃_i ΔWᵀ)."""
+    if target.target is not None:
+        crossed = candidate.up.mT @ target.target.to(candidate.up)
+        return float(target.target_energy), float((crossed * candidate.down).sum())
+    if change is None or target.down_gram is None or part.cross is None:
+        return 0.0, 0.0
+    gram = target.down_gram.to(change.up)
+    crossed = (change.down @ part.cross.to(change.down)) @ candidate.down.mT
+    both = float(((change.up.mT @ candidate.up) * crossed).sum())
+    return float((gram * (change.up.mT @ change.up)).sum()), both

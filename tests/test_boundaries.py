@@ -11,7 +11,8 @@ import iteris_core
 
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
-    *("errors", "bases", "lora", "moments", "lora_files", "solve", "lockstep", "calibration"),
+    *("errors", "bases", "lora", "moments", "lora_files", "factor", "solve", "visit", "lockstep"),
+    "calibration",
     *(
         "collector",
         "report",

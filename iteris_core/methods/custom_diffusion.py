@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..calibration import Concept
 from ..errors import IterisError, SettingsError
-from ..lockstep import Visit
 from ..lora import LowRank, factorize
 from ..report import SiteReport
+from ..visit import Visit
 from .linear import LinearSettings, average
-from .passes import micro_batches
+from .passes import Batching, micro_batches
 from .registry import Merged, Task, method
 
 
@@ -131,7 +131,7 @@ def _collect(
         )
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
-            for batch in micro_batches(stage, 1, features, size):
+            for batch in micro_batches(stage, 1, features, Batching(size)):
                 lockstep.run(batch)
     return {
         site: [torch.cat(features.found[site][concept]) for concept in range(len(task.concepts))]

@@ -7,7 +7,7 @@ once, in execution order, on inputs that already passed the solved sites: one pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ..errors import IterisError, SettingsError, SolveError
 from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
-from .passes import micro_batches, sweep_pass
+from .passes import Batching, micro_batches, sweep_pass
 from .polish import polish
 from .registry import Merged, Task, method
 from .repair import add_repairs
@@ -33,10 +33,11 @@ class IterisSettings:
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
     of eq. 7. ``rank``: at most this rank per site, or the share of output energy to keep, such as
     0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
-    ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
-    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only). ``polish_steps``:
-    Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the closed form
-    alone).
+    ``row_tokens``: at most so many tokens of every row are counted, chosen at random by the
+    calibration's seed (None: all). ``statistics``: dtype of the moments. ``repair``: hold residual
+    streams too, and change sites that no LoRA changes to that end, see :mod:`.repair`
+    (``align="full"`` only). ``polish_steps``: Adam steps at ``polish_rate`` on the final output,
+    see :mod:`.polish` (0: the closed form alone).
     """
 
     align: Align = "full"
@@ -46,6 +47,7 @@ class IterisSettings:
     ridge: float = 1e-5
     rank: Rank | None = None
     micro_batch: int = 32
+    row_tokens: int | None = None
     statistics: Literal["float32", "float64"] = "float32"
     repair: bool = True
     polish_steps: int = 0
@@ -62,9 +64,10 @@ class IterisSettings:
                 raise SettingsError(
                     f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}."
                 )
-        for name in ("iterations", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("iterations", "micro_batch", "row_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be at least 1, not {value}.")
         check_rank(self.rank)
         if self.polish_steps < 0 or not self.polish_rate > 0:
             raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
@@ -76,9 +79,9 @@ class IterisSettings:
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     added = add_repairs(task) if settings.repair and settings.align == "full" else set[str]()
-    run = _Run(task, settings)
+    run = _Run(task, settings, added)
     if settings.schedule == "sweep":
-        sweep_pass(task, run.visitor_and_solve, settings.micro_batch)
+        sweep_pass(task, run.visitor_and_solve, run.batching)
     else:
         run.jacobi()
     check_complete(task, run.solutions)
@@ -111,8 +114,8 @@ def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
     return SiteReport(
         solution.change.rank,
         solution.balance,
-        () if repair else solution.before,
-        () if repair else solution.after,
+        solution.before,
+        solution.after,
         solution.condition,
         solution.truncated,
         repair,
@@ -120,9 +123,11 @@ def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
 
 
 class _Run:
-    def __init__(self, task: Task, settings: IterisSettings) -> None:
+    def __init__(self, task: Task, settings: IterisSettings, repairs: Set[str]) -> None:
         self.task = task
         self.settings = settings
+        self.repairs = repairs
+        self.batching = Batching(settings.micro_batch, settings.row_tokens, task.calibration.seed)
         self.solutions: dict[str, Solution] = {}
 
     def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
@@ -148,8 +153,7 @@ class _Run:
                 for stage in host.stages(samples, wanted):
                     task.rows = max(task.rows, len(stage.owners))
                     collector = self._collector()
-                    size = self.settings.micro_batch
-                    for batch in micro_batches(stage, copies, collector, size):
+                    for batch in micro_batches(stage, copies, collector, self.batching):
                         lockstep.run(batch)
                         task.tick("iterations", iteration, iterations)
                     for site in collector.sites:
@@ -164,6 +168,7 @@ class _Run:
         return Collector(
             self.task.references,
             full=self.settings.align == "full",
+            balance=self.settings.balance,
             dtype=getattr(torch, self.settings.statistics),
         )
 
@@ -179,6 +184,7 @@ class _Run:
                 balance=settings.balance,
                 ridge=settings.ridge,
                 rank=settings.rank,
+                residuals=site not in self.repairs,
             )
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error

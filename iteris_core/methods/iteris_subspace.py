@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..lockstep import Visit
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
+from ..visit import Visit
 from .iteris import check_complete
-from .passes import sweep_pass
+from .passes import Batching, sweep_pass
 from .registry import Merged, Task, method
 
 
@@ -62,7 +62,7 @@ def iteris_subspace(task: Task, settings: IterisSubspaceSettings) -> Merged:
 
         return subspace, solve
 
-    sweep_pass(task, visitor_and_solve, settings.micro_batch)
+    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch))
     check_complete(task, merged)
     return merged
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..hosts import Stage
 from ..lockstep import MicroBatch, Visitor
 from ..lora import LowRank
+from ..visit import TokenChoice
 from .registry import Task
 
 
+@dataclass(frozen=True)
+class Batching:
+    """``rows`` a forward; at most ``row_tokens`` tokens of each row in the moments (None: all)."""
+
+    rows: int
+    row_tokens: int | None = None
+    seed: int = 0
+
+
 def micro_batches(
-    stage: Stage, copies: int, visitor: Visitor | None, size: int
+    stage: Stage, copies: int, visitor: Visitor | None, batching: Batching
 ) -> Iterator[MicroBatch]:
-    """The rows of a stage in order, at most ``size`` at a time."""
+    """The rows of a stage in order, ``batching.rows`` at a time."""
+    size, limit = batching.rows, batching.row_tokens
     for start in range(0, len(stage.owners), size):
         rows = range(start, min(start + size, len(stage.owners)))
 
@@ -26,10 +38,13 @@ def micro_batches(
             return stage.mask(site, rows) if stage.mask is not None else None
 
         owners = [stage.owners[row] for row in rows]
-        yield MicroBatch(run, owners, copies, visitor, mask_of=mask_of, stage=stage.name)
+        choice = None if limit is None else TokenChoice(rows, limit, batching.seed)
+        yield MicroBatch(
+            run, owners, copies, visitor, mask_of=mask_of, stage=stage.name, choice=choice
+        )
 
 
-def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
+def reference_pass(task: Task, visitor: Visitor, batching: Batching) -> None:
     """Show ``visitor`` every site's reference rows: X with each LoRA alone active."""
     assert task.host is not None
     wanted = set(task.references)
@@ -37,14 +52,16 @@ def reference_pass(task: Task, visitor: Visitor, size: int) -> None:
         samples = task.samples(lockstep)
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
-            batches = list(micro_batches(stage, 1, visitor, size))
+            batches = list(micro_batches(stage, 1, visitor, batching))
             for done, batch in enumerate(batches, 1):
                 lockstep.run(batch)
                 task.tick(f"features of the {stage.name}", done, len(batches))
 
 
 def sweep_pass(
-    task: Task, make_visitor: Callable[[], tuple[Visitor, Callable[[str], LowRank]]], size: int
+    task: Task,
+    make_visitor: Callable[[], tuple[Visitor, Callable[[str], LowRank]]],
+    batching: Batching,
 ) -> None:
     """Solve every site in execution order; ``make_visitor`` gives each stage a visitor and a solve
     that is called once all rows have shown a site (DESIGN 3.5 and 3.6)."""
@@ -65,4 +82,4 @@ def sweep_pass(
                 task.tick("solving sites", solved, total)
                 return change
 
-            lockstep.sweep(list(micro_batches(stage, 2, visitor, size)), counted)
+            lockstep.sweep(list(micro_batches(stage, 2, visitor, batching)), counted)

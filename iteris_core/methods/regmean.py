@@ -18,7 +18,7 @@ from ..lora import LowRank, Rank, check_rank
 from ..moments import InputMoments, SharedInputs
 from ..solve import Solution, solve_site
 from .iteris import check_complete, site_report
-from .passes import reference_pass, sweep_pass
+from .passes import Batching, reference_pass, sweep_pass
 from .registry import Merged, Task, method
 
 
@@ -43,7 +43,7 @@ class RegMeanSettings:
 def regmean(task: Task, settings: RegMeanSettings) -> Merged:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
     collector = Collector(task.references, full=False)
-    reference_pass(task, collector, settings.micro_batch)
+    reference_pass(task, collector, Batching(settings.micro_batch))
     solved = {site: _solve(task, site, collector.take(site), settings) for site in collector.sites}
     check_complete(task, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
@@ -63,7 +63,7 @@ def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
 
         return collector, solve
 
-    sweep_pass(task, visitor_and_solve, settings.micro_batch)
+    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch))
     check_complete(task, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
 

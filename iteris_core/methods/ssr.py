@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..lockstep import Visit
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
+from ..visit import Visit
 from .iteris import check_complete
-from .passes import reference_pass
+from .passes import Batching, reference_pass
 from .registry import Merged, Task, method
 
 
@@ -39,7 +39,7 @@ class SsrSettings:
 def ssr(task: Task, settings: SsrSettings) -> Merged:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
     router = _Router(task)
-    reference_pass(task, router, settings.micro_batch)
+    reference_pass(task, router, Batching(settings.micro_batch))
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
     for site, stacked in router.stacked.items():
         if site in router.grams:

@@ -1,0 +1,71 @@
+"""Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.methods.iteris import IterisSettings
+from iteris_core.methods.passes import Batching, micro_batches
+from iteris_core.methods.registry import Task
+
+from .models import (
+    prompt_concepts,
+    sd15_host,
+    t5_host,
+    text_concepts,
+    toybox_concepts,
+    toybox_host,
+)
+
+
+def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibration) -> None:
+    """What no merge can do without: 2R rows through every stage, nothing collected."""
+    sites = {site: None for c in concepts if c.lora is not None for site in c.lora.sites}
+    references = {site: [None] * len(concepts) for site in sites}
+    generator = torch.Generator().manual_seed(0)
+    task = Task(host, concepts, references, calibration, generator, lambda *_: None)
+    batching = Batching(IterisSettings().micro_batch)
+    with torch.no_grad(), task.lockstep() as lockstep:
+        lockstep.close()
+        samples = task.samples(lockstep)
+        for stage in host.stages(samples, set(sites)):
+            for batch in micro_batches(stage, 2, None, batching):
+                batch.run()
+
+
+def contenders(
+    host: Any, concepts: Sequence[Concept], calibration: Calibration
+) -> dict[str, Callable[[], Any]]:
+    def merge(**settings: Any) -> Callable[[], Any]:
+        return lambda: merge_loras(host, concepts, settings=settings, calibration=calibration)
+
+    return {
+        "merge": merge(),
+        "merge without repair": merge(repair=False),
+        "bare": lambda: bare_forward(host, concepts, calibration),
+    }
+
+
+def toybox() -> dict[str, Callable[[], Any]]:
+    from toybox.demo import TEMPLATES
+
+    host = toybox_host()
+    return contenders(
+        host, toybox_concepts(host, 2), Calibration(latents="noise", templates=TEMPLATES)
+    )
+
+
+def t5_base(samples: int = 50) -> dict[str, Callable[[], Any]]:
+    host = t5_host()
+    concepts = text_concepts(host, 2, 32, samples)
+    return contenders(host, concepts, Calibration(samples=samples))
+
+
+def sd15(samples: int = 4, size: int = 64) -> dict[str, Callable[[], Any]]:
+    host = sd15_host()
+    calibration = Calibration(samples=samples, timesteps=1, latents="noise", latent_size=size)
+    return contenders(host, prompt_concepts(host, 2, 32), calibration)

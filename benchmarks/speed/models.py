@@ -1,0 +1,149 @@
+"""The bases of the speed benchmarks: full-size architectures with random weights; the toybox."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from iteris_core import Concept, Lora, LowRank
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.transformers import TransformersHost
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def sd15_host() -> DiffusersHost:
+    """Stable Diffusion 1.5's UNet (860 million weights) and text encoder, float32, random."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = string.ascii_lowercase + string.digits
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[])
+    tokenizer.model_max_length = 77
+    config = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        text_encoder = CLIPTextModel(config)
+    pipeline = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=_filled(text_encoder, config.max_position_embeddings),
+        tokenizer=tokenizer,
+        unet=_filled(unet),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return DiffusersHost(pipeline)
+
+
+def t5_host() -> TransformersHost:
+    """T5-base's architecture (223 million weights), float32, random."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
+    )
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(config)
+    return TransformersHost(_filled(model))
+
+
+def toybox_host() -> DiffusersHost:
+    import toybox
+
+    return DiffusersHost(toybox.load_pipeline())
+
+
+def _filled(model: nn.Module, positions: int = 0) -> Any:
+    """Random weights scaled by fan-in; outputs of residual branches are halved."""
+    generator = torch.Generator().manual_seed(0)
+    model = model.to_empty(device="cpu")
+    for name, weight in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf == "bias":
+            nn.init.zeros_(weight)
+        elif weight.ndim == 1:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+            if name.endswith(("out.0.weight", "net.2.weight", "conv2.weight", ".o.weight")):
+                weight.data.mul_(0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(positions)[None])
+        else:
+            buffer.zero_()
+    return model.eval().requires_grad_(False)
+
+
+def random_lora(
+    host: Any, seed: int, rank: int, select: Callable[[str], bool], size: float = 0.5
+) -> Lora:
+    generator = torch.Generator().manual_seed(seed)
+    sites: dict[str, LowRank] = {}
+    for site, module in host.sites().items():
+        if select(site):
+            fan = module.weight[0].numel()
+            down = torch.randn(rank, fan, generator=generator) * size / (fan * rank) ** 0.5
+            up = torch.randn(module.weight.shape[0], rank, generator=generator)
+            sites[site] = LowRank(up, down, tuple(module.weight.shape[2:]) or None)
+    return Lora(sites, f"lora{seed}")
+
+
+def is_attention(site: str) -> bool:
+    """The projections that diffusers' and kohya's trainers change by default."""
+    return "attn" in site and site.endswith(_ATTENTION)
+
+
+def is_query_or_value(site: str) -> bool:
+    """What peft changes in T5, and the paper did."""
+    return site.endswith((".q", ".v"))
+
+
+def prompt_concepts(host: Any, count: int, rank: int) -> list[Concept]:
+    return [
+        Concept(random_lora(host, seed, rank, is_attention), trigger=f"sks{seed}", class_word="cat")
+        for seed in range(count)
+    ]
+
+
+def text_concepts(
+    host: TransformersHost, count: int, rank: int, samples: int, tokens: int = 128
+) -> list[Concept]:
+    """``samples`` rows of ``tokens`` for the encoder and a quarter as many for the decoder."""
+    concepts: list[Concept] = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(100 + seed)
+        ids = torch.randint(2, 32000, (samples, tokens), generator=generator)
+        answers = torch.randint(2, 32000, (samples, tokens // 4), generator=generator)
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "decoder_input_ids": answers,
+        }
+        lora = random_lora(host, seed, rank, is_query_or_value)
+        concepts.append(Concept(lora, trigger=f"task{seed}", inputs=[batch]))
+    return concepts
+
+
+def toybox_concepts(host: Any, count: int) -> list[Concept]:
+    import toybox
+
+    return [
+        Concept(host.read_lora(c.lora), trigger=c.token, class_word=c.class_word)
+        for c in list(toybox.concepts().values())[:count]
+    ]

@@ -1,0 +1,103 @@
+"""The Cholesky factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), ρ_i = α ‖X̃_iᵀX̃_i‖_F, of one site or many.
+
+Everything is float64. Sites of equal width are factorised in one batch, which is what keeps a GPU
+busy when a Jacobi iteration has the moments of all sites at hand. A matrix that is not positive
+definite (``ridge=0`` and too few tokens) gets the smallest multiple of I that lets a factorisation
+through; the right-hand side answers with a pull toward the mean change, see :mod:`.solve`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import SolveError
+from .moments import Factor, InputMoments, SharedInputs
+
+_BATCH = 1 << 24  # entries of M factorised at once: 128 MiB
+
+
+def input_norms(inputs: SharedInputs) -> tuple[float, ...]:
+    """‖X̃_iᵀX̃_i‖_F of every concept. Raises :class:`SolveError` where one is not finite."""
+    norms = tuple(_norm(part) for part in inputs.concepts)
+    if not all(map(math.isfinite, norms)):
+        raise SolveError(
+            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
+        )
+    return norms
+
+
+def factorise(
+    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float
+) -> list[Factor]:
+    """The factor of every problem (inputs, λ), kept in ``inputs.factor`` for the next that asks.
+
+    Raises :class:`SolveError` when a moment is not finite or M cannot be factorised.
+    """
+    groups: dict[tuple[int, torch.device], list[tuple[SharedInputs, Sequence[float]]]] = {}
+    waiting: set[int] = set()
+    for inputs, lambdas in problems:
+        stale = inputs.factor is None or inputs.factor.key != (ridge, *lambdas)
+        if stale and id(inputs) not in waiting:
+            waiting.add(id(inputs))
+            own = inputs.concepts[0].own
+            groups.setdefault((own.shape[0], own.device), []).append((inputs, lambdas))
+    for (width, _), group in groups.items():
+        size = max(1, _BATCH // width**2)
+        for start in range(0, len(group), size):
+            _factorise_batch(group[start : start + size], ridge)
+    found: list[Factor] = []
+    for inputs, lambdas in problems:
+        if inputs.factor is None or inputs.factor.key != (ridge, *lambdas):
+            _factorise_batch([(inputs, lambdas)], ridge)
+        assert inputs.factor is not None
+        found.append(inputs.factor)
+    return found
+
+
+def _factorise_batch(
+    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float
+) -> None:
+    first = problems[0][0].concepts[0].own
+    work = torch.device("cpu") if first.device.type == "mps" else first.device
+    shape = (len(problems), *first.shape)
+    moments = torch.zeros(shape, dtype=torch.float64, device=work)
+    norms: list[tuple[float, ...]] = []
+    for moment, (inputs, lambdas) in zip(moments, problems, strict=True):
+        norms.append(input_norms(inputs))
+        for value, part, norm in zip(lambdas, inputs.concepts, norms[-1], strict=True):
+            moment.add_(part.own.to(work), alpha=value)
+            moment.diagonal().add_(value * ridge * norm)
+    traces: list[float] = moments.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+    factors, infos = torch.linalg.cholesky_ex(moments)
+    for index, (inputs, lambdas) in enumerate(problems):
+        key = (ridge, *lambdas)
+        chol: Tensor | None = factors[index]
+        jitter = 0.0
+        if traces[index] <= 0:
+            chol = None
+        elif int(infos[index]) != 0:
+            step = torch.finfo(first.dtype).eps * traces[index] / first.shape[0]
+            chol, jitter = _with_jitter(moments[index], traces[index], step)
+        inputs.factor = Factor(key, chol, jitter, norms[index])
+
+
+def _with_jitter(moment: Tensor, trace: float, step: float) -> tuple[Tensor, float]:
+    jitter = 0.0
+    while True:
+        moment.diagonal().add_(step)
+        jitter += step
+        step *= 10
+        if jitter > trace:
+            raise SolveError("the normal equations cannot be factorised; raise `ridge`.")
+        chol, info = torch.linalg.cholesky_ex(moment)
+        if int(info) == 0:
+            return chol, jitter
+
+
+def _norm(part: InputMoments) -> float:
+    dtype = torch.float32 if part.own.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(part.own, dtype=dtype))
