@@ -263,7 +263,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
     from iteris_core.collector import Collector
     from iteris_core.methods import Task
-    from iteris_core.methods.passes import reference_pass
+    from iteris_core.methods.passes import Batching, reference_pass
 
     torch.manual_seed(0)
     model, targets = make()
@@ -280,7 +280,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     }
     task = Task(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
     collector = Collector(references, full=True)
-    reference_pass(task, collector, 8)
+    reference_pass(task, collector, Batching(8))
     moments = {site: collector.take(site) for site in collector.sites}
     assert set(moments) == set(references)
     for index, folder in enumerate(folders):
