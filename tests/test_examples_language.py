@@ -1,0 +1,23 @@
+"""The examples for models of transformers run on what is in the repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"), [("flan_t5_two_tasks", "Merged 2"), ("blip_two_styles", "grumbling: a")]
+)
+def test_an_example_writes_an_adapter(name, said, tmp_path):
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", "-o", tmp_path / "merged"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert (tmp_path / "merged" / "adapter_model.safetensors").is_file()
