@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence, Set
@@ -22,6 +23,7 @@ from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec, read_metadata
 
 _ROWS = 32
+_log = logging.getLogger(__name__)
 
 
 class LoraModel(dict[str, Tensor]):
@@ -57,7 +59,7 @@ def merge_on(
                 torch.no_grad(),
                 _RememberingHost(model, clip, (*specs, calibration), rows) as host,
             ):
-                return merge_loras(
+                result = merge_loras(
                     host,
                     [spec.read(host) for spec in specs],
                     method,
@@ -65,6 +67,8 @@ def merge_on(
                     calibration=calibration,
                     on_progress=on_progress,
                 )
+                _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
+                return result
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -111,6 +115,7 @@ class _RememberingHost(ComfyHost):
         self._lockstep = lockstep
         kept = _RememberingHost._last
         if kept is None or kept[0] != key:
+            _log.info("IterIS: making latents")
             kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
             _RememberingHost._last = kept
         return kept[1]

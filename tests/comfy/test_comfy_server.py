@@ -122,6 +122,26 @@ def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
     assert "rank 3" in again["report"]["text"][0]
 
 
+def test_file_name_and_rank_do_not_start_over(client: Client, models: Path) -> None:
+    """By ComfyUI's cache a new file name does not merge again. Another rank does not make latents
+    again; the sweep runs again, since later layers adapt to what is cut off."""
+
+    def counts() -> tuple[int, int]:
+        log = (models / "server.log").read_text()
+        return log.count("IterIS: making latents"), log.count("IterIS: merged with")
+
+    graph = thin_graph(samples=2)
+    name = saved_name(client.run(graph))
+    latents, merges = counts()
+    assert latents
+    graph["save"]["inputs"]["filename_prefix"] = "iteris/other"
+    assert saved_name(client.run(graph)) != name
+    assert counts() == (latents, merges)
+    graph["merge"]["inputs"]["rank"] = 2
+    client.run(graph)
+    assert counts() == (latents, merges + 1)
+
+
 def test_interrupt_leaves_the_base_as_it_was(client: Client) -> None:
     graph = {
         "base": node("CheckpointLoaderSimple", ckpt_name="thin.safetensors"),
