@@ -2,7 +2,8 @@
 
 ``python benchmarks/quality.py`` writes ``benchmarks/results/quality.json``; QUICK=1 takes a part of
 the sets and methods. Results are kept in ``build/quality.jsonl`` as they come, so that a run that
-was stopped goes on; delete that file to start over.
+was stopped goes on; delete that file to start over. ``benchmarks/results/quality_runs.jsonl`` holds
+the runs behind the published figures; copied to ``build/quality.jsonl`` it spares them.
 
 Each rival is tuned on two pairs that are not reported, on a grid of at most six settings around its
 best published one (``--tune`` does it again, in an hour or more; ``TUNED`` keeps what it found);
