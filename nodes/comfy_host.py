@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..iteris_core.calibration import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts import Stage, Tick
-from ..iteris_core.hosts.streams import unet_streams
+from ..iteris_core.hosts.streams import clip_streams, unet_streams
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
@@ -119,9 +119,13 @@ class ComfyHost:
         )
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        if not _needs_denoiser(sites):
-            return {}
-        return unet_streams(self.model.model.diffusion_model, self._found.modules)
+        modules = self._found.modules
+        encoders = {_component(site) for site in sites if site.startswith("text_encoder")}
+        texts = clip_streams(self.clip.cond_stage_model, modules) if encoders else {}
+        streams = {site: norm for site, norm in texts.items() if _component(site) in encoders}
+        if _needs_denoiser(sites):
+            streams |= unet_streams(self.model.model.diffusion_model, modules)
+        return streams
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
         assert self._lockstep is not None
@@ -200,3 +204,7 @@ class ComfyHost:
 
 def _needs_denoiser(sites: Set[str]) -> bool:
     return any(not site.startswith("text_encoder") for site in sites)
+
+
+def _component(site: str) -> str:
+    return site.partition(".")[0]
