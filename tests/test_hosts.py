@@ -1,0 +1,218 @@
+"""What every host has to keep to: one suite over pipelines of diffusers and models of transformers.
+
+Each case is a tiny real model with random weights. What a library makes of a merged file is held
+against the same changes added to the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bases import outputs, tiny, tiny_base
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core.errors import IterisError
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lockstep import Lockstep, MicroBatch
+
+CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3, latent_size=8, seed=3)
+PROMPTS = ["a dog", "a red dog", "s1 dog in"]
+DENOISER = {"sd1": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
+
+
+class DiffusersCase:
+    """A pipeline; LoRAs on attention, feed-forward and modulation of every component."""
+
+    def __init__(self, kind: str, dtype: torch.dtype) -> None:
+        self.kind = kind
+        self.pipeline = copy.deepcopy(tiny(kind))
+        for model in self.models():
+            model.to(dtype)
+        self.host = DiffusersHost(self.pipeline)
+        # transformers sets hooks of its own for hidden states when they are first asked for.
+        self.host.family.encode(self.pipeline, ["a"])
+
+    def models(self):
+        parts = self.pipeline.components.values()
+        return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+    @property
+    def last(self):
+        """The module whose output is the model's."""
+        return getattr(self.pipeline, DENOISER[self.kind])
+
+    def concepts(self, count: int = 2, select=None):
+        return [
+            Concept(self.lora(seed, select), prompts=PROMPTS, trigger=f"s{seed}")
+            for seed in range(1, count + 1)
+        ]
+
+    def lora(self, seed: int, select=None) -> Lora:
+        lora = random_lora(self.host, seed, 3, select or self.some, 0.4)
+        return Lora(lora.sites, lora.name, base=tiny_base(self.kind))
+
+    def some(self, site: str) -> bool:
+        parts = ("to_q", "to_v", "to_out.0", "add_k", ".ff.net.2", "proj_mlp", "v_proj", "fc2")
+        more = ("SelfAttention.v", "DenseReluDense.wo", ".norm1.linear", ".norm.linear", ".proj_out")
+        return any(part in site for part in (*parts, *more))
+
+
+CASES = ["sd1", "sdxl", "sd3", "flux"]
+
+
+def make_case(name: str, dtype: torch.dtype = torch.float32):
+    return DiffusersCase(name, dtype)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return make_case(request.param)
+
+
+@pytest.fixture(params=CASES)
+def case64(request):
+    return make_case(request.param, torch.float64)
+
+
+def difference(ours: Lora, theirs: Lora) -> float:
+    assert set(ours.sites) == set(theirs.sites)
+    return max(
+        float((ours.sites[s].dense() - c.dense()).norm() / c.dense().norm())
+        for s, c in theirs.sites.items()
+    )
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def add_to_weights(host, lora: Lora, sign: float = 1.0) -> None:
+    for site, change in lora.sites.items():
+        weight = host.sites()[site].weight
+        weight.data += sign * change.dense().reshape(weight.shape).to(weight)
+
+
+def state_of(case) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{name}": value.clone()
+        for index, model in enumerate(case.models())
+        for name, value in model.state_dict().items()
+    }
+
+
+def hooks_of(case) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for model in case.models()
+        for module in model.modules()
+    )
+
+
+def make_samples(case, concepts, sites):
+    """Rows of the host, made without LoRAs."""
+    with Lockstep(case.host.sites(), {}) as lockstep:
+        generator = torch.Generator().manual_seed(0)
+        return case.host.samples(
+            concepts, sites, CALIBRATION, lockstep, generator, lambda *_: None
+        )
+
+
+def run_stages(case, samples, sites, copies: int, lockstep) -> tuple[list[int], torch.Tensor]:
+    """Owners of the last stage's rows, and the model's output for them."""
+    found: list[torch.Tensor] = []
+    handle = case.last.register_forward_hook(
+        lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    owners: list[int] = []
+    for stage in case.host.stages(samples, sites):
+        owners = list(stage.owners)
+        rows = range(len(owners))
+        lockstep.run(MicroBatch(lambda s=stage, r=rows: s.run(r, copies), owners, copies))
+    handle.remove()
+    return owners, found[-1]
+
+
+def test_lockstep_rows_are_separate_runs(case):
+    concepts, merged = case.concepts(), case.lora(7)
+    sites = set(merged.sites)
+    samples = make_samples(case, concepts, sites)
+    references = {site: [c.lora.sites[site] for c in concepts] for site in sites}
+    with Lockstep(case.host.sites(), references) as lockstep:
+        lockstep.merged = dict(merged.sites)
+        owners, together = run_stages(case, samples, sites, 2, lockstep)
+    count = len(owners)
+    assert len(together) == 2 * count
+    changes = {0: concepts[0].lora, 1: concepts[1].lora, None: merged}
+    for owner, lora in changes.items():
+        add_to_weights(case.host, lora)
+        with Lockstep(case.host.sites(), {}) as plain:
+            _, alone = run_stages(case, samples, sites, 1, plain)
+        add_to_weights(case.host, lora, -1.0)
+        rows = [row for row in range(count) if owner in (None, owners[row])]
+        at = [row + count if owner is None else row for row in rows]
+        assert relative(together[at], alone[rows]) < 1e-5
+
+
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_a_sweep_is_the_converged_iteration(case64, align):
+    every = sorted(case64.lora(1).sites)
+    some = set(every[:: len(every) // 7])
+    concepts = case64.concepts(select=some.__contains__)
+    settings = {"align": align, "statistics": "float64", "ridge": 1e-4, "repair": False}
+    # A site depends on those before it only, so that as many iterations as sites are enough.
+    sweep, iterated = (
+        merge_loras(case64.host, concepts, settings=more, calibration=CALIBRATION)
+        for more in (
+            {**settings, "micro_batch": 5},
+            {**settings, "schedule": "jacobi", "iterations": len(some) + 1},
+        )
+    )
+    assert difference(sweep.lora, iterated.lora) < 1e-8
+
+
+def test_one_lora_alone_is_given_back(case64):
+    concepts = case64.concepts(1)
+    alone = merge_loras(
+        case64.host, concepts, settings={"statistics": "float64"}, calibration=CALIBRATION
+    )
+    assert difference(alone.lora, concepts[0].lora) < 1e-6
+
+
+def test_the_base_is_bit_identical_whatever_happens(case):
+    before, hooks = state_of(case), hooks_of(case)
+    random_state = torch.get_rng_state()
+    steps: list[str] = []
+
+    def check():
+        after = state_of(case)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert hooks_of(case) == hooks
+        assert torch.equal(torch.get_rng_state(), random_state)
+
+    def merge(concepts, stop_at: int | None = None):
+        steps.clear()
+        merge_loras(
+            case.host,
+            concepts,
+            calibration=CALIBRATION,
+            on_progress=lambda what, *_: steps.append(what),
+            should_stop=lambda: stop_at is not None and len(steps) >= stop_at,
+        )
+
+    merge(case.concepts())
+    check()
+    total = len(steps)
+    for stop_at in (1, total // 2, total - 1):
+        with pytest.raises(MergeCancelled):
+            merge(case.concepts(), stop_at)
+        check()
+    concepts = case.concepts()
+    site = list(concepts[1].lora.sites)[-2]
+    broken = dict(concepts[1].lora.sites)
+    broken[site] = LowRank(broken[site].up * float("nan"), broken[site].down)
+    with pytest.raises(IterisError, match="NaN"):
+        merge([concepts[0], Concept(Lora(broken, "broken"), prompts=PROMPTS)])
+    check()
