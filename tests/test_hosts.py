@@ -13,7 +13,7 @@ import torch
 from bases import outputs, tiny, tiny_base
 from tiny import random_lora
 
-from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lockstep import Lockstep, MicroBatch
@@ -55,8 +55,10 @@ class DiffusersCase:
         return Lora(lora.sites, lora.name, base=tiny_base(self.kind))
 
     def some(self, site: str) -> bool:
-        parts = ("to_q", "to_v", "to_out.0", "add_k", ".ff.net.2", "proj_mlp", "v_proj", "fc2")
-        more = ("SelfAttention.v", "DenseReluDense.wo", ".norm1.linear", ".norm.linear", ".proj_out")
+        parts = ("to_q", "to_v", "to_out.0", "add_k", ".ff.net.2", "proj_mlp", "v_proj", "out_proj")
+        more = ("SelfAttention.v", "DenseReluDense.wo", ".norm1.linear", ".proj_out")
+        if site == "transformer.proj_out":  # its rank is bound by its few outputs
+            return False
         return any(part in site for part in (*parts, *more))
 
 
@@ -115,9 +117,7 @@ def make_samples(case, concepts, sites):
     """Rows of the host, made without LoRAs."""
     with Lockstep(case.host.sites(), {}) as lockstep:
         generator = torch.Generator().manual_seed(0)
-        return case.host.samples(
-            concepts, sites, CALIBRATION, lockstep, generator, lambda *_: None
-        )
+        return case.host.samples(concepts, sites, CALIBRATION, lockstep, generator, lambda *_: None)
 
 
 def run_stages(case, samples, sites, copies: int, lockstep) -> tuple[list[int], torch.Tensor]:
@@ -216,3 +216,60 @@ def test_the_base_is_bit_identical_whatever_happens(case):
     with pytest.raises(IterisError, match="NaN"):
         merge([concepts[0], Concept(Lora(broken, "broken"), prompts=PROMPTS)])
     check()
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_diffusers_loads_what_was_read_and_merged(case, layout, tmp_path):
+    if case.kind in ("sd3", "flux") and layout == "kohya":
+        pytest.skip("diffusers reads no SD 3 in kohya layout, and FLUX in its own width only")
+    concepts = []
+    for seed in (1, 2):
+        # T5 LoRAs are not read by diffusers in any layout.
+        lora = case.lora(seed, lambda s: case.some(s) and "Self" not in s and "Dense" not in s)
+        path = write_lora(lora, tmp_path / f"{seed}.safetensors", layout=layout, dtype="float32")
+        concepts.append(Concept(case.host.read_lora(path), prompts=PROMPTS))
+    result = merge_loras(case.host, concepts, calibration=CALIBRATION)
+    path = result.save(tmp_path / "merged.safetensors", layout=layout, dtype="float32")
+    loaded = copy.deepcopy(tiny(case.kind))
+    loaded.load_lora_weights(path)
+    base = outputs(case.kind, case.pipeline)
+    add_to_weights(case.host, result.lora)
+    ours, theirs = outputs(case.kind, case.pipeline), outputs(case.kind, loaded)
+    for name in (n for n in ours if not is_t5(case.kind, n)):
+        assert relative(theirs[name], ours[name]) < 1e-5
+        assert relative(base[name], ours[name]) > 1e-3
+
+
+def is_t5(kind: str, name: str) -> bool:
+    return name == {"flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(kind)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_latents_are_those_of_the_pipeline_with_the_lora(case, guidance):
+    """Every step of the host's own denoising is a step of ``pipeline(prompt)``."""
+    case.pipeline.set_progress_bar_config(disable=True)
+    concept = Concept(case.lora(1), prompts=["a dog"])
+    calibration = Calibration(
+        samples=1, timesteps=4, denoising_steps=4, latent_size=8, guidance=guidance
+    )
+    references = {site: [change] for site, change in concept.lora.sites.items()}
+    with Lockstep(case.host.sites(), references) as lockstep:
+        generator = torch.Generator().manual_seed(0)
+        rows = case.host.samples(
+            [concept], set(references), calibration, lockstep, generator, lambda *_: None
+        )
+    kept: list[torch.Tensor] = []
+
+    def keep(_, __, ___, found):
+        kept.append(found["latents"].clone())
+        return {}
+
+    add_to_weights(case.host, concept.lora)
+    scale = 3.5 if case.kind == "flux" and guidance == 1 else guidance
+    more = {"max_sequence_length": 24} if case.kind in ("sd3", "flux") else {}
+    case.pipeline(
+        "a dog", height=64, width=64, num_inference_steps=4, guidance_scale=scale,
+        latents=rows.latents[:1], output_type="latent", callback_on_step_end=keep, **more,
+    )  # fmt: skip
+    for step in range(3):
+        assert relative(rows.latents[step + 1], kept[step][0]) < 1e-4
