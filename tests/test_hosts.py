@@ -156,6 +156,7 @@ def test_lockstep_rows_are_separate_runs(case):
         assert relative(together[at], alone[rows]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", ["adapter", "full"])
 def test_a_sweep_is_the_converged_iteration(case64, align):
     every = sorted(case64.lora(1).sites)
