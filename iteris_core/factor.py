@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
-from .moments import Factor, InputMoments, SharedInputs
+from .moments import Factor, InputMoments, SharedInputs, pieces
 
 _BATCH = 1 << 24  # entries of M factorised at once: 128 MiB
+_WIDE = 4097  # from here on one at a time, in place
+_BLOCK = 1024
 
 
 def input_norms(inputs: SharedInputs) -> tuple[float, ...]:
@@ -69,9 +71,14 @@ def _factorise_batch(
     for moment, (inputs, lambdas) in zip(moments, problems, strict=True):
         norms.append(input_norms(inputs))
         for value, part, norm in zip(lambdas, inputs.concepts, norms[-1], strict=True):
-            moment.add_(part.own.to(work), alpha=value)
+            for rows in pieces(part.own):  # mixed dtypes are added by way of a copy
+                moment[rows].add_(part.own[rows].to(work), alpha=value)
             moment.diagonal().add_(value * ridge * norm)
     traces: list[float] = moments.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+    if first.shape[0] >= _WIDE and traces[0] > 0 and _cholesky_in_place(moments[0]):
+        inputs, lambdas = problems[0]
+        inputs.factor = Factor((ridge, *lambdas), moments[0], 0.0, norms[0])
+        return
     factors, infos = torch.linalg.cholesky_ex(moments)
     for index, (inputs, lambdas) in enumerate(problems):
         key = (ridge, *lambdas)
@@ -98,6 +105,36 @@ def _with_jitter(moment: Tensor, trace: float, step: float) -> tuple[Tensor, flo
             return chol, jitter
 
 
+def _cholesky_in_place(moment: Tensor) -> bool:
+    """Replace a wide matrix by its lower factor, block column by block column; False, and the
+    matrix as it was, where it is not positive definite."""
+    width, diagonal = len(moment), moment.diagonal().clone()
+    for start in range(0, width, _BLOCK):
+        stop = min(start + _BLOCK, width)
+        own = slice(start, stop)
+        chol, info = torch.linalg.cholesky_ex(moment[own, own])
+        if int(info) != 0:
+            # Upper blocks are untouched yet: they and the diagonal hold the matrix.
+            moment.copy_(moment.triu(1) + moment.triu(1).mT)
+            moment.diagonal().copy_(diagonal)
+            return False
+        moment[own, own] = moment[own, own].triu(1) + chol
+        if stop < width:
+            panel = moment[stop:, own]
+            panel.copy_(torch.linalg.solve_triangular(chol.mT, panel, upper=True, left=False))
+            for at in range(0, width - stop, _BLOCK):
+                cut = slice(at, at + _BLOCK)
+                block = moment[stop + at :, stop:][:, cut]
+                rows = panel[at:]
+                lower = rows @ panel[cut].mT
+                top = min(_BLOCK, block.shape[1])
+                block[:top].sub_(lower[:top].tril())
+                block[top:].sub_(lower[top:])
+    moment.tril_()
+    return True
+
+
 def _norm(part: InputMoments) -> float:
     dtype = torch.float32 if part.own.device.type == "mps" else torch.float64
-    return float(torch.linalg.vector_norm(part.own, dtype=dtype))
+    norms = [torch.linalg.vector_norm(part.own[rows], dtype=dtype) for rows in pieces(part.own)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

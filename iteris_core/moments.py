@@ -118,6 +118,12 @@ def add_inputs(moments: InputMoments, reference: Tensor | None, merged: Tensor) 
     moments.tokens += merged.shape[0]
 
 
+def pieces(matrix: Tensor) -> list[slice]:
+    """Its rows in pieces of 16 million entries, to be taken to float64 one at a time."""
+    step = max(1, (1 << 24) // matrix.shape[1])
+    return [slice(start, start + step) for start in range(0, len(matrix), step)]
+
+
 def complete(moments: InputMoments) -> None:
     """Mirror the upper block triangle of ``own``."""
     if moments.whole:

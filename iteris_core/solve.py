@@ -33,7 +33,7 @@ from torch import Tensor
 from .errors import SolveError
 from .factor import factorise
 from .lora import LowRank, Rank, concatenate, factorize, truncate
-from .moments import Factor, InputMoments, SharedInputs, TargetMoments
+from .moments import Factor, InputMoments, SharedInputs, TargetMoments, pieces
 
 Align = Literal["adapter", "full"]
 Balance = Literal["adapter", "tokens", "full", "none"]
@@ -180,8 +180,13 @@ def _inverse(norm: float, energy: float) -> float:
 
 def _energy(change: LowRank, own: Tensor) -> float:
     """‖X̃ ΔWᵀ‖²_F from r × r products."""
-    gram = change.down @ own.to(change.down) @ change.down.mT
+    gram = _times(change.down, own) @ change.down.mT
     return float((gram * (change.up.mT @ change.up)).sum())
+
+
+def _times(left: Tensor, own: Tensor) -> Tensor:
+    """left · own in float64, without a copy of the whole of ``own``."""
+    return torch.cat([left @ own[rows].mT.to(left) for rows in pieces(own)], dim=1)
 
 
 def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) -> LowRank:
@@ -251,7 +256,7 @@ def _residuals(
     both_downs = torch.cat([mean.down, solution.down])
     for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
         # The dear products, (ranks, in) by (in, in), are made once for both.
-        weighted = (both_downs @ part.own.to(both_downs)).split([mean.rank, solution.rank])
+        weighted = _times(both_downs, part.own).split([mean.rank, solution.rank])
         for candidate, rows, found in zip((mean, solution), weighted, values, strict=True):
             output = float(((rows @ candidate.down.mT) * (candidate.up.mT @ candidate.up)).sum())
             wanted, both = _wanted(candidate, change, part, target)

@@ -79,6 +79,7 @@ def best_device() -> str:
 
 def load_base(base: str, device: str | None) -> Any:
     import torch
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -90,7 +91,7 @@ def load_base(base: str, device: str | None) -> Any:
         if base.endswith(".safetensors"):
             pipeline = StableDiffusionPipeline.from_single_file(base)
         else:
-            pipeline = StableDiffusionPipeline.from_pretrained(base, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
     except Exception as error:  # the libraries raise many kinds; the message is what helps
         raise IterisError(
             f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a "
