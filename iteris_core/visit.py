@@ -86,8 +86,12 @@ class Visit:
         length = tokens.shape[0] // (stop - start)
         chosen = self.choice.indices(length, start, stop) if self.choice is not None else None
         if self.mask is not None:
-            mask = self.mask[start:stop].reshape(-1).cpu()
-            chosen = mask.nonzero().flatten() if chosen is None else chosen[mask[chosen]]
+            mask = self.mask[start:stop].reshape(-1)
+            if chosen is None:
+                chosen = mask.nonzero().flatten()
+            else:
+                chosen = chosen.to(mask.device)
+                chosen = chosen[mask[chosen]]
         if chosen is None:
             return tokens
         return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..iteris_core.calibration import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts import Stage, Tick
-from ..iteris_core.hosts.streams import clip_streams, unet_streams
+from ..iteris_core.hosts.streams import unet_streams
+from ..iteris_core.hosts.transformers_streams import transformer_streams
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
@@ -120,9 +121,7 @@ class ComfyHost:
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self._found.modules
-        encoders = {_component(site) for site in sites if site.startswith("text_encoder")}
-        texts = clip_streams(self.clip.cond_stage_model, modules) if encoders else {}
-        streams = {site: norm for site, norm in texts.items() if _component(site) in encoders}
+        streams = transformer_streams(modules, sites, self.clip.cond_stage_model)
         if _needs_denoiser(sites):
             streams |= unet_streams(self.model.model.diffusion_model, modules)
         return streams
@@ -204,7 +203,3 @@ class ComfyHost:
 
 def _needs_denoiser(sites: Set[str]) -> bool:
     return any(not site.startswith("text_encoder") for site in sites)
-
-
-def _component(site: str) -> str:
-    return site.partition(".")[0]

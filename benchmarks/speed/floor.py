@@ -1,18 +1,19 @@
-"""Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches."""
+"""Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches.
+
+``python benchmarks/speed/floor.py [toybox|t5|sd15] [--rounds 5]`` runs the contenders in turn and
+prints the medians and ratios.
+"""
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
-
-from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.methods.iteris import IterisSettings
-from iteris_core.methods.passes import Batching, micro_batches
-from iteris_core.methods.registry import Task
-
-from .models import (
+from models import (
     prompt_concepts,
     sd15_host,
     t5_host,
@@ -20,6 +21,11 @@ from .models import (
     toybox_concepts,
     toybox_host,
 )
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.methods.iteris import IterisSettings
+from iteris_core.methods.passes import Batching, micro_batches
+from iteris_core.methods.registry import Task
 
 
 def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibration) -> None:
@@ -69,3 +75,25 @@ def sd15(samples: int = 4, size: int = 64) -> dict[str, Callable[[], Any]]:
     host = sd15_host()
     calibration = Calibration(samples=samples, timesteps=1, latents="noise", latent_size=size)
     return contenders(host, prompt_concepts(host, 2, 32), calibration)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    models = {"toybox": toybox, "t5": t5_base, "sd15": sd15}
+    parser.add_argument("model", choices=models, nargs="?", default="toybox")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    runs = models[arguments.model]()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    bare = median(seconds["bare"])
+    for name, some in seconds.items():
+        print(f"{name:22} {median(some):7.2f} s  {median(some) / bare:.2f} of the bare forward")
+
+
+if __name__ == "__main__":
+    main()

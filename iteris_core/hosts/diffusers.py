@@ -18,7 +18,8 @@ from . import Stage, Tick
 from .diffusers_families import Conditioning, family_of
 from .diffusers_lora import pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
-from .streams import clip_streams, unet_streams
+from .streams import unet_streams
+from .transformers_streams import transformer_streams
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -120,7 +121,8 @@ class DiffusersHost:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith("text_encoder"):
-                streams |= clip_streams(getattr(self.pipeline, component), self._sites)
+                encoder = getattr(self.pipeline, component)
+                streams |= transformer_streams(self._sites, sites, encoder)
         if self._needs_denoiser(sites):
             streams |= unet_streams(self.denoiser, self._sites)
         return streams

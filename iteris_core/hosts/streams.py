@@ -1,18 +1,16 @@
-"""Where UNets and CLIP text encoders add a layer's output to their residual stream.
+"""Where a UNet adds the outputs of its transformer blocks to the residual stream.
 
-diffusers' (and transformers') and ComfyUI's modules have the same names here.
+diffusers' and ComfyUI's UNets name these modules alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
 _ADDED = {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"}
 """A site within a transformer block, and the module that reads the stream it is added to."""
-
-_ADDED_IN_CLIP = {"self_attn.out_proj": "layer_norm1", "mlp.fc2": "layer_norm2"}
 
 
 def unet_streams(unet: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -20,30 +18,16 @@ def unet_streams(unet: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, n
 
     Blocks that gate or modulate what they add (adaptive norms) have none.
     """
-    blocks = [
-        block
-        for block in unet.modules()
-        if type(block).__name__ == "BasicTransformerBlock"
-        and getattr(block, "norm_type", "layer_norm") == "layer_norm"
-    ]
-    return _streams(blocks, sites, _ADDED)
-
-
-def clip_streams(encoder: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The same for a CLIP text encoder."""
-    blocks = [block for block in encoder.modules() if "CLIP" in type(block).__name__]
-    return _streams(blocks, sites, _ADDED_IN_CLIP)
-
-
-def _streams(
-    blocks: Iterable[nn.Module], sites: Mapping[str, nn.Module], added: Mapping[str, str]
-) -> dict[str, nn.Module]:
     names = {module: site for site, module in sites.items()}
     streams: dict[str, nn.Module] = {}
-    for block in blocks:
+    for block in unet.modules():
+        if type(block).__name__ != "BasicTransformerBlock":
+            continue
+        if getattr(block, "norm_type", "layer_norm") != "layer_norm":
+            continue
         parts = dict(block.named_modules())
-        for adder, reader in added.items():
-            site = names.get(parts.get(adder, nn.Identity()))
+        for added, reader in _ADDED.items():
+            site = names.get(parts.get(added, nn.Identity()))
             if site is not None and isinstance(parts.get(reader), nn.LayerNorm):
                 streams[site] = parts[reader]
     return streams
