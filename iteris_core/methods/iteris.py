@@ -44,7 +44,7 @@ class IterisSettings:
     schedule: Literal["sweep", "jacobi"] = "sweep"
     iterations: int = 10
     balance: Balance = "tokens"
-    ridge: float = 1e-6
+    ridge: float = 1e-5
     rank: Rank | None = None
     micro_batch: int = 32
     row_tokens: int | None = None
