@@ -10,63 +10,15 @@ import copy
 
 import pytest
 import torch
-from bases import outputs, tiny, tiny_base
-from tiny import random_lora
+from bases import outputs, tiny
+from host_cases import CALIBRATION, CASES, PIPELINES, PROMPTS, make_case, two_concepts
+from language_bases import MAKERS, tuned_folder
+from peft import PeftModel
 
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
 from iteris_core.errors import IterisError
-from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.peft_folder import write_adapter
 from iteris_core.lockstep import Lockstep, MicroBatch
-
-CALIBRATION = Calibration(samples=3, timesteps=2, denoising_steps=3, latent_size=8, seed=3)
-PROMPTS = ["a dog", "a red dog", "s1 dog in"]
-DENOISER = {"sd1": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
-
-
-class DiffusersCase:
-    """A pipeline; LoRAs on attention, feed-forward and modulation of every component."""
-
-    def __init__(self, kind: str, dtype: torch.dtype) -> None:
-        self.kind = kind
-        self.pipeline = copy.deepcopy(tiny(kind))
-        for model in self.models():
-            model.to(dtype)
-        self.host = DiffusersHost(self.pipeline)
-        # transformers sets hooks of its own for hidden states when they are first asked for.
-        self.host.family.encode(self.pipeline, ["a"])
-
-    def models(self):
-        parts = self.pipeline.components.values()
-        return [part for part in parts if isinstance(part, torch.nn.Module)]
-
-    @property
-    def last(self):
-        """The module whose output is the model's."""
-        return getattr(self.pipeline, DENOISER[self.kind])
-
-    def concepts(self, count: int = 2, select=None):
-        return [
-            Concept(self.lora(seed, select), prompts=PROMPTS, trigger=f"s{seed}")
-            for seed in range(1, count + 1)
-        ]
-
-    def lora(self, seed: int, select=None) -> Lora:
-        lora = random_lora(self.host, seed, 3, select or self.some, 0.4)
-        return Lora(lora.sites, lora.name, base=tiny_base(self.kind))
-
-    def some(self, site: str) -> bool:
-        parts = ("to_q", "to_v", "to_out.0", "add_k", ".ff.net.2", "proj_mlp", "v_proj", "out_proj")
-        more = ("SelfAttention.v", "DenseReluDense.wo", ".norm1.linear", ".proj_out")
-        if site == "transformer.proj_out":  # its rank is bound by its few outputs
-            return False
-        return any(part in site for part in (*parts, *more))
-
-
-CASES = ["sd1", "sdxl", "sd3", "flux"]
-
-
-def make_case(name: str, dtype: torch.dtype = torch.float32):
-    return DiffusersCase(name, dtype)
 
 
 @pytest.fixture(params=CASES)
@@ -77,6 +29,16 @@ def case(request):
 @pytest.fixture(params=CASES)
 def case64(request):
     return make_case(request.param, torch.float64)
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline_case(request):
+    return make_case(request.param)
+
+
+@pytest.fixture(params=list(MAKERS))
+def model_case(request):
+    return make_case(request.param)
 
 
 def difference(ours: Lora, theirs: Lora) -> float:
@@ -93,8 +55,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def add_to_weights(host, lora: Lora, sign: float = 1.0) -> None:
     for site, change in lora.sites.items():
-        weight = host.sites()[site].weight
-        weight.data += sign * change.dense().reshape(weight.shape).to(weight)
+        module = host.sites()[site]
+        dense = change.dense().mT if hasattr(module, "nf") else change.dense()  # GPT-2's Conv1D
+        module.weight.data += sign * dense.reshape(module.weight.shape).to(module.weight)
 
 
 def state_of(case) -> dict[str, torch.Tensor]:
@@ -123,9 +86,12 @@ def make_samples(case, concepts, sites):
 def run_stages(case, samples, sites, copies: int, lockstep) -> tuple[list[int], torch.Tensor]:
     """Owners of the last stage's rows, and the model's output for them."""
     found: list[torch.Tensor] = []
-    handle = case.last.register_forward_hook(
-        lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
-    )
+
+    def keep(_, __, output):
+        output = output[0] if isinstance(output, tuple) else output
+        found.append(getattr(output, "logits", output))
+
+    handle = case.last.register_forward_hook(keep)
     owners: list[int] = []
     for stage in case.host.stages(samples, sites):
         owners = list(stage.owners)
@@ -136,7 +102,7 @@ def run_stages(case, samples, sites, copies: int, lockstep) -> tuple[list[int], 
 
 
 def test_lockstep_rows_are_separate_runs(case):
-    concepts, merged = case.concepts(), case.lora(7)
+    concepts, merged = two_concepts(case), case.lora(7)
     sites = set(merged.sites)
     samples = make_samples(case, concepts, sites)
     references = {site: [c.lora.sites[site] for c in concepts] for site in sites}
@@ -160,8 +126,8 @@ def test_lockstep_rows_are_separate_runs(case):
 @pytest.mark.parametrize("align", ["adapter", "full"])
 def test_a_sweep_is_the_converged_iteration(case64, align):
     every = sorted(case64.lora(1).sites)
-    some = set(every[:: len(every) // 7])
-    concepts = case64.concepts(select=some.__contains__)
+    some = set(every[:: max(1, len(every) // 7)])
+    concepts = two_concepts(case64, some.__contains__)
     settings = {"align": align, "statistics": "float64", "ridge": 1e-4, "repair": False}
     # A site depends on those before it only, so that as many iterations as sites are enough.
     sweep, iterated = (
@@ -175,11 +141,14 @@ def test_a_sweep_is_the_converged_iteration(case64, align):
 
 
 def test_one_lora_alone_is_given_back(case64):
-    concepts = case64.concepts(1)
+    lora = case64.lora(1)
     alone = merge_loras(
-        case64.host, concepts, settings={"statistics": "float64"}, calibration=CALIBRATION
+        case64.host,
+        [case64.concept(lora)],
+        settings={"statistics": "float64"},
+        calibration=CALIBRATION,
     )
-    assert difference(alone.lora, concepts[0].lora) < 1e-6
+    assert difference(alone.lora, lora) < 1e-6
 
 
 def test_the_base_is_bit_identical_whatever_happens(case):
@@ -203,24 +172,25 @@ def test_the_base_is_bit_identical_whatever_happens(case):
             should_stop=lambda: stop_at is not None and len(steps) >= stop_at,
         )
 
-    merge(case.concepts())
+    merge(two_concepts(case))
     check()
     total = len(steps)
     for stop_at in (1, total // 2, total - 1):
         with pytest.raises(MergeCancelled):
-            merge(case.concepts(), stop_at)
+            merge(two_concepts(case), stop_at)
         check()
-    concepts = case.concepts()
+    concepts = two_concepts(case)
     site = list(concepts[1].lora.sites)[-2]
     broken = dict(concepts[1].lora.sites)
     broken[site] = LowRank(broken[site].up * float("nan"), broken[site].down)
     with pytest.raises(IterisError, match="NaN"):
-        merge([concepts[0], Concept(Lora(broken, "broken"), prompts=PROMPTS)])
+        merge([concepts[0], case.concept(Lora(broken, "broken"))])
     check()
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_diffusers_loads_what_was_read_and_merged(case, layout, tmp_path):
+def test_diffusers_loads_what_was_read_and_merged(pipeline_case, layout, tmp_path):
+    case = pipeline_case
     if case.kind in ("sd3", "flux") and layout == "kohya":
         pytest.skip("diffusers reads no SD 3 in kohya layout, and FLUX in its own width only")
     concepts = []
@@ -241,13 +211,29 @@ def test_diffusers_loads_what_was_read_and_merged(case, layout, tmp_path):
         assert relative(base[name], ours[name]) > 1e-3
 
 
+def test_peft_loads_what_was_read_and_merged(model_case, tmp_path):
+    case = model_case
+    concepts = []
+    for seed in (1, 2):
+        folder = tuned_folder(case.model, case.targets, tmp_path / f"{seed}", seed, r=2 + seed)
+        concepts.append(case.concept(case.host.read_lora(folder), seed))
+    result = merge_loras(case.host, concepts, calibration=CALIBRATION)
+    folder = write_adapter(result.lora, tmp_path / "merged")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(case.model), folder)
+    base, theirs = case.outputs(), case.outputs(loaded)
+    add_to_weights(case.host, result.lora)
+    assert relative(theirs, case.outputs()) < 1e-5
+    assert relative(base, theirs) > 1e-3
+
+
 def is_t5(kind: str, name: str) -> bool:
     return name == {"flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(kind)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_latents_are_those_of_the_pipeline_with_the_lora(case, guidance):
+def test_latents_are_those_of_the_pipeline_with_the_lora(pipeline_case, guidance):
     """Every step of the host's own denoising is a step of ``pipeline(prompt)``."""
+    case = pipeline_case
     case.pipeline.set_progress_bar_config(disable=True)
     concept = Concept(case.lora(1), prompts=["a dog"])
     calibration = Calibration(

@@ -104,7 +104,7 @@ def random_lora(host, seed: int, rank: int = 4, select=is_attention, size: float
     sites = {}
     for site, module in host.sites().items():
         if select(site):
-            weight = module.weight
+            weight = module.weight.mT if hasattr(module, "nf") else module.weight  # Conv1D
             down = torch.randn(rank, weight[0].numel(), generator=generator)
             up = torch.randn(weight.shape[0], rank, generator=generator)
             kernel = tuple(weight.shape[2:]) or None
