@@ -32,31 +32,13 @@ from caption_world import (
     random_picture,
     references,
 )
+from rivals import methods
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
 
 RESULTS = ROOT / "results"
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "linear": ("average", {}),
-    "task-arithmetic": ("task-arithmetic", {"scale": 0.7}),
-    "ties": ("ties", {}),
-    "dare": ("dare-linear", {"scale": 0.5}),
-    "regmean": ("regmean", {}),
-    "ssr": ("ssr", {}),
-    "iteris": ("iteris", {}),
-    "iteris-paper": (
-        "iteris",
-        {
-            "align": "adapter",
-            "schedule": "jacobi",
-            "iterations": 6,
-            "balance": "adapter",
-            "ridge": 8e-7,
-        },
-    ),
-}
-"""Name in the table → method and settings; ``iteris-paper`` is Algorithm 1 as the paper sets it."""
+METHODS = methods(iterations=6, ridge=8e-7)
 
 
 class Bench:

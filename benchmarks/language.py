@@ -3,8 +3,8 @@
     python benchmarks/language.py               the table, into results/language.json
     python benchmarks/language.py --ablations   results/language_ablations.json (tables 7 to 10)
 
-Each merge sees 50 unlabelled training texts a task. Every method has the settings that its authors
-publish (`iteris`: our defaults); none was tuned on these tasks. What was computed is kept in
+Each merge sees 50 unlabelled training texts a task, drawn anew for every seed. Every method has the
+settings that its authors publish (`iteris`: our defaults). What was computed is kept in
 build/language.jsonl, line by line, and not computed again.
 """
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from emotion import (
     ADAPTERS,
     ROOT,
@@ -34,34 +33,19 @@ from emotion import (
     predict,
     read_texts,
 )
+from rivals import methods
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.score.statistics import Stat, over_seeds
 
 RESULTS = ROOT / "results"
 CACHE = Path("build/language.jsonl")
 SAMPLES = 50
+SEEDS = {"dare": 3, "regmean": 3, "ssr": 3, "iteris": 3}
+"""Draws of what is random in a method: the texts, or DARE's entries. Others have one."""
 COMBINATIONS = [c for n in (2, 3, 4) for c in itertools.combinations(TASKS, n)]
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "linear": ("average", {}),
-    "task-arithmetic": ("task-arithmetic", {}),
-    "ties": ("ties", {}),
-    "dare": ("dare-linear", {"scale": 0.4}),
-    "regmean": ("regmean", {}),
-    "ssr": ("ssr", {}),
-    "iteris": ("iteris", {}),
-    "iteris-paper": (
-        "iteris",
-        {
-            "align": "adapter",
-            "schedule": "jacobi",
-            "iterations": 10,
-            "balance": "adapter",
-            "ridge": 1e-7,
-        },
-    ),
-}
-"""Name in the table → method and settings; ``iteris-paper`` is Algorithm 1 as the paper sets it."""
+METHODS = methods(iterations=10, ridge=1e-7)
 
 
 class Bench:
@@ -73,25 +57,29 @@ class Bench:
         self.host = TransformersHost(self.model)
         self.loras: dict[str, Lora] = {}
         self.heads = {}
-        self.calibration: dict[str, list[str]] = {}
+        self.pool: dict[str, list[str]] = {}
         self.texts: dict[str, tuple[list[str], list[int]]] = {}
         for task in TASKS.values():
             self.loras[task.name] = self.host.read_lora(ADAPTERS / task.name.lower())
             self.heads[task.name] = load_head(task).bfloat16()
-            texts, _ = read_texts(task, "train", data)
-            order = list(range(len(texts)))
-            random.Random(0).shuffle(order)
-            self.calibration[task.name] = [texts[i] for i in order[:400]]
+            self.pool[task.name] = read_texts(task, "train", data)[0]
             self.texts[task.name] = read_texts(task, "test", data)
         self.scored = copy.deepcopy(self.model).bfloat16()  # a quarter of the time
         self.rows = _read_cache()
 
     def merge(
-        self, names: Sequence[str], method: str, settings: Mapping[str, Any], samples: int
+        self,
+        names: Sequence[str],
+        method: str,
+        settings: Mapping[str, Any],
+        samples: int,
+        seed: int,
     ) -> Lora:
         concepts = []
         for name in names:
-            texts = self.calibration[name][:samples]
+            order = list(range(len(self.pool[name])))
+            random.Random(seed).shuffle(order)
+            texts = [self.pool[name][i] for i in order[:samples]]
             inputs = [batch for _, batch in batches(self.tokenizer, texts, 16)]
             concepts.append(Concept(self.loras[name], trigger=name, inputs=inputs))
         found = merge_loras(
@@ -99,7 +87,7 @@ class Bench:
             concepts,
             method,
             settings=dict(settings),
-            calibration=Calibration(samples=samples),
+            calibration=Calibration(samples=samples, seed=seed),
         )
         return found.lora
 
@@ -126,13 +114,14 @@ class Bench:
         settings: Mapping[str, Any] | None = None,
         *,
         samples: int = SAMPLES,
+        seed: int = 0,
     ) -> dict[str, float]:
         """F1 of each task after a merge of ``names``; from the cache if it is there."""
         kind, own = METHODS[method]
         settings = {**own, **(settings or {})}
-        key = json.dumps([list(names), kind, settings, samples, "test"], sort_keys=True)
+        key = json.dumps([list(names), kind, settings, samples, seed], sort_keys=True)
         if key not in self.rows:
-            self.keep(key, self.score(self.merge(names, kind, settings, samples), names))
+            self.keep(key, self.score(self.merge(names, kind, settings, samples, seed), names))
         return self.rows[key]
 
     def alone(self, name: str) -> float:
@@ -158,35 +147,34 @@ def _read_cache() -> dict[str, dict[str, float]]:
 
 def table(bench: Bench, methods: Sequence[str]) -> dict[str, Any]:
     """Means over the combinations that a task takes part in, and their sum, as in table 3."""
-    rows = {
-        method: {combination: bench.row(combination, method) for combination in COMBINATIONS}
-        for method in methods
-    }
-    tasks = {
-        method: {
-            task: round(fmean(f1[task] for names, f1 in found.items() if task in names), 4)
-            for task in TASKS
-        }
-        for method, found in rows.items()
-    }
-    alone = {task: round(bench.alone(task), 4) for task in TASKS}
+    sums: dict[str, Stat] = {}
+    tasks: dict[str, dict[str, float]] = {"alone": {task: bench.alone(task) for task in TASKS}}
+    combinations: dict[str, dict[str, dict[str, float]]] = {"/".join(c): {} for c in COMBINATIONS}
+    for method in methods:
+        seeds = range(SEEDS.get(method, 1))
+        runs = [{c: bench.row(c, method, seed=seed) for c in COMBINATIONS} for seed in seeds]
+        means = [
+            {t: fmean(f1[t] for c, f1 in run.items() if t in c) for t in TASKS} for run in runs
+        ]
+        sums[method] = over_seeds([sum(mean.values()) for mean in means], seeds)
+        tasks[method] = {task: fmean(mean[task] for mean in means) for task in TASKS}
+        for c in COMBINATIONS:
+            combinations["/".join(c)][method] = {t: fmean(run[c][t] for run in runs) for t in c}
     return {
-        "sum": {
-            "alone": round(sum(alone.values()), 4),
-            **{method: round(sum(found.values()), 4) for method, found in tasks.items()},
-        },
-        "tasks": {"alone": alone, **tasks},
-        "combinations": {
-            "/".join(names): {
-                method: {task: round(f1, 4) for task, f1 in rows[method][names].items()}
-                for method in methods
-            }
-            for names in COMBINATIONS
-        },
+        "sum": {"alone": sum(tasks["alone"].values()), **{m: s.mean for m, s in sums.items()}},
+        "standard_error": {m: s.se for m, s in sums.items() if m in SEEDS},
+        "tasks": tasks,
+        "combinations": combinations,
         "settings": {method: METHODS[method][1] for method in methods},
         "samples": SAMPLES,
         "texts": {task: len(bench.texts[task][0]) for task in TASKS},
     }
+
+
+def rounded(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: rounded(value) for name, value in found.items()}
+    return round(found, 4) if isinstance(found, float) and found > 1e-3 else found
 
 
 def ablations(bench: Bench) -> dict[str, Any]:
@@ -230,9 +218,10 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     arguments = parser.parse_args()
     bench = Bench(arguments.data)
-    methods = arguments.methods.split(",")
-    torch.manual_seed(0)
-    found = ablations(bench) if arguments.ablations else table(bench, methods)
+    if arguments.ablations:
+        found = rounded(ablations(bench))
+    else:
+        found = rounded(table(bench, arguments.methods.split(",")))
     name = "language_ablations.json" if arguments.ablations else "language.json"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
