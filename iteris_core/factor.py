@@ -1,9 +1,10 @@
 """The Cholesky factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), ρ_i = α ‖X̃_iᵀX̃_i‖_F, of one site or many.
 
-Everything is float64. Sites of equal width are factorised in one batch, which is what keeps a GPU
-busy when a Jacobi iteration has the moments of all sites at hand. A matrix that is not positive
-definite (``ridge=0`` and too few tokens) gets the smallest multiple of I that lets a factorisation
-through; the right-hand side answers with a pull toward the mean change, see :mod:`.solve`.
+With ``shrink`` off-diagonal entries of X̃_iᵀX̃_i are multiplied by it. Everything is float64. Sites
+of equal width are factorised in one batch, which is what keeps a GPU busy when a Jacobi iteration
+has the moments of all sites at hand. A matrix that is not positive definite (``ridge=0`` and too
+few tokens) gets the smallest multiple of I that lets a factorisation through; the right-hand side
+answers with a pull toward the mean change, see :mod:`.solve`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def input_norms(inputs: SharedInputs) -> tuple[float, ...]:
 
 
 def factorise(
-    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float
+    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float, shrink: float = 1.0
 ) -> list[Factor]:
     """The factor of every problem (inputs, λ), kept in ``inputs.factor`` for the next that asks.
 
@@ -42,7 +43,7 @@ def factorise(
     groups: dict[tuple[int, torch.device], list[tuple[SharedInputs, Sequence[float]]]] = {}
     waiting: set[int] = set()
     for inputs, lambdas in problems:
-        stale = inputs.factor is None or inputs.factor.key != (ridge, *lambdas)
+        stale = inputs.factor is None or inputs.factor.key != (ridge, shrink, *lambdas)
         if stale and id(inputs) not in waiting:
             waiting.add(id(inputs))
             own = inputs.concepts[0].own
@@ -50,18 +51,18 @@ def factorise(
     for (width, _), group in groups.items():
         size = max(1, _BATCH // width**2)
         for start in range(0, len(group), size):
-            _factorise_batch(group[start : start + size], ridge)
+            _factorise_batch(group[start : start + size], ridge, shrink)
     found: list[Factor] = []
     for inputs, lambdas in problems:
-        if inputs.factor is None or inputs.factor.key != (ridge, *lambdas):
-            _factorise_batch([(inputs, lambdas)], ridge)
+        if inputs.factor is None or inputs.factor.key != (ridge, shrink, *lambdas):
+            _factorise_batch([(inputs, lambdas)], ridge, shrink)
         assert inputs.factor is not None
         found.append(inputs.factor)
     return found
 
 
 def _factorise_batch(
-    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float
+    problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float, shrink: float
 ) -> None:
     first = problems[0][0].concepts[0].own
     work = torch.device("cpu") if first.device.type == "mps" else first.device
@@ -70,18 +71,22 @@ def _factorise_batch(
     norms: list[tuple[float, ...]] = []
     for moment, (inputs, lambdas) in zip(moments, problems, strict=True):
         norms.append(input_norms(inputs))
-        for value, part, norm in zip(lambdas, inputs.concepts, norms[-1], strict=True):
+        for value, part in zip(lambdas, inputs.concepts, strict=True):
             for rows in pieces(part.own):  # mixed dtypes are added by way of a copy
                 moment[rows].add_(part.own[rows].to(work), alpha=value)
+        if shrink != 1:
+            diagonal = moment.diagonal().clone()
+            moment.mul_(shrink).diagonal().copy_(diagonal)
+        for value, norm in zip(lambdas, norms[-1], strict=True):
             moment.diagonal().add_(value * ridge * norm)
     traces: list[float] = moments.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
     if first.shape[0] >= _WIDE and traces[0] > 0 and _cholesky_in_place(moments[0]):
         inputs, lambdas = problems[0]
-        inputs.factor = Factor((ridge, *lambdas), moments[0], 0.0, norms[0])
+        inputs.factor = Factor((ridge, shrink, *lambdas), moments[0], 0.0, norms[0])
         return
     factors, infos = torch.linalg.cholesky_ex(moments)
     for index, (inputs, lambdas) in enumerate(problems):
-        key = (ridge, *lambdas)
+        key = (ridge, shrink, *lambdas)
         chol: Tensor | None = factors[index]
         jitter = 0.0
         if traces[index] <= 0:

@@ -14,6 +14,11 @@ where ρ_i = α ‖X̃_iᵀX̃_i‖_F. The two objectives differ in the target T
     is ρ_i on both sides, so that it pulls toward ΔW_i. ΔW is dense, and is truncated in the metric
     of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
 
+Where tokens are few a second pull, per feature, keeps the fit from following the sample: with
+``shrink`` s the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and
+T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i). That is a ridge of (1 − s) / s times each
+feature's own energy, toward ΔW_i.
+
 Precondition: moments are finite. M is made positive definite by the ridge; where it is not
 (``ridge=0`` and too few tokens) the smallest pull toward the mean change that lets a Cholesky
 factorisation through is added. Everything is float64. An equivalent for one concept, without the
@@ -66,6 +71,7 @@ def solve_site(
     align: Align,
     balance: Balance,
     ridge: float,
+    shrink: float = 1.0,
     rank: Rank | None,
     residuals: bool = True,
 ) -> Solution:
@@ -87,7 +93,7 @@ def solve_site(
 
     _check_finite(targets)
     lambdas = _balance(wide, inputs, targets, weights, balance)
-    (factor,) = factorise([(inputs, lambdas)], ridge)
+    (factor,) = factorise([(inputs, lambdas)], ridge, shrink)
     chol = factor.cholesky
     mean = _mean_change(wide, weights)
     lost, condition = 0.0, math.inf
@@ -96,11 +102,11 @@ def solve_site(
         if exact.rank > rank:
             exact, lost = truncate(exact, rank)
     elif align == "adapter":
-        exact = _solve_adapter(wide, inputs, lambdas, weights, factor, ridge)
+        exact = _solve_adapter(wide, inputs, lambdas, weights, factor, ridge, shrink)
         if exact.rank > rank:
             exact, lost = truncate(exact, rank, chol)
     else:
-        right = _full_right_side(wide, targets, lambdas, factor, ridge)
+        right = _full_right_side(wide, inputs, targets, lambdas, factor, ridge, shrink)
         if factor.jitter:
             right += factor.jitter * mean.dense()
         weighted = torch.linalg.solve_triangular(chol.mT, right, upper=True, left=False)
@@ -207,6 +213,7 @@ def _solve_adapter(
     weights: Sequence[float],
     factor: Factor,
     ridge: float,
+    shrink: float,
 ) -> LowRank:
     assert factor.cholesky is not None
     rows: list[Tensor] = []
@@ -218,7 +225,8 @@ def _solve_adapter(
         assert part.cross is not None
         cross = part.cross.to(change.down)
         pull = value * ridge * cross.norm() + factor.jitter * weight / sum(weights)
-        rows.append(value * (change.down @ cross) + pull * change.down)
+        product = shrink * (change.down @ cross) + (1 - shrink) * change.down * cross.diagonal()
+        rows.append(value * product + pull * change.down)
         ups.append(change.up)
         kernel = change.kernel
     down = torch.cholesky_solve(torch.cat(rows).mT, factor.cholesky).mT
@@ -227,18 +235,23 @@ def _solve_adapter(
 
 def _full_right_side(
     changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
     targets: Sequence[TargetMoments],
     lambdas: Sequence[float],
     factor: Factor,
     ridge: float,
+    shrink: float,
 ) -> Tensor:
     first = next(change for change in changes if change is not None)
     right = torch.zeros(first.shape, dtype=torch.float64, device=first.up.device)
-    for change, norm, target, value in zip(changes, factor.norms, targets, lambdas, strict=True):
+    for change, part, norm, target, value in zip(
+        changes, inputs.concepts, factor.norms, targets, lambdas, strict=True
+    ):
         assert target.target is not None
-        right.add_(target.target.to(right.device), alpha=value)
+        right.add_(target.target.to(right.device), alpha=value * shrink)
         if change is not None:
-            right.addmm_(change.up, change.down, alpha=value * ridge * norm)
+            pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(change.down)
+            right.addmm_(change.up, change.down * pull, alpha=value)
     return right
 
 

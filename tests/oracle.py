@@ -150,7 +150,9 @@ def balance_weight(kind, change, x, full_output):
 
 
 @torch.no_grad()
-def jacobi(model, loras, data, *, iterations, align, ridge, balance, rank=None, weights=None):
+def jacobi(
+    model, loras, data, *, iterations, align, ridge, balance, rank=None, weights=None, shrink=1.0
+):
     """Algorithm 1: solve all sites from the last merged model's inputs, ``iterations`` times."""
     deltas = [dense_changes(lora) for lora in loras]
     weights = weights or [1.0] * len(loras)
@@ -172,12 +174,14 @@ def jacobi(model, loras, data, *, iterations, align, ridge, balance, rank=None, 
                 lam = weight * balance_weight(balance, change, x, full)
                 own, cross = xt.mT @ xt, x.mT @ xt
                 eye = torch.eye(len(own), dtype=torch.float64)
-                left += lam * (own + ridge * own.norm() * eye)
+                pull = (1 - shrink) * own.diag().diag() + ridge * own.norm() * eye
+                left += lam * (shrink * own + pull)
                 if align == "adapter":
-                    right += lam * change @ (cross + ridge * cross.norm() * eye)
+                    pull = (1 - shrink) * cross.diag().diag() + ridge * cross.norm() * eye
+                    right += lam * change @ (shrink * cross + pull)
                 else:
                     target = (w0 + change) @ cross - w0 @ own
-                    right += lam * (target + ridge * own.norm() * change)
+                    right += lam * (shrink * target + change @ pull)
             solution = right @ torch.linalg.inv(left)
             if rank is not None:
                 solution = truncated(solution, left, rank)

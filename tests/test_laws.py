@@ -63,6 +63,23 @@ def test_jacobi_is_the_papers_dense_algorithm(align, iterations, balance):
     assert difference(ours.lora, dense) < 1e-9
 
 
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_shrink_is_a_pull_by_each_features_energy(align):
+    loras = [make_lora(1), make_lora(2, rank=3)]
+    data = make_data(2)
+    settings = {"align": align, "balance": "tokens", "ridge": 1e-4, "shrink": 0.6}
+    ours = merge(loras, data, schedule="jacobi", iterations=3, rank=WIDE, **settings)
+    dense = jacobi(Net(), loras, data, iterations=3, **settings)
+    assert difference(ours.lora, dense) < 1e-9
+    # At the other end no feature speaks for another: a mean of the changes, weighted per feature.
+    ours = merge(loras, data, align=align, shrink=1e-12, ridge=0.0, schedule="jacobi", iterations=1)
+    first = SITES[0]
+    energies = [(x.reshape(-1, x.shape[-1]) ** 2).mean(0) for x in data]
+    total = sum(lora.sites[first].dense() * e for lora, e in zip(loras, energies, strict=True))
+    wanted = total / sum(energies)
+    assert torch.allclose(ours.lora.sites[first].dense(), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("align", ["adapter", "full"])
 def test_sweep_is_the_converged_jacobi_iteration(align, rank):

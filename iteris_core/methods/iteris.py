@@ -31,7 +31,9 @@ class IterisSettings:
     ``align``: what a site's output is held against, see :mod:`..solve`. ``schedule``: one sweep or
     ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
-    of eq. 7. ``rank``: at most this rank per site, or the share of output energy to keep, such as
+    of eq. 7. ``shrink``: what off-diagonal entries of the moments are multiplied by, see
+    :mod:`..solve` (1: nothing; less where a concept has not many more tokens than a site has
+    inputs). ``rank``: at most this rank per site, or the share of output energy to keep, such as
     0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
     ``row_tokens``: at most so many tokens of every row are counted, chosen at random by the
     calibration's seed (None: all). ``statistics``: dtype of the moments. ``repair``: hold residual
@@ -45,6 +47,7 @@ class IterisSettings:
     iterations: int = 10
     balance: Balance = "tokens"
     ridge: float = 1e-5
+    shrink: float = 1.0
     rank: Rank | None = None
     micro_batch: int = 32
     row_tokens: int | None = None
@@ -73,6 +76,8 @@ class IterisSettings:
             raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
         if not 0 <= self.ridge < 1:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
+        if not 0 < self.shrink <= 1:
+            raise SettingsError(f"shrink must be in (0, 1], not {self.shrink}.")
 
 
 @method("iteris", IterisSettings, needs_host=True)
@@ -183,6 +188,7 @@ class _Run:
                 align=settings.align,
                 balance=settings.balance,
                 ridge=settings.ridge,
+                shrink=settings.shrink,
                 rank=settings.rank,
                 residuals=site not in self.repairs,
             )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from ..collector import Collector, SiteMoments
 from ..errors import SettingsError
 from ..lora import LowRank, Rank, check_rank
@@ -69,18 +67,16 @@ def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
 
 
 def _solve(task: Task, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
-    """The adapter objective with X = X̃: both moments are the shrunk G_i."""
-    shrunk: list[InputMoments] = []
-    for part in moments.shared.concepts:
-        gram = settings.shrink * part.own + (1 - settings.shrink) * torch.diag(part.own.diagonal())
-        shrunk.append(InputMoments(gram, gram, part.tokens))
+    """The adapter objective with X = X̃: both moments are G_i."""
+    inputs = [InputMoments(part.own, part.own, part.tokens) for part in moments.shared.concepts]
     return solve_site(
         task.references[site],
-        SharedInputs(shrunk),
+        SharedInputs(inputs),
         moments.targets,
         task.weights,
         align="adapter",
         balance="none",
         ridge=0.0,
+        shrink=settings.shrink,
         rank=settings.rank,
     )
