@@ -8,9 +8,9 @@ loaders which lose alpha are right as well.
 
 In kohya layout a UNet and a text encoder have one alpha each, since diffusers loses alphas that
 differ from site to site: smaller ranks are scaled by a power of two or filled up with zeros. And
-where a text encoder has neither ``out_proj`` nor MLP sites (in peft layout: no attention) it gets
-one pair of zero factors for ``out_proj``, since diffusers recognises layouts by it. Zeros change
-nothing.
+where a text encoder has attention sites without any ``out_proj`` (in peft layout: no attention) it
+gets one pair of zero factors for ``out_proj``, since diffusers recognises layouts by it. Zeros
+change nothing.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _even_out(modules: Mapping[str, Stored]) -> dict[str, Stored]:
 def _recognisable(text: Mapping[str, Stored]) -> dict[str, Stored]:
     """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
     attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
-    if not attention or any(n.endswith(("_out_proj", "_fc1", "_fc2")) for n in text):
+    if not attention or any(name.endswith("_out_proj") for name in text):
         return {}
     like = text[attention[0]]
     zeros = torch.zeros(like.down.shape[1], like.rank, dtype=like.up.dtype)
@@ -252,14 +252,17 @@ def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:
         ranks = [module.rank for module in modules.values()]
         common = max(set(ranks), key=ranks.count)
         alphas = {name: module.scale * module.rank for name, module in modules.items()}
+        # Patterns fit the ends of names: FLUX's ``proj_out`` would be every block's without a mark.
+        # Text encoders go without, since there a ``text_model.`` may come before.
+        mark = "" if component.startswith("text") else "^"
         config[f"{component}.r"] = common
         config[f"{component}.lora_alpha"] = common
         config[f"{component}.target_modules"] = sorted(modules)
         config[f"{component}.rank_pattern"] = {
-            name: module.rank for name, module in modules.items() if module.rank != common
+            mark + name: module.rank for name, module in modules.items() if module.rank != common
         }
         config[f"{component}.alpha_pattern"] = {
-            name: alpha for name, alpha in alphas.items() if alpha != common
+            mark + name: alpha for name, alpha in alphas.items() if alpha != common
         }
     return config
 
