@@ -151,7 +151,7 @@ class ComfySites:
         patcher = self._model if _in_denoiser(key) else self._clip.patcher
         (weight, convert), *patches = patcher.get_key_patches(key)[key]
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
-        return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key)
+        return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key).detach()
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -36,14 +36,16 @@ def configured_scale(path: Path, config: Mapping[str, Any], module: str, rank: i
     """alpha / rank, or alpha / √rank for rsLoRA; the first pattern that fits decides alpha.
 
     A pattern is a regular expression for the end of a module's name, as in peft
-    (``peft.utils.other.get_pattern_key``).
+    (``peft.utils.other.get_pattern_key``). Names of a text encoder may have ``text_model.`` in
+    front of them or not, as the writer's transformers had it.
     """
+    names = {module, module.removeprefix("text_model."), f"text_model.{module}"}
     alpha = config["lora_alpha"]
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise LoraFileError(f"{path}: alpha_pattern in lora_adapter_metadata is not a table.")
     for pattern, value in patterns.items():
-        if _fits(path, pattern, module):
+        if any(_fits(path, pattern, name) for name in names):
             alpha = value
             break
     try:

@@ -30,7 +30,8 @@ def layout_of(key: str) -> str:
     for prefixes, name in _LAYOUTS:
         if key.startswith(prefixes):
             return name
-    if "_lora" in key and ".processor." in key and "_blocks." in key and "double" in key:
+    original = any(f"{part}_blocks." in key for part in ("double", "single", "joint"))
+    if original and ".processor." in key:
         return "XLabs"
     if "_lora." in key or ".lora." in key or ".lora_linear_layer." in key:
         return "diffusers (old)"
@@ -38,7 +39,7 @@ def layout_of(key: str) -> str:
         component = key.partition(".")[0]
         if component in ("unet", "transformer") or component.startswith("text_encoder"):
             return "diffusers (peft)"
-        return "peft" if component == "base_model" else "BFL"
+        return "BFL" if original else "peft"
     return "unknown"
 
 

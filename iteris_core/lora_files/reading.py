@@ -181,7 +181,6 @@ def _configured(
     component, _, module = alias[0].site.partition(".")
     if component not in configs or "down" not in parts or parts["down"].ndim < 2:
         return None
-    module = module.removeprefix("text_model.")
     rank = max(parts["down"].shape[0], 1)
     return configured_scale(path, configs[component], module, rank)
 
@@ -218,8 +217,7 @@ def _add(
         return torch.cat([matrix[start:stop] for start, stop in rows])
 
     if change.up is not None and change.down is not None:
-        up = take(change.up)
-        low = LowRank(up * change.scale, change.down, kernel)
+        low = _without_zeros(take(change.up) * change.scale, change.down, kernel)
         zero = not bool(low.up.any()) or not bool(low.down.any())
     else:
         assert change.dense is not None
@@ -235,3 +233,11 @@ def _add(
     found.sites[site] = low
     if change.up is not None and change.scale != 1.0:
         found.scales[site] = change.scale
+
+
+def _without_zeros(up: Tensor, down: Tensor, kernel: tuple[int, int] | None) -> LowRank:
+    """Without the ranks that are zero here: of a fused module those of the other pieces."""
+    used = up.any(dim=0)
+    if not bool(used.all()):
+        up, down = up[:, used], down[used]
+    return LowRank(up, down, kernel)

@@ -77,6 +77,7 @@ def in_diffusers(pipeline: Any, latents: Tensor, text: Tensor, pooled: Tensor) -
 def stock(pack: ModuleType, tmp_path: Path) -> Any:
     """The node itself, which finds files of the test's own folder."""
     import folder_paths
+
     import nodes
 
     assert hasattr(nodes, "NODE_CLASS_MAPPINGS")
