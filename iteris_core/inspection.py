@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .lora import Lora, LowRank
 from .lora_files.metadata import trigger_words
@@ -124,31 +125,31 @@ def interference(first: Lora, second: Lora) -> Interference:
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
-    """(rows, columns, conflict, ‖ΔW_1‖ ‖ΔW_2‖) of one site."""
-    squares = one.squared_norm(), two.squared_norm()
-    if min(squares) <= 0:
+    """(rows, columns, conflict, ‖ΔW_1‖ ‖ΔW_2‖) of one site, from rank × rank products."""
+    up, other_up = one.up.double(), two.up.double()
+    down, other_down = one.down.double().mT, two.down.double().mT
+    writes = up.mT @ up, up.mT @ other_up, other_up.mT @ other_up
+    looks = down.mT @ down, down.mT @ other_down, other_down.mT @ other_down
+    first, inner, second = (float((a * b).sum()) for a, b in zip(writes, looks, strict=True))
+    if min(first, second) <= 0:
         return 0.0, 0.0, 0.0, 0.0
-    inner = float(
-        ((one.up.double().mT @ two.up.double()) * (one.down.double() @ two.down.double().mT)).sum()
-    )
-    rows = _alignment(one.down.mT, two.down.mT)
-    columns = _alignment(one.up, two.up)
-    conflict = 2 * abs(inner) / (squares[0] + squares[1])
-    return rows, columns, min(conflict, 1.0), math.sqrt(squares[0] * squares[1])
+    conflict = 2 * abs(inner) / (first + second)
+    return _alignment(*looks), _alignment(*writes), min(conflict, 1.0), math.sqrt(first * second)
 
 
-def _alignment(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Mean squared cosine of the principal angles of two column spaces."""
-    bases = [_basis(one.double()), _basis(two.double())]
-    cosines = torch.linalg.svdvals(bases[0].mT @ bases[1])
-    return float((cosines**2).mean()) if cosines.numel() else 0.0
+def _alignment(one: Tensor, cross: Tensor, two: Tensor) -> float:
+    """Mean squared cosine of the principal angles of two column spaces, AᵀA, AᵀB and BᵀB given:
+    ‖(AᵀA)^-½ AᵀB (BᵀB)^-½‖²_F over the smaller rank."""
+    left, right = _whitening(one), _whitening(two)
+    count = min(left.shape[1], right.shape[1])
+    return min(float((left.mT @ cross @ right).square().sum()) / count, 1.0)
 
 
-def _basis(matrix: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns that span the same; directions below 1e-7 of the largest do not count."""
-    q, r = torch.linalg.qr(matrix)
-    u, s, _ = torch.linalg.svd(r)
-    return q @ u[:, : int((s > 1e-7 * s[0]).sum())] if s.numel() else q
+def _whitening(gram: Tensor) -> Tensor:
+    """W with Wᵀ ``gram`` W = 1; directions below 1e-6 of the largest do not count."""
+    squares, vectors = torch.linalg.eigh(gram)
+    kept = squares > 1e-12 * squares[-1]
+    return vectors[:, kept] / squares[kept].sqrt()
 
 
 def to_dict(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> dict[str, Any]:

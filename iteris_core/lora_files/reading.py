@@ -21,7 +21,7 @@ from .mmdit_names import Alias
 from .names import all_aliases
 from .parts import refusal, split_key
 from .rebuild import Rebuilt, rebuild
-from .tensors import file_digest, read_tensors
+from .tensors import all_finite, file_digest, read_tensors
 
 Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a LoRA is a DoRA."""
@@ -228,7 +228,7 @@ def _add(
     if zero or low is None:
         found.counts["zero"] += 1
         return
-    if not bool(torch.isfinite(low.up).all() and torch.isfinite(low.down).all()):
+    if not (all_finite(low.up) and all_finite(low.down)):
         raise IterisError(f"Site {site}: scale and factors multiply to more than float32 holds.")
     found.sites[site] = low
     if change.up is not None and change.scale != 1.0:
