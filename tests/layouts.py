@@ -13,7 +13,7 @@ import torch
 from iteris_core import Lora
 
 SGM = {
-    "conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }  # fmt: skip
 FLUX_DOUBLE = {
@@ -44,19 +44,19 @@ def split(site):
 
 
 def sgm_name(path, layers):
-    """Underscored name of a UNet module in the original code (SDXL's numbering)."""
+    """Name of a UNet module in the original code, for ``layers`` resnets per down block."""
     parts = path.split(".")
     if parts[0] == "mid_block":
         number = {"resnets0": 0, "attentions0": 1, "resnets1": 2}[parts[1] + parts[2]]
-        return f"middle_block_{number}_" + SGM.get(parts[3], "_".join(parts[3:]))
+        return f"middle_block.{number}." + SGM.get(parts[3], ".".join(parts[3:]))
     if parts[0] in ("down_blocks", "up_blocks"):
         block, kind, layer = int(parts[1]), parts[2], int(parts[3])
         index = block * (layers + 1) + layer + (parts[0] == "down_blocks")
         side = "input_blocks" if parts[0] == "down_blocks" else "output_blocks"
         if kind == "resnets":
-            return f"{side}_{index}_0_" + SGM[parts[4]]
-        return f"{side}_{index}_1_" + "_".join(parts[4:])
-    return {"time_embedding.linear_1": "time_embed_0"}[path]
+            return f"{side}.{index}.0." + SGM[parts[4]]
+        return f"{side}.{index}.1." + ".".join(parts[4:])
+    return {"time_embedding.linear_1": "time_embed.0"}[path]
 
 
 def text_prefix(kind, component):
@@ -122,8 +122,8 @@ def kohya(lora, kind, alpha=None, dtype=torch.float32, sgm=False, layers=2):
     for site, change in lora.sites.items():
         component, path = split(site)
         if component == "unet":
-            name = sgm_name(path, layers) if sgm else path.replace(".", "_")
-            put(f"lora_unet_{name}", *shaped(change, dtype))
+            name = sgm_name(path, layers) if sgm else path
+            put(f"lora_unet_{name.replace('.', '_')}", *shaped(change, dtype))
         elif component.startswith("text"):
             put(f"{text_prefix(kind, component)}_{path.replace('.', '_')}", *shaped(change, dtype))
     for name, sites in fused_names(lora, kind).items():
@@ -151,6 +151,16 @@ def peft(lora, kind, alpha=None, dtype=torch.float32, text_model=True):
 
 def peft_new(lora, kind, alpha=None, dtype=torch.float32):
     return peft(lora, kind, alpha, dtype, text_model=False)
+
+
+def peft_raw(lora, kind, alpha=None, dtype=torch.float32):
+    """What peft's own ``get_peft_model`` calls the modules."""
+    tensors, metadata = peft(lora, kind, alpha, dtype)
+    marked = {}
+    for key, tensor in tensors.items():
+        component, path = split(key)
+        marked[f"{component}.base_model.model.{path}"] = tensor
+    return marked, metadata
 
 
 def diffusers_old(lora, kind, alpha=None, dtype=torch.float32):
@@ -209,12 +219,22 @@ def dotted(name: str) -> str:
 def original(lora, kind, alpha=None, dtype=torch.float32, prefix="diffusion_model."):
     """ai-toolkit's and ComfyUI's: the original code's dotted names, lora_A and lora_B."""
     assert alpha is None
-    tensors = {}
-    for name, sites in fused_names(lora, kind).items():
-        up, down = fuse(lora, sites, dtype)
-        module = prefix + dotted(name)
-        tensors |= {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
-    return tensors, {}
+    modules = {
+        prefix + dotted(name): fuse(lora, sites, dtype)
+        for name, sites in fused_names(lora, kind).items()
+    }
+    encoders = {"text_encoder": "clip_l", "text_encoder_3": "t5xxl",
+                "text_encoder_2": "t5xxl" if kind == "flux" else "clip_g"}  # fmt: skip
+    for site, change in lora.sites.items():
+        component, path = split(site)
+        if component == "unet":
+            layers = {"sd1": 1, "sdxl": 2}[kind]
+            modules[prefix + sgm_name(path, layers)] = shaped(change, dtype)
+        elif component in encoders:
+            module = f"text_encoders.{encoders[component]}.transformer.{path}"
+            modules[module] = shaped(change, dtype)
+    tensors = {f"{name}.lora_B.weight": up for name, (up, _) in modules.items()}
+    return tensors | {f"{name}.lora_A.weight": down for name, (_, down) in modules.items()}, {}
 
 
 def bfl(lora, kind, alpha=None, dtype=torch.float32):

@@ -19,7 +19,7 @@ def chosen(kind: str, layout: str) -> list[str]:
     sites = trained_sites(kind)
     if layout == "diffusers_oldest":
         return [s for s in sites if ".attn1.to_" in s or ".attn2.to_" in s]
-    if layout in ("original", "bfl"):
+    if layout == "bfl":
         return [s for s in sites if s.startswith("transformer.")]
     if layout == "xlabs":
         return [s for s in sites if s.startswith("transformer.") and (
@@ -42,7 +42,7 @@ def lost(kind: str, layout: str, alpha: float | None) -> tuple[str, str]:
         return EVERYTHING, "no reader for SD 3 in this layout"
     if kind == "flux" and layout in ("kohya", "original", "bfl"):
         return EVERYTHING, "splits linear1 at the width of the real model"
-    if layout == "simpletuner":
+    if layout in ("simpletuner", "peft_raw") or (kind in ("sd1", "sdxl") and layout == "original"):
         return EVERYTHING, "does not know this layout"
     if layout == "diffusers_oldest":
         return EVERYTHING, "looks for a component in the names"
@@ -62,7 +62,9 @@ MATRIX = [
         "diffusers_old", "diffusers_oldest")),
     *((kind, name, alpha) for kind in KINDS for name in ("onetrainer", "simpletuner")
       for alpha in (None, 2)),
-    *((kind, name, None) for kind in ("sd3", "flux") for name in ("original", "bfl")),
+    *((kind, "original", None) for kind in KINDS),
+    *((kind, "bfl", None) for kind in ("sd3", "flux")),
+    *((kind, "peft_raw", None) for kind in KINDS),
     ("flux", "xlabs", None),
 ]  # fmt: skip
 

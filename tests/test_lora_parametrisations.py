@@ -9,7 +9,7 @@ import torch
 from bases import tiny, tiny_base
 from safetensors.torch import save_file
 
-from iteris_core import LoraFileError
+from iteris_core import LoraFileError, write_lora
 from iteris_core.hosts.diffusers_lora import pipeline_sites
 from iteris_core.lora_files import ReadOptions, read_lora_file
 
@@ -113,6 +113,10 @@ def test_against_lycoris(kind, site, options, rank, tmp_path):
     else:
         assert change.rank <= min(change.shape)
         assert "extracted" in lora.notes[0]
+    for layout in ("kohya", "peft"):
+        path = write_lora(lora, tmp_path / f"{layout}.safetensors", layout=layout, dtype="float32")
+        again = read_lora_file(path, tiny_base("sd1"))
+        assert torch.equal(again.sites[site].dense(), change.dense())
 
 
 @pytest.mark.parametrize("kind", ["locon", "loha", "lokr"])
