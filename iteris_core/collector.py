@@ -20,6 +20,7 @@ from .moments import (
     new_inputs,
     new_target,
 )
+from .shards import ALONE, Shards
 from .visit import Group, Visit
 
 
@@ -36,7 +37,8 @@ class Collector:
 
     ``full`` collects TᵀX̃ for ``align="full"``; else XᵀX̃ for ``align="adapter"``. ``balance`` is
     the solve's, and decides what else it needs. Sites that receive the same tensor share their
-    input moments (``share=False`` is there to test that).
+    input moments (``share=False`` is there to test that). With ``shards`` every process visits its
+    part of the rows, and what is taken is of all.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Collector:
         balance: str = "none",
         dtype: torch.dtype = torch.float32,
         share: bool = True,
+        shards: Shards = ALONE,
     ) -> None:
         self._references = references
         self._full = full
@@ -54,6 +57,7 @@ class Collector:
         self._full_energy = balance == "full"
         self._dtype = dtype
         self._share = share
+        self._shards = shards
         self._sites: dict[str, SiteMoments] = {}
         self._groups: dict[Group, SharedInputs] = {}
         self._order: dict[tuple[str, int], Group] = {}
@@ -61,8 +65,11 @@ class Collector:
     def take(self, site: str) -> SiteMoments:
         """Hand over a site's moments and forget them."""
         moments = self._sites.pop(site)
-        for part in moments.shared.concepts:
-            complete(part)
+        self._add_up(moments)
+        if not moments.shared.whole:
+            for part in moments.shared.concepts:
+                complete(part)
+            moments.shared.whole = True
         return moments
 
     @property
@@ -98,6 +105,19 @@ class Collector:
                     add_target(target, change, reference, merged, full, base, drift)
                 else:
                     add_target(target, change, reference, merged, None, None)
+
+    def _add_up(self, moments: SiteMoments) -> None:
+        """Over all processes; what sites share only once."""
+        if self._shards.size == 1:
+            return
+        parts = [] if moments.shared.whole else moments.shared.concepts
+        tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
+        found = [part.own for part in parts] + [part.cross for part in parts]
+        for target in moments.targets:
+            found += [target.target, target.down_gram, target.target_energy, target.full_energy]
+        self._shards.add_up([tokens, *(tensor for tensor in found if tensor is not None)])
+        for part, count in zip(parts, tokens.tolist(), strict=True):
+            part.tokens = round(count)
 
     def _base_output(self, visit: Visit, change: LowRank | None, start: int, stop: int) -> Tensor:
         """W0 on X̃, (tokens, out)."""

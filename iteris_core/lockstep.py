@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import IterisError
 from .lora import LowRank
+from .shards import ALONE, Shards
 from .visit import Group, TokenChoice, Visit, add_delta, delta
 
 
@@ -93,7 +94,7 @@ class Lockstep:
 
     ``references[site][i]`` is concept i's change of that site, scaled by its strength, or None.
     ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
-    :meth:`.hosts.Host.streams` gives them.
+    :meth:`.hosts.Host.streams` gives them. ``shards`` is this process's part of the rows.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Lockstep:
         modules: Mapping[str, nn.Module],
         references: Mapping[str, Sequence[LowRank | None]],
         streams: Mapping[str, nn.Module] | None = None,
+        shards: Shards = ALONE,
     ) -> None:
+        self.shards = shards
         self._modules = modules
         self._references = references
         self._streams = streams or {}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from .lora_files import Layout, write_lora
 from .methods import Task, find_method
 from .provenance import join_embeddings, merge_metadata, notes_of
 from .report import MergeReport
+from .shards import ALONE, Shards
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
@@ -50,14 +51,19 @@ def merge_loras(
     generator: torch.Generator | None = None,
     on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    shards: Shards = ALONE,
+    memory_budget: int | Literal["free"] | None = "free",
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
     ``host`` runs the base model; a method that only looks at weights takes None. ``settings`` is
     the method's own dataclass or a mapping of its fields. ``generator`` (on the CPU) decides
     prompts and latents; without one it is seeded by ``calibration.seed``. ``should_stop`` is asked
-    at every step; when it says yes :class:`MergeCancelled` is raised. The base model is
-    bit-identical afterwards, whatever happens.
+    at every step; when it says yes :class:`MergeCancelled` is raised. With ``shards`` several
+    processes that call this alike share the rows and end with the same result. ``memory_budget``
+    is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
+    run at once and, if it must, how many run at all, which the report's plan tells. The base model
+    is bit-identical afterwards, whatever happens.
 
     Raises :class:`IterisError` for input that cannot be merged.
     """
@@ -85,7 +91,8 @@ def merge_loras(
         if on_progress is not None:
             on_progress(what, done, total)
 
-    task = Task(host, concepts, references, calibration, generator, tick)
+    task = Task(host, concepts, references, calibration, generator, tick, shards=shards)
+    task.memory_budget = memory_budget
     merged = chosen.merge(task, settings)
     names = [concept.name for concept in concepts]
     report = MergeReport(
@@ -97,6 +104,7 @@ def merge_loras(
         calibration=asdict(calibration) if chosen.needs_host else {},
         notes=_notes(concepts),
         rows=task.rows,
+        plan=task.plan,
         convergence=task.convergence,
     )
     loras = [concept.lora for concept in concepts if concept.lora is not None]

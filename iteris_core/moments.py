@@ -61,10 +61,12 @@ class Factor:
 
 @dataclass
 class SharedInputs:
-    """The input moments of every concept for one tensor, and the last factor made from them."""
+    """The input moments of every concept for one tensor, and the last factor made from them;
+    ``whole`` once they are mirrored and added up over all processes."""
 
     concepts: list[InputMoments]
     factor: Factor | None = None
+    whole: bool = False
 
 
 def new_inputs(

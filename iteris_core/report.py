@@ -29,7 +29,8 @@ class SiteReport:
 class MergeReport:
     """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
     each Jacobi iteration; ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
-    concept what was left out or extracted when its file was read, and which names it shares."""
+    concept what was left out or extracted when its file was read, and which names it shares;
+    ``plan`` how each stage kept to the memory."""
 
     method: str
     concepts: Sequence[str]
@@ -40,6 +41,7 @@ class MergeReport:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
+    plan: Sequence[str] = ()
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) of every concept: root mean square over the sites."""
@@ -112,6 +114,7 @@ class MergeReport:
                 )
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
+        lines += [f"  {line}" for line in self.plan if "do not fit" in line]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files import DTYPES
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report_plots import plot_residuals
@@ -20,118 +19,12 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
+from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
-from .schema import ADVANCED, Concepts, LoraModel, schema
+from .schema import LoraModel, schema
 
 _BASE = "base"
-
-
-def _model_inputs() -> list[Any]:
-    return [
-        io.Model.Input("model", tooltip="The base model; it is only run, never changed."),
-        io.Clip.Input("clip", tooltip="The base model's text encoders."),
-        Concepts.Input("concepts", tooltip="What is to be merged: two concepts or more."),
-    ]
-
-
-def _sampling_inputs() -> list[Any]:
-    return [
-        io.Int.Input(
-            "samples",
-            default=50,
-            min=1,
-            max=1000,
-            tooltip="Prompts per concept on which features are collected. Below 20 the merge "
-            "fits its prompts too closely.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,
-            tooltip="Decides prompts and latents. The same seed gives the same LoRA.",
-        ),
-    ]
-
-
-def _advanced_inputs() -> list[Any]:
-    return [
-        io.Combo.Input(
-            "schedule",
-            options=["sweep", "jacobi"],
-            default="sweep",
-            tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
-            "same result, later.",
-            extra_dict=ADVANCED,
-        ),
-        io.Float.Input(
-            "ridge",
-            default=1e-5,
-            min=0.0,
-            max=0.5,
-            step=1e-6,
-            round=False,
-            tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
-            "most of the merge away.",
-            extra_dict=ADVANCED,
-        ),
-        io.Combo.Input(
-            "balance",
-            options=["tokens", "adapter", "full", "none"],
-            default="tokens",
-            tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
-            "own outputs (paper), the layer's whole output, or nothing.",
-            extra_dict=ADVANCED,
-        ),
-        io.Boolean.Input(
-            "repair",
-            default=True,
-            tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
-            "of each other: nearer to each LoRA alone, in a larger file.",
-            extra_dict=ADVANCED,
-        ),
-        io.Int.Input(
-            "timesteps",
-            default=4,
-            min=1,
-            max=10,
-            tooltip="Latents per prompt, from different steps of denoising.",
-            extra_dict=ADVANCED,
-        ),
-        io.Int.Input(
-            "latent_size",
-            default=0,
-            min=0,
-            max=256,
-            tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
-            extra_dict=ADVANCED,
-        ),
-        io.Combo.Input(
-            "latents",
-            options=["denoising", "noise"],
-            default="denoising",
-            tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
-            "worse.",
-            extra_dict=ADVANCED,
-        ),
-        io.Int.Input(
-            "rank",
-            default=0,
-            min=0,
-            max=1024,
-            tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
-            extra_dict=ADVANCED,
-        ),
-        io.Combo.Input(
-            "dtype",
-            options=list(DTYPES),
-            default="float16",
-            tooltip="Precision of the merged LoRA.",
-            extra_dict=ADVANCED,
-        ),
-    ]
 
 
 class IterisMerge(io.ComfyNode):
@@ -144,15 +37,15 @@ class IterisMerge(io.ComfyNode):
             description="Merges LoRAs into one by least squares on what the merged model really "
             "sees.",
             inputs=[
-                *_model_inputs(),
+                *model_inputs(),
                 io.Combo.Input(
                     "method",
                     options=[method.name for method in all_methods()],
                     default="iteris",
                     tooltip="iteris, or one of the methods that it is compared with.",
                 ),
-                *_sampling_inputs(),
-                *_advanced_inputs(),
+                *sampling_inputs(),
+                *advanced_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
@@ -214,15 +107,15 @@ class CompareMerges(io.ComfyNode):
             ["compare lora merges", "xy plot"],
             description="Merges with several methods; a sampler behind it draws one picture each.",
             inputs=[
-                *_model_inputs(),
+                *model_inputs(),
                 io.String.Input(
                     "methods",
                     default="iteris, average, sum, ties",
                     tooltip="Names with commas between them. base stands for no LoRA at all. There "
                     f"are: {', '.join(method.name for method in all_methods())}.",
                 ),
-                *_sampling_inputs(),
-                *[i for i in _advanced_inputs() if i.id in ("timesteps", "latent_size", "latents")],
+                *sampling_inputs(),
+                *latent_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -328,7 +221,7 @@ class InspectLoras(io.ComfyNode):
             "IterIS Inspect LoRAs",
             ["lora info", "lora interference"],
             description="Where LoRAs would get into each other's way, before they are merged.",
-            inputs=_model_inputs(),
+            inputs=model_inputs(),
             outputs=[
                 io.Image.Output(
                     display_name="plot", tooltip="Interference of each pair in each block."

@@ -66,6 +66,7 @@ def merge_on(
                     settings={name: given[name] for name in names if name in given},
                     calibration=calibration,
                     on_progress=on_progress,
+                    memory_budget=None,  # ComfyUI frees what the host asks for
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result

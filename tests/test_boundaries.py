@@ -11,7 +11,19 @@ import iteris_core
 
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
-    *("errors", "bases", "lora", "moments", "lora_files", "factor", "solve", "visit", "lockstep"),
+    *(
+        "errors",
+        "bases",
+        "lora",
+        "memory",
+        "moments",
+        "lora_files",
+        "factor",
+        "solve",
+        "visit",
+        "shards",
+        "lockstep",
+    ),
     "calibration",
     *(
         "collector",

@@ -54,7 +54,8 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
     from iteris_core.collector import Collector
     from iteris_core.methods import Task
-    from iteris_core.methods.passes import Batching, reference_pass
+    from iteris_core.methods.batching import Batching
+    from iteris_core.methods.passes import reference_pass
 
     torch.manual_seed(0)
     model, targets = make()

@@ -23,8 +23,8 @@ from models import (
 )
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.methods.batching import Batching, micro_batches
 from iteris_core.methods.iteris import IterisSettings
-from iteris_core.methods.passes import Batching, micro_batches
 from iteris_core.methods.registry import Task
 
 

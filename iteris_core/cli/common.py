@@ -102,11 +102,12 @@ def load_base(base: str, device: str | None) -> Any:
 
 
 @contextmanager
-def progress_bars() -> Generator[Callable[[str, int, int], None]]:
+def progress_bars(*, shown: bool = True) -> Generator[Callable[[str, int, int], None]]:
     """A progress bar per thing to do, on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    shown_on = Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown)
+    with shown_on as progress:
 
         def on_progress(what: str, done: int, total: int) -> None:
             if what not in bars:

@@ -15,6 +15,7 @@ from ..merge import MergeResult, merge_loras
 from ..methods import all_methods, find_method
 from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
 from .merge_model import is_model, merge_model
+from .processes import processes
 from .recipe import calibration_of, concepts_of, read_concepts, read_recipe, settings_of
 
 
@@ -112,7 +113,8 @@ def merge(
             dtype=dtype,
             device=device,
         )
-        _report(result, output / "adapter_model.safetensors", as_json)
+        if result is not None:
+            _report(result, output / "adapter_model.safetensors", as_json)
         return
     if generate is not None:
         raise IterisError("--generate is for models of transformers.")
@@ -122,9 +124,12 @@ def merge(
 
     from ..hosts.diffusers import DiffusersHost
 
-    with progress_bars() as on_progress:
+    with (
+        processes(device) as (shards, own_device),
+        progress_bars(shown=shards.rank == 0) as on_progress,
+    ):
         on_progress("loading the base", 0, 1)
-        host = DiffusersHost(load_base(base, device))
+        host = DiffusersHost(load_base(base, own_device))
         on_progress("loading the base", 1, 1)
         concepts = read_concepts(options, host, reading, rename or [])
         if recipe is not None:
@@ -138,7 +143,11 @@ def merge(
             settings=settings,
             calibration=calibration,
             on_progress=on_progress,
+            shards=shards,
         )
+        shards.wait()
+    if shards.rank:
+        return
     path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
     if plot is not None:
         from ..report_plots import plot_residuals

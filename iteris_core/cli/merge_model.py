@@ -11,7 +11,8 @@ from typing import Any
 from ..calibration import Calibration, Concept
 from ..errors import IterisError, brief
 from ..merge import MergeResult, merge_loras
-from .common import best_device, progress_bars, read_lines
+from .common import progress_bars, read_lines
+from .processes import processes
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -68,10 +69,11 @@ def merge_model(
     generate: int | None,
     dtype: str,
     device: str | None,
-) -> MergeResult:
+) -> MergeResult | None:
     """Merge adapter folders and write one, as :func:`..merge.merge_loras` with the CLI's options.
 
-    ``generate``: collect features while each adapter writes up to that many tokens.
+    ``generate``: collect features while each adapter writes up to that many tokens. Of several
+    processes the first writes; the others get None.
     """
     import torch
 
@@ -80,9 +82,12 @@ def merge_model(
 
     check_folder(output)
     options = [parse_adapter(text) for text in concepts]
-    with progress_bars() as on_progress:
+    with (
+        processes(device) as (shards, own_device),
+        progress_bars(shown=shards.rank == 0) as on_progress,
+    ):
         on_progress("loading the base", 0, 1)
-        model = _load(base, options[0].folder).to(device or best_device())
+        model = _load(base, options[0].folder).to(own_device)
         on_progress("loading the base", 1, 1)
         host = TransformersHost(
             model, generate=None if generate is None else {"max_new_tokens": generate}
@@ -106,7 +111,11 @@ def merge_model(
             settings=settings,
             calibration=Calibration(samples=samples, seed=seed),
             on_progress=on_progress,
+            shards=shards,
         )
+        shards.wait()
+    if shards.rank:
+        return None
     write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
     return result
 

@@ -30,7 +30,8 @@ class Stage:
     ``owners`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward on
     those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
     ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
-    True where a token of the site's inputs counts (no padding); None where all do.
+    True where a token of the site's inputs counts (no padding); None where all do. ``feeds`` says
+    that a later stage needs what all rows give: then every process of a merge runs all of them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     owners: Sequence[int]
     run: Callable[[Sequence[int], int], None]
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
+    feeds: bool = False
 
 
 class Host(Protocol):
@@ -58,7 +60,8 @@ class Host(Protocol):
         generator: torch.Generator,
         tick: Tick,
     ) -> Any:
-        """Make the rows on which features are collected; opaque to everybody but the host."""
+        """Make the rows on which features are collected; opaque to everybody but the host. With
+        ``lockstep.shards`` the work may be shared, but every process needs all rows."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:

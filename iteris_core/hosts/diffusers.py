@@ -134,11 +134,13 @@ class DiffusersHost:
             return
         self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
         if text_sites:
-            yield Stage("text encoder", text_sites, samples.text_owners, self._run_text(samples))
+            run = self._run_text(samples)
+            feeds = bool(others)
+            yield Stage("text encoder", text_sites, samples.text_owners, run, feeds=feeds)
         else:
             prompts = list(dict.fromkeys(samples.text_prompts))
             run = self._run_plain_text(samples, prompts)
-            yield Stage("text encoder", [], [0] * len(prompts), run)
+            yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
         if self._needs_denoiser(sites):
             yield Stage(self.family.denoiser, others, samples.owners, self._run_denoiser(samples))
         elif others:
@@ -253,21 +255,16 @@ class DiffusersHost:
             kept = noise[:, None].expand(-1, wanted, *(-1 for _ in shape))
             return kept, schedule.timesteps[picks]
 
-        kept = torch.empty(len(prompts), wanted, *shape)
-        chunks = [
-            range(start, min(start + _BATCH, len(prompts)))
-            for start in range(0, len(prompts), _BATCH)
-        ]
+        kept = torch.zeros(len(prompts), wanted, *shape)
+        mine = lockstep.shards.mine(len(prompts))
+        chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
-            mine = kept[chunk.start : chunk.stop]
-            mine_picks = picks[list(chunk)]
 
-            def keep(
-                step: int, latents: Tensor, kept: Tensor = mine, picks: Tensor = mine_picks
-            ) -> None:
-                row, slot = (picks == step).nonzero(as_tuple=True)
-                kept[row, slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
+            def keep(step: int, latents: Tensor, rows: Sequence[int] = chunk) -> None:
+                index = torch.as_tensor(list(rows))
+                row, slot = (picks[index] == step).nonzero(as_tuple=True)
+                kept[index[row], slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
 
             predict = self._own_predict(
                 [prompts[row] for row in chunk],
@@ -278,6 +275,7 @@ class DiffusersHost:
             start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
             schedule.denoise(start, predict, keep)
             tick("denoising samples", done, len(chunks))
+        lockstep.shards.add_up([kept])
         return kept, schedule.timesteps[picks]
 
     def _own_predict(

@@ -22,8 +22,8 @@ from ..errors import IterisError, SettingsError
 from ..lora import LowRank, factorize
 from ..report import SiteReport
 from ..visit import Visit
+from .batching import Batching, micro_batches
 from .linear import LinearSettings, average
-from .passes import Batching, micro_batches
 from .registry import Merged, Task, method
 
 

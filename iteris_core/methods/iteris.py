@@ -18,7 +18,9 @@ from ..errors import IterisError, SettingsError, SolveError
 from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
-from .passes import Batching, micro_batches, sweep_pass
+from .batching import Batching, micro_batches
+from .passes import sweep_pass
+from .planning import plan
 from .polish import polish
 from .registry import Merged, Task, method
 from .repair import add_repairs
@@ -132,7 +134,13 @@ class _Run:
         self.task = task
         self.settings = settings
         self.repairs = repairs
-        self.batching = Batching(settings.micro_batch, settings.row_tokens, task.calibration.seed)
+        self.batching = Batching(
+            settings.micro_batch,
+            settings.row_tokens,
+            task.calibration.seed,
+            cross=settings.align != "full",
+            itemsize=4 if settings.statistics == "float32" else 8,
+        )
         self.solutions: dict[str, Solution] = {}
 
     def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
@@ -150,6 +158,7 @@ class _Run:
         wanted = set(task.references)
         with task.lockstep() as lockstep:
             samples = task.samples(lockstep)
+            fitted: dict[str, Batching] = {}
             for iteration in range(iterations):
                 # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
                 copies = 1 if iteration == 0 else 2
@@ -157,8 +166,14 @@ class _Run:
                 task.tick("iterations", iteration, iterations)
                 for stage in host.stages(samples, wanted):
                     task.rows = max(task.rows, len(stage.owners))
+                    if stage.name not in fitted:
+                        _, fitted[stage.name] = plan(
+                            task, stage, lockstep, self.batching, copies=2, sweep=False
+                        )
                     collector = self._collector()
-                    for batch in micro_batches(stage, copies, collector, self.batching):
+                    for batch in micro_batches(
+                        stage, copies, collector, fitted[stage.name], task.shards
+                    ):
                         lockstep.run(batch)
                         task.tick("iterations", iteration, iterations)
                     for site in collector.sites:
@@ -175,6 +190,7 @@ class _Run:
             full=self.settings.align == "full",
             balance=self.settings.balance,
             dtype=getattr(torch, self.settings.statistics),
+            shards=self.task.shards,
         )
 
     def _solve(self, site: str, moments: SiteMoments) -> Solution:

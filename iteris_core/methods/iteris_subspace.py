@@ -21,8 +21,9 @@ from ..errors import SettingsError
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from ..visit import Visit
+from .batching import Batching
 from .iteris import check_complete
-from .passes import Batching, sweep_pass
+from .passes import sweep_pass
 from .registry import Merged, Task, method
 
 
@@ -74,7 +75,7 @@ class _Moments:
     stacked: Tensor
     own: list[Tensor]
     cross: list[Tensor | None]
-    tokens: list[int]
+    tokens: Tensor
 
 
 class _Subspace:
@@ -108,18 +109,20 @@ class _Subspace:
             stacked,
             [torch.zeros(width, width, device=device) for _ in changes],
             [None if c is None else torch.zeros(c.rank, width, device=device) for c in changes],
-            [0] * len(changes),
+            torch.zeros(len(changes), dtype=torch.float64, device=device),
         )
 
     def solve(self, site: str, settings: IterisSubspaceSettings) -> Tensor:
         """R, (Σ r_i, Σ r_i), float64."""
         moments = self._sites.pop(site)
+        crosses = [cross for cross in moments.cross if cross is not None]
+        self._task.shards.add_up([*moments.own, *crosses, moments.tokens])
         width = len(moments.stacked)
         left = torch.zeros(width, width, dtype=torch.float64, device=moments.stacked.device)
         right = torch.zeros_like(left)
         start = 0
         for own, cross, tokens, weight in zip(
-            moments.own, moments.cross, moments.tokens, self._task.weights, strict=True
+            moments.own, moments.cross, moments.tokens.tolist(), self._task.weights, strict=True
         ):
             value = weight / max(tokens, 1) if settings.balance == "tokens" else weight
             pull = value * settings.ridge * float(own.double().norm())

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from torch import Tensor
-
-from ..hosts import Stage
-from ..lockstep import MicroBatch, Visitor
+from ..lockstep import Visitor
 from ..lora import LowRank
-from ..visit import TokenChoice
+from .batching import Batching, micro_batches
+from .planning import plan
 from .registry import Task
-
-
-@dataclass(frozen=True)
-class Batching:
-    """``rows`` a forward; at most ``row_tokens`` tokens of each row in the moments (None: all)."""
-
-    rows: int
-    row_tokens: int | None = None
-    seed: int = 0
-
-
-def micro_batches(
-    stage: Stage, copies: int, visitor: Visitor | None, batching: Batching
-) -> Iterator[MicroBatch]:
-    """The rows of a stage in order, ``batching.rows`` at a time."""
-    size, limit = batching.rows, batching.row_tokens
-    for start in range(0, len(stage.owners), size):
-        rows = range(start, min(start + size, len(stage.owners)))
-
-        def run(rows: Sequence[int] = rows) -> None:
-            stage.run(rows, copies)
-
-        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
-            return stage.mask(site, rows) if stage.mask is not None else None
-
-        owners = [stage.owners[row] for row in rows]
-        choice = None if limit is None else TokenChoice(rows, limit, batching.seed)
-        yield MicroBatch(
-            run, owners, copies, visitor, mask_of=mask_of, stage=stage.name, choice=choice
-        )
 
 
 def reference_pass(task: Task, visitor: Visitor, batching: Batching) -> None:
@@ -52,7 +19,8 @@ def reference_pass(task: Task, visitor: Visitor, batching: Batching) -> None:
         samples = task.samples(lockstep)
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
-            batches = list(micro_batches(stage, 1, visitor, batching))
+            stage, fitted = plan(task, stage, lockstep, batching, copies=1, sweep=False)
+            batches = list(micro_batches(stage, 1, visitor, fitted, task.shards))
             for done, batch in enumerate(batches, 1):
                 lockstep.run(batch)
                 task.tick(f"features of the {stage.name}", done, len(batches))
@@ -72,6 +40,7 @@ def sweep_pass(
         samples = task.samples(lockstep)
         task.tick("solving sites", 0, total)
         for stage in task.host.stages(samples, wanted):
+            stage, fitted = plan(task, stage, lockstep, batching, copies=2, sweep=True)
             task.rows = max(task.rows, len(stage.owners))
             visitor, solve = make_visitor()
 
@@ -82,4 +51,5 @@ def sweep_pass(
                 task.tick("solving sites", solved, total)
                 return change
 
-            lockstep.sweep(list(micro_batches(stage, 2, visitor, batching)), counted)
+            batches = list(micro_batches(stage, 2, visitor, fitted, task.shards))
+            lockstep.sweep(batches, counted)

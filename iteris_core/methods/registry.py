@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ..hosts import Host, Tick
 from ..lockstep import Lockstep
 from ..lora import LowRank
 from ..report import SiteReport
+from ..shards import ALONE, Shards
 
 
 @dataclass
@@ -23,7 +24,10 @@ class Task:
 
     ``host`` is None for a method that only looks at weights. A method may add sites to
     ``references``, and the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in
-    for the report.
+    for the report. ``shards`` is this process's part of the rows: what a method sums over rows it
+    has to add up over the processes, as :class:`..collector.Collector` does. ``memory_budget`` is
+    in bytes beyond the model (``"free"``: what is free; None: no limit); ``plan`` says how each
+    stage keeps to it.
     """
 
     host: Host | None
@@ -36,6 +40,9 @@ class Task:
     rows: int = 0
     convergence: list[float] = field(default_factory=list[float])
     made: Any = None
+    shards: Shards = ALONE
+    memory_budget: int | Literal["free"] | None = None
+    plan: list[str] = field(default_factory=list[str])
 
     @property
     def weights(self) -> list[float]:
@@ -57,7 +64,7 @@ class Task:
 
     def lockstep(self) -> Lockstep:
         assert self.host is not None
-        return Lockstep(self.host.sites(), self.references, self.streams)
+        return Lockstep(self.host.sites(), self.references, self.streams, self.shards)
 
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]

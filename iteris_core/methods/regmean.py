@@ -15,8 +15,9 @@ from ..errors import SettingsError
 from ..lora import LowRank, Rank, check_rank
 from ..moments import InputMoments, SharedInputs
 from ..solve import Solution, solve_site
+from .batching import Batching
 from .iteris import check_complete, site_report
-from .passes import Batching, reference_pass, sweep_pass
+from .passes import reference_pass, sweep_pass
 from .registry import Merged, Task, method
 
 
@@ -40,8 +41,8 @@ class RegMeanSettings:
 @method("regmean", RegMeanSettings, needs_host=True)
 def regmean(task: Task, settings: RegMeanSettings) -> Merged:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    collector = Collector(task.references, full=False)
-    reference_pass(task, collector, Batching(settings.micro_batch))
+    collector = Collector(task.references, full=False, shards=task.shards)
+    reference_pass(task, collector, Batching(settings.micro_batch, cross=True))
     solved = {site: _solve(task, site, collector.take(site), settings) for site in collector.sites}
     check_complete(task, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
@@ -53,7 +54,7 @@ def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
     solved: dict[str, Solution] = {}
 
     def visitor_and_solve() -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = Collector(task.references, full=False)
+        collector = Collector(task.references, full=False, shards=task.shards)
 
         def solve(site: str) -> LowRank:
             solved[site] = _solve(task, site, collector.take(site), settings)
@@ -61,7 +62,7 @@ def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
 
         return collector, solve
 
-    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch))
+    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch, cross=True))
     check_complete(task, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
 

@@ -16,8 +16,9 @@ from ..errors import SettingsError
 from ..lora import LowRank, concatenate
 from ..report import SiteReport
 from ..visit import Visit
+from .batching import Batching
 from .iteris import check_complete
-from .passes import Batching, reference_pass
+from .passes import reference_pass
 from .registry import Merged, Task, method
 
 
@@ -60,7 +61,8 @@ class _Router:
         self.stacked: dict[str, LowRank] = {}
         self.grams: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: set[str] = set()
-        self._tokens: dict[str, int] = {}
+        self._shards = task.shards
+        self._tokens: dict[str, Tensor] = {}
         self._slices: dict[str, dict[int, slice]] = {}
         for site, changes in task.references.items():
             present = [(k, change) for k, change in enumerate(changes) if change is not None]
@@ -82,7 +84,7 @@ class _Router:
         if site not in self.grams:
             zeros = torch.zeros(len(down), len(down), device=down.device)
             self.grams[site] = zeros, zeros.clone()
-            self._tokens[site] = 0
+            self._tokens[site] = torch.zeros((), dtype=torch.float64, device=down.device)
         gram, guide = self.grams[site]
         for concept, start, stop in visit.spans:
             if concept in slices:
@@ -94,6 +96,7 @@ class _Router:
 
     def solve(self, site: str, ridge: float) -> Tensor:
         """R = Q G⁻¹, float64."""
+        self._shards.add_up([*self.grams[site], self._tokens[site]])
         gram, guide = (matrix.double() / self._tokens[site] for matrix in self.grams[site])
         gram.diagonal().add_(ridge)
         return torch.linalg.solve(gram, guide.mT).mT

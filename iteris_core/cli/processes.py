@@ -1,0 +1,30 @@
+"""One merge over the processes that ``accelerate launch`` or ``torchrun`` have started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+
+from ..shards import ALONE, Shards
+from .common import best_device
+
+
+@contextmanager
+def processes(device: str | None) -> Generator[tuple[Shards, str]]:
+    """This process's part, and its device."""
+    device = device or best_device()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield ALONE, device
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    own = torch.device("cpu" if state.device is None else state.device)
+    try:
+        shards = Shards(state.process_index, state.num_processes, own)
+        yield shards, str(own)
+    finally:
+        state.destroy_process_group()

@@ -1,0 +1,95 @@
+"""How much memory tensors take: what is live while something runs, what the moments of sites need,
+and what is free."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .lora import LowRank
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of tensors made within it that are still alive: ``live`` and ``peak``.
+
+    It sees what PyTorch is asked for, on any device; what an allocator rounds up or keeps is not
+    in it, nor what a kernel takes for itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            self._note(tensor, 0)
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            self._note(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def _note(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None and known() is not None:
+            return
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def statistics_bytes(
+    references: Mapping[str, Sequence[LowRank | None]],
+    sites: Set[str],
+    *,
+    cross: bool = False,
+    itemsize: int = 4,
+    at_once: bool = False,
+) -> int:
+    """What the moments and the solve of ``sites`` take at most, in bytes.
+
+    In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets of up to
+    three sites that share an input for every concept, and in float64 M, its factor, the right-hand
+    side and what truncation makes of it. ``at_once`` keeps the moments of all sites (Jacobi).
+    """
+    largest = moments = 0
+    for site in sites:
+        changes = references[site]
+        out, width = next(c.shape for c in changes if c is not None)
+        own = len(changes) * width * width * (1 + cross) * itemsize
+        target = 0 if cross else len(changes) * out * width * itemsize
+        shared = 3 if out == width else 1
+        solve = 8 * (2 * width * width + 3 * out * width + min(out, width) ** 2)
+        moments += own + target
+        largest = max(largest, (0 if at_once else own + shared * target) + solve)
+    return largest + (moments if at_once else 0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free, of the device or of the machine; what PyTorch keeps to itself counts."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept
+    import psutil
+
+    return int(psutil.virtual_memory().available)

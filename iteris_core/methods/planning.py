@@ -1,0 +1,193 @@
+"""A memory budget, kept: how many rows run at once, and how many of a stage run at all.
+
+Before a stage runs, single rows of it run under a :class:`..memory.MemoryMeter`. In a sweep every
+row waits at each site, with what it holds there (skip connections, states); the rows that run at
+once hold more, up to their peak; and the moments and the solve of the largest site come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import IterisError
+from ..hosts import Stage
+from ..lockstep import Lockstep, MicroBatch
+from ..memory import MemoryMeter, free_memory, statistics_bytes
+from ..shards import Shards
+from ..visit import Visit
+from .batching import Batching
+from .registry import Task
+
+_PROBES = 3
+_KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will take: ``at_once`` rows of ``rows`` at a time, out of ``offered``;
+    ``bytes`` beyond the model."""
+
+    stage: str
+    sites: int
+    rows: int
+    offered: int
+    at_once: int
+    bytes: int
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} rows"
+        if self.rows < self.offered:
+            rows = f"{self.rows} of {self.offered} rows (the others do not fit)"
+        return (
+            f"{self.stage}: {self.sites} sites, {rows}, {self.at_once} at once, "
+            f"{self.bytes / 2**30:.2f} GiB"
+        )
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Bytes of one row, all its copies: while it waits at a site, and at most while it runs."""
+
+    waiting: int
+    running: int
+
+
+def plan(
+    task: Task, stage: Stage, lockstep: Lockstep, batching: Batching, *, copies: int, sweep: bool
+) -> tuple[Stage, Batching]:
+    """``stage`` and ``batching`` so that the task's memory budget is kept."""
+    if task.memory_budget is None or not stage.sites:
+        return stage, batching
+    budget = task.memory_budget
+    if budget == "free":
+        device = _device_of(task)
+        sharing = task.shards.size if device.type == "cpu" else 1
+        budget = round((1 - _KEPT_FREE) * free_memory(device)) // sharing
+    fixed = statistics_bytes(
+        task.references,
+        set(stage.sites),
+        cross=batching.cross,
+        itemsize=batching.itemsize,
+        at_once=not sweep,
+    )
+    made, stage = plan_stage(
+        stage,
+        measure_row(stage, lockstep, copies),
+        fixed,
+        budget,
+        batching.rows,
+        task.shards,
+        waits=sweep,
+    )
+    task.plan.append(str(made))
+    task.tick(f"plan: {made}", 1, 1)
+    return stage, replace(batching, rows=made.at_once)
+
+
+def _device_of(task: Task) -> torch.device:
+    assert task.host is not None
+    module = next(iter(task.host.sites().values()))
+    return next(module.parameters()).device
+
+
+def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
+    """Run single rows of ``stage``; the dearest of a few counts."""
+    # Rows are alike unless they are padded to different lengths.
+    probes = 1 if stage.mask is None else _PROBES
+    count = len(stage.owners)
+    picks = sorted({i * (count - 1) // max(probes - 1, 1) for i in range(probes)})
+    waiting = running = 0
+    for row in picks:
+        meter = MemoryMeter()
+        probe = _Probe(meter)
+        with meter:
+            lockstep.run(
+                MicroBatch(
+                    lambda row=row: stage.run([row], copies), [stage.owners[row]], copies, probe
+                )
+            )
+        waiting, running = max(waiting, probe.most), max(running, meter.peak)
+    return RowCost(waiting, running)
+
+
+def plan_stage(
+    stage: Stage,
+    cost: RowCost,
+    fixed: int,
+    budget: int,
+    most: int,
+    shards: Shards,
+    *,
+    waits: bool,
+) -> tuple[StagePlan, Stage]:
+    """The largest plan of up to ``most`` rows at once that ``budget`` bytes allow, and the stage
+    with the rows that it has left.
+
+    ``fixed`` is what moments and solves take. Where even one row at once is too much because of
+    those that wait, rows are left out, evenly over the concepts; a stage that a later one needs in
+    full loses none. Raises :class:`IterisError` where a row for each concept is too much.
+    """
+    offered = len(stage.owners)
+    held = cost.waiting if waits else 0
+    extra = max(cost.running - held, 1)
+
+    def bytes_of(rows: int, at_once: int) -> int:
+        mine = -(-rows // shards.size) if not stage.feeds else rows
+        return fixed + mine * held + min(at_once, mine) * extra
+
+    rows = offered
+    if bytes_of(rows, 1) > budget and not stage.feeds and held:
+        rows = max((budget - fixed - extra) // held, 0) * shards.size
+    concepts = len(set(stage.owners))
+    if rows < max(concepts, shards.size) or bytes_of(rows, 1) > budget:
+        least = fixed + concepts * held + extra
+        raise IterisError(
+            f"The {stage.name} needs at least {least / 2**30:.2f} GiB beyond the model, and "
+            f"{budget / 2**30:.2f} GiB may be used; lower the latent size, or allow more."
+        )
+    kept = stage if rows >= offered else _fewer(stage, rows)
+    rows = len(kept.owners)
+    at_once = max(1, min(most, rows, (budget - bytes_of(rows, 0)) // extra))
+    made = StagePlan(stage.name, len(stage.sites), rows, offered, at_once, bytes_of(rows, at_once))
+    return made, kept
+
+
+def _fewer(stage: Stage, count: int) -> Stage:
+    """``count`` rows of ``stage`` at most, as many of each concept, evenly over its rows."""
+    by_concept: dict[int, list[int]] = {}
+    for row, owner in enumerate(stage.owners):
+        by_concept.setdefault(owner, []).append(row)
+    share = count // len(by_concept)
+    rows: list[int] = []
+    for mine in by_concept.values():
+        keep = min(share, len(mine))
+        rows += [mine[i * len(mine) // keep] for i in range(keep)]
+    return _selected(stage, rows)
+
+
+def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
+    mask = stage.mask
+
+    def run(some: Sequence[int], copies: int) -> None:
+        stage.run([rows[row] for row in some], copies)
+
+    def mask_of(site: str, some: Sequence[int]) -> torch.Tensor | None:
+        assert mask is not None
+        return mask(site, [rows[row] for row in some])
+
+    owners = [stage.owners[row] for row in rows]
+    return replace(stage, owners=owners, run=run, mask=None if mask is None else mask_of)
+
+
+class _Probe:
+    """A visitor that notes what is alive when a site is reached."""
+
+    def __init__(self, meter: MemoryMeter) -> None:
+        self._meter = meter
+        self.most = 0
+
+    def visit(self, visit: Visit) -> None:
+        self.most = max(self.most, self._meter.live)

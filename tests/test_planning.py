@@ -1,0 +1,117 @@
+"""The memory budget: what is planned, and that it is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.errors import IterisError
+from iteris_core.hosts import Stage
+from iteris_core.memory import MemoryMeter, free_memory, statistics_bytes
+from iteris_core.methods.planning import RowCost, plan_stage
+from iteris_core.shards import ALONE, Shards
+
+CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
+MIB = 2**20
+
+
+def stage_of(owners, ran=None, **more) -> Stage:
+    return Stage("denoiser", ["a", "b"], owners, lambda rows, copies: ran.append(rows), **more)
+
+
+def test_the_meter_counts_what_is_alive():
+    kept = torch.zeros(1000)
+    with MemoryMeter() as meter:
+        kept.view(10, 100).add_(1)
+        assert meter.live == 0  # nothing new
+        one = torch.ones(1000)
+        two = one * 2
+        assert meter.live == 8000
+        del one, two
+        assert meter.live == 0
+    assert meter.peak == 8000
+
+
+def test_a_large_budget_changes_nothing():
+    stage = stage_of([0] * 10 + [1] * 10)
+    made, kept = plan_stage(stage, RowCost(1, 3), 100, 10**9, 8, ALONE, waits=True)
+    assert kept is stage
+    assert (made.rows, made.at_once, made.bytes) == (20, 8, 100 + 20 * 1 + 8 * 2)
+
+
+def test_fewer_rows_at_once_before_rows_are_left_out():
+    stage = stage_of([0] * 10 + [1] * 10)
+    made, kept = plan_stage(stage, RowCost(1, 3), 100, 127, 8, ALONE, waits=True)
+    assert kept is stage
+    assert (made.at_once, made.bytes) == (3, 126)
+
+
+def test_rows_are_left_out_evenly_over_the_concepts():
+    ran: list = []
+    stage = stage_of([0] * 12 + [1] * 8, ran)
+    made, kept = plan_stage(stage, RowCost(1, 3), 100, 112, 8, ALONE, waits=True)
+    assert list(kept.owners) == [0] * 5 + [1] * 5
+    assert made.bytes <= 112
+    assert "10 of 20 rows (the others do not fit)" in str(made)
+    kept.run([0, 4, 5, 9], 2)
+    assert ran == [[0, 9, 12, 18]]
+
+
+def test_what_cannot_fit_is_said():
+    with pytest.raises(IterisError, match="denoiser needs at least"):
+        plan_stage(stage_of([0, 1]), RowCost(1, 3), 100, 101, 8, ALONE, waits=True)
+    with pytest.raises(IterisError, match="needs at least"):  # a later stage needs all rows
+        plan_stage(stage_of([0] * 9, feeds=True), RowCost(1, 3), 100, 105, 8, ALONE, waits=True)
+
+
+def test_processes_share_the_rows_that_wait():
+    stage = stage_of([0] * 10 + [1] * 10)
+    made, _ = plan_stage(stage, RowCost(1, 3), 100, 10**9, 8, Shards(0, 2), waits=True)
+    assert made.bytes == 100 + 10 * 1 + 8 * 2
+
+
+def merge(host, **more):
+    concepts = [
+        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
+    ]
+    return merge_loras(host, concepts, calibration=CALIBRATION, **more)
+
+
+@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
+def test_the_budget_is_kept_and_the_result_is_the_same(host, schedule):
+    settings = {"schedule": schedule, "iterations": 2, "statistics": "float64"}
+    free = merge(host, settings=settings, memory_budget=None)
+    with MemoryMeter() as meter:
+        merge(host, settings=settings, memory_budget=None)
+    unbounded = meter.peak
+    budget = round(unbounded * 0.7)
+    with MemoryMeter() as meter:
+        result = merge(host, settings=settings, memory_budget=budget)
+    assert len(result.report.plan) == 2
+    assert meter.peak <= 1.1 * budget < 1.1 * unbounded
+    for site, change in free.lora.sites.items():
+        other = result.lora.sites[site].dense()
+        assert (other - change.dense()).norm() <= 2e-3 * change.dense().norm(), site
+
+
+def test_a_small_budget_leaves_rows_out_and_says_so(host):
+    with MemoryMeter() as meter:
+        merge(host, memory_budget=None)
+    result = merge(host, memory_budget=round(meter.peak * 0.45))
+    assert "do not fit" in result.report.summary()
+    with pytest.raises(IterisError, match="lower the latent size"):
+        merge(host, memory_budget=1000)
+
+
+def test_statistics_of_a_sweep_are_those_of_the_largest_site(host):
+    lora = random_lora(host, 1)
+    references = {site: [change, None] for site, change in lora.sites.items()}
+    largest = max(statistics_bytes(references, {site}) for site in references)
+    assert statistics_bytes(references, set(references)) == largest
+    assert statistics_bytes(references, set(references), at_once=True) > largest
+
+
+def test_free_memory_is_some():
+    assert free_memory(torch.device("cpu")) > MIB
