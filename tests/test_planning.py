@@ -79,21 +79,21 @@ def merge(host, **more):
     return merge_loras(host, concepts, calibration=CALIBRATION, **more)
 
 
-@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-def test_the_budget_is_kept_and_the_result_is_the_same(host, schedule):
+@pytest.mark.parametrize(("schedule", "share"), [("sweep", 0.8), ("jacobi", 0.6)])
+def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
     settings = {"schedule": schedule, "iterations": 2, "statistics": "float64"}
-    free = merge(host, settings=settings, memory_budget=None)
     with MemoryMeter() as meter:
-        merge(host, settings=settings, memory_budget=None)
+        free = merge(host64, settings=settings, memory_budget=None)
     unbounded = meter.peak
-    budget = round(unbounded * 0.7)
+    budget = round(unbounded * share)
     with MemoryMeter() as meter:
-        result = merge(host, settings=settings, memory_budget=budget)
+        result = merge(host64, settings=settings, memory_budget=budget)
     assert len(result.report.plan) == 2
-    assert meter.peak <= 1.1 * budget < 1.1 * unbounded
+    assert "do not fit" not in str(result.report.plan)
+    assert meter.peak <= 1.1 * budget < unbounded
     for site, change in free.lora.sites.items():
         other = result.lora.sites[site].dense()
-        assert (other - change.dense()).norm() <= 2e-3 * change.dense().norm(), site
+        assert (other - change.dense()).norm() <= 1e-4 * change.dense().norm(), site
 
 
 def test_a_small_budget_leaves_rows_out_and_says_so(host):
