@@ -31,8 +31,7 @@ format: .venv
 	.venv/bin/ruff format .
 
 bench: .venv
-	$(RUN) benchmarks/solve.py
-	$(RUN) benchmarks/merge.py
+	$(RUN) benchmarks/speed/run.py
 
 bench-quality: .venv
 	$(RUN) benchmarks/quality.py

@@ -7,9 +7,8 @@ prints the medians and ratios.
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from models import (
     toybox_concepts,
     toybox_host,
 )
+from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.methods.batching import Batching, micro_batches
@@ -77,23 +77,26 @@ def sd15(samples: int = 4, size: int = 64) -> dict[str, Callable[[], Any]]:
     return contenders(host, prompt_concepts(host, 2, 32), calibration)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    models = {"toybox": toybox, "t5": t5_base, "sd15": sd15}
-    parser.add_argument("model", choices=models, nargs="?", default="toybox")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    runs = models[arguments.model]()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    bare = median(seconds["bare"])
-    for name, some in seconds.items():
-        print(f"{name:22} {median(some):7.2f} s  {median(some) / bare:.2f} of the bare forward")
+MODELS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
+    "toybox": toybox,
+    "t5": t5_base,
+    "sd15": sd15,
+}
+
+
+def compare(model: str, rounds: int) -> dict[str, float]:
+    """Median seconds, and ``floor``: the merge over the bare forward."""
+    found = medians(in_turn(MODELS[model](), rounds))
+    return {
+        **found,
+        "floor": found["merge"] / found["bare"],
+        "floor without repair": found["merge without repair"] / found["bare"],
+    }
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS, nargs="?", default="toybox")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(json.dumps(compare(arguments.model, arguments.rounds), indent=1))

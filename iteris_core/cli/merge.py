@@ -66,6 +66,10 @@ def merge(
         "float16"
     ),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that the merge may take beyond the model; what is free by default"),
+    ] = None,
     allow_partial: Annotated[
         bool, typer.Option(help="Leave out what a LoRA cannot represent, and list it")
     ] = False,
@@ -97,6 +101,7 @@ def merge(
         calibration = calibration_of(recipe)
     given = parse_settings(chosen.settings, setting or [])
     settings = settings_of(recipe, chosen.settings, given) if recipe else chosen.settings(**given)
+    budget = "free" if memory is None else round(memory * 2**30)
     if recipe is None and is_model(base, concept or []):
         for name, value in (("preserve", preserve), ("templates", templates), ("plot", plot)):
             if value is not None:
@@ -112,6 +117,7 @@ def merge(
             generate=generate,
             dtype=dtype,
             device=device,
+            memory_budget=budget,
         )
         if result is not None:
             _report(result, output / "adapter_model.safetensors", as_json)
@@ -144,6 +150,7 @@ def merge(
             calibration=calibration,
             on_progress=on_progress,
             shards=shards,
+            memory_budget=budget,
         )
         shards.wait()
     if shards.rank:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..calibration import Calibration, Concept
 from ..errors import IterisError, brief
@@ -69,6 +69,7 @@ def merge_model(
     generate: int | None,
     dtype: str,
     device: str | None,
+    memory_budget: int | Literal["free"],
 ) -> MergeResult | None:
     """Merge adapter folders and write one, as :func:`..merge.merge_loras` with the CLI's options.
 
@@ -112,6 +113,7 @@ def merge_model(
             calibration=Calibration(samples=samples, seed=seed),
             on_progress=on_progress,
             shards=shards,
+            memory_budget=memory_budget,
         )
         shards.wait()
     if shards.rank:

@@ -1,8 +1,8 @@
 """Our factored solve against a transcription of the official dense one, on the same moments.
 
-``python benchmarks/solve.py [--rounds 5]`` prints JSON: for the site shapes of SD 1.5, SDXL and
+``python benchmarks/speed/solve.py`` prints JSON: for the site shapes of SD 1.5, SDXL and
 FLUX at rank 32 and N = 2, 4, 8 LoRAs the median time of each, their ratio, the ratio of the memory
-that each allocates, and the relative difference of the results. QUICK=1 leaves the largest out.
+that each allocates, and the relative difference of the results.
 
 The dense form is the paper's Algorithm 1 as its authors wrote it for whole weights, here on ΔW:
 G_i = X_iᵀX̃_i + ridge, M = Σ λ_i (X̃_iᵀX̃_i + ridge), ΔW = (Σ λ_i ΔW_i G_i) M⁻¹ by a general solve
@@ -11,9 +11,7 @@ with out right-hand sides, all in float64.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -94,11 +92,8 @@ def measure(function: Callable[[], Any]) -> tuple[float, float]:
     return seconds, allocated / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    quick = os.environ.get("QUICK") == "1"
+def compare(rounds: int, *, quick: bool) -> dict[str, Any]:
+    """shape and N → medians, ratios (dense over ours) and the relative difference."""
     found: dict[str, Any] = {}
     for name, (out, width) in SHAPES.items():
         if quick and name in LARGE:
@@ -111,8 +106,10 @@ def main() -> None:
                 times["dense"].append(measure(lambda c=changes, p=parts: dense(c, p)))
             wanted = dense(changes, parts)
             gap = float((ours(changes, parts) - wanted).norm() / wanted.norm())
-            medians = {k: [statistics.median(x) for x in zip(*v, strict=True)] for k, v in
-                       times.items()}  # fmt: skip
+            medians = {
+                kind: [statistics.median(column) for column in zip(*some, strict=True)]
+                for kind, some in times.items()
+            }
             found[f"{name}, N = {count}"] = {
                 "ours_seconds": medians["ours"][0],
                 "dense_seconds": medians["dense"][0],
@@ -120,8 +117,8 @@ def main() -> None:
                 "memory_ratio": medians["dense"][1] / medians["ours"][1],
                 "difference": gap,
             }
-    print(json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(compare(5, quick=False), indent=1))

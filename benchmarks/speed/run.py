@@ -1,0 +1,94 @@
+"""All speed benchmarks, one after the other: ``make bench``, ``QUICK=1`` in about ten minutes.
+
+Each part is added to ``benchmarks/results/speed.json`` as it ends (``speed_quick.json`` with
+QUICK=1); ``--parts`` runs some of them. The ratios are peer over ours, ``floor`` is ours over the
+bare forward; where a part has several figures the worst for us counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import floor
+import growth
+import peers
+import processes
+import schedules
+import solve
+import torch
+
+QUICK = os.environ.get("QUICK") == "1"
+RESULTS = Path(__file__).parents[1] / "results" / ("speed_quick.json" if QUICK else "speed.json")
+ROUNDS = 1 if QUICK else 5
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "solve": lambda: solve.compare(ROUNDS, quick=QUICK),
+    "floor toybox": lambda: floor.compare("toybox", ROUNDS),
+    "floor sd15": lambda: floor.compare("sd15", ROUNDS),
+    "floor t5": lambda: floor.compare("t5", ROUNDS),
+    "schedules t5": lambda: schedules.compare("t5", ROUNDS),
+    "schedules sd15": lambda: schedules.compare("sd15", ROUNDS),
+    "peft": lambda: peers.peft_library(ROUNDS),
+    "sd-scripts": lambda: peers.sd_scripts(ROUNDS),
+    "ssr": lambda: peers.ssr(ROUNDS, (2,) if QUICK else (2, 4, 8)),
+    "growth": lambda: growth.compare(ROUNDS, quick=QUICK),
+    "processes": lambda: processes.compare("toybox", ROUNDS),
+}
+NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
+SLOW = ("floor t5", "schedules t5", "schedules sd15")
+
+
+def ratios(raw: dict[str, Any]) -> dict[str, float]:
+    sd15 = [entry for name, entry in raw.get("solve", {}).items() if name.startswith("SD 1.5")]
+    floors = [raw[part]["floor"] for part in raw if part.startswith("floor")]
+    sweeps = [raw[part]["ratio"] for part in raw if part.startswith("schedules")]
+    found: dict[str, list[float]] = {
+        "solve_time": [entry["time_ratio"] for entry in sd15],
+        "solve_memory": [entry["memory_ratio"] for entry in sd15],
+        "sweep_vs_jacobi": sweeps,
+        "vs_ssr": [entry["ratio"] for entry in raw.get("ssr", {}).values()],
+        "vs_peft_svd": [raw["peft"]["svd"]["ratio"]] if "peft" in raw else [],
+        "two_processes": [raw["processes"]["ratio"]] if "processes" in raw else [],
+    }
+    worst = {name: min(values) for name, values in found.items() if values}
+    return worst | ({"floor": max(floors)} if floors else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default="", help=", ".join(PARTS))
+    chosen = [part for part in parser.parse_args().parts.split(",") if part]
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    raw: dict[str, Any] = kept.get("raw", {})
+    for part in chosen or PARTS:
+        if NEEDS.get(part, "PATH") not in os.environ:
+            print(f"{part}: left out, {NEEDS[part]} names no checkout", flush=True)
+            continue
+        if QUICK and not chosen and part in SLOW:
+            continue
+        raw[part] = PARTS[part]()
+        data = {
+            "ratios": ratios(raw),
+            "machine": {
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "processor": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+            },
+            "rounds": ROUNDS,
+            "raw": raw,
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        print(part, json.dumps(raw[part]), flush=True)
+    print(json.dumps(ratios(raw), indent=1))
+
+
+if __name__ == "__main__":
+    main()
