@@ -72,6 +72,7 @@ class Lora:
     ``scales`` are the factors that the reader folded into ``up`` (not there: 1), so that the file
     can be written again bit by bit. ``notes`` say what reading did beyond taking the file as it is.
     ``embeddings`` are (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …).
+    ``reading`` are the choices that the file was read with, to read it so again.
     """
 
     sites: Mapping[str, LowRank]
@@ -85,6 +86,7 @@ class Lora:
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(
         default_factory=dict[str, Mapping[str, Tensor]]
     )
+    reading: Mapping[str, object] = field(default_factory=dict[str, object])
 
     @property
     def ranks(self) -> set[int]:

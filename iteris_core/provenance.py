@@ -57,6 +57,7 @@ def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object
                 "lora": concept.lora.name if concept.lora else None,
                 "file": concept.lora.source if concept.lora else None,
                 "sha256": concept.lora.sha256 if concept.lora else None,
+                "reading": dict(concept.lora.reading) if concept.lora else {},
                 "trigger": concept.trigger,
                 "class": concept.class_word,
                 "prompts": None if concept.prompts is None else list(concept.prompts),
@@ -98,7 +99,9 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
 
 
 def _words(concept: Concept) -> set[str]:
-    return {concept.trigger.strip().lower()} - {""} if concept.lora is not None else set()
+    """The trigger, and its first word: ``sks dog`` and ``sks cat`` share a token."""
+    trigger = " ".join(concept.trigger.lower().split())
+    return {trigger, trigger.partition(" ")[0]} - {""} if concept.lora is not None else set()
 
 
 def join_embeddings(

@@ -99,6 +99,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({}, "SHA-256 differs"),
         ({"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]}, "not there any more"),
         ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
+        ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
         ({"method": "magic"}, "There is no method"),
         ({"settings": {"magic": 1}}, "magic"),
         ({"calibration": {"magic": 1}}, "calibration is not of this version"),
@@ -145,9 +146,14 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     assert torch.equal(found["clip_l"], vectors[1]["clip_l"])
     with pytest.raises(IterisError, match="exists already"):
         result.save(path)
-    different = merge_loras(None, [Concept(loras[0], trigger="a"), Concept(loras[1], trigger="b")],
-                            "sum")  # fmt: skip
-    assert "the trigger" not in different.report.summary()
+    for one, two, shared in (
+        ("a", "b", None), ("", "", None), ("sks dog", "zwx dog", None),
+        ("sks dog", "SKS cat", "'sks'"), ("sks  dog", "sks dog", "'sks dog'"),
+    ):  # fmt: skip
+        concepts = [Concept(loras[0], trigger=one), Concept(loras[1], trigger=two)]
+        text = merge_loras(None, concepts, "sum").report.summary()
+        assert ("the trigger" in text) == bool(shared)
+        assert shared is None or f"the trigger {shared} also calls for another" in text
 
 
 def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
@@ -162,6 +168,7 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
         "word": ["emb_params"], "b": ["clip_l"],
     }  # fmt: skip
     renamed = rename_embeddings
+    assert renamed(found, []) is found
     assert set(renamed(found, ["b:word=cat", "other:b=x"]).embeddings) == {"cat", "b"}
     with pytest.raises(IterisError, match="is not LORA:NAME=NEW"):
         renamed(found, ["word"])
@@ -185,5 +192,39 @@ def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeyp
     code, text, err = run(monkeypatch, capsys, *arguments, "--allow-partial")
     assert code == 0, err
     assert "left out: lora_unet_mystery (2,)" in text
-    notes = json.loads(metadata_of(out)["iteris"])["notes"]
-    assert notes["a"][0].startswith("left out: lora_unet_mystery")
+    recipe = json.loads(metadata_of(out)["iteris"])
+    assert recipe["notes"]["a"][0].startswith("left out: lora_unet_mystery")
+    # The same merge again reads the file as it was read then.
+    again = tmp_path / "again.safetensors"
+    command = ["merge", world / "base", "-o", again, "--device=cpu", f"--from={out}"]
+    code, _, err = run(monkeypatch, capsys, *command)
+    assert code == 0, err
+    one, two = load_file(out), load_file(again)
+    assert set(one) == set(two)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_full_difference_and_a_renamed_embedding_come_again(world, tmp_path, monkeypatch, capsys):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.diff": torch.randn(64, 64, generator=generator),
+               "bundle_emb.word.clip_l": torch.ones(1, 32)}  # fmt: skip
+    save_file(tensors, tmp_path / "full.safetensors")
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    base = ["merge", world / "base", "--device=cpu"]
+    code, _, err = run(
+        monkeypatch, capsys, *base, "-o", out, "--method=sum", "--energy=0.5",
+        "--rename=full:word=other", f"--concept={tmp_path / 'full.safetensors'}:a:dog",
+    )  # fmt: skip
+    assert code == 0, err
+    entry = json.loads(metadata_of(out)["iteris"])["concepts"][0]
+    assert entry["reading"] == {
+        "allow_partial": False, "energy": 0.5, "rename": ["full:word=other"],
+    }  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *base, "-o", again, f"--from={out}")
+    assert code == 0, err
+    assert torch.equal(load_file(out)[f"{name}.lora_down.weight"],
+                       load_file(again)[f"{name}.lora_down.weight"])  # fmt: skip
+    assert load_file(out)[f"{name}.lora_down.weight"].shape[0] < 32
+    with safe_open(tmp_path / "again_emb.safetensors", "pt") as file:
+        assert file.metadata()["name"] == "other"

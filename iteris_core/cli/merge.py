@@ -139,7 +139,7 @@ def merge(
         on_progress("loading the base", 1, 1)
         concepts = read_concepts(options, host, reading, rename or [])
         if recipe is not None:
-            concepts = concepts_of(recipe, host, reading)
+            concepts = concepts_of(recipe, host, reading, rename or [])
         if preserve is not None:
             concepts.append(Concept(None, prompts=read_lines(preserve), trigger="preserve"))
         result = merge_loras(

@@ -63,8 +63,11 @@ def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
         raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
 
 
-def concepts_of(recipe: Recipe, host: Host, options: ReadOptions) -> list[Concept]:
-    """The concepts, with every file found again and held against its recorded hash."""
+def concepts_of(
+    recipe: Recipe, host: Host, options: ReadOptions, renames: Sequence[str]
+) -> list[Concept]:
+    """The concepts, with every file found again, held against its recorded hash and read as it was
+    then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
     found: list[Concept] = []
     for entry in recipe.concepts:
         prompts = entry.get("prompts")
@@ -81,9 +84,23 @@ def concepts_of(recipe: Recipe, host: Host, options: ReadOptions) -> list[Concep
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
         if entry.get("file"):
             path = _find(recipe, str(entry["file"]), str(entry.get("sha256") or ""))
-            concept = replace(concept, lora=host.read_lora(path, options))
+            then, again = _reading(entry, options)
+            lora = rename_embeddings(host.read_lora(path, then), [*again, *renames])
+            concept = replace(concept, lora=lora)
         found.append(concept)
     return found
+
+
+def _reading(entry: Mapping[str, Any], options: ReadOptions) -> tuple[ReadOptions, list[str]]:
+    """How a concept's file was read, and the new names of its embeddings."""
+    recorded = entry.get("reading") or {}
+    try:
+        partial = bool(recorded.get("allow_partial")) or options.allow_partial
+        energy = float(recorded.get("energy", options.energy))
+        renames = [str(text) for text in recorded.get("rename", ())]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
+    return ReadOptions(partial, energy), renames
 
 
 def _find(recipe: Recipe, name: str, digest: str) -> Path:
@@ -122,6 +139,8 @@ def read_concepts(
 
 def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
+    if not renames:
+        return lora
     names = {name: name for name in lora.embeddings}
     for text in renames:
         left, equals, new = text.partition("=")
@@ -133,4 +152,4 @@ def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     if len(set(names.values())) < len(names):
         raise IterisError(f"{lora.name}: two embeddings would have one name: {names}.")
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
-    return replace(lora, embeddings=renamed)
+    return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

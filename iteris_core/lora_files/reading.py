@@ -93,6 +93,7 @@ def read_lora_file(
         found.scales,
         found.all_notes(options),
         embeddings,
+        {"allow_partial": options.allow_partial, "energy": options.energy},
     )
 
 
