@@ -31,9 +31,10 @@ def as_comfyui_names_them(
     for key, down in tensors.items():
         name = key.removesuffix(_DOWN)
         component, _, module = name.partition(".")
-        if key.endswith(_DOWN) and component in configs and f"{name}.alpha" not in found:
+        config = configs.get(component, configs.get(""))
+        if key.endswith(_DOWN) and config is not None and f"{name}.alpha" not in found:
             # ComfyUI divides by the rank.
             rank = down.shape[0]
-            scale = configured_scale(path, configs[component], module, rank)
+            scale = configured_scale(path, config, module if component in configs else name, rank)
             found[f"{name}.alpha"] = torch.tensor(scale * rank)
     return found

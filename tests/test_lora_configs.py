@@ -64,6 +64,25 @@ def test_what_diffusers_saves_is_read_as_it_runs(kind, name, tmp_path):
     assert furthest(theirs, outputs(kind, tiny(kind))) > 1e-2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_of_diffusers_saves_by_itself(kind, tmp_path):
+    """Neither the keys nor the config name a component then."""
+    from peft import LoraConfig
+
+    pipeline = copy.deepcopy(tiny(kind))
+    model = getattr(pipeline, "transformer", None) or pipeline.unet
+    pattern = {"to_k": 12}
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, alpha_pattern=pattern))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    model.save_lora_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    lora = read_lora(tiny(kind), pipeline_sites(tiny(kind)), path)
+    assert furthest(outputs(kind, with_changes(kind, lora)), outputs(kind, pipeline)) < 1e-5
+
+
 LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 

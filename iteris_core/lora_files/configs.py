@@ -15,7 +15,9 @@ _PLAIN = re.compile(r"[\w.\\^$*+?|\[\]-]{1,300}")
 
 
 def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The LoraConfig of each component, as diffusers saves it: ``{"unet.lora_alpha": 8, …}``."""
+    """The LoraConfig of each component, as diffusers' pipelines save it: ``{"unet.lora_alpha": 8,
+    …}``; that of a model which saves itself (``{"lora_alpha": 8, …}``) is of the component ``""``.
+    """
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
@@ -23,7 +25,7 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
         flat = json.loads(text)
         configs: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
-            component, _, name = key.partition(".")
+            component, _, name = key.rpartition(".")
             configs.setdefault(component, {})[name] = value
         return {c: config for c, config in configs.items() if "lora_alpha" in config}
     except (ValueError, AttributeError, RecursionError) as error:

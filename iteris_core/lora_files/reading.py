@@ -180,10 +180,10 @@ def _configured(
     path: Path, configs: Mapping[str, dict[str, Any]], alias: Alias, parts: Mapping[str, Tensor]
 ) -> float | None:
     component, _, module = alias[0].site.partition(".")
-    if component not in configs or "down" not in parts or parts["down"].ndim < 2:
+    config = configs.get(component, configs.get(""))
+    if config is None or "down" not in parts or parts["down"].ndim < 2:
         return None
-    rank = max(parts["down"].shape[0], 1)
-    return configured_scale(path, configs[component], module, rank)
+    return configured_scale(path, config, module, max(parts["down"].shape[0], 1))
 
 
 def _shape(alias: Alias, base: Base) -> tuple[int, ...]:

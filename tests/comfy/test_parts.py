@@ -53,6 +53,17 @@ def test_alphas_of_the_metadata(pack: ModuleType) -> None:
     }
 
 
+def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^mid_block.0.to_q": 2}}
+    names = ("down_blocks.0.to_q", "mid_block.0.to_q")
+    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
+        Path("x"),
+        {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names},
+        {"lora_adapter_metadata": json.dumps(config)},
+    )
+    assert [float(found[f"{name}.alpha"]) for name in names] == [8.0, 2.0]
+
+
 def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
     core = module(pack, "iteris_core")
     rows = torch.linalg.qr(torch.randn(8, 8)).Q
