@@ -9,7 +9,7 @@ module names), peft and diffusers (with and without ``.processor`` and ``text_mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..bases import Base, text_component
 from .mmdit_names import Alias, Piece, original_aliases, xlabs_aliases
@@ -120,3 +120,16 @@ def kohya_modules(base: Base) -> dict[str, Alias]:
         elif component == base.denoiser and not base.kind.native:
             names["lora_unet_" + path.replace(".", "_")] = whole(site, base.shapes)
     return names
+
+
+def unread_by_diffusers(base: Base, sites: Iterable[str], layout: str) -> list[str]:
+    """Which of ``sites`` diffusers (0.42) drops or refuses in a file of ours: T5 in any layout, and
+    in kohya layout all of SD 3 and what FLUX has outside of its blocks."""
+    kind = base.kind.name if layout == "kohya" else ""
+
+    def unread(site: str) -> bool:
+        if text_component(site) is not None:
+            return kind == "sd3" or ".encoder.block." in site
+        return kind == "sd3" or (kind == "flux" and "_blocks." not in site)
+
+    return [site for site in sites if unread(site)]

@@ -1,10 +1,11 @@
 """Write a LoRA so that every tool reads it in full.
 
 ``kohya`` is what ComfyUI, A1111, Forge, InvokeAI, diffusers and sd-scripts read for SD 1.x, 2.x
-and XL and (but for T5, which diffusers drops) FLUX; modules are called what sd-scripts calls them,
-so q, k and v of FLUX and SD 3 are fused there. diffusers has no reader for SD 3 in that layout:
-write ``peft``, which ComfyUI reads too. In both, alpha equals rank wherever that is exact, so that
-loaders which lose alpha are right as well.
+and XL, and for FLUX's blocks and CLIP; modules are called what sd-scripts calls them, so q, k and
+v of FLUX and SD 3 are fused there. What diffusers has no reader for is warned of: T5, and in that
+layout SD 3 and the rest of FLUX, for which ``peft`` is to be written, which ComfyUI reads too. In
+both layouts alpha equals rank wherever that is exact, so that loaders which lose alpha are right
+as well.
 
 In kohya layout a UNet and a text encoder have one alpha each, since diffusers loses alphas that
 differ from site to site: smaller ranks are scaled by a power of two or filled up with zeros. And
@@ -15,16 +16,13 @@ change nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..bases import text_component
@@ -32,7 +30,8 @@ from ..errors import IterisError
 from ..lora import Lora
 from .embeddings import embedding_targets
 from .mmdit_names import Alias, Piece
-from .names import kohya_modules
+from .names import kohya_modules, unread_by_diffusers
+from .saving import content_hash, save_atomically
 from .stored import Stored, shaped, store_all
 
 Layout = Literal["kohya", "peft"]
@@ -42,6 +41,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+
+_log = logging.getLogger(__name__)
 
 _TEXT_PREFIXES = ("lora_te", "lora_te2", "lora_te3")
 
@@ -80,13 +81,24 @@ def write_lora(
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     if "modelspec.sai_model_spec" in metadata:
-        metadata["modelspec.hash_sha256"] = "0x" + _content_hash(tensors)
+        metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     targets = embedding_targets(path, list(lora.embeddings), overwrite)
-    _save_atomically(tensors, path, {**metadata, "format": "pt"})
+    save_atomically(tensors, path, {**metadata, "format": "pt"})
+    _warn_of_unread(lora, layout)
     for name, target in targets.items():
         parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
-        _save_atomically(parts, target, {"name": name})
+        save_atomically(parts, target, {"name": name})
     return path
+
+
+def _warn_of_unread(lora: Lora, layout: Layout) -> None:
+    unread = unread_by_diffusers(lora.base, lora.sites, layout) if lora.base is not None else []
+    if unread:
+        _log.warning(
+            "diffusers does not read %d of the %d changes in this file, such as %s. %s",
+            len(unread), len(lora.sites), unread[0],
+            "ComfyUI does; for diffusers write peft." if layout == "kohya" else "ComfyUI does.",
+        )  # fmt: skip
 
 
 def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
@@ -265,27 +277,3 @@ def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:
             mark + name: alpha for name, alpha in alphas.items() if alpha != common
         }
     return config
-
-
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors without the metadata (modelspec: of everything behind the header)."""
-    data = save(dict(tensors))
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-
-
-def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are for the owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
