@@ -106,7 +106,7 @@ class Lockstep:
     ) -> None:
         self.shards = shards
         self._modules = modules
-        self._references = references
+        self.references = references
         self._streams = streams or {}
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -115,7 +115,7 @@ class Lockstep:
 
     def __enter__(self) -> Lockstep:
         try:
-            for site in self._references:
+            for site in self.references:
                 module = self._modules[site]
                 _check_supported(site, module)
                 self._handles.append(module.register_forward_hook(self._hook(site)))
@@ -195,7 +195,7 @@ class Lockstep:
         return stream
 
     def _hook(self, site: str) -> Callable[..., Tensor | None]:
-        changes = self._references[site]
+        changes = self.references[site]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active

@@ -53,10 +53,16 @@ class Denoiser:
             self._options = None
 
     def load(
-        self, shape: Sequence[int], texts: Sequence[Conditioning], rows: int, waiting: int = 0
+        self,
+        shape: Sequence[int],
+        texts: Sequence[Conditioning],
+        rows: int,
+        waiting: int = 0,
+        statistics: int = 0,
     ) -> None:
-        """What ``CFGGuider`` does before it samples, with room for ``rows`` rows in one forward
-        and as many ``waiting`` between two sites. ``shape`` is (…, channels, height, width)."""
+        """What ``CFGGuider`` does before it samples, with room for ``rows`` rows in one forward,
+        as many ``waiting`` between two sites, and ``statistics`` bytes. ``shape`` is (…, channels,
+        height, width)."""
         model = self._model
         if self._options is None:
             conds = {"positive": comfy.sampler_helpers.convert_cond([list(c) for c in texts[:1]])}
@@ -66,7 +72,8 @@ class Denoiser:
         needed = model.model.memory_required([rows + math.ceil(_WAITING * waiting), *shape[1:]])
         with torch.inference_mode():
             memory.load_models_gpu(
-                [model, *model.get_nested_additional_models()], memory_required=needed
+                [model, *model.get_nested_additional_models()],
+                memory_required=needed + statistics,
             )
         device, dtype = model.load_device, model.model_dtype()
         comfy.samplers.cast_to_load_options(self._options, device=device, dtype=dtype)

@@ -22,6 +22,7 @@ from ..iteris_core.hosts.transformers_streams import transformer_streams
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.memory import statistics_bytes
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_text import Conditioning, TextEncoders
@@ -130,7 +131,9 @@ class ComfyHost:
         assert self._lockstep is not None
         owners, tokens = samples.text_owners, samples.tokens
         batches = self._texts.batches(owners, tokens, self._found.names, sites)
-        self._texts.load(batches, self._rows)
+        references = self._lockstep.references
+        text_sites = {site for batch in batches.values() for site in batch.sites}
+        self._texts.load(batches, self._rows, statistics_bytes(references, text_sites))
         for batch in batches.values():
             if batch.sites:
                 yield Stage(f"text encoder {batch.name}", batch.sites, batch.owners, batch.run)
@@ -148,7 +151,14 @@ class ComfyHost:
         latents, sigmas = samples.latents, samples.sigmas
         at_once = min(self._rows, len(latents))
         texts = [text for some in conditionings for text in some]
-        self._denoiser.load(latents.shape, texts, 2 * at_once, 2 * (len(latents) - at_once))
+        names = [site for site in sites if not site.startswith("text_encoder")]
+        self._denoiser.load(
+            latents.shape,
+            texts,
+            2 * at_once,
+            2 * (len(latents) - at_once),
+            statistics_bytes(references, set(names)),
+        )
 
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
@@ -159,7 +169,6 @@ class ComfyHost:
             ]
             self._denoiser.predict(latents[index], sigmas[index], texts)
 
-        names = [site for site in sites if not site.startswith("text_encoder")]
         yield Stage("denoiser", names, samples.owners, run)
 
     def _as_samples(

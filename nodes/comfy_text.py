@@ -85,16 +85,16 @@ class TextEncoders:
             batches[name] = TextBatch(name, encoder, own, ordered)
         return batches
 
-    def load(self, batches: Mapping[str, TextBatch], rows: int) -> None:
+    def load(self, batches: Mapping[str, TextBatch], rows: int, statistics: int = 0) -> None:
         """What ``CLIP.encode_from_tokens`` does before it encodes, with room for ``rows`` rows
-        twice in one forward and all rows of ``batches`` waiting."""
+        twice in one forward, all rows of ``batches`` waiting, and ``statistics`` bytes."""
         model = self._clip.cond_stage_model
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
             model.set_clip_options({"layer": self._clip.layer_idx})
         needed = max((batch.memory_required(rows) for batch in batches.values()), default=0)
         with torch.inference_mode():
-            memory.load_models_gpu([self._clip.patcher], memory_required=needed)
+            memory.load_models_gpu([self._clip.patcher], memory_required=needed + statistics)
         model.set_clip_options({"execution_device": self._clip.patcher.load_device})
 
     def assemble(

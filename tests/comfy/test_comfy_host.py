@@ -221,3 +221,35 @@ def test_fp8_base_weights(kit: Kit, models: Path) -> None:
         state = eight[0].model.state_dict()
         fresh[0].model.load_state_dict({key: value.float() for key, value in state.items()})
     assert distance(kit.merge(on=eight).lora, kit.merge(on=fresh).lora) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("latent_size", [8, 32])
+def test_the_memory_that_is_asked_for_is_enough(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch, rows: int, latent_size: int
+) -> None:
+    """ComfyUI frees as much as it is asked for before each part runs; tensors take no more."""
+    import comfy.model_management as memory
+
+    meter = importlib.import_module(f"{kit.core.__name__}.memory").MemoryMeter()
+    load = memory.load_models_gpu
+    asked: list[list[float]] = []  # [memory_required, live tensors before]
+    peaks: list[float] = []
+
+    def watch(models: Any, memory_required: float = 0, **more: Any) -> Any:
+        if asked:
+            peaks.append(meter.peak)
+        asked.append([memory_required, meter.live])
+        meter.peak = meter.live
+        return load(models, memory_required=memory_required, **more)
+
+    monkeypatch.setattr(memory, "load_models_gpu", watch)
+    kit.calibration = kit.core.Calibration(
+        samples=6, timesteps=3, denoising_steps=3, latent_size=latent_size
+    )
+    with meter:
+        kit.merge({"statistics": "float32"}, rows=rows)
+    peaks.append(meter.peak)
+    assert len(asked) >= 4  # texts and denoiser, for the samples and for the merge
+    for (needed, before), peak in zip(asked, peaks, strict=True):
+        assert peak - before <= needed, [(a, p - a[1]) for a, p in zip(asked, peaks, strict=True)]
