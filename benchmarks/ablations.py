@@ -97,9 +97,8 @@ def main() -> None:
         for label, row in data[name].items():
             cells = (f"{c} {row[c]['mean']:.3f} ± {row[c]['se']:.3f}" for c in COLUMNS)
             print(f"  {label:5}", "  ".join(cells), flush=True)
-    if not arguments.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "ablations.json").write_text(json.dumps(data, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "ablations.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
+from .lora_rank import at_rank
 from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
@@ -191,6 +192,15 @@ class SaveMergedLora(io.ComfyNode):
                     default="iteris/merged",
                     tooltip="Folder and name below models/loras; a number is added.",
                 ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Largest rank of the file; 0 keeps the rank of the merge. Another rank "
+                    "here does not merge again.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -202,13 +212,18 @@ class SaveMergedLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora: dict[str, Any], filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, lora: dict[str, Any], filename_prefix: str, rank: int = 0) -> io.NodeOutput:
+        tensors, metadata = dict(lora), getattr(lora, "metadata", None)
+        if rank:
+            tensors = at_rank(tensors, rank, ordered=getattr(lora, "ordered", False))
+            if metadata is not None:
+                metadata = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
         root = folder_paths.get_folder_paths("loras")[0]
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, root
         )
         file = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        save_file(dict(lora), file, metadata=getattr(lora, "metadata", None))
+        save_file(tensors, file, metadata=metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)
         return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [str(file)]})
 

@@ -27,11 +27,15 @@ _log = logging.getLogger(__name__)
 
 
 class LoraModel(dict[str, Tensor]):
-    """A LoRA's tensors as a file would hold them: core's ``LORA_MODEL``, with the metadata."""
+    """A LoRA's tensors as a file would hold them: core's ``LORA_MODEL``, with the metadata, and
+    whether its components are ``ordered`` by output energy."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, ordered: bool = False
+    ) -> None:
         super().__init__(tensors)
         self.metadata = dict(metadata)
+        self.ordered = ordered
 
 
 def merge_on(
@@ -89,7 +93,9 @@ def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str)
         tensors, metadata = load_file(path), read_metadata(path)
     words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
     metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
-    return LoraModel(tensors, metadata)
+    settings = result.report.settings
+    ordered = settings.get("align") == "full" and not settings.get("polish_steps")
+    return LoraModel(tensors, metadata, ordered=ordered)
 
 
 class _RememberingHost(ComfyHost):

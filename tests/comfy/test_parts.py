@@ -95,3 +95,32 @@ def test_lora_stack_of_other_packs(
         ("b.safetensors", 1.0),
     ]
     assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
+    """Ordered components are kept from the first on; others are cut by an SVD."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(6, 4, generator=generator), torch.randn(4, 5, generator=generator)
+    conv_up, conv_down = torch.randn(6, 4, 1, 1), torch.randn(4, 5, 3, 3)
+    tensors = {
+        "lora_unet_a.lora_up.weight": up,
+        "lora_unet_a.lora_down.weight": down,
+        "lora_unet_a.alpha": torch.tensor(4.0),
+        "lora_unet_b.lora_up.weight": conv_up,
+        "lora_unet_b.lora_down.weight": conv_down,
+        "lora_unet_c.lora_up.weight": up[:, :1],
+        "lora_unet_c.lora_down.weight": down[:1],
+    }
+    found = module(pack, "nodes.lora_rank").at_rank(tensors, 2, ordered=ordered)
+    assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
+    assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
+    assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
+    assert found["lora_unet_c.lora_up.weight"] is tensors["lora_unet_c.lora_up.weight"]
+    product = found["lora_unet_a.lora_up.weight"] @ found["lora_unet_a.lora_down.weight"]
+    if ordered:
+        wanted = up[:, :2] @ down[:2]
+    else:
+        u, s, vt = torch.linalg.svd(up @ down)
+        wanted = u[:, :2] @ torch.diag(s[:2]) @ vt[:2]
+    assert torch.allclose(product, wanted, atol=1e-5)

@@ -1,0 +1,63 @@
+"""The tables of ``benchmarks/README.md`` from the JSON in ``results/``, as Markdown on stdout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("mean", "image", "text", "judge", "pair")
+NAMES = {"2": "7 pairs", "3": "5 triples", "5": "five", "7": "seven", "10": "all ten"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def cell(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return ""
+    return f"{entry['mean']:.3f} ± {entry['se']:.3f}".replace("0.", ".")
+
+
+def quality() -> None:
+    for size, rows in load("quality.json")["sets"].items():
+        floor, ceiling = rows["base"]["image"]["mean"], rows["single"]["image"]["mean"]
+        print(f"\n### {NAMES[size]}\n")
+        print("| method | " + " | ".join(COLUMNS) + " | kept |")
+        print("|---|" + "---|" * (len(COLUMNS) + 1))
+        order = sorted(rows, key=lambda name: -rows[name]["mean"]["mean"])
+        for name in order:
+            row = rows[name]
+            kept = (row["image"]["mean"] - floor) / (ceiling - floor)
+            shown = f"**{name}**" if name == "iteris" else name
+            cells = " | ".join(cell(row.get(column)) for column in COLUMNS)
+            print(f"| {shown} | {cells} | {kept:.0%} |")
+
+
+def ablations() -> None:
+    print("\n| variant | two: mean | image | text | judge | five: mean | image | text | judge |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, entry in load("ablations.json").items():
+        cells = [cell(entry[label].get(c)) for label in ("two", "five") for c in COLUMNS[:4]]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def speed() -> None:
+    data = load("speed.json")
+    print("\n| ratio | value |\n|---|---|")
+    for name, value in data["ratios"].items():
+        print(f"| {name} | {value:.2f} |")
+    for what, entries in data["raw"].get("growth", {}).items():
+        print(f"\n| {what} | seconds | peak MiB |\n|---|---|---|")
+        for value, entry in entries.items():
+            print(f"| {value} | {entry['seconds']:.2f} | {entry['peak_mib']:.0f} |")
+
+
+if __name__ == "__main__":
+    for table in (quality, ablations, speed):
+        try:
+            table()
+        except FileNotFoundError as missing:
+            print(f"\n({missing.filename} is not there)")

@@ -1,0 +1,37 @@
+"""A LoRA's tensors at a smaller rank, without its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..iteris_core.lora import LowRank, truncate
+
+_UP, _DOWN = ".lora_up.weight", ".lora_down.weight"
+
+
+def at_rank(tensors: Mapping[str, Tensor], rank: int, *, ordered: bool) -> dict[str, Tensor]:
+    """``tensors`` in kohya layout, with no module above ``rank``.
+
+    ``ordered`` says that components stand in the order of their output energy, as ``iteris`` leaves
+    them: then the first ones are the best of their number. Else each change is cut by an SVD.
+    """
+    found = dict(tensors)
+    for key, up in tensors.items():
+        if not key.endswith(_UP) or up.shape[1] <= rank:
+            continue
+        name = key.removesuffix(_UP)
+        down = tensors[name + _DOWN]
+        if ordered:
+            new_up, new_down = up[:, :rank], down[:rank]
+        else:
+            change, _ = truncate(LowRank(up.flatten(1).float(), down.flatten(1).float()), rank)
+            new_up = change.up.reshape(up.shape[0], -1, *up.shape[2:])
+            new_down = change.down.reshape(-1, *down.shape[1:])
+        found[key] = new_up.to(up.dtype).contiguous()
+        found[name + _DOWN] = new_down.to(down.dtype).contiguous()
+        alpha = tensors.get(name + ".alpha")
+        if alpha is not None:
+            found[name + ".alpha"] = alpha * (rank / up.shape[1])
+    return found
