@@ -34,11 +34,15 @@ class MemoryMeter(TorchDispatchMode):
             self._note(tensor, 0)
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
-            self._note(tensor, tensor.untyped_storage().nbytes())
+            self._note(tensor, None)
         return result
 
-    def _note(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
+    def _note(self, tensor: Tensor, size: int | None) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # quantised and other tensors without one
+            return
+        size = storage.nbytes() if size is None else size
         key = storage._cdata
         known = self._known.get(key)
         if known is not None and known() is not None:
