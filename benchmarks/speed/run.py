@@ -25,7 +25,7 @@ import torch
 
 QUICK = os.environ.get("QUICK") == "1"
 RESULTS = Path(__file__).parents[1] / "results" / ("speed_quick.json" if QUICK else "speed.json")
-ROUNDS = 1 if QUICK else 5
+ROUNDS = 1 if QUICK else int(os.environ.get("ROUNDS", "5"))
 
 PARTS: dict[str, Callable[[], Any]] = {
     "solve": lambda: solve.compare(ROUNDS, quick=QUICK),
