@@ -28,7 +28,8 @@ RESULTS = Path(__file__).parents[1] / "results" / ("speed_quick.json" if QUICK e
 ROUNDS = 1 if QUICK else int(os.environ.get("ROUNDS", "5"))
 
 PARTS: dict[str, Callable[[], Any]] = {
-    "solve": lambda: solve.compare(ROUNDS, quick=QUICK),
+    "solve": lambda: solve.compare(ROUNDS, quick=True),
+    "solve, widest": lambda: solve.compare(ROUNDS, quick=False),
     "floor toybox": lambda: floor.compare("toybox", ROUNDS),
     "floor sd15": lambda: floor.compare("sd15", ROUNDS),
     "floor t5": lambda: floor.compare("t5", ROUNDS),
@@ -41,11 +42,12 @@ PARTS: dict[str, Callable[[], Any]] = {
     "processes": lambda: processes.compare("toybox", ROUNDS),
 }
 NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
-SLOW = ("floor t5", "schedules t5", "schedules sd15")
+SLOW = ("solve, widest", "floor t5", "schedules t5", "schedules sd15")
 
 
 def ratios(raw: dict[str, Any]) -> dict[str, float]:
-    sd15 = [entry for name, entry in raw.get("solve", {}).items() if name.startswith("SD 1.5")]
+    solves = {**raw.get("solve", {}), **raw.get("solve, widest", {})}
+    sd15 = [entry for name, entry in solves.items() if name.startswith("SD 1.5")]
     floors = [raw[part]["floor"] for part in raw if part.startswith("floor")]
     sweeps = [raw[part]["ratio"] for part in raw if part.startswith("schedules")]
     found: dict[str, list[float]] = {
