@@ -38,7 +38,7 @@ from torch import Tensor
 from .errors import SolveError
 from .factor import factorise
 from .lora import LowRank, Rank, concatenate, factorize, truncate
-from .moments import Factor, InputMoments, SharedInputs, TargetMoments, pieces
+from .moments import Factor, InputMoments, SharedInputs, TargetMoments, full_precision
 
 Align = Literal["adapter", "full"]
 Balance = Literal["adapter", "tokens", "full", "none"]
@@ -191,8 +191,9 @@ def _energy(change: LowRank, own: Tensor) -> float:
 
 
 def _times(left: Tensor, own: Tensor) -> Tensor:
-    """left · own in float64, without a copy of the whole of ``own``."""
-    return torch.cat([left @ own[rows].mT.to(left) for rows in pieces(own)], dim=1)
+    """left · own in the moments' dtype, which is as exact as they are; float64 out."""
+    with full_precision(own.device):
+        return (left.to(own) @ own).to(left)
 
 
 def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) -> LowRank:

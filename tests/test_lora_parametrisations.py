@@ -222,3 +222,15 @@ def test_one_module_under_two_names_is_an_error(tmp_path):
     again = {k.replace("lora_unet_", "lycoris_"): v for k, v in tensors.items()}
     with pytest.raises(LoraFileError, match="says again what another key says"):
         read(tmp_path, {**tensors, **again})
+
+
+def test_parts_of_a_module_under_two_names_are_an_error(tmp_path):
+    """Loaders differ in whether such an alpha counts."""
+    tensors, _ = train("locon", LINEAR, lora_dim=4, alpha=2)
+    mixed = {
+        k.replace("lora_unet_", "lycoris_") if k.endswith(".alpha") else k: v
+        for k, v in tensors.items()
+    }
+    assert mixed.keys() != tensors.keys()
+    with pytest.raises(LoraFileError, match="give all parts of a module one name"):
+        read(tmp_path, mixed)

@@ -129,6 +129,11 @@ def _group(
             continue
         name, part = split
         known, parts = groups.setdefault(aliases[name], (name, {}))
+        if name != known and part not in parts:
+            raise LoraFileError(
+                f"{path}: key {key} is a part of what other keys call {known}; give all parts of a "
+                "module one name, since loaders take only some of them together."
+            )
         if part in parts:
             raise LoraFileError(
                 f"{path}: key {key} says again what another key says of {known}; remove one of "
