@@ -1,7 +1,7 @@
 """Every pair of a library of LoRAs, or every setting of a sweep, as a Ray job with one table.
 
     python examples/many_merges.py BASE out/ cat.safetensors:sks:cat dog.safetensors:zwx:dog …
-        [--size 2] [--method iteris] [--set ridge=1e-4 --set ridge=1e-5] [--samples 50]
+        [--size 2] [--method iteris] [--set ridge=1e-4 --set ridge=1e-5]
 
 Needs ``ray``. Each merge is a task with three tries; what is written already is not merged again,
 so a job that was stopped goes on where it was. ``out/table.csv`` has a line per merge.

@@ -65,11 +65,9 @@ class Collector:
     def take(self, site: str) -> SiteMoments:
         """Hand over a site's moments and forget them."""
         moments = self._sites.pop(site)
+        for part in moments.shared.concepts:
+            complete(part)
         self._add_up(moments)
-        if not moments.shared.whole:
-            for part in moments.shared.concepts:
-                complete(part)
-            moments.shared.whole = True
         return moments
 
     @property
@@ -110,7 +108,8 @@ class Collector:
         """Over all processes; what sites share only once."""
         if self._shards.size == 1:
             return
-        parts = [] if moments.shared.whole else moments.shared.concepts
+        parts = [] if moments.shared.added_up else moments.shared.concepts
+        moments.shared.added_up = True
         tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
         found = [part.own for part in parts] + [part.cross for part in parts]
         for target in moments.targets:

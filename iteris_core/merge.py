@@ -91,8 +91,16 @@ def merge_loras(
         if on_progress is not None:
             on_progress(what, done, total)
 
-    task = Task(host, concepts, references, calibration, generator, tick, shards=shards)
-    task.memory_budget = memory_budget
+    task = Task(
+        host,
+        concepts,
+        references,
+        calibration,
+        generator,
+        tick,
+        shards=shards,
+        memory_budget=memory_budget,
+    )
     merged = chosen.merge(task, settings)
     names = [concept.name for concept in concepts]
     report = MergeReport(

@@ -62,11 +62,11 @@ class Factor:
 @dataclass
 class SharedInputs:
     """The input moments of every concept for one tensor, and the last factor made from them;
-    ``whole`` once they are mirrored and added up over all processes."""
+    ``added_up`` once they are those of all processes."""
 
     concepts: list[InputMoments]
     factor: Factor | None = None
-    whole: bool = False
+    added_up: bool = False
 
 
 def new_inputs(

@@ -57,6 +57,13 @@ class Shards:
             for tensor, part in zip(some, joined.split([t.numel() for t in some]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def least(self, value: int) -> int:
+        """The smallest ``value`` of all processes: what they have to agree on."""
+        every = torch.zeros(self.size, dtype=torch.int64)
+        every[self.rank] = value
+        self.add_up([every])
+        return int(every.min())
+
     def wait(self) -> None:
         """Until all processes are here. Raises :class:`IterisError` when one has ended."""
         self.add_up([torch.zeros(1, device=self.device)])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..iteris_core.lora import LowRank, truncate
+from ..iteris_core.lora_files.saving import content_hash
 
 _UP, _DOWN = ".lora_up.weight", ".lora_down.weight"
 
@@ -34,4 +35,14 @@ def at_rank(tensors: Mapping[str, Tensor], rank: int, *, ordered: bool) -> dict[
         alpha = tensors.get(name + ".alpha")
         if alpha is not None:
             found[name + ".alpha"] = alpha * (rank / up.shape[1])
+    return found
+
+
+def metadata_at_rank(
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], rank: int
+) -> dict[str, str]:
+    """``metadata`` for ``tensors`` that were cut to ``rank``."""
+    found = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    if "modelspec.hash_sha256" in found:
+        found["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return found

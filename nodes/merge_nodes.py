@@ -7,10 +7,10 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
-from safetensors.torch import save_file
 
 from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files.saving import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report_plots import plot_residuals
@@ -19,7 +19,7 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
-from .lora_rank import at_rank
+from .lora_rank import at_rank, metadata_at_rank
 from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
@@ -213,17 +213,16 @@ class SaveMergedLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: dict[str, Any], filename_prefix: str, rank: int = 0) -> io.NodeOutput:
-        tensors, metadata = dict(lora), getattr(lora, "metadata", None)
+        tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
         if rank:
             tensors = at_rank(tensors, rank, ordered=getattr(lora, "ordered", False))
-            if metadata is not None:
-                metadata = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+            metadata = metadata_at_rank(metadata, tensors, rank)
         root = folder_paths.get_folder_paths("loras")[0]
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, root
         )
         file = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        save_file(tensors, file, metadata=metadata)
+        save_atomically(tensors, file, metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)
         return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [str(file)]})
 

@@ -113,5 +113,18 @@ def test_statistics_of_a_sweep_are_those_of_the_largest_site(host):
     assert statistics_bytes(references, set(references), at_once=True) > largest
 
 
+def test_moments_of_earlier_stages_count_where_they_are_kept(host):
+    """RegMean solves at the end; its denoiser runs beside the text encoder's moments."""
+    concepts = [
+        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
+    ]
+    with MemoryMeter() as meter:
+        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=None)
+    budget = round(meter.peak * 0.8)
+    with MemoryMeter() as meter:
+        merge_loras(host, concepts, "regmean", calibration=CALIBRATION, memory_budget=budget)
+    assert meter.peak <= budget
+
+
 def test_free_memory_is_some():
     assert free_memory(torch.device("cpu")) > MIB

@@ -17,9 +17,13 @@ def reference_pass(task: Task, visitor: Visitor, batching: Batching) -> None:
     wanted = set(task.references)
     with task.lockstep() as lockstep:
         samples = task.samples(lockstep)
+        before: set[str] = set()
         for stage in task.host.stages(samples, wanted):
             task.rows = max(task.rows, len(stage.owners))
-            stage, fitted = plan(task, stage, lockstep, batching, copies=1, sweep=False)
+            stage, fitted = plan(
+                task, stage, lockstep, batching, copies=1, sweep=False, before=before
+            )
+            before |= set(stage.sites)
             batches = list(micro_batches(stage, 1, visitor, fitted, task.shards))
             for done, batch in enumerate(batches, 1):
                 lockstep.run(batch)

@@ -7,7 +7,7 @@ once hold more, up to their peak; and the moments and the solve of the largest s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,19 +56,28 @@ class RowCost:
 
 
 def plan(
-    task: Task, stage: Stage, lockstep: Lockstep, batching: Batching, *, copies: int, sweep: bool
+    task: Task,
+    stage: Stage,
+    lockstep: Lockstep,
+    batching: Batching,
+    *,
+    copies: int,
+    sweep: bool,
+    before: Set[str] = frozenset(),
 ) -> tuple[Stage, Batching]:
-    """``stage`` and ``batching`` so that the task's memory budget is kept."""
+    """``stage`` and ``batching`` so that the task's memory budget is kept. ``before`` are sites of
+    earlier stages whose moments are still there."""
     if task.memory_budget is None or not stage.sites:
         return stage, batching
     budget = task.memory_budget
     if budget == "free":
         device = _device_of(task)
         sharing = task.shards.size if device.type == "cpu" else 1
-        budget = round((1 - _KEPT_FREE) * free_memory(device)) // sharing
+        # All processes have to leave out the same rows.
+        budget = task.shards.least(round((1 - _KEPT_FREE) * free_memory(device)) // sharing)
     fixed = statistics_bytes(
         task.references,
-        set(stage.sites),
+        {*stage.sites, *before},
         cross=batching.cross,
         itemsize=batching.itemsize,
         at_once=not sweep,

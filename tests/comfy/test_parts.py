@@ -124,3 +124,14 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
         u, s, vt = torch.linalg.svd(up @ down)
         wanted = u[:, :2] @ torch.diag(s[:2]) @ vt[:2]
     assert torch.allclose(product, wanted, atol=1e-5)
+
+
+def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
+    tensors = {"a.lora_up.weight": torch.ones(3, 2)}
+    names = module(pack, "nodes.lora_rank")
+    metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
+    found = names.metadata_at_rank(metadata, tensors, 2)
+    assert found["ss_network_dim"] == found["ss_network_alpha"] == "2"
+    assert found["iteris"] == "{}"
+    assert found["modelspec.hash_sha256"] == "0x" + names.content_hash(tensors)
+    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2)
