@@ -26,6 +26,7 @@ from peft import PeftModel
 
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.lockstep import Lockstep
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -176,18 +177,45 @@ def test_repair_brings_the_output_nearer(world):
         result = merge_loras(
             host, concepts, settings={"repair": repair, "ridge": 1e-8}, calibration=CALIBRATION
         )
-        merged = copy.deepcopy(host.model)
-        add_to_weights(merged, result.lora)
-        total = 0.0
-        for i, concept in enumerate(concepts):
-            own = copy.deepcopy(host.model)
-            add_to_weights(own, concept.lora)
-            for batch in make_batches(kind, i):
-                gap = logits(merged, batch) - logits(own, batch)
-                counts = batch["attention_mask"].bool()
-                total += float((gap[counts] if gap.shape[:2] == counts.shape else gap).norm() ** 2)
-        errors.append(total)
+        errors.append(_error(kind, host, concepts, result.lora))
         # The encoder's LoRAs change every site that adds to a stream already.
         added = repair and kind != "encoder"
         assert any(r.repair for r in result.report.sites.values()) == added
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_final_outputs_are_of_one_length_for_any_rows(world):
+    """So that they can be polished: each row's own, zero under its padding."""
+    kind, host, folders = world
+    concepts = concepts_of(kind, host, folders)
+    with Lockstep(host.sites(), {}) as lockstep:
+        samples = host.samples(
+            concepts, set(), CALIBRATION, lockstep, torch.Generator(), lambda *_: None
+        )
+    with torch.no_grad():
+        parts = [host.forward(samples, [row]) for row in range(10)]
+        together = torch.cat(parts)
+        torch.testing.assert_close(host.forward(samples, range(10)), together)
+    for row, found in zip(samples.rows, together, strict=True):
+        own = logits(host.model, row)[0]
+        length = len(own) if found.ndim == 2 else None
+        torch.testing.assert_close(found[:length], own)
+        assert length is None or not found[length:].any()
+    settings = {"micro_batch": 2, "polish_steps": 2}
+    result = merge_loras(host, concepts, settings=settings, calibration=CALIBRATION)
+    assert result.lora.sites
+
+
+def _error(kind, host, concepts, lora) -> float:
+    """Squared distance of the merged model's outputs from those of each LoRA alone."""
+    merged = copy.deepcopy(host.model)
+    add_to_weights(merged, lora)
+    total = 0.0
+    for i, concept in enumerate(concepts):
+        own = copy.deepcopy(host.model)
+        add_to_weights(own, concept.lora)
+        for batch in make_batches(kind, i):
+            gap = logits(merged, batch) - logits(own, batch)
+            counts = batch["attention_mask"].bool()
+            total += float((gap[counts] if gap.shape[:2] == counts.shape else gap).norm() ** 2)
+    return total

@@ -45,37 +45,94 @@ def test_adapters_are_read_as_peft_applies_them(world):
     assert float((ours - logits(host.model, batch)).norm() / theirs.norm()) > 1e-3
 
 
-def test_padding_counts_for_nothing(world):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(world, side):
     """The same samples with more padding, and other tokens under it, give the same merge."""
     kind, host, folders = world
-    if kind in ("decoder", "transposed"):
-        pytest.skip("a causal model has no tokens that see the padding behind them")
     settings = {"statistics": "float64", "micro_batch": 5}
 
     def padded(batch):
         ids, mask = batch["input_ids"].clone(), batch["attention_mask"]
         ids[mask == 0] = 7
         pad = torch.full((len(ids), 3), 9)
-        return {
-            **batch,
-            "input_ids": torch.cat([ids, pad], dim=1),
-            "attention_mask": torch.cat([mask, torch.zeros_like(pad)], dim=1),
-        }
+        both = (pad, torch.zeros_like(pad))
+        ids, mask = (
+            torch.cat([more, own] if side == "left" else [own, more], dim=1)
+            for own, more in zip((ids, mask), both, strict=True)
+        )
+        return {**batch, "input_ids": ids, "attention_mask": mask}
 
     loras = [host.read_lora(folder) for folder in folders]
-    results = [
-        merge_loras(
-            host,
-            [
-                Concept(lora, inputs=[change(b) for b in make_batches(kind, i)])
-                for i, lora in enumerate(loras)
-            ],
-            settings=settings,
-            calibration=CALIBRATION,
-        ).lora
-        for change in (dict, padded)
-    ]
-    assert largest_gap(*results) < 1e-6
+
+    def merge(on, change):
+        concepts = [
+            Concept(lora, inputs=[change(b) for b in make_batches(kind, i)])
+            for i, lora in enumerate(loras)
+        ]
+        return merge_loras(on, concepts, settings=settings, calibration=CALIBRATION).lora
+
+    assert largest_gap(merge(host, dict), merge(host, padded)) < 1e-6
+    if kind != "encoder":
+        writing = TransformersHost(host.model, generate={"max_new_tokens": 3, "min_new_tokens": 3})
+        assert largest_gap(merge(writing, dict), merge(writing, padded)) < 1e-6
+
+
+def test_labels_are_no_part_of_what_is_generated(world):
+    """A batch for training, labels and all, gives what its inputs alone give."""
+    kind, host, folders = world
+    if kind == "encoder":
+        pytest.skip("an encoder generates nothing")
+    host = TransformersHost(host.model, generate={"max_new_tokens": 3, "min_new_tokens": 3})
+    loras = [host.read_lora(folder) for folder in folders]
+
+    def merge(labels):
+        concepts = []
+        for i, lora in enumerate(loras):
+            batch = {k: v for k, v in make_batches(kind, i)[1].items() if "decoder" not in k}
+            more = {"labels": batch["input_ids"].clone()} if labels else {}
+            concepts.append(Concept(lora, inputs=[batch | more]))
+        return merge_loras(host, concepts, calibration=CALIBRATION).lora
+
+    assert largest_gap(merge(False), merge(True)) < 1e-9
+
+
+def test_offloaded_weights_give_the_same_merge(world):
+    from accelerate import cpu_offload
+
+    kind, host, folders = world
+    plain = merge_loras(host, concepts_of(kind, host, folders), calibration=CALIBRATION).lora
+    model = copy.deepcopy(host.model)
+    cpu_offload(model, torch.device("cpu"))
+    away = TransformersHost(model)
+    assert next(model.parameters()).is_meta
+    other = merge_loras(away, concepts_of(kind, away, folders), calibration=CALIBRATION).lora
+    assert largest_gap(plain, other) == 0
+
+
+def test_a_decoder_makes_no_logits_that_nobody_needs():
+    model, _ = make_llama()
+    host = TransformersHost(model.eval())
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    generator = torch.Generator().manual_seed(0)
+
+    def merge(site):
+        out, fan = host.sites()[site].weight.shape
+        concepts = [
+            Concept(
+                Lora({site: LowRank(torch.randn(out, 2, generator=generator),
+                                    torch.randn(2, fan, generator=generator))}, str(i)),
+                inputs=make_batches("decoder", i),
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        merge_loras(host, concepts, settings={"repair": False}, calibration=CALIBRATION)
+
+    merge("model.model.layers.0.self_attn.q_proj")
+    assert set(seen) == {1}
+    seen.clear()
+    merge("model.lm_head")
+    assert max(seen) > 1
 
 
 def test_a_written_adapter_is_read_again_and_never_overwritten(world, tmp_path):
@@ -156,7 +213,7 @@ def test_heads_are_kept_apart(tmp_path):
 
 def test_bad_adapters_and_inputs_are_errors(tmp_path):
     model, targets = make_bert()
-    host = TransformersHost(model)
+    host = TransformersHost(model.eval())
     with pytest.raises(IterisError, match="no adapter folder"):
         host.read_lora(tmp_path)
     get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=targets)).save_pretrained(
@@ -169,6 +226,15 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
         merge_loras(host, [Concept(lora, inputs=[])])
     with pytest.raises(IterisError, match="not tensors"):
         merge_loras(host, [Concept(lora, inputs=[{"input_ids": [[1, 2]]}])])
+    ids = torch.tensor([[1, 2]])
+    uneven = [{"input_ids": ids}, {"input_ids": ids, "token_type_ids": 0 * ids}]
+    with pytest.raises(IterisError, match="token_type_ids are not in all"):
+        merge_loras(host, [Concept(lora, inputs=uneven)])
+    model.train()
+    with pytest.raises(IterisError, match="training mode"):
+        merge_loras(host, [Concept(lora, inputs=[{"input_ids": ids}])])
+    with pytest.raises(IterisError, match="has adapters loaded"):
+        TransformersHost(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a"))
     other, _ = make_llama()
     with pytest.raises(IterisError, match="another base model"):
         TransformersHost(other).read_lora(tmp_path / "a")

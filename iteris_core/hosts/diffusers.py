@@ -15,8 +15,9 @@ from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from . import Stage, Tick
+from .checks import check_eval, check_model
 from .diffusers_families import Conditioning, family_of
-from .diffusers_lora import pipeline_sites, read_lora
+from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
 from .streams import unet_streams
 from .transformers_streams import transformer_streams
@@ -55,6 +56,8 @@ class DiffusersHost:
     def __init__(self, pipeline: Any) -> None:
         self.family = family_of(pipeline)
         self.pipeline = pipeline
+        for model in self._models():
+            check_model(model)
         self._sites = pipeline_sites(pipeline)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._encoded: list[list[Conditioning]] = []
@@ -62,6 +65,10 @@ class DiffusersHost:
     @property
     def denoiser(self) -> Any:
         return getattr(self.pipeline, self.family.denoiser)
+
+    def _models(self) -> list[nn.Module]:
+        parts = [getattr(self.pipeline, name, None) for name in COMPONENTS]
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +94,8 @@ class DiffusersHost:
         generator: torch.Generator,
         tick: Tick,
     ) -> DiffusionSamples:
+        for model in self._models():
+            check_eval(model)
         prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
         share = calibration.empty_share if self.family.empty_prompts else 0.0
         if not self._needs_denoiser(sites) and share:

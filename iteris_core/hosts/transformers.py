@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration, Concept
-from ..errors import IterisError, SettingsError
+from ..errors import IterisError
 from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from . import Stage, Tick
+from .checks import check_eval, check_model
 from .peft_folder import read_adapter
+from .transformers_rows import Row, collate, extended, lengths, rows_of
 from .transformers_streams import transformer_streams
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
@@ -27,7 +30,7 @@ class ModelSamples:
     """One row a sample, sorted by concept: keyword arguments with a batch dimension of 1."""
 
     owners: Sequence[int]
-    rows: Sequence[Mapping[str, Tensor]]
+    rows: Sequence[Row]
 
 
 class TransformersHost:
@@ -37,7 +40,8 @@ class TransformersHost:
     ``generate``: keyword arguments of ``model.generate``; with it each LoRA first continues its own
     samples, and features are collected on every token that the model read meanwhile, as the paper
     does; without it they are collected on the batches as they are (teacher-forced). Padding, as the
-    attention masks or labels of -100 mark it, is left out of the moments.
+    attention masks or labels of -100 mark it, on either side, is left out of the moments. Raises
+    :class:`IterisError` for what is no such model, or has adapters on it.
     """
 
     def __init__(self, model: Any, *, generate: Mapping[str, Any] | None = None) -> None:
@@ -45,6 +49,7 @@ class TransformersHost:
 
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise IterisError(f"{type(model).__name__} is no model of transformers.")
+        check_model(model)
         self.model: Any = model
         self._generate = dict(generate) if generate is not None else None
         self._sites = {
@@ -55,7 +60,11 @@ class TransformersHost:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs go: accelerate's hooks say it of a model whose weights are elsewhere."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        placed = (getattr(hook, "execution_device", None) for hook in hooks)
+        found = next((device for device in placed if device is not None), None)
+        return next(self.model.parameters()).device if found is None else torch.device(found)
 
     @property
     def _encodes_and_decodes(self) -> bool:
@@ -81,11 +90,12 @@ class TransformersHost:
         tick: Tick,
     ) -> ModelSamples:
         owners: list[int] = []
-        rows: list[Mapping[str, Tensor]] = []
+        rows: list[Row] = []
         for index, concept in enumerate(concepts):
-            mine = _split(concept, calibration.samples, self._encodes_and_decodes)
+            mine = rows_of(concept, calibration.samples, decodes=self._encodes_and_decodes)
             owners += [index] * len(mine)
             rows += mine
+        check_eval(self.model)
         if self._generate is not None:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
@@ -94,86 +104,87 @@ class TransformersHost:
         return transformer_streams(self._sites, sites, self.model)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
+        more = self._fewest_logits(sites)
+
         def run(rows: Sequence[int], copies: int) -> None:
-            self.model(**self._collate([samples.rows[row] for row in rows], copies))
+            batch = self._batch([samples.rows[row] for row in rows], copies)
+            self.model(**batch, **({} if "labels" in batch else more))
 
         def mask(site: str, rows: Sequence[int]) -> Tensor | None:
-            return self._mask(site, self._collate([samples.rows[row] for row in rows], 1))
+            name = self._mask_name(site)
+            found = [samples.rows[row] for row in rows]
+            if name is None or name not in found[0]:
+                return None
+            return self._batch([{name: row[name]} for row in found], 1)[name].bool()
 
         yield Stage("model", sorted(sites), samples.owners, run, mask)
 
     def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:
-        found = self.model(**self._collate([samples.rows[row] for row in rows], 1))
+        """Logits or the last hidden states; those of tokens, (rows, tokens, …), are as long for any
+        rows, and zero where there is padding."""
+        batch = self._batch([samples.rows[row] for row in rows], 1, lengths(samples.rows))
+        output = self.model(**batch)
         for name in ("logits", "last_hidden_state"):
-            if getattr(found, name, None) is not None:
-                return getattr(found, name)
+            found = getattr(output, name, None)
+            if found is not None:
+                kind = "decoder_attention_mask" if self._encodes_and_decodes else "attention_mask"
+                mask = batch.get(kind)
+                if mask is not None and found.ndim == 3 and found.shape[:2] == mask.shape:
+                    found = found * mask[..., None].to(found)
+                return found
         raise IterisError(f"{type(self.model).__name__} gives no logits and no hidden state.")
 
-    def _mask(self, site: str, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens count: a decoder's own, but for what it reads from the encoder."""
-        name = "attention_mask"
+    def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
+        """What keeps a decoder from making logits of every token, which no site needs."""
+        names = inspect.signature(self.model.forward).parameters
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        needed = any(self._sites[site] is head for site in sites)
+        return {"logits_to_keep": 1} if "logits_to_keep" in names and not needed else {}
+
+    def _mask_name(self, site: str) -> str | None:
+        """Which mask counts a site's tokens: a decoder's own, but for what it reads from the
+        encoder; None where they are parts of pictures."""
         if self._encodes_and_decodes and ".decoder." in site:
             reads_encoder = any(mark in site for mark in _CROSS)
             leaf = site.rpartition(".")[2]
             if not (reads_encoder and leaf in ("k", "v", "k_proj", "v_proj", "key", "value")):
-                name = "decoder_attention_mask"
+                return "decoder_attention_mask"
         elif "vision" in site or "visual" in site:
             return None
         elif any(mark in site for mark in _CROSS) and site.endswith(("key", "value")):
             return None  # keys and values of pictures
-        mask = batch.get(name)
-        return None if mask is None else mask.bool()
+        return "attention_mask"
 
-    def _collate(self, rows: Sequence[Mapping[str, Tensor]], copies: int) -> dict[str, Tensor]:
-        """Rows padded on the right to one length, ``copies`` times."""
-        batch: dict[str, Tensor] = {}
-        for name in rows[0]:
-            parts = [row[name] for row in rows]
-            if parts[0].ndim == 2:
-                longest = max(part.shape[1] for part in parts)
-                value = self._padding(name)
-                parts = [
-                    nn.functional.pad(part, (0, longest - part.shape[1]), value=value)
-                    for part in parts
-                ]
-            batch[name] = torch.cat(parts * copies).to(self.device)
-            if batch[name].is_floating_point():
-                batch[name] = batch[name].to(self.model.dtype)
+    def _batch(
+        self, rows: Sequence[Row], copies: int, longest: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        config = self.model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        batch = collate(rows, copies, getattr(text, "pad_token_id", None) or 0, longest)
+        for name, tensor in batch.items():
+            dtype = self.model.dtype if tensor.is_floating_point() else tensor.dtype
+            batch[name] = tensor.to(self.device, dtype)
         return batch
 
-    def _padding(self, name: str) -> float:
-        if name == "labels":
-            return -100
-        if name.endswith("input_ids"):
-            return getattr(self.model.config, "pad_token_id", None) or 0
-        return 0
-
     def _continued(
-        self,
-        rows: Sequence[Mapping[str, Tensor]],
-        owners: Sequence[int],
-        lockstep: Lockstep,
-        tick: Tick,
-    ) -> list[Mapping[str, Tensor]]:
+        self, rows: Sequence[Row], owners: Sequence[int], lockstep: Lockstep, tick: Tick
+    ) -> list[Row]:
         """Every row with what its own LoRA generates from it; one row a call, so no padding."""
-        continued: list[Mapping[str, Tensor]] = []
+        continued: list[Row] = []
         for done, (row, owner) in enumerate(zip(rows, owners, strict=True), 1):
-            # Models write into what they are given (BLIP its start token).
-            batch = {name: tensor.clone().to(self.device) for name, tensor in row.items()}
-            ids = self._generated(batch, owner, lockstep)[:, :-1]  # the last one is never read
-            if self._encodes_and_decodes:
-                mine = {**row, "decoder_input_ids": ids}
-                mine["decoder_attention_mask"] = torch.ones_like(ids)
-                mine.pop("labels", None)
-            else:
-                mine = {**row, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            continued.append(mine)
+            given = {name: tensor for name, tensor in row.items() if name != "labels"}
+            if "decoder_input_ids" not in given:
+                given.pop("decoder_attention_mask", None)  # that of the labels
+            ids = self._generated(given, owner, lockstep)[:, :-1]  # the last one is never read
+            continued.append(extended(given, ids, decodes=self._encodes_and_decodes))
             tick("generating", done, len(rows))
         return continued
 
-    def _generated(self, batch: dict[str, Tensor], owner: int, lockstep: Lockstep) -> Tensor:
+    def _generated(self, row: Row, owner: int, lockstep: Lockstep) -> Tensor:
         found: list[Tensor] = []
         options = {"do_sample": False, "num_beams": 1, **(self._generate or {})}
+        # Models write into what they are given (BLIP its start token).
+        batch = self._batch([{name: tensor.clone() for name, tensor in row.items()}], 1)
 
         def run() -> None:
             found.append(self.model.generate(**batch, **options))
@@ -182,52 +193,3 @@ class TransformersHost:
         if found[0].shape[1] < 2:
             raise IterisError("The model generated nothing; look at the arguments of generate.")
         return found[0].cpu()
-
-
-def _split(concept: Concept, limit: int, decodes: bool) -> list[Mapping[str, Tensor]]:
-    """The concept's batches as rows of one sample, ``limit`` of them at the most."""
-    inputs: Any = concept.inputs
-    if inputs is None:
-        raise IterisError(
-            f"Concept {concept.name!r} has no inputs; a transformers host needs batches of keyword "
-            "arguments (Concept(inputs=…))."
-        )
-    batches: Any = inputs() if callable(inputs) else inputs
-    rows: list[Mapping[str, Tensor]] = []
-    for batch in batches:
-        strange = [name for name, value in batch.items() if not isinstance(value, Tensor)]
-        if strange:
-            raise SettingsError(
-                f"Concept {concept.name!r}: {', '.join(strange)} of a batch are not tensors; make "
-                'batches with return_tensors="pt".'
-            )
-        tensors = _with_masks(batch, decodes)
-        sizes = {len(value) for value in tensors.values()}
-        if len(sizes) != 1:
-            raise SettingsError(
-                f"Concept {concept.name!r}: a batch has tensors of {sorted(sizes)} rows; "
-                "all must have the same number."
-            )
-        rows += [
-            {name: value[i : i + 1].cpu() for name, value in tensors.items()}
-            for i in range(sizes.pop())
-        ]
-        if len(rows) >= limit:
-            break
-    if not rows:
-        raise IterisError(f"Concept {concept.name!r} has no samples: its inputs are empty.")
-    return rows[:limit]
-
-
-def _with_masks(batch: Mapping[str, Tensor], decodes: bool) -> dict[str, Tensor]:
-    """The batch with a mask for every kind of tokens, so that rows can be padded to one length."""
-    masked = dict(batch)
-    if "input_ids" in masked:
-        masked.setdefault("attention_mask", torch.ones_like(masked["input_ids"]))
-    if "decoder_input_ids" in masked:
-        ones = torch.ones_like(masked["decoder_input_ids"])
-        masked.setdefault("decoder_attention_mask", ones)
-    elif decodes and "labels" in masked and masked["labels"].ndim == 2:
-        # The model reads the labels shifted by one: a token counts where it has one to predict.
-        masked.setdefault("decoder_attention_mask", (masked["labels"] != -100).long())
-    return masked
