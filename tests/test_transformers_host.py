@@ -238,8 +238,71 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
     other, _ = make_llama()
     with pytest.raises(IterisError, match="another base model"):
         TransformersHost(other).read_lora(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    config["peft_type"] = "IA3"
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(IterisError, match="IA3"):
-        host.read_lora(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "is a IA3 adapter"),
+        ({"use_dora": True}, "is a DoRA adapter"),
+        ({"alora_invocation_tokens": [3]}, "is a aLoRA adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
+    ],
+)
+def test_adapters_that_are_more_than_two_factors_are_refused(tmp_path, change, message):
+    model, targets = make_bert()
+    folder = tuned_folder(model, targets, tmp_path / "a", 1)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(IterisError, match=message):
+        TransformersHost(model).read_lora(folder)
+
+
+def test_a_site_whose_name_ends_anothers_keeps_its_rank(tmp_path):
+    class Nested(torch.nn.Module):
+        config = None
+
+        def __init__(self):
+            super().__init__()
+            self.dense = torch.nn.Linear(8, 8)
+            self.inner = torch.nn.Sequential()
+            self.inner.dense = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(self.dense(x))
+
+    torch.manual_seed(0)
+    model, x = Nested(), torch.randn(4, 8)
+    changes = {
+        f"model.{site}": LowRank(torch.randn(8, rank), torch.randn(rank, 8))
+        for site, rank in (("dense", 2), ("inner.dense", 3))
+    }
+    folder = write_adapter(Lora(changes, "both"), tmp_path / "new" / "merged")
+    assert [file.name for file in folder.parent.iterdir()] == ["merged"]
+    theirs = PeftModel.from_pretrained(copy.deepcopy(model), folder)(x)
+    for site, change in changes.items():
+        model.get_submodule(site.removeprefix("model.")).weight.data += change.dense()
+    torch.testing.assert_close(model(x), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_of_several_layers_is_written_and_loaded(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=32, num_labels=4,
+        )
+    ).eval()  # fmt: skip
+    folder = tuned_folder(model, ["query"], tmp_path / "a", 1, modules_to_save=["classifier"])
+    heads = {n: torch.randn_like(head) for n, head in read_heads(folder).items()}
+    assert len(heads) == 4
+    written = write_adapter(TransformersHost(model).read_lora(folder), tmp_path / "b", heads=heads)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), written).eval()
+    batch = make_batches("encoder", 9)[0]
+    theirs = loaded(**batch).logits
+    loaded.unload()
+    plain = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
+    plain.load_state_dict(heads, strict=False)
+    torch.testing.assert_close(plain(**batch).logits, theirs, atol=1e-4, rtol=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,21 @@ from torch import Tensor, nn
 from ..errors import IterisError, LoraFileError
 from ..lora import Lora, LowRank
 from ..lora_files import read_tensors
+from ..lora_files.saving import umask
 
 _PREFIX = "base_model.model."
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "layer_replication": "layer-replicating",
+}
+"""Settings of peft under which a change is not just up · down, and what they are called"""
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
 
 
 def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
@@ -24,9 +39,7 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
     Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
     """
     config, tensors = _read_folder(folder)
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
+    _check_plain(folder, config)
     factors: dict[str, dict[str, Tensor]] = {}
     apart: list[str] = []
     for name, tensor in tensors.items():
@@ -52,6 +65,24 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
     }
     metadata = {"kept_apart": ", ".join(apart)} if apart else {}
     return Lora(changes, folder.name, metadata)
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise :class:`LoraFileError` where more than the two factors makes the change."""
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        kind = next((title for name, title in _VARIANTS.items() if config.get(name)), None)
+    if kind is not None or "peft_type" not in config:
+        raise LoraFileError(
+            f"{folder} is a {kind or 'nameless'} adapter; only plain LoRA is merged here."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise LoraFileError(
+            f"{folder} started from {start!r}, which changes the base model's weights too; save it "
+            "as a plain LoRA first (peft: save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
 
 
 def read_heads(folder: str | Path) -> dict[str, Tensor]:
@@ -93,13 +124,14 @@ def _low_rank(
     if set(parts) != {"A", "B"}:
         raise LoraFileError(f"{folder}: site {site} has only one of its two factors.")
     down, up, shape = parts["A"], parts["B"], _weight_shape(module)
-    if down.shape[1:] != shape[1:] or up.shape[0] != shape[0] or up.shape[1] != down.shape[0]:
+    ones = (1,) * len(shape[2:])
+    if not len(down) or down.shape[1:] != shape[1:] or up.shape != (shape[0], len(down), *ones):
         raise LoraFileError(
             f"{folder}: site {site} has A {tuple(down.shape)} and B {tuple(up.shape)}, but the "
             f"base model's weight there is {tuple(shape)}; it was made for another base model."
         )
     patterns = dict(config.get("alpha_pattern") or {})
-    alpha = config["lora_alpha"]
+    alpha = config.get("lora_alpha", 8)  # peft's own default
     if patterns:
         alpha = patterns.get(get_pattern_key(list(patterns), site.removeprefix("model.")), alpha)
     scale = alpha / (len(down) ** 0.5 if config.get("use_rslora") else len(down))
@@ -141,14 +173,16 @@ def write_adapter(
     folder = check_folder(folder)
     ranks = {site.removeprefix("model."): c.rank for site, c in lora.sites.items()}
     largest = max(ranks.values())
+    # peft's patterns fit ends of names unless they say otherwise.
+    patterns = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "r": largest,
         "lora_alpha": largest,
         "target_modules": sorted(ranks),
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
-        "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != largest},
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
         "inference_mode": True,
         "bias": "none",
         "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
@@ -161,9 +195,15 @@ def write_adapter(
             up, down = up[:, :, None, None], down.reshape(change.rank, -1, *change.kernel)
         tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
         tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype).contiguous()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    temporary.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=1)
+        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
+        temporary.chmod(0o777 & ~umask())  # mkdtemp's is for the owner only
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return folder

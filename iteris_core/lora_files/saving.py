@@ -23,14 +23,15 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are for the owner only
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's are for the owner only
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode creation mask."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
