@@ -47,14 +47,21 @@ DRAWN = ("regmean", "ssr", "iteris", "iteris-shrink", "iteris-paper")
 """Methods that see texts: their figures depend on which are drawn."""
 COMBINATIONS = [c for n in (2, 3, 4) for c in itertools.combinations(TASKS, n)]
 METHODS = {**methods(iterations=10, ridge=1e-7), "iteris-shrink": ("iteris", {"shrink": 0.5})}
-"""`shrink` is the only setting that was chosen: by the error of outputs on training texts that no
-merge sees (`language_held_out.py`)."""
+"""`shrink` is the only setting that was chosen, on other texts than those reported here
+(`language_tuning.py`)."""
 
 
 class Bench:
-    """The encoder, its LoRAs and heads, and the texts."""
+    """The encoder, its LoRAs and heads, and the texts; ``parts``: those that merges see, and those
+    that they are scored on. What was computed is kept in ``cache``."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(
+        self,
+        data: Path,
+        adapters: Path = ADAPTERS,
+        parts: tuple[str, str] = ("train", "test"),
+        cache: Path = CACHE,
+    ) -> None:
         self.model = load_encoder()
         self.tokenizer = load_tokenizer()
         self.host = TransformersHost(self.model)
@@ -63,12 +70,16 @@ class Bench:
         self.pool: dict[str, list[str]] = {}
         self.texts: dict[str, tuple[list[str], list[int]]] = {}
         for task in TASKS.values():
-            self.loras[task.name] = self.host.read_lora(ADAPTERS / task.name.lower())
-            self.heads[task.name] = load_head(task).bfloat16()
-            self.pool[task.name] = read_texts(task, "train", data)[0]
-            self.texts[task.name] = read_texts(task, "test", data)
+            folder = adapters / task.name.lower()
+            if not folder.exists():
+                continue
+            self.loras[task.name] = self.host.read_lora(folder)
+            self.heads[task.name] = load_head(task, adapters).bfloat16()
+            self.pool[task.name] = read_texts(task, parts[0], data)[0]
+            self.texts[task.name] = read_texts(task, parts[1], data)
         self.scored = copy.deepcopy(self.model).bfloat16()  # a quarter of the time
-        self.rows = _read_cache()
+        self.cache = cache
+        self.rows = _read_cache(cache)
 
     def merge(
         self,
@@ -120,7 +131,7 @@ class Bench:
         seed: int = 0,
     ) -> dict[str, float]:
         """F1 of each task after a merge of ``names``; from the cache if it is there."""
-        kind, own = METHODS[method]
+        kind, own = METHODS.get(method, (method, {}))
         settings = {**own, **(settings or {})}
         key = json.dumps([list(names), kind, settings, samples, seed], sort_keys=True)
         if key not in self.rows:
@@ -136,15 +147,15 @@ class Bench:
     def keep(self, key: str, found: dict[str, float]) -> None:
         self.rows[key] = found
         print(round(sum(found.values()), 4), key, flush=True)
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with CACHE.open("a", encoding="utf-8") as file:
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        with self.cache.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "f1": found}) + "\n")
 
 
-def _read_cache() -> dict[str, dict[str, float]]:
-    if not CACHE.is_file():
+def _read_cache(cache: Path) -> dict[str, dict[str, float]]:
+    if not cache.is_file():
         return {}
-    lines = CACHE.read_text(encoding="utf-8").splitlines()
+    lines = cache.read_text(encoding="utf-8").splitlines()
     return {row["key"]: row["f1"] for row in map(json.loads, lines)}
 
 
