@@ -139,7 +139,14 @@ def test_streams_are_what_a_sites_output_is_added_to(make):
 
 
 def test_layers_wired_otherwise_have_no_streams():
-    from transformers import FalconConfig, FalconForCausalLM, Gemma2Config, Gemma2ForCausalLM
+    from transformers import (
+        FalconConfig,
+        FalconForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+    )
 
     sandwich = Gemma2Config(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -148,7 +155,14 @@ def test_layers_wired_otherwise_have_no_streams():
     parallel = FalconConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    for model in (Gemma2ForCausalLM(sandwich), FalconForCausalLM(parallel)):
+    scaled = GraniteConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, residual_multiplier=0.2,
+    )  # fmt: skip
+    models = (
+        Gemma2ForCausalLM(sandwich), FalconForCausalLM(parallel), GraniteForCausalLM(scaled)
+    )  # fmt: skip
+    for model in models:
         host = TransformersHost(model)
         assert host.streams(set(host.sites())) == {}
 

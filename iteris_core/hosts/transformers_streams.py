@@ -1,7 +1,8 @@
 """Where the layers of transformers models add to their residual stream.
 
 A layer is known by the names of its parts, which say how it is wired; layers that no entry fits
-(norms after a branch, parallel branches, gates) have no streams, and merges there do not repair.
+(norms after a branch, parallel branches, gates, factors) have no streams: merges there do not
+repair.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
+
+_SCALES = ("residual_multiplier", "residual_scale")
+"""What layers call a factor on what they add to the stream (Granite, MiniCPM)"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class _Wiring:
     def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
         names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
         return (
-            self.parts <= names <= self.parts | self.extra
+            not any(hasattr(layer, name) for name in _SCALES)
+            and self.parts <= names <= self.parts | self.extra
             and all(name in inner for name in self.requires)
             and not any(name in inner for name in self.forbids)
         )
