@@ -129,6 +129,8 @@ def test_features_while_generating_and_inputs_from_tensors(tmp_path, monkeypatch
         (lambda w: [f"--concept={w}/a1:{w}/none.txt"], "does not exist"),
         (lambda w: [f"--concept={w}/base:{w}/t1.txt"], "no adapter folder"),
         (lambda w: [f"--concept={w}/a1:{w}/t1.txt:x"], "is not FOLDER:SAMPLES"),
+        (lambda w: ["--overwrite", f"--concept={w}/a1:{w}/t1.txt"], "--overwrite is for files"),
+        (lambda w: ["--model-class=X", f"--concept={w}/a1:{w}/t1.txt"], "no class of that name"),
         (lambda w: ["--preserve", f"{w}/t1.txt", f"--concept={w}/a1:{w}/t1.txt"], "--preserve"),
     ],
 )
@@ -140,3 +142,21 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, change, mess
     assert code == 2
     assert message in error
     assert not out.exists()
+
+
+def test_a_class_of_ones_own_is_named_with_the_option(tmp_path, monkeypatch, capsys):
+    world = make_world(make_bert, tmp_path)
+    for seed in (1, 2):
+        file = world / f"a{seed}" / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"task_type": None}
+        config["auto_mapping"] = {"base_model_class": "Mine", "parent_library": "__main__"}
+        file.write_text(json.dumps(config))
+    given = arguments(world, tmp_path / "merged")
+    code, _, error = run(monkeypatch, capsys, *given)
+    assert code == 2
+    assert "is for Mine, which is no class of transformers" in error
+    code, text, error = run(
+        monkeypatch, capsys, *given, "--model-class=AutoModelForSequenceClassification"
+    )
+    assert code == 0, error
+    assert "Merged 2" in text

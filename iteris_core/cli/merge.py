@@ -59,6 +59,10 @@ def merge(
         int | None,
         typer.Option(help="transformers: features while each LoRA writes so many tokens"),
     ] = None,
+    model_class: Annotated[
+        str | None,
+        typer.Option(help="transformers: class of the base, where the adapter does not name one"),
+    ] = None,
     latent_size: Annotated[int | None, typer.Option(help="Side of the latents")] = None,
     seed: Annotated[int, typer.Option(help="Decides prompts and latents")] = 0,
     layout: Annotated[str, typer.Option(help="kohya (read everywhere) or peft")] = "kohya",
@@ -106,10 +110,13 @@ def merge(
         for name, value in (("preserve", preserve), ("templates", templates), ("plot", plot)):
             if value is not None:
                 raise IterisError(f"--{name} is for diffusion bases; {base} is a single model.")
+        if overwrite:
+            raise IterisError("--overwrite is for files; give another folder, or move the old one.")
         result = merge_model(
             base,
             concept or [],
             output,
+            model_class=model_class,
             method=method,
             settings=settings,
             samples=samples,
@@ -122,8 +129,9 @@ def merge(
         if result is not None:
             _report(result, output / "adapter_model.safetensors", as_json)
         return
-    if generate is not None:
-        raise IterisError("--generate is for models of transformers.")
+    for name, value in (("generate", generate), ("model-class", model_class)):
+        if value is not None:
+            raise IterisError(f"--{name} is for models of transformers.")
     options = [parse_concept(text) for text in concept or []]
     reading = ReadOptions(allow_partial, energy)
     check_target(output, layout, dtype, overwrite)

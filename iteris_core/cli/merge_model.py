@@ -62,6 +62,7 @@ def merge_model(
     concepts: Sequence[str],
     output: Path,
     *,
+    model_class: str | None,
     method: str,
     settings: Any,
     samples: int,
@@ -73,8 +74,9 @@ def merge_model(
 ) -> MergeResult | None:
     """Merge adapter folders and write one, as :func:`..merge.merge_loras` with the CLI's options.
 
-    ``generate``: collect features while each adapter writes up to that many tokens. Of several
-    processes the first writes; the others get None.
+    ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
+    trained on). ``generate``: collect features while each adapter writes up to that many tokens. Of
+    several processes the first writes; the others get None.
     """
     import torch
 
@@ -88,7 +90,7 @@ def merge_model(
         progress_bars(shown=shards.rank == 0) as on_progress,
     ):
         on_progress("loading the base", 0, 1)
-        model = _load(base, options[0].folder).to(own_device)
+        model = _load(base, model_class, options[0].folder).to(own_device)
         on_progress("loading the base", 1, 1)
         host = TransformersHost(
             model, generate=None if generate is None else {"max_new_tokens": generate}
@@ -122,20 +124,24 @@ def merge_model(
     return result
 
 
-def _load(base: str, adapter: Path) -> Any:
+def _load(base: str, model_class: str | None, adapter: Path) -> Any:
     """The base as the class on which the adapter was trained, in eval mode."""
     import transformers
 
     try:
-        name = _class_of(adapter)
+        name = model_class or _class_of(adapter)
         if name is None:
             config = transformers.AutoConfig.from_pretrained(base)
             name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
+        if kind is None and model_class:
+            raise IterisError(f"--model-class {name}: transformers has no class of that name.")
         if kind is None:
             raise IterisError(
-                f"The adapter {adapter} is for {name}, which is no class of transformers; merge it "
-                "from Python with TransformersHost(model)."
+                f"The adapter {adapter} is for {name}, which is no class of transformers. Give one "
+                "whose modules have the same names, such as --model-class "
+                "AutoModelForSequenceClassification, or merge from Python with "
+                "TransformersHost(model)."
             )
         return kind.from_pretrained(base, use_safetensors=True).eval()
     except IterisError:
