@@ -184,9 +184,15 @@ def table(bench: Bench, methods: Sequence[str], draws: int, samples: int) -> dic
         "combinations": combinations,
         "settings": {method: METHODS[method][1] for method in methods},
         "samples": samples,
-        "draws": draws,
+        "draws": {m: draws if m in DRAWN else 1 for m in methods},
         "texts": {task: len(bench.texts[task][0]) for task in TASKS},
     }
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with everything that is in ``new``, at every depth."""
+    nested = {n: joined(old[n], v) for n, v in new.items() if isinstance(v, dict) and n in old}
+    return {**old, **new, **nested}
 
 
 def rounded(found: Any) -> Any:
@@ -224,8 +230,7 @@ def ablations(bench: Bench) -> dict[str, Any]:
             b: total({**paper, "balance": b}) for b in ("none", "adapter")
         },
         "iterations": {
-            str(count - 1): total({**paper, "iterations": count})
-            for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)
+            str(count - 1): total({**paper, "iterations": count}) for count in (1, 2, 3, 4, 10)
         },
     }
 
@@ -239,14 +244,16 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true")
     arguments = parser.parse_args()
     bench = Bench(arguments.data)
+    name = "language_ablations.json" if arguments.ablations else "language.json"
+    if arguments.samples != SAMPLES:
+        name = f"language_{arguments.samples}.json"
     if arguments.ablations:
         found = rounded(ablations(bench))
     else:
         names = arguments.methods.split(",")
         found = rounded(table(bench, names, arguments.draws, arguments.samples))
-    name = "language_ablations.json" if arguments.ablations else "language.json"
-    if arguments.samples != SAMPLES:
-        name = f"language_{arguments.samples}.json"
+        if (RESULTS / name).is_file():  # methods that were not asked for stay
+            found = joined(json.loads((RESULTS / name).read_text(encoding="utf-8")), found)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found.get("sum", found), indent=1))

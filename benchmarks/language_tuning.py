@@ -30,17 +30,6 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("iteris", {"align": "adapter", "shrink": 0.5}),
     ("iteris", {"align": "adapter", "shrink": 0.9}),
     ("iteris", {**_CLASSIFIERS, "balance": "none"}),
-    ("iteris", {**_CLASSIFIERS, "balance": "adapter"}),
-    ("iteris", {**_CLASSIFIERS, "balance": "full"}),
-    ("iteris", {**_CLASSIFIERS, "repair": False}),
-    ("iteris", {"ridge": 1e-1}),
-    ("iteris", {"ridge": 1e-2}),
-    ("iteris", {**_CLASSIFIERS, "ridge": 1e-2}),
-    ("iteris", {"shrink": 0.8}),
-    ("iteris", {"shrink": 0.2}),
-    ("iteris", {**_CLASSIFIERS, "polish_steps": 100, "polish_rate": 2e-4}),
-    ("iteris", {"align": "adapter", "shrink": 0.2}),
-    ("regmean++", {"shrink": 0.9}),
 ]
 
 

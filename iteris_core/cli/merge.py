@@ -131,7 +131,10 @@ def merge(
         return
     for name, value in (("generate", generate), ("model-class", model_class)):
         if value is not None:
-            raise IterisError(f"--{name} is for models of transformers.")
+            raise IterisError(
+                f"--{name} is for models of transformers; {base} is no folder with a config.json, "
+                "and no --concept is an adapter folder of peft."
+            )
     options = [parse_concept(text) for text in concept or []]
     reading = ReadOptions(allow_partial, energy)
     check_target(output, layout, dtype, overwrite)
