@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,7 +38,8 @@ def main() -> None:
 
     with torch.inference_mode():
         model, clip = comfy.sd.load_checkpoint_guess_config(options.checkpoint)[:2]
-    before = _peak()
+    before = psutil.Process().memory_info().rss // 2**20
+    load = os.getloadavg()[0]
     calibration = core.Calibration(
         samples=options.samples,
         timesteps=options.timesteps,
@@ -47,14 +50,16 @@ def main() -> None:
         specs.make_spec(file, trigger=f"sks{number}", class_word="cat")
         for number, file in enumerate(options.loras)
     ]
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     report = merging.merge_on(model, clip, concepts, "iteris", {}, calibration).report
     found = {
         "sites": len(report.sites),
         "rows": report.rows,
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "peak_mb": _peak(),
-        "peak_before_merge_mb": before,
+        "rss_before_merge_mb": before,
+        "load_before_merge": round(load, 2),
         "threads": torch.get_num_threads(),
         "device": str(model.load_device),
         "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20 if options.gpu else None,

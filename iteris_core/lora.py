@@ -93,6 +93,17 @@ class Lora:
         return {change.rank for change in self.sites.values()}
 
 
+def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:
+    """``change`` at no more than ``rank``. ``ordered`` says that its components stand in the order
+    of their output energy, as ``iteris`` leaves them: then the first ones are the best of their
+    number. Else it is cut by an SVD."""
+    if change.rank <= rank:
+        return change
+    if ordered:
+        return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
+    return truncate(change, rank)[0]
+
+
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
     if not changes:

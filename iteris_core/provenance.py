@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .calibration import Concept
 from .lora import Lora
-from .lora_files.metadata import merge_tag_frequency
+from .lora_files.metadata import merge_tag_frequency, parse_object
 from .report import MergeReport
 
 _PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "safetensors")
@@ -68,6 +68,20 @@ def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object
         ],
         "notes": report.notes,
     }
+
+
+def is_ordered(report: MergeReport) -> bool:
+    """Whether the merged components stand in the order of their output energy."""
+    return report.settings.get("align") == "full" and not report.settings.get("polish_steps")
+
+
+def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:
+    """``metadata`` of a merged LoRA that was cut to ``rank`` afterwards (:func:`.lora.at_rank`)."""
+    found = parse_object(metadata.get("iteris"))
+    if not found:
+        return dict(metadata)
+    cut = {"rank": rank, "ordered": ordered}
+    return {**metadata, "iteris": json.dumps({**found, "cut": cut})}
 
 
 def _versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..iteris_core.calibration import Calibration
@@ -55,6 +56,7 @@ class Denoiser:
     def load(
         self,
         shape: Sequence[int],
+        schedule: Tensor,
         texts: Sequence[Conditioning],
         rows: int,
         waiting: int = 0,
@@ -62,13 +64,16 @@ class Denoiser:
     ) -> None:
         """What ``CFGGuider`` does before it samples, with room for ``rows`` rows in one forward,
         as many ``waiting`` between two sites, and ``statistics`` bytes. ``shape`` is (…, channels,
-        height, width)."""
+        height, width), ``schedule`` the sigmas of a whole denoising."""
         model = self._model
         if self._options is None:
             conds = {"positive": comfy.sampler_helpers.convert_cond([list(c) for c in texts[:1]])}
             options = comfy.model_patcher.create_model_options_clone(model.model_options)
-            comfy.sampler_helpers.prepare_model_patcher(model, conds, options)
             self._options = options
+            comfy.sampler_helpers.prepare_model_patcher(model, conds, options)
+            _run_uncompiled(options)
+            # Patches and wrappers of other nodes look up there how far denoising is.
+            options["transformer_options"]["sample_sigmas"] = schedule.to(model.load_device)
         needed = model.model.memory_required([rows + math.ceil(_WAITING * waiting), *shape[1:]])
         with torch.inference_mode():
             memory.load_models_gpu(
@@ -108,8 +113,9 @@ class Denoiser:
         batch: int,
         generator: torch.Generator,
         tick: Tick,
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (prompts, T, …) on ComfyUI's scale, and their sigmas (prompts, T)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (prompts, T, …) on ComfyUI's scale, their sigmas (prompts, T), and the sigmas of
+        the whole denoising (steps + 1)."""
         steps, wanted = calibration.denoising_steps, calibration.timesteps
         sampling = self._model.get_model_object("model_sampling")
         scheduler = "simple" if isinstance(sampling, comfy.model_sampling.CONST) else "ddim_uniform"
@@ -129,11 +135,11 @@ class Denoiser:
             for slot in range(picks.shape[1]):
                 for row, pick in enumerate(picks[:, slot].tolist()):
                     kept[row, slot] = start(schedule[pick], noise[row : row + 1])[0]
-            return kept, schedule[picks]
+            return kept, schedule[picks], schedule
 
         guided = calibration.guidance > 1 and not self.distilled
         texts, empties = texts_of()
-        self.load(noise.shape, texts, batch * (1 + guided))
+        self.load(noise.shape, schedule, texts, batch * (1 + guided))
         chunks = [range(n, min(n + batch, len(owners))) for n in range(0, len(owners), batch)]
         for done, rows in enumerate(chunks):
             tick("denoising samples", done, len(chunks))
@@ -156,7 +162,7 @@ class Denoiser:
                 x = x + (x - denoised) / sigma * (following - sigma)
                 memory.throw_exception_if_processing_interrupted()
         tick("denoising samples", len(chunks), len(chunks))
-        return kept, schedule[picks]
+        return kept, schedule[picks], schedule
 
     def _denoise(
         self,
@@ -178,6 +184,14 @@ class Denoiser:
     def _latent_shape(self, side: int) -> tuple[int, ...]:
         empty = torch.zeros(1, 4, side, side)
         return tuple(comfy.sample.fix_empty_latent_channels(self._model, empty).shape[1:])
+
+
+def _run_uncompiled(options: dict[str, Any]) -> None:
+    """Hooks on layers are not run inside compiled code; the plain module beneath gives the same."""
+    wrappers = options["transformer_options"].get("wrappers", {})
+    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
+        for keyed in found.values():
+            keyed.pop(COMPILE_KEY, None)
 
 
 def _stack(texts: Sequence[Conditioning]) -> Conditioning:

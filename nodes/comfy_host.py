@@ -35,8 +35,8 @@ class ComfySamples:
     """Rows of the denoiser, sorted by concept, as in the diffusers host.
 
     ``text_owners`` and ``tokens`` list the distinct (concept, prompt) pairs; ``text_rows`` says
-    which of them a row uses. ``latents`` are on ComfyUI's scale of ``sigmas``; both are None where
-    no site needs the denoiser to run.
+    which of them a row uses. ``latents`` are on ComfyUI's scale of ``sigmas``, which are from the
+    ``schedule`` of a whole denoising; all are None where no site needs the denoiser to run.
     """
 
     text_owners: Sequence[int]
@@ -45,6 +45,7 @@ class ComfySamples:
     text_rows: Sequence[int]
     latents: Tensor | None
     sigmas: Tensor | None
+    schedule: Tensor | None
 
 
 class ComfyHost:
@@ -57,16 +58,18 @@ class ComfyHost:
     def __init__(self, model: Any, clip: Any, rows: int = 32) -> None:
         self.model, self.clip = model, clip
         self._rows, self._batch = rows, min(rows, _SAMPLING_ROWS)
-        self._found = ComfySites(model, clip)
         self._texts, self._denoiser = TextEncoders(clip), Denoiser(model)
+        self._found = ComfySites(model, clip)
         self._lockstep: Lockstep | None = None
 
     def __enter__(self) -> ComfyHost:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._texts.close()
-        self._denoiser.close()
+        try:
+            self._texts.close()
+        finally:
+            self._denoiser.close()
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._found.modules
@@ -95,9 +98,9 @@ class ComfyHost:
         owners = [i for i, some in enumerate(prompts) for _ in some]
         flat = [prompt for some in prompts for prompt in some]
         if not denoises:
-            return self._as_samples(owners, flat, None, None)
+            return self._as_samples(owners, flat)
 
-        latents, sigmas = self._denoiser.latents(
+        latents, sigmas, schedule = self._denoiser.latents(
             owners,
             lambda: self._texts_alone(owners, flat, sites, tick),
             calibration,
@@ -112,7 +115,9 @@ class ComfyHost:
         empty = torch.rand(len(row_owners), generator=generator) < share
         for row in empty.nonzero().flatten().tolist():
             row_prompts[row] = ""
-        return self._as_samples(row_owners, row_prompts, latents.flatten(0, 1), sigmas.flatten())
+        return self._as_samples(
+            row_owners, row_prompts, latents.flatten(0, 1), sigmas.flatten(), schedule
+        )
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(
@@ -148,12 +153,14 @@ class ComfyHost:
         ]
         assert samples.latents is not None
         assert samples.sigmas is not None
+        assert samples.schedule is not None
         latents, sigmas = samples.latents, samples.sigmas
         at_once = min(self._rows, len(latents))
         texts = [text for some in conditionings for text in some]
         names = [site for site in sites if not site.startswith("text_encoder")]
         self._denoiser.load(
             latents.shape,
+            samples.schedule,
             texts,
             2 * at_once,
             2 * (len(latents) - at_once),
@@ -172,7 +179,12 @@ class ComfyHost:
         yield Stage("denoiser", names, samples.owners, run)
 
     def _as_samples(
-        self, owners: Sequence[int], prompts: Sequence[str], latents: Any, sigmas: Any
+        self,
+        owners: Sequence[int],
+        prompts: Sequence[str],
+        latents: Tensor | None = None,
+        sigmas: Tensor | None = None,
+        schedule: Tensor | None = None,
     ) -> ComfySamples:
         keys = list(zip(owners, prompts, strict=True))
         pairs = {pair: index for index, pair in enumerate(dict.fromkeys(keys))}
@@ -183,6 +195,7 @@ class ComfyHost:
             [pairs[pair] for pair in keys],
             latents,
             sigmas,
+            schedule,
         )
 
     def _texts_alone(
@@ -191,7 +204,7 @@ class ComfyHost:
         """The conditioning of every row with its own LoRA active, and each concept's empty one."""
         assert self._lockstep is not None
         count = max(owners) + 1
-        rows = self._as_samples([*owners, *range(count)], [*prompts, *[""] * count], None, None)
+        rows = self._as_samples([*owners, *range(count)], [*prompts, *[""] * count])
         pair_owners, tokens = rows.text_owners, rows.tokens
         batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
         self._texts.load(batches, self._batch)

@@ -9,12 +9,16 @@ import comfy.utils
 import torch
 
 
-def scoring_device() -> torch.device:
-    return memory.get_torch_device()
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Of any device: CPUs and MPS say it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if hasattr(memory, "is_oom") and memory.is_oom(error):  # clears asynchronous errors of CUDA
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in words or "out of memory" in words
+    )
 
 
 def free_memory() -> None:

@@ -26,7 +26,11 @@ class TextEncoders:
     """Of one CLIP; :meth:`close` gives it back as it was."""
 
     def __init__(self, clip: Any) -> None:
-        if getattr(clip, "use_clip_schedule", False) and clip.patcher.forced_hooks is not None:
+        if clip is None:
+            raise IterisError(
+                "There is no CLIP; a checkpoint without text encoders needs a Load CLIP node."
+            )
+        if _changes_over_steps(clip):
             raise IterisError(
                 "The CLIP has a hook schedule, whose weights change over the steps; connect the "
                 "CLIP from before Set CLIP Hooks."
@@ -37,6 +41,11 @@ class TextEncoders:
             for name, module in clip.cond_stage_model.named_modules()
             if isinstance(module, comfy.sd1_clip.SDClipModel)
         }
+        if not self._encoders:
+            raise IterisError(
+                f"A CLIP of the kind {type(clip.cond_stage_model).__name__} is not supported: it "
+                "has no text encoder that works on tokens."
+            )
 
     def close(self) -> None:
         for encoder in self._encoders.values():
@@ -183,6 +192,13 @@ class TextBatch:
         if any(key not in self._found[copy] for key in keys):
             return None
         return _join([self._found[copy][key] for key in keys])
+
+
+def _changes_over_steps(clip: Any) -> bool:
+    groups = (clip.patcher.forced_hooks, getattr(clip, "apply_hooks_to_conds", None))
+    hooks = [hook for group in groups if group is not None for hook in group.hooks]
+    scheduled = any(not hook.hook_keyframe.is_empty() for hook in hooks)
+    return scheduled or bool(hooks and getattr(clip, "use_clip_schedule", False))
 
 
 def _answer(

@@ -111,7 +111,8 @@ class IterisConcept(io.ComfyNode):
             prompts=prompts,
             strength=strength,
             weight=weight,
-            embedding="" if embedding == _NONE else Path(embedding).stem,
+            # A prompt names it by its path below models/embeddings.
+            embedding="" if embedding == _NONE else Path(embedding).with_suffix("").as_posix(),
         )
         return io.NodeOutput((*concepts, spec))
 

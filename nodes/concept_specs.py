@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
 from ..iteris_core.calibration import Concept
 from ..iteris_core.errors import LoraFileError
 from ..iteris_core.lora import Lora
+from ..iteris_core.lora_files.metadata import trigger_words
 
 
 class Reader(Protocol):
@@ -54,10 +53,10 @@ def make_spec(
 ) -> ConceptSpec:
     """Empty trigger and class word are taken from the file; an embedding stands for the trigger."""
     trigger, class_word = trigger.strip(), class_word.strip()
-    if embedding:
-        trigger = f"embedding:{embedding}"
     if not (trigger or class_word or prompts.strip()):
         trigger, class_word = words_of(read_metadata(file))
+    if embedding:
+        trigger = f"embedding:{embedding}"
     return ConceptSpec(
         file,
         prompt_lines(prompts) or None,
@@ -84,41 +83,8 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def words_of(metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(trigger, class word) as far as a LoRA file tells: its trigger phrase, the folder that its
-    pictures lay in ("10_sks dog"), or the caption tag that is on nearly all of them."""
-    phrase = metadata.get("modelspec.trigger_phrase", "").split(",")[0].strip()
-    if phrase:
-        return _split(phrase)
-    for folder in _folders(metadata):
-        repeats, _, words = folder.partition("_")
-        if repeats.isdigit() and words.strip():
-            return _split(words.strip())
-    tags = _tags(metadata)
-    return (tags.most_common(1)[0][0], "") if tags else ("", "")
-
-
-def _split(phrase: str) -> tuple[str, str]:
-    """ "sks dog" → ("sks", "dog")"""
+    """(trigger, class word) as far as a LoRA file tells, its best phrase split at the first blank:
+    "sks dog" → ("sks", "dog")."""
+    phrase = next(iter(trigger_words(metadata)), "")
     trigger, _, class_word = phrase.partition(" ")
-    return trigger, class_word
-
-
-def _folders(metadata: Mapping[str, str]) -> Sequence[str]:
-    found = _json(metadata.get("ss_dataset_dirs"))
-    return list(found) if isinstance(found, dict) else []
-
-
-def _tags(metadata: Mapping[str, str]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    found = _json(metadata.get("ss_tag_frequency"))
-    for tags in found.values() if isinstance(found, dict) else ():
-        if isinstance(tags, dict):
-            counts.update({tag.strip(): int(count) for tag, count in tags.items()})
-    return counts
-
-
-def _json(text: str | None) -> Any:
-    try:
-        return json.loads(text or "null")
-    except ValueError:
-        return None
+    return trigger, class_word.strip()

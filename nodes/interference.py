@@ -11,7 +11,7 @@ import torch
 
 from ..iteris_core.calibration import Concept
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora import LowRank
+from ..iteris_core.lora import Lora, LowRank
 from ..iteris_core.report import block_of
 
 
@@ -44,7 +44,7 @@ class Interference:
 def interference(concepts: Sequence[Concept]) -> Interference:
     """The overlap of two LoRAs at a site is the share of either's energy that lies in the row
     space of the other, the mean of both: inputs that move one move the other too."""
-    named = [(c.name, c.lora) for c in concepts if c.lora is not None]
+    named = _numbered([(c.name, c.lora) for c in concepts if c.lora is not None])
     if len(named) < 2:
         raise IterisError("Inspect LoRAs compares LoRAs: connect two concepts or more.")
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
@@ -71,6 +71,15 @@ def interference(concepts: Sequence[Concept]) -> Interference:
         for name, lora in named
     ]
     return Interference(blocks, rows)
+
+
+def _numbered(named: Sequence[tuple[str, Lora]]) -> list[tuple[str, Lora]]:
+    """A name that is taken gets a number: "sks", "sks (2)"."""
+    names = [name for name, _ in named]
+    return [
+        (f"{name} ({names[: index + 1].count(name)})" if name in names[:index] else name, lora)
+        for index, (name, lora) in enumerate(named)
+    ]
 
 
 def _overlap(one: LowRank, other: LowRank) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +216,10 @@ class SaveMergedLora(io.ComfyNode):
     def execute(cls, lora: dict[str, Any], filename_prefix: str, rank: int = 0) -> io.NodeOutput:
         tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
         if rank:
-            tensors = at_rank(tensors, rank, ordered=getattr(lora, "ordered", False))
-            metadata = metadata_at_rank(metadata, tensors, rank)
-        root = folder_paths.get_folder_paths("loras")[0]
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, root
-        )
-        file = Path(folder) / f"{name}_{counter:05}_.safetensors"
+            ordered = getattr(lora, "ordered", False)
+            tensors = at_rank(tensors, rank, ordered=ordered)
+            metadata = metadata_at_rank(metadata, tensors, rank, ordered=ordered)
+        file, subfolder = _new_file(filename_prefix)
         save_atomically(tensors, file, metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)
         return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [str(file)]})
@@ -253,6 +251,19 @@ class InspectLoras(io.ComfyNode):
         found = interference([spec.read(host) for spec in concepts])
         show_text(found.table(), cls.hidden.unique_id)
         return io.NodeOutput(figure_image(plot_interference(found)), found.table())
+
+
+def _new_file(prefix: str) -> tuple[Path, str]:
+    """A name in models/loras that is not taken, and the folder below it; ``prefix`` may hold what
+    Save Image understands, such as %year%."""
+    root = os.path.abspath(folder_paths.get_folder_paths("loras")[0])
+    wanted = os.path.normpath(os.path.join(root, prefix.strip()))
+    if not prefix.strip() or prefix.endswith(("/", os.sep)) or wanted == root:
+        raise IterisError("Save Merged LoRA has no name; write one as filename_prefix.")
+    if not wanted.startswith(root + os.sep):
+        raise IterisError(f"{prefix} leads out of {root}; write a name or folder/name.")
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix.strip(), root)
+    return Path(folder) / f"{name}_{counter:05}_.safetensors", subfolder
 
 
 def _plot(result: MergeResult) -> Any:

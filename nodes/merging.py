@@ -18,6 +18,7 @@ from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
+from ..iteris_core.provenance import is_ordered
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec, read_metadata
@@ -93,9 +94,7 @@ def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str)
         tensors, metadata = load_file(path), read_metadata(path)
     words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
     metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
-    settings = result.report.settings
-    ordered = settings.get("align") == "full" and not settings.get("polish_steps")
-    return LoraModel(tensors, metadata, ordered=ordered)
+    return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
 
 class _RememberingHost(ComfyHost):
@@ -110,11 +109,10 @@ class _RememberingHost(ComfyHost):
     def samples(
         self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
     ) -> ComfySamples:
-        parts = (self.model, self.clip.patcher)
+        # The objects themselves: clones share weights, but not wrappers, hooks or a sampling shift.
         key = (
-            [weakref.ref(part.model) for part in parts],
-            [part.patches_uuid for part in parts],
-            self.clip.layer_idx,
+            [weakref.ref(part) for part in (self.model, self.clip)],
+            [part.patches_uuid for part in (self.model, self.clip.patcher)],
             self._recipe[:-1],
             asdict(calibration),
             frozenset(sites),

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
-from .comfy_runtime import scoring_device, show_text
+from .comfy_runtime import show_text
+from .comfy_scorer import ComfyScorer
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 from .score_plots import plot_scores
@@ -97,7 +98,7 @@ class ClipScorerLoader(io.ComfyNode):
         source = pretrained if weights == _NONE else _weight_path(weights)
         if not source:
             raise IterisError("CLIP Scorer Loader has no weights; choose a file or a tag.")
-        return io.NodeOutput(ClipScorer.load(architecture, source, device=scoring_device()))
+        return io.NodeOutput(ComfyScorer.load(architecture.strip(), source))
 
 
 class ClipImageAlignment(io.ComfyNode):

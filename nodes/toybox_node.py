@@ -8,9 +8,9 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..iteris_core.errors import IterisError
-from ..iteris_core.score import ClipScorer
 from ..toybox import BASE, ToyConcept, load_clip, settings
 from ..toybox import concepts as toy_concepts
+from .comfy_scorer import ComfyScorer
 from .comfy_toybox import load_world
 from .concept_specs import ConceptSpec, make_spec
 from .pictures import to_image
@@ -65,7 +65,7 @@ class IterisToybox(io.ComfyNode):
             tuple(_spec(concept) for concept in chosen),
             [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
             [concept.instance_prompt for concept in chosen],
-            ClipScorer(*load_clip()),
+            ComfyScorer(*load_clip()),
         )
 
 

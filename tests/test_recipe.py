@@ -17,6 +17,7 @@ from iteris_core.cli.recipe import rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
+from iteris_core.provenance import with_cut
 
 
 def metadata_of(path):
@@ -83,6 +84,38 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsys):
+    files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
+    whole, cut, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut", "again"))
+    options = ["--samples=3", "--timesteps=1", "--latents=noise", "--device=cpu", "--dtype=float32"]
+    concepts = [f"--concept={file}" for file in files]
+    code, _, err = run(
+        monkeypatch, capsys, "merge", world / "base", "-o", whole, *options, *concepts
+    )
+    assert code == 0, err
+    tensors = load_file(whole)
+    first = {
+        key: (t[:, :2] if key.endswith("up.weight") else t[:2]).contiguous()
+        for key, t in tensors.items()
+        if not key.endswith(".alpha")
+    }
+    save_file(first, cut, with_cut(metadata_of(whole), 2, ordered=True))
+    code, _, err = run(
+        monkeypatch, capsys, "merge", world / "base", "-o", again, "--device=cpu",
+        "--dtype=float32", f"--from={cut}",
+    )  # fmt: skip
+    assert code == 0, err
+    found = load_file(again)
+    assert {key for key in found if not key.endswith(".alpha")} == set(first)
+    for key, down in first.items():
+        if key.endswith("down.weight"):
+            up = key.replace(".lora_down.", ".lora_up.")
+            product = found[up].flatten(1) @ found[key].flatten(1)
+            assert torch.allclose(product, first[up].flatten(1) @ down.flatten(1), atol=1e-6)
+    assert json.loads(metadata_of(again)["iteris"])["cut"] == {"rank": 2, "ordered": True}
+    assert metadata_of(again)["ss_network_dim"] == "2"
+
+
 def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
     lora = world / "lora1.safetensors"
     out = tmp_path / "out.safetensors"
@@ -104,6 +137,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({"settings": {"magic": 1}}, "magic"),
         ({"calibration": {"magic": 1}}, "calibration is not of this version"),
         ({"concepts": "none"}, "no whole recipe"),
+        ({"cut": 8}, "no whole recipe"),
     ):
         path = tmp_path / "recipe.safetensors"
         text = json.dumps({**recipe, **change})

@@ -16,7 +16,14 @@ from ..methods import all_methods, find_method
 from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
 from .merge_model import is_model, merge_model
 from .processes import processes
-from .recipe import calibration_of, concepts_of, read_concepts, read_recipe, settings_of
+from .recipe import (
+    calibration_of,
+    concepts_of,
+    cut_again,
+    read_concepts,
+    read_recipe,
+    settings_of,
+)
 
 
 def merge(
@@ -166,6 +173,8 @@ def merge(
         shards.wait()
     if shards.rank:
         return
+    if recipe is not None:
+        result = cut_again(recipe, result)
     path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
     if plot is not None:
         from ..report_plots import plot_residuals

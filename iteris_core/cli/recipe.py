@@ -10,22 +10,26 @@ from typing import Any
 from ..calibration import Calibration, Concept
 from ..errors import IterisError
 from ..hosts import Host
-from ..lora import Lora
+from ..lora import Lora, at_rank
 from ..lora_files import ReadOptions, read_tensors
 from ..lora_files.metadata import parse_object, trigger_words
 from ..lora_files.tensors import file_digest
+from ..merge import MergeResult
+from ..provenance import with_cut
 from .common import ConceptOption
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`."""
+    """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
+    ``cut`` is what :func:`..provenance.with_cut` wrote there, or empty."""
 
     method: str
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     concepts: Sequence[Mapping[str, Any]]
     folder: Path
+    cut: Mapping[str, Any]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -34,10 +38,12 @@ def read_recipe(path: Path) -> Recipe:
     found = parse_object(metadata.get("iteris"))
     method, concepts = found.get("method"), found.get("concepts")
     settings, calibration = found.get("settings"), found.get("calibration")
+    cut = found.get("cut", {})
     if (
         not isinstance(method, str)
         or not isinstance(settings, dict)
         or not isinstance(calibration, dict)
+        or not isinstance(cut, dict)
         or not isinstance(concepts, list)
         or not all(isinstance(concept, dict) for concept in concepts)
     ):
@@ -45,7 +51,7 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
-    return Recipe(method, settings, calibration, concepts, path.parent)
+    return Recipe(method, settings, calibration, concepts, path.parent, cut)
 
 
 def calibration_of(recipe: Recipe) -> Calibration:
@@ -61,6 +67,19 @@ def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
         return kind(**{**recipe.settings, **given})
     except TypeError as error:
         raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
+
+
+def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
+    """``result`` at the rank to which the file was cut after its merge, if it was."""
+    if not recipe.cut:
+        return result
+    rank, ordered = recipe.cut.get("rank"), recipe.cut.get("ordered")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
+        raise IterisError(f"The recipe has a broken cut {dict(recipe.cut)}.")
+    lora = result.lora
+    sites = {s: at_rank(change, rank, ordered=ordered) for s, change in lora.sites.items()}
+    metadata = with_cut(lora.metadata, rank, ordered=ordered)
+    return replace(result, lora=replace(lora, sites=sites, metadata=metadata))
 
 
 def concepts_of(

@@ -110,3 +110,10 @@ def thin(models: Path, pack: ModuleType) -> tuple[Any, Any]:
     from thin_models import load_thin
 
     return load_thin(models)
+
+
+@pytest.fixture
+def kit(pack: ModuleType, thin: tuple[Any, Any], models: Path) -> Any:
+    from kit import Kit
+
+    return Kit(pack, thin, models)

@@ -12,8 +12,13 @@ const base = `http://127.0.0.1:${port}`;
 const json = async (url) => (await fetch(base + url)).json();
 
 async function open(page) {
-  for (const name of ['Comfy.TutorialCompleted', 'Comfy.Workflow.ShowMissingNodesWarning']) {
-    await fetch(`${base}/settings/${name}`, { method: 'POST', body: 'true' });
+  const settings = {
+    'Comfy.TutorialCompleted': true,
+    'Comfy.Workflow.ShowMissingNodesWarning': true,
+    'Comfy.Minimap.Visible': false, // it would cover nodes on the picture
+  };
+  for (const [name, value] of Object.entries(settings)) {
+    await fetch(`${base}/settings/${name}`, { method: 'POST', body: JSON.stringify(value) });
   }
   await page.route('**/*', (route) => {
     const url = new URL(route.request().url());
@@ -74,8 +79,9 @@ async function help(page, type) {
         const top = Math.min(...shown._nodes.map((n) => n.pos[1]));
         const right = Math.max(...shown._nodes.map((n) => n.pos[0] + n.size[0]));
         const bottom = Math.max(...shown._nodes.map((n) => n.pos[1] + n.size[1]));
-        canvas.ds.scale = Math.min(1600 / (right - left), 820 / (bottom - top), 1);
-        canvas.ds.offset = [70 / canvas.ds.scale - left, 90 / canvas.ds.scale - top];
+        // Titles stand above the nodes, and the front end's own bars cover the edges.
+        canvas.ds.scale = Math.min(1580 / (right - left), 770 / (bottom - top), 1);
+        canvas.ds.offset = [90 / canvas.ds.scale - left, 150 / canvas.ds.scale - top];
         canvas.setDirty(true, true);
       });
     }

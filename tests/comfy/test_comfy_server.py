@@ -287,6 +287,16 @@ def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
             assert spec[1]["tooltip"]
             assert f"| `{key}` | {spec[1]['tooltip']} |" in page
         assert all(info["output_tooltips"])
-        for language in ("en", "zh"):
-            assert set(texts[language]["nodeDefs"][name]["inputs"]) == set(inputs)
-            assert len(texts[language]["nodeDefs"][name]["outputs"]) == len(info["output"])
+        own, chinese = (texts[language]["nodeDefs"][name] for language in ("en", "zh"))
+        assert own["display_name"] == info["display_name"] != chinese["display_name"]
+        assert own["description"] == info["description"] != chinese["description"]
+        assert set(own["inputs"]) == set(chinese["inputs"]) == set(inputs)
+        for key, spec in inputs.items():
+            assert own["inputs"][key] == {"name": key, "tooltip": spec[1]["tooltip"]}
+            assert chinese["inputs"][key]["tooltip"] != spec[1]["tooltip"]
+            assert chinese["inputs"][key]["name"]
+        assert set(own["outputs"]) == set(chinese["outputs"])
+        for key, shown in own["outputs"].items():
+            output, tip = info["output_name"][int(key)], info["output_tooltips"][int(key)]
+            assert shown == {"name": output, "tooltip": tip}
+            assert chinese["outputs"][key]["tooltip"] != tip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,8 @@ def module(pack: ModuleType, name: str) -> Any:
         ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "")),
         ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "")),
         ({"ss_tag_frequency": "not JSON"}, ("", "")),
+        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "")),
+        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "")),
         ({}, ("", "")),
     ],
 )
@@ -31,6 +34,23 @@ def test_words_of_a_file(
     pack: ModuleType, metadata: dict[str, str], words: tuple[str, str]
 ) -> None:
     assert module(pack, "nodes.concept_specs").words_of(metadata) == words
+
+
+def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
+    from comfy_config.config_parser import extract_node_configuration
+
+    root = Path(__file__).resolve().parents[2]
+    found = extract_node_configuration(str(root))
+    assert found.project.name == "comfyui-iteris"
+    assert found.project.supported_comfyui_version == ">=0.3.64"
+    assert found.project.supported_os == ["OS Independent"]
+    assert found.tool_comfy.publisher_id
+    assert found.tool_comfy.display_name
+    tables = tomllib.loads((root / "pyproject.toml").read_text())
+    for name in ("Icon", "Banner"):
+        assert (root / tables["tool"]["comfy"][name]).is_file()
+    asked = (root / "requirements.txt").read_text().splitlines()
+    assert {line for line in asked if not line.startswith("#")} <= set(found.project.dependencies)
 
 
 def test_alphas_of_the_metadata(pack: ModuleType) -> None:
@@ -79,6 +99,9 @@ def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
     a = concept("a", rows[:2])
     assert overlap(a, concept("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
     assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
+    found = module(pack, "nodes.interference").interference([a, concept("a", rows[:2]), a])
+    assert found.pairs == [("a", "a (2)"), ("a", "a (3)"), ("a (2)", "a (3)")]
+    assert "a (2) and a (3): overlap 100%" in found.table()
     with pytest.raises(core.IterisError, match="two concepts"):
         module(pack, "nodes.interference").interference([a])
 
@@ -130,8 +153,51 @@ def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
     tensors = {"a.lora_up.weight": torch.ones(3, 2)}
     names = module(pack, "nodes.lora_rank")
     metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
-    found = names.metadata_at_rank(metadata, tensors, 2)
+    metadata["iteris"] = '{"method": "iteris"}'
+    found = names.metadata_at_rank(metadata, tensors, 2, ordered=True)
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "2"
-    assert found["iteris"] == "{}"
+    cut = {"rank": 2, "ordered": True}
+    assert json.loads(found["iteris"]) == {"method": "iteris", "cut": cut}
     assert found["modelspec.hash_sha256"] == "0x" + names.content_hash(tensors)
-    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2)
+    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2, ordered=True)
+
+
+def test_names_of_saved_files(
+    pack: ModuleType, library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path / "loras")])
+    nodes = module(pack, "nodes.merge_nodes")
+    save = nodes.SaveMergedLora
+    monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
+    lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
+    names = [save.execute(lora, prefix).result[0] for prefix in ("one", "folder/one", "one")]
+    assert names == ["one_00001_.safetensors", "folder/one_00001_.safetensors",
+                     "one_00002_.safetensors"]  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    for prefix, message in {
+        "": "no name",
+        " ": "no name",
+        ".": "no name",
+        "folder/": "no name",
+        "folder/..": "no name",
+        "..": "leads out",
+        "../other": "leads out",
+        "/tmp/other": "leads out",
+        "folder/../../other": "leads out",
+    }.items():
+        with pytest.raises(module(pack, "iteris_core").IterisError, match=message):
+            save.execute(lora, prefix)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_embedding_is_named_by_its_path(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    (specs,) = nodes.IterisConcept.execute(
+        "a.safetensors", "", "", 1.0, 1.0, "", "cats/sks.v2.safetensors"
+    ).result
+    assert (specs[0].trigger, specs[0].class_word) == ("embedding:cats/sks.v2", "cat")
