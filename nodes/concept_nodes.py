@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.errors import IterisError
 from .concept_specs import ConceptSpec, make_spec, prompt_lines
-from .schema import ADVANCED, Concepts, LoraStack, schema
+from .schema import Concepts, LoraStack, advanced, schema
 
 _NONE = "none"
 
@@ -79,13 +79,14 @@ class IterisConcept(io.ComfyNode):
                     tooltip="Prompts of your own, one a line, used as they are. For a style, or "
                     "where trigger and class word say too little.",
                 ),
-                io.Combo.Input(
-                    "embedding",
-                    options=[_NONE, *folder_paths.get_filename_list("embeddings")],
-                    default=_NONE,
-                    tooltip="A textual inversion that was trained together with the LoRA; it "
-                    "stands for the trigger.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.Combo.Input(
+                        "embedding",
+                        options=[_NONE, *folder_paths.get_filename_list("embeddings")],
+                        default=_NONE,
+                        tooltip="A textual inversion that was trained together with the LoRA; it "
+                        "stands for the trigger.",
+                    )
                 ),
                 _previous(),
             ],
@@ -142,11 +143,11 @@ class ConceptsFromStack(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, lora_stack: list[tuple[Any, ...]], concepts: tuple[ConceptSpec, ...] = ()
+        cls, lora_stack: list[tuple[Any, ...]] | None, concepts: tuple[ConceptSpec, ...] = ()
     ) -> io.NodeOutput:
         specs = [
             make_spec(_lora(str(name)), strength=float(strength))
-            for name, strength, *_ in lora_stack
+            for name, strength, *_ in lora_stack or ()
             if name and name != "None"
         ]
         return io.NodeOutput((*concepts, *specs))

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..iteris_core.lora_files import DTYPES
-from .schema import ADVANCED, Concepts
+from .schema import Concepts, advanced
 
 
 def model_inputs() -> list[Any]:
@@ -41,83 +41,92 @@ def sampling_inputs() -> list[Any]:
 
 def latent_inputs() -> list[Any]:
     return [
-        io.Int.Input(
-            "timesteps",
-            default=4,
-            min=1,
-            max=10,
-            tooltip="Latents per prompt, from different steps of denoising.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Int.Input(
+                "timesteps",
+                default=4,
+                min=1,
+                max=10,
+                tooltip="Latents per prompt, from different steps of denoising.",
+            )
         ),
-        io.Int.Input(
-            "latent_size",
-            default=0,
-            min=0,
-            max=256,
-            tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Int.Input(
+                "latent_size",
+                default=0,
+                min=0,
+                max=256,
+                tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
+            )
         ),
-        io.Combo.Input(
-            "latents",
-            options=["denoising", "noise"],
-            default="denoising",
-            tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
-            "worse.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Combo.Input(
+                "latents",
+                options=["denoising", "noise"],
+                default="denoising",
+                tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
+                "worse.",
+            )
         ),
     ]
 
 
 def advanced_inputs() -> list[Any]:
     return [
-        io.Combo.Input(
-            "schedule",
-            options=["sweep", "jacobi"],
-            default="sweep",
-            tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
-            "same result, later.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Combo.Input(
+                "schedule",
+                options=["sweep", "jacobi"],
+                default="sweep",
+                tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
+                "same result, later.",
+            )
         ),
-        io.Float.Input(
-            "ridge",
-            default=1e-5,
-            min=0.0,
-            max=0.5,
-            step=1e-6,
-            round=False,
-            tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
-            "most of the merge away.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Float.Input(
+                "ridge",
+                default=1e-5,
+                min=0.0,
+                max=0.5,
+                step=1e-6,
+                round=False,
+                tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
+                "most of the merge away.",
+            )
         ),
-        io.Combo.Input(
-            "balance",
-            options=["tokens", "adapter", "full", "none"],
-            default="tokens",
-            tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
-            "own outputs (paper), the layer's whole output, or nothing.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Combo.Input(
+                "balance",
+                options=["tokens", "adapter", "full", "none"],
+                default="tokens",
+                tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
+                "own outputs (paper), the layer's whole output, or nothing.",
+            )
         ),
-        io.Boolean.Input(
-            "repair",
-            default=True,
-            tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
-            "of each other: nearer to each LoRA alone, in a larger file.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Boolean.Input(
+                "repair",
+                default=True,
+                tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
+                "of each other: nearer to each LoRA alone, in a larger file.",
+            )
         ),
         *latent_inputs(),
-        io.Int.Input(
-            "rank",
-            default=0,
-            min=0,
-            max=1024,
-            tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Int.Input(
+                "rank",
+                default=0,
+                min=0,
+                max=1024,
+                tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
+            )
         ),
-        io.Combo.Input(
-            "dtype",
-            options=list(DTYPES),
-            default="float16",
-            tooltip="Precision of the merged LoRA.",
-            extra_dict=ADVANCED,
+        advanced(
+            io.Combo.Input(
+                "dtype",
+                options=list(DTYPES),
+                default="float16",
+                tooltip="Precision of the merged LoRA.",
+            )
         ),
     ]

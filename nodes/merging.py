@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ..iteris_core.calibration import Calibration
@@ -91,7 +91,8 @@ def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str)
     """What ``result`` is once it is saved and loaded again."""
     with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
         path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
-        tensors, metadata = load_file(path), read_metadata(path)
+        # Tensors that stayed mapped onto the file would keep Windows from deleting it.
+        tensors, metadata = load(path.read_bytes()), read_metadata(path)
     words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
     metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
@@ -111,7 +112,7 @@ class _RememberingHost(ComfyHost):
     ) -> ComfySamples:
         # The objects themselves: clones share weights, but not wrappers, hooks or a sampling shift.
         key = (
-            [weakref.ref(part) for part in (self.model, self.clip)],
+            [weakref.ref(part, self._forget) for part in (self.model, self.clip)],
             [part.patches_uuid for part in (self.model, self.clip.patcher)],
             self._recipe[:-1],
             asdict(calibration),
@@ -124,3 +125,8 @@ class _RememberingHost(ComfyHost):
             kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
             _RememberingHost._last = kept
         return kept[1]
+
+    @staticmethod
+    def _forget(_: Any) -> None:
+        """The MODEL or CLIP is gone, and with it what its rows were good for."""
+        _RememberingHost._last = None

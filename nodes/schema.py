@@ -11,7 +11,11 @@ Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
-ADVANCED = {"advanced": True}
+
+def advanced(shown: Any) -> Any:
+    """An input that the front end folds away; not every version's inputs take that themselves."""
+    shown.extra_dict = {**shown.extra_dict, "advanced": True}
+    return shown
 
 
 def schema(node_id: str, display_name: str, aliases: list[str], **fields: Any) -> io.Schema:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import IterisError
+from ..errors import IterisError, brief
 
 
 class ClipScorer:
@@ -48,9 +48,10 @@ class ClipScorer:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # the library raises many kinds; the message is what helps
             raise IterisError(
-                f"open_clip cannot load {architecture!r} with weights {pretrained!r} ({error})."
+                f"open_clip cannot load {architecture!r} with weights {pretrained!r} "
+                f"({brief(error)}); the weights must be of that architecture, in open_clip's names."
             ) from error
         return cls(model, preprocess, open_clip.get_tokenizer(architecture), device=device)  # type: ignore[arg-type]
 

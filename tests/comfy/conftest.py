@@ -80,7 +80,7 @@ def client(models: Path) -> Iterator[Client]:
 
 
 def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
+    for _ in range(800):
         try:
             client.get("/system_stats")
             return

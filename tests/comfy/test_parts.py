@@ -111,6 +111,7 @@ def test_lora_stack_of_other_packs(
 ) -> None:
     nodes = module(pack, "nodes.concept_nodes")
     monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    assert nodes.ConceptsFromStack.execute(None).result == ((),)
     stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 1.0)]
     (specs,) = nodes.ConceptsFromStack.execute(stack).result
     assert [(spec.file.name, spec.strength) for spec in specs] == [
