@@ -79,7 +79,7 @@ class IterisConcept(io.ComfyNode):
                     tooltip="Prompts of your own, one a line, used as they are. For a style, or "
                     "where trigger and class word say too little.",
                 ),
-                advanced(
+                *advanced(
                     io.Combo.Input(
                         "embedding",
                         options=[_NONE, *folder_paths.get_filename_list("embeddings")],

@@ -40,93 +40,75 @@ def sampling_inputs() -> list[Any]:
 
 
 def latent_inputs() -> list[Any]:
-    return [
-        advanced(
-            io.Int.Input(
-                "timesteps",
-                default=4,
-                min=1,
-                max=10,
-                tooltip="Latents per prompt, from different steps of denoising.",
-            )
+    return advanced(
+        io.Int.Input(
+            "timesteps",
+            default=4,
+            min=1,
+            max=10,
+            tooltip="Latents per prompt, from different steps of denoising.",
         ),
-        advanced(
-            io.Int.Input(
-                "latent_size",
-                default=0,
-                min=0,
-                max=256,
-                tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
-            )
+        io.Int.Input(
+            "latent_size",
+            default=0,
+            min=0,
+            max=256,
+            tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
         ),
-        advanced(
-            io.Combo.Input(
-                "latents",
-                options=["denoising", "noise"],
-                default="denoising",
-                tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
-                "worse.",
-            )
+        io.Combo.Input(
+            "latents",
+            options=["denoising", "noise"],
+            default="denoising",
+            tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
+            "worse.",
         ),
-    ]
+    )
 
 
 def advanced_inputs() -> list[Any]:
-    return [
-        advanced(
-            io.Combo.Input(
-                "schedule",
-                options=["sweep", "jacobi"],
-                default="sweep",
-                tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
-                "same result, later.",
-            )
+    return advanced(
+        io.Combo.Input(
+            "schedule",
+            options=["sweep", "jacobi"],
+            default="sweep",
+            tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
+            "same result, later.",
         ),
-        advanced(
-            io.Float.Input(
-                "ridge",
-                default=1e-5,
-                min=0.0,
-                max=0.5,
-                step=1e-6,
-                round=False,
-                tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
-                "most of the merge away.",
-            )
+        io.Float.Input(
+            "ridge",
+            default=1e-5,
+            min=0.0,
+            max=0.5,
+            step=1e-6,
+            round=False,
+            tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
+            "most of the merge away.",
         ),
-        advanced(
-            io.Combo.Input(
-                "balance",
-                options=["tokens", "adapter", "full", "none"],
-                default="tokens",
-                tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
-                "own outputs (paper), the layer's whole output, or nothing.",
-            )
+        io.Combo.Input(
+            "balance",
+            options=["tokens", "adapter", "full", "none"],
+            default="tokens",
+            tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
+            "own outputs (paper), the layer's whole output, or nothing.",
         ),
-        advanced(
-            io.Boolean.Input(
-                "repair",
-                default=True,
-                tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
-                "of each other: nearer to each LoRA alone, in a larger file.",
-            )
+        io.Boolean.Input(
+            "repair",
+            default=True,
+            tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
+            "of each other: nearer to each LoRA alone, in a larger file.",
         ),
         *latent_inputs(),
-        advanced(
-            io.Int.Input(
-                "rank",
-                default=0,
-                min=0,
-                max=1024,
-                tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
-            )
+        io.Int.Input(
+            "rank",
+            default=0,
+            min=0,
+            max=1024,
+            tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
         ),
-        advanced(
-            io.Combo.Input(
-                "dtype",
-                options=list(DTYPES),
-                default="float16",
-                tooltip="Precision of the merged LoRA.",
-            )
+        io.Combo.Input(
+            "dtype",
+            options=list(DTYPES),
+            default="float16",
+            tooltip="Precision of the merged LoRA.",
         ),
-    ]
+    )

@@ -12,10 +12,11 @@ LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
 
-def advanced(shown: Any) -> Any:
-    """An input that the front end folds away; not every version's inputs take that themselves."""
-    shown.extra_dict = {**shown.extra_dict, "advanced": True}
-    return shown
+def advanced(*inputs: Any) -> list[Any]:
+    """Inputs that the front end folds away; 0.3.64's do not take that when they are made."""
+    for shown in inputs:
+        shown.extra_dict = {**shown.extra_dict, "advanced": True}
+    return list(inputs)
 
 
 def schema(node_id: str, display_name: str, aliases: list[str], **fields: Any) -> io.Schema:
