@@ -120,10 +120,13 @@ class MergeReport:
 
 
 def block_of(site: str) -> str:
-    """``up_blocks.1`` of a UNet site, ``text_encoder.layers.3`` of a text encoder's."""
+    """``up_blocks.1`` of a UNet site, ``text_encoder.layers.3`` of a text encoder's; of a model of
+    transformers the whole way, which tells its encoder from its decoder."""
     component, *parts = site.split(".")
     prefix = [] if component in ("unet", "transformer") else [component]
     for index, part in enumerate(parts):
+        if part.isdigit() and component == "model":
+            return ".".join(parts[: index + 1])
         if part.isdigit():
             return ".".join([*prefix, *parts[max(0, index - 1) : index + 1]])
         if part == "mid_block":

@@ -18,6 +18,8 @@ from iteris_core.report_plots import plot_convergence, plot_residuals
         ("text_encoder.text_model.encoder.layers.3.mlp.fc1", "text_encoder.layers.3"),
         ("transformer.single_transformer_blocks.7.proj_mlp", "single_transformer_blocks.7"),
         ("unet.conv_in", "unet.conv_in"),
+        ("model.encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0"),
+        ("model.decoder.block.0.layer.1.EncDecAttention.q", "decoder.block.0"),
     ],
 )
 def test_blocks(site, block):
