@@ -84,7 +84,8 @@ def flux_parts(model: Any, state: dict[str, Tensor], prefix: str = "") -> dict[s
         key, offset, function = (*(target if isinstance(target, tuple) else (target,)), None, None)[
             :3
         ]
-        if key in state:
+        alias = ".linear_in." in theirs or ".linear_out." in theirs  # LyCORIS' names for ff.net
+        if key in state and not alias:
             part = state[key] if offset is None else state[key].narrow(*offset)
             found[theirs] = part if function is None else function(part)
     return found
