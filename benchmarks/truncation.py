@@ -19,7 +19,7 @@ from torch import Tensor
 import toybox
 from iteris_core import Concept, merge_loras
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
-from iteris_core.lora import truncate
+from iteris_core.truncation import truncate
 from iteris_core.visit import input_tokens
 from toybox.demo import TEMPLATES
 

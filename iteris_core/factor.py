@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
-from .moments import Factor, InputMoments, SharedInputs, pieces
+from .moments import Factor, SharedInputs, pieces
 
 _BATCH = 1 << 24  # entries of M factorised at once: 128 MiB
-_WIDE = 4097  # from here on one at a time, in place
-_BLOCK = 1024
 
 
 def input_norms(inputs: SharedInputs) -> tuple[float, ...]:
     """‖X̃_iᵀX̃_i‖_F of every concept. Raises :class:`SolveError` where one is not finite."""
-    norms = tuple(_norm(part) for part in inputs.concepts)
+    norms = tuple(frobenius(part.own) for part in inputs.concepts)
     if not all(map(math.isfinite, norms)):
         raise SolveError(
             "its inputs or outputs hold NaN or infinite values; try a float32 base model."
@@ -64,37 +62,46 @@ def factorise(
 def _factorise_batch(
     problems: Sequence[tuple[SharedInputs, Sequence[float]]], ridge: float, shrink: float
 ) -> None:
-    first = problems[0][0].concepts[0].own
-    work = torch.device("cpu") if first.device.type == "mps" else first.device
-    shape = (len(problems), *first.shape)
-    moments = torch.zeros(shape, dtype=torch.float64, device=work)
-    norms: list[tuple[float, ...]] = []
-    for moment, (inputs, lambdas) in zip(moments, problems, strict=True):
-        norms.append(input_norms(inputs))
-        for value, part in zip(lambdas, inputs.concepts, strict=True):
-            for rows in pieces(part.own):  # mixed dtypes are added by way of a copy
-                moment[rows].add_(part.own[rows].to(work), alpha=value)
-        if shrink != 1:
-            diagonal = moment.diagonal().clone()
-            moment.mul_(shrink).diagonal().copy_(diagonal)
-        for value, norm in zip(lambdas, norms[-1], strict=True):
-            moment.diagonal().add_(value * ridge * norm)
+    own = problems[0][0].concepts[0].own
+    work = torch.device("cpu") if own.device.type == "mps" else own.device
+    moments = torch.zeros(len(problems), *own.shape, dtype=torch.float64, device=work)
+    norms = [input_norms(inputs) for inputs, _ in problems]
+    for moment, problem, norm in zip(moments, problems, norms, strict=True):
+        _add_up(moment, problem, norm, ridge, shrink)
     traces: list[float] = moments.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
-    if first.shape[0] >= _WIDE and traces[0] > 0 and _cholesky_in_place(moments[0]):
-        inputs, lambdas = problems[0]
-        inputs.factor = Factor((ridge, shrink, *lambdas), moments[0], 0.0, norms[0])
-        return
-    factors, infos = torch.linalg.cholesky_ex(moments)
+    infos = torch.zeros(len(problems), dtype=torch.int32, device=work)
+    # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
+    factors, _ = torch.linalg.cholesky_ex(moments.mT, out=(moments.mT, infos))
     for index, (inputs, lambdas) in enumerate(problems):
-        key = (ridge, shrink, *lambdas)
         chol: Tensor | None = factors[index]
         jitter = 0.0
         if traces[index] <= 0:
             chol = None
         elif int(infos[index]) != 0:
-            step = torch.finfo(first.dtype).eps * traces[index] / first.shape[0]
-            chol, jitter = _with_jitter(moments[index], traces[index], step)
-        inputs.factor = Factor(key, chol, jitter, norms[index])
+            moment = moments[index].zero_()
+            _add_up(moment, problems[index], norms[index], ridge, shrink)
+            step = torch.finfo(own.dtype).eps * traces[index] / own.shape[0]
+            chol, jitter = _with_jitter(moment, traces[index], step)
+        inputs.factor = Factor((ridge, shrink, *lambdas), chol, jitter, norms[index])
+
+
+def _add_up(
+    moment: Tensor,
+    problem: tuple[SharedInputs, Sequence[float]],
+    norms: Sequence[float],
+    ridge: float,
+    shrink: float,
+) -> None:
+    """Add M to ``moment``, which is zero."""
+    inputs, lambdas = problem
+    for value, part in zip(lambdas, inputs.concepts, strict=True):
+        for rows in pieces(part.own):  # mixed dtypes are added by way of a copy
+            moment[rows].add_(part.own[rows].to(moment.device), alpha=value)
+    if shrink != 1:
+        diagonal = moment.diagonal().clone()
+        moment.mul_(shrink).diagonal().copy_(diagonal)
+    for value, norm in zip(lambdas, norms, strict=True):
+        moment.diagonal().add_(value * ridge * norm)
 
 
 def _with_jitter(moment: Tensor, trace: float, step: float) -> tuple[Tensor, float]:
@@ -110,36 +117,8 @@ def _with_jitter(moment: Tensor, trace: float, step: float) -> tuple[Tensor, flo
             return chol, jitter
 
 
-def _cholesky_in_place(moment: Tensor) -> bool:
-    """Replace a wide matrix by its lower factor, block column by block column; False, and the
-    matrix as it was, where it is not positive definite."""
-    width, diagonal = len(moment), moment.diagonal().clone()
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        own = slice(start, stop)
-        chol, info = torch.linalg.cholesky_ex(moment[own, own])
-        if int(info) != 0:
-            # Upper blocks are untouched yet: they and the diagonal hold the matrix.
-            moment.copy_(moment.triu(1) + moment.triu(1).mT)
-            moment.diagonal().copy_(diagonal)
-            return False
-        moment[own, own] = moment[own, own].triu(1) + chol
-        if stop < width:
-            panel = moment[stop:, own]
-            panel.copy_(torch.linalg.solve_triangular(chol.mT, panel, upper=True, left=False))
-            for at in range(0, width - stop, _BLOCK):
-                cut = slice(at, at + _BLOCK)
-                block = moment[stop + at :, stop:][:, cut]
-                rows = panel[at:]
-                lower = rows @ panel[cut].mT
-                top = min(_BLOCK, block.shape[1])
-                block[:top].sub_(lower[:top].tril())
-                block[top:].sub_(lower[top:])
-    moment.tril_()
-    return True
-
-
-def _norm(part: InputMoments) -> float:
-    dtype = torch.float32 if part.own.device.type == "mps" else torch.float64
-    norms = [torch.linalg.vector_norm(part.own[rows], dtype=dtype) for rows in pieces(part.own)]
+def frobenius(moment: Tensor) -> float:
+    """‖moment‖_F, summed up in float64 where there is that."""
+    dtype = torch.float32 if moment.device.type == "mps" else torch.float64
+    norms = [torch.linalg.vector_norm(moment[rows], dtype=dtype) for rows in pieces(moment)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,17 +92,6 @@ class Lora:
         return {change.rank for change in self.sites.values()}
 
 
-def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:
-    """``change`` at no more than ``rank``. ``ordered`` says that its components stand in the order
-    of their output energy, as ``iteris`` leaves them: then the first ones are the best of their
-    number. Else it is cut by an SVD."""
-    if change.rank <= rank:
-        return change
-    if ordered:
-        return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
-    return truncate(change, rank)[0]
-
-
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
     if not changes:
@@ -141,114 +129,3 @@ def rank_for(squares: Tensor, rank: Rank) -> int:
         return 1
     kept = squares.cumsum(0) / total
     return min(int((kept < rank - 1e-12).sum()) + 1, squares.numel())
-
-
-def extract(
-    dense: Tensor, energy: float, kernel: tuple[int, int] | None = None
-) -> tuple[LowRank, float]:
-    """Float32 factors that keep the share ``energy`` of ‖ΔW‖²_F, and the share that was lost.
-
-    ``dense`` is (out, in). By the eigenvectors of the Gram matrix of its shorter side, float64:
-    the projection onto the leading ones is the best of its rank (Eckart and Young 1936).
-    """
-    wide = dense.shape[0] <= dense.shape[1]
-    matrix = (dense if wide else dense.mT).double()
-    values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-    squares = values.flip(0).clamp(min=0)
-    keep = rank_for(squares, energy)
-    if energy == 1:
-        keep = int((squares > squares[0] * 1e-24).sum())
-    basis = vectors.flip(1)[:, :keep]
-    other = basis.mT @ matrix
-    total = float(squares.sum())
-    lost = float(squares[keep:].sum()) / total if total > 0 else 0.0
-    up, down = (basis, other) if wide else (other.mT, basis.mT)
-    return LowRank(up.float().contiguous(), down.float().contiguous(), kernel), lost
-
-
-def truncate(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tuple[LowRank, float]:
-    """The best change of at most ``rank``, and the share of energy that was cut off.
-
-    A ``rank`` between 0 and 1 is the share of energy to keep, in the same norm.
-
-    Best is in ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
-    inputs' second moment M = L Lᵀ, so that the outputs on those inputs change least; without it L
-    is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
-    result has the input's dtype.
-    """
-    check_rank(rank)
-    up, down = change.up.double(), change.down.double()
-    if metric is not None:
-        down = down @ metric.double()
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.mT)
-    u, s, vt = torch.linalg.svd(r_up @ r_down.mT)
-    total = float((s**2).sum())
-    keep = rank_for(s**2, rank)
-    lost = float((s[keep:] ** 2).sum()) / total if total > 0 else 0.0
-    return _from_svd(q_up @ u, s, vt @ q_down.mT, keep, metric, change), lost
-
-
-def factorize(
-    weighted: Tensor, rank: Rank, metric: Tensor | None = None, *, like: LowRank
-) -> tuple[LowRank, float]:
-    """:func:`truncate` for a dense change: ``weighted`` is ΔW L, (out, in), float64.
-
-    ``like`` gives dtype and kernel of the result. Up to 512 on the short side by the eigenvectors
-    of that side's Gram matrix (singular values below 1e-8 of the largest are not told apart, and
-    do not count); beyond, a randomised range finder with four power iterations (Halko, Martinsson
-    and Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed.
-    """
-    check_rank(rank)
-    total = float((weighted**2).sum())
-    if min(weighted.shape) <= 512 or rank < 1 or rank * 3 >= min(weighted.shape):
-        u, s, vt = _gram_svd(weighted)
-    else:
-        u, s, vt = _randomized_svd(weighted, int(rank))
-    keep = rank_for(s**2, rank)
-    kept = float((s[:keep] ** 2).sum())
-    share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
-    return _from_svd(u, s, vt, keep, metric, like), share
-
-
-def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s, vᵀ by an eigendecomposition of the shorter side, ten times sooner than an SVD."""
-    if matrix.shape[0] > matrix.shape[1]:
-        v, s, ut = _gram_svd(matrix.mT)
-        return ut.mT, s, v.mT
-    u = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors.flip(1)
-    rows = u.mT @ matrix
-    s = rows.norm(dim=1)
-    return u, s, rows / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]
-
-
-def _randomized_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device=matrix.device).manual_seed(0)
-    width = min(rank + max(10, rank // 4), min(matrix.shape))
-    probe = torch.randn(
-        matrix.shape[1], width, dtype=matrix.dtype, device=matrix.device, generator=generator
-    )
-    basis = torch.linalg.qr(matrix @ probe).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(matrix.mT @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    u, s, vt = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return basis @ u, s, vt
-
-
-def _from_svd(
-    u: Tensor, s: Tensor, vt: Tensor, rank: int, metric: Tensor | None, like: LowRank
-) -> LowRank:
-    """Factors of equal norm from an SVD of ΔW L, with L taken out again."""
-    rank = min(rank, s.numel())
-    root = s[:rank].sqrt()
-    up = u[:, :rank] * root
-    down = root[:, None] * vt[:rank]
-    if metric is not None:
-        down = torch.linalg.solve_triangular(metric.double(), down, upper=False, left=False)
-    # A weighted SVD leaves the two factors of unequal size; half-precision files want them alike.
-    balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
-    if not math.isfinite(balance) or balance == 0.0:
-        balance = 1.0
-    dtype = like.up.dtype
-    return LowRank((up * balance).to(dtype), (down / balance).to(dtype), like.kernel)

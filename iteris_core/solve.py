@@ -36,9 +36,17 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
-from .factor import factorise
-from .lora import LowRank, Rank, concatenate, factorize, truncate
-from .moments import Factor, InputMoments, SharedInputs, TargetMoments, full_precision
+from .factor import factorise, frobenius
+from .lora import LowRank, Rank, concatenate
+from .moments import (
+    Factor,
+    InputMoments,
+    SharedInputs,
+    TargetMoments,
+    full_precision,
+    pieces,
+)
+from .truncation import factorize, truncate
 
 Align = Literal["adapter", "full"]
 Balance = Literal["adapter", "tokens", "full", "none"]
@@ -109,8 +117,7 @@ def solve_site(
         right = _full_right_side(wide, inputs, targets, lambdas, factor, ridge, shrink)
         if factor.jitter:
             right += factor.jitter * mean.dense()
-        weighted = torch.linalg.solve_triangular(chol.mT, right, upper=True, left=False)
-        exact, lost = factorize(weighted, rank, chol, like=mean)
+        exact, lost = factorize(right, rank, chol, like=mean, search=targets[0].dtype)
     if share is not None:
         exact, more = truncate(exact, share, chol)
         lost = 1 - (1 - lost) * (1 - more)
@@ -224,10 +231,13 @@ def _solve_adapter(
         if change is None:
             continue
         assert part.cross is not None
-        cross = part.cross.to(change.down)
-        pull = value * ridge * cross.norm() + factor.jitter * weight / sum(weights)
-        product = shrink * (change.down @ cross) + (1 - shrink) * change.down * cross.diagonal()
-        rows.append(value * product + pull * change.down)
+        cross = part.cross
+        pull = value * ridge * frobenius(cross) + factor.jitter * weight / sum(weights)
+        own = (1 - shrink) * cross.diagonal().to(change.down) * value + pull
+        product = change.down * own
+        for some in pieces(cross):
+            product.addmm_(change.down[:, some], cross[some].to(change.down), alpha=value * shrink)
+        rows.append(product)
         ups.append(change.up)
         kernel = change.kernel
     down = torch.cholesky_solve(torch.cat(rows).mT, factor.cholesky).mT
@@ -249,7 +259,8 @@ def _full_right_side(
         changes, inputs.concepts, factor.norms, targets, lambdas, strict=True
     ):
         assert target.target is not None
-        right.add_(target.target.to(right.device), alpha=value * shrink)
+        for rows in pieces(target.target):
+            right[rows].add_(target.target[rows].to(right.device), alpha=value * shrink)
         if change is not None:
             pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(change.down)
             right.addmm_(change.up, change.down * pull, alpha=value)

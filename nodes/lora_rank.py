@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..iteris_core.lora import LowRank
-from ..iteris_core.lora import at_rank as change_at_rank
 from ..iteris_core.lora_files.saving import content_hash
 from ..iteris_core.provenance import with_cut
+from ..iteris_core.truncation import at_rank as change_at_rank
 
 _UP, _DOWN = ".lora_up.weight", ".lora_down.weight"
 
 
 def at_rank(tensors: Mapping[str, Tensor], rank: int, *, ordered: bool) -> dict[str, Tensor]:
     """``tensors`` in kohya layout, with no module above ``rank``; ``ordered`` as in
-    :func:`..iteris_core.lora.at_rank`."""
+    :func:`..iteris_core.truncation.at_rank`."""
     found = dict(tensors)
     for key, up in tensors.items():
         if not key.endswith(_UP) or up.shape[1] <= rank:

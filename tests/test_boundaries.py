@@ -17,6 +17,7 @@ LAYERS = (
         "lora",
         "memory",
         "moments",
+        "truncation",
         "lora_files",
         "factor",
         "solve",

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oracle import truncated
 
 from iteris_core.errors import IterisError
-from iteris_core.lora import LowRank, concatenate, factorize, truncate
+from iteris_core.lora import LowRank, concatenate
+from iteris_core.truncation import factorize, truncate
 
 sizes = st.integers(1, 9)
 
@@ -49,7 +50,7 @@ def test_weighted_truncation_is_the_best_in_the_metric(out, fan, rank, keep, see
     chol = torch.linalg.cholesky(moment)
     keep = min(keep, out, fan)
     cut, _ = truncate(change, keep, chol)
-    dense_cut, _ = factorize(change.dense() @ chol, keep, chol, like=change)
+    dense_cut, _ = factorize(change.dense() @ moment, keep, chol, like=change)
     best = truncated(change.dense(), moment, keep)
 
     def error(approximation):
@@ -97,10 +98,11 @@ def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed
     change, moment = draw_change(out, fan, rank, seed), draw_moment(fan, seed)
     for metric in (None, torch.linalg.cholesky(moment)):
         weighted = change.dense() if metric is None else change.dense() @ metric
+        whole = weighted if metric is None else weighted @ metric.mT
         squares = torch.linalg.svdvals(weighted) ** 2
         for cut, lost in (
             truncate(change, share, metric),
-            factorize(weighted, share, metric, like=change),
+            factorize(whole, share, metric, like=change),
         ):
             off = change.dense() - cut.dense()
             off = off if metric is None else off @ metric

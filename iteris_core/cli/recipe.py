@@ -10,12 +10,13 @@ from typing import Any
 from ..calibration import Calibration, Concept
 from ..errors import IterisError
 from ..hosts import Host
-from ..lora import Lora, at_rank
+from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
 from ..lora_files.metadata import parse_object, trigger_words
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
 from ..provenance import with_cut
+from ..truncation import at_rank
 from .common import ConceptOption
 
 

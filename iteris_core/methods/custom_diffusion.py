@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..calibration import Concept
 from ..errors import IterisError, SettingsError
-from ..lora import LowRank, factorize
+from ..lora import LowRank
 from ..report import SiteReport
+from ..truncation import factorize
 from ..visit import Visit
 from .batching import Batching, micro_batches
 from .linear import LinearSettings, average

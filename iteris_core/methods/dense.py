@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..lora import LowRank, Rank, factorize, truncate
+from ..lora import LowRank, Rank
 from ..report import SiteReport
+from ..truncation import factorize, truncate
 from .registry import Merged, Task
 
 

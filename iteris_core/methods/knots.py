@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import LowRank, Rank, check_rank, truncate
+from ..lora import LowRank, Rank, check_rank
 from ..report import SiteReport
+from ..truncation import truncate
 from .registry import Merged, Task, method
 from .ties import check_density, disjoint_mean, keep_largest
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..lora import LowRank, Rank, check_rank, concatenate, truncate
+from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
+from ..truncation import truncate
 from .registry import Merged, Task, method
 
 
