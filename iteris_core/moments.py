@@ -121,8 +121,8 @@ def add_inputs(moments: InputMoments, reference: Tensor | None, merged: Tensor) 
 
 
 def pieces(matrix: Tensor) -> list[slice]:
-    """Its rows in pieces of a million entries (more on a GPU), to be taken to float64 in turn."""
-    entries = 1 << (20 if matrix.device.type == "cpu" else 24)
+    """Its rows in pieces of 2 MiB in float64 (more on a GPU), to be taken to float64 in turn."""
+    entries = 1 << (18 if matrix.device.type == "cpu" else 24)
     step = max(1, entries // matrix.shape[1])
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
