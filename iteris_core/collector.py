@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Collector:
     ``full`` collects TᵀX̃ for ``align="full"``; else XᵀX̃ for ``align="adapter"``. ``balance`` is
     the solve's, and decides what else it needs. Sites that receive the same tensor share their
     input moments (``share=False`` is there to test that). With ``shards`` every process visits its
-    part of the rows, and what is taken is of all.
+    part of the rows, and what is taken is of all. ``acting`` are the sites whose own changes tell a
+    visit's focus where a LoRA acts.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class Collector:
         dtype: torch.dtype = torch.float32,
         share: bool = True,
         shards: Shards = ALONE,
+        acting: Set[str] = frozenset(),
     ) -> None:
+        self._acting = acting
         self._references = references
         self._full = full
         self._down_gram = not full or balance == "adapter"
@@ -87,19 +91,28 @@ class Collector:
         if entry is None:
             entry = self._sites[visit.site] = self._new_entry(visit, changes)
         add_shared = visit.first or not self._share
+        if visit.focus is not None and visit.site in self._acting:
+            for concept, start, stop in visit.spans:
+                change = changes[concept]
+                if change is not None:
+                    visit.focus.add(visit.own_effect(change, start, stop), visit.rows, start)
         for concept, start, stop in visit.spans:
             change = changes[concept]
-            merged = visit.input_tokens(start, stop, merged=True).to(self._dtype)
+            weights = visit.token_weights(start, stop)
+            weigh = _no_weights if weights is None else partial(torch.mul, weights.sqrt())
+            merged = weigh(visit.input_tokens(start, stop, merged=True).to(self._dtype))
             # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
-            reference = visit.input_tokens(start, stop) if self._down_gram else None
+            reference = weigh(visit.input_tokens(start, stop)) if self._down_gram else None
             target = entry.targets[concept]
             with full_precision(merged.device):
                 if add_shared:
                     add_inputs(entry.shared.concepts[concept], reference, merged)
                 if self._full or self._full_energy:
-                    full = visit.output_tokens(start, stop)
+                    full = weigh(visit.output_tokens(start, stop))
                     base = self._base_output(visit, change, start, stop) if self._full else None
                     drift = visit.drift_tokens(start, stop) if self._full else None
+                    base = None if base is None else weigh(base)
+                    drift = None if drift is None else weigh(drift)
                     add_target(target, change, reference, merged, full, base, drift)
                 else:
                     add_target(target, change, reference, merged, None, None)
@@ -154,3 +167,7 @@ class Collector:
             for c in changes
         ]
         return SiteMoments(shared, targets)
+
+
+def _no_weights(tokens: Tensor) -> Tensor:
+    return tokens

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IterisError
+from .focus import Focus, Group
 from .lora import LowRank
 from .shards import ALONE, Shards
-from .visit import Group, TokenChoice, Visit, add_delta, delta
+from .visit import TokenChoice, Visit, add_delta, delta
 
 
 class Visitor(Protocol):
@@ -38,7 +39,8 @@ class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
     ``merged_only`` gives all of them the merged changes and none their LoRA's. ``mask_of(site)``
-    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them.
+    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
+    and ``focus`` tells how much each counts.
     """
 
     run: Callable[[], None]
@@ -50,6 +52,7 @@ class MicroBatch:
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
     choice: TokenChoice | None = None
+    focus: Focus | None = None
     streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
@@ -239,6 +242,7 @@ class Lockstep:
                         mask=_mask_for(batch, site, inputs),
                         choice=batch.choice,
                         stream=stream,
+                        focus=batch.focus,
                     )
                 )
             if batch.pauses and not solved:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .focus import Focus, Group
 from .lora import LowRank
-
-Group = tuple[str, int]
-"""Stands for one tensor: the stage that it belongs to, and a number."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Visit:
     ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
     a token counts; None where all do. ``choice`` picks some, see :class:`TokenChoice`. ``stream``
     is the residual stream that the output will be added to, shaped as ``outputs``; None where the
-    site has none. Copy or reduce: the model may
-    change these tensors later.
+    site has none. ``focus`` weighs tokens; None where all count alike. Copy or reduce: the model
+    may change these tensors later.
     """
 
     site: str
@@ -45,6 +43,7 @@ class Visit:
     mask: Tensor | None = None
     choice: TokenChoice | None = None
     stream: Tensor | None = None
+    focus: Focus | None = None
 
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
@@ -69,6 +68,24 @@ class Visit:
         inputs = self.inputs[start:stop]
         added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
         return self._chosen(output_tokens(self.module, added), start, stop)
+
+    def own_effect(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
+        inputs = self.inputs[start:stop]
+        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
+        effect = output_tokens(self.module, added).float().square().sum(1).reshape(stop - start, -1)
+        return effect if self.mask is None else effect * self.mask[start:stop]
+
+    def token_weights(self, start: int, stop: int) -> Tensor | None:
+        """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
+        if self.focus is None:
+            return None
+        channels = self.outputs.shape[1 if isinstance(self.module, nn.Conv2d) else -1]
+        length = self.outputs.numel() // (channels * len(self.outputs))
+        weights = self.focus.weights(self.group, self.alive, length)
+        if weights is None:
+            return None
+        return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
 
     def _tokens(
         self,

@@ -176,7 +176,7 @@ class ComfyHost:
             ]
             self._denoiser.predict(latents[index], sigmas[index], texts)
 
-        yield Stage("denoiser", names, samples.owners, run)
+        yield Stage("denoiser", names, samples.owners, run, places=True)
 
     def _as_samples(
         self,

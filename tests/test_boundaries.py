@@ -21,6 +21,7 @@ LAYERS = (
         "lora_files",
         "factor",
         "solve",
+        "focus",
         "visit",
         "shards",
         "lockstep",

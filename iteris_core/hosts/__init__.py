@@ -32,6 +32,7 @@ class Stage:
     ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
     True where a token of the site's inputs counts (no padding); None where all do. ``feeds`` says
     that a later stage needs what all rows give: then every process of a merge runs all of them.
+    ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     run: Callable[[Sequence[int], int], None]
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
     feeds: bool = False
+    places: bool = False
 
 
 class Host(Protocol):

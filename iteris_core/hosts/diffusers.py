@@ -151,7 +151,8 @@ class DiffusersHost:
             run = self._run_plain_text(samples, prompts)
             yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
         if self._needs_denoiser(sites):
-            yield Stage(self.family.denoiser, others, samples.owners, self._run_denoiser(samples))
+            run = self._run_denoiser(samples)
+            yield Stage(self.family.denoiser, others, samples.owners, run, places=True)
         elif others:
             run = self._run_projections(others)
             yield Stage("cross-attention", others, samples.text_owners, run)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..focus import Focus
 from ..hosts import Stage
 from ..lockstep import MicroBatch, Visitor
 from ..shards import ALONE, Shards
@@ -17,6 +18,7 @@ from ..visit import TokenChoice
 class Batching:
     """``rows`` a forward; at most ``row_tokens`` tokens of each row in the moments (None: all).
 
+    Of stages whose tokens are places of a picture, ``focus`` is :mod:`..focus`'s f.
     ``cross`` and ``itemsize`` tell which moments are kept, for the memory that they need, see
     :func:`..memory.statistics_bytes`.
     """
@@ -24,6 +26,7 @@ class Batching:
     rows: int
     row_tokens: int | None = None
     seed: int = 0
+    focus: float = 0.0
     cross: bool = False
     itemsize: int = 4
 
@@ -60,6 +63,14 @@ def _of(
 
         owners = [stage.owners[row] for row in rows]
         choice = None if limit is None else TokenChoice(rows, limit, batching.seed)
+        focus = Focus(batching.focus) if stage.places and batching.focus else None
         yield MicroBatch(
-            run, owners, copies, visitor, mask_of=mask_of, stage=stage.name, choice=choice
+            run,
+            owners,
+            copies,
+            visitor,
+            mask_of=mask_of,
+            stage=stage.name,
+            choice=choice,
+            focus=focus,
         )

@@ -38,9 +38,11 @@ class IterisSettings:
     inputs). ``rank``: at most this rank per site, or the share of output energy to keep, such as
     0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
     ``row_tokens``: at most so many tokens of every row are counted, chosen at random by the
-    calibration's seed (None: all). ``statistics``: dtype of the moments. ``repair``: hold residual
-    streams too, and change sites that no LoRA changes to that end, see :mod:`.repair`
-    (``align="full"`` only). ``polish_steps``: Adam steps at ``polish_rate`` on the final output,
+    calibration's seed (None: all). ``focus``: how much more places of a picture count where a LoRA
+    acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete). ``statistics``:
+    dtype of the moments. ``repair``: hold residual streams too, and change sites that no LoRA
+    changes to that end, see :mod:`.repair` (``align="full"`` only). ``polish_steps``: Adam steps at
+    ``polish_rate`` on the final output,
     see :mod:`.polish` (0: the closed form alone).
     """
 
@@ -48,11 +50,12 @@ class IterisSettings:
     schedule: Literal["sweep", "jacobi"] = "sweep"
     iterations: int = 10
     balance: Balance = "tokens"
-    ridge: float = 1e-5
+    ridge: float = 1e-6
     shrink: float = 1.0
     rank: Rank | None = None
     micro_batch: int = 32
     row_tokens: int | None = None
+    focus: float | None = None
     statistics: Literal["float32", "float64"] = "float32"
     repair: bool = True
     polish_steps: int = 0
@@ -78,6 +81,8 @@ class IterisSettings:
             raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
         if not 0 <= self.ridge < 1:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
+        if self.focus is not None and not 0 <= self.focus <= 1:
+            raise SettingsError(f"focus must be in [0, 1], not {self.focus}.")
         if not 0 < self.shrink <= 1:
             raise SettingsError(f"shrink must be in (0, 1], not {self.shrink}.")
 
@@ -134,10 +139,16 @@ class _Run:
         self.task = task
         self.settings = settings
         self.repairs = repairs
+        assert task.host is not None
+        own = set(task.references) - repairs
+        self.acting = own & set(task.host.streams(own))
         self.batching = Batching(
             settings.micro_batch,
             settings.row_tokens,
             task.calibration.seed,
+            focus=max(0.0, 1 - 2 / len(task.concepts))
+            if settings.focus is None
+            else settings.focus,
             cross=settings.align != "full",
             itemsize=4 if settings.statistics == "float32" else 8,
         )
@@ -191,6 +202,7 @@ class _Run:
             balance=self.settings.balance,
             dtype=getattr(torch, self.settings.statistics),
             shards=self.task.shards,
+            acting=self.acting,
         )
 
     def _solve(self, site: str, moments: SiteMoments) -> Solution:
