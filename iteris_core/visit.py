@@ -73,7 +73,8 @@ class Visit:
         """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
         inputs = self.inputs[start:stop]
         added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
-        effect = output_tokens(self.module, added).float().square().sum(1).reshape(stop - start, -1)
+        added = added.to(torch.promote_types(added.dtype, torch.float32))
+        effect = output_tokens(self.module, added).square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:

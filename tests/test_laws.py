@@ -457,6 +457,7 @@ def test_changes_of_different_shapes_are_an_error():
         {"rank": -3},
         {"ridge": -1.0},
         {"ridge": float("nan")},
+        {"focus": 1.5},
         {"align": "both"},
         {"micro_batch": 0},
         {"iterations": 0},

@@ -1,0 +1,121 @@
+"""Tokens that count more where a LoRA acts (iteris_core/focus.py)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from test_diffusers_host import CALIBRATION, PROMPTS, difference
+from tiny import is_attention, random_lora
+
+from iteris_core import Concept, merge_loras
+from iteris_core.collector import Collector
+from iteris_core.focus import Focus
+from iteris_core.methods.batching import Batching, micro_batches
+from iteris_core.methods.registry import Task
+
+FOCUS = 0.7
+
+
+def concepts_of(host, seeds=(1, 2, 3)):
+    return [Concept(random_lora(host, s), prompts=PROMPTS, trigger=f"s{s}") for s in seeds]
+
+
+def test_weights_are_one_in_the_mean_and_rows_without_effect_have_no_focus():
+    focus = Focus(FOCUS)
+    effect = torch.tensor([[1.0, 3.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    assert focus.weights(("unet", 1), {("unet", 1)}, 4) is None
+    focus.add(effect, rows=3, start=1)
+    assert focus.weights(("unet", 1), {("unet", 1)}, 4) is None  # sites that share it have shared
+    assert focus.weights(("unet", 2), set(), 5) is None
+    weights = focus.weights(("unet", 3), set(), 4)
+    wanted = torch.ones(3, 4)
+    wanted[1] = 1 - FOCUS + FOCUS * effect[0] / 2
+    torch.testing.assert_close(weights, wanted)
+    focus.add(torch.tensor([[5.0, 0.0, 0.0, 0.0]]), rows=3, start=1)
+    second = focus.weights(("unet", 4), set(), 4)
+    wanted[1] = 1 - FOCUS + FOCUS * (effect[0] / 2 + torch.tensor([4.0, 0, 0, 0])) / 2
+    torch.testing.assert_close(second, wanted)
+
+
+class Recorder:
+    """Every site's tokens and the effect of its changes, with dense products."""
+
+    def __init__(self, references, inner):
+        self.references, self.inner = references, inner
+        self.seen = []
+
+    def visit(self, visit):
+        self.inner.visit(visit)
+        tokens = visit.input_tokens(0, visit.rows).double()
+        effect = torch.zeros(len(tokens), dtype=torch.float64)
+        length = len(tokens) // visit.rows
+        for concept, start, stop in visit.spans:
+            change = self.references[visit.site][concept].dense().double()
+            part = slice(start * length, stop * length)
+            effect[part] = (tokens[part] @ change.mT).square().sum(1)
+        self.seen.append((visit.site, visit.spans, tokens, effect.reshape(visit.rows, -1)))
+
+
+def test_moments_are_weighted_by_the_effects_so_far(host64):
+    concepts = concepts_of(host64)
+    references = {
+        site: [c.lora.sites[site] for c in concepts]
+        for site in host64.sites()
+        if is_attention(site)
+    }
+    generator = torch.Generator().manual_seed(0)
+    task = Task(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
+    acting = set(references) & set(host64.streams(set(references)))
+    assert acting
+    collector = Collector(references, full=True, dtype=torch.float64, acting=acting)
+    recorder = Recorder(references, collector)
+    with task.lockstep() as lockstep:
+        for stage in host64.stages(task.samples(lockstep), set(references)):
+            assert stage.places == (stage.name == "unet")
+            recorder.seen.clear()
+            for batch in micro_batches(stage, 1, recorder, Batching(100, focus=FOCUS)):
+                lockstep.run(batch)
+    effects = defaultdict(list)
+    unequal = 0
+    for site, spans, tokens, effect in recorder.seen:
+        rows, length = effect.shape
+        if site in acting:
+            effects[length].append(effect / effect.mean(1, keepdim=True))
+        weights = torch.ones(rows, length, dtype=torch.float64)
+        if effects[length]:
+            unequal += 1
+            weights = 1 - FOCUS + FOCUS * torch.stack(effects[length]).mean(0)
+        own = collector.take(site).shared.concepts
+        for concept, start, stop in spans:
+            part = slice(start * length, stop * length)
+            weighted = tokens[part] * weights[start:stop].reshape(-1, 1)
+            torch.testing.assert_close(own[concept].own, tokens[part].mT @ weighted)
+    assert unequal > len(acting)
+
+
+@pytest.mark.parametrize("align", ["adapter", "full"])
+def test_schedules_and_micro_batches_agree(host64, align):
+    concepts = concepts_of(host64)
+    common = {"align": align, "statistics": "float64", "ridge": 1e-4, "focus": FOCUS}
+
+    def merge(**settings):
+        settings = {**common, **settings}
+        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
+
+    whole = merge(micro_batch=100)
+    assert difference(merge(micro_batch=5), whole) < 1e-9
+    assert difference(merge(schedule="jacobi", iterations=30), whole) < 1e-8
+    assert difference(merge(focus=0.0), whole) > 1e-4
+
+
+def test_two_concepts_have_none_unless_it_is_asked_for(host64):
+    def merge(count, **settings):
+        settings = {"statistics": "float64", **settings}
+        concepts = concepts_of(host64)[:count]
+        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
+
+    assert difference(merge(2), merge(2, focus=0.0)) == 0
+    assert difference(merge(2, focus=0.5), merge(2)) > 1e-4
+    assert difference(merge(3), merge(3, focus=1 - 2 / 3)) == 0
