@@ -76,7 +76,7 @@ def is_ordered(report: MergeReport) -> bool:
 
 
 def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:
-    """``metadata`` of a merged LoRA that was cut to ``rank`` afterwards (:func:`.truncation.at_rank`)."""
+    """``metadata`` of a merged LoRA that :func:`.truncation.at_rank` cut to ``rank``."""
     found = parse_object(metadata.get("iteris"))
     if not found:
         return dict(metadata)
