@@ -30,33 +30,41 @@ class Variant:
     preserve: float = 0.0
 
 
+BEFORE: dict[str, Any] = {"ridge": 1e-5, "focus": 0.0}
+"""What most variants differ from: the defaults when they were measured."""
+
+
+def before(**settings: Any) -> Variant:
+    return Variant({**BEFORE, **settings})
+
+
 def jacobi(iterations: int, **more: Any) -> Variant:
-    return Variant({"schedule": "jacobi", "iterations": iterations, **more})
+    return before(schedule="jacobi", iterations=iterations, **more)
 
 
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
-    "repair=false": Variant({"repair": False}),
-    "align=adapter": Variant({"align": "adapter"}),
-    "balance=adapter (eq. 8)": Variant({"balance": "adapter"}),
-    "balance=full": Variant({"balance": "full"}),
-    "balance=none": Variant({"balance": "none"}),
-    "paper: adapter, eq. 8, ridge 1e-4": Variant(
-        {"align": "adapter", "balance": "adapter", "ridge": 1e-4}
-    ),
-    **{f"ridge={r:g}": Variant({"ridge": r}) for r in (0.0, 1e-7, 1e-6, 1e-4, 1e-3, 1e-2)},
+    "focus=0": Variant({"focus": 0.0}),
+    "ridge=1e-05, focus=0": before(),
+    "repair=false": before(repair=False),
+    "align=adapter": before(align="adapter"),
+    "balance=adapter (eq. 8)": before(balance="adapter"),
+    "balance=full": before(balance="full"),
+    "balance=none": before(balance="none"),
+    "paper: adapter, eq. 8, ridge 1e-4": before(align="adapter", balance="adapter", ridge=1e-4),
+    **{f"ridge={r:g}": before(ridge=r) for r in (0.0, 1e-7, 1e-4, 1e-3, 1e-2)},
     **{f"jacobi, {k} iterations": jacobi(k) for k in (1, 2, 3, 5, 8, 12)},
     **{
         f"paper, jacobi, {k} iterations": jacobi(k, align="adapter", balance="adapter", ridge=1e-4)
         for k in (1, 2, 5, 10)
     },
-    **{f"samples={n}": Variant(calibration={"samples": n}) for n in (6, 12, 25, 100)},
-    **{f"timesteps={n}": Variant(calibration={"timesteps": n}) for n in (1, 2, 8)},
-    "latents=noise": Variant(calibration={"latents": "noise"}),
-    "guidance=4 while denoising": Variant(calibration={"guidance": 4.0}),
-    **{f"empty_share={s:g}": Variant(calibration={"empty_share": s}) for s in (0.0, 0.4)},
-    **{f"preserve, weight {w:g}": Variant(preserve=w) for w in (0.1, 1.0)},
-    "minimax": Variant(minimax=True),
+    **{f"samples={n}": Variant(BEFORE, {"samples": n}) for n in (6, 12, 25, 100)},
+    **{f"timesteps={n}": Variant(BEFORE, {"timesteps": n}) for n in (1, 2, 8)},
+    "latents=noise": Variant(BEFORE, {"latents": "noise"}),
+    "guidance=4 while denoising": Variant(BEFORE, {"guidance": 4.0}),
+    **{f"empty_share={s:g}": Variant(BEFORE, {"empty_share": s}) for s in (0.0, 0.4)},
+    **{f"preserve, weight {w:g}": Variant(BEFORE, preserve=w) for w in (0.1, 1.0)},
+    "minimax": Variant(BEFORE, minimax=True),
     "rank=8": Variant({"rank": 8}),
     "rank=16": Variant({"rank": 16}),
     "polish, 100 steps": Variant({"polish_steps": 100}),

@@ -76,13 +76,13 @@ def advanced_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "ridge",
-            default=1e-5,
+            default=0.0,
             min=0.0,
             max=0.5,
-            step=1e-6,
+            step=1e-7,
             round=False,
-            tooltip="How strongly a layer is drawn toward the plain LoRAs. Above 0.001 it gives "
-            "most of the merge away.",
+            tooltip="How strongly a layer is drawn toward the plain LoRAs. 0 chooses by the number "
+            "of samples (0.000001 from 50 on). Above 0.001 it gives most of the merge away.",
         ),
         io.Combo.Input(
             "balance",

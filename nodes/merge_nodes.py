@@ -90,7 +90,8 @@ class IterisMerge(io.ComfyNode):
             seed=seed,
         )
         # Ridge, balance, schedule and repair mean something else, or nothing, to the other methods.
-        settings = {"rank": rank or None, **(settings if method == "iteris" else {})}
+        own = {**settings, "ridge": settings["ridge"] or None} if method == "iteris" else {}
+        settings = {"rank": rank or None, **own}
         result = merge_on(
             model, clip, concepts, method, settings, calibration, cls.hidden.unique_id
         )

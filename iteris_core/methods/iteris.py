@@ -25,6 +25,9 @@ from .polish import polish
 from .registry import Merged, Task, method
 from .repair import add_repairs
 
+_RIDGE = 1e-6
+_ENOUGH = 50  # prompts a concept; with fewer a fit follows the sample, and wants more ridge
+
 
 @dataclass(frozen=True)
 class IterisSettings:
@@ -33,24 +36,24 @@ class IterisSettings:
     ``align``: what a site's output is held against, see :mod:`..solve`. ``schedule``: one sweep or
     ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
     eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
-    of eq. 7. ``shrink``: what off-diagonal entries of the moments are multiplied by, see
-    :mod:`..solve` (1: nothing; less where a concept has not many more tokens than a site has
-    inputs). ``rank``: at most this rank per site, or the share of output energy to keep, such as
-    0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result is the same for any).
-    ``row_tokens``: at most so many tokens of every row are counted, chosen at random by the
-    calibration's seed (None: all). ``focus``: how much more places of a picture count where a LoRA
-    acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete). ``statistics``:
-    dtype of the moments. ``repair``: hold residual streams too, and change sites that no LoRA
-    changes to that end, see :mod:`.repair` (``align="full"`` only). ``polish_steps``: Adam steps at
-    ``polish_rate`` on the final output,
-    see :mod:`.polish` (0: the closed form alone).
+    of eq. 7 (None: 1e-6, and more for less than 50 samples). ``shrink``: what off-diagonal entries
+    of the moments are multiplied by, see :mod:`..solve` (1: nothing; less where a concept has not
+    many more tokens than a site has inputs). ``rank``: at most this rank per site, or the share of
+    output energy to keep, such as 0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result
+    is the same for any). ``row_tokens``: at most so many tokens of every row are counted, chosen at
+    random by the calibration's seed (None: all). ``focus``: how much more places of a picture count
+    where a LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
+    ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
+    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only).
+    ``polish_steps``: Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the
+    closed form alone).
     """
 
     align: Align = "full"
     schedule: Literal["sweep", "jacobi"] = "sweep"
     iterations: int = 10
     balance: Balance = "tokens"
-    ridge: float = 1e-6
+    ridge: float | None = None
     shrink: float = 1.0
     rank: Rank | None = None
     micro_batch: int = 32
@@ -79,7 +82,7 @@ class IterisSettings:
         check_rank(self.rank)
         if self.polish_steps < 0 or not self.polish_rate > 0:
             raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
-        if not 0 <= self.ridge < 1:
+        if self.ridge is not None and not 0 <= self.ridge < 1:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
         if self.focus is not None and not 0 <= self.focus <= 1:
             raise SettingsError(f"focus must be in [0, 1], not {self.focus}.")
@@ -142,6 +145,8 @@ class _Run:
         assert task.host is not None
         own = set(task.references) - repairs
         self.acting = own & set(task.host.streams(own))
+        few = max(1.0, _ENOUGH / task.calibration.samples)
+        self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
         self.batching = Batching(
             settings.micro_batch,
             settings.row_tokens,
@@ -215,7 +220,7 @@ class _Run:
                 self.task.weights,
                 align=settings.align,
                 balance=settings.balance,
-                ridge=settings.ridge,
+                ridge=self.ridge,
                 shrink=settings.shrink,
                 rank=settings.rank,
                 residuals=site not in self.repairs,
