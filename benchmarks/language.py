@@ -231,7 +231,8 @@ def ablations(bench: Bench) -> dict[str, Any]:
             b: total({**paper, "balance": b}) for b in ("none", "adapter")
         },
         "iterations": {
-            str(count - 1): total({**paper, "iterations": count}) for count in (1, 2, 3, 4, 10)
+            str(count - 1): total({**paper, "iterations": count})
+            for count in (1, 2, 3, 4, 6, 10, 15)
         },
     }
 
