@@ -12,14 +12,11 @@ reference rows alone, so a sweep and Jacobi iterations have the same.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-Group = tuple[str, int]
-"""Stands for one tensor: the stage that it belongs to, and a number."""
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Focus:
     """The running e of one micro-batch's rows, by number of tokens; ``share`` is f."""
 
     share: float
-    _given: dict[Group, Tensor | None] = field(default_factory=dict[Group, Tensor | None])
+    _given: dict[Hashable, Tensor | None] = field(default_factory=dict[Hashable, Tensor | None])
     _sums: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     _counts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
@@ -43,13 +40,13 @@ class Focus:
         self._sums[length][part] += torch.where(mean > 0, effect / mean.clamp(min=1e-30), 0.0)
         self._counts[length][part] += (mean > 0).to(effect)
 
-    def weights(self, group: Group, alive: Set[Group], length: int) -> Tensor | None:
-        """(rows, tokens), or None where all count alike; the same for all sites that see the tensor
-        ``group``. ``alive`` are those that may come again."""
-        if group not in self._given:
-            self._given = {g: w for g, w in self._given.items() if g in alive}
-            self._given[group] = self._now(length)
-        return self._given[group]
+    def weights(self, tensor: Hashable, alive: Set[Hashable], length: int) -> Tensor | None:
+        """(rows, tokens), or None where all count alike; the same for all sites that see the
+        ``tensor`` that this stands for. ``alive`` are those that may come again."""
+        if tensor not in self._given:
+            self._given = {t: w for t, w in self._given.items() if t in alive}
+            self._given[tensor] = self._now(length)
+        return self._given[tensor]
 
     def _now(self, length: int) -> Tensor | None:
         if length not in self._sums:

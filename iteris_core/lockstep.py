@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IterisError
-from .focus import Focus, Group
+from .focus import Focus
 from .lora import LowRank
 from .shards import ALONE, Shards
-from .visit import TokenChoice, Visit, add_delta, delta
+from .visit import Group, TokenChoice, Visit, add_delta, delta
 
 
 class Visitor(Protocol):

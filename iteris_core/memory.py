@@ -72,8 +72,9 @@ def statistics_bytes(
     """What the moments and the solve of ``sites`` take at most, in bytes.
 
     In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets of up to
-    three sites that share an input for every concept, and in float64 M, its factor, the right-hand
-    side and what truncation makes of it. ``at_once`` keeps the moments of all sites (Jacobi).
+    three sites that share an input for every concept, and room for M, the right-hand side and what
+    truncation makes of it (two LoRAs use 0.6 to 0.75 of that room at widths from 640).
+    ``at_once`` keeps the moments of all sites (Jacobi).
     """
     largest = moments = 0
     for site in sites:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .focus import Focus, Group
+from .focus import Focus
 from .lora import LowRank
+
+Group = tuple[str, int]
+"""Stands for one tensor: the stage that it belongs to, and a number."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,13 @@ class Visit:
 
     def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
         """What ``change`` added to the outputs of reference rows, (tokens, out)."""
-        inputs = self.inputs[start:stop]
-        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
-        return self._chosen(output_tokens(self.module, added), start, stop)
+        return self._chosen(self._own_change(change, start, stop), start, stop)
 
     def own_effect(self, change: LowRank, start: int, stop: int) -> Tensor:
         """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
-        inputs = self.inputs[start:stop]
-        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
+        added = self._own_change(change, start, stop)
         added = added.to(torch.promote_types(added.dtype, torch.float32))
-        effect = output_tokens(self.module, added).square().sum(1).reshape(stop - start, -1)
+        effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
@@ -87,6 +87,11 @@ class Visit:
         if weights is None:
             return None
         return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
+
+    def _own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
+        inputs = self.inputs[start:stop]
+        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
+        return output_tokens(self.module, added)
 
     def _tokens(
         self,

@@ -69,13 +69,11 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise :class:`LoraFileError` where more than the two factors makes the change."""
-    kind = config.get("peft_type")
+    kind = config.get("peft_type") or "nameless"
     if kind == "LORA":
         kind = next((title for name, title in _VARIANTS.items() if config.get(name)), None)
-    if kind is not None or "peft_type" not in config:
-        raise LoraFileError(
-            f"{folder} is a {kind or 'nameless'} adapter; only plain LoRA is merged here."
-        )
+    if kind is not None:
+        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE):
         raise LoraFileError(

@@ -142,18 +142,21 @@ class _Run:
         self.task = task
         self.settings = settings
         self.repairs = repairs
-        assert task.host is not None
-        own = set(task.references) - repairs
-        self.acting = own & set(task.host.streams(own))
+        focus = settings.focus
+        if focus is None:
+            focus = max(0.0, 1 - 2 / len(task.concepts))
+        self.acting: Set[str] = set()
+        if focus:
+            assert task.host is not None
+            own = set(task.references) - repairs
+            self.acting = own & set(task.host.streams(own))
         few = max(1.0, _ENOUGH / task.calibration.samples)
         self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
         self.batching = Batching(
             settings.micro_batch,
             settings.row_tokens,
             task.calibration.seed,
-            focus=max(0.0, 1 - 2 / len(task.concepts))
-            if settings.focus is None
-            else settings.focus,
+            focus=focus,
             cross=settings.align != "full",
             itemsize=4 if settings.statistics == "float32" else 8,
         )
