@@ -1,18 +1,14 @@
-"""How much memory tensors take: what is live while something runs, what the moments of sites need,
-and what is free."""
+"""How much memory tensors take: what is live while something runs, and what is free."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from .lora import LowRank
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -59,34 +55,6 @@ class MemoryMeter(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def statistics_bytes(
-    references: Mapping[str, Sequence[LowRank | None]],
-    sites: Set[str],
-    *,
-    cross: bool = False,
-    itemsize: int = 4,
-    at_once: bool = False,
-) -> int:
-    """What the moments and the solve of ``sites`` take at most, in bytes.
-
-    In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets of up to
-    three sites that share an input for every concept, and room for M, the right-hand side and what
-    truncation makes of it (two LoRAs use 0.6 to 0.75 of that room at widths from 640).
-    ``at_once`` keeps the moments of all sites (Jacobi).
-    """
-    largest = moments = 0
-    for site in sites:
-        changes = references[site]
-        out, width = next(c.shape for c in changes if c is not None)
-        own = len(changes) * width * width * (1 + cross) * itemsize
-        target = 0 if cross else len(changes) * out * width * itemsize
-        shared = 3 if out == width else 1
-        solve = 8 * (2 * width * width + 3 * out * width + min(out, width) ** 2)
-        moments += own + target
-        largest = max(largest, (0 if at_once else own + shared * target) + solve)
-    return largest + (moments if at_once else 0)
 
 
 def free_memory(device: torch.device) -> int:

@@ -50,10 +50,10 @@ class TargetMoments:
 
 @dataclass(frozen=True)
 class Factor:
-    """``cholesky`` is the lower factor of M + ``jitter`` · I, float64; ``key`` is what made it, and
-    ``norms`` are ‖X̃_iᵀX̃_i‖_F. It is None where M is zero."""
+    """``cholesky`` is the lower factor of M + ``jitter`` · I, None where M is zero; ``key`` is what
+    made it, and ``norms`` are ‖X̃_iᵀX̃_i‖_F."""
 
-    key: tuple[float, ...]
+    key: tuple[object, ...]
     cholesky: Tensor | None
     jitter: float
     norms: Sequence[float]

@@ -21,8 +21,8 @@ feature's own energy, toward ΔW_i.
 
 Precondition: moments are finite. M is made positive definite by the ridge; where it is not
 (``ridge=0`` and too few tokens) the smallest pull toward the mean change that lets a Cholesky
-factorisation through is added. Everything is float64. An equivalent for one concept, without the
-factors, is ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
+factorisation through is added. Everything is float64, unless less is asked for. An equivalent for
+one concept, without the factors, is ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
 """
 
 from __future__ import annotations
@@ -82,59 +82,77 @@ def solve_site(
     shrink: float = 1.0,
     rank: Rank | None,
     residuals: bool = True,
+    exact: bool = True,
 ) -> Solution:
     """Solve one site; all sequences run over the concepts.
 
     A change of ``None`` stands for a change of zero: that concept's outputs are to stay as they
     are. ``rank=None`` keeps Σ r_i; a share of energy is of the solution at that rank. Without
-    ``residuals`` the solution's ``before`` and ``after`` are empty. Raises :class:`SolveError` when
-    a moment is not finite.
+    ``residuals`` the solution's ``before`` and ``after`` are empty. Without ``exact`` the factor
+    and the right side are in the moments' precision, at half the time and memory. Raises
+    :class:`SolveError` when a moment is not finite.
     """
     present = [change for change in changes if change is not None]
     like = present[0]
     own = inputs.concepts[0].own
     work = torch.device("cpu") if own.device.type == "mps" else own.device
-    wide = [None if c is None else c.to(torch.float64, work) for c in changes]
+    dtype = torch.float64 if exact else own.dtype
+    wide = [None if c is None else c.to(dtype, work) for c in changes]
     total_rank = sum(change.rank for change in present)
     share = rank if isinstance(rank, float) else None
     rank = min(rank if isinstance(rank, int) else total_rank, *like.shape)
 
     _check_finite(targets)
     lambdas = _balance(wide, inputs, targets, weights, balance)
-    (factor,) = factorise([(inputs, lambdas)], ridge, shrink)
+    with full_precision(work):
+        (factor,) = factorise([(inputs, lambdas)], ridge, shrink, dtype)
+        solution, lost = _solution(
+            wide, inputs, targets, lambdas, weights, factor, align, ridge, shrink, rank
+        )
     chol = factor.cholesky
-    mean = _mean_change(wide, weights)
-    lost, condition = 0.0, math.inf
-    if chol is None:  # no input energy at all: any change fits, so take the mean
-        exact = mean
-        if exact.rank > rank:
-            exact, lost = truncate(exact, rank)
-    elif align == "adapter":
-        exact = _solve_adapter(wide, inputs, lambdas, weights, factor, ridge, shrink)
-        if exact.rank > rank:
-            exact, lost = truncate(exact, rank, chol)
-    else:
-        right = _full_right_side(wide, inputs, targets, lambdas, factor, ridge, shrink)
-        if factor.jitter:
-            right += factor.jitter * mean.dense()
-        exact, lost = factorize(right, rank, chol, like=mean, search=targets[0].dtype)
     if share is not None:
-        exact, more = truncate(exact, share, chol)
+        solution, more = truncate(solution, share, chol)
         lost = 1 - (1 - lost) * (1 - more)
+    condition = math.inf
     if chol is not None:
         diagonal = chol.diagonal()
         condition = float((diagonal.max() / diagonal.min()) ** 2)
 
-    change = exact.to(like.up.dtype, like.up.device)
+    change = solution.to(like.up.dtype, like.up.device)
     if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
         raise SolveError("the solution is not finite; raise `ridge`.")
     before, after = (), ()
     if residuals:
-        before, after = _residuals(mean, exact, wide, inputs, targets)
+        before, after = _residuals(_mean_change(wide, weights), solution, wide, inputs, targets)
     share = sum(lambdas)
     return Solution(
         change, tuple(value / share for value in lambdas), before, after, condition, lost
     )
+
+
+def _solution(
+    changes: Sequence[LowRank | None],
+    inputs: SharedInputs,
+    targets: Sequence[TargetMoments],
+    lambdas: Sequence[float],
+    weights: Sequence[float],
+    factor: Factor,
+    align: Align,
+    ridge: float,
+    shrink: float,
+    rank: int,
+) -> tuple[LowRank, float]:
+    """ΔW at ``rank``, and the share of energy that the cut lost."""
+    mean = _mean_change(changes, weights)
+    if factor.cholesky is None:  # no input energy at all: any change fits, so take the mean
+        return truncate(mean, rank) if mean.rank > rank else (mean, 0.0)
+    if align == "adapter":
+        exact = _solve_adapter(changes, inputs, lambdas, weights, factor, ridge, shrink)
+        return truncate(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
+    right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
+    if factor.jitter:
+        right += factor.jitter * mean.dense()
+    return factorize(right, rank, factor.cholesky, like=mean, search=targets[0].dtype)
 
 
 def _check_finite(targets: Sequence[TargetMoments]) -> None:
@@ -197,10 +215,10 @@ def _energy(change: LowRank, own: Tensor) -> float:
     return float((gram * (change.up.mT @ change.up)).sum())
 
 
-def _times(left: Tensor, own: Tensor) -> Tensor:
-    """left · own in the moments' dtype, which is as exact as they are; float64 out."""
-    with full_precision(own.device):
-        return (left.to(own) @ own).to(left)
+def _times(left: Tensor, moment: Tensor) -> Tensor:
+    """left · moment in the moment's dtype, which is as exact as it is; ``left``'s dtype out."""
+    with full_precision(moment.device):
+        return (left.to(moment) @ moment).to(left)
 
 
 def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) -> LowRank:
@@ -254,7 +272,7 @@ def _full_right_side(
     shrink: float,
 ) -> Tensor:
     first = next(change for change in changes if change is not None)
-    right = torch.zeros(first.shape, dtype=torch.float64, device=first.up.device)
+    right = torch.zeros(first.shape, dtype=first.up.dtype, device=first.up.device)
     for change, part, norm, target, value in zip(
         changes, inputs.concepts, factor.norms, targets, lambdas, strict=True
     ):
@@ -297,11 +315,11 @@ def _wanted(
 ) -> tuple[float, float]:
     """‖T_i‖² and tr(T_iᵀ X̃_i ΔWᵀ)."""
     if target.target is not None:
-        crossed = candidate.up.mT @ target.target.to(candidate.up)
+        crossed = _times(candidate.up.mT, target.target)
         return float(target.target_energy), float((crossed * candidate.down).sum())
     if change is None or target.down_gram is None or part.cross is None:
         return 0.0, 0.0
     gram = target.down_gram.to(change.up)
-    crossed = (change.down @ part.cross.to(change.down)) @ candidate.down.mT
+    crossed = _times(change.down, part.cross) @ candidate.down.mT
     both = float(((change.up.mT @ candidate.up) * crossed).sum())
     return float((gram * (change.up.mT @ change.up)).sum()), both

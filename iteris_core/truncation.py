@@ -93,8 +93,9 @@ def factorize(
     4.4 and 5.1) in ``search``, from a fixed seed.
     """
     check_rank(rank)
-    if min(matrix.shape) <= _SMALL or rank < 1 or rank * 3 >= min(matrix.shape):
-        weighted = _over(matrix, metric)
+    out, width = matrix.shape
+    if rank < 1 or not searches(out, width, int(rank)):
+        weighted = _over(matrix, metric).double()
         total = float((weighted**2).sum())
         u, s, vt = _gram_svd(weighted)
     else:
@@ -102,12 +103,18 @@ def factorize(
             q, total = _leading(matrix.to(search), int(rank), metric)
         # Of the directions found everything is exact again.
         q = torch.linalg.qr(q.to(matrix)).Q
-        u, s, vt = _gram_svd(_over(q.mT @ matrix, metric))
-        u = q @ u
+        u, s, vt = _gram_svd(_over(q.mT @ matrix, metric).double())
+        u = q.double() @ u
     keep = rank_for(s**2, rank)
     kept = float((s[:keep] ** 2).sum())
     share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
     return _from_svd(u, s, vt, keep, metric, like), share
+
+
+def searches(out: int, width: int, rank: int) -> bool:
+    """Whether :func:`factorize` searches for the leading directions, or takes all."""
+    shorter = min(out, width)
+    return shorter > _SMALL and rank * 3 < shorter
 
 
 def _over(matrix: Tensor, metric: Tensor | None) -> Tensor:
@@ -152,7 +159,7 @@ def _from_svd(
     up = u[:, :rank] * root
     down = root[:, None] * vt[:rank]
     if metric is not None:
-        down = torch.linalg.solve_triangular(metric.double(), down, upper=False, left=False)
+        down = torch.linalg.solve_triangular(metric, down.to(metric), upper=False, left=False)
     # A weighted SVD leaves the two factors of unequal size; half-precision files want them alike.
     balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
     if not math.isfinite(balance) or balance == 0.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,9 +106,18 @@ class Visit:
         tokens = flatten(self.module, tensor[offset + start : offset + stop])
         return self._chosen(tokens, start, stop)
 
+    @property
+    def _width(self) -> int:
+        """Inputs of the site as a linear map."""
+        if not isinstance(self.module, nn.Conv2d):
+            return self.inputs.shape[-1]
+        return self.module.in_channels * math.prod(self.module.kernel_size)
+
     def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         length = tokens.shape[0] // (stop - start)
-        chosen = self.choice.indices(length, start, stop) if self.choice is not None else None
+        chosen = None
+        if self.choice is not None:
+            chosen = self.choice.indices(length, start, stop, width=self._width)
         if self.mask is not None:
             mask = self.mask[start:stop].reshape(-1)
             if chosen is None:
@@ -121,30 +131,33 @@ class Visit:
 
 
 class TokenChoice:
-    """At most ``limit`` tokens of every row, the same at all sites with as many tokens.
+    """At most ``limit(width)`` tokens of every row at a site with that many inputs.
 
     ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
-    ``seed`` and the count of tokens alone, not on the micro-batch.
+    ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
+    larger.
     """
 
-    def __init__(self, rows: Sequence[int], limit: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[int], limit: Callable[[int], int], seed: int) -> None:
         self._rows = rows
         self._limit = limit
         self._seed = seed
-        self._picks: dict[int, Tensor] = {}
+        self._picks: dict[tuple[int, int], Tensor] = {}
 
-    def indices(self, length: int, start: int, stop: int) -> Tensor | None:
+    def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
         """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
-        if length <= self._limit:
+        limit = self._limit(width)
+        if length <= limit:
             return None
-        if length not in self._picks:
-            self._picks[length] = torch.stack([self._pick(row, length) for row in self._rows])
+        if (length, limit) not in self._picks:
+            picks = [self._pick(row, length, limit) for row in self._rows]
+            self._picks[length, limit] = torch.stack(picks)
         offsets = torch.arange(stop - start)[:, None] * length
-        return (self._picks[length][start:stop] + offsets).flatten()
+        return (self._picks[length, limit][start:stop] + offsets).flatten()
 
-    def _pick(self, row: int, length: int) -> Tensor:
+    def _pick(self, row: int, length: int, limit: int) -> Tensor:
         generator = torch.Generator().manual_seed(hash((self._seed, row, length)) % 2**63)
-        return torch.randperm(length, generator=generator)[: self._limit].sort().values
+        return torch.randperm(length, generator=generator)[:limit].sort().values
 
 
 def delta(module: nn.Module, change: LowRank, inputs: Tensor) -> Tensor:

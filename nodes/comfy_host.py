@@ -22,7 +22,7 @@ from ..iteris_core.hosts.transformers_streams import transformer_streams
 from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.memory import statistics_bytes
+from ..iteris_core.solve_memory import statistics_bytes
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_text import Conditioning, TextEncoders

@@ -9,9 +9,13 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.errors import IterisError
 from iteris_core.hosts import Stage
-from iteris_core.memory import MemoryMeter, free_memory, statistics_bytes
+from iteris_core.lora import LowRank
+from iteris_core.memory import MemoryMeter, free_memory
 from iteris_core.methods.planning import RowCost, plan_stage
+from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
 from iteris_core.shards import ALONE, Shards
+from iteris_core.solve import solve_site
+from iteris_core.solve_memory import solve_bytes, statistics_bytes
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20
@@ -111,6 +115,42 @@ def test_statistics_of_a_sweep_are_those_of_the_largest_site(host):
     largest = max(statistics_bytes(references, {site}) for site in references)
     assert statistics_bytes(references, set(references)) == largest
     assert statistics_bytes(references, set(references), at_once=True) > largest
+
+
+@pytest.mark.parametrize(("align", "exact"), [("full", True), ("full", False), ("adapter", True)])
+@pytest.mark.parametrize(
+    ("out", "width", "count", "rank"),
+    [(128, 512, 2, 8), (128, 512, 10, 8), (320, 320, 8, 32), (640, 640, 2, 32), (640, 1280, 2, 16)],
+)
+def test_the_memory_of_a_solve_is_known(out, width, count, rank, align, exact):
+    generator = torch.Generator().manual_seed(0)
+    changes, parts, targets = [], [], []
+    for _ in range(count):
+        up = torch.randn(out, rank, generator=generator)
+        changes.append(LowRank(up, torch.randn(rank, width, generator=generator)))
+        x = torch.randn(2 * width, width, generator=generator)
+        wanted = torch.randn(2 * width, out, generator=generator)
+        gram = x.mT @ x
+        parts.append(InputMoments(gram, gram, len(x)))
+        energy = wanted.square().sum().double()
+        full = wanted.mT @ x if align == "full" else None
+        targets.append(TargetMoments(full, torch.eye(rank), energy, None, torch.float32))
+    asked = solve_bytes(out, width, count * rank, exact=exact, factors=align == "adapter")
+    with MemoryMeter() as meter:
+        solve_site(
+            changes,
+            SharedInputs(parts),
+            targets,
+            [1.0] * count,
+            align=align,
+            balance="tokens",
+            ridge=1e-5,
+            rank=None,
+            exact=exact,
+            residuals=exact,
+        )
+    assert meter.peak <= 1.1 * asked
+    assert asked <= 1.8 * meter.peak
 
 
 def test_moments_of_earlier_stages_count_where_they_are_kept(host):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,18 +15,23 @@ from ..lockstep import MicroBatch, Visitor
 from ..shards import ALONE, Shards
 from ..visit import TokenChoice
 
+LEAST = 128
+PER_INPUT = 32
+
 
 @dataclass(frozen=True)
 class Batching:
-    """``rows`` a forward; at most ``row_tokens`` tokens of each row in the moments (None: all).
+    """``rows`` a forward; at most ``row_tokens`` tokens of each row in the moments (None: all;
+    "enough": of a picture's :data:`LEAST`, or what gives every concept :data:`PER_INPUT` tokens for
+    each of a site's inputs).
 
     Of stages whose tokens are places of a picture, ``focus`` is :mod:`..focus`'s f.
     ``cross`` and ``itemsize`` tell which moments are kept, for the memory that they need, see
-    :func:`..memory.statistics_bytes`.
+    :func:`..solve_memory.statistics_bytes`.
     """
 
     rows: int
-    row_tokens: int | None = None
+    row_tokens: int | Literal["enough"] | None = None
     seed: int = 0
     focus: float = 0.0
     cross: bool = False
@@ -48,10 +55,20 @@ def micro_batches(
         yield from _of(stage, shards.others(len(stage.owners)), copies, None, batching)
 
 
+def _limit(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
+    limit = batching.row_tokens
+    if limit is None or (limit == "enough" and not stage.places):
+        return None
+    if limit != "enough":
+        return lambda width: limit
+    rows = min(Counter(stage.owners).values())
+    return lambda width: max(LEAST, -(-PER_INPUT * width // rows))
+
+
 def _of(
     stage: Stage, part: Sequence[int], copies: int, visitor: Visitor | None, batching: Batching
 ) -> Iterator[MicroBatch]:
-    size, limit = batching.rows, batching.row_tokens
+    size, limit = batching.rows, _limit(stage, batching)
     for start in range(0, len(part), size):
         rows = part[start : start + size]
 

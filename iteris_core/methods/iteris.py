@@ -41,8 +41,9 @@ class IterisSettings:
     many more tokens than a site has inputs). ``rank``: at most this rank per site, or the share of
     output energy to keep, such as 0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result
     is the same for any). ``row_tokens``: at most so many tokens of every row are counted, chosen at
-    random by the calibration's seed (None: all). ``focus``: how much more places of a picture count
-    where a LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
+    random by the calibration's seed (None: of pictures 128, or what gives a concept eight for each
+    of a site's inputs; of texts all). ``focus``: how much more places of a picture count where a
+    LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
     ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
     that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only).
     ``polish_steps``: Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the
@@ -93,8 +94,9 @@ class IterisSettings:
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
-    added = add_repairs(task) if settings.repair and settings.align == "full" else set[str]()
-    run = _Run(task, settings, added)
+    if settings.repair and settings.align == "full":
+        add_repairs(task)
+    run = _Run(task, settings)
     if settings.schedule == "sweep":
         sweep_pass(task, run.visitor_and_solve, run.batching)
     else:
@@ -110,7 +112,7 @@ def iteris(task: Task, settings: IterisSettings) -> Merged:
             batch=settings.micro_batch,
         )
     return {
-        site: (changes[site], site_report(solution, repair=site in added))
+        site: (changes[site], site_report(solution, repair=site in task.repairs))
         for site, solution in run.solutions.items()
     }
 
@@ -138,23 +140,22 @@ def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
 
 
 class _Run:
-    def __init__(self, task: Task, settings: IterisSettings, repairs: Set[str]) -> None:
+    def __init__(self, task: Task, settings: IterisSettings) -> None:
         self.task = task
         self.settings = settings
-        self.repairs = repairs
         focus = settings.focus
         if focus is None:
             focus = max(0.0, 1 - 2 / len(task.concepts))
         self.acting: Set[str] = set()
         if focus:
             assert task.host is not None
-            own = set(task.references) - repairs
+            own = set(task.references) - task.repairs
             self.acting = own & set(task.host.streams(own))
         few = max(1.0, _ENOUGH / task.calibration.samples)
         self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
         self.batching = Batching(
             settings.micro_batch,
-            settings.row_tokens,
+            settings.row_tokens or "enough",
             task.calibration.seed,
             focus=focus,
             cross=settings.align != "full",
@@ -226,7 +227,8 @@ class _Run:
                 ridge=self.ridge,
                 shrink=settings.shrink,
                 rank=settings.rank,
-                residuals=site not in self.repairs,
+                residuals=site not in self.task.repairs,
+                exact=site not in self.task.repairs,
             )
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error

@@ -15,8 +15,9 @@ import torch
 from ..errors import IterisError
 from ..hosts import Stage
 from ..lockstep import Lockstep, MicroBatch
-from ..memory import MemoryMeter, free_memory, statistics_bytes
+from ..memory import MemoryMeter, free_memory
 from ..shards import Shards
+from ..solve_memory import statistics_bytes
 from ..visit import Visit
 from .batching import Batching
 from .registry import Task
@@ -78,6 +79,7 @@ def plan(
     fixed = statistics_bytes(
         task.references,
         {*stage.sites, *before},
+        repairs=task.repairs,
         cross=batching.cross,
         itemsize=batching.itemsize,
         at_once=not sweep,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ class Task:
     """What a method gets. ``references[site][i]`` is concept i's change there, at its strength.
 
     ``host`` is None for a method that only looks at weights. A method may add sites to
-    ``references``, and the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in
-    for the report. ``shards`` is this process's part of the rows: what a method sums over rows it
-    has to add up over the processes, as :class:`..collector.Collector` does. ``memory_budget`` is
-    in bytes beyond the model (``"free"``: what is free; None: no limit); ``plan`` says how each
-    stage keeps to it.
+    ``references``, said in ``repairs``, and the host's ``streams``; ``rows`` and ``convergence``
+    are for it to fill in for the report. ``shards`` is this process's part of the rows: what a
+    method sums over rows it has to add up over the processes, as :class:`..collector.Collector`
+    does. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no limit);
+    ``plan`` says how each stage keeps to it.
     """
 
     host: Host | None
@@ -36,6 +36,7 @@ class Task:
     calibration: Calibration
     generator: torch.Generator
     tick: Tick
+    repairs: Set[str] = frozenset()
     streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     rows: int = 0
     convergence: list[float] = field(default_factory=list[float])

@@ -20,15 +20,15 @@ from ..lora import LowRank
 from .registry import Task
 
 
-def add_repairs(task: Task) -> set[str]:
-    """Put the host's streams and repair sites into ``task``; returns the repair sites.
+def add_repairs(task: Task) -> None:
+    """Put the host's streams and repair sites into ``task``.
 
     Each concept that changes a component stands there with a change of zero, at its largest rank
     in that component. One concept alone leaves no drift.
     """
     assert task.host is not None
     if len(task.concepts) < 2:
-        return set()
+        return
     task.streams = task.host.streams(set(task.references))
     ranks = _largest_ranks(task)
     modules = task.host.sites()
@@ -40,7 +40,7 @@ def add_repairs(task: Task) -> set[str]:
             zeros = [_zero(modules[site], rank) for rank in ranks[component]]
             added[site] = [zero and zero.to(like.up.dtype, like.up.device) for zero in zeros]
     task.references = {**task.references, **added}
-    return set(added)
+    task.repairs = set(added)
 
 
 def _largest_ranks(task: Task) -> dict[str, list[int]]:
