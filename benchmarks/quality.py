@@ -85,6 +85,10 @@ UNPOLISHED = ("3", "7")  # sizes that are left out for time
 QUICK_METHODS = ("iteris", "average", "sum", "ties", "dare-linear", "regmean", "ssr")
 
 
+Scores = Mapping[str, Mapping[str, float]]
+"""column → seed → mean"""
+
+
 def _key(
     numbers: Sequence[int],
     method: str,
@@ -195,24 +199,47 @@ class Suite:
         weigh: Callable[[Sequence[int]], Sequence[float]] | None = None,
         preserve: float = 0.0,
     ) -> dict[str, Stat]:
-        """column → mean over sets, standard error over seeds; ``mean`` is of image and text."""
-        scores = [
-            self.measure(n, method, settings, calibration, weigh(n) if weigh else None, preserve)
-            for n in sets
-        ]
-        row: dict[str, Stat] = {}
-        for column in COLUMNS:
-            pairs = [
-                (value, int(seed)) for s in scores for seed, value in s.get(column, {}).items()
+        """The row of a table, see :func:`_row`."""
+        return _row(
+            [
+                self.measure(
+                    n, method, settings, calibration, weigh(n) if weigh else None, preserve
+                )
+                for n in sets
             ]
-            if pairs:
-                row[column] = over_seeds([v for v, _ in pairs], [seed for _, seed in pairs])
-        both = [
-            ((image + s["text"][seed]) / 2, int(seed))
-            for s in scores
-            for seed, image in s["image"].items()
-        ]
-        return {"mean": over_seeds([v for v, _ in both], [seed for _, seed in both]), **row}
+        )
+
+    def lead(
+        self, sets: Sequence[tuple[int, ...]], other: str, settings: Mapping[str, Any]
+    ) -> dict[str, Stat]:
+        """column → how far the default is ahead of ``other``, set by set and seed by seed: all
+        methods draw the same prompts from the same noise, so that differences vary less."""
+        differences: list[Scores] = []
+        for numbers in sets:
+            ours = self.measure(numbers, "iteris")
+            theirs = self.measure(numbers, other, settings)
+            differences.append(
+                {
+                    column: {seed: value - theirs[column][seed] for seed, value in values.items()}
+                    for column, values in ours.items()
+                }
+            )
+        return _row(differences)
+
+
+def _row(scores: Sequence[Scores]) -> dict[str, Stat]:
+    """column → mean over sets, standard error over seeds; ``mean`` is of image and text."""
+    row: dict[str, Stat] = {}
+    for column in COLUMNS:
+        pairs = [(value, int(seed)) for s in scores for seed, value in s.get(column, {}).items()]
+        if pairs:
+            row[column] = over_seeds([v for v, _ in pairs], [seed for _, seed in pairs])
+    both = [
+        ((image + s["text"][seed]) / 2, int(seed))
+        for s in scores
+        for seed, image in s["image"].items()
+    ]
+    return {"mean": over_seeds([v for v, _ in both], [seed for _, seed in both]), **row}
 
 
 def main() -> None:
@@ -230,6 +257,7 @@ def main() -> None:
         "seeds": len(SEEDS),
         "settings": chosen,
         "sets": {},
+        "leads": {},
     }
     for size in arguments.sizes.split(","):
         rows = {
@@ -246,6 +274,14 @@ def main() -> None:
             for name, row in rows.items()
         }
         _show(size, rows)
+        if "iteris" in names and len(names) > 1:
+            second = max(set(names) - {"iteris"}, key=lambda name: rows[name]["mean"].mean)
+            lead = suite.lead(SETS[size], second, chosen.get(second, {}))
+            data["leads"][size] = {
+                "over": second,
+                **{column: stat.to_dict() for column, stat in lead.items()},
+            }
+            print(f"lead over {second}:", {c: str(stat) for c, stat in lead.items()})
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quality.json").write_text(json.dumps(data, indent=1) + "\n")
 

@@ -36,6 +36,16 @@ def quality() -> None:
             print(f"| {shown} | {cells} | {kept:.0%} |")
 
 
+def leads() -> None:
+    columns = COLUMNS[:4]
+    print(
+        "\n| concepts | second | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns)
+    )
+    for size, lead in load("quality.json")["leads"].items():
+        cells = " | ".join(f"{lead[c]['mean']:+.4f} ± {lead[c]['se']:.4f}" for c in columns)
+        print(f"| {NAMES[size]} | {lead['over']} | {cells.replace('0.', '.')} |")
+
+
 def ablations() -> None:
     print("\n| variant | two: mean | image | text | judge | five: mean | image | text | judge |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -56,7 +66,7 @@ def speed() -> None:
 
 
 if __name__ == "__main__":
-    for table in (quality, ablations, speed):
+    for table in (quality, leads, ablations, speed):
         try:
             table()
         except FileNotFoundError as missing:
