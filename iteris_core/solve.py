@@ -97,17 +97,17 @@ def solve_site(
     own = inputs.concepts[0].own
     work = torch.device("cpu") if own.device.type == "mps" else own.device
     dtype = torch.float64 if exact else own.dtype
-    wide = [None if c is None else c.to(dtype, work) for c in changes]
+    changes = [None if c is None else c.to(device=work) for c in changes]
     total_rank = sum(change.rank for change in present)
     share = rank if isinstance(rank, float) else None
     rank = min(rank if isinstance(rank, int) else total_rank, *like.shape)
 
     _check_finite(targets)
-    lambdas = _balance(wide, inputs, targets, weights, balance)
+    lambdas = _balance(changes, inputs, targets, weights, balance)
     with full_precision(work):
         (factor,) = factorise([(inputs, lambdas)], ridge, shrink, dtype)
         solution, lost = _solution(
-            wide, inputs, targets, lambdas, weights, factor, align, ridge, shrink, rank
+            changes, inputs, targets, lambdas, weights, factor, align, ridge, shrink, rank
         )
     chol = factor.cholesky
     if share is not None:
@@ -123,7 +123,8 @@ def solve_site(
         raise SolveError("the solution is not finite; raise `ridge`.")
     before, after = (), ()
     if residuals:
-        before, after = _residuals(_mean_change(wide, weights), solution, wide, inputs, targets)
+        mean = _mean_change(changes, weights, torch.float64)
+        before, after = _residuals(mean, solution.to(torch.float64), changes, inputs, targets)
     share = sum(lambdas)
     return Solution(
         change, tuple(value / share for value in lambdas), before, after, condition, lost
@@ -143,16 +144,17 @@ def _solution(
     rank: int,
 ) -> tuple[LowRank, float]:
     """ΔW at ``rank``, and the share of energy that the cut lost."""
-    mean = _mean_change(changes, weights)
     if factor.cholesky is None:  # no input energy at all: any change fits, so take the mean
+        mean = _mean_change(changes, weights, torch.float64)
         return truncate(mean, rank) if mean.rank > rank else (mean, 0.0)
     if align == "adapter":
         exact = _solve_adapter(changes, inputs, lambdas, weights, factor, ridge, shrink)
         return truncate(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
     right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
     if factor.jitter:
-        right += factor.jitter * mean.dense()
-    return factorize(right, rank, factor.cholesky, like=mean, search=targets[0].dtype)
+        right += factor.jitter * _mean_change(changes, weights, right.dtype).dense()
+    like = next(c for c in changes if c is not None).to(torch.float64)
+    return factorize(right, rank, factor.cholesky, like=like, search=targets[0].dtype)
 
 
 def _check_finite(targets: Sequence[TargetMoments]) -> None:
@@ -185,8 +187,8 @@ def _balance(
             value = _inverse(1.0, float(target.full_energy))
         elif balance == "adapter":
             if change is not None and target.down_gram is not None:
-                gram = target.down_gram.to(change.up)
-                energy = float((gram * (change.up.mT @ change.up)).sum())
+                up = change.up.double()
+                energy = float((target.down_gram.to(up) * (up.mT @ up)).sum())
                 value = _inverse(change.squared_norm(), energy)
             else:
                 value = _gain_of_others(index, changes, shared.own)
@@ -211,8 +213,8 @@ def _inverse(norm: float, energy: float) -> float:
 
 def _energy(change: LowRank, own: Tensor) -> float:
     """‖X̃ ΔWᵀ‖²_F from r × r products."""
-    gram = _times(change.down, own) @ change.down.mT
-    return float((gram * (change.up.mT @ change.up)).sum())
+    up, down = change.up.double(), change.down.double()
+    return float(((_times(down, own) @ down.mT) * (up.mT @ up)).sum())
 
 
 def _times(left: Tensor, moment: Tensor) -> Tensor:
@@ -221,11 +223,13 @@ def _times(left: Tensor, moment: Tensor) -> Tensor:
         return (left.to(moment) @ moment).to(left)
 
 
-def _mean_change(changes: Sequence[LowRank | None], weights: Sequence[float]) -> LowRank:
+def _mean_change(
+    changes: Sequence[LowRank | None], weights: Sequence[float], dtype: torch.dtype
+) -> LowRank:
     total = sum(weights)
     return concatenate(
         [
-            change.scaled(weight / total)
+            change.to(dtype).scaled(weight / total)
             for change, weight in zip(changes, weights, strict=True)
             if change is not None
         ]
@@ -242,24 +246,24 @@ def _solve_adapter(
     shrink: float,
 ) -> LowRank:
     assert factor.cholesky is not None
-    rows: list[Tensor] = []
-    ups: list[Tensor] = []
-    kernel = None
+    present = [change for change in changes if change is not None]
+    rank, width = sum(change.rank for change in present), present[0].shape[1]
+    rows = torch.empty(rank, width, dtype=torch.float64, device=factor.cholesky.device)
+    free = rows
     for change, part, value, weight in zip(changes, inputs.concepts, lambdas, weights, strict=True):
         if change is None:
             continue
         assert part.cross is not None
-        cross = part.cross
+        cross, down = part.cross, change.down.double()
         pull = value * ridge * frobenius(cross) + factor.jitter * weight / sum(weights)
-        own = (1 - shrink) * cross.diagonal().to(change.down) * value + pull
-        product = change.down * own
+        own = (1 - shrink) * cross.diagonal().to(down) * value + pull
+        product, free = free[: change.rank], free[change.rank :]
+        torch.mul(down, own, out=product)
         for some in pieces(cross):
-            product.addmm_(change.down[:, some], cross[some].to(change.down), alpha=value * shrink)
-        rows.append(product)
-        ups.append(change.up)
-        kernel = change.kernel
-    down = torch.cholesky_solve(torch.cat(rows).mT, factor.cholesky).mT
-    return LowRank(torch.cat(ups, dim=1), down, kernel)
+            product.addmm_(down[:, some], cross[some].to(down), alpha=value * shrink)
+    down = torch.cholesky_solve(rows.mT, factor.cholesky).mT
+    up = torch.cat([change.up for change in present], dim=1)
+    return LowRank(up.to(torch.promote_types(up.dtype, torch.float32)), down, present[0].kernel)
 
 
 def _full_right_side(
@@ -272,7 +276,9 @@ def _full_right_side(
     shrink: float,
 ) -> Tensor:
     first = next(change for change in changes if change is not None)
-    right = torch.zeros(first.shape, dtype=first.up.dtype, device=first.up.device)
+    chol = factor.cholesky
+    assert chol is not None
+    right = torch.zeros(first.shape, dtype=chol.dtype, device=chol.device)
     for change, part, norm, target, value in zip(
         changes, inputs.concepts, factor.norms, targets, lambdas, strict=True
     ):
@@ -280,8 +286,8 @@ def _full_right_side(
         for rows in pieces(target.target):
             right[rows].add_(target.target[rows].to(right.device), alpha=value * shrink)
         if change is not None:
-            pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(change.down)
-            right.addmm_(change.up, change.down * pull, alpha=value)
+            pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(right)
+            right.addmm_(change.up.to(right), change.down.to(right) * pull, alpha=value)
     return right
 
 
@@ -296,30 +302,35 @@ def _residuals(
     rank products. Where T_i is zero, relative to what the other concepts' own changes would do
     there."""
     values: tuple[list[float], list[float]] = ([], [])
-    both_downs = torch.cat([mean.down, solution.down])
+    sizes = [mean.rank, solution.rank]
+    both = concatenate([mean, solution])  # the dear products, by (in, in), are made once for both
+    downs = both.down.split(sizes)
+    grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
     for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
-        # The dear products, (ranks, in) by (in, in), are made once for both.
-        weighted = _times(both_downs, part.own).split([mean.rank, solution.rank])
-        for candidate, rows, found in zip((mean, solution), weighted, values, strict=True):
-            output = float(((rows @ candidate.down.mT) * (candidate.up.mT @ candidate.up)).sum())
-            wanted, both = _wanted(candidate, change, part, target)
-            left = max(0.0, wanted - 2 * both + output)
-            if wanted <= 0:
-                wanted = sum(_energy(other, part.own) for other in changes if other is not None)
-            found.append(math.sqrt(left / wanted) if wanted > 0 else 0.0)
+        wanted, crossed = _wanted(both, change, part, target)
+        energy = wanted
+        if energy <= 0:
+            energy = sum(_energy(other, part.own) for other in changes if other is not None)
+        weighted = _times(both.down, part.own).split(sizes)
+        for rows, down, gram, cross, found in zip(
+            weighted, downs, grams, crossed.split(sizes), values, strict=True
+        ):
+            output = float(((rows @ down.mT) * gram).sum())
+            left = max(0.0, wanted - 2 * float(cross.sum()) + output)
+            found.append(math.sqrt(left / energy) if energy > 0 else 0.0)
     return tuple(values[0]), tuple(values[1])
 
 
 def _wanted(
     candidate: LowRank, change: LowRank | None, part: InputMoments, target: TargetMoments
-) -> tuple[float, float]:
-    """‖T_i‖² and tr(T_iᵀ X̃_i ΔWᵀ)."""
+) -> tuple[float, Tensor]:
+    """‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
     if target.target is not None:
         crossed = _times(candidate.up.mT, target.target)
-        return float(target.target_energy), float((crossed * candidate.down).sum())
+        return float(target.target_energy), (crossed * candidate.down).sum(1)
     if change is None or target.down_gram is None or part.cross is None:
-        return 0.0, 0.0
-    gram = target.down_gram.to(change.up)
-    crossed = _times(change.down, part.cross) @ candidate.down.mT
-    both = float(((change.up.mT @ candidate.up) * crossed).sum())
-    return float((gram * (change.up.mT @ change.up)).sum()), both
+        return 0.0, candidate.down.new_zeros(candidate.rank)
+    up = change.up.double()
+    crossed = _times(change.down.double(), part.cross) @ candidate.down.mT
+    both = ((up.mT @ candidate.up) * crossed).sum(0)
+    return float((target.down_gram.to(up) * (up.mT @ up)).sum()), both

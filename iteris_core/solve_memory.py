@@ -46,9 +46,9 @@ def solve_bytes(out: int, width: int, rank: int, *, exact: bool, factors: bool) 
     with ``factors`` (``align="adapter"``). Without ``exact`` it is float32."""
     low = rank * (4 * width + 2 * out)
     if factors:
-        return 8 * width * width + min(8 * width * width, _PIECE) + 12 * low + 32 * rank * rank
+        return 8 * width * width + min(8 * width * width, _PIECE) + 18 * low + 32 * rank * rank
     search = searches(out, width, rank)
     if exact:
         dense = 12 * width * width + 16 * out * width if search else 8 * width**2 + 48 * out * width
-        return dense + 8 * low
+        return dense + 12 * low
     return 4 * width * width + (9 if search else 26) * out * width + 6 * low

@@ -37,10 +37,14 @@ SHAPES = {
 LARGE = ("SD 1.5 feed-forward", "FLUX attention")
 
 
-def make_problem(out: int, width: int, count: int) -> tuple[list[LowRank], list[Any]]:
+def make_problem(
+    out: int, width: int, count: int
+) -> tuple[list[LowRank], list[InputMoments], list[TargetMoments]]:
     generator = torch.Generator().manual_seed(0)
     changes: list[LowRank] = []
     parts: list[InputMoments] = []
+    targets: list[TargetMoments] = []
+    zero = torch.zeros((), dtype=torch.float64)
     scale = torch.logspace(0, -2, width)
     for _ in range(count):
         up = torch.randn(out, RANK, generator=generator)
@@ -49,13 +53,19 @@ def make_problem(out: int, width: int, count: int) -> tuple[list[LowRank], list[
         x = torch.randn(2 * width, width, generator=generator) * scale
         xt = x + 0.1 * torch.randn(2 * width, width, generator=generator) * scale
         parts.append(InputMoments(xt.mT @ xt, x.mT @ xt, len(x)))
-    return changes, parts
+        z = x @ down.mT
+        targets.append(TargetMoments(None, z.mT @ z, zero, None, torch.float32))
+    return changes, parts, targets
 
 
-def ours(changes: list[LowRank], parts: list[InputMoments], *, residuals: bool = False) -> LowRank:
+def ours(
+    changes: list[LowRank],
+    parts: list[InputMoments],
+    targets: list[TargetMoments],
+    *,
+    residuals: bool = False,
+) -> LowRank:
     """Without the report's residuals, which the dense solve does not make either."""
-    zero = torch.zeros((), dtype=torch.float64)
-    targets = [TargetMoments(None, None, zero, zero, torch.float32) for _ in changes]
     return solve_site(
         changes,
         SharedInputs(parts),
@@ -69,7 +79,9 @@ def ours(changes: list[LowRank], parts: list[InputMoments], *, residuals: bool =
     ).change
 
 
-def dense(changes: list[LowRank], parts: list[InputMoments]) -> Tensor:
+def dense(
+    changes: list[LowRank], parts: list[InputMoments], _: list[TargetMoments] | None = None
+) -> Tensor:
     width = changes[0].shape[1]
     left = torch.zeros(width, width, dtype=torch.float64)
     right = torch.zeros(width, changes[0].shape[0], dtype=torch.float64)
@@ -83,8 +95,10 @@ def dense(changes: list[LowRank], parts: list[InputMoments]) -> Tensor:
     return torch.linalg.solve(left, right).mT
 
 
-def reported(changes: list[LowRank], parts: list[InputMoments]) -> LowRank:
-    return ours(changes, parts, residuals=True)
+def reported(
+    changes: list[LowRank], parts: list[InputMoments], targets: list[TargetMoments]
+) -> LowRank:
+    return ours(changes, parts, targets, residuals=True)
 
 
 def measure(function: Callable[[], Any]) -> tuple[float, float]:
@@ -104,14 +118,14 @@ def compare(rounds: int, *, quick: bool) -> dict[str, Any]:
         if quick and name in LARGE:
             continue
         for count in (2, 4, 8):
-            changes, parts = make_problem(out, width, count)
+            problem = make_problem(out, width, count)
             contenders = {"ours": ours, "ours with residuals": reported, "dense": dense}
             times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in contenders}
             for _ in range(rounds):
                 for kind, solve in contenders.items():
-                    times[kind].append(measure(lambda s=solve, c=changes, p=parts: s(c, p)))
-            wanted = dense(changes, parts)
-            found_change = ours(changes, parts).to(torch.float64).dense()
+                    times[kind].append(measure(lambda s=solve, p=problem: s(*p)))
+            wanted = dense(*problem)
+            found_change = ours(*problem).to(torch.float64).dense()
             gap = float((found_change - wanted).norm() / wanted.norm())
             medians = {
                 kind: [statistics.median(column) for column in zip(*some, strict=True)]
