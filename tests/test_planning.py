@@ -11,7 +11,7 @@ from iteris_core.errors import IterisError
 from iteris_core.hosts import Stage
 from iteris_core.lora import LowRank
 from iteris_core.memory import MemoryMeter, free_memory
-from iteris_core.methods.planning import RowCost, plan_stage
+from iteris_core.methods.planning import RowCost, measure_row, plan_stage
 from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
 from iteris_core.shards import ALONE, Shards
 from iteris_core.solve import solve_site
@@ -81,6 +81,23 @@ def merge(host, **more):
         Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
     ]
     return merge_loras(host, concepts, calibration=CALIBRATION, **more)
+
+
+def test_the_longest_row_is_measured():
+    lengths = {"a": [3, 5, 4], "b": [9, 1, 9]}
+
+    def mask(site, rows):
+        return torch.arange(9)[None] < torch.tensor([lengths[site][row] for row in rows])[:, None]
+
+    class Runs:
+        def run(self, batch):
+            batch.run()
+            batch.visitor.visit(None)
+
+    ran = []
+    cost = measure_row(stage_of([0, 0, 1], ran, mask=mask), Runs(), 2)
+    assert ran == [[2]]  # 4 + 9 tokens
+    assert cost == RowCost(0, 0)
 
 
 @pytest.mark.parametrize(("schedule", "share"), [("sweep", 0.8), ("jacobi", 0.6)])

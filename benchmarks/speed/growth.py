@@ -22,7 +22,12 @@ STEPS = {"loras": (2, 4, 8, 16), "rank": (4, 16, 64, 128), "samples": (10, 50, 1
 QUICK = {"loras": (2, 4), "rank": (4, 16), "samples": (10, 50)}
 
 
-def measure(host: Any, rounds: int, loras: int, rank: int, samples: int) -> dict[str, float]:
+BUDGET = 128 * 2**20
+
+
+def measure(
+    host: Any, rounds: int, loras: int, rank: int, samples: int, budget: int | None = None
+) -> dict[str, float]:
     concepts = [
         Concept(
             random_lora(host, seed, rank, is_attention), trigger=f"sks{seed}", class_word="star"
@@ -32,7 +37,7 @@ def measure(host: Any, rounds: int, loras: int, rank: int, samples: int) -> dict
     calibration = Calibration(samples=samples, timesteps=1, latents="noise", templates=TEMPLATES)
 
     def merge() -> Any:
-        return merge_loras(host, concepts, calibration=calibration, memory_budget=None)
+        return merge_loras(host, concepts, calibration=calibration, memory_budget=budget)
 
     seconds: list[float] = []
     for _ in range(rounds):
@@ -45,13 +50,19 @@ def measure(host: Any, rounds: int, loras: int, rank: int, samples: int) -> dict
 
 
 def compare(rounds: int, *, quick: bool) -> dict[str, dict[str, dict[str, float]]]:
-    """what grows → its value → seconds and peak."""
+    """what grows → its value → seconds and peak; samples also within :data:`BUDGET`."""
     host = toybox_host()
     measure(host, 1, **{**BASE, "samples": 4})  # warm up
-    return {
+    steps = QUICK if quick else STEPS
+    found = {
         what: {str(value): measure(host, rounds, **{**BASE, what: value}) for value in values}
-        for what, values in (QUICK if quick else STEPS).items()
+        for what, values in steps.items()
     }
+    bounded = {
+        str(count): measure(host, rounds, **{**BASE, "samples": count}, budget=BUDGET)
+        for count in steps["samples"]
+    }
+    return {**found, f"samples in {BUDGET >> 20} MiB": bounded}
 
 
 if __name__ == "__main__":

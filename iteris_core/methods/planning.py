@@ -1,6 +1,6 @@
 """A memory budget, kept: how many rows run at once, and how many of a stage run at all.
 
-Before a stage runs, single rows of it run under a :class:`..memory.MemoryMeter`. In a sweep every
+Before a stage runs, its longest row runs under a :class:`..memory.MemoryMeter`. In a sweep every
 row waits at each site, with what it holds there (skip connections, states); the rows that run at
 once hold more, up to their peak; and the moments and the solve of the largest site come on top.
 """
@@ -22,7 +22,6 @@ from ..visit import Visit
 from .batching import Batching
 from .registry import Task
 
-_PROBES = 3
 _KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
 
 
@@ -105,23 +104,24 @@ def _device_of(task: Task) -> torch.device:
 
 
 def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
-    """Run single rows of ``stage``; the dearest of a few counts."""
-    # Rows are alike unless they are padded to different lengths.
-    probes = 1 if stage.mask is None else _PROBES
-    count = len(stage.owners)
-    picks = sorted({i * (count - 1) // max(probes - 1, 1) for i in range(probes)})
-    waiting = running = 0
-    for row in picks:
-        meter = MemoryMeter()
-        probe = _Probe(meter)
-        with meter:
-            lockstep.run(
-                MicroBatch(
-                    lambda row=row: stage.run([row], copies), [stage.owners[row]], copies, probe
-                )
-            )
-        waiting, running = max(waiting, probe.most), max(running, meter.peak)
-    return RowCost(waiting, running)
+    """Run one copy of the longest row of ``stage``; others are padded to it, or as long."""
+    row = _longest(stage)
+    meter = MemoryMeter()
+    probe = _Probe(meter)
+    with meter:
+        lockstep.run(MicroBatch(lambda: stage.run([row], 1), [stage.owners[row]], 1, probe))
+    return RowCost(copies * probe.most, copies * meter.peak)
+
+
+def _longest(stage: Stage) -> int:
+    if stage.mask is None:
+        return 0
+    lengths = [0] * len(stage.owners)
+    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
+        for row in range(len(lengths)):
+            mask = stage.mask(site, [row])
+            lengths[row] += 0 if mask is None else int(mask.sum())
+    return lengths.index(max(lengths))
 
 
 def plan_stage(
