@@ -12,33 +12,17 @@ from oracle import (
     Net,
     dense_changes,
     difference,
-    hooks_on,
     jacobi,
     make_data,
     make_lora,
 )
+from small_merge import merge
 
-from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core import Concept, merge_loras
 from iteris_core.collector import Collector
-from iteris_core.errors import IterisError
 from iteris_core.methods import iteris as iteris_method
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
-
-
-def merge(loras, data=None, model=None, *, weights=None, strengths=None, **settings):
-    data = data or make_data(len(loras))
-    host = ModuleHost(model or Net(), data)
-    concepts = [
-        Concept(
-            lora,
-            prompts=["unused"],
-            weight=1.0 if weights is None else weights[i],
-            strength=1.0 if strengths is None else strengths[i],
-        )
-        for i, lora in enumerate(loras)
-    ]
-    return merge_loras(host, concepts, settings={"statistics": "float64", **settings})
 
 
 @pytest.mark.parametrize("balance", ["adapter", "tokens", "full", "none"])
@@ -252,150 +236,6 @@ def test_preserved_prompts_hold_the_base_where_it_was():
     assert drift(ours.lora) < 0.8 * drift(free.lora)
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-@pytest.mark.parametrize("ridge", [0.0, 1e-5])
-def test_rank_deficient_inputs_have_a_solution(align, ridge):
-    data = [torch.ones(2, 12, 12, dtype=torch.float64), -torch.ones(1, 12, 12, dtype=torch.float64)]
-    ours = merge([make_lora(1), make_lora(2)], data, align=align, ridge=ridge)
-    for change in ours.lora.sites.values():
-        assert bool(torch.isfinite(change.dense()).all())
-
-
-@pytest.mark.parametrize("align", ["adapter", "full"])
-@pytest.mark.parametrize("balance", ["adapter", "tokens", "full", "none"])
-def test_all_zero_inputs_give_the_mean(align, balance):
-    data = [torch.zeros(2, 12, 12, dtype=torch.float64) for _ in range(2)]
-    loras = [make_lora(1), make_lora(2)]
-    model = Net()
-    for parameter in model.parameters():
-        parameter.data.mul_(parameter.ndim > 1)  # no biases: zeros stay zeros
-    ours = merge(loras, data, model, align=align, balance=balance, rank=WIDE)
-    first, second = map(dense_changes, loras)
-    assert difference(ours.lora, {s: (first[s] + second[s]) / 2 for s in first}) < 1e-9
-
-
-def test_float32_statistics_agree_with_the_converged_iteration():
-    loras = [make_lora(1), make_lora(2)]
-    for align in ("adapter", "full"):
-        sweep = merge(loras, align=align, statistics="float32")
-        converged = merge(loras, align=align, statistics="float32", schedule="jacobi", iterations=8)
-        assert difference(sweep.lora, dense_changes(converged.lora)) < 1e-5
-
-
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
-    """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
-    from iteris_core.moments import add_inputs, add_target, full_precision, new_inputs, new_target
-
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 48, generator=generator)
-    cpu, single = torch.device("cpu"), torch.float32
-
-    def collect():
-        inputs = new_inputs(48, cross=align == "adapter", dtype=single, device=cpu)
-        target = new_target(48, 48, None, full=align == "full", dtype=single, device=cpu)
-        with full_precision(cpu):
-            add_inputs(inputs, x, x)
-            add_target(target, None, x, x, 2 * x, x)
-        return inputs.own
-
-    wanted = collect()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = collect()
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, wanted)
-
-
-def test_nan_in_the_base_is_an_error_that_names_the_site():
-    model = Net()
-    model.q.weight.data[0, 0] = float("nan")
-    with pytest.raises(IterisError, match=r"Site q: .*NaN"):
-        merge([make_lora(1), make_lora(2)], model=model)
-
-
-@pytest.mark.parametrize("end", ["success", "exception", "cancel"])
-@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-def test_the_base_is_bit_identical_afterwards(schedule, end):
-    model = Net()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    host = ModuleHost(model, make_data(2))
-    concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
-    calls = itertools.count()
-
-    def should_stop():
-        if end == "exception" and next(calls) == 3:
-            raise RuntimeError("out of memory")
-        return end == "cancel" and next(calls) == 3
-
-    def run():
-        return merge_loras(
-            host,
-            concepts,
-            settings={"schedule": schedule, "micro_batch": 5},
-            should_stop=should_stop,
-        )
-
-    if end == "success":
-        run()
-    elif end == "cancel":
-        with pytest.raises(MergeCancelled):
-            run()
-    else:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            run()
-    assert hooks_on(model) == 0
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_an_exception_in_a_paused_forward_unwinds_all_of_them():
-    """Every micro-batch's forward is left through its own finally blocks."""
-    model, entered, left = Net(), [], []
-
-    class Host(ModuleHost):
-        def stages(self, samples, sites):
-            for stage in super().stages(samples, sites):
-
-                def run(rows, copies, stage=stage):
-                    entered.append(1)
-                    try:
-                        stage.run(rows, copies)
-                    finally:
-                        left.append(1)
-
-                yield type(stage)(stage.name, stage.sites, stage.owners, run)
-
-    def tick(what, done, total):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
-    with pytest.raises(KeyboardInterrupt):
-        merge_loras(
-            Host(model, make_data(2)),
-            concepts,
-            settings={"micro_batch": 3},
-            on_progress=tick,
-            memory_budget=None,  # planning runs a row, too
-        )
-    assert len(entered) == 4
-    assert len(left) == 4
-    assert hooks_on(model) == 0
-
-
-def test_a_site_that_is_never_reached_is_an_error():
-    class Half(Net):
-        def forward(self, x):
-            return self.q(x)
-
-    with pytest.raises(IterisError, match="never reached"):
-        merge([make_lora(1), make_lora(2)], model=Half())
-
-
 def test_residuals_are_what_the_solution_leaves():
     """The report's figures against outputs computed from dense weights."""
     from oracle import captured_inputs, changed
@@ -434,36 +274,3 @@ def test_average_and_sum_are_exact():
         singular = torch.linalg.svdvals(wanted[site])
         error = float((change.dense() - wanted[site]).norm())
         assert error == pytest.approx(float(singular[2:].norm()), abs=1e-9)
-
-
-def test_no_lora_at_all_is_an_error():
-    with pytest.raises(IterisError, match="no LoRA"):
-        merge_loras(None, [Concept(None, prompts=["a dog"])], "average")
-    with pytest.raises(IterisError, match="no site"):
-        merge_loras(None, [Concept(Lora({}))], "average")
-
-
-def test_changes_of_different_shapes_are_an_error():
-    one = Lora({"q": LowRank(torch.ones(3, 1), torch.ones(1, 4))})
-    two = Lora({"q": LowRank(torch.ones(5, 1), torch.ones(1, 4))})
-    with pytest.raises(IterisError, match="Site q has changes of different shapes"):
-        merge_loras(None, [Concept(one), Concept(two)], "sum")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rank": 0},
-        {"rank": -3},
-        {"ridge": -1.0},
-        {"ridge": float("nan")},
-        {"focus": 1.5},
-        {"align": "both"},
-        {"micro_batch": 0},
-        {"iterations": 0},
-        {"nonsense": 1},
-    ],
-)
-def test_settings_out_of_range_are_errors(settings):
-    with pytest.raises(IterisError):
-        merge([make_lora(1)], **settings)

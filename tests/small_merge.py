@@ -1,0 +1,22 @@
+"""A merge by the code under test on the oracle's small module."""
+
+from __future__ import annotations
+
+from oracle import ModuleHost, Net, make_data
+
+from iteris_core import Concept, merge_loras
+
+
+def merge(loras, data=None, model=None, *, weights=None, strengths=None, **settings):
+    data = data or make_data(len(loras))
+    host = ModuleHost(model or Net(), data)
+    concepts = [
+        Concept(
+            lora,
+            prompts=["unused"],
+            weight=1.0 if weights is None else weights[i],
+            strength=1.0 if strengths is None else strengths[i],
+        )
+        for i, lora in enumerate(loras)
+    ]
+    return merge_loras(host, concepts, settings={"statistics": "float64", **settings})
