@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,15 @@ from .moments import (
     TargetMoments,
     add_inputs,
     add_target,
+    add_target_rows,
     complete,
     full_precision,
     new_inputs,
     new_target,
+    target_of,
 )
 from .shards import ALONE, Shards
+from .solve_rows import SiteRows, rows_are_fewer
 from .visit import Group, Visit
 
 
@@ -33,6 +36,27 @@ class SiteMoments:
     targets: list[TargetMoments]
 
 
+@dataclass
+class _KeptRows:
+    """The rows of a site while they are few: X̃ by concept, shared as input moments are, and T."""
+
+    shared: list[list[Tensor]]
+    targets: list[list[Tensor]]
+    shape: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(piece) for pieces in self.shared for piece in pieces)
+
+    def joined(self) -> SiteRows:
+        out, width = self.shape
+        some = next(piece for pieces in self.shared for piece in pieces)
+        return SiteRows(
+            [torch.cat([some.new_zeros(0, width), *pieces]) for pieces in self.shared],
+            [torch.cat([some.new_zeros(0, out), *pieces]) for pieces in self.targets],
+        )
+
+
 class Collector:
     """Adds up moments until they are taken with :meth:`take`.
 
@@ -40,7 +64,8 @@ class Collector:
     the solve's, and decides what else it needs. Sites that receive the same tensor share their
     input moments (``share=False`` is there to test that). With ``shards`` every process visits its
     part of the rows, and what is taken is of all. ``acting`` are the sites whose own changes tell a
-    visit's focus where a LoRA acts.
+    visit's focus where a LoRA acts. With ``keep_rows`` (a sweep, where all rows show a site before
+    the next) sites with few tokens keep them, to be taken with :meth:`take_rows`.
     """
 
     def __init__(
@@ -53,7 +78,10 @@ class Collector:
         share: bool = True,
         shards: Shards = ALONE,
         acting: Set[str] = frozenset(),
+        keep_rows: bool = False,
     ) -> None:
+        needs_moments = not full or balance not in ("tokens", "none") or shards.size > 1
+        self._keep_rows = keep_rows and not needs_moments
         self._acting = acting
         self._references = references
         self._full = full
@@ -63,7 +91,9 @@ class Collector:
         self._share = share
         self._shards = shards
         self._sites: dict[str, SiteMoments] = {}
+        self._rows: dict[str, _KeptRows] = {}
         self._groups: dict[Group, SharedInputs] = {}
+        self._row_groups: dict[Group, list[list[Tensor]]] = {}
         self._order: dict[tuple[str, int], Group] = {}
 
     def take(self, site: str) -> SiteMoments:
@@ -73,6 +103,11 @@ class Collector:
             complete(part)
         self._add_up(moments)
         return moments
+
+    def take_rows(self, site: str) -> SiteRows | None:
+        """Hand over a site's rows and forget them; None where they were too many."""
+        kept = self._rows.pop(site, None)
+        return None if kept is None else kept.joined()
 
     @property
     def sites(self) -> list[str]:
@@ -87,19 +122,20 @@ class Collector:
                 "use one micro-batch."
             )
         changes = self._references[visit.site]
-        entry = self._sites.get(visit.site)
-        if entry is None:
-            entry = self._sites[visit.site] = self._new_entry(visit, changes)
-        add_shared = visit.first or not self._share
         if visit.focus is not None and visit.site in self._acting:
             for concept, start, stop in visit.spans:
                 change = changes[concept]
                 if change is not None:
                     visit.focus.add(visit.own_effect(change, start, stop), visit.rows, start)
+        if self._keep_rows and self._add_rows(visit, changes):
+            return
+        entry = self._sites.get(visit.site)
+        if entry is None:
+            entry = self._sites[visit.site] = self._new_entry(visit, changes)
+        add_shared = visit.first or not self._share
         for concept, start, stop in visit.spans:
             change = changes[concept]
-            weights = visit.token_weights(start, stop)
-            weigh = _no_weights if weights is None else partial(torch.mul, weights.sqrt())
+            weigh = _weigher(visit, start, stop)
             merged = weigh(visit.input_tokens(start, stop, merged=True).to(self._dtype))
             # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
             reference = weigh(visit.input_tokens(start, stop)) if self._down_gram else None
@@ -116,6 +152,57 @@ class Collector:
                     add_target(target, change, reference, merged, full, base, drift)
                 else:
                     add_target(target, change, reference, merged, None, None)
+
+    def _add_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> bool:
+        """Keep what a visit shows; False where the site's rows are too many, and wanted as
+        moments."""
+        if visit.site in self._sites or visit.group in self._groups:
+            return False
+        first = visit.first or not self._share
+        kept = self._rows.get(visit.site)
+        if kept is None:
+            shared = self._shared_rows(visit, first, len(changes))
+            shape = next(change for change in changes if change is not None).shape
+            kept = _KeptRows(shared, [[] for _ in changes], shape)
+            if not rows_are_fewer(kept.tokens, *shape):
+                self._to_moments(visit, changes, kept)
+                return False
+            self._rows[visit.site] = kept
+        for concept, start, stop in visit.spans:
+            weigh = _weigher(visit, start, stop)
+            if first:
+                merged = visit.input_tokens(start, stop, merged=True)
+                # The model may change its tensor later.
+                kept.shared[concept].append(weigh(merged.to(self._dtype, copy=True)))
+            full = weigh(visit.output_tokens(start, stop))
+            base = weigh(self._base_output(visit, changes[concept], start, stop))
+            drift = visit.drift_tokens(start, stop)
+            drift = None if drift is None else weigh(drift)
+            kept.targets[concept].append(target_of(full, base, drift, self._dtype))
+        if first and not rows_are_fewer(kept.tokens, *kept.shape):
+            self._to_moments(visit, changes, self._rows.pop(visit.site))
+        return True
+
+    def _shared_rows(self, visit: Visit, first: bool, concepts: int) -> list[list[Tensor]]:
+        if not first:
+            return self._row_groups[visit.group]
+        shared: list[list[Tensor]] = [[] for _ in range(concepts)]
+        alive = self._row_groups.items()
+        self._row_groups = {g: rows for g, rows in alive if g in visit.alive}
+        self._row_groups[visit.group] = shared
+        return shared
+
+    def _to_moments(self, visit: Visit, changes: Sequence[LowRank | None], kept: _KeptRows) -> None:
+        entry = self._sites[visit.site] = self._new_entry(visit, changes)
+        self._row_groups.pop(visit.group, None)
+        for part, target, rows, wanted in zip(
+            entry.shared.concepts, entry.targets, kept.shared, kept.targets, strict=True
+        ):
+            for index, merged in enumerate(rows):
+                with full_precision(merged.device):
+                    add_inputs(part, None, merged)
+                    if wanted:
+                        add_target_rows(target, wanted[index], merged)
 
     def _add_up(self, moments: SiteMoments) -> None:
         """Over all processes; what sites share only once."""
@@ -167,6 +254,12 @@ class Collector:
             for c in changes
         ]
         return SiteMoments(shared, targets)
+
+
+def _weigher(visit: Visit, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    """Multiplies tokens by the roots of their weights."""
+    weights = visit.token_weights(start, stop)
+    return _no_weights if weights is None else partial(torch.mul, weights.sqrt())
 
 
 def _no_weights(tokens: Tensor) -> Tensor:

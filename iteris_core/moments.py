@@ -166,11 +166,22 @@ def add_target(
     if moments.target is not None:
         assert full_output is not None
         assert base_output is not None
-        target = full_output.to(dtype) - base_output.to(dtype)
-        if drift is not None:
-            target += drift.to(dtype)
-        moments.target.addmm_(target.mT, merged.to(dtype))
-        moments.target_energy += _energy(target)
+        add_target_rows(moments, target_of(full_output, base_output, drift, dtype), merged)
+
+
+def target_of(
+    full_output: Tensor, base_output: Tensor, drift: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """T of one piece of tokens, a new tensor, from what :func:`add_target` takes."""
+    target = full_output.to(dtype) - base_output.to(dtype)
+    return target if drift is None else target.add_(drift.to(dtype))
+
+
+def add_target_rows(moments: TargetMoments, target: Tensor, merged: Tensor) -> None:
+    """Add T, (tokens, out), of inputs X̃, (tokens, in)."""
+    assert moments.target is not None
+    moments.target.addmm_(target.mT, merged.to(moments.dtype))
+    moments.target_energy += _energy(target)
 
 
 def _block(width: int, device: torch.device) -> int:

@@ -123,7 +123,7 @@ def solve_site(
         raise SolveError("the solution is not finite; raise `ridge`.")
     before, after = (), ()
     if residuals:
-        mean = _mean_change(changes, weights, torch.float64)
+        mean = mean_change(changes, weights, torch.float64)
         before, after = _residuals(mean, solution.to(torch.float64), changes, inputs, targets)
     share = sum(lambdas)
     return Solution(
@@ -145,14 +145,14 @@ def _solution(
 ) -> tuple[LowRank, float]:
     """ΔW at ``rank``, and the share of energy that the cut lost."""
     if factor.cholesky is None:  # no input energy at all: any change fits, so take the mean
-        mean = _mean_change(changes, weights, torch.float64)
+        mean = mean_change(changes, weights, torch.float64)
         return truncate(mean, rank) if mean.rank > rank else (mean, 0.0)
     if align == "adapter":
         exact = _solve_adapter(changes, inputs, lambdas, weights, factor, ridge, shrink)
         return truncate(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
     right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
     if factor.jitter:
-        right += factor.jitter * _mean_change(changes, weights, right.dtype).dense()
+        right += factor.jitter * mean_change(changes, weights, right.dtype).dense()
     like = next(c for c in changes if c is not None).to(torch.float64)
     return factorize(right, rank, factor.cholesky, like=like, search=targets[0].dtype)
 
@@ -193,6 +193,11 @@ def _balance(
             else:
                 value = _gain_of_others(index, changes, shared.own)
         values.append(value * weights[index])
+    return scaled_lambdas(values, weights)
+
+
+def scaled_lambdas(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """λ_i times weights so that the largest is 1; the weights where all are 0."""
     largest = max(values)
     if largest <= 0:
         return [float(weight) for weight in weights]
@@ -223,9 +228,10 @@ def _times(left: Tensor, moment: Tensor) -> Tensor:
         return (left.to(moment) @ moment).to(left)
 
 
-def _mean_change(
+def mean_change(
     changes: Sequence[LowRank | None], weights: Sequence[float], dtype: torch.dtype
 ) -> LowRank:
+    """Σ w_i ΔW_i / Σ w_i, exactly."""
     total = sum(weights)
     return concatenate(
         [

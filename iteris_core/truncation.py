@@ -117,6 +117,27 @@ def searches(out: int, width: int, rank: int) -> bool:
     return shorter > _SMALL and rank * 3 < shorter
 
 
+def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a positive semidefinite float64 matrix as columns, at least ``rank`` of them,
+    and their eigenvalues, descending: all of a small one, else by subspace iteration."""
+    size = len(gram)
+    if not searches(size, size, rank):
+        values, vectors = torch.linalg.eigh(gram)
+        return vectors.flip(1), values.flip(0).clamp(min=0)
+    basis = torch.linalg.qr(gram @ _probe(gram, rank, size)).Q
+    for _ in range(5):
+        basis = torch.linalg.qr(gram @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.mT @ gram @ basis)
+    return basis @ vectors.flip(1), values.flip(0).clamp(min=0)
+
+
+def _probe(matrix: Tensor, rank: int, most: int) -> Tensor:
+    generator = torch.Generator(device=matrix.device).manual_seed(0)
+    width = min(rank + max(10, rank // 4), most)
+    shape = (matrix.shape[1], width)
+    return torch.randn(shape, dtype=matrix.dtype, device=matrix.device, generator=generator)
+
+
 def _over(matrix: Tensor, metric: Tensor | None) -> Tensor:
     """K L⁻ᵀ"""
     if metric is None:
@@ -128,11 +149,7 @@ def _leading(matrix: Tensor, rank: int, metric: Tensor | None) -> tuple[Tensor, 
     """A basis, (out, a few more than rank), of the leading left directions of K L⁻ᵀ, and its
     energy."""
     weighted = _over(matrix, metric)
-    generator = torch.Generator(device=matrix.device).manual_seed(0)
-    width = min(rank + max(10, rank // 4), min(matrix.shape))
-    probe = torch.randn(
-        matrix.shape[1], width, dtype=matrix.dtype, device=matrix.device, generator=generator
-    )
+    probe = _probe(matrix, rank, min(matrix.shape))
     basis = torch.linalg.qr(weighted @ probe).Q
     for _ in range(4):
         basis = torch.linalg.qr(weighted @ (weighted.mT @ basis)).Q

@@ -21,6 +21,7 @@ LAYERS = (
         "lora_files",
         "factor",
         "solve",
+        "solve_rows",
         "solve_memory",
         "focus",
         "visit",

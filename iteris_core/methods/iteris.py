@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from ..errors import IterisError, SettingsError, SolveError
 from ..lora import LowRank, Rank, check_rank, concatenate
 from ..report import SiteReport
 from ..solve import Align, Balance, Solution, solve_site
+from ..solve_rows import SiteRows, solve_rows
 from .batching import Batching, micro_batches
 from .passes import sweep_pass
 from .planning import plan
@@ -164,11 +165,13 @@ class _Run:
         self.solutions: dict[str, Solution] = {}
 
     def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = self._collector()
+        collector = self._collector(keep_rows=self.ridge > 0 and self.settings.shrink == 1)
 
         def solve(site: str) -> LowRank:
-            self.solutions[site] = self._solve(site, collector.take(site))
-            return self.solutions[site].change
+            rows = collector.take_rows(site)
+            found = self._solve(site, collector.take(site) if rows is None else rows)
+            self.solutions[site] = found
+            return found.change
 
         return collector, solve
 
@@ -204,7 +207,7 @@ class _Run:
                 lockstep.merged = {site: s.change for site, s in solved.items()}
             task.tick("iterations", iterations, iterations)
 
-    def _collector(self) -> Collector:
+    def _collector(self, *, keep_rows: bool = False) -> Collector:
         return Collector(
             self.task.references,
             full=self.settings.align == "full",
@@ -212,23 +215,30 @@ class _Run:
             dtype=getattr(torch, self.settings.statistics),
             shards=self.task.shards,
             acting=self.acting,
+            keep_rows=keep_rows,
         )
 
-    def _solve(self, site: str, moments: SiteMoments) -> Solution:
-        settings = self.settings
+    def _solve(self, site: str, found: SiteMoments | SiteRows) -> Solution:
+        settings, repair = self.settings, site in self.task.repairs
+        changes = self.task.references[site]
+        common: dict[str, Any] = {
+            "balance": settings.balance,
+            "ridge": self.ridge,
+            "rank": settings.rank,
+            "residuals": not repair,
+            "exact": not repair,
+        }
         try:
+            if isinstance(found, SiteRows):
+                return solve_rows(changes, found, self.task.weights, **common)
             return solve_site(
-                self.task.references[site],
-                moments.shared,
-                moments.targets,
+                changes,
+                found.shared,
+                found.targets,
                 self.task.weights,
                 align=settings.align,
-                balance=settings.balance,
-                ridge=self.ridge,
                 shrink=settings.shrink,
-                rank=settings.rank,
-                residuals=site not in self.task.repairs,
-                exact=site not in self.task.repairs,
+                **common,
             )
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error
