@@ -61,7 +61,10 @@ VARIANTS: dict[str, Variant] = {
         f"paper, jacobi, {k} iterations": of(schedule="jacobi", iterations=k, **PAPER)
         for k in (1, 2, 3, 5, 10)
     },
-    **{f"jacobi, {k} iterations": of(schedule="jacobi", iterations=k) for k in (1, 2, 3, 5, 8, 12)},
+    **{
+        f"jacobi, {k} iterations": of(schedule="jacobi", iterations=k, ridge=1e-5, focus=0.0)
+        for k in (1, 2, 3, 5, 8, 12)
+    },
     **{f"timesteps={n}": Variant({}, {"timesteps": n}) for n in (1, 2, 8)},
     "guidance=4 while denoising": Variant({}, {"guidance": 4.0}),
     **{f"empty_share={s:g}": Variant({}, {"empty_share": s}) for s in (0.0, 0.4)},
