@@ -71,7 +71,7 @@ def t5_base(samples: int = 50) -> dict[str, Callable[[], Any]]:
     return contenders(host, concepts, Calibration(samples=samples))
 
 
-def sd15(samples: int = 4, size: int = 64) -> dict[str, Callable[[], Any]]:
+def sd15(samples: int = 16, size: int = 32) -> dict[str, Callable[[], Any]]:
     host = sd15_host()
     calibration = Calibration(samples=samples, timesteps=1, latents="noise", latent_size=size)
     return contenders(host, prompt_concepts(host, 2, 32), calibration)
@@ -86,7 +86,7 @@ MODELS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
 
 def compare(model: str, rounds: int) -> dict[str, float]:
     """Median seconds, and ``floor``: the merge over the bare forward."""
-    found = medians(in_turn(MODELS[model](), rounds))
+    found = medians(in_turn(MODELS[model](), rounds, warm=model == "toybox"))
     return {
         **found,
         "floor": found["merge"] / found["bare"],

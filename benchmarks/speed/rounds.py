@@ -8,10 +8,12 @@ from statistics import median
 from typing import Any
 
 
-def in_turn(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """name → seconds of every round, after one that does not count."""
+def in_turn(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warm: bool = True
+) -> dict[str, list[float]]:
+    """name → seconds of every round, after one that does not count if ``warm`` is asked for."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for number in range(0 if warm else 1, rounds + 1):
         for name, run in contenders.items():
             started = time.perf_counter()
             run()
