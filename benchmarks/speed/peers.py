@@ -65,6 +65,7 @@ def ssr(rounds: int, counts: Sequence[int], latent_size: int = 16) -> dict[str, 
                     "ours, iteris without repair": merge("iteris", repair=False),
                 },
                 rounds,
+                warm=False,
             )
         )
         peer = seconds["SSR-Merge's core"]
