@@ -68,6 +68,7 @@ def main() -> None:
     chosen = [part for part in parser.parse_args().parts.split(",") if part]
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     raw: dict[str, Any] = kept.get("raw", {})
+    rounds: dict[str, int] = kept.get("rounds", {})
     for part in chosen or PARTS:
         if NEEDS.get(part, "PATH") not in os.environ:
             print(f"{part}: left out, {NEEDS[part]} names no checkout", flush=True)
@@ -75,6 +76,7 @@ def main() -> None:
         if QUICK and not chosen and part in SLOW:
             continue
         raw[part] = PARTS[part]()
+        rounds[part] = ROUNDS
         data = {
             "ratios": ratios(raw),
             "machine": {
@@ -83,7 +85,7 @@ def main() -> None:
                 "processor": platform.processor() or platform.machine(),
                 "torch": torch.__version__,
             },
-            "rounds": ROUNDS,
+            "rounds": rounds,
             "raw": raw,
         }
         RESULTS.parent.mkdir(exist_ok=True)
