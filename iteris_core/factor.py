@@ -20,6 +20,8 @@ from torch import Tensor
 from .errors import SolveError
 from .moments import Factor, SharedInputs, pieces
 
+NOT_FINITE = "its inputs or outputs hold NaN or infinite values; try a float32 base model."
+
 _BATCH = 1 << 24  # entries of M factorised at once: 128 MiB
 
 
@@ -27,9 +29,7 @@ def input_norms(inputs: SharedInputs) -> tuple[float, ...]:
     """‖X̃_iᵀX̃_i‖_F of every concept. Raises :class:`SolveError` where one is not finite."""
     norms = tuple(frobenius(part.own) for part in inputs.concepts)
     if not all(map(math.isfinite, norms)):
-        raise SolveError(
-            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
-        )
+        raise SolveError(NOT_FINITE)
     return norms
 
 
@@ -42,7 +42,6 @@ def factorise(
     """The factor of every problem (inputs, λ), kept in ``inputs.factor`` for the next that asks.
 
     ``dtype`` is what it is made in where M is positive definite in it; else in float64.
-
     Raises :class:`SolveError` when a moment is not finite or M cannot be factorised.
     """
     groups: dict[tuple[int, torch.device], list[tuple[SharedInputs, Sequence[float]]]] = {}

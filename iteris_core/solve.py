@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
-from .factor import factorise, frobenius
+from .factor import NOT_FINITE, factorise, frobenius
 from .lora import LowRank, Rank, concatenate
 from .moments import (
     Factor,
@@ -118,9 +118,7 @@ def solve_site(
         diagonal = chol.diagonal()
         condition = float((diagonal.max() / diagonal.min()) ** 2)
 
-    change = solution.to(like.up.dtype, like.up.device)
-    if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
-        raise SolveError("the solution is not finite; raise `ridge`.")
+    change = finite_as(solution, like)
     before, after = (), ()
     if residuals:
         mean = mean_change(changes, weights, torch.float64)
@@ -157,14 +155,20 @@ def _solution(
     return factorize(right, rank, factor.cholesky, like=like, search=targets[0].dtype)
 
 
+def finite_as(solution: LowRank, like: LowRank) -> LowRank:
+    """``solution`` in the dtype and on the device of ``like``; raises where it is not finite."""
+    change = solution.to(like.up.dtype, like.up.device)
+    if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
+        raise SolveError("the solution is not finite; raise `ridge`.")
+    return change
+
+
 def _check_finite(targets: Sequence[TargetMoments]) -> None:
     """One number tells of a whole tensor: the energy of a NaN or an infinity is none."""
     energies = [part.target_energy for part in targets if part.target is not None]
     energies += [part.full_energy for part in targets if part.full_energy is not None]
     if not all(math.isfinite(float(energy)) for energy in energies):
-        raise SolveError(
-            "its inputs or outputs hold NaN or infinite values; try a float32 base model."
-        )
+        raise SolveError(NOT_FINITE)
 
 
 def _balance(

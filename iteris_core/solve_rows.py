@@ -6,10 +6,10 @@ n tokens in all, with rows A = [√λ_i X̃_i], B = [√λ_i T_i] and ρ = Σ λ
     ΔW = W̄ + Cᵀ A,   C = (A Aᵀ + ρ I)⁻¹ (B − A W̄ᵀ),   W̄ = Σ λ_i ρ_i ΔW_i / ρ
 
 (kernel ridge regression, by the identity of Woodbury): an (n, n) matrix. The cut to a rank is the
-same as well: ‖ΔW M^{1/2}‖² is the trace of G = ΔW M ΔWᵀ = P ᵀP + ρ ΔW ΔWᵀ with P = A ΔWᵀ, so that
+same as well: ‖ΔW M^{1/2}‖² is the trace of G = ΔW M ΔWᵀ = PᵀP + ρ ΔW ΔWᵀ with P = A ΔWᵀ, so that
 the best change of rank k is U Uᵀ ΔW with G's k leading eigenvectors.
 
-Precondition: the rows are not all zero, and the ridge is above 0.
+Precondition: the ridge is above 0. Rows of zeros give the mean change, as there.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .errors import SolveError
+from .factor import NOT_FINITE
 from .lora import LowRank, Rank, concatenate, rank_for
 from .moments import full_precision
-from .solve import Balance, Solution, mean_change, scaled_lambdas
+from .solve import Balance, Solution, finite_as, mean_change, scaled_lambdas
 from .truncation import leading_eigenvectors, truncate
 
 
@@ -55,7 +56,8 @@ def solve_rows(
     exact: bool = True,
 ) -> Solution:
     """:func:`.solve.solve_site` with ``align="full"`` for ``rows``; ``balance`` is ``tokens`` or
-    ``none``. Raises :class:`SolveError` where a row is not finite."""
+    ``none``. Without ``exact`` it is in the rows' precision where that is enough. Raises
+    :class:`SolveError` where a row is not finite."""
     present = [change for change in changes if change is not None]
     like = present[0]
     total_rank = sum(change.rank for change in present)
@@ -72,9 +74,7 @@ def solve_rows(
         norms = [float(torch.linalg.matrix_norm(part @ part.mT)) for part in inputs]
         finite = all(map(math.isfinite, norms))
         if not finite or not all(math.isfinite(float(part.norm())) for part in targets):
-            raise SolveError(
-                "its inputs or outputs hold NaN or infinite values; try a float32 base model."
-            )
+            raise SolveError(NOT_FINITE)
         pulls = [value * ridge * norm for value, norm in zip(lambdas, norms, strict=True)]
         if sum(pulls) <= 0:  # no input energy at all: any change fits, so take the mean
             mean = mean_change(changes, weights, torch.float64)
@@ -86,9 +86,7 @@ def solve_rows(
                 changes, rows, weights, balance=balance, ridge=ridge, rank=rank, residuals=residuals
             )
         solution, lost, condition = found
-        change = solution.to(like.up.dtype, like.up.device)
-        if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
-            raise SolveError("the solution is not finite; raise `ridge`.")
+        change = finite_as(solution, like)
         before, after = (), ()
         if residuals:
             before = _residuals(mean_change(changes, weights, dtype), changes, inputs, targets)

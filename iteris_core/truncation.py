@@ -1,8 +1,9 @@
 """Changes of lower rank: of factors, of dense matrices, and of the answers to normal equations.
 
 Precondition: finite matrices. All of it is float64 but for the search of :func:`factorize` for the
-leading directions, whose errors count only squared in the energy that is kept. Without a metric and
-for one matrix an equivalent is ``torch.linalg.svd``, at ten times the time.
+leading directions, whose errors count only squared in the energy that is kept, and for solves with
+a matrix or metric that comes in float32. Without a metric and for one matrix an equivalent is
+``torch.linalg.svd``, at ten times the time.
 """
 
 from __future__ import annotations

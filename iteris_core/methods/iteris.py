@@ -42,7 +42,7 @@ class IterisSettings:
     many more tokens than a site has inputs). ``rank``: at most this rank per site, or the share of
     output energy to keep, such as 0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result
     is the same for any). ``row_tokens``: at most so many tokens of every row are counted, chosen at
-    random by the calibration's seed (None: of pictures 128, or what gives a concept eight for each
+    random by the calibration's seed (None: of pictures 128, or what gives a concept 32 for each
     of a site's inputs; of texts all). ``focus``: how much more places of a picture count where a
     LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
     ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
