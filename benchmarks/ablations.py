@@ -44,6 +44,7 @@ VARIANTS: dict[str, Variant] = {
     "focus=0": of(focus=0.0),
     "ridge=1e-05, focus=0": of(ridge=1e-5, focus=0.0),
     "repair=false": of(repair=False),
+    **{f"repair_inputs={share:g}": of(repair_inputs=share) for share in (0.25, 0.5, 1.0)},
     "align=adapter": of(align="adapter"),
     "balance=adapter (eq. 8)": of(balance="adapter"),
     "balance=full": of(balance="full"),

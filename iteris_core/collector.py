@@ -30,10 +30,12 @@ from .visit import Group, Visit
 
 @dataclass
 class SiteMoments:
-    """Everything that the solve of one site needs; lists run over the concepts."""
+    """Everything that the solve of one site needs; lists run over the concepts. ``adds`` says that
+    it was this site that its ``shared`` moments were made for."""
 
     shared: SharedInputs
     targets: list[TargetMoments]
+    adds: bool = True
 
 
 @dataclass
@@ -43,6 +45,7 @@ class _KeptRows:
     shared: list[list[Tensor]]
     targets: list[list[Tensor]]
     shape: tuple[int, int]
+    adds: bool
 
     @property
     def tokens(self) -> int:
@@ -64,8 +67,9 @@ class Collector:
     the solve's, and decides what else it needs. Sites that receive the same tensor share their
     input moments (``share=False`` is there to test that). With ``shards`` every process visits its
     part of the rows, and what is taken is of all. ``acting`` are the sites whose own changes tell a
-    visit's focus where a LoRA acts. With ``keep_rows`` (a sweep, where all rows show a site before
-    the next) sites with few tokens keep them, to be taken with :meth:`take_rows`.
+    visit's focus where a LoRA acts. ``inputs`` lists, for some sites, which of their inputs X̃ is
+    reduced to. With ``keep_rows`` (a sweep, where all rows show a site before the next) sites with
+    few tokens keep them, to be taken with :meth:`take_rows`.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class Collector:
         share: bool = True,
         shards: Shards = ALONE,
         acting: Set[str] = frozenset(),
+        inputs: Mapping[str, Tensor] | None = None,
         keep_rows: bool = False,
     ) -> None:
         needs_moments = not full or balance not in ("tokens", "none") or shards.size > 1
         self._keep_rows = keep_rows and not needs_moments
         self._acting = acting
+        self._inputs = inputs or {}
         self._references = references
         self._full = full
         self._down_gram = not full or balance == "adapter"
@@ -132,16 +138,15 @@ class Collector:
         entry = self._sites.get(visit.site)
         if entry is None:
             entry = self._sites[visit.site] = self._new_entry(visit, changes)
-        add_shared = visit.first or not self._share
         for concept, start, stop in visit.spans:
             change = changes[concept]
             weigh = _weigher(visit, start, stop)
-            merged = weigh(visit.input_tokens(start, stop, merged=True).to(self._dtype))
+            merged = weigh(self._merged_inputs(visit, start, stop).to(self._dtype))
             # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
             reference = weigh(visit.input_tokens(start, stop)) if self._down_gram else None
             target = entry.targets[concept]
             with full_precision(merged.device):
-                if add_shared:
+                if entry.adds:
                     add_inputs(entry.shared.concepts[concept], reference, merged)
                 if self._full or self._full_energy:
                     full = weigh(visit.output_tokens(start, stop))
@@ -156,22 +161,19 @@ class Collector:
     def _add_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> bool:
         """Keep what a visit shows; False where the site's rows are too many, and wanted as
         moments."""
-        if visit.site in self._sites or visit.group in self._groups:
+        if visit.site in self._sites or self._group(visit) in self._groups:
             return False
-        first = visit.first or not self._share
         kept = self._rows.get(visit.site)
         if kept is None:
-            shared = self._shared_rows(visit, first, len(changes))
-            shape = next(change for change in changes if change is not None).shape
-            kept = _KeptRows(shared, [[] for _ in changes], shape)
-            if not rows_are_fewer(kept.tokens, *shape):
+            kept = self._new_rows(visit, changes)
+            if not rows_are_fewer(kept.tokens, *kept.shape):
                 self._to_moments(visit, changes, kept)
                 return False
             self._rows[visit.site] = kept
         for concept, start, stop in visit.spans:
             weigh = _weigher(visit, start, stop)
-            if first:
-                merged = visit.input_tokens(start, stop, merged=True)
+            if kept.adds:
+                merged = self._merged_inputs(visit, start, stop)
                 # The model may change its tensor later.
                 kept.shared[concept].append(weigh(merged.to(self._dtype, copy=True)))
             full = weigh(visit.output_tokens(start, stop))
@@ -179,22 +181,25 @@ class Collector:
             drift = visit.drift_tokens(start, stop)
             drift = None if drift is None else weigh(drift)
             kept.targets[concept].append(target_of(full, base, drift, self._dtype))
-        if first and not rows_are_fewer(kept.tokens, *kept.shape):
+        if kept.adds and not rows_are_fewer(kept.tokens, *kept.shape):
             self._to_moments(visit, changes, self._rows.pop(visit.site))
         return True
 
-    def _shared_rows(self, visit: Visit, first: bool, concepts: int) -> list[list[Tensor]]:
-        if not first:
-            return self._row_groups[visit.group]
-        shared: list[list[Tensor]] = [[] for _ in range(concepts)]
-        alive = self._row_groups.items()
-        self._row_groups = {g: rows for g, rows in alive if g in visit.alive}
-        self._row_groups[visit.group] = shared
-        return shared
+    def _new_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> _KeptRows:
+        group = self._group(visit)
+        shared = self._row_groups.get(group) if self._share else None
+        adds = shared is None
+        if shared is None:
+            shared = [[] for _ in changes]
+            alive = self._row_groups.items()
+            self._row_groups = {g: rows for g, rows in alive if g in visit.alive}
+            self._row_groups[group] = shared
+        return _KeptRows(shared, [[] for _ in changes], self._shape(visit.site, changes), adds)
 
     def _to_moments(self, visit: Visit, changes: Sequence[LowRank | None], kept: _KeptRows) -> None:
         entry = self._sites[visit.site] = self._new_entry(visit, changes)
-        self._row_groups.pop(visit.group, None)
+        entry.adds = kept.adds
+        self._row_groups.pop(self._group(visit), None)
         for part, target, rows, wanted in zip(
             entry.shared.concepts, entry.targets, kept.shared, kept.targets, strict=True
         ):
@@ -226,10 +231,10 @@ class Collector:
         return full if change is None else full - visit.own_change(change, start, stop)
 
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
-        change = next(change for change in changes if change is not None)
-        out, width = change.shape
+        out, width = self._shape(visit.site, changes)
         device = visit.inputs.device
-        shared = self._groups.get(visit.group) if self._share else None
+        shared = self._groups.get(self._group(visit)) if self._share else None
+        adds = shared is None
         if shared is None:
             shared = SharedInputs(
                 [
@@ -239,7 +244,7 @@ class Collector:
             )
             # Only tensors that are still alive can be shared; letting go frees the others' moments.
             self._groups = {g: s for g, s in self._groups.items() if g in visit.alive}
-            self._groups[visit.group] = shared
+            self._groups[self._group(visit)] = shared
         targets = [
             new_target(
                 out,
@@ -253,7 +258,22 @@ class Collector:
             )
             for c in changes
         ]
-        return SiteMoments(shared, targets)
+        return SiteMoments(shared, targets, adds)
+
+    def _group(self, visit: Visit) -> Group:
+        """What stands for the tensor that moments are of: of some inputs it is the site's own."""
+        return (visit.site, visit.call) if visit.site in self._inputs else visit.group
+
+    def _shape(self, site: str, changes: Sequence[LowRank | None]) -> tuple[int, int]:
+        out, width = next(change.shape for change in changes if change is not None)
+        chosen = self._inputs.get(site)
+        return out, width if chosen is None else len(chosen)
+
+    def _merged_inputs(self, visit: Visit, start: int, stop: int) -> Tensor:
+        """X̃, (tokens, in), of those inputs that count."""
+        tokens = visit.input_tokens(start, stop, merged=True)
+        chosen = self._inputs.get(visit.site)
+        return tokens if chosen is None else tokens[:, chosen.to(tokens.device)]
 
 
 def _weigher(visit: Visit, start: int, stop: int) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -154,8 +154,14 @@ class Lockstep:
         finally:
             self._active = None
 
-    def sweep(self, batches: Sequence[MicroBatch], solve: Callable[[str], LowRank]) -> None:
-        """Run all micro-batches in step; ``solve(site)`` is called once all have shown it."""
+    def sweep(
+        self,
+        batches: Sequence[MicroBatch],
+        solve: Callable[[str], LowRank],
+        last: Set[str] = frozenset(),
+    ) -> None:
+        """Run all micro-batches in step; ``solve(site)`` is called once all have shown it. When
+        the ``last`` sites are solved, the forwards are not run to their end."""
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         for batch in batches:
             batch.pauses = True
@@ -177,6 +183,8 @@ class Lockstep:
                         )
                     self._active = None
                     self.merged[arrived[0]] = solve(arrived[0])
+                    if last and last <= self.merged.keys():
+                        return
         finally:
             self._active = None
             for worker in workers:
@@ -198,7 +206,8 @@ class Lockstep:
         return stream
 
     def _hook(self, site: str) -> Callable[..., Tensor | None]:
-        changes = self.references[site]
+        # A change of zeros, as repair sites have, adds nothing.
+        changes = [c if c is None or bool(c.up.any()) else None for c in self.references[site]]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active

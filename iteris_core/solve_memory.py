@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 
+from torch import Tensor
+
 from .lora import LowRank
 from .truncation import searches
 
@@ -14,7 +16,7 @@ def statistics_bytes(
     references: Mapping[str, Sequence[LowRank | None]],
     sites: Set[str],
     *,
-    repairs: Set[str] = frozenset(),
+    repairs: Mapping[str, Tensor | None] | None = None,
     cross: bool = False,
     itemsize: int = 4,
     at_once: bool = False,
@@ -23,17 +25,20 @@ def statistics_bytes(
 
     In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets of up to
     three sites that share an input for every concept, and the solve. ``repairs`` are the sites that
-    are solved in the moments' precision. ``at_once`` keeps the moments of all sites (Jacobi).
+    are solved in the moments' precision, with the inputs that they are solved for (None: all).
+    ``at_once`` keeps the moments of all sites (Jacobi).
     """
     largest = moments = 0
     for site in sites:
         changes = references[site]
         out, width = next(c.shape for c in changes if c is not None)
+        inputs = (repairs or {}).get(site)
+        width = width if inputs is None else len(inputs)
         rank = sum(c.rank for c in changes if c is not None)
         own = len(changes) * width * width * (1 + cross) * itemsize
         target = 0 if cross else len(changes) * out * width * itemsize
         shared = 3 if out == width else 1
-        exact = site not in repairs or itemsize == 8
+        exact = site not in (repairs or {}) or itemsize == 8
         solve = solve_bytes(out, width, rank, exact=exact, factors=cross)
         moments += own + target
         largest = max(largest, (0 if at_once else own + shared * target) + solve)

@@ -94,29 +94,45 @@ def seen_at(model, site, data):
     return found["x"], found["y"], found["stream"]
 
 
-def dense_sweep(loras, data, ridge):
-    """The docstring's equation, site by site, with real weights and plain inverses."""
+def dense_sweep(loras, data, ridge, inputs=slice(None)):
+    """The docstring's equation, site by site, with real weights and plain inverses; repair sites
+    by those of their inputs that ``inputs`` says."""
     merged = {}
     for site in ORDER:
         w0 = Net().get_submodule(site).weight.detach()
-        left, right = torch.zeros(w0.shape[1], w0.shape[1]).double(), torch.zeros_like(w0)
+        some = inputs if site in REPAIRS else slice(None)
+        left, right = 0.0, torch.zeros_like(w0[:, some])
         for lora, rows in zip(loras, data, strict=True):
             own = {s: c.dense() for s, c in lora.sites.items()}
             _, y, h = seen_at(changed(Net(), own), site, rows)
             xt, base, ht = seen_at(changed(Net(), merged), site, rows)
             target = y - base + h - ht
+            xt = xt[:, some]
             gram = xt.mT @ xt
             pull = ridge * gram.norm()
             left += (gram + pull * torch.eye(len(gram)).double()) / len(xt)
-            right += (target.mT @ xt + pull * own.get(site, torch.zeros_like(w0))) / len(xt)
-        merged[site] = right @ torch.linalg.inv(left)
+            toward = own.get(site, torch.zeros_like(w0))[:, some]
+            right += (target.mT @ xt + pull * toward) / len(xt)
+        merged[site] = torch.zeros_like(w0)
+        merged[site][:, some] = right @ torch.linalg.inv(left)
     return merged
 
 
-def test_a_sweep_holds_the_streams_as_the_equation_says():
-    loras, data = [make_lora(1), make_lora(2)], make_data()
-    ours = merge(loras, data, rank=100, ridge=1e-4, balance="tokens")
-    assert difference(ours.lora, dense_sweep(loras, data, 1e-4)) < 1e-9
+@pytest.mark.parametrize(
+    ("count", "share", "inputs"),
+    [
+        (2, None, slice(None, None, 2)),  # half for two concepts
+        (2, 1.0, slice(None)),
+        (2, 0.25, slice(None, None, 4)),
+        (3, None, slice(None)),
+    ],
+)
+@pytest.mark.parametrize("tokens", [12, 1], ids=["moments", "rows"])
+def test_a_sweep_holds_the_streams_as_the_equation_says(count, share, inputs, tokens):
+    loras = [make_lora(seed) for seed in range(1, count + 1)]
+    data = [rows[:2, :tokens] if tokens == 1 else rows for rows in make_data(count)]
+    ours = merge(loras, data, rank=100, ridge=1e-4, balance="tokens", repair_inputs=share)
+    assert difference(ours.lora, dense_sweep(loras, data, 1e-4, inputs)) < 1e-8
     assert {s for s, report in ours.report.sites.items() if report.repair} == set(REPAIRS)
     assert "2 sites and 2 that repair drift" in ours.report.summary()
     assert all(r.before == () for r in ours.report.sites.values() if r.repair)

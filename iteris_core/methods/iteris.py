@@ -8,7 +8,7 @@ once, in execution order, on inputs that already passed the solved sites: one pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from .passes import sweep_pass
 from .planning import plan
 from .polish import polish
 from .registry import Merged, Task, method
-from .repair import add_repairs
+from .repair import add_repairs, at_all_inputs, at_inputs
 
 _RIDGE = 1e-6
 _ENOUGH = 50  # prompts a concept; with fewer a fit follows the sample, and wants more ridge
@@ -46,7 +46,9 @@ class IterisSettings:
     of a site's inputs; of texts all). ``focus``: how much more places of a picture count where a
     LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
     ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
-    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only).
+    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only). ``repair_inputs``:
+    the share of a feed-forward's hidden units that a repair may use (None: half for two concepts,
+    else all).
     ``polish_steps``: Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the
     closed form alone).
     """
@@ -63,6 +65,7 @@ class IterisSettings:
     focus: float | None = None
     statistics: Literal["float32", "float64"] = "float32"
     repair: bool = True
+    repair_inputs: float | None = None
     polish_steps: int = 0
     polish_rate: float = 5e-4
 
@@ -88,15 +91,17 @@ class IterisSettings:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
         if self.focus is not None and not 0 <= self.focus <= 1:
             raise SettingsError(f"focus must be in [0, 1], not {self.focus}.")
-        if not 0 < self.shrink <= 1:
-            raise SettingsError(f"shrink must be in (0, 1], not {self.shrink}.")
+        for name in ("shrink", "repair_inputs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SettingsError(f"{name} must be in (0, 1], not {value}.")
 
 
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(task: Task, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.align == "full":
-        add_repairs(task)
+        add_repairs(task, settings.repair_inputs)
     run = _Run(task, settings)
     if settings.schedule == "sweep":
         sweep_pass(task, run.visitor_and_solve, run.batching)
@@ -150,7 +155,7 @@ class _Run:
         self.acting: Set[str] = set()
         if focus:
             assert task.host is not None
-            own = set(task.references) - task.repairs
+            own = set(task.references) - set(task.repairs)
             self.acting = own & set(task.host.streams(own))
         few = max(1.0, _ENOUGH / task.calibration.samples)
         self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
@@ -215,12 +220,16 @@ class _Run:
             dtype=getattr(torch, self.settings.statistics),
             shards=self.task.shards,
             acting=self.acting,
+            inputs={s: some for s, some in self.task.repairs.items() if some is not None},
             keep_rows=keep_rows,
         )
 
     def _solve(self, site: str, found: SiteMoments | SiteRows) -> Solution:
         settings, repair = self.settings, site in self.task.repairs
         changes = self.task.references[site]
+        inputs = self.task.repairs.get(site)
+        if inputs is not None:
+            changes = at_inputs(changes, inputs)
         common: dict[str, Any] = {
             "balance": settings.balance,
             "ridge": self.ridge,
@@ -230,18 +239,23 @@ class _Run:
         }
         try:
             if isinstance(found, SiteRows):
-                return solve_rows(changes, found, self.task.weights, **common)
-            return solve_site(
-                changes,
-                found.shared,
-                found.targets,
-                self.task.weights,
-                align=settings.align,
-                shrink=settings.shrink,
-                **common,
-            )
+                solution = solve_rows(changes, found, self.task.weights, **common)
+            else:
+                solution = solve_site(
+                    changes,
+                    found.shared,
+                    found.targets,
+                    self.task.weights,
+                    align=settings.align,
+                    shrink=settings.shrink,
+                    **common,
+                )
         except SolveError as error:
             raise SolveError(f"Site {site}: {error}") from error
+        if inputs is None:
+            return solution
+        _, width = next(c.shape for c in self.task.references[site] if c is not None)
+        return replace(solution, change=at_all_inputs(solution.change, inputs, width))
 
 
 def _largest_change(old: dict[str, Solution], new: dict[str, Solution]) -> float:

@@ -56,4 +56,4 @@ def sweep_pass(
                 return change
 
             batches = list(micro_batches(stage, 2, visitor, fitted, task.shards))
-            lockstep.sweep(batches, counted)
+            lockstep.sweep(batches, counted, set() if stage.feeds else set(stage.sites))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration import Calibration, Concept
 from ..errors import SettingsError
@@ -23,11 +23,11 @@ class Task:
     """What a method gets. ``references[site][i]`` is concept i's change there, at its strength.
 
     ``host`` is None for a method that only looks at weights. A method may add sites to
-    ``references``, said in ``repairs``, and the host's ``streams``; ``rows`` and ``convergence``
-    are for it to fill in for the report. ``shards`` is this process's part of the rows: what a
-    method sums over rows it has to add up over the processes, as :class:`..collector.Collector`
-    does. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no limit);
-    ``plan`` says how each stage keeps to it.
+    ``references``, said in ``repairs`` with those of their inputs that may be used (None: all), and
+    the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in for the report.
+    ``shards`` is this process's part of the rows: what a method sums over rows it has to add up
+    over the processes, as :class:`..collector.Collector` does. ``memory_budget`` is in bytes beyond
+    the model (``"free"``: what is free; None: no limit); ``plan`` says how each stage keeps to it.
     """
 
     host: Host | None
@@ -36,7 +36,7 @@ class Task:
     calibration: Calibration
     generator: torch.Generator
     tick: Tick
-    repairs: Set[str] = frozenset()
+    repairs: Mapping[str, Tensor | None] = field(default_factory=dict[str, Any])
     streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     rows: int = 0
     convergence: list[float] = field(default_factory=list[float])

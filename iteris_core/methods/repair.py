@@ -9,22 +9,31 @@ its merged rows):
 
 The output of a block's feed-forward has the widest inputs and takes out most of it, whether the
 LoRAs change it or not; where they do not, ΔW_i = 0.
+
+Its hidden units are many and like each other, so that a part of them repairs nearly as well, and
+the moments of half of them cost a quarter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..lora import LowRank
 from .registry import Task
 
+HALF = 0.5
 
-def add_repairs(task: Task) -> None:
+
+def add_repairs(task: Task, share: float | None = None) -> None:
     """Put the host's streams and repair sites into ``task``.
 
-    Each concept that changes a component stands there with a change of zero, at its largest rank
-    in that component. One concept alone leaves no drift.
+    ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None:
+    half for two concepts, which hardly compete, else all). Each concept that changes a component
+    stands there with a change of zero, at its largest rank in that component. One concept alone
+    leaves no drift.
     """
     assert task.host is not None
     if len(task.concepts) < 2:
@@ -33,14 +42,41 @@ def add_repairs(task: Task) -> None:
     ranks = _largest_ranks(task)
     modules = task.host.sites()
     like = next(c for changes in task.references.values() for c in changes if c is not None)
+    if share is None:
+        share = HALF if len(task.concepts) == 2 else 1.0
     added: dict[str, list[LowRank | None]] = {}
+    inputs: dict[str, Tensor | None] = {}
     for site in task.streams:
         if site not in task.references:
             component = site.partition(".")[0]
             zeros = [_zero(modules[site], rank) for rank in ranks[component]]
             added[site] = [zero and zero.to(like.up.dtype, like.up.device) for zero in zeros]
+            inputs[site] = _some_inputs(added[site], share)
     task.references = {**task.references, **added}
-    task.repairs = set(added)
+    task.repairs = inputs
+
+
+def at_inputs(changes: Sequence[LowRank | None], inputs: Tensor) -> list[LowRank | None]:
+    """``changes`` as those of the chosen ``inputs`` alone."""
+    return [
+        None if c is None else LowRank(c.up, c.down[:, inputs.to(c.down.device)]) for c in changes
+    ]
+
+
+def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
+    """A change of the chosen ``inputs`` as one of all ``width`` inputs."""
+    down = change.down.new_zeros(change.rank, width)
+    down[:, inputs.to(down.device)] = change.down
+    return LowRank(change.up, down)
+
+
+def _some_inputs(changes: Sequence[LowRank | None], share: float) -> Tensor | None:
+    """Which of a site's inputs may be used, evenly over them; None: all."""
+    out, width = next(change.shape for change in changes if change is not None)
+    count = max(1, round(width * share))
+    if width <= out or count == width:
+        return None
+    return torch.arange(count) * width // count
 
 
 def _largest_ranks(task: Task) -> dict[str, list[int]]:
