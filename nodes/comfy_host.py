@@ -139,12 +139,14 @@ class ComfyHost:
         references = self._lockstep.references
         text_sites = {site for batch in batches.values() for site in batch.sites}
         self._texts.load(batches, self._rows, statistics_bytes(references, text_sites))
+        feeds = _needs_denoiser(sites)
         for batch in batches.values():
             if batch.sites:
-                yield Stage(f"text encoder {batch.name}", batch.sites, batch.owners, batch.run)
+                name = f"text encoder {batch.name}"
+                yield Stage(name, batch.sites, batch.owners, batch.run, feeds=feeds)
             else:
                 batch.run_all(self._batch)
-        if not _needs_denoiser(sites):
+        if not feeds:
             return
         conditionings = [
             self._texts.assemble(owners, tokens, batches, copy, self._lockstep)

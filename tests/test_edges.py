@@ -191,6 +191,7 @@ def test_changes_of_different_shapes_are_an_error():
         {"focus": 1.5},
         {"align": "both"},
         {"micro_batch": 0},
+        {"repair_inputs": 0.0},
         {"iterations": 0},
         {"nonsense": 1},
     ],

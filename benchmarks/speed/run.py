@@ -42,7 +42,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "processes": lambda: processes.compare("toybox", ROUNDS),
 }
 NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
-SLOW = ("solve, widest", "floor t5", "schedules t5", "schedules sd15")
+SLOW = ("solve, widest", "floor sd15", "floor t5", "schedules t5", "schedules sd15")
 
 
 def ratios(raw: dict[str, Any]) -> dict[str, float]:

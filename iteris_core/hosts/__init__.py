@@ -31,7 +31,8 @@ class Stage:
     those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
     ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
     True where a token of the site's inputs counts (no padding); None where all do. ``feeds`` says
-    that a later stage needs what all rows give: then every process of a merge runs all of them.
+    that a later stage needs what all rows give: then every process of a merge runs all of them, to
+    their end, while the forwards of other stages may be left behind their last site.
     ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
     """
 
