@@ -55,6 +55,8 @@ class ComfyHost:
     copies), for which memory is asked.
     """
 
+    pictures = True
+
     def __init__(self, model: Any, clip: Any, rows: int = 32) -> None:
         self.model, self.clip = model, clip
         self._rows, self._batch = rows, min(rows, _SAMPLING_ROWS)

@@ -42,6 +42,8 @@ SITES = ("q", "k", "v", "out", "up", "down", "conv")
 class ModuleHost:
     """Host for a module that takes one tensor; ``data[i]`` is concept i's (rows, …)."""
 
+    pictures = False
+
     def __init__(self, model: nn.Module, data) -> None:
         self.model = model
         self.data = data

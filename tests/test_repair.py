@@ -68,11 +68,11 @@ def make_data(count: int = 2):
     ]
 
 
-def merge(loras, data, model=None, **settings):
+def merge(loras, data, model=None, *, pictures=False, **settings):
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
-    return merge_loras(
-        Host(model or Net(), data), concepts, settings={"statistics": "float64", **settings}
-    )
+    host = Host(model or Net(), data)
+    host.pictures = pictures
+    return merge_loras(host, concepts, settings={"statistics": "float64", **settings})
 
 
 def seen_at(model, site, data):
@@ -119,19 +119,22 @@ def dense_sweep(loras, data, ridge, inputs=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "inputs"),
+    ("count", "pictures", "share", "inputs"),
     [
-        (2, None, slice(None, None, 2)),  # half for two concepts
-        (2, 1.0, slice(None)),
-        (2, 0.25, slice(None, None, 4)),
-        (3, None, slice(None)),
+        (2, True, None, slice(None, None, 2)),  # half for two concepts in pictures
+        (2, True, 1.0, slice(None)),
+        (2, False, None, slice(None)),
+        (2, False, 0.25, slice(None, None, 4)),
+        (3, True, None, slice(None)),
     ],
 )
 @pytest.mark.parametrize("tokens", [12, 1], ids=["moments", "rows"])
-def test_a_sweep_holds_the_streams_as_the_equation_says(count, share, inputs, tokens):
+def test_a_sweep_holds_the_streams_as_the_equation_says(count, pictures, share, inputs, tokens):
     loras = [make_lora(seed) for seed in range(1, count + 1)]
     data = [rows[:2, :tokens] if tokens == 1 else rows for rows in make_data(count)]
-    ours = merge(loras, data, rank=100, ridge=1e-4, balance="tokens", repair_inputs=share)
+    ours = merge(
+        loras, data, rank=100, ridge=1e-4, balance="tokens", pictures=pictures, repair_inputs=share
+    )
     assert difference(ours.lora, dense_sweep(loras, data, 1e-4, inputs)) < 1e-8
     assert {s for s, report in ours.report.sites.items() if report.repair} == set(REPAIRS)
     assert "2 sites and 2 that repair drift" in ours.report.summary()

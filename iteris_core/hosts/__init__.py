@@ -46,6 +46,10 @@ class Stage:
 
 
 class Host(Protocol):
+    pictures: bool
+    """Whether it makes pictures. There two concepts seldom compete for a place; two ways of writing
+    do for every word."""
+
     def sites(self) -> Mapping[str, nn.Module]:
         """Every module that a LoRA may change, by site name."""
         ...
@@ -82,5 +86,6 @@ class Host(Protocol):
         ...
 
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
-        """The stages that reach ``sites``. Each must be run to its end, in order."""
+        """The stages that reach ``sites``. All of a stage's rows must be
+        run before the next."""
         ...

@@ -53,6 +53,8 @@ class DiffusersHost:
     where a part is missing.
     """
 
+    pictures = True
+
     def __init__(self, pipeline: Any) -> None:
         self.family = family_of(pipeline)
         self.pipeline = pipeline

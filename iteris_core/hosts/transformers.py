@@ -44,6 +44,8 @@ class TransformersHost:
     :class:`IterisError` for what is no such model, or has adapters on it.
     """
 
+    pictures = False
+
     def __init__(self, model: Any, *, generate: Mapping[str, Any] | None = None) -> None:
         from transformers.pytorch_utils import Conv1D
 

@@ -47,8 +47,8 @@ class IterisSettings:
     LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
     ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
     that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only). ``repair_inputs``:
-    the share of a feed-forward's hidden units that a repair may use (None: half for two concepts,
-    else all).
+    the share of a feed-forward's hidden units that a repair may use (None: half for two concepts
+    of a model that makes pictures, else all).
     ``polish_steps``: Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the
     closed form alone).
     """

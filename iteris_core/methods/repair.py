@@ -31,9 +31,9 @@ def add_repairs(task: Task, share: float | None = None) -> None:
     """Put the host's streams and repair sites into ``task``.
 
     ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None:
-    half for two concepts, which hardly compete, else all). Each concept that changes a component
-    stands there with a change of zero, at its largest rank in that component. One concept alone
-    leaves no drift.
+    half for two concepts in pictures, which hardly compete, else all). Each concept that changes a
+    component stands there with a change of zero, at its largest rank in that component. One concept
+    alone leaves no drift.
     """
     assert task.host is not None
     if len(task.concepts) < 2:
@@ -43,7 +43,7 @@ def add_repairs(task: Task, share: float | None = None) -> None:
     modules = task.host.sites()
     like = next(c for changes in task.references.values() for c in changes if c is not None)
     if share is None:
-        share = HALF if len(task.concepts) == 2 else 1.0
+        share = HALF if task.host.pictures and len(task.concepts) == 2 else 1.0
     added: dict[str, list[LowRank | None]] = {}
     inputs: dict[str, Tensor | None] = {}
     for site in task.streams:
