@@ -86,6 +86,5 @@ class Host(Protocol):
         ...
 
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
-        """The stages that reach ``sites``. All of a stage's rows must be
-        run before the next."""
+        """The stages that reach ``sites``. All rows of one must be run before the next."""
         ...
