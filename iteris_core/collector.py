@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .moments import (
 from .shards import ALONE, Shards
 from .solve_rows import SiteRows, rows_are_fewer
 from .visit import Group, Visit
+
+_Shared = TypeVar("_Shared")
 
 
 @dataclass
@@ -88,7 +91,7 @@ class Collector:
         needs_moments = not full or balance not in ("tokens", "none") or shards.size > 1
         self._keep_rows = keep_rows and not needs_moments
         self._acting = acting
-        self._inputs = inputs or {}
+        self._inputs = dict(inputs or {})
         self._references = references
         self._full = full
         self._down_gram = not full or balance == "adapter"
@@ -161,7 +164,7 @@ class Collector:
     def _add_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> bool:
         """Keep what a visit shows; False where the site's rows are too many, and wanted as
         moments."""
-        if visit.site in self._sites or self._group(visit) in self._groups:
+        if visit.site in self._sites or visit.group in self._groups:
             return False
         kept = self._rows.get(visit.site)
         if kept is None:
@@ -186,20 +189,13 @@ class Collector:
         return True
 
     def _new_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> _KeptRows:
-        group = self._group(visit)
-        shared = self._row_groups.get(group) if self._share else None
-        adds = shared is None
-        if shared is None:
-            shared = [[] for _ in changes]
-            alive = self._row_groups.items()
-            self._row_groups = {g: rows for g, rows in alive if g in visit.alive}
-            self._row_groups[group] = shared
+        shared, adds = self._sharing(self._row_groups, visit, lambda: [[] for _ in changes])
         return _KeptRows(shared, [[] for _ in changes], self._shape(visit.site, changes), adds)
 
     def _to_moments(self, visit: Visit, changes: Sequence[LowRank | None], kept: _KeptRows) -> None:
         entry = self._sites[visit.site] = self._new_entry(visit, changes)
         entry.adds = kept.adds
-        self._row_groups.pop(self._group(visit), None)
+        self._row_groups.pop(visit.group, None)
         for part, target, rows, wanted in zip(
             entry.shared.concepts, entry.targets, kept.shared, kept.targets, strict=True
         ):
@@ -233,18 +229,16 @@ class Collector:
     def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
         out, width = self._shape(visit.site, changes)
         device = visit.inputs.device
-        shared = self._groups.get(self._group(visit)) if self._share else None
-        adds = shared is None
-        if shared is None:
-            shared = SharedInputs(
+
+        def make() -> SharedInputs:
+            return SharedInputs(
                 [
                     new_inputs(width, cross=not self._full, dtype=self._dtype, device=device)
                     for _ in changes
                 ]
             )
-            # Only tensors that are still alive can be shared; letting go frees the others' moments.
-            self._groups = {g: s for g, s in self._groups.items() if g in visit.alive}
-            self._groups[self._group(visit)] = shared
+
+        shared, adds = self._sharing(self._groups, visit, make)
         targets = [
             new_target(
                 out,
@@ -260,9 +254,22 @@ class Collector:
         ]
         return SiteMoments(shared, targets, adds)
 
-    def _group(self, visit: Visit) -> Group:
-        """What stands for the tensor that moments are of: of some inputs it is the site's own."""
-        return (visit.site, visit.call) if visit.site in self._inputs else visit.group
+    def _sharing(
+        self, groups: dict[Group, _Shared], visit: Visit, make: Callable[[], _Shared]
+    ) -> tuple[_Shared, bool]:
+        """What sites that receive this tensor share, and whether it was made for this one. A site
+        of which some inputs count shares with none."""
+        # Only tensors that are still alive can be shared; letting go frees what the others had.
+        for gone in groups.keys() - visit.alive:
+            del groups[gone]
+        alone = not self._share or visit.site in self._inputs
+        shared = None if alone else groups.get(visit.group)
+        if shared is not None:
+            return shared, False
+        shared = make()
+        if not alone:
+            groups[visit.group] = shared
+        return shared, True
 
     def _shape(self, site: str, changes: Sequence[LowRank | None]) -> tuple[int, int]:
         out, width = next(change.shape for change in changes if change is not None)
@@ -273,7 +280,10 @@ class Collector:
         """X̃, (tokens, in), of those inputs that count."""
         tokens = visit.input_tokens(start, stop, merged=True)
         chosen = self._inputs.get(visit.site)
-        return tokens if chosen is None else tokens[:, chosen.to(tokens.device)]
+        if chosen is None:
+            return tokens
+        chosen = self._inputs[visit.site] = chosen.to(tokens.device)  # moved once
+        return tokens.index_select(1, chosen)
 
 
 def _weigher(visit: Visit, start: int, stop: int) -> Callable[[Tensor], Tensor]:

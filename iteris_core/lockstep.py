@@ -69,18 +69,18 @@ class MicroBatch:
                 spans.append((owner, row, row + 1))
         return spans
 
-    def group_of(self, tensor: Tensor) -> tuple[Group, bool]:
-        """What stands for this tensor as it is now, and whether it is seen for the first time."""
+    def group_of(self, tensor: Tensor) -> Group:
+        """What stands for this tensor as it is now."""
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         # An inference tensor has no version counter: an in-place change could not be noticed.
         if not tensor.is_inference():
             for ref, version, group in self._seen:
                 if ref() is tensor and tensor._version == version:
-                    return (self.stage, group), False
+                    return self.stage, group
         self._groups += 1
         if not tensor.is_inference():
             self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
-        return (self.stage, self._groups), True
+        return self.stage, self._groups
 
     def call_of(self, site: str) -> int:
         """How often the site was called before in this forward."""
@@ -234,7 +234,7 @@ class Lockstep:
             stream = self._stream_of(site, batch, output)
             solved = batch.pauses and site in self.merged
             if batch.visitor is not None and not solved:
-                group, first = batch.group_of(inputs)
+                group = batch.group_of(inputs)
                 batch.visitor.visit(
                     Visit(
                         site=site,
@@ -245,7 +245,6 @@ class Lockstep:
                         copies=batch.copies,
                         spans=spans,
                         group=group,
-                        first=first,
                         alive=batch.alive(),
                         call=batch.call_of(site),
                         mask=_mask_for(batch, site, inputs),

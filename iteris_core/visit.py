@@ -24,13 +24,12 @@ class Visit:
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
     rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
     in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
-    itself (``copies=1``). ``group`` is the same for sites that received the same tensor,
-    ``first`` tells the first of them, and ``alive`` lists the groups that may still come again;
-    ``call`` counts the site's earlier calls in this forward. ``mask`` is (rows, tokens), True where
-    a token counts; None where all do. ``choice`` picks some, see :class:`TokenChoice`. ``stream``
-    is the residual stream that the output will be added to, shaped as ``outputs``; None where the
-    site has none. ``focus`` weighs tokens; None where all count alike. Copy or reduce: the model
-    may change these tensors later.
+    itself (``copies=1``). ``group`` is the same for sites that received the same tensor, and
+    ``alive`` lists the groups that may still come again; ``call`` counts the site's earlier calls
+    in this forward. ``mask`` is (rows, tokens), True where a token counts; None where all do.
+    ``choice`` picks some, see :class:`TokenChoice`. ``stream`` is the residual stream that the
+    output will be added to, shaped as ``outputs``; None where the site has none. ``focus`` weighs
+    tokens; None where all count alike. Copy or reduce: the model may change these tensors later.
     """
 
     site: str
@@ -41,7 +40,6 @@ class Visit:
     copies: int
     spans: Sequence[tuple[int, int, int]]
     group: Group
-    first: bool
     alive: set[Group]
     call: int
     mask: Tensor | None = None

@@ -91,10 +91,10 @@ class IterisSettings:
             raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
         if self.focus is not None and not 0 <= self.focus <= 1:
             raise SettingsError(f"focus must be in [0, 1], not {self.focus}.")
-        for name in ("shrink", "repair_inputs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise SettingsError(f"{name} must be in (0, 1], not {value}.")
+        if not 0 < self.shrink <= 1:
+            raise SettingsError(f"shrink must be in (0, 1], not {self.shrink}.")
+        if self.repair_inputs is not None and not 0 < self.repair_inputs <= 1:
+            raise SettingsError(f"repair_inputs must be in (0, 1], not {self.repair_inputs}.")
 
 
 @method("iteris", IterisSettings, needs_host=True)

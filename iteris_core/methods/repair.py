@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..lora import LowRank
 from .registry import Task
 
-HALF = 0.5
+_HALF = 0.5
 
 
 def add_repairs(task: Task, share: float | None = None) -> None:
@@ -43,7 +43,7 @@ def add_repairs(task: Task, share: float | None = None) -> None:
     modules = task.host.sites()
     like = next(c for changes in task.references.values() for c in changes if c is not None)
     if share is None:
-        share = HALF if task.host.pictures and len(task.concepts) == 2 else 1.0
+        share = _HALF if task.host.pictures and len(task.concepts) == 2 else 1.0
     added: dict[str, list[LowRank | None]] = {}
     inputs: dict[str, Tensor | None] = {}
     for site in task.streams:
