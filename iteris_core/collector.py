@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .directions import directions_of, find_directions
 from .errors import IterisError
 from .lora import LowRank
 from .moments import (
+    Directions,
     SharedInputs,
     TargetMoments,
+    add_balance,
     add_inputs,
-    add_target,
     add_target_rows,
     complete,
     full_precision,
@@ -28,7 +29,7 @@ from .shards import ALONE, Shards
 from .solve_rows import SiteRows, rows_are_fewer
 from .visit import Group, Visit
 
-_Shared = TypeVar("_Shared")
+_SAMPLE = 2  # tokens for each direction
 
 
 @dataclass
@@ -41,28 +42,6 @@ class SiteMoments:
     adds: bool = True
 
 
-@dataclass
-class _KeptRows:
-    """The rows of a site while they are few: X̃ by concept, shared as input moments are, and T."""
-
-    shared: list[list[Tensor]]
-    targets: list[list[Tensor]]
-    shape: tuple[int, int]
-    adds: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(piece) for pieces in self.shared for piece in pieces)
-
-    def joined(self) -> SiteRows:
-        out, width = self.shape
-        some = next(piece for pieces in self.shared for piece in pieces)
-        return SiteRows(
-            [torch.cat([some.new_zeros(0, width), *pieces]) for pieces in self.shared],
-            [torch.cat([some.new_zeros(0, out), *pieces]) for pieces in self.targets],
-        )
-
-
 class Collector:
     """Adds up moments until they are taken with :meth:`take`.
 
@@ -71,8 +50,10 @@ class Collector:
     input moments (``share=False`` is there to test that). With ``shards`` every process visits its
     part of the rows, and what is taken is of all. ``acting`` are the sites whose own changes tell a
     visit's focus where a LoRA acts. ``inputs`` lists, for some sites, which of their inputs X̃ is
-    reduced to. With ``keep_rows`` (a sweep, where all rows show a site before the next) sites with
-    few tokens keep them, to be taken with :meth:`take_rows`.
+    reduced to. In a ``sweep`` forwards wait at a site with what they show until it is taken, so
+    that it is reduced then, knowing all of it: of TᵀX̃ only the directions that a ``rank`` may keep,
+    see :mod:`.directions` (None: Σ r_i); and with ``keep_rows`` sites with few tokens can be taken
+    as they are with :meth:`take_rows`.
     """
 
     def __init__(
@@ -86,10 +67,14 @@ class Collector:
         shards: Shards = ALONE,
         acting: Set[str] = frozenset(),
         inputs: Mapping[str, Tensor] | None = None,
+        sweep: bool = False,
+        rank: int | None = None,
         keep_rows: bool = False,
     ) -> None:
         needs_moments = not full or balance not in ("tokens", "none") or shards.size > 1
-        self._keep_rows = keep_rows and not needs_moments
+        self._keep_rows = sweep and keep_rows and not needs_moments
+        self._sweep = sweep
+        self._rank = rank
         self._acting = acting
         self._inputs = dict(inputs or {})
         self._references = references
@@ -100,13 +85,16 @@ class Collector:
         self._share = share
         self._shards = shards
         self._sites: dict[str, SiteMoments] = {}
-        self._rows: dict[str, _KeptRows] = {}
+        self._waiting: dict[str, list[Visit]] = {}
         self._groups: dict[Group, SharedInputs] = {}
-        self._row_groups: dict[Group, list[list[Tensor]]] = {}
         self._order: dict[tuple[str, int], Group] = {}
 
     def take(self, site: str) -> SiteMoments:
         """Hand over a site's moments and forget them."""
+        waiting = self._waiting.pop(site, [])
+        directions = self._directions(waiting) if waiting else None
+        for visit in waiting:
+            self._add(visit, directions)
         moments = self._sites.pop(site)
         for part in moments.shared.concepts:
             complete(part)
@@ -114,9 +102,28 @@ class Collector:
         return moments
 
     def take_rows(self, site: str) -> SiteRows | None:
-        """Hand over a site's rows and forget them; None where they were too many."""
-        kept = self._rows.pop(site, None)
-        return None if kept is None else kept.joined()
+        """Hand over a site's rows and forget them; None where they are too many, and wanted as
+        moments."""
+        waiting = self._waiting[site] if self._keep_rows else []
+        if not waiting or any(visit.group in self._groups for visit in waiting):
+            return None
+        out, width = self._shape(waiting[0])
+        tokens = sum(v.count(start, stop) for v in waiting for _, start, stop in v.spans)
+        if not rows_are_fewer(tokens, out, width):
+            return None
+        del self._waiting[site]
+        some = waiting[0].inputs
+        shared: list[list[Tensor]] = [
+            [some.new_zeros(0, width, dtype=self._dtype)] for _ in self._references[site]
+        ]
+        targets = [[some.new_zeros(0, out, dtype=self._dtype)] for _ in shared]
+        for visit in waiting:
+            for concept, start, stop in visit.spans:
+                weigh = _weigher(visit, start, stop)
+                merged = self._merged_inputs(visit, start, stop)
+                shared[concept].append(weigh(merged.to(self._dtype)))
+                targets[concept].append(self._target(visit, concept, start, stop))
+        return SiteRows([torch.cat(p) for p in shared], [torch.cat(p) for p in targets])
 
     @property
     def sites(self) -> list[str]:
@@ -130,19 +137,22 @@ class Collector:
                 f"The micro-batches took different paths through the model at site {visit.site}; "
                 "use one micro-batch."
             )
-        changes = self._references[visit.site]
         if visit.focus is not None and visit.site in self._acting:
             for concept, start, stop in visit.spans:
-                change = changes[concept]
+                change = self._references[visit.site][concept]
                 if change is not None:
                     visit.focus.add(visit.own_effect(change, start, stop), visit.rows, start)
-        if self._keep_rows and self._add_rows(visit, changes):
-            return
+        if self._sweep:
+            self._waiting.setdefault(visit.site, []).append(visit)
+        else:
+            self._add(visit)
+
+    def _add(self, visit: Visit, directions: Directions | None = None) -> None:
         entry = self._sites.get(visit.site)
         if entry is None:
-            entry = self._sites[visit.site] = self._new_entry(visit, changes)
+            entry = self._sites[visit.site] = self._new_entry(visit, directions)
         for concept, start, stop in visit.spans:
-            change = changes[concept]
+            change = self._references[visit.site][concept]
             weigh = _weigher(visit, start, stop)
             merged = weigh(self._merged_inputs(visit, start, stop).to(self._dtype))
             # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
@@ -151,59 +161,41 @@ class Collector:
             with full_precision(merged.device):
                 if entry.adds:
                     add_inputs(entry.shared.concepts[concept], reference, merged)
-                if self._full or self._full_energy:
-                    full = weigh(visit.output_tokens(start, stop))
-                    base = self._base_output(visit, change, start, stop) if self._full else None
-                    drift = visit.drift_tokens(start, stop) if self._full else None
-                    base = None if base is None else weigh(base)
-                    drift = None if drift is None else weigh(drift)
-                    add_target(target, change, reference, merged, full, base, drift)
-                else:
-                    add_target(target, change, reference, merged, None, None)
+                full = weigh(visit.output_tokens(start, stop)) if self._full_energy else None
+                add_balance(target, change, reference, full)
+                if self._full:
+                    wanted = self._target(visit, concept, start, stop)
+                    add_target_rows(target, wanted, merged)
 
-    def _add_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> bool:
-        """Keep what a visit shows; False where the site's rows are too many, and wanted as
-        moments."""
-        if visit.site in self._sites or visit.group in self._groups:
-            return False
-        kept = self._rows.get(visit.site)
-        if kept is None:
-            kept = self._new_rows(visit, changes)
-            if not rows_are_fewer(kept.tokens, *kept.shape):
-                self._to_moments(visit, changes, kept)
-                return False
-            self._rows[visit.site] = kept
-        for concept, start, stop in visit.spans:
-            weigh = _weigher(visit, start, stop)
-            if kept.adds:
-                merged = self._merged_inputs(visit, start, stop)
-                # The model may change its tensor later.
-                kept.shared[concept].append(weigh(merged.to(self._dtype, copy=True)))
-            full = weigh(visit.output_tokens(start, stop))
-            base = weigh(self._base_output(visit, changes[concept], start, stop))
-            drift = visit.drift_tokens(start, stop)
-            drift = None if drift is None else weigh(drift)
-            kept.targets[concept].append(target_of(full, base, drift, self._dtype))
-        if kept.adds and not rows_are_fewer(kept.tokens, *kept.shape):
-            self._to_moments(visit, changes, self._rows.pop(visit.site))
-        return True
+    def _target(self, visit: Visit, concept: int, start: int, stop: int) -> Tensor:
+        """T of reference rows ``start`` to ``stop``, all of one concept, (tokens, out)."""
+        change = self._references[visit.site][concept]
+        full = visit.output_tokens(start, stop)
+        base = self._base_output(visit, change, start, stop)
+        drift = visit.drift_tokens(start, stop)
+        return _weigher(visit, start, stop)(target_of(full, base, drift, self._dtype))
 
-    def _new_rows(self, visit: Visit, changes: Sequence[LowRank | None]) -> _KeptRows:
-        shared, adds = self._sharing(self._row_groups, visit, lambda: [[] for _ in changes])
-        return _KeptRows(shared, [[] for _ in changes], self._shape(visit.site, changes), adds)
-
-    def _to_moments(self, visit: Visit, changes: Sequence[LowRank | None], kept: _KeptRows) -> None:
-        entry = self._sites[visit.site] = self._new_entry(visit, changes)
-        entry.adds = kept.adds
-        self._row_groups.pop(visit.group, None)
-        for part, target, rows, wanted in zip(
-            entry.shared.concepts, entry.targets, kept.shared, kept.targets, strict=True
-        ):
-            for index, merged in enumerate(rows):
-                with full_precision(merged.device):
-                    add_inputs(part, None, merged)
-                    if wanted:
-                        add_target_rows(target, wanted[index], merged)
+    def _directions(self, waiting: Sequence[Visit]) -> Directions | None:
+        """Those that the targets of a site are reduced to, from a sample of them."""
+        site = waiting[0].site
+        changes = self._references[site]
+        out, width = self._shape(waiting[0])
+        rank = max(sum(c.rank for c in changes if c is not None), self._rank or 0)
+        count = directions_of(out, width, rank)
+        if not self._full or count is None or waiting[0].choice is None:
+            return None
+        rows = torch.tensor([sum(visit.rows for visit in waiting)])
+        self._shards.add_up([rows])
+        few = -(-_SAMPLE * count // int(rows))
+        none = waiting[0].outputs.new_zeros(0, out, dtype=self._dtype)
+        sample = [[none] for _ in changes]
+        for visit in waiting:
+            for concept, start, stop in visit.spans:
+                sample[concept].append(self._target(visit.fewer(few), concept, start, stop))
+        targets = [self._shards.gather(torch.cat(parts)) for parts in sample]
+        if not all(bool(torch.isfinite(rows).all()) for rows in targets):
+            return None  # the solve says so
+        return find_directions(changes, targets, count)
 
     def _add_up(self, moments: SiteMoments) -> None:
         """Over all processes; what sites share only once."""
@@ -226,8 +218,9 @@ class Collector:
         full = visit.output_tokens(start, stop)
         return full if change is None else full - visit.own_change(change, start, stop)
 
-    def _new_entry(self, visit: Visit, changes: Sequence[LowRank | None]) -> SiteMoments:
-        out, width = self._shape(visit.site, changes)
+    def _new_entry(self, visit: Visit, directions: Directions | None) -> SiteMoments:
+        changes = self._references[visit.site]
+        out, width = self._shape(visit)
         device = visit.inputs.device
 
         def make() -> SharedInputs:
@@ -238,7 +231,7 @@ class Collector:
                 ]
             )
 
-        shared, adds = self._sharing(self._groups, visit, make)
+        shared, adds = self._sharing(visit, make)
         targets = [
             new_target(
                 out,
@@ -247,6 +240,7 @@ class Collector:
                 full=self._full,
                 down_gram=self._down_gram,
                 full_energy=self._full_energy,
+                directions=directions,
                 dtype=self._dtype,
                 device=device,
             )
@@ -254,26 +248,26 @@ class Collector:
         ]
         return SiteMoments(shared, targets, adds)
 
-    def _sharing(
-        self, groups: dict[Group, _Shared], visit: Visit, make: Callable[[], _Shared]
-    ) -> tuple[_Shared, bool]:
+    def _sharing(self, visit: Visit, make: Callable[[], SharedInputs]) -> tuple[SharedInputs, bool]:
         """What sites that receive this tensor share, and whether it was made for this one. A site
         of which some inputs count shares with none."""
         # Only tensors that are still alive can be shared; letting go frees what the others had.
-        for gone in groups.keys() - visit.alive:
-            del groups[gone]
+        for gone in self._groups.keys() - visit.alive:
+            del self._groups[gone]
         alone = not self._share or visit.site in self._inputs
-        shared = None if alone else groups.get(visit.group)
+        shared = None if alone else self._groups.get(visit.group)
         if shared is not None:
             return shared, False
         shared = make()
         if not alone:
-            groups[visit.group] = shared
+            self._groups[visit.group] = shared
         return shared, True
 
-    def _shape(self, site: str, changes: Sequence[LowRank | None]) -> tuple[int, int]:
+    def _shape(self, visit: Visit) -> tuple[int, int]:
+        """(out, in) of a site, of those inputs that count."""
+        changes = self._references[visit.site]
         out, width = next(change.shape for change in changes if change is not None)
-        chosen = self._inputs.get(site)
+        chosen = self._inputs.get(visit.site)
         return out, width if chosen is None else len(chosen)
 
     def _merged_inputs(self, visit: Visit, start: int, stop: int) -> Tensor:

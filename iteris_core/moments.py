@@ -31,11 +31,33 @@ class InputMoments:
     whole: bool = True
 
 
+@dataclass(frozen=True)
+class Directions:
+    """Orthonormal columns of a site's outputs, (out, k + q): ``used`` of them, k, are what a change
+    may be made of, and the other q, at random, tell about how much the rest of the outputs holds.
+    """
+
+    matrix: Tensor
+    used: int
+
+    @property
+    def basis(self) -> Tensor:
+        """(out, k)"""
+        return self.matrix[:, : self.used]
+
+    @property
+    def others_stand_for(self) -> float:
+        """How many directions each of the others stands for."""
+        out, count = self.matrix.shape
+        return (out - self.used) / max(count - self.used, 1)
+
+
 @dataclass
 class TargetMoments:
     """What belongs to one site and one concept.
 
-    ``target`` is TᵀX̃, (out, in), for ``align="full"``; ``down_gram`` is (X downᵀ)ᵀ(X downᵀ),
+    ``target`` is TᵀX̃, (out, in), for ``align="full"``, or, with ``directions`` D, DᵀTᵀX̃,
+    (k + q, in); ``down_gram`` is (X downᵀ)ᵀ(X downᵀ),
     (rank, rank), for a concept that changes the site; ``target_energy`` is ‖T‖²_F of ``target``;
     ``full_energy`` is ‖(W0 + ΔW_i) X_i‖²_F with the layer's bias included, for ``balance="full"``.
     What is None is not collected.
@@ -46,6 +68,7 @@ class TargetMoments:
     target_energy: Tensor
     full_energy: Tensor | None
     dtype: torch.dtype
+    directions: Directions | None = None
 
 
 @dataclass(frozen=True)
@@ -86,20 +109,23 @@ def new_target(
     full: bool,
     down_gram: bool = True,
     full_energy: bool = True,
+    directions: Directions | None = None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> TargetMoments:
+    rows = out if directions is None else directions.matrix.shape[1]
     rank = change.rank if change is not None and down_gram else 0
 
     def energy() -> Tensor:
         return torch.zeros((), dtype=_energy_dtype(device), device=device)
 
     return TargetMoments(
-        torch.zeros(out, width, dtype=dtype, device=device) if full else None,
+        torch.zeros(rows, width, dtype=dtype, device=device) if full else None,
         torch.zeros(rank, rank, dtype=dtype, device=device) if rank else None,
         energy(),
         energy() if full_energy else None,
         dtype,
+        directions,
     )
 
 
@@ -139,21 +165,16 @@ def complete(moments: InputMoments) -> None:
     moments.whole = True
 
 
-def add_target(
+def add_balance(
     moments: TargetMoments,
     change: LowRank | None,
     reference: Tensor | None,
-    merged: Tensor,
     full_output: Tensor | None,
-    base_output: Tensor | None,
-    drift: Tensor | None = None,
 ) -> None:
-    """Add one piece of tokens.
+    """Add one piece of tokens to what λ is made of.
 
-    ``reference`` X and ``merged`` X̃ are (tokens, in); ``full_output`` is (W0 + ΔW_i) on X and
-    ``base_output`` is W0 on X̃, both (tokens, out) with the layer's bias. ``drift`` is what the
-    residual stream lacks of LoRA i's own, (tokens, out): it is added to the target. X is only read
-    where ``down_gram`` is kept, outputs where ``target`` or ``full_energy`` are.
+    ``reference`` X is (tokens, in), only read where ``down_gram`` is kept; ``full_output`` is
+    (W0 + ΔW_i) X, (tokens, out), only read where ``full_energy`` is.
     """
     dtype = moments.dtype
     if moments.down_gram is not None and change is not None:
@@ -163,16 +184,14 @@ def add_target(
     if moments.full_energy is not None:
         assert full_output is not None
         moments.full_energy += _energy(full_output.to(dtype))
-    if moments.target is not None:
-        assert full_output is not None
-        assert base_output is not None
-        add_target_rows(moments, target_of(full_output, base_output, drift, dtype), merged)
 
 
 def target_of(
     full_output: Tensor, base_output: Tensor, drift: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """T of one piece of tokens, a new tensor, from what :func:`add_target` takes."""
+    """T of one piece of tokens, a new tensor: ``full_output`` is (W0 + ΔW_i) X, ``base_output`` is
+    W0 X̃, both (tokens, out) with the layer's bias, and ``drift`` is what the residual stream lacks
+    of LoRA i's own."""
     target = full_output.to(dtype) - base_output.to(dtype)
     return target if drift is None else target.add_(drift.to(dtype))
 
@@ -180,8 +199,10 @@ def target_of(
 def add_target_rows(moments: TargetMoments, target: Tensor, merged: Tensor) -> None:
     """Add T, (tokens, out), of inputs X̃, (tokens, in)."""
     assert moments.target is not None
-    moments.target.addmm_(target.mT, merged.to(moments.dtype))
     moments.target_energy += _energy(target)
+    if moments.directions is not None:
+        target = target @ moments.directions.matrix
+    moments.target.addmm_(target.mT, merged.to(moments.dtype))
 
 
 def _block(width: int, device: torch.device) -> int:

@@ -57,6 +57,19 @@ class Shards:
             for tensor, part in zip(some, joined.split([t.numel() for t in some]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The (some, width) rows of all processes, in the order of processes."""
+        if self.size == 1:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        self.add_up([counts])
+        start = int(counts[: self.rank].sum())
+        every = rows.new_zeros(int(counts.sum()), rows.shape[1])
+        every[start : start + len(rows)] = rows
+        self.add_up([every])
+        return every
+
     def least(self, value: int) -> int:
         """The smallest ``value`` of all processes: what they have to agree on."""
         every = torch.zeros(self.size, dtype=torch.int64)

@@ -39,6 +39,7 @@ from .errors import SolveError
 from .factor import NOT_FINITE, factorise, frobenius
 from .lora import LowRank, Rank, concatenate
 from .moments import (
+    Directions,
     Factor,
     InputMoments,
     SharedInputs,
@@ -148,11 +149,27 @@ def _solution(
     if align == "adapter":
         exact = _solve_adapter(changes, inputs, lambdas, weights, factor, ridge, shrink)
         return truncate(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
+    directions = targets[0].directions
     right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
     if factor.jitter:
-        right += factor.jitter * mean_change(changes, weights, right.dtype).dense()
+        mean = mean_change(changes, weights, right.dtype)
+        right += factor.jitter * (_within(directions, mean.up) @ mean.down)
     like = next(c for c in changes if c is not None).to(torch.float64)
-    return factorize(right, rank, factor.cholesky, like=like, search=targets[0].dtype)
+    search = targets[0].dtype
+    if directions is None:
+        return factorize(right, rank, factor.cholesky, like=like, search=search)
+    right, others = right.split([directions.used, len(right) - directions.used])
+    rest = torch.linalg.solve_triangular(factor.cholesky.mT, others, upper=True, left=False)
+    elsewhere = float((rest**2).sum()) * directions.others_stand_for
+    change, lost = factorize(
+        right, rank, factor.cholesky, like=like, search=search, elsewhere=elsewhere
+    )
+    return LowRank(directions.basis.to(change.up) @ change.up, change.down, change.kernel), lost
+
+
+def _within(directions: Directions | None, up: Tensor) -> Tensor:
+    """``up``, (out, rank), as its parts in ``directions``."""
+    return up if directions is None else directions.matrix.to(up).mT @ up
 
 
 def finite_as(solution: LowRank, like: LowRank) -> LowRank:
@@ -285,9 +302,10 @@ def _full_right_side(
     ridge: float,
     shrink: float,
 ) -> Tensor:
-    first = next(change for change in changes if change is not None)
     chol = factor.cholesky
     assert chol is not None
+    first = targets[0].target
+    assert first is not None
     right = torch.zeros(first.shape, dtype=chol.dtype, device=chol.device)
     for change, part, norm, target, value in zip(
         changes, inputs.concepts, factor.norms, targets, lambdas, strict=True
@@ -297,7 +315,8 @@ def _full_right_side(
             right[rows].add_(target.target[rows].to(right.device), alpha=value * shrink)
         if change is not None:
             pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(right)
-            right.addmm_(change.up.to(right), change.down.to(right) * pull, alpha=value)
+            up = _within(target.directions, change.up.to(right))
+            right.addmm_(up, change.down.to(right) * pull, alpha=value)
     return right
 
 
@@ -336,7 +355,8 @@ def _wanted(
 ) -> tuple[float, Tensor]:
     """‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
     if target.target is not None:
-        crossed = _times(candidate.up.mT, target.target)
+        # Both candidates lie within the directions.
+        crossed = _times(_within(target.directions, candidate.up).mT, target.target)
         return float(target.target_energy), (crossed * candidate.down).sum(1)
     if change is None or target.down_gram is None or part.cross is None:
         return 0.0, candidate.down.new_zeros(candidate.rank)

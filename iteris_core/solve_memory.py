@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import Tensor
 
+from .directions import target_rows
 from .lora import LowRank
 from .truncation import searches
 
@@ -23,8 +24,8 @@ def statistics_bytes(
 ) -> int:
     """What the moments and the solve of ``sites`` take at most, in bytes.
 
-    In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets of up to
-    three sites that share an input for every concept, and the solve. ``repairs`` are the sites that
+    In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets for every
+    concept, and the solve. ``repairs`` are the sites that
     are solved in the moments' precision, with the inputs that they are solved for (None: all).
     ``at_once`` keeps the moments of all sites (Jacobi).
     """
@@ -36,12 +37,13 @@ def statistics_bytes(
         width = width if inputs is None else len(inputs)
         rank = sum(c.rank for c in changes if c is not None)
         own = len(changes) * width * width * (1 + cross) * itemsize
+        if not (cross or at_once):
+            out = target_rows(out, width, rank)
         target = 0 if cross else len(changes) * out * width * itemsize
-        shared = 3 if out == width else 1
         exact = site not in (repairs or {}) or itemsize == 8
         solve = solve_bytes(out, width, rank, exact=exact, factors=cross)
         moments += own + target
-        largest = max(largest, (0 if at_once else own + shared * target) + solve)
+        largest = max(largest, (0 if at_once else own + target) + solve)
     return largest + (moments if at_once else 0)
 
 

@@ -83,15 +83,17 @@ def factorize(
     *,
     like: LowRank,
     search: torch.dtype = torch.float64,
+    elsewhere: float = 0.0,
 ) -> tuple[LowRank, float]:
     """:func:`truncate` for a change that is not given by factors, as K = ΔW L Lᵀ, (out, in).
 
     With L from a Cholesky factorisation of M this solves ΔW M = K and truncates ΔW at once; without
-    a ``metric`` K is ΔW. ``like`` gives dtype and kernel of the result. Small matrices, and ranks
-    of more than a third of the shorter side, by the eigenvectors of that side's Gram matrix
-    (singular values below 1e-8 of the largest are not told apart, and do not count); others by a
-    randomised range finder with four power iterations (Halko, Martinsson and Tropp 2011, algorithms
-    4.4 and 5.1) in ``search``, from a fixed seed.
+    a ``metric`` K is ΔW. ``like`` gives dtype and kernel of the result; ``elsewhere`` is energy
+    that K does not hold, and that counts as lost. Small matrices, and ranks of more than a third of
+    the shorter side, by the eigenvectors of that side's Gram matrix (singular values below 1e-8 of
+    the largest are not told apart, and do not count); others by a randomised range finder with four
+    power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) in ``search``, from
+    a fixed seed.
     """
     check_rank(rank)
     out, width = matrix.shape
@@ -108,6 +110,7 @@ def factorize(
         u = q.double() @ u
     keep = rank_for(s**2, rank)
     kept = float((s[:keep] ** 2).sum())
+    total += elsewhere
     share = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
     return _from_svd(u, s, vt, keep, metric, like), share
 

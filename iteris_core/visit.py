@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,17 @@ class Visit:
         own = self._tokens(output_tokens, self.stream, start, stop, False)
         return own - self._tokens(output_tokens, self.stream, start, stop, True)
 
+    def count(self, start: int, stop: int) -> int:
+        """How many tokens :meth:`input_tokens` has."""
+        length = self._length()
+        chosen = self._choice(length, start, stop)
+        return (stop - start) * length if chosen is None else len(chosen)
+
+    def fewer(self, tokens: int) -> Visit:
+        """The same with at most so many of the tokens of every row."""
+        assert self.choice is not None
+        return replace(self, choice=self.choice.at_most(tokens))
+
     def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
         """What ``change`` added to the outputs of reference rows, (tokens, out)."""
         return self._chosen(self._own_change(change, start, stop), start, stop)
@@ -80,9 +91,7 @@ class Visit:
         """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
         if self.focus is None:
             return None
-        channels = self.outputs.shape[1 if isinstance(self.module, nn.Conv2d) else -1]
-        length = self.outputs.numel() // (channels * len(self.outputs))
-        weights = self.focus.weights(self.group, self.alive, length)
+        weights = self.focus.weights(self.group, self.alive, self._length())
         if weights is None:
             return None
         return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
@@ -111,8 +120,19 @@ class Visit:
             return self.inputs.shape[-1]
         return self.module.in_channels * math.prod(self.module.kernel_size)
 
+    def _length(self) -> int:
+        """Tokens of a row, masked ones too."""
+        channels = self.outputs.shape[1 if isinstance(self.module, nn.Conv2d) else -1]
+        return self.outputs.numel() // (channels * len(self.outputs))
+
     def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        length = tokens.shape[0] // (stop - start)
+        chosen = self._choice(tokens.shape[0] // (stop - start), start, stop)
+        if chosen is None:
+            return tokens
+        return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
+
+    def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
+        """Which of the tokens of these rows count; None: all."""
         chosen = None
         if self.choice is not None:
             chosen = self.choice.indices(length, start, stop, width=self._width)
@@ -123,20 +143,18 @@ class Visit:
             else:
                 chosen = chosen.to(mask.device)
                 chosen = chosen[mask[chosen]]
-        if chosen is None:
-            return tokens
-        return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
+        return chosen
 
 
 class TokenChoice:
-    """At most ``limit(width)`` tokens of every row at a site with that many inputs.
+    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
 
     ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
     ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
     larger.
     """
 
-    def __init__(self, rows: Sequence[int], limit: Callable[[int], int], seed: int) -> None:
+    def __init__(self, rows: Sequence[int], limit: Callable[[int], int] | None, seed: int) -> None:
         self._rows = rows
         self._limit = limit
         self._seed = seed
@@ -144,7 +162,7 @@ class TokenChoice:
 
     def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
         """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
-        limit = self._limit(width)
+        limit = length if self._limit is None else self._limit(width)
         if length <= limit:
             return None
         if (length, limit) not in self._picks:
@@ -152,6 +170,17 @@ class TokenChoice:
             self._picks[length, limit] = torch.stack(picks)
         offsets = torch.arange(stop - start)[:, None] * length
         return (self._picks[length, limit][start:stop] + offsets).flatten()
+
+    def at_most(self, tokens: int) -> TokenChoice:
+        """A part of this choice."""
+        limit = self._limit
+
+        def fewer(width: int) -> int:
+            return tokens if limit is None else min(tokens, limit(width))
+
+        part = TokenChoice(self._rows, fewer, self._seed)
+        part._picks = self._picks  # found once
+        return part
 
     def _pick(self, row: int, length: int, limit: int) -> Tensor:
         generator = torch.Generator().manual_seed(hash((self._seed, row, length)) % 2**63)

@@ -18,6 +18,7 @@ LAYERS = (
         "memory",
         "moments",
         "truncation",
+        "directions",
         "lora_files",
         "factor",
         "solve",

@@ -129,10 +129,11 @@ def test_a_merge_by_rows_is_the_merge_by_moments(host64, monkeypatch, micro_batc
 
     wanted = merge(-1)
     assert not any(used)
-    for limit in (10**9, 20):  # all of them; those that turn into moments on the way
+    for limit in (10**9, 50):  # all of them; those of few tokens
         used.clear()
         found = merge(limit)
         assert any(used)
+        assert all(used) == (limit > 50)
         for site, change in wanted.items():
             gap = (found[site].dense() - change.dense()).norm()
             assert gap <= 1e-5 * change.dense().norm(), site

@@ -79,7 +79,7 @@ def _of(
             return stage.mask(site, rows) if stage.mask is not None else None
 
         owners = [stage.owners[row] for row in rows]
-        choice = None if limit is None else TokenChoice(rows, limit, batching.seed)
+        choice = TokenChoice(rows, limit, batching.seed)
         focus = Focus(batching.focus) if stage.places and batching.focus else None
         yield MicroBatch(
             run,

@@ -170,7 +170,7 @@ class _Run:
         self.solutions: dict[str, Solution] = {}
 
     def visitor_and_solve(self) -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = self._collector(keep_rows=self.ridge > 0 and self.settings.shrink == 1)
+        collector = self._collector(sweep=True)
 
         def solve(site: str) -> LowRank:
             rows = collector.take_rows(site)
@@ -212,7 +212,8 @@ class _Run:
                 lockstep.merged = {site: s.change for site, s in solved.items()}
             task.tick("iterations", iterations, iterations)
 
-    def _collector(self, *, keep_rows: bool = False) -> Collector:
+    def _collector(self, *, sweep: bool = False) -> Collector:
+        rank = self.settings.rank
         return Collector(
             self.task.references,
             full=self.settings.align == "full",
@@ -221,7 +222,9 @@ class _Run:
             shards=self.task.shards,
             acting=self.acting,
             inputs={s: some for s, some in self.task.repairs.items() if some is not None},
-            keep_rows=keep_rows,
+            sweep=sweep,
+            rank=rank if isinstance(rank, int) else None,
+            keep_rows=self.ridge > 0 and self.settings.shrink == 1,
         )
 
     def _solve(self, site: str, found: SiteMoments | SiteRows) -> Solution:

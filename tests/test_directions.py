@@ -1,0 +1,178 @@
+"""Targets in a few directions of the output give the solve of all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_lora
+
+import iteris_core.collector as collector
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.directions import directions_of, find_directions, target_rows
+from iteris_core.lora import LowRank
+from iteris_core.moments import (
+    InputMoments,
+    SharedInputs,
+    add_target_rows,
+    new_target,
+)
+from iteris_core.solve import solve_site
+
+OUT, WIDTH, RANK = 60, 40, 3
+CPU = torch.device("cpu")
+
+
+def problem(noise=0.0, beyond=2, dtype=torch.float64):
+    """Two LoRAs; targets have the directions of their changes, ``beyond`` more, and noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, generator=generator)
+
+    changes = [LowRank(randn(OUT, RANK), randn(RANK, WIDTH)) for _ in range(2)]
+    drift = randn(WIDTH, beyond) @ randn(beyond, OUT)
+    inputs = [randn(150, WIDTH) for _ in changes]
+    targets = [
+        x @ (c.dense().mT + drift) + noise * randn(150, OUT)
+        for x, c in zip(inputs, changes, strict=True)
+    ]
+    return changes, inputs, targets
+
+
+def solved(changes, inputs, targets, directions, ridge=1e-4, **settings):
+    shared = SharedInputs([InputMoments(x.mT @ x, None, len(x)) for x in inputs])
+    moments = []
+    for change, x, t in zip(changes, inputs, targets, strict=True):
+        moments.append(
+            new_target(
+                OUT, WIDTH, change, full=True, directions=directions, dtype=t.dtype, device=CPU
+            )
+        )
+        add_target_rows(moments[-1], t, x)
+    settings = {"balance": "tokens", "rank": None, "align": "full", **settings}
+    return solve_site(changes, shared, moments, [1.0, 0.5], ridge=ridge, **settings)
+
+
+@pytest.mark.parametrize("rank", [None, 4, 0.99])
+@pytest.mark.parametrize(
+    "other", [{}, {"shrink": 0.7}, {"ridge": 0.0}, {"balance": "none", "exact": False}]
+)
+def test_directions_that_hold_all_give_the_same(rank, other):
+    changes, inputs, targets = problem()
+    if other.get("ridge") == 0.0:  # fewer tokens than inputs: the solve pulls toward the mean
+        inputs, targets = [x[:10] for x in inputs], [t[:10] for t in targets]
+    wanted = solved(changes, inputs, targets, None, rank=rank, **other)
+    directions = find_directions(changes, [t[::7] for t in targets], 2 * RANK + 2)
+    assert directions.matrix.shape == (OUT, 2 * RANK + 2 + 8)
+    found = solved(changes, inputs, targets, directions, rank=rank, **other)
+    rows = torch.cat(inputs)
+    outputs = [rows @ solution.change.dense().mT for solution in (found, wanted)]
+    assert (outputs[0] - outputs[1]).norm() <= 1e-6 * outputs[1].norm()
+    for name in ("balance", "before", "after"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5, abs=1e-6)
+    assert found.condition == pytest.approx(wanted.condition)
+    assert found.truncated == pytest.approx(wanted.truncated, abs=1e-8)
+
+
+def test_what_the_directions_leave_out_counts_as_cut_off():
+    changes, inputs, targets = problem(noise=3.0, beyond=30)
+    wanted = solved(changes, inputs, targets, None)
+    directions = find_directions(changes, targets, 12)
+    found = solved(changes, inputs, targets, directions)
+    assert wanted.truncated > 0.2
+    assert found.truncated == pytest.approx(wanted.truncated, abs=0.1)
+
+
+def test_noise_hardly_moves_the_directions():
+    """The error on the fit's own rows is within two hundredths of the solve in all directions."""
+    changes, inputs, targets = problem(noise=1.0, beyond=6)
+    wanted = solved(changes, inputs, targets, None)
+    directions = find_directions(changes, [t[::4] for t in targets], 16)
+    found = solved(changes, inputs, targets, directions)
+    for ours, best in zip(found.after, wanted.after, strict=True):
+        assert ours <= 1.02 * best
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_directions_are_orthonormal(own):
+    changes, _, targets = problem(noise=1.0, dtype=torch.float32)
+    if not own:
+        zero = LowRank(torch.zeros(OUT, RANK), torch.zeros(RANK, WIDTH))
+        changes = [zero, None]
+    found = find_directions(changes, targets, 20)
+    size = found.matrix.shape[1]
+    torch.testing.assert_close(found.matrix.mT @ found.matrix, torch.eye(size))
+    assert found.used == 20
+    assert found.others_stand_for == (OUT - 20) / 8
+    if own:  # the LoRAs' own directions are among them
+        for change in changes:
+            left = change.up - found.basis @ (found.basis.mT @ change.up)
+            assert left.norm() <= 1e-5 * change.up.norm()
+
+
+def test_a_sample_of_few_tokens_gives_as_many_directions():
+    changes, _, targets = problem()
+    zero = LowRank(torch.zeros(OUT, RANK), torch.zeros(RANK, WIDTH))
+    assert find_directions([zero, zero], [targets[0][:3], targets[1][:0]], 20).used == 3
+    assert find_directions(changes, [t[:0] for t in targets], 20).used == 2 * RANK
+
+
+def test_they_are_taken_where_they_spare_much():
+    assert directions_of(1280, 1280, 64) == 112
+    assert target_rows(1280, 1280, 64) == 120
+    assert directions_of(320, 320, 64) is None  # hardly fewer
+    assert directions_of(128, 512, 16) is None  # small
+    assert target_rows(128, 512, 16) == 128
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+@pytest.mark.parametrize("row_tokens", [None, 9])
+def test_a_merge_in_directions_is_the_same_for_any_micro_batch(
+    host64, monkeypatch, micro_batch, row_tokens
+):
+    counts = []
+
+    def few(out, width, rank):
+        counts.append(min(out, rank + 4))
+        return counts[-1]
+
+    concepts = [
+        Concept(random_lora(host64, seed), trigger=f"sks{seed}", class_word="cat")
+        for seed in (1, 2)
+    ]
+    calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
+
+    def merge(micro_batch):
+        settings = {
+            "statistics": "float64",
+            "ridge": 1e-3,
+            "micro_batch": micro_batch,
+            "row_tokens": row_tokens,
+        }
+        return merge_loras(host64, concepts, settings=settings, calibration=calibration).lora.sites
+
+    dense = merge(2)
+    monkeypatch.setattr(collector, "directions_of", few)
+    wanted, found = merge(2), merge(micro_batch)
+    assert counts
+    for site, change in wanted.items():
+        assert (found[site].dense() - change.dense()).norm() <= 1e-5 * change.dense().norm(), site
+    assert any(
+        (dense[site].dense() - change.dense()).norm() > 1e-5 * change.dense().norm()
+        for site, change in wanted.items()
+    )
+
+
+def test_nan_is_said_where_targets_are_in_directions(host64, monkeypatch):
+    monkeypatch.setattr(collector, "directions_of", lambda out, width, rank: min(out, rank + 4))
+    monkeypatch.setattr(collector, "rows_are_fewer", lambda *_: False)
+    lora = random_lora(host64, 1)
+    site = next(name for name in lora.sites if name.startswith("unet"))
+    lora.sites[site].up[0, 0] = float("nan")
+    concepts = [
+        Concept(lora, None, "sks1", "cat"),
+        Concept(random_lora(host64, 2), None, "sks2", "cat"),
+    ]
+    calibration = Calibration(samples=2, timesteps=1, latents="noise", latent_size=4)
+    with pytest.raises(collector.IterisError, match="NaN"):
+        merge_loras(host64, concepts, calibration=calibration)
