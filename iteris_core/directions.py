@@ -24,7 +24,7 @@ _OTHERS = 8
 def directions_of(out: int, width: int, rank: int) -> int | None:
     """How many directions stand for all ``out`` at a site where ``rank`` of them are kept; None
     where all of them hardly cost more."""
-    count = rank + rank // 2 + 16
+    count = rank + rank // 4 + 16
     dear = out * width > _SMALL and 3 * count * (out + width) <= 2 * out * width
     return count if dear else None
 

@@ -118,9 +118,9 @@ def test_a_sample_of_few_tokens_gives_as_many_directions():
 
 
 def test_they_are_taken_where_they_spare_much():
-    assert directions_of(1280, 1280, 64) == 112
-    assert target_rows(1280, 1280, 64) == 120
-    assert directions_of(320, 320, 64) is None  # hardly fewer
+    assert directions_of(1280, 1280, 64) == 96
+    assert target_rows(1280, 1280, 64) == 104
+    assert directions_of(320, 320, 96) is None  # hardly fewer
     assert directions_of(128, 512, 16) is None  # small
     assert target_rows(128, 512, 16) == 128
 
