@@ -47,6 +47,15 @@ def statistics_bytes(
     return largest + (moments if at_once else 0)
 
 
+def changes_bytes(references: Mapping[str, Sequence[LowRank | None]]) -> int:
+    """What the merged changes take at most, float32 factors of Σ r_i."""
+    total = 0
+    for changes in references.values():
+        out, width = next(c.shape for c in changes if c is not None)
+        total += 4 * (out + width) * sum(c.rank for c in changes if c is not None)
+    return total
+
+
 def solve_bytes(out: int, width: int, rank: int, *, exact: bool, factors: bool) -> int:
     """What :func:`.solve.solve_site` takes beyond the moments, about (rank 8 to 32, two to ten
     LoRAs, widths 128 to 5120): M and what is made of the right side, which is of rank ``rank``

@@ -2,7 +2,8 @@
 
 Before a stage runs, its longest row runs under a :class:`..memory.MemoryMeter`. In a sweep every
 row waits at each site, with what it holds there (skip connections, states); the rows that run at
-once hold more, up to their peak; and the moments and the solve of the largest site come on top.
+once hold more, up to their peak; and the moments and the solve of the largest site come on top, and all
+merged changes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..hosts import Stage
 from ..lockstep import Lockstep, MicroBatch
 from ..memory import MemoryMeter, free_memory
 from ..shards import Shards
-from ..solve_memory import statistics_bytes
+from ..solve_memory import changes_bytes, statistics_bytes
 from ..visit import Visit
 from .batching import Batching
 from .registry import Task
@@ -75,7 +76,7 @@ def plan(
         sharing = task.shards.size if device.type == "cpu" else 1
         # All processes have to leave out the same rows.
         budget = task.shards.least(round((1 - _KEPT_FREE) * free_memory(device)) // sharing)
-    fixed = statistics_bytes(
+    fixed = changes_bytes(task.references) + statistics_bytes(
         task.references,
         {*stage.sites, *before},
         repairs=task.repairs,
