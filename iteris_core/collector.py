@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -108,7 +109,7 @@ class Collector:
         if not waiting or any(visit.group in self._groups for visit in waiting):
             return None
         out, width = self._shape(waiting[0])
-        tokens = sum(v.count(start, stop) for v in waiting for _, start, stop in v.spans)
+        tokens = sum(visit.count(0, visit.rows) for visit in waiting)
         if not rows_are_fewer(tokens, out, width):
             return None
         del self._waiting[site]
@@ -184,9 +185,13 @@ class Collector:
         count = directions_of(out, width, rank)
         if not self._full or count is None or waiting[0].choice is None:
             return None
-        rows = torch.tensor([sum(visit.rows for visit in waiting)])
-        self._shards.add_up([rows])
-        few = -(-_SAMPLE * count // int(rows))
+        # Of a row's tokens that may be chosen some are masked.
+        offered = sum(replace(visit, mask=None).count(0, visit.rows) for visit in waiting)
+        tokens = sum(visit.count(0, visit.rows) for visit in waiting)
+        sizes = torch.tensor([sum(visit.rows for visit in waiting), offered, tokens])
+        self._shards.add_up([sizes])
+        rows, offered, tokens = sizes.tolist()
+        few = math.ceil(_SAMPLE * count / rows * offered / max(tokens, 1))
         none = waiting[0].outputs.new_zeros(0, out, dtype=self._dtype)
         sample = [[none] for _ in changes]
         for visit in waiting:

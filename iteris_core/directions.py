@@ -45,6 +45,9 @@ def find_directions(
     to the order of tokens.
     """
     tokens = torch.cat([rows / max(len(rows), 1) ** 0.5 for rows in targets])
+    device = tokens.device
+    if device.type == "mps":  # it knows no QR
+        tokens = tokens.cpu()
     own = [change.up.to(tokens) for change in changes if change is not None]
     own = [up for up in own if bool(up.any())]
     found: list[Tensor] = []
@@ -54,8 +57,7 @@ def find_directions(
             tokens = tokens - (tokens @ found[0]) @ found[0].mT
         left = count - sum(part.shape[1] for part in found)
         if left > 0 and len(tokens):
-            gram = (tokens @ tokens.mT).to(_exact(tokens.device))
-            vectors, values = leading_eigenvectors(gram, left)
+            vectors, values = leading_eigenvectors((tokens @ tokens.mT).double(), left)
             vectors = vectors[:, :left][:, values[:left] > values[0] * 1e-12]
             found.append(tokens.mT @ vectors.to(tokens))
         used = sum(part.shape[1] for part in found)
@@ -63,8 +65,4 @@ def find_directions(
         generator = torch.Generator().manual_seed(0)
         others = torch.randn(out, min(_OTHERS, out - used), generator=generator)
         lengths = [part / part.norm(dim=0).clamp(min=1e-30) for part in (*found, others.to(tokens))]
-        return Directions(torch.linalg.qr(torch.cat(lengths, dim=1)).Q, used)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+        return Directions(torch.linalg.qr(torch.cat(lengths, dim=1)).Q.to(device), used)

@@ -17,6 +17,7 @@ from iteris_core.moments import (
     new_target,
 )
 from iteris_core.solve import solve_site
+from iteris_core.visit import TokenChoice, Visit
 
 OUT, WIDTH, RANK = 60, 40, 3
 CPU = torch.device("cpu")
@@ -161,6 +162,47 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(
         (dense[site].dense() - change.dense()).norm() > 1e-5 * change.dense().norm()
         for site, change in wanted.items()
     )
+
+
+def test_short_texts_are_sampled_where_they_have_tokens(monkeypatch):
+    """Of rows that are mostly padding as many tokens are drawn as of full ones."""
+    module = torch.nn.Linear(4, 70)
+    mask = torch.zeros(10, 40, dtype=torch.bool)
+    mask[:, :4] = True
+    outputs = torch.randn(20, 40, 70)
+    visit = Visit(
+        site="q",
+        module=module,
+        inputs=torch.randn(20, 40, 4),
+        outputs=outputs,
+        rows=10,
+        copies=2,
+        spans=[(0, 0, 5), (1, 5, 10)],
+        group=("", 0),
+        alive=set(),
+        call=0,
+        mask=mask,
+        choice=TokenChoice(range(10), None, 0),
+    )
+    found = []
+
+    def look(changes, targets, count):
+        found.extend(targets)
+        return find_directions(changes, targets, count)
+
+    monkeypatch.setattr(collector, "directions_of", lambda *_: 10)
+    monkeypatch.setattr(collector, "find_directions", look)
+    change = LowRank(torch.randn(70, 2), torch.randn(2, 4))
+    made = collector.Collector({"q": [change, change]}, full=True, sweep=True)
+    made.visit(visit)
+    moments = made.take("q")
+    assert sum(len(rows) for rows in found) >= 10
+    own = torch.cat([change.up, change.up], dim=1)
+    basis = moments.targets[0].directions.basis
+    assert (own - basis @ (basis.mT @ own)).norm() <= 1e-4 * own.norm()
+    wanted = (outputs[:5, :4] - outputs[10:15, :4]).flatten(0, 1)
+    energy = float(moments.targets[0].target_energy)
+    assert energy == pytest.approx(float(wanted.square().sum()), rel=1e-4)
 
 
 def test_nan_is_said_where_targets_are_in_directions(host64, monkeypatch):

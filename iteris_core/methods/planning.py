@@ -2,8 +2,8 @@
 
 Before a stage runs, its longest row runs under a :class:`..memory.MemoryMeter`. In a sweep every
 row waits at each site, with what it holds there (skip connections, states); the rows that run at
-once hold more, up to their peak; and the moments and the solve of the largest site come on top, and all
-merged changes.
+once hold more, up to their peak; and the moments and the solve of the largest site come on top, and
+all merged changes.
 """
 
 from __future__ import annotations
