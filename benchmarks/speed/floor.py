@@ -1,7 +1,7 @@
 """Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches.
 
-``python benchmarks/speed/floor.py [toybox|t5|sd15] [--rounds 5]`` runs the contenders in turn and
-prints the medians and ratios.
+``python benchmarks/speed/floor.py [toybox|t5|sd15|sd15-50] [--rounds 5]`` runs the contenders in turn
+and prints the medians and ratios.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
     "toybox": toybox,
     "t5": t5_base,
     "sd15": sd15,
+    "sd15-50": lambda: sd15(samples=50),  # as many as a merge has by default
 }
 
 

@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "solve, widest": lambda: solve.compare(ROUNDS, quick=False),
     "floor toybox": lambda: floor.compare("toybox", ROUNDS),
     "floor sd15": lambda: floor.compare("sd15", ROUNDS),
+    "floor sd15-50": lambda: floor.compare("sd15-50", ROUNDS),
     "floor t5": lambda: floor.compare("t5", ROUNDS),
     "schedules t5": lambda: schedules.compare("t5", ROUNDS),
     "schedules sd15": lambda: schedules.compare("sd15", ROUNDS),
@@ -42,7 +43,14 @@ PARTS: dict[str, Callable[[], Any]] = {
     "processes": lambda: processes.compare("toybox", ROUNDS),
 }
 NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
-SLOW = ("solve, widest", "floor sd15", "floor t5", "schedules t5", "schedules sd15")
+SLOW = (
+    "solve, widest",
+    "floor sd15",
+    "floor sd15-50",
+    "floor t5",
+    "schedules t5",
+    "schedules sd15",
+)
 
 
 def ratios(raw: dict[str, Any]) -> dict[str, float]:
