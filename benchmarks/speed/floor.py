@@ -1,7 +1,7 @@
 """Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches.
 
-``python benchmarks/speed/floor.py [toybox|t5|sd15|sd15-50] [--rounds 5]`` runs the contenders in turn
-and prints the medians and ratios.
+``python benchmarks/speed/floor.py [toybox|t5|sd15|sd15-50] [--rounds 5]`` runs the contenders in
+turn and prints the medians and ratios.
 """
 
 from __future__ import annotations
