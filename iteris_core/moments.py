@@ -57,10 +57,9 @@ class TargetMoments:
     """What belongs to one site and one concept.
 
     ``target`` is TᵀX̃, (out, in), for ``align="full"``, or, with ``directions`` D, DᵀTᵀX̃,
-    (k + q, in); ``down_gram`` is (X downᵀ)ᵀ(X downᵀ),
-    (rank, rank), for a concept that changes the site; ``target_energy`` is ‖T‖²_F of ``target``;
-    ``full_energy`` is ‖(W0 + ΔW_i) X_i‖²_F with the layer's bias included, for ``balance="full"``.
-    What is None is not collected.
+    (k + q, in); ``down_gram`` is (X downᵀ)ᵀ(X downᵀ), (rank, rank), for a concept that changes the
+    site; ``target_energy`` is ‖T‖²_F of the whole T; ``full_energy`` is ‖(W0 + ΔW_i) X_i‖²_F with
+    the layer's bias included, for ``balance="full"``. What is None is not collected.
     """
 
     target: Tensor | None

@@ -12,7 +12,8 @@ where ρ_i = α ‖X̃_iᵀX̃_i‖_F. The two objectives differ in the target T
 ``full``
     T_i is what LoRA i's layer gave minus what the base layer gives on the merged inputs; the ridge
     is ρ_i on both sides, so that it pulls toward ΔW_i. ΔW is dense, and is truncated in the metric
-    of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F.
+    of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F; where the targets come in a few :mod:`.directions` of the output,
+    all of that is within them.
 
 Where tokens are few a second pull, per feature, keeps the fit from following the sample: with
 ``shrink`` s the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and

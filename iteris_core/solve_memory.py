@@ -25,9 +25,9 @@ def statistics_bytes(
     """What the moments and the solve of ``sites`` take at most, in bytes.
 
     In a sweep that is the largest site's: X̃ᵀX̃ (and XᵀX̃ with ``cross``) and the targets for every
-    concept, and the solve. ``repairs`` are the sites that
-    are solved in the moments' precision, with the inputs that they are solved for (None: all).
-    ``at_once`` keeps the moments of all sites (Jacobi).
+    concept, and the solve. ``repairs`` are the sites that are solved in the moments' precision,
+    with the inputs that they are solved for (None: all). ``at_once`` keeps the moments of all sites
+    (Jacobi).
     """
     largest = moments = 0
     for site in sites:
