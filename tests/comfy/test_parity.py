@@ -44,6 +44,7 @@ class Sides:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
+        self.collector = module("iteris_core.collector")
         self.make_spec = module("nodes.concept_specs").make_spec
         self.host = module("iteris_core.hosts.diffusers").DiffusersHost
         self.calibration = self.core.Calibration(
@@ -83,13 +84,18 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert set(found) == set(wanted)
     errors = {s: float((found[s] - w).norm() / w.norm().clamp(min=1e-9)) for s, w in wanted.items()}
     # These take out drift, a small difference of two large streams that round on their own, more so
-    # with every layer of the text encoder; and the directions that targets are reduced to with it.
+    # with every layer of the text encoder.
     drift = ("fc2", "out_proj")
-    apart = {s: e for s, e in errors.items() if e >= (1e-2 if s.endswith(drift) else 5e-4)}
+    apart = {s: e for s, e in errors.items() if e >= (1e-3 if s.endswith(drift) else 1e-4)}
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 
-def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
+def test_sd15(
+    sides: Sides, thin: tuple[Any, Any], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all directions of the output: the principal ones of targets that hold little but drift, as
+    of random LoRAs, round with it. SDXL and FLUX below have theirs."""
+    monkeypatch.setattr(sides.collector, "directions_of", lambda *_: None)
     files = [models / "models" / "loras" / f"{name}.safetensors" for name in "ab"]
     found = sides.in_comfyui(*thin, files)
     assert len(found) == 62  # 28 of them repair
