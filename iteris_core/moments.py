@@ -69,6 +69,10 @@ class TargetMoments:
     dtype: torch.dtype
     directions: Directions | None = None
 
+    def within(self, up: Tensor) -> Tensor:
+        """``up``, (out, rank), as its parts in the rows of ``target``."""
+        return up if self.directions is None else self.directions.matrix.to(up).mT @ up
+
 
 @dataclass(frozen=True)
 class Factor:

@@ -40,14 +40,13 @@ from .errors import SolveError
 from .factor import NOT_FINITE, factorise, frobenius
 from .lora import LowRank, Rank, concatenate
 from .moments import (
-    Directions,
     Factor,
-    InputMoments,
     SharedInputs,
     TargetMoments,
     full_precision,
     pieces,
 )
+from .residuals import output_energy, residuals_of
 from .truncation import factorize, truncate
 
 Align = Literal["adapter", "full"]
@@ -124,7 +123,7 @@ def solve_site(
     before, after = (), ()
     if residuals:
         mean = mean_change(changes, weights, torch.float64)
-        before, after = _residuals(mean, solution.to(torch.float64), changes, inputs, targets)
+        before, after = residuals_of(mean, solution.to(torch.float64), changes, inputs, targets)
     share = sum(lambdas)
     return Solution(
         change, tuple(value / share for value in lambdas), before, after, condition, lost
@@ -154,7 +153,7 @@ def _solution(
     right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
     if factor.jitter:
         mean = mean_change(changes, weights, right.dtype)
-        right += factor.jitter * (_within(directions, mean.up) @ mean.down)
+        right += factor.jitter * (targets[0].within(mean.up) @ mean.down)
     like = next(c for c in changes if c is not None).to(torch.float64)
     search = targets[0].dtype
     if directions is None:
@@ -166,11 +165,6 @@ def _solution(
         right, rank, factor.cholesky, like=like, search=search, elsewhere=elsewhere
     )
     return LowRank(directions.basis.to(change.up) @ change.up, change.down, change.kernel), lost
-
-
-def _within(directions: Directions | None, up: Tensor) -> Tensor:
-    """``up``, (out, rank), as its parts in ``directions``."""
-    return up if directions is None else directions.matrix.to(up).mT @ up
 
 
 def finite_as(solution: LowRank, like: LowRank) -> LowRank:
@@ -230,24 +224,12 @@ def _gain_of_others(index: int, changes: Sequence[LowRank | None], own: Tensor) 
     """Eq. 8 for a concept without a change here: that of the others' changes on its inputs."""
     others = [c for i, c in enumerate(changes) if c is not None and i != index]
     norm = sum(change.squared_norm() for change in others)
-    energy = sum(_energy(change, own) for change in others)
+    energy = sum(output_energy(change, own) for change in others)
     return _inverse(norm, energy)
 
 
 def _inverse(norm: float, energy: float) -> float:
     return norm / energy if energy > 0 and norm > 0 else 1.0
-
-
-def _energy(change: LowRank, own: Tensor) -> float:
-    """‖X̃ ΔWᵀ‖²_F from r × r products."""
-    up, down = change.up.double(), change.down.double()
-    return float(((_times(down, own) @ down.mT) * (up.mT @ up)).sum())
-
-
-def _times(left: Tensor, moment: Tensor) -> Tensor:
-    """left · moment in the moment's dtype, which is as exact as it is; ``left``'s dtype out."""
-    with full_precision(moment.device):
-        return (left.to(moment) @ moment).to(left)
 
 
 def mean_change(
@@ -316,52 +298,6 @@ def _full_right_side(
             right[rows].add_(target.target[rows].to(right.device), alpha=value * shrink)
         if change is not None:
             pull = ridge * norm + (1 - shrink) * part.own.diagonal().to(right)
-            up = _within(target.directions, change.up.to(right))
+            up = target.within(change.up.to(right))
             right.addmm_(up, change.down.to(right) * pull, alpha=value)
     return right
-
-
-def _residuals(
-    mean: LowRank,
-    solution: LowRank,
-    changes: Sequence[LowRank | None],
-    inputs: SharedInputs,
-    targets: Sequence[TargetMoments],
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept with the mean and with the solution, from rank ×
-    rank products. Where T_i is zero, relative to what the other concepts' own changes would do
-    there."""
-    values: tuple[list[float], list[float]] = ([], [])
-    sizes = [mean.rank, solution.rank]
-    both = concatenate([mean, solution])  # the dear products, by (in, in), are made once for both
-    downs = both.down.split(sizes)
-    grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
-    for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
-        wanted, crossed = _wanted(both, change, part, target)
-        energy = wanted
-        if energy <= 0:
-            energy = sum(_energy(other, part.own) for other in changes if other is not None)
-        weighted = _times(both.down, part.own).split(sizes)
-        for rows, down, gram, cross, found in zip(
-            weighted, downs, grams, crossed.split(sizes), values, strict=True
-        ):
-            output = float(((rows @ down.mT) * gram).sum())
-            left = max(0.0, wanted - 2 * float(cross.sum()) + output)
-            found.append(math.sqrt(left / energy) if energy > 0 else 0.0)
-    return tuple(values[0]), tuple(values[1])
-
-
-def _wanted(
-    candidate: LowRank, change: LowRank | None, part: InputMoments, target: TargetMoments
-) -> tuple[float, Tensor]:
-    """‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
-    if target.target is not None:
-        # Both candidates lie within the directions.
-        crossed = _times(_within(target.directions, candidate.up).mT, target.target)
-        return float(target.target_energy), (crossed * candidate.down).sum(1)
-    if change is None or target.down_gram is None or part.cross is None:
-        return 0.0, candidate.down.new_zeros(candidate.rank)
-    up = change.up.double()
-    crossed = _times(change.down.double(), part.cross) @ candidate.down.mT
-    both = ((up.mT @ candidate.up) * crossed).sum(0)
-    return float((target.down_gram.to(up) * (up.mT @ up)).sum()), both

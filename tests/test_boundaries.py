@@ -21,6 +21,7 @@ LAYERS = (
         "directions",
         "lora_files",
         "factor",
+        "residuals",
         "solve",
         "solve_rows",
         "solve_memory",

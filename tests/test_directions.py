@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import random_lora
+from tiny import random_lora, two_concepts
 
 import iteris_core.collector as collector
 from iteris_core import Calibration, Concept, merge_loras
@@ -137,10 +137,7 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(
         counts.append(min(out, rank + 4))
         return counts[-1]
 
-    concepts = [
-        Concept(random_lora(host64, seed), trigger=f"sks{seed}", class_word="cat")
-        for seed in (1, 2)
-    ]
+    concepts = two_concepts(host64)
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
     def merge(micro_batch):

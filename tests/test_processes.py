@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import make_pipeline, random_lora
+from tiny import make_pipeline, random_lora, two_concepts
 
 import iteris_core.collector as collector
-from iteris_core import Calibration, Concept, merge_loras, write_lora
+from iteris_core import Calibration, merge_loras, write_lora
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.shards import ALONE, Shards
@@ -40,23 +40,20 @@ def merge_all(shards: Shards = ALONE) -> dict[str, dict[str, torch.Tensor]]:
     pipeline.unet.double()
     pipeline.text_encoder.double()
     host = DiffusersHost(pipeline)
-    concepts = [
-        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
-    ]
+    concepts = two_concepts(host)
     found = {}
     for name, settings in METHODS.items():
-        every = collector.directions_of
-        if name.endswith("directions"):
-            collector.directions_of = lambda out, width, rank: min(out, rank + 4)
-        result = merge_loras(
-            host,
-            concepts,
-            name.partition(",")[0],
-            settings=settings,
-            calibration=FEW if name.endswith("a concept each") else CALIBRATION,
-            shards=shards,
-        )
-        collector.directions_of = every
+        with pytest.MonkeyPatch.context() as patch:
+            if name.endswith("directions"):
+                patch.setattr(collector, "directions_of", lambda out, _, rank: min(out, rank + 4))
+            result = merge_loras(
+                host,
+                concepts,
+                name.partition(",")[0],
+                settings=settings,
+                calibration=FEW if name.endswith("a concept each") else CALIBRATION,
+                shards=shards,
+            )
         found[name] = {site: c.dense() for site, c in result.lora.sites.items()}
     return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import random_lora
+from tiny import two_concepts
 
 import iteris_core.collector as collector
-from iteris_core import Calibration, Concept, merge_loras
+from iteris_core import Calibration, merge_loras
 from iteris_core.errors import SolveError
 from iteris_core.lora import LowRank
 from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
@@ -106,10 +106,7 @@ def test_rows_are_kept_where_they_are_few():
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
 @pytest.mark.parametrize("focus", [0.0, 0.5])
 def test_a_merge_by_rows_is_the_merge_by_moments(host64, monkeypatch, micro_batch, focus):
-    concepts = [
-        Concept(random_lora(host64, seed), trigger=f"sks{seed}", class_word="cat")
-        for seed in (1, 2)
-    ]
+    concepts = two_concepts(host64)
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
     used = []
 

@@ -6,7 +6,7 @@ import string
 
 import torch
 
-from iteris_core import Lora, LowRank
+from iteris_core import Concept, Lora, LowRank
 
 LETTERS = string.ascii_lowercase + string.digits
 
@@ -111,3 +111,9 @@ def random_lora(host, seed: int, rank: int = 4, select=is_attention, size: float
             scale = size / (weight[0].numel() * rank) ** 0.5
             sites[site] = LowRank(up.to(weight.dtype), (down * scale).to(weight.dtype), kernel)
     return Lora(sites, f"lora-{seed}")
+
+
+def two_concepts(host) -> list[Concept]:
+    return [
+        Concept(random_lora(host, seed), trigger=f"sks{seed}", class_word="cat") for seed in (1, 2)
+    ]
