@@ -18,9 +18,9 @@ from torch import Tensor
 
 import toybox
 from iteris_core import Concept, merge_loras
+from iteris_core.activations.tokens import input_tokens
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
-from iteris_core.truncation import truncate
-from iteris_core.visit import input_tokens
+from iteris_core.linalg.lowrank import truncate
 from toybox.demo import TEMPLATES
 
 RANKS = (1, 2, 4, 6, 8, 12)

@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 import torch
 
-from .calibration import Calibration, Concept
+from .activations.processes import ALONE, Shards
+from .concepts import Calibration, Concept
 from .errors import IterisError, MergeCancelled, SettingsError
-from .hosts import Host
+from .hosts.protocol import Host
 from .lora import Lora, LowRank
 from .lora_files import Layout, write_lora
-from .methods import Task, find_method
-from .provenance import join_embeddings, merge_metadata, notes_of
-from .report import MergeReport
-from .shards import ALONE, Shards
+from .methods import find_method
+from .passes.job import Job
+from .report.provenance import join_embeddings, merge_metadata, notes_of
+from .report.report import MergeReport
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
@@ -91,7 +92,7 @@ def merge_loras(
         if on_progress is not None:
             on_progress(what, done, total)
 
-    task = Task(
+    job = Job(
         host,
         concepts,
         references,
@@ -101,7 +102,7 @@ def merge_loras(
         shards=shards,
         memory_budget=memory_budget,
     )
-    merged = chosen.merge(task, settings)
+    merged = chosen.merge(job, settings)
     names = [concept.name for concept in concepts]
     report = MergeReport(
         method=method,
@@ -111,9 +112,9 @@ def merge_loras(
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
         notes=_notes(concepts),
-        rows=task.rows,
-        plan=task.plan,
-        convergence=task.convergence,
+        rows=job.rows,
+        plan=job.plan,
+        convergence=job.convergence,
     )
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     embeddings, _ = join_embeddings(loras)

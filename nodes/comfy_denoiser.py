@@ -20,9 +20,9 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ..iteris_core.calibration import Calibration
-from ..iteris_core.hosts import Tick
-from ..iteris_core.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.hosts.protocol import Tick
 from .comfy_text import Conditioning
 
 _LATENT_SIDE = 64

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..iteris_core.calibration import Calibration, Concept, concept_prompts
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.concepts import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts import Stage, Tick
+from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.streams import unet_streams
 from ..iteris_core.hosts.transformers_streams import transformer_streams
-from ..iteris_core.lockstep import Lockstep, MicroBatch
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.solve_memory import statistics_bytes
+from ..iteris_core.solve.memory import statistics_bytes
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_text import Conditioning, TextEncoders

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ..iteris_core.bases import Base, describe_base
 from ..iteris_core.errors import IterisError, LoraFileError
+from ..iteris_core.linalg.lowrank import extract
 from ..iteris_core.lora import Lora, LowRank, concatenate
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.dora import fold_magnitude
 from ..iteris_core.lora_files.embeddings import split_embeddings
 from ..iteris_core.lora_files.rebuild import Rebuilt, rebuild
 from ..iteris_core.lora_files.tensors import file_digest, read_tensors
-from ..iteris_core.truncation import extract
 from .peft_parts import as_comfyui_names_them
 
 _PARTS = {

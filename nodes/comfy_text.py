@@ -16,8 +16,8 @@ import comfy.sd1_clip
 import torch
 from torch import Tensor, nn
 
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lockstep import Lockstep, MicroBatch
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from ..iteris_core.calibration import Concept
+from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files.metadata import trigger_words

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..iteris_core.calibration import Concept
+from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora, LowRank
-from ..iteris_core.report import block_of
+from ..iteris_core.report.report import block_of
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..iteris_core.linalg.lowrank import at_rank as change_at_rank
 from ..iteris_core.lora import LowRank
 from ..iteris_core.lora_files.saving import content_hash
-from ..iteris_core.provenance import with_cut
-from ..iteris_core.truncation import at_rank as change_at_rank
+from ..iteris_core.report.provenance import with_cut
 
 _UP, _DOWN = ".lora_up.weight", ".lora_down.weight"
 

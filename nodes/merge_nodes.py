@@ -9,12 +9,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.calibration import Calibration
+from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.saving import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.report_plots import plot_residuals
+from ..iteris_core.report.plots import plot_residuals
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import show_text

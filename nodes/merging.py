@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..iteris_core.calibration import Calibration
+from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
-from ..iteris_core.provenance import is_ordered
+from ..iteris_core.report.provenance import is_ordered
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec, read_metadata

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
-from iteris_core.hosts import Stage
+from iteris_core.hosts.protocol import Stage
 
 
 class Net(nn.Module):

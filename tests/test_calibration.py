@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
-from iteris_core.calibration import TEMPLATES, concept_prompts
+from iteris_core.concepts import TEMPLATES, concept_prompts
 
 
 def prompts(concept, **kwargs):

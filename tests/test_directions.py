@@ -6,18 +6,13 @@ import pytest
 import torch
 from tiny import random_lora, two_concepts
 
-import iteris_core.collector as collector
+import iteris_core.activations.collect as collector
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.directions import directions_of, find_directions, target_rows
+from iteris_core.activations.tokens import TokenChoice, Visit
 from iteris_core.lora import LowRank
-from iteris_core.moments import (
-    InputMoments,
-    SharedInputs,
-    add_target_rows,
-    new_target,
-)
-from iteris_core.solve import solve_site
-from iteris_core.visit import TokenChoice, Visit
+from iteris_core.solve.directions import directions_of, find_directions, target_rows
+from iteris_core.solve.moments import InputMoments, SharedInputs, add_target_rows, new_target
+from iteris_core.solve.site import solve_site
 
 OUT, WIDTH, RANK = 60, 40, 3
 CPU = torch.device("cpu")

@@ -56,7 +56,7 @@ def test_float32_statistics_agree_with_the_converged_iteration():
 @pytest.mark.parametrize("align", ["adapter", "full"])
 def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
     """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
-    from iteris_core.moments import (
+    from iteris_core.solve.moments import (
         add_inputs,
         add_target_rows,
         full_precision,

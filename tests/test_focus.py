@@ -10,10 +10,10 @@ from test_diffusers_host import CALIBRATION, PROMPTS, difference
 from tiny import is_attention, random_lora
 
 from iteris_core import Concept, merge_loras
-from iteris_core.collector import Collector
-from iteris_core.focus import Focus
-from iteris_core.methods.batching import Batching, micro_batches
-from iteris_core.methods.registry import Task
+from iteris_core.activations.collect import Collector
+from iteris_core.activations.saliency import Focus
+from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.job import Job
 
 FOCUS = 0.7
 
@@ -66,7 +66,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         if is_attention(site)
     }
     generator = torch.Generator().manual_seed(0)
-    task = Task(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
+    task = Job(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
     acting = set(references) & set(host64.streams(set(references)))
     assert acting
     collector = Collector(references, full=True, dtype=torch.float64, acting=acting)

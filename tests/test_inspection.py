@@ -11,8 +11,8 @@ from bases import make_lora, tiny_base
 
 from iteris_core import Lora, LowRank, cli, write_lora
 from iteris_core.hosts.known_bases import guess_base, known_base
-from iteris_core.inspection import block_norms, describe, interference, site_interference
-from iteris_core.report import block_of
+from iteris_core.report.inspection import block_norms, describe, interference, site_interference
+from iteris_core.report.report import block_of
 
 
 def draw(seed, out=12, fan=9, rank=3):

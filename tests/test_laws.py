@@ -19,7 +19,7 @@ from oracle import (
 from small_merge import merge
 
 from iteris_core import Concept, merge_loras
-from iteris_core.collector import Collector
+from iteris_core.activations.collect import Collector
 from iteris_core.methods import iteris as iteris_method
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import truncated
 
 from iteris_core.errors import IterisError
+from iteris_core.linalg.lowrank import factorize, truncate
 from iteris_core.lora import LowRank, concatenate
-from iteris_core.truncation import factorize, truncate
 
 sizes = st.integers(1, 9)
 

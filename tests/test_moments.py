@@ -7,11 +7,12 @@ import torch
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.factor import factorise
-from iteris_core.hosts import Stage
+from iteris_core.activations.tokens import TokenChoice
+from iteris_core.hosts.protocol import Stage
+from iteris_core.solve.factor import factorise
 from iteris_core.lora import LowRank
-from iteris_core.methods.batching import LEAST, PER_INPUT, Batching, micro_batches
-from iteris_core.moments import (
+from iteris_core.passes.batches import LEAST, PER_INPUT, Batching, micro_batches
+from iteris_core.solve.moments import (
     InputMoments,
     SharedInputs,
     TargetMoments,
@@ -19,8 +20,7 @@ from iteris_core.moments import (
     complete,
     new_inputs,
 )
-from iteris_core.solve import solve_site
-from iteris_core.visit import TokenChoice
+from iteris_core.solve.site import solve_site
 
 
 @pytest.mark.parametrize("width", [5, 128, 129, 300, 400])

@@ -7,15 +7,15 @@ import torch
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations.meter import MemoryMeter, free_memory
+from iteris_core.activations.processes import ALONE, Shards
 from iteris_core.errors import IterisError
-from iteris_core.hosts import Stage
+from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank
-from iteris_core.memory import MemoryMeter, free_memory
-from iteris_core.methods.planning import RowCost, measure_row, plan_stage
-from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.shards import ALONE, Shards
-from iteris_core.solve import solve_site
-from iteris_core.solve_memory import solve_bytes, statistics_bytes
+from iteris_core.passes.budget import RowCost, measure_row, plan_stage
+from iteris_core.solve.memory import solve_bytes, statistics_bytes
+from iteris_core.solve.moments import InputMoments, SharedInputs, TargetMoments
+from iteris_core.solve.site import solve_site
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20

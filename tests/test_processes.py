@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import make_pipeline, random_lora, two_concepts
 
-import iteris_core.collector as collector
+import iteris_core.activations.collect as collector
 from iteris_core import Calibration, merge_loras, write_lora
+from iteris_core.activations.processes import ALONE, Shards
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.shards import ALONE, Shards
 
 CALIBRATION = Calibration(samples=5, timesteps=2, denoising_steps=4)
 METHODS = {

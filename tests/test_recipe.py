@@ -17,7 +17,7 @@ from iteris_core.cli.recipe import rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
-from iteris_core.provenance import with_cut
+from iteris_core.report.provenance import with_cut
 
 
 def metadata_of(path):

@@ -6,8 +6,8 @@ import pytest
 from oracle import ModuleHost, Net, make_data, make_lora
 
 from iteris_core import Concept, IterisError, merge_loras
-from iteris_core.report import MergeReport, SiteReport, block_of
-from iteris_core.report_plots import plot_convergence, plot_residuals
+from iteris_core.report.plots import plot_convergence, plot_residuals
+from iteris_core.report.report import MergeReport, SiteReport, block_of
 
 
 @pytest.mark.parametrize(

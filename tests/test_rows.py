@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import two_concepts
 
-import iteris_core.collector as collector
+import iteris_core.activations.collect as collector
 from iteris_core import Calibration, merge_loras
 from iteris_core.errors import SolveError
 from iteris_core.lora import LowRank
-from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.solve import solve_site
-from iteris_core.solve_rows import SiteRows, rows_are_fewer, solve_rows
+from iteris_core.solve.moments import InputMoments, SharedInputs, TargetMoments
+from iteris_core.solve.rows import SiteRows, rows_are_fewer, solve_rows
+from iteris_core.solve.site import solve_site
 
 OUT, WIDTH = 24, 60
 SETTINGS = {"balance": "tokens", "ridge": 1e-3}

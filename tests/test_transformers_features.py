@@ -25,8 +25,8 @@ from language_bases import (
 from peft import PeftModel
 
 from iteris_core import Concept, merge_loras
+from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.lockstep import Lockstep
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -53,10 +53,10 @@ def linear_inputs(model, batch, sites):
 @pytest.mark.parametrize("make", [make_t5, make_llama, make_gpt2, make_blip])
 def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
-    from iteris_core.collector import Collector
-    from iteris_core.methods import Task
-    from iteris_core.methods.batching import Batching
-    from iteris_core.methods.passes import reference_pass
+    from iteris_core.activations.collect import Collector
+    from iteris_core.passes.batches import Batching
+    from iteris_core.passes.job import Job
+    from iteris_core.passes.loops import reference_pass
 
     torch.manual_seed(0)
     model, targets = make()
@@ -71,7 +71,7 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     references = {
         site: [concept.lora.sites[site] for concept in concepts] for site in concepts[0].lora.sites
     }
-    task = Task(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
+    task = Job(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
     collector = Collector(references, full=True)
     reference_pass(task, collector, Batching(8))
     moments = {site: collector.take(site) for site in collector.sites}

@@ -16,9 +16,8 @@ import torch
 from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 
 from iteris_core import Calibration, merge_loras
-from iteris_core.collector import Collector
+from iteris_core.activations.collect import Collector
 from iteris_core.methods import iteris
-from iteris_core.methods.registry import Task
 
 
 def shares(merge: Callable[[], Any]) -> dict[str, float]:
@@ -35,16 +34,16 @@ def shares(merge: Callable[[], Any]) -> dict[str, float]:
 
         return call
 
-    kept = Collector.visit, Collector.take, iteris.solve_site, Task.samples
+    kept = Collector.visit, Collector.take, iteris.solve_site, Job.samples
     Collector.visit = timed("moments", kept[0])
     Collector.take = timed("moments", kept[1])
     iteris.solve_site = timed("solves", kept[2])
-    Task.samples = timed("samples", kept[3])
+    Job.samples = timed("samples", kept[3])
     started = time.perf_counter()
     try:
         merge()
     finally:
-        Collector.visit, Collector.take, iteris.solve_site, Task.samples = kept
+        Collector.visit, Collector.take, iteris.solve_site, Job.samples = kept
     total = time.perf_counter() - started
     seconds["forward"] = total - sum(seconds.values())
     return {**seconds, "total": total}

@@ -19,7 +19,7 @@ from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 from torch import distributed, multiprocessing
 
 from iteris_core import Calibration, merge_loras
-from iteris_core.shards import Shards
+from iteris_core.activations.processes import Shards
 
 
 def work(rank: int, size: int, folder: str, model: str, rounds: int) -> None:

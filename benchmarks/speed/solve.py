@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iteris_core.activations.meter import MemoryMeter
 from iteris_core.lora import LowRank
-from iteris_core.memory import MemoryMeter
-from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.solve import solve_site
+from iteris_core.solve.moments import InputMoments, SharedInputs, TargetMoments
+from iteris_core.solve.site import solve_site
 
 RANK = 32
 SHAPES = {

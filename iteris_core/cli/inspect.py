@@ -14,10 +14,10 @@ from rich.table import Table
 
 from ..bases import Base
 from ..errors import IterisError
-from ..inspection import Interference, LoraFacts, describe, interference, to_dict
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_lora_file, read_tensors
 from ..lora_files.layouts import dtypes_of, kinds_of, layouts_of
+from ..report.inspection import Interference, LoraFacts, describe, interference, to_dict
 from .common import load_base
 
 
@@ -38,7 +38,7 @@ def inspect(
     facts = [fact for _, fact in found]
     pairs = [interference(one, two) for one, two in combinations(loras, 2)]
     if plot is not None:
-        from ..report_plots import plot_interference
+        from ..report.plots import plot_interference
 
         plot_interference([fact.name for fact in facts], pairs).savefig(plot)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..calibration import TEMPLATES, Calibration, Concept
+from ..concepts import TEMPLATES, Calibration, Concept
 from ..errors import IterisError
 from ..lora_files import ReadOptions, check_target
 from ..merge import MergeResult, merge_loras
@@ -16,14 +16,7 @@ from ..methods import all_methods, find_method
 from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
 from .merge_model import is_model, merge_model
 from .processes import processes
-from .recipe import (
-    calibration_of,
-    concepts_of,
-    cut_again,
-    read_concepts,
-    read_recipe,
-    settings_of,
-)
+from .recipe import calibration_of, concepts_of, cut_again, read_concepts, read_recipe, settings_of
 
 
 def merge(
@@ -177,7 +170,7 @@ def merge(
         result = cut_again(recipe, result)
     path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
     if plot is not None:
-        from ..report_plots import plot_residuals
+        from ..report.plots import plot_residuals
 
         plot_residuals(result.report).savefig(plot)
     _report(result, path, as_json)

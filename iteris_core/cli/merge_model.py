@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..calibration import Calibration, Concept
+from ..concepts import Calibration, Concept
 from ..errors import IterisError, brief
 from ..merge import MergeResult, merge_loras
 from .common import progress_bars, read_lines

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..shards import ALONE, Shards
+from ..activations.processes import ALONE, Shards
 from .common import best_device
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..calibration import Calibration, Concept
+from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..hosts import Host
+from ..hosts.protocol import Host
+from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
 from ..lora_files.metadata import parse_object, trigger_words
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
-from ..provenance import with_cut
-from ..truncation import at_rank
+from ..report.provenance import with_cut
 from .common import ConceptOption
 
 

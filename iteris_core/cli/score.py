@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration import TEMPLATES, Calibration, Concept
+from ..concepts import TEMPLATES, Calibration, Concept
 from ..errors import IterisError
 from ..methods import all_methods, find_method
 from .common import best_device, load_base, parse_concept, progress_bars, read_lines

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, Concept, concept_prompts
-from ..lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..concepts import Calibration, Concept, concept_prompts
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from . import Stage, Tick
 from .checks import check_eval, check_model
 from .diffusers_families import Conditioning, family_of
 from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
+from .protocol import Stage, Tick
 from .streams import unet_streams
 from .transformers_streams import transformer_streams
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, Concept
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from . import Stage, Tick
 from .checks import check_eval, check_model
 from .peft_folder import read_adapter
+from .protocol import Stage, Tick
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 from .transformers_streams import transformer_streams
 

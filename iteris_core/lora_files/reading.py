@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..bases import Base
 from ..errors import IterisError, LoraFileError, SettingsError
+from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank
-from ..truncation import extract
 from .configs import adapter_configs, configured_scale
 from .dora import fold_magnitude
 from .embeddings import split_embeddings

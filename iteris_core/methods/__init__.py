@@ -1,10 +1,11 @@
 """Merge methods, one file each, registered by a decorator.
 
 To add one, write a file like :mod:`.linear` and name it in the import below. A method is a function
-``(task, settings) -> {site: (change, report)}``; ``settings`` is a frozen dataclass that is
+``(job, settings) -> {site: (change, report)}``; ``settings`` is a frozen dataclass that is
 declared once and read by the library, the command line and the nodes.
 """
 
+from ..passes.job import Job
 from . import (
     custom_diffusion,
     dare,
@@ -17,11 +18,11 @@ from . import (
     ssr,
     ties,
 )
-from .registry import Method, Task, all_methods, find_method
+from .registry import Method, all_methods, find_method
 
 __all__ = [
+    "Job",
     "Method",
-    "Task",
     "all_methods",
     "custom_diffusion",
     "dare",

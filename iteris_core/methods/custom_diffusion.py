@@ -17,15 +17,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibration import Concept
+from ..activations.tokens import Visit
+from ..concepts import Concept
 from ..errors import IterisError, SettingsError
+from ..linalg.lowrank import factorize
 from ..lora import LowRank
-from ..report import SiteReport
-from ..truncation import factorize
-from ..visit import Visit
-from .batching import Batching, micro_batches
+from ..passes.batches import Batching, micro_batches
+from ..passes.job import Job
+from ..report.report import SiteReport
 from .linear import LinearSettings, average
-from .registry import Merged, Task, method
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,32 @@ class CustomDiffusionSettings:
 
 
 @method("custom-diffusion", CustomDiffusionSettings, needs_host=True)
-def custom_diffusion(task: Task, settings: CustomDiffusionSettings) -> Merged:
+def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
     """Constrained least squares on cross-attention keys and values (CVPR 2023)."""
-    assert task.host is not None
-    targets = [site for site in task.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert job.host is not None
+    targets = [site for site in job.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
     if not targets:
         raise IterisError(
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )
-    merged = dict(average(task, LinearSettings()))
+    merged = dict(average(job, LinearSettings()))
     features = _Features()
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
-        for concept in task.concepts
+        for concept in job.concepts
     ]
-    counts = task.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
-    rows = _collect(task, subjects, targets, features, settings.micro_batch)
+    counts = job.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
+    rows = _collect(job, subjects, targets, features, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     target_tokens = {
         site: [part[0, 1:count] for part, count in zip(parts, counts, strict=True)]
         for site, parts in rows.items()
     }
-    rows = _collect(task, task.concepts, targets, features, settings.micro_batch)
+    rows = _collect(job, job.concepts, targets, features, settings.micro_batch)
     captions = {site: [part.flatten(0, 1) for part in parts] for site, parts in rows.items()}
     for site in targets:
-        changes = task.references[site]
+        changes = job.references[site]
         dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
         present = [change for change in changes if change is not None]
         rank = min(sum(len(t) for t in target_tokens[site]), *present[0].shape)
@@ -115,26 +116,26 @@ class _Features:
 
 
 def _collect(
-    task: Task, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
+    job: Job, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
 ) -> dict[str, list[Tensor]]:
     """What reaches ``sites`` on the concepts' prompts, (prompts, tokens, in) for each concept."""
-    assert task.host is not None
+    assert job.host is not None
     features.found = {}
-    wanted = set(sites) | {site for site in task.references if site.startswith("text_encoder")}
-    with task.lockstep() as lockstep:
-        samples = task.host.samples(
+    wanted = set(sites) | {site for site in job.references if site.startswith("text_encoder")}
+    with job.lockstep() as lockstep:
+        samples = job.host.samples(
             concepts,
             wanted,
-            replace(task.calibration, empty_share=0.0),
+            replace(job.calibration, empty_share=0.0),
             lockstep,
-            task.generator,
-            task.tick,
+            job.generator,
+            job.tick,
         )
-        for stage in task.host.stages(samples, wanted):
-            task.rows = max(task.rows, len(stage.owners))
+        for stage in job.host.stages(samples, wanted):
+            job.rows = max(job.rows, len(stage.owners))
             for batch in micro_batches(stage, 1, features, Batching(size)):
                 lockstep.run(batch)
     return {
-        site: [torch.cat(features.found[site][concept]) for concept in range(len(task.concepts))]
+        site: [torch.cat(features.found[site][concept]) for concept in range(len(job.concepts))]
         for site in sites
     }

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..lora import Rank, check_rank
+from ..passes.job import Job
 from .dense import merge_dense
-from .registry import Merged, Task, method
+from .registry import Merged, method
 from .ties import check_density, disjoint_mean
 
 
@@ -29,24 +30,24 @@ class DareSettings:
 
 
 @method("dare-linear", DareSettings, needs_host=False)
-def dare_linear(task: Task, settings: DareSettings) -> Merged:
+def dare_linear(job: Job, settings: DareSettings) -> Merged:
     """Drop entries at random, rescale, add up (DARE, ICML 2024)."""
 
     def merge(changes: Sequence[Tensor]) -> Tensor:
-        return settings.scale * _dropped(changes, settings.density, task.generator).sum(dim=0)
+        return settings.scale * _dropped(changes, settings.density, job.generator).sum(dim=0)
 
-    return merge_dense(task, settings.rank, merge)
+    return merge_dense(job, settings.rank, merge)
 
 
 @method("dare-ties", DareSettings, needs_host=False)
-def dare_ties(task: Task, settings: DareSettings) -> Merged:
+def dare_ties(job: Job, settings: DareSettings) -> Merged:
     """Drop entries at random, rescale, then elect signs as TIES does (DARE, ICML 2024)."""
 
     def merge(changes: Sequence[Tensor]) -> Tensor:
-        dropped = _dropped(changes, settings.density, task.generator)
+        dropped = _dropped(changes, settings.density, job.generator)
         return settings.scale * disjoint_mean(dropped)
 
-    return merge_dense(task, settings.rank, merge)
+    return merge_dense(job, settings.rank, merge)
 
 
 def _dropped(changes: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:

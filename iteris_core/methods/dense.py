@@ -6,27 +6,26 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from ..linalg.lowrank import factorize, truncate
 from ..lora import LowRank, Rank
-from ..report import SiteReport
-from ..truncation import factorize, truncate
-from .registry import Merged, Task
+from ..passes.job import Job
+from ..report.report import SiteReport
+from .registry import Merged
 
 
-def merge_dense(
-    task: Task, rank: Rank | None, merge: Callable[[Sequence[Tensor]], Tensor]
-) -> Merged:
+def merge_dense(job: Job, rank: Rank | None, merge: Callable[[Sequence[Tensor]], Tensor]) -> Merged:
     """Apply ``merge`` to the dense changes of each site, (out, in), float64, and cut by SVD.
 
     The result of ``merge`` is of full rank in general; ``rank=None`` keeps Σ r_i, and the report
     has the share of energy that is lost.
     """
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
+    for site, changes in job.references.items():
         present = [change for change in changes if change is not None]
         dense = merge(
             [
                 change.up.double() @ change.down.double() * weight
-                for change, weight in zip(changes, task.weights, strict=True)
+                for change, weight in zip(changes, job.weights, strict=True)
                 if change is not None
             ]
         )
@@ -37,5 +36,5 @@ def merge_dense(
             change, more = truncate(change, rank)
             lost = 1 - (1 - lost) * (1 - more)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
-        task.tick("merging sites", len(merged), len(task.references))
+        job.tick("merging sites", len(merged), len(job.references))
     return merged

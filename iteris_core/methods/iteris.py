@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 import torch
 
-from ..collector import Collector, SiteMoments
+from ..activations.collect import Collector, SiteMoments
 from ..errors import IterisError, SettingsError, SolveError
 from ..lora import LowRank, Rank, check_rank, concatenate
-from ..report import SiteReport
-from ..solve import Align, Balance, Solution, solve_site
-from ..solve_rows import SiteRows, solve_rows
-from .batching import Batching, micro_batches
-from .passes import sweep_pass
-from .planning import plan
+from ..passes.batches import Batching, micro_batches
+from ..passes.budget import plan
+from ..passes.job import Job
+from ..passes.loops import sweep_pass
+from ..report.report import SiteReport
+from ..solve.rows import SiteRows, solve_rows
+from ..solve.site import Align, Balance, Solution, solve_site
 from .polish import polish
-from .registry import Merged, Task, method
+from .registry import Merged, method
 from .repair import add_repairs, at_all_inputs, at_inputs
 
 _RIDGE = 1e-6
@@ -98,34 +99,34 @@ class IterisSettings:
 
 
 @method("iteris", IterisSettings, needs_host=True)
-def iteris(task: Task, settings: IterisSettings) -> Merged:
+def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.align == "full":
-        add_repairs(task, settings.repair_inputs)
-    run = _Run(task, settings)
+        add_repairs(job, settings.repair_inputs)
+    run = _Run(job, settings)
     if settings.schedule == "sweep":
-        sweep_pass(task, run.visitor_and_solve, run.batching)
+        sweep_pass(job, run.visitor_and_solve, run.batching)
     else:
         run.jacobi()
-    check_complete(task, run.solutions)
+    check_complete(job, run.solutions)
     changes = {site: solution.change for site, solution in run.solutions.items()}
     if settings.polish_steps:
         changes = polish(
-            task,
+            job,
             changes,
             steps=settings.polish_steps,
             rate=settings.polish_rate,
             batch=settings.micro_batch,
         )
     return {
-        site: (changes[site], site_report(solution, repair=site in task.repairs))
+        site: (changes[site], site_report(solution, repair=site in job.repairs))
         for site, solution in run.solutions.items()
     }
 
 
-def check_complete(task: Task, solved: Mapping[str, object]) -> None:
+def check_complete(job: Job, solved: Mapping[str, object]) -> None:
     """Raise :class:`IterisError` if a forward never reached a site."""
-    missed = set(task.references) - set(solved)
+    missed = set(job.references) - set(solved)
     if missed:
         raise IterisError(
             f"{len(missed)} sites were never reached by a forward, such as {min(missed)}; "
@@ -146,23 +147,23 @@ def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
 
 
 class _Run:
-    def __init__(self, task: Task, settings: IterisSettings) -> None:
-        self.task = task
+    def __init__(self, job: Job, settings: IterisSettings) -> None:
+        self.job = job
         self.settings = settings
         focus = settings.focus
         if focus is None:
-            focus = max(0.0, 1 - 2 / len(task.concepts))
+            focus = max(0.0, 1 - 2 / len(job.concepts))
         self.acting: Set[str] = set()
         if focus:
-            assert task.host is not None
-            own = set(task.references) - set(task.repairs)
-            self.acting = own & set(task.host.streams(own))
-        few = max(1.0, _ENOUGH / task.calibration.samples)
+            assert job.host is not None
+            own = set(job.references) - set(job.repairs)
+            self.acting = own & set(job.host.streams(own))
+        few = max(1.0, _ENOUGH / job.calibration.samples)
         self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
         self.batching = Batching(
             settings.micro_batch,
             settings.row_tokens or "enough",
-            task.calibration.seed,
+            job.calibration.seed,
             focus=focus,
             cross=settings.align != "full",
             itemsize=4 if settings.statistics == "float32" else 8,
@@ -181,56 +182,56 @@ class _Run:
         return collector, solve
 
     def jacobi(self) -> None:
-        task, host, iterations = self.task, self.task.host, self.settings.iterations
+        job, host, iterations = self.job, self.job.host, self.settings.iterations
         assert host is not None
-        wanted = set(task.references)
-        with task.lockstep() as lockstep:
-            samples = task.samples(lockstep)
+        wanted = set(job.references)
+        with job.lockstep() as lockstep:
+            samples = job.samples(lockstep)
             fitted: dict[str, Batching] = {}
             for iteration in range(iterations):
                 # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
                 copies = 1 if iteration == 0 else 2
                 solved: dict[str, Solution] = {}
-                task.tick("iterations", iteration, iterations)
+                job.tick("iterations", iteration, iterations)
                 for stage in host.stages(samples, wanted):
-                    task.rows = max(task.rows, len(stage.owners))
+                    job.rows = max(job.rows, len(stage.owners))
                     if stage.name not in fitted:
                         _, fitted[stage.name] = plan(
-                            task, stage, lockstep, self.batching, copies=2, sweep=False
+                            job, stage, lockstep, self.batching, copies=2, sweep=False
                         )
                     collector = self._collector()
                     for batch in micro_batches(
-                        stage, copies, collector, fitted[stage.name], task.shards
+                        stage, copies, collector, fitted[stage.name], job.shards
                     ):
                         lockstep.run(batch)
-                        task.tick("iterations", iteration, iterations)
+                        job.tick("iterations", iteration, iterations)
                     for site in collector.sites:
                         solved[site] = self._solve(site, collector.take(site))
                 if iteration:
-                    task.convergence.append(_largest_change(self.solutions, solved))
+                    job.convergence.append(_largest_change(self.solutions, solved))
                 self.solutions = solved
                 lockstep.merged = {site: s.change for site, s in solved.items()}
-            task.tick("iterations", iterations, iterations)
+            job.tick("iterations", iterations, iterations)
 
     def _collector(self, *, sweep: bool = False) -> Collector:
         rank = self.settings.rank
         return Collector(
-            self.task.references,
+            self.job.references,
             full=self.settings.align == "full",
             balance=self.settings.balance,
             dtype=getattr(torch, self.settings.statistics),
-            shards=self.task.shards,
+            shards=self.job.shards,
             acting=self.acting,
-            inputs={s: some for s, some in self.task.repairs.items() if some is not None},
+            inputs={s: some for s, some in self.job.repairs.items() if some is not None},
             sweep=sweep,
             rank=rank if isinstance(rank, int) else None,
             keep_rows=self.ridge > 0 and self.settings.shrink == 1,
         )
 
     def _solve(self, site: str, found: SiteMoments | SiteRows) -> Solution:
-        settings, repair = self.settings, site in self.task.repairs
-        changes = self.task.references[site]
-        inputs = self.task.repairs.get(site)
+        settings, repair = self.settings, site in self.job.repairs
+        changes = self.job.references[site]
+        inputs = self.job.repairs.get(site)
         if inputs is not None:
             changes = at_inputs(changes, inputs)
         common: dict[str, Any] = {
@@ -242,13 +243,13 @@ class _Run:
         }
         try:
             if isinstance(found, SiteRows):
-                solution = solve_rows(changes, found, self.task.weights, **common)
+                solution = solve_rows(changes, found, self.job.weights, **common)
             else:
                 solution = solve_site(
                     changes,
                     found.shared,
                     found.targets,
-                    self.task.weights,
+                    self.job.weights,
                     align=settings.align,
                     shrink=settings.shrink,
                     **common,
@@ -257,7 +258,7 @@ class _Run:
             raise SolveError(f"Site {site}: {error}") from error
         if inputs is None:
             return solution
-        _, width = next(c.shape for c in self.task.references[site] if c is not None)
+        _, width = next(c.shape for c in self.job.references[site] if c is not None)
         return replace(solution, change=at_all_inputs(solution.change, inputs, width))
 
 

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations.tokens import Visit
 from ..errors import SettingsError
 from ..lora import LowRank, concatenate
-from ..report import SiteReport
-from ..visit import Visit
-from .batching import Batching
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import sweep_pass
+from ..report.report import SiteReport
 from .iteris import check_complete
-from .passes import sweep_pass
-from .registry import Merged, Task, method
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,15 @@ class IterisSubspaceSettings:
 
 
 @method("iteris-subspace", IterisSubspaceSettings, needs_host=True)
-def iteris_subspace(task: Task, settings: IterisSubspaceSettings) -> Merged:
+def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> Merged:
     """IterIS in the row space of all LoRAs together: the smallest statistics."""
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
 
     def visitor_and_solve() -> tuple[_Subspace, Callable[[str], LowRank]]:
-        subspace = _Subspace(task)
+        subspace = _Subspace(job)
 
         def solve(site: str) -> LowRank:
-            stacked = concatenate([c for c in task.references[site] if c is not None])
+            stacked = concatenate([c for c in job.references[site] if c is not None])
             router = subspace.solve(site, settings)
             up = (stacked.up.double() @ router).to(stacked.up)
             change = LowRank(up, stacked.down, stacked.kernel)
@@ -63,8 +64,8 @@ def iteris_subspace(task: Task, settings: IterisSubspaceSettings) -> Merged:
 
         return subspace, solve
 
-    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch))
-    check_complete(task, merged)
+    sweep_pass(job, visitor_and_solve, Batching(settings.micro_batch))
+    check_complete(job, merged)
     return merged
 
 
@@ -79,8 +80,8 @@ class _Moments:
 
 
 class _Subspace:
-    def __init__(self, task: Task) -> None:
-        self._task = task
+    def __init__(self, job: Job) -> None:
+        self._task = job
         self._sites: dict[str, _Moments] = {}
 
     def visit(self, visit: Visit) -> None:

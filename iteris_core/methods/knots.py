@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import truncate
 from ..lora import LowRank, Rank, check_rank
-from ..report import SiteReport
-from ..truncation import truncate
-from .registry import Merged, Task, method
+from ..passes.job import Job
+from ..report.report import SiteReport
+from .registry import Merged, method
 from .ties import check_density, disjoint_mean, keep_largest
 
 
@@ -32,13 +33,13 @@ class KnotsSettings:
 
 
 @method("knots", KnotsSettings, needs_host=False)
-def knots(task: Task, settings: KnotsSettings) -> Merged:
+def knots(job: Job, settings: KnotsSettings) -> Merged:
     """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
+    for site, changes in job.references.items():
         present = [
             (change, weight)
-            for change, weight in zip(changes, task.weights, strict=True)
+            for change, weight in zip(changes, job.weights, strict=True)
             if change is not None
         ]
         basis, parts = shared_basis([change.scaled(weight) for change, weight in present])

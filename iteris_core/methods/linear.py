@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..linalg.lowrank import truncate
 from ..lora import LowRank, Rank, check_rank, concatenate
-from ..report import SiteReport
-from ..truncation import truncate
-from .registry import Merged, Task, method
+from ..passes.job import Job
+from ..report.report import SiteReport
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,37 @@ class SvdSettings:
 
 
 @method("average", LinearSettings, needs_host=False)
-def average(task: Task, settings: LinearSettings) -> Merged:
+def average(job: Job, settings: LinearSettings) -> Merged:
     """The mean of the changes, Σ w_i ΔW_i / Σ w_i (paper, eq. 2 with equal λ)."""
-    total = sum(task.weights)
-    return _combine(task, settings.rank, lambda weight: weight / total)
+    total = sum(job.weights)
+    return _combine(job, settings.rank, lambda weight: weight / total)
 
 
 @method("sum", LinearSettings, needs_host=False)
-def sum_up(task: Task, settings: LinearSettings) -> Merged:
+def sum_up(job: Job, settings: LinearSettings) -> Merged:
     """The sum of the changes, Σ w_i ΔW_i: what loading all LoRAs at once does."""
-    return _combine(task, settings.rank, lambda weight: weight)
+    return _combine(job, settings.rank, lambda weight: weight)
 
 
-@method("task-arithmetic", TaskArithmeticSettings, needs_host=False)
-def task_arithmetic(task: Task, settings: TaskArithmeticSettings) -> Merged:
+@method("job-arithmetic", TaskArithmeticSettings, needs_host=False)
+def task_arithmetic(job: Job, settings: TaskArithmeticSettings) -> Merged:
     """A scaled sum of the changes (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
-    return _combine(task, settings.rank, lambda weight: settings.scale * weight)
+    return _combine(job, settings.rank, lambda weight: settings.scale * weight)
 
 
 @method("svd", SvdSettings, needs_host=False)
-def svd(task: Task, settings: SvdSettings) -> Merged:
+def svd(job: Job, settings: SvdSettings) -> Merged:
     """The sum of the changes, cut to the rank of one LoRA by SVD (as kohya's and peft's svd)."""
-    return _combine(task, settings.rank or -1, lambda weight: weight)
+    return _combine(job, settings.rank or -1, lambda weight: weight)
 
 
-def _combine(task: Task, rank: Rank | None, factor: Callable[[float], float]) -> Merged:
+def _combine(job: Job, rank: Rank | None, factor: Callable[[float], float]) -> Merged:
     """A weighted sum per site, cut to ``rank`` (None: exact; -1: the largest of the inputs')."""
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
+    for site, changes in job.references.items():
         parts = [
             change.scaled(factor(weight))
-            for change, weight in zip(changes, task.weights, strict=True)
+            for change, weight in zip(changes, job.weights, strict=True)
             if change is not None
         ]
         change, lost = concatenate(parts), 0.0

@@ -14,8 +14,9 @@ import torch
 
 from ..errors import SettingsError
 from ..lora import LowRank, concatenate
-from ..report import SiteReport
-from .registry import Merged, Task, method
+from ..passes.job import Job
+from ..report.report import SiteReport
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class OrthogonalSettings:
 
 
 @method("orthogonal", OrthogonalSettings, needs_host=False)
-def orthogonal(task: Task, settings: OrthogonalSettings) -> Merged:
+def orthogonal(job: Job, settings: OrthogonalSettings) -> Merged:
     """Each LoRA outside the row spaces of those before it, then the sum (NP-LoRA)."""
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
+    for site, changes in job.references.items():
         parts: list[LowRank] = []
         rows: torch.Tensor | None = None
-        for change, weight in zip(changes, task.weights, strict=True):
+        for change, weight in zip(changes, job.weights, strict=True):
             if change is None:
                 continue
             down = change.down.double()

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.lockstep import Lockstep, MicroBatch
 from ..errors import IterisError
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import LowRank
-from .registry import Task
+from ..passes.job import Job
 
 _CHECK_EVERY = 25
 
 
 def polish(
-    task: Task,
+    job: Job,
     merged: Mapping[str, LowRank],
     *,
     steps: int,
@@ -32,12 +32,12 @@ def polish(
     held_out: int = 64,
 ) -> dict[str, LowRank]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each."""
-    assert task.host is not None
-    with task.lockstep() as lockstep:
-        samples = task.samples(lockstep)
-        owners = _owners(task, samples)
-        targets, scales = _targets(task, lockstep, samples, owners, batch)
-        order = torch.randperm(len(owners), generator=task.generator)
+    assert job.host is not None
+    with job.lockstep() as lockstep:
+        samples = job.samples(lockstep)
+        owners = _owners(job, samples)
+        targets, scales = _targets(job, lockstep, samples, owners, batch)
+        order = torch.randperm(len(owners), generator=job.generator)
         held_out = min(held_out, len(owners) // 4)
         kept_back, rows = order[:held_out].tolist(), order[held_out:]
         trained = {
@@ -53,7 +53,7 @@ def polish(
         optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
 
         def loss(some: Sequence[int], *, grad: bool) -> Tensor:
-            found = _forward(task, lockstep, samples, some, owners, merged=True, grad=grad)
+            found = _forward(job, lockstep, samples, some, owners, merged=True, grad=grad)
             error = (found.float() - targets[list(some)].to(found.device)).flatten(1)
             return ((error**2).mean(dim=1) * scales[list(some)].to(found.device)).mean()
 
@@ -64,7 +64,7 @@ def polish(
         best, best_loss = [factor.detach().clone() for factor in factors], check()
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=task.generator)
+            pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
             with torch.enable_grad():
                 value = loss(rows[pick].tolist(), grad=True)
                 gradients = torch.autograd.grad(value, factors)
@@ -75,7 +75,7 @@ def polish(
                 now = check()
                 if now < best_loss:
                     best_loss, best = now, [factor.detach().clone() for factor in factors]
-            task.tick("polishing", step + 1, steps)
+            job.tick("polishing", step + 1, steps)
     pairs = zip(best[::2], best[1::2], strict=True)
     return {
         site: LowRank(up, down, merged[site].kernel).to(merged[site].up.dtype)
@@ -83,17 +83,17 @@ def polish(
     }
 
 
-def _owners(task: Task, samples: Any) -> Sequence[int]:
+def _owners(job: Job, samples: Any) -> Sequence[int]:
     """The concept of every row of the last stage, which gives the final output."""
-    assert task.host is not None
-    stages = list(task.host.stages(samples, set(task.references)))
+    assert job.host is not None
+    stages = list(job.host.stages(samples, set(job.references)))
     if not stages:
         raise IterisError("There is nothing to polish: no stage of the model is reached.")
     return stages[-1].owners
 
 
 def _targets(
-    task: Task, lockstep: Lockstep, samples: Any, owners: Sequence[int], batch: int
+    job: Job, lockstep: Lockstep, samples: Any, owners: Sequence[int], batch: int
 ) -> tuple[Tensor, Tensor]:
     """Each row's output under its own LoRA, and 1 / mean square change of its concept's outputs."""
     outputs: list[Tensor] = []
@@ -101,15 +101,15 @@ def _targets(
     lockstep.merged = {}
     for start in range(0, len(owners), batch):
         rows = range(start, min(start + batch, len(owners)))
-        own = _forward(task, lockstep, samples, rows, owners, merged=False, grad=False).float()
-        base = _forward(task, lockstep, samples, rows, owners, merged=True, grad=False).float()
+        own = _forward(job, lockstep, samples, rows, owners, merged=False, grad=False).float()
+        base = _forward(job, lockstep, samples, rows, owners, merged=True, grad=False).float()
         outputs.append(own.cpu())
         changes.append(((own - base) ** 2).flatten(1).mean(dim=1).cpu())
-        task.tick("outputs of each LoRA alone", rows.stop, len(owners))
+        job.tick("outputs of each LoRA alone", rows.stop, len(owners))
     change, owner = torch.cat(changes), torch.as_tensor(owners)
     scales = torch.zeros_like(change)
     floor = float(change.mean()) * 1e-3 + 1e-12
-    for concept, weight in enumerate(task.weights):
+    for concept, weight in enumerate(job.weights):
         mine = owner == concept
         if bool(mine.any()):
             scales[mine] = weight / max(float(change[mine].mean()), floor)
@@ -117,7 +117,7 @@ def _targets(
 
 
 def _forward(
-    task: Task,
+    job: Job,
     lockstep: Lockstep,
     samples: Any,
     rows: Sequence[int],
@@ -127,7 +127,7 @@ def _forward(
     grad: bool,
 ) -> Tensor:
     found: list[Tensor] = []
-    host = task.host
+    host = job.host
     assert host is not None
     lockstep.run(
         MicroBatch(

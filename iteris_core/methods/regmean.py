@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..collector import Collector, SiteMoments
+from ..activations.collect import Collector, SiteMoments
 from ..errors import SettingsError
 from ..lora import LowRank, Rank, check_rank
-from ..moments import InputMoments, SharedInputs
-from ..solve import Solution, solve_site
-from .batching import Batching
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import reference_pass, sweep_pass
+from ..solve.moments import InputMoments, SharedInputs
+from ..solve.site import Solution, solve_site
 from .iteris import check_complete, site_report
-from .passes import reference_pass, sweep_pass
-from .registry import Merged, Task, method
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -39,42 +40,42 @@ class RegMeanSettings:
 
 
 @method("regmean", RegMeanSettings, needs_host=True)
-def regmean(task: Task, settings: RegMeanSettings) -> Merged:
+def regmean(job: Job, settings: RegMeanSettings) -> Merged:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    collector = Collector(task.references, full=False, shards=task.shards)
-    reference_pass(task, collector, Batching(settings.micro_batch, cross=True))
-    solved = {site: _solve(task, site, collector.take(site), settings) for site in collector.sites}
-    check_complete(task, solved)
+    collector = Collector(job.references, full=False, shards=job.shards)
+    reference_pass(job, collector, Batching(settings.micro_batch, cross=True))
+    solved = {site: _solve(job, site, collector.take(site), settings) for site in collector.sites}
+    check_complete(job, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
 
 
 @method("regmean++", RegMeanSettings, needs_host=True)
-def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
+def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Merged:
     """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
     solved: dict[str, Solution] = {}
 
     def visitor_and_solve() -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = Collector(task.references, full=False, shards=task.shards)
+        collector = Collector(job.references, full=False, shards=job.shards)
 
         def solve(site: str) -> LowRank:
-            solved[site] = _solve(task, site, collector.take(site), settings)
+            solved[site] = _solve(job, site, collector.take(site), settings)
             return solved[site].change
 
         return collector, solve
 
-    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch, cross=True))
-    check_complete(task, solved)
+    sweep_pass(job, visitor_and_solve, Batching(settings.micro_batch, cross=True))
+    check_complete(job, solved)
     return {site: (s.change, site_report(s)) for site, s in solved.items()}
 
 
-def _solve(task: Task, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
+def _solve(job: Job, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
     """The adapter objective with X = X̃: both moments are G_i."""
     inputs = [InputMoments(part.own, part.own, part.tokens) for part in moments.shared.concepts]
     return solve_site(
-        task.references[site],
+        job.references[site],
         SharedInputs(inputs),
         moments.targets,
-        task.weights,
+        job.weights,
         align="adapter",
         balance="none",
         ridge=0.0,

@@ -22,38 +22,38 @@ import torch
 from torch import Tensor, nn
 
 from ..lora import LowRank
-from .registry import Task
+from ..passes.job import Job
 
 _HALF = 0.5
 
 
-def add_repairs(task: Task, share: float | None = None) -> None:
-    """Put the host's streams and repair sites into ``task``.
+def add_repairs(job: Job, share: float | None = None) -> None:
+    """Put the host's streams and repair sites into ``job``.
 
     ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None:
     half for two concepts in pictures, which hardly compete, else all). Each concept that changes a
     component stands there with a change of zero, at its largest rank in that component. One concept
     alone leaves no drift.
     """
-    assert task.host is not None
-    if len(task.concepts) < 2:
+    assert job.host is not None
+    if len(job.concepts) < 2:
         return
-    task.streams = task.host.streams(set(task.references))
-    ranks = _largest_ranks(task)
-    modules = task.host.sites()
-    like = next(c for changes in task.references.values() for c in changes if c is not None)
+    job.streams = job.host.streams(set(job.references))
+    ranks = _largest_ranks(job)
+    modules = job.host.sites()
+    like = next(c for changes in job.references.values() for c in changes if c is not None)
     if share is None:
-        share = _HALF if task.host.pictures and len(task.concepts) == 2 else 1.0
+        share = _HALF if job.host.pictures and len(job.concepts) == 2 else 1.0
     added: dict[str, list[LowRank | None]] = {}
     inputs: dict[str, Tensor | None] = {}
-    for site in task.streams:
-        if site not in task.references:
+    for site in job.streams:
+        if site not in job.references:
             component = site.partition(".")[0]
             zeros = [_zero(modules[site], rank) for rank in ranks[component]]
             added[site] = [zero and zero.to(like.up.dtype, like.up.device) for zero in zeros]
             inputs[site] = _some_inputs(added[site], share)
-    task.references = {**task.references, **added}
-    task.repairs = inputs
+    job.references = {**job.references, **added}
+    job.repairs = inputs
 
 
 def at_inputs(changes: Sequence[LowRank | None], inputs: Tensor) -> list[LowRank | None]:
@@ -79,10 +79,10 @@ def _some_inputs(changes: Sequence[LowRank | None], share: float) -> Tensor | No
     return torch.arange(count) * width // count
 
 
-def _largest_ranks(task: Task) -> dict[str, list[int]]:
+def _largest_ranks(job: Job) -> dict[str, list[int]]:
     """component → the largest rank of every concept there, 0 where it changes nothing."""
     ranks: dict[str, list[int]] = {}
-    for site, changes in task.references.items():
+    for site, changes in job.references.items():
         largest = ranks.setdefault(site.partition(".")[0], [0] * len(changes))
         for index, change in enumerate(changes):
             largest[index] = max(largest[index], change.rank if change is not None else 0)

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations.tokens import Visit
 from ..errors import SettingsError
 from ..lora import LowRank, concatenate
-from ..report import SiteReport
-from ..visit import Visit
-from .batching import Batching
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import reference_pass
+from ..report.report import SiteReport
 from .iteris import check_complete
-from .passes import reference_pass
-from .registry import Merged, Task, method
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class SsrSettings:
 
 
 @method("ssr", SsrSettings, needs_host=True)
-def ssr(task: Task, settings: SsrSettings) -> Merged:
+def ssr(job: Job, settings: SsrSettings) -> Merged:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
-    router = _Router(task)
-    reference_pass(task, router, Batching(settings.micro_batch))
+    router = _Router(job)
+    reference_pass(job, router, Batching(settings.micro_batch))
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
     for site, stacked in router.stacked.items():
         if site in router.grams:
@@ -50,21 +51,21 @@ def ssr(task: Task, settings: SsrSettings) -> Merged:
             merged[site] = stacked, SiteReport(stacked.rank)
         elif site in router.seen:
             merged[site] = stacked, SiteReport(stacked.rank)
-    check_complete(task, merged)
+    check_complete(job, merged)
     return merged
 
 
 class _Router:
     """A visitor that sums z zᵀ and z_k zᵀ of every site with more than one LoRA."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, job: Job) -> None:
         self.stacked: dict[str, LowRank] = {}
         self.grams: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: set[str] = set()
-        self._shards = task.shards
+        self._shards = job.shards
         self._tokens: dict[str, Tensor] = {}
         self._slices: dict[str, dict[int, slice]] = {}
-        for site, changes in task.references.items():
+        for site, changes in job.references.items():
             present = [(k, change) for k, change in enumerate(changes) if change is not None]
             self.stacked[site] = concatenate([change for _, change in present])
             slices: dict[int, slice] = {}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import SettingsError
 from ..lora import Rank, check_rank
+from ..passes.job import Job
 from .dense import merge_dense
-from .registry import Merged, Task, method
+from .registry import Merged, method
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class TiesSettings:
 
 
 @method("ties", TiesSettings, needs_host=False)
-def ties(task: Task, settings: TiesSettings) -> Merged:
+def ties(job: Job, settings: TiesSettings) -> Merged:
     """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
 
     def merge(changes: Sequence[Tensor]) -> Tensor:
         trimmed = torch.stack([keep_largest(change, settings.density) for change in changes])
         return settings.scale * disjoint_mean(trimmed)
 
-    return merge_dense(task, settings.rank, merge)
+    return merge_dense(job, settings.rank, merge)
 
 
 def check_density(density: float) -> None:

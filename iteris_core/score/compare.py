@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..calibration import Calibration, Concept
+from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..hosts import Host
+from ..hosts.protocol import Host
 from ..merge import merge_loras
 from .clip import ClipScorer, without_tokens
 from .dino import DinoScorer

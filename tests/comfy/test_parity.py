@@ -44,7 +44,7 @@ class Sides:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
-        self.collector = module("iteris_core.collector")
+        self.collector = module("iteris_core.activations.collect")
         self.make_spec = module("nodes.concept_specs").make_spec
         self.host = module("iteris_core.hosts.diffusers").DiffusersHost
         self.calibration = self.core.Calibration(

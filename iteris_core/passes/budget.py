@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import MemoryMeter, free_memory
+from ..activations.processes import Shards
+from ..activations.tokens import Visit
 from ..errors import IterisError
-from ..hosts import Stage
-from ..lockstep import Lockstep, MicroBatch
-from ..memory import MemoryMeter, free_memory
-from ..shards import Shards
-from ..solve_memory import changes_bytes, statistics_bytes
-from ..visit import Visit
-from .batching import Batching
-from .registry import Task
+from ..hosts.protocol import Stage
+from ..solve.memory import changes_bytes, statistics_bytes
+from .batches import Batching
+from .job import Job
 
 _KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
 
@@ -57,7 +57,7 @@ class RowCost:
 
 
 def plan(
-    task: Task,
+    job: Job,
     stage: Stage,
     lockstep: Lockstep,
     batching: Batching,
@@ -66,20 +66,20 @@ def plan(
     sweep: bool,
     before: Set[str] = frozenset(),
 ) -> tuple[Stage, Batching]:
-    """``stage`` and ``batching`` so that the task's memory budget is kept. ``before`` are sites of
+    """``stage`` and ``batching`` so that the job's memory budget is kept. ``before`` are sites of
     earlier stages whose moments are still there."""
-    if task.memory_budget is None or not stage.sites:
+    if job.memory_budget is None or not stage.sites:
         return stage, batching
-    budget = task.memory_budget
+    budget = job.memory_budget
     if budget == "free":
-        device = _device_of(task)
-        sharing = task.shards.size if device.type == "cpu" else 1
+        device = _device_of(job)
+        sharing = job.shards.size if device.type == "cpu" else 1
         # All processes have to leave out the same rows.
-        budget = task.shards.least(round((1 - _KEPT_FREE) * free_memory(device)) // sharing)
-    fixed = changes_bytes(task.references) + statistics_bytes(
-        task.references,
+        budget = job.shards.least(round((1 - _KEPT_FREE) * free_memory(device)) // sharing)
+    fixed = changes_bytes(job.references) + statistics_bytes(
+        job.references,
         {*stage.sites, *before},
-        repairs=task.repairs,
+        repairs=job.repairs,
         cross=batching.cross,
         itemsize=batching.itemsize,
         at_once=not sweep,
@@ -90,17 +90,17 @@ def plan(
         fixed,
         budget,
         batching.rows,
-        task.shards,
+        job.shards,
         waits=sweep,
     )
-    task.plan.append(str(made))
-    task.tick(f"plan: {made}", 1, 1)
+    job.plan.append(str(made))
+    job.tick(f"plan: {made}", 1, 1)
     return stage, replace(batching, rows=made.at_once)
 
 
-def _device_of(task: Task) -> torch.device:
-    assert task.host is not None
-    module = next(iter(task.host.sites().values()))
+def _device_of(job: Job) -> torch.device:
+    assert job.host is not None
+    module = next(iter(job.host.sites().values()))
     return next(module.parameters()).device
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .focus import Focus
-from .lora import LowRank
+from ..lora import LowRank
+from .saliency import Focus
 
 Group = tuple[str, int]
 """Stands for one tensor: the stage that it belongs to, and a number."""

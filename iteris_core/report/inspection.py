@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lora import Lora, LowRank
-from .lora_files.metadata import trigger_words
+from ..lora import Lora, LowRank
+from ..lora_files.metadata import trigger_words
 from .report import block_of
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from .errors import IterisError
+from ..errors import IterisError
 
 _SMALL = 1 << 16  # entries; tensors up to this size travel together
 

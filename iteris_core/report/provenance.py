@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 
-from .calibration import Concept
-from .lora import Lora
-from .lora_files.metadata import merge_tag_frequency, parse_object
+from ..concepts import Concept
+from ..lora import Lora
+from ..lora_files.metadata import merge_tag_frequency, parse_object
 from .report import MergeReport
 
 _PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "safetensors")

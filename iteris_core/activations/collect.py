@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .directions import directions_of, find_directions
-from .errors import IterisError
-from .lora import LowRank
-from .moments import (
+from ..errors import IterisError
+from ..linalg.precision import full_precision
+from ..lora import LowRank
+from ..solve.directions import directions_of, find_directions
+from ..solve.moments import (
     Directions,
     SharedInputs,
     TargetMoments,
@@ -21,14 +22,13 @@ from .moments import (
     add_inputs,
     add_target_rows,
     complete,
-    full_precision,
     new_inputs,
     new_target,
     target_of,
 )
-from .shards import ALONE, Shards
-from .solve_rows import SiteRows, rows_are_fewer
-from .visit import Group, Visit
+from ..solve.rows import SiteRows, rows_are_fewer
+from .processes import ALONE, Shards
+from .tokens import Group, Visit
 
 _SAMPLE = 2  # tokens for each direction
 

@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import SolveError
-from .moments import Factor, SharedInputs, pieces
+from ..errors import SolveError
+from ..linalg.precision import pieces
+from .moments import Factor, SharedInputs
 
 NOT_FINITE = "its inputs or outputs hold NaN or infinite values; try a float32 base model."
 

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from .lora import LowRank, Rank, check_rank, rank_for
-from .moments import full_precision
+from ..lora import LowRank, Rank, check_rank, rank_for
+from .precision import full_precision
 
 _SMALL = 256  # up to here all directions are cheaper than a search for the leading ones
 

@@ -23,11 +23,11 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from .errors import IterisError
-from .focus import Focus
-from .lora import LowRank
-from .shards import ALONE, Shards
-from .visit import Group, TokenChoice, Visit, add_delta, delta
+from ..errors import IterisError
+from ..lora import LowRank
+from .processes import ALONE, Shards
+from .saliency import Focus
+from .tokens import Group, TokenChoice, Visit, add_delta, delta
 
 
 class Visitor(Protocol):

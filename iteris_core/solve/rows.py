@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import SolveError
+from ..errors import SolveError
+from ..linalg.lowrank import leading_eigenvectors, truncate
+from ..linalg.precision import full_precision
+from ..lora import LowRank, Rank, concatenate, rank_for
 from .factor import NOT_FINITE
-from .lora import LowRank, Rank, concatenate, rank_for
-from .moments import full_precision
-from .solve import Balance, Solution, finite_as, mean_change, scaled_lambdas
-from .truncation import leading_eigenvectors, truncate
+from .site import Balance, Solution, finite_as, mean_change, scaled_lambdas
 
 
 def rows_are_fewer(tokens: int, out: int, width: int) -> bool:

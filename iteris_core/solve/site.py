@@ -36,18 +36,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import SolveError
+from ..errors import SolveError
+from ..linalg.lowrank import factorize, truncate
+from ..linalg.precision import full_precision, pieces
+from ..lora import LowRank, Rank, concatenate
 from .factor import NOT_FINITE, factorise, frobenius
-from .lora import LowRank, Rank, concatenate
-from .moments import (
-    Factor,
-    SharedInputs,
-    TargetMoments,
-    full_precision,
-    pieces,
-)
+from .moments import Factor, SharedInputs, TargetMoments
 from .residuals import output_energy, residuals_of
-from .truncation import factorize, truncate
 
 Align = Literal["adapter", "full"]
 Balance = Literal["adapter", "tokens", "full", "none"]

@@ -6,14 +6,13 @@ number of pieces. Statistics are kept in one dtype (float32 unless the caller sa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .lora import LowRank
+from ..lora import LowRank
 
 
 @dataclass
@@ -149,13 +148,6 @@ def add_inputs(moments: InputMoments, reference: Tensor | None, merged: Tensor) 
     moments.tokens += merged.shape[0]
 
 
-def pieces(matrix: Tensor) -> list[slice]:
-    """Its rows in pieces of 2 MiB in float64 (more on a GPU), to be taken to float64 in turn."""
-    entries = 1 << (18 if matrix.device.type == "cpu" else 24)
-    step = max(1, entries // matrix.shape[1])
-    return [slice(start, start + step) for start in range(0, len(matrix), step)]
-
-
 def complete(moments: InputMoments) -> None:
     """Mirror the upper block triangle of ``own``."""
     if moments.whole:
@@ -216,18 +208,6 @@ def _block(width: int, device: torch.device) -> int:
 def _energy(tensor: Tensor) -> Tensor:
     """‖tensor‖²_F in the dtype of energies, without a copy of the tensor."""
     return torch.linalg.vector_norm(tensor).to(_energy_dtype(tensor.device)) ** 2
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Generator[None]:
-    """float32 products that are float32: no TF32, no bfloat16 passes, no autocast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _energy_dtype(device: torch.device) -> torch.dtype:

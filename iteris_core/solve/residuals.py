@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .lora import LowRank, concatenate
-from .moments import InputMoments, SharedInputs, TargetMoments, full_precision
+from ..linalg.precision import full_precision
+from ..lora import LowRank, concatenate
+from .moments import InputMoments, SharedInputs, TargetMoments
 
 
 def residuals_of(

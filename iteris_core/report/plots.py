@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import IterisError
+from ..errors import IterisError
 from .inspection import Interference
 from .report import MergeReport
 

@@ -9,11 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..focus import Focus
-from ..hosts import Stage
-from ..lockstep import MicroBatch, Visitor
-from ..shards import ALONE, Shards
-from ..visit import TokenChoice
+from ..activations.lockstep import MicroBatch, Visitor
+from ..activations.processes import ALONE, Shards
+from ..activations.saliency import Focus
+from ..activations.tokens import TokenChoice
+from ..hosts.protocol import Stage
 
 LEAST = 128
 PER_INPUT = 32

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence, Set
 
 from torch import Tensor
 
+from ..linalg.lowrank import searches
+from ..lora import LowRank
 from .directions import target_rows
-from .lora import LowRank
-from .truncation import searches
 
 _PIECE = 1 << 21  # of a moment on its way to float64, see :func:`.moments.pieces`
 

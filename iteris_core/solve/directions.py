@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .lora import LowRank
-from .moments import Directions, full_precision
-from .truncation import leading_eigenvectors
+from ..linalg.lowrank import leading_eigenvectors
+from ..linalg.precision import full_precision
+from ..lora import LowRank
+from .moments import Directions
 
 _SMALL = 1 << 16  # entries of TᵀX̃; up to here all directions cost little
 _OTHERS = 8
