@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .bases import Base
 from .errors import IterisError, SettingsError
+
+if TYPE_CHECKING:
+    from .lora_files.aliases import BaseModel
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Lora:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     source: str = ""
     sha256: str = ""
-    base: Base | None = None
+    base: BaseModel | None = None
     scales: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: Sequence[str] = ()
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(

@@ -154,7 +154,7 @@ def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
         raise IterisError("There is no LoRA to merge: every concept is empty or at strength 0.")
-    kinds = sorted({lora.base.kind.title for lora in loras if lora.base is not None})
+    kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
         raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
     sites = {site: None for lora in loras for site in lora.sites}

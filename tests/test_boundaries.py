@@ -12,7 +12,6 @@ import iteris_core
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
     "errors",
-    "bases",
     "lora",
     "linalg",
     "architectures",

@@ -18,7 +18,7 @@ from peft import PeftModel
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
 from iteris_core.activations.lockstep import Lockstep, MicroBatch
 from iteris_core.errors import IterisError
-from iteris_core.hosts.peft_folder import write_adapter
+from iteris_core.lora_files.peft_folder import write_adapter
 
 
 @pytest.fixture(params=CASES)

@@ -24,8 +24,8 @@ from language_bases import (
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras
-from iteris_core.hosts.peft_folder import read_heads, write_adapter
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.lora_files.peft_folder import read_heads, write_adapter
 
 
 @pytest.fixture(params=list(MAKERS))

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bases import Base
+from ..architectures import architecture_of_file
 from ..errors import IterisError
 from ..lora import Lora
-from ..lora_files import ReadOptions, read_lora_file, read_tensors
+from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..lora_files.layouts import dtypes_of, kinds_of, layouts_of
 from ..report.inspection import Interference, LoraFacts, describe, interference, to_dict
 from .common import load_base
@@ -51,20 +51,18 @@ def inspect(
         console.print(_pairs_table(pairs))
 
 
-def _base_from(name: str) -> Base:
+def _base_from(name: str) -> BaseModel:
     from ..hosts.diffusers_lora import base_of, pipeline_sites
 
     pipeline = load_base(name, "cpu")
     return base_of(pipeline, pipeline_sites(pipeline))
 
 
-def _read(path: Path, base: Base | None) -> tuple[Lora, LoraFacts]:
-    from ..hosts.known_bases import guess_base, known_base
-
+def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
     tensors, metadata = read_tensors(path)
     if base is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        base = known_base(guess_base(shapes, metadata))
+        base = released_base(architecture_of_file(shapes, metadata).name)
     options = ReadOptions(allow_partial=True, magnitudes=False)
     lora = read_lora_file(path, base, options=options)
     facts = describe(

@@ -80,8 +80,8 @@ def merge_model(
     """
     import torch
 
-    from ..hosts.peft_folder import check_folder, write_adapter
     from ..hosts.transformers import TransformersHost
+    from ..lora_files.peft_folder import check_folder, write_adapter
 
     check_folder(output)
     options = [parse_adapter(text) for text in concepts]

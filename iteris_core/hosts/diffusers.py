@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
+from ..architectures import text
+from ..architectures.record import Conditioning
+from ..architectures.wirings import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept, concept_prompts
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .checks import check_eval, check_model
-from .diffusers_families import Conditioning, family_of
-from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
+from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
 from .protocol import Stage, Tick
-from .streams import unet_streams
-from .transformers_streams import transformer_streams
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -56,17 +56,18 @@ class DiffusersHost:
     pictures = True
 
     def __init__(self, pipeline: Any) -> None:
-        self.family = family_of(pipeline)
+        self._sites = pipeline_sites(pipeline)
+        self.architecture = base_of(pipeline, self._sites).architecture
+        self.calls = calls_of(pipeline, self.architecture)
         self.pipeline = pipeline
         for model in self._models():
             check_model(model)
-        self._sites = pipeline_sites(pipeline)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._encoded: list[list[Conditioning]] = []
 
     @property
     def denoiser(self) -> Any:
-        return getattr(self.pipeline, self.family.denoiser)
+        return getattr(self.pipeline, self.architecture.denoiser)
 
     def _models(self) -> list[nn.Module]:
         parts = [getattr(self.pipeline, name, None) for name in COMPONENTS]
@@ -99,7 +100,7 @@ class DiffusersHost:
         for model in self._models():
             check_eval(model)
         prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
-        share = calibration.empty_share if self.family.empty_prompts else 0.0
+        share = calibration.empty_share if self.calls.empty_prompts else 0.0
         if not self._needs_denoiser(sites) and share:
             prompts = [[*some, ""] for some in prompts]
         owners = [i for i, some in enumerate(prompts) for _ in some]
@@ -133,14 +134,16 @@ class DiffusersHost:
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith("text_encoder"):
                 encoder = getattr(self.pipeline, component)
-                streams |= transformer_streams(self._sites, sites, encoder)
+                known = residual_streams(encoder, self._sites, text.WIRINGS)
+                streams |= in_changed_parts(known, sites)
         if self._needs_denoiser(sites):
-            streams |= unet_streams(self.denoiser, self._sites)
+            wirings = self.architecture.wirings
+            streams |= residual_streams(self.denoiser, self._sites, wirings)
         return streams
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         text_sites = [site for site in sites if site.startswith("text_encoder")]
-        others = [site for site in sites if site.startswith(f"{self.family.denoiser}.")]
+        others = [site for site in sites if site.startswith(f"{self.architecture.denoiser}.")]
         if not others and not text_sites:
             return
         self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
@@ -154,14 +157,14 @@ class DiffusersHost:
             yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
         if self._needs_denoiser(sites):
             run = self._run_denoiser(samples)
-            yield Stage(self.family.denoiser, others, samples.owners, run, places=True)
+            yield Stage(self.architecture.denoiser, others, samples.owners, run, places=True)
         elif others:
             run = self._run_projections(others)
             yield Stage("cross-attention", others, samples.text_owners, run)
         self._encoded = []
 
     def _needs_denoiser(self, sites: Set[str]) -> bool:
-        prefix = f"{self.family.denoiser}."
+        prefix = f"{self.architecture.denoiser}."
         return any(site.startswith(prefix) and site not in self._direct for site in sites)
 
     def _sees_text_only(self, site: str) -> bool:
@@ -178,7 +181,7 @@ class DiffusersHost:
         )
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        return self.family.encode(self.pipeline, prompts)
+        return self.calls.encode(self.pipeline, prompts)
 
     def _predict(
         self, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
@@ -186,7 +189,7 @@ class DiffusersHost:
         """The denoiser's output, rows first."""
         latents = latents.to(self.device, self.denoiser.dtype)
         text = {name: part.to(latents) for name, part in text.items()}
-        arguments = self.family.arguments(
+        arguments = self.calls.arguments(
             self.pipeline, latents, timesteps.to(self.device), text, guidance
         )
         return self.denoiser(**arguments, return_dict=False)[0]
@@ -251,13 +254,13 @@ class DiffusersHost:
     ) -> tuple[Tensor, Tensor]:
         """Latents (prompts, T, …) and their timesteps (prompts, T)."""
         steps, wanted = calibration.denoising_steps, calibration.timesteps
-        shape = self.family.latent_shape(self.pipeline, calibration.latent_size)
+        shape = self.calls.latent_shape(self.pipeline, calibration.latent_size)
         schedule = NoiseSchedule(
             self.pipeline.scheduler,
             steps,
             shape,
             self.denoiser.config.get("patch_size", 1),
-            even_sigmas=self.family.even_sigmas,
+            even_sigmas=self.calls.even_sigmas,
         )
         noise = torch.randn(len(prompts), *shape, generator=generator)
         picks = torch.stack(
@@ -294,7 +297,7 @@ class DiffusersHost:
         self, prompts: list[str], owners: list[int], guidance: float, lockstep: Lockstep
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The denoiser's output for each row under its own LoRA, with guidance."""
-        guided = self.family.empty_prompts and guidance > 1
+        guided = self.calls.empty_prompts and guidance > 1
         copies = 2 if guided else 1
         scale = guidance if guidance > 1 else _GUIDANCE
         result: list[Any] = []

@@ -81,7 +81,12 @@ def _tokens(shape: Sequence[int], patch: int) -> int:
 
 def _shift(config: Any, tokens: int) -> float:
     """How far noise levels move up with the number of image tokens (SD 3, section 5.3.2)."""
-    slope = (config.max_shift - config.base_shift) / (
-        config.max_image_seq_len - config.base_image_seq_len
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    return calculate_shift(
+        tokens,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
     )
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)

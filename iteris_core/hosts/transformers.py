@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
+from ..architectures import text
+from ..architectures.shapes import weight_shape
+from ..architectures.wirings import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from ..lora_files.peft_folder import read_adapter
 from .checks import check_eval, check_model
-from .peft_folder import read_adapter
 from .protocol import Stage, Tick
 from .transformers_rows import Row, collate, extended, lengths, rows_of
-from .transformers_streams import transformer_streams
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
@@ -77,7 +79,7 @@ class TransformersHost:
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
-        return read_adapter(Path(path), self._sites)
+        return read_adapter(Path(path), {s: weight_shape(m) for s, m in self._sites.items()})
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         raise IterisError("This method works from prompts, which a transformers host has not.")
@@ -103,7 +105,8 @@ class TransformersHost:
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        return transformer_streams(self._sites, sites, self.model)
+        streams = residual_streams(self.model, self._sites, text.WIRINGS)
+        return in_changed_parts(streams, sites)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
         more = self._fewest_logits(sites)

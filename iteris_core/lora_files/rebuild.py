@@ -25,44 +25,53 @@ Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """``scale`` · ``up @ down`` if there are factors, else ``scale`` · ``dense``; 2-d, float32."""
+class Factors:
+    """ΔW = ``scale`` · ``up @ down``: up (out, rank), down (rank, in·kh·kw), float32."""
 
+    up: Tensor
+    down: Tensor
     scale: float
-    up: Tensor | None = None
-    down: Tensor | None = None
-    dense: Tensor | None = None
 
     def matrix(self) -> Tensor:
         """ΔW, (out, in·kh·kw)."""
-        if self.dense is not None:
-            return self.dense * self.scale
-        assert self.up is not None
-        assert self.down is not None
         return (self.up @ self.down) * self.scale
+
+
+@dataclass(frozen=True)
+class Dense:
+    """ΔW, (out, in·kh·kw), float32, where factors would be no saving."""
+
+    change: Tensor
+
+    def matrix(self) -> Tensor:
+        """ΔW."""
+        return self.change
+
+
+Rebuilt = Factors | Dense
 
 
 def rebuild(parts: Parts, shape: tuple[int, ...], scale: float | None, place: str) -> Rebuilt:
     """The change of a weight of ``shape`` (without the magnitude of a DoRA).
 
-    ``scale`` is what an adapter's configuration says; an ``alpha`` among the parts goes before it.
-    Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing or do not fit.
+    ``scale`` is what an adapter's configuration says, if there is one; an ``alpha`` among the parts
+    goes before it. Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing
+    or do not fit.
     """
     names = set(parts) - {"alpha", "magnitude", "output_magnitude"}
     floats = {name: _as_float(parts[name], name, place) for name in names}
     if names in ({"down", "up"}, {"down", "up", "mid"}):
         return _lora(floats, shape, _Scale(parts, scale, place), place)
     if names == {"diff"}:
-        return Rebuilt(1.0, dense=_fit(floats["diff"], shape, "diff", place).flatten(1))
+        return Dense(_fit(floats["diff"], shape, "diff", place).flatten(1))
     hada = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
     if names in (hada, hada | {"hada_t1", "hada_t2"}):
         return _loha(floats, shape, _Scale(parts, scale, place), place)
     if names and all(name.startswith("lokr_") for name in names):
         return _lokr(floats, shape, _Scale(parts, scale, place), place)
-    found = ", ".join(sorted(parts))
     raise LoraFileError(
-        f"{place} has only the parts {found}, which make no whole change; its other half is "
-        "missing. Save or download the file again."
+        f"{place} has only the parts {', '.join(sorted(parts))}, which make no whole change; its "
+        "other half is missing. Save or download the file again."
     )
 
 
@@ -112,9 +121,9 @@ def _squeezed(shape: tuple[int, ...]) -> list[int]:
 
 
 def _misfit(place: str, shape: tuple[int, ...], **tensors: Tensor) -> LoraFileError:
-    found = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
     return LoraFileError(
-        f"{place} has {found}, but the base model's weight there is {tuple(shape)}; this LoRA was "
+        f"{place} has {sizes}, but the base model's weight there is {tuple(shape)}; this LoRA was "
         "made for another base model."
     )
 
@@ -142,7 +151,7 @@ def _lora(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Rebuilt(scale.over(rank), up, down)
+    return Factors(up, down, scale.over(rank))
 
 
 def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
@@ -155,7 +164,7 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
             _tucker(parts[f"hada_t{n}"], a, b, shape, place)
             for n, a, b in ((1, a1, b1), (2, a2, b2))
         ]
-        return Rebuilt(scale.over(ranks[0]), dense=(halves[0] * halves[1]).flatten(1))
+        return Dense((halves[0] * halves[1]).flatten(1) * scale.over(ranks[0]))
     width = math.prod(shape[1:])
     if (
         {a1.shape[0], a2.shape[0]} != {shape[0]}
@@ -164,10 +173,10 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
     ):
         raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
     if ranks[0] * ranks[1] >= min(shape[0], width):
-        return Rebuilt(scale.over(ranks[0]), dense=(a1 @ b1) * (a2 @ b2))
+        return Dense((a1 @ b1) * (a2 @ b2) * scale.over(ranks[0]))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Rebuilt(scale.over(ranks[0]), up, down)
+    return Factors(up, down, scale.over(ranks[0]))
 
 
 def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], place: str) -> Tensor:
@@ -195,52 +204,36 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
     rank = next((parts[f"lokr_{n}_b"].shape[0] for n in ("w2", "w1") if f"lokr_{n}_b" in parts), 0)
     factor = scale.over(rank) if rank else 1.0
     left, right = _halves(parts, "w1", place, shape), _halves(parts, "w2", place, shape)
-    w1_shape, w2_shape = _product_shape(left), _product_shape(right)
-    product = w1_shape[0] * w2_shape[0], w1_shape[1] * w2_shape[1]
+    product = left[0].shape[0] * right[0].shape[0], left[-1].shape[1] * right[-1].shape[1]
     if product != (shape[0], math.prod(shape[1:])):
         raise _misfit(place, shape, **parts)
-    exact = _kron_factors(left, right, product)
-    if exact is not None:
-        return Rebuilt(factor, *exact)
-    w1 = left[0] if left[1] is None else left[0] @ left[1]
-    w2 = right[0] if right[1] is None else right[0] @ right[1]
-    return Rebuilt(factor, dense=torch.kron(w1, w2))
+    if len(right) == 2:
+        a1, b1 = left if len(left) == 2 else _split(left[0])
+        if a1.shape[1] * right[0].shape[1] < min(product):
+            return Factors(torch.kron(a1, right[0]), torch.kron(b1, right[1]), factor)
+    return Dense(torch.kron(_product(left), _product(right)) * factor)
 
 
-_Half = tuple[Tensor, Tensor | None]
+_Half = tuple[Tensor] | tuple[Tensor, Tensor]
+"""A factor of a Kronecker product: in full, or as a product a @ b itself; kernels flattened."""
+
+
+def _product(half: _Half) -> Tensor:
+    return half[0] if len(half) == 1 else half[0] @ half[1]
 
 
 def _halves(parts: Parts, end: str, place: str, shape: tuple[int, ...]) -> _Half:
-    """(a, b) of a factor a @ b, or (w, None) of a factor in full; kernels flattened."""
     if f"lokr_{end}" in parts:
-        return parts[f"lokr_{end}"].flatten(1), None
+        return (parts[f"lokr_{end}"].flatten(1),)
     a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
     if "lokr_t2" in parts and end == "w2":
         if a.ndim != 2 or b.ndim != 2:
             raise _misfit(place, shape, w2_a=a, w2_b=b)
         t = parts["lokr_t2"]
-        return _tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]), place).flatten(1), None
+        return (_tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]), place).flatten(1),)
     if a.ndim != 2 or a.shape[1] != b.shape[0]:
         raise _misfit(place, shape, a=a, b=b)
     return a, b.flatten(1)
-
-
-def _product_shape(half: _Half) -> tuple[int, int]:
-    a, b = half
-    return a.shape[0], (a if b is None else b).shape[1]
-
-
-def _kron_factors(
-    left: _Half, right: _Half, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """Factors of the Kronecker product, if they are smaller than the product is."""
-    if right[1] is None:
-        return None
-    a1, b1 = left if left[1] is not None else _split(left[0])
-    assert b1 is not None
-    if a1.shape[1] * right[0].shape[1] >= min(shape):
-        return None
-    return torch.kron(a1, right[0]), torch.kron(b1, right[1])
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def describe(
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
     return LoraFacts(
         name=lora.name,
-        base=lora.base.kind.title if lora.base is not None else "unknown",
+        base=lora.base.architecture.title if lora.base is not None else "unknown",
         layouts=layouts,
         kinds=kinds or {},
         dtypes=dtypes or {},

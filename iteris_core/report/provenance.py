@@ -36,9 +36,9 @@ def merge_metadata(concepts: Sequence[Concept], report: MergeReport) -> dict[str
     if triggers:
         found["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
     base = next((lora.base for lora in loras if lora.base is not None), None)
-    if base is not None:
-        found["modelspec.architecture"] = f"{base.kind.architecture}/lora"
-        found["ss_base_model_version"] = base.kind.version
+    if base is not None and base.architecture.version:
+        found["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"
+        found["ss_base_model_version"] = base.architecture.version
     tags = merge_tag_frequency([lora.metadata for lora in loras])
     if tags:
         found["ss_tag_frequency"] = json.dumps(tags)

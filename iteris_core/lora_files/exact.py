@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -26,16 +27,16 @@ class Stored:
         return self.up.shape[1]
 
 
-def store_all(lora: Lora, dtype: torch.dtype) -> dict[str, Stored]:
+def store_all(lora: Lora, dtype: torch.dtype, one_alpha: Container[str]) -> dict[str, Stored]:
     """Every site's factors in ``dtype``, by component: exact with scale 1 if they all are, else
-    with the scales that were folded in, else rounded."""
+    with the scales that were folded in (one scale in components of ``one_alpha``), else rounded."""
     stored: dict[str, Stored] = {}
     for component in {site.partition(".")[0]: None for site in lora.sites}:
         sites = [site for site in lora.sites if site.startswith(f"{component}.")]
         scales = {site: lora.scales.get(site, 1.0) for site in sites}
         plain = {site: _exactly(lora.sites[site], 1.0, dtype) for site in sites}
         if any(module is None for module in plain.values()) and (
-            component == "transformer" or len(set(scales.values())) == 1
+            component not in one_alpha or len(set(scales.values())) == 1
         ):
             scaled = {site: _exactly(lora.sites[site], scales[site], dtype) for site in sites}
             if all(module is not None for module in scaled.values()):

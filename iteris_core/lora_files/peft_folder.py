@@ -11,30 +11,38 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..architectures.pieces import Shapes
 from ..errors import IterisError, LoraFileError
 from ..lora import Lora, LowRank
-from ..lora_files import read_tensors
-from ..lora_files.saving import umask
+from .alphas import configured_scale
+from .saving import umask
+from .tensors import read_tensors
 
 _PREFIX = "base_model.model."
-_VARIANTS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "arrow_config": "Arrow",
-    "kasa_config": "KaSA",
-    "layer_replication": "layer-replicating",
-}
-"""Settings of peft under which a change is not just up · down, and what they are called"""
+_HARMLESS = frozenset({
+    # What and where: the tensors say it again, or the reader takes it into account.
+    "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "init_lora_weights",  # looked at for itself
+    # Of training, or of how the library runs it.
+    "lora_dropout", "bias", "inference_mode", "fan_in_fan_out", "megatron_config", "megatron_core",
+    "runtime_config", "loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying",
+    # Notes.
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+})  # fmt: skip
+"""Settings of peft's LoraConfig under which a change is scale · up · down whatever they say; any
+other one that is set makes the adapter a variant, also one that comes after this was written"""
+_TITLES = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
+"""What variants are called, where that is not their setting's name"""
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
 
 
-def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
-    """A LoRA adapter as peft saves it; heads in ``modules_to_save`` stay out, named in metadata.
+def read_adapter(folder: Path, shapes: Shapes) -> Lora:
+    """A LoRA adapter as peft saves it, for a model whose sites have weights of these ``shapes``;
+    heads in ``modules_to_save`` stay out, named in metadata.
 
     Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
     """
@@ -53,7 +61,7 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
                 "embeddings and biases that were trained cannot be merged."
             )
         factors.setdefault(f"model.{module}", {})[leaf[0]] = tensor
-    unknown = [site for site in factors if site not in sites]
+    unknown = [site for site in factors if site not in shapes]
     if unknown:
         first = ", ".join(f"{s} {tuple(factors[s]['A'].shape)}" for s in unknown[:3])
         raise LoraFileError(
@@ -61,7 +69,8 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
             f"the first are {first}. This adapter was made for another base model."
         )
     changes = {
-        site: _low_rank(folder, site, parts, config, sites[site]) for site, parts in factors.items()
+        site: _low_rank(folder, site, parts, config, shapes[site])
+        for site, parts in factors.items()
     }
     metadata = {"kept_apart": ", ".join(apart)} if apart else {}
     return Lora(changes, folder.name, metadata)
@@ -70,10 +79,17 @@ def read_adapter(folder: Path, sites: Mapping[str, nn.Module]) -> Lora:
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise :class:`LoraFileError` where more than the two factors makes the change."""
     kind = config.get("peft_type") or "nameless"
-    if kind == "LORA":
-        kind = next((title for name, title in _VARIANTS.items() if config.get(name)), None)
-    if kind is not None:
+    if kind != "LORA":
         raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
+    unknown = {n: v for n, v in config.items() if n not in _HARMLESS | {"peft_type"} and v}
+    if unknown:
+        name, value = next(iter(unknown.items()))
+        title = _TITLES.get(name, name)
+        raise LoraFileError(
+            f"{folder} is a {title} adapter: its adapter_config.json has {name} = "
+            f"{str(value)[:60]}, under which a change may be more than up times down; only plain "
+            "LoRA is merged here."
+        )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_BASE):
         raise LoraFileError(
@@ -115,35 +131,24 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _low_rank(
-    folder: Path, site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], module: Any
+    folder: Path,
+    site: str,
+    parts: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    shape: tuple[int, ...],
 ) -> LowRank:
-    from peft.utils.other import get_pattern_key
-
     if set(parts) != {"A", "B"}:
         raise LoraFileError(f"{folder}: site {site} has only one of its two factors.")
-    down, up, shape = parts["A"], parts["B"], _weight_shape(module)
+    down, up = parts["A"], parts["B"]
     ones = (1,) * len(shape[2:])
     if not len(down) or down.shape[1:] != shape[1:] or up.shape != (shape[0], len(down), *ones):
         raise LoraFileError(
             f"{folder}: site {site} has A {tuple(down.shape)} and B {tuple(up.shape)}, but the "
-            f"base model's weight there is {tuple(shape)}; it was made for another base model."
+            f"base model's weight there is {shape}; it was made for another base model."
         )
-    patterns = dict(config.get("alpha_pattern") or {})
-    alpha = config.get("lora_alpha", 8)  # peft's own default
-    if patterns:
-        alpha = patterns.get(get_pattern_key(list(patterns), site.removeprefix("model.")), alpha)
-    scale = alpha / (len(down) ** 0.5 if config.get("use_rslora") else len(down))
-    kernel = (int(shape[2]), int(shape[3])) if len(shape) == 4 else None
+    scale = configured_scale(folder, config, site.removeprefix("model."), len(down))
+    kernel = (shape[2], shape[3]) if len(shape) == 4 else None
     return LowRank(up.flatten(1).float() * scale, down.flatten(1).float(), kernel)
-
-
-def _weight_shape(module: Any) -> tuple[int, ...]:
-    """(out, in, …), also where the weight is stored transposed (Conv1D) or packed (quantised)."""
-    if isinstance(module, nn.Conv2d):
-        return tuple(module.weight.shape)
-    if hasattr(module, "nf"):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
 
 
 def check_folder(folder: str | Path) -> Path:

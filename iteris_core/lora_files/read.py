@@ -6,22 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bases import Base
+from ..architectures.pieces import Alias, Piece, file_rows
 from ..errors import IterisError, LoraFileError, SettingsError
 from ..linalg.lowrank import extract
-from ..lora import Lora, LowRank
-from .configs import adapter_configs, configured_scale
+from ..lora import Lora, LowRank, concatenate
+from .aliases import BaseModel
+from .alphas import adapter_configs, scale_of
 from .dora import fold_magnitude
 from .embeddings import split_embeddings
-from .mmdit_names import Alias
-from .names import all_aliases
 from .parts import refusal, split_key
-from .rebuild import Rebuilt, rebuild
+from .rebuild import Dense, Factors, Rebuilt, rebuild
 from .tensors import all_finite, file_digest, read_tensors
 
 Weight = Callable[[str], Tensor]
@@ -46,18 +44,28 @@ class ReadOptions:
             raise SettingsError(f"energy must be above 0 and at most 1, not {self.energy}.")
 
 
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""The tensors of a file, by key, under other keys."""
+
+
 def read_lora_file(
-    path: Path, base: Base, weight: Weight | None = None, options: ReadOptions | None = None
+    path: Path,
+    base: BaseModel,
+    weight: Weight | None = None,
+    options: ReadOptions | None = None,
+    convert: Convert = dict,
 ) -> Lora:
     """Every change in the file by site, scale folded in, float32.
 
-    Sites whose change is exactly zero are left out, since they change nothing. Raises
-    :class:`LoraFileError` naming file, key and shapes for whatever cannot be read in full;
-    nothing is skipped without ``allow_partial``, and then it stands in :attr:`Lora.notes`.
+    Sites whose change is exactly zero are left out, since they change nothing. ``convert`` is
+    called on the tensors before any name is looked up. Raises :class:`LoraFileError` naming file,
+    key and shapes for whatever cannot be read in full; nothing is skipped without
+    ``allow_partial``, and then it stands in :attr:`Lora.notes`.
     """
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)
     embeddings, tensors = split_embeddings(path, tensors)
+    tensors = convert(tensors)
     groups, left_out = _group(path, tensors, base)
     if left_out and not options.allow_partial:
         raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
@@ -68,58 +76,107 @@ def read_lora_file(
             else f"{path} changes no weight; it is not a LoRA file."
         )
     configs = adapter_configs(path, metadata)
-    found = _Found({}, {}, Counter(), [f"left out: {what}" for what in left_out.values()])
+    changes = _Changes(base, options)
     for alias, (name, parts) in groups.items():
         place = f"{path}: {name}"
-        scale = _configured(path, configs, alias, parts)
-        shape = _shape(alias, base)
+        scale = None
+        if "down" in parts and parts["down"].ndim >= 2:
+            rank = max(parts["down"].shape[0], 1)
+            scale = scale_of(path, configs, (alias[0].site, name), rank)
+        shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
         change = rebuild(parts, shape, scale, place)
-        magnitude = "magnitude" in parts or "output_magnitude" in parts
-        found.counts["undone"] += magnitude and not options.magnitudes
-        if magnitude and options.magnitudes:
-            if weight is None:
+        if "magnitude" in parts or "output_magnitude" in parts:
+            if not options.magnitudes:
+                changes.counts["undone"] += 1
+            elif weight is None:
                 raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
-            dense = _base_weight(alias, shape, weight)
-            folded = fold_magnitude(change.matrix(), dense, parts, place)
-            change = Rebuilt(1.0, dense=folded)
+            else:
+                dense = _base_weight(alias, shape, weight)
+                change = Dense(fold_magnitude(change.matrix(), dense, parts, place))
         for piece in alias:
-            _add(found, piece.site, piece.rows, change, base.shapes[piece.site], options)
+            changes.add(piece, change)
     return Lora(
-        found.sites,
+        changes.sites(),
         path.stem,
         metadata,
         str(path),
         file_digest(path),
         base,
-        found.scales,
-        found.all_notes(options),
+        changes.scales(),
+        [f"left out: {what}" for what in left_out.values()] + changes.notes(),
         embeddings,
         {"allow_partial": options.allow_partial, "energy": options.energy},
     )
 
 
-@dataclass
-class _Found:
-    sites: dict[str, LowRank]
-    scales: dict[str, float]
-    counts: Counter[str]
-    notes: list[str]
+class _Changes:
+    """The changes of sites as they are read, piece by piece."""
 
-    def all_notes(self, options: ReadOptions) -> list[str]:
+    def __init__(self, base: BaseModel, options: ReadOptions) -> None:
+        self.counts: Counter[str] = Counter()
+        self._base, self._options = base, options
+        self._pieces: dict[str, list[tuple[LowRank, float]]] = {}
+
+    def sites(self) -> dict[str, LowRank]:
+        """Every site's change: of one piece, or the sum of several that are rows of it."""
+        return {
+            site: pieces[0][0] if len(pieces) == 1 else concatenate([c for c, _ in pieces])
+            for site, pieces in self._pieces.items()
+        }
+
+    def scales(self) -> dict[str, float]:
+        """What was folded into ``up``, where that is one factor other than 1 for the whole site."""
+        scales: dict[str, float] = {}
+        for site, pieces in self._pieces.items():
+            first = pieces[0][1]
+            if first != 1.0 and all(scale == first for _, scale in pieces):
+                scales[site] = first
+        return scales
+
+    def notes(self) -> list[str]:
+        """What was done beyond taking the file as it is."""
         texts = {
             "zero": "{} sites have a change of exactly zero and are left out: they change nothing",
-            "extracted": f"{{}} sites were not low rank and were extracted at {options.energy:.4%} "
-            "of their energy",
+            "extracted": "{} sites were not low rank and were extracted at "
+            f"{self._options.energy:.4%} of their energy",
+            "undone": "{} sites are DoRA, of which the magnitudes are not looked at",
         }
-        texts["undone"] = "{} sites are DoRA, of which the magnitudes are not looked at"
-        return self.notes + [texts[k].format(n) for k, n in sorted(self.counts.items()) if n]
+        return [texts[kind].format(n) for kind, n in sorted(self.counts.items()) if n]
+
+    def add(self, piece: Piece, change: Rebuilt) -> None:
+        """The rows of ``change`` that are ``piece``; nothing where they are zero."""
+        shape = self._base.shapes[piece.site]
+        kernel = (shape[2], shape[3]) if len(shape) == 4 else None
+        scale = 1.0
+        if isinstance(change, Factors):
+            scale = change.scale
+            low = _without_zeros(piece.of_file(change.up) * scale, change.down, kernel)
+        else:
+            dense = piece.of_file(change.change)
+            if not bool(dense.any()):
+                self.counts["zero"] += 1
+                return
+            low = extract(dense, self._options.energy, kernel)[0]
+            self.counts["extracted"] += 1
+        if not bool(low.up.any()) or not bool(low.down.any()):
+            self.counts["zero"] += 1
+            return
+        if not (all_finite(low.up) and all_finite(low.down)):
+            raise IterisError(
+                f"Site {piece.site}: scale and factors multiply to more than float32 holds."
+            )
+        if piece.length < shape[0]:
+            below = shape[0] - piece.start - piece.length
+            up = torch.nn.functional.pad(low.up, (0, 0, piece.start, below))
+            low = LowRank(up, low.down, kernel)
+        self._pieces.setdefault(piece.site, []).append((low, scale))
 
 
 def _group(
-    path: Path, tensors: Mapping[str, Tensor], base: Base
+    path: Path, tensors: Mapping[str, Tensor], base: BaseModel
 ) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, str]]:
     """Parts by module, with its name in the file, and what is not understood: key → why."""
-    aliases = all_aliases(base)
+    aliases = base.aliases
     groups: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
     left_out: dict[str, str] = {}
     for key, tensor in tensors.items():
@@ -141,15 +198,18 @@ def _group(
                 "them, since loaders differ in which they take."
             )
         parts[part] = tensor
-    owners: dict[str, str] = {}
+    takers: dict[str, list[tuple[Piece, str]]] = {}
     for alias, (name, _) in groups.items():
         for piece in alias:
-            if piece.site in owners:
-                raise LoraFileError(
-                    f"{path}: {owners[piece.site]} and {name} both change {piece.site}; remove one "
-                    "of them, since loaders differ in which they take."
-                )
-            owners[piece.site] = name
+            for other, known in takers.setdefault(piece.site, []):
+                if piece.start < other.start + other.length and (
+                    other.start < piece.start + piece.length
+                ):
+                    raise LoraFileError(
+                        f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
+                        "since loaders differ in which they take."
+                    )
+            takers[piece.site].append((piece, name))
     return groups, left_out
 
 
@@ -182,64 +242,12 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
     return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
 
 
-def _configured(
-    path: Path, configs: Mapping[str, dict[str, Any]], alias: Alias, parts: Mapping[str, Tensor]
-) -> float | None:
-    component, _, module = alias[0].site.partition(".")
-    config = configs.get(component, configs.get(""))
-    if config is None or "down" not in parts or parts["down"].ndim < 2:
-        return None
-    return configured_scale(path, config, module, max(parts["down"].shape[0], 1))
-
-
-def _shape(alias: Alias, base: Base) -> tuple[int, ...]:
-    """Shape of the whole weight that the pieces are rows of."""
-    rows = max(stop for piece in alias for _, stop in piece.rows)
-    return (rows, *base.shapes[alias[0].site][1:])
-
-
 def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight) -> Tensor:
-    """(out, in·kh·kw), float32"""
+    """(out, in·kh·kw) of the file's tensor, float32."""
     full = torch.zeros(shape).flatten(1)
     for piece in alias:
-        own = weight(piece.site).detach().to("cpu", torch.float32).flatten(1)
-        start = 0
-        for first, stop in piece.rows:
-            full[first:stop] = own[start : start + stop - first]
-            start += stop - first
+        piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)
     return full
-
-
-def _add(
-    found: _Found,
-    site: str,
-    rows: tuple[tuple[int, int], ...],
-    change: Rebuilt,
-    shape: tuple[int, ...],
-    options: ReadOptions,
-) -> None:
-    kernel = (shape[2], shape[3]) if len(shape) == 4 else None
-
-    def take(matrix: Tensor) -> Tensor:
-        return torch.cat([matrix[start:stop] for start, stop in rows])
-
-    if change.up is not None and change.down is not None:
-        low = _without_zeros(take(change.up) * change.scale, change.down, kernel)
-        zero = not bool(low.up.any()) or not bool(low.down.any())
-    else:
-        assert change.dense is not None
-        dense = take(change.dense) * change.scale
-        zero = not bool(dense.any())
-        low = None if zero else extract(dense, options.energy, kernel)[0]
-        found.counts["extracted"] += not zero
-    if zero or low is None:
-        found.counts["zero"] += 1
-        return
-    if not (all_finite(low.up) and all_finite(low.down)):
-        raise IterisError(f"Site {site}: scale and factors multiply to more than float32 holds.")
-    found.sites[site] = low
-    if change.up is not None and change.scale != 1.0:
-        found.scales[site] = change.scale
 
 
 def _without_zeros(up: Tensor, down: Tensor, kernel: tuple[int, int] | None) -> LowRank:

@@ -7,17 +7,18 @@ layout SD 3 and the rest of FLUX, for which ``peft`` is to be written, which Com
 both layouts alpha equals rank wherever that is exact, so that loaders which lose alpha are right
 as well.
 
-In kohya layout a UNet and a text encoder have one alpha each, since diffusers loses alphas that
-differ from site to site: smaller ranks are scaled by a power of two or filled up with zeros. And
-where a text encoder has attention sites without any ``out_proj`` (in peft layout: no attention) it
-gets one pair of zero factors for ``out_proj``, since diffusers recognises layouts by it. Zeros
-change nothing.
+In kohya layout a UNet and a CLIP text encoder have one alpha each, since diffusers loses alphas
+that differ from site to site there (``Architecture.one_alpha``): smaller ranks are scaled by a
+power of two or filled up with zeros. And where a text encoder has attention sites without any
+``out_proj`` (in peft layout: no attention) it gets one pair of zero factors for ``out_proj``, since
+diffusers recognises layouts by it. Zeros change nothing.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -25,14 +26,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..bases import text_component
+from ..architectures import architecture
+from ..architectures.pieces import Alias, file_rows
+from ..architectures.text import text_component
 from ..errors import IterisError
 from ..lora import Lora
+from .aliases import BaseModel, base_model
 from .embeddings import embedding_targets
-from .mmdit_names import Alias, Piece
-from .names import kohya_modules, unread_by_diffusers
+from .exact import Stored, shaped, store_all
 from .saving import content_hash, save_atomically
-from .stored import Stored, shaped, store_all
 
 Layout = Literal["kohya", "peft"]
 
@@ -43,8 +45,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 _log = logging.getLogger(__name__)
-
-_TEXT_PREFIXES = ("lora_te", "lora_te2", "lora_te3")
 
 
 def write_lora(
@@ -62,17 +62,38 @@ def write_lora(
     """
     path = Path(path)
     check_target(path, layout, dtype, overwrite)
+    tensors, metadata = to_tensors(lora, layout=layout, dtype=dtype)
+    targets = embedding_targets(path, list(lora.embeddings), overwrite)
+    save_atomically(tensors, path, metadata)
+    _warn_of_unread(lora, layout)
+    for name, target in targets.items():
+        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
+        save_atomically(parts, target, {"name": name})
+    return path
+
+
+def to_tensors(
+    lora: Lora, *, layout: Layout = "kohya", dtype: str = "float16"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) as :func:`write_lora` writes them, without the embeddings.
+
+    Raises :class:`IterisError` if there is nothing to write, a value does not fit ``dtype`` or a
+    site has no name in ``layout``.
+    """
     if not lora.sites:
         raise IterisError("The merged LoRA changes no site; there is nothing to write.")
-    stored = store_all(lora, DTYPES[dtype])
+    base = lora.base or _unknown_base(lora)
+    stored = store_all(lora, DTYPES[dtype], base.architecture.one_alpha)
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
     if layout == "kohya":
-        modules = _kohya(lora, stored)
+        modules = _kohya(base, stored)
         for name, module in modules.items():
             tensors |= _kohya_tensors(name, module)
-        metadata |= _network_metadata(lora, modules)
+        metadata |= _network_metadata(modules, base.architecture.network)
+        if lora.base is not None and base.architecture.version:
+            metadata["ss_base_model_version"] = base.architecture.version
     else:
         stored |= _recognisable_to_peft(stored)
         for site, module in stored.items():
@@ -82,17 +103,24 @@ def write_lora(
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
-    targets = embedding_targets(path, list(lora.embeddings), overwrite)
-    save_atomically(tensors, path, {**metadata, "format": "pt"})
-    _warn_of_unread(lora, layout)
-    for name, target in targets.items():
-        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
-        save_atomically(parts, target, {"name": name})
-    return path
+    return tensors, {**metadata, "format": "pt"}
+
+
+def _unknown_base(lora: Lora) -> BaseModel:
+    """What gives sites the names of SD 1.x where nothing is known of the base model."""
+    shapes = {
+        site: (change.shape[0], change.shape[1] // math.prod(change.kernel or ()),
+               *(change.kernel or ()))
+        for site, change in lora.sites.items()
+    }  # fmt: skip
+    return base_model(architecture("sd1"), shapes)
 
 
 def _warn_of_unread(lora: Lora, layout: Layout) -> None:
-    unread = unread_by_diffusers(lora.base, lora.sites, layout) if lora.base is not None else []
+    if lora.base is None:
+        return
+    reads = lora.base.architecture.diffusers_reads
+    unread = [site for site in lora.sites if not reads(site, layout)]
     if unread:
         _log.warning(
             "diffusers does not read %d of the %d changes in this file, such as %s. %s",
@@ -121,47 +149,32 @@ def _kohya_tensors(name: str, module: Stored) -> dict[str, Tensor]:
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
 
 
-def _kohya(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Modules under sd-scripts' names, fused where it fuses."""
-    names = _names(lora, stored)
+def _kohya(base: BaseModel, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Modules under the names to write, fused where those are."""
     components: dict[str, dict[str, Stored]] = {}
-    for name, alias in names.items():
+    for name, alias in _names(base, stored).items():
         component = alias[0].site.partition(".")[0]
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
         components.setdefault(component, {})[name] = module
     modules: dict[str, Stored] = {}
-    for component, own in components.items():
-        modules |= own if component == "transformer" else _even_out(own)
+    for component, named in components.items():
+        modules |= _even_out(named) if component in base.architecture.one_alpha else named
         if component.startswith("text_encoder"):
-            modules |= _recognisable({name: modules[name] for name in own})
+            modules |= _recognisable({name: modules[name] for name in named})
     return modules
 
 
-def _names(lora: Lora, stored: Mapping[str, Stored]) -> dict[str, Alias]:
-    if lora.base is not None:
-        known = kohya_modules(lora.base)
-        names = {n: a for n, a in known.items() if any(piece.site in stored for piece in a)}
-    else:
-        names = {_plain_name(site): (Piece(site, ((0, 0),)),) for site in stored}
+def _names(base: BaseModel, stored: Mapping[str, Stored]) -> dict[str, Alias]:
+    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
     covered = {piece.site for alias in names.values() for piece in alias}
     missing = [site for site in stored if site not in covered]
     if missing:
-        raise IterisError(f'Site {missing[0]} has no name in kohya layout; write layout="peft".')
-    return names
-
-
-def _plain_name(site: str) -> str:
-    """The name where nothing is known of the base model: that of SD 1.x."""
-    component, _, path = site.partition(".")
-    index = text_component(site)
-    if component != "unet" and index is None:
         raise IterisError(
-            f"Site {site} has no name in kohya layout while its base model is unknown; "
-            'write layout="peft", or read the LoRAs through a host.'
+            f"Site {missing[0]} has no name in kohya layout for a base of {base.architecture.title}"
+            '; write layout="peft", or read the LoRAs through a host, which says what base it has.'
         )
-    prefix = "lora_unet" if index is None else _TEXT_PREFIXES[index]
-    return f"{prefix}_{path.replace('.', '_')}"
+    return names
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
@@ -176,14 +189,10 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
     first = parts[0]
     shared = all(torch.equal(part.down, first.down) for part in parts)
     down = first.down if shared else torch.cat([part.down for part in parts])
-    rows = max(stop for piece in alias for _, stop in piece.rows)
-    up = torch.zeros(rows, down.shape[0], dtype=down.dtype)
+    up = torch.zeros(file_rows(alias), down.shape[0], dtype=down.dtype)
     column = 0
     for piece, part in zip(present, parts, strict=True):
-        start = 0
-        for begin, end in piece.rows:
-            up[begin:end, column : column + part.rank] = part.up[start : start + end - begin]
-            start += end - begin
+        piece.place(part.up, up[:, column : column + part.rank])
         column += 0 if shared else part.rank
     # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
     return Stored(up, down, first.scale, first.kernel)
@@ -223,10 +232,10 @@ def _recognisable_to_peft(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     for component in {
         site.partition(".")[0] for site in stored if text_component(site) is not None
     }:
-        own = {s: m for s, m in stored.items() if s.startswith(f"{component}.text_model.")}
-        if not own or any(".self_attn." in site for site in own):
+        clip = {s: m for s, m in stored.items() if s.startswith(f"{component}.text_model.")}
+        if not clip or any(".self_attn." in site for site in clip):
             continue
-        for site, like in own.items():
+        for site, like in clip.items():
             if site.endswith((".fc1", ".fc2")):
                 width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
                 zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
@@ -236,19 +245,17 @@ def _recognisable_to_peft(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     return added
 
 
-def _network_metadata(lora: Lora, modules: Mapping[str, Stored]) -> dict[str, str]:
+def _network_metadata(modules: Mapping[str, Stored], network: str) -> dict[str, str]:
     """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
     ranks = [module.rank for module in modules.values()]
     dim = max(set(ranks), key=ranks.count)
     scales = [module.scale for module in modules.values() if module.rank == dim]
     alpha = dim * max(set(scales), key=scales.count)
-    kind = lora.base.kind if lora.base is not None else None
-    found = {
+    return {
         "ss_network_dim": str(dim),
         "ss_network_alpha": f"{alpha:g}",
-        "ss_network_module": kind.module if kind else "networks.lora",
+        "ss_network_module": network,
     }
-    return found | ({"ss_base_model_version": kind.version} if kind else {})
 
 
 def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:

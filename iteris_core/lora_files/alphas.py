@@ -1,11 +1,11 @@
-"""Alpha where diffusers and peft keep it: the LoraConfigs in ``lora_adapter_metadata``."""
+"""Alpha where peft keeps it: a LoraConfig, in ``lora_adapter_metadata`` or an adapter's folder."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,39 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
         ) from error
 
 
-def configured_scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+def scale_of(
+    path: Path, configs: Mapping[str, Mapping[str, Any]], names: Iterable[str], rank: int
+) -> float | None:
+    """What ``configs``, by component, say of a module with these ``names`` (each with its component
+    in front); None where none of them is of its component."""
+    for name in names:
+        component, _, module = name.partition(".")
+        if component and component in configs:
+            return configured_scale(path, configs[component], module, rank)
+    if "" not in configs:
+        return None
+    modules = {part for name in names for part in (name, name.partition(".")[2])}
+    return configured_scale(path, configs[""], modules, rank)
+
+
+def configured_scale(
+    path: Path, config: Mapping[str, Any], module: str | Iterable[str], rank: int
+) -> float:
     """alpha / rank, or alpha / √rank for rsLoRA; the first pattern that fits decides alpha.
 
     A pattern is a regular expression for the end of a module's name, as in peft
-    (``peft.utils.other.get_pattern_key``). Names of a text encoder may have ``text_model.`` in
-    front of them or not, as the writer's transformers had it.
+    (``peft.utils.other.get_pattern_key``, which is not called, since ComfyUI has no peft and a
+    hostile pattern could take it for ever). ``module`` is a name, or several of one module; names
+    of a text encoder may have ``text_model.`` in front of them or not, as the writer's transformers
+    had it. Raises :class:`LoraFileError` for what peft cannot have written.
     """
-    names = {module, module.removeprefix("text_model."), f"text_model.{module}"}
-    alpha = config["lora_alpha"]
+    modules = [module] if isinstance(module, str) else list(module)
+    short = [name.removeprefix("text_model.") for name in modules]
+    names = {*modules, *short, *(f"text_model.{name}" for name in short)}
+    alpha = config.get("lora_alpha", 8)  # peft's own default
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise LoraFileError(f"{path}: alpha_pattern in lora_adapter_metadata is not a table.")
+        raise LoraFileError(f"{path}: alpha_pattern of the LoraConfig is not a table.")
     for pattern, value in patterns.items():
         if any(_fits(path, pattern, name) for name in names):
             alpha = value
@@ -54,10 +75,10 @@ def configured_scale(path: Path, config: Mapping[str, Any], module: str, rank: i
         number = float(alpha)
     except (TypeError, ValueError, OverflowError) as error:
         raise LoraFileError(
-            f"{path}: lora_alpha in lora_adapter_metadata is {str(alpha)[:40]!r}, not a number."
+            f"{path}: lora_alpha of the LoraConfig is {str(alpha)[:40]!r}, not a number."
         ) from error
     if not math.isfinite(number):
-        raise LoraFileError(f"{path}: lora_alpha in lora_adapter_metadata is {number}.")
+        raise LoraFileError(f"{path}: lora_alpha of the LoraConfig is {number}.")
     return number / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -67,12 +88,12 @@ def _fits(path: Path, pattern: str, module: str) -> bool:
     # Groups could nest repetitions and take for ever; no trainer writes them.
     if not _PLAIN.fullmatch(pattern) or sum(pattern.count(c) for c in "*+?") > 3:
         raise LoraFileError(
-            f"{path}: alpha_pattern {pattern[:80]!r} in lora_adapter_metadata is too complicated; "
+            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig is too complicated; "
             "save the adapter with plain module names there."
         )
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
     except re.error as error:
         raise LoraFileError(
-            f"{path}: alpha_pattern {pattern[:80]!r} in lora_adapter_metadata: {error}."
+            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig: {error}."
         ) from error

@@ -1,0 +1,111 @@
+"""What the project knows of one architecture of base models: one record, one file.
+
+To add an architecture put a file into this package that has an :data:`ARCHITECTURE`; nothing else
+changes. Whoever has one outside of it calls :func:`..architectures.register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from torch import Tensor, nn
+
+from .pieces import Alias, Shapes
+from .wirings import Wiring
+
+Conditioning = dict[str, Tensor]
+"""What text encoders give, rows first; ``states``, (rows, tokens, width), is always there."""
+
+
+class Fit(IntEnum):
+    """How well sites or a file fit an architecture; the best fit of all architectures counts."""
+
+    NO = 0
+    LIKELY = 1
+    """As far as can be seen: it has nothing that only another architecture has."""
+    SURE = 2
+    """It has what only this architecture has."""
+
+
+@dataclass(frozen=True)
+class PipelineCalls:
+    """How prompts and latents become a forward of the denoiser in a pipeline of diffusers.
+
+    ``pipeline`` and ``denoisers`` are names of classes of diffusers, ``parts`` the attributes that
+    encode prompts. ``single_files`` are what diffusers' single-file detection calls checkpoints.
+    ``encode(pipeline, prompts)`` gives the conditioning. ``arguments(pipeline, latents, timesteps,
+    conditioning, guidance)`` are those of the denoiser's forward. ``latent_shape(pipeline, side)``
+    is the shape of one row's latents, ``side`` being None for the model's own size.
+    ``empty_prompts`` tells whether guidance runs on the empty prompt; else the model takes its
+    scale as an input. ``even_sigmas`` tells that the pipeline spaces noise levels evenly from 1 to
+    1 / steps instead of as its scheduler would.
+    """
+
+    pipeline: str
+    denoisers: tuple[str, ...]
+    single_files: tuple[str, ...]
+    parts: tuple[str, ...]
+    encode: Callable[[Any, list[str]], Conditioning]
+    arguments: Callable[[Any, Tensor, Tensor, Conditioning, float], dict[str, Any]]
+    latent_shape: Callable[[Any, int | None], tuple[int, ...]]
+    empty_prompts: bool = True
+    even_sigmas: bool = False
+
+
+def _fits_nothing(*_: object) -> Fit:
+    return Fit.NO
+
+
+def _no_models() -> Mapping[str, nn.Module]:
+    return {}
+
+
+def _no_names(_: Shapes) -> dict[str, Alias]:
+    return {}
+
+
+def _everything(site: str, layout: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``title`` is for people; every other field has a default, for what is unknown.
+
+    ``fits_sites(shapes)`` looks at the sites of a loaded model, name → shape of the weight;
+    ``fits_file(shapes, metadata)`` at the tensors of a LoRA file. ``models()`` are its components
+    at the released size; it is called under torch's meta device. ``denoiser`` is the component that
+    denoises. ``original_names(shapes)`` are the names of the original code for the denoiser's
+    modules, without prefix; ``native`` tells whether sd-scripts uses them in its files (else
+    diffusers' names). ``further_names`` are names that some tool has beside those.
+    ``text_prefixes`` are the kohya prefixes of the components ``text_encoder``, ``text_encoder_2``,
+    ``text_encoder_3``; ``clips`` are ComfyUI's names of the CLIP encoders in that order.
+    ``version``, ``modelspec`` and ``network`` go into a file's ``ss_base_model_version``,
+    ``modelspec.architecture`` (before ``/lora``) and ``ss_network_module``; empty ones stay out.
+    ``one_alpha`` are components of which diffusers reads one alpha only in kohya layout;
+    ``diffusers_reads(site, layout)`` tells whether it reads a site's change in a file of ours.
+    ``wirings`` say where the denoiser adds to its residual stream. ``pipeline`` is for the
+    diffusers host, which refuses architectures without it.
+    """
+
+    name: str
+    title: str
+    fits_sites: Callable[[Shapes], Fit] = _fits_nothing
+    fits_file: Callable[[Shapes, Mapping[str, str]], Fit] = _fits_nothing
+    models: Callable[[], Mapping[str, nn.Module]] = _no_models
+    denoiser: str = "transformer"
+    original_names: Callable[[Shapes], dict[str, Alias]] = _no_names
+    further_names: Callable[[Shapes], dict[str, Alias]] = _no_names
+    native: bool = False
+    text_prefixes: tuple[str, ...] = ()
+    clips: tuple[str, ...] = ("clip_l", "clip_g")
+    version: str = ""
+    modelspec: str = ""
+    network: str = "networks.lora"
+    one_alpha: tuple[str, ...] = ()
+    diffusers_reads: Callable[[str, str], bool] = _everything
+    wirings: tuple[Wiring, ...] = ()
+    pipeline: PipelineCalls | None = None

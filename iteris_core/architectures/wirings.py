@@ -1,0 +1,76 @@
+"""Where the layers of a model add to its residual stream.
+
+A layer is known by the names of its parts, which say how it is wired; layers that no entry fits
+(norms after a branch, parallel branches, gates, factors) have no streams: merges there do not
+repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+
+from torch import nn
+
+_SCALES = ("residual_multiplier", "residual_scale")
+"""What layers call a factor on what they add to the stream (Granite, MiniCPM)"""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """``parts``: the layer's children (dropouts aside); ``extra``: further ones it may have.
+
+    ``added`` maps a site to the module that reads the stream as the site's output will find it.
+    ``requires`` and ``forbids`` are modules by which layers of equal names are told apart;
+    ``layer`` is the name of the layer's class, where only that does. Layers that gate or modulate
+    what they add (adaptive norms) are of no wiring.
+    """
+
+    parts: frozenset[str]
+    added: Mapping[str, str]
+    extra: frozenset[str] = frozenset()
+    requires: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    layer: str = ""
+
+    def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
+        """Whether ``layer``, whose modules are called ``inner``, is wired so."""
+        names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+        return (
+            not any(hasattr(layer, name) for name in _SCALES)
+            and getattr(layer, "norm_type", "layer_norm") == "layer_norm"
+            and self.layer in ("", type(layer).__name__)
+            and self.parts <= names <= self.parts | self.extra
+            and all(name in inner for name in self.requires)
+            and not any(name in inner for name in self.forbids)
+        )
+
+
+def residual_streams(
+    model: nn.Module, sites: Mapping[str, nn.Module], wirings: Iterable[Wiring]
+) -> dict[str, nn.Module]:
+    """Site of ``sites`` → the module whose input is its residual stream, in the model's order."""
+    names = {module: site for site, module in sites.items()}
+    wirings = tuple(wirings)
+    streams: dict[str, nn.Module] = {}
+    for layer in model.modules():
+        inner = dict(layer.named_modules())
+        for wiring in wirings:
+            if not wiring.fits(layer, inner.keys()):
+                continue
+            for added, reader in wiring.added.items():
+                site = names.get(inner.get(added, layer))
+                if site is not None and reader in inner:
+                    streams[site] = inner[reader]
+    return streams
+
+
+def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
+    """``streams`` of those parts of the model (its children: encoder, decoder, vision model, …) in
+    which some site of ``changed`` lies."""
+    parts = {_part(site) for site in changed}
+    return {site: reader for site, reader in streams.items() if _part(site) in parts}
+
+
+def _part(site: str) -> str:
+    return ".".join(site.split(".")[:2])
