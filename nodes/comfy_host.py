@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.architectures import text, unet
+from ..iteris_core.architectures.wirings import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Stage, Tick
-from ..iteris_core.hosts.streams import unet_streams
-from ..iteris_core.hosts.transformers_streams import transformer_streams
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.solve.memory import statistics_bytes
@@ -129,9 +129,11 @@ class ComfyHost:
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self._found.modules
-        streams = transformer_streams(modules, sites, self.clip.cond_stage_model)
+        encoders = residual_streams(self.clip.cond_stage_model, modules, text.WIRINGS)
+        streams = in_changed_parts(encoders, sites)
         if _needs_denoiser(sites):
-            streams |= unet_streams(self.model.model.diffusion_model, modules)
+            denoiser = self.model.model.diffusion_model
+            streams |= residual_streams(denoiser, modules, unet.WIRINGS)
         return streams
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import to_tensors
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
-from .concept_specs import ConceptSpec, read_metadata
+from .concept_specs import ConceptSpec
 
 _ROWS = 32
 _log = logging.getLogger(__name__)
@@ -89,10 +87,8 @@ def merge_on(
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
     """What ``result`` is once it is saved and loaded again."""
-    with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
-        path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
-        # Tensors that stayed mapped onto the file would keep Windows from deleting it.
-        tensors, metadata = load(path.read_bytes()), read_metadata(path)
+    with torch.inference_mode(False):
+        tensors, metadata = to_tensors(result.lora, dtype=dtype)
     words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
     metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))

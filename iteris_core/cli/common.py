@@ -77,7 +77,12 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(base: str, device: str | None) -> Any:
+def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
+    """The pipeline in a folder or of a hub name, or of a single file by what is in it.
+
+    ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
+    part) for a single file; without it diffusers takes that of the released model from the hub.
+    """
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -85,13 +90,19 @@ def load_base(base: str, device: str | None) -> Any:
     )
     from diffusers.utils import logging as diffusers_logging
 
+    from ..hosts.single_file import single_file_pipeline
+
     diffusers_logging.set_verbosity_error()
     device = device or best_device()
     try:
         if base.endswith(".safetensors"):
-            pipeline = StableDiffusionPipeline.from_single_file(base)
+            of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
+            where = {} if config is None else {"config": str(config)}
+            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
         else:
             pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    except IterisError:
+        raise
     except Exception as error:  # the libraries raise many kinds; the message is what helps
         raise IterisError(
             f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a "

@@ -53,35 +53,36 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
     assert {line for line in asked if not line.startswith("#")} <= set(found.project.dependencies)
 
 
+def scales(pack: ModuleType, config: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+    """alpha / 4 of every module of rank 4 that the metadata speak of."""
+    alphas = module(pack, "iteris_core.lora_files.alphas")
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    configs = alphas.adapter_configs(Path("x"), metadata)
+    read = {name: alphas.scale_of(Path("x"), configs, (f"unet.blocks.{name}", name), 4)
+            for name in names}  # fmt: skip
+    return {name: scale for name, scale in read.items() if scale is not None}
+
+
 def test_alphas_of_the_metadata(pack: ModuleType) -> None:
     config = {
-        "unet.lora_alpha": 8,
-        "unet.alpha_pattern": {"mid_block.*to_q": 2},
+        "transformer.lora_alpha": 8,
+        "transformer.alpha_pattern": {"mid_block.*to_q": 2},
         "text_encoder.lora_alpha": 4,
         "text_encoder.use_rslora": True,
     }
-    names = ("unet.down.to_q", "unet.mid_block.0.to_q", "text_encoder.q_proj", "other.q_proj")
-    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names}
-    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
-        Path("x"), tensors, {"lora_adapter_metadata": json.dumps(config)}
-    )
-    alphas = {key: float(value) for key, value in found.items() if key.endswith(".alpha")}
-    assert alphas == {
-        "unet.down.to_q.alpha": 8.0,
-        "unet.mid_block.0.to_q.alpha": 2.0,
-        "text_encoder.q_proj.alpha": 8.0,
+    names = ("transformer.down.to_q", "transformer.mid_block.0.to_q", "text_encoder.q_proj",
+             "other.q_proj")  # fmt: skip
+    assert scales(pack, config, names) == {
+        "transformer.down.to_q": 2.0,
+        "transformer.mid_block.0.to_q": 0.5,
+        "text_encoder.q_proj": 2.0,
     }
 
 
 def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^mid_block.0.to_q": 2}}
     names = ("down_blocks.0.to_q", "mid_block.0.to_q")
-    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
-        Path("x"),
-        {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names},
-        {"lora_adapter_metadata": json.dumps(config)},
-    )
-    assert [float(found[f"{name}.alpha"]) for name in names] == [8.0, 2.0]
+    assert list(scales(pack, config, names).values()) == [2.0, 0.5]
 
 
 def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
