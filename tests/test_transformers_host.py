@@ -216,9 +216,8 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
     host = TransformersHost(model.eval())
     with pytest.raises(IterisError, match="no adapter folder"):
         host.read_lora(tmp_path)
-    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=targets)).save_pretrained(
-        tmp_path / "a"
-    )
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)  # B is not zero
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a")
     lora = host.read_lora(tmp_path / "a")
     with pytest.raises(IterisError, match="has no inputs"):
         merge_loras(host, [Concept(lora)])

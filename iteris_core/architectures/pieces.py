@@ -44,7 +44,7 @@ Alias = tuple[Piece, ...]
 
 def whole(site: str, shapes: Shapes) -> Alias:
     """The alias of a module that is one site."""
-    return (Piece(site, ((0, shapes[site][0]),)),)
+    return fused([site], shapes)
 
 
 def fused(sites: Sequence[str], shapes: Shapes) -> Alias:

@@ -55,22 +55,6 @@ class PipelineCalls:
     even_sigmas: bool = False
 
 
-def _fits_nothing(*_: object) -> Fit:
-    return Fit.NO
-
-
-def _no_models() -> Mapping[str, nn.Module]:
-    return {}
-
-
-def _no_names(_: Shapes) -> dict[str, Alias]:
-    return {}
-
-
-def _everything(site: str, layout: str) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Architecture:
     """``title`` is for people; every other field has a default, for what is unknown.
@@ -93,12 +77,12 @@ class Architecture:
 
     name: str
     title: str
-    fits_sites: Callable[[Shapes], Fit] = _fits_nothing
-    fits_file: Callable[[Shapes, Mapping[str, str]], Fit] = _fits_nothing
-    models: Callable[[], Mapping[str, nn.Module]] = _no_models
+    fits_sites: Callable[[Shapes], Fit] = lambda shapes: Fit.NO
+    fits_file: Callable[[Shapes, Mapping[str, str]], Fit] = lambda shapes, metadata: Fit.NO
+    models: Callable[[], Mapping[str, nn.Module]] = lambda: {}
     denoiser: str = "transformer"
-    original_names: Callable[[Shapes], dict[str, Alias]] = _no_names
-    further_names: Callable[[Shapes], dict[str, Alias]] = _no_names
+    original_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}
+    further_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}
     native: bool = False
     text_prefixes: tuple[str, ...] = ()
     clips: tuple[str, ...] = ("clip_l", "clip_g")
@@ -106,6 +90,6 @@ class Architecture:
     modelspec: str = ""
     network: str = "networks.lora"
     one_alpha: tuple[str, ...] = ()
-    diffusers_reads: Callable[[str, str], bool] = _everything
+    diffusers_reads: Callable[[str, str], bool] = lambda site, layout: True
     wirings: tuple[Wiring, ...] = ()
     pipeline: PipelineCalls | None = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .marks import key_width, said_base
+from .marks import key_width, reads_all_but_t5, said_base, square_latents
 from .pieces import Alias, Shapes, whole
-from .record import Conditioning, Fit
+from .record import Architecture, Conditioning, Fit, PipelineCalls
 from .wirings import Wiring
 
 WIRINGS = (
@@ -22,8 +23,6 @@ WIRINGS = (
         layer="BasicTransformerBlock",
     ),
 )
-
-DENOISERS = ("UNet2DConditionModel",)
 
 _TOP = {
     "conv_in": "input_blocks.0.0",
@@ -149,3 +148,37 @@ def arguments(
 ) -> dict[str, Any]:
     """Of the UNet's forward."""
     return {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text["states"]}
+
+
+def stable_diffusion(
+    name: str,
+    title: str,
+    models: Callable[[], Mapping[str, nn.Module]],
+    *,
+    wide: bool,
+    **names: Any,
+) -> Architecture:
+    """SD 1.x or 2.x, which differ in their text encoder: ``names`` are further fields."""
+    return Architecture(
+        name,
+        title,
+        partial(fits_sites, wide=wide),
+        partial(fits_file, wide=wide),
+        models,
+        denoiser="unet",
+        original_names=aliases,
+        text_prefixes=("lora_te",),
+        one_alpha=("unet", "text_encoder"),
+        diffusers_reads=reads_all_but_t5,
+        wirings=WIRINGS,
+        pipeline=PipelineCalls(
+            pipeline="StableDiffusionPipeline",
+            denoisers=("UNet2DConditionModel",),
+            single_files=("v2",) if wide else ("v1",),
+            parts=("text_encoder", "tokenizer"),
+            encode=encode,
+            arguments=arguments,
+            latent_shape=square_latents,
+        ),
+        **names,
+    )

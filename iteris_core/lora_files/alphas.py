@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +35,32 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
 
 
 def scale_of(
-    path: Path, configs: Mapping[str, Mapping[str, Any]], names: Iterable[str], rank: int
+    path: Path, configs: Mapping[str, Mapping[str, Any]], site: str, name: str, rank: int
 ) -> float | None:
-    """What ``configs``, by component, say of a module with these ``names`` (each with its component
-    in front); None where none of them is of its component."""
-    for name in names:
-        component, _, module = name.partition(".")
-        if component and component in configs:
-            return configured_scale(path, configs[component], module, rank)
+    """What ``configs``, by component, say of the module that is ``site`` and ``name`` in the file;
+    None where none of them is of its component."""
+    for full in (site, name):
+        component, _, module = full.partition(".")
+        if component in configs:
+            return configured_scale(path, configs[component], [module], rank)
     if "" not in configs:
         return None
-    modules = {part for name in names for part in (name, name.partition(".")[2])}
-    return configured_scale(path, configs[""], modules, rank)
+    return configured_scale(path, configs[""], [site.partition(".")[2], name], rank)
 
 
 def configured_scale(
-    path: Path, config: Mapping[str, Any], module: str | Iterable[str], rank: int
+    path: Path, config: Mapping[str, Any], names: Collection[str], rank: int
 ) -> float:
     """alpha / rank, or alpha / √rank for rsLoRA; the first pattern that fits decides alpha.
 
     A pattern is a regular expression for the end of a module's name, as in peft
     (``peft.utils.other.get_pattern_key``, which is not called, since ComfyUI has no peft and a
-    hostile pattern could take it for ever). ``module`` is a name, or several of one module; names
-    of a text encoder may have ``text_model.`` in front of them or not, as the writer's transformers
-    had it. Raises :class:`LoraFileError` for what peft cannot have written.
+    hostile pattern could take it for ever). ``names`` are of one module; those of a text encoder
+    may have ``text_model.`` in front of them or not, as the writer's transformers had it. Raises
+    :class:`LoraFileError` for what peft cannot have written.
     """
-    modules = [module] if isinstance(module, str) else list(module)
-    short = [name.removeprefix("text_model.") for name in modules]
-    names = {*modules, *short, *(f"text_model.{name}" for name in short)}
+    short = [name.removeprefix("text_model.") for name in names]
+    names = {*names, *short, *(f"text_model.{name}" for name in short)}
     alpha = config.get("lora_alpha", 8)  # peft's own default
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):

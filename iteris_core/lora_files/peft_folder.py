@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..architectures.pieces import Shapes
+from ..architectures import Architecture
+from ..architectures.pieces import Shapes, whole
 from ..errors import IterisError, LoraFileError
-from ..lora import Lora, LowRank
-from .alphas import configured_scale
+from ..lora import Lora
+from .aliases import BaseModel
+from .read import ReadOptions, lora_of
 from .saving import umask
 from .tensors import read_tensors
 
 _PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
 _HARMLESS = frozenset({
     # What and where: the tensors say it again, or the reader takes it into account.
     "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules",
@@ -35,7 +39,6 @@ _HARMLESS = frozenset({
 """Settings of peft's LoraConfig under which a change is scale · up · down whatever they say; any
 other one that is set makes the adapter a variant, also one that comes after this was written"""
 _TITLES = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
-"""What variants are called, where that is not their setting's name"""
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
 
@@ -48,32 +51,13 @@ def read_adapter(folder: Path, shapes: Shapes) -> Lora:
     """
     config, tensors = _read_folder(folder)
     _check_plain(folder, config)
-    factors: dict[str, dict[str, Tensor]] = {}
-    apart: list[str] = []
-    for name, tensor in tensors.items():
-        if _is_apart(name, config):
-            apart.append(name)
-            continue
-        module, _, leaf = name.rpartition(".lora_")
-        if leaf not in ("A.weight", "B.weight"):
-            raise LoraFileError(
-                f"{folder}: {name} {tuple(tensor.shape)} is no factor of a linear or convolution; "
-                "embeddings and biases that were trained cannot be merged."
-            )
-        factors.setdefault(f"model.{module}", {})[leaf[0]] = tensor
-    unknown = [site for site in factors if site not in shapes]
-    if unknown:
-        first = ", ".join(f"{s} {tuple(factors[s]['A'].shape)}" for s in unknown[:3])
-        raise LoraFileError(
-            f"{folder}: {len(unknown)} of {len(factors)} sites match nothing in the base model; "
-            f"the first are {first}. This adapter was made for another base model."
-        )
-    changes = {
-        site: _low_rank(folder, site, parts, config, shapes[site])
-        for site, parts in factors.items()
-    }
-    metadata = {"kept_apart": ", ".join(apart)} if apart else {}
-    return Lora(changes, folder.name, metadata)
+    heads = [name for name in tensors if _is_apart(name, config)]
+    factors = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
+    base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
+    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions())
+    metadata = {"kept_apart": ", ".join(heads)} if heads else {}
+    return replace(lora, name=folder.name, source=str(folder), metadata=metadata)
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
@@ -116,7 +100,7 @@ def _is_apart(name: str, config: Mapping[str, Any]) -> bool:
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration, and the tensors by their names in the base model."""
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
     if not config_file.is_file() or not weights.is_file():
         raise LoraFileError(
             f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
@@ -128,27 +112,6 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
     tensors, _ = read_tensors(weights)
     return config, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-
-
-def _low_rank(
-    folder: Path,
-    site: str,
-    parts: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    shape: tuple[int, ...],
-) -> LowRank:
-    if set(parts) != {"A", "B"}:
-        raise LoraFileError(f"{folder}: site {site} has only one of its two factors.")
-    down, up = parts["A"], parts["B"]
-    ones = (1,) * len(shape[2:])
-    if not len(down) or down.shape[1:] != shape[1:] or up.shape != (shape[0], len(down), *ones):
-        raise LoraFileError(
-            f"{folder}: site {site} has A {tuple(down.shape)} and B {tuple(up.shape)}, but the "
-            f"base model's weight there is {shape}; it was made for another base model."
-        )
-    scale = configured_scale(folder, config, site.removeprefix("model."), len(down))
-    kernel = (shape[2], shape[3]) if len(shape) == 4 else None
-    return LowRank(up.flatten(1).float() * scale, down.flatten(1).float(), kernel)
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -201,7 +164,7 @@ def write_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=1)
         (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
         temporary.chmod(0o777 & ~umask())  # mkdtemp's is for the owner only

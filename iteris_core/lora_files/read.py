@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,21 @@ def read_lora_file(
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)
     embeddings, tensors = split_embeddings(path, tensors)
-    tensors = convert(tensors)
+    configs = adapter_configs(path, metadata)
+    lora = lora_of(path, convert(tensors), configs, base, weight, options)
+    return replace(lora, metadata=metadata, embeddings=embeddings)
+
+
+def lora_of(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    base: BaseModel,
+    weight: Weight | None,
+    options: ReadOptions,
+) -> Lora:
+    """What :func:`read_lora_file` makes of the ``tensors`` of a file; ``configs`` are the
+    LoraConfigs of its components, where alpha stands if it is not among the tensors."""
     groups, left_out = _group(path, tensors, base)
     if left_out and not options.allow_partial:
         raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
@@ -75,14 +90,13 @@ def read_lora_file(
             if left_out
             else f"{path} changes no weight; it is not a LoRA file."
         )
-    configs = adapter_configs(path, metadata)
     changes = _Changes(base, options)
     for alias, (name, parts) in groups.items():
         place = f"{path}: {name}"
         scale = None
         if "down" in parts and parts["down"].ndim >= 2:
             rank = max(parts["down"].shape[0], 1)
-            scale = scale_of(path, configs, (alias[0].site, name), rank)
+            scale = scale_of(path, configs, alias[0].site, name, rank)
         shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
         change = rebuild(parts, shape, scale, place)
         if "magnitude" in parts or "output_magnitude" in parts:
@@ -98,14 +112,12 @@ def read_lora_file(
     return Lora(
         changes.sites(),
         path.stem,
-        metadata,
-        str(path),
-        file_digest(path),
-        base,
-        changes.scales(),
-        [f"left out: {what}" for what in left_out.values()] + changes.notes(),
-        embeddings,
-        {"allow_partial": options.allow_partial, "energy": options.energy},
+        source=str(path),
+        sha256=file_digest(path),
+        base=base,
+        scales=changes.scales(),
+        notes=[f"left out: {what}" for what in left_out.values()] + changes.notes(),
+        reading={"allow_partial": options.allow_partial, "energy": options.energy},
     )
 
 

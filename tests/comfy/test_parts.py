@@ -58,7 +58,7 @@ def scales(pack: ModuleType, config: dict[str, Any], names: tuple[str, ...]) -> 
     alphas = module(pack, "iteris_core.lora_files.alphas")
     metadata = {"lora_adapter_metadata": json.dumps(config)}
     configs = alphas.adapter_configs(Path("x"), metadata)
-    read = {name: alphas.scale_of(Path("x"), configs, (f"unet.blocks.{name}", name), 4)
+    read = {name: alphas.scale_of(Path("x"), configs, f"unet.blocks.{name}", name, 4)
             for name in names}  # fmt: skip
     return {name: scale for name, scale in read.items() if scale is not None}
 
