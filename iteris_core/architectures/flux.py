@@ -141,29 +141,15 @@ def _packed_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
 
 
 ARCHITECTURE = Architecture(
-    name="flux",
-    title="FLUX.1",
-    fits_sites=_fits_sites,
-    fits_file=_fits_file,
-    models=_models,
-    original_names=_TABLE.aliases,
-    further_names=_xlabs,
-    native=True,
-    text_prefixes=("lora_te1", "lora_te3"),
-    version="flux1",
-    modelspec="flux-1-dev",
-    network="networks.lora_flux",
-    one_alpha=("text_encoder", "text_encoder_2"),
+    name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    original_names=_TABLE.aliases, further_names=_xlabs, native=True,
+    text_prefixes=("lora_te1", "lora_te3"), version="flux1", modelspec="flux-1-dev",
+    network="networks.lora_flux", one_alpha=("text_encoder", "text_encoder_2"),
     diffusers_reads=_diffusers_reads,
     pipeline=PipelineCalls(
-        pipeline="FluxPipeline",
-        denoisers=("FluxTransformer2DModel",),
+        pipeline="FluxPipeline", denoisers=("FluxTransformer2DModel",),
         single_files=("flux-dev", "flux-schnell"),
-        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        encode=_encode,
-        arguments=_arguments,
-        latent_shape=_packed_latents,
-        empty_prompts=False,
-        even_sigmas=True,
+        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
+        arguments=_arguments, latent_shape=_packed_latents, empty_prompts=False, even_sigmas=True,
     ),
-)
+)  # fmt: skip

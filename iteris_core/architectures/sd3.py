@@ -97,26 +97,15 @@ def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
 
 
 ARCHITECTURE = Architecture(
-    name="sd3",
-    title="SD 3",
-    fits_sites=_fits_sites,
-    fits_file=_fits_file,
-    models=_models,
-    original_names=_original_names,
-    native=True,
-    text_prefixes=("lora_te1", "lora_te2", "lora_te3"),
-    version="sd3_m",
-    modelspec="stable-diffusion-3-medium",
-    network="networks.lora_sd3",
+    name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    original_names=_original_names, native=True, text_prefixes=("lora_te1", "lora_te2", "lora_te3"),
+    version="sd3_m", modelspec="stable-diffusion-3-medium", network="networks.lora_sd3",
     one_alpha=("text_encoder", "text_encoder_2", "text_encoder_3"),
     diffusers_reads=_diffusers_reads,
     pipeline=PipelineCalls(
-        pipeline="StableDiffusion3Pipeline",
-        denoisers=("SD3Transformer2DModel",),
+        pipeline="StableDiffusion3Pipeline", denoisers=("SD3Transformer2DModel",),
         single_files=("sd3", "sd35_large", "sd35_medium"),
-        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        encode=_encode,
-        arguments=mmdit.arguments,
-        latent_shape=square_latents,
+        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
+        arguments=mmdit.arguments, latent_shape=square_latents,
     ),
-)
+)  # fmt: skip

@@ -69,27 +69,15 @@ def _arguments(
 
 
 ARCHITECTURE = Architecture(
-    name="sdxl",
-    title="SDXL",
-    fits_sites=_fits_sites,
-    fits_file=_fits_file,
-    models=_models,
-    denoiser="unet",
-    original_names=unet.aliases,
-    native=True,
-    text_prefixes=("lora_te1", "lora_te2"),
-    version="sdxl_base_v1-0",
-    modelspec="stable-diffusion-xl-v1-base",
-    one_alpha=("unet", "text_encoder", "text_encoder_2"),
-    diffusers_reads=reads_all_but_t5,
-    wirings=unet.WIRINGS,
+    name="sdxl", title="SDXL", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    denoiser="unet", original_names=unet.aliases, native=True,
+    text_prefixes=("lora_te1", "lora_te2"), version="sdxl_base_v1-0",
+    modelspec="stable-diffusion-xl-v1-base", one_alpha=("unet", "text_encoder", "text_encoder_2"),
+    diffusers_reads=reads_all_but_t5, wirings=unet.WIRINGS,
     pipeline=PipelineCalls(
-        pipeline="StableDiffusionXLPipeline",
-        denoisers=("UNet2DConditionModel",),
+        pipeline="StableDiffusionXLPipeline", denoisers=("UNet2DConditionModel",),
         single_files=("xl_base", "playground-v2-5"),
-        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        encode=_encode,
-        arguments=_arguments,
-        latent_shape=square_latents,
+        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
+        arguments=_arguments, latent_shape=square_latents,
     ),
-)
+)  # fmt: skip

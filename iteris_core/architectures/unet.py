@@ -160,25 +160,15 @@ def stable_diffusion(
 ) -> Architecture:
     """SD 1.x or 2.x, which differ in their text encoder: ``names`` are further fields."""
     return Architecture(
-        name,
-        title,
+        name, title,
         partial(fits_sites, wide=wide),
         partial(fits_file, wide=wide),
-        models,
-        denoiser="unet",
-        original_names=aliases,
-        text_prefixes=("lora_te",),
-        one_alpha=("unet", "text_encoder"),
-        diffusers_reads=reads_all_but_t5,
-        wirings=WIRINGS,
+        models, denoiser="unet", original_names=aliases, text_prefixes=("lora_te",),
+        one_alpha=("unet", "text_encoder"), diffusers_reads=reads_all_but_t5, wirings=WIRINGS,
         pipeline=PipelineCalls(
-            pipeline="StableDiffusionPipeline",
-            denoisers=("UNet2DConditionModel",),
-            single_files=("v2",) if wide else ("v1",),
-            parts=("text_encoder", "tokenizer"),
-            encode=encode,
-            arguments=arguments,
-            latent_shape=square_latents,
+            pipeline="StableDiffusionPipeline", denoisers=("UNet2DConditionModel",),
+            single_files=("v2",) if wide else ("v1",), parts=("text_encoder", "tokenizer"),
+            encode=encode, arguments=arguments, latent_shape=square_latents,
         ),
         **names,
-    )
+    )  # fmt: skip

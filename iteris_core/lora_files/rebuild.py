@@ -13,7 +13,7 @@ LyCORIS 4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``), w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import LoraFileError
 
 Parts = Mapping[str, Tensor]
+_ScaleAt = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -60,41 +61,36 @@ def rebuild(parts: Parts, shape: tuple[int, ...], scale: float | None, place: st
     """
     names = set(parts) - {"alpha", "magnitude", "output_magnitude"}
     floats = {name: _as_float(parts[name], name, place) for name in names}
+
+    def scale_at(rank: int) -> float:
+        return _scale(parts, scale, rank, place)
+
     if names in ({"down", "up"}, {"down", "up", "mid"}):
-        return _lora(floats, shape, _Scale(parts, scale, place), place)
+        return _lora(floats, shape, scale_at, place)
     if names == {"diff"}:
         return Dense(_fit(floats["diff"], shape, "diff", place).flatten(1))
     hada = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
     if names in (hada, hada | {"hada_t1", "hada_t2"}):
-        return _loha(floats, shape, _Scale(parts, scale, place), place)
+        return _loha(floats, shape, scale_at, place)
     if names and all(name.startswith("lokr_") for name in names):
-        return _lokr(floats, shape, _Scale(parts, scale, place), place)
+        return _lokr(floats, shape, scale_at, place)
     raise LoraFileError(
         f"{place} has only the parts {', '.join(sorted(parts))}, which make no whole change; its "
         "other half is missing. Save or download the file again."
     )
 
 
-class _Scale:
-    """alpha / rank, once the rank is known."""
-
-    def __init__(self, parts: Parts, configured: float | None, place: str) -> None:
-        self._configured = configured
-        self._alpha: float | None = None
-        if "alpha" in parts:
-            tensor = parts["alpha"]
-            if tensor.numel() != 1:
-                raise LoraFileError(
-                    f"{place}: alpha has shape {tuple(tensor.shape)}, not one value."
-                )
-            self._alpha = float(tensor)
-            if not math.isfinite(self._alpha):
-                raise LoraFileError(f"{place}: alpha is {self._alpha}; the file is broken.")
-
-    def over(self, rank: int) -> float:
-        if self._alpha is not None:
-            return self._alpha / rank
-        return 1.0 if self._configured is None else self._configured
+def _scale(parts: Parts, configured: float | None, rank: int, place: str) -> float:
+    """alpha / rank, or what the configuration says."""
+    if "alpha" not in parts:
+        return 1.0 if configured is None else configured
+    if parts["alpha"].numel() != 1:
+        shape = tuple(parts["alpha"].shape)
+        raise LoraFileError(f"{place}: alpha has shape {shape}, not one value.")
+    alpha = float(parts["alpha"])
+    if not math.isfinite(alpha):
+        raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
+    return alpha / rank
 
 
 def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
@@ -128,7 +124,7 @@ def _misfit(place: str, shape: tuple[int, ...], **tensors: Tensor) -> LoraFileEr
     )
 
 
-def _lora(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+def _lora(parts: Parts, shape: tuple[int, ...], scale: _ScaleAt, place: str) -> Rebuilt:
     up, down, mid = parts["up"], parts["down"], parts.get("mid")
     rank = down.shape[0]
     fits = (
@@ -151,10 +147,10 @@ def _lora(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Factors(up, down, scale.over(rank))
+    return Factors(up, down, scale(rank))
 
 
-def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+def _loha(parts: Parts, shape: tuple[int, ...], scale: _ScaleAt, place: str) -> Rebuilt:
     a1, b1, a2, b2 = (parts[f"hada_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
     ranks = b1.shape[0], b2.shape[0]
     if any(factor.ndim != 2 for factor in (a1, b1, a2, b2)):
@@ -164,7 +160,7 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
             _tucker(parts[f"hada_t{n}"], a, b, shape, place)
             for n, a, b in ((1, a1, b1), (2, a2, b2))
         ]
-        return Dense((halves[0] * halves[1]).flatten(1) * scale.over(ranks[0]))
+        return Dense((halves[0] * halves[1]).flatten(1) * scale(ranks[0]))
     width = math.prod(shape[1:])
     if (
         {a1.shape[0], a2.shape[0]} != {shape[0]}
@@ -173,10 +169,10 @@ def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
     ):
         raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
     if ranks[0] * ranks[1] >= min(shape[0], width):
-        return Dense((a1 @ b1) * (a2 @ b2) * scale.over(ranks[0]))
+        return Dense((a1 @ b1) * (a2 @ b2) * scale(ranks[0]))
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Factors(up, down, scale.over(ranks[0]))
+    return Factors(up, down, scale(ranks[0]))
 
 
 def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], place: str) -> Tensor:
@@ -190,7 +186,7 @@ def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], place: str)
     return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
 
 
-def _lokr(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+def _lokr(parts: Parts, shape: tuple[int, ...], scale: _ScaleAt, place: str) -> Rebuilt:
     for end in ("w1", "w2"):
         whole, halves = f"lokr_{end}" in parts, {f"lokr_{end}_a", f"lokr_{end}_b"} & set(parts)
         if whole == bool(halves) or (halves and len(halves) != 2):
@@ -202,7 +198,7 @@ def _lokr(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Re
            for n, p in parts.items()):  # fmt: skip
         raise _misfit(place, shape, **parts)
     rank = next((parts[f"lokr_{n}_b"].shape[0] for n in ("w2", "w1") if f"lokr_{n}_b" in parts), 0)
-    factor = scale.over(rank) if rank else 1.0
+    factor = scale(rank) if rank else 1.0
     left, right = _halves(parts, "w1", place, shape), _halves(parts, "w2", place, shape)
     product = left[0].shape[0] * right[0].shape[0], left[-1].shape[1] * right[-1].shape[1]
     if product != (shape[0], math.prod(shape[1:])):
