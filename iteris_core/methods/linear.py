@@ -52,7 +52,7 @@ def sum_up(job: Job, settings: LinearSettings) -> Merged:
     return _combine(job, settings.rank, lambda weight: weight)
 
 
-@method("job-arithmetic", TaskArithmeticSettings, needs_host=False)
+@method("task-arithmetic", TaskArithmeticSettings, needs_host=False)
 def task_arithmetic(job: Job, settings: TaskArithmeticSettings) -> Merged:
     """A scaled sum of the changes (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
     return _combine(job, settings.rank, lambda weight: settings.scale * weight)
