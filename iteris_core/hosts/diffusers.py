@@ -14,6 +14,7 @@ from ..calibration import Calibration, Concept, concept_prompts
 from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from ..memory import free_memory, usable
 from . import Stage, Tick
 from .checks import check_eval, check_model
 from .diffusers_families import Conditioning, family_of
@@ -159,6 +160,9 @@ class DiffusersHost:
             run = self._run_projections(others)
             yield Stage("cross-attention", others, samples.text_owners, run)
         self._encoded = []
+
+    def room(self, wanted: int) -> int:
+        return usable(free_memory(self.device))
 
     def _needs_denoiser(self, sites: Set[str]) -> bool:
         prefix = f"{self.family.denoiser}."

@@ -63,11 +63,11 @@ def custom_diffusion(task: Task, settings: CustomDiffusionSettings) -> Merged:
     rows = _collect(task, subjects, targets, features, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     target_tokens = {
-        site: [part[0, 1:count] for part, count in zip(parts, counts, strict=True)]
+        site: [part[0][1:count] for part, count in zip(parts, counts, strict=True)]
         for site, parts in rows.items()
     }
     rows = _collect(task, task.concepts, targets, features, settings.micro_batch)
-    captions = {site: [part.flatten(0, 1) for part in parts] for site, parts in rows.items()}
+    captions = {site: [torch.cat(part) for part in parts] for site, parts in rows.items()}
     for site in targets:
         changes = task.references[site]
         dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
@@ -111,13 +111,13 @@ class _Features:
     def visit(self, visit: Visit) -> None:
         site = self.found.setdefault(visit.site, {})
         for concept, start, stop in visit.spans:
-            site.setdefault(concept, []).append(visit.inputs[start:stop].float())
+            site.setdefault(concept, []).extend(visit.inputs[start:stop].float())
 
 
 def _collect(
     task: Task, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
-) -> dict[str, list[Tensor]]:
-    """What reaches ``sites`` on the concepts' prompts, (prompts, tokens, in) for each concept."""
+) -> dict[str, list[list[Tensor]]]:
+    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
     assert task.host is not None
     features.found = {}
     wanted = set(sites) | {site for site in task.references if site.startswith("text_encoder")}
@@ -135,6 +135,6 @@ def _collect(
             for batch in micro_batches(stage, 1, features, Batching(size)):
                 lockstep.run(batch)
     return {
-        site: [torch.cat(features.found[site][concept]) for concept in range(len(task.concepts))]
+        site: [features.found[site][concept] for concept in range(len(task.concepts))]
         for site in sites
     }
