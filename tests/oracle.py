@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
 from iteris_core.hosts.protocol import Stage
+from iteris_core.activations.meter import free_memory, usable
 
 
 class Net(nn.Module):
@@ -66,6 +67,9 @@ class ModuleHost:
 
     def streams(self, sites):
         return {}
+
+    def room(self, wanted):
+        return usable(free_memory(torch.device("cpu")))
 
     def stages(self, samples, sites):
         owners = [i for i, rows in enumerate(samples) for _ in range(len(rows))]

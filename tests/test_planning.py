@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import ModuleHost, Net, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.meter import MemoryMeter, free_memory
-from iteris_core.activations.processes import ALONE, Shards
 from iteris_core.errors import IterisError
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank
-from iteris_core.passes.budget import RowCost, measure_row, plan_stage
-from iteris_core.solve.memory import solve_bytes, statistics_bytes
-from iteris_core.solve.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.solve.site import solve_site
+from iteris_core.activations.meter import MemoryMeter, free_memory
+from iteris_core.passes.budget import Need, RowCost, measure_row, plan_stage
+from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
+from iteris_core.activations.processes import ALONE, Shards
+from iteris_core.solve import solve_site
+from iteris_core.solve_memory import solve_bytes, statistics_bytes
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20
@@ -40,14 +41,14 @@ def test_the_meter_counts_what_is_alive():
 
 def test_a_large_budget_changes_nothing():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(stage, RowCost(1, 3), 100, 10**9, 8, ALONE, waits=True)
+    made, kept = plan_stage(Need(stage, RowCost(1, 3), 100, ALONE, True), 10**9, 8)
     assert kept is stage
     assert (made.rows, made.at_once, made.bytes) == (20, 8, 100 + 20 * 1 + 8 * 2)
 
 
 def test_fewer_rows_at_once_before_rows_are_left_out():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(stage, RowCost(1, 3), 100, 127, 8, ALONE, waits=True)
+    made, kept = plan_stage(Need(stage, RowCost(1, 3), 100, ALONE, True), 127, 8)
     assert kept is stage
     assert (made.at_once, made.bytes) == (3, 126)
 
@@ -55,7 +56,7 @@ def test_fewer_rows_at_once_before_rows_are_left_out():
 def test_rows_are_left_out_evenly_over_the_concepts():
     ran: list = []
     stage = stage_of([0] * 12 + [1] * 8, ran)
-    made, kept = plan_stage(stage, RowCost(1, 3), 100, 112, 8, ALONE, waits=True)
+    made, kept = plan_stage(Need(stage, RowCost(1, 3), 100, ALONE, True), 112, 8)
     assert list(kept.owners) == [0] * 5 + [1] * 5
     assert made.bytes <= 112
     assert "10 of 20 rows (the others do not fit)" in str(made)
@@ -65,14 +66,14 @@ def test_rows_are_left_out_evenly_over_the_concepts():
 
 def test_what_cannot_fit_is_said():
     with pytest.raises(IterisError, match="denoiser needs at least"):
-        plan_stage(stage_of([0, 1]), RowCost(1, 3), 100, 101, 8, ALONE, waits=True)
+        plan_stage(Need(stage_of([0, 1]), RowCost(1, 3), 100, ALONE, True), 101, 8)
     with pytest.raises(IterisError, match="needs at least"):  # a later stage needs all rows
-        plan_stage(stage_of([0] * 9, feeds=True), RowCost(1, 3), 100, 105, 8, ALONE, waits=True)
+        plan_stage(Need(stage_of([0] * 9, feeds=True), RowCost(1, 3), 100, ALONE, True), 105, 8)
 
 
 def test_processes_share_the_rows_that_wait():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, _ = plan_stage(stage, RowCost(1, 3), 100, 10**9, 8, Shards(0, 2), waits=True)
+    made, _ = plan_stage(Need(stage, RowCost(1, 3), 100, Shards(0, 2), True), 10**9, 8)
     assert made.bytes == 100 + 10 * 1 + 8 * 2
 
 
@@ -122,7 +123,7 @@ def test_a_small_budget_leaves_rows_out_and_says_so(host):
         merge(host, memory_budget=None)
     result = merge(host, memory_budget=round(meter.peak * 0.45))
     assert "do not fit" in result.report.summary()
-    with pytest.raises(IterisError, match="lower the latent size"):
+    with pytest.raises(IterisError, match="lower samples, timesteps or latent_size"):
         merge(host, memory_budget=1000)
 
 
@@ -185,3 +186,67 @@ def test_moments_of_earlier_stages_count_where_they_are_kept(host):
 
 def test_free_memory_is_some():
     assert free_memory(torch.device("cpu")) > MIB
+
+
+def test_the_longest_row_is_what_the_host_says():
+    class Runs:
+        def run(self, batch):
+            batch.run()
+
+    ran = []
+    measure_row(stage_of([0, 0, 1], ran, lengths=[3, 9, 4]), Runs(), 2)
+    assert ran == [[1]]
+
+
+def test_rows_that_are_left_take_their_kinds_along():
+    stage = stage_of([0] * 4 + [1] * 4, kinds=list("abcdefgh"), lengths=list(range(8)))
+    _, kept = plan_stage(Need(stage, RowCost(1, 3), 100, ALONE, True), 106, 8)
+    assert list(kept.owners) == [0, 0, 1, 1]
+    assert kept.kinds == ["a", "c", "e", "g"]
+    assert kept.lengths == [0, 2, 4, 6]
+
+
+class Roomy(ModuleHost):
+    """Has as much room as it is asked for at most, and ``most`` bytes in all."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(Net(), make_data())
+        self.most, self.asked = most, []
+
+    def room(self, wanted):
+        assert self.copies_seen  # a row has been measured
+        self.asked.append(wanted)
+        return min(wanted, self.most)
+
+
+def merge_on(host, budget, **settings):
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    return merge_loras(host, concepts, settings=settings, memory_budget=budget)
+
+
+def test_the_host_is_asked_for_what_all_rows_take_and_its_answer_is_kept():
+    host = Roomy(float("inf"))
+    (line,) = merge_on(host, "free").report.plan
+    assert "12 rows, 12 at once" in line
+    host = Roomy(host.asked[0] - 1)
+    (line,) = merge_on(host, "free").report.plan
+    assert "12 rows, 11 at once" in line
+
+
+def test_a_budget_is_what_the_host_is_asked_for_at_most():
+    host = Roomy(float("inf"))
+    merge_on(host, None)
+    assert not host.asked
+    merge_on(host, 10**12)
+    (wanted,) = host.asked
+    merge_on(host, wanted - 1)
+    assert host.asked == [wanted, wanted - 1]
+
+
+def test_rows_that_are_left_out_are_warned_of(caplog):
+    host = Roomy(float("inf"))
+    merge_on(host, "free")
+    with caplog.at_level("WARNING"):
+        result = merge_on(Roomy(host.asked[0] * 0.7), "free", micro_batch=2)
+    assert "Not enough memory for all rows: model" in caplog.text
+    assert "do not fit" in result.report.summary().splitlines()[1]

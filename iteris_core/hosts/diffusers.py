@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.lockstep import Lockstep, MicroBatch
 from ..concepts import Calibration, Concept, concept_prompts
+from ..activations.lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from ..activations.meter import free_memory, usable
+from .protocol import Stage, Tick
 from .checks import check_eval, check_model
 from .diffusers_families import Conditioning, family_of
 from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
-from .protocol import Stage, Tick
 from .streams import unet_streams
 from .transformers_streams import transformer_streams
 
@@ -159,6 +160,9 @@ class DiffusersHost:
             run = self._run_projections(others)
             yield Stage("cross-attention", others, samples.text_owners, run)
         self._encoded = []
+
+    def room(self, wanted: int) -> int:
+        return usable(free_memory(self.device))
 
     def _needs_denoiser(self, sites: Set[str]) -> bool:
         prefix = f"{self.family.denoiser}."

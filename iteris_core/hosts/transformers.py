@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.lockstep import Lockstep, MicroBatch
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
+from ..activations.lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from ..activations.meter import free_memory, usable
+from .protocol import Stage, Tick
 from .checks import check_eval, check_model
 from .peft_folder import read_adapter
-from .protocol import Stage, Tick
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 from .transformers_streams import transformer_streams
 
@@ -120,6 +121,9 @@ class TransformersHost:
             return self._batch([{name: row[name]} for row in found], 1)[name].bool()
 
         yield Stage("model", sorted(sites), samples.owners, run, mask)
+
+    def room(self, wanted: int) -> int:
+        return usable(free_memory(self.device))
 
     def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:
         """Logits or the last hidden states; those of tokens, (rows, tokens, …), are as long for any

@@ -17,16 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations.tokens import Visit
 from ..concepts import Concept
 from ..errors import IterisError, SettingsError
-from ..linalg.lowrank import factorize
 from ..lora import LowRank
-from ..passes.batches import Batching, micro_batches
-from ..passes.job import Job
 from ..report.report import SiteReport
+from ..linalg.lowrank import factorize
+from ..activations.tokens import Visit
+from ..passes.batches import Batching, micro_batches
 from .linear import LinearSettings, average
-from .registry import Merged, method
+from .registry import Merged, Task, method
 
 
 @dataclass(frozen=True)
@@ -45,32 +44,32 @@ class CustomDiffusionSettings:
 
 
 @method("custom-diffusion", CustomDiffusionSettings, needs_host=True)
-def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
+def custom_diffusion(task: Task, settings: CustomDiffusionSettings) -> Merged:
     """Constrained least squares on cross-attention keys and values (CVPR 2023)."""
-    assert job.host is not None
-    targets = [site for site in job.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
+    assert task.host is not None
+    targets = [site for site in task.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
     if not targets:
         raise IterisError(
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )
-    merged = dict(average(job, LinearSettings()))
+    merged = dict(average(task, LinearSettings()))
     features = _Features()
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
-        for concept in job.concepts
+        for concept in task.concepts
     ]
-    counts = job.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
-    rows = _collect(job, subjects, targets, features, settings.micro_batch)
+    counts = task.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
+    rows = _collect(task, subjects, targets, features, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     target_tokens = {
-        site: [part[0, 1:count] for part, count in zip(parts, counts, strict=True)]
+        site: [part[0][1:count] for part, count in zip(parts, counts, strict=True)]
         for site, parts in rows.items()
     }
-    rows = _collect(job, job.concepts, targets, features, settings.micro_batch)
-    captions = {site: [part.flatten(0, 1) for part in parts] for site, parts in rows.items()}
+    rows = _collect(task, task.concepts, targets, features, settings.micro_batch)
+    captions = {site: [torch.cat(part) for part in parts] for site, parts in rows.items()}
     for site in targets:
-        changes = job.references[site]
+        changes = task.references[site]
         dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
         present = [change for change in changes if change is not None]
         rank = min(sum(len(t) for t in target_tokens[site]), *present[0].shape)
@@ -112,30 +111,30 @@ class _Features:
     def visit(self, visit: Visit) -> None:
         site = self.found.setdefault(visit.site, {})
         for concept, start, stop in visit.spans:
-            site.setdefault(concept, []).append(visit.inputs[start:stop].float())
+            site.setdefault(concept, []).extend(visit.inputs[start:stop].float())
 
 
 def _collect(
-    job: Job, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
-) -> dict[str, list[Tensor]]:
-    """What reaches ``sites`` on the concepts' prompts, (prompts, tokens, in) for each concept."""
-    assert job.host is not None
+    task: Task, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
+) -> dict[str, list[list[Tensor]]]:
+    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
+    assert task.host is not None
     features.found = {}
-    wanted = set(sites) | {site for site in job.references if site.startswith("text_encoder")}
-    with job.lockstep() as lockstep:
-        samples = job.host.samples(
+    wanted = set(sites) | {site for site in task.references if site.startswith("text_encoder")}
+    with task.lockstep() as lockstep:
+        samples = task.host.samples(
             concepts,
             wanted,
-            replace(job.calibration, empty_share=0.0),
+            replace(task.calibration, empty_share=0.0),
             lockstep,
-            job.generator,
-            job.tick,
+            task.generator,
+            task.tick,
         )
-        for stage in job.host.stages(samples, wanted):
-            job.rows = max(job.rows, len(stage.owners))
+        for stage in task.host.stages(samples, wanted):
+            task.rows = max(task.rows, len(stage.owners))
             for batch in micro_batches(stage, 1, features, Batching(size)):
                 lockstep.run(batch)
     return {
-        site: [torch.cat(features.found[site][concept]) for concept in range(len(job.concepts))]
+        site: [features.found[site][concept] for concept in range(len(task.concepts))]
         for site in sites
     }

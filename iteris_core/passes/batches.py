@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +45,9 @@ def micro_batches(
     batching: Batching,
     shards: Shards = ALONE,
 ) -> Iterator[MicroBatch]:
-    """This process's rows of a stage in order, ``batching.rows`` at a time. Where a later stage
-    needs all rows, those of other processes follow, and no visitor sees them."""
+    """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
+    time. Where a later stage needs all rows, those of other processes follow, and no visitor sees
+    them."""
     if not stage.sites:
         yield from _of(stage, range(len(stage.owners)), copies, None, batching)
         return
@@ -65,12 +66,24 @@ def _limit(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
     return lambda width: max(LEAST, -(-PER_INPUT * width // rows))
 
 
+def chunks(
+    part: Sequence[int], kinds: Sequence[Hashable] | None, size: int
+) -> Iterator[Sequence[int]]:
+    """The rows of ``part``, at most ``size`` at a time, and only rows of one kind together; in
+    order within a kind. ``kinds`` has an entry for every row that ``part`` may name."""
+    alike: dict[Hashable, list[int]] = {}
+    for row in part:
+        alike.setdefault(None if kinds is None else kinds[row], []).append(row)
+    for rows in alike.values():
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
 def _of(
     stage: Stage, part: Sequence[int], copies: int, visitor: Visitor | None, batching: Batching
 ) -> Iterator[MicroBatch]:
-    size, limit = batching.rows, _limit(stage, batching)
-    for start in range(0, len(part), size):
-        rows = part[start : start + size]
+    limit = _limit(stage, batching)
+    for rows in chunks(part, stage.kinds, batching.rows):
 
         def run(rows: Sequence[int] = rows) -> None:
             stage.run(rows, copies)
