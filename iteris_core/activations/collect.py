@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import IterisError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
+from ..solve.moments import MomentReduction
 from ..solve.problem import Begin, Opening, Reduction
 from .processes import ALONE, Processes
 from .tokens import Group, Observation
@@ -112,12 +113,11 @@ class Collector(ABC):
     def _ready(self, reduction: Reduction) -> Reduction:
         """Added up over all processes; what sites share only once."""
         if self._processes.size > 1:
-            moments = getattr(reduction, "inputs", None)
-            shared = isinstance(moments, InputMoments) and not moments.summed
-            sums = moments.sums() if shared else []
-            self._processes.add_up([*reduction.sums(), *sums])
-            if shared:
-                moments.summed = True
+            sums = reduction.sums()
+            if isinstance(reduction, MomentReduction) and not reduction.inputs.summed:
+                sums += reduction.inputs.sums()
+                reduction.inputs.summed = True
+            self._processes.add_up(sums)
         return reduction
 
 

@@ -146,6 +146,12 @@ class Lockstep:
     ) -> None:
         self.close()
 
+    @property
+    def cast_bytes(self) -> int:
+        """What the changes take that were cast to the model's dtype or moved to its device."""
+        factors = (f for change in self._cast.values() for f in (change.up, change.down))
+        return sum(factor.numel() * factor.element_size() for factor in factors)
+
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -301,8 +307,8 @@ def _pause(site: str, outside: Modes) -> None:
     mine = Modes.now()
     if mine.inference != outside.inference:
         raise IterisError(
-            f"Site {site} is called in another inference mode of torch than the merge, which cannot "
-            "be left while a sweep waits there; run the model under torch.no_grad() instead, or "
+            f"Site {site} is called in another inference mode of torch than the merge, which "
+            "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
             'merge with schedule="jacobi".'
         )
     current = greenlet.getcurrent()

@@ -119,9 +119,7 @@ class ConvSite(Site):
 
     def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
         down = change.down.reshape(change.rank, -1, *self._kernel)
-        hidden = functional.conv2d(
-            inputs, down, None, self._stride, self._padding, self._dilation
-        )
+        hidden = functional.conv2d(inputs, down, None, self._stride, self._padding, self._dilation)
         return functional.conv2d(hidden, change.up[:, :, None, None])
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..concepts import Calibration, Concept, concept_prompts
 from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
+from ..concepts import Calibration, Concept, concept_prompts
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from ..activations.meter import free_memory, usable
-from .protocol import Stage, Tick
 from .checks import check_eval, check_model
 from .diffusers_families import Conditioning, family_of
 from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
+from .protocol import Stage, Tick
 from .streams import unet_streams
 from .transformers_streams import transformer_streams
 
@@ -272,7 +272,7 @@ class DiffusersHost:
             return kept, schedule.timesteps[picks]
 
         kept = torch.zeros(len(prompts), wanted, *shape)
-        mine = lockstep.shards.mine(len(prompts))
+        mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
@@ -291,7 +291,7 @@ class DiffusersHost:
             start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
             schedule.denoise(start, predict, keep)
             tick("denoising samples", done, len(chunks))
-        lockstep.shards.add_up([kept])
+        lockstep.processes.add_up([kept])
         return kept, schedule.timesteps[picks]
 
     def _own_predict(

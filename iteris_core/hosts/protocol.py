@@ -37,6 +37,8 @@ class Stage:
     ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
     ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
     memory is measured (None: that with the most tokens by ``mask``, or the first).
+    ``samples`` is how many samples of a concept the rows are made from, of the concept with the
+    fewest (None: as many as the calibration says).
     """
 
     name: str
@@ -48,6 +50,7 @@ class Stage:
     places: bool = False
     kinds: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
+    samples: int | None = None
 
 
 class Host(Protocol):
@@ -73,7 +76,7 @@ class Host(Protocol):
         tick: Tick,
     ) -> Any:
         """Make the rows on which features are collected; opaque to everybody but the host. With
-        ``lockstep.shards`` the work may be shared, but every process needs all rows."""
+        ``lockstep.processes`` the work may be shared, but every process needs all rows."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..activations.lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from ..activations.meter import free_memory, usable
-from .protocol import Stage, Tick
 from .checks import check_eval, check_model
 from .peft_folder import read_adapter
+from .protocol import Stage, Tick
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 from .transformers_streams import transformer_streams
 
@@ -120,7 +121,8 @@ class TransformersHost:
                 return None
             return self._batch([{name: row[name]} for row in found], 1)[name].bool()
 
-        yield Stage("model", sorted(sites), samples.owners, run, mask)
+        fewest = min(Counter(samples.owners).values())
+        yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
 
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))

@@ -1,28 +1,29 @@
 """A memory budget, kept: how many rows run at once, and how many of a stage run at all.
 
 The budget is what the user allows, or what the host says there is room for. Before a stage runs,
-its longest row runs under a :class:`..memory.MemoryMeter`. In a sweep every row waits at each site,
-with what it holds there (skip connections, states); the rows that run at once hold more, up to
-their peak; and the moments and the solve of the largest site come on top, and all merged changes.
+its longest row runs under a meter of live tensors. In a sweep every row waits at each site, with
+what it holds there (skip connections, states); the rows that run at once hold more, up to their
+peak; and the moments and the solve of the largest site come on top, and all merged changes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import IterisError
-from ..hosts.protocol import Stage
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import MemoryMeter
-from ..activations.processes import Shards
-from ..solve_memory import changes_bytes, statistics_bytes
-from ..activations.tokens import Visit
-from ..passes.batches import Batching
-from .registry import Task
+from ..activations.processes import Processes
+from ..activations.tokens import Observation
+from ..errors import IterisError
+from ..hosts.protocol import Stage
+from ..lora import SiteChanges
+from ..solve.problem import Bytes
+from .batches import Batching
+from .job import Job
 
 _log = logging.getLogger(__name__)
 
@@ -57,55 +58,77 @@ class RowCost:
     running: int
 
 
+BytesOf = Callable[[str, bool], Bytes]
+"""``bytes_of(site, sweep)``: what a method takes there."""
+
+
 def plan(
-    task: Task,
+    job: Job,
     stage: Stage,
     lockstep: Lockstep,
     batching: Batching,
+    bytes_of: BytesOf,
     *,
     copies: int,
     sweep: bool,
-    before: Set[str] = frozenset(),
 ) -> tuple[Stage, Batching]:
-    """``stage`` and ``batching`` so that the task's memory budget is kept. ``before`` are sites of
-    earlier stages whose moments are still there."""
-    budget = task.memory_budget
+    """``stage`` and ``batching`` so that the job's memory budget is kept.
+
+    In a sweep only the largest site's moments are there at once, else those of all sites of the
+    stage.
+    """
+    budget = job.memory_budget
     if budget is None or not stage.sites:
         return stage, batching
-    assert task.host is not None
     cost = measure_row(stage, lockstep, copies)
-    fixed = changes_bytes(task.references) + statistics_bytes(
-        task.references,
-        {*stage.sites, *before},
-        repairs=task.repairs,
-        cross=batching.cross,
-        itemsize=batching.itemsize,
-        at_once=not sweep,
-    )
-    need = Need(stage, cost, fixed, task.shards, sweep)
+    fixed = changes_bytes(job.changes) + lockstep.cast_bytes
+    fixed += reduction_bytes([bytes_of(site, sweep) for site in stage.sites], at_once=not sweep)
+    need = Need(stage, cost, fixed, job.processes, sweep)
     wanted = need.bytes_of(len(stage.owners), batching.rows)
     if budget == "free":
-        sharing = task.shards.size if _device_of(task).type == "cpu" else 1
+        sharing = job.processes.size if _device_of(job).type == "cpu" else 1
         # All processes have to leave out the same rows.
-        budget = task.shards.least(task.host.room(wanted) // sharing)
+        budget = job.processes.least(job.host.room(wanted) // sharing)
     else:
-        task.host.room(min(wanted, budget))
+        job.host.room(min(wanted, budget))
     made, stage = plan_stage(need, budget, batching.rows)
-    task.plan.append(str(made))
+    job.ran.plan.append(str(made))
     if made.rows < made.offered:
         _log.warning("Not enough memory for all rows: %s", made)
-    task.tick(f"plan: {made}", 1, 1)
+    job.tick(f"plan: {made}", 1, 1)
     return stage, replace(batching, rows=made.at_once)
 
 
-def _device_of(task: Task) -> torch.device:
-    assert task.host is not None
-    module = next(iter(task.host.sites().values()))
+def reduction_bytes(sites: Sequence[Bytes], *, at_once: bool) -> int:
+    """What the moments and solves of ``sites`` take at most: the largest site's, or, with
+    ``at_once``, the moments of all and the largest solve."""
+    if not at_once:
+        return max(site.kept + site.solve for site in sites)
+    return sum(site.kept for site in sites) + max(site.solve for site in sites)
+
+
+def changes_bytes(changes: Mapping[str, SiteChanges]) -> int:
+    """What the merged changes take at most, float32 factors of Σ r_i."""
+    return sum(4 * sum(site.shape) * site.rank for site in changes.values())
+
+
+def _device_of(job: Job) -> torch.device:
+    module = next(iter(job.host.sites().values()))
     return next(module.parameters()).device
 
 
 def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
-    """Run one copy of the longest row of ``stage``; the others take as much, or less."""
+    """Run one copy of the longest row of ``stage``; the others take as much, or less.
+
+    Changes are cast to the model's dtype when a site is first reached, and stay so: no row holds
+    them, so that a run in which that happened is not the one that counts.
+    """
+    before = lockstep.cast_bytes
+    cost = _measured(stage, lockstep, copies)
+    return cost if lockstep.cast_bytes == before else _measured(stage, lockstep, copies)
+
+
+def _measured(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
     row = _longest(stage)
     meter = MemoryMeter()
     probe = _Probe(meter)
@@ -135,7 +158,7 @@ class Need:
     stage: Stage
     cost: RowCost
     fixed: int
-    shards: Shards
+    processes: Processes
     waits: bool
 
     @property
@@ -150,7 +173,7 @@ class Need:
 
     def bytes_of(self, rows: int, at_once: int) -> int:
         """Bytes for ``rows`` rows of all processes, ``at_once`` a forward."""
-        mine = rows if self.stage.feeds else -(-rows // self.shards.size)
+        mine = rows if self.stage.feeds else -(-rows // self.processes.size)
         return self.fixed + mine * self.held + min(at_once, mine) * self.extra
 
 
@@ -162,7 +185,7 @@ def plan_stage(need: Need, budget: int, most: int) -> tuple[StagePlan, Stage]:
     over the concepts; a stage that a later one needs in full loses none. Raises
     :class:`IterisError` where a row for each concept is too much.
     """
-    stage, size = need.stage, need.shards.size
+    stage, size = need.stage, need.processes.size
     rows = offered = len(stage.owners)
     if need.bytes_of(rows, 1) > budget and not stage.feeds and need.held:
         rows = max((budget - need.fixed - need.extra) // need.held, 0) * size
@@ -194,31 +217,31 @@ def _fewer(stage: Stage, count: int) -> Stage:
 
 
 def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
-    mask = stage.mask
+    mask, samples = stage.mask, stage.samples
 
     def run(some: Sequence[int], copies: int) -> None:
         stage.run([rows[row] for row in some], copies)
 
-    def mask_of(site: str, some: Sequence[int]) -> torch.Tensor | None:
-        assert mask is not None
-        return mask(site, [rows[row] for row in some])
+    def selected_mask(site: str, some: Sequence[int]) -> torch.Tensor | None:
+        return mask(site, [rows[row] for row in some]) if mask is not None else None
 
     return replace(
         stage,
         owners=[stage.owners[row] for row in rows],
         run=run,
-        mask=None if mask is None else mask_of,
+        mask=None if mask is None else selected_mask,
         kinds=None if stage.kinds is None else [stage.kinds[row] for row in rows],
         lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
+        samples=None if samples is None else max(1, samples * len(rows) // len(stage.owners)),
     )
 
 
 class _Probe:
-    """A visitor that notes what is alive when a site is reached."""
+    """An observer that notes what is alive when a site is reached."""
 
     def __init__(self, meter: MemoryMeter) -> None:
         self._meter = meter
         self.most = 0
 
-    def visit(self, visit: Visit) -> None:
+    def observe(self, shown: Observation) -> None:
         self.most = max(self.most, self._meter.live)

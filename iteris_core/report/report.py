@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from ..solve.problem import Solution
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class SiteReport:
     """
 
     rank: int
-    balance: Sequence[float] = ()
+    weighting: Sequence[float] = ()
     before: Sequence[float] = ()
     after: Sequence[float] = ()
     condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
+
+    @classmethod
+    def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
+        """What ``solution`` says of its site, without the change itself."""
+        names = [entry.name for entry in fields(solution) if entry.name != "change"]
+        values = {name: getattr(solution, name) for name in names}
+        return cls(solution.change.rank, **values, repair=repair)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class MergeReport:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
+    converged: bool | None = None
     plan: Sequence[str] = ()
 
     def residuals(self) -> list[tuple[float, float]]:

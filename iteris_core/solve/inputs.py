@@ -34,9 +34,7 @@ class InputMoments:
     While tokens are added only the upper block triangle is right, which :meth:`complete` mirrors.
     """
 
-    def __init__(
-        self, concepts: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (concepts, width, width)
         self.own = list(torch.zeros(shape, dtype=dtype, device=device))
         self.tokens = torch.zeros(concepts, dtype=torch.float64)
@@ -132,9 +130,7 @@ class InputMoments:
 class CrossMoments(InputMoments):
     """XᵀX̃ of every concept beside X̃ᵀX̃, (in, in) each, for the targets X ΔW_iᵀ."""
 
-    def __init__(
-        self, concepts: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(concepts, width, dtype, device)
         self.cross = [torch.zeros_like(own) for own in self.own]
 

@@ -95,9 +95,9 @@ class OutputMoments(MomentReduction):
             change = changes[concept]
             if change is not None:
                 pull = fit.ridge * factor.norms[concept]
-                own = self.inputs.own[concept].diagonal().to(right)
+                pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
                 up = self.directions.within(change.up.to(right))
-                right.addmm_(up, change.down.to(right) * (pull + (1 - fit.shrink) * own), alpha=value)
+                right.addmm_(up, change.down.to(right) * pull, alpha=value)
         return right
 
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:

@@ -26,6 +26,7 @@ from .inputs import InputMoments
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
 
+
 @dataclass(frozen=True)
 class Fit:
     """How the regression of a site is posed.

@@ -20,6 +20,7 @@ class Weigher(ABC):
 
     def add(self, tokens: Tokens) -> None:
         """Add the tokens of one concept's rows."""
+        return
 
     def sums(self) -> list[Tensor]:
         return []
