@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import make_pipeline, random_lora, two_concepts
 
-import iteris_core.activations.collect as collector
 from iteris_core import Calibration, merge_loras, write_lora
 from iteris_core.activations.processes import ALONE, Processes
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.solve.choose import POLICY, Policy
 
 CALIBRATION = Calibration(samples=5, timesteps=2, denoising_steps=4)
 METHODS = {
@@ -35,6 +35,11 @@ METHODS = {
 FEW = replace(CALIBRATION, samples=1, timesteps=1, latents="noise", empty_share=0.0)
 
 
+class FewDirections(Policy):
+    def directions(self, out, width, rank):
+        return min(out, rank + 4)
+
+
 def merge_all(processes: Processes = ALONE) -> dict[str, dict[str, torch.Tensor]]:
     pipeline = make_pipeline()
     pipeline.unet.double()
@@ -43,17 +48,15 @@ def merge_all(processes: Processes = ALONE) -> dict[str, dict[str, torch.Tensor]
     concepts = two_concepts(host)
     found = {}
     for name, settings in METHODS.items():
-        with pytest.MonkeyPatch.context() as patch:
-            if name.endswith("directions"):
-                patch.setattr(collector, "directions_of", lambda out, _, rank: min(out, rank + 4))
-            result = merge_loras(
-                host,
-                concepts,
-                name.partition(",")[0],
-                settings=settings,
-                calibration=FEW if name.endswith("a concept each") else CALIBRATION,
-                processes=processes,
-            )
+        result = merge_loras(
+            host,
+            concepts,
+            name.partition(",")[0],
+            settings=settings,
+            calibration=FEW if name.endswith("a concept each") else CALIBRATION,
+            processes=processes,
+            policy=FewDirections() if name.endswith("directions") else POLICY,
+        )
         found[name] = {site: c.dense() for site, c in result.lora.sites.items()}
     return found
 
