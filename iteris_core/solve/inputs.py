@@ -58,7 +58,7 @@ class InputMoments:
             rows = slice(start, start + block)
             own[rows, start:].addmm_(merged[:, rows].mT, merged[:, start:])
         self._whole = self.width <= block
-        self._factors.clear()
+        self.forget_factor()
         self.tokens[concept] += len(merged)
 
     def complete(self) -> None:
@@ -75,6 +75,10 @@ class InputMoments:
     def sums(self) -> list[Tensor]:
         """What several processes have to add up, once."""
         return [*self.own, self.tokens]
+
+    def forget_factor(self) -> None:
+        """Let the factor go, so that the next site makes it anew."""
+        self._factors.clear()
 
     def factor(
         self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
