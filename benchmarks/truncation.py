@@ -18,7 +18,7 @@ from torch import Tensor
 
 import toybox
 from iteris_core import Concept, merge_loras
-from iteris_core.activations.tokens import input_tokens
+from iteris_core.activations.site import site_of
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.linalg.lowrank import truncate
 from toybox.demo import TEMPLATES
@@ -35,7 +35,7 @@ def collect(
 
     def watch(site: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            x = input_tokens(module, args[0]).double()
+            x = site_of(site, module).tokens(args[0]).double()
             moments[site] = moments.get(site, 0) + x.mT @ x
 
         return modules[site].register_forward_pre_hook(hook)

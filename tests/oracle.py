@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
+from iteris_core.activations.meter import free_memory, usable
 from iteris_core.hosts.protocol import Stage
 
 
@@ -66,6 +67,9 @@ class ModuleHost:
 
     def streams(self, sites):
         return {}
+
+    def room(self, wanted):
+        return usable(free_memory(torch.device("cpu")))
 
     def stages(self, samples, sites):
         owners = [i for i, rows in enumerate(samples) for _ in range(len(rows))]

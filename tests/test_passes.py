@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, hooks_on, make_data, make_lora
 from tiny import random_lora
@@ -35,6 +38,59 @@ def test_stages_do_not_share_inputs(host):
     alone, together = merge(False), merge(True)
     for site, change in alone.items():
         torch.testing.assert_close(together[site].dense(), change.dense())
+
+
+class Kinds(ModuleHost):
+    """Rows of two lengths, in turn, which only run among their like."""
+
+    def __init__(self) -> None:
+        super().__init__(Net(), make_data(rows=7))
+        self.batches: list[list[int]] = []
+
+    def stages(self, samples, sites):
+        (stage,) = super().stages(samples, sites)
+        rows_of = torch.cat(list(samples))
+
+        def run(rows, copies):
+            (long,) = {row % 2 for row in rows}
+            self.batches.append(list(rows))
+            self.model(torch.cat([rows_of[list(rows), : 12 if long else 6]] * copies))
+
+        kinds = [row % 2 for row in range(len(stage.owners))]
+        yield replace(stage, run=run, kinds=kinds, lengths=kinds)
+
+
+class LongNet(Net):
+    """Like Net, for any even number of tokens."""
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        h = x + self.out((q @ k.mT / 4).softmax(-1) @ v)
+        h = h + self.down(torch.relu(self.up(h)))
+        return self.conv(h.reshape(h.shape[0], 3, h.shape[1] // 3, -1)).flatten(1)
+
+
+@pytest.mark.parametrize("method", ["iteris", "jacobi", "regmean"])
+def test_only_rows_of_one_kind_share_a_forward_and_their_number_changes_nothing(method):
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    options = {"statistics": "float64"} if method != "regmean" else {}
+    if method == "jacobi":
+        options |= {"schedule": "jacobi", "iterations": 2}
+    name = "regmean" if method == "regmean" else "iteris"
+
+    def merge(size):
+        host = Kinds()
+        host.model = LongNet()
+        settings = {**options, "micro_batch": size}
+        result = merge_loras(host, concepts, name, settings=settings, memory_budget=None)
+        assert {row for batch in host.batches for row in batch} == set(range(14))
+        assert max(map(len, host.batches)) == min(size, 7)
+        return result.lora.sites
+
+    whole, small = merge(32), merge(3)
+    for site in SITES:
+        wanted = whole[site].dense()
+        assert (small[site].dense() - wanted).norm() < 1e-6 * wanted.norm(), site
 
 
 class HeadedNet(Net):

@@ -1,295 +1,192 @@
-"""A lockstep visitor that reduces what it sees to the moments of each site."""
+"""Observers that reduce what they are shown to one :class:`..solve.problem.Reduction` a site.
+
+In a sweep forwards wait at a site until it is solved, so that what they show is kept until then and
+reduced knowing all of it; else tokens are reduced as they stream by.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import IterisError
-from ..linalg.precision import full_precision
-from ..lora import LowRank
-from ..solve.directions import directions_of, find_directions
-from ..solve.moments import (
-    Directions,
-    SharedInputs,
-    TargetMoments,
-    add_balance,
-    add_inputs,
-    add_target_rows,
-    complete,
-    new_inputs,
-    new_target,
-    target_of,
-)
-from ..solve.rows import SiteRows, rows_are_fewer
-from .processes import ALONE, Shards
-from .tokens import Group, Visit
+from ..lora import SiteChanges
+from ..solve.inputs import InputMoments
+from ..solve.moments import MomentReduction
+from ..solve.problem import Begin, Opening, Reduction
+from .processes import ALONE, Processes
+from .tokens import Group, Observation
 
-_SAMPLE = 2  # tokens for each direction
+Moments = TypeVar("Moments", bound=InputMoments)
 
 
-@dataclass
-class SiteMoments:
-    """Everything that the solve of one site needs; lists run over the concepts. ``adds`` says that
-    it was this site that its ``shared`` moments were made for."""
+class Collector(ABC):
+    """Reductions of sites until they are taken with :meth:`take`.
 
-    shared: SharedInputs
-    targets: list[TargetMoments]
-    adds: bool = True
-
-
-class Collector:
-    """Adds up moments until they are taken with :meth:`take`.
-
-    ``full`` collects TᵀX̃ for ``align="full"``; else XᵀX̃ for ``align="adapter"``. ``balance`` is
-    the solve's, and decides what else it needs. Sites that receive the same tensor share their
-    input moments (``share=False`` is there to test that). With ``shards`` every process visits its
-    part of the rows, and what is taken is of all. ``acting`` are the sites whose own changes tell a
-    visit's focus where a LoRA acts. ``inputs`` lists, for some sites, which of their inputs X̃ is
-    reduced to. In a ``sweep`` forwards wait at a site with what they show until it is taken, so
-    that it is reduced then, knowing all of it: of TᵀX̃ only the directions that a ``rank`` may keep,
-    see :mod:`.directions` (None: Σ r_i); and with ``keep_rows`` sites with few tokens can be taken
-    as they are with :meth:`take_rows`.
+    ``begin`` makes a site's reduction, with moments in ``dtype``. Sites that receive the same
+    tensor in the same geometry share the moments of their inputs. With ``processes`` every one of
+    them is shown its part of the rows, and what is taken is of all. ``acting`` are the sites whose
+    own changes tell an observation's saliency where a LoRA acts. ``inputs`` lists, for some sites,
+    which of their inputs count.
     """
 
     def __init__(
         self,
-        references: Mapping[str, Sequence[LowRank | None]],
+        changes: Mapping[str, SiteChanges],
+        begin: Begin,
         *,
-        full: bool,
-        balance: str = "none",
         dtype: torch.dtype = torch.float32,
-        share: bool = True,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
         acting: Set[str] = frozenset(),
         inputs: Mapping[str, Tensor] | None = None,
-        sweep: bool = False,
-        rank: int | None = None,
-        keep_rows: bool = False,
     ) -> None:
-        needs_moments = not full or balance not in ("tokens", "none") or shards.size > 1
-        self._keep_rows = sweep and keep_rows and not needs_moments
-        self._sweep = sweep
-        self._rank = rank
-        self._acting = acting
-        self._inputs = dict(inputs or {})
-        self._references = references
-        self._full = full
-        self._down_gram = not full or balance == "adapter"
-        self._full_energy = balance == "full"
+        self._begin = begin
+        self._changes = changes
         self._dtype = dtype
-        self._share = share
-        self._shards = shards
-        self._sites: dict[str, SiteMoments] = {}
-        self._waiting: dict[str, list[Visit]] = {}
-        self._groups: dict[Group, SharedInputs] = {}
+        self._processes = processes
+        self._acting = acting
+        self._inputs = inputs or {}
+        self._shared: dict[tuple[Group, Hashable], InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
 
-    def take(self, site: str) -> SiteMoments:
-        """Hand over a site's moments and forget them."""
-        waiting = self._waiting.pop(site, [])
-        directions = self._directions(waiting) if waiting else None
-        for visit in waiting:
-            self._add(visit, directions)
-        moments = self._sites.pop(site)
-        for part in moments.shared.concepts:
-            complete(part)
-        self._add_up(moments)
-        return moments
+    def observe(self, shown: Observation) -> None:
+        group = self._order.setdefault((shown.name, shown.call), shown.group)
+        if group != shown.group:
+            raise IterisError(
+                f"The micro-batches took different paths through the model at site {shown.name}; "
+                "use one micro-batch."
+            )
+        if shown.saliency is not None and shown.name in self._acting:
+            changes = self._changes[shown.name]
+            for concept, start, stop in shown.spans:
+                change = changes[concept]
+                if change is not None:
+                    shown.saliency.add(shown.effect(change, start, stop), shown.rows, start)
+        self._keep(shown)
 
-    def take_rows(self, site: str) -> SiteRows | None:
-        """Hand over a site's rows and forget them; None where they are too many, and wanted as
-        moments."""
-        waiting = self._waiting[site] if self._keep_rows else []
-        if not waiting or any(visit.group in self._groups for visit in waiting):
-            return None
-        out, width = self._shape(waiting[0])
-        tokens = sum(visit.count(0, visit.rows) for visit in waiting)
-        if not rows_are_fewer(tokens, out, width):
-            return None
-        del self._waiting[site]
-        some = waiting[0].inputs
-        shared: list[list[Tensor]] = [
-            [some.new_zeros(0, width, dtype=self._dtype)] for _ in self._references[site]
-        ]
-        targets = [[some.new_zeros(0, out, dtype=self._dtype)] for _ in shared]
-        for visit in waiting:
-            for concept, start, stop in visit.spans:
-                weigh = _weigher(visit, start, stop)
-                merged = self._merged_inputs(visit, start, stop)
-                shared[concept].append(weigh(merged.to(self._dtype)))
-                targets[concept].append(self._target(visit, concept, start, stop))
-        return SiteRows([torch.cat(p) for p in shared], [torch.cat(p) for p in targets])
+    @abstractmethod
+    def take(self, site: str) -> Reduction:
+        """Hand over a site's reduction, ready to be solved, and forget it."""
+
+    @abstractmethod
+    def _keep(self, shown: Observation) -> None: ...
+
+    def _opened(self, shown: Observation, **known: Any) -> Reduction:
+        changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
+        # Only tensors that are still alive can be shared; letting go frees what the others had.
+        for key in [key for key in self._shared if key[0] not in shown.alive]:
+            del self._shared[key]
+        key = shown.group, shown.site.geometry
+
+        def share(kind: type[Moments]) -> tuple[Moments, bool]:
+            shared = None if inputs is not None else self._shared.get(key)
+            if isinstance(shared, kind):
+                return shared, False
+            width = changes.shape[1] if inputs is None else len(inputs)
+            moments = kind(len(changes), width, self._dtype, shown.inputs.device)
+            if inputs is None:
+                self._shared[key] = moments
+            return moments, True
+
+        return self._begin(
+            Opening(
+                changes if inputs is None else changes.at(inputs),
+                shown.inputs.device,
+                share,
+                shared=inputs is None and key in self._shared,
+                processes=self._processes.size,
+                agree=self._processes.first,
+                **known,
+            )
+        )
+
+    def _add(self, reduction: Reduction, shown: Observation) -> None:
+        inputs = self._inputs.get(shown.name)
+        for tokens in shown.of_concepts(self._changes[shown.name], self._dtype, inputs):
+            reduction.add(tokens)
+
+    def _ready(self, reduction: Reduction) -> Reduction:
+        """Added up over all processes; what sites share only once."""
+        if self._processes.size > 1:
+            sums = reduction.sums()
+            if isinstance(reduction, MomentReduction) and not reduction.inputs.summed:
+                sums += reduction.inputs.sums()
+                reduction.inputs.summed = True
+            self._processes.add_up(sums)
+        return reduction
+
+
+class StreamCollector(Collector):
+    """Tokens are reduced as they come; sites are taken when all have been shown."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reductions: dict[str, Reduction] = {}
 
     @property
     def sites(self) -> list[str]:
-        """Sites with moments that nobody has taken, in execution order."""
-        return list(self._sites)
+        """Sites that nobody has taken, in execution order."""
+        return list(self._reductions)
 
-    def visit(self, visit: Visit) -> None:
-        group = self._order.setdefault((visit.site, visit.call), visit.group)
-        if group != visit.group:
+    def take(self, site: str) -> Reduction:
+        return self._ready(self._reductions.pop(site))
+
+    def _keep(self, shown: Observation) -> None:
+        reduction = self._reductions.get(shown.name)
+        if reduction is None:
+            reduction = self._reductions[shown.name] = self._opened(shown)
+        self._add(reduction, shown)
+
+
+class SweepCollector(Collector):
+    """What is shown waits until its site is taken, and is reduced then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waiting: dict[str, list[Observation]] = {}
+
+    def take(self, site: str) -> Reduction:
+        waiting = self._waiting.pop(site)
+
+        def sample(tokens: int) -> list[Tensor]:
+            return self._sample(site, waiting, tokens)
+
+        tokens = sum(shown.count(0, shown.rows) for shown in waiting)
+        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
+        for shown in waiting:
+            self._add(reduction, shown)
+        return self._ready(reduction)
+
+    def _keep(self, shown: Observation) -> None:
+        if shown.call:
             raise IterisError(
-                f"The micro-batches took different paths through the model at site {visit.site}; "
-                "use one micro-batch."
+                f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
+                'at its first call; merge with schedule="jacobi", which counts all of them.'
             )
-        if visit.focus is not None and visit.site in self._acting:
-            for concept, start, stop in visit.spans:
-                change = self._references[visit.site][concept]
-                if change is not None:
-                    visit.focus.add(visit.own_effect(change, start, stop), visit.rows, start)
-        if self._sweep:
-            self._waiting.setdefault(visit.site, []).append(visit)
-        else:
-            self._add(visit)
+        self._waiting.setdefault(shown.name, []).append(shown)
 
-    def _add(self, visit: Visit, directions: Directions | None = None) -> None:
-        entry = self._sites.get(visit.site)
-        if entry is None:
-            entry = self._sites[visit.site] = self._new_entry(visit, directions)
-        for concept, start, stop in visit.spans:
-            change = self._references[visit.site][concept]
-            weigh = _weigher(visit, start, stop)
-            merged = weigh(self._merged_inputs(visit, start, stop).to(self._dtype))
-            # X is wanted for XᵀX̃ and for the energy of X ΔWᵀ, outputs for T and for λ.
-            reference = weigh(visit.input_tokens(start, stop)) if self._down_gram else None
-            target = entry.targets[concept]
-            with full_precision(merged.device):
-                if entry.adds:
-                    add_inputs(entry.shared.concepts[concept], reference, merged)
-                full = weigh(visit.output_tokens(start, stop)) if self._full_energy else None
-                add_balance(target, change, reference, full)
-                if self._full:
-                    wanted = self._target(visit, concept, start, stop)
-                    add_target_rows(target, wanted, merged)
-
-    def _target(self, visit: Visit, concept: int, start: int, stop: int) -> Tensor:
-        """T of reference rows ``start`` to ``stop``, all of one concept, (tokens, out)."""
-        change = self._references[visit.site][concept]
-        full = visit.output_tokens(start, stop)
-        base = self._base_output(visit, change, start, stop)
-        drift = visit.drift_tokens(start, stop)
-        return _weigher(visit, start, stop)(target_of(full, base, drift, self._dtype))
-
-    def _directions(self, waiting: Sequence[Visit]) -> Directions | None:
-        """Those that the targets of a site are reduced to, from a sample of them."""
-        site = waiting[0].site
-        changes = self._references[site]
-        out, width = self._shape(waiting[0])
-        rank = max(sum(c.rank for c in changes if c is not None), self._rank or 0)
-        count = directions_of(out, width, rank)
-        if not self._full or count is None or waiting[0].choice is None:
-            return None
+    def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
+        """About so many of all targets, by concept: as many of every row's tokens."""
         # Of a row's tokens that may be chosen some are masked.
-        offered = sum(replace(visit, mask=None).count(0, visit.rows) for visit in waiting)
-        tokens = sum(visit.count(0, visit.rows) for visit in waiting)
-        sizes = torch.tensor([sum(visit.rows for visit in waiting), offered, tokens])
-        self._shards.add_up([sizes])
-        rows, offered, tokens = sizes.tolist()
-        few = math.ceil(_SAMPLE * count / rows * offered / max(tokens, 1))
-        none = waiting[0].outputs.new_zeros(0, out, dtype=self._dtype)
+        sizes = torch.tensor(
+            [
+                sum(shown.rows for shown in waiting),
+                sum(shown.unmasked().count(0, shown.rows) for shown in waiting),
+                sum(shown.count(0, shown.rows) for shown in waiting),
+            ]
+        )
+        self._processes.add_up([sizes])
+        rows, offered, counted = sizes.tolist()
+        few = math.ceil(tokens / rows * offered / max(counted, 1))
+        changes = self._changes[site]
+        none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=self._dtype)
         sample = [[none] for _ in changes]
-        for visit in waiting:
-            for concept, start, stop in visit.spans:
-                sample[concept].append(self._target(visit.fewer(few), concept, start, stop))
-        targets = [self._shards.gather(torch.cat(parts)) for parts in sample]
-        if not all(bool(torch.isfinite(rows).all()) for rows in targets):
-            return None  # the solve says so
-        return find_directions(changes, targets, count)
-
-    def _add_up(self, moments: SiteMoments) -> None:
-        """Over all processes; what sites share only once."""
-        if self._shards.size == 1:
-            return
-        parts = [] if moments.shared.added_up else moments.shared.concepts
-        moments.shared.added_up = True
-        tokens = torch.tensor([part.tokens for part in parts], dtype=torch.float64)
-        found = [part.own for part in parts] + [part.cross for part in parts]
-        for target in moments.targets:
-            found += [target.target, target.down_gram, target.target_energy, target.full_energy]
-        self._shards.add_up([tokens, *(tensor for tensor in found if tensor is not None)])
-        for part, count in zip(parts, tokens.tolist(), strict=True):
-            part.tokens = round(count)
-
-    def _base_output(self, visit: Visit, change: LowRank | None, start: int, stop: int) -> Tensor:
-        """W0 on X̃, (tokens, out)."""
-        if visit.copies == 2:
-            return visit.output_tokens(start, stop, merged=True)
-        full = visit.output_tokens(start, stop)
-        return full if change is None else full - visit.own_change(change, start, stop)
-
-    def _new_entry(self, visit: Visit, directions: Directions | None) -> SiteMoments:
-        changes = self._references[visit.site]
-        out, width = self._shape(visit)
-        device = visit.inputs.device
-
-        def make() -> SharedInputs:
-            return SharedInputs(
-                [
-                    new_inputs(width, cross=not self._full, dtype=self._dtype, device=device)
-                    for _ in changes
-                ]
-            )
-
-        shared, adds = self._sharing(visit, make)
-        targets = [
-            new_target(
-                out,
-                width,
-                c,
-                full=self._full,
-                down_gram=self._down_gram,
-                full_energy=self._full_energy,
-                directions=directions,
-                dtype=self._dtype,
-                device=device,
-            )
-            for c in changes
-        ]
-        return SiteMoments(shared, targets, adds)
-
-    def _sharing(self, visit: Visit, make: Callable[[], SharedInputs]) -> tuple[SharedInputs, bool]:
-        """What sites that receive this tensor share, and whether it was made for this one. A site
-        of which some inputs count shares with none."""
-        # Only tensors that are still alive can be shared; letting go frees what the others had.
-        for gone in self._groups.keys() - visit.alive:
-            del self._groups[gone]
-        alone = not self._share or visit.site in self._inputs
-        shared = None if alone else self._groups.get(visit.group)
-        if shared is not None:
-            return shared, False
-        shared = make()
-        if not alone:
-            self._groups[visit.group] = shared
-        return shared, True
-
-    def _shape(self, visit: Visit) -> tuple[int, int]:
-        """(out, in) of a site, of those inputs that count."""
-        changes = self._references[visit.site]
-        out, width = next(change.shape for change in changes if change is not None)
-        chosen = self._inputs.get(visit.site)
-        return out, width if chosen is None else len(chosen)
-
-    def _merged_inputs(self, visit: Visit, start: int, stop: int) -> Tensor:
-        """X̃, (tokens, in), of those inputs that count."""
-        tokens = visit.input_tokens(start, stop, merged=True)
-        chosen = self._inputs.get(visit.site)
-        if chosen is None:
-            return tokens
-        chosen = self._inputs[visit.site] = chosen.to(tokens.device)  # moved once
-        return tokens.index_select(1, chosen)
-
-
-def _weigher(visit: Visit, start: int, stop: int) -> Callable[[Tensor], Tensor]:
-    """Multiplies tokens by the roots of their weights."""
-    weights = visit.token_weights(start, stop)
-    return _no_weights if weights is None else partial(torch.mul, weights.sqrt())
-
-
-def _no_weights(tokens: Tensor) -> Tensor:
-    return tokens
+        for shown in waiting:
+            for part in shown.fewer(few).of_concepts(changes, self._dtype, None):
+                sample[part.concept].append(part.target)
+        return [self._processes.gather(torch.cat(parts)) for parts in sample]

@@ -1,9 +1,9 @@
-"""Run one base model on reference rows and merged rows at once (DESIGN 3.6).
+"""Run one base model on reference rows and merged rows at once.
 
 The batch holds R reference rows, each with its own LoRA's change added at every site, and, with
 ``copies=2``, the same R samples again as merged rows, with the merged change added. A forward hook
-on every site adds the changes to the site's output, so no weight is read or patched, and shows a
-visitor what it saw on the way. Nothing is stored here.
+on every site adds the changes to the site's output, so no weight is read or patched, and shows an
+observer what it saw on the way. Nothing is stored here.
 
 In a sweep every micro-batch's forward runs in a greenlet of its own that pauses at each site that
 has no merged change yet; when all have arrived the site is solved and they go on, one at a time.
@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IterisError
-from ..lora import LowRank
-from .processes import ALONE, Shards
-from .saliency import Focus
-from .tokens import Group, TokenChoice, Visit, add_delta, delta
+from ..lora import LowRank, SiteChanges
+from .modes import Modes
+from .processes import ALONE, Processes
+from .saliency import Saliency
+from .site import Site, site_of
+from .tokens import Group, Observation, TokenChoice
 
 
-class Visitor(Protocol):
-    def visit(self, visit: Visit) -> None: ...
+class Observer(Protocol):
+    def observe(self, shown: Observation) -> None: ...
 
 
 @dataclass
@@ -40,19 +42,19 @@ class MicroBatch:
 
     ``merged_only`` gives all of them the merged changes and none their LoRA's. ``mask_of(site)``
     tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
-    and ``focus`` tells how much each counts.
+    and ``saliency`` tells how much each counts.
     """
 
     run: Callable[[], None]
     owners: Sequence[int]
     copies: int
-    visitor: Visitor | None = None
+    observer: Observer | None = None
     pauses: bool = False
     merged_only: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
-    choice: TokenChoice | None = None
-    focus: Focus | None = None
+    choice: TokenChoice = field(default_factory=lambda: TokenChoice((), None, 0))
+    saliency: Saliency | None = None
     streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
     _groups: int = 0
@@ -70,7 +72,12 @@ class MicroBatch:
         return spans
 
     def group_of(self, tensor: Tensor) -> Group:
-        """What stands for this tensor as it is now."""
+        """What stands for this tensor as it is now.
+
+        Sites that receive one tensor object, unchanged in between, are of one group: their tokens
+        are the same, so that moments are made once. Groups are numbered in execution order, which
+        is that of every micro-batch.
+        """
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         # An inference tensor has no version counter: an in-place change could not be noticed.
         if not tensor.is_inference():
@@ -95,35 +102,36 @@ class MicroBatch:
 class Lockstep:
     """Hooks on the sites of one model; a context manager that always takes them off again.
 
-    ``references[site][i]`` is concept i's change of that site, scaled by its strength, or None.
+    ``changes[site][i]`` is concept i's change of that site, scaled by its strength, or None.
     ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
-    :meth:`.hosts.Host.streams` gives them. ``shards`` is this process's part of the rows.
+    :meth:`..hosts.protocol.Host.streams` gives them. ``processes`` says which rows are this one's.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        references: Mapping[str, Sequence[LowRank | None]],
+        changes: Mapping[str, SiteChanges],
         streams: Mapping[str, nn.Module] | None = None,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
-        self.shards = shards
+        self.processes = processes
+        self.changes = {name: SiteChanges.of(some) for name, some in changes.items()}
         self._modules = modules
-        self.references = references
         self._streams = streams or {}
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._cast: dict[tuple[str, int], LowRank] = {}
         self.merged: dict[str, LowRank] = {}
+        self._outside = Modes.now()
 
     def __enter__(self) -> Lockstep:
         try:
-            for site in self.references:
-                module = self._modules[site]
-                _check_supported(site, module)
-                self._handles.append(module.register_forward_hook(self._hook(site)))
-                if site in self._streams:
-                    stream = self._streams[site]
+            for name in self.changes:
+                module = self._modules[name]
+                hook = self._hook(name, site_of(name, module))
+                self._handles.append(module.register_forward_hook(hook))
+                if name in self._streams:
+                    stream = self._streams[name]
                     self._handles.append(stream.register_forward_pre_hook(self._keep_stream))
         except BaseException:
             self.close()
@@ -137,6 +145,12 @@ class Lockstep:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def cast_bytes(self) -> int:
+        """What the changes take that were cast to the model's dtype or moved to its device."""
+        factors = (f for change in self._cast.values() for f in (change.up, change.down))
+        return sum(factor.numel() * factor.element_size() for factor in factors)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -167,11 +181,13 @@ class Lockstep:
             batch.pauses = True
         try:
             with torch.no_grad():
+                outside = self._outside = Modes.now()
                 while True:
                     arrived: list[Any] = []
                     for worker, batch in zip(workers, batches, strict=True):
                         self._active = batch
                         arrived.append(worker.switch())
+                        outside.restore()
                     ended = [worker.dead for worker in workers]
                     if all(ended):
                         return
@@ -190,24 +206,28 @@ class Lockstep:
             for worker in workers:
                 if worker and not worker.dead:
                     worker.throw()
+                    self._outside.restore()
 
     def _keep_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._active is not None and self._active.visitor is not None:
+        if self._active is not None and self._active.observer is not None:
             self._active.streams[module] = args[0]
 
-    def _stream_of(self, site: str, batch: MicroBatch, outputs: Tensor) -> Tensor | None:
-        module = self._streams.get(site)
+    def _stream_of(self, name: str, batch: MicroBatch, outputs: Tensor) -> Tensor | None:
+        module = self._streams.get(name)
         stream = batch.streams.pop(module, None) if module is not None else None
         if stream is not None and stream.shape != outputs.shape:
             raise IterisError(
-                f"Site {site} gives {tuple(outputs.shape)}, which cannot be added to its residual "
+                f"Site {name} gives {tuple(outputs.shape)}, which cannot be added to its residual "
                 f"stream {tuple(stream.shape)}; merge with repair=false."
             )
         return stream
 
-    def _hook(self, site: str) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
+        """Called when the site has given its output, in this order: reference rows get their own
+        LoRA's change, the observer is shown both, the forward waits for the solve, and merged rows
+        get the merged change."""
         # A change of zeros, as repair sites have, adds nothing.
-        changes = [c if c is None or bool(c.up.any()) else None for c in self.references[site]]
+        changes = [c if c is None or bool(c.up.any()) else None for c in self.changes[name]]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active
@@ -217,48 +237,46 @@ class Lockstep:
             rows = len(batch.owners)
             if inputs.shape[0] != rows * batch.copies:
                 raise IterisError(
-                    f"Site {site} received {inputs.shape[0]} rows where {rows * batch.copies} were "
+                    f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
             if batch.merged_only:
-                merged = self.merged.get(site)
+                merged = self.merged.get(name)
                 if merged is None:
                     return None
-                return output + delta(module, merged.to(inputs.dtype, inputs.device), inputs)
-            spans = batch.spans
-            for concept, start, stop in spans:
+                return output + site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+            for concept, start, stop in batch.spans:
                 change = changes[concept]
                 if change is not None:
-                    change = self._ready(site, concept, change, inputs)
-                    add_delta(module, change, inputs[start:stop], output[start:stop])
-            stream = self._stream_of(site, batch, output)
-            solved = batch.pauses and site in self.merged
-            if batch.visitor is not None and not solved:
-                group = batch.group_of(inputs)
-                batch.visitor.visit(
-                    Visit(
-                        site=site,
-                        module=module,
-                        inputs=inputs,
-                        outputs=output,
-                        rows=rows,
-                        copies=batch.copies,
-                        spans=spans,
-                        group=group,
-                        alive=batch.alive(),
-                        call=batch.call_of(site),
-                        mask=_mask_for(batch, site, inputs),
-                        choice=batch.choice,
-                        stream=stream,
-                        focus=batch.focus,
+                    change = self._ready(name, concept, change, inputs)
+                    site.add(change, inputs[start:stop], output[start:stop])
+            stream = self._stream_of(name, batch, output)
+            call = batch.call_of(name)
+            solved = batch.pauses and name in self.merged and not call
+            if batch.observer is not None and not solved:
+                batch.observer.observe(
+                    Observation(
+                        name,
+                        site,
+                        inputs,
+                        output,
+                        rows,
+                        batch.copies,
+                        batch.spans,
+                        batch.group_of(inputs),
+                        batch.alive(),
+                        call,
+                        batch.choice,
+                        _mask_for(batch, name, inputs),
+                        stream,
+                        batch.saliency,
                     )
                 )
-            if batch.pauses and not solved:
-                greenlet.getcurrent().parent.switch(site)  # type: ignore[union-attr]
-            merged = self.merged.get(site)
+            if batch.pauses and name not in self.merged:
+                _pause(name, self._outside)
+            merged = self.merged.get(name)
             if merged is not None and batch.copies == 2:
-                merged = merged.to(inputs.dtype, inputs.device)
-                add_delta(module, merged, inputs[rows:], output[rows:])
+                site.add(merged.to(inputs.dtype, inputs.device), inputs[rows:], output[rows:])
             return output
 
         return hook
@@ -281,11 +299,19 @@ def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
     return mask
 
 
-def _check_supported(site: str, module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d) and (
-        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
-    ):
+def _pause(site: str, outside: Modes) -> None:
+    """Hand over to the sweep until ``site`` is solved.
+
+    Greenlets share the thread, and with it torch's modes: whoever goes on has those of its own.
+    """
+    mine = Modes.now()
+    if mine.inference != outside.inference:
         raise IterisError(
-            f"Site {site} is a grouped or specially padded convolution, which cannot be merged; "
-            "leave it out of the LoRA."
+            f"Site {site} is called in another inference mode of torch than the merge, which "
+            "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
+            'merge with schedule="jacobi".'
         )
+    current = greenlet.getcurrent()
+    sweep: Any = current.parent
+    sweep.switch(site)
+    mine.restore()

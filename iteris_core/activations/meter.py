@@ -57,6 +57,14 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+_KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
+
+
+def usable(free: int) -> int:
+    """The part of ``free`` bytes that a plan may count on."""
+    return round((1 - _KEPT_FREE) * free)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free, of the device or of the machine; what PyTorch keeps to itself counts."""
     if device.type == "cuda":

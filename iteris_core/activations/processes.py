@@ -6,8 +6,10 @@ result. Torch's default process group has to be there; ``accelerate`` or ``torch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,9 +18,11 @@ from ..errors import IterisError
 
 _SMALL = 1 << 16  # entries; tensors up to this size travel together
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
-class Shards:
+class Processes:
     """This process's part: every ``size``-th row from ``rank`` on. ``device`` is where the process
     group's backend can add up (None: where a tensor is)."""
 
@@ -50,47 +54,62 @@ class Shards:
             if tensor.numel() <= _SMALL:
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
             else:
-                self._sum(tensor)
-        for some in small.values():
-            joined = torch.cat([tensor.reshape(-1) for tensor in some])
-            self._sum(joined)
-            for tensor, part in zip(some, joined.split([t.numel() for t in some]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+                self._reduce(tensor)
+        for parts in small.values():
+            joined = torch.cat([tensor.reshape(-1) for tensor in parts])
+            self._reduce(joined)
+            pieces = joined.split([tensor.numel() for tensor in parts])
+            for tensor, piece in zip(parts, pieces, strict=True):
+                tensor.copy_(piece.view_as(tensor))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The (some, width) rows of all processes, in the order of processes."""
         if self.size == 1:
             return rows
-        counts = torch.zeros(self.size, dtype=torch.int64)
-        counts[self.rank] = len(rows)
-        self.add_up([counts])
-        start = int(counts[: self.rank].sum())
-        every = rows.new_zeros(int(counts.sum()), rows.shape[1])
-        every[start : start + len(rows)] = rows
-        self.add_up([every])
-        return every
+        every: list[Any] = [None] * self.size
+        with _still_there():
+            distributed.all_gather_object(every, rows.cpu())
+        return torch.cat(every).to(rows.device)
+
+    def first(self, value: Value) -> Value:
+        """The first process's ``value``: where machines may round differently, all take one."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        with _still_there():
+            distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def least(self, value: int) -> int:
         """The smallest ``value`` of all processes: what they have to agree on."""
-        every = torch.zeros(self.size, dtype=torch.int64)
-        every[self.rank] = value
-        self.add_up([every])
-        return int(every.min())
+        smallest = torch.tensor(value)
+        self._reduce(smallest, distributed.ReduceOp.MIN)
+        return int(smallest)
 
     def wait(self) -> None:
         """Until all processes are here. Raises :class:`IterisError` when one has ended."""
-        self.add_up([torch.zeros(1, device=self.device)])
+        if self.size > 1:
+            with _still_there():
+                distributed.barrier()
 
-    def _sum(self, tensor: Tensor) -> None:
+    def _reduce(self, tensor: Tensor, op: Any = distributed.ReduceOp.SUM) -> None:
+        if self.size == 1:
+            return
         moved = tensor.to(self.device or tensor.device)
-        try:
-            distributed.all_reduce(moved)
-        except RuntimeError as error:
-            raise IterisError(
-                "Another process of this merge has ended, so it cannot go on; nothing was written."
-            ) from error
+        with _still_there():
+            distributed.all_reduce(moved, op)
         if moved is not tensor:
             tensor.copy_(moved)
 
 
-ALONE = Shards()
+ALONE = Processes()
+
+
+@contextmanager
+def _still_there() -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise IterisError(
+            "Another process of this merge has ended, so it cannot go on; nothing was written."
+        ) from error

@@ -1,7 +1,7 @@
 """How much each token counts: more where a LoRA acts.
 
 A site has one change for all concepts, and where they want different things of like inputs nobody
-gets all. What is given up had better be background. With a focus of f token t of a row counts
+gets all. What is given up had better be background. With a share of f token t of a row counts
 
     w_t = 1 − f + f · e_t,   e_t = mean over sites of ‖ΔW_i x_t‖² / (their mean over the row),
 
@@ -20,11 +20,13 @@ from torch import Tensor
 
 
 @dataclass
-class Focus:
+class Saliency:
     """The running e of one micro-batch's rows, by number of tokens; ``share`` is f."""
 
     share: float
-    _given: dict[Hashable, Tensor | None] = field(default_factory=dict[Hashable, Tensor | None])
+    _given: dict[tuple[Hashable, int], Tensor | None] = field(
+        default_factory=dict[tuple[Hashable, int], Tensor | None]
+    )
     _sums: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     _counts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
@@ -41,12 +43,13 @@ class Focus:
         self._counts[length][part] += (mean > 0).to(effect)
 
     def weights(self, tensor: Hashable, alive: Set[Hashable], length: int) -> Tensor | None:
-        """(rows, tokens), or None where all count alike; the same for all sites that see the
-        ``tensor`` that this stands for. ``alive`` are those that may come again."""
-        if tensor not in self._given:
-            self._given = {t: w for t, w in self._given.items() if t in alive}
-            self._given[tensor] = self._now(length)
-        return self._given[tensor]
+        """(rows, tokens), or None where all count alike; the same for all sites that see as many
+        tokens of the ``tensor`` that this stands for. ``alive`` are those that may come again."""
+        key = tensor, length
+        if key not in self._given:
+            self._given = {k: weights for k, weights in self._given.items() if k[0] in alive}
+            self._given[key] = self._now(length)
+        return self._given[key]
 
     def _now(self, length: int) -> Tensor | None:
         if length not in self._sums:

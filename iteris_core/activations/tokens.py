@@ -1,24 +1,26 @@
-"""What one micro-batch shows at one site, as tokens; and a change's part of a site's output."""
+"""What one micro-batch shows at one site, as tokens."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from ..lora import LowRank
-from .saliency import Focus
+from ..lora import LowRank, SiteChanges
+from .saliency import Saliency
+from .site import Site
 
 Group = tuple[str, int]
-"""Stands for one tensor: the stage that it belongs to, and a number."""
+"""Stands for one tensor as it was when a site received it: the stage that it belongs to, and a
+number. A model that changes the tensor in place makes it another one."""
 
 
 @dataclass(frozen=True)
-class Visit:
+class Observation:
     """What one micro-batch shows at one site, before the merged change is added.
 
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
@@ -26,14 +28,14 @@ class Visit:
     in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
     itself (``copies=1``). ``group`` is the same for sites that received the same tensor, and
     ``alive`` lists the groups that may still come again; ``call`` counts the site's earlier calls
-    in this forward. ``mask`` is (rows, tokens), True where a token counts; None where all do.
-    ``choice`` picks some, see :class:`TokenChoice`. ``stream`` is the residual stream that the
-    output will be added to, shaped as ``outputs``; None where the site has none. ``focus`` weighs
-    tokens; None where all count alike. Copy or reduce: the model may change these tensors later.
+    in this forward. ``choice`` picks some of every row's tokens. ``mask`` is (rows, tokens), True
+    where a token counts; None where all do. ``stream`` is the residual stream that the output will
+    be added to, shaped as ``outputs``; None where the site has none. ``saliency`` weighs tokens;
+    None where all count alike. Copy or reduce: the model may change these tensors later.
     """
 
-    site: str
-    module: nn.Module
+    name: str
+    site: Site
     inputs: Tensor
     outputs: Tensor
     rows: int
@@ -42,88 +44,83 @@ class Visit:
     group: Group
     alive: set[Group]
     call: int
+    choice: TokenChoice
     mask: Tensor | None = None
-    choice: TokenChoice | None = None
     stream: Tensor | None = None
-    focus: Focus | None = None
+    saliency: Saliency | None = None
 
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
 
         A convolution is a linear map of its patches; masked tokens are left out.
         """
-        return self._tokens(input_tokens, self.inputs, start, stop, merged)
+        return self._tokens(self.site.tokens, self.inputs, start, stop, merged)
 
     def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
-        return self._tokens(output_tokens, self.outputs, start, stop, merged)
+        return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
 
     def drift_tokens(self, start: int, stop: int) -> Tensor | None:
         """How far the merged rows' residual stream is behind the reference rows', (tokens, out)."""
         if self.stream is None or self.copies == 1:
             return None
-        own = self._tokens(output_tokens, self.stream, start, stop, False)
-        return own - self._tokens(output_tokens, self.stream, start, stop, True)
+        reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
+        return reference - self._tokens(self.site.outputs, self.stream, start, stop, True)
 
     def count(self, start: int, stop: int) -> int:
         """How many tokens :meth:`input_tokens` has."""
-        length = self._length()
+        length = self.site.length(self.outputs)
         chosen = self._choice(length, start, stop)
         return (stop - start) * length if chosen is None else len(chosen)
 
-    def fewer(self, tokens: int) -> Visit:
+    def fewer(self, tokens: int) -> Observation:
         """The same with at most so many of the tokens of every row."""
-        assert self.choice is not None
         return replace(self, choice=self.choice.at_most(tokens))
 
-    def own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
-        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
-        return self._chosen(self._own_change(change, start, stop), start, stop)
+    def unmasked(self) -> Observation:
+        return replace(self, mask=None)
 
-    def own_effect(self, change: LowRank, start: int, stop: int) -> Tensor:
+    def change_tokens(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
+        return self._chosen(self._changed(change, start, stop), start, stop)
+
+    def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
         """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
-        added = self._own_change(change, start, stop)
+        added = self._changed(change, start, stop)
         added = added.to(torch.promote_types(added.dtype, torch.float32))
         effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
         """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
-        if self.focus is None:
+        if self.saliency is None:
             return None
-        weights = self.focus.weights(self.group, self.alive, self._length())
+        weights = self.saliency.weights(self.group, self.alive, self.site.length(self.outputs))
         if weights is None:
             return None
         return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
 
-    def _own_change(self, change: LowRank, start: int, stop: int) -> Tensor:
+    def of_concepts(
+        self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
+    ) -> Iterator[ConceptTokens]:
+        """The tokens of every span; ``inputs`` are those that count (None: all)."""
+        for concept, start, stop in self.spans:
+            yield ConceptTokens(self, changes[concept], concept, start, stop, dtype, inputs)
+
+    def _changed(self, change: LowRank, start: int, stop: int) -> Tensor:
         inputs = self.inputs[start:stop]
-        added = delta(self.module, change.to(inputs.dtype, inputs.device), inputs)
-        return output_tokens(self.module, added)
+        return self.site.outputs(self.site.delta(change.to(inputs.dtype, inputs.device), inputs))
 
     def _tokens(
         self,
-        flatten: Callable[[nn.Module, Tensor], Tensor],
+        flatten: Callable[[Tensor], Tensor],
         tensor: Tensor,
         start: int,
         stop: int,
         merged: bool,
     ) -> Tensor:
         offset = self.rows if merged and self.copies == 2 else 0
-        tokens = flatten(self.module, tensor[offset + start : offset + stop])
-        return self._chosen(tokens, start, stop)
-
-    @property
-    def _width(self) -> int:
-        """Inputs of the site as a linear map."""
-        if not isinstance(self.module, nn.Conv2d):
-            return self.inputs.shape[-1]
-        return self.module.in_channels * math.prod(self.module.kernel_size)
-
-    def _length(self) -> int:
-        """Tokens of a row, masked ones too."""
-        channels = self.outputs.shape[1 if isinstance(self.module, nn.Conv2d) else -1]
-        return self.outputs.numel() // (channels * len(self.outputs))
+        return self._chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
 
     def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         chosen = self._choice(tokens.shape[0] // (stop - start), start, stop)
@@ -133,17 +130,71 @@ class Visit:
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
         """Which of the tokens of these rows count; None: all."""
-        chosen = None
-        if self.choice is not None:
-            chosen = self.choice.indices(length, start, stop, width=self._width)
-        if self.mask is not None:
-            mask = self.mask[start:stop].reshape(-1)
-            if chosen is None:
-                chosen = mask.nonzero().flatten()
-            else:
-                chosen = chosen.to(mask.device)
-                chosen = chosen[mask[chosen]]
-        return chosen
+        chosen = self.choice.indices(length, start, stop, width=self.site.shape[1])
+        if self.mask is None:
+            return chosen
+        mask = self.mask[start:stop].reshape(-1)
+        if chosen is None:
+            return mask.nonzero().flatten()
+        chosen = chosen.to(mask.device)
+        return chosen[mask[chosen]]
+
+
+@dataclass(frozen=True)
+class ConceptTokens:
+    """Tokens of one concept's rows ``start`` to ``stop``, in the precision of the moments, each
+    times the root of its weight; see :class:`..solve.problem.Tokens`."""
+
+    shown: Observation
+    change: LowRank | None
+    concept: int
+    start: int
+    stop: int
+    dtype: torch.dtype
+    inputs: Tensor | None = None
+
+    @property
+    def merged(self) -> Tensor:
+        return self._merged
+
+    @cached_property
+    def _merged(self) -> Tensor:
+        tokens = self.shown.input_tokens(self.start, self.stop, merged=True)
+        if self.inputs is not None:
+            tokens = tokens.index_select(1, self.inputs.to(tokens.device))
+        return self._weighted(tokens)
+
+    @property
+    def reference(self) -> Tensor:
+        return self._weighted(self.shown.input_tokens(self.start, self.stop))
+
+    @property
+    def output(self) -> Tensor:
+        return self._weighted(self.shown.output_tokens(self.start, self.stop))
+
+    @property
+    def target(self) -> Tensor:
+        """(W0 + ΔW_i) X less W0 X̃, both with the layer's bias, and what the residual stream of the
+        merged rows lacks of LoRA i's own."""
+        full = self.shown.output_tokens(self.start, self.stop)
+        target = full.to(self.dtype) - self._base(full).to(self.dtype)
+        drift = self.shown.drift_tokens(self.start, self.stop)
+        if drift is not None:
+            target.add_(drift.to(self.dtype))
+        return self._weighted(target)
+
+    def _base(self, full: Tensor) -> Tensor:
+        """W0 X̃, (tokens, out)."""
+        if self.shown.copies == 2:
+            return self.shown.output_tokens(self.start, self.stop, merged=True)
+        if self.change is None:
+            return full
+        return full - self.shown.change_tokens(self.change, self.start, self.stop)
+
+    def _weighted(self, tokens: Tensor) -> Tensor:
+        weights = self.shown.token_weights(self.start, self.stop)
+        tokens = tokens.to(self.dtype)
+        return tokens if weights is None else tokens * weights.to(tokens).sqrt()
 
 
 class TokenChoice:
@@ -183,47 +234,6 @@ class TokenChoice:
         return part
 
     def _pick(self, row: int, length: int, limit: int) -> Tensor:
-        generator = torch.Generator().manual_seed(hash((self._seed, row, length)) % 2**63)
+        digest = hashlib.blake2b(f"{self._seed} {row} {length}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         return torch.randperm(length, generator=generator)[:limit].sort().values
-
-
-def delta(module: nn.Module, change: LowRank, inputs: Tensor) -> Tensor:
-    """What ``change`` adds to the output of ``module``, without a bias, shaped as that output."""
-    if not isinstance(module, nn.Conv2d):
-        return (inputs @ change.down.mT) @ change.up.mT
-    kernel = change.kernel or (1, 1)
-    down = change.down.reshape(change.rank, -1, *kernel)
-    hidden = functional.conv2d(
-        inputs, down, None, module.stride, module.padding, module.dilation, module.groups
-    )
-    return functional.conv2d(hidden, change.up[:, :, None, None])
-
-
-def add_delta(module: nn.Module, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
-    """Add :func:`delta` to ``outputs`` in place; a linear site's in one pass over them."""
-    plain = not isinstance(module, nn.Conv2d) and outputs.is_contiguous()
-    if not plain or outputs.dtype != change.up.dtype or torch.is_autocast_enabled():
-        outputs += delta(module, change, inputs)
-        return
-    hidden = inputs.reshape(-1, inputs.shape[-1]) @ change.down.mT
-    outputs.view(-1, outputs.shape[-1]).addmm_(hidden, change.up.mT)
-
-
-def input_tokens(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A site's inputs as (tokens, in); a convolution is a linear map of its patches."""
-    if not isinstance(module, nn.Conv2d):
-        return inputs.reshape(-1, inputs.shape[-1])
-    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
-        return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
-    assert not isinstance(module.padding, str)  # refused when the hooks were set
-    patches = functional.unfold(
-        inputs, module.kernel_size, module.dilation, module.padding, module.stride
-    )
-    return patches.mT.reshape(-1, patches.shape[1])
-
-
-def output_tokens(module: nn.Module, outputs: Tensor) -> Tensor:
-    """A site's outputs as (tokens, out), in the order of :func:`input_tokens`."""
-    if not isinstance(module, nn.Conv2d):
-        return outputs.reshape(-1, outputs.shape[-1])
-    return outputs.permute(0, 2, 3, 1).reshape(-1, outputs.shape[1])

@@ -160,7 +160,7 @@ def merge(
             settings=settings,
             calibration=calibration,
             on_progress=on_progress,
-            shards=shards,
+            processes=shards,
             memory_budget=budget,
         )
         shards.wait()

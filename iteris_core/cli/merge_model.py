@@ -114,7 +114,7 @@ def merge_model(
             settings=settings,
             calibration=Calibration(samples=samples, seed=seed),
             on_progress=on_progress,
-            shards=shards,
+            processes=shards,
             memory_budget=memory_budget,
         )
         shards.wait()

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
-from ..activations.processes import ALONE, Shards
+from ..activations.processes import ALONE, Processes
 from .common import best_device
 
 
 @contextmanager
-def processes(device: str | None) -> Generator[tuple[Shards, str]]:
+def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     """This process's part, and its device."""
     device = device or best_device()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -24,7 +24,7 @@ def processes(device: str | None) -> Generator[tuple[Shards, str]]:
     state = PartialState(cpu=device == "cpu")
     own = torch.device("cpu" if state.device is None else state.device)
     try:
-        shards = Shards(state.process_index, state.num_processes, own)
+        shards = Processes(state.process_index, state.num_processes, own)
         yield shards, str(own)
     finally:
         state.destroy_process_group()

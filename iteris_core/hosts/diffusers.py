@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
 from ..architectures import text
 from ..architectures.record import Conditioning
 from ..architectures.wirings import in_changed_parts, residual_streams
@@ -163,6 +164,9 @@ class DiffusersHost:
             yield Stage("cross-attention", others, samples.text_owners, run)
         self._encoded = []
 
+    def room(self, wanted: int) -> int:
+        return usable(free_memory(self.device))
+
     def _needs_denoiser(self, sites: Set[str]) -> bool:
         prefix = f"{self.architecture.denoiser}."
         return any(site.startswith(prefix) and site not in self._direct for site in sites)
@@ -271,7 +275,7 @@ class DiffusersHost:
             return kept, schedule.timesteps[picks]
 
         kept = torch.zeros(len(prompts), wanted, *shape)
-        mine = lockstep.shards.mine(len(prompts))
+        mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
@@ -290,7 +294,7 @@ class DiffusersHost:
             start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
             schedule.denoise(start, predict, keep)
             tick("denoising samples", done, len(chunks))
-        lockstep.shards.add_up([kept])
+        lockstep.processes.add_up([kept])
         return kept, schedule.timesteps[picks]
 
     def _own_predict(

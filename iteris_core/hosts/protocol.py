@@ -6,7 +6,7 @@ write a class with the members of :class:`Host`; nothing else has to change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,11 @@ class Stage:
     that a later stage needs what all rows give: then every process of a merge runs all of them, to
     their end, while the forwards of other stages may be left behind their last site.
     ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
+    ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
+    ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
+    memory is measured (None: that with the most tokens by ``mask``, or the first).
+    ``samples`` is how many samples of a concept the rows are made from, of the concept with the
+    fewest (None: as many as the calibration says).
     """
 
     name: str
@@ -43,6 +48,9 @@ class Stage:
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
     feeds: bool = False
     places: bool = False
+    kinds: Sequence[Hashable] | None = None
+    lengths: Sequence[int] | None = None
+    samples: int | None = None
 
 
 class Host(Protocol):
@@ -68,7 +76,7 @@ class Host(Protocol):
         tick: Tick,
     ) -> Any:
         """Make the rows on which features are collected; opaque to everybody but the host. With
-        ``lockstep.shards`` the work may be shared, but every process needs all rows."""
+        ``lockstep.processes`` the work may be shared, but every process needs all rows."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
@@ -87,4 +95,9 @@ class Host(Protocol):
 
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
         """The stages that reach ``sites``. All rows of one must be run before the next."""
+        ...
+
+    def room(self, wanted: int) -> int:
+        """Bytes that the stage which was given last may take beyond the model. An application that
+        holds other things in memory first makes room for ``wanted`` bytes, as far as it can."""
         ...

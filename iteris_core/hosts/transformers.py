@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
 from ..architectures import text
 from ..architectures.shapes import weight_shape
 from ..architectures.wirings import in_changed_parts, residual_streams
@@ -122,7 +124,11 @@ class TransformersHost:
                 return None
             return self._batch([{name: row[name]} for row in found], 1)[name].bool()
 
-        yield Stage("model", sorted(sites), samples.owners, run, mask)
+        fewest = min(Counter(samples.owners).values())
+        yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
+
+    def room(self, wanted: int) -> int:
+        return usable(free_memory(self.device))
 
     def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:
         """Logits or the last hidden states; those of tokens, (rows, tokens, …), are as long for any

@@ -17,76 +17,70 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..activations.tokens import Visit
+from ..activations.tokens import Observation
 from ..concepts import Concept
-from ..errors import IterisError, SettingsError
+from ..errors import IterisError
 from ..linalg.lowrank import factorize
-from ..lora import LowRank
+from ..lora import LowRank, SiteChanges
 from ..passes.batches import Batching, micro_batches
 from ..passes.job import Job
 from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .linear import LinearSettings, average
-from .registry import Merged, method
+from .registry import ROWS_PER_FORWARD, AtSite, Merged, on_model
 
 
 @dataclass(frozen=True)
-class CustomDiffusionSettings:
-    """``ridge``: α on C_regᵀC_reg and on the constraints, relative to their norms;
-    ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-6
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1:
-            raise SettingsError(f"ridge must be in (0, 1), not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class CustomDiffusionSettings(Settings):
+    ridge: float = setting(
+        1e-6,
+        "α on C_regᵀC_reg and on the constraints, relative to their norms.",
+        above=0,
+        below=1,
+    )
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
-@method("custom-diffusion", CustomDiffusionSettings, needs_host=True)
+@on_model("custom-diffusion", CustomDiffusionSettings)
 def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
     """Constrained least squares on cross-attention keys and values (CVPR 2023)."""
-    assert job.host is not None
-    targets = [site for site in job.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
+    targets = [site for site in job.changes if site.endswith(("attn2.to_k", "attn2.to_v"))]
     if not targets:
         raise IterisError(
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )
-    merged = dict(average(job, LinearSettings()))
-    features = _Features()
+    merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    for site, changes in job.changes.items():
+        change, _ = average(AtSite(changes, job.weights, job.generator), LinearSettings())
+        merged[site] = change, SiteReport(change.rank)
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
         for concept in job.concepts
     ]
     counts = job.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
-    rows = _collect(job, subjects, targets, features, settings.micro_batch)
+    texts = _texts(job, subjects, targets, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
-    target_tokens = {
-        site: [part[0, 1:count] for part, count in zip(parts, counts, strict=True)]
-        for site, parts in rows.items()
+    words = {
+        site: [prompts[0][1:count] for prompts, count in zip(concepts, counts, strict=True)]
+        for site, concepts in texts.items()
     }
-    rows = _collect(job, job.concepts, targets, features, settings.micro_batch)
-    captions = {site: [part.flatten(0, 1) for part in parts] for site, parts in rows.items()}
+    texts = _texts(job, job.concepts, targets, settings.micro_batch)
+    captions = {site: [torch.cat(prompts) for prompts in texts[site]] for site in targets}
     for site in targets:
-        changes = job.references[site]
-        dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
-        present = [change for change in changes if change is not None]
-        rank = min(sum(len(t) for t in target_tokens[site]), *present[0].shape)
-        change, lost = factorize(dense, rank, like=present[0])
+        changes = job.changes[site]
+        dense = _constrained(changes, words[site], captions[site], settings.ridge)
+        rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
+        change, lost = factorize(dense, rank, like=changes.like)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged
 
 
 def _constrained(
-    changes: Sequence[LowRank | None],
-    targets: Sequence[Tensor],
-    captions: Sequence[Tensor],
-    ridge: float,
+    changes: SiteChanges, targets: Sequence[Tensor], captions: Sequence[Tensor], ridge: float
 ) -> Tensor:
     """ΔW, (out, in), float64; ``targets`` and ``captions`` are (tokens, in) of each concept."""
-    out = next(change.shape[0] for change in changes if change is not None)
+    out, _ = changes.shape
     regular = torch.cat(list(captions)).double()
     gram = regular.mT @ regular
     gram.diagonal().add_(ridge * gram.norm())
@@ -103,39 +97,34 @@ def _constrained(
     return torch.cat(values).mT @ torch.linalg.solve(inner, direction)
 
 
-class _Features:
-    """A visitor that keeps the inputs of the sites: text tokens, the same for all of them."""
+class _Texts:
+    """An observer that keeps what reaches the sites: text tokens, the same for all of them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[int, list[Tensor]]] = {}
+        self.prompts: dict[str, dict[int, list[Tensor]]] = {}
 
-    def visit(self, visit: Visit) -> None:
-        site = self.found.setdefault(visit.site, {})
-        for concept, start, stop in visit.spans:
-            site.setdefault(concept, []).append(visit.inputs[start:stop].float())
+    def observe(self, shown: Observation) -> None:
+        site = self.prompts.setdefault(shown.name, {})
+        for concept, start, stop in shown.spans:
+            site.setdefault(concept, []).extend(shown.inputs[start:stop].float())
 
 
-def _collect(
-    job: Job, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
-) -> dict[str, list[Tensor]]:
-    """What reaches ``sites`` on the concepts' prompts, (prompts, tokens, in) for each concept."""
-    assert job.host is not None
-    features.found = {}
-    wanted = set(sites) | {site for site in job.references if site.startswith("text_encoder")}
+def _texts(
+    job: Job, concepts: Sequence[Concept], sites: Sequence[str], size: int
+) -> dict[str, list[list[Tensor]]]:
+    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
+    texts = _Texts()
+    reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
+    calibration = replace(job.calibration, empty_share=0.0)
     with job.lockstep() as lockstep:
         samples = job.host.samples(
-            concepts,
-            wanted,
-            replace(job.calibration, empty_share=0.0),
-            lockstep,
-            job.generator,
-            job.tick,
+            concepts, reached, calibration, lockstep, job.generator, job.tick
         )
-        for stage in job.host.stages(samples, wanted):
-            job.rows = max(job.rows, len(stage.owners))
-            for batch in micro_batches(stage, 1, features, Batching(size)):
+        for stage in job.host.stages(samples, reached):
+            job.ran.rows = max(job.ran.rows, len(stage.owners))
+            for batch in micro_batches(stage, 1, texts, Batching(size)):
                 lockstep.run(batch)
     return {
-        site: [torch.cat(features.found[site][concept]) for concept in range(len(job.concepts))]
+        site: [texts.prompts[site][concept] for concept in range(len(job.concepts))]
         for site in sites
     }

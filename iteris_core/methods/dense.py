@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from torch import Tensor
 
 from ..linalg.lowrank import factorize, truncate
 from ..lora import LowRank, Rank
-from ..passes.job import Job
-from ..report.report import SiteReport
-from .registry import Merged
+from .registry import AtSite
 
 
-def merge_dense(job: Job, rank: Rank | None, merge: Callable[[Sequence[Tensor]], Tensor]) -> Merged:
-    """Apply ``merge`` to the dense changes of each site, (out, in), float64, and cut by SVD.
-
-    The result of ``merge`` is of full rank in general; ``rank=None`` keeps Σ r_i, and the report
-    has the share of energy that is lost.
-    """
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in job.references.items():
-        present = [change for change in changes if change is not None]
-        dense = merge(
-            [
-                change.up.double() @ change.down.double() * weight
-                for change, weight in zip(changes, job.weights, strict=True)
-                if change is not None
-            ]
-        )
-        limit = rank if isinstance(rank, int) else sum(change.rank for change in present)
-        limit = min(limit, *dense.shape)
-        change, lost = factorize(dense, limit, like=present[0])
-        if isinstance(rank, float):
-            change, more = truncate(change, rank)
-            lost = 1 - (1 - lost) * (1 - more)
-        merged[site] = change, SiteReport(change.rank, truncated=lost)
-        job.tick("merging sites", len(merged), len(job.references))
-    return merged
+def cut(at: AtSite, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
+    """``dense``, (out, in), which is of full rank in general, at ``rank`` by SVD (None: Σ r_i), and
+    the share of energy that is lost."""
+    limit = rank if isinstance(rank, int) else at.changes.rank
+    change, lost = factorize(dense, min(limit, *dense.shape), like=at.changes.like)
+    if isinstance(rank, float):
+        change, more = truncate(change, rank)
+        lost = 1 - (1 - lost) * (1 - more)
+    return change, lost

@@ -12,46 +12,34 @@ import torch
 from torch import Tensor
 
 from ..linalg.lowrank import truncate
-from ..lora import LowRank, Rank, check_rank
-from ..passes.job import Job
-from ..report.report import SiteReport
-from .registry import Merged, method
-from .ties import check_density, disjoint_mean, keep_largest
+from ..lora import LowRank
+from ..settings import Settings, setting
+from .registry import SUM_OF_RANKS, AtSite, on_weights
+from .ties import disjoint_mean, keep_largest
 
 
 @dataclass(frozen=True)
-class KnotsSettings:
-    """``density``, ``scale``: of TIES on the V_i; ``rank``: of the result (None: Σ r_i)."""
-
-    density: float = 0.3
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class KnotsSettings(Settings):
+    density: float = setting(
+        0.3, "Share of entries kept of each LoRA in the shared basis.", above=0, high=1
+    )
+    scale: float = setting(1.0, "What the merged change is multiplied by.")
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
 
 
-@method("knots", KnotsSettings, needs_host=False)
-def knots(job: Job, settings: KnotsSettings) -> Merged:
+@on_weights("knots", KnotsSettings)
+def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
     """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in job.references.items():
-        present = [
-            (change, weight)
-            for change, weight in zip(changes, job.weights, strict=True)
-            if change is not None
-        ]
-        basis, parts = shared_basis([change.scaled(weight) for change, weight in present])
-        trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
-        first = present[0][0]
-        change = LowRank(basis, settings.scale * disjoint_mean(trimmed), first.kernel)
-        lost = 0.0
-        if settings.rank is not None and settings.rank < change.rank:
-            change, lost = truncate(change, settings.rank)
-        change = change.to(first.up.dtype)
-        merged[site] = change, SiteReport(change.rank, truncated=lost)
-    return merged
+    basis, parts = shared_basis(at.weighted())
+    trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
+    like = at.changes.like
+    change = LowRank(basis, settings.scale * disjoint_mean(trimmed), like.kernel)
+    lost = 0.0
+    if settings.rank is not None and settings.rank < change.rank:
+        change, lost = truncate(change, settings.rank)
+    return change.to(like.up.dtype), lost
 
 
 def shared_basis(changes: list[LowRank]) -> tuple[Tensor, list[Tensor]]:

@@ -32,7 +32,6 @@ def polish(
     held_out: int = 64,
 ) -> dict[str, LowRank]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each."""
-    assert job.host is not None
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         owners = _owners(job, samples)
@@ -85,8 +84,7 @@ def polish(
 
 def _owners(job: Job, samples: Any) -> Sequence[int]:
     """The concept of every row of the last stage, which gives the final output."""
-    assert job.host is not None
-    stages = list(job.host.stages(samples, set(job.references)))
+    stages = list(job.host.stages(samples, set(job.changes)))
     if not stages:
         raise IterisError("There is nothing to polish: no stage of the model is reached.")
     return stages[-1].owners
@@ -128,7 +126,6 @@ def _forward(
 ) -> Tensor:
     found: list[Tensor] = []
     host = job.host
-    assert host is not None
     lockstep.run(
         MicroBatch(
             lambda: found.append(host.forward(samples, rows)),

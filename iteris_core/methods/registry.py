@@ -1,52 +1,150 @@
-"""The register of merge methods, and what a method gets and gives."""
+"""The register of merge methods.
+
+A method is registered by one of three decorators: :func:`on_weights` for what looks at one site's
+changes at a time, :func:`on_activations` for what reduces the tokens of a site and solves it from
+that, and :func:`on_model` for what needs more. The loop over sites, the passes over the model and
+the check that no site was missed are made here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from ..errors import SettingsError
-from ..lora import LowRank
-from ..passes.job import Job
+from ..lora import LowRank, SiteChanges
+from ..passes.batches import Batching
+from ..passes.job import Job, WeightJob
+from ..passes.loops import Reducing, reference_pass, sweep_pass
 from ..report.report import SiteReport
+from ..settings import Settings
+
+SUM_OF_RANKS = "the sum of the LoRAs' ranks"
+ROWS_PER_FORWARD = "Rows per forward; the result is the same for any number."
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
 
 
 @dataclass(frozen=True)
-class Method:
+class OnWeights:
+    """A method that looks at weights alone."""
+
+    name: str
+    merge: Callable[[WeightJob, Any], Merged]
+    settings: type[Settings]
+    summary: str
+    needs_host = False
+
+
+@dataclass(frozen=True)
+class OnModel:
+    """A method that runs the base model."""
+
     name: str
     merge: Callable[[Job, Any], Merged]
-    settings: type
-    needs_host: bool
+    settings: type[Settings]
     summary: str
+    needs_host = True
 
+
+Method = OnWeights | OnModel
 
 _METHODS: dict[str, Method] = {}
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def method(
-    name: str, settings: type, *, needs_host: bool
-) -> Callable[[Callable[[Job, Any], Merged]], Callable[[Job, Any], Merged]]:
-    """Register a merge method; the first line of its docstring is its summary."""
 
-    def register(function: Callable[[Job, Any], Merged]) -> Callable[[Job, Any], Merged]:
-        if name in _METHODS:
-            raise ValueError(f"There is a method {name!r} already.")
-        summary = (function.__doc__ or "").strip().splitlines()[0]
-        _METHODS[name] = Method(name, function, settings, needs_host, summary)
+@dataclass(frozen=True)
+class AtSite:
+    """One site for a method on weights: the changes there, at their strengths."""
+
+    changes: SiteChanges
+    weights: Sequence[float]
+    generator: torch.Generator
+
+    def weighted(self) -> list[LowRank]:
+        """w_i ΔW_i of those LoRAs that change the site."""
+        return self.changes.weighted(self.weights)
+
+    def dense(self) -> list[Tensor]:
+        """w_i ΔW_i, (out, in), float64."""
+        return [
+            change.up.double() @ change.down.double() * self.weights[concept]
+            for concept, change in self.changes.present.items()
+        ]
+
+
+def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
+    """Register ``function(at, settings) -> (change, share of energy that a cut lost)``, which is
+    called for every site; the first line of its docstring is the method's summary."""
+
+    def register(function: Function) -> Function:
+        def merge(job: WeightJob, given: Any) -> Merged:
+            merged: dict[str, tuple[LowRank, SiteReport]] = {}
+            for site, changes in job.changes.items():
+                change, lost = function(AtSite(changes, job.weights, job.generator), given)
+                merged[site] = change, SiteReport(change.rank, truncated=lost)
+                job.tick("merging sites", len(merged), len(job.changes))
+            return merged
+
+        _register(OnWeights(name, merge, settings, _summary(function)))
+        return function
+
+    return register
+
+
+def on_activations(
+    name: str, settings: type[Settings], *, merged_inputs: bool
+) -> Callable[[Function], Function]:
+    """Register ``function(job, settings) -> Reducing``: what is done with the tokens of a site.
+
+    With ``merged_inputs`` the sites are solved in one sweep, on what passed those solved before;
+    else on reference rows alone. ``settings`` have a ``micro_batch``.
+    """
+
+    def register(function: Function) -> Function:
+        def merge(job: Job, given: Any) -> Merged:
+            reducing: Reducing = function(job, given)
+            run = sweep_pass if merged_inputs else reference_pass
+            solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
+            return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+
+        _register(OnModel(name, merge, settings, _summary(function)))
+        return function
+
+    return register
+
+
+def on_model(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
+    """Register ``function(job, settings) -> {site: (change, report)}``."""
+
+    def register(function: Function) -> Function:
+        _register(OnModel(name, function, settings, _summary(function)))
         return function
 
     return register
 
 
 def find_method(name: str) -> Method:
-    found = _METHODS.get(name)
-    if found is None:
+    method = _METHODS.get(name)
+    if method is None:
         raise SettingsError(f"There is no method {name!r}; there are: {', '.join(_METHODS)}.")
-    return found
+    return method
 
 
 def all_methods() -> list[Method]:
     return list(_METHODS.values())
+
+
+def _register(method: Method) -> None:
+    if method.name in _METHODS:
+        raise ValueError(f"There is a method {method.name!r} already.")
+    _METHODS[method.name] = method
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]

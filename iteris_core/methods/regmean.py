@@ -7,78 +7,49 @@ from the inputs that reach the site through the layers merged already. Both are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..activations.collect import Collector, SiteMoments
-from ..errors import SettingsError
-from ..lora import LowRank, Rank, check_rank
-from ..passes.batches import Batching
+import torch
+
 from ..passes.job import Job
-from ..passes.loops import reference_pass, sweep_pass
-from ..solve.moments import InputMoments, SharedInputs
-from ..solve.site import Solution, solve_site
-from .iteris import check_complete, site_report
-from .registry import Merged, method
+from ..passes.loops import Reducing
+from ..settings import Settings, setting
+from ..solve.adapter import Gram
+from ..solve.problem import Fit
+from .registry import ROWS_PER_FORWARD, SUM_OF_RANKS, on_activations
 
 
 @dataclass(frozen=True)
-class RegMeanSettings:
-    """``shrink``: what off-diagonal entries of G_i are multiplied by (0.9 in the paper; 1 is
-    eq. 4). ``rank``: of the result (None: Σ r_i). ``micro_batch``: rows per forward."""
-
-    shrink: float = 0.9
-    rank: Rank | None = None
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
-        if not 0 <= self.shrink <= 1:
-            raise SettingsError(f"shrink must be in [0, 1], not {self.shrink}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class RegMeanSettings(Settings):
+    shrink: float = setting(
+        0.9,
+        "What off-diagonal entries of the moments are multiplied by; 0.9 in the paper, 1 is eq. 4 "
+        "of IterIS.",
+        low=0,
+        high=1,
+    )
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
-@method("regmean", RegMeanSettings, needs_host=True)
-def regmean(job: Job, settings: RegMeanSettings) -> Merged:
+@on_activations("regmean", RegMeanSettings, merged_inputs=False)
+def regmean(job: Job, settings: RegMeanSettings) -> Reducing:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    collector = Collector(job.references, full=False, shards=job.shards)
-    reference_pass(job, collector, Batching(settings.micro_batch, cross=True))
-    solved = {site: _solve(job, site, collector.take(site), settings) for site in collector.sites}
-    check_complete(job, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+    return _by_gram(job, settings)
 
 
-@method("regmean++", RegMeanSettings, needs_host=True)
-def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Merged:
+@on_activations("regmean++", RegMeanSettings, merged_inputs=True)
+def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Reducing:
     """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
-    solved: dict[str, Solution] = {}
-
-    def visitor_and_solve() -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = Collector(job.references, full=False, shards=job.shards)
-
-        def solve(site: str) -> LowRank:
-            solved[site] = _solve(job, site, collector.take(site), settings)
-            return solved[site].change
-
-        return collector, solve
-
-    sweep_pass(job, visitor_and_solve, Batching(settings.micro_batch, cross=True))
-    check_complete(job, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+    return _by_gram(job, settings)
 
 
-def _solve(job: Job, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
-    """The adapter objective with X = X̃: both moments are G_i."""
-    inputs = [InputMoments(part.own, part.own, part.tokens) for part in moments.shared.concepts]
-    return solve_site(
-        job.references[site],
-        SharedInputs(inputs),
-        moments.targets,
-        job.weights,
-        align="adapter",
-        balance="none",
-        ridge=0.0,
-        shrink=settings.shrink,
-        rank=settings.rank,
+def _by_gram(job: Job, settings: RegMeanSettings) -> Reducing:
+    fit = Fit(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
+    return Reducing(
+        begin=lambda opening: Gram.begin(opening, torch.float32),
+        solve=lambda _, reduction: reduction.solve(fit),
+        bytes=lambda site, _: Gram.bytes(job.changes[site], 4),
     )

@@ -1,103 +1,32 @@
 """SSR-Merge (Wei et al., ICML 2026, arXiv 2606.10617): route signals between the LoRAs' subspaces.
 
-With z = A x for all down matrices stacked in A, the router is R = Q G⁻¹, G = mean z zᵀ + λ I,
-Q's k-th rows = mean z_k zᵀ on concept k's own tokens, and ΔW = [up_1 … up_N] R A. A LoRA that does
-not change a site takes no part there; a site of one LoRA is passed through.
+The regression is :mod:`..solve.router`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..activations.tokens import Visit
-from ..errors import SettingsError
-from ..lora import LowRank, concatenate
-from ..passes.batches import Batching
 from ..passes.job import Job
-from ..passes.loops import reference_pass
-from ..report.report import SiteReport
-from .iteris import check_complete
-from .registry import Merged, method
+from ..passes.loops import Reducing
+from ..settings import Settings, setting
+from ..solve.problem import Fit
+from ..solve.router import Router
+from .registry import ROWS_PER_FORWARD, on_activations
 
 
 @dataclass(frozen=True)
-class SsrSettings:
-    """``ridge``: λ, absolute as in the source; ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-4
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise SettingsError(f"ridge must be 0 or more, not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class SsrSettings(Settings):
+    ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
-@method("ssr", SsrSettings, needs_host=True)
-def ssr(job: Job, settings: SsrSettings) -> Merged:
+@on_activations("ssr", SsrSettings, merged_inputs=False)
+def ssr(job: Job, settings: SsrSettings) -> Reducing:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
-    router = _Router(job)
-    reference_pass(job, router, Batching(settings.micro_batch))
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, stacked in router.stacked.items():
-        if site in router.grams:
-            route = router.solve(site, settings.ridge)
-            up = (stacked.up.double() @ route).to(stacked.up)
-            stacked = LowRank(up, stacked.down, stacked.kernel)
-            merged[site] = stacked, SiteReport(stacked.rank)
-        elif site in router.seen:
-            merged[site] = stacked, SiteReport(stacked.rank)
-    check_complete(job, merged)
-    return merged
-
-
-class _Router:
-    """A visitor that sums z zᵀ and z_k zᵀ of every site with more than one LoRA."""
-
-    def __init__(self, job: Job) -> None:
-        self.stacked: dict[str, LowRank] = {}
-        self.grams: dict[str, tuple[Tensor, Tensor]] = {}
-        self.seen: set[str] = set()
-        self._shards = job.shards
-        self._tokens: dict[str, Tensor] = {}
-        self._slices: dict[str, dict[int, slice]] = {}
-        for site, changes in job.references.items():
-            present = [(k, change) for k, change in enumerate(changes) if change is not None]
-            self.stacked[site] = concatenate([change for _, change in present])
-            slices: dict[int, slice] = {}
-            start = 0
-            for concept, change in present:
-                slices[concept] = slice(start, start + change.rank)
-                start += change.rank
-            self._slices[site] = slices
-
-    def visit(self, visit: Visit) -> None:
-        site = visit.site
-        slices = self._slices[site]
-        self.seen.add(site)
-        if len(slices) < 2:
-            return
-        down = self.stacked[site].down.to(visit.inputs.device, torch.float32)
-        if site not in self.grams:
-            zeros = torch.zeros(len(down), len(down), device=down.device)
-            self.grams[site] = zeros, zeros.clone()
-            self._tokens[site] = torch.zeros((), dtype=torch.float64, device=down.device)
-        gram, guide = self.grams[site]
-        for concept, start, stop in visit.spans:
-            if concept in slices:
-                x = visit.input_tokens(start, stop).float()
-                z = x @ down.mT
-                gram.addmm_(z.mT, z)
-                guide[slices[concept]].addmm_(z[:, slices[concept]].mT, z)
-                self._tokens[site] += len(x)
-
-    def solve(self, site: str, ridge: float) -> Tensor:
-        """R = Q G⁻¹, float64."""
-        self._shards.add_up([*self.grams[site], self._tokens[site]])
-        gram, guide = (matrix.double() / self._tokens[site] for matrix in self.grams[site])
-        gram.diagonal().add_(ridge)
-        return torch.linalg.solve(gram, guide.mT).mT
+    fit = Fit(job.weights, settings.ridge, "none")
+    return Reducing(
+        begin=Router.begin,
+        solve=lambda _, reduction: reduction.solve(fit),
+        bytes=lambda site, _: Router.bytes(job.changes[site]),
+    )

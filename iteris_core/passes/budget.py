@@ -1,29 +1,31 @@
 """A memory budget, kept: how many rows run at once, and how many of a stage run at all.
 
-Before a stage runs, its longest row runs under a :class:`..memory.MemoryMeter`. In a sweep every
-row waits at each site, with what it holds there (skip connections, states); the rows that run at
-once hold more, up to their peak; and the moments and the solve of the largest site come on top, and
-all merged changes.
+The budget is what the user allows, or what the host says there is room for. Before a stage runs,
+its longest row runs under a meter of live tensors. In a sweep every row waits at each site, with
+what it holds there (skip connections, states); the rows that run at once hold more, up to their
+peak; and the moments and the solve of the largest site come on top, and all merged changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..activations.lockstep import Lockstep, MicroBatch
-from ..activations.meter import MemoryMeter, free_memory
-from ..activations.processes import Shards
-from ..activations.tokens import Visit
+from ..activations.meter import MemoryMeter
+from ..activations.processes import Processes
+from ..activations.tokens import Observation
 from ..errors import IterisError
 from ..hosts.protocol import Stage
-from ..solve.memory import changes_bytes, statistics_bytes
+from ..lora import SiteChanges
+from ..solve.problem import Bytes
 from .batches import Batching
 from .job import Job
 
-_KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,56 +58,77 @@ class RowCost:
     running: int
 
 
+BytesOf = Callable[[str, bool], Bytes]
+"""``bytes_of(site, sweep)``: what a method takes there."""
+
+
 def plan(
     job: Job,
     stage: Stage,
     lockstep: Lockstep,
     batching: Batching,
+    bytes_of: BytesOf,
     *,
     copies: int,
     sweep: bool,
-    before: Set[str] = frozenset(),
 ) -> tuple[Stage, Batching]:
-    """``stage`` and ``batching`` so that the job's memory budget is kept. ``before`` are sites of
-    earlier stages whose moments are still there."""
-    if job.memory_budget is None or not stage.sites:
-        return stage, batching
+    """``stage`` and ``batching`` so that the job's memory budget is kept.
+
+    In a sweep only the largest site's moments are there at once, else those of all sites of the
+    stage.
+    """
     budget = job.memory_budget
+    if budget is None or not stage.sites:
+        return stage, batching
+    cost = measure_row(stage, lockstep, copies)
+    fixed = changes_bytes(job.changes) + lockstep.cast_bytes
+    fixed += reduction_bytes([bytes_of(site, sweep) for site in stage.sites], at_once=not sweep)
+    need = Need(stage, cost, fixed, job.processes, sweep)
+    wanted = need.bytes_of(len(stage.owners), batching.rows)
     if budget == "free":
-        device = _device_of(job)
-        sharing = job.shards.size if device.type == "cpu" else 1
+        sharing = job.processes.size if _device_of(job).type == "cpu" else 1
         # All processes have to leave out the same rows.
-        budget = job.shards.least(round((1 - _KEPT_FREE) * free_memory(device)) // sharing)
-    fixed = changes_bytes(job.references) + statistics_bytes(
-        job.references,
-        {*stage.sites, *before},
-        repairs=job.repairs,
-        cross=batching.cross,
-        itemsize=batching.itemsize,
-        at_once=not sweep,
-    )
-    made, stage = plan_stage(
-        stage,
-        measure_row(stage, lockstep, copies),
-        fixed,
-        budget,
-        batching.rows,
-        job.shards,
-        waits=sweep,
-    )
-    job.plan.append(str(made))
+        budget = job.processes.least(job.host.room(wanted) // sharing)
+    else:
+        job.host.room(min(wanted, budget))
+    made, stage = plan_stage(need, budget, batching.rows)
+    job.ran.plan.append(str(made))
+    if made.rows < made.offered:
+        _log.warning("Not enough memory for all rows: %s", made)
     job.tick(f"plan: {made}", 1, 1)
     return stage, replace(batching, rows=made.at_once)
 
 
+def reduction_bytes(sites: Sequence[Bytes], *, at_once: bool) -> int:
+    """What the moments and solves of ``sites`` take at most: the largest site's, or, with
+    ``at_once``, the moments of all and the largest solve."""
+    if not at_once:
+        return max(site.kept + site.solve for site in sites)
+    return sum(site.kept for site in sites) + max(site.solve for site in sites)
+
+
+def changes_bytes(changes: Mapping[str, SiteChanges]) -> int:
+    """What the merged changes take at most, float32 factors of Σ r_i."""
+    return sum(4 * sum(site.shape) * site.rank for site in changes.values())
+
+
 def _device_of(job: Job) -> torch.device:
-    assert job.host is not None
     module = next(iter(job.host.sites().values()))
     return next(module.parameters()).device
 
 
 def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
-    """Run one copy of the longest row of ``stage``; others are padded to it, or as long."""
+    """Run one copy of the longest row of ``stage``; the others take as much, or less.
+
+    Changes are cast to the model's dtype when a site is first reached, and stay so: no row holds
+    them, so that a run in which that happened is not the one that counts.
+    """
+    before = lockstep.cast_bytes
+    cost = _measured(stage, lockstep, copies)
+    return cost if lockstep.cast_bytes == before else _measured(stage, lockstep, copies)
+
+
+def _measured(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
     row = _longest(stage)
     meter = MemoryMeter()
     probe = _Probe(meter)
@@ -115,6 +138,8 @@ def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
 
 
 def _longest(stage: Stage) -> int:
+    if stage.lengths is not None:
+        return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
     if stage.mask is None:
         return 0
     lengths = [0] * len(stage.owners)
@@ -125,46 +150,57 @@ def _longest(stage: Stage) -> int:
     return lengths.index(max(lengths))
 
 
-def plan_stage(
-    stage: Stage,
-    cost: RowCost,
-    fixed: int,
-    budget: int,
-    most: int,
-    shards: Shards,
-    *,
-    waits: bool,
-) -> tuple[StagePlan, Stage]:
+@dataclass(frozen=True)
+class Need:
+    """What ``stage`` needs beyond the model: ``fixed`` bytes for moments and solves, and a ``cost``
+    for each row of this process. ``waits`` says that all rows wait at each site (a sweep)."""
+
+    stage: Stage
+    cost: RowCost
+    fixed: int
+    processes: Processes
+    waits: bool
+
+    @property
+    def held(self) -> int:
+        """Bytes of a row that waits."""
+        return self.cost.waiting if self.waits else 0
+
+    @property
+    def extra(self) -> int:
+        """Bytes that a row takes while it runs, beyond those of one that waits."""
+        return max(self.cost.running - self.held, 1)
+
+    def bytes_of(self, rows: int, at_once: int) -> int:
+        """Bytes for ``rows`` rows of all processes, ``at_once`` a forward."""
+        mine = rows if self.stage.feeds else -(-rows // self.processes.size)
+        return self.fixed + mine * self.held + min(at_once, mine) * self.extra
+
+
+def plan_stage(need: Need, budget: int, most: int) -> tuple[StagePlan, Stage]:
     """The largest plan of up to ``most`` rows at once that ``budget`` bytes allow, and the stage
     with the rows that it has left.
 
-    ``fixed`` is what moments and solves take. Where even one row at once is too much because of
-    those that wait, rows are left out, evenly over the concepts; a stage that a later one needs in
-    full loses none. Raises :class:`IterisError` where a row for each concept is too much.
+    Where even one row at once is too much because of those that wait, rows are left out, evenly
+    over the concepts; a stage that a later one needs in full loses none. Raises
+    :class:`IterisError` where a row for each concept is too much.
     """
-    offered = len(stage.owners)
-    held = cost.waiting if waits else 0
-    extra = max(cost.running - held, 1)
-
-    def bytes_of(rows: int, at_once: int) -> int:
-        mine = -(-rows // shards.size) if not stage.feeds else rows
-        return fixed + mine * held + min(at_once, mine) * extra
-
-    rows = offered
-    if bytes_of(rows, 1) > budget and not stage.feeds and held:
-        rows = max((budget - fixed - extra) // held, 0) * shards.size
-    concepts = len(set(stage.owners))
-    if rows < max(concepts, shards.size) or bytes_of(rows, 1) > budget:
-        least = fixed + concepts * held + extra
+    stage, size = need.stage, need.processes.size
+    rows = offered = len(stage.owners)
+    if need.bytes_of(rows, 1) > budget and not stage.feeds and need.held:
+        rows = max((budget - need.fixed - need.extra) // need.held, 0) * size
+    fewest = offered if stage.feeds else max(len(set(stage.owners)), size)
+    if rows < fewest or need.bytes_of(rows, 1) > budget:
         raise IterisError(
-            f"The {stage.name} needs at least {least / 2**30:.2f} GiB beyond the model, and "
-            f"{budget / 2**30:.2f} GiB may be used; lower the latent size, or allow more."
+            f"The {stage.name} needs at least {need.bytes_of(fewest, 1) / 2**30:.2f} GiB beyond "
+            f"the model, and {budget / 2**30:.2f} GiB may be used; lower samples, timesteps or "
+            "latent_size, or allow more memory."
         )
     kept = stage if rows >= offered else _fewer(stage, rows)
     rows = len(kept.owners)
-    at_once = max(1, min(most, rows, (budget - bytes_of(rows, 0)) // extra))
-    made = StagePlan(stage.name, len(stage.sites), rows, offered, at_once, bytes_of(rows, at_once))
-    return made, kept
+    at_once = max(1, min(most, rows, (budget - need.bytes_of(rows, 0)) // need.extra))
+    total = need.bytes_of(rows, at_once)
+    return StagePlan(stage.name, len(stage.sites), rows, offered, at_once, total), kept
 
 
 def _fewer(stage: Stage, count: int) -> Stage:
@@ -181,25 +217,31 @@ def _fewer(stage: Stage, count: int) -> Stage:
 
 
 def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
-    mask = stage.mask
+    mask, samples = stage.mask, stage.samples
 
     def run(some: Sequence[int], copies: int) -> None:
         stage.run([rows[row] for row in some], copies)
 
-    def mask_of(site: str, some: Sequence[int]) -> torch.Tensor | None:
-        assert mask is not None
-        return mask(site, [rows[row] for row in some])
+    def selected_mask(site: str, some: Sequence[int]) -> torch.Tensor | None:
+        return mask(site, [rows[row] for row in some]) if mask is not None else None
 
-    owners = [stage.owners[row] for row in rows]
-    return replace(stage, owners=owners, run=run, mask=None if mask is None else mask_of)
+    return replace(
+        stage,
+        owners=[stage.owners[row] for row in rows],
+        run=run,
+        mask=None if mask is None else selected_mask,
+        kinds=None if stage.kinds is None else [stage.kinds[row] for row in rows],
+        lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
+        samples=None if samples is None else max(1, samples * len(rows) // len(stage.owners)),
+    )
 
 
 class _Probe:
-    """A visitor that notes what is alive when a site is reached."""
+    """An observer that notes what is alive when a site is reached."""
 
     def __init__(self, meter: MemoryMeter) -> None:
         self._meter = meter
         self.most = 0
 
-    def visit(self, visit: Visit) -> None:
+    def observe(self, shown: Observation) -> None:
         self.most = max(self.most, self._meter.live)

@@ -10,57 +10,83 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep
-from ..activations.processes import ALONE, Shards
+from ..activations.processes import ALONE, Processes
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
-from ..lora import LowRank
+from ..lora import SiteChanges
+from ..solve.choose import POLICY, Policy
+
+
+@dataclass
+class Ran:
+    """What a run tells of itself: how many ``rows`` it had, how each stage kept to the memory, and
+    the largest relative change of a site in each Jacobi iteration. ``converged`` says whether that
+    fell below the tolerance; None where there was none."""
+
+    rows: int = 0
+    plan: list[str] = field(default_factory=list[str])
+    convergence: list[float] = field(default_factory=list[float])
+    converged: bool | None = None
 
 
 @dataclass
 class Job:
-    """What a method gets. ``references[site][i]`` is concept i's change there, at its strength.
+    """A merge that runs the base model. ``changes[site]`` are the LoRAs' there, at their strength.
 
-    ``host`` is None for a method that only looks at weights. A method may add sites to
-    ``references``, said in ``repairs`` with those of their inputs that may be used (None: all), and
-    the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in for the report.
-    ``shards`` is this process's part of the rows: what a method sums over rows it has to add up
-    over the processes, as :class:`..collector.Collector` does. ``memory_budget`` is in bytes beyond
-    the model (``"free"``: what is free; None: no limit); ``plan`` says how each stage keeps to it.
+    A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
+    be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
+    process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
+    limit). ``policy`` holds the thresholds. What the run tells of itself goes into ``ran``.
     """
 
-    host: Host | None
+    host: Host
     concepts: Sequence[Concept]
-    references: Mapping[str, Sequence[LowRank | None]]
+    changes: Mapping[str, SiteChanges]
     calibration: Calibration
     generator: torch.Generator
     tick: Tick
     repairs: Mapping[str, Tensor | None] = field(default_factory=dict[str, Any])
     streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
-    rows: int = 0
-    convergence: list[float] = field(default_factory=list[float])
-    made: Any = None
-    shards: Shards = ALONE
+    processes: Processes = ALONE
     memory_budget: int | Literal["free"] | None = None
-    plan: list[str] = field(default_factory=list[str])
+    policy: Policy = POLICY
+    ran: Ran = field(default_factory=Ran)
+    _samples: Any = None
+
+    def __post_init__(self) -> None:
+        self.changes = {site: SiteChanges.of(some) for site, some in self.changes.items()}
 
     @property
     def weights(self) -> list[float]:
         return [concept.weight for concept in self.concepts]
 
+    @property
+    def loras(self) -> int:
+        """How many concepts have a LoRA; the others keep the base as it is."""
+        return sum(concept.lora is not None for concept in self.concepts)
+
     def samples(self, lockstep: Lockstep) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        assert self.host is not None
-        if self.made is None:
-            self.made = self.host.samples(
+        if self._samples is None:
+            self._samples = self.host.samples(
                 self.concepts,
-                set(self.references),
+                set(self.changes),
                 self.calibration,
                 lockstep,
                 self.generator,
                 self.tick,
             )
-        return self.made
+        return self._samples
 
     def lockstep(self) -> Lockstep:
-        assert self.host is not None
-        return Lockstep(self.host.sites(), self.references, self.streams, self.shards)
+        return Lockstep(self.host.sites(), self.changes, self.streams, self.processes)
+
+
+@dataclass
+class WeightJob:
+    """A merge that looks at weights alone. ``changes[site]`` are the LoRAs' there."""
+
+    changes: Mapping[str, SiteChanges]
+    weights: Sequence[float]
+    generator: torch.Generator
+    tick: Tick

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from ..solve.problem import Solution
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class SiteReport:
     """
 
     rank: int
-    balance: Sequence[float] = ()
+    weighting: Sequence[float] = ()
     before: Sequence[float] = ()
     after: Sequence[float] = ()
     condition: float = math.nan
     truncated: float = 0.0
     repair: bool = False
+
+    @classmethod
+    def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
+        """What ``solution`` says of its site, without the change itself."""
+        names = [entry.name for entry in fields(solution) if entry.name != "change"]
+        values = {name: getattr(solution, name) for name in names}
+        return cls(solution.change.rank, **values, repair=repair)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class MergeReport:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
+    converged: bool | None = None
     plan: Sequence[str] = ()
 
     def residuals(self) -> list[tuple[float, float]]:
@@ -107,6 +117,11 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
+        lines += [
+            f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
+            for line in self.plan
+            if "do not fit" in line
+        ]
         for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
             if not math.isnan(after):
                 lines.append(
@@ -114,7 +129,6 @@ class MergeReport:
                 )
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
-        lines += [f"  {line}" for line in self.plan if "do not fit" in line]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
 

@@ -8,68 +8,53 @@ moments themselves, which are in their precision. An equivalent from the rows is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..linalg.precision import full_precision
-from ..lora import LowRank, concatenate
-from .moments import InputMoments, SharedInputs, TargetMoments
+from ..lora import LowRank, SiteChanges, concatenate
+from .inputs import InputMoments
+
+Wanted = Callable[[int, LowRank], tuple[float, Tensor]]
+"""``wanted(concept, candidate)``: ‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
 
 
 def residuals_of(
-    mean: LowRank,
-    solution: LowRank,
-    changes: Sequence[LowRank | None],
-    inputs: SharedInputs,
-    targets: Sequence[TargetMoments],
+    mean: LowRank, solution: LowRank, changes: SiteChanges, inputs: InputMoments, wanted: Wanted
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept with the mean and with the solution, from rank ×
-    rank products. Where T_i is zero, relative to what the other concepts' own changes would do
-    there."""
-    values: tuple[list[float], list[float]] = ([], [])
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept, with the mean and with the solution.
+
+    Where T_i is zero, relative to what the other concepts' own changes would do there.
+    """
+    before: list[float] = []
+    after: list[float] = []
     sizes = [mean.rank, solution.rank]
     both = concatenate([mean, solution])  # the dear products, by (in, in), are made once for both
     downs = both.down.split(sizes)
     grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
-    for change, part, target in zip(changes, inputs.concepts, targets, strict=True):
-        wanted, crossed = _wanted(both, change, part, target)
-        energy = wanted
-        if energy <= 0:
-            energy = sum(output_energy(other, part.own) for other in changes if other is not None)
-        weighted = _times(both.down, part.own).split(sizes)
-        for rows, down, gram, cross, found in zip(
-            weighted, downs, grams, crossed.split(sizes), values, strict=True
+    for concept, own in enumerate(inputs.own):
+        target, crossed = wanted(concept, both)
+        scale = target
+        if scale <= 0:
+            scale = sum(output_energy(change, own) for change in changes.present.values())
+        weighted = times(both.down, own).split(sizes)
+        for rows, down, gram, cross, errors in zip(
+            weighted, downs, grams, crossed.split(sizes), (before, after), strict=True
         ):
             output = float(((rows @ down.mT) * gram).sum())
-            left = max(0.0, wanted - 2 * float(cross.sum()) + output)
-            found.append(math.sqrt(left / energy) if energy > 0 else 0.0)
-    return tuple(values[0]), tuple(values[1])
+            left = max(0.0, target - 2 * float(cross.sum()) + output)
+            errors.append(math.sqrt(left / scale) if scale > 0 else 0.0)
+    return tuple(before), tuple(after)
 
 
 def output_energy(change: LowRank, own: Tensor) -> float:
-    """‖X̃ ΔWᵀ‖²_F from r × r products."""
+    """‖X̃ ΔWᵀ‖²_F from r × r products; ``own`` is X̃ᵀX̃, (in, in)."""
     up, down = change.up.double(), change.down.double()
-    return float(((_times(down, own) @ down.mT) * (up.mT @ up)).sum())
+    return float(((times(down, own) @ down.mT) * (up.mT @ up)).sum())
 
 
-def _times(left: Tensor, moment: Tensor) -> Tensor:
+def times(left: Tensor, moment: Tensor) -> Tensor:
     """left · moment in the moment's dtype, which is as exact as it is; ``left``'s dtype out."""
     with full_precision(moment.device):
         return (left.to(moment) @ moment).to(left)
-
-
-def _wanted(
-    candidate: LowRank, change: LowRank | None, part: InputMoments, target: TargetMoments
-) -> tuple[float, Tensor]:
-    """‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
-    if target.target is not None:
-        # Both candidates lie within the directions.
-        crossed = _times(target.within(candidate.up).mT, target.target)
-        return float(target.target_energy), (crossed * candidate.down).sum(1)
-    if change is None or target.down_gram is None or part.cross is None:
-        return 0.0, candidate.down.new_zeros(candidate.rank)
-    up = change.up.double()
-    crossed = _times(change.down.double(), part.cross) @ candidate.down.mT
-    both = ((up.mT @ candidate.up) * crossed).sum(0)
-    return float((target.down_gram.to(up) * (up.mT @ up)).sum()), both
