@@ -9,9 +9,9 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.tokens import TokenChoice
 from iteris_core.hosts.protocol import Stage
-from iteris_core.solve.factor import factorise
 from iteris_core.lora import LowRank
 from iteris_core.passes.batches import LEAST, PER_INPUT, Batching, micro_batches
+from iteris_core.solve.factor import factorise
 from iteris_core.solve.moments import (
     InputMoments,
     SharedInputs,

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..activations.tokens import Visit
 from ..concepts import Concept
 from ..errors import IterisError, SettingsError
-from ..linalg.lowrank import factorize
+from ..linalg.lowrank import cut_matrix
 from ..lora import LowRank
 from ..passes.batches import Batching, micro_batches
 from ..passes.job import Job
@@ -74,7 +74,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
         present = [change for change in changes if change is not None]
         rank = min(sum(len(t) for t in target_tokens[site]), *present[0].shape)
-        change, lost = factorize(dense, rank, like=present[0])
+        change, lost = cut_matrix(dense, rank, like=present[0])
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..linalg.lowrank import factorize, truncate
+from ..linalg.lowrank import cut_factors, cut_matrix
 from ..lora import LowRank, Rank
 from ..passes.job import Job
 from ..report.report import SiteReport
@@ -31,9 +31,9 @@ def merge_dense(job: Job, rank: Rank | None, merge: Callable[[Sequence[Tensor]],
         )
         limit = rank if isinstance(rank, int) else sum(change.rank for change in present)
         limit = min(limit, *dense.shape)
-        change, lost = factorize(dense, limit, like=present[0])
+        change, lost = cut_matrix(dense, limit, like=present[0])
         if isinstance(rank, float):
-            change, more = truncate(change, rank)
+            change, more = cut_factors(change, rank)
             lost = 1 - (1 - lost) * (1 - more)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
         job.tick("merging sites", len(merged), len(job.references))

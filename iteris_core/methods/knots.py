@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..lora import LowRank, Rank, check_rank
 from ..passes.job import Job
 from ..report.report import SiteReport
@@ -48,7 +48,7 @@ def knots(job: Job, settings: KnotsSettings) -> Merged:
         change = LowRank(basis, settings.scale * disjoint_mean(trimmed), first.kernel)
         lost = 0.0
         if settings.rank is not None and settings.rank < change.rank:
-            change, lost = truncate(change, settings.rank)
+            change, lost = cut_factors(change, settings.rank)
         change = change.to(first.up.dtype)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..lora import LowRank, Rank, check_rank, concatenate
 from ..passes.job import Job
 from ..report.report import SiteReport
@@ -76,6 +76,6 @@ def _combine(job: Job, rank: Rank | None, factor: Callable[[float], float]) -> M
         change, lost = concatenate(parts), 0.0
         limit = max(part.rank for part in parts) if rank == -1 else rank
         if limit is not None and limit < change.rank:
-            change, lost = truncate(change, limit)
+            change, lost = cut_factors(change, limit)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import leading_eigenvectors, truncate
+from ..linalg.lowrank import cut_factors, leading_eigenvectors
 from ..linalg.precision import full_precision
 from ..lora import LowRank, Rank, concatenate, rank_for
 from .factor import NOT_FINITE
@@ -78,7 +78,7 @@ def solve_rows(
         pulls = [value * ridge * norm for value, norm in zip(lambdas, norms, strict=True)]
         if sum(pulls) <= 0:  # no input energy at all: any change fits, so take the mean
             mean = mean_change(changes, weights, torch.float64)
-            found = (*truncate(mean, most), math.inf)
+            found = (*cut_factors(mean, most), math.inf)
         else:
             found = _solution(changes, inputs, targets, lambdas, pulls, rank, most)
         if found is None:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import factorize, truncate
+from ..linalg.lowrank import cut_factors, cut_matrix
 from ..linalg.precision import full_precision, pieces
 from ..lora import LowRank, Rank, concatenate
 from .factor import NOT_FINITE, factorise, frobenius
@@ -107,7 +107,7 @@ def solve_site(
         )
     chol = factor.cholesky
     if share is not None:
-        solution, more = truncate(solution, share, chol)
+        solution, more = cut_factors(solution, share, chol)
         lost = 1 - (1 - lost) * (1 - more)
     condition = math.inf
     if chol is not None:
@@ -140,10 +140,10 @@ def _solution(
     """ΔW at ``rank``, and the share of energy that the cut lost."""
     if factor.cholesky is None:  # no input energy at all: any change fits, so take the mean
         mean = mean_change(changes, weights, torch.float64)
-        return truncate(mean, rank) if mean.rank > rank else (mean, 0.0)
+        return cut_factors(mean, rank) if mean.rank > rank else (mean, 0.0)
     if align == "adapter":
         exact = _solve_adapter(changes, inputs, lambdas, weights, factor, ridge, shrink)
-        return truncate(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
+        return cut_factors(exact, rank, factor.cholesky) if exact.rank > rank else (exact, 0.0)
     directions = targets[0].directions
     right = _full_right_side(changes, inputs, targets, lambdas, factor, ridge, shrink)
     if factor.jitter:
@@ -152,11 +152,11 @@ def _solution(
     like = next(c for c in changes if c is not None).to(torch.float64)
     search = targets[0].dtype
     if directions is None:
-        return factorize(right, rank, factor.cholesky, like=like, search=search)
+        return cut_matrix(right, rank, factor.cholesky, like=like, search=search)
     right, others = right.split([directions.used, len(right) - directions.used])
     rest = torch.linalg.solve_triangular(factor.cholesky.mT, others, upper=True, left=False)
     elsewhere = float((rest**2).sum()) * directions.others_stand_for
-    change, lost = factorize(
+    change, lost = cut_matrix(
         right, rank, factor.cholesky, like=like, search=search, elsewhere=elsewhere
     )
     return LowRank(directions.basis.to(change.up) @ change.up, change.down, change.kernel), lost
