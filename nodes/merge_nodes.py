@@ -20,7 +20,7 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
-from .lora_rank import at_rank, metadata_at_rank
+from .lora_rank import cut_tensors
 from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
@@ -218,8 +218,7 @@ class SaveMergedLora(io.ComfyNode):
         tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
         if rank:
             ordered = getattr(lora, "ordered", False)
-            tensors = at_rank(tensors, rank, ordered=ordered)
-            metadata = metadata_at_rank(metadata, tensors, rank, ordered=ordered)
+            tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = _new_file(filename_prefix)
         save_atomically(tensors, file, metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)

@@ -84,7 +84,8 @@ def cut_matrix(
     ``search``.
     """
     check_rank(rank)
-    if rank < 1 or not searches(*matrix.shape, int(rank)):
+    out, width = matrix.shape
+    if rank < 1 or not searches(out, width, int(rank)):
         weighted = _over(matrix, metric).double()
         total = float((weighted**2).sum())
         u, s, vt = _gram_svd(weighted)
@@ -113,7 +114,7 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Eigenvectors of a positive semidefinite float64 matrix as columns, at least ``rank`` of them,
     and their eigenvalues, descending: all of a small one, else those that a search finds."""
     basis = None
-    if searches(*gram.shape, rank):
+    if searches(len(gram), len(gram), rank):
         basis = _leading_directions(gram, rank, symmetric=True)
         gram = basis.mT @ gram @ basis
     values, vectors = torch.linalg.eigh(gram)

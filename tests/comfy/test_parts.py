@@ -136,7 +136,7 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
         "lora_unet_c.lora_up.weight": up[:, :1],
         "lora_unet_c.lora_down.weight": down[:1],
     }
-    found = module(pack, "nodes.lora_rank").at_rank(tensors, 2, ordered=ordered)
+    found = module(pack, "nodes.lora_rank").cut_tensors(tensors, {}, 2, ordered=ordered)[0]
     assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
@@ -155,12 +155,12 @@ def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
     names = module(pack, "nodes.lora_rank")
     metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
     metadata["iteris"] = '{"method": "iteris"}'
-    found = names.metadata_at_rank(metadata, tensors, 2, ordered=True)
+    _, found = names.cut_tensors(tensors, metadata, 2, ordered=True)
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "2"
     cut = {"rank": 2, "ordered": True}
     assert json.loads(found["iteris"]) == {"method": "iteris", "cut": cut}
     assert found["modelspec.hash_sha256"] == "0x" + names.content_hash(tensors)
-    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2, ordered=True)
+    assert "modelspec.hash_sha256" not in names.cut_tensors(tensors, {}, 2, ordered=True)[1]
 
 
 def test_names_of_saved_files(
