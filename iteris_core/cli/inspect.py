@@ -27,7 +27,9 @@ def inspect(
         str | None, typer.Option(help="A base of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
-    plot: Annotated[Path | None, typer.Option(help="A PNG heat map of the interference")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG of the interference, block by block")
+    ] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     if plot is not None and not plot.parent.is_dir():
@@ -40,7 +42,7 @@ def inspect(
     if plot is not None:
         from ..report.plots import plot_interference
 
-        plot_interference([fact.name for fact in facts], pairs).savefig(plot)
+        plot_interference(pairs).savefig(plot)
     if as_json:
         typer.echo(json.dumps(to_dict(facts, pairs)))
         return

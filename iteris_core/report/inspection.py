@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,6 +150,32 @@ def _whitening(gram: Tensor) -> Tensor:
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > 1e-12 * squares[-1]
     return vectors[:, kept] / squares[kept].sqrt()
+
+
+def numbered(loras: Sequence[Lora]) -> list[Lora]:
+    """The LoRAs under names of their own: "sks" and another "sks" are "sks" and "sks (2)"."""
+    names = [lora.name for lora in loras]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [
+        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
+        for lora, count in zip(loras, counts, strict=True)
+    ]
+
+
+def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
+    """A line for each LoRA and each pair, as plain text; overlap is that of the row spaces."""
+    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
+    for lora in facts:
+        ranks, size = "/".join(map(str, lora.ranks)), math.hypot(*lora.norms.values())
+        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
+    for pair in pairs:
+        if pair.blocks:
+            worst = max(pair.blocks, key=lambda block: pair.blocks[block][0])
+            lines.append(
+                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, most in {worst} "
+                f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
+            )
+    return "\n".join(lines)
 
 
 def to_dict(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> dict[str, Any]:
