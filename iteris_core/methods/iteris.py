@@ -119,7 +119,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             batch=settings.micro_batch,
         )
     return {
-        site: (changes[site], site_report(solution, repair=site in job.repairs))
+        site: (changes[site], SiteReport.of(solution, repair=site in job.repairs))
         for site, solution in run.solutions.items()
     }
 
@@ -132,18 +132,6 @@ def check_complete(job: Job, solved: Mapping[str, object]) -> None:
             f"{len(missed)} sites were never reached by a forward, such as {min(missed)}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )
-
-
-def site_report(solution: Solution, *, repair: bool = False) -> SiteReport:
-    return SiteReport(
-        solution.change.rank,
-        solution.balance,
-        solution.before,
-        solution.after,
-        solution.condition,
-        solution.truncated,
-        repair,
-    )
 
 
 class _Run:

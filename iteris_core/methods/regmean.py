@@ -16,9 +16,10 @@ from ..lora import LowRank, Rank, check_rank
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import reference_pass, sweep_pass
+from ..report.report import SiteReport
 from ..solve.moments import InputMoments, SharedInputs
 from ..solve.site import Solution, solve_site
-from .iteris import check_complete, site_report
+from .iteris import check_complete
 from .registry import Merged, method
 
 
@@ -46,7 +47,7 @@ def regmean(job: Job, settings: RegMeanSettings) -> Merged:
     reference_pass(job, collector, Batching(settings.micro_batch, cross=True))
     solved = {site: _solve(job, site, collector.take(site), settings) for site in collector.sites}
     check_complete(job, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+    return {site: (s.change, SiteReport.of(s)) for site, s in solved.items()}
 
 
 @method("regmean++", RegMeanSettings, needs_host=True)
@@ -65,7 +66,7 @@ def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Merged:
 
     sweep_pass(job, visitor_and_solve, Batching(settings.micro_batch, cross=True))
     check_complete(job, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
+    return {site: (s.change, SiteReport.of(s)) for site, s in solved.items()}
 
 
 def _solve(job: Job, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
