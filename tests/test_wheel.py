@@ -1,4 +1,4 @@
-"""What a wheel holds: everything that is read when it is installed, and nothing that is not ours."""
+"""A wheel holds everything that is read once it is installed, and nothing that is not ours."""
 
 from __future__ import annotations
 
