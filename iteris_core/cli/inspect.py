@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -69,8 +70,8 @@ def _read(path: Path, base: Base | None) -> tuple[Lora, LoraFacts]:
         base = known_base(guess_base(shapes, metadata))
     options = ReadOptions(allow_partial=True, magnitudes=False)
     lora = read_lora_file(path, base, options=options)
-    facts = describe(
-        lora,
+    facts = replace(
+        describe(lora),
         layouts=layouts_of(tensors),
         kinds=kinds_of(tensors),
         dtypes=dtypes_of(tensors),

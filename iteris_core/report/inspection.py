@@ -27,13 +27,11 @@ from .report import block_of
 @dataclass(frozen=True)
 class LoraFacts:
     """``norms`` are ‖ΔW‖_F by block; ``ranks`` and ``alphas`` count sites; ``sites`` of
-    ``base_sites`` that could be changed, by component (``coverage``)."""
+    the base's that could be changed, by component (``coverage``). ``layouts``, ``kinds`` and
+    ``dtypes`` count what stands in the file."""
 
     name: str
     base: str
-    layouts: Sequence[str]
-    kinds: Mapping[str, int]
-    dtypes: Mapping[str, int]
     ranks: Mapping[int, int]
     alphas: Mapping[str, int]
     sites: int
@@ -42,6 +40,9 @@ class LoraFacts:
     norms: Mapping[str, float]
     embeddings: Sequence[str] = ()
     notes: Sequence[str] = ()
+    layouts: Sequence[str] = ()
+    kinds: Mapping[str, int] = field(default_factory=dict[str, int])
+    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,12 @@ def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
     return {component: (count, total[component]) for component, count in changed.items()}
 
 
-def describe(
-    lora: Lora,
-    *,
-    layouts: Sequence[str] = (),
-    kinds: Mapping[str, int] | None = None,
-    dtypes: Mapping[str, int] | None = None,
-) -> LoraFacts:
-    """Facts of a LoRA that was read; the keywords are what only its file knows."""
+def describe(lora: Lora) -> LoraFacts:
+    """Facts of a LoRA that was read, without what only its file knows."""
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
     return LoraFacts(
         name=lora.name,
         base=lora.base.kind.title if lora.base is not None else "unknown",
-        layouts=layouts,
-        kinds=kinds or {},
-        dtypes=dtypes or {},
         ranks=dict(sorted(Counter(change.rank for change in lora.sites.values()).items())),
         alphas=dict(sorted(Counter(f"{alpha:g}" for alpha in scales.values()).items())),
         sites=len(lora.sites),
