@@ -37,8 +37,8 @@ class SiteReport:
 @dataclass(frozen=True)
 class MergeReport:
     """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
-    each of the Jacobi ``iterations``, and ``converged`` whether it fell below the tolerance (None:
-    nothing was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
+    each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
+    was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
     concept what was left out or extracted when its file was read, and which names it shares;
     ``plan`` how each stage kept to the memory."""
 
@@ -51,7 +51,6 @@ class MergeReport:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
-    iterations: int = 0
     converged: bool | None = None
     plan: Sequence[str] = ()
 
@@ -113,10 +112,10 @@ class MergeReport:
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
         if self.converged is False:
-            last = "".join(f", the last by {change:.1%}" for change in self.convergence[-1:])
+            change = "".join(f" by {change:.1%}" for change in self.convergence[-1:])
             lines.append(
-                f"  DID NOT CONVERGE: after {self.iterations} iterations sites still change{last}. "
-                "Allow more iterations, or take the sweep."
+                f"  DID NOT CONVERGE: iteration {len(self.convergence) + 1} still changed a site"
+                f"{change}. Allow more iterations, or take the sweep."
             )
         for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
             if not math.isnan(after):
