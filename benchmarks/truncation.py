@@ -20,7 +20,7 @@ import toybox
 from iteris_core import Concept, merge_loras
 from iteris_core.activations.site import site_of
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
-from iteris_core.linalg.lowrank import truncate
+from iteris_core.linalg.lowrank import cut_factors
 from toybox.demo import TEMPLATES
 
 RANKS = (1, 2, 4, 6, 8, 12)
@@ -70,7 +70,7 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, float]]:
             dense = change.dense().double()
             total = float(((dense @ second[site]) * dense).sum())
             for name, weight in (("plain", None), ("weighted", metric)):
-                cut, _ = truncate(change, rank, weight)
+                cut, _ = cut_factors(change, rank, weight)
                 off = dense - cut.dense().double()
                 errors[name] += float(((off @ second[site]) * off).sum()) / total
         count = len(merged.sites)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.saving import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.report.plots import plot_residuals
+from ..iteris_core.report.inspection import describe, interference, numbered, to_table
+from ..iteris_core.report.plots import plot_interference, plot_residuals
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
-from .interference import interference, plot_interference
-from .lora_rank import at_rank, metadata_at_rank
+from .lora_rank import cut_tensors
 from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
@@ -218,8 +220,7 @@ class SaveMergedLora(io.ComfyNode):
         tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
         if rank:
             ordered = getattr(lora, "ordered", False)
-            tensors = at_rank(tensors, rank, ordered=ordered)
-            metadata = metadata_at_rank(metadata, tensors, rank, ordered=ordered)
+            tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = _new_file(filename_prefix)
         save_atomically(tensors, file, metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)
@@ -249,9 +250,16 @@ class InspectLoras(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...]) -> io.NodeOutput:
         host = ComfyHost(model, clip)
-        found = interference([spec.read(host) for spec in concepts])
-        show_text(found.table(), cls.hidden.unique_id)
-        return io.NodeOutput(figure_image(plot_interference(found)), found.table())
+        named = [(concept.name, concept.lora) for concept in (c.read(host) for c in concepts)]
+        loras = numbered([replace(lora, name=name) for name, lora in named if lora is not None])
+        if len(loras) < 2:
+            raise IterisError("Inspect LoRAs compares LoRAs: connect two concepts or more.")
+        pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+        if not any(pair.shared for pair in pairs):
+            raise IterisError("The LoRAs change no site in common; they cannot interfere.")
+        table = to_table([describe(lora) for lora in loras], pairs)
+        show_text(table, cls.hidden.unique_id)
+        return io.NodeOutput(figure_image(plot_interference(pairs)), table)
 
 
 def _new_file(prefix: str) -> tuple[Path, str]:

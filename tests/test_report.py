@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 
-from iteris_core import Concept, IterisError, merge_loras
+from iteris_core import Concept, IterisError, LowRank, merge_loras
 from iteris_core.report.plots import plot_convergence, plot_residuals
 from iteris_core.report.report import MergeReport, SiteReport, block_of
+from iteris_core.solve.problem import Solution
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,27 @@ def test_the_sentence_names_the_worst_block_and_concept():
         "unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.5, 0.9)),
     }
     found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
-    assert found.sentence().startswith("dog and cat disagree most in up_blocks.1; expect dog kept")
+    assert found.sentence() == (
+        "dog and cat disagree most in up_blocks.1; dog keeps least: its output error is 65% of its "
+        "change, that of the mean of the LoRAs 100%."
+    )
     assert found.blocks()["up_blocks.1"] == [(1.0, 0.5), (1.0, 0.9)]
+
+
+def test_a_site_report_is_what_its_solution_says():
+    change = LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    found = SiteReport.of(Solution(change, (0.5,), (1.0,), (0.2,), 9.0, 0.1), repair=True)
+    assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True)
+
+
+def test_a_summary_is_loud_about_iterations_that_did_not_converge():
+    sites = {"unet.a": SiteReport(1, (1.0,), (1.0,), (0.1,))}
+    found = MergeReport("iteris", ["cat"], sites, 1.0, convergence=(0.5, 0.031))
+    assert "CONVERGE" not in found.summary()
+    assert "CONVERGE" not in replace(found, converged=True).summary()
+    lines = replace(found, converged=False).summary().splitlines()
+    assert lines[1].startswith("  DID NOT CONVERGE: iteration 3 still changed a site by 3.1%.")
+    assert replace(found, converged=False).to_dict()["converged"] is False
 
 
 def test_plots_are_drawn(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,9 @@ def inspect(
         str | None, typer.Option(help="A base of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
-    plot: Annotated[Path | None, typer.Option(help="A PNG heat map of the interference")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG of the interference, block by block")
+    ] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     if plot is not None and not plot.parent.is_dir():
@@ -40,7 +43,7 @@ def inspect(
     if plot is not None:
         from ..report.plots import plot_interference
 
-        plot_interference([fact.name for fact in facts], pairs).savefig(plot)
+        plot_interference(pairs).savefig(plot)
     if as_json:
         typer.echo(json.dumps(to_dict(facts, pairs)))
         return
@@ -65,8 +68,8 @@ def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
         base = released_base(architecture_of_file(shapes, metadata).name)
     options = ReadOptions(allow_partial=True, magnitudes=False)
     lora = read_lora_file(path, base, options=options)
-    facts = describe(
-        lora,
+    facts = replace(
+        describe(lora),
         layouts=layouts_of(tensors),
         kinds=kinds_of(tensors),
         dtypes=dtypes_of(tensors),

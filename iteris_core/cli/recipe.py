@@ -10,13 +10,12 @@ from typing import Any
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
-from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
 from ..lora_files.metadata import parse_object, trigger_words
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
-from ..report.provenance import with_cut
+from ..report.provenance import cut_lora
 from .common import ConceptOption
 
 
@@ -77,10 +76,7 @@ def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
     rank, ordered = recipe.cut.get("rank"), recipe.cut.get("ordered")
     if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
         raise IterisError(f"The recipe has a broken cut {dict(recipe.cut)}.")
-    lora = result.lora
-    sites = {s: at_rank(change, rank, ordered=ordered) for s, change in lora.sites.items()}
-    metadata = with_cut(lora.metadata, rank, ordered=ordered)
-    return replace(result, lora=replace(lora, sites=sites, metadata=metadata))
+    return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
 
 
 def concepts_of(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..activations.tokens import Observation
 from ..concepts import Concept
 from ..errors import IterisError
-from ..linalg.lowrank import factorize
+from ..linalg.lowrank import cut_matrix
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import Batching, micro_batches
 from ..passes.job import Job
@@ -71,7 +71,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         changes = job.changes[site]
         dense = _constrained(changes, words[site], captions[site], settings.ridge)
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
-        change, lost = factorize(dense, rank, like=changes.like)
+        change, lost = cut_matrix(dense, rank, like=changes.like)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..linalg.lowrank import factorize, truncate
+from ..linalg.lowrank import cut_factors, cut_matrix
 from ..lora import LowRank, Rank
 from .registry import AtSite
 
@@ -13,8 +13,8 @@ def cut(at: AtSite, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
     """``dense``, (out, in), which is of full rank in general, at ``rank`` by SVD (None: Σ r_i), and
     the share of energy that is lost."""
     limit = rank if isinstance(rank, int) else at.changes.rank
-    change, lost = factorize(dense, min(limit, *dense.shape), like=at.changes.like)
+    change, lost = cut_matrix(dense, min(limit, *dense.shape), like=at.changes.like)
     if isinstance(rank, float):
-        change, more = truncate(change, rank)
+        change, more = cut_factors(change, rank)
         lost = 1 - (1 - lost) * (1 - more)
     return change, lost

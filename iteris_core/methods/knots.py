@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..lora import LowRank
 from ..settings import Settings, setting
 from .registry import SUM_OF_RANKS, AtSite, on_weights
@@ -38,7 +38,7 @@ def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
     change = LowRank(basis, settings.scale * disjoint_mean(trimmed), like.kernel)
     lost = 0.0
     if settings.rank is not None and settings.rank < change.rank:
-        change, lost = truncate(change, settings.rank)
+        change, lost = cut_factors(change, settings.rank)
     return change.to(like.up.dtype), lost
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..lora import LowRank, Rank, concatenate
 from ..settings import Settings, setting
 from .registry import SUM_OF_RANKS, AtSite, on_weights
@@ -67,4 +67,4 @@ def _combined(at: AtSite, scale: float, rank: Rank | None) -> tuple[LowRank, flo
     change = concatenate([part.scaled(scale) for part in at.weighted()])
     if rank is None or rank >= change.rank:
         return change, 0.0
-    return truncate(change, rank)
+    return cut_factors(change, rank)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,11 @@ from .report import block_of
 @dataclass(frozen=True)
 class LoraFacts:
     """``norms`` are ‖ΔW‖_F by block; ``ranks`` and ``alphas`` count sites; ``sites`` of
-    ``base_sites`` that could be changed, by component (``coverage``)."""
+    the base's that could be changed, by component (``coverage``). ``layouts``, ``kinds`` and
+    ``dtypes`` count what stands in the file."""
 
     name: str
     base: str
-    layouts: Sequence[str]
-    kinds: Mapping[str, int]
-    dtypes: Mapping[str, int]
     ranks: Mapping[int, int]
     alphas: Mapping[str, int]
     sites: int
@@ -42,6 +40,9 @@ class LoraFacts:
     norms: Mapping[str, float]
     embeddings: Sequence[str] = ()
     notes: Sequence[str] = ()
+    layouts: Sequence[str] = ()
+    kinds: Mapping[str, int] = field(default_factory=dict[str, int])
+    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,12 @@ def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
     return {component: (count, total[component]) for component, count in changed.items()}
 
 
-def describe(
-    lora: Lora,
-    *,
-    layouts: Sequence[str] = (),
-    kinds: Mapping[str, int] | None = None,
-    dtypes: Mapping[str, int] | None = None,
-) -> LoraFacts:
-    """Facts of a LoRA that was read; the keywords are what only its file knows."""
+def describe(lora: Lora) -> LoraFacts:
+    """Facts of a LoRA that was read, without what only its file knows."""
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
     return LoraFacts(
         name=lora.name,
         base=lora.base.architecture.title if lora.base is not None else "unknown",
-        layouts=layouts,
-        kinds=kinds or {},
-        dtypes=dtypes or {},
         ranks=dict(sorted(Counter(change.rank for change in lora.sites.values()).items())),
         alphas=dict(sorted(Counter(f"{alpha:g}" for alpha in scales.values()).items())),
         sites=len(lora.sites),
@@ -150,6 +142,32 @@ def _whitening(gram: Tensor) -> Tensor:
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > 1e-12 * squares[-1]
     return vectors[:, kept] / squares[kept].sqrt()
+
+
+def numbered(loras: Sequence[Lora]) -> list[Lora]:
+    """The LoRAs under names of their own: "sks" and another "sks" are "sks" and "sks (2)"."""
+    names = [lora.name for lora in loras]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [
+        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
+        for lora, count in zip(loras, counts, strict=True)
+    ]
+
+
+def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
+    """A line for each LoRA and each pair, as plain text; overlap is that of the row spaces."""
+    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
+    for lora in facts:
+        ranks, size = "/".join(map(str, lora.ranks)), math.hypot(*lora.norms.values())
+        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
+    for pair in pairs:
+        if pair.blocks:
+            worst = max(pair.blocks, key=lambda block: pair.blocks[block][0])
+            lines.append(
+                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, most in {worst} "
+                f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
+            )
+    return "\n".join(lines)
 
 
 def to_dict(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> dict[str, Any]:

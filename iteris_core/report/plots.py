@@ -1,8 +1,8 @@
-"""Figures of a merge report, with matplotlib; nothing is shown on a screen."""
+"""Figures of merges and of LoRA files, with matplotlib; nothing is shown on a screen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import IterisError
@@ -11,31 +11,19 @@ from .report import MergeReport
 
 
 def plot_residuals(report: MergeReport) -> Any:
-    """A heat map, block × concept, of the output error with the mean change and after the merge.
+    """Heat maps, block × concept, of the output error with the mean change and after the merge.
 
     Returns a matplotlib Figure; save it with ``savefig``.
     """
-    from matplotlib.figure import Figure
-
     blocks = report.blocks()
     if not blocks:
         raise IterisError(f"Method {report.method!r} measures no output errors; nothing to plot.")
-    size = (4 + 1.2 * 2 * len(report.concepts), 1.5 + 0.35 * len(blocks))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    image: Any = None
-    for axis, title, part in zip(axes, ("mean of the LoRAs", "merged"), (0, 1), strict=True):
-        values = [[pair[part] for pair in row] for row in blocks.values()]
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(title)
-        axis.set_xticks(range(len(report.concepts)), report.concepts, rotation=45, ha="right")
-        axis.set_yticks(range(len(blocks)), list(blocks))
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                color = "white" if value < 0.6 else "black"
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=axes, label="output error, relative to the LoRA's change")
-    return figure
+    maps = {
+        title: [[pair[part] for pair in row] for row in blocks.values()]
+        for part, title in enumerate(("mean of the LoRAs", "merged"))
+    }
+    label = "output error, relative to the LoRA's change"
+    return _heat_maps(maps, list(blocks), report.concepts, label)
 
 
 def plot_convergence(report: MergeReport) -> Any:
@@ -54,31 +42,41 @@ def plot_convergence(report: MergeReport) -> Any:
     return figure
 
 
-def plot_interference(names: Sequence[str], pairs: Sequence[Interference]) -> Any:
-    """Predicted conflict, block × pair, and file × file over all blocks, as a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
+def plot_interference(pairs: Sequence[Interference]) -> Any:
+    """Heat maps, block × pair, of what :class:`Interference` holds, as a matplotlib Figure."""
     if not pairs:
         raise IterisError("Interference needs two LoRA files; there is nothing to plot for one.")
     blocks = list(dict.fromkeys(block for pair in pairs for block in pair.blocks))
-    values = [[pair.blocks.get(block, (0.0, 0.0, 0.0))[2] for pair in pairs] for block in blocks]
-    size = (5 + 1.2 * (len(pairs) + len(names)), 2.5 + 0.3 * max(len(blocks), len(names)))
+    maps: dict[str, list[list[float]]] = {}
+    for index, title in enumerate(("row spaces", "column spaces", "conflict")):
+        whole = [(pair.rows, pair.columns, pair.conflict)[index] for pair in pairs]
+        parts = [[pair.blocks.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]
+        maps[title] = [whole, *parts]
+    names = [f"{pair.first}\n{pair.second}" for pair in pairs]
+    return _heat_maps(maps, ["all", *blocks], names, "0: out of each other's way; 1: the same")
+
+
+def _heat_maps(
+    maps: Mapping[str, Sequence[Sequence[float]]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+) -> Any:
+    """Maps of values from 0 to 1 side by side, each under its title, with one colour bar."""
+    from matplotlib.figure import Figure
+
+    size = (4 + len(maps) * max(1.5, 0.5 * len(columns)), 1.5 + 0.35 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, 2)
-    image = axes[0].imshow(values or [[0.0]], vmin=0, vmax=1, cmap="magma", aspect="auto")
-    axes[0].set_title("conflict by block")
-    labels = [f"{pair.first}\n{pair.second}" for pair in pairs]
-    axes[0].set_xticks(range(len(pairs)), labels, rotation=45, ha="right")
-    axes[0].set_yticks(range(len(blocks)), blocks)
-    square = [[0.0] * len(names) for _ in names]
-    order = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    for (i, j), pair in zip(order, pairs, strict=True):
-        square[i][j] = square[j][i] = pair.conflict
-    for i in range(len(names)):
-        square[i][i] = 1.0
-    axes[1].imshow(square, vmin=0, vmax=1, cmap="magma")
-    axes[1].set_title("conflict of the whole files")
-    axes[1].set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes[1].set_yticks(range(len(names)), names)
-    figure.colorbar(image, ax=axes, label="share of the output energy that is common")
+    axes = figure.subplots(1, len(maps), sharey=True)
+    image: Any = None
+    for axis, (title, values) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axis.set_title(title)
+        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axis.set_yticks(range(len(rows)), rows)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                color = "white" if value < 0.6 else "black"
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, ax=axes, label=label)
     return figure

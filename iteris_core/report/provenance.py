@@ -6,12 +6,14 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import Tensor
 
 from ..concepts import Concept
+from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import merge_tag_frequency, parse_object
 from .report import MergeReport
@@ -75,13 +77,20 @@ def is_ordered(report: MergeReport) -> bool:
     return report.settings.get("align") == "full" and not report.settings.get("polish_steps")
 
 
+def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
+    """``lora`` with no site above ``rank``, and with metadata that say so; ``ordered`` as in
+    :func:`..linalg.lowrank.at_rank`."""
+    sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
+    return replace(lora, sites=sites, metadata=with_cut(lora.metadata, rank, ordered=ordered))
+
+
 def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:
-    """``metadata`` of a merged LoRA that :func:`.truncation.at_rank` cut to ``rank``."""
-    found = parse_object(metadata.get("iteris"))
-    if not found:
+    """The metadata of a merged LoRA with the cut to ``rank`` in its recipe."""
+    recipe = parse_object(metadata.get("iteris"))
+    if not recipe:
         return dict(metadata)
     cut = {"rank": rank, "ordered": ordered}
-    return {**metadata, "iteris": json.dumps({**found, "cut": cut})}
+    return {**metadata, "iteris": json.dumps({**recipe, "cut": cut})}
 
 
 def _versions() -> dict[str, str]:

@@ -37,7 +37,8 @@ class SiteReport:
 @dataclass(frozen=True)
 class MergeReport:
     """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
-    each Jacobi iteration; ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
+    each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
+    was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
     concept what was left out or extracted when its file was read, and which names it shares;
     ``plan`` how each stage kept to the memory."""
 
@@ -55,12 +56,7 @@ class MergeReport:
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) of every concept: root mean square over the sites."""
-
-        def mean(index: int, name: str) -> float:
-            values = [getattr(site, name)[index] for site in self.sites.values() if site.after]
-            return math.sqrt(sum(v * v for v in values) / len(values)) if values else math.nan
-
-        return [(mean(i, "before"), mean(i, "after")) for i in range(len(self.concepts))]
+        return self._errors([site for site in self.sites.values() if site.after])
 
     def blocks(self) -> dict[str, list[tuple[float, float]]]:
         """block → (before, after) of every concept, root mean square over the block's sites."""
@@ -68,33 +64,31 @@ class MergeReport:
         for name, site in self.sites.items():
             if site.after:
                 groups.setdefault(block_of(name), []).append(site)
+        return {block: self._errors(sites) for block, sites in groups.items()}
 
-        def mean(sites: list[SiteReport], index: int, name: str) -> float:
-            return math.sqrt(sum(getattr(s, name)[index] ** 2 for s in sites) / len(sites))
+    def _errors(self, sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
+        def mean(errors: Sequence[float]) -> float:
+            return math.hypot(*errors) / math.sqrt(len(errors)) if errors else math.nan
 
-        return {
-            block: [
-                (mean(sites, i, "before"), mean(sites, i, "after"))
-                for i in range(len(self.concepts))
-            ]
-            for block, sites in groups.items()
-        }
+        return [
+            (mean([site.before[i] for site in sites]), mean([site.after[i] for site in sites]))
+            for i in range(len(self.concepts))
+        ]
 
     def sentence(self) -> str:
-        """Where the concepts disagree most, and what to expect of it."""
+        """Where the concepts disagree most, and which of them keeps least."""
         blocks = self.blocks()
         if not blocks or len(self.concepts) < 2:
             return ""
         worst = max(blocks, key=lambda block: sum(after for _, after in blocks[block]))
-        left = self.residuals()
-        order = sorted(range(len(left)), key=lambda i: -left[i][1])
+        errors = self.residuals()
+        order = sorted(range(len(errors)), key=lambda i: -errors[i][1])
         first, second = (self.concepts[i] for i in order[:2])
-        error = left[order[0]][1]
-        # Where the pictures of the toybox stand: pairs have .5 to .85, ten concepts .8 to .95.
-        outlook = "kept almost whole" if error < 0.75 else "kept, with some detail lost"
-        if error >= 0.92:
-            outlook = "weakened: merge fewer concepts, or give it a larger weight"
-        return f"{first} and {second} disagree most in {worst}; expect {first} {outlook}."
+        before, after = errors[order[0]]
+        return (
+            f"{first} and {second} disagree most in {worst}; {first} keeps least: its output "
+            f"error is {after:.0%} of its change, that of the mean of the LoRAs {before:.0%}."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -106,7 +100,7 @@ class MergeReport:
         return data
 
     def summary(self) -> str:
-        """Two or three lines for a person."""
+        """A few lines for a person."""
         ranks = sorted({site.rank for site in self.sites.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         repairs = sum(site.repair for site in self.sites.values())
@@ -117,11 +111,12 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
-        lines += [
-            f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
-            for line in self.plan
-            if "do not fit" in line
-        ]
+        if self.converged is False:
+            change = "".join(f" by {change:.1%}" for change in self.convergence[-1:])
+            lines.append(
+                f"  DID NOT CONVERGE: iteration {len(self.convergence) + 1} still changed a site"
+                f"{change}. Allow more iterations, or take the sweep."
+            )
         for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
             if not math.isnan(after):
                 lines.append(
@@ -129,6 +124,7 @@ class MergeReport:
                 )
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
+        lines += [f"  {line}" for line in self.plan if "do not fit" in line]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
 

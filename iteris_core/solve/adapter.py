@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments
@@ -72,7 +72,7 @@ class _LowRankTargets(MomentReduction):
         up = torch.cat([change.up for change in changes.present.values()], dim=1)
         up = up.to(torch.promote_types(up.dtype, torch.float32))
         exact = LowRank(up, down, changes.like.kernel)
-        return truncate(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
+        return cut_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
 
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
         change = self.changes[concept]

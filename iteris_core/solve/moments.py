@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.lowrank import truncate
+from ..linalg.lowrank import cut_factors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges
 from .inputs import NOT_FINITE, Factor, InputMoments
@@ -56,12 +56,12 @@ class MomentReduction(Reduction):
         factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
         if factor is None:
             mean = changes.mean(fit.weights, torch.float64)
-            change, lost = truncate(mean, rank) if mean.rank > rank else (mean, 0.0)
+            change, lost = cut_factors(mean, rank) if mean.rank > rank else (mean, 0.0)
         else:
             with full_precision(device):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)
         if isinstance(fit.rank, float):
-            change, more = truncate(change, fit.rank, factor and factor.cholesky.lower)
+            change, more = cut_factors(change, fit.rank, factor and factor.cholesky.lower)
             lost = 1 - (1 - lost) * (1 - more)
         total = sum(lambdas)
         solution = Solution(

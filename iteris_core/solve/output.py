@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import factorize, searches
+from ..linalg.lowrank import cut_matrix, searches
 from ..linalg.precision import energy, energy_dtype, pieces
 from ..lora import LowRank, SiteChanges
 from .directions import Directions, every_direction
@@ -75,11 +75,11 @@ class OutputMoments(MomentReduction):
             right += jitter * (self.directions.within(mean.up) @ mean.down)
         like, search = changes.like.to(torch.float64), self.inputs.dtype
         if not self.directions.some:
-            return factorize(right, rank, lower, like=like, search=search)
+            return cut_matrix(right, rank, lower, like=like, search=search)
         right, others = right.split(self.directions.split)
         rest = torch.linalg.solve_triangular(lower.mT, others, upper=True, left=False)
         elsewhere = float((rest**2).sum()) * self.directions.others_stand_for
-        change, lost = factorize(right, rank, lower, like=like, search=search, elsewhere=elsewhere)
+        change, lost = cut_matrix(right, rank, lower, like=like, search=search, elsewhere=elsewhere)
         up = self.directions.basis.to(change.up) @ change.up
         return LowRank(up, change.down, change.kernel), lost
 

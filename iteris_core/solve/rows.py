@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..linalg.cholesky import CANNOT
-from ..linalg.lowrank import leading_eigenvectors, truncate
+from ..linalg.lowrank import cut_factors, leading_eigenvectors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges, concatenate, rank_for
 from .inputs import NOT_FINITE
@@ -95,7 +95,7 @@ def _solved(
     pull, most = sum(pulls), fit.rank_of(changes)
     if pull <= 0:  # no input energy at all: any change fits, so take the mean
         mean = changes.mean(fit.weights, torch.float64)
-        return (*truncate(mean, most), math.inf)
+        return (*cut_factors(mean, most), math.inf)
     center = concatenate(changes.weighted([value / pull for value in pulls]))
     rows = torch.cat([x * math.sqrt(v) for x, v in zip(inputs, lambdas, strict=True)])
     wanted = torch.cat([t * math.sqrt(v) for t, v in zip(targets, lambdas, strict=True)])

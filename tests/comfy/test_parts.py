@@ -85,8 +85,15 @@ def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
     assert list(scales(pack, config, names).values()) == [2.0, 0.5]
 
 
-def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
-    core = module(pack, "iteris_core")
+def test_interference_is_0_and_1_at_the_ends(
+    pack: ModuleType, library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, nodes = module(pack, "iteris_core"), module(pack, "nodes.merge_nodes")
+    inspection = module(pack, "iteris_core.report.inspection")
+    inspect = nodes.InspectLoras
+    monkeypatch.setattr(nodes, "ComfyHost", lambda *_: None)
+    monkeypatch.setattr(nodes, "show_text", lambda *_: None)
+    monkeypatch.setattr(inspect, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     rows = torch.linalg.qr(torch.randn(8, 8)).Q
 
     def concept(name: str, down: torch.Tensor) -> Any:
@@ -94,17 +101,25 @@ def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
         return core.Concept(core.Lora({"unet.mid_block.to_q": change}, name), trigger=name)
 
     def overlap(one: Any, other: Any) -> float:
-        found = module(pack, "nodes.interference").interference([one, other])
-        return found.blocks["mid_block"]["a", "b"]
+        return inspection.interference(one.lora, other.lora).blocks["mid_block"][0]
+
+    def run(*concepts: Any) -> Any:
+        specs = [type("Spec", (), {"read": lambda self, _, c=c: c})() for c in concepts]
+        return inspect.execute(None, None, specs).result
 
     a = concept("a", rows[:2])
     assert overlap(a, concept("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
     assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
-    found = module(pack, "nodes.interference").interference([a, concept("a", rows[:2]), a])
-    assert found.pairs == [("a", "a (2)"), ("a", "a (3)"), ("a (2)", "a (3)")]
-    assert "a (2) and a (3): overlap 100%" in found.table()
+    plot, table = run(a, concept("a", rows[:2]), a)
+    pairs = [line.partition(":")[0] for line in table.splitlines() if " and " in line]
+    assert pairs == ["a and a (2)", "a and a (3)", "a (2) and a (3)"]
+    assert "a (2) and a (3): overlap 100%" in table
+    assert plot.ndim == 4
     with pytest.raises(core.IterisError, match="two concepts"):
-        module(pack, "nodes.interference").interference([a])
+        run(a)
+    other = core.Lora({"unet.up_blocks.0.to_q": a.lora.sites["unet.mid_block.to_q"]}, "b")
+    with pytest.raises(core.IterisError, match="no site in common"):
+        run(a, core.Concept(other, trigger="b"))
 
 
 def test_lora_stack_of_other_packs(
@@ -137,7 +152,7 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
         "lora_unet_c.lora_up.weight": up[:, :1],
         "lora_unet_c.lora_down.weight": down[:1],
     }
-    found = module(pack, "nodes.lora_rank").at_rank(tensors, 2, ordered=ordered)
+    found = module(pack, "nodes.lora_rank").cut_tensors(tensors, {}, 2, ordered=ordered)[0]
     assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
@@ -156,12 +171,12 @@ def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
     names = module(pack, "nodes.lora_rank")
     metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
     metadata["iteris"] = '{"method": "iteris"}'
-    found = names.metadata_at_rank(metadata, tensors, 2, ordered=True)
+    _, found = names.cut_tensors(tensors, metadata, 2, ordered=True)
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "2"
     cut = {"rank": 2, "ordered": True}
     assert json.loads(found["iteris"]) == {"method": "iteris", "cut": cut}
     assert found["modelspec.hash_sha256"] == "0x" + names.content_hash(tensors)
-    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2, ordered=True)
+    assert "modelspec.hash_sha256" not in names.cut_tensors(tensors, {}, 2, ordered=True)[1]
 
 
 def test_names_of_saved_files(
