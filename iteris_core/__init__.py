@@ -6,7 +6,7 @@ from .lora import Lora, LowRank
 from .lora_files import write_lora
 from .merge import MergeResult, merge_loras
 from .methods import all_methods
-from .methods.iteris import IterisSettings
+from .methods.iteris_settings import IterisSettings
 from .report.report import MergeReport
 
 __all__ = [

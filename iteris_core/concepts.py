@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .errors import IterisError, SettingsError
 from .lora import Lora
+from .lora_files.metadata import trigger_phrases
+from .settings import Settings, setting
 
 TEMPLATES = (
     "a photo of a {}",
@@ -55,15 +57,21 @@ TEMPLATES = (
 )
 
 
+PRESERVE_WEIGHT = 0.2
+"""What prompts count on which the base model is to stay; much of it weakens the concepts."""
+
+
 @dataclass(frozen=True)
 class Concept:
     """One LoRA and how to call for what it knows.
 
-    ``lora=None`` stands for prompts on which the base model is to stay as it is. ``prompts`` are
-    used as they are; without them they are made from ``trigger`` and ``class_word``. ``strength``
-    is what the LoRA would be loaded at, ``weight`` how much the concept counts in the merge.
+    ``prompts`` are used as they are; without them they are made from ``trigger`` and
+    ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
+    itself. ``strength`` is what the LoRA would be loaded at, ``text_strength`` that of its part in
+    the text encoders (None: the same). ``weight`` is how much the concept counts in the merge.
     ``inputs``, or what calling it gives, are batches of keyword arguments of the model, for hosts
-    that do not work from prompts.
+    that do not work from prompts. ``lora=None`` keeps the base model as it is, see
+    :meth:`preserve`.
     """
 
     lora: Lora | None
@@ -73,10 +81,17 @@ class Concept:
     strength: float = 1.0
     weight: float = 1.0
     inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    text_strength: float | None = None
+    subjects: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
             raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
+
+    @classmethod
+    def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
+        """Prompts on which the base model is to stay as it is."""
+        return cls(None, prompts, trigger="preserve", weight=weight)
 
     @property
     def name(self) -> str:
@@ -84,75 +99,128 @@ class Concept:
         return words
 
     @property
+    def phrases(self) -> Sequence[str]:
+        """What calls for the concept in a prompt, with a class word; one, as a rule."""
+        one = f"{self.trigger} {self.class_word}".strip()
+        return self.subjects or ([one] if one else [])
+
+    @property
     def subject(self) -> str:
-        return f"{self.trigger} {self.class_word}".strip()
+        """All that the concept knows, in one prompt."""
+        return " and ".join(self.phrases)
+
+    def strength_at(self, site: str) -> float:
+        """What the LoRA's change of ``site`` is multiplied by."""
+        if self.text_strength is not None and site.startswith("text_encoder"):
+            return self.text_strength
+        return self.strength
 
     @property
     def counts(self) -> bool:
-        """Strength 0 or weight 0 takes the concept out of the merge."""
-        return self.weight > 0 and (self.lora is None or self.strength != 0)
+        """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
+        strengths = self.strength, self.text_strength
+        return self.weight > 0 and (self.lora is None or any(strengths))
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """How features are collected.
+class Calibration(Settings):
+    """How features are collected."""
 
-    ``samples`` prompts per concept, each with ``timesteps`` latents of its own; ``latents`` come
-    from the LoRA's own denoising (``denoising_steps`` DDIM steps) or are ``noise``;
-    ``empty_share`` of the rows get the empty prompt, since guidance runs on it too.
-    ``guidance`` above 1 denoises with classifier-free guidance, at twice the cost.
-    ``latent_size`` is the side of the latents (None: the model's own). ``templates`` hold ``{}``.
-    """
-
-    samples: int = 50
-    timesteps: int = 4
-    latents: Literal["denoising", "noise"] = "denoising"
-    denoising_steps: int = 10
-    guidance: float = 1.0
-    empty_share: float = 0.2
-    latent_size: int | None = None
+    samples: int = setting(
+        50,
+        "Prompts per concept on which features are collected. Below 20 the merge fits its prompts "
+        "too closely.",
+        low=1,
+        most=1000,
+    )
+    timesteps: int = setting(
+        4, "Latents per prompt, from different steps of denoising.", low=1, most=10
+    )
+    latents: Literal["denoising", "noise"] = setting(
+        "denoising",
+        "denoising runs each LoRA's own denoising first. noise skips it: quick, a little worse.",
+    )
+    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1)
+    guidance: float = setting(
+        1.0, "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.", low=0
+    )
+    empty_share: float = setting(
+        0.2,
+        "Share of the rows that get the empty prompt, since guidance runs on it too.",
+        low=0,
+        below=1,
+    )
+    latent_size: int | None = setting(
+        None,
+        "Side of the latents, an eighth of the picture's.",
+        none="the model's own",
+        low=1,
+        most=256,
+    )
     templates: Sequence[str] = TEMPLATES
-    seed: int = 0
+    seed: int = setting(
+        0,
+        "Decides prompts and latents. The same seed gives the same LoRA.",
+        most=0xFFFFFFFFFFFFFFFF,
+    )
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "timesteps", "denoising_steps"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.latents not in ("denoising", "noise"):
-            raise SettingsError(f'latents must be "denoising" or "noise", not {self.latents!r}.')
-        if not 0 <= self.empty_share < 1:
-            raise SettingsError(f"empty_share must be in [0, 1), not {self.empty_share}.")
+    def check(self) -> None:
+        super().check()
         if self.timesteps > self.denoising_steps:
             raise SettingsError(
                 f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
                 f"({self.denoising_steps})."
             )
-        if self.latent_size is not None and self.latent_size < 1:
-            raise SettingsError(f"latent_size must be at least 1, not {self.latent_size}.")
         if not self.templates or not all("{}" in template for template in self.templates):
             raise SettingsError('templates must hold "{}" where the concept goes.')
+
+
+class Words(NamedTuple):
+    """:class:`Concept`'s fields of these names."""
+
+    trigger: str = ""
+    class_word: str = ""
+    subjects: tuple[str, ...] = ()
+
+
+def words_of(metadata: Mapping[str, str]) -> Words:
+    """How to call for what a LoRA knows, as far as its file tells: one phrase is split at its first
+    blank, "sks dog" into "sks" and "dog"; several are kept as they are."""
+    phrases = trigger_phrases(metadata)
+    if len(phrases) > 1:
+        return Words(subjects=tuple(phrases))
+    trigger, _, class_word = "".join(phrases).partition(" ")
+    return Words(trigger, class_word.strip())
 
 
 def concept_prompts(
     concept: Concept, calibration: Calibration, generator: torch.Generator
 ) -> list[str]:
-    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer."""
+    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer; of
+    several phrases each in turn."""
     if concept.prompts is not None:
-        pool = [str(prompt) for prompt in concept.prompts]
-        if not pool:
+        pools = [[str(prompt) for prompt in concept.prompts]]
+        if not pools[0]:
             raise IterisError(
                 f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
                 "and a class word to make them from."
             )
-    elif concept.subject:
-        pool = [template.format(concept.subject) for template in calibration.templates]
     else:
+        pools = [[t.format(phrase) for t in calibration.templates] for phrase in concept.phrases]
+    if not pools:
         raise IterisError(
             f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
             "features cannot be collected without knowing how to call for it."
         )
+    each = -(-calibration.samples // len(pools))
+    columns = [_in_random_order(pool, each, generator) for pool in pools]
+    turns = zip(*columns, strict=True)
+    return [prompt for turn in turns for prompt in turn][: calibration.samples]
+
+
+def _in_random_order(pool: list[str], count: int, generator: torch.Generator) -> list[str]:
     prompts: list[str] = []
-    while len(prompts) < calibration.samples:
+    while len(prompts) < count:
         order = torch.randperm(len(pool), generator=generator).tolist()
         prompts += [pool[index] for index in order]
-    return prompts[: calibration.samples]
+    return prompts[:count]

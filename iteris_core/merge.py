@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,11 +18,15 @@ from .lora import Lora, LowRank
 from .lora_files import Layout, write_lora
 from .methods import find_method
 from .passes.job import Job
+from .presets import PRESETS, PresetName, preset_settings
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport
+from .settings import Settings
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
+
+_S = TypeVar("_S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ def merge_loras(
     concepts: Sequence[Concept],
     method: str = "iteris",
     *,
-    settings: Any = None,
-    calibration: Calibration | None = None,
+    preset: PresetName = "default",
+    settings: Settings | Mapping[str, Any] | None = None,
+    calibration: Calibration | Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
     on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -57,8 +62,9 @@ def merge_loras(
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
-    ``host`` runs the base model; a method that only looks at weights takes None. ``settings`` is
-    the method's own dataclass or a mapping of its fields. ``generator`` (on the CPU) decides
+    ``host`` runs the base model; a method that only looks at weights takes None. ``settings``
+    and ``calibration`` are mappings of names to values, which go over those of ``preset``
+    (:data:`.presets.PRESETS`), or the whole dataclass. ``generator`` (on the CPU) decides
     prompts and latents; without one it is seeded by ``calibration.seed``. ``should_stop`` is asked
     at every step; when it says yes :class:`MergeCancelled` is raised. With ``shards`` several
     processes that call this alike share the rows and end with the same result. ``memory_budget``
@@ -70,8 +76,10 @@ def merge_loras(
     """
     started = time.perf_counter()
     chosen = find_method(method)
-    settings = _settings(chosen.settings, settings, method)
-    calibration = calibration or Calibration()
+    if preset not in PRESETS:
+        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    settings = _over(preset_settings(preset, method), settings, chosen.settings)
+    calibration = _over(PRESETS[preset].calibration, calibration, Calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
@@ -134,19 +142,13 @@ def _notes(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     return notes | ({"embeddings": warnings} if warnings else {})
 
 
-def _settings(kind: type, given: Any, method: str) -> Any:
-    if given is None:
-        return kind()
+def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
+    """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
     if isinstance(given, kind):
         return given
-    if isinstance(given, Mapping):
-        try:
-            return kind(**given)
-        except TypeError as error:
-            raise SettingsError(f"Settings of method {method!r}: {error}.") from error
-    raise SettingsError(
-        f"Method {method!r} takes {kind.__name__} as settings, not {type(given).__name__}."
-    )
+    if given is None or isinstance(given, Mapping):
+        return kind.from_mapping({**preset, **kind.canonical(given or {})})
+    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
 
 
 def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
@@ -158,16 +160,11 @@ def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
     if len(kinds) > 1:
         raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
     sites = {site: None for lora in loras for site in lora.sites}
-    if not sites:
-        raise IterisError("The LoRAs change no site at all; are the files empty?")
     references: dict[str, list[LowRank | None]] = {}
     for site in sites:
-        changes = [
-            concept.lora.sites[site].scaled(concept.strength)
-            if concept.lora is not None and site in concept.lora.sites
-            else None
-            for concept in concepts
-        ]
+        changes = [_change(concept, site) for concept in concepts]
+        if not any(changes):
+            continue
         shapes = {change.shape for change in changes if change is not None}
         if len(shapes) > 1:
             raise IterisError(
@@ -175,7 +172,20 @@ def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
                 "made for different base models."
             )
         references[site] = changes
+    if not references:
+        raise IterisError(
+            "The LoRAs change no site at all; are the files empty, or the strengths where they "
+            "have sites 0?"
+        )
     return references
+
+
+def _change(concept: Concept, site: str) -> LowRank | None:
+    """What the concept's LoRA changes at ``site``, at its strength; None if it changes nothing."""
+    strength = concept.strength_at(site)
+    if concept.lora is None or site not in concept.lora.sites or strength == 0:
+        return None
+    return concept.lora.sites[site].scaled(strength)
 
 
 def _check_sites(host: Host, references: Mapping[str, Sequence[LowRank | None]]) -> None:

@@ -12,6 +12,7 @@ import iteris_core
 ROOT = Path(iteris_core.__file__).parent
 LAYERS = (
     "errors",
+    "settings",
     "bases",
     "lora",
     "linalg",
@@ -24,6 +25,7 @@ LAYERS = (
     "passes",
     "report",
     "methods",
+    "presets",
     "merge",
     "score",
     "cli",

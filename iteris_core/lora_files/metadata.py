@@ -28,7 +28,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     found = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
     ours = parse_object(metadata.get("iteris")).get("concepts")
     for concept in ours if isinstance(ours, list) else []:
-        if isinstance(concept, dict):
+        if isinstance(concept, dict) and concept.get("lora") is not None:
             found.append(str(concept.get("trigger") or ""))
     for folder in parse_object(metadata.get("ss_dataset_dirs")):
         number, _, name = folder.partition("_")
@@ -36,6 +36,22 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
             found.append(name.strip())
     found += _constant_tags(metadata)
     return list(dict.fromkeys(word for word in found if word))
+
+
+def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
+    """What a prompt has to say: every phrase of a file with several concepts, as a merge of ours
+    or ``modelspec.trigger_phrase`` has them; of any other the best word alone."""
+    phrases: list[str] = []
+    merged = parse_object(metadata.get("iteris")).get("concepts")
+    for concept in merged if isinstance(merged, list) else []:
+        if isinstance(concept, dict) and concept.get("lora") is not None:
+            subjects = concept.get("subjects")
+            several = [str(phrase) for phrase in subjects] if isinstance(subjects, list) else []
+            one = f"{concept.get('trigger') or ''} {concept.get('class') or ''}"
+            phrases += several or [one]
+    phrases = phrases or metadata.get("modelspec.trigger_phrase", "").split(",")
+    phrases = list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
+    return phrases or trigger_words(metadata)[:1]
 
 
 def _constant_tags(metadata: Mapping[str, str]) -> list[str]:

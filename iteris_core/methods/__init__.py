@@ -1,8 +1,8 @@
 """Merge methods, one file each, registered by a decorator.
 
 To add one, write a file like :mod:`.linear` and name it in the import below. A method is a function
-``(job, settings) -> {site: (change, report)}``; ``settings`` is a frozen dataclass that is
-declared once and read by the library, the command line and the nodes.
+``(job, settings) -> {site: (change, report)}``; ``settings`` is a dataclass over
+:class:`..settings.Settings`, declared once and read by the library, the command line and the nodes.
 """
 
 from ..passes.job import Job

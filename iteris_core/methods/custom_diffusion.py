@@ -19,29 +19,26 @@ from torch import Tensor
 
 from ..activations.tokens import Visit
 from ..concepts import Concept
-from ..errors import IterisError, SettingsError
+from ..errors import IterisError
 from ..linalg.lowrank import factorize
 from ..lora import LowRank
 from ..passes.batches import Batching, micro_batches
 from ..passes.job import Job
 from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .linear import LinearSettings, average
-from .registry import Merged, method
+from .registry import ROWS_PER_FORWARD, Merged, method
 
 
 @dataclass(frozen=True)
-class CustomDiffusionSettings:
-    """``ridge``: α on C_regᵀC_reg and on the constraints, relative to their norms;
-    ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-6
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1:
-            raise SettingsError(f"ridge must be in (0, 1), not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class CustomDiffusionSettings(Settings):
+    ridge: float = setting(
+        1e-6,
+        "α on C_regᵀC_reg and on the constraints, relative to their norms.",
+        above=0,
+        below=1,
+    )
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
 @method("custom-diffusion", CustomDiffusionSettings, needs_host=True)

@@ -8,25 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import Rank, check_rank
 from ..passes.job import Job
+from ..settings import Settings, setting
 from .dense import merge_dense
-from .registry import Merged, method
-from .ties import check_density, disjoint_mean
+from .registry import SUM_OF_RANKS, Merged, method
+from .ties import disjoint_mean
 
 
 @dataclass(frozen=True)
-class DareSettings:
-    """``density``: chance of an entry to stay; ``scale``: what the merged change is multiplied by
-    (1 for the plain sum); ``rank``: of the result (None: Σ r_i)."""
-
-    density: float = 0.5
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class DareSettings(Settings):
+    density: float = setting(0.5, "Chance of an entry to stay.", above=0, high=1)
+    scale: float = setting(1.0, "What the merged change is multiplied by; 1 for the plain sum.")
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
 
 
 @method("dare-linear", DareSettings, needs_host=False)

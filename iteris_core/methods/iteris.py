@@ -1,28 +1,30 @@
 """IterIS (CVPR 2025, arXiv 2411.15231): least squares on the inputs the merged model really sees.
 
-Two schedules reach the same fixed point (DESIGN 3.5). ``jacobi`` is the paper's Algorithm 1: solve
-every site from the last merged model's features, ``iterations`` times. ``sweep`` solves every site
-once, in execution order, on inputs that already passed the solved sites: one pass.
+``jacobi`` is the iteration of the paper's Algorithm 1: solve every site from the last merged
+model's features, ``iterations`` times or until no change moves by more than ``tolerance``.
+``sweep`` solves every site once, in execution order, on inputs that already passed the solved
+sites: one pass, to the fixed point of the iteration (DESIGN 3.5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..activations.collect import Collector, SiteMoments
-from ..errors import IterisError, SettingsError, SolveError
-from ..lora import LowRank, Rank, check_rank, concatenate
+from ..errors import IterisError, SolveError
+from ..lora import LowRank, concatenate
 from ..passes.batches import Batching, micro_batches
 from ..passes.budget import plan
 from ..passes.job import Job
 from ..passes.loops import sweep_pass
 from ..report.report import SiteReport
 from ..solve.rows import SiteRows, solve_rows
-from ..solve.site import Align, Balance, Solution, solve_site
+from ..solve.site import Solution, solve_site
+from .iteris_settings import IterisSettings
 from .polish import polish
 from .registry import Merged, method
 from .repair import add_repairs, at_all_inputs, at_inputs
@@ -31,77 +33,10 @@ _RIDGE = 1e-6
 _ENOUGH = 50  # prompts a concept; with fewer a fit follows the sample, and wants more ridge
 
 
-@dataclass(frozen=True)
-class IterisSettings:
-    """Settings of ``iteris``.
-
-    ``align``: what a site's output is held against, see :mod:`..solve`. ``schedule``: one sweep or
-    ``iterations`` Jacobi iterations. ``balance``: λ_i from each LoRA's own outputs (``adapter``,
-    eq. 8; ``full``, the layer's whole output), the number of ``tokens``, or ``none``. ``ridge``: α
-    of eq. 7 (None: 1e-6, and more for less than 50 samples). ``shrink``: what off-diagonal entries
-    of the moments are multiplied by, see :mod:`..solve` (1: nothing; less where a concept has not
-    many more tokens than a site has inputs). ``rank``: at most this rank per site, or the share of
-    output energy to keep, such as 0.99 (None: Σ r_i). ``micro_batch``: rows per forward (the result
-    is the same for any). ``row_tokens``: at most so many tokens of every row are counted, chosen at
-    random by the calibration's seed (None: of pictures 128, or what gives a concept 32 for each
-    of a site's inputs; of texts all). ``focus``: how much more places of a picture count where a
-    LoRA acts, see :mod:`..focus` (None: 1 - 2 / concepts, since two hardly compete).
-    ``statistics``: dtype of the moments. ``repair``: hold residual streams too, and change sites
-    that no LoRA changes to that end, see :mod:`.repair` (``align="full"`` only). ``repair_inputs``:
-    the share of a feed-forward's hidden units that a repair may use (None: half for two concepts
-    of a model that makes pictures, else all).
-    ``polish_steps``: Adam steps at ``polish_rate`` on the final output, see :mod:`.polish` (0: the
-    closed form alone).
-    """
-
-    align: Align = "full"
-    schedule: Literal["sweep", "jacobi"] = "sweep"
-    iterations: int = 10
-    balance: Balance = "tokens"
-    ridge: float | None = None
-    shrink: float = 1.0
-    rank: Rank | None = None
-    micro_batch: int = 32
-    row_tokens: int | None = None
-    focus: float | None = None
-    statistics: Literal["float32", "float64"] = "float32"
-    repair: bool = True
-    repair_inputs: float | None = None
-    polish_steps: int = 0
-    polish_rate: float = 5e-4
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("align", ("adapter", "full")),
-            ("schedule", ("sweep", "jacobi")),
-            ("balance", ("adapter", "tokens", "full", "none")),
-            ("statistics", ("float32", "float64")),
-        ):
-            if getattr(self, name) not in choices:
-                raise SettingsError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}."
-                )
-        for name in ("iterations", "micro_batch", "row_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} must be at least 1, not {value}.")
-        check_rank(self.rank)
-        if self.polish_steps < 0 or not self.polish_rate > 0:
-            raise SettingsError("polish_steps must be 0 or more and polish_rate above 0.")
-        if self.ridge is not None and not 0 <= self.ridge < 1:
-            raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
-        if self.focus is not None and not 0 <= self.focus <= 1:
-            raise SettingsError(f"focus must be in [0, 1], not {self.focus}.")
-        if not 0 < self.shrink <= 1:
-            raise SettingsError(f"shrink must be in (0, 1], not {self.shrink}.")
-        if self.repair_inputs is not None and not 0 < self.repair_inputs <= 1:
-            raise SettingsError(f"repair_inputs must be in (0, 1], not {self.repair_inputs}.")
-
-
 @method("iteris", IterisSettings, needs_host=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
-    if settings.repair and settings.align == "full":
+    if settings.repair and settings.objective == "output":
         add_repairs(job, settings.repair_inputs)
     run = _Run(job, settings)
     if settings.schedule == "sweep":
@@ -150,9 +85,9 @@ class _Run:
     def __init__(self, job: Job, settings: IterisSettings) -> None:
         self.job = job
         self.settings = settings
-        focus = settings.focus
+        focus = settings.saliency
         if focus is None:
-            focus = max(0.0, 1 - 2 / len(job.concepts))
+            focus = max(0.0, 1 - 2 / job.loras)
         self.acting: Set[str] = set()
         if focus:
             assert job.host is not None
@@ -162,11 +97,11 @@ class _Run:
         self.ridge = _RIDGE * few**2 if settings.ridge is None else settings.ridge
         self.batching = Batching(
             settings.micro_batch,
-            settings.row_tokens or "enough",
+            None if settings.row_tokens == "all" else settings.row_tokens or "enough",
             job.calibration.seed,
             focus=focus,
-            cross=settings.align != "full",
-            itemsize=4 if settings.statistics == "float32" else 8,
+            cross=settings.objective == "adapter",
+            itemsize=4 if settings.precision == "float32" else 8,
         )
         self.solutions: dict[str, Solution] = {}
 
@@ -211,15 +146,25 @@ class _Run:
                     job.convergence.append(_largest_change(self.solutions, solved))
                 self.solutions = solved
                 lockstep.merged = {site: s.change for site, s in solved.items()}
+                if self._converged():
+                    break
             job.tick("iterations", iterations, iterations)
+
+    def _converged(self) -> bool:
+        """Whether the last iteration moved no change by more than the tolerance; the answer of all
+        processes is one."""
+        tolerance, changes = self.settings.tolerance, self.job.convergence
+        if tolerance is None or not changes:
+            return False
+        return bool(self.job.shards.least(int(changes[-1] <= tolerance)))
 
     def _collector(self, *, sweep: bool = False) -> Collector:
         rank = self.settings.rank
         return Collector(
             self.job.references,
-            full=self.settings.align == "full",
-            balance=self.settings.balance,
-            dtype=getattr(torch, self.settings.statistics),
+            full=self.settings.objective == "output",
+            balance=self.settings.weighting,
+            dtype=getattr(torch, self.settings.precision),
             shards=self.job.shards,
             acting=self.acting,
             inputs={s: some for s, some in self.job.repairs.items() if some is not None},
@@ -235,7 +180,7 @@ class _Run:
         if inputs is not None:
             changes = at_inputs(changes, inputs)
         common: dict[str, Any] = {
-            "balance": settings.balance,
+            "balance": settings.weighting,
             "ridge": self.ridge,
             "rank": settings.rank,
             "residuals": not repair,
@@ -250,7 +195,7 @@ class _Run:
                     found.shared,
                     found.targets,
                     self.job.weights,
-                    align=settings.align,
+                    align="adapter" if settings.objective == "adapter" else "full",
                     shrink=settings.shrink,
                     **common,
                 )

@@ -13,37 +13,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..activations.tokens import Visit
-from ..errors import SettingsError
 from ..lora import LowRank, concatenate
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import sweep_pass
 from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .iteris import check_complete
-from .registry import Merged, method
+from .registry import ROWS_PER_FORWARD, Merged, method
 
 
 @dataclass(frozen=True)
-class IterisSubspaceSettings:
-    """``ridge``: α; ``balance``: λ_i is 1 / tokens or 1 (``none``); ``micro_batch``: rows per
-    forward."""
-
-    ridge: float = 1e-5
-    balance: str = "tokens"
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ridge < 1:
-            raise SettingsError(f"ridge must be in [0, 1), not {self.ridge}.")
-        if self.balance not in ("tokens", "none"):
-            raise SettingsError(f"balance must be tokens or none, not {self.balance!r}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class IterisSubspaceSettings(Settings):
+    ridge: float = setting(
+        1e-5, "How strongly a layer is drawn toward the mean of the LoRAs.", low=0, below=1
+    )
+    weighting: Literal["tokens", "none"] = setting(
+        "tokens",
+        "What evens out the concepts: the number of tokens, or nothing.",
+        former=("balance",),
+    )
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
 @method("iteris-subspace", IterisSubspaceSettings, needs_host=True)
@@ -125,7 +121,7 @@ class _Subspace:
         for own, cross, tokens, weight in zip(
             moments.own, moments.cross, moments.tokens.tolist(), self._task.weights, strict=True
         ):
-            value = weight / max(tokens, 1) if settings.balance == "tokens" else weight
+            value = weight / max(tokens, 1) if settings.weighting == "tokens" else weight
             pull = value * settings.ridge * float(own.double().norm())
             left.add_(own.double(), alpha=value)
             left.diagonal().add_(pull)

@@ -12,24 +12,23 @@ import torch
 from torch import Tensor
 
 from ..linalg.lowrank import truncate
-from ..lora import LowRank, Rank, check_rank
+from ..lora import LowRank
 from ..passes.job import Job
 from ..report.report import SiteReport
-from .registry import Merged, method
-from .ties import check_density, disjoint_mean, keep_largest
+from ..settings import Settings, setting
+from .registry import SUM_OF_RANKS, Merged, method
+from .ties import disjoint_mean, keep_largest
 
 
 @dataclass(frozen=True)
-class KnotsSettings:
-    """``density``, ``scale``: of TIES on the V_i; ``rank``: of the result (None: Σ r_i)."""
-
-    density: float = 0.3
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class KnotsSettings(Settings):
+    density: float = setting(
+        0.3, "Share of entries kept of each LoRA in the shared basis.", above=0, high=1
+    )
+    scale: float = setting(1.0, "What the merged change is multiplied by.")
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
 
 
 @method("knots", KnotsSettings, needs_host=False)

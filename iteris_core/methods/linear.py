@@ -6,37 +6,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..linalg.lowrank import truncate
-from ..lora import LowRank, Rank, check_rank, concatenate
+from ..lora import LowRank, Rank, concatenate
 from ..passes.job import Job
 from ..report.report import SiteReport
-from .registry import Merged, method
+from ..settings import Settings, setting
+from .registry import SUM_OF_RANKS, Merged, method
 
 
 @dataclass(frozen=True)
-class LinearSettings:
-    """``rank``: cut each site to this rank, or to this share of energy, by plain SVD (None: no)."""
-
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
+class LinearSettings(Settings):
+    rank: int | float | None = setting(
+        None,
+        "Rank to which a layer is cut by plain SVD, or the share of energy to keep.",
+        none=SUM_OF_RANKS,
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
 class TaskArithmeticSettings(LinearSettings):
-    """``scale``: what the sum is multiplied by; 0.3 to 0.4 is what its authors found best."""
-
-    scale: float = 0.4
+    scale: float = setting(
+        0.4, "What the sum is multiplied by; 0.3 to 0.4 is what its authors found best."
+    )
 
 
 @dataclass(frozen=True)
-class SvdSettings:
-    """``rank``: of the result (None: the largest rank among the LoRAs of a site)."""
-
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
+class SvdSettings(Settings):
+    rank: int | float | None = setting(
+        None,
+        "Rank of the result, or the share of energy to keep.",
+        none="the largest rank among the LoRAs of a layer",
+        low=1,
+    )
 
 
 @method("average", LinearSettings, needs_host=False)
@@ -52,7 +53,7 @@ def sum_up(job: Job, settings: LinearSettings) -> Merged:
     return _combine(job, settings.rank, lambda weight: weight)
 
 
-@method("job-arithmetic", TaskArithmeticSettings, needs_host=False)
+@method("task-arithmetic", TaskArithmeticSettings, needs_host=False)
 def task_arithmetic(job: Job, settings: TaskArithmeticSettings) -> Merged:
     """A scaled sum of the changes (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
     return _combine(job, settings.rank, lambda weight: settings.scale * weight)

@@ -7,28 +7,21 @@ projection.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import SettingsError
 from ..lora import LowRank, concatenate
 from ..passes.job import Job
 from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .registry import Merged, method
 
 
 @dataclass(frozen=True)
-class OrthogonalSettings:
-    """``softness``: 1/μ; 0 is the hard projection. ``scale``: what the sum is multiplied by."""
-
-    softness: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.softness >= 0 or not math.isfinite(self.softness):
-            raise SettingsError(f"softness must be 0 or more, not {self.softness}.")
+class OrthogonalSettings(Settings):
+    softness: float = setting(0.0, "1/μ; 0 is the hard projection.", low=0)
+    scale: float = setting(1.0, "What the sum is multiplied by.")
 
 
 @method("orthogonal", OrthogonalSettings, needs_host=False)

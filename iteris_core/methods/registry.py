@@ -10,6 +10,10 @@ from ..errors import SettingsError
 from ..lora import LowRank
 from ..passes.job import Job
 from ..report.report import SiteReport
+from ..settings import Settings
+
+SUM_OF_RANKS = "the sum of the LoRAs' ranks"
+ROWS_PER_FORWARD = "Rows per forward; the result is the same for any number."
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
 
@@ -18,7 +22,7 @@ Merged = Mapping[str, tuple[LowRank, SiteReport]]
 class Method:
     name: str
     merge: Callable[[Job, Any], Merged]
-    settings: type
+    settings: type[Settings]
     needs_host: bool
     summary: str
 
@@ -27,7 +31,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, settings: type, *, needs_host: bool
+    name: str, settings: type[Settings], *, needs_host: bool
 ) -> Callable[[Callable[[Job, Any], Merged]], Callable[[Job, Any], Merged]]:
     """Register a merge method; the first line of its docstring is its summary."""
 

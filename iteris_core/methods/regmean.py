@@ -11,32 +11,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..activations.collect import Collector, SiteMoments
-from ..errors import SettingsError
-from ..lora import LowRank, Rank, check_rank
+from ..lora import LowRank
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import reference_pass, sweep_pass
+from ..settings import Settings, setting
 from ..solve.moments import InputMoments, SharedInputs
 from ..solve.site import Solution, solve_site
 from .iteris import check_complete, site_report
-from .registry import Merged, method
+from .registry import ROWS_PER_FORWARD, SUM_OF_RANKS, Merged, method
 
 
 @dataclass(frozen=True)
-class RegMeanSettings:
-    """``shrink``: what off-diagonal entries of G_i are multiplied by (0.9 in the paper; 1 is
-    eq. 4). ``rank``: of the result (None: Σ r_i). ``micro_batch``: rows per forward."""
-
-    shrink: float = 0.9
-    rank: Rank | None = None
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
-        if not 0 <= self.shrink <= 1:
-            raise SettingsError(f"shrink must be in [0, 1], not {self.shrink}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class RegMeanSettings(Settings):
+    shrink: float = setting(
+        0.9,
+        "What off-diagonal entries of the moments are multiplied by; 0.9 in the paper, 1 is eq. 4 "
+        "of IterIS.",
+        low=0,
+        high=1,
+    )
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
 @method("regmean", RegMeanSettings, needs_host=True)

@@ -31,7 +31,7 @@ def add_repairs(job: Job, share: float | None = None) -> None:
     """Put the host's streams and repair sites into ``job``.
 
     ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None:
-    half for two concepts in pictures, which hardly compete, else all). Each concept that changes a
+    half for two LoRAs in pictures, which hardly compete, else all). Each concept that changes a
     component stands there with a change of zero, at its largest rank in that component. One concept
     alone leaves no drift.
     """
@@ -43,7 +43,7 @@ def add_repairs(job: Job, share: float | None = None) -> None:
     modules = job.host.sites()
     like = next(c for changes in job.references.values() for c in changes if c is not None)
     if share is None:
-        share = _HALF if job.host.pictures and len(job.concepts) == 2 else 1.0
+        share = _HALF if job.host.pictures and job.loras == 2 else 1.0
     added: dict[str, list[LowRank | None]] = {}
     inputs: dict[str, Tensor | None] = {}
     for site in job.streams:

@@ -13,28 +13,20 @@ import torch
 from torch import Tensor
 
 from ..activations.tokens import Visit
-from ..errors import SettingsError
 from ..lora import LowRank, concatenate
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import reference_pass
 from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .iteris import check_complete
-from .registry import Merged, method
+from .registry import ROWS_PER_FORWARD, Merged, method
 
 
 @dataclass(frozen=True)
-class SsrSettings:
-    """``ridge``: λ, absolute as in the source; ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-4
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise SettingsError(f"ridge must be 0 or more, not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class SsrSettings(Settings):
+    ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
+    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 
 
 @method("ssr", SsrSettings, needs_host=True)

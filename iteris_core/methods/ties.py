@@ -8,25 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SettingsError
-from ..lora import Rank, check_rank
 from ..passes.job import Job
+from ..settings import Settings, setting
 from .dense import merge_dense
-from .registry import Merged, method
+from .registry import SUM_OF_RANKS, Merged, method
 
 
 @dataclass(frozen=True)
-class TiesSettings:
-    """``density``: share of entries kept per LoRA (0.2 in the paper); ``scale``: λ; ``rank``: of
-    the result (None: Σ r_i)."""
-
-    density: float = 0.2
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class TiesSettings(Settings):
+    density: float = setting(
+        0.2, "Share of entries kept of each LoRA; 0.2 in the paper.", above=0, high=1
+    )
+    scale: float = setting(1.0, "What the merged change is multiplied by (λ).")
+    rank: int | float | None = setting(
+        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+    )
 
 
 @method("ties", TiesSettings, needs_host=False)
@@ -38,11 +34,6 @@ def ties(job: Job, settings: TiesSettings) -> Merged:
         return settings.scale * disjoint_mean(trimmed)
 
     return merge_dense(job, settings.rank, merge)
-
-
-def check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise SettingsError(f"density must be in (0, 1], not {density}.")
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:

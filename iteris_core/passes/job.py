@@ -47,6 +47,11 @@ class Job:
     def weights(self) -> list[float]:
         return [concept.weight for concept in self.concepts]
 
+    @property
+    def loras(self) -> int:
+        """How many concepts have a LoRA; the others keep the base as it is."""
+        return sum(concept.lora is not None for concept in self.concepts)
+
     def samples(self, lockstep: Lockstep) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
         assert self.host is not None

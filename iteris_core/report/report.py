@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SETTLED = 1e-3
+"""The largest relative change of a site at which iterations count as converged."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -42,6 +45,14 @@ class MergeReport:
     rows: int = 0
     convergence: Sequence[float] = ()
     plan: Sequence[str] = ()
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the last Jacobi iteration moved no change by more than the tolerance, or
+        :data:`SETTLED` where none is set; None where there was nothing to converge."""
+        if not self.convergence:
+            return None
+        return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) of every concept: root mean square over the sites."""
@@ -86,9 +97,19 @@ class MergeReport:
             outlook = "weakened: merge fewer concepts, or give it a larger weight"
         return f"{first} and {second} disagree most in {worst}; expect {first} {outlook}."
 
+    def _convergence(self) -> str:
+        passes, change = len(self.convergence) + 1, self.convergence[-1]
+        if self.converged:
+            return f"Converged after {passes} iterations: the last moved no site by {change:.2g}."
+        return (
+            f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
+            f"{change:.2g} of it. Use schedule=sweep, which needs no iterations, or more of them."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["sentence"] = self.sentence()
+        data["converged"] = self.converged
         data["residuals"] = {
             name: {"before": before, "after": after}
             for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
@@ -112,6 +133,8 @@ class MergeReport:
                 lines.append(
                     f"  {name}: output error {after:.0%} of its change (the mean: {before:.0%})"
                 )
+        if self.converged is not None:
+            lines.append(f"  {self._convergence()}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         lines += [f"  {line}" for line in self.plan if "do not fit" in line]
