@@ -100,7 +100,10 @@ class MergeReport:
     def _convergence(self) -> str:
         passes, change = len(self.convergence) + 1, self.convergence[-1]
         if self.converged:
-            return f"Converged after {passes} iterations: the last moved no site by {change:.2g}."
+            return (
+                f"Converged after {passes} iterations: the last moved no site by more than "
+                f"{change:.2g} of it."
+            )
         return (
             f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
             f"{change:.2g} of it. Use schedule=sweep, which needs no iterations, or more of them."
