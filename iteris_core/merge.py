@@ -130,7 +130,6 @@ def merge_loras(
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
-        converged=ran.converged,
     )
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     embeddings, _ = join_embeddings(loras)

@@ -19,6 +19,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
+from ..iteris_core.settings import find_setting
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec, read_metadata
@@ -53,7 +54,7 @@ def merge_on(
 
     Settings that ``method`` does not have are left out.
     """
-    names = find_method(method).settings.__dataclass_fields__  # type: ignore[attr-defined]
+    kind = find_method(method).settings
     on_progress = show_progress(node_id)
     while True:
         given = {**settings, "micro_batch": rows}
@@ -68,7 +69,7 @@ def merge_on(
                     host,
                     [spec.read(host) for spec in specs],
                     method,
-                    settings={name: given[name] for name in names if name in given},
+                    settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=None,  # ComfyUI frees what the host asks for
@@ -87,14 +88,12 @@ def merge_on(
         free_memory()
 
 
-def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
+def as_lora_model(result: MergeResult, dtype: str) -> LoraModel:
     """What ``result`` is once it is saved and loaded again."""
     with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
         path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
         # Tensors that stayed mapped onto the file would keep Windows from deleting it.
         tensors, metadata = load(path.read_bytes()), read_metadata(path)
-    words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
-    metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
 

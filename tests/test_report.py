@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from iteris_core.solve.problem import Solution
 from oracle import ModuleHost, Net, make_data, make_lora
 
 from iteris_core import Concept, IterisError, LowRank, merge_loras
 from iteris_core.report.plots import plot_convergence, plot_residuals
 from iteris_core.report.report import MergeReport, SiteReport, block_of
+from iteris_core.solve.problem import Solution
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..concepts import Calibration, Concept, Words, words_of
+from ..errors import IterisError, SettingsError
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
-from ..lora_files.metadata import parse_object, trigger_words
+from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
 from ..report.provenance import cut_lora
-from .common import ConceptOption
+from ..settings import Settings
+from .options import ConceptOption, over
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,20 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(method, settings, calibration, concepts, path.parent, cut)
 
 
-def calibration_of(recipe: Recipe) -> Calibration:
+def calibration_of(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's calibration, with what the command line says over it."""
     try:
-        return Calibration(**recipe.calibration)
-    except TypeError as error:
-        raise IterisError(f"The recipe's calibration is not of this version: {error}.") from error
+        return over(recipe.calibration, given, Calibration)
+    except SettingsError as error:
+        raise IterisError(f"The recipe's calibration is not of this version: {error}") from error
 
 
-def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
+def settings_of(recipe: Recipe, kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's settings, with those of the command line over them."""
     try:
-        return kind(**{**recipe.settings, **given})
-    except TypeError as error:
-        raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
+        return over(recipe.settings, given, kind)
+    except SettingsError as error:
+        raise IterisError(f"The recipe's settings are not of this version: {error}") from error
 
 
 def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
@@ -86,7 +88,7 @@ def concepts_of(
     then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
     found: list[Concept] = []
     for entry in recipe.concepts:
-        prompts = entry.get("prompts")
+        prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
         try:
             concept = Concept(
                 None,
@@ -95,6 +97,8 @@ def concepts_of(
                 class_word=str(entry.get("class") or ""),
                 strength=float(entry.get("strength", 1.0)),
                 weight=float(entry.get("weight", 1.0)),
+                text_strength=None if text_strength is None else float(text_strength),
+                subjects=[str(subject) for subject in entry.get("subjects") or ()],
             )
         except (TypeError, ValueError) as error:
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
@@ -134,20 +138,20 @@ def _find(recipe: Recipe, name: str, digest: str) -> Path:
 def read_concepts(
     options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
 ) -> list[Concept]:
-    """The concepts of the command line; where neither trigger nor class word is given, the trigger
+    """The concepts of the command line; where neither trigger nor class word is given, the words
     that the file's metadata have."""
     found: list[Concept] = []
     for option in options:
         lora = host.read_lora(option.file, reading)
-        trigger = option.trigger
-        if not trigger and not option.class_word:
-            trigger = next(iter(trigger_words(lora.metadata)), "")
+        words = Words(option.trigger, option.class_word)
+        if words == Words():
+            words = words_of(lora.metadata)
         found.append(
             Concept(
                 rename_embeddings(lora, renames),
-                trigger=trigger,
-                class_word=option.class_word,
+                **words._asdict(),
                 strength=option.strength,
+                text_strength=option.text_strength,
             )
         )
     return found
