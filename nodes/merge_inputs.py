@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.latest import io
 
@@ -111,4 +111,25 @@ def advanced_inputs() -> list[Any]:
             default="float16",
             tooltip="Precision of the merged LoRA.",
         ),
+        *memory_inputs(),
     )
+
+
+def memory_inputs() -> list[Any]:
+    return advanced(
+        io.Float.Input(
+            "memory",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.1,
+            optional=True,
+            tooltip="GiB that the merge may take beyond the model. 0 takes what is free. Where "
+            "that is not enough for all samples, some are left out, and the report says so.",
+        ),
+    )
+
+
+def budget_of(memory: float) -> int | Literal["free"]:
+    """Bytes, from the input ``memory``."""
+    return round(memory * 2**30) if memory else "free"

@@ -21,7 +21,14 @@ from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .interference import interference, plot_interference
 from .lora_rank import at_rank, metadata_at_rank
-from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
+from .merge_inputs import (
+    advanced_inputs,
+    budget_of,
+    latent_inputs,
+    memory_inputs,
+    model_inputs,
+    sampling_inputs,
+)
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
 from .schema import LoraModel, schema
@@ -80,6 +87,7 @@ class IterisMerge(io.ComfyNode):
         latents: str,
         rank: int,
         dtype: str,
+        memory: float = 0.0,
         **settings: Any,
     ) -> io.NodeOutput:
         calibration = Calibration(
@@ -93,7 +101,14 @@ class IterisMerge(io.ComfyNode):
         own = {**settings, "ridge": settings["ridge"] or None} if method == "iteris" else {}
         settings = {"rank": rank or None, **own}
         result = merge_on(
-            model, clip, concepts, method, settings, calibration, cls.hidden.unique_id
+            model,
+            clip,
+            concepts,
+            method,
+            settings,
+            calibration,
+            cls.hidden.unique_id,
+            memory_budget=budget_of(memory),
         )
         lora = as_lora_model(result, concepts, dtype)
         report = result.report.summary()
@@ -119,6 +134,7 @@ class CompareMerges(io.ComfyNode):
                 ),
                 *sampling_inputs(),
                 *latent_inputs(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -149,6 +165,7 @@ class CompareMerges(io.ComfyNode):
         timesteps: int,
         latent_size: int,
         latents: str,
+        memory: float = 0.0,
     ) -> io.NodeOutput:
         calibration = Calibration(
             samples=samples,
@@ -168,7 +185,14 @@ class CompareMerges(io.ComfyNode):
             merged = model, clip
             if name != _BASE:
                 result = merge_on(
-                    model, clip, concepts, name, {}, calibration, cls.hidden.unique_id
+                    model,
+                    clip,
+                    concepts,
+                    name,
+                    {},
+                    calibration,
+                    cls.hidden.unique_id,
+                    memory_budget=budget_of(memory),
                 )
                 merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
                 reports.append(result.report.summary())
