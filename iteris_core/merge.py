@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from .methods import Task, find_method
 from .provenance import join_embeddings, merge_metadata, notes_of
 from .report import MergeReport
 from .shards import ALONE, Shards
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
@@ -101,6 +104,9 @@ def merge_loras(
         shards=shards,
         memory_budget=memory_budget,
     )
+    missing = _not_in_force(host, concepts) if host is not None and chosen.needs_host else {}
+    for name, notes in missing.items():
+        _log.warning("%s: %s", name, "; ".join(notes))
     merged = chosen.merge(task, settings)
     names = [concept.name for concept in concepts]
     report = MergeReport(
@@ -110,7 +116,7 @@ def merge_loras(
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=_notes(concepts),
+        notes=_notes(concepts, missing),
         rows=task.rows,
         plan=task.plan,
         convergence=task.convergence,
@@ -127,8 +133,31 @@ def merge_loras(
     return MergeResult(lora, report)
 
 
-def _notes(concepts: Sequence[Concept]) -> dict[str, list[str]]:
+def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str]]:
+    """By concept: the embeddings that its file brings and its prompts do not call for. With fewer
+    of them the LoRA is not what it was trained to be, and its features are others."""
+    notes: dict[str, list[str]] = {}
+    for concept in concepts:
+        brought = concept.lora.embeddings if concept.lora is not None else {}
+        prompts = [concept.subject] if concept.prompts is None else concept.prompts
+        called = {name for prompt in prompts for name in host.learned(prompt)} if brought else set()
+        if len(called) >= len(brought):  # whatever they are called there
+            continue
+        missing = [name for name in brought if name not in called]
+        notes.setdefault(concept.name, []).append(
+            f"its embedding {', '.join(missing)} is NOT IN FORCE while features are collected, so "
+            "this concept is merged without what its trigger has learned: load it into the text "
+            "encoder first (diffusers: load_textual_inversion; ComfyUI: a file in "
+            "models/embeddings), and call for it in the trigger or the prompts (ComfyUI: "
+            "embedding:NAME)"
+        )
+    return notes
+
+
+def _notes(concepts: Sequence[Concept], more: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     notes = notes_of(concepts)
+    for name, some in more.items():
+        notes.setdefault(name, []).extend(some)
     _, warnings = join_embeddings([c.lora for c in concepts if c.lora is not None])
     return notes | ({"embeddings": warnings} if warnings else {})
 

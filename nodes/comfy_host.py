@@ -84,6 +84,9 @@ class ComfyHost:
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         return self._texts.token_counts(prompts)
 
+    def learned(self, prompt: str) -> Set[str]:
+        return self._texts.learned(prompt)
+
     def samples(
         self,
         concepts: Sequence[Concept],

@@ -8,6 +8,7 @@ encoders answering from what they gave. Weights on words, pooled outputs and mas
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,17 @@ class TextEncoders:
             found = [[token for token, *_ in section] for section in sections]
             counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in found))
         return counts
+
+    def learned(self, prompt: str) -> set[str]:
+        """The names behind ``embedding:`` in a prompt whose files ComfyUI finds."""
+        names = re.findall(r"embedding:([^\s,;:()]+)", prompt)
+        return {name for name in names if self._holds_vectors(f"embedding:{name}")}
+
+    def _holds_vectors(self, prompt: str) -> bool:
+        """Whether some token of the prompt is no number, but a vector of an embedding."""
+        found = self._clip.tokenize(prompt).values()
+        tokens = [token for sections in found for section in sections for token, *_ in section]
+        return any(isinstance(token, Tensor) for token in tokens)
 
     def batches(
         self,
