@@ -12,6 +12,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_management as memory
 import comfy.utils
+import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -69,9 +70,6 @@ class ComfySites:
                 "another base model?"
             )
         notes = [f"left out: {key}" for key in unread]
-        if embeddings:
-            notes.append(f"its embeddings {', '.join(embeddings)} are not loaded; put them into "
-                         "models/embeddings")  # fmt: skip
         counts: Counter[str] = Counter()
         parts: dict[str, list[LowRank]] = {}
         for target, adapter in loaded.items():
@@ -90,7 +88,14 @@ class ComfySites:
                          "they change nothing")  # fmt: skip
         sites = {site: concatenate(some) for site, some in parts.items()}
         return Lora(
-            sites, path.stem, metadata, str(path), file_digest(path), self._base, notes=notes
+            sites,
+            path.stem,
+            metadata,
+            _name_of(path),
+            file_digest(path),
+            self._base,
+            notes=notes,
+            embeddings=embeddings,
         )
 
     def _module(self, key: str) -> nn.Module:
@@ -183,6 +188,14 @@ def _with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
         if name.startswith("text_encoder") and ".text_model." in name:
             added[name.replace(".text_model.", ".", 1)] = target
     return {**added, **key_map}
+
+
+def _name_of(path: Path) -> str:
+    """The name below models/loras, as Load LoRA lists it; of a file elsewhere its own name."""
+    for folder in folder_paths.get_folder_paths("loras"):
+        if path.resolve().is_relative_to(Path(folder).resolve()):
+            return path.resolve().relative_to(Path(folder).resolve()).as_posix()
+    return path.name
 
 
 def _weight_key(target: Any) -> str:

@@ -7,7 +7,7 @@ for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
@@ -110,6 +110,7 @@ def advanced_inputs() -> list[Any]:
             default="float16",
             tooltip="Precision of the merged LoRA.",
         ),
+        *memory_inputs(),
     )
 
 
@@ -123,3 +124,23 @@ def preset_input() -> Any:
         optional=True,
         tooltip=f"{helps} Inputs that you change go over it. The figures are the toybox's.",
     )
+
+
+def memory_inputs() -> list[Any]:
+    return advanced(
+        io.Float.Input(
+            "memory",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.1,
+            optional=True,
+            tooltip="GiB that the merge may take beyond the model. 0 takes what is free. Where "
+            "that is not enough for all samples, some are left out, and the report says so.",
+        ),
+    )
+
+
+def budget_of(memory: float) -> int | Literal["free"]:
+    """Bytes, from the input ``memory``."""
+    return round(memory * 2**30) if memory else "free"

@@ -25,9 +25,11 @@ from .concept_specs import ConceptSpec
 from .lora_rank import cut_tensors
 from .merge_inputs import (
     advanced_inputs,
+    budget_of,
     calibration_of,
     latent_inputs,
     left_out,
+    memory_inputs,
     model_inputs,
     preset_input,
     sampling_inputs,
@@ -60,6 +62,7 @@ class IterisMerge(io.ComfyNode):
                 *sampling_inputs(),
                 *advanced_inputs(),
                 preset_input(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
@@ -92,6 +95,7 @@ class IterisMerge(io.ComfyNode):
         latents: str,
         dtype: str,
         preset: PresetName = "default",
+        memory: float = 0.0,
         **values: Any,
     ) -> io.NodeOutput:
         calibration = calibration_of(
@@ -106,9 +110,16 @@ class IterisMerge(io.ComfyNode):
         )
         settings = settings_of(method, values, preset)
         result = merge_on(
-            model, clip, concepts, method, settings, calibration, cls.hidden.unique_id
+            model,
+            clip,
+            concepts,
+            method,
+            settings,
+            calibration,
+            cls.hidden.unique_id,
+            memory_budget=budget_of(memory),
         )
-        lora = as_lora_model(result, dtype)
+        lora = as_lora_model(result, concepts, dtype)
         report = result.report.summary() + left_out(method, preset)
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
@@ -132,6 +143,7 @@ class CompareMerges(io.ComfyNode):
                 ),
                 *sampling_inputs(),
                 *latent_inputs(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -162,6 +174,7 @@ class CompareMerges(io.ComfyNode):
         timesteps: int,
         latent_size: int,
         latents: str,
+        memory: float = 0.0,
     ) -> io.NodeOutput:
         calibration = calibration_of(
             {
@@ -183,9 +196,16 @@ class CompareMerges(io.ComfyNode):
             merged = model, clip
             if name != _BASE:
                 result = merge_on(
-                    model, clip, concepts, name, {}, calibration, cls.hidden.unique_id
+                    model,
+                    clip,
+                    concepts,
+                    name,
+                    {},
+                    calibration,
+                    cls.hidden.unique_id,
+                    memory_budget=budget_of(memory),
                 )
-                merged = apply_lora(model, clip, as_lora_model(result, "float16"))
+                merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
                 reports.append(result.report.summary())
             models.append(merged[0])
             clips.append(merged[1])

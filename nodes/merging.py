@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load
@@ -49,10 +49,13 @@ def merge_on(
     calibration: Calibration,
     node_id: str | None = None,
     rows: int = _ROWS,
+    memory_budget: int | Literal["free"] = "free",
 ) -> MergeResult:
-    """Merge at ``rows`` rows per forward, or at half as many as often as memory runs out.
+    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
-    Settings that ``method`` does not have are left out.
+    ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
+    says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
+    that ``method`` does not have are left out. Raises :class:`IterisError` where it cannot fit.
     """
     kind = find_method(method).settings
     on_progress = show_progress(node_id)
@@ -72,7 +75,7 @@ def merge_on(
                     settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
                     on_progress=on_progress,
-                    memory_budget=None,  # ComfyUI frees what the host asks for
+                    memory_budget=memory_budget,
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -81,15 +84,17 @@ def merge_on(
                 raise
             if rows == 1:
                 raise IterisError(
-                    "There is not enough memory for a single row; lower latent_size, or close "
-                    "what else uses it."
+                    "Memory ran out, even with a single row in a forward: all rows of the merge "
+                    "wait in memory at every layer. Lower samples or timesteps (fewer rows) or "
+                    "latent_size (smaller ones), or set memory to less than what is free, so that "
+                    "rows are left out."
                 ) from error
         rows //= 2
         free_memory()
 
 
-def as_lora_model(result: MergeResult, dtype: str) -> LoraModel:
-    """What ``result`` is once it is saved and loaded again."""
+def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
+    """What the ``result`` of merging ``specs`` is once it is saved and loaded again."""
     with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
         path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
         # Tensors that stayed mapped onto the file would keep Windows from deleting it.

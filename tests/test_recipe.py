@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
-from iteris_core.cli.recipe import rename_embeddings
+from iteris_core import (
+    Calibration,
+    Concept,
+    IterisError,
+    Lora,
+    LowRank,
+    cli,
+    merge_loras,
+    write_lora,
+)
+from iteris_core.cli.recipe import Recipe, _find, rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
@@ -76,12 +86,51 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     header = int.from_bytes(data[:8], "little")
     digest = hashlib.sha256(data[8 + header :]).hexdigest()
     assert found["modelspec.hash_sha256"] == f"0x{digest}"
-    arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}"]
+    arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}",
+                 f"--loras={world}"]  # fmt: skip
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 0, err
     one, two = load_file(first), load_file(second)
     assert set(one) == set(two)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
+    world, tmp_path, monkeypatch, capsys
+):
+    files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
+    out, again = tmp_path / "deep" / "out.safetensors", tmp_path / "again.safetensors"
+    out.parent.mkdir()
+    arguments = ["merge", world / "base", "--device=cpu", "--method=sum"]
+    concepts = [f"--concept={file}:a:dog" for file in files]
+    code, _, err = run(monkeypatch, capsys, *arguments, "-o", out, *concepts)
+    assert code == 0, err
+    for path in (tmp_path, world):
+        assert str(path).encode() not in out.read_bytes()
+    assert [c["file"] for c in json.loads(metadata_of(out)["iteris"])["concepts"]] == [
+        "lora1.safetensors", "lora2.safetensors",
+    ]  # fmt: skip
+    arguments = [*arguments[:3], "-o", again, f"--from={out}"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "say with --loras" in " ".join(err.split())
+    code, _, err = run(monkeypatch, capsys, *arguments, f"--loras={world}")
+    assert code == 0, err
+    one, two = load_file(out), load_file(again)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    code, _, err = run(monkeypatch, capsys, *arguments[:4], *concepts, f"--loras={world}")
+    assert code == 2
+    assert "--loras is for --from" in err
+
+
+def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world, tmp_path):
+    for folders, name in (
+        ([tmp_path], str(world / "lora1.safetensors")),
+        ([tmp_path, world], "C:\\Users\\somebody\\lora1.safetensors"),
+        ([world.parent], f"{world.name}/lora1.safetensors"),
+    ):
+        found = _find(Recipe("sum", {}, {}, [], folders, {}), name, "")
+        assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 
 def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsys):
@@ -102,7 +151,7 @@ def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsy
     save_file(first, cut, with_cut(metadata_of(whole), 2, ordered=True))
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", again, "--device=cpu",
-        "--dtype=float32", f"--from={cut}",
+        "--dtype=float32", f"--from={cut}", f"--loras={world}",
     )  # fmt: skip
     assert code == 0, err
     found = load_file(again)
@@ -130,7 +179,10 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
     recipe = {"method": "sum", "settings": {}, "calibration": {}, "concepts": [concept]}
     for change, message in (
         ({}, "SHA-256 differs"),
-        ({"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]}, "not there any more"),
+        (
+            {"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]},
+            "is in none of the folders",
+        ),
         ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
         ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
         ({"method": "magic"}, "There is no method"),
@@ -211,6 +263,34 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     merged = write_lora(found, tmp_path / "c.safetensors")
     again = read_lora_file(merged, found.base)
     assert set(again.sites) == set(lora.sites)
+
+
+def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
+    """A word of the vocabulary, an embedding under another name, and one that was loaded."""
+    pipeline = make_pipeline()
+    host = DiffusersHost(pipeline)
+    vector = torch.ones(1, pipeline.text_encoder.config.hidden_size)
+    lora = random_lora(host, 1, select=lambda site: "mid_block" in site and "attn2.to_k" in site)
+    lora = replace(lora, name="l", embeddings={"l": {"clip_l": vector}})
+    calibration = Calibration(samples=2, timesteps=1, latents="noise")
+
+    def notes(method="iteris", **concept):
+        caplog.clear()
+        concepts = [Concept(lora, **concept)]
+        with caplog.at_level("WARNING"):
+            report = merge_loras(host, concepts, method, calibration=calibration).report
+        said = "its embedding l is NOT IN FORCE" in report.summary()
+        assert said == ("its embedding l is NOT IN FORCE" in caplog.text)
+        assert said == bool(report.notes.get(concepts[0].name))
+        return said
+
+    assert notes(trigger="<new>")  # taken apart
+    assert notes(trigger="dog")  # one token, but a common word
+    pipeline.load_textual_inversion({"<new>": vector[0]}, token="<new>")
+    assert not notes(trigger="<new>", class_word="dog")
+    assert not notes(prompts=["a photo of a <new>, sharp"])
+    assert notes(prompts=["a photo of a dog"])
+    assert not notes("sum", trigger="dog")  # collects no features
 
 
 def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):

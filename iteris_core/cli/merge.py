@@ -53,6 +53,12 @@ def merge(
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Run the merge again that wrote this file")
     ] = None,
+    loras: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --from: the folder of the LoRAs, if they are not beside the merged file"
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=", ".join(m.name for m in all_methods()))] = "iteris",
     setting: Annotated[
         list[str] | None,
@@ -106,9 +112,11 @@ def merge(
     plot: Annotated[Path | None, typer.Option(help="A PNG of the output errors per block")] = None,
 ) -> None:
     """Merge LoRAs on a Stable Diffusion base, or on a model of transformers, and write one."""
-    recipe = read_recipe(from_file) if from_file is not None else None
+    recipe = read_recipe(from_file, loras) if from_file is not None else None
     if (recipe is None) == (not concept):
         raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
+    if recipe is None and loras is not None:
+        raise IterisError("--loras is for --from; --concept names the LoRAs' files itself.")
     method = method if recipe is None else recipe.method
     chosen = find_method(method)
     settings, calibration = parse_settings(chosen.settings, setting or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..concepts import Calibration, Concept, Words, words_of
@@ -23,18 +23,20 @@ from .options import ConceptOption, over
 @dataclass(frozen=True)
 class Recipe:
     """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
-    ``cut`` is what :func:`..provenance.with_cut` wrote there, or empty."""
+    ``folders`` is where their files are looked for; ``cut`` is what :func:`..provenance.with_cut`
+    wrote there, or empty."""
 
     method: str
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     concepts: Sequence[Mapping[str, Any]]
-    folder: Path
+    folders: Sequence[Path]
     cut: Mapping[str, Any]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
+def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
+    """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
+    or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
     found = parse_object(metadata.get("iteris"))
     method, concepts = found.get("method"), found.get("concepts")
@@ -52,7 +54,8 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
-    return Recipe(method, settings, calibration, concepts, path.parent, cut)
+    folders = [*([loras] if loras is not None else []), path.parent, Path()]
+    return Recipe(method, settings, calibration, concepts, folders, cut)
 
 
 def calibration_of(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,15 +127,20 @@ def _reading(entry: Mapping[str, Any], options: ReadOptions) -> tuple[ReadOption
 
 
 def _find(recipe: Recipe, name: str, digest: str) -> Path:
-    """The file where it was, or beside the merged file; its content must be the same."""
-    candidates = [Path(name), recipe.folder / Path(name).name]
+    """The file in one of the recipe's folders, by its recorded name or its last part, or where an
+    older recipe with a whole path says that it was; its content must be the same."""
+    names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
+    candidates = [folder / some for folder in recipe.folders for some in names]
     present = [path for path in candidates if path.is_file()]
     for path in present:
         if not digest or file_digest(path) == digest:
             return path
     if present:
         raise IterisError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
-    raise IterisError(f"{name} is not there any more, nor beside the merged file; put it back.")
+    places = ", ".join(str(folder) for folder in recipe.folders)
+    raise IterisError(
+        f"{name} is in none of the folders {places}; say with --loras in which folder it is."
+    )
 
 
 def read_concepts(

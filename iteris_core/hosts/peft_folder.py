@@ -175,7 +175,8 @@ def write_adapter(
     patterns = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        # A folder of this machine says nothing elsewhere, and tells where somebody keeps things.
+        "base_model_name_or_path": Path(base).name if Path(base).is_absolute() else base,
         "r": largest,
         "lora_alpha": largest,
         "target_modules": sorted(ranks),

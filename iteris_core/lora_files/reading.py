@@ -88,7 +88,7 @@ def read_lora_file(
         found.sites,
         path.stem,
         metadata,
-        str(path),
+        path.name,
         file_digest(path),
         base,
         found.scales,

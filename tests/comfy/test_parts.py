@@ -296,3 +296,68 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
     assert inputs.calibration_of(default).latent_size is None
     assert inputs.calibration_of(default, "fast").samples == 12
     assert inputs.calibration_of({**default, "samples": 30}, "fast").samples == 30
+
+
+def test_no_path_of_this_machine_is_written(
+    kit: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import folder_paths
+
+    loras = models / "models" / "loras"
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(loras)])
+    (loras / "cats").mkdir(exist_ok=True)
+    inner = loras / "cats" / "inner.safetensors"
+    inner.write_bytes((loras / "a.safetensors").read_bytes())
+    outer = models / "outer.safetensors"
+    outer.write_bytes((loras / "b.safetensors").read_bytes())
+    concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
+    result = kit.merging.merge_on(kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
+    lora = kit.merging.as_lora_model(result, concepts, "float16")
+    recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
+    assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
+    save = module_of(kit, "nodes.merge_nodes").SaveMergedLora
+    monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
+    (name,) = save.execute(lora, "whole").result
+    assert str(models).encode() not in (loras / name).read_bytes()
+
+
+def module_of(kit: Any, name: str) -> Any:
+    return importlib.import_module(f"{kit.core.__name__.rpartition('.')[0]}.{name}")
+
+
+def test_an_embedding_beside_a_lora_has_to_be_called_for(
+    kit: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "toy.safetensors"
+    file.write_bytes((models / "models" / "loras" / "a.safetensors").read_bytes())
+    vector = torch.ones(1, 768)
+    save_file({"clip_l": vector}, tmp_path / "toy_emb.safetensors")
+    save_file({"emb_params": vector}, tmp_path / "word.safetensors")
+    monkeypatch.setattr(kit.clip.tokenizer.clip_l, "embedding_directory", [str(tmp_path)])
+    calibration = kit.core.Calibration(samples=2, timesteps=1, latents="noise", latent_size=8)
+
+    def summary(trigger: str) -> str:
+        spec = kit.specs.make_spec(file, trigger=trigger, class_word="cat")
+        result = kit.merging.merge_on(kit.model, kit.clip, [spec], "iteris", {}, calibration)
+        return result.report.summary()
+
+    assert "toy is NOT IN FORCE" in summary("sks")
+    assert "toy is NOT IN FORCE" in summary("embedding:nowhere")
+    assert "NOT IN FORCE" not in summary("embedding:word")
+
+
+def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = module(pack, "nodes.comfy_runtime")
+    shown: list[str] = []
+    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
+    on_progress = runtime.show_progress(None)
+    on_progress("making latents", 0, 1)
+    on_progress("plan: denoiser: 2 sites, 1 of 2 rows", 1, 1)
+    on_progress("solving sites", 0, 9)
+    assert shown == [
+        "Making latents …",
+        "Plan: denoiser: 2 sites, 1 of 2 rows",
+        "Plan: denoiser: 2 sites, 1 of 2 rows\nSolving sites …",
+    ]
