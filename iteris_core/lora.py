@@ -71,7 +71,8 @@ class Lora:
     """Changes by site name, such as ``unet.mid_block.attentions.0…to_q`` or
     ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages.
 
-    ``source`` and ``sha256`` are of the file. ``base`` is what it was read for, if that is known.
+    ``source`` is the file's name, without folders of this machine, since merged files record it;
+    ``sha256`` is of its content. ``base`` is what it was read for, if that is known.
     ``scales`` are the factors that the reader folded into ``up`` (not there: 1), so that the file
     can be written again bit by bit. ``notes`` say what reading did beyond taking the file as it is.
     ``embeddings`` are (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport
 from .settings import Settings
 from .solve.choose import POLICY, Policy
+
+_log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
@@ -88,6 +91,7 @@ def merge_loras(
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
+    missing: dict[str, list[str]] = {}
 
     def tick(what: str, done: int, total: int) -> None:
         if should_stop is not None and should_stop():
@@ -112,6 +116,9 @@ def merge_loras(
             policy=policy,
             ran=ran,
         )
+        missing = _not_in_force(host, concepts)
+        for name, notes in missing.items():
+            _log.warning("%s: %s", name, "; ".join(notes))
         merged = chosen.merge(job, settings)
     else:
         # Prompts without a LoRA say nothing to a method that only looks at weights.
@@ -126,11 +133,10 @@ def merge_loras(
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=_notes(concepts),
+        notes=_notes(concepts, missing),
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
-        converged=ran.converged,
     )
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     embeddings, _ = join_embeddings(loras)
@@ -144,8 +150,31 @@ def merge_loras(
     return MergeResult(lora, report)
 
 
-def _notes(concepts: Sequence[Concept]) -> dict[str, list[str]]:
+def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str]]:
+    """By concept: the embeddings that its file brings and its prompts do not call for. With fewer
+    of them the LoRA is not what it was trained to be, and its features are others."""
+    notes: dict[str, list[str]] = {}
+    for concept in concepts:
+        brought = concept.lora.embeddings if concept.lora is not None else {}
+        prompts = [concept.subject] if concept.prompts is None else concept.prompts
+        called = {name for prompt in prompts for name in host.learned(prompt)} if brought else set()
+        if len(called) >= len(brought):  # whatever they are called there
+            continue
+        missing = [name for name in brought if name not in called]
+        notes.setdefault(concept.name, []).append(
+            f"its embedding {', '.join(missing)} is NOT IN FORCE while features are collected, so "
+            "this concept is merged without what its trigger has learned: load it into the text "
+            "encoder first (diffusers: load_textual_inversion; ComfyUI: a file in "
+            "models/embeddings), and call for it in the trigger or the prompts (ComfyUI: "
+            "embedding:NAME)"
+        )
+    return notes
+
+
+def _notes(concepts: Sequence[Concept], more: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     notes = notes_of(concepts)
+    for name, some in more.items():
+        notes.setdefault(name, []).extend(some)
     _, warnings = join_embeddings([c.lora for c in concepts if c.lora is not None])
     return notes | ({"embeddings": warnings} if warnings else {})
 

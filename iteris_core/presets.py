@@ -1,6 +1,6 @@
 """Presets: tables of settings by name, over which single ones go.
 
-What they cost and give is measured on the toybox, in ``benchmarks/README.md``.
+What they cost and give was measured on the toybox: ``benchmarks/README.md``, "Ablations".
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ class Preset:
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "default": Preset("What every setting is by itself."),
+    "default": Preset("Every setting at its own default."),
     "fast": Preset(
-        "A quarter of the prompts. On the toybox it costs two concepts half a point of CLIP "
-        "alignment, and ten concepts two.",
+        "A quarter of the prompts: half a point of CLIP alignment less with two concepts, two "
+        "points with ten.",
         calibration={"samples": 12},
     ),
     "best": Preset(
-        "Twice the prompts, and 100 steps of polish (not in ComfyUI, which keeps no gradients). On "
-        "the toybox each is worth a fifth of a point, for two and a half times the time.",
+        "Twice the prompts, and 100 steps of polish (none in ComfyUI, which keeps no gradients): a "
+        "fifth of a point more for each.",
         settings={"polish_steps": 100},
         calibration={"samples": 100},
     ),
     # Algorithm 1 with eqs. 5, 7 and 8. Section 3.2: "we typically set α to 1e-4 or lower", and
     # "we cap the iterations at 20 in our experiments"; 4.1: "50 input samples". 4.1 names no α.
     "paper": Preset(
-        "The paper's Algorithm 1 to the letter: 20 iterations over all layers, the adapters' own "
-        "outputs, weights by eq. 8, ridge 1e-4, and nothing of what this project adds. It takes "
-        "many times longer, and on the toybox it is behind the default, the more so the more "
-        "concepts there are.",
+        "The paper's Algorithm 1 to the letter, 20 iterations over all layers: far slower, and "
+        "behind the default where there are many concepts.",
         settings={
             "schedule": "jacobi",
             "iterations": 20,

@@ -31,7 +31,7 @@ class Setting:
 
     ``none`` says what None stands for. Numbers are at least ``low`` or ``above`` it, at most
     ``high`` or ``below`` it; a form may offer less, up to ``most`` in steps of ``step``. A number
-    that may be whole or not is a count, or a share between 0 and 1. ``former`` are names that it
+    that may be whole or not is a count, or a share of ``share``. ``former`` are names that it
     had, ``former_values`` values. The rest comes from the field.
     """
 
@@ -43,6 +43,7 @@ class Setting:
     below: float | None = None
     most: float | None = None
     step: float | None = None
+    share: str = ""
     former: tuple[str, ...] = ()
     former_values: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = ""
@@ -146,7 +147,8 @@ class Setting:
         return ""
 
     def _alternatives(self) -> list[str]:
-        share = ["a share between 0 and 1"] if {int, float} <= self.types else []
+        of = f" of {self.share}" if self.share else ""
+        share = [f"a share{of} between 0 and 1"] if {int, float} <= self.types else []
         words = list(self.choices) if self.types & {int, float} else []
         return [*share, *words, *(["none"] if self.optional else [])]
 

@@ -1,15 +1,19 @@
 """The denoiser of a MODEL, run as ComfyUI's samplers run it, positive conditioning only.
 
-``calc_cond_batch`` brings pooled outputs, sizes, guidance, wrappers and hooks as they would be in
-sampling; one call is one forward, rows in order.
+The inputs of each text are made apart, by ComfyUI for one row, as its sampler does: masks, pooled
+outputs, sizes, guidance. Those of the rows of a forward are put together by ComfyUI's own classes
+of conditioning, and only where they have equal shapes. ``calc_cond_batch`` brings wrappers and
+hooks as they would be in sampling; one call is one forward, rows in order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import comfy.conds
 import comfy.model_management as memory
 import comfy.model_patcher
 import comfy.model_sampling
@@ -23,14 +27,16 @@ from torch import Tensor
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.hosts.protocol import Tick
+from ..iteris_core.passes.batches import chunks
 from .comfy_text import Conditioning
 
 _LATENT_SIDE = 64
-_WAITING = 0.25
-"""What a row that waits at a site (skip connections, states) takes of what its forward takes."""
 
 Texts = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
 """The conditioning of every row with its own LoRA active, and each concept's empty one."""
+
+Inputs = dict[str, Any]
+"""What ComfyUI makes of a conditioning for one row: a dictionary with ``model_conds``."""
 
 
 class Denoiser:
@@ -59,12 +65,11 @@ class Denoiser:
         schedule: Tensor,
         texts: Sequence[Conditioning],
         rows: int,
-        waiting: int = 0,
-        statistics: int = 0,
+        wanted: int = 0,
     ) -> None:
-        """What ``CFGGuider`` does before it samples, with room for ``rows`` rows in one forward,
-        as many ``waiting`` between two sites, and ``statistics`` bytes. ``shape`` is (…, channels,
-        height, width), ``schedule`` the sigmas of a whole denoising."""
+        """What ``CFGGuider`` does before it samples, with the room that ComfyUI wants for ``rows``
+        rows, and at least ``wanted`` bytes. ``shape`` is (…, channels, height, width), ``schedule``
+        the sigmas of a whole denoising."""
         model = self._model
         if self._options is None:
             conds = {"positive": comfy.sampler_helpers.convert_cond([list(c) for c in texts[:1]])}
@@ -74,34 +79,45 @@ class Denoiser:
             _run_uncompiled(options)
             # Patches and wrappers of other nodes look up there how far denoising is.
             options["transformer_options"]["sample_sigmas"] = schedule.to(model.load_device)
-        needed = model.model.memory_required([rows + math.ceil(_WAITING * waiting), *shape[1:]])
-        with torch.inference_mode():
-            memory.load_models_gpu(
-                [model, *model.get_nested_additional_models()],
-                memory_required=needed + statistics,
-            )
+        self.room(max(wanted, math.ceil(model.model.memory_required([rows, *shape[1:]]))))
         device, dtype = model.load_device, model.model_dtype()
         comfy.samplers.cast_to_load_options(self._options, device=device, dtype=dtype)
         model.pre_run()
 
-    def predict(self, latents: Tensor, sigmas: Tensor, texts: Sequence[Conditioning]) -> Tensor:
-        """The denoised latents of every row; one forward, rows in order."""
+    def room(self, wanted: int) -> int:
+        """The bytes that are free beside the denoiser, once ComfyUI has made room for ``wanted``:
+        of other models, and of its own weights where that is not enough."""
+        model = self._model
+        with torch.inference_mode():
+            models = [model, *model.get_nested_additional_models()]
+            memory.load_models_gpu(models, memory_required=wanted)
+        return memory.get_free_memory(model.load_device)
+
+    def inputs(self, text: Conditioning, shape: Sequence[int]) -> Inputs:
+        """What ComfyUI gives the denoiser with a latent of ``shape`` (…, channels, height, width)
+        for this text."""
         device = self._model.load_device
-        latents, sigmas = latents.to(device), sigmas.to(device)
-        conds = comfy.sampler_helpers.convert_cond([list(_stack(texts))])
-        conds = comfy.samplers.encode_model_conds(
+        latent = torch.zeros(1, *shape[1:], device=device)
+        (found,) = comfy.samplers.encode_model_conds(
             self._model.model.extra_conds,
-            conds,
-            latents,
+            comfy.sampler_helpers.convert_cond([list(text)]),
+            latent,
             device,
             "positive",
-            latent_image=torch.zeros_like(latents),
+            latent_image=latent,
             denoise_mask=None,
             seed=None,
-            latent_shapes=[latents.shape],
+            latent_shapes=[latent.shape],
         )
+        return found
+
+    def predict(self, latents: Tensor, sigmas: Tensor, inputs: Sequence[Inputs]) -> Tensor:
+        """The denoised latents of every row; one forward, rows in order. All ``inputs`` must be of
+        one :func:`kind`."""
+        device = self._model.load_device
+        latents, sigmas = latents.to(device), sigmas.to(device)
         return comfy.samplers.calc_cond_batch(
-            self._model.model, [conds], latents, sigmas, self._options
+            self._model.model, [[_joined(inputs)]], latents, sigmas, self._options
         )[0]
 
     def latents(
@@ -139,46 +155,42 @@ class Denoiser:
 
         guided = calibration.guidance > 1 and not self.distilled
         texts, empties = texts_of()
-        self.load(noise.shape, schedule, texts, batch * (1 + guided))
-        chunks = [range(n, min(n + batch, len(owners))) for n in range(0, len(owners), batch)]
-        for done, rows in enumerate(chunks):
-            tick("denoising samples", done, len(chunks))
+        self.load(noise.shape, schedule, texts, batch)
+        # Rows of one prompt share a conditioning.
+        made = {id(text): self.inputs(text, noise.shape) for text in [*texts, *empties]}
+        inputs, without = ([made[id(text)] for text in some] for some in (texts, empties))
+        batches = list(chunks(range(len(owners)), list(map(kind, inputs)), batch))
+        for done, rows in enumerate(batches):
+            tick("denoising samples", done, len(batches))
             some = list(rows)
-            chunk_texts = [texts[row] for row in some]
-            chunk_owners = [owners[row] for row in some]
-            if guided:
-                chunk_texts += [empties[owner] for owner in chunk_owners]
-                chunk_owners *= 2
+            own = [owners[row] for row in some]
             x = start(schedule[0], noise[some]).to(self._model.load_device)
             for step in range(steps):
                 row, slot = (picks[some] == step).nonzero(as_tuple=True)
-                kept[row + rows.start, slot] = x[row.to(x.device)].to("cpu", kept.dtype)
+                kept[torch.as_tensor(some)[row], slot] = x[row.to(x.device)].to("cpu", kept.dtype)
                 sigma, following = float(schedule[step]), float(schedule[step + 1])
-                denoised = self._denoise(x, sigma, chunk_texts, chunk_owners, lockstep)
+                denoised = self._denoise(x, sigma, [inputs[row] for row in some], own, lockstep)
                 if guided:
-                    positive, negative = denoised.chunk(2)
-                    denoised = negative + calibration.guidance * (positive - negative)
+                    negative = self._denoise(x, sigma, [without[n] for n in own], own, lockstep)
+                    denoised = negative + calibration.guidance * (denoised - negative)
                 # Euler on this scale of latents is DDIM without noise.
                 x = x + (x - denoised) / sigma * (following - sigma)
                 memory.throw_exception_if_processing_interrupted()
-        tick("denoising samples", len(chunks), len(chunks))
+        tick("denoising samples", len(batches), len(batches))
         return kept, schedule[picks], schedule
 
     def _denoise(
         self,
         x: Tensor,
         sigma: float,
-        texts: Sequence[Conditioning],
+        inputs: Sequence[Inputs],
         owners: Sequence[int],
         lockstep: Lockstep,
     ) -> Tensor:
         """One forward with each row's own LoRA."""
-        batch = torch.cat([x] * (len(owners) // len(x)))
-        sigmas = torch.full((len(batch),), sigma)
+        sigmas = torch.full((len(x),), sigma)
         found: list[Tensor] = []
-        lockstep.run(
-            MicroBatch(lambda: found.append(self.predict(batch, sigmas, texts)), owners, 1)
-        )
+        lockstep.run(MicroBatch(lambda: found.append(self.predict(x, sigmas, inputs)), owners, 1))
         return found[0]
 
     def _latent_shape(self, side: int) -> tuple[int, ...]:
@@ -194,12 +206,33 @@ def _run_uncompiled(options: dict[str, Any]) -> None:
             keyed.pop(COMPILE_KEY, None)
 
 
-def _stack(texts: Sequence[Conditioning]) -> Conditioning:
-    """One conditioning of as many rows; shorter ones repeat, as ComfyUI's own batches do."""
-    length = math.lcm(*(cond.shape[1] for cond, _ in texts))
-    cond = torch.cat([cond.repeat(1, length // cond.shape[1], 1) for cond, _ in texts])
-    extra = dict(texts[0][1])
-    for key, value in extra.items():
-        if isinstance(value, Tensor):
-            extra[key] = torch.cat([other[key] for _, other in texts])
-    return cond, extra
+def kind(inputs: Inputs) -> Hashable:
+    """Equal for two texts whose rows may share a forward: they have the same inputs, those of equal
+    shapes and the constants among them equal."""
+    conds = inputs["model_conds"]
+    return tuple((name, _shape(conds[name])) for name in sorted(conds))
+
+
+def size(inputs: Inputs) -> int:
+    """How many numbers the inputs of one row hold."""
+    return sum(math.prod(cond.size()) for cond in inputs["model_conds"].values())
+
+
+def _shape(cond: Any) -> Hashable:
+    value = cond.cond
+    if isinstance(cond, comfy.conds.CONDConstant):
+        plain = isinstance(value, (bool, int, float, str, type(None)))
+        return type(cond), value if plain else id(value)
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return type(cond), tuple(tuple(part.shape) for part in parts)
+
+
+def _joined(rows: Sequence[Inputs]) -> Inputs:
+    """The inputs of several rows as those of one batch; what is not for the model is the first
+    row's, as it comes from one CLIP."""
+    first, *others = (row["model_conds"] for row in rows)
+    conds = {
+        name: type(cond)(cond.concat([other[name] for other in others]))
+        for name, cond in first.items()
+    }
+    return {**rows[0], "model_conds": conds, "uuid": uuid.uuid4()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.meter import usable
 from ..iteris_core.architectures import text, unet
 from ..iteris_core.architectures.wirings import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept, concept_prompts
@@ -22,12 +23,12 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.solve.memory import statistics_bytes
-from .comfy_denoiser import Denoiser
+from .comfy_denoiser import Denoiser, kind, size
 from .comfy_lora import ComfySites
 from .comfy_text import Conditioning, TextEncoders
 
 _SAMPLING_ROWS = 16
+_MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,19 @@ class ComfySamples:
 class ComfyHost:
     """Use as a context manager: leaving it gives MODEL and CLIP back as ComfyUI expects them.
 
-    ``rows`` is how many rows a forward of the merge will have (twice as many with their merged
-    copies), for which memory is asked.
+    ``rows`` is how many rows a forward may have while samples are made.
     """
 
     pictures = True
 
     def __init__(self, model: Any, clip: Any, rows: int = 32) -> None:
         self.model, self.clip = model, clip
-        self._rows, self._batch = rows, min(rows, _SAMPLING_ROWS)
+        self._batch = min(rows, _SAMPLING_ROWS)
         self._texts, self._denoiser = TextEncoders(clip), Denoiser(model)
         self._found = ComfySites(model, clip)
         self._lockstep: Lockstep | None = None
+        self._running: TextEncoders | Denoiser = self._texts
+        self._wanted: dict[TextEncoders | Denoiser, int] = {}
 
     def __enter__(self) -> ComfyHost:
         return self
@@ -81,6 +83,9 @@ class ComfyHost:
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         return self._texts.token_counts(prompts)
+
+    def learned(self, prompt: str) -> Set[str]:
+        return self._texts.learned(prompt)
 
     def samples(
         self,
@@ -140,14 +145,21 @@ class ComfyHost:
         assert self._lockstep is not None
         owners, tokens = samples.text_owners, samples.tokens
         batches = self._texts.batches(owners, tokens, self._found.names, sites)
-        references = self._lockstep.references
-        text_sites = {site for batch in batches.values() for site in batch.sites}
-        self._texts.load(batches, self._rows, statistics_bytes(references, text_sites))
+        self._running = self._texts
+        self._texts.load(self._wanted.get(self._texts, 0))
         feeds = _needs_denoiser(sites)
         for batch in batches.values():
             if batch.sites:
                 name = f"text encoder {batch.name}"
-                yield Stage(name, batch.sites, batch.owners, batch.run, feeds=feeds)
+                yield Stage(
+                    name,
+                    batch.sites,
+                    batch.owners,
+                    batch.run,
+                    feeds=feeds,
+                    kinds=batch.lengths,
+                    lengths=batch.lengths,
+                )
             else:
                 batch.run_all(self._batch)
         if not feeds:
@@ -161,28 +173,39 @@ class ComfyHost:
         assert samples.sigmas is not None
         assert samples.schedule is not None
         latents, sigmas = samples.latents, samples.sigmas
-        at_once = min(self._rows, len(latents))
-        texts = [text for some in conditionings for text in some]
         names = [site for site in sites if not site.startswith("text_encoder")]
+        self._running = self._denoiser
         self._denoiser.load(
             latents.shape,
             samples.schedule,
-            texts,
-            2 * at_once,
-            2 * (len(latents) - at_once),
-            statistics_bytes(references, set(names)),
+            conditionings[0],
+            _MEASURED_ROWS,
+            self._wanted.get(self._denoiser, 0),
         )
+        inputs = [
+            [self._denoiser.inputs(text, latents.shape) for text in some] for some in conditionings
+        ]
+        kinds = [tuple(map(kind, copies)) for copies in zip(*inputs, strict=True)]
 
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
-            texts = [
-                conditionings[copy][samples.text_rows[row]]
-                for copy in range(copies)
-                for row in rows
-            ]
-            self._denoiser.predict(latents[index], sigmas[index], texts)
+            some = [inputs[copy][samples.text_rows[row]] for copy in range(copies) for row in rows]
+            self._denoiser.predict(latents[index], sigmas[index], some)
 
-        yield Stage("denoiser", names, samples.owners, run, places=True)
+        yield Stage(
+            "denoiser",
+            names,
+            samples.owners,
+            run,
+            places=True,
+            kinds=[kinds[text] for text in samples.text_rows],
+            lengths=[size(inputs[0][text]) for text in samples.text_rows],
+        )
+
+    def room(self, wanted: int) -> int:
+        # Kept for the iterations of a method that runs its stages again.
+        self._wanted[self._running] = wanted
+        return usable(self._running.room(wanted))
 
     def _as_samples(
         self,
@@ -213,11 +236,12 @@ class ComfyHost:
         rows = self._as_samples([*owners, *range(count)], [*prompts, *[""] * count])
         pair_owners, tokens = rows.text_owners, rows.tokens
         batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
-        self._texts.load(batches, self._batch)
+        self._texts.load()
         for batch in batches.values():
-            for start in range(0, len(batch.owners), self._batch):
-                some = range(start, min(start + self._batch, len(batch.owners)))
-                tick("encoding prompts", some.stop, len(batch.owners))
+            done = 0
+            for some in batch.batches(self._batch):
+                done += len(some)
+                tick("encoding prompts", done, len(batch.owners))
                 if batch.sites:
                     own = [batch.owners[row] for row in some]
                     run = MicroBatch(lambda b=batch, s=some: b.run(s, 1), own, 1)

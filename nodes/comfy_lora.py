@@ -11,6 +11,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_management as memory
 import comfy.utils
+import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -71,10 +72,7 @@ class ComfySites:
             return converted
 
         lora = read_lora_file(path, self.base, self._weight, options, convert)
-        if not lora.embeddings:
-            return lora
-        note = f"its embeddings {', '.join(lora.embeddings)} are not loaded; put them into "
-        return replace(lora, embeddings={}, notes=[*lora.notes, f"{note}models/embeddings"])
+        return replace(lora, source=_name_of(path))
 
     def _module(self, key: str) -> nn.Module:
         root = self._model.model if _in_denoiser(key) else self._clip.cond_stage_model
@@ -117,6 +115,14 @@ def _with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
         if name.startswith("text_encoder") and ".text_model." in name:
             added[name.replace(".text_model.", ".", 1)] = target
     return {**added, **key_map}
+
+
+def _name_of(path: Path) -> str:
+    """The name below models/loras, as Load LoRA lists it; of a file elsewhere its own name."""
+    for folder in folder_paths.get_folder_paths("loras"):
+        if path.resolve().is_relative_to(Path(folder).resolve()):
+            return path.resolve().relative_to(Path(folder).resolve()).as_posix()
+    return path.name
 
 
 def _weight_key(target: Any) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import comfy.model_management as memory
 import comfy.utils
 import torch
+
+_PLAN = "plan: "  # what the library says before a line of its memory plan
+_log = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -26,17 +30,27 @@ def free_memory() -> None:
 
 
 def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
-    """A callback that draws the node's progress bar and raises when the user interrupts."""
+    """A callback that draws the node's progress bar and raises when the user interrupts. The lines
+    of the memory plan stay on the node above what is going on."""
     shown: list[str] = []
+    plans: list[str] = []
 
     def on_progress(what: str, done: int, total: int) -> None:
         memory.throw_exception_if_processing_interrupted()
-        if shown[-1:] != [what]:
+        if what.startswith(_PLAN):
+            plans.append(_sentence(what))
+            _log.info("IterIS: %s", what)
+            show_text("\n".join(plans), node_id)
+        elif shown[-1:] != [what]:
             shown.append(what)
-            show_text(f"{what[0].upper()}{what[1:]} …", node_id)
+            show_text("\n".join([*plans, f"{_sentence(what)} …"]), node_id)
         comfy.utils.ProgressBar(max(total, 1), node_id).update_absolute(done)
 
     return on_progress
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def show_text(text: str, node_id: str | None) -> None:

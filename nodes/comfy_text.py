@@ -1,12 +1,14 @@
 """The text encoders of a CLIP, each run on all prompts in batches of its own.
 
 A composite (SDXL, FLUX, …) encodes one prompt at a time. So every encoder first runs all token
-lists in one stage; the composite is then asked as usual, with ``encode`` of its encoders answering
-from what they gave. Weights on words, pooled outputs and masks stay ComfyUI's own.
+lists in one stage, those of one length together: none is padded beyond what its tokenizer does,
+since encoders may attend padding. The composite is then asked as usual, with ``encode`` of its
+encoders answering from what they gave. Weights on words, pooled outputs and masks stay ComfyUI's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 import comfy.model_management as memory
 import comfy.sd1_clip
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.errors import IterisError
+from ..iteris_core.passes.batches import chunks
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 
@@ -52,16 +55,9 @@ class TextEncoders:
             encoder.__dict__.pop("encode", None)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Any]:
-        """Tokens of every prompt; encoders that do not pad get the longest prompt's length."""
-        tokens = [self._clip.tokenize(prompt) for prompt in prompts]
-        lengths = {
-            name: {len(section) for some in tokens for section in some[name]} for name in tokens[0]
-        }
-        ragged = {name: max(found) for name, found in lengths.items() if len(found) > 1}
-        if not ragged:
-            return tokens
-        options = {f"{name}_min_length": length for name, length in ragged.items()}
-        return [self._clip.tokenize(prompt, tokenizer_options=options) for prompt in prompts]
+        """Tokens of every prompt, as ComfyUI makes them to draw: of different lengths, where a
+        tokenizer does not pad."""
+        return [self._clip.tokenize(prompt) for prompt in prompts]
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         counts: list[int] = []
@@ -71,6 +67,17 @@ class TextEncoders:
             found = [[token for token, *_ in section] for section in sections]
             counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in found))
         return counts
+
+    def learned(self, prompt: str) -> set[str]:
+        """The names behind ``embedding:`` in a prompt whose files ComfyUI finds."""
+        names = re.findall(r"embedding:([^\s,;:()]+)", prompt)
+        return {name for name in names if self._holds_vectors(f"embedding:{name}")}
+
+    def _holds_vectors(self, prompt: str) -> bool:
+        """Whether some token of the prompt is no number, but a vector of an embedding."""
+        found = self._clip.tokenize(prompt).values()
+        tokens = [token for sections in found for section in sections for token, *_ in section]
+        return any(isinstance(token, Tensor) for token in tokens)
 
     def batches(
         self,
@@ -94,17 +101,23 @@ class TextEncoders:
             batches[name] = TextBatch(name, encoder, own, ordered)
         return batches
 
-    def load(self, batches: Mapping[str, TextBatch], rows: int, statistics: int = 0) -> None:
-        """What ``CLIP.encode_from_tokens`` does before it encodes, with room for ``rows`` rows
-        twice in one forward, all rows of ``batches`` waiting, and ``statistics`` bytes."""
+    def load(self, wanted: int = 0) -> None:
+        """What ``CLIP.encode_from_tokens`` does before it encodes, with ``wanted`` bytes of room
+        beyond what ComfyUI always leaves."""
         model = self._clip.cond_stage_model
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
             model.set_clip_options({"layer": self._clip.layer_idx})
-        needed = max((batch.memory_required(rows) for batch in batches.values()), default=0)
-        with torch.inference_mode():
-            memory.load_models_gpu([self._clip.patcher], memory_required=needed + statistics)
+        self.room(wanted)
         model.set_clip_options({"execution_device": self._clip.patcher.load_device})
+
+    def room(self, wanted: int) -> int:
+        """The bytes that are free beside the text encoders, once ComfyUI has made room for
+        ``wanted``: of other models, and of their own weights where that is not enough."""
+        patcher = self._clip.patcher
+        with torch.inference_mode():
+            memory.load_models_gpu([patcher], memory_required=wanted)
+        return memory.get_free_memory(patcher.load_device)
 
     def assemble(
         self,
@@ -142,7 +155,8 @@ class TextEncoders:
 
 
 class TextBatch:
-    """The distinct token lists of one text encoder, and what it gave for them."""
+    """The distinct token lists of one text encoder, and what it gave for them. ``lengths`` is the
+    number of tokens of every row; only rows of one length may run together."""
 
     def __init__(
         self,
@@ -154,19 +168,8 @@ class TextBatch:
         self.name, self.encoder, self.sites = name, encoder, sites
         self._keys, self._tokens = list(rows), list(rows.values())
         self.owners = [owner for owner, _ in rows]
+        self.lengths = [len(section) for section in self._tokens]
         self._found: list[dict[Any, Any]] = [{}, {}]
-
-    def memory_required(self, rows: int) -> int:
-        """Bytes of activations (the encoders compute in float32): what one layer's linear layers
-        take in and give, for ``rows`` rows twice, and the states of all rows that wait."""
-        layers = [m for m in self.encoder.modules() if isinstance(m, nn.Linear)]
-        depth = max(int(getattr(self.encoder, "num_layers", 1) or 1), 1)
-        per_token = sum(layer.in_features + layer.out_features for layer in layers) / depth
-        tokens = max((len(section) for section in self._tokens), default=0)
-        width = max((layer.in_features for layer in layers), default=0)
-        at_once = 2 * min(rows, len(self._tokens)) * tokens * (per_token + 32 * tokens)
-        waiting = 2 * len(self._tokens) * tokens * width
-        return int(4 * (at_once + waiting))
 
     def run(self, rows: Sequence[int], copies: int) -> None:
         outputs = type(self.encoder).encode(
@@ -177,11 +180,15 @@ class TextBatch:
                 at = copy * len(rows) + index
                 self._found[copy][self._keys[row]] = _slice(outputs, at)
 
+    def batches(self, size: int) -> Iterator[Sequence[int]]:
+        """All rows, at most ``size`` at a time, each time of one length."""
+        return chunks(range(len(self.owners)), self.lengths, size)
+
     def run_all(self, size: int) -> None:
         """An encoder that no LoRA changes gives the same for everybody."""
         with torch.no_grad():
-            for start in range(0, len(self.owners), size):
-                self.run(range(start, min(start + size, len(self.owners))), 1)
+            for rows in self.batches(size):
+                self.run(rows, 1)
         self._found[1] = self._found[0]
 
     def has(self, copy: int) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.saving import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.presets import PresetName
 from ..iteris_core.report.inspection import describe, interference, numbered, to_table
 from ..iteris_core.report.plots import plot_interference, plot_residuals
 from .comfy_host import ComfyHost
@@ -23,7 +23,18 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
 from .lora_rank import cut_tensors
-from .merge_inputs import advanced_inputs, latent_inputs, model_inputs, sampling_inputs
+from .merge_inputs import (
+    advanced_inputs,
+    budget_of,
+    calibration_of,
+    latent_inputs,
+    left_out,
+    memory_inputs,
+    model_inputs,
+    preset_input,
+    sampling_inputs,
+    settings_of,
+)
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
 from .schema import LoraModel, schema
@@ -50,6 +61,8 @@ class IterisMerge(io.ComfyNode):
                 ),
                 *sampling_inputs(),
                 *advanced_inputs(),
+                preset_input(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
@@ -80,25 +93,34 @@ class IterisMerge(io.ComfyNode):
         timesteps: int,
         latent_size: int,
         latents: str,
-        rank: int,
         dtype: str,
-        **settings: Any,
+        preset: PresetName = "default",
+        memory: float = 0.0,
+        **values: Any,
     ) -> io.NodeOutput:
-        calibration = Calibration(
-            samples=samples,
-            timesteps=timesteps,
-            latents=latents,  # type: ignore[arg-type]
-            latent_size=latent_size or None,
-            seed=seed,
+        calibration = calibration_of(
+            {
+                "samples": samples,
+                "seed": seed,
+                "timesteps": timesteps,
+                "latent_size": latent_size,
+                "latents": latents,
+            },
+            preset,
         )
-        # Ridge, balance, schedule and repair mean something else, or nothing, to the other methods.
-        own = {**settings, "ridge": settings["ridge"] or None} if method == "iteris" else {}
-        settings = {"rank": rank or None, **own}
+        settings = settings_of(method, values, preset)
         result = merge_on(
-            model, clip, concepts, method, settings, calibration, cls.hidden.unique_id
+            model,
+            clip,
+            concepts,
+            method,
+            settings,
+            calibration,
+            cls.hidden.unique_id,
+            memory_budget=budget_of(memory),
         )
         lora = as_lora_model(result, concepts, dtype)
-        report = result.report.summary()
+        report = result.report.summary() + left_out(method, preset)
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
 
@@ -121,6 +143,7 @@ class CompareMerges(io.ComfyNode):
                 ),
                 *sampling_inputs(),
                 *latent_inputs(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -151,13 +174,16 @@ class CompareMerges(io.ComfyNode):
         timesteps: int,
         latent_size: int,
         latents: str,
+        memory: float = 0.0,
     ) -> io.NodeOutput:
-        calibration = Calibration(
-            samples=samples,
-            timesteps=timesteps,
-            latents=latents,  # type: ignore[arg-type]
-            latent_size=latent_size or None,
-            seed=seed,
+        calibration = calibration_of(
+            {
+                "samples": samples,
+                "seed": seed,
+                "timesteps": timesteps,
+                "latent_size": latent_size,
+                "latents": latents,
+            }
         )
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
@@ -170,7 +196,14 @@ class CompareMerges(io.ComfyNode):
             merged = model, clip
             if name != _BASE:
                 result = merge_on(
-                    model, clip, concepts, name, {}, calibration, cls.hidden.unique_id
+                    model,
+                    clip,
+                    concepts,
+                    name,
+                    {},
+                    calibration,
+                    cls.hidden.unique_id,
+                    memory_budget=budget_of(memory),
                 )
                 merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
                 reports.append(result.report.summary())

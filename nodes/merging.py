@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..iteris_core.lora_files import to_tensors
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
+from ..iteris_core.settings import find_setting
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec
@@ -46,12 +47,15 @@ def merge_on(
     calibration: Calibration,
     node_id: str | None = None,
     rows: int = _ROWS,
+    memory_budget: int | Literal["free"] = "free",
 ) -> MergeResult:
-    """Merge at ``rows`` rows per forward, or at half as many as often as memory runs out.
+    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
-    Settings that ``method`` does not have are left out.
+    ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
+    says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
+    that ``method`` does not have are left out. Raises :class:`IterisError` where it cannot fit.
     """
-    names = find_method(method).settings.__dataclass_fields__  # type: ignore[attr-defined]
+    kind = find_method(method).settings
     on_progress = show_progress(node_id)
     while True:
         given = {**settings, "micro_batch": rows}
@@ -66,10 +70,10 @@ def merge_on(
                     host,
                     [spec.read(host) for spec in specs],
                     method,
-                    settings={name: given[name] for name in names if name in given},
+                    settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
                     on_progress=on_progress,
-                    memory_budget=None,  # ComfyUI frees what the host asks for
+                    memory_budget=memory_budget,
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -78,19 +82,19 @@ def merge_on(
                 raise
             if rows == 1:
                 raise IterisError(
-                    "There is not enough memory for a single row; lower latent_size, or close "
-                    "what else uses it."
+                    "Memory ran out, even with a single row in a forward: all rows of the merge "
+                    "wait in memory at every layer. Lower samples or timesteps (fewer rows) or "
+                    "latent_size (smaller ones), or set memory to less than what is free, so that "
+                    "rows are left out."
                 ) from error
         rows //= 2
         free_memory()
 
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
-    """What ``result`` is once it is saved and loaded again."""
+    """What the ``result`` of merging ``specs`` is once it is saved and loaded again."""
     with torch.inference_mode(False):
         tensors, metadata = to_tensors(result.lora, dtype=dtype)
-    words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
-    metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
 

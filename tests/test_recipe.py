@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
-from iteris_core.cli.recipe import rename_embeddings
+from iteris_core import (
+    Calibration,
+    Concept,
+    IterisError,
+    Lora,
+    LowRank,
+    cli,
+    merge_loras,
+    write_lora,
+)
+from iteris_core.cli.recipe import Recipe, _find, rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
@@ -76,12 +86,51 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     header = int.from_bytes(data[:8], "little")
     digest = hashlib.sha256(data[8 + header :]).hexdigest()
     assert found["modelspec.hash_sha256"] == f"0x{digest}"
-    arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}"]
+    arguments = ["merge", world / "base", "-o", second, "--device=cpu", f"--from={first}",
+                 f"--loras={world}"]  # fmt: skip
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 0, err
     one, two = load_file(first), load_file(second)
     assert set(one) == set(two)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
+    world, tmp_path, monkeypatch, capsys
+):
+    files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
+    out, again = tmp_path / "deep" / "out.safetensors", tmp_path / "again.safetensors"
+    out.parent.mkdir()
+    arguments = ["merge", world / "base", "--device=cpu", "--method=sum"]
+    concepts = [f"--concept={file}:a:dog" for file in files]
+    code, _, err = run(monkeypatch, capsys, *arguments, "-o", out, *concepts)
+    assert code == 0, err
+    for path in (tmp_path, world):
+        assert str(path).encode() not in out.read_bytes()
+    assert [c["file"] for c in json.loads(metadata_of(out)["iteris"])["concepts"]] == [
+        "lora1.safetensors", "lora2.safetensors",
+    ]  # fmt: skip
+    arguments = [*arguments[:3], "-o", again, f"--from={out}"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "say with --loras" in " ".join(err.split())
+    code, _, err = run(monkeypatch, capsys, *arguments, f"--loras={world}")
+    assert code == 0, err
+    one, two = load_file(out), load_file(again)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    code, _, err = run(monkeypatch, capsys, *arguments[:4], *concepts, f"--loras={world}")
+    assert code == 2
+    assert "--loras is for --from" in err
+
+
+def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world, tmp_path):
+    for folders, name in (
+        ([tmp_path], str(world / "lora1.safetensors")),
+        ([tmp_path, world], "C:\\Users\\somebody\\lora1.safetensors"),
+        ([world.parent], f"{world.name}/lora1.safetensors"),
+    ):
+        found = _find(Recipe("sum", {}, {}, [], folders, {}), name, "")
+        assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 
 def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsys):
@@ -102,7 +151,7 @@ def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsy
     save_file(first, cut, with_cut(metadata_of(whole), 2, ordered=True))
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", again, "--device=cpu",
-        "--dtype=float32", f"--from={cut}",
+        "--dtype=float32", f"--from={cut}", f"--loras={world}",
     )  # fmt: skip
     assert code == 0, err
     found = load_file(again)
@@ -130,7 +179,10 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
     recipe = {"method": "sum", "settings": {}, "calibration": {}, "concepts": [concept]}
     for change, message in (
         ({}, "SHA-256 differs"),
-        ({"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]}, "not there any more"),
+        (
+            {"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]},
+            "is in none of the folders",
+        ),
         ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
         ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
         ({"method": "magic"}, "There is no method"),
@@ -213,6 +265,34 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     assert set(again.sites) == set(lora.sites)
 
 
+def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
+    """A word of the vocabulary, an embedding under another name, and one that was loaded."""
+    pipeline = make_pipeline()
+    host = DiffusersHost(pipeline)
+    vector = torch.ones(1, pipeline.text_encoder.config.hidden_size)
+    lora = random_lora(host, 1, select=lambda site: "mid_block" in site and "attn2.to_k" in site)
+    lora = replace(lora, name="l", embeddings={"l": {"clip_l": vector}})
+    calibration = Calibration(samples=2, timesteps=1, latents="noise")
+
+    def notes(method="iteris", **concept):
+        caplog.clear()
+        concepts = [Concept(lora, **concept)]
+        with caplog.at_level("WARNING"):
+            report = merge_loras(host, concepts, method, calibration=calibration).report
+        said = "its embedding l is NOT IN FORCE" in report.summary()
+        assert said == ("its embedding l is NOT IN FORCE" in caplog.text)
+        assert said == bool(report.notes.get(concepts[0].name))
+        return said
+
+    assert notes(trigger="<new>")  # taken apart
+    assert notes(trigger="dog")  # one token, but a common word
+    pipeline.load_textual_inversion({"<new>": vector[0]}, token="<new>")
+    assert not notes(trigger="<new>", class_word="dog")
+    assert not notes(prompts=["a photo of a <new>, sharp"])
+    assert notes(prompts=["a photo of a dog"])
+    assert not notes("sum", trigger="dog")  # collects no features
+
+
 def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):
     tensors = load_file(world / "lora1.safetensors")
     save_file({**tensors, "lora_unet_mystery": torch.ones(2)}, tmp_path / "odd.safetensors")
@@ -262,3 +342,90 @@ def test_a_full_difference_and_a_renamed_embedding_come_again(world, tmp_path, m
     assert load_file(out)[f"{name}.lora_down.weight"].shape[0] < 32
     with safe_open(tmp_path / "again_emb.safetensors", "pt") as file:
         assert file.metadata()["name"] == "other"
+
+
+def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, monkeypatch, capsys):
+    """Merged again it is calibrated on every concept in it, and hands all phrases on."""
+    quick = ["--samples=4", "--timesteps=1", "--latents=noise", "--device=cpu", "--method=sum"]
+    merged, again, third = (tmp_path / f"{name}.safetensors" for name in "abc")
+    one, two = world / "lora1.safetensors", world / "lora2.safetensors"
+    base = ["merge", world / "base"]
+    files = [f"--concept={one}:sks:cat", f"--concept={two}:zwx:dog"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", merged, *quick, *files)
+    assert code == 0, err
+    assert metadata_of(merged)["modelspec.trigger_phrase"] == "sks cat, zwx dog"
+    files = [f"--concept={merged}", f"--concept={one}:abc:bird"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", again, *quick, *files)
+    assert code == 0, err
+    metadata = metadata_of(again)
+    assert metadata["modelspec.trigger_phrase"] == "sks cat, zwx dog, abc bird"
+    assert json.loads(metadata["iteris"])["concepts"][0]["subjects"] == ["sks cat", "zwx dog"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", third, "--device=cpu", f"--from={again}")
+    assert code == 0, err
+    assert metadata_of(third)["modelspec.trigger_phrase"] == metadata["modelspec.trigger_phrase"]
+
+
+def test_the_strength_in_the_text_encoders(world, tmp_path, monkeypatch, capsys):
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    one, two = world / "lora1.safetensors", world / "lora2.safetensors"
+    base = ["merge", world / "base", "--device=cpu"]
+    concepts = [f"--concept={one}:a:cat:0.5/0", f"--concept={two}:b:dog:1/2"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", out, "--method=sum", "--dtype=float32",
+                       *concepts)  # fmt: skip
+    assert code == 0, err
+    host = DiffusersHost(make_pipeline())
+    merged = host.read_lora(out)
+    inputs = [host.read_lora(file).sites for file in (one, two)]
+    for site, change in merged.sites.items():
+        factors = (0, 2) if site.startswith("text_encoder") else (0.5, 1)
+        wanted = sum(f * sites[site].dense() for f, sites in zip(factors, inputs, strict=True))
+        assert torch.allclose(change.dense(), wanted, atol=1e-5)
+    strengths = [
+        (c["strength"], c["text_strength"])
+        for c in json.loads(metadata_of(out)["iteris"])["concepts"]
+    ]
+    assert strengths == [(0.5, 0.0), (1.0, 2.0)]
+    command = [*base, "-o", again, "--dtype=float32", f"--from={out}"]
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    first, second = load_file(out), load_file(again)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_strength_0_leaves_a_component_out(world):
+    lora = random_lora(DiffusersHost(make_pipeline()), 1)
+    sites = merge_loras(None, [Concept(lora, text_strength=0.0)], "sum").lora.sites
+    assert {site.partition(".")[0] for site in sites} == {"unet"}
+    sites = merge_loras(None, [Concept(lora, strength=0, text_strength=1.0)], "sum").lora.sites
+    assert {site.partition(".")[0] for site in sites} == {"text_encoder"}
+    assert not Concept(lora, strength=0.0, text_strength=0.0).counts
+    assert not Concept(lora, strength=0.0).counts
+    with pytest.raises(IterisError, match="There is no LoRA to merge"):
+        merge_loras(None, [Concept(lora, strength=0.0, text_strength=0.0)], "sum")
+
+
+def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsys):
+    first, old, again = (tmp_path / f"{name}.safetensors" for name in ("first", "old", "again"))
+    base = ["merge", world / "base", "--device=cpu"]
+    files = [f"--concept={world / f'lora{seed}.safetensors'}:s{seed}:dog" for seed in (1, 2)]
+    code, _, err = run(
+        monkeypatch, capsys, *base, "-o", first, "--samples=3", "--timesteps=1", "--latents=noise",
+        "--set=objective=adapter", "--set=repair=False", *files,
+    )  # fmt: skip
+    assert code == 0, err
+    recipe = json.loads(metadata_of(first)["iteris"])
+    settings = recipe["settings"]
+    assert settings["repair"] is False
+    former = {"objective": "align", "weighting": "balance", "saliency": "focus",
+              "precision": "statistics"}  # fmt: skip
+    recipe["settings"] = {former.get(n, n): v for n, v in settings.items() if n != "tolerance"}
+    save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
+    code, _, err = run(monkeypatch, capsys, *base, "-o", again, f"--from={old}", "--set=rank=none")
+    assert code == 0, err
+    assert json.loads(metadata_of(again)["iteris"])["settings"] == settings
+    one, two = load_file(first), load_file(again)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    code, _, err = run(
+        monkeypatch, capsys, *base, "-o", tmp_path / "no", f"--from={old}", "--preset=paper"
+    )
+    assert code == 2
+    assert "--preset is not for --from" in err

@@ -1,11 +1,9 @@
-"""What the commands share: the base, concepts, settings, progress."""
+"""What the commands share: the base, progress."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +20,6 @@ from rich.progress import (
 from ..errors import IterisError, brief
 
 console = Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class ConceptOption:
-    file: Path
-    trigger: str
-    class_word: str
-    strength: float
-
-
-def parse_concept(text: str) -> ConceptOption:
-    parts = text.rsplit(":", 3)
-    strength = 1.0
-    if len(parts) == 4:
-        try:
-            strength = float(parts[3])
-        except ValueError:  # a colon in the path, as in C:\loras\cat.safetensors:sks:cat
-            parts = [f"{parts[0]}:{parts[1]}", *parts[2:]]
-    if text.endswith(".safetensors"):
-        return ConceptOption(Path(text), "", "", 1.0)
-    if len(parts) < 3:
-        raise IterisError(
-            f"--concept {text!r} is not FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, "
-            "such as cat.safetensors:sks:cat; or FILE alone, if its metadata have a trigger."
-        )
-    return ConceptOption(Path(parts[0]), parts[1], parts[2], strength)
-
-
-def parse_settings(kind: type, pairs: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    names = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or name not in names:
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {', '.join(names)}.")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values
-
-
-def read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise IterisError(f"{path} does not exist or is not a file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
 
 
 def best_device() -> str:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import IterisError, brief
 from ..merge import MergeResult, merge_loras
-from .common import progress_bars, read_lines
+from .common import progress_bars
+from .options import read_lines
 from .processes import processes
 
 _AUTO = {
@@ -63,16 +64,12 @@ def merge_model(
     output: Path,
     *,
     model_class: str | None,
-    method: str,
-    settings: Any,
-    samples: int,
-    seed: int,
     generate: int | None,
     dtype: str,
     device: str | None,
-    memory_budget: int | Literal["free"],
+    options: Mapping[str, Any],
 ) -> MergeResult | None:
-    """Merge adapter folders and write one, as :func:`..merge.merge_loras` with the CLI's options.
+    """Merge adapter folders and write one, as :func:`..merge.merge_loras` with ``options``.
 
     ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
     trained on). ``generate``: collect features while each adapter writes up to that many tokens. Of
@@ -84,19 +81,19 @@ def merge_model(
     from ..lora_files.peft_folder import check_folder, write_adapter
 
     check_folder(output)
-    options = [parse_adapter(text) for text in concepts]
+    adapters = [parse_adapter(text) for text in concepts]
     with (
-        processes(device) as (shards, own_device),
-        progress_bars(shown=shards.rank == 0) as on_progress,
+        processes(device) as (group, own_device),
+        progress_bars(shown=group.rank == 0) as on_progress,
     ):
         on_progress("loading the base", 0, 1)
-        model = _load(base, model_class, options[0].folder).to(own_device)
+        model = _load(base, model_class, adapters[0].folder).to(own_device)
         on_progress("loading the base", 1, 1)
         host = TransformersHost(
             model, generate=None if generate is None else {"max_new_tokens": generate}
         )
         tokenizer = None
-        if any(option.samples.suffix != ".safetensors" for option in options):
+        if any(option.samples.suffix != ".safetensors" for option in adapters):
             tokenizer = _load_tokenizer(base)
         found = [
             Concept(
@@ -105,20 +102,17 @@ def merge_model(
                 strength=option.strength,
                 inputs=list(_inputs(option.samples, tokenizer)),
             )
-            for option in options
+            for option in adapters
         ]
         result = merge_loras(
             host,
             found,
-            method,
-            settings=settings,
-            calibration=Calibration(samples=samples, seed=seed),
             on_progress=on_progress,
-            processes=shards,
-            memory_budget=memory_budget,
+            processes=group,
+            **options,
         )
-        shards.wait()
-    if shards.rank:
+        group.wait()
+    if group.rank:
         return None
     write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
     return result

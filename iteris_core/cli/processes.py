@@ -24,7 +24,7 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     state = PartialState(cpu=device == "cpu")
     own = torch.device("cpu" if state.device is None else state.device)
     try:
-        shards = Processes(state.process_index, state.num_processes, own)
-        yield shards, str(own)
+        group = Processes(state.process_index, state.num_processes, own)
+        yield group, str(own)
     finally:
         state.destroy_process_group()

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..concepts import Calibration, Concept, Words, words_of
+from ..errors import IterisError, SettingsError
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
-from ..lora_files.metadata import parse_object, trigger_words
+from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
 from ..report.provenance import cut_lora
-from .common import ConceptOption
+from ..settings import Settings
+from .options import ConceptOption, over
 
 
 @dataclass(frozen=True)
 class Recipe:
     """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
-    ``cut`` is what :func:`..provenance.with_cut` wrote there, or empty."""
+    ``folders`` is where their files are looked for; ``cut`` is what :func:`..provenance.with_cut`
+    wrote there, or empty."""
 
     method: str
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     concepts: Sequence[Mapping[str, Any]]
-    folder: Path
+    folders: Sequence[Path]
     cut: Mapping[str, Any]
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
+def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
+    """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
+    or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
     found = parse_object(metadata.get("iteris"))
     method, concepts = found.get("method"), found.get("concepts")
@@ -51,22 +54,24 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
-    return Recipe(method, settings, calibration, concepts, path.parent, cut)
+    folders = [*([loras] if loras is not None else []), path.parent, Path()]
+    return Recipe(method, settings, calibration, concepts, folders, cut)
 
 
-def calibration_of(recipe: Recipe) -> Calibration:
+def calibration_of(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's calibration, with what the command line says over it."""
     try:
-        return Calibration(**recipe.calibration)
-    except TypeError as error:
-        raise IterisError(f"The recipe's calibration is not of this version: {error}.") from error
+        return over(recipe.calibration, given, Calibration)
+    except SettingsError as error:
+        raise IterisError(f"The recipe's calibration is not of this version: {error}") from error
 
 
-def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
+def settings_of(recipe: Recipe, kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's settings, with those of the command line over them."""
     try:
-        return kind(**{**recipe.settings, **given})
-    except TypeError as error:
-        raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
+        return over(recipe.settings, given, kind)
+    except SettingsError as error:
+        raise IterisError(f"The recipe's settings are not of this version: {error}") from error
 
 
 def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
@@ -86,7 +91,7 @@ def concepts_of(
     then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
     found: list[Concept] = []
     for entry in recipe.concepts:
-        prompts = entry.get("prompts")
+        prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
         try:
             concept = Concept(
                 None,
@@ -95,6 +100,8 @@ def concepts_of(
                 class_word=str(entry.get("class") or ""),
                 strength=float(entry.get("strength", 1.0)),
                 weight=float(entry.get("weight", 1.0)),
+                text_strength=None if text_strength is None else float(text_strength),
+                subjects=[str(subject) for subject in entry.get("subjects") or ()],
             )
         except (TypeError, ValueError) as error:
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
@@ -120,34 +127,39 @@ def _reading(entry: Mapping[str, Any], options: ReadOptions) -> tuple[ReadOption
 
 
 def _find(recipe: Recipe, name: str, digest: str) -> Path:
-    """The file where it was, or beside the merged file; its content must be the same."""
-    candidates = [Path(name), recipe.folder / Path(name).name]
+    """The file in one of the recipe's folders, by its recorded name or its last part, or where an
+    older recipe with a whole path says that it was; its content must be the same."""
+    names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
+    candidates = [folder / some for folder in recipe.folders for some in names]
     present = [path for path in candidates if path.is_file()]
     for path in present:
         if not digest or file_digest(path) == digest:
             return path
     if present:
         raise IterisError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
-    raise IterisError(f"{name} is not there any more, nor beside the merged file; put it back.")
+    places = ", ".join(str(folder) for folder in recipe.folders)
+    raise IterisError(
+        f"{name} is in none of the folders {places}; say with --loras in which folder it is."
+    )
 
 
 def read_concepts(
     options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
 ) -> list[Concept]:
-    """The concepts of the command line; where neither trigger nor class word is given, the trigger
+    """The concepts of the command line; where neither trigger nor class word is given, the words
     that the file's metadata have."""
     found: list[Concept] = []
     for option in options:
         lora = host.read_lora(option.file, reading)
-        trigger = option.trigger
-        if not trigger and not option.class_word:
-            trigger = next(iter(trigger_words(lora.metadata)), "")
+        words = Words(option.trigger, option.class_word)
+        if words == Words():
+            words = words_of(lora.metadata)
         found.append(
             Concept(
                 rename_embeddings(lora, renames),
-                trigger=trigger,
-                class_word=option.class_word,
+                **words._asdict(),
                 strength=option.strength,
+                text_strength=option.text_strength,
             )
         )
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..concepts import TEMPLATES, Calibration, Concept
+from ..concepts import Calibration
 from ..errors import IterisError
-from ..methods import all_methods, find_method
-from .common import best_device, load_base, parse_concept, progress_bars, read_lines
+from ..lora_files import ReadOptions
+from ..methods import find_method
+from .common import best_device, load_base, progress_bars
+from .options import calibration_option, given, parse_concept, read_lines
+from .recipe import read_concepts
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ClipName = Annotated[
@@ -96,8 +98,8 @@ def compare(
     steps: Annotated[int, typer.Option(help="Denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale")] = 7.5,
     templates: Annotated[Path | None, typer.Option(help="Calibration templates")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration prompts per concept")] = 50,
-    latent_size: Annotated[int | None, typer.Option(help="Side of calibration latents")] = None,
+    samples: Annotated[int | None, calibration_option("samples")] = None,
+    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
@@ -122,11 +124,13 @@ def compare(
             f"{len(options)}."
         )
     drawing = Drawing(images_per_prompt, steps, guidance, seed)
-    calibration = Calibration(
-        samples=samples,
-        latent_size=latent_size,
-        seed=seed,
-        templates=read_lines(templates) if templates else TEMPLATES,
+    calibration = Calibration.from_mapping(
+        given(
+            samples=samples,
+            latent_size=latent_size,
+            seed=seed,
+            templates=read_lines(templates) if templates else None,
+        )
     )
     references = [[open_image(file) for file in image_files(folder)] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
@@ -134,15 +138,7 @@ def compare(
     with progress_bars() as on_progress:
         pipeline = load_base(base, device)
         host = DiffusersHost(pipeline)
-        concepts = [
-            Concept(
-                host.read_lora(option.file),
-                trigger=option.trigger,
-                class_word=option.class_word,
-                strength=option.strength,
-            )
-            for option in options
-        ]
+        concepts = read_concepts(options, host, ReadOptions(), [])
         comparison = compare_methods(
             pipeline,
             host,
@@ -159,15 +155,6 @@ def compare(
     written = comparison.write(output)
     typer.echo(markdown_table(comparison.rows))
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
-
-
-def methods() -> None:
-    """List the merge methods and their settings."""
-    table = Table("method", "what it does", "settings", "runs the base")
-    for method in all_methods():
-        names = ", ".join(f"{f.name}={f.default}" for f in fields(method.settings))
-        table.add_row(method.name, method.summary, names, "yes" if method.needs_host else "no")
-    Console().print(table)
 
 
 def image_files(path: Path) -> list[Path]:

@@ -89,6 +89,11 @@ class DiffusersHost:
         found = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length)
         return [len(ids) for ids in found.input_ids]
 
+    def learned(self, prompt: str) -> Set[str]:
+        tokenizer = self.pipeline.tokenizer
+        added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+        return added & set(tokenizer.tokenize(prompt))
+
     def samples(
         self,
         concepts: Sequence[Concept],

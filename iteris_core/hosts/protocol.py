@@ -87,6 +87,11 @@ class Host(Protocol):
         """The model's final output for rows of ``samples``, rows first; differentiable."""
         ...
 
+    def learned(self, prompt: str) -> Set[str]:
+        """The embeddings in a prompt that were added to the text encoders' vocabulary (textual
+        inversion), by the names that call for them there."""
+        ...
+
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         """Sites whose output is added to a residual stream, each with the module whose input is
         that stream as it is. Those that are not among ``sites`` are advised as repair sites: a

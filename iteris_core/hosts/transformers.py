@@ -86,6 +86,9 @@ class TransformersHost:
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         raise IterisError("This method works from prompts, which a transformers host has not.")
 
+    def learned(self, prompt: str) -> Set[str]:
+        return set()
+
     def samples(
         self,
         concepts: Sequence[Concept],

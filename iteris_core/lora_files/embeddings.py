@@ -12,6 +12,7 @@ from ..errors import IterisError, LoraFileError
 from .tensors import read_tensors
 
 _MARK = "bundle_emb."
+_ENDS = ("emb", "embedding")
 
 Embeddings = dict[str, dict[str, Tensor]]
 """name → text encoder (``clip_l``, ``clip_g``, …) → (vectors, width)"""
@@ -20,8 +21,8 @@ Embeddings = dict[str, dict[str, Tensor]]
 def split_embeddings(
     path: Path, tensors: Mapping[str, Tensor]
 ) -> tuple[Embeddings, dict[str, Tensor]]:
-    """The embeddings of a LoRA file, also those in ``<name>_emb.safetensors`` beside it, and the
-    other tensors."""
+    """The embeddings of a LoRA file, also those in ``<name>_emb.safetensors`` or
+    ``<name>_embedding.safetensors`` beside it, and the other tensors."""
     found: Embeddings = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -36,8 +37,9 @@ def split_embeddings(
             )
         part = part.removeprefix("string_to_param.").removeprefix("string_to_params.")
         found.setdefault(name, {})["emb_params" if part == "*" else part] = tensor
-    beside = path.with_name(f"{path.stem}_emb.safetensors")
-    if beside != path and beside.is_file():
+    for beside in (path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS):
+        if not beside.is_file():
+            continue
         parts, _ = read_tensors(beside)
         if path.stem in found:
             raise LoraFileError(f"{path} and {beside} both hold an embedding {path.stem!r}.")

@@ -57,7 +57,7 @@ def read_adapter(folder: Path, shapes: Shapes) -> Lora:
     base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
     lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions())
     metadata = {"kept_apart": ", ".join(heads)} if heads else {}
-    return replace(lora, name=folder.name, source=str(folder), metadata=metadata)
+    return replace(lora, name=folder.name, source=folder.name, metadata=metadata)
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
@@ -143,7 +143,8 @@ def write_adapter(
     patterns = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        # A folder of this machine says nothing elsewhere, and tells where somebody keeps things.
+        "base_model_name_or_path": Path(base).name if Path(base).is_absolute() else base,
         "r": largest,
         "lora_alpha": largest,
         "target_modules": sorted(ranks),

@@ -112,7 +112,7 @@ def lora_of(
     return Lora(
         changes.sites(),
         path.stem,
-        source=str(path),
+        source=path.name,
         sha256=file_digest(path),
         base=base,
         scales=changes.scales(),

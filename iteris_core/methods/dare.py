@@ -19,7 +19,7 @@ class DareSettings(Settings):
     density: float = setting(0.5, "Chance of an entry to stay.", above=0, high=1)
     scale: float = setting(1.0, "What the merged change is multiplied by; 1 for the plain sum.")
     rank: int | float | None = setting(
-        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
     )
 
 

@@ -20,10 +20,9 @@ class IterisSettings(Settings):
     )
     schedule: Literal["sweep", "jacobi"] = setting(
         "sweep",
-        "sweep solves every layer once, in order, on inputs that already passed the solved ones. "
-        "jacobi is the paper's iteration over all layers at once: it takes many passes, and ends "
-        "at the same place only where it converges, which it may not with repair or saliency on; "
-        "the report says so. The whole of the paper's algorithm is the preset paper.",
+        "sweep solves every layer once, in order. jacobi is the paper's iteration over all layers: "
+        "many passes, and another result where it does not converge, as may be with repair or "
+        "saliency; the report says so. The paper's whole algorithm is the preset paper.",
     )
     iterations: int = setting(10, "jacobi: at most so many iterations.", low=1, most=100)
     tolerance: float | None = setting(
@@ -59,7 +58,8 @@ class IterisSettings(Settings):
     )
     rank: int | float | None = setting(
         None,
-        "Largest rank of the merged LoRA, or the share of output energy to keep, such as 0.99.",
+        "Largest rank of the merged LoRA.",
+        share="output energy",
         none=SUM_OF_RANKS,
         low=1,
         most=1024,

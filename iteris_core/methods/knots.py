@@ -25,7 +25,7 @@ class KnotsSettings(Settings):
     )
     scale: float = setting(1.0, "What the merged change is multiplied by.")
     rank: int | float | None = setting(
-        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
     )
 
 

@@ -14,7 +14,8 @@ from .registry import SUM_OF_RANKS, AtSite, on_weights
 class LinearSettings(Settings):
     rank: int | float | None = setting(
         None,
-        "Rank to which a layer is cut by plain SVD, or the share of energy to keep.",
+        "Rank to which a layer is cut by plain SVD.",
+        share="energy",
         none=SUM_OF_RANKS,
         low=1,
     )
@@ -31,7 +32,8 @@ class TaskArithmeticSettings(LinearSettings):
 class SvdSettings(Settings):
     rank: int | float | None = setting(
         None,
-        "Rank of the result, or the share of energy to keep.",
+        "Rank of the result.",
+        share="energy",
         none="the largest rank among the LoRAs of a layer",
         low=1,
     )

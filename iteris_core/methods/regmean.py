@@ -29,7 +29,7 @@ class RegMeanSettings(Settings):
         high=1,
     )
     rank: int | float | None = setting(
-        None, "Rank of the result, or the share of energy to keep.", none=SUM_OF_RANKS, low=1
+        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
     )
     micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
 

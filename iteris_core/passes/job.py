@@ -20,13 +20,11 @@ from ..solve.choose import POLICY, Policy
 @dataclass
 class Ran:
     """What a run tells of itself: how many ``rows`` it had, how each stage kept to the memory, and
-    the largest relative change of a site in each Jacobi iteration. ``converged`` says whether that
-    fell below the tolerance; None where there was none."""
+    the largest relative change of a site in each Jacobi iteration but the first."""
 
     rows: int = 0
     plan: list[str] = field(default_factory=list[str])
     convergence: list[float] = field(default_factory=list[float])
-    converged: bool | None = None
 
 
 @dataclass

@@ -106,8 +106,7 @@ def jacobi(
     """The paper's Algorithm 1: solve all sites from the last merged model's inputs, and again.
 
     Ends after ``iterations``, or when no site's change moves by more than ``tolerance`` of itself;
-    ``job.ran`` has how much the one that moved most did, and whether that is below the tolerance at
-    the end.
+    ``job.ran.convergence`` has how much the one that moved most did.
     """
     solutions: Solutions = {}
     planned: dict[str, Batching] = {}
@@ -136,9 +135,8 @@ def jacobi(
             solutions = latest
             lockstep.merged = {site: s.change for site, s in latest.items()}
             if tolerance is not None and iteration:
-                still = job.ran.convergence[-1] <= tolerance
-                job.ran.converged = bool(job.processes.least(int(still)))
-                if job.ran.converged:
+                settled = job.ran.convergence[-1] <= tolerance
+                if job.processes.least(int(settled)):
                     break
         job.tick("iterations", iterations, iterations)
     return _complete(job, solutions)

@@ -26,7 +26,12 @@ def merge_metadata(concepts: Sequence[Concept], report: MergeReport) -> dict[str
     ``modelspec.*`` and the merged ``ss_*`` of the inputs."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     names = [lora.name for lora in loras]
-    triggers = [concept.trigger for concept in concepts if concept.lora and concept.trigger]
+    phrases = [
+        phrase
+        for concept in concepts
+        if concept.lora and (concept.trigger or concept.subjects)
+        for phrase in concept.phrases
+    ]
     found = {
         "iteris": json.dumps(recipe(concepts, report)),
         "modelspec.sai_model_spec": "1.0.0",
@@ -35,8 +40,8 @@ def merge_metadata(concepts: Sequence[Concept], report: MergeReport) -> dict[str
         "modelspec.merged_from": ", ".join(names),
         "modelspec.description": f"Merged by IterIS ({report.method}).",
     }
-    if triggers:
-        found["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    if phrases:
+        found["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
     base = next((lora.base for lora in loras if lora.base is not None), None)
     if base is not None and base.architecture.version:
         found["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"
@@ -63,7 +68,9 @@ def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object
                 "trigger": concept.trigger,
                 "class": concept.class_word,
                 "prompts": None if concept.prompts is None else list(concept.prompts),
+                "subjects": list(concept.subjects),
                 "strength": concept.strength,
+                "text_strength": concept.text_strength,
                 "weight": concept.weight,
             }
             for concept in concepts
@@ -74,7 +81,7 @@ def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object
 
 def is_ordered(report: MergeReport) -> bool:
     """Whether the merged components stand in the order of their output energy."""
-    return report.settings.get("align") == "full" and not report.settings.get("polish_steps")
+    return report.settings.get("objective") == "output" and not report.settings.get("polish_steps")
 
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
@@ -122,9 +129,11 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
 
 
 def _words(concept: Concept) -> set[str]:
-    """The trigger, and its first word: ``sks dog`` and ``sks cat`` share a token."""
-    trigger = " ".join(concept.trigger.lower().split())
-    return {trigger, trigger.partition(" ")[0]} - {""} if concept.lora is not None else set()
+    """Each trigger, and its first word: ``sks dog`` and ``sks cat`` share a token."""
+    if concept.lora is None:
+        return set()
+    triggers = {" ".join(text.lower().split()) for text in concept.subjects or [concept.trigger]}
+    return {word for text in triggers for word in (text, text.partition(" ")[0])} - {""}
 
 
 def join_embeddings(

@@ -9,6 +9,9 @@ from typing import Any
 
 from ..solve.problem import Solution
 
+SETTLED = 1e-3
+"""The largest relative change of a site at which iterations count as converged."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -51,8 +54,15 @@ class MergeReport:
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     rows: int = 0
     convergence: Sequence[float] = ()
-    converged: bool | None = None
     plan: Sequence[str] = ()
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the last Jacobi iteration moved no change by more than the tolerance, or
+        :data:`SETTLED` where none is set; None where there was nothing to converge."""
+        if not self.convergence:
+            return None
+        return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
 
     def residuals(self) -> list[tuple[float, float]]:
         """(before, after) of every concept: root mean square over the sites."""
@@ -90,9 +100,22 @@ class MergeReport:
             f"error is {after:.0%} of its change, that of the mean of the LoRAs {before:.0%}."
         )
 
+    def _convergence(self) -> str:
+        passes, change = len(self.convergence) + 1, self.convergence[-1]
+        if self.converged:
+            return (
+                f"Converged after {passes} iterations: the last moved no site by more than "
+                f"{change:.2g} of it."
+            )
+        return (
+            f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
+            f"{change:.2g} of it. Use schedule=sweep, which needs no iterations, or more of them."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         data["sentence"] = self.sentence()
+        data["converged"] = self.converged
         data["residuals"] = {
             name: {"before": before, "after": after}
             for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
@@ -111,17 +134,13 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
-        if self.converged is False:
-            change = "".join(f" by {change:.1%}" for change in self.convergence[-1:])
-            lines.append(
-                f"  DID NOT CONVERGE: iteration {len(self.convergence) + 1} still changed a site"
-                f"{change}. Allow more iterations, or take the sweep."
-            )
         for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
             if not math.isnan(after):
                 lines.append(
                     f"  {name}: output error {after:.0%} of its change (the mean: {before:.0%})"
                 )
+        if self.converged is not None:
+            lines.append(f"  {self._convergence()}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
         lines += [f"  {line}" for line in self.plan if "do not fit" in line]

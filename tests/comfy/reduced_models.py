@@ -1,4 +1,4 @@
-"""SDXL and FLUX in ComfyUI's own classes with few and narrow layers, random weights, and LoRAs.
+"""SDXL, FLUX, Z-Image and Qwen-Image in ComfyUI's own classes, narrow, with random weights; LoRAs.
 
 ComfyUI tells architectures by their full widths, so no checkpoint of these can be detected; they
 are made from its classes as its loader would make them. The text encoders keep CLIP's widths.
@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}
 T5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
+LANGUAGE_MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 RANK = 4
 
 
@@ -80,6 +87,56 @@ def flux() -> tuple[Any, Any]:
     options = {"clip_l_model_config": CLIP, "t5xxl_model_config": T5}
     module = comfy.text_encoders.flux
     return _model(config), _clip(module.FluxTokenizer, module.flux_clip(torch.float32), options)
+
+
+def zimage() -> tuple[Any, Any]:
+    """Joint attention over a picture and a text that no tokenizer pads."""
+    import comfy.supported_models
+    import comfy.text_encoders.z_image as text
+
+    config = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 256,
+            "cap_feat_dim": 64,
+            "n_layers": 2,
+            "qk_norm": True,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "axes_dims": [16, 24, 24],
+            "axes_lens": [300, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 2.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        }
+    )
+    options = {"qwen3_4b_model_config": LANGUAGE_MODEL}
+    return _model(config), _clip(text.ZImageTokenizer, text.te(torch.float32), options)
+
+
+def qwen() -> tuple[Any, Any]:
+    """A text encoder that gives a mask for some texts and none for others."""
+    import comfy.supported_models
+    import comfy.text_encoders.qwen_image as text
+
+    config = comfy.supported_models.QwenImage(
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "num_layers": 2,
+            "attention_head_dim": 48,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 64,
+            "axes_dims_rope": (16, 16, 16),
+        }
+    )
+    options = {"qwen25_7b_model_config": LANGUAGE_MODEL}
+    return _model(config), _clip(text.QwenImageTokenizer, text.te(torch.float32), options)
 
 
 class _NoTokenizer:

@@ -35,7 +35,23 @@ FLUX = {
 }
 
 
-@pytest.mark.parametrize(("kind", "sites"), [("sdxl", SDXL), ("flux", FLUX)])
+ZIMAGE = {
+    "diffusion_model.layers.0.attention.qkv": (768, 256),
+    "diffusion_model.layers.1.attention.out": (256, 256),
+    "diffusion_model.context_refiner.0.attention.out": (256, 256),
+    "diffusion_model.cap_embedder.1": (256, 64),
+}
+QWEN = {
+    "diffusion_model.transformer_blocks.0.attn.to_q": (96, 96),
+    "diffusion_model.transformer_blocks.0.attn.add_k_proj": (96, 96),
+    "diffusion_model.transformer_blocks.1.img_mlp.net.2": (96, 384),
+    "diffusion_model.txt_in": (96, 64),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites"), [("sdxl", SDXL), ("flux", FLUX), ("zimage", ZIMAGE), ("qwen", QWEN)]
+)
 def test_merge_of_one_is_that_one(
     pack: ModuleType, tmp_path: Path, kind: str, sites: dict[str, tuple[int, int]]
 ) -> None:
@@ -50,7 +66,7 @@ def test_merge_of_one_is_that_one(
 
     def merge(some: Any, rows: int = 32) -> Any:
         result = merging.merge_on(model, clip, some, "iteris", {}, calibration, rows=rows)
-        return result, merging.as_lora_model(result, some, "float32")
+        return result, merging.as_lora_model(result, concepts, "float32")
 
     result, tensors = merge(concepts[:1])
     (_, after), *_ = result.report.residuals()
@@ -66,6 +82,31 @@ def test_merge_of_one_is_that_one(
         gap = small.sites[site].dense() - change.dense()
         assert float(gap.norm()) < 1e-2 * float(change.dense().norm())
     assert not any(m._forward_hooks for m in model.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["zimage", "qwen"])
+def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kind: str) -> None:
+    """No padding: conditionings are ComfyUI's own, and their inputs batch within a length only."""
+    text: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_text")
+    denoiser: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_denoiser")
+    model, clip = getattr(reduced_models, kind)()
+    encoders = text.TextEncoders(clip)
+    prompts = ["", "a cat", "a dog", "a large cat on the beach"]
+    tokens = encoders.tokenize(prompts)
+    encoders.load()
+    batches = encoders.batches([0] * 4, tokens, {}, set())
+    for batch in batches.values():
+        batch.run_all(2)
+    found = encoders.assemble([0] * 4, tokens, batches, 0, None)
+    with torch.inference_mode():
+        for prompt, (cond, extra) in zip(prompts, found, strict=True):
+            ((wanted, more),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+            assert torch.allclose(cond, wanted, atol=1e-5)
+            assert set(extra) == set(more)
+    inputs = [denoiser.Denoiser(model).inputs(some, (1, 16, 1, 8, 8)) for some in found]
+    kinds = [denoiser.kind(some) for some in inputs]
+    assert kinds[1] == kinds[2]
+    assert len(set(kinds)) == 3
 
 
 def stock(comfy_lora: Any, model: Any, clip: Any, file: Path) -> tuple[Any, Any]:

@@ -77,6 +77,40 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
+def test_what_to_lower_is_said_when_memory_runs_out(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: Any) -> None:
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(kit.denoiser.Denoiser, "predict", greedy)
+    with pytest.raises(kit.core.IterisError, match=r"Lower samples or timesteps .* latent_size"):
+        kit.merge()
+    monkeypatch.undo()
+    with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or latent_size"):
+        kit.merge(memory_budget=1000)
+
+
+def test_the_plan_goes_by_what_comfyui_says_is_free(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as memory
+
+    whole = kit.merge()
+    assert "do not fit" not in whole.report.summary()
+    need = max(float(line.split()[-2]) for line in whole.report.plan)  # GiB
+    free = round(need * 0.9 * 2**30)
+    monkeypatch.setattr(
+        memory,
+        "get_free_memory",
+        lambda device=None, torch_free_too=False: (free, free) if torch_free_too else free,
+    )
+    result = kit.merge()
+    assert all(float(line.split()[-2]) <= 0.81 * need + 0.01 for line in result.report.plan)
+    assert result.report.plan != whole.report.plan
+    assert kit.hooks() == 0
+
+
 def test_rank_does_not_denoise_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.merge()
     monkeypatch.setattr(kit.denoiser.Denoiser, "latents", None)

@@ -20,20 +20,27 @@ def module(pack: ModuleType, name: str) -> Any:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("sks", "cat")),
-        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog")),
-        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "")),
-        ({"ss_tag_frequency": "not JSON"}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "")),
-        ({}, ("", "")),
+        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("", "", ("sks cat", "zwx dog"))),
+        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog", ())),
+        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "", ())),
+        ({"ss_tag_frequency": "not JSON"}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "", ())),
+        ({}, ("", "", ())),
     ],
 )
 def test_words_of_a_file(
-    pack: ModuleType, metadata: dict[str, str], words: tuple[str, str]
+    pack: ModuleType, tmp_path: Path, metadata: dict[str, str], words: tuple[Any, ...]
 ) -> None:
-    assert module(pack, "nodes.concept_specs").words_of(metadata) == words
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "lora.safetensors", metadata)
+    spec = module(pack, "nodes.concept_specs").make_spec(tmp_path / "lora.safetensors")
+    assert (spec.trigger, spec.class_word, spec.subjects) == words
+    reader = type("Reader", (), {"read_lora": lambda *_: None})()
+    phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
+    assert list(spec.read(reader).phrases) == phrases
 
 
 def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
@@ -128,11 +135,11 @@ def test_lora_stack_of_other_packs(
     nodes = module(pack, "nodes.concept_nodes")
     monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
     assert nodes.ConceptsFromStack.execute(None).result == ((),)
-    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 1.0)]
+    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 0.0)]
     (specs,) = nodes.ConceptsFromStack.execute(stack).result
-    assert [(spec.file.name, spec.strength) for spec in specs] == [
-        ("a.safetensors", 0.8),
-        ("b.safetensors", 1.0),
+    assert [(spec.file.name, spec.strength, spec.clip_strength) for spec in specs] == [
+        ("a.safetensors", 0.8, 0.5),
+        ("b.safetensors", 1.0, 0.0),
     ]
     assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
 
@@ -218,3 +225,140 @@ def test_an_embedding_is_named_by_its_path(
         "a.safetensors", "", "", 1.0, 1.0, "", "cats/sks.v2.safetensors"
     ).result
     assert (specs[0].trigger, specs[0].class_word) == ("embedding:cats/sks.v2", "cat")
+
+
+def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
+    pack: ModuleType, models: Path, thin: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    core, host = module(pack, "iteris_core"), module(pack, "nodes.comfy_host").ComfyHost(*thin)
+    components = {}
+    for clip in (1.0, 0.0):
+        (specs,) = nodes.ConceptsFromStack.execute([("a.safetensors", 1.0, clip)]).result
+        merged = core.merge_loras(None, [spec.read(host) for spec in specs], "sum").lora
+        components[clip] = {site.partition(".")[0] for site in merged.sites}
+    assert any(name.startswith("text_encoder") for name in components[1.0])
+    assert not any(name.startswith("text_encoder") for name in components[0.0])
+
+
+def test_the_strength_in_clip_of_a_concept(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+
+    def clip_strength(**given: float) -> float | None:
+        values = {"trigger": "sks", "class_word": "cat", "prompts": "", "embedding": "none"}
+        (specs,) = nodes.IterisConcept.execute(
+            "a.safetensors", strength=0.7, weight=1.0, **values, **given
+        ).result
+        assert specs[0].strength == 0.7
+        return specs[0].clip_strength
+
+    assert clip_strength() is None  # a graph of before
+    assert clip_strength(strength_clip=-11.0) is None
+    assert clip_strength(strength_clip=0.0) == 0.0
+    assert clip_strength(strength_clip=-1.0) == -1.0
+
+
+def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
+    inputs, core = module(pack, "nodes.merge_inputs"), module(pack, "iteris_core")
+    shown = inputs.setting_input(core.IterisSettings, "ridge").as_dict()
+    assert (shown["default"], shown["min"], shown["max"], shown["step"]) == (0.0, 0.0, 0.5, 1e-7)
+    assert "0: by the number of prompts" in shown["tooltip"]
+    shown = inputs.setting_input(core.IterisSettings, "weighting")
+    assert shown.options == ["tokens", "adapter", "full", "none"]
+    assert inputs.setting_input(core.IterisSettings, "repair").default is True
+    shown = inputs.setting_input(core.Calibration, "timesteps").as_dict()
+    assert (shown["default"], shown["min"], shown["max"]) == (4, 1, 10)
+    assert "the same result" not in inputs.setting_input(core.IterisSettings, "schedule").tooltip
+
+
+def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
+    inputs = module(pack, "nodes.merge_inputs")
+    values = {"schedule": "sweep", "ridge": 0.0, "weighting": "tokens", "repair": True, "rank": 0}
+    settings_of = inputs.settings_of
+    assert settings_of("iteris", values, "default") == {}
+    assert settings_of("iteris", {**values, "rank": 4, "ridge": 0.1}, "default") == {
+        "rank": 4, "ridge": 0.1,
+    }  # fmt: skip
+    paper = settings_of("iteris", {**values, "ridge": 1e-3}, "paper")
+    assert (paper["objective"], paper["weighting"], paper["schedule"]) == (
+        "adapter", "adapter", "jacobi",
+    )  # fmt: skip
+    assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
+    assert settings_of("ties", {**values, "rank": 4}, "paper") == {"rank": 4}
+    assert "polish_steps" not in settings_of("iteris", values, "best")
+    assert "Without the polish" in inputs.left_out("iteris", "best")
+    assert not inputs.left_out("iteris", "fast")
+    assert not inputs.left_out("ties", "best")
+    default = {"samples": 50, "seed": 0, "timesteps": 4, "latent_size": 0, "latents": "denoising"}
+    assert inputs.calibration_of(default).latent_size is None
+    assert inputs.calibration_of(default, "fast").samples == 12
+    assert inputs.calibration_of({**default, "samples": 30}, "fast").samples == 30
+
+
+def test_no_path_of_this_machine_is_written(
+    kit: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import folder_paths
+
+    loras = models / "models" / "loras"
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(loras)])
+    (loras / "cats").mkdir(exist_ok=True)
+    inner = loras / "cats" / "inner.safetensors"
+    inner.write_bytes((loras / "a.safetensors").read_bytes())
+    outer = models / "outer.safetensors"
+    outer.write_bytes((loras / "b.safetensors").read_bytes())
+    concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
+    result = kit.merging.merge_on(kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
+    lora = kit.merging.as_lora_model(result, concepts, "float16")
+    recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
+    assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
+    save = module_of(kit, "nodes.merge_nodes").SaveMergedLora
+    monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
+    (name,) = save.execute(lora, "whole").result
+    assert str(models).encode() not in (loras / name).read_bytes()
+
+
+def module_of(kit: Any, name: str) -> Any:
+    return importlib.import_module(f"{kit.core.__name__.rpartition('.')[0]}.{name}")
+
+
+def test_an_embedding_beside_a_lora_has_to_be_called_for(
+    kit: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "toy.safetensors"
+    file.write_bytes((models / "models" / "loras" / "a.safetensors").read_bytes())
+    vector = torch.ones(1, 768)
+    save_file({"clip_l": vector}, tmp_path / "toy_emb.safetensors")
+    save_file({"emb_params": vector}, tmp_path / "word.safetensors")
+    monkeypatch.setattr(kit.clip.tokenizer.clip_l, "embedding_directory", [str(tmp_path)])
+    calibration = kit.core.Calibration(samples=2, timesteps=1, latents="noise", latent_size=8)
+
+    def summary(trigger: str) -> str:
+        spec = kit.specs.make_spec(file, trigger=trigger, class_word="cat")
+        result = kit.merging.merge_on(kit.model, kit.clip, [spec], "iteris", {}, calibration)
+        return result.report.summary()
+
+    assert "toy is NOT IN FORCE" in summary("sks")
+    assert "toy is NOT IN FORCE" in summary("embedding:nowhere")
+    assert "NOT IN FORCE" not in summary("embedding:word")
+
+
+def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = module(pack, "nodes.comfy_runtime")
+    shown: list[str] = []
+    monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
+    on_progress = runtime.show_progress(None)
+    on_progress("making latents", 0, 1)
+    on_progress("plan: denoiser: 2 sites, 1 of 2 rows", 1, 1)
+    on_progress("solving sites", 0, 9)
+    assert shown == [
+        "Making latents …",
+        "Plan: denoiser: 2 sites, 1 of 2 rows",
+        "Plan: denoiser: 2 sites, 1 of 2 rows\nSolving sites …",
+    ]
