@@ -119,7 +119,7 @@ class IterisMerge(io.ComfyNode):
             cls.hidden.unique_id,
             memory_budget=budget_of(memory),
         )
-        lora = as_lora_model(result, dtype)
+        lora = as_lora_model(result, concepts, dtype)
         report = result.report.summary() + left_out(method, preset)
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
@@ -205,7 +205,7 @@ class CompareMerges(io.ComfyNode):
                     cls.hidden.unique_id,
                     memory_budget=budget_of(memory),
                 )
-                merged = apply_lora(model, clip, as_lora_model(result, "float16"))
+                merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
                 reports.append(result.report.summary())
             models.append(merged[0])
             clips.append(merged[1])

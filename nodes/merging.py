@@ -91,7 +91,7 @@ def merge_on(
         free_memory()
 
 
-def as_lora_model(result: MergeResult, dtype: str) -> LoraModel:
+def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
     """What ``result`` is once it is saved and loaded again."""
     with torch.inference_mode(False):
         tensors, metadata = to_tensors(result.lora, dtype=dtype)

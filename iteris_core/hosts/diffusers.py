@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import free_memory, usable
-from ..architectures import text
+from ..architectures import text as text_wirings
 from ..architectures.record import Conditioning
 from ..architectures.wirings import in_changed_parts, residual_streams
-from ..concepts import Calibration, Concept, concept_prompts
+from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .checks import check_eval, check_model
 from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
 from .protocol import Stage, Tick
+from .rows import NoisyRows, TextRows, drawn_prompts, drawn_steps, noisy_rows
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -29,20 +30,11 @@ _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """Rows of the denoiser, sorted by concept.
+    """``noisy`` is None where no site needs the denoiser to run; ``guidance`` is what a
+    guidance-distilled model is given."""
 
-    ``text_owners`` and ``text_prompts`` list the distinct (concept, prompt) pairs, and
-    ``text_rows`` says which of them each row uses. ``latents`` is (rows, …), shaped as the model
-    takes them, ``timesteps`` (rows,); both are None where no site needs the denoiser to run.
-    ``guidance`` is what a guidance-distilled model is given.
-    """
-
-    text_owners: Sequence[int]
-    text_prompts: Sequence[str]
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    latents: Tensor | None
-    timesteps: Tensor | None
+    text: TextRows
+    noisy: NoisyRows | None
     guidance: float
 
 
@@ -105,42 +97,31 @@ class DiffusersHost:
     ) -> DiffusionSamples:
         for model in self._models():
             check_eval(model)
-        prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
         share = calibration.empty_share if self.calls.empty_prompts else 0.0
-        if not self._needs_denoiser(sites) and share:
-            prompts = [[*some, ""] for some in prompts]
-        owners = [i for i, some in enumerate(prompts) for _ in some]
-        flat = [prompt for some in prompts for prompt in some]
         guidance = calibration.guidance if calibration.guidance > 1 else _GUIDANCE
-        if not self._needs_denoiser(sites):
-            return _rows(owners, flat, None, None, guidance)
-
-        latents, timesteps = self._latents(
-            flat, owners, calibration, lockstep, generator, tick
-        )  # (prompts, T, …) and (prompts, T)
-        count = timesteps.shape[1]
-        row_owners = [owner for owner in owners for _ in range(count)]
-        row_prompts = [prompt for prompt in flat for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=generator) < share
-        for row in empty.nonzero().flatten().tolist():
-            row_prompts[row] = ""
-        return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten(), guidance)
+        denoises = self._needs_denoiser(sites)
+        empty = bool(share) and not denoises
+        owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
+        if not denoises:
+            return DiffusionSamples(TextRows.of(owners, prompts), None, guidance)
+        latents, times = self._latents(prompts, owners, calibration, lockstep, generator, tick)
+        text, noisy = noisy_rows(owners, prompts, latents, times, share, generator)
+        return DiffusionSamples(text, noisy, guidance)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
-        if samples.latents is None or samples.timesteps is None:
-            return text["states"]
+        text, noisy = samples.text, samples.noisy
+        encoded = self._encode([text.texts[text.text_rows[row]] for row in rows])
+        if noisy is None:
+            return encoded["states"]
         index = torch.as_tensor(list(rows))
-        return self._predict(
-            samples.latents[index], samples.timesteps[index], text, samples.guidance
-        )
+        return self._predict(noisy.latents[index], noisy.times[index], encoded, samples.guidance)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith("text_encoder"):
                 encoder = getattr(self.pipeline, component)
-                known = residual_streams(encoder, self._sites, text.WIRINGS)
+                known = residual_streams(encoder, self._sites, text_wirings.WIRINGS)
                 streams |= in_changed_parts(known, sites)
         if self._needs_denoiser(sites):
             wirings = self.architecture.wirings
@@ -152,21 +133,20 @@ class DiffusersHost:
         others = [site for site in sites if site.startswith(f"{self.architecture.denoiser}.")]
         if not others and not text_sites:
             return
-        self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
+        text = samples.text
+        self._encoded = [[{}] * len(text.texts) for _ in range(2)]
         if text_sites:
-            run = self._run_text(samples)
-            feeds = bool(others)
-            yield Stage("text encoder", text_sites, samples.text_owners, run, feeds=feeds)
+            run = self._run_text(text)
+            yield Stage("text encoder", text_sites, text.text_owners, run, feeds=bool(others))
         else:
-            prompts = list(dict.fromkeys(samples.text_prompts))
-            run = self._run_plain_text(samples, prompts)
+            prompts = list(dict.fromkeys(text.texts))
+            run = self._run_plain_text(text, prompts)
             yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
-        if self._needs_denoiser(sites):
-            run = self._run_denoiser(samples)
-            yield Stage(self.architecture.denoiser, others, samples.owners, run, places=True)
+        if samples.noisy is not None:
+            run = self._run_denoiser(text, samples.noisy, samples.guidance)
+            yield Stage(self.architecture.denoiser, others, text.owners, run, places=True)
         elif others:
-            run = self._run_projections(others)
-            yield Stage("cross-attention", others, samples.text_owners, run)
+            yield Stage("cross-attention", others, text.text_owners, self._run_projections(others))
         self._encoded = []
 
     def room(self, wanted: int) -> int:
@@ -203,42 +183,40 @@ class DiffusersHost:
         )
         return self.denoiser(**arguments, return_dict=False)[0]
 
-    def _run_text(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
+    def _run_text(self, text: TextRows) -> Callable[[Sequence[int], int], None]:
         def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([samples.text_prompts[row] for row in rows] * copies)
+            encoded = self._encode([text.texts[row] for row in rows] * copies)
             for copy in range(copies):
                 for index, row in enumerate(rows):
-                    self._encoded[copy][row] = _part(text, copy * len(rows) + index)
+                    self._encoded[copy][row] = _part(encoded, copy * len(rows) + index)
 
         return run
 
     def _run_plain_text(
-        self, samples: DiffusionSamples, prompts: list[str]
+        self, text: TextRows, prompts: list[str]
     ) -> Callable[[Sequence[int], int], None]:
         """Text encoders that no LoRA changes give the same for every concept, and merged."""
 
         def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([prompts[row] for row in rows])
-            found = {prompts[row]: _part(text, index) for index, row in enumerate(rows)}
-            for index, prompt in enumerate(samples.text_prompts):
-                for encoded in self._encoded:
-                    encoded[index] = found.get(prompt, encoded[index])
+            encoded = self._encode([prompts[row] for row in rows])
+            parts = {prompts[row]: _part(encoded, index) for index, row in enumerate(rows)}
+            for index, prompt in enumerate(text.texts):
+                for copy in self._encoded:
+                    copy[index] = parts.get(prompt, copy[index])
 
         return run
 
     def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
-        found = [self._encoded[copy][row] for copy in range(copies) for row in rows]
-        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+        parts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def _run_denoiser(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
-        assert samples.latents is not None
-        assert samples.timesteps is not None
-        latents, timesteps = samples.latents, samples.timesteps
-
+    def _run_denoiser(
+        self, text: TextRows, noisy: NoisyRows, guidance: float
+    ) -> Callable[[Sequence[int], int], None]:
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
-            text = self._text_batch([samples.text_rows[row] for row in rows], copies)
-            self._predict(latents[index], timesteps[index], text, samples.guidance)
+            encoded = self._text_batch([text.text_rows[row] for row in rows], copies)
+            self._predict(noisy.latents[index], noisy.times[index], encoded, guidance)
 
         return run
 
@@ -262,7 +240,7 @@ class DiffusersHost:
         tick: Tick,
     ) -> tuple[Tensor, Tensor]:
         """Latents (prompts, T, …) and their timesteps (prompts, T)."""
-        steps, wanted = calibration.denoising_steps, calibration.timesteps
+        steps = calibration.denoising_steps
         shape = self.calls.latent_shape(self.pipeline, calibration.latent_size)
         schedule = NoiseSchedule(
             self.pipeline.scheduler,
@@ -272,14 +250,13 @@ class DiffusersHost:
             even_sigmas=self.calls.even_sigmas,
         )
         noise = torch.randn(len(prompts), *shape, generator=generator)
-        picks = torch.stack(
-            [torch.randperm(steps, generator=generator)[:wanted] for _ in prompts]
-        ).sort(dim=1)[0]
+        picks = drawn_steps(len(prompts), calibration, steps, generator)
+        count = picks.shape[1]
         if calibration.latents == "noise":
-            kept = noise[:, None].expand(-1, wanted, *(-1 for _ in shape))
+            kept = noise[:, None].expand(-1, count, *(-1 for _ in shape))
             return kept, schedule.timesteps[picks]
 
-        kept = torch.zeros(len(prompts), wanted, *shape)
+        kept = torch.zeros(len(prompts), count, *shape)
         mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
@@ -331,24 +308,3 @@ class DiffusersHost:
 
 def _part(text: Conditioning, row: int) -> Conditioning:
     return {name: part[row].cpu() for name, part in text.items()}
-
-
-def _rows(
-    owners: Sequence[int],
-    prompts: Sequence[str],
-    latents: Tensor | None,
-    timesteps: Tensor | None,
-    guidance: float,
-) -> DiffusionSamples:
-    pairs = {
-        pair: index for index, pair in enumerate(dict.fromkeys(zip(owners, prompts, strict=True)))
-    }
-    return DiffusionSamples(
-        [owner for owner, _ in pairs],
-        [prompt for _, prompt in pairs],
-        owners,
-        [pairs[pair] for pair in zip(owners, prompts, strict=True)],
-        latents,
-        timesteps,
-        guidance,
-    )

@@ -313,7 +313,7 @@ def test_no_path_of_this_machine_is_written(
     outer.write_bytes((loras / "b.safetensors").read_bytes())
     concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
     result = kit.merging.merge_on(kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
-    lora = kit.merging.as_lora_model(result, "float16")
+    lora = kit.merging.as_lora_model(result, concepts, "float16")
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
     save = module_of(kit, "nodes.merge_nodes").SaveMergedLora
