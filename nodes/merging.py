@@ -74,6 +74,7 @@ def merge_on(
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=memory_budget,
+                    unreached="mean",  # as the stock loader, which loads what no forward uses
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
