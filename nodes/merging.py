@@ -18,6 +18,7 @@ from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import find_setting
+from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
 from .concept_specs import ConceptSpec
@@ -48,12 +49,14 @@ def merge_on(
     node_id: str | None = None,
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
+    policy: Policy = POLICY,
 ) -> MergeResult:
     """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
     ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
     says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
-    that ``method`` does not have are left out. Raises :class:`IterisError` where it cannot fit.
+    that ``method`` does not have are left out; ``policy`` holds the thresholds. Raises
+    :class:`IterisError` where it cannot fit.
     """
     kind = find_method(method).settings
     on_progress = show_progress(node_id)
@@ -74,6 +77,7 @@ def merge_on(
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=memory_budget,
+                    policy=policy,
                     unreached="mean",  # as the stock loader, which loads what no forward uses
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
