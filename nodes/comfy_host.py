@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.activations.meter import usable
 from ..iteris_core.architectures import text, unet
-from ..iteris_core.architectures.wirings import in_changed_parts, residual_streams
+from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept, concept_prompts
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Stage, Tick

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import mmdit, text
-from .marks import key_width, said_base
 from .pieces import Alias, Shapes
-from .record import Architecture, Conditioning, Fit, PipelineCalls
+from .record import Architecture, Conditioning, PipelineCalls
 
 _TOP = {
     "img_in": "x_embedder",
@@ -75,19 +74,8 @@ def _xlabs(shapes: Shapes) -> dict[str, Alias]:
     return aliases
 
 
-def _fits_sites(shapes: Shapes) -> Fit:
-    single = "transformer.single_transformer_blocks."
-    return Fit.SURE if any(site.startswith(single) for site in shapes) else Fit.NO
-
-
-def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> Fit:
-    names = " ".join(shapes)
-    if "single_blocks" in names or "single_transformer_blocks" in names:
-        return Fit.SURE
-    likely = "flux" in said_base(metadata) or key_width(shapes, "attn") == 3072
-    if "double_blocks" in names or (mmdit.is_file(shapes) and likely):
-        return Fit.LIKELY
-    return Fit.NO
+def _fits_sites(shapes: Shapes) -> bool:
+    return any(site.startswith("transformer.single_transformer_blocks.") for site in shapes)
 
 
 def _models() -> Mapping[str, nn.Module]:
@@ -100,11 +88,9 @@ def _models() -> Mapping[str, nn.Module]:
     }
 
 
-def _diffusers_reads(site: str, layout: str) -> bool:
-    """No T5; in kohya layout nothing of the transformer outside of its blocks (diffusers 0.42)."""
-    if text.text_component(site) is not None:
-        return not text.is_t5(site)
-    return layout != "kohya" or "_blocks." in site
+def _reads_kohya(site: str) -> bool:
+    """Nothing of the transformer outside of its blocks."""
+    return text.text_component(site) is not None or "_blocks." in site
 
 
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -141,11 +127,11 @@ def _packed_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
 
 
 ARCHITECTURE = Architecture(
-    name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=mmdit.is_flux, models=_models,
     original_names=_TABLE.aliases, further_names=_xlabs, native=True,
     text_prefixes=("lora_te1", "lora_te3"), version="flux1", modelspec="flux-1-dev",
     network="networks.lora_flux", one_alpha=("text_encoder", "text_encoder_2"),
-    diffusers_reads=_diffusers_reads,
+    reads_kohya=_reads_kohya,
     pipeline=PipelineCalls(
         pipeline="FluxPipeline", denoisers=("FluxTransformer2DModel",),
         single_files=("flux-dev", "flux-schnell"),

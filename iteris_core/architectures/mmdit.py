@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .pieces import Alias, Shapes, fused, swapped
-from .record import Conditioning
+from .record import Conditioning, key_width, said_base
 
 _PREFIX = "transformer."
 
@@ -56,9 +56,26 @@ def block_numbers(prefix: str, shapes: Shapes) -> Iterator[int]:
     )
 
 
-def is_file(shapes: Shapes) -> bool:
+def has_transformer(shapes: Shapes) -> bool:
     """Whether a file has the names of diffusers or OneTrainer for a transformer's modules."""
     return any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
+
+
+def has_single_blocks(shapes: Shapes) -> bool:
+    """Whether a file has the blocks that FLUX alone has, under either name."""
+    return any("single_blocks" in key or "single_transformer_blocks" in key for key in shapes)
+
+
+def is_flux(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Whether a file is for FLUX, by its blocks, what it says or its width."""
+    return (
+        has_single_blocks(shapes)
+        or any("double_blocks" in key for key in shapes)
+        or (
+            has_transformer(shapes)
+            and ("flux" in said_base(metadata) or key_width(shapes, "attn") == 3072)
+        )
+    )
 
 
 def arguments(

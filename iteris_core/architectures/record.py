@@ -8,26 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 from torch import Tensor, nn
 
 from .pieces import Alias, Shapes
-from .wirings import Wiring
+from .sites import Wiring
+from .text import is_t5
 
 Conditioning = dict[str, Tensor]
 """What text encoders give, rows first; ``states``, (rows, tokens, width), is always there."""
-
-
-class Fit(IntEnum):
-    """How well sites or a file fit an architecture; the best fit of all architectures counts."""
-
-    NO = 0
-    LIKELY = 1
-    """As far as can be seen: it has nothing that only another architecture has."""
-    SURE = 2
-    """It has what only this architecture has."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,8 @@ class Architecture:
     """``title`` is for people; every other field has a default, for what is unknown.
 
     ``fits_sites(shapes)`` looks at the sites of a loaded model, name → shape of the weight;
-    ``fits_file(shapes, metadata)`` at the tensors of a LoRA file. ``models()`` are its components
+    ``fits_file(shapes, metadata)`` at the tensors of a LoRA file; those that were registered last
+    are asked first, so they may leave it to others to be sure. ``models()`` are its components
     at the released size; it is called under torch's meta device. ``denoiser`` is the component that
     denoises. ``original_names(shapes)`` are the names of the original code for the denoiser's
     modules, without prefix; ``native`` tells whether sd-scripts uses them in its files (else
@@ -70,15 +61,15 @@ class Architecture:
     ``version``, ``modelspec`` and ``network`` go into a file's ``ss_base_model_version``,
     ``modelspec.architecture`` (before ``/lora``) and ``ss_network_module``; empty ones stay out.
     ``one_alpha`` are components of which diffusers reads one alpha only in kohya layout;
-    ``diffusers_reads(site, layout)`` tells whether it reads a site's change in a file of ours.
+    ``reads_kohya(site)`` tells whether it reads the site's change in that layout at all.
     ``wirings`` say where the denoiser adds to its residual stream. ``pipeline`` is for the
     diffusers host, which refuses architectures without it.
     """
 
     name: str
     title: str
-    fits_sites: Callable[[Shapes], Fit] = lambda shapes: Fit.NO
-    fits_file: Callable[[Shapes, Mapping[str, str]], Fit] = lambda shapes, metadata: Fit.NO
+    fits_sites: Callable[[Shapes], bool] = lambda shapes: False
+    fits_file: Callable[[Shapes, Mapping[str, str]], bool] = lambda shapes, metadata: False
     models: Callable[[], Mapping[str, nn.Module]] = lambda: {}
     denoiser: str = "transformer"
     original_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}
@@ -90,6 +81,31 @@ class Architecture:
     modelspec: str = ""
     network: str = "networks.lora"
     one_alpha: tuple[str, ...] = ()
-    diffusers_reads: Callable[[str, str], bool] = lambda site, layout: True
+    reads_kohya: Callable[[str], bool] = lambda site: True
     wirings: tuple[Wiring, ...] = ()
     pipeline: PipelineCalls | None = None
+
+    def diffusers_reads(self, site: str, layout: str) -> bool:
+        """Whether diffusers (0.42) reads a site's change in a file of ours: of T5 never."""
+        return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
+
+
+def said_base(metadata: Mapping[str, str]) -> str:
+    """What a file's metadata say of its base model."""
+    return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
+
+
+def key_width(shapes: Shapes, part: str) -> int | None:
+    """Number of inputs of the first key projection in a file whose name has ``part``."""
+    for key, shape in shapes.items():
+        down = any(mark in key for mark in ("lora_A", "lora_down", ".down."))
+        if part in key and "to_k" in key and down and len(shape) > 1:
+            return shape[1]
+    return None
+
+
+def square_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
+    """(channels, side, side)"""
+    config = (pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer).config
+    side = side or int(config.sample_size)
+    return (int(config.in_channels), side, side)

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from . import mmdit, text
-from .marks import key_width, said_base, square_latents
 from .pieces import Alias, Shapes, swapped
-from .record import Architecture, Conditioning, Fit, PipelineCalls
+from .record import Architecture, Conditioning, PipelineCalls, said_base, square_latents
 
 _TOP = {
     "context_embedder": "context_embedder",
@@ -48,20 +47,18 @@ def _original_names(shapes: Shapes) -> dict[str, Alias]:
     return aliases
 
 
-def _fits_sites(shapes: Shapes) -> Fit:
-    sites = [site for site in shapes if site.startswith("transformer.")]
-    single = any(site.startswith("transformer.single_transformer_blocks.") for site in sites)
-    return Fit.SURE if not single and any(".norm1_context." in site for site in sites) else Fit.NO
+def _fits_sites(shapes: Shapes) -> bool:
+    joint = any(site.startswith("transformer.") and ".norm1_context." in site for site in shapes)
+    return joint and not mmdit.has_single_blocks(shapes)
 
 
-def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> Fit:
-    names, said = " ".join(shapes), said_base(metadata)
-    if "single_blocks" in names or "single_transformer_blocks" in names:
-        return Fit.NO
-    if "joint_blocks" in names or "stable-diffusion-3" in said or "sd3" in said:
-        return Fit.SURE
-    other = "double_blocks" in names or "flux" in said or key_width(shapes, "attn") == 3072
-    return Fit.LIKELY if mmdit.is_file(shapes) and not other else Fit.NO
+def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    said = said_base(metadata)
+    if mmdit.has_single_blocks(shapes):
+        return False
+    if "joint_blocks" in " ".join(shapes) or "stable-diffusion-3" in said or "sd3" in said:
+        return True
+    return mmdit.has_transformer(shapes) and not mmdit.is_flux(shapes, metadata)
 
 
 def _models() -> Mapping[str, nn.Module]:
@@ -77,11 +74,6 @@ def _models() -> Mapping[str, nn.Module]:
         "text_encoder_3": text.t5_xxl(),
         "transformer": transformer,
     }
-
-
-def _diffusers_reads(site: str, layout: str) -> bool:
-    """No T5, and nothing at all in kohya layout (diffusers 0.42)."""
-    return layout != "kohya" and not (text.text_component(site) is not None and text.is_t5(site))
 
 
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -101,7 +93,7 @@ ARCHITECTURE = Architecture(
     original_names=_original_names, native=True, text_prefixes=("lora_te1", "lora_te2", "lora_te3"),
     version="sd3_m", modelspec="stable-diffusion-3-medium", network="networks.lora_sd3",
     one_alpha=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    diffusers_reads=_diffusers_reads,
+    reads_kohya=lambda site: False,
     pipeline=PipelineCalls(
         pipeline="StableDiffusion3Pipeline", denoisers=("SD3Transformer2DModel",),
         single_files=("sd3", "sd35_large", "sd35_medium"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .wirings import Wiring
+from .sites import Wiring
 
 WIRINGS = (
     # T5: each sublayer normalises what it reads.
@@ -64,8 +64,10 @@ def text_component(site: str) -> int | None:
 
 
 def is_t5(site: str) -> bool:
-    """Whether a site of a text encoder is one of T5."""
-    return site.partition(".")[2].startswith(("encoder.block.", "shared"))
+    """Whether a site is one of T5."""
+    return text_component(site) is not None and site.partition(".")[2].startswith(
+        ("encoder.block.", "shared")
+    )
 
 
 def t5_length(tokenizer: Any, most: int) -> int:
@@ -73,7 +75,7 @@ def t5_length(tokenizer: Any, most: int) -> int:
     return min(most, getattr(tokenizer, "model_max_length", most))
 
 
-def clip(width: int, layers: int, *, projected: bool) -> nn.Module:
+def clip(width: int, layers: int, projected: bool) -> nn.Module:
     """A CLIP text encoder; needs transformers."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

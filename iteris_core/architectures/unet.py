@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .marks import key_width, reads_all_but_t5, said_base, square_latents
+from .mmdit import has_single_blocks, has_transformer
 from .pieces import Alias, Shapes, whole
-from .record import Architecture, Conditioning, Fit, PipelineCalls
-from .wirings import Wiring
+from .record import Architecture, Conditioning, PipelineCalls, key_width, said_base, square_latents
+from .sites import Wiring
+from .text import clip
 
 WIRINGS = (
     # diffusers' and ComfyUI's UNets name these modules alike.
@@ -95,47 +95,36 @@ def aliases(shapes: Shapes) -> dict[str, Alias]:
     return {name: whole(f"unet.{path}", shapes) for path, name in named.items()}
 
 
-def is_xl(shapes: Shapes) -> bool:
-    """Whether these are sites of SDXL: it alone has a second text encoder, or added sizes."""
-    return any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes)
-
-
-def fits_sites(shapes: Shapes, *, wide: bool) -> Fit:
-    """How well sites fit SD 1.x or, ``wide``, SD 2.x, which reads text embeddings 1024 wide."""
-    if is_xl(shapes) or not any(site.startswith("unet.") for site in shapes):
-        return Fit.NO
+def kind_of_sites(shapes: Shapes) -> str | None:
+    """Name of the architecture that sites of a UNet are of: SDXL alone has a second text encoder,
+    or added sizes, and SD 2.x reads text embeddings 1024 wide."""
+    if not any(site.startswith("unet.") for site in shapes):
+        return None
+    if any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes):
+        return "sdxl"
     widths = [shape[1] for site, shape in shapes.items() if site.endswith(".attn2.to_k")]
-    return Fit.LIKELY if (widths[:1] == [1024]) == wide else Fit.NO
+    return "sd2" if widths[:1] == [1024] else "sd1"
 
 
-def is_file_of_xl(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
-    """Whether a file of a UNet is of SDXL."""
-    text = " ".join(shapes)
-    marks = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
+def kind_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
+    """Name of the architecture that a file of a UNet is for."""
+    keys, width = " ".join(shapes), key_width(shapes, "attn2")
+
+    def has(*marks: str) -> bool:
+        return any(mark in keys for mark in marks)
+
+    if (
+        not has("unet", "down_blocks", "input_blocks", "lora_te")
+        or has("double_blocks", "joint_blocks")
+        or has_single_blocks(shapes)
+        or has_transformer(shapes)
+    ):
+        return None
     deep = ("input_blocks_4_1_transformer_blocks_1", "attentions_0_transformer_blocks_1")
-    return (
-        any(mark in text for mark in (*marks, *deep))
-        or "xl" in said_base(metadata)
-        or key_width(shapes, "attn2") == 2048
-    )
-
-
-def is_file(shapes: Shapes) -> bool:
-    """Whether a file is of a UNet."""
-    text = " ".join(shapes)
-    others = ("single_blocks", "double_blocks", "joint_blocks", "single_transformer_blocks")
-    return (
-        any(mark in text for mark in ("unet", "down_blocks", "input_blocks", "lora_te"))
-        and not any(mark in text for mark in others)
-        and not any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
-    )
-
-
-def fits_file(shapes: Shapes, metadata: Mapping[str, str], *, wide: bool) -> Fit:
-    """How well a file fits SD 1.x or, ``wide``, SD 2.x."""
-    if not is_file(shapes) or is_file_of_xl(shapes, metadata):
-        return Fit.NO
-    return Fit.LIKELY if (key_width(shapes, "attn2") == 1024) == wide else Fit.NO
+    added = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
+    if has(*added, *deep) or width == 2048 or "xl" in said_base(metadata):
+        return "sdxl"
+    return "sd2" if width == 1024 else "sd1"
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -153,22 +142,37 @@ def arguments(
 def stable_diffusion(
     name: str,
     title: str,
-    models: Callable[[], Mapping[str, nn.Module]],
+    sizes: Mapping[str, Any],
     *,
-    wide: bool,
-    **names: Any,
+    single_files: tuple[str, ...],
+    encoders: Sequence[tuple[int, int, bool]] = ((768, 12, False),),
+    pipeline: str = "StableDiffusionPipeline",
+    encode: Callable[[Any, list[str]], Conditioning] = encode,
+    arguments: Callable[..., dict[str, Any]] = arguments,
+    **fields: Any,
 ) -> Architecture:
-    """SD 1.x or 2.x, which differ in their text encoder: ``names`` are further fields."""
+    """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
+    :func:`.text.clip` for each CLIP encoder, ``fields`` further ones of the record."""
+    ends = ["", "_2"][: len(encoders)]
+    components = tuple(f"text_encoder{end}" for end in ends)
+
+    def models() -> dict[str, nn.Module]:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        texts = {c: clip(*size) for c, size in zip(components, encoders, strict=True)}
+        return {**texts, "unet": UNet2DConditionModel(**sizes)}
+
     return Architecture(
         name, title,
-        partial(fits_sites, wide=wide),
-        partial(fits_file, wide=wide),
-        models, denoiser="unet", original_names=aliases, text_prefixes=("lora_te",),
-        one_alpha=("unet", "text_encoder"), diffusers_reads=reads_all_but_t5, wirings=WIRINGS,
+        lambda shapes: kind_of_sites(shapes) == name,
+        lambda shapes, metadata: kind_of_file(shapes, metadata) == name,
+        models, denoiser="unet", original_names=aliases,
+        text_prefixes=("lora_te1", "lora_te2") if len(encoders) > 1 else ("lora_te",),
+        one_alpha=("unet", *components), wirings=WIRINGS,
         pipeline=PipelineCalls(
-            pipeline="StableDiffusionPipeline", denoisers=("UNet2DConditionModel",),
-            single_files=("v2",) if wide else ("v1",), parts=("text_encoder", "tokenizer"),
+            pipeline=pipeline, denoisers=("UNet2DConditionModel",), single_files=single_files,
+            parts=tuple(f"{part}{end}" for end in ends for part in ("text_encoder", "tokenizer")),
             encode=encode, arguments=arguments, latent_shape=square_latents,
         ),
-        **names,
+        **fields,
     )  # fmt: skip

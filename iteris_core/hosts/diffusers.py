@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import free_memory, usable
 from ..architectures import text
 from ..architectures.record import Conditioning
-from ..architectures.wirings import in_changed_parts, residual_streams
+from ..architectures.sites import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept, concept_prompts
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .checks import check_eval, check_model
 from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
 from .diffusers_noise import NoiseSchedule
-from .protocol import Stage, Tick
+from .protocol import Stage, Tick, check_eval, check_model
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -152,20 +152,26 @@ class DiffusersHost:
         others = [site for site in sites if site.startswith(f"{self.architecture.denoiser}.")]
         if not others and not text_sites:
             return
-        self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
+        texts = range(len(samples.text_prompts))
+        self._encoded = [[{}] * len(texts) for _ in range(2)]
         if text_sites:
-            run = self._run_text(samples)
-            feeds = bool(others)
-            yield Stage("text encoder", text_sites, samples.text_owners, run, feeds=feeds)
-        else:
-            prompts = list(dict.fromkeys(samples.text_prompts))
-            run = self._run_plain_text(samples, prompts)
-            yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
+            owners, groups = samples.text_owners, [[row] for row in texts]
+            run = partial(self._run_text, samples, groups)
+        else:  # no LoRA changes the encoders: they give the same for every concept, and merged
+            self._encoded[1] = self._encoded[0]
+            prompts = dict.fromkeys(samples.text_prompts)
+            groups = [[r for r in texts if samples.text_prompts[r] == p] for p in prompts]
+            owners = [0] * len(groups)
+
+            def run(rows: Sequence[int], copies: int) -> None:
+                self._run_text(samples, groups, rows, 1)
+
+        yield Stage("text encoder", text_sites, owners, run, feeds=bool(others))
         if self._needs_denoiser(sites):
-            run = self._run_denoiser(samples)
+            run = partial(self._run_denoiser, samples)
             yield Stage(self.architecture.denoiser, others, samples.owners, run, places=True)
         elif others:
-            run = self._run_projections(others)
+            run = partial(self._run_projections, [self._sites[site] for site in others])
             yield Stage("cross-attention", others, samples.text_owners, run)
         self._encoded = []
 
@@ -203,54 +209,39 @@ class DiffusersHost:
         )
         return self.denoiser(**arguments, return_dict=False)[0]
 
-    def _run_text(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([samples.text_prompts[row] for row in rows] * copies)
-            for copy in range(copies):
-                for index, row in enumerate(rows):
-                    self._encoded[copy][row] = _part(text, copy * len(rows) + index)
-
-        return run
-
-    def _run_plain_text(
-        self, samples: DiffusionSamples, prompts: list[str]
-    ) -> Callable[[Sequence[int], int], None]:
-        """Text encoders that no LoRA changes give the same for every concept, and merged."""
-
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([prompts[row] for row in rows])
-            found = {prompts[row]: _part(text, index) for index, row in enumerate(rows)}
-            for index, prompt in enumerate(samples.text_prompts):
-                for encoded in self._encoded:
-                    encoded[index] = found.get(prompt, encoded[index])
-
-        return run
+    def _run_text(
+        self,
+        samples: DiffusionSamples,
+        groups: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        copies: int,
+    ) -> None:
+        """Encode what the texts of ``groups[row]`` have in common, for every one of ``rows``."""
+        prompts = [samples.text_prompts[groups[row][0]] for row in rows]
+        text = self._encode(prompts * copies)
+        for index in range(copies * len(rows)):
+            copy, number = divmod(index, len(rows))
+            part = {name: tensor[index].cpu() for name, tensor in text.items()}
+            for place in groups[rows[number]]:
+                self._encoded[copy][place] = part
 
     def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
-        found = [self._encoded[copy][row] for copy in range(copies) for row in rows]
-        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+        texts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
+        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
-    def _run_denoiser(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
+    def _run_denoiser(self, samples: DiffusionSamples, rows: Sequence[int], copies: int) -> None:
         assert samples.latents is not None
         assert samples.timesteps is not None
-        latents, timesteps = samples.latents, samples.timesteps
+        index = torch.as_tensor(list(rows) * copies)
+        text = self._text_batch([samples.text_rows[row] for row in rows], copies)
+        self._predict(samples.latents[index], samples.timesteps[index], text, samples.guidance)
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            index = torch.as_tensor(list(rows) * copies)
-            text = self._text_batch([samples.text_rows[row] for row in rows], copies)
-            self._predict(latents[index], timesteps[index], text, samples.guidance)
-
-        return run
-
-    def _run_projections(self, sites: Sequence[str]) -> Callable[[Sequence[int], int], None]:
-        modules = [module for site, module in self._sites.items() if site in set(sites)]
-
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
-            for module in modules:
-                module(text)
-
-        return run
+    def _run_projections(
+        self, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
+    ) -> None:
+        text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
+        for module in modules:
+            module(text)
 
     def _latents(
         self,
@@ -329,10 +320,6 @@ class DiffusersHost:
         return predict
 
 
-def _part(text: Conditioning, row: int) -> Conditioning:
-    return {name: part[row].cpu() for name, part in text.items()}
-
-
 def _rows(
     owners: Sequence[int],
     prompts: Sequence[str],
@@ -340,15 +327,8 @@ def _rows(
     timesteps: Tensor | None,
     guidance: float,
 ) -> DiffusionSamples:
-    pairs = {
-        pair: index for index, pair in enumerate(dict.fromkeys(zip(owners, prompts, strict=True)))
-    }
-    return DiffusionSamples(
-        [owner for owner, _ in pairs],
-        [prompt for _, prompt in pairs],
-        owners,
-        [pairs[pair] for pair in zip(owners, prompts, strict=True)],
-        latents,
-        timesteps,
-        guidance,
-    )
+    pairs = list(zip(owners, prompts, strict=True))
+    texts = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
+    text_owners, text_prompts = [owner for owner, _ in texts], [prompt for _, prompt in texts]
+    rows = [texts[pair] for pair in pairs]
+    return DiffusionSamples(text_owners, text_prompts, owners, rows, latents, timesteps, guidance)

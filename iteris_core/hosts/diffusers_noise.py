@@ -47,7 +47,7 @@ class NoiseSchedule:
             if even_sigmas:
                 self._options["sigmas"] = torch.linspace(1.0, 1 / steps, steps).tolist()
             if self._scheduler.config.use_dynamic_shifting:
-                self._options["mu"] = _shift(self._scheduler.config, _tokens(shape, patch))
+                self._options["mu"] = _shift(self._scheduler.config, shape, patch)
         else:
             from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -74,19 +74,11 @@ class NoiseSchedule:
         self._scheduler.set_timesteps(self._steps, **self._options)
 
 
-def _tokens(shape: Sequence[int], patch: int) -> int:
-    """Tokens of one picture: of packed latents, or of (channels, height, width)."""
-    return shape[0] if len(shape) == 2 else math.prod(side // patch for side in shape[1:])
-
-
-def _shift(config: Any, tokens: int) -> float:
-    """How far noise levels move up with the number of image tokens (SD 3, section 5.3.2)."""
+def _shift(config: Any, shape: Sequence[int], patch: int) -> float:
+    """How far noise levels move up with the number of image tokens (SD 3, section 5.3.2): of packed
+    latents, or of (channels, height, width)."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    return calculate_shift(
-        tokens,
-        config.base_image_seq_len,
-        config.max_image_seq_len,
-        config.base_shift,
-        config.max_shift,
-    )
+    tokens = shape[0] if len(shape) == 2 else math.prod(side // patch for side in shape[1:])
+    lengths = config.base_image_seq_len, config.max_image_seq_len
+    return calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)

@@ -17,7 +17,7 @@ import torch
 
 from ..architectures import Architecture, architecture
 from ..architectures.pieces import Alias, Shapes, whole
-from ..architectures.shapes import named_sites, weight_shape
+from ..architectures.sites import named_sites, weight_shape
 from ..architectures.text import is_t5, text_component
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}

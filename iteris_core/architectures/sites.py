@@ -1,4 +1,4 @@
-"""Where the layers of a model add to its residual stream.
+"""The sites of a model: their names, the shapes of their weights, and which add to a stream.
 
 A layer is known by the names of its parts, which say how it is wired; layers that no entry fits
 (norms after a branch, parallel branches, gates, factors) have no streams: merges there do not
@@ -9,11 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 _SCALES = ("residual_multiplier", "residual_scale")
 """What layers call a factor on what they add to the stream (Granite, MiniCPM)"""
+
+
+def weight_shape(module: Any) -> tuple[int, ...]:
+    """(out, in) or (out, in / groups, kh, kw) of the weight, also where it is stored transposed
+    (Conv1D of transformers) or packed (quantised)."""
+    if isinstance(module, nn.Conv2d):
+        kernel = (module.kernel_size[0], module.kernel_size[1])
+        return (module.out_channels, module.in_channels // module.groups, *kernel)
+    if hasattr(module, "nf"):
+        return (module.nf, module.nx)
+    return (module.out_features, module.in_features)
+
+
+def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Conv2d modules of a component under the names that LoRA files use for them."""
+    sites: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # transformers 5 took ``text_model.`` out of the names; files have it.
+            if component.startswith("text_encoder") and name.startswith(
+                ("encoder.layers.", "embeddings.")
+            ):
+                name = f"text_model.{name}"
+            sites[f"{component}.{name}"] = module
+    return sites
 
 
 @dataclass(frozen=True)
@@ -68,9 +94,5 @@ def residual_streams(
 def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
     """``streams`` of those parts of the model (its children: encoder, decoder, vision model, …) in
     which some site of ``changed`` lies."""
-    parts = {_part(site) for site in changed}
-    return {site: reader for site, reader in streams.items() if _part(site) in parts}
-
-
-def _part(site: str) -> str:
-    return ".".join(site.split(".")[:2])
+    parts = {tuple(site.split(".")[:2]) for site in changed}
+    return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}
