@@ -19,7 +19,7 @@ from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
 from .methods.registry import OnModel
-from .passes.job import Job, Ran, WeightJob
+from .passes.job import Job, Ran, Unreached, WeightJob
 from .presets import PRESETS, PresetName, preset_settings
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport
@@ -65,6 +65,7 @@ def merge_loras(
     processes: Processes = ALONE,
     memory_budget: int | Literal["free"] | None = "free",
     policy: Policy = POLICY,
+    unreached: Unreached = "refuse",
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -76,8 +77,9 @@ def merge_loras(
     processes that call this alike share the rows and end with the same result. ``memory_budget``
     is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
     run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
-    holds the thresholds by which ways of solving are chosen. The base model is bit-identical
-    afterwards, whatever happens.
+    holds the thresholds by which ways of solving are chosen. Sites that no forward reaches are
+    refused, or have the ``"mean"`` of the LoRAs' changes, which the report says. The base model is
+    bit-identical afterwards, whatever happens.
 
     Raises :class:`IterisError` for input that cannot be merged.
     """
@@ -114,6 +116,7 @@ def merge_loras(
             processes=processes,
             memory_budget=memory_budget,
             policy=policy,
+            unreached=unreached,
             ran=ran,
         )
         missing = _not_in_force(host, concepts)
@@ -133,7 +136,7 @@ def merge_loras(
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=_notes(concepts, missing),
+        notes=_notes(concepts, {**missing, **({"sites": ran.notes} if ran.notes else {})}),
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,

@@ -110,7 +110,6 @@ def advanced_inputs() -> list[Any]:
             default="float16",
             tooltip="Precision of the merged LoRA.",
         ),
-        *memory_inputs(),
     )
 
 

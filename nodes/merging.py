@@ -74,6 +74,7 @@ def merge_on(
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=memory_budget,
+                    unreached="mean",  # as the stock loader, which loads what no forward uses
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -92,7 +93,7 @@ def merge_on(
 
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
-    """What the ``result`` of merging ``specs`` is once it is saved and loaded again."""
+    """What ``result`` is once it is saved and loaded again."""
     with torch.inference_mode(False):
         tensors, metadata = to_tensors(result.lora, dtype=dtype)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))

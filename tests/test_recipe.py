@@ -360,7 +360,16 @@ def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, monkeyp
     metadata = metadata_of(again)
     assert metadata["modelspec.trigger_phrase"] == "sks cat, zwx dog, abc bird"
     assert json.loads(metadata["iteris"])["concepts"][0]["subjects"] == ["sks cat", "zwx dog"]
-    code, _, err = run(monkeypatch, capsys, *base, "-o", third, "--device=cpu", f"--from={again}")
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        *base,
+        "-o",
+        third,
+        "--device=cpu",
+        f"--from={again}",
+        f"--loras={world}",
+    )
     assert code == 0, err
     assert metadata_of(third)["modelspec.trigger_phrase"] == metadata["modelspec.trigger_phrase"]
 
@@ -385,7 +394,7 @@ def test_the_strength_in_the_text_encoders(world, tmp_path, monkeypatch, capsys)
         for c in json.loads(metadata_of(out)["iteris"])["concepts"]
     ]
     assert strengths == [(0.5, 0.0), (1.0, 2.0)]
-    command = [*base, "-o", again, "--dtype=float32", f"--from={out}"]
+    command = [*base, "-o", again, "--dtype=float32", f"--from={out}", f"--loras={world}"]
     assert run(monkeypatch, capsys, *command)[0] == 0
     first, second = load_file(out), load_file(again)
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -419,7 +428,16 @@ def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsy
               "precision": "statistics"}  # fmt: skip
     recipe["settings"] = {former.get(n, n): v for n, v in settings.items() if n != "tolerance"}
     save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
-    code, _, err = run(monkeypatch, capsys, *base, "-o", again, f"--from={old}", "--set=rank=none")
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        *base,
+        "-o",
+        again,
+        f"--from={old}",
+        "--set=rank=none",
+        f"--loras={world}",
+    )
     assert code == 0, err
     assert json.loads(metadata_of(again)["iteris"])["settings"] == settings
     one, two = load_file(first), load_file(again)

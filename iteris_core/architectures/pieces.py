@@ -26,13 +26,8 @@ class Piece:
         """How many rows."""
         return sum(stop - start for start, stop in self.rows)
 
-    @property
-    def stop(self) -> int:
-        """The row of the site after the last one."""
-        return self.start + self.length
-
     def of_file(self, matrix: Tensor) -> Tensor:
-        """The rows (length, …) that the piece is of a file's ``matrix``, in the site's order."""
+        """The rows that the piece is of a file's ``matrix``, in the site's order."""
         return torch.cat([matrix[start:stop] for start, stop in self.rows])
 
     def place(self, matrix: Tensor, into: Tensor) -> None:

@@ -7,13 +7,13 @@ changes. Whoever has one outside of it calls :func:`..architectures.register`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pieces import Alias, Shapes
-from .sites import Wiring
+from .sites import Component, Wiring
 from .text import is_t5
 
 Conditioning = dict[str, Tensor]
@@ -24,8 +24,8 @@ Conditioning = dict[str, Tensor]
 class PipelineCalls:
     """How prompts and latents become a forward of the denoiser in a pipeline of diffusers.
 
-    ``pipeline`` and ``denoisers`` are names of classes of diffusers, ``parts`` the attributes that
-    encode prompts. ``single_files`` are what diffusers' single-file detection calls checkpoints.
+    ``pipeline`` is the name of a class of diffusers, ``parts`` are the attributes that encode
+    prompts. ``single_files`` are what diffusers' single-file detection calls checkpoints.
     ``encode(pipeline, prompts)`` gives the conditioning. ``arguments(pipeline, latents, timesteps,
     conditioning, guidance)`` are those of the denoiser's forward. ``latent_shape(pipeline, side)``
     is the shape of one row's latents, ``side`` being None for the model's own size.
@@ -35,7 +35,6 @@ class PipelineCalls:
     """
 
     pipeline: str
-    denoisers: tuple[str, ...]
     single_files: tuple[str, ...]
     parts: tuple[str, ...]
     encode: Callable[[Any, list[str]], Conditioning]
@@ -51,11 +50,11 @@ class Architecture:
 
     ``fits_sites(shapes)`` looks at the sites of a loaded model, name → shape of the weight;
     ``fits_file(shapes, metadata)`` at the tensors of a LoRA file; those that were registered last
-    are asked first, so they may leave it to others to be sure. ``models()`` are its components
-    at the released size; it is called under torch's meta device. ``denoiser`` is the component that
-    denoises. ``original_names(shapes)`` are the names of the original code for the denoiser's
-    modules, without prefix; ``native`` tells whether sd-scripts uses them in its files (else
-    diffusers' names). ``further_names`` are names that some tool has beside those.
+    are asked first. ``components`` are its models at the released size; a pipeline's denoiser is of
+    the class that is named there. ``denoiser`` is the component that denoises.
+    ``original_names(shapes)`` are the names of the original code for the denoiser's modules,
+    without prefix; ``native`` tells whether sd-scripts uses them in its files (else diffusers').
+    ``further_names`` are names that some tool has beside those.
     ``text_prefixes`` are the kohya prefixes of the components ``text_encoder``, ``text_encoder_2``,
     ``text_encoder_3``; ``clips`` are ComfyUI's names of the CLIP encoders in that order.
     ``version``, ``modelspec`` and ``network`` go into a file's ``ss_base_model_version``,
@@ -70,7 +69,7 @@ class Architecture:
     title: str
     fits_sites: Callable[[Shapes], bool] = lambda shapes: False
     fits_file: Callable[[Shapes, Mapping[str, str]], bool] = lambda shapes, metadata: False
-    models: Callable[[], Mapping[str, nn.Module]] = lambda: {}
+    components: Mapping[str, Component] = field(default_factory=dict[str, Component])
     denoiser: str = "transformer"
     original_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}
     further_names: Callable[[Shapes], dict[str, Alias]] = lambda shapes: {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from . import mmdit, text
 from .pieces import Alias, Shapes, swapped
 from .record import Architecture, Conditioning, PipelineCalls, said_base, square_latents
+from .sites import Component
 
 _TOP = {
     "context_embedder": "context_embedder",
@@ -34,11 +33,10 @@ _JOINT = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
-_TABLE = mmdit.Table(_TOP, {"transformer_blocks": ("joint_blocks", _JOINT)})
 
 
 def _original_names(shapes: Shapes) -> dict[str, Alias]:
-    aliases = _TABLE.aliases(shapes)
+    aliases = mmdit.aliases(_TOP, {"transformer_blocks": ("joint_blocks", _JOINT)}, shapes)
     for name, alias in list(aliases.items()):
         site = alias[0].site
         # The last block gives no text, so its norm has shift and scale only, which are swapped.
@@ -61,19 +59,15 @@ def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
     return mmdit.has_transformer(shapes) and not mmdit.is_flux(shapes, metadata)
 
 
-def _models() -> Mapping[str, nn.Module]:
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-    transformer = SD3Transformer2DModel(
-        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-        pos_embed_max_size=192,
-    )  # fmt: skip
-    return {
-        "text_encoder": text.clip(768, 12, projected=True),
-        "text_encoder_2": text.clip(1280, 32, projected=True),
-        "text_encoder_3": text.t5_xxl(),
-        "transformer": transformer,
-    }
+_COMPONENTS = {
+    "text_encoder": text.clip(768, 12, projected=True),
+    "text_encoder_2": text.clip(1280, 32, projected=True),
+    "text_encoder_3": text.T5_XXL,
+    "transformer": Component("diffusers", "SD3Transformer2DModel", {
+        "sample_size": 128, "num_layers": 24, "num_attention_heads": 24,
+        "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    }),
+}  # fmt: skip
 
 
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -89,13 +83,14 @@ def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
 
 
 ARCHITECTURE = Architecture(
-    name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file,
+    components=_COMPONENTS,
     original_names=_original_names, native=True, text_prefixes=("lora_te1", "lora_te2", "lora_te3"),
     version="sd3_m", modelspec="stable-diffusion-3-medium", network="networks.lora_sd3",
     one_alpha=("text_encoder", "text_encoder_2", "text_encoder_3"),
     reads_kohya=lambda site: False,
     pipeline=PipelineCalls(
-        pipeline="StableDiffusion3Pipeline", denoisers=("SD3Transformer2DModel",),
+        pipeline="StableDiffusion3Pipeline",
         single_files=("sd3", "sd35_large", "sd35_medium"),
         parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
         arguments=mmdit.arguments, latent_shape=square_latents,

@@ -7,6 +7,7 @@ repair.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -43,16 +44,32 @@ def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True)
-class Wiring:
-    """``parts``: the layer's children (dropouts aside); ``extra``: further ones it may have.
+class Component:
+    """A model at the released size: its ``library``, diffusers or transformers, the ``name`` of its
+    class there and ``sizes``, arguments of the class or of its configuration."""
 
-    ``added`` maps a site to the module that reads the stream as the site's output will find it.
-    ``requires`` and ``forbids`` are modules by which layers of equal names are told apart;
-    ``layer`` is the name of the layer's class, where only that does. Layers that gate or modulate
-    what they add (adaptive norms) are of no wiring.
+    library: str
+    name: str
+    sizes: Mapping[str, Any]
+
+    def make(self) -> nn.Module:
+        """A new one; to be called under torch's meta device."""
+        kind: Any = getattr(importlib.import_module(self.library), self.name)
+        if self.library == "transformers":
+            return kind(kind.config_class(**self.sizes))
+        return kind(**self.sizes)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """``added`` maps a site to the module that reads the stream as the site's output will find it.
+
+    The layer's children (dropouts aside) are those that ``added`` names; some of ``extra`` may be
+    there too, or be missing. ``requires`` and ``forbids`` are modules by which layers of equal
+    names are told apart; ``layer`` is the name of the layer's class, where only that does. Layers
+    that gate or modulate what they add (adaptive norms) are of no wiring.
     """
 
-    parts: frozenset[str]
     added: Mapping[str, str]
     extra: frozenset[str] = frozenset()
     requires: tuple[str, ...] = ()
@@ -62,11 +79,12 @@ class Wiring:
     def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
         """Whether ``layer``, whose modules are called ``inner``, is wired so."""
         names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+        parts = {path.partition(".")[0] for pair in self.added.items() for path in pair}
         return (
             not any(hasattr(layer, name) for name in _SCALES)
             and getattr(layer, "norm_type", "layer_norm") == "layer_norm"
             and self.layer in ("", type(layer).__name__)
-            and self.parts <= names <= self.parts | self.extra
+            and parts - self.extra <= names <= parts | self.extra
             and all(name in inner for name in self.requires)
             and not any(name in inner for name in self.forbids)
         )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .mmdit import has_single_blocks, has_transformer
 from .pieces import Alias, Shapes, whole
 from .record import Architecture, Conditioning, PipelineCalls, key_width, said_base, square_latents
-from .sites import Wiring
+from .sites import Component, Wiring
 from .text import clip
 
 WIRINGS = (
     # diffusers' and ComfyUI's UNets name these modules alike.
     Wiring(
-        frozenset({"norm1", "attn1", "norm3", "ff"}),
         {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"},
         extra=frozenset({"norm2", "attn2", "norm_in", "ff_in", "pos_embed", "fuser"}),
         layer="BasicTransformerBlock",
@@ -42,57 +41,45 @@ _RESNET = {
 
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
-_BLOCK = re.compile(
-    r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+_PATH = re.compile(
+    r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_MID = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
 
-def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Original name of every module path of one whole UNet; modules without one are left out.
+def aliases(shapes: Shapes) -> dict[str, Alias]:
+    """The original code's names of a whole UNet's modules, each one site; modules without one are
+    left out.
 
-    The numbering follows from the paths: ``layers`` resnets per down block, one more per up block.
+    The numbering follows from the sites: ``layers`` resnets per down block, one more per up block.
     """
-    paths = list(paths)
-    blocks = [match for match in map(_BLOCK.fullmatch, paths) if match]
-    first = [int(m[4]) for m in blocks if (m[1], m[2], m[3]) == ("down", "0", "resnets")]
+    paths = [site.removeprefix("unet.") for site in shapes if site.startswith("unet.")]
+    matches = {path: match for path in paths if (match := _PATH.fullmatch(path))}
+    blocks = [match.groups() for match in matches.values()]
+    first = [int(b[3]) for b in blocks if b[:3] == ("down", "0", "resnets")]
     layers = max(first, default=0) + 1
-    attentive = {m[2] for m in blocks if (m[1], m[3]) == ("up", "attentions")}
-    names: dict[str, str] = {}
-    for path in paths:
-        if path in _TOP:
-            names[path] = _TOP[path]
-        elif mid := _MID.fullmatch(path):
-            if mid[1] in _MIDDLE:
-                names[path] = f"middle_block.{_MIDDLE[mid[1]]}.{_inner(mid[1], mid[2])}"
-        elif block := _BLOCK.fullmatch(path):
-            names[path] = _block_name(block, layers, block[2] in attentive)
-    return names
+    attentive = {b[1] for b in blocks if (b[0], b[2]) == ("up", "attentions")}
+    names = {path: _TOP[path] for path in paths if path in _TOP}
+    for path, match in matches.items():
+        if name := _block_name(match, layers, match[2] in attentive):
+            names[path] = name
+    return {name: whole(f"unet.{path}", shapes) for path, name in names.items()}
 
 
-def _inner(kind: str, rest: str) -> str:
-    return _RESNET.get(rest, rest) if kind.startswith("resnets") else rest
-
-
-def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str:
-    side, kind, rest = match[1], match[3], match[5]
-    block, layer = int(match[2]), int(match[4])
-    start = block * (layers + 1)
+def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str | None:
+    side, kind, layer, rest = match[1], match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        rest = _RESNET.get(rest, rest)
+    if side == "mid":
+        part = _MIDDLE.get(f"{kind}.{layer}")
+        return part and f"middle_block.{part}.{rest}"
+    start = int(match[2]) * (layers + 1)
     if kind == "downsamplers":
         return f"input_blocks.{start + layers + 1}.0.{'op' if rest == 'conv' else rest}"
     if kind == "upsamplers":
         return f"output_blocks.{start + layers}.{2 if attentive else 1}.{rest}"
     part = 0 if kind == "resnets" else 1
-    number = start + layer + (1 if side == "down" else 0)
-    name = "input_blocks" if side == "down" else "output_blocks"
-    return f"{name}.{number}.{part}.{_inner(kind, rest)}"
-
-
-def aliases(shapes: Shapes) -> dict[str, Alias]:
-    """The original code's names of a UNet's modules, each one site."""
-    sites = [site for site in shapes if site.startswith("unet.")]
-    named = original_names(site.removeprefix("unet.") for site in sites)
-    return {name: whole(f"unet.{path}", shapes) for path, name in named.items()}
+    name, first = ("input_blocks", 1) if side == "down" else ("output_blocks", 0)
+    return f"{name}.{start + layer + first}.{part}.{rest}"
 
 
 def kind_of_sites(shapes: Shapes) -> str | None:
@@ -154,23 +141,17 @@ def stable_diffusion(
     """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
     :func:`.text.clip` for each CLIP encoder, ``fields`` further ones of the record."""
     ends = ["", "_2"][: len(encoders)]
-    components = tuple(f"text_encoder{end}" for end in ends)
-
-    def models() -> dict[str, nn.Module]:
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-        texts = {c: clip(*size) for c, size in zip(components, encoders, strict=True)}
-        return {**texts, "unet": UNet2DConditionModel(**sizes)}
-
+    texts = {f"text_encoder{end}": clip(*of) for end, of in zip(ends, encoders, strict=True)}
+    model = Component("diffusers", "UNet2DConditionModel", sizes)
     return Architecture(
         name, title,
         lambda shapes: kind_of_sites(shapes) == name,
         lambda shapes, metadata: kind_of_file(shapes, metadata) == name,
-        models, denoiser="unet", original_names=aliases,
+        {**texts, "unet": model}, denoiser="unet", original_names=aliases,
         text_prefixes=("lora_te1", "lora_te2") if len(encoders) > 1 else ("lora_te",),
-        one_alpha=("unet", *components), wirings=WIRINGS,
+        one_alpha=("unet", *texts), wirings=WIRINGS,
         pipeline=PipelineCalls(
-            pipeline=pipeline, denoisers=("UNet2DConditionModel",), single_files=single_files,
+            pipeline=pipeline, single_files=single_files,
             parts=tuple(f"{part}{end}" for end in ends for part in ("text_encoder", "tokenizer")),
             encode=encode, arguments=arguments, latent_shape=square_latents,
         ),

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import free_memory, usable
-from ..architectures import text
+from ..architectures import text as text_wirings
 from ..architectures.record import Conditioning
 from ..architectures.sites import in_changed_parts, residual_streams
-from ..concepts import Calibration, Concept, concept_prompts
+from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
-from .diffusers_noise import NoiseSchedule
+from .diffusers_noise import deterministic_scheduler
 from .protocol import Stage, Tick, check_eval, check_model
+from .rows import NoisyRows, TextRows, drawn_prompts, drawn_steps, noisy_rows
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -29,20 +30,11 @@ _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """Rows of the denoiser, sorted by concept.
+    """``noisy`` is None where no site needs the denoiser to run; ``guidance`` is what a
+    guidance-distilled model is given."""
 
-    ``text_owners`` and ``text_prompts`` list the distinct (concept, prompt) pairs, and
-    ``text_rows`` says which of them each row uses. ``latents`` is (rows, …), shaped as the model
-    takes them, ``timesteps`` (rows,); both are None where no site needs the denoiser to run.
-    ``guidance`` is what a guidance-distilled model is given.
-    """
-
-    text_owners: Sequence[int]
-    text_prompts: Sequence[str]
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    latents: Tensor | None
-    timesteps: Tensor | None
+    text: TextRows
+    noisy: NoisyRows | None
     guidance: float
 
 
@@ -105,42 +97,31 @@ class DiffusersHost:
     ) -> DiffusionSamples:
         for model in self._models():
             check_eval(model)
-        prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
         share = calibration.empty_share if self.calls.empty_prompts else 0.0
-        if not self._needs_denoiser(sites) and share:
-            prompts = [[*some, ""] for some in prompts]
-        owners = [i for i, some in enumerate(prompts) for _ in some]
-        flat = [prompt for some in prompts for prompt in some]
         guidance = calibration.guidance if calibration.guidance > 1 else _GUIDANCE
-        if not self._needs_denoiser(sites):
-            return _rows(owners, flat, None, None, guidance)
-
-        latents, timesteps = self._latents(
-            flat, owners, calibration, lockstep, generator, tick
-        )  # (prompts, T, …) and (prompts, T)
-        count = timesteps.shape[1]
-        row_owners = [owner for owner in owners for _ in range(count)]
-        row_prompts = [prompt for prompt in flat for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=generator) < share
-        for row in empty.nonzero().flatten().tolist():
-            row_prompts[row] = ""
-        return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten(), guidance)
+        denoises = self._needs_denoiser(sites)
+        empty = bool(share) and not denoises
+        owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
+        if not denoises:
+            return DiffusionSamples(TextRows.of(owners, prompts), None, guidance)
+        latents, times = self._latents(prompts, owners, calibration, lockstep, generator, tick)
+        text, noisy = noisy_rows(owners, prompts, latents, times, share, generator)
+        return DiffusionSamples(text, noisy, guidance)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
-        if samples.latents is None or samples.timesteps is None:
-            return text["states"]
+        text, noisy = samples.text, samples.noisy
+        encoded = self._encode([text.texts[text.text_rows[row]] for row in rows])
+        if noisy is None:
+            return encoded["states"]
         index = torch.as_tensor(list(rows))
-        return self._predict(
-            samples.latents[index], samples.timesteps[index], text, samples.guidance
-        )
+        return self._predict(noisy.latents[index], noisy.times[index], encoded, samples.guidance)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith("text_encoder"):
                 encoder = getattr(self.pipeline, component)
-                known = residual_streams(encoder, self._sites, text.WIRINGS)
+                known = residual_streams(encoder, self._sites, text_wirings.WIRINGS)
                 streams |= in_changed_parts(known, sites)
         if self._needs_denoiser(sites):
             wirings = self.architecture.wirings
@@ -152,27 +133,21 @@ class DiffusersHost:
         others = [site for site in sites if site.startswith(f"{self.architecture.denoiser}.")]
         if not others and not text_sites:
             return
-        texts = range(len(samples.text_prompts))
-        self._encoded = [[{}] * len(texts) for _ in range(2)]
+        text = samples.text
+        self._encoded = [[{}] * len(text.texts) for _ in range(2)]
         if text_sites:
-            owners, groups = samples.text_owners, [[row] for row in texts]
-            run = partial(self._run_text, samples, groups)
-        else:  # no LoRA changes the encoders: they give the same for every concept, and merged
-            self._encoded[1] = self._encoded[0]
-            prompts = dict.fromkeys(samples.text_prompts)
-            groups = [[r for r in texts if samples.text_prompts[r] == p] for p in prompts]
-            owners = [0] * len(groups)
-
-            def run(rows: Sequence[int], copies: int) -> None:
-                self._run_text(samples, groups, rows, 1)
-
-        yield Stage("text encoder", text_sites, owners, run, feeds=bool(others))
-        if self._needs_denoiser(sites):
-            run = partial(self._run_denoiser, samples)
-            yield Stage(self.architecture.denoiser, others, samples.owners, run, places=True)
+            run = partial(self._run_text, text)
+            yield Stage("text encoder", text_sites, text.text_owners, run, feeds=bool(others))
+        else:
+            prompts = list(dict.fromkeys(text.texts))
+            run = partial(self._run_plain_text, text, prompts)
+            yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
+        if samples.noisy is not None:
+            run = partial(self._run_denoiser, text, samples.noisy, samples.guidance)
+            yield Stage(self.architecture.denoiser, others, text.owners, run, places=True)
         elif others:
             run = partial(self._run_projections, [self._sites[site] for site in others])
-            yield Stage("cross-attention", others, samples.text_owners, run)
+            yield Stage("cross-attention", others, text.text_owners, run)
         self._encoded = []
 
     def room(self, wanted: int) -> int:
@@ -209,32 +184,37 @@ class DiffusersHost:
         )
         return self.denoiser(**arguments, return_dict=False)[0]
 
-    def _run_text(
-        self,
-        samples: DiffusionSamples,
-        groups: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        copies: int,
+    def _run_text(self, text: TextRows, rows: Sequence[int], copies: int) -> None:
+        parts = self._encoded_parts([text.texts[row] for row in rows] * copies)
+        for copy in range(copies):
+            for row in rows:
+                self._encoded[copy][row] = next(parts)
+
+    def _run_plain_text(
+        self, text: TextRows, prompts: Sequence[str], rows: Sequence[int], copies: int
     ) -> None:
-        """Encode what the texts of ``groups[row]`` have in common, for every one of ``rows``."""
-        prompts = [samples.text_prompts[groups[row][0]] for row in rows]
-        text = self._encode(prompts * copies)
-        for index in range(copies * len(rows)):
-            copy, number = divmod(index, len(rows))
-            part = {name: tensor[index].cpu() for name, tensor in text.items()}
-            for place in groups[rows[number]]:
-                self._encoded[copy][place] = part
+        """Text encoders that no LoRA changes give the same for every concept, and merged."""
+        chosen = [prompts[row] for row in rows]
+        parts = dict(zip(chosen, self._encoded_parts(chosen), strict=True))
+        for copy in self._encoded:
+            copy[:] = [parts.get(t, there) for t, there in zip(text.texts, copy, strict=True)]
+
+    def _encoded_parts(self, prompts: list[str]) -> Iterator[Conditioning]:
+        """What the text encoders give for each of ``prompts``."""
+        encoded = self._encode(prompts)
+        for row in range(len(prompts)):
+            yield {name: part[row].cpu() for name, part in encoded.items()}
 
     def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
-        texts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
-        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+        parts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def _run_denoiser(self, samples: DiffusionSamples, rows: Sequence[int], copies: int) -> None:
-        assert samples.latents is not None
-        assert samples.timesteps is not None
+    def _run_denoiser(
+        self, text: TextRows, noisy: NoisyRows, guidance: float, rows: Sequence[int], copies: int
+    ) -> None:
         index = torch.as_tensor(list(rows) * copies)
-        text = self._text_batch([samples.text_rows[row] for row in rows], copies)
-        self._predict(samples.latents[index], samples.timesteps[index], text, samples.guidance)
+        encoded = self._text_batch([text.text_rows[row] for row in rows], copies)
+        self._predict(noisy.latents[index], noisy.times[index], encoded, guidance)
 
     def _run_projections(
         self, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
@@ -253,45 +233,41 @@ class DiffusersHost:
         tick: Tick,
     ) -> tuple[Tensor, Tensor]:
         """Latents (prompts, T, …) and their timesteps (prompts, T)."""
-        steps, wanted = calibration.denoising_steps, calibration.timesteps
+        steps = calibration.denoising_steps
         shape = self.calls.latent_shape(self.pipeline, calibration.latent_size)
-        schedule = NoiseSchedule(
-            self.pipeline.scheduler,
-            steps,
-            shape,
-            self.denoiser.config.get("patch_size", 1),
-            even_sigmas=self.calls.even_sigmas,
+        patch = self.denoiser.config.get("patch_size", 1)
+        scheduler_now = partial(
+            deterministic_scheduler,
+            *(self.pipeline.scheduler, steps, shape, patch, self.calls.even_sigmas),
         )
+        times = scheduler_now().timesteps
         noise = torch.randn(len(prompts), *shape, generator=generator)
-        picks = torch.stack(
-            [torch.randperm(steps, generator=generator)[:wanted] for _ in prompts]
-        ).sort(dim=1)[0]
+        picks = drawn_steps(len(prompts), calibration, steps, generator)
+        count = picks.shape[1]
         if calibration.latents == "noise":
-            kept = noise[:, None].expand(-1, wanted, *(-1 for _ in shape))
-            return kept, schedule.timesteps[picks]
+            kept = noise[:, None].expand(-1, count, *(-1 for _ in shape))
+            return kept, times[picks]
 
-        kept = torch.zeros(len(prompts), wanted, *shape)
+        kept = torch.zeros(len(prompts), count, *shape)
         mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
-
-            def keep(step: int, latents: Tensor, rows: Sequence[int] = chunk) -> None:
-                index = torch.as_tensor(list(rows))
-                row, slot = (picks[index] == step).nonzero(as_tuple=True)
-                kept[index[row], slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
-
             predict = self._own_predict(
                 [prompts[row] for row in chunk],
                 [owners[row] for row in chunk],
                 calibration.guidance,
                 lockstep,
             )
-            start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
-            schedule.denoise(start, predict, keep)
+            index, scheduler = torch.as_tensor(list(chunk)), scheduler_now()
+            noisy = noise[index].to(self.device, self.denoiser.dtype)
+            for step, time in enumerate(times):
+                row, slot = (picks[index] == step).nonzero(as_tuple=True)
+                kept[index[row], slot] = noisy[row.to(noisy.device)].to("cpu", kept.dtype)
+                noisy = scheduler.step(predict(noisy, time), time, noisy, return_dict=False)[0]
             tick("denoising samples", done, len(chunks))
         lockstep.processes.add_up([kept])
-        return kept, schedule.timesteps[picks]
+        return kept, times[picks]
 
     def _own_predict(
         self, prompts: list[str], owners: list[int], guidance: float, lockstep: Lockstep
@@ -318,17 +294,3 @@ class DiffusersHost:
             return output
 
         return predict
-
-
-def _rows(
-    owners: Sequence[int],
-    prompts: Sequence[str],
-    latents: Tensor | None,
-    timesteps: Tensor | None,
-    guidance: float,
-) -> DiffusionSamples:
-    pairs = list(zip(owners, prompts, strict=True))
-    texts = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
-    text_owners, text_prompts = [owner for owner, _ in texts], [prompt for _, prompt in texts]
-    rows = [texts[pair] for pair in pairs]
-    return DiffusionSamples(text_owners, text_prompts, owners, rows, latents, timesteps, guidance)

@@ -50,9 +50,10 @@ def calls_of(pipeline: Any, kind: Architecture) -> PipelineCalls:
     denoiser that takes more than latents.
     """
     name, calls = type(pipeline).__name__, kind.pipeline
-    denoiser = getattr(pipeline, kind.denoiser, None)
+    denoiser: Any = getattr(pipeline, kind.denoiser, None)
     classes = {ancestor.__name__ for ancestor in type(denoiser).__mro__}
-    if calls is None or denoiser is None or not classes & set(calls.denoisers):
+    known = kind.components.get(kind.denoiser)
+    if calls is None or known is None or known.name not in classes:
         raise IterisError(
             f"{name} has no unet or transformer that LoRAs can be merged on here; there are hosts "
             f"for pipelines of {_with_pipelines()}."

@@ -44,17 +44,14 @@ def store_all(lora: Lora, dtype: torch.dtype, one_alpha: Container[str]) -> dict
     with the scales that were folded in (one scale in components of ``one_alpha``), else rounded."""
     stored: dict[str, Factors] = {}
     for component in {site.partition(".")[0]: None for site in lora.sites}:
-        sites = [site for site in lora.sites if site.startswith(f"{component}.")]
+        sites = {s: c for s, c in lora.sites.items() if s.startswith(f"{component}.")}
         scales = {site: lora.scales.get(site, 1.0) for site in sites}
-        plain = {site: _exactly(lora.sites[site], 1.0, dtype) for site in sites}
-        if any(module is None for module in plain.values()) and (
-            component not in one_alpha or len(set(scales.values())) == 1
-        ):
-            scaled = {site: _exactly(lora.sites[site], scales[site], dtype) for site in sites}
-            if all(module is not None for module in scaled.values()):
-                plain = scaled
-        for site, module in plain.items():
-            stored[site] = module or _rounded(site, lora.sites[site], dtype)
+        plain = {site: _exactly(change, 1.0, dtype) for site, change in sites.items()}
+        together = component not in one_alpha or len(set(scales.values())) == 1
+        if together and not all(plain.values()):
+            scaled = {site: _exactly(c, scales[site], dtype) for site, c in sites.items()}
+            plain = scaled if all(scaled.values()) else plain
+        stored |= {site: plain[site] or _rounded(site, c, dtype) for site, c in sites.items()}
     return stored
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..architectures import Architecture
@@ -22,7 +20,7 @@ from .aliases import BaseModel
 from .alphas import lora_config
 from .factors import Factors
 from .read import ReadOptions, lora_of
-from .tensors import read_tensors, umask
+from .tensors import read_tensors, save_atomically
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -156,14 +154,11 @@ def write_adapter(
         tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
         tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        whole_folder = Path(temporary, folder.name)
+        whole_folder.mkdir()
+        save_atomically(tensors, whole_folder / _WEIGHTS, {"format": "pt"})
         text = json.dumps(config, indent=1)
-        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
-        temporary.chmod(0o777 & ~umask())  # mkdtemp's is for the owner only
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (whole_folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        whole_folder.rename(folder)
     return folder

@@ -162,8 +162,8 @@ def _part_of(
         raise IterisError(
             f"Site {piece.site}: scale and factors multiply to more than float32 holds."
         )
-    below = shape[0] - piece.start - piece.length
-    return LowRank(torch.nn.functional.pad(up, (0, 0, piece.start, below)), down, kernel)
+    around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
 
 
 def _group(
@@ -196,7 +196,8 @@ def _group(
     for alias, (name, _) in groups.items():
         for piece in alias:
             for other, known in takers.setdefault(piece.site, []):
-                if max(piece.start, other.start) < min(piece.stop, other.stop):
+                stop = min(piece.start + piece.length, other.start + other.length)
+                if max(piece.start, other.start) < stop:
                     raise LoraFileError(
                         f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
                         "since loaders differ in which they take."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -97,19 +96,10 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's are for the owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def umask() -> int:
-    """The process's file mode creation mask."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.touch()
+        mode = whole.stat().st_mode  # what safetensors makes is for the owner only
+        save_file(tensors, whole, metadata=metadata)
+        whole.chmod(mode)
+        whole.replace(path)

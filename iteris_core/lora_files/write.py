@@ -148,8 +148,16 @@ def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
 
 def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
     """Modules under the names to write, fused where those are."""
+    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
+    missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
+    if missing:
+        raise IterisError(
+            f"Site {min(missing)} has no name in kohya layout for a base of "
+            f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
+            "which says what base it has."
+        )
     components: dict[str, dict[str, Factors]] = {}
-    for name, alias in _names(base, stored).items():
+    for name, alias in names.items():
         component = alias[0].site.partition(".")[0]
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
@@ -160,18 +168,6 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
         if component.startswith("text_encoder"):
             modules |= _recognisable({name: modules[name] for name in named})
     return modules
-
-
-def _names(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Alias]:
-    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
-    covered = {piece.site for alias in names.values() for piece in alias}
-    missing = [site for site in stored if site not in covered]
-    if missing:
-        raise IterisError(
-            f"Site {missing[0]} has no name in kohya layout for a base of {base.architecture.title}"
-            '; write layout="peft", or read the LoRAs through a host, which says what base it has.'
-        )
-    return names
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:

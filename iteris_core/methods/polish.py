@@ -1,4 +1,4 @@
-"""A few hundred Adam steps from a closed-form merge (DESIGN 3.9): gradients, but no data.
+"""A few hundred Adam steps from a closed-form merge: gradients, but no data.
 
 The merged model's final output on each row is drawn toward what that row's own LoRA gives there,
 each concept's error counted relative to what its LoRA changes. Only the merged factors are
@@ -7,7 +7,6 @@ trained; the best ones seen on held-out rows are kept, the closed form among the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +49,7 @@ def polish(
         lockstep.merged = trained
         factors = [factor for c in trained.values() for factor in (c.up, c.down)]
         optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         def loss(some: Sequence[int], *, grad: bool) -> Tensor:
             found = _forward(job, lockstep, samples, some, owners, merged=True, grad=grad)
@@ -62,7 +62,6 @@ def polish(
 
         best, best_loss = [factor.detach().clone() for factor in factors], check()
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
             with torch.enable_grad():
                 value = loss(rows[pick].tolist(), grad=True)
@@ -70,6 +69,7 @@ def polish(
             for factor, gradient in zip(factors, gradients, strict=True):
                 factor.grad = gradient
             optimizer.step()
+            schedule.step()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
                 now = check()
                 if now < best_loss:

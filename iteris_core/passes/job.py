@@ -16,15 +16,18 @@ from ..hosts.protocol import Host, Tick
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
 
+Unreached = Literal["refuse", "mean"]
+
 
 @dataclass
 class Ran:
-    """What a run tells of itself: how many ``rows`` it had, how each stage kept to the memory, and
-    the largest relative change of a site in each Jacobi iteration but the first."""
+    """What a run tells of itself: how many ``rows`` it had, how each stage kept to the memory, the
+    largest relative change of a site in each Jacobi iteration but the first, and ``notes``."""
 
     rows: int = 0
     plan: list[str] = field(default_factory=list[str])
     convergence: list[float] = field(default_factory=list[float])
+    notes: list[str] = field(default_factory=list[str])
 
 
 @dataclass
@@ -34,7 +37,9 @@ class Job:
     A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
     be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
     process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
-    limit). ``policy`` holds the thresholds. What the run tells of itself goes into ``ran``.
+    limit). ``policy`` holds the thresholds. ``unreached`` says whether sites that no forward reaches
+    are refused, or have the mean of the LoRAs' changes. What the run tells of itself goes into
+    ``ran``.
     """
 
     host: Host
@@ -48,6 +53,7 @@ class Job:
     processes: Processes = ALONE
     memory_budget: int | Literal["free"] | None = None
     policy: Policy = POLICY
+    unreached: Unreached = "refuse"
     ran: Ran = field(default_factory=Ran)
     _samples: Any = None
 

@@ -134,6 +134,11 @@ class MergeReport:
         ]
         if self.rows:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
+        lines += [
+            f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
+            for line in self.plan
+            if "do not fit" in line
+        ]
         for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
             if not math.isnan(after):
                 lines.append(
@@ -143,7 +148,6 @@ class MergeReport:
             lines.append(f"  {self._convergence()}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
-        lines += [f"  {line}" for line in self.plan if "do not fit" in line]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
 

@@ -66,7 +66,7 @@ def test_merge_of_one_is_that_one(
 
     def merge(some: Any, rows: int = 32) -> Any:
         result = merging.merge_on(model, clip, some, "iteris", {}, calibration, rows=rows)
-        return result, merging.as_lora_model(result, concepts, "float32")
+        return result, merging.as_lora_model(result, some, "float32")
 
     result, tensors = merge(concepts[:1])
     (_, after), *_ = result.report.residuals()
