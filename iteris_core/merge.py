@@ -18,7 +18,6 @@ from .hosts.protocol import Host
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
-from .methods.registry import OnModel
 from .passes.job import Job, Ran, Unreached, WeightJob
 from .presets import PRESETS, PresetName, preset_settings
 from .report.provenance import join_embeddings, merge_metadata, notes_of
@@ -101,7 +100,7 @@ def merge_loras(
         if on_progress is not None:
             on_progress(what, done, total)
 
-    if isinstance(chosen, OnModel):
+    if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         changes = _changes(concepts)

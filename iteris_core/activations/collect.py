@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence, Set
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from ..solve.moments import MomentReduction
 from ..solve.problem import Begin, Opening, Reduction
 from .processes import ALONE, Processes
 from .tokens import Group, Observation
-
-Moments = TypeVar("Moments", bound=InputMoments)
 
 
 class Collector(ABC):
@@ -83,7 +81,7 @@ class Collector(ABC):
             del self._shared[key]
         key = shown.group, shown.site.geometry
 
-        def share(kind: type[Moments]) -> tuple[Moments, bool]:
+        def share(kind: type[InputMoments]) -> tuple[InputMoments, bool]:
             shared = None if inputs is not None else self._shared.get(key)
             if isinstance(shared, kind):
                 return shared, False

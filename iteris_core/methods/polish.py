@@ -52,9 +52,9 @@ def polish(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         def loss(some: Sequence[int], *, grad: bool) -> Tensor:
-            found = _forward(job, lockstep, samples, some, owners, merged=True, grad=grad)
-            error = (found.float() - targets[list(some)].to(found.device)).flatten(1)
-            return ((error**2).mean(dim=1) * scales[list(some)].to(found.device)).mean()
+            output = _forward(job, lockstep, samples, some, owners, merged=True, grad=grad)
+            error = (output.float() - targets[list(some)].to(output.device)).flatten(1)
+            return ((error**2).mean(dim=1) * scales[list(some)].to(output.device)).mean()
 
         def check() -> float:
             parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
@@ -124,15 +124,15 @@ def _forward(
     merged: bool,
     grad: bool,
 ) -> Tensor:
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     host = job.host
     lockstep.run(
         MicroBatch(
-            lambda: found.append(host.forward(samples, rows)),
+            lambda: outputs.append(host.forward(samples, rows)),
             [owners[row] for row in rows],
             1,
             merged_only=merged,
         ),
         grad=grad,
     )
-    return found[0]
+    return outputs[0]

@@ -30,28 +30,15 @@ Merged = Mapping[str, tuple[LowRank, SiteReport]]
 
 
 @dataclass(frozen=True)
-class OnWeights:
-    """A method that looks at weights alone."""
+class Method:
+    """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`."""
 
     name: str
-    merge: Callable[[WeightJob, Any], Merged]
+    merge: Callable[[Any, Any], Merged]
     settings: type[Settings]
+    needs_host: bool
     summary: str
-    needs_host = False
 
-
-@dataclass(frozen=True)
-class OnModel:
-    """A method that runs the base model."""
-
-    name: str
-    merge: Callable[[Job, Any], Merged]
-    settings: type[Settings]
-    summary: str
-    needs_host = True
-
-
-Method = OnWeights | OnModel
 
 _METHODS: dict[str, Method] = {}
 
@@ -91,8 +78,7 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
                 job.tick("merging sites", len(merged), len(job.changes))
             return merged
 
-        _register(OnWeights(name, merge, settings, _summary(function)))
-        return function
+        return _registered(name, merge, settings, False, function)
 
     return register
 
@@ -113,8 +99,7 @@ def on_activations(
             solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
             return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
 
-        _register(OnModel(name, merge, settings, _summary(function)))
-        return function
+        return _registered(name, merge, settings, True, function)
 
     return register
 
@@ -123,8 +108,7 @@ def on_model(name: str, settings: type[Settings]) -> Callable[[Function], Functi
     """Register ``function(job, settings) -> {site: (change, report)}``."""
 
     def register(function: Function) -> Function:
-        _register(OnModel(name, function, settings, _summary(function)))
-        return function
+        return _registered(name, function, settings, True, function)
 
     return register
 
@@ -140,11 +124,11 @@ def all_methods() -> list[Method]:
     return list(_METHODS.values())
 
 
-def _register(method: Method) -> None:
-    if method.name in _METHODS:
-        raise ValueError(f"There is a method {method.name!r} already.")
-    _METHODS[method.name] = method
-
-
-def _summary(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]
+def _registered(
+    name: str, merge: Any, settings: type[Settings], needs_host: bool, function: Function
+) -> Function:
+    if name in _METHODS:
+        raise ValueError(f"There is a method {name!r} already.")
+    summary = (function.__doc__ or "").strip().splitlines()[0]
+    _METHODS[name] = Method(name, merge, settings, needs_host, summary)
+    return function

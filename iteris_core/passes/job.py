@@ -37,9 +37,8 @@ class Job:
     A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
     be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
     process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
-    limit). ``policy`` holds the thresholds. ``unreached`` says whether sites that no forward reaches
-    are refused, or have the mean of the LoRAs' changes. What the run tells of itself goes into
-    ``ran``.
+    limit). ``policy`` holds the thresholds. Sites that no forward reaches are refused, or have the
+    mean of the LoRAs' changes, as ``unreached`` says. ``ran`` is what the run tells of itself.
     """
 
     host: Host

@@ -14,14 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
 from ..lora import LowRank, Rank, SiteChanges
-from .inputs import InputMoments
 
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
@@ -104,24 +103,6 @@ class Tokens(Protocol):
     def output(self) -> Tensor: ...
 
 
-Moments = TypeVar("Moments", bound=InputMoments)
-
-
-class Share(Protocol):
-    def __call__(self, kind: type[Moments]) -> tuple[Moments, bool]: ...
-
-
-Value = TypeVar("Value")
-
-
-class Agree(Protocol):
-    def __call__(self, value: Value) -> Value: ...
-
-
-def _same(value: Value) -> Value:
-    return value
-
-
 @dataclass(frozen=True)
 class Opening:
     """What is known of a site when its reduction is begun.
@@ -136,12 +117,12 @@ class Opening:
 
     changes: SiteChanges
     device: torch.device
-    share: Share
+    share: Callable[[type[Any]], tuple[Any, bool]]
     shared: bool = False
     tokens: int | None = None
     sample: Callable[[int], list[Tensor]] | None = None
     processes: int = 1
-    agree: Agree = _same
+    agree: Callable[[Any], Any] = lambda value: value
 
 
 @dataclass(frozen=True)
