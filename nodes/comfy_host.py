@@ -18,7 +18,7 @@ from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.activations.meter import usable
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
-from ..iteris_core.architectures.wirings import in_changed_parts, residual_streams
+from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Stage, Tick

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..iteris_core.architectures import Architecture, architecture_of_sites
 from ..iteris_core.architectures.pieces import Alias, Shapes, permuted, whole
-from ..iteris_core.architectures.shapes import weight_shape
+from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file

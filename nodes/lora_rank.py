@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..iteris_core.lora import Lora, LowRank
-from ..iteris_core.lora_files.saving import content_hash
+from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.report.provenance import cut_lora
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"

@@ -12,7 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files.saving import save_atomically
+from ..iteris_core.lora_files.tensors import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.presets import PresetName

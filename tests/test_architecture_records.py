@@ -14,20 +14,19 @@ import iteris_core
 from iteris_core import Concept, IterisError, Lora, LowRank, architectures, merge_loras, write_lora
 from iteris_core.architectures import (
     Architecture,
-    Fit,
     architecture_of_file,
     architecture_of_sites,
     register,
 )
 from iteris_core.architectures.pieces import fused, permuted
-from iteris_core.hosts.single_file import single_file_pipeline
+from iteris_core.hosts.diffusers_lora import single_file_pipeline
 from iteris_core.lora_files import base_model, read_lora_file, read_tensors, to_tensors
 
 BLOCK = "transformer.rings.0"
 
 
 def fits(shapes, *_):
-    return Fit.SURE if any("ring" in name for name in shapes) else Fit.NO
+    return any("ring" in name for name in shapes)
 
 
 def names(shapes):

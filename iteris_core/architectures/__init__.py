@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import IterisError, LoraFileError
 from .pieces import Shapes
-from .record import Architecture, Fit
+from .record import Architecture
 
 __all__ = [
     "Architecture",
-    "Fit",
     "architecture",
     "architecture_of_file",
     "architecture_of_sites",
@@ -55,7 +54,7 @@ def architecture(name: str) -> Architecture:
 
 def architecture_of_sites(shapes: Shapes) -> Architecture | None:
     """The one that a loaded model with these sites is of; None where no known one fits."""
-    return _best({known.name: known.fits_sites(shapes) for known in _registered})
+    return next((known for known in reversed(_registered) if known.fits_sites(shapes)), None)
 
 
 def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
@@ -63,27 +62,19 @@ def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Archite
 
     Raises :class:`LoraFileError` where no known one fits.
     """
-    best = _best({known.name: known.fits_file(shapes, metadata) for known in _registered})
-    if best is None:
-        titles = ", ".join(known.title for known in _registered)
-        raise LoraFileError(
-            f"The file is for no base model that is known here ({titles}); is it a LoRA of such a "
-            f"model? Its first tensor is {next(iter(shapes), None)}."
-        )
-    return best
-
-
-def _best(fits: Mapping[str, Fit]) -> Architecture | None:
-    """Of those that fit best the one that was registered last."""
-    most = max(fits.values(), default=Fit.NO)
-    names = [name for name, fit in fits.items() if fit is most and fit is not Fit.NO]
-    return architecture(names[-1]) if names else None
+    for known in reversed(_registered):
+        if known.fits_file(shapes, metadata):
+            return known
+    titles = ", ".join(known.title for known in _registered)
+    raise LoraFileError(
+        f"The file is for no base model that is known here ({titles}); is it a LoRA of such a "
+        f"model? Its first tensor is {next(iter(shapes), None)}."
+    )
 
 
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
-        loaded = importlib.import_module(f".{module.name}", __name__)
-        record = getattr(loaded, "ARCHITECTURE", None)
+        record = getattr(importlib.import_module(f".{module.name}", __name__), "ARCHITECTURE", None)
         if isinstance(record, Architecture):
             register(record)
 

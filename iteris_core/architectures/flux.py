@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import mmdit, text
-from .marks import key_width, said_base
 from .pieces import Alias, Shapes
-from .record import Architecture, Conditioning, Fit, PipelineCalls
+from .record import Architecture, Conditioning, PipelineCalls
+from .sites import Component
 
 _TOP = {
     "img_in": "x_embedder",
@@ -42,69 +42,37 @@ _SINGLE = {
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
-_XLABS_DOUBLE = {
-    "processor.qkv_lora1": "img_attn.qkv",
-    "processor.qkv_lora2": "txt_attn.qkv",
-    "processor.proj_lora1": "img_attn.proj",
-    "processor.proj_lora2": "txt_attn.proj",
+_BLOCKS: mmdit.Blocks = {
+    "transformer_blocks": ("double_blocks", _DOUBLE),
+    "single_transformer_blocks": ("single_blocks", _SINGLE),
 }
-_TABLE = mmdit.Table(
-    _TOP,
-    {
-        "transformer_blocks": ("double_blocks", _DOUBLE),
-        "single_transformer_blocks": ("single_blocks", _SINGLE),
-    },
-)
+_XLABS = {
+    "img_attn.qkv": ("processor.qkv_lora1",),
+    "txt_attn.qkv": ("processor.qkv_lora2",),
+    "img_attn.proj": ("processor.proj_lora1",),
+    "txt_attn.proj": ("processor.proj_lora2",),
+    "linear1": ("processor.qkv_lora", "linear1_qkv"),
+    "linear2": ("processor.proj_lora",),
+}
 
 
 def _xlabs(shapes: Shapes) -> dict[str, Alias]:
     """XLabs' names of the attention modules; its ``qkv_lora`` leaves the MLP out."""
     aliases: dict[str, Alias] = {}
-    for name, alias in _TABLE.aliases(shapes).items():
-        blocks, _, rest = name.partition(".")
-        number, _, module = rest.partition(".")
-        if blocks == "double_blocks":
-            for theirs, ours in _XLABS_DOUBLE.items():
-                if module == ours:
-                    aliases[f"double_blocks.{number}.{theirs}"] = alias
-        elif blocks == "single_blocks" and module == "linear1":
-            aliases[f"single_blocks.{number}.processor.qkv_lora"] = alias[:3]
-            aliases[f"single_blocks.{number}.linear1_qkv"] = alias[:3]
-        elif blocks == "single_blocks" and module == "linear2":
-            aliases[f"single_blocks.{number}.processor.proj_lora"] = alias
+    for name, alias in mmdit.aliases({}, _BLOCKS, shapes).items():
+        block = ".".join(name.split(".")[:2])
+        for theirs in _XLABS.get(name.removeprefix(f"{block}."), ()):
+            aliases[f"{block}.{theirs}"] = alias[:3]
     return aliases
 
 
-def _fits_sites(shapes: Shapes) -> Fit:
-    single = "transformer.single_transformer_blocks."
-    return Fit.SURE if any(site.startswith(single) for site in shapes) else Fit.NO
+def _fits_sites(shapes: Shapes) -> bool:
+    return any(site.startswith("transformer.single_transformer_blocks.") for site in shapes)
 
 
-def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> Fit:
-    names = " ".join(shapes)
-    if "single_blocks" in names or "single_transformer_blocks" in names:
-        return Fit.SURE
-    likely = "flux" in said_base(metadata) or key_width(shapes, "attn") == 3072
-    if "double_blocks" in names or (mmdit.is_file(shapes) and likely):
-        return Fit.LIKELY
-    return Fit.NO
-
-
-def _models() -> Mapping[str, nn.Module]:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-
-    return {
-        "text_encoder": text.clip(768, 12, projected=False),
-        "text_encoder_2": text.t5_xxl(),
-        "transformer": FluxTransformer2DModel(guidance_embeds=True),
-    }
-
-
-def _diffusers_reads(site: str, layout: str) -> bool:
-    """No T5; in kohya layout nothing of the transformer outside of its blocks (diffusers 0.42)."""
-    if text.text_component(site) is not None:
-        return not text.is_t5(site)
-    return layout != "kohya" or "_blocks." in site
+def _reads_kohya(site: str) -> bool:
+    """Nothing of the transformer outside of its blocks."""
+    return text.text_component(site) is not None or "_blocks." in site
 
 
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -141,14 +109,17 @@ def _packed_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
 
 
 ARCHITECTURE = Architecture(
-    name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
-    original_names=_TABLE.aliases, further_names=_xlabs, native=True,
+    name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=mmdit.is_flux,
+    components={
+        "text_encoder": text.clip(768, 12, projected=False), "text_encoder_2": text.T5_XXL,
+        "transformer": Component("diffusers", "FluxTransformer2DModel", {"guidance_embeds": True}),
+    },
+    original_names=partial(mmdit.aliases, _TOP, _BLOCKS), further_names=_xlabs, native=True,
     text_prefixes=("lora_te1", "lora_te3"), version="flux1", modelspec="flux-1-dev",
     network="networks.lora_flux", one_alpha=("text_encoder", "text_encoder_2"),
-    diffusers_reads=_diffusers_reads,
+    reads_kohya=_reads_kohya,
     pipeline=PipelineCalls(
-        pipeline="FluxPipeline", denoisers=("FluxTransformer2DModel",),
-        single_files=("flux-dev", "flux-schnell"),
+        pipeline="FluxPipeline", single_files=("flux-dev", "flux-schnell"),
         parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
         arguments=_arguments, latent_shape=_packed_latents, empty_prompts=False, even_sigmas=True,
     ),

@@ -6,59 +6,59 @@ diffusers has an ``AdaLayerNormContinuous``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .pieces import Alias, Shapes, fused, swapped
-from .record import Conditioning
+from .record import Conditioning, key_width, said_base
 
 _PREFIX = "transformer."
 
 
-@dataclass(frozen=True)
-class Table:
-    """Names of the original code → the modules of diffusers that it has in one.
-
-    ``top`` is outside of blocks; ``blocks`` says for each of diffusers' lists of blocks what the
-    original's is called and what is in a block.
-    """
-
-    top: Mapping[str, str]
-    blocks: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
-
-    def aliases(self, shapes: Shapes) -> dict[str, Alias]:
-        """Original module name → the sites that it holds, where all of them are in ``shapes``."""
-        aliases: dict[str, Alias] = {}
-        for name, path in self.top.items():
-            aliases |= _fused(name, [_PREFIX + path], shapes)
-        output = f"{_PREFIX}norm_out.linear"
-        if output in shapes:
-            aliases["final_layer.adaLN_modulation.1"] = swapped(output, shapes)
-        for ours, (theirs, modules) in self.blocks.items():
-            for number in block_numbers(f"{_PREFIX}{ours}.", shapes):
-                for name, paths in modules.items():
-                    sites = [f"{_PREFIX}{ours}.{number}.{path}" for path in paths]
-                    aliases |= _fused(f"{theirs}.{number}.{name}", sites, shapes)
-        return aliases
+Blocks = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
+"""diffusers' name of a list of blocks → the original's, and what is in a block: names of the
+original code → the modules of diffusers that it has in one."""
 
 
-def _fused(name: str, sites: list[str], shapes: Shapes) -> dict[str, Alias]:
-    return {name: fused(sites, shapes)} if all(site in shapes for site in sites) else {}
+def aliases(top: Mapping[str, str], blocks: Blocks, shapes: Shapes) -> dict[str, Alias]:
+    """Original module name → the sites that it holds, where all of them are in ``shapes``; ``top``
+    is outside of blocks."""
+    named = {name: [_PREFIX + path] for name, path in top.items()}
+    for ours, (theirs, modules) in blocks.items():
+        prefix = f"{_PREFIX}{ours}."
+        within = [site.removeprefix(prefix) for site in shapes if site.startswith(prefix)]
+        for number in sorted({int(path.partition(".")[0]) for path in within}):
+            for name, paths in modules.items():
+                named[f"{theirs}.{number}.{name}"] = [f"{prefix}{number}.{p}" for p in paths]
+    whole = {n: fused(sites, shapes) for n, sites in named.items() if shapes.keys() >= {*sites}}
+    output = f"{_PREFIX}norm_out.linear"
+    if output in shapes:
+        whole["final_layer.adaLN_modulation.1"] = swapped(output, shapes)
+    return whole
 
 
-def block_numbers(prefix: str, shapes: Shapes) -> Iterator[int]:
-    """The numbers that follow ``prefix`` in the names of sites, ascending."""
-    yield from sorted(
-        {int(s.removeprefix(prefix).partition(".")[0]) for s in shapes if s.startswith(prefix)}
-    )
-
-
-def is_file(shapes: Shapes) -> bool:
+def has_transformer(shapes: Shapes) -> bool:
     """Whether a file has the names of diffusers or OneTrainer for a transformer's modules."""
     return any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
+
+
+def has_single_blocks(shapes: Shapes) -> bool:
+    """Whether a file has the blocks that FLUX alone has, under either name."""
+    return any("single_blocks" in key or "single_transformer_blocks" in key for key in shapes)
+
+
+def is_flux(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Whether a file is for FLUX, by its blocks, what it says or its width."""
+    return (
+        has_single_blocks(shapes)
+        or any("double_blocks" in key for key in shapes)
+        or (
+            has_transformer(shapes)
+            and ("flux" in said_base(metadata) or key_width(shapes, "attn") == 3072)
+        )
+    )
 
 
 def arguments(

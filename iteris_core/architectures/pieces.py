@@ -27,7 +27,7 @@ class Piece:
         return sum(stop - start for start, stop in self.rows)
 
     def of_file(self, matrix: Tensor) -> Tensor:
-        """The rows (length, …) that the piece is of a file's ``matrix``, in the site's order."""
+        """The rows that the piece is of a file's ``matrix``, in the site's order."""
         return torch.cat([matrix[start:stop] for start, stop in self.rows])
 
     def place(self, matrix: Tensor, into: Tensor) -> None:

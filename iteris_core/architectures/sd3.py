@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from . import mmdit, text
-from .marks import key_width, said_base, square_latents
 from .pieces import Alias, Shapes, swapped
-from .record import Architecture, Conditioning, Fit, PipelineCalls
+from .record import Architecture, Conditioning, PipelineCalls, said_base, square_latents
+from .sites import Component
 
 _TOP = {
     "context_embedder": "context_embedder",
@@ -35,11 +33,10 @@ _JOINT = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
-_TABLE = mmdit.Table(_TOP, {"transformer_blocks": ("joint_blocks", _JOINT)})
 
 
 def _original_names(shapes: Shapes) -> dict[str, Alias]:
-    aliases = _TABLE.aliases(shapes)
+    aliases = mmdit.aliases(_TOP, {"transformer_blocks": ("joint_blocks", _JOINT)}, shapes)
     for name, alias in list(aliases.items()):
         site = alias[0].site
         # The last block gives no text, so its norm has shift and scale only, which are swapped.
@@ -48,40 +45,29 @@ def _original_names(shapes: Shapes) -> dict[str, Alias]:
     return aliases
 
 
-def _fits_sites(shapes: Shapes) -> Fit:
-    sites = [site for site in shapes if site.startswith("transformer.")]
-    single = any(site.startswith("transformer.single_transformer_blocks.") for site in sites)
-    return Fit.SURE if not single and any(".norm1_context." in site for site in sites) else Fit.NO
+def _fits_sites(shapes: Shapes) -> bool:
+    joint = any(site.startswith("transformer.") and ".norm1_context." in site for site in shapes)
+    return joint and not mmdit.has_single_blocks(shapes)
 
 
-def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> Fit:
-    names, said = " ".join(shapes), said_base(metadata)
-    if "single_blocks" in names or "single_transformer_blocks" in names:
-        return Fit.NO
-    if "joint_blocks" in names or "stable-diffusion-3" in said or "sd3" in said:
-        return Fit.SURE
-    other = "double_blocks" in names or "flux" in said or key_width(shapes, "attn") == 3072
-    return Fit.LIKELY if mmdit.is_file(shapes) and not other else Fit.NO
+def _fits_file(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    said = said_base(metadata)
+    if mmdit.has_single_blocks(shapes):
+        return False
+    if "joint_blocks" in " ".join(shapes) or "stable-diffusion-3" in said or "sd3" in said:
+        return True
+    return mmdit.has_transformer(shapes) and not mmdit.is_flux(shapes, metadata)
 
 
-def _models() -> Mapping[str, nn.Module]:
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-
-    transformer = SD3Transformer2DModel(
-        sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
-        pos_embed_max_size=192,
-    )  # fmt: skip
-    return {
-        "text_encoder": text.clip(768, 12, projected=True),
-        "text_encoder_2": text.clip(1280, 32, projected=True),
-        "text_encoder_3": text.t5_xxl(),
-        "transformer": transformer,
-    }
-
-
-def _diffusers_reads(site: str, layout: str) -> bool:
-    """No T5, and nothing at all in kohya layout (diffusers 0.42)."""
-    return layout != "kohya" and not (text.text_component(site) is not None and text.is_t5(site))
+_COMPONENTS = {
+    "text_encoder": text.clip(768, 12, projected=True),
+    "text_encoder_2": text.clip(1280, 32, projected=True),
+    "text_encoder_3": text.T5_XXL,
+    "transformer": Component("diffusers", "SD3Transformer2DModel", {
+        "sample_size": 128, "num_layers": 24, "num_attention_heads": 24,
+        "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    }),
+}  # fmt: skip
 
 
 def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -97,13 +83,14 @@ def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
 
 
 ARCHITECTURE = Architecture(
-    name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file, models=_models,
+    name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file,
+    components=_COMPONENTS,
     original_names=_original_names, native=True, text_prefixes=("lora_te1", "lora_te2", "lora_te3"),
     version="sd3_m", modelspec="stable-diffusion-3-medium", network="networks.lora_sd3",
     one_alpha=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    diffusers_reads=_diffusers_reads,
+    reads_kohya=lambda site: False,
     pipeline=PipelineCalls(
-        pipeline="StableDiffusion3Pipeline", denoisers=("SD3Transformer2DModel",),
+        pipeline="StableDiffusion3Pipeline",
         single_files=("sd3", "sd35_large", "sd35_medium"),
         parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
         arguments=mmdit.arguments, latent_shape=square_latents,

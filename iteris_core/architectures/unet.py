@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .marks import key_width, reads_all_but_t5, said_base, square_latents
+from .mmdit import has_single_blocks, has_transformer
 from .pieces import Alias, Shapes, whole
-from .record import Architecture, Conditioning, Fit, PipelineCalls
-from .wirings import Wiring
+from .record import Architecture, Conditioning, PipelineCalls, key_width, said_base, square_latents
+from .sites import Component, Wiring
+from .text import clip
 
 WIRINGS = (
     # diffusers' and ComfyUI's UNets name these modules alike.
     Wiring(
-        frozenset({"norm1", "attn1", "norm3", "ff"}),
         {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"},
         extra=frozenset({"norm2", "attn2", "norm_in", "ff_in", "pos_embed", "fuser"}),
         layer="BasicTransformerBlock",
@@ -42,100 +41,77 @@ _RESNET = {
 
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
-_BLOCK = re.compile(
-    r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+_PATH = re.compile(
+    r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
-_MID = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
 
-def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Original name of every module path of one whole UNet; modules without one are left out.
+def aliases(shapes: Shapes) -> dict[str, Alias]:
+    """The original code's names of a whole UNet's modules, each one site; modules without one are
+    left out.
 
-    The numbering follows from the paths: ``layers`` resnets per down block, one more per up block.
+    The numbering follows from the sites: ``layers`` resnets per down block, one more per up block.
     """
-    paths = list(paths)
-    blocks = [match for match in map(_BLOCK.fullmatch, paths) if match]
-    first = [int(m[4]) for m in blocks if (m[1], m[2], m[3]) == ("down", "0", "resnets")]
+    paths = [site.removeprefix("unet.") for site in shapes if site.startswith("unet.")]
+    matches = {path: match for path in paths if (match := _PATH.fullmatch(path))}
+    blocks = [match.groups() for match in matches.values()]
+    first = [int(b[3]) for b in blocks if b[:3] == ("down", "0", "resnets")]
     layers = max(first, default=0) + 1
-    attentive = {m[2] for m in blocks if (m[1], m[3]) == ("up", "attentions")}
-    names: dict[str, str] = {}
-    for path in paths:
-        if path in _TOP:
-            names[path] = _TOP[path]
-        elif mid := _MID.fullmatch(path):
-            if mid[1] in _MIDDLE:
-                names[path] = f"middle_block.{_MIDDLE[mid[1]]}.{_inner(mid[1], mid[2])}"
-        elif block := _BLOCK.fullmatch(path):
-            names[path] = _block_name(block, layers, block[2] in attentive)
-    return names
+    attentive = {b[1] for b in blocks if (b[0], b[2]) == ("up", "attentions")}
+    names = {path: _TOP[path] for path in paths if path in _TOP}
+    for path, match in matches.items():
+        if name := _block_name(match, layers, match[2] in attentive):
+            names[path] = name
+    return {name: whole(f"unet.{path}", shapes) for path, name in names.items()}
 
 
-def _inner(kind: str, rest: str) -> str:
-    return _RESNET.get(rest, rest) if kind.startswith("resnets") else rest
-
-
-def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str:
-    side, kind, rest = match[1], match[3], match[5]
-    block, layer = int(match[2]), int(match[4])
-    start = block * (layers + 1)
+def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str | None:
+    side, kind, layer, rest = match[1], match[3], int(match[4]), match[5]
+    if kind == "resnets":
+        rest = _RESNET.get(rest, rest)
+    if side == "mid":
+        part = _MIDDLE.get(f"{kind}.{layer}")
+        return part and f"middle_block.{part}.{rest}"
+    start = int(match[2]) * (layers + 1)
     if kind == "downsamplers":
         return f"input_blocks.{start + layers + 1}.0.{'op' if rest == 'conv' else rest}"
     if kind == "upsamplers":
         return f"output_blocks.{start + layers}.{2 if attentive else 1}.{rest}"
     part = 0 if kind == "resnets" else 1
-    number = start + layer + (1 if side == "down" else 0)
-    name = "input_blocks" if side == "down" else "output_blocks"
-    return f"{name}.{number}.{part}.{_inner(kind, rest)}"
+    name, first = ("input_blocks", 1) if side == "down" else ("output_blocks", 0)
+    return f"{name}.{start + layer + first}.{part}.{rest}"
 
 
-def aliases(shapes: Shapes) -> dict[str, Alias]:
-    """The original code's names of a UNet's modules, each one site."""
-    sites = [site for site in shapes if site.startswith("unet.")]
-    named = original_names(site.removeprefix("unet.") for site in sites)
-    return {name: whole(f"unet.{path}", shapes) for path, name in named.items()}
-
-
-def is_xl(shapes: Shapes) -> bool:
-    """Whether these are sites of SDXL: it alone has a second text encoder, or added sizes."""
-    return any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes)
-
-
-def fits_sites(shapes: Shapes, *, wide: bool) -> Fit:
-    """How well sites fit SD 1.x or, ``wide``, SD 2.x, which reads text embeddings 1024 wide."""
-    if is_xl(shapes) or not any(site.startswith("unet.") for site in shapes):
-        return Fit.NO
+def kind_of_sites(shapes: Shapes) -> str | None:
+    """Name of the architecture that sites of a UNet are of: SDXL alone has a second text encoder,
+    or added sizes, and SD 2.x reads text embeddings 1024 wide."""
+    if not any(site.startswith("unet.") for site in shapes):
+        return None
+    if any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes):
+        return "sdxl"
     widths = [shape[1] for site, shape in shapes.items() if site.endswith(".attn2.to_k")]
-    return Fit.LIKELY if (widths[:1] == [1024]) == wide else Fit.NO
+    return "sd2" if widths[:1] == [1024] else "sd1"
 
 
-def is_file_of_xl(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
-    """Whether a file of a UNet is of SDXL."""
-    text = " ".join(shapes)
-    marks = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
+def kind_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
+    """Name of the architecture that a file of a UNet is for."""
+    keys, width = " ".join(shapes), key_width(shapes, "attn2")
+
+    def has(*marks: str) -> bool:
+        return any(mark in keys for mark in marks)
+
+    if (
+        not has("unet", "down_blocks", "input_blocks", "lora_te")
+        or has("double_blocks", "joint_blocks")
+        or has_single_blocks(shapes)
+        or has_transformer(shapes)
+    ):
+        return None
     deep = ("input_blocks_4_1_transformer_blocks_1", "attentions_0_transformer_blocks_1")
-    return (
-        any(mark in text for mark in (*marks, *deep))
-        or "xl" in said_base(metadata)
-        or key_width(shapes, "attn2") == 2048
-    )
-
-
-def is_file(shapes: Shapes) -> bool:
-    """Whether a file is of a UNet."""
-    text = " ".join(shapes)
-    others = ("single_blocks", "double_blocks", "joint_blocks", "single_transformer_blocks")
-    return (
-        any(mark in text for mark in ("unet", "down_blocks", "input_blocks", "lora_te"))
-        and not any(mark in text for mark in others)
-        and not any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
-    )
-
-
-def fits_file(shapes: Shapes, metadata: Mapping[str, str], *, wide: bool) -> Fit:
-    """How well a file fits SD 1.x or, ``wide``, SD 2.x."""
-    if not is_file(shapes) or is_file_of_xl(shapes, metadata):
-        return Fit.NO
-    return Fit.LIKELY if (key_width(shapes, "attn2") == 1024) == wide else Fit.NO
+    added = ("text_encoder_2.", "lora_te2_", "label_emb", "add_embedding")
+    if has(*added, *deep) or width == 2048 or "xl" in said_base(metadata):
+        return "sdxl"
+    return "sd2" if width == 1024 else "sd1"
 
 
 def encode(pipeline: Any, prompts: list[str]) -> Conditioning:
@@ -153,22 +129,31 @@ def arguments(
 def stable_diffusion(
     name: str,
     title: str,
-    models: Callable[[], Mapping[str, nn.Module]],
+    sizes: Mapping[str, Any],
     *,
-    wide: bool,
-    **names: Any,
+    single_files: tuple[str, ...],
+    encoders: Sequence[tuple[int, int, bool]] = ((768, 12, False),),
+    pipeline: str = "StableDiffusionPipeline",
+    encode: Callable[[Any, list[str]], Conditioning] = encode,
+    arguments: Callable[..., dict[str, Any]] = arguments,
+    **fields: Any,
 ) -> Architecture:
-    """SD 1.x or 2.x, which differ in their text encoder: ``names`` are further fields."""
+    """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
+    :func:`.text.clip` for each CLIP encoder, ``fields`` further ones of the record."""
+    ends = ["", "_2"][: len(encoders)]
+    texts = {f"text_encoder{end}": clip(*of) for end, of in zip(ends, encoders, strict=True)}
+    model = Component("diffusers", "UNet2DConditionModel", sizes)
     return Architecture(
         name, title,
-        partial(fits_sites, wide=wide),
-        partial(fits_file, wide=wide),
-        models, denoiser="unet", original_names=aliases, text_prefixes=("lora_te",),
-        one_alpha=("unet", "text_encoder"), diffusers_reads=reads_all_but_t5, wirings=WIRINGS,
+        lambda shapes: kind_of_sites(shapes) == name,
+        lambda shapes, metadata: kind_of_file(shapes, metadata) == name,
+        {**texts, "unet": model}, denoiser="unet", original_names=aliases,
+        text_prefixes=("lora_te1", "lora_te2") if len(encoders) > 1 else ("lora_te",),
+        one_alpha=("unet", *texts), wirings=WIRINGS,
         pipeline=PipelineCalls(
-            pipeline="StableDiffusionPipeline", denoisers=("UNet2DConditionModel",),
-            single_files=("v2",) if wide else ("v1",), parts=("text_encoder", "tokenizer"),
+            pipeline=pipeline, single_files=single_files,
+            parts=tuple(f"{part}{end}" for end in ends for part in ("text_encoder", "tokenizer")),
             encode=encode, arguments=arguments, latent_shape=square_latents,
         ),
-        **names,
+        **fields,
     )  # fmt: skip

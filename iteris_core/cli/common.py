@@ -41,7 +41,7 @@ def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
     )
     from diffusers.utils import logging as diffusers_logging
 
-    from ..hosts.single_file import single_file_pipeline
+    from ..hosts.diffusers_lora import single_file_pipeline
 
     diffusers_logging.set_verbosity_error()
     device = device or best_device()

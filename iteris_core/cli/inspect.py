@@ -17,7 +17,8 @@ from ..architectures import architecture_of_file
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
-from ..lora_files.layouts import dtypes_of, kinds_of, layouts_of
+from ..lora_files.parts import kinds_of, layouts_of
+from ..lora_files.tensors import dtypes_of
 from ..report.inspection import Interference, LoraFacts, describe, interference, to_dict
 from .common import load_base
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
 from ..architectures.record import Conditioning
-from ..architectures.wirings import in_changed_parts, residual_streams
+from ..architectures.sites import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .checks import check_eval, check_model
 from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
-from .diffusers_noise import NoiseSchedule
-from .protocol import Stage, Tick
+from .diffusers_noise import deterministic_scheduler
+from .protocol import Stage, Tick, check_eval, check_model
 from .rows import NoisyRows, TextRows, drawn_prompts, drawn_steps, noisy_rows
 
 _BATCH = 16  # rows per forward while samples are made
@@ -136,17 +136,18 @@ class DiffusersHost:
         text = samples.text
         self._encoded = [[{}] * len(text.texts) for _ in range(2)]
         if text_sites:
-            run = self._run_text(text)
+            run = partial(self._run_text, text)
             yield Stage("text encoder", text_sites, text.text_owners, run, feeds=bool(others))
         else:
             prompts = list(dict.fromkeys(text.texts))
-            run = self._run_plain_text(text, prompts)
+            run = partial(self._run_plain_text, text, prompts)
             yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
         if samples.noisy is not None:
-            run = self._run_denoiser(text, samples.noisy, samples.guidance)
+            run = partial(self._run_denoiser, text, samples.noisy, samples.guidance)
             yield Stage(self.architecture.denoiser, others, text.owners, run, places=True)
         elif others:
-            yield Stage("cross-attention", others, text.text_owners, self._run_projections(others))
+            run = partial(self._run_projections, [self._sites[site] for site in others])
+            yield Stage("cross-attention", others, text.text_owners, run)
         self._encoded = []
 
     def room(self, wanted: int) -> int:
@@ -183,52 +184,44 @@ class DiffusersHost:
         )
         return self.denoiser(**arguments, return_dict=False)[0]
 
-    def _run_text(self, text: TextRows) -> Callable[[Sequence[int], int], None]:
-        def run(rows: Sequence[int], copies: int) -> None:
-            encoded = self._encode([text.texts[row] for row in rows] * copies)
-            for copy in range(copies):
-                for index, row in enumerate(rows):
-                    self._encoded[copy][row] = _part(encoded, copy * len(rows) + index)
-
-        return run
+    def _run_text(self, text: TextRows, rows: Sequence[int], copies: int) -> None:
+        parts = self._encoded_parts([text.texts[row] for row in rows] * copies)
+        for copy in range(copies):
+            for row in rows:
+                self._encoded[copy][row] = next(parts)
 
     def _run_plain_text(
-        self, text: TextRows, prompts: list[str]
-    ) -> Callable[[Sequence[int], int], None]:
+        self, text: TextRows, prompts: Sequence[str], rows: Sequence[int], copies: int
+    ) -> None:
         """Text encoders that no LoRA changes give the same for every concept, and merged."""
+        chosen = [prompts[row] for row in rows]
+        parts = dict(zip(chosen, self._encoded_parts(chosen), strict=True))
+        for copy in self._encoded:
+            copy[:] = [parts.get(t, there) for t, there in zip(text.texts, copy, strict=True)]
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            encoded = self._encode([prompts[row] for row in rows])
-            parts = {prompts[row]: _part(encoded, index) for index, row in enumerate(rows)}
-            for index, prompt in enumerate(text.texts):
-                for copy in self._encoded:
-                    copy[index] = parts.get(prompt, copy[index])
-
-        return run
+    def _encoded_parts(self, prompts: list[str]) -> Iterator[Conditioning]:
+        """What the text encoders give for each of ``prompts``."""
+        encoded = self._encode(prompts)
+        for row in range(len(prompts)):
+            yield {name: part[row].cpu() for name, part in encoded.items()}
 
     def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
         parts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
         return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _run_denoiser(
-        self, text: TextRows, noisy: NoisyRows, guidance: float
-    ) -> Callable[[Sequence[int], int], None]:
-        def run(rows: Sequence[int], copies: int) -> None:
-            index = torch.as_tensor(list(rows) * copies)
-            encoded = self._text_batch([text.text_rows[row] for row in rows], copies)
-            self._predict(noisy.latents[index], noisy.times[index], encoded, guidance)
+        self, text: TextRows, noisy: NoisyRows, guidance: float, rows: Sequence[int], copies: int
+    ) -> None:
+        index = torch.as_tensor(list(rows) * copies)
+        encoded = self._text_batch([text.text_rows[row] for row in rows], copies)
+        self._predict(noisy.latents[index], noisy.times[index], encoded, guidance)
 
-        return run
-
-    def _run_projections(self, sites: Sequence[str]) -> Callable[[Sequence[int], int], None]:
-        modules = [module for site, module in self._sites.items() if site in set(sites)]
-
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
-            for module in modules:
-                module(text)
-
-        return run
+    def _run_projections(
+        self, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
+    ) -> None:
+        text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
+        for module in modules:
+            module(text)
 
     def _latents(
         self,
@@ -242,42 +235,39 @@ class DiffusersHost:
         """Latents (prompts, T, …) and their timesteps (prompts, T)."""
         steps = calibration.denoising_steps
         shape = self.calls.latent_shape(self.pipeline, calibration.latent_size)
-        schedule = NoiseSchedule(
-            self.pipeline.scheduler,
-            steps,
-            shape,
-            self.denoiser.config.get("patch_size", 1),
-            even_sigmas=self.calls.even_sigmas,
+        patch = self.denoiser.config.get("patch_size", 1)
+        scheduler_now = partial(
+            deterministic_scheduler,
+            *(self.pipeline.scheduler, steps, shape, patch, self.calls.even_sigmas),
         )
+        times = scheduler_now().timesteps
         noise = torch.randn(len(prompts), *shape, generator=generator)
         picks = drawn_steps(len(prompts), calibration, steps, generator)
         count = picks.shape[1]
         if calibration.latents == "noise":
             kept = noise[:, None].expand(-1, count, *(-1 for _ in shape))
-            return kept, schedule.timesteps[picks]
+            return kept, times[picks]
 
         kept = torch.zeros(len(prompts), count, *shape)
         mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
-
-            def keep(step: int, latents: Tensor, rows: Sequence[int] = chunk) -> None:
-                index = torch.as_tensor(list(rows))
-                row, slot = (picks[index] == step).nonzero(as_tuple=True)
-                kept[index[row], slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
-
             predict = self._own_predict(
                 [prompts[row] for row in chunk],
                 [owners[row] for row in chunk],
                 calibration.guidance,
                 lockstep,
             )
-            start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
-            schedule.denoise(start, predict, keep)
+            index, scheduler = torch.as_tensor(list(chunk)), scheduler_now()
+            noisy = noise[index].to(self.device, self.denoiser.dtype)
+            for step, time in enumerate(times):
+                row, slot = (picks[index] == step).nonzero(as_tuple=True)
+                kept[index[row], slot] = noisy[row.to(noisy.device)].to("cpu", kept.dtype)
+                noisy = scheduler.step(predict(noisy, time), time, noisy, return_dict=False)[0]
             tick("denoising samples", done, len(chunks))
         lockstep.processes.add_up([kept])
-        return kept, schedule.timesteps[picks]
+        return kept, times[picks]
 
     def _own_predict(
         self, prompts: list[str], owners: list[int], guidance: float, lockstep: Lockstep
@@ -304,7 +294,3 @@ class DiffusersHost:
             return output
 
         return predict
-
-
-def _part(text: Conditioning, row: int) -> Conditioning:
-    return {name: part[row].cpu() for name, part in text.items()}

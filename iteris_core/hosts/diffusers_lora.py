@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers is: its sites, its architecture, and LoRA files read for it."""
+"""What a pipeline of diffusers is: its class, sites and architecture, and LoRA files for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
 from ..architectures.record import PipelineCalls
-from ..architectures.shapes import named_sites, weight_shape
+from ..architectures.sites import named_sites, weight_shape
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
@@ -49,13 +50,13 @@ def calls_of(pipeline: Any, kind: Architecture) -> PipelineCalls:
     denoiser that takes more than latents.
     """
     name, calls = type(pipeline).__name__, kind.pipeline
-    denoiser = getattr(pipeline, kind.denoiser, None)
+    denoiser: Any = getattr(pipeline, kind.denoiser, None)
     classes = {ancestor.__name__ for ancestor in type(denoiser).__mro__}
-    if calls is None or denoiser is None or not classes & set(calls.denoisers):
-        titles = ", ".join(known.title for known in architectures() if known.pipeline is not None)
+    known = kind.components.get(kind.denoiser)
+    if calls is None or known is None or known.name not in classes:
         raise IterisError(
             f"{name} has no unet or transformer that LoRAs can be merged on here; there are hosts "
-            f"for pipelines of {titles}."
+            f"for pipelines of {_with_pipelines()}."
         )
     for part in (*calls.parts, "scheduler"):
         if getattr(pipeline, part, None) is None:
@@ -91,3 +92,28 @@ def read_lora(
         return stored.to(torch.float32)
 
     return read_lora_file(path, base_of(pipeline, sites), weight, options)
+
+
+def single_file_pipeline(path: Path) -> Any:
+    """The pipeline's class, told by diffusers' own detection from the names and shapes of the
+    tensors, of which none is read. Raises :class:`IterisError` for what no host is for."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    with safe_open(path, framework="pt") as file:
+        checkpoint = {
+            key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+            for key in file.keys()  # noqa: SIM118
+        }
+    model_type = infer_diffusers_model_type(checkpoint)
+    for known in architectures():
+        if known.pipeline is not None and model_type in known.pipeline.single_files:
+            return getattr(diffusers, known.pipeline.pipeline)
+    raise IterisError(
+        f"{path} is a checkpoint of the kind {model_type!r}, on which nothing can be merged here; "
+        f"there are hosts for {_with_pipelines()}."
+    )
+
+
+def _with_pipelines() -> str:
+    return ", ".join(known.title for known in architectures() if known.pipeline is not None)

@@ -16,8 +16,12 @@ from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..concepts import Calibration, Concept
+from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import ReadOptions
+
+Run = Callable[[Sequence[int], int], None]
+"""``run(rows, copies)``: one forward, see :class:`Stage`."""
 
 Tick = Callable[[str, int, int], None]
 """``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop."""
@@ -44,7 +48,7 @@ class Stage:
     name: str
     sites: Sequence[str]
     owners: Sequence[int]
-    run: Callable[[Sequence[int], int], None]
+    run: Run
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
     feeds: bool = False
     places: bool = False
@@ -106,3 +110,21 @@ class Host(Protocol):
         """Bytes that the stage which was given last may take beyond the model. An application that
         holds other things in memory first makes room for ``wanted`` bytes, as far as it can."""
         ...
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where peft's layers stand in place of the model's own."""
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise IterisError(
+            f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
+            "Take them off (pipeline.unload_lora_weights() or model.unload()), or load it anew."
+        )
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where dropout would make every forward another."""
+    if model.training:
+        raise IterisError(
+            f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
+            "random; call its eval() first."
+        )

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import free_memory, usable
 from ..architectures import text
-from ..architectures.shapes import weight_shape
-from ..architectures.wirings import in_changed_parts, residual_streams
+from ..architectures.sites import in_changed_parts, residual_streams, weight_shape
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .checks import check_eval, check_model
-from .protocol import Stage, Tick
+from .protocol import Stage, Tick, check_eval, check_model
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")

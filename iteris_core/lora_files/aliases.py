@@ -17,7 +17,7 @@ import torch
 
 from ..architectures import Architecture, architecture
 from ..architectures.pieces import Alias, Shapes, whole
-from ..architectures.shapes import named_sites, weight_shape
+from ..architectures.sites import named_sites, weight_shape
 from ..architectures.text import is_t5, text_component
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -46,48 +46,48 @@ def released_base(name: str) -> BaseModel:
     transformers. Raises :class:`IterisError` for an unknown name."""
     kind = architecture(name)
     with torch.device("meta"):
-        sites = [named_sites(component, model) for component, model in kind.models().items()]
+        sites = [named_sites(name, part.make()) for name, part in kind.components.items()]
     return base_model(kind, {site: weight_shape(m) for some in sites for site, m in some.items()})
 
 
 def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
     """Every known module name, and what it stands for."""
     aliases: dict[str, Alias] = {}
-
-    def add(names: Iterator[str], alias: Alias) -> None:
-        for name in names:
-            aliases.setdefault(name, alias)
-
     for site in shapes:
-        component, _, path = site.partition(".")
-        alias = whole(site, shapes)
+        component = site.partition(".")[0]
         if component == kind.denoiser:
-            add(_denoiser_names(component, path), alias)
-        elif (index := text_component(site)) is not None:
-            add(_text_names(kind, index, site), alias)
+            names = _denoiser_names(site)
+        else:
+            names = _text_names(kind, site) if text_component(site) is not None else ()
+        for name in names:
+            aliases.setdefault(name, whole(site, shapes))
     for name, alias in (kind.original_names(shapes) | kind.further_names(shapes)).items():
-        add(_original_names(name), alias)
+        for prefix in ("diffusion_model.", "", "base_model.model.", "model.diffusion_model."):
+            aliases.setdefault(prefix + name, alias)
+        aliases.setdefault(_flat("lora_unet", name), alias)
     return aliases
 
 
 def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
     """The names that sd-scripts gives the modules: the ones to write."""
-    names: dict[str, Alias] = {}
-    if kind.native:
-        for name, alias in kind.original_names(shapes).items():
-            names["lora_unet_" + name.replace(".", "_")] = alias
+    original = kind.original_names(shapes) if kind.native else {}
+    names = {_flat("lora_unet", name): alias for name, alias in original.items()}
     for site in shapes:
         component, _, path = site.partition(".")
         index = text_component(site)
         if index is not None and index < len(kind.text_prefixes):
-            name = f"{kind.text_prefixes[index]}_{path.replace('.', '_')}"
-            names[name] = whole(site, shapes)
+            names[_flat(kind.text_prefixes[index], path)] = whole(site, shapes)
         elif component == kind.denoiser and not kind.native:
-            names["lora_unet_" + path.replace(".", "_")] = whole(site, shapes)
+            names[_flat("lora_unet", path)] = whole(site, shapes)
     return names
 
 
-def _denoiser_names(component: str, path: str) -> Iterator[str]:
+def _flat(prefix: str, name: str) -> str:
+    return f"{prefix}_{name.replace('.', '_')}"
+
+
+def _denoiser_names(site: str) -> Iterator[str]:
+    component, _, path = site.partition(".")
     variants = [path, path.replace(".to_", ".processor.to_")]
     variants += [name.removesuffix(".0") for name in variants if name.endswith("to_out.0")]
     for name in variants:
@@ -95,40 +95,25 @@ def _denoiser_names(component: str, path: str) -> Iterator[str]:
             yield prefix + name
     if component == "transformer":
         yield f"diffusion_model.{path}"
-    yield from (
-        prefix + path.replace(".", "_")
-        for prefix in ("lora_unet_", "lora_transformer_", "lycoris_")
-    )
+    for prefix in ("lora_unet", "lora_transformer", "lycoris"):
+        yield _flat(prefix, path)
 
 
-def _original_names(name: str) -> Iterator[str]:
-    for prefix in ("diffusion_model.", "", "base_model.model.", "model.diffusion_model."):
-        yield prefix + name
-    yield "lora_unet_" + name.replace(".", "_")
-
-
-def _text_names(kind: Architecture, index: int, site: str) -> Iterator[str]:
+def _text_names(kind: Architecture, site: str) -> Iterator[str]:
     component, _, path = site.partition(".")
-    short = path.removeprefix("text_model.")
+    index = text_component(site) or 0
     parent, _, leaf = path.rpartition(".")
-    dotted = {path, short}
-    if leaf in _OLD_TEXT:
-        dotted |= {f"{parent}.{_OLD_TEXT[leaf]}"}
-        dotted |= {f"{parent.removeprefix('text_model.')}.{_OLD_TEXT[leaf]}"}
-    for name in sorted(dotted):
-        yield f"{component}.{name}"
-        yield f"{component}.base_model.model.{name}"
+    for name in (path, f"{parent}.{_OLD_TEXT.get(leaf, leaf)}"):
+        for dotted in (name, name.removeprefix("text_model.")):
+            yield f"{component}.{dotted}"
+            yield f"{component}.base_model.model.{dotted}"
     encoder = "t5xxl" if is_t5(site) else kind.clips[min(index, len(kind.clips) - 1)]
     yield f"text_encoders.{encoder}.transformer.{path}"
-    for prefix in _text_prefixes(kind, index, is_t5(site)):
-        yield f"{prefix}_{path.replace('.', '_')}"
-        yield f"{prefix}_{short.replace('.', '_')}"
-
-
-def _text_prefixes(kind: Architecture, index: int, of_t5: bool) -> list[str]:
-    usual = list(kind.text_prefixes[index : index + 1])
+    prefixes = [*kind.text_prefixes[index : index + 1], f"lora_te{index + 1}"]
     if index == 0:
-        return [*usual, "lora_te", "lora_te1"]
-    if of_t5:
-        return [*usual, f"lora_te{index + 1}", "lora_te3"]  # OneTrainer counts, sd-scripts: te3
-    return [*usual, f"lora_te{index + 1}"]
+        prefixes.append("lora_te")
+    elif is_t5(site):
+        prefixes.append("lora_te3")  # sd-scripts' name whatever the number; OneTrainer counts
+    for prefix in prefixes:
+        yield _flat(prefix, path)
+        yield _flat(prefix, path.removeprefix("text_model."))

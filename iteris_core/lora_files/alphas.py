@@ -95,3 +95,17 @@ def _fits(path: Path, pattern: str, module: str) -> bool:
         raise LoraFileError(
             f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig: {error}."
         ) from error
+
+
+def lora_config(modules: Mapping[str, tuple[int, float]], mark: str) -> dict[str, Any]:
+    """What a LoraConfig says of ``modules``, name → (rank, alpha); ``mark`` goes before names in
+    patterns."""
+    ranks = [rank for rank, _ in modules.values()]
+    common = max(set(ranks), key=ranks.count)
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "target_modules": sorted(modules),
+        "rank_pattern": {mark + n: rank for n, (rank, _) in modules.items() if rank != common},
+        "alpha_pattern": {mark + n: alpha for n, (_, alpha) in modules.items() if alpha != common},
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..architectures import Architecture
@@ -19,9 +17,10 @@ from ..architectures.pieces import Shapes, whole
 from ..errors import IterisError, LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel
+from .alphas import lora_config
+from .factors import Factors
 from .read import ReadOptions, lora_of
-from .saving import umask
-from .tensors import read_tensors
+from .tensors import read_tensors, save_atomically
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -137,19 +136,13 @@ def write_adapter(
     exists.
     """
     folder = check_folder(folder)
-    ranks = {site.removeprefix("model."): c.rank for site, c in lora.sites.items()}
-    largest = max(ranks.values())
-    # peft's patterns fit ends of names unless they say otherwise.
-    patterns = {f"^{name}": rank for name, rank in ranks.items() if rank != largest}
+    ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",
         # A folder of this machine says nothing elsewhere, and tells where somebody keeps things.
         "base_model_name_or_path": Path(base).name if Path(base).is_absolute() else base,
-        "r": largest,
-        "lora_alpha": largest,
-        "target_modules": sorted(ranks),
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        # peft's patterns fit ends of names unless they say otherwise.
+        **lora_config({name: (rank, rank) for name, rank in ranks.items()}, "^"),
         "inference_mode": True,
         "bias": "none",
         "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
@@ -157,20 +150,15 @@ def write_adapter(
     tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in (heads or {}).items()}
     for site, change in lora.sites.items():
         name = _PREFIX + site.removeprefix("model.")
-        up, down = change.up, change.down
-        if change.kernel is not None:
-            up, down = up[:, :, None, None], down.reshape(change.rank, -1, *change.kernel)
-        tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype).contiguous()
-        tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype).contiguous()
+        up, down = Factors(change.up, change.down, 1.0, change.kernel).tensors()
+        tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
+        tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        whole_folder = Path(temporary, folder.name)
+        whole_folder.mkdir()
+        save_atomically(tensors, whole_folder / _WEIGHTS, {"format": "pt"})
         text = json.dumps(config, indent=1)
-        (temporary / "adapter_config.json").write_text(text, encoding="utf-8")
-        temporary.chmod(0o777 & ~umask())  # mkdtemp's is for the owner only
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (whole_folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        whole_folder.rename(folder)
     return folder

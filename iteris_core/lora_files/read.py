@@ -17,11 +17,12 @@ from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, concatenate
 from .aliases import BaseModel
 from .alphas import adapter_configs, scale_of
-from .dora import fold_magnitude
 from .embeddings import split_embeddings
 from .parts import refusal, split_key
-from .rebuild import Dense, Factors, Rebuilt, rebuild
+from .rebuild import Rebuilt, fold_magnitude, rebuild
 from .tensors import all_finite, file_digest, read_tensors
+
+_NO_MODULE = "matches no module of the base model"
 
 Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a LoRA is a DoRA."""
@@ -82,15 +83,12 @@ def lora_of(
     """What :func:`read_lora_file` makes of the ``tensors`` of a file; ``configs`` are the
     LoraConfigs of its components, where alpha stands if it is not among the tensors."""
     groups, left_out = _group(path, tensors, base)
-    if left_out and not options.allow_partial:
+    if left_out and not (options.allow_partial and groups):
         raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
     if not groups:
-        raise LoraFileError(
-            _complaint(path, left_out, len(tensors), 0)
-            if left_out
-            else f"{path} changes no weight; it is not a LoRA file."
-        )
-    changes = _Changes(base, options)
+        raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
+    counts: Counter[str] = Counter()
+    pieces: dict[str, list[tuple[LowRank, float]]] = {}
     for alias, (name, parts) in groups.items():
         place = f"{path}: {name}"
         scale = None
@@ -101,87 +99,71 @@ def lora_of(
         change = rebuild(parts, shape, scale, place)
         if "magnitude" in parts or "output_magnitude" in parts:
             if not options.magnitudes:
-                changes.counts["undone"] += 1
+                counts["undone"] += 1
             elif weight is None:
                 raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
             else:
-                dense = _base_weight(alias, shape, weight)
-                change = Dense(fold_magnitude(change.matrix(), dense, parts, place))
+                dense = change if isinstance(change, Tensor) else change.dense()
+                change = fold_magnitude(dense, _base_weight(alias, shape, weight), parts, place)
         for piece in alias:
-            changes.add(piece, change)
+            part = _part_of(change, piece, base.shapes[piece.site], options.energy)
+            if part is None:
+                counts["zero"] += 1
+                continue
+            counts["extracted"] += isinstance(change, Tensor)
+            scale = 1.0 if isinstance(change, Tensor) else change.scale
+            pieces.setdefault(piece.site, []).append((part, scale))
+    texts = {
+        "extracted": "were not low rank and were extracted at "
+        f"{options.energy:.4%} of their energy",
+        "undone": "are DoRA, of which the magnitudes are not looked at",
+        "zero": "have a change of exactly zero and are left out: they change nothing",
+    }
     return Lora(
-        changes.sites(),
+        {
+            site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
+            for site, parts in pieces.items()
+        },
         path.stem,
         source=path.name,
         sha256=file_digest(path),
         base=base,
-        scales=changes.scales(),
-        notes=[f"left out: {what}" for what in left_out.values()] + changes.notes(),
+        scales={
+            site: parts[0][1]
+            for site, parts in pieces.items()
+            if len({scale for _, scale in parts}) == 1
+        },
+        notes=[f"left out: {what}" for what in left_out.values()]
+        + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
     )
 
 
-class _Changes:
-    """The changes of sites as they are read, piece by piece."""
-
-    def __init__(self, base: BaseModel, options: ReadOptions) -> None:
-        self.counts: Counter[str] = Counter()
-        self._base, self._options = base, options
-        self._pieces: dict[str, list[tuple[LowRank, float]]] = {}
-
-    def sites(self) -> dict[str, LowRank]:
-        """Every site's change: of one piece, or the sum of several that are rows of it."""
-        return {
-            site: pieces[0][0] if len(pieces) == 1 else concatenate([c for c, _ in pieces])
-            for site, pieces in self._pieces.items()
-        }
-
-    def scales(self) -> dict[str, float]:
-        """What was folded into ``up``, where that is one factor other than 1 for the whole site."""
-        scales: dict[str, float] = {}
-        for site, pieces in self._pieces.items():
-            first = pieces[0][1]
-            if first != 1.0 and all(scale == first for _, scale in pieces):
-                scales[site] = first
-        return scales
-
-    def notes(self) -> list[str]:
-        """What was done beyond taking the file as it is."""
-        texts = {
-            "zero": "{} sites have a change of exactly zero and are left out: they change nothing",
-            "extracted": "{} sites were not low rank and were extracted at "
-            f"{self._options.energy:.4%} of their energy",
-            "undone": "{} sites are DoRA, of which the magnitudes are not looked at",
-        }
-        return [texts[kind].format(n) for kind, n in sorted(self.counts.items()) if n]
-
-    def add(self, piece: Piece, change: Rebuilt) -> None:
-        """The rows of ``change`` that are ``piece``; nothing where they are zero."""
-        shape = self._base.shapes[piece.site]
-        kernel = (shape[2], shape[3]) if len(shape) == 4 else None
-        scale = 1.0
-        if isinstance(change, Factors):
-            scale = change.scale
-            low = _without_zeros(piece.of_file(change.up) * scale, change.down, kernel)
-        else:
-            dense = piece.of_file(change.change)
-            if not bool(dense.any()):
-                self.counts["zero"] += 1
-                return
-            low = extract(dense, self._options.energy, kernel)[0]
-            self.counts["extracted"] += 1
-        if not bool(low.up.any()) or not bool(low.down.any()):
-            self.counts["zero"] += 1
-            return
-        if not (all_finite(low.up) and all_finite(low.down)):
-            raise IterisError(
-                f"Site {piece.site}: scale and factors multiply to more than float32 holds."
-            )
-        if piece.length < shape[0]:
-            below = shape[0] - piece.start - piece.length
-            up = torch.nn.functional.pad(low.up, (0, 0, piece.start, below))
-            low = LowRank(up, low.down, kernel)
-        self._pieces.setdefault(piece.site, []).append((low, scale))
+def _part_of(
+    change: Rebuilt, piece: Piece, shape: tuple[int, ...], energy: float
+) -> LowRank | None:
+    """The rows of ``change`` that are ``piece``, as a change of its whole site with a weight of
+    ``shape``; None where they are zero."""
+    kernel = (shape[2], shape[3]) if len(shape) == 4 else None
+    if isinstance(change, Tensor):
+        dense = piece.of_file(change)
+        if not bool(dense.any()):
+            return None
+        low = extract(dense, energy, kernel)[0]
+        up, down = low.up, low.down
+    else:
+        up, down = piece.of_file(change.up) * change.scale, change.down
+        used = up.any(dim=0)  # of a fused module's ranks some are of other pieces alone
+        if not bool(used.all()):
+            up, down = up[:, used], down[used]
+    if not bool(up.any()) or not bool(down.any()):
+        return None
+    if not (all_finite(up) and all_finite(down)):
+        raise IterisError(
+            f"Site {piece.site}: scale and factors multiply to more than float32 holds."
+        )
+    around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
 
 
 def _group(
@@ -195,7 +177,7 @@ def _group(
         split = split_key(key, aliases)
         if split is None or split[0] not in aliases:
             if not _is_nothing(key, tensor):
-                left_out[key] = _describe(key, tensor, split)
+                left_out[key] = _describe(key, tensor, has_leaf=split is not None)
             continue
         name, part = split
         known, parts = groups.setdefault(aliases[name], (name, {}))
@@ -214,9 +196,8 @@ def _group(
     for alias, (name, _) in groups.items():
         for piece in alias:
             for other, known in takers.setdefault(piece.site, []):
-                if piece.start < other.start + other.length and (
-                    other.start < piece.start + piece.length
-                ):
+                stop = min(piece.start + piece.length, other.start + other.length)
+                if max(piece.start, other.start) < stop:
                     raise LoraFileError(
                         f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
                         "since loaders differ in which they take."
@@ -230,21 +211,20 @@ def _is_nothing(key: str, tensor: Tensor) -> bool:
     return key.endswith((".diff_b", ".lora_B.bias")) and not bool(tensor.float().any())
 
 
-def _describe(key: str, tensor: Tensor, split: tuple[str, str] | None) -> str:
-    shape = tuple(tensor.shape)
+def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
     what = refusal(key)
     if what is not None:
-        return f"{key} {shape} is {what}, which a LoRA cannot represent"
-    if split is None:
-        return f"{key} {shape} is of no kind that is known here"
-    return f"{key} {shape} matches no module of the base model"
+        what = f"is {what}, which a LoRA cannot represent"
+    else:
+        what = _NO_MODULE if has_leaf else "is of no kind that is known here"
+    return f"{key} {tuple(tensor.shape)} {what}"
 
 
 def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
     first = "; ".join(list(left_out.values())[:3])
     if understood == 0:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
-    elif all(text.endswith("matches no module of the base model") for text in left_out.values()):
+    elif all(text.endswith(_NO_MODULE) for text in left_out.values()):
         advice = (
             "This LoRA was made for another base model, or for one with more parts than yours; "
             "to merge the rest of it, allow a partial reading."
@@ -260,11 +240,3 @@ def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight) -> Tensor
     for piece in alias:
         piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)
     return full
-
-
-def _without_zeros(up: Tensor, down: Tensor, kernel: tuple[int, int] | None) -> LowRank:
-    """Without the ranks that are zero here: of a fused module those of the other pieces."""
-    used = up.any(dim=0)
-    if not bool(used.all()):
-        up, down = up[:, used], down[used]
-    return LowRank(up, down, kernel)

@@ -32,9 +32,10 @@ from ..architectures.text import text_component
 from ..errors import IterisError
 from ..lora import Lora
 from .aliases import BaseModel, base_model
+from .alphas import lora_config
 from .embeddings import embedding_targets
-from .exact import Stored, shaped, store_all
-from .saving import content_hash, save_atomically
+from .factors import Factors, store_all
+from .tensors import content_hash, save_atomically
 
 Layout = Literal["kohya", "peft"]
 
@@ -90,14 +91,17 @@ def to_tensors(
     if layout == "kohya":
         modules = _kohya(base, stored)
         for name, module in modules.items():
-            tensors |= _kohya_tensors(name, module)
+            up, down = module.tensors()
+            alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = alpha
         metadata |= _network_metadata(modules, base.architecture.network)
         if lora.base is not None and base.architecture.version:
             metadata["ss_base_model_version"] = base.architecture.version
     else:
         stored |= _recognisable_to_peft(stored)
         for site, module in stored.items():
-            up, down = shaped(module)
+            up, down = module.tensors()
             # Sites may share a down matrix in memory, which safetensors refuses.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
@@ -108,11 +112,10 @@ def to_tensors(
 
 def _unknown_base(lora: Lora) -> BaseModel:
     """What gives sites the names of SD 1.x where nothing is known of the base model."""
-    shapes = {
-        site: (change.shape[0], change.shape[1] // math.prod(change.kernel or ()),
-               *(change.kernel or ()))
-        for site, change in lora.sites.items()
-    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site, change in lora.sites.items():
+        kernel = change.kernel or ()
+        shapes[site] = (change.shape[0], change.shape[1] // math.prod(kernel), *kernel)
     return base_model(architecture("sd1"), shapes)
 
 
@@ -143,21 +146,23 @@ def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
-def _kohya_tensors(name: str, module: Stored) -> dict[str, Tensor]:
-    up, down = shaped(module)
-    alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
-    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-
-
-def _kohya(base: BaseModel, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
     """Modules under the names to write, fused where those are."""
-    components: dict[str, dict[str, Stored]] = {}
-    for name, alias in _names(base, stored).items():
+    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
+    missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
+    if missing:
+        raise IterisError(
+            f"Site {min(missing)} has no name in kohya layout for a base of "
+            f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
+            "which says what base it has."
+        )
+    components: dict[str, dict[str, Factors]] = {}
+    for name, alias in names.items():
         component = alias[0].site.partition(".")[0]
         whole = len(alias) == 1 and len(alias[0].rows) == 1
         module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
         components.setdefault(component, {})[name] = module
-    modules: dict[str, Stored] = {}
+    modules: dict[str, Factors] = {}
     for component, named in components.items():
         modules |= _even_out(named) if component in base.architecture.one_alpha else named
         if component.startswith("text_encoder"):
@@ -165,19 +170,7 @@ def _kohya(base: BaseModel, stored: Mapping[str, Stored]) -> dict[str, Stored]:
     return modules
 
 
-def _names(base: BaseModel, stored: Mapping[str, Stored]) -> dict[str, Alias]:
-    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
-    covered = {piece.site for alias in names.values() for piece in alias}
-    missing = [site for site in stored if site not in covered]
-    if missing:
-        raise IterisError(
-            f"Site {missing[0]} has no name in kohya layout for a base of {base.architecture.title}"
-            '; write layout="peft", or read the LoRAs through a host, which says what base it has.'
-        )
-    return names
-
-
-def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
+def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     """One module from its pieces: side by side, or with one ``down`` if they have it in common."""
     present = [piece for piece in alias if piece.site in stored]
     parts = [stored[piece.site] for piece in present]
@@ -195,92 +188,79 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Stored]) -> Stored:
         piece.place(part.up, up[:, column : column + part.rank])
         column += 0 if shared else part.rank
     # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
-    return Stored(up, down, first.scale, first.kernel)
+    return Factors(up, down, first.scale, first.kernel)
 
 
-def _even_out(modules: Mapping[str, Stored]) -> dict[str, Stored]:
+def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
     """The same changes with one alpha."""
     alpha = max(module.rank for module in modules.values())
-    even: dict[str, Stored] = {}
+    even: dict[str, Factors] = {}
     for name, module in modules.items():
+        scale, down = module.scale * alpha / module.rank, module.down
         up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
-        if torch.equal(up.float() * (alpha / module.rank), module.up.float()):
-            scale = module.scale * alpha / module.rank
-            even[name] = Stored(up, module.down, scale, module.kernel)
-        else:
+        if not torch.equal(up.float() * (alpha / module.rank), module.up.float()):
             missing = alpha - module.rank
             up = torch.nn.functional.pad(module.up, (0, missing))
             down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
-            even[name] = Stored(up, down, module.scale, module.kernel)
+            scale = module.scale
+        even[name] = Factors(up, down, scale, module.kernel)
     return even
 
 
-def _recognisable(text: Mapping[str, Stored]) -> dict[str, Stored]:
+def _recognisable(text: Mapping[str, Factors]) -> dict[str, Factors]:
     """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
     attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
     if not attention or any(name.endswith("_out_proj") for name in text):
         return {}
     like = text[attention[0]]
-    zeros = torch.zeros(like.down.shape[1], like.rank, dtype=like.up.dtype)
     name = attention[0].rpartition("_")[0].rpartition("_")[0] + "_out_proj"
-    return {name: Stored(zeros, zeros.mT.contiguous(), like.scale, None)}
+    return {name: _zeros(like.down.shape[1], like)}
 
 
-def _recognisable_to_peft(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
     """Zero factors for an ``out_proj`` of each text encoder without attention sites."""
-    added: dict[str, Stored] = {}
-    for component in {
-        site.partition(".")[0] for site in stored if text_component(site) is not None
-    }:
-        clip = {s: m for s, m in stored.items() if s.startswith(f"{component}.text_model.")}
-        if not clip or any(".self_attn." in site for site in clip):
-            continue
-        for site, like in clip.items():
-            if site.endswith((".fc1", ".fc2")):
-                width = like.down.shape[1] if site.endswith(".fc1") else like.up.shape[0]
-                zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
-                name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
-                added[name] = Stored(zeros, zeros.mT.contiguous(), like.scale, None)
-                break
+    added: dict[str, Factors] = {}
+    for component in {s.partition(".")[0] for s in stored if text_component(s) is not None}:
+        clip = [site for site in stored if site.startswith(f"{component}.text_model.")]
+        mlps = [site for site in clip if site.endswith((".fc1", ".fc2"))]
+        if mlps and not any(".self_attn." in site for site in clip):
+            like = stored[mlps[0]]
+            width = like.down.shape[1] if mlps[0].endswith(".fc1") else like.up.shape[0]
+            name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
+            added[name] = _zeros(width, like)
     return added
 
 
-def _network_metadata(modules: Mapping[str, Stored], network: str) -> dict[str, str]:
+def _zeros(width: int, like: Factors) -> Factors:
+    zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
+    return Factors(zeros, zeros.mT.contiguous(), like.scale)
+
+
+def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:
     """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
     ranks = [module.rank for module in modules.values()]
     dim = max(set(ranks), key=ranks.count)
     scales = [module.scale for module in modules.values() if module.rank == dim]
     alpha = dim * max(set(scales), key=scales.count)
-    return {
-        "ss_network_dim": str(dim),
-        "ss_network_alpha": f"{alpha:g}",
-        "ss_network_module": network,
-    }
+    numbers = {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
+    return {**numbers, "ss_network_module": network}
 
 
-def _peft_metadata(stored: Mapping[str, Stored]) -> dict[str, object]:
+def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
     """What diffusers writes as ``lora_adapter_metadata``: a LoraConfig per component."""
     config: dict[str, object] = {}
     for component in sorted({site.partition(".")[0] for site in stored}):
         # transformers 5 took ``text_model.`` out of the module names that peft compares with.
         modules = {
-            site.removeprefix(f"{component}.").removeprefix("text_model."): module
+            site.removeprefix(f"{component}.").removeprefix("text_model."): (
+                module.rank,
+                module.scale * module.rank,
+            )
             for site, module in stored.items()
             if site.startswith(f"{component}.")
         }
-        ranks = [module.rank for module in modules.values()]
-        common = max(set(ranks), key=ranks.count)
-        alphas = {name: module.scale * module.rank for name, module in modules.items()}
         # Patterns fit the ends of names: FLUX's ``proj_out`` would be every block's without a mark.
         # Text encoders go without, since there a ``text_model.`` may come before.
-        mark = "" if component.startswith("text") else "^"
-        config[f"{component}.r"] = common
-        config[f"{component}.lora_alpha"] = common
-        config[f"{component}.target_modules"] = sorted(modules)
-        config[f"{component}.rank_pattern"] = {
-            mark + name: module.rank for name, module in modules.items() if module.rank != common
-        }
-        config[f"{component}.alpha_pattern"] = {
-            mark + name: alpha for name, alpha in alphas.items() if alpha != common
-        }
+        fields = lora_config(modules, "" if component.startswith("text") else "^")
+        config |= {f"{component}.{name}": value for name, value in fields.items()}
     return config
