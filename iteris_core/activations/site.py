@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..architectures.sites import weight_shape
 from ..errors import IterisError
 from ..lora import LowRank
 
 
 class Site(ABC):
-    """``weight_shape`` is that of the whole weight, (out, in, …), also where it is packed or stored
-    transposed. ``geometry`` is how tokens are cut from an input: sites of one tensor and one
-    geometry have the same tokens."""
+    """``weight_shape`` is that of the whole weight, see :func:`..architectures.sites.weight_shape`.
+    ``geometry`` is how tokens are cut from an input: sites of one tensor and one geometry have the
+    same tokens."""
 
-    weight_shape: tuple[int, ...]
-    geometry: Hashable
+    geometry: Hashable = "linear"
+    kernel: tuple[int, int] | None = None
+
+    def __init__(self, weight_shape: tuple[int, ...]) -> None:
+        self.weight_shape = weight_shape
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,16 +62,8 @@ class Site(ABC):
         out, width = self.shape
         return LowRank(torch.zeros(out, rank), torch.zeros(rank, width), self.kernel)
 
-    @property
-    def kernel(self) -> tuple[int, int] | None:
-        return None
-
 
 class LinearSite(Site):
-    def __init__(self, out: int, width: int) -> None:
-        self.weight_shape = (out, width)
-        self.geometry = "linear"
-
     def tokens(self, inputs: Tensor) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
 
@@ -91,24 +87,18 @@ class LinearSite(Site):
 
 
 class ConvSite(Site):
-    def __init__(self, module: nn.Conv2d) -> None:
-        kernel = (module.kernel_size[0], module.kernel_size[1])
-        self.weight_shape = (module.out_channels, module.in_channels // module.groups, *kernel)
-        self._kernel = kernel
+    def __init__(self, weight_shape: tuple[int, ...], module: nn.Conv2d) -> None:
+        super().__init__(weight_shape)
+        self.kernel = (weight_shape[2], weight_shape[3])
         self._padding: Any = module.padding
         self._stride, self._dilation = module.stride, module.dilation
-        self.geometry = ("conv", kernel, self._stride, self._padding, self._dilation)
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        return self._kernel
+        self.geometry = (self.kernel, self._stride, self._padding, self._dilation)
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        if self.geometry == ("conv", (1, 1), (1, 1), (0, 0), (1, 1)):
+        if self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1)):
             return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
-        patches = functional.unfold(
-            inputs, self._kernel, self._dilation, self._padding, self._stride
-        )
+        kernel = self.weight_shape[2:]
+        patches = functional.unfold(inputs, kernel, self._dilation, self._padding, self._stride)
         return patches.mT.reshape(-1, patches.shape[1])
 
     def outputs(self, outputs: Tensor) -> Tensor:
@@ -118,26 +108,25 @@ class ConvSite(Site):
         return outputs.numel() // (outputs.shape[1] * len(outputs))
 
     def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
-        down = change.down.reshape(change.rank, -1, *self._kernel)
+        down = change.down.reshape(change.rank, -1, *self.weight_shape[2:])
         hidden = functional.conv2d(inputs, down, None, self._stride, self._padding, self._dilation)
         return functional.conv2d(hidden, change.up[:, :, None, None])
 
 
 def site_of(name: str, module: nn.Module) -> Site:
     """The site that ``module`` is. Raises :class:`IterisError`, naming it, where it is none."""
-    if isinstance(module, nn.Conv2d):
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise IterisError(
-                f"Site {name} is a grouped or specially padded convolution, which cannot be "
-                "merged; leave it out of the LoRA."
-            )
-        return ConvSite(module)
-    # Quantised layers are no nn.Linear, but say how wide they are; Conv1D calls it otherwise.
-    out = getattr(module, "out_features", getattr(module, "nf", None))
-    width = getattr(module, "in_features", getattr(module, "nx", None))
-    if not isinstance(out, int) or not isinstance(width, int):
+    try:
+        shape = weight_shape(module)
+    except AttributeError as error:
         raise IterisError(
             f"Site {name} is a {type(module).__name__}, which is no linear layer and no "
             "convolution; leave it out of the LoRA."
+        ) from error
+    if not isinstance(module, nn.Conv2d):
+        return LinearSite(shape)
+    if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise IterisError(
+            f"Site {name} is a grouped or specially padded convolution, which cannot be merged; "
+            "leave it out of the LoRA."
         )
-    return LinearSite(out, width)
+    return ConvSite(shape, module)
