@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,50 +14,9 @@ from .lora import Lora
 from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
 
-TEMPLATES = (
-    "a photo of a {}",
-    "a {}",
-    "a close-up photo of a {}",
-    "a {} on a white background",
-    "a {} on a table",
-    "a {} on the beach",
-    "a {} in the snow",
-    "a {} in a forest",
-    "a {} in the city at night",
-    "a {} in front of a mountain",
-    "a {} next to a window",
-    "a {} on a wooden floor",
-    "a {} in the rain",
-    "a {} under a blue sky",
-    "a {} in a garden with flowers",
-    "a {} at sunset",
-    "a {} in a bright room",
-    "a {} on grass",
-    "a {} on a street",
-    "a {} in front of a brick wall",
-    "a black and white photo of a {}",
-    "a photo of a {} from above",
-    "a photo of a {} from the side",
-    "a photo of two people with a {}",
-    "a photo of a {} next to a cat",
-    "a photo of a {} next to a dog",
-    "a photo of a {} and a bicycle",
-    "a watercolor painting of a {}",
-    "an oil painting of a {}",
-    "a pencil drawing of a {}",
-    "a cartoon of a {}",
-    "a poster of a {}",
-    "a small {} in a wide landscape",
-    "a {} in soft light",
-    "a professional photo of a {}, studio lighting",
-    "a {} on a red background",
-    "a {} on a blue background",
-    "a {} on a green background",
-    "a {} in a kitchen",
-    "a {} by the sea",
+TEMPLATES = tuple(
+    Path(__file__).with_name("templates.txt").read_text(encoding="utf-8").splitlines()
 )
-
-
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
 
@@ -95,8 +55,7 @@ class Concept:
 
     @property
     def name(self) -> str:
-        words = self.trigger or (self.lora.name if self.lora is not None else "") or "base"
-        return words
+        return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
 
     @property
     def phrases(self) -> Sequence[str]:

@@ -109,8 +109,7 @@ def compare(
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
-    from ..score.compare import BASE, Drawing, compare_methods
-    from ..score.prompts import PROMPT_LISTS
+    from ..score.compare import BASE, PROMPT_LISTS, Drawing, compare_methods
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]

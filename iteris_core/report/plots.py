@@ -26,22 +26,6 @@ def plot_residuals(report: MergeReport) -> Any:
     return _heat_maps(maps, list(blocks), report.concepts, label)
 
 
-def plot_convergence(report: MergeReport) -> Any:
-    """The largest relative change of a site in each Jacobi iteration, as a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
-    if not report.convergence:
-        raise IterisError('There is no iteration to plot: merge with schedule="jacobi".')
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    iterations = range(2, len(report.convergence) + 2)
-    axis.semilogy(iterations, [max(v, 1e-12) for v in report.convergence], marker="o")
-    axis.set_xlabel("iteration")
-    axis.set_ylabel("largest relative change of a site")
-    axis.grid(visible=True, alpha=0.3)
-    return figure
-
-
 def plot_interference(pairs: Sequence[Interference]) -> Any:
     """Heat maps, block × pair, of what :class:`Interference` holds, as a matplotlib Figure."""
     if not pairs:

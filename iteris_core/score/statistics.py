@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ Rows = Mapping[str, Mapping[str, Stat]]
 
 def markdown_table(rows: Rows) -> str:
     """A table of four digits; a column that a row lacks stays empty."""
-    columns = _columns(rows)
+    columns = columns_of(rows)
     lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, row in rows.items():
         cells = [str(row[column]) if column in row else "" for column in columns]
@@ -54,18 +55,16 @@ def markdown_table(rows: Rows) -> str:
 
 
 def csv_table(rows: Rows) -> str:
-    columns = _columns(rows)
+    columns = columns_of(rows)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["method", *(f"{c} {part}" for c in columns for part in ("mean", "se"))])
     for name, row in rows.items():
-        cells: list[float | str] = []
-        for column in columns:
-            stat = row.get(column)
-            cells += ["", ""] if stat is None else [stat.mean, stat.se]
-        writer.writerow([name, *cells])
+        cells = [(row[c].mean, row[c].se) if c in row else ("", "") for c in columns]
+        writer.writerow([name, *chain.from_iterable(cells)])
     return text.getvalue()
 
 
-def _columns(rows: Rows) -> list[str]:
+def columns_of(rows: Rows) -> list[str]:
+    """The columns of all rows, in the order in which they come."""
     return list(dict.fromkeys(column for row in rows.values() for column in row))
