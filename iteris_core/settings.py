@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,8 @@ from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get
 from .errors import SettingsError
 
 _KEY = "setting"
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
 _T = TypeVar("_T")
 
 
@@ -63,12 +66,21 @@ class Setting:
     def check(self, value: Any, name: str = "") -> None:
         """Raise :class:`SettingsError` unless ``value`` is of the right type and within the limits.
         ``name`` is what the setting was called where the value comes from."""
-        expected = self._expected_instead_of(value)
-        if expected:
+        expected = self._type()
+        if value is None or isinstance(value, bool):
+            right = type(value) in self.types
+        elif isinstance(value, str):
+            right = value in self.choices
+        elif not isinstance(value, int | float) or self.kind not in (int, float):
+            right = False
+        elif isinstance(value, float) and int in self.types:
+            right = float in self.types and 0 < value < 1
+        else:
+            right, expected = self._within(value), self._range() or expected
+        if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
-            raise SettingsError(
-                f"{name or self.name} must be {expected}, not {_shown(value)}{others}."
-            )
+            shown = repr(value) if isinstance(value, str) else value
+            raise SettingsError(f"{name or self.name} must be {expected}, not {shown}{others}.")
 
     def parse(self, text: str) -> Any:
         """The value that ``text`` stands for, or the text itself where it stands for none."""
@@ -78,14 +90,12 @@ class Setting:
             return word
         if word in ("none", "null", "") and self.optional:
             return None
-        if bool in self.types and word in _TRUTH:
-            return _TRUTH[word]
+        if bool in self.types and word in (*_TRUE, *_FALSE):
+            return word in _TRUE
         for kind in (int, float):
             if kind in self.types:
-                try:
+                with suppress(ValueError):
                     return kind(text)
-                except ValueError:
-                    continue
         return text
 
     def allowed(self) -> str:
@@ -101,20 +111,6 @@ class Setting:
     def explained(self) -> str:
         """The help, with what None stands for."""
         return f"{self.help} none: {self.none}." if self.none else self.help
-
-    def _expected_instead_of(self, value: Any) -> str:
-        """What was expected; empty where ``value`` is right."""
-        if value is None:
-            return "" if self.optional else self._type()
-        if isinstance(value, bool):
-            return "" if bool in self.types else self._type()
-        if isinstance(value, str):
-            return "" if value in self.choices else self._type()
-        if not isinstance(value, (int, float)) or not self.types & {int, float}:
-            return self._type()
-        if isinstance(value, float) and int in self.types:
-            return "" if float in self.types and 0 < value < 1 else self._type()
-        return "" if self._within(value) else self._range() or self._type()
 
     def _within(self, value: float) -> bool:
         return (
@@ -151,11 +147,6 @@ class Setting:
         share = [f"a share{of} between 0 and 1"] if {int, float} <= self.types else []
         words = list(self.choices) if self.types & {int, float} else []
         return [*share, *words, *(["none"] if self.optional else [])]
-
-
-_TRUTH = {"true": True, "yes": True, "on": True, "1": True} | {
-    "false": False, "no": False, "off": False, "0": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,7 +215,3 @@ def _parts(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         return [part for inner in get_args(hint) for part in _parts(inner)]
     return list(get_args(hint)) if get_origin(hint) is Literal else [hint]
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else str(value)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,18 +20,16 @@ from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, r
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
 from ..report.inspection import Interference, LoraFacts, describe, interference, to_dict
-from .common import load_base
+from .common import load_base, option
 
 
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="LoRA files")],
     base: Annotated[
-        str | None, typer.Option(help="A base of another shape than SD 1.5, XL, 3 or FLUX")
+        str | None, option("A base of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="A PNG of the interference, block by block")
-    ] = None,
+    as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
+    plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     if plot is not None and not plot.parent.is_dir():
@@ -90,29 +88,26 @@ def _facts_table(facts: LoraFacts) -> Table:
         ("sites", "; ".join(f"{c}: {n} of {m}" for c, (n, m) in facts.coverage.items())),
         ("trigger words", ", ".join(facts.triggers) or "none in the metadata"),
         ("norm by block", ", ".join(f"{b} {n:.3g}" for b, n in facts.norms.items())),
+        *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
+        *(("note", note) for note in facts.notes),
     ]
-    rows += [("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []
-    rows += [("note", note) for note in facts.notes]
-    for name, text in rows:
-        table.add_row(name, text)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _counts(counts: object) -> str:
-    assert isinstance(counts, dict)
+def _counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} ×)" for value, count in counts.items())
 
 
 def _pairs_table(pairs: Sequence[Interference]) -> Table:
-    table = Table(title="Interference", title_justify="left")
-    for name in ("pair", "block", "row spaces", "column spaces", "conflict"):
-        table.add_column(name)
+    table = Table("pair", "block", "row spaces", "column spaces", "conflict")
+    table.title, table.title_justify = "Interference", "left"
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
-        figures = (pair.rows, pair.columns, pair.conflict)
-        table.add_row(name, "all", *(f"{figure:.3f}" for figure in figures))
-        for block, own in pair.blocks.items():
-            table.add_row("", block, *(f"{figure:.3f}" for figure in own))
+        whole = {"all": (pair.rows, pair.columns, pair.conflict)}
+        for index, (block, figures) in enumerate({**whole, **pair.blocks}.items()):
+            table.add_row("" if index else name, block, *(f"{figure:.3f}" for figure in figures))
     return table

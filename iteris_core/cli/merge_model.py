@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from ..concepts import Concept
 from ..errors import IterisError, brief
-from ..merge import MergeResult, merge_loras
-from .common import progress_bars
+from ..hosts.protocol import Host
+from ..lora_files import read_tensors
+from ..merge import MergeResult
+from .common import loading, run_merge
 from .options import read_lines
-from .processes import processes
 
 _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -26,8 +28,7 @@ _AUTO = {
 """peft's ``task_type`` → the class that adapters of it are trained on."""
 
 
-@dataclass(frozen=True)
-class AdapterOption:
+class AdapterOption(NamedTuple):
     """``samples``: a text file with one sample a line, or a .safetensors of model inputs."""
 
     folder: Path
@@ -62,59 +63,43 @@ def merge_model(
     base: str,
     concepts: Sequence[str],
     output: Path,
-    *,
     model_class: str | None,
     generate: int | None,
     dtype: str,
     device: str | None,
     options: Mapping[str, Any],
 ) -> MergeResult | None:
-    """Merge adapter folders and write one, as :func:`..merge.merge_loras` with ``options``.
+    """Merge adapter folders and write one, as :func:`.common.run_merge` with ``options``.
 
     ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
-    trained on). ``generate``: collect features while each adapter writes up to that many tokens. Of
-    several processes the first writes; the others get None.
+    trained on). ``generate``: collect features while each adapter writes up to that many tokens.
     """
-    import torch
-
     from ..hosts.transformers import TransformersHost
     from ..lora_files.peft_folder import check_folder, write_adapter
 
     check_folder(output)
     adapters = [parse_adapter(text) for text in concepts]
-    with (
-        processes(device) as (group, own_device),
-        progress_bars(shown=group.rank == 0) as on_progress,
-    ):
-        on_progress("loading the base", 0, 1)
-        model = _load(base, model_class, adapters[0].folder).to(own_device)
-        on_progress("loading the base", 1, 1)
+
+    def load(device: str) -> tuple[Host, list[Concept]]:
+        model = _load(base, model_class, adapters[0].folder).to(device)
         host = TransformersHost(
             model, generate=None if generate is None else {"max_new_tokens": generate}
         )
-        tokenizer = None
-        if any(option.samples.suffix != ".safetensors" for option in adapters):
-            tokenizer = _load_tokenizer(base)
-        found = [
+        texts = any(option.samples.suffix != ".safetensors" for option in adapters)
+        tokenizer = _load_tokenizer(base) if texts else None
+        return host, [
             Concept(
                 host.read_lora(option.folder),
                 trigger=option.folder.name,
                 strength=option.strength,
-                inputs=list(_inputs(option.samples, tokenizer)),
+                inputs=_inputs(option.samples, tokenizer),
             )
             for option in adapters
         ]
-        result = merge_loras(
-            host,
-            found,
-            on_progress=on_progress,
-            processes=group,
-            **options,
-        )
-        group.wait()
-    if group.rank:
-        return None
-    write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
+
+    result = run_merge(device, load, options)
+    if result is not None:
+        write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
     return result
 
 
@@ -122,7 +107,7 @@ def _load(base: str, model_class: str | None, adapter: Path) -> Any:
     """The base as the class on which the adapter was trained, in eval mode."""
     import transformers
 
-    try:
+    with loading(base, "model of transformers (config.json and safetensors)"):
         name = model_class or _class_of(adapter)
         if name is None:
             config = transformers.AutoConfig.from_pretrained(base)
@@ -138,13 +123,6 @@ def _load(base: str, model_class: str | None, adapter: Path) -> Any:
                 "TransformersHost(model)."
             )
         return kind.from_pretrained(base, use_safetensors=True).eval()
-    except IterisError:
-        raise
-    except Exception as error:  # the library raises many kinds; the message is what helps
-        raise IterisError(
-            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a model of "
-            "transformers (config.json and safetensors) or a hub name."
-        ) from error
 
 
 def _class_of(adapter: Path) -> str | None:
@@ -167,12 +145,8 @@ def _load_tokenizer(base: str) -> Any:
         ) from error
 
 
-def _inputs(file: Path, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+def _inputs(file: Path, tokenizer: Any) -> list[Mapping[str, Any]]:
     """Batches: all rows of a .safetensors, or one line of text each."""
     if file.suffix == ".safetensors":
-        from ..lora_files import read_tensors
-
-        yield read_tensors(file)[0]
-        return
-    for line in read_lines(file):
-        yield tokenizer([line], truncation=True, return_tensors="pt")
+        return [read_tensors(file)[0]]
+    return [tokenizer([line], truncation=True, return_tensors="pt") for line in read_lines(file)]

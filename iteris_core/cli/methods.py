@@ -12,13 +12,14 @@ from rich.table import Table
 from ..concepts import Calibration
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
-from ..settings import Setting, declared_settings
+from ..settings import Setting, Settings, declared_settings
+from .common import option
 
 
 def methods(
     method: Annotated[str | None, typer.Argument(help="Only this one, in full")] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="All of it as the page docs/settings.md")
+        bool, option("All of it as the page docs/settings.md", "--markdown")
     ] = False,
 ) -> None:
     """List the merge methods, presets and settings."""
@@ -28,7 +29,7 @@ def methods(
     console = Console()
     if method is not None:
         chosen = find_method(method)
-        console.print(_table(f"{method}: {chosen.summary}", declared_settings(chosen.settings)))
+        console.print(_table(f"{method}: {chosen.summary}", chosen.settings))
         return
     table = Table("method", "what it does", "settings", "runs the base")
     for one in all_methods():
@@ -36,59 +37,60 @@ def methods(
         values = ", ".join(f"{s.name}={s.shown(s.default)}" for s in settings)
         table.add_row(one.name, one.summary, values, "yes" if one.needs_host else "no")
     console.print(table)
-    console.print(_table("calibration, of all that run the base", declared_settings(Calibration)))
+    console.print(_table("calibration, of all that run the base", Calibration))
     presets = Table("preset", "what it is")
     for name, preset in PRESETS.items():
         presets.add_row(name, preset.help)
     console.print(presets)
 
 
-def _table(title: str, settings: Mapping[str, Setting]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading)
-    for one in settings.values():
-        table.add_row(*_row(one))
-    return table
-
-
 _HEADINGS = ("setting", "default", "values", "what it is")
 
 
-def _row(one: Setting) -> tuple[str, str, str, str]:
-    former = f" Formerly {', '.join(one.former)}." if one.former else ""
-    return one.name, one.shown(one.default), one.allowed(), one.explained() + former
+def _table(title: str, owner: type[Settings]) -> Table:
+    table = Table(*_HEADINGS)
+    table.title, table.title_justify = title, "left"
+    for row in _rows(owner):
+        table.add_row(*row)
+    return table
+
+
+def _rows(owner: type[Settings]) -> list[tuple[str, ...]]:
+    return [
+        (
+            one.name,
+            one.shown(one.default),
+            one.allowed(),
+            one.explained() + (f" Formerly {', '.join(one.former)}." if one.former else ""),
+        )
+        for one in declared_settings(owner).values()
+    ]
+
+
+_PAGE = """\
+# Settings
+
+Written by `iteris methods --markdown`, not by hand. On the command line
+`--set NAME=VALUE`, in Python `merge_loras(…, settings={"rank": 16}, calibration={"samples": 25})`.
+
+## Presets
+
+`--preset NAME`, or `merge_loras(…, preset="paper")`. Single settings go over it.
+"""
 
 
 def settings_page() -> str:
     """``docs/settings.md``; ``iteris methods --markdown`` writes it."""
-    lines = [
-        "# Settings",
-        "",
-        "Written by `iteris methods --markdown`, not by hand. On the command line",
-        '`--set NAME=VALUE`, in Python `merge_loras(…, settings={"rank": 16}, '
-        'calibration={"samples": 25})`.',
-        "",
-        "## Presets",
-        "",
-        '`--preset NAME`, or `merge_loras(…, preset="paper")`. Single settings go over it.',
-        "",
-        *_markdown(
-            ("preset", "what it is", "settings"),
-            [
-                (f"`{name}`", preset.help, _values({**preset.settings, **preset.calibration}))
-                for name, preset in PRESETS.items()
-            ],
-        ),
-        "",
-        "## Calibration: the rows on which features are collected",
-        "",
-        *_markdown(_HEADINGS, [_row(one) for one in declared_settings(Calibration).values()]),
+    presets = [
+        (f"`{name}`", preset.help, _values({**preset.settings, **preset.calibration}))
+        for name, preset in PRESETS.items()
     ]
+    lines = [_PAGE, *_markdown(("preset", "what it is", "settings"), presets)]
+    lines += ["", "## Calibration: the rows on which features are collected", ""]
+    lines += _markdown(_HEADINGS, _rows(Calibration))
     for method in all_methods():
-        rows = [_row(one) for one in declared_settings(method.settings).values()]
-        heading = ["", f"## `{method.name}`", "", method.summary, ""]
-        lines += [*heading, *_markdown(_HEADINGS, rows)]
+        lines += ["", f"## `{method.name}`", "", method.summary, ""]
+        lines += _markdown(_HEADINGS, _rows(method.settings))
     return "\n".join(lines) + "\n"
 
 
@@ -97,5 +99,5 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
 
 
-def _markdown(headings: tuple[str, ...], rows: list[Any]) -> list[str]:
+def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (headings, ("---",) * len(headings), *rows)]

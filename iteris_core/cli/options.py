@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import typer
 
 from ..concepts import Calibration
 from ..errors import IterisError, SettingsError
 from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
+from .common import option
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -34,7 +33,7 @@ class ConceptOption:
 def calibration_option(name: str) -> Any:
     """The option of a setting of :class:`Calibration`; not given, it is left to the preset."""
     declared = declared_settings(Calibration)[name]
-    return typer.Option(help=f"{declared.explained()} Default: {declared.shown(declared.default)}.")
+    return option(f"{declared.explained()} Default: {declared.shown(declared.default)}.")
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -87,11 +86,6 @@ def parse_settings(
             raise SettingsError(f"--set {pair!r}: {error}") from None
         values[owner is Calibration][name] = value
     return values
-
-
-def over(first: Mapping[str, Any], second: Mapping[str, Any], kind: type[Settings]) -> Any:
-    """Values of two origins, those of the second over those of the first, under today's names."""
-    return {**kind.canonical(first), **kind.canonical(second)}
 
 
 def read_lines(path: Path) -> list[str]:

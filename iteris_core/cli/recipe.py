@@ -17,7 +17,7 @@ from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
 from ..report.provenance import cut_lora
 from ..settings import Settings
-from .options import ConceptOption, over
+from .options import ConceptOption
 
 
 @dataclass(frozen=True)
@@ -33,45 +33,38 @@ class Recipe:
     folders: Sequence[Path]
     cut: Mapping[str, Any]
 
+    def settings_with(self, given: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
+        """The settings, with those of the command line over them."""
+        return _over("settings are", self.settings, given, kind)
+
+    def calibration_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The calibration, with what the command line says over it."""
+        return _over("calibration is", self.calibration, given, Calibration)
+
+
+def _over(
+    what: str, recorded: Mapping[str, Any], given: Mapping[str, Any], kind: type[Settings]
+) -> dict[str, Any]:
+    try:
+        return {**kind.canonical(recorded), **kind.canonical(given)}
+    except SettingsError as error:
+        raise IterisError(f"The recipe's {what} not of this version: {error}") from error
+
 
 def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
     or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
-    found = parse_object(metadata.get("iteris"))
-    method, concepts = found.get("method"), found.get("concepts")
-    settings, calibration = found.get("settings"), found.get("calibration")
-    cut = found.get("cut", {})
-    if (
-        not isinstance(method, str)
-        or not isinstance(settings, dict)
-        or not isinstance(calibration, dict)
-        or not isinstance(cut, dict)
-        or not isinstance(concepts, list)
-        or not all(isinstance(concept, dict) for concept in concepts)
-    ):
+    found: dict[str, Any] = {"cut": {}, **parse_object(metadata.get("iteris"))}
+    kinds = {"method": str, "settings": dict, "calibration": dict, "concepts": list, "cut": dict}
+    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    if not whole or not all(isinstance(concept, dict) for concept in found["concepts"]):
         raise IterisError(
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
-    return Recipe(method, settings, calibration, concepts, folders, cut)
-
-
-def calibration_of(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's calibration, with what the command line says over it."""
-    try:
-        return over(recipe.calibration, given, Calibration)
-    except SettingsError as error:
-        raise IterisError(f"The recipe's calibration is not of this version: {error}") from error
-
-
-def settings_of(recipe: Recipe, kind: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's settings, with those of the command line over them."""
-    try:
-        return over(recipe.settings, given, kind)
-    except SettingsError as error:
-        raise IterisError(f"The recipe's settings are not of this version: {error}") from error
+    return Recipe(**{name: found[name] for name in kinds}, folders=folders)
 
 
 def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
@@ -91,39 +84,35 @@ def concepts_of(
     then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
     found: list[Concept] = []
     for entry in recipe.concepts:
-        prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
         try:
-            concept = Concept(
-                None,
-                prompts=None if prompts is None else [str(prompt) for prompt in prompts],
-                trigger=str(entry.get("trigger") or ""),
-                class_word=str(entry.get("class") or ""),
-                strength=float(entry.get("strength", 1.0)),
-                weight=float(entry.get("weight", 1.0)),
-                text_strength=None if text_strength is None else float(text_strength),
-                subjects=[str(subject) for subject in entry.get("subjects") or ()],
-            )
-        except (TypeError, ValueError) as error:
+            concept = _recorded(entry)
+            recorded = entry.get("reading") or {}
+            partial = bool(recorded.get("allow_partial")) or options.allow_partial
+            reading = ReadOptions(partial, float(recorded.get("energy", options.energy)))
+            again = [str(text) for text in recorded.get("rename", ())]
+        except (AttributeError, TypeError, ValueError) as error:
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
         if entry.get("file"):
             path = _find(recipe, str(entry["file"]), str(entry.get("sha256") or ""))
-            then, again = _reading(entry, options)
-            lora = rename_embeddings(host.read_lora(path, then), [*again, *renames])
+            lora = rename_embeddings(host.read_lora(path, reading), [*again, *renames])
             concept = replace(concept, lora=lora)
         found.append(concept)
     return found
 
 
-def _reading(entry: Mapping[str, Any], options: ReadOptions) -> tuple[ReadOptions, list[str]]:
-    """How a concept's file was read, and the new names of its embeddings."""
-    recorded = entry.get("reading") or {}
-    try:
-        partial = bool(recorded.get("allow_partial")) or options.allow_partial
-        energy = float(recorded.get("energy", options.energy))
-        renames = [str(text) for text in recorded.get("rename", ())]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
-    return ReadOptions(partial, energy), renames
+def _recorded(entry: Mapping[str, Any]) -> Concept:
+    """A concept as it is recorded, without its LoRA."""
+    prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
+    return Concept(
+        None,
+        prompts=None if prompts is None else [str(prompt) for prompt in prompts],
+        trigger=str(entry.get("trigger") or ""),
+        class_word=str(entry.get("class") or ""),
+        strength=float(entry.get("strength", 1.0)),
+        weight=float(entry.get("weight", 1.0)),
+        text_strength=None if text_strength is None else float(text_strength),
+        subjects=[str(subject) for subject in entry.get("subjects") or ()],
+    )
 
 
 def _find(recipe: Recipe, name: str, digest: str) -> Path:

@@ -14,34 +14,29 @@ from ..concepts import Calibration
 from ..errors import IterisError
 from ..lora_files import ReadOptions
 from ..methods import find_method
-from .common import best_device, load_base, progress_bars
+from .common import Device, best_device, load_base, option, progress_bars
 from .options import calibration_option, given, parse_concept, read_lines
 from .recipe import read_concepts
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ClipName = Annotated[
-    str, typer.Option("--clip", help="An architecture of open_clip, or local-dir:FOLDER")
-]
+ClipName = Annotated[str, option("An architecture of open_clip, or local-dir:FOLDER")]
 ClipWeights = Annotated[
-    str | None,
-    typer.Option("--clip-weights", help="A weights file or a tag of open_clip; openai by default"),
+    str | None, option("A weights file or a tag of open_clip; openai by default")
 ]
-DinoName = Annotated[
-    str | None, typer.Option("--dino", help="A DINO model too: a hub name or a folder")
-]
+DinoName = Annotated[str | None, option("A DINO model too: a hub name or a folder")]
 
 
 def score(
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
-    refs: Annotated[Path | None, typer.Option(help="A folder of reference pictures")] = None,
+    refs: Annotated[Path | None, option("A folder of reference pictures")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file: one prompt per picture, or one for all")
+        Path | None, option("A text file: one prompt per picture, or one for all")
     ] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    device: Device = None,
+    as_json: Annotated[bool, option("Print JSON", "--json")] = False,
 ) -> None:
     """CLIP image and text alignment of pictures: raw cosine and the CLIPScore scale."""
     from ..score import ClipScorer, DinoScorer, clip_score
@@ -57,54 +52,52 @@ def score(
         references = [open_image(file) for file in image_files(refs)]
         columns["image"] = scorer.image_alignment(pictures, references)
         if dino is not None:
-            found = DinoScorer.load(dino, device=device)
-            columns["dino"] = found.image_alignment(pictures, references)
+            other = DinoScorer.load(dino, device=device)
+            columns["dino"] = other.image_alignment(pictures, references)
     if prompts is not None:
         lines = read_lines(prompts)
         lines = lines * len(pictures) if len(lines) == 1 else lines
         columns["text"] = scorer.text_alignment(pictures, lines)
         columns["clipscore"] = clip_score(columns["text"])
+    means = {name: float(values.mean()) for name, values in columns.items()}
+    rows = [{name: float(v[index]) for name, v in columns.items()} for index in range(len(files))]
     if as_json:
-        rows = [
-            {"file": str(file), **{name: float(v[i]) for name, v in columns.items()}}
-            for i, file in enumerate(files)
-        ]
-        means = {name: float(values.mean()) for name, values in columns.items()}
-        typer.echo(json.dumps({"pictures": rows, "mean": means}))
+        named = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
+        typer.echo(json.dumps({"pictures": named, "mean": means}))
         return
     table = Table("picture", *columns)
-    for index, file in enumerate(files):
-        table.add_row(file.name, *(f"{float(v[index]):.4f}" for v in columns.values()))
-    table.add_row("mean", *(f"{float(v.mean()):.4f}" for v in columns.values()), style="bold")
+    for name, row in zip([*(file.name for file in files), "mean"], [*rows, means], strict=True):
+        style = "bold" if row is means else None
+        table.add_row(name, *(f"{value:.4f}" for value in row.values()), style=style)
     Console().print(table)
 
 
 def compare(
     base: Annotated[str, typer.Argument(help="Stable Diffusion, as for merge")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the results")],
-    concept: Annotated[list[str], typer.Option(help="FILE:TRIGGER:CLASS, as for merge")],
-    refs: Annotated[list[Path], typer.Option(help="A folder of pictures for each --concept")],
+    output: Annotated[Path, option("A folder for the results", "--output", "-o")],
+    concept: Annotated[list[str], option("FILE:TRIGGER:CLASS, as for merge")],
+    refs: Annotated[list[Path], option("A folder of pictures for each --concept")],
     methods: Annotated[
-        str, typer.Option(help="Names with commas between, base for no LoRA")
+        str, option("Names with commas between, base for no LoRA")
     ] = "base,sum,average,iteris",
     prompts: Annotated[
         str,
-        typer.Option(
-            help="composition, objects, animals, or a text file of prompts with {all}, or {1}, "
+        option(
+            "composition, objects, animals, or a text file of prompts with {all}, or {1}, "
             "{2} …, for the concepts"
         ),
     ] = "composition",
-    images_per_prompt: Annotated[int, typer.Option(help="Seeds per prompt")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale")] = 7.5,
-    templates: Annotated[Path | None, typer.Option(help="Calibration templates")] = None,
+    images_per_prompt: Annotated[int, option("Seeds per prompt")] = 4,
+    steps: Annotated[int, option("Denoising steps")] = 25,
+    guidance: Annotated[float, option("Guidance scale")] = 7.5,
+    templates: Annotated[Path | None, option("Calibration templates")] = None,
     samples: Annotated[int | None, calibration_option("samples")] = None,
     latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
-    seed: Annotated[int, typer.Option(help="Of calibration and pictures")] = 0,
+    device: Device = None,
+    seed: Annotated[int, option("Of calibration and pictures")] = 0,
 ) -> None:
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
@@ -122,15 +115,8 @@ def compare(
             f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
             f"{len(options)}."
         )
-    drawing = Drawing(images_per_prompt, steps, guidance, seed)
-    calibration = Calibration.from_mapping(
-        given(
-            samples=samples,
-            latent_size=latent_size,
-            seed=seed,
-            templates=read_lines(templates) if templates else None,
-        )
-    )
+    lines = read_lines(templates) if templates else None
+    calibration = given(samples=samples, latent_size=latent_size, seed=seed, templates=lines)
     references = [[open_image(file) for file in image_files(folder)] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
     device = device or best_device()
@@ -146,8 +132,8 @@ def compare(
             names,
             ClipScorer.load(clip, clip_weights, device=device),
             templates=wanted,
-            drawing=drawing,
-            calibration=calibration,
+            drawing=Drawing(images_per_prompt, steps, guidance, seed),
+            calibration=Calibration.from_mapping(calibration),
             dino=DinoScorer.load(dino, device=device) if dino else None,
             on_progress=on_progress,
         )

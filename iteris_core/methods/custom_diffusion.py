@@ -27,7 +27,7 @@ from ..passes.job import Job
 from ..report.report import SiteReport
 from ..settings import Settings, setting
 from .linear import LinearSettings, average
-from .registry import ROWS_PER_FORWARD, AtSite, Merged, on_model
+from .registry import AtSite, Merged, micro_batch_setting, on_model
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CustomDiffusionSettings(Settings):
         above=0,
         below=1,
     )
-    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
+    micro_batch: int = micro_batch_setting()
 
 
 @on_model("custom-diffusion", CustomDiffusionSettings)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..lora import LowRank
 from ..settings import Settings, setting
-from .dense import cut
-from .registry import SUM_OF_RANKS, AtSite, on_weights
+from .cuts import cut
+from .registry import AtSite, on_weights, rank_setting
 from .ties import disjoint_mean
 
 
@@ -18,9 +18,7 @@ from .ties import disjoint_mean
 class DareSettings(Settings):
     density: float = setting(0.5, "Chance of an entry to stay.", above=0, high=1)
     scale: float = setting(1.0, "What the merged change is multiplied by; 1 for the plain sum.")
-    rank: int | float | None = setting(
-        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
-    )
+    rank: int | float | None = rank_setting()
 
 
 @on_weights("dare-linear", DareSettings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..settings import Settings, setting
-from .registry import ROWS_PER_FORWARD, SUM_OF_RANKS
+from .registry import micro_batch_setting, rank_setting
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,10 @@ class IterisSettings(Settings):
         above=0,
         high=1,
     )
-    rank: int | float | None = setting(
-        None,
-        "Largest rank of the merged LoRA.",
-        share="output energy",
-        none=SUM_OF_RANKS,
-        low=1,
-        most=1024,
+    rank: int | float | None = rank_setting(
+        "Largest rank of the merged LoRA.", share="output energy", most=1024
     )
-    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
+    micro_batch: int = micro_batch_setting()
     row_tokens: int | Literal["all"] | None = setting(
         None,
         "At most so many tokens of every row are counted, chosen at random by the seed.",

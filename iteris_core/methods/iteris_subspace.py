@@ -10,7 +10,7 @@ from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.problem import Fit
 from ..solve.subspace import Subspace
-from .registry import ROWS_PER_FORWARD, on_activations
+from .registry import micro_batch_setting, on_activations
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class IterisSubspaceSettings(Settings):
         "What evens out the concepts: the number of tokens, or nothing.",
         former=("balance",),
     )
-    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
+    micro_batch: int = micro_batch_setting()
 
 
 @on_activations("iteris-subspace", IterisSubspaceSettings, merged_inputs=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_factors
 from ..lora import LowRank
 from ..settings import Settings, setting
-from .registry import SUM_OF_RANKS, AtSite, on_weights
+from .cuts import cut_to
+from .registry import AtSite, on_weights, rank_setting
 from .ties import disjoint_mean, keep_largest
 
 
@@ -24,9 +24,7 @@ class KnotsSettings(Settings):
         0.3, "Share of entries kept of each LoRA in the shared basis.", above=0, high=1
     )
     scale: float = setting(1.0, "What the merged change is multiplied by.")
-    rank: int | float | None = setting(
-        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
-    )
+    rank: int | float | None = rank_setting()
 
 
 @on_weights("knots", KnotsSettings)
@@ -36,24 +34,15 @@ def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
     trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
     like = at.changes.like
     change = LowRank(basis, settings.scale * disjoint_mean(trimmed), like.kernel)
-    lost = 0.0
-    if settings.rank is not None and settings.rank < change.rank:
-        change, lost = cut_factors(change, settings.rank)
+    change, lost = cut_to(change, settings.rank)
     return change.to(like.up.dtype), lost
 
 
 def shared_basis(changes: list[LowRank]) -> tuple[Tensor, list[Tensor]]:
     """U S, (out, Σ r_i), and the V_i, (Σ r_i, in) each, with ΔW_i = U S V_i; float64."""
     q, r = torch.linalg.qr(torch.cat([change.up.double() for change in changes], dim=1))
-    starts = [0]
-    for change in changes:
-        starts.append(starts[-1] + change.rank)
-    wide = torch.cat(
-        [
-            r[:, start:stop] @ change.down.double()
-            for change, start, stop in zip(changes, starts[:-1], starts[1:], strict=True)
-        ],
-        dim=1,
-    )
+    columns = r.split([change.rank for change in changes], dim=1)
+    downs = [change.down.double() for change in changes]
+    wide = torch.cat([part @ down for part, down in zip(columns, downs, strict=True)], dim=1)
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)
     return q @ (u * s), list(vt.split(changes[0].shape[1], dim=1))

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..linalg.lowrank import cut_factors
 from ..lora import LowRank, Rank, concatenate
 from ..settings import Settings, setting
-from .registry import SUM_OF_RANKS, AtSite, on_weights
+from .cuts import cut_to
+from .registry import AtSite, on_weights, rank_setting
 
 
 @dataclass(frozen=True)
 class LinearSettings(Settings):
-    rank: int | float | None = setting(
-        None,
-        "Rank to which a layer is cut by plain SVD.",
-        share="energy",
-        none=SUM_OF_RANKS,
-        low=1,
-    )
+    rank: int | float | None = rank_setting("Rank to which a layer is cut by plain SVD.")
 
 
 @dataclass(frozen=True)
@@ -30,13 +24,7 @@ class TaskArithmeticSettings(LinearSettings):
 
 @dataclass(frozen=True)
 class SvdSettings(Settings):
-    rank: int | float | None = setting(
-        None,
-        "Rank of the result.",
-        share="energy",
-        none="the largest rank among the LoRAs of a layer",
-        low=1,
-    )
+    rank: int | float | None = rank_setting(none="the largest rank among the LoRAs of a layer")
 
 
 @on_weights("average", LinearSettings)
@@ -66,7 +54,4 @@ def svd(at: AtSite, settings: SvdSettings) -> tuple[LowRank, float]:
 
 def _combined(at: AtSite, scale: float, rank: Rank | None) -> tuple[LowRank, float]:
     """A scaled sum of the weighted changes, cut to ``rank`` (None: exact)."""
-    change = concatenate([part.scaled(scale) for part in at.weighted()])
-    if rank is None or rank >= change.rank:
-        return change, 0.0
-    return cut_factors(change, rank)
+    return cut_to(concatenate([part.scaled(scale) for part in at.weighted()]), rank)

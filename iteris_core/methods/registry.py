@@ -21,10 +21,22 @@ from ..passes.batches import Batching
 from ..passes.job import Job, WeightJob
 from ..passes.loops import Reducing, reference_pass, sweep_pass
 from ..report.report import SiteReport
-from ..settings import Settings
+from ..settings import Settings, setting
 
-SUM_OF_RANKS = "the sum of the LoRAs' ranks"
-ROWS_PER_FORWARD = "Rows per forward; the result is the same for any number."
+
+def rank_setting(
+    help: str = "Rank of the result.",
+    none: str = "the sum of the LoRAs' ranks",
+    share: str = "energy",
+    most: float | None = None,
+) -> Any:
+    """The setting of a rank, or of the ``share`` that is kept."""
+    return setting(None, help, none=none, share=share, low=1, most=most)
+
+
+def micro_batch_setting() -> int:
+    return setting(32, "Rows per forward; the result is the same for any number.", low=1)
+
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
 

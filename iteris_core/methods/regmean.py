@@ -16,7 +16,7 @@ from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.problem import Fit
-from .registry import ROWS_PER_FORWARD, SUM_OF_RANKS, on_activations
+from .registry import micro_batch_setting, on_activations, rank_setting
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,8 @@ class RegMeanSettings(Settings):
         low=0,
         high=1,
     )
-    rank: int | float | None = setting(
-        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
-    )
-    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
+    rank: int | float | None = rank_setting()
+    micro_batch: int = micro_batch_setting()
 
 
 @on_activations("regmean", RegMeanSettings, merged_inputs=False)

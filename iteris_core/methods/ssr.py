@@ -12,13 +12,13 @@ from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.problem import Fit
 from ..solve.router import Router
-from .registry import ROWS_PER_FORWARD, on_activations
+from .registry import micro_batch_setting, on_activations
 
 
 @dataclass(frozen=True)
 class SsrSettings(Settings):
     ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
-    micro_batch: int = setting(32, ROWS_PER_FORWARD, low=1)
+    micro_batch: int = micro_batch_setting()
 
 
 @on_activations("ssr", SsrSettings, merged_inputs=False)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..lora import LowRank
 from ..settings import Settings, setting
-from .dense import cut
-from .registry import SUM_OF_RANKS, AtSite, on_weights
+from .cuts import cut
+from .registry import AtSite, on_weights, rank_setting
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,7 @@ class TiesSettings(Settings):
         0.2, "Share of entries kept of each LoRA; 0.2 in the paper.", above=0, high=1
     )
     scale: float = setting(1.0, "What the merged change is multiplied by (λ).")
-    rank: int | float | None = setting(
-        None, "Rank of the result.", none=SUM_OF_RANKS, share="energy", low=1
-    )
+    rank: int | float | None = rank_setting()
 
 
 @on_weights("ties", TiesSettings)

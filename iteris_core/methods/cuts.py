@@ -1,4 +1,4 @@
-"""What the methods that work on whole ΔW matrices share."""
+"""Cuts to a rank: of whole ΔW matrices, and of factors."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def cut(at: AtSite, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
         change, more = cut_factors(change, rank)
         lost = 1 - (1 - lost) * (1 - more)
     return change, lost
+
+
+def cut_to(change: LowRank, rank: Rank | None) -> tuple[LowRank, float]:
+    """``change`` at ``rank`` at most (None: as it is), and the share of energy that is lost."""
+    return (change, 0.0) if rank is None or rank >= change.rank else cut_factors(change, rank)
