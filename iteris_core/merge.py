@@ -127,21 +127,24 @@ def merge_loras(
         concepts = [c for c in concepts if c.lora is not None]
         weights = [concept.weight for concept in concepts]
         merged = chosen.merge(WeightJob(_changes(concepts), weights, generator, tick), settings)
-    names = [concept.name for concept in concepts]
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    embeddings, warnings = join_embeddings(loras)
+    notes = notes_of(concepts)
+    for name, more in (*missing.items(), ("sites", ran.notes), ("embeddings", warnings)):
+        if more:
+            notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method,
-        concepts=names,
+        concepts=[concept.name for concept in concepts],
         sites={site: report for site, (_, report) in merged.items()},
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=_notes(concepts, {**missing, **({"sites": ran.notes} if ran.notes else {})}),
+        notes=notes,
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
     )
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    embeddings, _ = join_embeddings(loras)
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
         "merged",
@@ -171,14 +174,6 @@ def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str
             "embedding:NAME)"
         )
     return notes
-
-
-def _notes(concepts: Sequence[Concept], more: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    notes = notes_of(concepts)
-    for name, some in more.items():
-        notes.setdefault(name, []).extend(some)
-    _, warnings = join_embeddings([c.lora for c in concepts if c.lora is not None])
-    return notes | ({"embeddings": warnings} if warnings else {})
 
 
 def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:

@@ -11,12 +11,12 @@ import typer
 from ..concepts import PRESERVE_WEIGHT, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
-from ..lora_files import Layout, ReadOptions, check_target
-from ..merge import MergeResult
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files.peft_folder import check_folder, write_adapter
 from ..methods import all_methods, find_method
 from ..presets import PresetName
+from .adapters import AdapterOption, is_model, load_adapters, parse_adapter
 from .common import Device, load_base, option, run_merge
-from .merge_model import is_model, merge_model
 from .options import (
     PRESET_HELP,
     Dtype,
@@ -133,34 +133,34 @@ def merge(
         "calibration": recipe.calibration_with(calibration) if recipe else calibration,
         "memory_budget": "free" if memory is None else round(memory * 2**30),
     }
+    adapters: list[AdapterOption] = []
     if recipe is None and is_model(base, concept or []):
         only = f"diffusion bases; {base} is a single model."
         _refuse(only, preserve=preserve, templates=templates, plot=plot)
         _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
-        adapters = merge_model(
-            base, concept or [], output, model_class, generate, dtype, device, options
+        check_folder(output)
+        adapters = [parse_adapter(text) for text in concept or []]
+    else:
+        _refuse(
+            f"models of transformers; {base} is no folder with a config.json, and no --concept is "
+            "an adapter folder of peft.",
+            generate=generate,
+            model_class=model_class,
         )
-        if adapters is not None:
-            _report(adapters, output / "adapter_model.safetensors", as_json)
-        return
-    _refuse(
-        f"models of transformers; {base} is no folder with a config.json, and no --concept is an "
-        "adapter folder of peft.",
-        generate=generate,
-        model_class=model_class,
-    )
-    chosen_files = [parse_concept(text) for text in concept or []]
+        check_target(output, layout, dtype, overwrite)
+    files = [parse_concept(text) for text in concept or [] if not adapters]
     reading = ReadOptions(allow_partial, energy)
-    check_target(output, layout, dtype, overwrite)
 
     def load(device: str) -> tuple[Host, list[Concept]]:
+        if adapters:
+            return load_adapters(base, adapters, model_class, generate, device)
         from ..hosts.diffusers import DiffusersHost
 
         host = DiffusersHost(load_base(base, device))
         if recipe is not None:
             concepts = concepts_of(recipe, host, reading, rename or [])
         else:
-            concepts = read_concepts(chosen_files, host, reading, rename or [])
+            concepts = read_concepts(files, host, reading, rename or [])
         if preserve is not None:
             concepts.append(Concept.preserve(read_lines(preserve), preserve_weight))
         return host, concepts
@@ -168,25 +168,24 @@ def merge(
     result = run_merge(device, load, options)
     if result is None:
         return
-    if recipe is not None:
-        result = cut_again(recipe, result)
-    path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)
+    if adapters:
+        folder = write_adapter(result.lora, output, base=base, dtype=DTYPES[dtype])
+        path = folder / "adapter_model.safetensors"
+    else:
+        result = cut_again(recipe, result) if recipe is not None else result
+        path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)
     if plot is not None:
         from ..report.plots import plot_residuals
 
         plot_residuals(result.report).savefig(plot)
-    _report(result, path, as_json)
+    if as_json:
+        typer.echo(json.dumps({"path": str(path), **result.report.to_dict()}))
+    else:
+        typer.echo(result.report.summary())
+        typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
 
 
 def _refuse(why: str, **options: Any) -> None:
     """Raise for the first of ``options`` that was given: it is for ``why``."""
     for name in given(**options):
         raise IterisError(f"--{name.replace('_', '-')} is for {why}")
-
-
-def _report(result: MergeResult, path: Path, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"path": str(path), **result.report.to_dict()}))
-    else:
-        typer.echo(result.report.summary())
-        typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")

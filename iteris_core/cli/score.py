@@ -43,13 +43,12 @@ def score(
 
     if refs is None and prompts is None:
         raise IterisError("There is nothing to score against: give --refs, --prompts or both.")
-    files = [file for path in images for file in image_files(path)]
-    pictures = [open_image(file) for file in files]
+    files, pictures = open_images(*images)
     columns: dict[str, Any] = {}
     device = device or best_device()
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if refs is not None:
-        references = [open_image(file) for file in image_files(refs)]
+        _, references = open_images(refs)
         columns["image"] = scorer.image_alignment(pictures, references)
         if dino is not None:
             other = DinoScorer.load(dino, device=device)
@@ -117,7 +116,7 @@ def compare(
         )
     lines = read_lines(templates) if templates else None
     calibration = given(samples=samples, latent_size=latent_size, seed=seed, templates=lines)
-    references = [[open_image(file) for file in image_files(folder)] for folder in refs]
+    references = [open_images(folder)[1] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
     device = device or best_device()
     with progress_bars() as on_progress:
@@ -142,21 +141,22 @@ def compare(
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
 
 
-def image_files(path: Path) -> list[Path]:
-    """A picture, or all pictures of a folder by name."""
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
-        if found:
-            return found
-    raise IterisError(f"{path} is no picture and no folder with pictures ({', '.join(_IMAGES)}).")
-
-
-def open_image(path: Path) -> Any:
+def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
+    """Files and their pictures: single ones, and all of a folder by name."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise IterisError(f"{path} is not a picture that can be read.") from error
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
+        if not files:
+            kinds = ", ".join(_IMAGES)
+            raise IterisError(f"{path} is no picture and no folder with pictures ({kinds}).")
+        found += files
+    pictures: list[Any] = []
+    for file in found:
+        try:
+            pictures.append(Image.open(file).convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise IterisError(f"{file} is not a picture that can be read.") from error
+    return found, pictures

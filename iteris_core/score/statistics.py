@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,9 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     groups: dict[int, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         groups.setdefault(seed, []).append(value)
-    means = [sum(group) / len(group) for group in groups.values()]
-    mean = sum(means) / len(means)
-    if len(means) < 2:
-        return Stat(mean, math.nan)
-    variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
-    return Stat(mean, math.sqrt(variance / len(means)))
+    means = [fmean(group) for group in groups.values()]
+    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return Stat(fmean(means), error)
 
 
 Rows = Mapping[str, Mapping[str, Stat]]

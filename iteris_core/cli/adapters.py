@@ -1,4 +1,4 @@
-"""``iteris merge`` on a base of transformers: adapter folders of peft in, one out."""
+"""``iteris merge`` on a base of transformers: the base, and adapter folders of peft."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..concepts import Concept
 from ..errors import IterisError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_tensors
-from ..merge import MergeResult
-from .common import loading, run_merge
+from .common import loading
 from .options import read_lines
 
 _AUTO = {
@@ -59,48 +56,35 @@ def parse_adapter(text: str) -> AdapterOption:
         ) from None
 
 
-def merge_model(
+def load_adapters(
     base: str,
-    concepts: Sequence[str],
-    output: Path,
+    adapters: Sequence[AdapterOption],
     model_class: str | None,
     generate: int | None,
-    dtype: str,
-    device: str | None,
-    options: Mapping[str, Any],
-) -> MergeResult | None:
-    """Merge adapter folders and write one, as :func:`.common.run_merge` with ``options``.
+    device: str,
+) -> tuple[Host, list[Concept]]:
+    """The base on ``device``, and a concept for each adapter.
 
     ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
     trained on). ``generate``: collect features while each adapter writes up to that many tokens.
     """
     from ..hosts.transformers import TransformersHost
-    from ..lora_files.peft_folder import check_folder, write_adapter
 
-    check_folder(output)
-    adapters = [parse_adapter(text) for text in concepts]
-
-    def load(device: str) -> tuple[Host, list[Concept]]:
-        model = _load(base, model_class, adapters[0].folder).to(device)
-        host = TransformersHost(
-            model, generate=None if generate is None else {"max_new_tokens": generate}
+    model = _load(base, model_class, adapters[0].folder).to(device)
+    host = TransformersHost(
+        model, generate=None if generate is None else {"max_new_tokens": generate}
+    )
+    texts = any(option.samples.suffix != ".safetensors" for option in adapters)
+    tokenizer = _load_tokenizer(base) if texts else None
+    return host, [
+        Concept(
+            host.read_lora(option.folder),
+            trigger=option.folder.name,
+            strength=option.strength,
+            inputs=_inputs(option.samples, tokenizer),
         )
-        texts = any(option.samples.suffix != ".safetensors" for option in adapters)
-        tokenizer = _load_tokenizer(base) if texts else None
-        return host, [
-            Concept(
-                host.read_lora(option.folder),
-                trigger=option.folder.name,
-                strength=option.strength,
-                inputs=_inputs(option.samples, tokenizer),
-            )
-            for option in adapters
-        ]
-
-    result = run_merge(device, load, options)
-    if result is not None:
-        write_adapter(result.lora, output, base=base, dtype=getattr(torch, dtype))
-    return result
+        for option in adapters
+    ]
 
 
 def _load(base: str, model_class: str | None, adapter: Path) -> Any:
