@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..passes.job import Job
-from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.problem import Fit
 from ..solve.subspace import Subspace
@@ -26,12 +25,7 @@ class IterisSubspaceSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_activations("iteris-subspace", IterisSubspaceSettings, merged_inputs=True)
-def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> Reducing:
+@on_activations("iteris-subspace", IterisSubspaceSettings, Subspace, merged_inputs=True)
+def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> Fit:
     """IterIS in the row space of all LoRAs together: the smallest statistics."""
-    fit = Fit(job.weights, settings.ridge, settings.weighting)
-    return Reducing(
-        begin=Subspace.begin,
-        solve=lambda _, reduction: reduction.solve(fit),
-        bytes=lambda site, _: Subspace.bytes(job.changes[site]),
-    )
+    return Fit(job.weights, settings.ridge, settings.weighting)

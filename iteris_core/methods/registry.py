@@ -22,6 +22,7 @@ from ..passes.job import Job, WeightJob
 from ..passes.loops import Reducing, reference_pass, sweep_pass
 from ..report.report import SiteReport
 from ..settings import Settings, setting
+from ..solve.problem import Fit
 
 
 def rank_setting(
@@ -96,9 +97,10 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
 
 
 def on_activations(
-    name: str, settings: type[Settings], *, merged_inputs: bool
+    name: str, settings: type[Settings], reduction: type[Any], *, merged_inputs: bool
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> Reducing``: what is done with the tokens of a site.
+    """Register ``function(job, settings) -> Fit``: what the ``reduction`` of a site's tokens is
+    solved with.
 
     With ``merged_inputs`` the sites are solved in one sweep, on what passed those solved before;
     else on reference rows alone. ``settings`` have a ``micro_batch``.
@@ -106,7 +108,12 @@ def on_activations(
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
-            reducing: Reducing = function(job, given)
+            fit: Fit = function(job, given)
+            reducing = Reducing(
+                begin=reduction.begin,
+                solve=lambda _, reduced: reduced.solve(fit),
+                bytes=lambda site, _: reduction.bytes(job.changes[site]),
+            )
             run = sweep_pass if merged_inputs else reference_pass
             solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
             return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}

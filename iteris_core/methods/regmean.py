@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..passes.job import Job
-from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.problem import Fit
@@ -32,22 +29,13 @@ class RegMeanSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_activations("regmean", RegMeanSettings, merged_inputs=False)
-def regmean(job: Job, settings: RegMeanSettings) -> Reducing:
+@on_activations("regmean", RegMeanSettings, Gram, merged_inputs=False)
+def regmean(job: Job, settings: RegMeanSettings) -> Fit:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    return _by_gram(job, settings)
+    return Fit(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
 
 
-@on_activations("regmean++", RegMeanSettings, merged_inputs=True)
-def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Reducing:
+@on_activations("regmean++", RegMeanSettings, Gram, merged_inputs=True)
+def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Fit:
     """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
-    return _by_gram(job, settings)
-
-
-def _by_gram(job: Job, settings: RegMeanSettings) -> Reducing:
-    fit = Fit(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
-    return Reducing(
-        begin=lambda opening: Gram.begin(opening, torch.float32),
-        solve=lambda _, reduction: reduction.solve(fit),
-        bytes=lambda site, _: Gram.bytes(job.changes[site], 4),
-    )
+    return regmean(job, settings)

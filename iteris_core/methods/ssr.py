@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..passes.job import Job
-from ..passes.loops import Reducing
 from ..settings import Settings, setting
 from ..solve.problem import Fit
 from ..solve.router import Router
@@ -21,12 +20,7 @@ class SsrSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_activations("ssr", SsrSettings, merged_inputs=False)
-def ssr(job: Job, settings: SsrSettings) -> Reducing:
+@on_activations("ssr", SsrSettings, Router, merged_inputs=False)
+def ssr(job: Job, settings: SsrSettings) -> Fit:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
-    fit = Fit(job.weights, settings.ridge, "none")
-    return Reducing(
-        begin=Router.begin,
-        solve=lambda _, reduction: reduction.solve(fit),
-        bytes=lambda site, _: Router.bytes(job.changes[site]),
-    )
+    return Fit(job.weights, settings.ridge, "none")

@@ -112,7 +112,7 @@ class Gram(_LowRankTargets):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
 
     @classmethod
-    def begin(cls, opening: Opening, dtype: torch.dtype) -> Gram:
+    def begin(cls, opening: Opening, dtype: torch.dtype = torch.float32) -> Gram:
         inputs, adds = opening.share(InputMoments)
         outputs = ByAdapter(opening.changes, dtype, opening.device)
         return cls(opening.changes, inputs, adds, Alike(), outputs)
@@ -121,7 +121,7 @@ class Gram(_LowRankTargets):
         return self.inputs.own[concept]
 
     @staticmethod
-    def bytes(changes: SiteChanges, itemsize: int) -> Bytes:
+    def bytes(changes: SiteChanges, itemsize: int = 4) -> Bytes:
         return _bytes(changes, itemsize, 1)
 
 
