@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from .common import option
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
 
@@ -45,25 +48,17 @@ def parse_concept(text: str) -> ConceptOption:
     """FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]]"""
     if text.endswith(".safetensors"):
         return ConceptOption(Path(text))
-    parts = text.rsplit(":", 3)
-    strengths: Sequence[float | None] = (1.0, None)
-    if len(parts) == 4:
-        try:
-            strengths = _strengths(parts[3])
-        except ValueError:  # a colon in the path, as in C:\loras\cat.safetensors:sks:cat
-            parts = [f"{parts[0]}:{parts[1]}", *parts[2:]]
-    if len(parts) < 3:
+    # A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
+    parts = re.fullmatch(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?", text)
+    if parts is None:
         raise IterisError(
             f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
             "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
             "cat.safetensors:sks:cat:0.8/0.5; or FILE alone, if its metadata have a trigger."
         )
-    return ConceptOption(Path(parts[0]), parts[1], parts[2], strengths[0] or 0.0, strengths[1])
-
-
-def _strengths(text: str) -> tuple[float, float | None]:
-    model, slash, encoders = text.partition("/")
-    return float(model), float(encoders) if slash else None
+    file, trigger, class_word, model, encoders = parts.groups()
+    strengths = float(model or 1), None if encoders is None else float(encoders)
+    return ConceptOption(Path(file), trigger, class_word, *strengths)
 
 
 def parse_settings(

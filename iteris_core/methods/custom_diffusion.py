@@ -33,10 +33,7 @@ from .registry import AtSite, Merged, micro_batch_setting, on_model
 @dataclass(frozen=True)
 class CustomDiffusionSettings(Settings):
     ridge: float = setting(
-        1e-6,
-        "α on C_regᵀC_reg and on the constraints, relative to their norms.",
-        above=0,
-        below=1,
+        1e-6, "α on C_regᵀC_reg and on the constraints, relative to their norms.", above=0, below=1
     )
     micro_batch: int = micro_batch_setting()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -34,13 +33,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     solutions = _solved(job, settings)
     changes = {site: solution.change for site, solution in solutions.items()}
     if settings.polish_steps:
-        changes = polish(
-            job,
-            changes,
-            steps=settings.polish_steps,
-            rate=settings.polish_rate,
-            batch=settings.micro_batch,
-        )
+        adam = settings.polish_steps, settings.polish_rate
+        changes = polish(job, changes, *adam, settings.micro_batch)
     return {
         site: (changes[site], SiteReport.of(solution, repair=site in job.repairs))
         for site, solution in solutions.items()
@@ -51,13 +45,9 @@ def _solved(job: Job, settings: IterisSettings) -> Solutions:
     saliency = settings.saliency
     if saliency is None:
         saliency = job.policy.saliency_for(job.loras)
-    batching = Batching(
-        settings.micro_batch,
-        _row_tokens(settings),
-        job.calibration.seed,
-        saliency=saliency,
-        policy=job.policy,
-    )
+    tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
+    seed = job.calibration.seed
+    batching = Batching(settings.micro_batch, tokens, seed, saliency=saliency, policy=job.policy)
     acting: Set[str] = set()
     if saliency:
         changed = set(job.changes) - set(job.repairs)
@@ -71,24 +61,12 @@ def _solved(job: Job, settings: IterisSettings) -> Solutions:
     return jacobi(job, reducing_of, batching, settings.iterations, settings.tolerance)
 
 
-def _row_tokens(settings: IterisSettings) -> int | Literal["enough"] | None:
-    if settings.row_tokens == "all":
-        return None
-    return settings.row_tokens or "enough"
-
-
 def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]) -> Reducing:
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge = settings.ridge
     if ridge is None:
         ridge = job.policy.ridge_for(stage.samples or job.calibration.samples)
-    fit = Fit(
-        job.weights,
-        ridge,
-        settings.weighting,
-        shrink=settings.shrink,
-        rank=settings.rank,
-    )
+    fit = Fit(job.weights, ridge, settings.weighting, shrink=settings.shrink, rank=settings.rank)
     # Repair sites are many inputs wide, and nobody reads their residuals.
     repairing = replace(fit, dtype=dtype, residuals=False)
     inputs = {site: chosen for site, chosen in job.repairs.items() if chosen is not None}

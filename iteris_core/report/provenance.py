@@ -135,9 +135,7 @@ def _words(concept: Concept) -> set[str]:
     return {word for text in triggers for word in (text, text.partition(" ")[0])} - {""}
 
 
-def join_embeddings(
-    loras: Sequence[Lora],
-) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
+def join_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
     """All embeddings, and warnings; a name that is taken gets the LoRA's name in front."""
     joined: dict[str, Mapping[str, Tensor]] = {}
     warnings: list[str] = []
