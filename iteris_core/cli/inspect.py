@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +17,7 @@ from ..architectures import architecture_of_file
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
-from ..lora_files.parts import kinds_of, layouts_of
-from ..lora_files.tensors import dtypes_of
-from ..report.inspection import Interference, LoraFacts, describe, interference, to_dict
+from ..report.inspection import Interference, LoraFacts, describe, interference
 from .common import load_base, option
 
 
@@ -44,7 +42,8 @@ def inspect(
 
         plot_interference(pairs).savefig(plot)
     if as_json:
-        typer.echo(json.dumps(to_dict(facts, pairs)))
+        data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
+        typer.echo(json.dumps(data))
         return
     console = Console()
     for fact in facts:
@@ -67,13 +66,7 @@ def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
         base = released_base(architecture_of_file(shapes, metadata).name)
     options = ReadOptions(allow_partial=True, magnitudes=False)
     lora = read_lora_file(path, base, options=options)
-    facts = replace(
-        describe(lora),
-        layouts=layouts_of(tensors),
-        kinds=kinds_of(tensors),
-        dtypes=dtypes_of(tensors),
-    )
-    return lora, facts
+    return lora, describe(lora, tensors)
 
 
 def _facts_table(facts: LoraFacts) -> Table:
@@ -107,7 +100,6 @@ def _pairs_table(pairs: Sequence[Interference]) -> Table:
     table.title, table.title_justify = "Interference", "left"
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
-        whole = {"all": (pair.rows, pair.columns, pair.conflict)}
-        for index, (block, figures) in enumerate({**whole, **pair.blocks}.items()):
+        for index, (block, figures) in enumerate(pair.rated.items()):
             table.add_row("" if index else name, block, *(f"{figure:.3f}" for figure in figures))
     return table

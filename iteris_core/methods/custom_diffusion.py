@@ -11,6 +11,7 @@ Diffusion trains nothing else; the other sites of a LoRA get the mean here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -98,12 +99,11 @@ class _Texts:
     """An observer that keeps what reaches the sites: text tokens, the same for all of them."""
 
     def __init__(self) -> None:
-        self.prompts: dict[str, dict[int, list[Tensor]]] = {}
+        self.prompts: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def observe(self, shown: Observation) -> None:
-        site = self.prompts.setdefault(shown.name, {})
         for concept, start, stop in shown.spans:
-            site.setdefault(concept, []).extend(shown.inputs[start:stop].float())
+            self.prompts[shown.name, concept].extend(shown.inputs[start:stop].float())
 
 
 def _texts(
@@ -121,7 +121,5 @@ def _texts(
             job.ran.rows = max(job.ran.rows, len(stage.owners))
             for batch in micro_batches(stage, 1, texts, Batching(size)):
                 lockstep.run(batch)
-    return {
-        site: [texts.prompts[site][concept] for concept in range(len(job.concepts))]
-        for site in sites
-    }
+    each = range(len(job.concepts))
+    return {site: [texts.prompts[site, concept] for concept in each] for site in sites}

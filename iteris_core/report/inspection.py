@@ -11,16 +11,17 @@ changes, 1 for equal or opposite ones.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..lora import Lora, LowRank
 from ..lora_files.metadata import trigger_words
+from ..lora_files.parts import kinds_of, layouts_of
+from ..lora_files.tensors import dtypes_of
 from .report import block_of
 
 
@@ -38,11 +39,11 @@ class LoraFacts:
     coverage: Mapping[str, tuple[int, int]]
     triggers: Sequence[str]
     norms: Mapping[str, float]
-    embeddings: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    layouts: Sequence[str] = ()
-    kinds: Mapping[str, int] = field(default_factory=dict[str, int])
-    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
+    embeddings: Sequence[str]
+    notes: Sequence[str]
+    layouts: Sequence[str]
+    kinds: Mapping[str, int]
+    dtypes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,19 @@ class Interference:
     rows: float
     columns: float
     conflict: float
-    blocks: Mapping[str, tuple[float, float, float]] = field(
-        default_factory=dict[str, tuple[float, float, float]]
-    )
+    blocks: Mapping[str, tuple[float, float, float]]
+
+    @property
+    def rated(self) -> dict[str, tuple[float, float, float]]:
+        """Those of all blocks together, under ``all``, and of each."""
+        return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
 
 
 def block_norms(lora: Lora) -> dict[str, float]:
     """‖ΔW‖_F of each block."""
-    squares: dict[str, float] = {}
+    squares: dict[str, float] = defaultdict(float)
     for site, change in lora.sites.items():
-        block = block_of(site)
-        squares[block] = squares.get(block, 0.0) + change.squared_norm()
+        squares[block_of(site)] += change.squared_norm()
     return {block: math.sqrt(max(square, 0.0)) for block, square in squares.items()}
 
 
@@ -78,8 +81,9 @@ def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
     return {component: (count, total[component]) for component, count in changed.items()}
 
 
-def describe(lora: Lora) -> LoraFacts:
-    """Facts of a LoRA that was read, without what only its file knows."""
+def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
+    """Facts of a LoRA that was read, and of its file's ``tensors``."""
+    tensors = tensors or {}
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
     return LoraFacts(
         name=lora.name,
@@ -92,28 +96,28 @@ def describe(lora: Lora) -> LoraFacts:
         norms=block_norms(lora),
         embeddings=list(lora.embeddings),
         notes=list(lora.notes),
+        layouts=layouts_of(tensors),
+        kinds=kinds_of(tensors),
+        dtypes=dtypes_of(tensors),
     )
 
 
 def interference(first: Lora, second: Lora) -> Interference:
     """Where two LoRAs are in each other's way."""
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     shared = [site for site in first.sites if site in second.sites]
     for site in shared:
         one, two = first.sites[site], second.sites[site]
-        if one.shape != two.shape:
-            continue
-        rows, columns, conflict, weight = site_interference(one, two)
-        for block in (block_of(site), ""):
-            entry = sums.setdefault(block, [0.0] * 4)
-            for index, value in enumerate((rows, columns, conflict, 1.0)):
-                entry[index] += weight * value
-    means = {
-        block: (a / w, b / w, c / w) if w > 0 else (0.0, 0.0, 0.0)
-        for block, (a, b, c, w) in sums.items()
-    }
-    total = means.pop("", (0.0, 0.0, 0.0))
-    return Interference(first.name, second.name, len(shared), *total, blocks=means)
+        if one.shape == two.shape:
+            *figures, weight = site_interference(one, two)
+            weighted = weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
+            sums[""] += weighted
+            sums[block_of(site)] += weighted
+    # Where nothing has any weight every figure is zero.
+    means = {block: (s[:3] / s[3].clamp(min=1e-300)).tolist() for block, s in sums.items()}
+    rows, columns, conflict = means.pop("", (0.0, 0.0, 0.0))
+    blocks = {block: (a, b, c) for block, (a, b, c) in means.items()}
+    return Interference(first.name, second.name, len(shared), rows, columns, conflict, blocks)
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
@@ -168,8 +172,3 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
                 f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
             )
     return "\n".join(lines)
-
-
-def to_dict(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> dict[str, Any]:
-    """For JSON."""
-    return {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}

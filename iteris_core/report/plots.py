@@ -30,14 +30,13 @@ def plot_interference(pairs: Sequence[Interference]) -> Any:
     """Heat maps, block × pair, of what :class:`Interference` holds, as a matplotlib Figure."""
     if not pairs:
         raise IterisError("Interference needs two LoRA files; there is nothing to plot for one.")
-    blocks = list(dict.fromkeys(block for pair in pairs for block in pair.blocks))
-    maps: dict[str, list[list[float]]] = {}
-    for index, title in enumerate(("row spaces", "column spaces", "conflict")):
-        whole = [(pair.rows, pair.columns, pair.conflict)[index] for pair in pairs]
-        parts = [[pair.blocks.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]
-        maps[title] = [whole, *parts]
+    blocks = list(dict.fromkeys(block for pair in pairs for block in pair.rated))
+    maps = {
+        title: [[pair.rated.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]
+        for index, title in enumerate(("row spaces", "column spaces", "conflict"))
+    }
     names = [f"{pair.first}\n{pair.second}" for pair in pairs]
-    return _heat_maps(maps, ["all", *blocks], names, "0: out of each other's way; 1: the same")
+    return _heat_maps(maps, blocks, names, "0: out of each other's way; 1: the same")
 
 
 def _heat_maps(
