@@ -164,21 +164,19 @@ class Settings:
     @classmethod
     def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """``values`` under today's names; former names and former values are translated."""
-        declared = declared_settings(cls)
-        names = {old: s.name for s in declared.values() for old in s.former}
-        names |= {f.name: f.name for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
         translated: dict[str, Any] = {}
         for given, value in values.items():
-            name = names.get(given)
-            if name is None:
-                known = ", ".join(f.name for f in fields(cls))
-                raise SettingsError(f"There is no setting {given!r}; the names are: {known}.")
+            declared = find_setting(cls, given)
+            name = given if declared is None else declared.name
+            if name not in known:
+                names = ", ".join(known)
+                raise SettingsError(f"There is no setting {given!r}; the names are: {names}.")
             if name in translated:
                 raise SettingsError(f"{given} is {name}, which is given too; leave one out.")
-            if name in declared:
-                if isinstance(value, str):
-                    value = declared[name].former_values.get(value, value)
-                declared[name].check(value, given)
+            if declared is not None:
+                value = declared.former_values.get(str(value), value)
+                declared.check(value, given)
             translated[name] = value
         return translated
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..concepts import PRESERVE_WEIGHT, Concept
+from ..concepts import PRESERVE_WEIGHT, Calibration, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
@@ -126,11 +126,14 @@ def merge(
         seed=seed,
         templates=read_lines(templates) if templates else None,
     )
+    if recipe is not None:
+        settings = recipe.over("settings", settings, chosen.settings)
+        calibration = recipe.over("calibration", calibration, Calibration)
     options: dict[str, Any] = {
         "method": chosen.name,
         "preset": preset or "default",
-        "settings": recipe.settings_with(settings, chosen.settings) if recipe else settings,
-        "calibration": recipe.calibration_with(calibration) if recipe else calibration,
+        "settings": settings,
+        "calibration": calibration,
         "memory_budget": "free" if memory is None else round(memory * 2**30),
     }
     adapters: list[AdapterOption] = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
-from ..concepts import Calibration, Concept, Words, words_of
+from ..concepts import Concept, Words, words_of
 from ..errors import IterisError, SettingsError
 from ..hosts.protocol import Host
 from ..lora import Lora
@@ -33,22 +33,18 @@ class Recipe:
     folders: Sequence[Path]
     cut: Mapping[str, Any]
 
-    def settings_with(self, given: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
-        """The settings, with those of the command line over them."""
-        return _over("settings are", self.settings, given, kind)
-
-    def calibration_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The calibration, with what the command line says over it."""
-        return _over("calibration is", self.calibration, given, Calibration)
-
-
-def _over(
-    what: str, recorded: Mapping[str, Any], given: Mapping[str, Any], kind: type[Settings]
-) -> dict[str, Any]:
-    try:
-        return {**kind.canonical(recorded), **kind.canonical(given)}
-    except SettingsError as error:
-        raise IterisError(f"The recipe's {what} not of this version: {error}") from error
+    def over(
+        self,
+        what: Literal["settings", "calibration"],
+        given: Mapping[str, Any],
+        kind: type[Settings],
+    ) -> dict[str, Any]:
+        """What is recorded, with what the command line says over it, under today's names."""
+        try:
+            return {**kind.canonical(getattr(self, what)), **kind.canonical(given)}
+        except SettingsError as error:
+            are = "is" if what == "calibration" else "are"
+            raise IterisError(f"The recipe's {what} {are} not of this version: {error}") from error
 
 
 def read_recipe(path: Path, loras: Path | None = None) -> Recipe:

@@ -32,9 +32,8 @@ class SiteReport:
     @classmethod
     def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
         """What ``solution`` says of its site, without the change itself."""
-        names = [entry.name for entry in fields(solution) if entry.name != "change"]
-        values = {name: getattr(solution, name) for name in names}
-        return cls(solution.change.rank, **values, repair=repair)
+        values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
+        return cls(values.pop("change").rank, **values, repair=repair)
 
 
 @dataclass(frozen=True)
