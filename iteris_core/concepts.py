@@ -15,7 +15,7 @@ from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
 
 TEMPLATES = tuple(
-    Path(__file__).with_name("templates.txt").read_text(encoding="utf-8").splitlines()
+    (Path(__file__).parent / "prompts" / "templates.txt").read_text(encoding="utf-8").splitlines()
 )
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""

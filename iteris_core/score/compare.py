@@ -26,7 +26,7 @@ BASE = "base"
 
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
     name: tuple(
-        (Path(__file__).parent / "prompt_lists" / f"{name}.txt").read_text("utf-8").splitlines()
+        (Path(__file__).parents[1] / "prompts" / f"{name}.txt").read_text("utf-8").splitlines()
     )
     for name in ("composition", "objects", "animals")
 }
