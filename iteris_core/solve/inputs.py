@@ -100,7 +100,7 @@ class InputMoments:
         norms = [frobenius(own) for own in self.own]
         if not all(map(math.isfinite, norms)):
             raise SolveError(NOT_FINITE)
-        pull = sum(value * ridge * norm for value, norm in zip(lambdas, norms, strict=True))
+        pulls = [value * ridge * norm for value, norm in zip(lambdas, norms, strict=True)]
 
         def add(matrix: Tensor) -> None:
             for value, own in zip(lambdas, self.own, strict=True):
@@ -109,10 +109,11 @@ class InputMoments:
             if shrink != 1:
                 diagonal = matrix.diagonal().clone()
                 matrix.mul_(shrink).diagonal().copy_(diagonal)
-            matrix.diagonal().add_(pull)
+            for pull in pulls:
+                matrix.diagonal().add_(pull)
 
         def times(vector: Tensor) -> Tensor:
-            product = pull * vector
+            product = sum(pulls) * vector
             for value, own in zip(lambdas, self.own, strict=True):
                 moved = vector.to(own.device)
                 whole = torch.cat([own[rows].to(moved) @ moved for rows in pieces(own)])
