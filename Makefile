@@ -25,6 +25,7 @@ lint: .venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+	.venv/bin/lint-imports
 
 format: .venv
 	.venv/bin/ruff check --fix .

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import toybox
 from iteris_core import Concept, merge_loras
+from iteris_core.activations.site import site_of
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
-from iteris_core.truncation import truncate
-from iteris_core.visit import input_tokens
+from iteris_core.linalg.lowrank import cut_factors
 from toybox.demo import TEMPLATES
 
 RANKS = (1, 2, 4, 6, 8, 12)
@@ -35,7 +35,7 @@ def collect(
 
     def watch(site: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            x = input_tokens(module, args[0]).double()
+            x = site_of(site, module).tokens(args[0]).double()
             moments[site] = moments.get(site, 0) + x.mT @ x
 
         return modules[site].register_forward_pre_hook(hook)
@@ -70,7 +70,7 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, float]]:
             dense = change.dense().double()
             total = float(((dense @ second[site]) * dense).sum())
             for name, weight in (("plain", None), ("weighted", metric)):
-                cut, _ = truncate(change, rank, weight)
+                cut, _ = cut_factors(change, rank, weight)
                 off = dense - cut.dense().double()
                 errors[name] += float(((off @ second[site]) * off).sum()) / total
         count = len(merged.sites)

@@ -25,8 +25,8 @@ from PIL import Image  # noqa: E402
 from transformers import AutoProcessor, BlipForConditionalGeneration  # noqa: E402
 
 from iteris_core import Concept, merge_loras  # noqa: E402
-from iteris_core.hosts.peft_folder import write_adapter  # noqa: E402
 from iteris_core.hosts.transformers import TransformersHost  # noqa: E402
+from iteris_core.lora_files.peft_folder import write_adapter  # noqa: E402
 
 
 def from_hub(base: str, styles: list[str], pictures: Path) -> tuple[TransformersHost, list]:

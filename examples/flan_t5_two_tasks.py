@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
-from iteris_core.hosts.peft_folder import write_adapter
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.lora_files.peft_folder import write_adapter
 
 
 def text_batches(tokenizer: Any, file: Path) -> Iterator[Any]:

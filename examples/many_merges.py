@@ -19,22 +19,22 @@ from typing import Any
 
 def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One merge in a worker; the report is written beside the file, last."""
-    from iteris_core import Calibration, Concept, merge_loras
-    from iteris_core.cli.common import load_base, parse_concept
+    from iteris_core import merge_loras
+    from iteris_core.cli.common import load_base
+    from iteris_core.cli.options import parse_concept
+    from iteris_core.cli.recipe import read_concepts
     from iteris_core.hosts.diffusers import DiffusersHost
+    from iteris_core.lora_files import ReadOptions
 
     host = DiffusersHost(load_base(job["base"], None))
-    concepts = []
-    for text in job["concepts"]:
-        option = parse_concept(text)
-        lora = host.read_lora(option.file)
-        concepts.append(Concept(lora, None, option.trigger, option.class_word, option.strength))
+    options = [parse_concept(text) for text in job["concepts"]]
+    concepts = read_concepts(options, host, ReadOptions(), [])
     result = merge_loras(
         host,
         concepts,
         job["method"],
         settings=job["settings"],
-        calibration=Calibration(**job["calibration"]),
+        calibration=job["calibration"],
     )
     file = Path(job["file"])
     result.save(file, overwrite=True)

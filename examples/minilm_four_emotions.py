@@ -21,8 +21,8 @@ from emotion import ADAPTERS, TASKS, load_encoder, load_head, load_tokenizer  # 
 from peft import PeftModel  # noqa: E402
 
 from iteris_core import Concept, merge_loras  # noqa: E402
-from iteris_core.hosts.peft_folder import write_adapter  # noqa: E402
 from iteris_core.hosts.transformers import TransformersHost  # noqa: E402
+from iteris_core.lora_files.peft_folder import write_adapter  # noqa: E402
 
 SAMPLES = {
     "Emoint": ["What a furious crowd tonight", "so happy about the new job!", "I dread Mondays",

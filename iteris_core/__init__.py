@@ -1,13 +1,13 @@
 """IterIS: merge several LoRAs into one by least squares on what the merged model really sees."""
 
-from .calibration import Calibration, Concept
+from .concepts import Calibration, Concept
 from .errors import IterisError, LoraFileError, MergeCancelled, SettingsError, SolveError
 from .lora import Lora, LowRank
 from .lora_files import write_lora
 from .merge import MergeResult, merge_loras
 from .methods import all_methods
-from .methods.iteris import IterisSettings
-from .report import MergeReport
+from .methods.iteris_settings import IterisSettings
+from .report.report import MergeReport
 
 __all__ = [
     "Calibration",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .bases import Base
 from .errors import IterisError, SettingsError
+
+if TYPE_CHECKING:
+    from .lora_files.aliases import BaseModel
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Lora:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     source: str = ""
     sha256: str = ""
-    base: Base | None = None
+    base: BaseModel | None = None
     scales: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: Sequence[str] = ()
     embeddings: Mapping[str, Mapping[str, Tensor]] = field(
@@ -104,6 +108,77 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     up = torch.cat([change.up for change in changes], dim=1)
     down = torch.cat([change.down for change in changes], dim=0)
     return LowRank(up, down, first.kernel)
+
+
+@dataclass(frozen=True)
+class SiteChanges:
+    """The LoRAs' changes of one site, one for each concept.
+
+    None stands for a LoRA that leaves the site alone, which is a change of zero. At least one
+    concept has a change, and all have one shape.
+    """
+
+    by_concept: tuple[LowRank | None, ...]
+
+    @staticmethod
+    def of(changes: SiteChanges | Sequence[LowRank | None]) -> SiteChanges:
+        return changes if isinstance(changes, SiteChanges) else SiteChanges(tuple(changes))
+
+    def __len__(self) -> int:
+        return len(self.by_concept)
+
+    def __iter__(self) -> Iterator[LowRank | None]:
+        return iter(self.by_concept)
+
+    def __getitem__(self, concept: int) -> LowRank | None:
+        return self.by_concept[concept]
+
+    @cached_property
+    def present(self) -> dict[int, LowRank]:
+        """concept → its change, of those that have one, in the order of concepts."""
+        return {i: change for i, change in enumerate(self.by_concept) if change is not None}
+
+    @property
+    def like(self) -> LowRank:
+        """The first change, whose dtype, device and kernel a merged change has."""
+        return next(iter(self.present.values()))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the site as a linear map of tokens."""
+        return self.like.shape
+
+    @property
+    def rank(self) -> int:
+        """Σ r_i"""
+        return sum(change.rank for change in self.present.values())
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> SiteChanges:
+        return SiteChanges(tuple(c and c.to(dtype, device) for c in self.by_concept))
+
+    def at(self, inputs: Tensor) -> SiteChanges:
+        """The changes as those of the chosen ``inputs`` (indices) alone."""
+        return SiteChanges(
+            tuple(
+                c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
+                for c in self.by_concept
+            )
+        )
+
+    def weighted(self, weights: Sequence[float]) -> list[LowRank]:
+        """w_i ΔW_i of those that have a change."""
+        return [change.scaled(weights[i]) for i, change in self.present.items()]
+
+    def stacked(self) -> LowRank:
+        """[up_1 … up_N] and [down_1; …; down_N]: the sum of the changes, exactly."""
+        return concatenate(list(self.present.values()))
+
+    def mean(self, weights: Sequence[float], dtype: torch.dtype) -> LowRank:
+        """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts."""
+        total = sum(weights)
+        return concatenate(self.to(dtype).weighted([weight / total for weight in weights]))
 
 
 Rank = int | float

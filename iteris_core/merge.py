@@ -7,24 +7,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from .calibration import Calibration, Concept
+from .activations.processes import ALONE, Processes
+from .concepts import Calibration, Concept
 from .errors import IterisError, MergeCancelled, SettingsError
-from .hosts import Host
-from .lora import Lora, LowRank
+from .hosts.protocol import Host
+from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
-from .methods import Task, find_method
-from .provenance import join_embeddings, merge_metadata, notes_of
-from .report import MergeReport
-from .shards import ALONE, Shards
+from .methods import find_method
+from .passes.job import Job, Ran, Unreached, WeightJob
+from .presets import PRESETS, PresetName, preset_settings
+from .report.provenance import join_embeddings, merge_metadata, notes_of
+from .report.report import MergeReport
+from .settings import Settings
+from .solve.choose import POLICY, Policy
 
 _log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
+
+_S = TypeVar("_S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -49,44 +55,44 @@ def merge_loras(
     concepts: Sequence[Concept],
     method: str = "iteris",
     *,
-    settings: Any = None,
-    calibration: Calibration | None = None,
+    preset: PresetName = "default",
+    settings: Settings | Mapping[str, Any] | None = None,
+    calibration: Calibration | Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
     on_progress: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
     memory_budget: int | Literal["free"] | None = "free",
+    policy: Policy = POLICY,
+    unreached: Unreached = "refuse",
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
-    ``host`` runs the base model; a method that only looks at weights takes None. ``settings`` is
-    the method's own dataclass or a mapping of its fields. ``generator`` (on the CPU) decides
+    ``host`` runs the base model; a method that only looks at weights takes None. ``settings``
+    and ``calibration`` are mappings of names to values, which go over those of ``preset``
+    (:data:`.presets.PRESETS`), or the whole dataclass. ``generator`` (on the CPU) decides
     prompts and latents; without one it is seeded by ``calibration.seed``. ``should_stop`` is asked
-    at every step; when it says yes :class:`MergeCancelled` is raised. With ``shards`` several
+    at every step; when it says yes :class:`MergeCancelled` is raised. With ``processes`` several
     processes that call this alike share the rows and end with the same result. ``memory_budget``
     is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
-    run at once and, if it must, how many run at all, which the report's plan tells. The base model
-    is bit-identical afterwards, whatever happens.
+    run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
+    holds the thresholds by which ways of solving are chosen. Sites that no forward reaches are
+    refused, or have the ``"mean"`` of the LoRAs' changes, which the report says. The base model is
+    bit-identical afterwards, whatever happens.
 
     Raises :class:`IterisError` for input that cannot be merged.
     """
     started = time.perf_counter()
     chosen = find_method(method)
-    settings = _settings(chosen.settings, settings, method)
-    calibration = calibration or Calibration()
+    if preset not in PRESETS:
+        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    settings = _over(preset_settings(preset, method), settings, chosen.settings)
+    calibration = _over(PRESETS[preset].calibration, calibration, Calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
-    references = _references(concepts)
-    if chosen.needs_host:
-        if host is None:
-            raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        _check_sites(host, references)
-    else:
-        # Prompts without a LoRA say nothing to a method that only looks at weights.
-        kept = [i for i, concept in enumerate(concepts) if concept.lora is not None]
-        concepts = [concepts[i] for i in kept]
-        references = {site: [c[i] for i in kept] for site, c in references.items()}
+    ran = Ran()
+    missing: dict[str, list[str]] = {}
 
     def tick(what: str, done: int, total: int) -> None:
         if should_stop is not None and should_stop():
@@ -94,35 +100,51 @@ def merge_loras(
         if on_progress is not None:
             on_progress(what, done, total)
 
-    task = Task(
-        host,
-        concepts,
-        references,
-        calibration,
-        generator,
-        tick,
-        shards=shards,
-        memory_budget=memory_budget,
-    )
-    missing = _not_in_force(host, concepts) if host is not None and chosen.needs_host else {}
-    for name, notes in missing.items():
-        _log.warning("%s: %s", name, "; ".join(notes))
-    merged = chosen.merge(task, settings)
-    names = [concept.name for concept in concepts]
+    if chosen.needs_host:
+        if host is None:
+            raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
+        changes = _changes(concepts)
+        _check_sites(host, changes)
+        job = Job(
+            host,
+            concepts,
+            changes,
+            calibration,
+            generator,
+            tick,
+            processes=processes,
+            memory_budget=memory_budget,
+            policy=policy,
+            unreached=unreached,
+            ran=ran,
+        )
+        missing = _not_in_force(host, concepts)
+        for name, notes in missing.items():
+            _log.warning("%s: %s", name, "; ".join(notes))
+        merged = chosen.merge(job, settings)
+    else:
+        # Prompts without a LoRA say nothing to a method that only looks at weights.
+        concepts = [c for c in concepts if c.lora is not None]
+        weights = [concept.weight for concept in concepts]
+        merged = chosen.merge(WeightJob(_changes(concepts), weights, generator, tick), settings)
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    embeddings, warnings = join_embeddings(loras)
+    notes = notes_of(concepts)
+    for name, more in (*missing.items(), ("sites", ran.notes), ("embeddings", warnings)):
+        if more:
+            notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method,
-        concepts=names,
+        concepts=[concept.name for concept in concepts],
         sites={site: report for site, (_, report) in merged.items()},
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
-        notes=_notes(concepts, missing),
-        rows=task.rows,
-        plan=task.plan,
-        convergence=task.convergence,
+        notes=notes,
+        rows=ran.rows,
+        plan=ran.plan,
+        convergence=ran.convergence,
     )
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    embeddings, _ = join_embeddings(loras)
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
         "merged",
@@ -154,63 +176,57 @@ def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str
     return notes
 
 
-def _notes(concepts: Sequence[Concept], more: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    notes = notes_of(concepts)
-    for name, some in more.items():
-        notes.setdefault(name, []).extend(some)
-    _, warnings = join_embeddings([c.lora for c in concepts if c.lora is not None])
-    return notes | ({"embeddings": warnings} if warnings else {})
-
-
-def _settings(kind: type, given: Any, method: str) -> Any:
-    if given is None:
-        return kind()
+def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
+    """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
     if isinstance(given, kind):
         return given
-    if isinstance(given, Mapping):
-        try:
-            return kind(**given)
-        except TypeError as error:
-            raise SettingsError(f"Settings of method {method!r}: {error}.") from error
-    raise SettingsError(
-        f"Method {method!r} takes {kind.__name__} as settings, not {type(given).__name__}."
-    )
+    if given is None or isinstance(given, Mapping):
+        return kind.from_mapping({**preset, **kind.canonical(given or {})})
+    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
 
 
-def _references(concepts: Sequence[Concept]) -> dict[str, list[LowRank | None]]:
+def _changes(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     """Every concept's change of every site that any of them changes, at its strength."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
         raise IterisError("There is no LoRA to merge: every concept is empty or at strength 0.")
-    kinds = sorted({lora.base.kind.title for lora in loras if lora.base is not None})
+    kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
         raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
     sites = {site: None for lora in loras for site in lora.sites}
-    if not sites:
-        raise IterisError("The LoRAs change no site at all; are the files empty?")
-    references: dict[str, list[LowRank | None]] = {}
+    changes: dict[str, SiteChanges] = {}
     for site in sites:
-        changes = [
-            concept.lora.sites[site].scaled(concept.strength)
-            if concept.lora is not None and site in concept.lora.sites
-            else None
-            for concept in concepts
-        ]
-        shapes = {change.shape for change in changes if change is not None}
+        at_site = SiteChanges(tuple(_change(concept, site) for concept in concepts))
+        if not at_site.present:
+            continue
+        shapes = {change.shape for change in at_site.present.values()}
         if len(shapes) > 1:
             raise IterisError(
                 f"Site {site} has changes of different shapes {sorted(shapes)}; the LoRAs were "
                 "made for different base models."
             )
-        references[site] = changes
-    return references
+        changes[site] = at_site
+    if not changes:
+        raise IterisError(
+            "The LoRAs change no site at all; are the files empty, or the strengths where they "
+            "have sites 0?"
+        )
+    return changes
 
 
-def _check_sites(host: Host, references: Mapping[str, Sequence[LowRank | None]]) -> None:
+def _change(concept: Concept, site: str) -> LowRank | None:
+    """What the concept's LoRA changes at ``site``, at its strength; None if it changes nothing."""
+    strength = concept.strength_at(site)
+    if concept.lora is None or site not in concept.lora.sites or strength == 0:
+        return None
+    return concept.lora.sites[site].scaled(strength)
+
+
+def _check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
     known = host.sites()
-    missing = [site for site in references if site not in known]
+    missing = [site for site in changes if site not in known]
     if missing:
         raise IterisError(
-            f"{len(missing)} of {len(references)} sites are not in the base model, such as "
+            f"{len(missing)} of {len(changes)} sites are not in the base model, such as "
             f"{', '.join(missing[:3])}; the LoRAs were made for another base model."
         )

@@ -24,10 +24,11 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ..iteris_core.calibration import Calibration
-from ..iteris_core.hosts import Tick
-from ..iteris_core.lockstep import Lockstep, MicroBatch
-from ..iteris_core.methods.batching import chunks
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.hosts.protocol import Tick
+from ..iteris_core.hosts.rows import drawn_steps
+from ..iteris_core.passes.batches import chunks
 from .comfy_text import Conditioning
 
 _LATENT_SIDE = 64
@@ -132,16 +133,14 @@ class Denoiser:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (prompts, T, …) on ComfyUI's scale, their sigmas (prompts, T), and the sigmas of
         the whole denoising (steps + 1)."""
-        steps, wanted = calibration.denoising_steps, calibration.timesteps
+        steps = calibration.denoising_steps
         sampling = self._model.get_model_object("model_sampling")
         scheduler = "simple" if isinstance(sampling, comfy.model_sampling.CONST) else "ddim_uniform"
         schedule = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).float().cpu()
         steps = len(schedule) - 1
         shape = self._latent_shape(calibration.latent_size or _LATENT_SIDE)
         noise = torch.randn(len(owners), *shape, generator=generator)
-        picks = torch.stack(
-            [torch.randperm(steps, generator=generator)[:wanted] for _ in owners]
-        ).sort(dim=1)[0]
+        picks = drawn_steps(len(owners), calibration, steps, generator)
         kept = torch.empty(len(owners), picks.shape[1], *shape)
 
         def start(sigma: Tensor, rows: Tensor) -> Tensor:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..iteris_core.calibration import Calibration, Concept, concept_prompts
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.meter import usable
+from ..iteris_core.architectures import text as text_wirings
+from ..iteris_core.architectures import unet
+from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
+from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts import Stage, Tick
-from ..iteris_core.hosts.streams import unet_streams
-from ..iteris_core.hosts.transformers_streams import transformer_streams
-from ..iteris_core.lockstep import Lockstep, MicroBatch
+from ..iteris_core.hosts.protocol import Stage, Tick
+from ..iteris_core.hosts.rows import NoisyRows, TextRows, drawn_prompts, noisy_rows
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.memory import usable
 from .comfy_denoiser import Denoiser, kind, size
 from .comfy_lora import ComfySites
 from .comfy_text import Conditioning, TextEncoders
@@ -32,21 +34,19 @@ _MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
 
 
 @dataclass(frozen=True)
+class ScheduledRows(NoisyRows):
+    """Latents on ComfyUI's scale; times are sigmas of the ``schedule`` of a whole denoising."""
+
+    schedule: Tensor
+
+
+@dataclass(frozen=True)
 class ComfySamples:
-    """Rows of the denoiser, sorted by concept, as in the diffusers host.
+    """``tokens`` are those of every text; ``noisy`` is None where no site needs the denoiser."""
 
-    ``text_owners`` and ``tokens`` list the distinct (concept, prompt) pairs; ``text_rows`` says
-    which of them a row uses. ``latents`` are on ComfyUI's scale of ``sigmas``, which are from the
-    ``schedule`` of a whole denoising; all are None where no site needs the denoiser to run.
-    """
-
-    text_owners: Sequence[int]
+    text: TextRows
     tokens: Sequence[Any]
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    latents: Tensor | None
-    sigmas: Tensor | None
-    schedule: Tensor | None
+    noisy: ScheduledRows | None = None
 
 
 class ComfyHost:
@@ -62,7 +62,7 @@ class ComfyHost:
         self._batch = min(rows, _SAMPLING_ROWS)
         self._texts, self._denoiser = TextEncoders(clip), Denoiser(model)
         self._found = ComfySites(model, clip)
-        self._lockstep: Lockstep | None = None
+        self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._texts
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
 
@@ -97,34 +97,23 @@ class ComfyHost:
         tick: Tick,
     ) -> ComfySamples:
         self._lockstep = lockstep
-        prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
         denoises = _needs_denoiser(sites)
         share = 0.0 if self._denoiser.distilled else calibration.empty_share
-        if not denoises and share:
-            prompts = [[*some, ""] for some in prompts]
-        owners = [i for i, some in enumerate(prompts) for _ in some]
-        flat = [prompt for some in prompts for prompt in some]
+        empty = bool(share) and not denoises
+        owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
         if not denoises:
-            return self._as_samples(owners, flat)
-
+            return self._tokenized(TextRows.of(owners, prompts))
         latents, sigmas, schedule = self._denoiser.latents(
             owners,
-            lambda: self._texts_alone(owners, flat, sites, tick),
+            lambda: self._texts_alone(owners, prompts, sites, tick),
             calibration,
             lockstep,
             self._batch,
             generator,
             tick,
         )
-        count = sigmas.shape[1]
-        row_owners = [owner for owner in owners for _ in range(count)]
-        row_prompts = [prompt for prompt in flat for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=generator) < share
-        for row in empty.nonzero().flatten().tolist():
-            row_prompts[row] = ""
-        return self._as_samples(
-            row_owners, row_prompts, latents.flatten(0, 1), sigmas.flatten(), schedule
-        )
+        text, noisy = noisy_rows(owners, prompts, latents, sigmas, share, generator)
+        return self._tokenized(text, ScheduledRows(noisy.latents, noisy.times, schedule))
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(
@@ -134,18 +123,19 @@ class ComfyHost:
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self._found.modules
-        streams = transformer_streams(modules, sites, self.clip.cond_stage_model)
+        encoders = residual_streams(self.clip.cond_stage_model, modules, text_wirings.WIRINGS)
+        streams = in_changed_parts(encoders, sites)
         if _needs_denoiser(sites):
-            streams |= unet_streams(self.model.model.diffusion_model, modules)
+            denoiser = self.model.model.diffusion_model
+            streams |= residual_streams(denoiser, modules, unet.WIRINGS)
         return streams
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
-        assert self._lockstep is not None
-        owners, tokens = samples.text_owners, samples.tokens
+        text, tokens, noisy = samples.text, samples.tokens, samples.noisy
+        owners = text.text_owners
         batches = self._texts.batches(owners, tokens, self._found.names, sites)
         self._running = self._texts
         self._texts.load(self._wanted.get(self._texts, 0))
-        feeds = _needs_denoiser(sites)
         for batch in batches.values():
             if batch.sites:
                 name = f"text encoder {batch.name}"
@@ -154,50 +144,47 @@ class ComfyHost:
                     batch.sites,
                     batch.owners,
                     batch.run,
-                    feeds=feeds,
+                    feeds=noisy is not None,
                     kinds=batch.lengths,
                     lengths=batch.lengths,
                 )
             else:
                 batch.run_all(self._batch)
-        if not feeds:
+        if noisy is None:
             return
         conditionings = [
             self._texts.assemble(owners, tokens, batches, copy, self._lockstep)
             for copy in range(2)
             if all(batch.has(copy) for batch in batches.values())
         ]
-        assert samples.latents is not None
-        assert samples.sigmas is not None
-        assert samples.schedule is not None
-        latents, sigmas = samples.latents, samples.sigmas
+        latents = noisy.latents
         names = [site for site in sites if not site.startswith("text_encoder")]
         self._running = self._denoiser
         self._denoiser.load(
             latents.shape,
-            samples.schedule,
+            noisy.schedule,
             conditionings[0],
             _MEASURED_ROWS,
             self._wanted.get(self._denoiser, 0),
         )
         inputs = [
-            [self._denoiser.inputs(text, latents.shape) for text in some] for some in conditionings
+            [self._denoiser.inputs(cond, latents.shape) for cond in copy] for copy in conditionings
         ]
         kinds = [tuple(map(kind, copies)) for copies in zip(*inputs, strict=True)]
 
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
-            some = [inputs[copy][samples.text_rows[row]] for copy in range(copies) for row in rows]
-            self._denoiser.predict(latents[index], sigmas[index], some)
+            of_rows = [inputs[copy][text.text_rows[row]] for copy in range(copies) for row in rows]
+            self._denoiser.predict(latents[index], noisy.times[index], of_rows)
 
         yield Stage(
             "denoiser",
             names,
-            samples.owners,
+            text.owners,
             run,
             places=True,
-            kinds=[kinds[text] for text in samples.text_rows],
-            lengths=[size(inputs[0][text]) for text in samples.text_rows],
+            kinds=[kinds[row] for row in text.text_rows],
+            lengths=[size(inputs[0][row]) for row in text.text_rows],
         )
 
     def room(self, wanted: int) -> int:
@@ -205,34 +192,16 @@ class ComfyHost:
         self._wanted[self._running] = wanted
         return usable(self._running.room(wanted))
 
-    def _as_samples(
-        self,
-        owners: Sequence[int],
-        prompts: Sequence[str],
-        latents: Tensor | None = None,
-        sigmas: Tensor | None = None,
-        schedule: Tensor | None = None,
-    ) -> ComfySamples:
-        keys = list(zip(owners, prompts, strict=True))
-        pairs = {pair: index for index, pair in enumerate(dict.fromkeys(keys))}
-        return ComfySamples(
-            [owner for owner, _ in pairs],
-            self._texts.tokenize([prompt for _, prompt in pairs]),
-            owners,
-            [pairs[pair] for pair in keys],
-            latents,
-            sigmas,
-            schedule,
-        )
+    def _tokenized(self, text: TextRows, noisy: ScheduledRows | None = None) -> ComfySamples:
+        return ComfySamples(text, self._texts.tokenize(text.texts), noisy)
 
     def _texts_alone(
         self, owners: list[int], prompts: list[str], sites: Set[str], tick: Tick
     ) -> tuple[list[Conditioning], list[Conditioning]]:
         """The conditioning of every row with its own LoRA active, and each concept's empty one."""
-        assert self._lockstep is not None
         count = max(owners) + 1
-        rows = self._as_samples([*owners, *range(count)], [*prompts, *[""] * count])
-        pair_owners, tokens = rows.text_owners, rows.tokens
+        rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
+        pair_owners, tokens = rows.text_owners, self._texts.tokenize(rows.texts)
         batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
         self._texts.load()
         for batch in batches.values():

@@ -1,10 +1,9 @@
-"""Sites and LoRA files of a MODEL and CLIP, through ComfyUI's own key maps and adapters."""
+"""Sites of a MODEL and CLIP, and LoRA files for them: ComfyUI's key maps as our aliases."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,45 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from ..iteris_core.bases import Base, describe_base
+from ..iteris_core.architectures import Architecture, architecture_of_sites
+from ..iteris_core.architectures.pieces import Alias, Shapes, permuted, whole
+from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import IterisError, LoraFileError
-from ..iteris_core.lora import Lora, LowRank, concatenate
-from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.lora_files.dora import fold_magnitude
-from ..iteris_core.lora_files.embeddings import split_embeddings
-from ..iteris_core.lora_files.rebuild import Rebuilt, rebuild
-from ..iteris_core.lora_files.tensors import file_digest, read_tensors
-from ..iteris_core.truncation import extract
-from .peft_parts import as_comfyui_names_them
-
-_PARTS = {
-    "lora": ("up", "down", "alpha", "mid", "magnitude", "reshape"),
-    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
-             "magnitude"),
-    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b",
-             "lokr_t2", "magnitude"),
-}  # fmt: skip
-"""A ComfyUI adapter's name → what its ``weights`` are."""
+from ..iteris_core.lora import Lora
+from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
+from ..iteris_core.lora_files.aliases import kohya_names
+from ..iteris_core.lora_files.parts import split_key
 
 
 class ComfySites:
     """What a LoRA can change in a MODEL and CLIP.
 
     ``key_map`` is ComfyUI's, name in a LoRA file → weight key (and slice of it), with names added
-    that it lacks; ``names`` maps weight keys to sites, ``modules`` sites to modules.
+    that it lacks; ``names`` maps weight keys to sites, ``modules`` sites to modules. ``base`` has
+    the key map as aliases of the sites, and for every site one name that the stock loader takes.
     """
 
     def __init__(self, model: Any, clip: Any) -> None:
         self._model, self._clip = model, clip
-        self.key_map = _with_missing_names(_stock_key_map(model, clip))
+        stock = _stock_key_map(model, clip)
+        self.key_map = _with_missing_names(stock)
         self.names = _site_names(model, clip, set(map(_weight_key, self.key_map.values())))
         self.modules = {site: self._module(key) for key, site in self.names.items()}
         self._keys = {site: key for key, site in self.names.items()}
-        self._base = _known_base(model, self.modules)
+        shapes = {site: weight_shape(module) for site, module in self.modules.items()}
+        aliases: dict[str, Alias] = {}
+        self._refused: dict[str, str] = {}
+        for name, target in self.key_map.items():
+            if (site := self.names.get(_weight_key(target))) is None:
+                continue
+            alias = _alias(site, shapes, target)
+            if isinstance(alias, str):
+                self._refused[name] = alias
+            else:
+                aliases[name] = alias
+        kind = _architecture(model, shapes)
+        written = _names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
+        self.base = BaseModel(kind, shapes, aliases, written)
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Any file that ComfyUI reads, and those of diffusers that it reads only in part.
@@ -58,98 +61,22 @@ class ComfySites:
         Whatever would be left out is an error; with ``allow_partial`` it is a note.
         """
         path, options = Path(path), options or ReadOptions()
-        tensors, metadata = read_tensors(path)
-        embeddings, tensors = split_embeddings(path, tensors)
-        state = comfy.lora_convert.convert_lora(as_comfyui_names_them(path, tensors, metadata))
-        loaded = comfy.lora.load_lora(state, self.key_map, log_missing=False)
-        unread = self._unread(state, loaded)
-        if unread and not options.allow_partial:
-            raise LoraFileError(
-                f"{path}: {len(unread)} of {len(state)} keys match nothing in this MODEL and CLIP, "
-                f"such as {unread[0]} {tuple(state[unread[0]].shape)}; was the LoRA made for "
-                "another base model?"
-            )
-        notes = [f"left out: {key}" for key in unread]
-        counts: Counter[str] = Counter()
-        parts: dict[str, list[LowRank]] = {}
-        for target, adapter in loaded.items():
-            key = _weight_key(target)
-            if key not in self.names:
-                raise LoraFileError(f"{path}: {key} is no linear layer or 2D convolution.")
-            site = self.names[key]
-            change = self._change(path, site, target, adapter, options, counts)
-            if change is not None:
-                parts.setdefault(site, []).append(change)
-        if counts["extracted"]:
-            notes.append(f"{counts['extracted']} sites were not low rank and were extracted at "
-                         f"{options.energy:.4%} of their energy")  # fmt: skip
-        if counts["zero"]:
-            notes.append(f"{counts['zero']} sites have a change of exactly zero and are left out: "
-                         "they change nothing")  # fmt: skip
-        sites = {site: concatenate(some) for site, some in parts.items()}
-        return Lora(
-            sites,
-            path.stem,
-            metadata,
-            _name_of(path),
-            file_digest(path),
-            self._base,
-            notes=notes,
-            embeddings=embeddings,
-        )
+
+        def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            # BFL's, Wan-Fun's and USO's keys, and what later versions know.
+            converted = comfy.lora_convert.convert_lora(tensors)
+            for key in converted if not options.allow_partial else ():
+                name = (split_key(key, self._refused) or ("", ""))[0]
+                if name in self._refused:
+                    raise LoraFileError(f"{path}: {key} changes {self._refused[name]}.")
+            return converted
+
+        lora = read_lora_file(path, self.base, self._weight, options, convert)
+        return replace(lora, source=_name_of(path))
 
     def _module(self, key: str) -> nn.Module:
         root = self._model.model if _in_denoiser(key) else self._clip.cond_stage_model
         return root.get_submodule(key.removesuffix(".weight"))
-
-    def _unread(self, state: Mapping[str, Tensor], loaded: Mapping[Any, Any]) -> list[str]:
-        used = {key for adapter in loaded.values() for key in getattr(adapter, "loaded_keys", ())}
-        # Full differences are plain tuples there, which do not say where they are from.
-        used |= {f"{name}.diff" for name in self.key_map}
-        return [key for key in state if key not in used and not key.endswith(".alpha")]
-
-    def _change(
-        self,
-        path: Path,
-        site: str,
-        target: Any,
-        adapter: Any,
-        options: ReadOptions,
-        counts: Counter[str],
-    ) -> LowRank | None:
-        """The change of a site, or None if it is zero; pieces of it stand at their place in it."""
-        place = f"{path}: site {site}"
-        parts = _parts(place, adapter)
-        out, width, *window = shape = _shape(self.modules[site])
-        kernel = (window[0], window[1]) if window else None
-        offset, function = (None, None) if isinstance(target, str) else (*target[1:], None)[:2]
-        if offset is not None:
-            shape = tuple(offset[2] if i == offset[0] else n for i, n in enumerate(shape))
-        change = rebuild(parts, shape, None, place)
-        if "magnitude" in parts and options.magnitudes:
-            weight = self._weight(site)
-            if offset is not None:
-                weight = weight.narrow(*offset)
-            folded = fold_magnitude(change.matrix(), weight.flatten(1), parts, place)
-            change = Rebuilt(1.0, dense=folded)
-        if change.up is not None and change.down is not None:
-            up, down = change.up * change.scale, change.down
-        else:
-            dense = change.matrix()
-            if not bool(dense.any()):
-                counts["zero"] += 1
-                return None
-            low = extract(dense, options.energy)[0]
-            up, down = low.up, low.down
-            counts["extracted"] += 1
-        if not bool(up.any()) or not bool(down.any()):
-            counts["zero"] += 1
-            return None
-        if function is not None:
-            up = function(up)
-        if offset is not None:
-            up, down = _at(offset, up, down, (out, width * math.prod(window)))
-        return LowRank(up, down, kernel)
 
     def _weight(self, site: str) -> Tensor:
         """The base's weight in float32, with the LoRAs that are on it already."""
@@ -233,18 +160,51 @@ def _site_names(model: Any, clip: Any, keys: set[str]) -> dict[str, str]:
     return names
 
 
-def _known_base(model: Any, sites: Mapping[str, Any]) -> Base | None:
-    """What the file writer takes a UNet's names from; other denoisers' are kohya's already."""
-    if not comfy.utils.unet_to_diffusers(model.model.model_config.unet_config):
-        return None
-    return describe_base({site: _shape(module) for site, module in sites.items()})
+def _architecture(model: Any, shapes: Shapes) -> Architecture:
+    """A UNet's, whose sites have diffusers' names; of others their class's name is all there is."""
+    unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    kind = architecture_of_sites(shapes) if unet else None
+    return kind or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
 
 
-def _shape(module: Any) -> tuple[int, ...]:
-    """Of the weight, which may be stored in another shape where it is quantised."""
-    if isinstance(module, nn.Conv2d):
-        return (module.out_channels, module.in_channels, *module.kernel_size)
-    return (module.out_features, module.in_features)
+def _alias(site: str, shapes: Shapes, target: Any) -> Alias | str:
+    """What a name of ComfyUI's key map stands for, or what it would change that no alias can say.
+
+    ``target`` is a weight key, or (key, (dimension, start, length) or None[, function on the
+    change]), of which ComfyUI has swaps of the halves of the rows.
+    """
+    if isinstance(target, str):
+        return whole(site, shapes)
+    offset, function = (*target[1:], None)[:2]
+    dimension, start, length = offset or (0, 0, shapes[site][0])
+    if dimension != 0:
+        return f"columns {start} to {start + length} of {site}, which is not read here"
+    rows = torch.arange(length)[:, None]
+    if function is None:
+        return permuted(site, range(length), start)
+    try:
+        order = function(rows).flatten()
+    except Exception as error:  # it may want more than one column
+        return f"{site} by a function that is not known here ({error})"
+    if order.dtype != rows.dtype or order.sort().values.tolist() != list(range(length)):
+        return f"{site} by a function that is no order of its rows, which is not read here"
+    return permuted(site, order.tolist(), start)
+
+
+def _names_to_write(
+    kind: Architecture, shapes: Shapes, stock: Mapping[str, Alias]
+) -> dict[str, Alias]:
+    """One name of every site: sd-scripts' where the stock key map has it, else another of kohya's,
+    else ComfyUI's generic one (``text_encoders.…``)."""
+    written = {n: a for n, a in kohya_names(kind, shapes).items() if stock.get(n) == a}
+    named = {alias[0].site for alias in written.values()}
+    for prefix in ("lora_unet_", "lora_te", "lora_", "text_encoders.", ""):
+        for name, alias in stock.items():
+            site = alias[0].site
+            if name.startswith(prefix) and site not in named and alias == whole(site, shapes):
+                written[name] = alias
+                named.add(site)
+    return written
 
 
 def _is_site(root: nn.Module, path: str) -> bool:
@@ -254,29 +214,3 @@ def _is_site(root: nn.Module, path: str) -> bool:
         return False
     # Quantised layers are no nn.Linear, but say how wide they are.
     return isinstance(module, nn.Conv2d) or hasattr(module, "in_features")
-
-
-def _parts(place: str, adapter: Any) -> dict[str, Tensor]:
-    """The tensors of what ComfyUI loaded, by the names of :mod:`iteris_core.lora_files.parts`."""
-    if isinstance(adapter, tuple) and adapter[0] == "diff":
-        return {"diff": adapter[1][0]}
-    kind = getattr(adapter, "name", "a replaced weight")
-    parts = dict(zip(_PARTS.get(kind, ()), getattr(adapter, "weights", ()), strict=False))
-    if not parts or parts.pop("reshape", None) is not None:
-        raise LoraFileError(
-            f"{place} is changed by {kind}, which a LoRA cannot represent; merge without this file."
-        )
-    found = {name: part for name, part in parts.items() if part is not None}
-    if "alpha" in found:
-        found["alpha"] = torch.tensor(float(found["alpha"]))
-    return found
-
-
-def _at(
-    offset: tuple[int, int, int], up: Tensor, down: Tensor, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Factors of a whole weight from those of a slice of it, such as q in a fused qkv."""
-    dim, start, length = offset
-    end = shape[dim] - start - length
-    pad = nn.functional.pad
-    return (pad(up, (0, 0, start, end)), down) if dim == 0 else (up, pad(down, (start, end)))

@@ -18,9 +18,9 @@ import comfy.sd1_clip
 import torch
 from torch import Tensor
 
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lockstep import Lockstep, MicroBatch
-from ..iteris_core.methods.batching import chunks
+from ..iteris_core.passes.batches import chunks
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 

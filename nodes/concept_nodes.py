@@ -8,11 +8,13 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..iteris_core.concepts import PRESERVE_WEIGHT
 from ..iteris_core.errors import IterisError
 from .concept_specs import ConceptSpec, make_spec, prompt_lines
 from .schema import Concepts, LoraStack, advanced, schema
 
 _NONE = "none"
+_SAME_STRENGTH = -11.0  # below any strength that is used: a number cannot be none
 
 
 def _previous() -> Any:
@@ -88,6 +90,17 @@ class IterisConcept(io.ComfyNode):
                         "stands for the trigger.",
                     )
                 ),
+                # Optional and last: graphs that were saved without it keep their values' places.
+                io.Float.Input(
+                    "strength_clip",
+                    default=_SAME_STRENGTH,
+                    min=_SAME_STRENGTH,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Strength of what the LoRA changes in the text encoders; 0 leaves it "
+                    "out. -11, the least, stands for the same as strength.",
+                ),
                 _previous(),
             ],
             outputs=[_output()],
@@ -103,6 +116,7 @@ class IterisConcept(io.ComfyNode):
         weight: float,
         prompts: str,
         embedding: str,
+        strength_clip: float = _SAME_STRENGTH,
         concepts: tuple[ConceptSpec, ...] = (),
     ) -> io.NodeOutput:
         spec = make_spec(
@@ -111,6 +125,7 @@ class IterisConcept(io.ComfyNode):
             class_word=class_word,
             prompts=prompts,
             strength=strength,
+            clip_strength=None if strength_clip <= _SAME_STRENGTH else strength_clip,
             weight=weight,
             # A prompt names it by its path below models/embeddings.
             embedding="" if embedding == _NONE else Path(embedding).with_suffix("").as_posix(),
@@ -134,7 +149,7 @@ class ConceptsFromStack(io.ComfyNode):
                 LoraStack.Input(
                     "lora_stack",
                     tooltip="(name, model strength, clip strength) of each LoRA, as LoRA stackers "
-                    "of other packs give it. The model strength is used.",
+                    "of other packs give it.",
                 ),
                 _previous(),
             ],
@@ -146,8 +161,12 @@ class ConceptsFromStack(io.ComfyNode):
         cls, lora_stack: list[tuple[Any, ...]] | None, concepts: tuple[ConceptSpec, ...] = ()
     ) -> io.NodeOutput:
         specs = [
-            make_spec(_lora(str(name)), strength=float(strength))
-            for name, strength, *_ in lora_stack or ()
+            make_spec(
+                _lora(str(name)),
+                strength=float(strength),
+                clip_strength=float(clip[0]) if clip else None,
+            )
+            for name, strength, *clip in lora_stack or ()
             if name and name != "None"
         ]
         return io.NodeOutput((*concepts, *specs))
@@ -170,7 +189,7 @@ class PreservePrompts(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "weight",
-                    default=0.2,
+                    default=PRESERVE_WEIGHT,
                     min=0.0,
                     max=100.0,
                     step=0.05,

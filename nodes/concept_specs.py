@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from ..iteris_core.calibration import Concept
+from ..iteris_core.concepts import Concept, words_of
 from ..iteris_core.errors import LoraFileError
 from ..iteris_core.lora import Lora
-from ..iteris_core.lora_files.metadata import trigger_words
 
 
 class Reader(Protocol):
@@ -23,6 +21,7 @@ class Reader(Protocol):
 class ConceptSpec:
     """A :class:`Concept` with a file instead of a LoRA; ``file=None`` keeps the base as it is.
 
+    ``clip_strength`` is that of its part in the text encoders (None: the same as ``strength``).
     ``changed`` is the file's time stamp: a rewritten file is another concept.
     """
 
@@ -33,11 +32,19 @@ class ConceptSpec:
     strength: float = 1.0
     weight: float = 1.0
     changed: int = 0
+    clip_strength: float | None = None
+    subjects: tuple[str, ...] = ()
 
     def read(self, reader: Reader) -> Concept:
-        lora = reader.read_lora(self.file) if self.file else None
         return Concept(
-            lora, self.prompts, self.trigger, self.class_word, self.strength, self.weight
+            reader.read_lora(self.file) if self.file else None,
+            self.prompts,
+            self.trigger,
+            self.class_word,
+            self.strength,
+            self.weight,
+            text_strength=self.clip_strength,
+            subjects=self.subjects,
         )
 
 
@@ -48,15 +55,18 @@ def make_spec(
     class_word: str = "",
     prompts: str = "",
     strength: float = 1.0,
+    clip_strength: float | None = None,
     weight: float = 1.0,
     embedding: str = "",
 ) -> ConceptSpec:
-    """Empty trigger and class word are taken from the file; an embedding stands for the trigger."""
+    """Empty trigger and class word are taken from the file; an embedding stands for the trigger,
+    of a file with several phrases for all of them."""
     trigger, class_word = trigger.strip(), class_word.strip()
+    subjects: tuple[str, ...] = ()
     if not (trigger or class_word or prompts.strip()):
-        trigger, class_word = words_of(read_metadata(file))
+        trigger, class_word, subjects = words_of(read_metadata(file))
     if embedding:
-        trigger = f"embedding:{embedding}"
+        trigger, subjects = f"embedding:{embedding}", ()
     return ConceptSpec(
         file,
         prompt_lines(prompts) or None,
@@ -65,6 +75,8 @@ def make_spec(
         strength,
         weight,
         file.stat().st_mtime_ns,
+        clip_strength,
+        subjects,
     )
 
 
@@ -80,11 +92,3 @@ def read_metadata(file: Path) -> dict[str, str]:
         raise LoraFileError(
             f"{file} is not a whole safetensors file ({error}); download or save it again."
         ) from error
-
-
-def words_of(metadata: Mapping[str, str]) -> tuple[str, str]:
-    """(trigger, class word) as far as a LoRA file tells, its best phrase split at the first blank:
-    "sks dog" → ("sks", "dog")."""
-    phrase = next(iter(trigger_words(metadata)), "")
-    trigger, _, class_word = phrase.partition(" ")
-    return trigger, class_word.strip()

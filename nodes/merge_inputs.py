@@ -1,13 +1,79 @@
-"""Inputs that the merging nodes share; those of the advanced group are folded in the front end."""
+"""Inputs that the merging nodes share, made from the settings' own declarations.
+
+Those of the advanced group are folded in the front end. A number cannot be none there: 0 stands
+for it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
+from ..iteris_core.concepts import Calibration
 from ..iteris_core.lora_files import DTYPES
+from ..iteris_core.methods.iteris_settings import IterisSettings
+from ..iteris_core.presets import PRESETS, PresetName, preset_settings
+from ..iteris_core.settings import Settings, declared_settings
 from .schema import Concepts, advanced
+
+
+def setting_input(owner: type[Settings], name: str, *, none: str = "") -> Any:
+    """The input of a setting; ``none`` is said of 0, if ComfyUI differs there."""
+    declared = declared_settings(owner)[name]
+    none = none or declared.none
+    tooltip = f"{declared.help} 0: {none}." if none else declared.help
+    default = 0 if declared.default is None else declared.default
+    if declared.kind is bool:
+        return io.Boolean.Input(name, default=default, tooltip=tooltip)
+    if declared.kind is str:
+        return io.Combo.Input(
+            name, options=list(declared.choices), default=default, tooltip=tooltip
+        )
+    limits = {
+        "default": declared.kind(default),
+        "min": declared.kind(0 if declared.optional else declared.low or 0),
+        "max": declared.kind(declared.most or declared.high or 1),
+        "tooltip": tooltip,
+    }
+    if declared.kind is int:
+        return io.Int.Input(name, **limits, control_after_generate=False)
+    return io.Float.Input(name, **limits, step=declared.step or 0.05, round=False)
+
+
+def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not the settings' defaults, 0 as none where that is meant."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        declared = declared_settings(owner)[name]
+        value = None if declared.optional and value == 0 else value
+        if value != declared.default:
+            found[name] = value
+    return found
+
+
+def calibration_of(values: Mapping[str, Any], preset: PresetName = "default") -> Calibration:
+    """What the inputs say over what the preset says."""
+    given = {**PRESETS[preset].calibration, **changed(Calibration, values)}
+    return Calibration.from_mapping(given)
+
+
+def settings_of(method: str, values: Mapping[str, Any], preset: PresetName) -> dict[str, Any]:
+    """``values`` are of ``iteris``; of them, other methods take the rank alone. ComfyUI cannot
+    polish, so a preset does not either."""
+    if method != "iteris":
+        values = {"rank": values["rank"]}
+    settings = {**preset_settings(preset, method), **changed(IterisSettings, values)}
+    settings.pop("polish_steps", None)
+    return settings
+
+
+def left_out(method: str, preset: PresetName) -> str:
+    """What a report has to say of the preset."""
+    if preset_settings(preset, method).get("polish_steps"):
+        return f"\n  Without the polish of the preset {preset}: ComfyUI keeps no gradients."
+    return ""
 
 
 def model_inputs() -> list[Any]:
@@ -19,99 +85,43 @@ def model_inputs() -> list[Any]:
 
 
 def sampling_inputs() -> list[Any]:
-    return [
-        io.Int.Input(
-            "samples",
-            default=50,
-            min=1,
-            max=1000,
-            tooltip="Prompts per concept on which features are collected. Below 20 the merge "
-            "fits its prompts too closely.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=False,
-            tooltip="Decides prompts and latents. The same seed gives the same LoRA.",
-        ),
-    ]
+    return [setting_input(Calibration, name) for name in ("samples", "seed")]
 
 
 def latent_inputs() -> list[Any]:
     return advanced(
-        io.Int.Input(
-            "timesteps",
-            default=4,
-            min=1,
-            max=10,
-            tooltip="Latents per prompt, from different steps of denoising.",
-        ),
-        io.Int.Input(
-            "latent_size",
-            default=0,
-            min=0,
-            max=256,
-            tooltip="Side of the latents, an eighth of the picture's. 0 stands for 64.",
-        ),
-        io.Combo.Input(
-            "latents",
-            options=["denoising", "noise"],
-            default="denoising",
-            tooltip="denoising runs each LoRA's own ten steps. noise skips them: quick, a little "
-            "worse.",
-        ),
+        setting_input(Calibration, "timesteps"),
+        setting_input(Calibration, "latent_size", none="64 (512 pixels)"),
+        setting_input(Calibration, "latents"),
     )
 
 
 def advanced_inputs() -> list[Any]:
     return advanced(
-        io.Combo.Input(
-            "schedule",
-            options=["sweep", "jacobi"],
-            default="sweep",
-            tooltip="sweep solves every layer once, in order. jacobi is the paper's iteration: the "
-            "same result, later.",
-        ),
-        io.Float.Input(
-            "ridge",
-            default=0.0,
-            min=0.0,
-            max=0.5,
-            step=1e-7,
-            round=False,
-            tooltip="How strongly a layer is drawn toward the plain LoRAs. 0 chooses by the number "
-            "of samples (0.000001 from 50 on). Above 0.001 it gives most of the merge away.",
-        ),
-        io.Combo.Input(
-            "balance",
-            options=["tokens", "adapter", "full", "none"],
-            default="tokens",
-            tooltip="What evens out the concepts: the number of tokens, the size of each LoRA's "
-            "own outputs (paper), the layer's whole output, or nothing.",
-        ),
-        io.Boolean.Input(
-            "repair",
-            default=True,
-            tooltip="Also changes layers that no LoRA changes, to take out what the concepts leave "
-            "of each other: nearer to each LoRA alone, in a larger file.",
+        *(
+            setting_input(IterisSettings, name)
+            for name in ("schedule", "ridge", "weighting", "repair")
         ),
         *latent_inputs(),
-        io.Int.Input(
-            "rank",
-            default=0,
-            min=0,
-            max=1024,
-            tooltip="Largest rank of the merged LoRA. 0 keeps the sum of the LoRAs' ranks.",
-        ),
+        setting_input(IterisSettings, "rank"),
         io.Combo.Input(
             "dtype",
             options=list(DTYPES),
             default="float16",
             tooltip="Precision of the merged LoRA.",
         ),
-        *memory_inputs(),
+    )
+
+
+def preset_input() -> Any:
+    """Optional and last: graphs that were saved without it keep the places of their values."""
+    helps = " ".join(f"{name}: {PRESETS[name].help}" for name in get_args(PresetName))
+    return io.Combo.Input(
+        "preset",
+        options=list(PRESETS),
+        default="default",
+        optional=True,
+        tooltip=f"{helps} Inputs that you change go over it. The figures are the toybox's.",
     )
 
 

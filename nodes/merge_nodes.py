@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.calibration import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files.saving import save_atomically
+from ..iteris_core.lora_files.tensors import save_atomically
 from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.report_plots import plot_residuals
+from ..iteris_core.presets import PresetName
+from ..iteris_core.report.inspection import describe, interference, numbered, to_table
+from ..iteris_core.report.plots import plot_interference, plot_residuals
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
-from .interference import interference, plot_interference
-from .lora_rank import at_rank, metadata_at_rank
+from .lora_rank import cut_tensors
 from .merge_inputs import (
     advanced_inputs,
     budget_of,
+    calibration_of,
     latent_inputs,
+    left_out,
     memory_inputs,
     model_inputs,
+    preset_input,
     sampling_inputs,
+    settings_of,
 )
 from .merging import as_lora_model, merge_on
 from .pictures import figure_image, text_image
@@ -55,6 +61,8 @@ class IterisMerge(io.ComfyNode):
                 ),
                 *sampling_inputs(),
                 *advanced_inputs(),
+                preset_input(),
+                *memory_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
@@ -85,21 +93,22 @@ class IterisMerge(io.ComfyNode):
         timesteps: int,
         latent_size: int,
         latents: str,
-        rank: int,
         dtype: str,
+        preset: PresetName = "default",
         memory: float = 0.0,
-        **settings: Any,
+        **values: Any,
     ) -> io.NodeOutput:
-        calibration = Calibration(
-            samples=samples,
-            timesteps=timesteps,
-            latents=latents,  # type: ignore[arg-type]
-            latent_size=latent_size or None,
-            seed=seed,
+        calibration = calibration_of(
+            {
+                "samples": samples,
+                "seed": seed,
+                "timesteps": timesteps,
+                "latent_size": latent_size,
+                "latents": latents,
+            },
+            preset,
         )
-        # Ridge, balance, schedule and repair mean something else, or nothing, to the other methods.
-        own = {**settings, "ridge": settings["ridge"] or None} if method == "iteris" else {}
-        settings = {"rank": rank or None, **own}
+        settings = settings_of(method, values, preset)
         result = merge_on(
             model,
             clip,
@@ -111,7 +120,7 @@ class IterisMerge(io.ComfyNode):
             memory_budget=budget_of(memory),
         )
         lora = as_lora_model(result, concepts, dtype)
-        report = result.report.summary()
+        report = result.report.summary() + left_out(method, preset)
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
 
@@ -167,12 +176,14 @@ class CompareMerges(io.ComfyNode):
         latents: str,
         memory: float = 0.0,
     ) -> io.NodeOutput:
-        calibration = Calibration(
-            samples=samples,
-            timesteps=timesteps,
-            latents=latents,  # type: ignore[arg-type]
-            latent_size=latent_size or None,
-            seed=seed,
+        calibration = calibration_of(
+            {
+                "samples": samples,
+                "seed": seed,
+                "timesteps": timesteps,
+                "latent_size": latent_size,
+                "latents": latents,
+            }
         )
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
@@ -242,8 +253,7 @@ class SaveMergedLora(io.ComfyNode):
         tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
         if rank:
             ordered = getattr(lora, "ordered", False)
-            tensors = at_rank(tensors, rank, ordered=ordered)
-            metadata = metadata_at_rank(metadata, tensors, rank, ordered=ordered)
+            tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = _new_file(filename_prefix)
         save_atomically(tensors, file, metadata)
         show_text(f"Saved {file}", cls.hidden.unique_id)
@@ -273,9 +283,16 @@ class InspectLoras(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...]) -> io.NodeOutput:
         host = ComfyHost(model, clip)
-        found = interference([spec.read(host) for spec in concepts])
-        show_text(found.table(), cls.hidden.unique_id)
-        return io.NodeOutput(figure_image(plot_interference(found)), found.table())
+        named = [(concept.name, concept.lora) for concept in (c.read(host) for c in concepts)]
+        loras = numbered([replace(lora, name=name) for name, lora in named if lora is not None])
+        if len(loras) < 2:
+            raise IterisError("Inspect LoRAs compares LoRAs: connect two concepts or more.")
+        pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+        if not any(pair.shared for pair in pairs):
+            raise IterisError("The LoRAs change no site in common; they cannot interfere.")
+        table = to_table([describe(lora) for lora in loras], pairs)
+        show_text(table, cls.hidden.unique_id)
+        return io.NodeOutput(figure_image(plot_interference(pairs)), table)
 
 
 def _new_file(prefix: str) -> tuple[Path, str]:

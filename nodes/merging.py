@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
-from ..iteris_core.calibration import Calibration
+from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import to_tensors
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
-from ..iteris_core.provenance import is_ordered
+from ..iteris_core.report.provenance import is_ordered
+from ..iteris_core.settings import find_setting
+from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_host import ComfyHost, ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
-from .concept_specs import ConceptSpec, read_metadata
+from .concept_specs import ConceptSpec
 
 _ROWS = 32
 _log = logging.getLogger(__name__)
@@ -49,14 +49,16 @@ def merge_on(
     node_id: str | None = None,
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
+    policy: Policy = POLICY,
 ) -> MergeResult:
     """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
     ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
     says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
-    that ``method`` does not have are left out. Raises :class:`IterisError` where it cannot fit.
+    that ``method`` does not have are left out; ``policy`` holds the thresholds. Raises
+    :class:`IterisError` where it cannot fit.
     """
-    names = find_method(method).settings.__dataclass_fields__  # type: ignore[attr-defined]
+    kind = find_method(method).settings
     on_progress = show_progress(node_id)
     while True:
         given = {**settings, "micro_batch": rows}
@@ -71,10 +73,12 @@ def merge_on(
                     host,
                     [spec.read(host) for spec in specs],
                     method,
-                    settings={name: given[name] for name in names if name in given},
+                    settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=memory_budget,
+                    policy=policy,
+                    unreached="mean",  # as the stock loader, which loads what no forward uses
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -94,12 +98,8 @@ def merge_on(
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
     """What ``result`` is once it is saved and loaded again."""
-    with torch.inference_mode(False), tempfile.TemporaryDirectory() as folder:
-        path = result.save(Path(folder) / "merged.safetensors", dtype=dtype)
-        # Tensors that stayed mapped onto the file would keep Windows from deleting it.
-        tensors, metadata = load(path.read_bytes()), read_metadata(path)
-    words = [f"{spec.trigger} {spec.class_word}".strip() for spec in specs if spec.file]
-    metadata["modelspec.trigger_phrase"] = ", ".join(word for word in words if word)
+    with torch.inference_mode(False):
+        tensors, metadata = to_tensors(result.lora, dtype=dtype)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
-from iteris_core.hosts import Stage
-from iteris_core.memory import free_memory, usable
+from iteris_core.activations.meter import free_memory, usable
+from iteris_core.hosts.protocol import Stage
 
 
 class Net(nn.Module):

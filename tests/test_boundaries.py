@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN section 4), and what the core may not need."""
+"""What import-linter (``make lint``) does not see: how modules import, and what nodes import."""
 
 from __future__ import annotations
 
@@ -10,62 +10,6 @@ from pathlib import Path
 import iteris_core
 
 ROOT = Path(iteris_core.__file__).parent
-LAYERS = (
-    *(
-        "errors",
-        "bases",
-        "lora",
-        "memory",
-        "moments",
-        "truncation",
-        "directions",
-        "lora_files",
-        "factor",
-        "residuals",
-        "solve",
-        "solve_rows",
-        "solve_memory",
-        "focus",
-        "visit",
-        "shards",
-        "lockstep",
-    ),
-    "calibration",
-    *(
-        "collector",
-        "report",
-        "inspection",
-        "report_plots",
-        "provenance",
-        "hosts",
-        "methods",
-        "merge",
-        "score",
-        "cli",
-        "__main__",
-    ),
-)
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of this package, by first name, that a file imports when it is loaded."""
-    package = path.relative_to(ROOT).parent.parts
-    found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
-            names = [base] if node.module else [(*base[:-1], a.name) for a in node.names]
-            found |= {next(part for part in name if part) for name in names}
-    return found
-
-
-def test_imports_only_point_downward():
-    for path in ROOT.rglob("*.py"):
-        name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if name == "__init__":
-            continue
-        for other in imports_of(path) - {name}:
-            assert LAYERS.index(other) < LAYERS.index(name), f"{path} imports {other}"
 
 
 def test_the_package_imports_itself_relatively_and_nothing_of_comfyui():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
-from iteris_core.calibration import TEMPLATES, concept_prompts
+from iteris_core.concepts import TEMPLATES, Words, concept_prompts, words_of
 
 
 def prompts(concept, **kwargs):
@@ -24,6 +24,38 @@ def test_own_prompts_are_used_as_they_are_and_evenly():
     made = prompts(Concept(None, prompts=["a", "b", "c"]), samples=7)
     assert sorted(made.count(p) for p in "abc") == [2, 2, 3]
     assert prompts(Concept(None, prompts=[""]), samples=2) == ["", ""]
+
+
+def test_every_phrase_has_its_turn():
+    concept = Concept(Lora({}), subjects=["sks cat", "zwx dog", "abc bird"])
+    made = prompts(concept, samples=31)
+    assert [sum(phrase in prompt for prompt in made) for phrase in concept.subjects] == [11, 10, 10]
+    assert [next(i for i, s in enumerate(concept.subjects) if s in p) for p in made[:6]] == [
+        0, 1, 2, 0, 1, 2,
+    ]  # fmt: skip
+    assert concept.subject == "sks cat and zwx dog and abc bird"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, Words(subjects=("sks cat", "zwx dog"))),
+        ({"modelspec.trigger_phrase": "sks cat"}, Words("sks", "cat")),
+        ({"ss_dataset_dirs": '{"10_sks big dog": {"n_repeats": 10}}'}, Words("sks", "big dog")),
+        ({"iteris": '{"concepts": [3, {"lora": null, "trigger": "preserve"}]}'}, Words()),
+        (
+            {
+                "modelspec.trigger_phrase": "sks, zwx",
+                "iteris": '{"concepts": [{"lora": "a", "trigger": "sks", "class": "cat"}, '
+                '{"lora": "b", "subjects": ["zwx dog", "a b"]}, {"lora": null, "trigger": "k"}]}',
+            },
+            Words(subjects=("sks cat", "zwx dog", "a b")),
+        ),
+        ({}, Words()),
+    ],
+)
+def test_the_words_of_a_file(metadata, words):
+    assert words_of(metadata) == words
 
 
 def test_no_prompts_are_errors():

@@ -10,11 +10,12 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
-from iteris_core.cli.common import parse_concept
+from iteris_core.cli.options import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
 
 
@@ -72,7 +73,7 @@ def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
     code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra))
     assert code == 0
     report = json.loads(text)
-    assert report["settings"]["align"] == "adapter"
+    assert report["settings"]["objective"] == "adapter"
     assert report["concepts"] == ["s0", "s1", "preserve"]
     assert {site["rank"] for site in report["sites"].values()} == {3}
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in load_file(out))
@@ -216,11 +217,16 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(
         (["--set=rank=-4"], "rank must be at least 1, not -4"),
         (["--set=align=both"], "align must be one of"),
         (["--set=ranks=4"], "names are"),
+        (["--set=micro_batch=abc"], "micro_batch must be a whole number, at least 1, not 'abc'"),
+        (["--set=micro_batch=2.5"], "micro_batch must be a whole number"),
+        (["--set=repair=maybe"], "repair must be true or false, not 'maybe'"),
+        (["--set=guidance=-1"], "guidance must be at least 0"),
+        (["--preset=quick"], "Invalid value for '--preset'"),
         (["--samples=0"], "samples must be at least 1"),
-        (["--latents=pictures"], "latents must be"),
+        (["--latents=pictures"], "Invalid value for '--latents'"),
         (["--method=magic"], "There is no method 'magic'"),
-        (["--layout=zip"], "layout must be"),
-        (["--dtype=int4"], "dtype must be"),
+        (["--layout=zip"], "Invalid value for '--layout'"),
+        (["--dtype=int4"], "Invalid value for '--dtype'"),
         (["--concept=nothing"], "is not FILE:TRIGGER:CLASS"),
         (["--preserve=/nowhere.txt"], "does not exist"),
     ],
@@ -275,6 +281,45 @@ def test_windows_paths_and_strengths():
     option = parse_concept("a/cat.safetensors:sks:cat:0.5")
     assert (option.trigger, option.class_word, option.strength) == ("sks", "cat", 0.5)
     assert parse_concept("cat.safetensors:sks:").class_word == ""
+
+
+def test_presets_and_what_preserve_prompts_weigh(world, tmp_path, monkeypatch, capsys):
+    files = [world / "lora1.safetensors", world / "lora2.safetensors"]
+    kept = tmp_path / "kept.txt"
+    kept.write_text("a cat\n")
+    out = tmp_path / "out.safetensors"
+    extra = ["--json", "--preset=paper", "--set=iterations=2", f"--preserve={kept}"]
+    code, text, err = run(
+        monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra)
+    )
+    assert code == 0, err
+    report = json.loads(text)
+    assert report["settings"]["weighting"] == "adapter"
+    assert report["settings"]["iterations"] == 2
+    assert report["calibration"]["samples"] == 3
+    assert report["calibration"]["empty_share"] == 0
+    assert report["converged"] is False
+    extra = ["--overwrite", f"--preserve={kept}"]
+    for weight, more in ((0.2, []), (0.7, ["--preserve-weight=0.7"])):
+        arguments = merge_arguments(world, *files, out=out, extra=[*extra, *more])
+        assert run(monkeypatch, capsys, *arguments)[0] == 0
+        with safe_open(out, "pt") as file:
+            concepts = json.loads(file.metadata()["iteris"])["concepts"]
+        assert [concept["weight"] for concept in concepts] == [1.0, 1.0, weight]
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "compare", "score", "methods", "demo"])
+def test_help_of_every_command(monkeypatch, capsys, command):
+    code, text, _ = run(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert "--help" in text
+
+
+def test_one_method_in_full(monkeypatch, capsys):
+    code, text, _ = run(monkeypatch, capsys, "methods", "iteris")
+    assert code == 0
+    for word in ("weighting", "balance", "eq. 8", "jacobi"):
+        assert word in text
 
 
 def test_help_of_the_installed_command():

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from reductions import by_moments
 from tiny import random_lora, two_concepts
 
-import iteris_core.collector as collector
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.directions import directions_of, find_directions, target_rows
-from iteris_core.lora import LowRank
-from iteris_core.moments import (
-    InputMoments,
-    SharedInputs,
-    add_target_rows,
-    new_target,
-)
-from iteris_core.solve import solve_site
-from iteris_core.visit import TokenChoice, Visit
+from iteris_core.activations.collect import SweepCollector
+from iteris_core.activations.site import site_of
+from iteris_core.activations.tokens import Observation, TokenChoice
+from iteris_core.errors import IterisError
+from iteris_core.lora import LowRank, SiteChanges
+from iteris_core.solve.choose import POLICY, Policy
+from iteris_core.solve.directions import OTHERS
+from iteris_core.solve.directions import find_directions as found_directions
+from iteris_core.solve.problem import Fit
 
 OUT, WIDTH, RANK = 60, 40, 3
-CPU = torch.device("cpu")
+
+
+def find_directions(changes, targets, count):
+    return found_directions(SiteChanges.of(changes), targets, count)
+
+
+class Few(Policy):
+    """Directions at every site, a few more than the rank; never rows."""
+
+    def directions(self, out, width, rank):
+        return min(out, rank + 4)
+
+    def rows_are_fewer(self, tokens, out, width):
+        return False
 
 
 def problem(noise=0.0, beyond=2, dtype=torch.float64):
@@ -40,23 +54,14 @@ def problem(noise=0.0, beyond=2, dtype=torch.float64):
     return changes, inputs, targets
 
 
-def solved(changes, inputs, targets, directions, ridge=1e-4, **settings):
-    shared = SharedInputs([InputMoments(x.mT @ x, None, len(x)) for x in inputs])
-    moments = []
-    for change, x, t in zip(changes, inputs, targets, strict=True):
-        moments.append(
-            new_target(
-                OUT, WIDTH, change, full=True, directions=directions, dtype=t.dtype, device=CPU
-            )
-        )
-        add_target_rows(moments[-1], t, x)
-    settings = {"balance": "tokens", "rank": None, "align": "full", **settings}
-    return solve_site(changes, shared, moments, [1.0, 0.5], ridge=ridge, **settings)
+def solved(changes, inputs, targets, directions, ridge=1e-4, weighting="tokens", **settings):
+    reduction = by_moments(changes, inputs, targets, weighting, directions)
+    return reduction.solve(Fit([1.0, 0.5], ridge, weighting, **settings))
 
 
 @pytest.mark.parametrize("rank", [None, 4, 0.99])
 @pytest.mark.parametrize(
-    "other", [{}, {"shrink": 0.7}, {"ridge": 0.0}, {"balance": "none", "exact": False}]
+    "other", [{}, {"shrink": 0.7}, {"ridge": 0.0}, {"weighting": "none", "dtype": torch.float64}]
 )
 def test_directions_that_hold_all_give_the_same(rank, other):
     changes, inputs, targets = problem()
@@ -69,7 +74,7 @@ def test_directions_that_hold_all_give_the_same(rank, other):
     rows = torch.cat(inputs)
     outputs = [rows @ solution.change.dense().mT for solution in (found, wanted)]
     assert (outputs[0] - outputs[1]).norm() <= 1e-6 * outputs[1].norm()
-    for name in ("balance", "before", "after"):
+    for name in ("weighting", "before", "after"):
         assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-5, abs=1e-6)
     assert found.condition == pytest.approx(wanted.condition)
     assert found.truncated == pytest.approx(wanted.truncated, abs=1e-8)
@@ -119,40 +124,31 @@ def test_a_sample_of_few_tokens_gives_as_many_directions():
 
 
 def test_they_are_taken_where_they_spare_much():
-    assert directions_of(1280, 1280, 64) == 96
-    assert target_rows(1280, 1280, 64) == 104
-    assert directions_of(320, 320, 96) is None  # hardly fewer
-    assert directions_of(128, 512, 16) is None  # small
-    assert target_rows(128, 512, 16) == 128
+    assert POLICY.directions(1280, 1280, 64) == 96
+    assert OTHERS == 8
+    assert POLICY.directions(320, 320, 96) is None  # hardly fewer
+    assert POLICY.directions(128, 512, 16) is None  # small
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
 @pytest.mark.parametrize("row_tokens", [None, 9])
-def test_a_merge_in_directions_is_the_same_for_any_micro_batch(
-    host64, monkeypatch, micro_batch, row_tokens
-):
-    counts = []
-
-    def few(out, width, rank):
-        counts.append(min(out, rank + 4))
-        return counts[-1]
-
+def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_batch, row_tokens):
     concepts = two_concepts(host64)
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
 
-    def merge(micro_batch):
+    def merge(micro_batch, policy):
         settings = {
             "statistics": "float64",
             "ridge": 1e-3,
             "micro_batch": micro_batch,
             "row_tokens": row_tokens,
         }
-        return merge_loras(host64, concepts, settings=settings, calibration=calibration).lora.sites
+        return merge_loras(
+            host64, concepts, settings=settings, calibration=calibration, policy=policy
+        ).lora.sites
 
-    dense = merge(2)
-    monkeypatch.setattr(collector, "directions_of", few)
-    wanted, found = merge(2), merge(micro_batch)
-    assert counts
+    dense = merge(2, POLICY)
+    wanted, found = merge(2, Few()), merge(micro_batch, Few())
     for site, change in wanted.items():
         assert (found[site].dense() - change.dense()).norm() <= 1e-5 * change.dense().norm(), site
     assert any(
@@ -161,15 +157,15 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(
     )
 
 
-def test_short_texts_are_sampled_where_they_have_tokens(monkeypatch):
+def test_short_texts_are_sampled_where_they_have_tokens():
     """Of rows that are mostly padding as many tokens are drawn as of full ones."""
     module = torch.nn.Linear(4, 70)
     mask = torch.zeros(10, 40, dtype=torch.bool)
     mask[:, :4] = True
     outputs = torch.randn(20, 40, 70)
-    visit = Visit(
-        site="q",
-        module=module,
+    shown = Observation(
+        "q",
+        site_of("q", module),
         inputs=torch.randn(20, 40, 4),
         outputs=outputs,
         rows=10,
@@ -181,30 +177,42 @@ def test_short_texts_are_sampled_where_they_have_tokens(monkeypatch):
         mask=mask,
         choice=TokenChoice(range(10), None, 0),
     )
-    found = []
+    sampled = []
 
-    def look(changes, targets, count):
-        found.extend(targets)
-        return find_directions(changes, targets, count)
+    class Ten(Policy):
+        def choose(self, opening, fit, objective, dtype):
+            sample = opening.sample
 
-    monkeypatch.setattr(collector, "directions_of", lambda *_: 10)
-    monkeypatch.setattr(collector, "find_directions", look)
+            def look(tokens):
+                sampled.extend(sample(tokens))
+                return sampled
+
+            return super().choose(replace(opening, sample=look), fit, objective, dtype)
+
+        def directions(self, out, width, rank):
+            return 10
+
+        def rows_are_fewer(self, tokens, out, width):
+            return False
+
     change = LowRank(torch.randn(70, 2), torch.randn(2, 4))
-    made = collector.Collector({"q": [change, change]}, full=True, sweep=True)
-    made.visit(visit)
-    moments = made.take("q")
-    assert sum(len(rows) for rows in found) >= 10
+    fit = Fit([1.0, 1.0], 1e-3)
+    collector = SweepCollector(
+        {"q": SiteChanges((change, change))},
+        lambda opening: Ten().choose(opening, fit, "output", torch.float32),
+    )
+    collector.observe(shown)
+    moments = collector.take("q")
+    assert sum(len(rows) for rows in sampled) >= 10
     own = torch.cat([change.up, change.up], dim=1)
-    basis = moments.targets[0].directions.basis
+    basis = moments.directions.basis
     assert (own - basis @ (basis.mT @ own)).norm() <= 1e-4 * own.norm()
     wanted = (outputs[:5, :4] - outputs[10:15, :4]).flatten(0, 1)
-    energy = float(moments.targets[0].target_energy)
+    energy = float(moments.energies[0])
     assert energy == pytest.approx(float(wanted.square().sum()), rel=1e-4)
 
 
-def test_nan_is_said_where_targets_are_in_directions(host64, monkeypatch):
-    monkeypatch.setattr(collector, "directions_of", lambda out, width, rank: min(out, rank + 4))
-    monkeypatch.setattr(collector, "rows_are_fewer", lambda *_: False)
+def test_nan_is_said_where_targets_are_in_directions(host64):
     lora = random_lora(host64, 1)
     site = next(name for name in lora.sites if name.startswith("unet"))
     lora.sites[site].up[0, 0] = float("nan")
@@ -213,5 +221,5 @@ def test_nan_is_said_where_targets_are_in_directions(host64, monkeypatch):
         Concept(random_lora(host64, 2), None, "sks2", "cat"),
     ]
     calibration = Calibration(samples=2, timesteps=1, latents="noise", latent_size=4)
-    with pytest.raises(collector.IterisError, match="NaN"):
-        merge_loras(host64, concepts, calibration=calibration)
+    with pytest.raises(IterisError, match="NaN"):
+        merge_loras(host64, concepts, calibration=calibration, policy=Few())

@@ -15,6 +15,7 @@ from oracle import (
     make_data,
     make_lora,
 )
+from reductions import by_adapter, by_moments
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
@@ -56,28 +57,16 @@ def test_float32_statistics_agree_with_the_converged_iteration():
 @pytest.mark.parametrize("align", ["adapter", "full"])
 def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
     """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
-    from iteris_core.moments import (
-        add_inputs,
-        add_target_rows,
-        full_precision,
-        new_inputs,
-        new_target,
-        target_of,
-    )
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 48, generator=generator)
-    cpu, single = torch.device("cpu"), torch.float32
+    change = LowRank(torch.zeros(48, 2), torch.zeros(2, 48))
 
     def collect():
-        inputs = new_inputs(48, cross=align == "adapter", dtype=single, device=cpu)
-        target = new_target(48, 48, None, full=align == "full", dtype=single, device=cpu)
-        with full_precision(cpu):
-            add_inputs(inputs, x, x)
-            if align == "full":
-                add_target_rows(target, target_of(2 * x, x, None, single), x)
-                return inputs.own, target.target
-        return inputs.own, inputs.cross
+        if align == "adapter":
+            moments = by_adapter([change], [x], [x]).inputs
+            return moments.own[0], moments.cross[0]
+        reduction = by_moments([change], [x], [2 * x - x])
+        return reduction.inputs.own[0], reduction.targets[0]
 
     wanted = collect()
     torch.set_float32_matmul_precision("medium")
@@ -174,6 +163,21 @@ def test_a_site_that_is_never_reached_is_an_error():
 
     with pytest.raises(IterisError, match="never reached"):
         merge([make_lora(1), make_lora(2)], model=Half())
+
+
+def test_a_site_that_is_never_reached_may_have_the_mean():
+    """As the stock loaders have it, which load what no forward uses; said aloud."""
+
+    class Half(Net):
+        def forward(self, x):
+            return self.q(x)
+
+    concepts = [Concept(make_lora(i), prompts=["unused"], weight=i) for i in (1, 2)]
+    result = merge_loras(ModuleHost(Half(), make_data()), concepts, unreached="mean")
+    assert "NEVER REACHED" in result.report.summary()
+    one, two = (concept.lora.sites["up"].dense() for concept in concepts)
+    mean = (one + 2 * two) / 3
+    torch.testing.assert_close(result.lora.sites["up"].dense(), mean)
 
 
 def test_no_lora_at_all_is_an_error():

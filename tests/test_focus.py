@@ -1,4 +1,4 @@
-"""Tokens that count more where a LoRA acts (iteris_core/focus.py)."""
+"""Tokens that count more where a LoRA acts (iteris_core/activations/saliency.py)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from test_diffusers_host import CALIBRATION, PROMPTS, difference
 from tiny import is_attention, random_lora
 
 from iteris_core import Concept, merge_loras
-from iteris_core.collector import Collector
-from iteris_core.focus import Focus
-from iteris_core.methods.batching import Batching, micro_batches
-from iteris_core.methods.registry import Task
+from iteris_core.activations.collect import StreamCollector
+from iteris_core.activations.saliency import Saliency
+from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.job import Job
+from iteris_core.solve.choose import POLICY
+from iteris_core.solve.problem import Fit
 
 FOCUS = 0.7
 
@@ -23,7 +25,7 @@ def concepts_of(host, seeds=(1, 2, 3)):
 
 
 def test_weights_are_one_in_the_mean_and_rows_without_effect_have_no_focus():
-    focus = Focus(FOCUS)
+    focus = Saliency(FOCUS)
     effect = torch.tensor([[1.0, 3.0, 0.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
     assert focus.weights(("unet", 1), {("unet", 1)}, 4) is None
     focus.add(effect, rows=3, start=1)
@@ -46,16 +48,16 @@ class Recorder:
         self.references, self.inner = references, inner
         self.seen = []
 
-    def visit(self, visit):
-        self.inner.visit(visit)
+    def observe(self, visit):
+        self.inner.observe(visit)
         tokens = visit.input_tokens(0, visit.rows).double()
         effect = torch.zeros(len(tokens), dtype=torch.float64)
         length = len(tokens) // visit.rows
         for concept, start, stop in visit.spans:
-            change = self.references[visit.site][concept].dense().double()
+            change = self.references[visit.name][concept].dense().double()
             part = slice(start * length, stop * length)
             effect[part] = (tokens[part] @ change.mT).square().sum(1)
-        self.seen.append((visit.site, visit.spans, tokens, effect.reshape(visit.rows, -1)))
+        self.seen.append((visit.name, visit.spans, tokens, effect.reshape(visit.rows, -1)))
 
 
 def test_moments_are_weighted_by_the_effects_so_far(host64):
@@ -66,16 +68,22 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         if is_attention(site)
     }
     generator = torch.Generator().manual_seed(0)
-    task = Task(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
+    task = Job(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
     acting = set(references) & set(host64.streams(set(references)))
     assert acting
-    collector = Collector(references, full=True, dtype=torch.float64, acting=acting)
+    fit = Fit([1.0] * 3, 1e-6)
+    collector = StreamCollector(
+        task.changes,
+        lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
+        dtype=torch.float64,
+        acting=acting,
+    )
     recorder = Recorder(references, collector)
     with task.lockstep() as lockstep:
         for stage in host64.stages(task.samples(lockstep), set(references)):
             assert stage.places == (stage.name == "unet")
             recorder.seen.clear()
-            for batch in micro_batches(stage, 1, recorder, Batching(100, focus=FOCUS)):
+            for batch in micro_batches(stage, 1, recorder, Batching(100, saliency=FOCUS)):
                 lockstep.run(batch)
     effects = defaultdict(list)
     unequal = 0
@@ -87,11 +95,12 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         if effects[length]:
             unequal += 1
             weights = 1 - FOCUS + FOCUS * torch.stack(effects[length]).mean(0)
-        own = collector.take(site).shared.concepts
+        inputs = collector.take(site).inputs
+        inputs.complete()
         for concept, start, stop in spans:
             part = slice(start * length, stop * length)
             weighted = tokens[part] * weights[start:stop].reshape(-1, 1)
-            torch.testing.assert_close(own[concept].own, tokens[part].mT @ weighted)
+            torch.testing.assert_close(inputs.own[concept], tokens[part].mT @ weighted)
     assert unequal > len(acting)
 
 
@@ -119,3 +128,12 @@ def test_two_concepts_have_none_unless_it_is_asked_for(host64):
     assert difference(merge(2), merge(2, focus=0.0)) == 0
     assert difference(merge(2, focus=0.5), merge(2)) > 1e-4
     assert difference(merge(3), merge(3, focus=1 - 2 / 3)) == 0
+
+
+def test_prompts_to_preserve_are_no_lora(host64):
+    def merge(**settings):
+        settings = {"precision": "float64", **settings}
+        concepts = [*concepts_of(host64)[:2], Concept.preserve(["a cat"])]
+        return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
+
+    assert difference(merge(), merge(saliency=0.0)) == 0

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from iteris_core import Concept, IterisError, merge_loras
-from iteris_core.bases import Base
-from iteris_core.lora_files import ReadOptions, read_lora_file
+from iteris_core.lora_files import ReadOptions, base_model, read_lora_file
 from iteris_core.lora_files.metadata import trigger_words
 
 STEM = "unet.mid_block.attentions.0.transformer_blocks.0"
@@ -27,7 +26,8 @@ SITES = (
     *(f"{STEM}.attn1.to_q", f"{STEM}.attn1.to_out.0", "unet.mid_block.resnets.0.conv1"),
     *(f"text_encoder.text_model.encoder.layers.0.self_attn.{n}_proj" for n in ("q", "out")),
 )
-BASE = Base(tiny_base("sd1").kind, {site: tiny_base("sd1").shapes[site] for site in SITES})
+SHAPES = {site: tiny_base("sd1").shapes[site] for site in SITES}
+BASE = base_model(tiny_base("sd1").architecture, SHAPES)
 
 
 def kohya_name(site: str) -> str:

@@ -16,9 +16,9 @@ from language_bases import MAKERS, tuned_folder
 from peft import PeftModel
 
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
+from iteris_core.activations.lockstep import Lockstep, MicroBatch
 from iteris_core.errors import IterisError
-from iteris_core.hosts.peft_folder import write_adapter
-from iteris_core.lockstep import Lockstep, MicroBatch
+from iteris_core.lora_files.peft_folder import write_adapter
 
 
 @pytest.fixture(params=CASES)
@@ -256,7 +256,7 @@ def test_latents_are_those_of_the_pipeline_with_the_lora(pipeline_case, guidance
     more = {"max_sequence_length": 24} if case.kind in ("sd3", "flux") else {}
     case.pipeline(
         "a dog", height=64, width=64, num_inference_steps=4, guidance_scale=scale,
-        latents=rows.latents[:1], output_type="latent", callback_on_step_end=keep, **more,
+        latents=rows.noisy.latents[:1], output_type="latent", callback_on_step_end=keep, **more,
     )  # fmt: skip
     for step in range(3):
-        assert relative(rows.latents[step + 1], kept[step][0]) < 1e-4
+        assert relative(rows.noisy.latents[step + 1], kept[step][0]) < 1e-4

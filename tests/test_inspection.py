@@ -10,9 +10,10 @@ import torch
 from bases import make_lora, tiny_base
 
 from iteris_core import Lora, LowRank, cli, write_lora
-from iteris_core.hosts.known_bases import guess_base, known_base
-from iteris_core.inspection import block_norms, describe, interference, site_interference
-from iteris_core.report import block_of
+from iteris_core.architectures import architecture_of_file
+from iteris_core.lora_files import released_base
+from iteris_core.report.inspection import block_norms, describe, interference, site_interference
+from iteris_core.report.report import block_of
 
 
 def draw(seed, out=12, fan=9, rank=3):
@@ -73,7 +74,7 @@ def test_facts():
 
 def real_lora(kind: str, seed: int, rank: int = 2) -> Lora:
     """A few sites of a real base model."""
-    base = known_base(kind)
+    base = released_base(kind)
     parts = ("attn.to_q", "attn.to_k", "attn2.to_k", "attn1.to_q", "layers.0.self_attn.q_proj")
     sites = [s for s in base.shapes if s.endswith(parts)][:30]
     if kind == "flux":
@@ -103,8 +104,9 @@ def test_the_base_of_a_file_is_told_from_its_keys(kind, layout, tmp_path):
     from iteris_core.lora_files import read_tensors
 
     tensors, metadata = read_tensors(path)
-    assert guess_base({k: tuple(t.shape) for k, t in tensors.items()}, metadata) == kind
-    assert guess_base({k: tuple(t.shape) for k, t in tensors.items()}, {}) == kind
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    assert architecture_of_file(shapes, metadata).name == kind
+    assert architecture_of_file(shapes, {}).name == kind
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

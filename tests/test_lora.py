@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import truncated
 
 from iteris_core.errors import IterisError
+from iteris_core.linalg.lowrank import cut_factors, cut_matrix
 from iteris_core.lora import LowRank, concatenate
-from iteris_core.truncation import factorize, truncate
 
 sizes = st.integers(1, 9)
 
@@ -35,7 +35,7 @@ def test_sums_norms_and_truncations(out, fan, rank, keep, seed):
     total = concatenate([a, b])
     assert torch.allclose(total.dense(), a.dense() + b.dense())
     assert total.squared_norm() == pytest.approx(float(total.dense().norm() ** 2), rel=1e-9)
-    cut, lost = truncate(total, keep)
+    cut, lost = cut_factors(total, keep)
     u, s, vt = torch.linalg.svd(total.dense(), full_matrices=False)
     best = (u[:, :keep] * s[:keep]) @ vt[:keep]
     assert torch.allclose(cut.dense(), best, atol=1e-9)
@@ -49,8 +49,8 @@ def test_weighted_truncation_is_the_best_in_the_metric(out, fan, rank, keep, see
     change, moment = draw_change(out, fan, rank, seed), draw_moment(fan, seed)
     chol = torch.linalg.cholesky(moment)
     keep = min(keep, out, fan)
-    cut, _ = truncate(change, keep, chol)
-    dense_cut, _ = factorize(change.dense() @ moment, keep, chol, like=change)
+    cut, _ = cut_factors(change, keep, chol)
+    dense_cut, _ = cut_matrix(change.dense() @ moment, keep, chol, like=change)
     best = truncated(change.dense(), moment, keep)
 
     def error(approximation):
@@ -59,7 +59,7 @@ def test_weighted_truncation_is_the_best_in_the_metric(out, fan, rank, keep, see
     scale = float((change.dense() @ chol).norm())
     assert error(cut.dense()) == pytest.approx(error(best), abs=1e-7 * scale)
     assert error(dense_cut.dense()) == pytest.approx(error(best), abs=1e-7 * scale)
-    plain, _ = truncate(change, keep)
+    plain, _ = cut_factors(change, keep)
     assert error(cut.dense()) <= error(plain.dense()) + 1e-9 * scale
 
 
@@ -69,7 +69,7 @@ def test_the_randomised_svd_of_a_large_site_is_nearly_exact():
     weighted = signal + 0.05 * torch.randn(600, 700, dtype=torch.float64)
     like = LowRank(torch.ones(1, 1), torch.ones(1, 1)).to(torch.float64)
     before = torch.get_rng_state()
-    cut, lost = factorize(weighted, 16, like=like)
+    cut, lost = cut_matrix(weighted, 16, like=like)
     assert torch.equal(before, torch.get_rng_state())
     s = torch.linalg.svdvals(weighted)
     best = float((s[16:] ** 2).sum())
@@ -79,7 +79,7 @@ def test_the_randomised_svd_of_a_large_site_is_nearly_exact():
 
 def test_factors_of_a_weighted_cut_are_of_one_size():
     change, moment = draw_change(8, 9, 4, 3), 1e8 * draw_moment(9, 3)
-    cut, _ = truncate(change, 2, torch.linalg.cholesky(moment))
+    cut, _ = cut_factors(change, 2, torch.linalg.cholesky(moment))
     assert float(cut.up.norm()) == pytest.approx(float(cut.down.norm()))
 
 
@@ -89,7 +89,7 @@ def test_factors_that_do_not_fit_are_an_error():
     with pytest.raises(IterisError, match="differ in shape"):
         concatenate([draw_change(2, 3, 1, 0), draw_change(3, 3, 1, 0)])
     with pytest.raises(IterisError, match="rank must be at least 1"):
-        truncate(draw_change(2, 3, 1, 0), -1)
+        cut_factors(draw_change(2, 3, 1, 0), -1)
 
 
 @given(sizes, sizes, sizes, st.floats(0.05, 0.99), st.integers(0, 99))
@@ -101,8 +101,8 @@ def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed
         whole = weighted if metric is None else weighted @ metric.mT
         squares = torch.linalg.svdvals(weighted) ** 2
         for cut, lost in (
-            truncate(change, share, metric),
-            factorize(whole, share, metric, like=change),
+            cut_factors(change, share, metric),
+            cut_matrix(whole, share, metric, like=change),
         ):
             off = change.dense() - cut.dense()
             off = off if metric is None else off @ metric
@@ -115,4 +115,4 @@ def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed
 @pytest.mark.parametrize("rank", [0, -4, 1.0, 0.0, 1.5, True, float("nan")])
 def test_ranks_that_are_neither_a_number_nor_a_share(rank):
     with pytest.raises(IterisError, match="rank must be at least 1"):
-        truncate(draw_change(2, 3, 1, 0), rank)
+        cut_factors(draw_change(2, 3, 1, 0), rank)

@@ -14,7 +14,7 @@ from test_lora_layouts import furthest, with_changes
 from iteris_core import LoraFileError
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.lora_files import ReadOptions
-from iteris_core.lora_files.configs import configured_scale
+from iteris_core.lora_files.alphas import configured_scale
 
 TARGETS = ["to_q", "to_k", "to_out.0", "net.2", "proj_out"]
 CONFIGS = {
@@ -93,9 +93,9 @@ LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 ])  # fmt: skip
 def test_patterns_fit_whatever_transformers_called_the_module(module, pattern):
     config = {"lora_alpha": 8, "alpha_pattern": {"v_proj": 1, pattern: 2}}
-    assert configured_scale(Path("a"), config, module, 4) == 0.5
-    assert configured_scale(Path("a"), config, module.replace("q_proj", "k_proj"), 4) == 2
-    assert configured_scale(Path("a"), config, module.replace("q_proj", "v_proj"), 4) == 0.25
+    assert configured_scale(Path("a"), config, [module], 4) == 0.5
+    assert configured_scale(Path("a"), config, [module.replace("q_proj", "k_proj")], 4) == 2
+    assert configured_scale(Path("a"), config, [module.replace("q_proj", "v_proj")], 4) == 0.25
 
 
 @pytest.mark.parametrize(("config", "message"), [
@@ -107,4 +107,4 @@ def test_patterns_fit_whatever_transformers_called_the_module(module, pattern):
 ])  # fmt: skip
 def test_what_no_config_of_peft_says_is_an_error(config, message):
     with pytest.raises(LoraFileError, match=message):
-        configured_scale(Path("a"), json.loads(json.dumps(config)), LAYER, 4)
+        configured_scale(Path("a"), json.loads(json.dumps(config)), [LAYER], 4)

@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_lora_layouts import MATRIX, chosen, furthest, with_changes
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.hosts.known_bases import known_base
-from iteris_core.lora_files import read_lora_file
-from iteris_core.lora_files.names import unread_by_diffusers
+from iteris_core.lora_files import read_lora_file, released_base
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -80,8 +78,8 @@ SELECTIONS = {
 def test_diffusers_loads_what_we_write_in_full(kind, ours, selection, tmp_path, caplog):
     known = list(tiny_base(kind).shapes) if selection == EVERY else trained_sites(kind)
     sites = [s for s in known if SELECTIONS[selection](s)]
-    unread = unread_by_diffusers(tiny_base(kind), sites, ours)
-    sites = [s for s in sites if s not in unread]
+    reads = tiny_base(kind).architecture.diffusers_reads
+    sites = [s for s in sites if reads(s, ours)]
     if kind == "flux" and ours == "kohya":  # its converter splits linear1 at the real width
         sites = [s for s in sites if "single" not in s or "proj_out" in s or "norm" in s]
     if kind == "sd3" and ours == "kohya":
@@ -164,7 +162,7 @@ def trainable(site: str) -> bool:
 
 @pytest.mark.parametrize("kind", SD_SCRIPTS)
 def test_names_of_a_whole_real_model_are_those_of_sd_scripts(kind, tmp_path):
-    base = known_base(kind)
+    base = released_base(kind)
     sites = [site for site in base.shapes if trainable(site)]
     one = torch.full((1, 1), 0.5)
     changes = {}
@@ -184,7 +182,7 @@ def test_names_of_a_whole_real_model_are_those_of_sd_scripts(kind, tmp_path):
         metadata = file.metadata()
     assert metadata["ss_network_module"] == "networks.lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("1", "1")
-    assert metadata["ss_base_model_version"] == base.kind.version
+    assert metadata["ss_base_model_version"] == base.architecture.version
 
 
 def test_a_written_file_has_ordinary_rights(tmp_path):
@@ -198,7 +196,7 @@ def test_diffusers_converts_a_kohya_file_for_the_real_flux(tmp_path):
     """Its converter splits linear1 at the real width, so no tiny pipeline can hold against it."""
     from diffusers import FluxPipeline
 
-    base = known_base("flux")
+    base = released_base("flux")
     parts = ("r.transformer_blocks.18.", "single_transformer_blocks.37.", "layers.1.self")
     sites = [s for s in base.shapes if any(part in s for part in parts) and "_2." not in s]
     generator = torch.Generator().manual_seed(0)

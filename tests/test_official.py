@@ -104,6 +104,25 @@ def test_adapter_objective_is_the_papers_algorithm(tiny, iterations, count):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_preset_paper_is_the_papers_algorithm(tiny, count):
+    model, loras, samples = tiny
+    loras, samples = loras[:count], samples[:count]
+    names = [site.removeprefix("model.") for site in loras[0].sites]
+    adapters = [{n: lora.sites[f"model.{n}"].dense() for n in names} for lora in loras]
+    theirs = official(model, adapters, samples, iterations=20, alpha=1e-4, pretrained=False)
+    ours = merge_loras(
+        TransformersHost(model),
+        [Concept(lora, inputs=batches) for lora, batches in zip(loras, samples, strict=True)],
+        preset="paper",
+        settings={"precision": "float64"},
+    ).lora
+    assert set(ours.sites) == {f"model.{name}" for name in names}
+    for name in names:
+        change = ours.sites[f"model.{name}"].dense().double()
+        assert (change - theirs[name]).norm() < 1e-6 * theirs[name].norm()
+
+
 def test_the_sweep_is_where_the_papers_algorithm_ends(tiny):
     model, loras, samples = tiny
     found = gaps(model, loras, samples, iterations=12, pretrained=False, schedule="sweep")

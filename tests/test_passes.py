@@ -10,7 +10,7 @@ from oracle import SITES, ModuleHost, Net, hooks_on, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
-from iteris_core.hosts import Stage
+from iteris_core.hosts.protocol import Stage
 
 
 def test_stages_do_not_share_inputs(host):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
+from reductions import by_adapter, by_moments
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations.meter import MemoryMeter, free_memory
+from iteris_core.activations.processes import ALONE, Processes
 from iteris_core.errors import IterisError
-from iteris_core.hosts import Stage
-from iteris_core.lora import LowRank
-from iteris_core.memory import MemoryMeter, free_memory
-from iteris_core.methods.planning import Need, RowCost, measure_row, plan_stage
-from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.shards import ALONE, Shards
-from iteris_core.solve import solve_site
-from iteris_core.solve_memory import solve_bytes, statistics_bytes
+from iteris_core.hosts.protocol import Stage
+from iteris_core.lora import LowRank, SiteChanges
+from iteris_core.passes.budget import Need, RowCost, measure_row, plan_stage, reduction_bytes
+from iteris_core.solve.adapter import AdapterMoments
+from iteris_core.solve.choose import POLICY
+from iteris_core.solve.output import OutputMoments
+from iteris_core.solve.problem import Fit
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20
@@ -73,7 +75,7 @@ def test_what_cannot_fit_is_said():
 
 def test_processes_share_the_rows_that_wait():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, _ = plan_stage(Need(stage, RowCost(1, 3), 100, Shards(0, 2), True), 10**9, 8)
+    made, _ = plan_stage(Need(stage, RowCost(1, 3), 100, Processes(0, 2), True), 10**9, 8)
     assert made.bytes == 100 + 10 * 1 + 8 * 2
 
 
@@ -91,9 +93,11 @@ def test_the_longest_row_is_measured():
         return torch.arange(9)[None] < torch.tensor([lengths[site][row] for row in rows])[:, None]
 
     class Runs:
+        cast_bytes = 0
+
         def run(self, batch):
             batch.run()
-            batch.visitor.visit(None)
+            batch.observer.observe(None)
 
     ran = []
     cost = measure_row(stage_of([0, 0, 1], ran, mask=mask), Runs(), 2)
@@ -129,10 +133,14 @@ def test_a_small_budget_leaves_rows_out_and_says_so(host):
 
 def test_statistics_of_a_sweep_are_those_of_the_largest_site(host):
     lora = random_lora(host, 1)
-    references = {site: [change, None] for site, change in lora.sites.items()}
-    largest = max(statistics_bytes(references, {site}) for site in references)
-    assert statistics_bytes(references, set(references)) == largest
-    assert statistics_bytes(references, set(references), at_once=True) > largest
+    fit = Fit([1.0, 1.0], 1e-6)
+    sites = [
+        POLICY.bytes(SiteChanges((change, None)), fit, "output", 4, sweep=True)
+        for change in lora.sites.values()
+    ]
+    largest = max(reduction_bytes([site], at_once=False) for site in sites)
+    assert reduction_bytes(sites, at_once=False) == largest
+    assert reduction_bytes(sites, at_once=True) > largest
 
 
 @pytest.mark.parametrize(("align", "exact"), [("full", True), ("full", False), ("adapter", True)])
@@ -142,33 +150,29 @@ def test_statistics_of_a_sweep_are_those_of_the_largest_site(host):
 )
 def test_the_memory_of_a_solve_is_known(out, width, count, rank, align, exact):
     generator = torch.Generator().manual_seed(0)
-    changes, parts, targets = [], [], []
+    changes, inputs, targets = [], [], []
     for _ in range(count):
         up = torch.randn(out, rank, generator=generator)
         changes.append(LowRank(up, torch.randn(rank, width, generator=generator)))
-        x = torch.randn(2 * width, width, generator=generator)
-        wanted = torch.randn(2 * width, out, generator=generator)
-        gram = x.mT @ x
-        parts.append(InputMoments(gram, gram, len(x)))
-        energy = wanted.square().sum().double()
-        full = wanted.mT @ x if align == "full" else None
-        targets.append(TargetMoments(full, torch.eye(rank), energy, None, torch.float32))
-    asked = solve_bytes(out, width, count * rank, exact=exact, factors=align == "adapter")
+        inputs.append(torch.randn(2 * width, width, generator=generator))
+        targets.append(torch.randn(2 * width, out, generator=generator))
+    fit = Fit(
+        [1.0] * count,
+        1e-5,
+        dtype=torch.float64 if exact else torch.float32,
+        residuals=exact,
+    )
+    site = SiteChanges(tuple(changes))
+    if align == "adapter":
+        reduction, asked = by_adapter(changes, inputs, inputs), AdapterMoments.bytes(site, 4)
+    else:
+        reduction = by_moments(changes, inputs, targets)
+        asked = OutputMoments.bytes(site, 4, None, fit.dtype)
+    reduction.inputs.complete()
     with MemoryMeter() as meter:
-        solve_site(
-            changes,
-            SharedInputs(parts),
-            targets,
-            [1.0] * count,
-            align=align,
-            balance="tokens",
-            ridge=1e-5,
-            rank=None,
-            exact=exact,
-            residuals=exact,
-        )
-    assert meter.peak <= 1.1 * asked
-    assert asked <= 1.8 * meter.peak
+        reduction.solve(fit)
+    assert meter.peak <= 1.1 * asked.solve
+    assert asked.solve <= 1.8 * meter.peak
 
 
 def test_moments_of_earlier_stages_count_where_they_are_kept(host):
@@ -190,6 +194,8 @@ def test_free_memory_is_some():
 
 def test_the_longest_row_is_what_the_host_says():
     class Runs:
+        cast_bytes = 0
+
         def run(self, batch):
             batch.run()
 

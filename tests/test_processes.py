@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import make_pipeline, random_lora, two_concepts
 
-import iteris_core.collector as collector
 from iteris_core import Calibration, merge_loras, write_lora
+from iteris_core.activations.processes import ALONE, Processes
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.shards import ALONE, Shards
+from iteris_core.solve.choose import POLICY, Policy
 
 CALIBRATION = Calibration(samples=5, timesteps=2, denoising_steps=4)
 METHODS = {
@@ -35,7 +35,12 @@ METHODS = {
 FEW = replace(CALIBRATION, samples=1, timesteps=1, latents="noise", empty_share=0.0)
 
 
-def merge_all(shards: Shards = ALONE) -> dict[str, dict[str, torch.Tensor]]:
+class FewDirections(Policy):
+    def directions(self, out, width, rank):
+        return min(out, rank + 4)
+
+
+def merge_all(processes: Processes = ALONE) -> dict[str, dict[str, torch.Tensor]]:
     pipeline = make_pipeline()
     pipeline.unet.double()
     pipeline.text_encoder.double()
@@ -43,17 +48,15 @@ def merge_all(shards: Shards = ALONE) -> dict[str, dict[str, torch.Tensor]]:
     concepts = two_concepts(host)
     found = {}
     for name, settings in METHODS.items():
-        with pytest.MonkeyPatch.context() as patch:
-            if name.endswith("directions"):
-                patch.setattr(collector, "directions_of", lambda out, _, rank: min(out, rank + 4))
-            result = merge_loras(
-                host,
-                concepts,
-                name.partition(",")[0],
-                settings=settings,
-                calibration=FEW if name.endswith("a concept each") else CALIBRATION,
-                shards=shards,
-            )
+        result = merge_loras(
+            host,
+            concepts,
+            name.partition(",")[0],
+            settings=settings,
+            calibration=FEW if name.endswith("a concept each") else CALIBRATION,
+            processes=processes,
+            policy=FewDirections() if name.endswith("directions") else POLICY,
+        )
         found[name] = {site: c.dense() for site, c in result.lora.sites.items()}
     return found
 
@@ -63,7 +66,7 @@ def merge_in_process(rank: int, size: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size
     )
-    torch.save(merge_all(Shards(rank, size)), f"{folder}/{rank}.pt")
+    torch.save(merge_all(Processes(rank, size)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -82,10 +85,10 @@ def test_two_processes_merge_as_one(tmp_path):
 
 
 def test_every_process_needs_a_row():
-    assert list(Shards(1, 3).mine(7)) == [1, 4]
-    assert list(Shards(1, 3).others(7)) == [0, 2, 3, 5, 6]
+    assert list(Processes(1, 3).mine(7)) == [1, 4]
+    assert list(Processes(1, 3).others(7)) == [0, 2, 3, 5, 6]
     with pytest.raises(IterisError, match="2 rows cannot be shared by 3 processes"):
-        Shards(0, 3).mine(2)
+        Processes(0, 3).mine(2)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from iteris_core.cli.recipe import Recipe, _find, rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
-from iteris_core.provenance import with_cut
+from iteris_core.report.provenance import with_cut
 
 
 def metadata_of(path):
@@ -342,3 +342,108 @@ def test_a_full_difference_and_a_renamed_embedding_come_again(world, tmp_path, m
     assert load_file(out)[f"{name}.lora_down.weight"].shape[0] < 32
     with safe_open(tmp_path / "again_emb.safetensors", "pt") as file:
         assert file.metadata()["name"] == "other"
+
+
+def test_a_merged_file_is_called_for_by_all_its_phrases(world, tmp_path, monkeypatch, capsys):
+    """Merged again it is calibrated on every concept in it, and hands all phrases on."""
+    quick = ["--samples=4", "--timesteps=1", "--latents=noise", "--device=cpu", "--method=sum"]
+    merged, again, third = (tmp_path / f"{name}.safetensors" for name in "abc")
+    one, two = world / "lora1.safetensors", world / "lora2.safetensors"
+    base = ["merge", world / "base"]
+    files = [f"--concept={one}:sks:cat", f"--concept={two}:zwx:dog"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", merged, *quick, *files)
+    assert code == 0, err
+    assert metadata_of(merged)["modelspec.trigger_phrase"] == "sks cat, zwx dog"
+    files = [f"--concept={merged}", f"--concept={one}:abc:bird"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", again, *quick, *files)
+    assert code == 0, err
+    metadata = metadata_of(again)
+    assert metadata["modelspec.trigger_phrase"] == "sks cat, zwx dog, abc bird"
+    assert json.loads(metadata["iteris"])["concepts"][0]["subjects"] == ["sks cat", "zwx dog"]
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        *base,
+        "-o",
+        third,
+        "--device=cpu",
+        f"--from={again}",
+        f"--loras={world}",
+    )
+    assert code == 0, err
+    assert metadata_of(third)["modelspec.trigger_phrase"] == metadata["modelspec.trigger_phrase"]
+
+
+def test_the_strength_in_the_text_encoders(world, tmp_path, monkeypatch, capsys):
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    one, two = world / "lora1.safetensors", world / "lora2.safetensors"
+    base = ["merge", world / "base", "--device=cpu"]
+    concepts = [f"--concept={one}:a:cat:0.5/0", f"--concept={two}:b:dog:1/2"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", out, "--method=sum", "--dtype=float32",
+                       *concepts)  # fmt: skip
+    assert code == 0, err
+    host = DiffusersHost(make_pipeline())
+    merged = host.read_lora(out)
+    inputs = [host.read_lora(file).sites for file in (one, two)]
+    for site, change in merged.sites.items():
+        factors = (0, 2) if site.startswith("text_encoder") else (0.5, 1)
+        wanted = sum(f * sites[site].dense() for f, sites in zip(factors, inputs, strict=True))
+        assert torch.allclose(change.dense(), wanted, atol=1e-5)
+    strengths = [
+        (c["strength"], c["text_strength"])
+        for c in json.loads(metadata_of(out)["iteris"])["concepts"]
+    ]
+    assert strengths == [(0.5, 0.0), (1.0, 2.0)]
+    command = [*base, "-o", again, "--dtype=float32", f"--from={out}", f"--loras={world}"]
+    assert run(monkeypatch, capsys, *command)[0] == 0
+    first, second = load_file(out), load_file(again)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_strength_0_leaves_a_component_out(world):
+    lora = random_lora(DiffusersHost(make_pipeline()), 1)
+    sites = merge_loras(None, [Concept(lora, text_strength=0.0)], "sum").lora.sites
+    assert {site.partition(".")[0] for site in sites} == {"unet"}
+    sites = merge_loras(None, [Concept(lora, strength=0, text_strength=1.0)], "sum").lora.sites
+    assert {site.partition(".")[0] for site in sites} == {"text_encoder"}
+    assert not Concept(lora, strength=0.0, text_strength=0.0).counts
+    assert not Concept(lora, strength=0.0).counts
+    with pytest.raises(IterisError, match="There is no LoRA to merge"):
+        merge_loras(None, [Concept(lora, strength=0.0, text_strength=0.0)], "sum")
+
+
+def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsys):
+    first, old, again = (tmp_path / f"{name}.safetensors" for name in ("first", "old", "again"))
+    base = ["merge", world / "base", "--device=cpu"]
+    files = [f"--concept={world / f'lora{seed}.safetensors'}:s{seed}:dog" for seed in (1, 2)]
+    code, _, err = run(
+        monkeypatch, capsys, *base, "-o", first, "--samples=3", "--timesteps=1", "--latents=noise",
+        "--set=objective=adapter", "--set=repair=False", *files,
+    )  # fmt: skip
+    assert code == 0, err
+    recipe = json.loads(metadata_of(first)["iteris"])
+    settings = recipe["settings"]
+    assert settings["repair"] is False
+    former = {"objective": "align", "weighting": "balance", "saliency": "focus",
+              "precision": "statistics"}  # fmt: skip
+    recipe["settings"] = {former.get(n, n): v for n, v in settings.items() if n != "tolerance"}
+    save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        *base,
+        "-o",
+        again,
+        f"--from={old}",
+        "--set=rank=none",
+        f"--loras={world}",
+    )
+    assert code == 0, err
+    assert json.loads(metadata_of(again)["iteris"])["settings"] == settings
+    one, two = load_file(first), load_file(again)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    code, _, err = run(
+        monkeypatch, capsys, *base, "-o", tmp_path / "no", f"--from={old}", "--preset=paper"
+    )
+    assert code == 2
+    assert "--preset is not for --from" in err

@@ -196,3 +196,14 @@ def test_a_stream_of_another_shape_is_an_error():
     concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
     with pytest.raises(IterisError, match="residual stream"):
         merge_loras(Wrong(Net(), make_data()), concepts)
+
+
+def test_prompts_to_preserve_are_no_lora():
+    """Two LoRAs and prompts on which the base is to stay are repaired as two LoRAs are."""
+    loras, data = [make_lora(1), make_lora(2)], make_data(3)
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    host = Host(Net(), data)
+    host.pictures = True
+    result = merge_loras(host, [*concepts, Concept.preserve(["unused"])])
+    used = result.lora.sites["blocks.0.f"].down.abs().sum(0) > 0
+    assert used.tolist() == [True, False] * WIDTH

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 
-from iteris_core import Concept, IterisError, merge_loras
-from iteris_core.report import MergeReport, SiteReport, block_of
-from iteris_core.report_plots import plot_convergence, plot_residuals
+from iteris_core import Concept, IterisError, LowRank, merge_loras
+from iteris_core.report.plots import plot_residuals
+from iteris_core.report.report import MergeReport, SiteReport, block_of
+from iteris_core.solve.problem import Solution
 
 
 @pytest.mark.parametrize(
@@ -49,18 +52,34 @@ def test_the_sentence_names_the_worst_block_and_concept():
         "unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.5, 0.9)),
     }
     found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
-    assert found.sentence().startswith("dog and cat disagree most in up_blocks.1; expect dog kept")
+    assert found.sentence() == (
+        "dog and cat disagree most in up_blocks.1; dog keeps least: its output error is 65% of its "
+        "change, that of the mean of the LoRAs 100%."
+    )
     assert found.blocks()["up_blocks.1"] == [(1.0, 0.5), (1.0, 0.9)]
+
+
+def test_a_site_report_is_what_its_solution_says():
+    change = LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    found = SiteReport.of(Solution(change, (0.5,), (1.0,), (0.2,), 9.0, 0.1), repair=True)
+    assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True)
+
+
+def test_a_summary_is_loud_about_iterations_that_did_not_converge():
+    sites = {"unet.a": SiteReport(1, (1.0,), (1.0,), (0.1,))}
+    found = MergeReport("iteris", ["cat"], sites, 1.0)
+    assert "CONVERGE" not in found.summary()
+    assert "DID NOT CONVERGE" in replace(found, convergence=(0.5, 0.031)).summary()
+    assert "Converged after 3" in replace(found, convergence=(0.5, 1e-4)).summary()
+    loose = replace(found, convergence=(0.5, 0.031), settings={"tolerance": 0.05})
+    assert loose.converged
 
 
 def test_plots_are_drawn(tmp_path):
     found = report()
-    for index, figure in enumerate((plot_residuals(found), plot_convergence(found))):
-        path = tmp_path / f"{index}.png"
-        figure.savefig(path)
-        assert path.stat().st_size > 5000
+    path = tmp_path / "residuals.png"
+    plot_residuals(found).savefig(path)
+    assert path.stat().st_size > 5000
     average = merge_loras(None, [Concept(make_lora(1))], "average").report
     with pytest.raises(IterisError, match="measures no output errors"):
         plot_residuals(average)
-    with pytest.raises(IterisError, match="no iteration"):
-        plot_convergence(average)

@@ -25,8 +25,8 @@ from language_bases import (
 from peft import PeftModel
 
 from iteris_core import Concept, merge_loras
+from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.lockstep import Lockstep
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -53,10 +53,11 @@ def linear_inputs(model, batch, sites):
 @pytest.mark.parametrize("make", [make_t5, make_llama, make_gpt2, make_blip])
 def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
-    from iteris_core.collector import Collector
-    from iteris_core.methods import Task
-    from iteris_core.methods.batching import Batching
-    from iteris_core.methods.passes import reference_pass
+    from iteris_core.passes.batches import Batching
+    from iteris_core.passes.job import Job
+    from iteris_core.passes.loops import Reducing, reference_pass
+    from iteris_core.solve.choose import POLICY
+    from iteris_core.solve.problem import Bytes, Fit, Solution
 
     torch.manual_seed(0)
     model, targets = make()
@@ -71,10 +72,21 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
     references = {
         site: [concept.lora.sites[site] for concept in concepts] for site in concepts[0].lora.sites
     }
-    task = Task(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
-    collector = Collector(references, full=True)
-    reference_pass(task, collector, Batching(8))
-    moments = {site: collector.take(site) for site in collector.sites}
+    task = Job(host, concepts, references, CALIBRATION, torch.Generator(), lambda *_: None)
+    moments = {}
+
+    def keep(site, reduction):
+        reduction.inputs.complete()
+        moments[site] = reduction
+        return Solution(references[site][0])
+
+    fit = Fit([1.0, 1.0], 1e-6)
+    reducing = Reducing(
+        begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
+        solve=keep,
+        bytes=lambda site, sweep: Bytes(0, 0),
+    )
+    reference_pass(task, lambda stage: reducing, Batching(8))
     assert set(moments) == set(references)
     for index, folder in enumerate(folders):
         theirs = linear_inputs(
@@ -86,9 +98,9 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
             x = theirs[site.removeprefix("model.")]
             if "EncDecAttention" in site and site[-1] in "kv":
                 x = x[:4]  # transformers caches what it reads from the encoder
-            own = found.shared.concepts[index]
-            assert own.tokens == len(x), site
-            assert float((own.own - x.mT @ x).norm() / own.own.norm()) < 1e-4, site
+            own = found.inputs.own[index]
+            assert found.inputs.tokens[index] == len(x), site
+            assert float((own - x.mT @ x).norm() / own.norm()) < 1e-4, site
     assert all(torch.equal(batch[name], value) for name, value in kept.items())
 
 

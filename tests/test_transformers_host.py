@@ -24,8 +24,8 @@ from language_bases import (
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras
-from iteris_core.hosts.peft_folder import read_heads, write_adapter
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.lora_files.peft_folder import read_heads, write_adapter
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -216,9 +216,8 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
     host = TransformersHost(model.eval())
     with pytest.raises(IterisError, match="no adapter folder"):
         host.read_lora(tmp_path)
-    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=targets)).save_pretrained(
-        tmp_path / "a"
-    )
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)  # B is not zero
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a")
     lora = host.read_lora(tmp_path / "a")
     with pytest.raises(IterisError, match="has no inputs"):
         merge_loras(host, [Concept(lora)])
@@ -246,6 +245,7 @@ def test_bad_adapters_and_inputs_are_errors(tmp_path):
         ({"peft_type": "IA3"}, "is a IA3 adapter"),
         ({"use_dora": True}, "is a DoRA adapter"),
         ({"alora_invocation_tokens": [3]}, "is a aLoRA adapter"),
+        ({"lora_lattice": {"order": 3}}, "lora_lattice = "),  # of a peft to come
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
     ],
 )

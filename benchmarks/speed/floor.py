@@ -23,9 +23,9 @@ from models import (
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.methods.batching import Batching, micro_batches
-from iteris_core.methods.iteris import IterisSettings
-from iteris_core.methods.registry import Task
+from iteris_core.methods.iteris_settings import IterisSettings
+from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.job import Job
 
 
 def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibration) -> None:
@@ -33,7 +33,7 @@ def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibratio
     sites = {site: None for c in concepts if c.lora is not None for site in c.lora.sites}
     references = {site: [None] * len(concepts) for site in sites}
     generator = torch.Generator().manual_seed(0)
-    task = Task(host, concepts, references, calibration, generator, lambda *_: None)
+    task = Job(host, concepts, references, calibration, generator, lambda *_: None)
     batching = Batching(IterisSettings().micro_batch)
     with torch.no_grad(), task.lockstep() as lockstep:
         lockstep.close()

@@ -14,7 +14,7 @@ from typing import Any
 from models import is_attention, random_lora, toybox_host
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.memory import MemoryMeter
+from iteris_core.activations.meter import MemoryMeter
 from toybox.demo import TEMPLATES
 
 BASE = {"loras": 2, "rank": 8, "samples": 50}

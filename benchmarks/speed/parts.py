@@ -16,9 +16,9 @@ import torch
 from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 
 from iteris_core import Calibration, merge_loras
-from iteris_core.collector import Collector
-from iteris_core.methods import iteris
-from iteris_core.methods.registry import Task
+from iteris_core.activations.collect import SweepCollector
+from iteris_core.passes.job import Job
+from iteris_core.solve.moments import MomentReduction
 
 
 def shares(merge: Callable[[], Any]) -> dict[str, float]:
@@ -35,16 +35,17 @@ def shares(merge: Callable[[], Any]) -> dict[str, float]:
 
         return call
 
-    kept = Collector.visit, Collector.take, iteris.solve_site, Task.samples
-    Collector.visit = timed("moments", kept[0])
-    Collector.take = timed("moments", kept[1])
-    iteris.solve_site = timed("solves", kept[2])
-    Task.samples = timed("samples", kept[3])
+    sweep, job = SweepCollector, Job
+    kept = sweep.observe, sweep.take, MomentReduction.solve, job.samples
+    sweep.observe = timed("moments", kept[0])
+    sweep.take = timed("moments", kept[1])
+    MomentReduction.solve = timed("solves", kept[2])
+    job.samples = timed("samples", kept[3])
     started = time.perf_counter()
     try:
         merge()
     finally:
-        Collector.visit, Collector.take, iteris.solve_site, Task.samples = kept
+        sweep.observe, sweep.take, MomentReduction.solve, job.samples = kept
     total = time.perf_counter() - started
     seconds["forward"] = total - sum(seconds.values())
     return {**seconds, "total": total}

@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraModel
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras, write_lora
-from iteris_core.methods.registry import Task
+from iteris_core.passes.job import Job
 
 RANK = 32
 
@@ -87,7 +87,7 @@ def _ssr_core(core: Any, host: Any, concepts: Sequence[Concept], calibration: An
     pairs = [{s: (c.lora.sites[s].down, c.lora.sites[s].up) for s in sites} for c in concepts]
     references = {site: [c.lora.sites[site] for c in concepts] for site in sites}
     generator = torch.Generator().manual_seed(0)
-    task = Task(host, concepts, references, calibration, generator, lambda *_: None)
+    task = Job(host, concepts, references, calibration, generator, lambda *_: None)
     modules = host.sites()
     merger = core.SSRMerger(pairs, lambda_reg=1e-4)
     with torch.no_grad(), task.lockstep() as lockstep:

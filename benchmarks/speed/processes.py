@@ -19,7 +19,7 @@ from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 from torch import distributed, multiprocessing
 
 from iteris_core import Calibration, merge_loras
-from iteris_core.shards import Shards
+from iteris_core.activations.processes import Processes
 
 
 def work(rank: int, size: int, folder: str, model: str, rounds: int) -> None:
@@ -41,7 +41,11 @@ def work(rank: int, size: int, folder: str, model: str, rounds: int) -> None:
     for _ in range(rounds + 1):
         started = time.perf_counter()
         merge_loras(
-            host, concepts, calibration=calibration, shards=Shards(rank, size), memory_budget=None
+            host,
+            concepts,
+            calibration=calibration,
+            processes=Processes(rank, size),
+            memory_budget=None,
         )
         seconds.append(time.perf_counter() - started)
     if rank == 0:

@@ -15,15 +15,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iteris_core.lora import LowRank
-from iteris_core.memory import MemoryMeter
-from iteris_core.moments import InputMoments, SharedInputs, TargetMoments
-from iteris_core.solve import solve_site
+from iteris_core.activations.meter import MemoryMeter
+from iteris_core.lora import LowRank, SiteChanges
+from iteris_core.solve.adapter import AdapterMoments
+from iteris_core.solve.inputs import CrossMoments
+from iteris_core.solve.problem import Fit, Opening
 
 RANK = 32
 SHAPES = {
@@ -37,68 +39,60 @@ SHAPES = {
 LARGE = ("SD 1.5 feed-forward", "FLUX attention")
 
 
-def make_problem(
-    out: int, width: int, count: int
-) -> tuple[list[LowRank], list[InputMoments], list[TargetMoments]]:
+@dataclass
+class Rows:
+    """One concept's tokens, (tokens, in): X̃ and X."""
+
+    concept: int
+    merged: Tensor
+    reference: Tensor
+
+
+def make_problem(out: int, width: int, count: int) -> AdapterMoments:
+    """A site's moments, of ``count`` LoRAs."""
     generator = torch.Generator().manual_seed(0)
-    changes: list[LowRank] = []
-    parts: list[InputMoments] = []
-    targets: list[TargetMoments] = []
-    zero = torch.zeros((), dtype=torch.float64)
     scale = torch.logspace(0, -2, width)
-    for _ in range(count):
+    changes: list[LowRank] = []
+    rows: list[Rows] = []
+    for concept in range(count):
         up = torch.randn(out, RANK, generator=generator)
         down = torch.randn(RANK, width, generator=generator) / width**0.5
         changes.append(LowRank(up, down))
         x = torch.randn(2 * width, width, generator=generator) * scale
         xt = x + 0.1 * torch.randn(2 * width, width, generator=generator) * scale
-        parts.append(InputMoments(xt.mT @ xt, x.mT @ xt, len(x)))
-        z = x @ down.mT
-        targets.append(TargetMoments(None, z.mT @ z, zero, None, torch.float32))
-    return changes, parts, targets
+        rows.append(Rows(concept, xt, x))
+    moments = CrossMoments(count, width, torch.float32, torch.device("cpu"))
+    opening = Opening(SiteChanges(tuple(changes)), torch.device("cpu"), lambda _: (moments, True))
+    reduction = AdapterMoments.begin(opening, "none", torch.float32)
+    for part in rows:
+        reduction.add(part)
+    moments.complete()
+    return reduction
 
 
-def ours(
-    changes: list[LowRank],
-    parts: list[InputMoments],
-    targets: list[TargetMoments],
-    *,
-    residuals: bool = False,
-) -> LowRank:
+def ours(site: AdapterMoments, *, residuals: bool = False) -> LowRank:
     """Without the report's residuals, which the dense solve does not make either."""
-    return solve_site(
-        changes,
-        SharedInputs(parts),
-        targets,
-        [1.0] * len(changes),
-        align="adapter",
-        balance="none",
-        ridge=1e-5,
-        rank=None,
-        residuals=residuals,
-    ).change
+    site.inputs.forget_factor()
+    weights = [1.0] * len(site.changes)
+    return site.solve(Fit(weights, 1e-5, "none", residuals=residuals)).change
 
 
-def dense(
-    changes: list[LowRank], parts: list[InputMoments], _: list[TargetMoments] | None = None
-) -> Tensor:
-    width = changes[0].shape[1]
+def dense(site: AdapterMoments) -> Tensor:
+    out, width = site.changes.shape
     left = torch.zeros(width, width, dtype=torch.float64)
-    right = torch.zeros(width, changes[0].shape[0], dtype=torch.float64)
+    right = torch.zeros(width, out, dtype=torch.float64)
     eye = torch.eye(width, dtype=torch.float64)
-    for change, part in zip(changes, parts, strict=True):
-        assert part.cross is not None
-        own, cross = part.own.double(), part.cross.double()
+    moments = zip(site.inputs.own, site.inputs.cross, strict=True)
+    for change, (own, cross) in zip(site.changes.present.values(), moments, strict=True):
+        own, cross = own.double(), cross.double()
         whole = change.up.double() @ change.down.double()
         left += own + 1e-5 * own.norm() * eye
         right += (cross + 1e-5 * cross.norm() * eye).mT @ whole.mT
     return torch.linalg.solve(left, right).mT
 
 
-def reported(
-    changes: list[LowRank], parts: list[InputMoments], targets: list[TargetMoments]
-) -> LowRank:
-    return ours(changes, parts, targets, residuals=True)
+def reported(site: AdapterMoments) -> LowRank:
+    return ours(site, residuals=True)
 
 
 def measure(function: Callable[[], Any]) -> tuple[float, float]:
@@ -123,9 +117,9 @@ def compare(rounds: int, *, quick: bool) -> dict[str, Any]:
             times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in contenders}
             for _ in range(rounds):
                 for kind, solve in contenders.items():
-                    times[kind].append(measure(lambda s=solve, p=problem: s(*p)))
-            wanted = dense(*problem)
-            found_change = ours(*problem).to(torch.float64).dense()
+                    times[kind].append(measure(lambda s=solve, p=problem: s(p)))
+            wanted = dense(problem)
+            found_change = ours(problem).to(torch.float64).dense()
             gap = float((found_change - wanted).norm() / wanted.norm())
             medians = {
                 kind: [statistics.median(column) for column in zip(*some, strict=True)]

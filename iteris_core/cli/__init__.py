@@ -13,7 +13,8 @@ from .common import console
 from .demo import demo
 from .inspect import inspect
 from .merge import merge
-from .score import compare, methods, score
+from .methods import methods
+from .score import compare, score
 
 app = typer.Typer(
     no_args_is_help=True,

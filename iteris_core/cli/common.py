@@ -1,111 +1,86 @@
-"""What the commands share: the base, concepts, settings, progress."""
+"""What the commands share: options, the base, progress, and the run of a merge."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..activations.processes import ALONE, Processes
+from ..concepts import Concept
 from ..errors import IterisError, brief
+from ..hosts.protocol import Host
+from ..merge import MergeResult, OnProgress, merge_loras
 
 console = Console(stderr=True)
 
 
-@dataclass(frozen=True)
-class ConceptOption:
-    file: Path
-    trigger: str
-    class_word: str
-    strength: float
+def option(help: str, *names: str, **limits: Any) -> Any:
+    """A typer option, whose ``names`` come from its parameter where none are given."""
+    return typer.Option(*names, help=help, **limits)
 
 
-def parse_concept(text: str) -> ConceptOption:
-    parts = text.rsplit(":", 3)
-    strength = 1.0
-    if len(parts) == 4:
-        try:
-            strength = float(parts[3])
-        except ValueError:  # a colon in the path, as in C:\loras\cat.safetensors:sks:cat
-            parts = [f"{parts[0]}:{parts[1]}", *parts[2:]]
-    if text.endswith(".safetensors"):
-        return ConceptOption(Path(text), "", "", 1.0)
-    if len(parts) < 3:
-        raise IterisError(
-            f"--concept {text!r} is not FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, "
-            "such as cat.safetensors:sks:cat; or FILE alone, if its metadata have a trigger."
-        )
-    return ConceptOption(Path(parts[0]), parts[1], parts[2], strength)
-
-
-def parse_settings(kind: type, pairs: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    names = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or name not in names:
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {', '.join(names)}.")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values
-
-
-def read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise IterisError(f"{path} does not exist or is not a file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
+Device = Annotated[str | None, option("cpu, cuda, …; the best by default")]
 
 
 def best_device() -> str:
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(base: str, device: str | None) -> Any:
-    import torch
+def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
+    """The pipeline in a folder or of a hub name, or of a single file by what is in it.
+
+    ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
+    part) for a single file; without it diffusers takes that of the released model from the hub.
+    """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
     from diffusers.utils import logging as diffusers_logging
 
+    from ..hosts.diffusers_lora import single_file_pipeline
+
     diffusers_logging.set_verbosity_error()
     device = device or best_device()
-    try:
+    with loading(base, "Stable Diffusion pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
-            pipeline = StableDiffusionPipeline.from_single_file(base)
+            of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
+            where = {} if config is None else {"config": str(config)}
+            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
         else:
             pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
-    except Exception as error:  # the libraries raise many kinds; the message is what helps
-        raise IterisError(
-            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a "
-            "Stable Diffusion pipeline of diffusers, a .safetensors checkpoint or a hub name."
-        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
 
 
 @contextmanager
-def progress_bars(*, shown: bool = True) -> Generator[Callable[[str, int, int], None]]:
+def loading(base: str, what: str) -> Generator[None]:
+    """What a library raises becomes an :class:`IterisError` that asks for a folder with ``what``
+    or a hub name."""
+    try:
+        yield
+    except IterisError:
+        raise
+    except Exception as error:  # the libraries raise many kinds; the message is what helps
+        raise IterisError(
+            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a {what} or "
+            "a hub name."
+        ) from error
+
+
+@contextmanager
+def progress_bars(*, shown: bool = True) -> Generator[OnProgress]:
     """A progress bar per thing to do, on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bars: dict[str, TaskID] = {}
+    bars: dict[str, Any] = {}
     shown_on = Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown)
     with shown_on as progress:
 
@@ -115,3 +90,40 @@ def progress_bars(*, shown: bool = True) -> Generator[Callable[[str, int, int], 
             progress.update(bars[what], completed=done, total=total)
 
         yield on_progress
+
+
+@contextmanager
+def processes(device: str | None) -> Generator[tuple[Processes, str]]:
+    """This process's part in one merge over those that ``accelerate launch`` or ``torchrun`` have
+    started, and its device."""
+    device = device or best_device()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield ALONE, device
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    own = torch.device("cpu" if state.device is None else state.device)
+    try:
+        yield Processes(state.process_index, state.num_processes, own), str(own)
+    finally:
+        state.destroy_process_group()
+
+
+def run_merge(
+    device: str | None,
+    load: Callable[[str], tuple[Host, Sequence[Concept]]],
+    options: Mapping[str, Any],
+) -> MergeResult | None:
+    """Merge what ``load(device)`` gives, with :func:`..merge.merge_loras`'s ``options``. Of several
+    processes the first is to write the result; the others get None."""
+    with (
+        processes(device) as (group, own_device),
+        progress_bars(shown=group.rank == 0) as on_progress,
+    ):
+        on_progress("loading the base", 0, 1)
+        host, concepts = load(own_device)
+        on_progress("loading the base", 1, 1)
+        result = merge_loras(host, concepts, on_progress=on_progress, processes=group, **options)
+        group.wait()
+    return None if group.rank else result

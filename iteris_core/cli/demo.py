@@ -6,15 +6,14 @@ import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
 from ..errors import IterisError
-from .common import progress_bars
+from .common import option, progress_bars
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where pictures and scores go")] = Path("build/demo"),
+    output: Annotated[Path, option("Where pictures and scores go")] = Path("build/demo"),
 ) -> None:
     """Merge two and four concepts of the embedded toybox, draw and score them."""
     try:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..bases import Base
+from ..architectures import architecture_of_file
 from ..errors import IterisError
-from ..inspection import Interference, LoraFacts, describe, interference, to_dict
 from ..lora import Lora
-from ..lora_files import ReadOptions, read_lora_file, read_tensors
-from ..lora_files.layouts import dtypes_of, kinds_of, layouts_of
-from .common import load_base
+from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
+from ..report.inspection import Interference, LoraFacts, describe, interference
+from .common import load_base, option
 
 
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="LoRA files")],
     base: Annotated[
-        str | None, typer.Option(help="A base of another shape than SD 1.5, XL, 3 or FLUX")
+        str | None, option("A base of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON")] = False,
-    plot: Annotated[Path | None, typer.Option(help="A PNG heat map of the interference")] = None,
+    as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
+    plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     if plot is not None and not plot.parent.is_dir():
@@ -38,11 +38,12 @@ def inspect(
     facts = [fact for _, fact in found]
     pairs = [interference(one, two) for one, two in combinations(loras, 2)]
     if plot is not None:
-        from ..report_plots import plot_interference
+        from ..report.plots import plot_interference
 
-        plot_interference([fact.name for fact in facts], pairs).savefig(plot)
+        plot_interference(pairs).savefig(plot)
     if as_json:
-        typer.echo(json.dumps(to_dict(facts, pairs)))
+        data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
+        typer.echo(json.dumps(data))
         return
     console = Console()
     for fact in facts:
@@ -51,29 +52,21 @@ def inspect(
         console.print(_pairs_table(pairs))
 
 
-def _base_from(name: str) -> Base:
+def _base_from(name: str) -> BaseModel:
     from ..hosts.diffusers_lora import base_of, pipeline_sites
 
     pipeline = load_base(name, "cpu")
     return base_of(pipeline, pipeline_sites(pipeline))
 
 
-def _read(path: Path, base: Base | None) -> tuple[Lora, LoraFacts]:
-    from ..hosts.known_bases import guess_base, known_base
-
+def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
     tensors, metadata = read_tensors(path)
     if base is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        base = known_base(guess_base(shapes, metadata))
+        base = released_base(architecture_of_file(shapes, metadata).name)
     options = ReadOptions(allow_partial=True, magnitudes=False)
     lora = read_lora_file(path, base, options=options)
-    facts = describe(
-        lora,
-        layouts=layouts_of(tensors),
-        kinds=kinds_of(tensors),
-        dtypes=dtypes_of(tensors),
-    )
-    return lora, facts
+    return lora, describe(lora, tensors)
 
 
 def _facts_table(facts: LoraFacts) -> Table:
@@ -88,29 +81,25 @@ def _facts_table(facts: LoraFacts) -> Table:
         ("sites", "; ".join(f"{c}: {n} of {m}" for c, (n, m) in facts.coverage.items())),
         ("trigger words", ", ".join(facts.triggers) or "none in the metadata"),
         ("norm by block", ", ".join(f"{b} {n:.3g}" for b, n in facts.norms.items())),
+        *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
+        *(("note", note) for note in facts.notes),
     ]
-    rows += [("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []
-    rows += [("note", note) for note in facts.notes]
-    for name, text in rows:
-        table.add_row(name, text)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _counts(counts: object) -> str:
-    assert isinstance(counts, dict)
+def _counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
     return ", ".join(f"{value} ({count} ×)" for value, count in counts.items())
 
 
 def _pairs_table(pairs: Sequence[Interference]) -> Table:
-    table = Table(title="Interference", title_justify="left")
-    for name in ("pair", "block", "row spaces", "column spaces", "conflict"):
-        table.add_column(name)
+    table = Table("pair", "block", "row spaces", "column spaces", "conflict")
+    table.title, table.title_justify = "Interference", "left"
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
-        figures = (pair.rows, pair.columns, pair.conflict)
-        table.add_row(name, "all", *(f"{figure:.3f}" for figure in figures))
-        for block, own in pair.blocks.items():
-            table.add_row("", block, *(f"{figure:.3f}" for figure in own))
+        for index, (block, figures) in enumerate(pair.rated.items()):
+            table.add_row("" if index else name, block, *(f"{figure:.3f}" for figure in figures))
     return table

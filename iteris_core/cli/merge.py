@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..calibration import TEMPLATES, Calibration, Concept
+from ..concepts import PRESERVE_WEIGHT, Calibration, Concept
 from ..errors import IterisError
-from ..lora_files import ReadOptions, check_target
-from ..merge import MergeResult, merge_loras
+from ..hosts.protocol import Host
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files.peft_folder import check_folder, write_adapter
 from ..methods import all_methods, find_method
-from .common import load_base, parse_concept, parse_settings, progress_bars, read_lines
-from .merge_model import is_model, merge_model
-from .processes import processes
-from .recipe import (
-    calibration_of,
-    concepts_of,
-    cut_again,
-    read_concepts,
-    read_recipe,
-    settings_of,
+from ..presets import PresetName
+from .adapters import AdapterOption, is_model, load_adapters, parse_adapter
+from .common import Device, load_base, option, run_merge
+from .options import (
+    PRESET_HELP,
+    Dtype,
+    Latents,
+    calibration_option,
+    given,
+    parse_concept,
+    parse_settings,
+    read_lines,
 )
+from .recipe import concepts_of, cut_again, read_concepts, read_recipe
 
 
 def merge(
@@ -35,165 +39,156 @@ def merge(
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The .safetensors to write (transformers: a folder)"),
+        Path, option("The .safetensors to write (transformers: a folder)", "--output", "-o")
     ],
     concept: Annotated[
         list[str] | None,
-        typer.Option(
-            help="FILE[:TRIGGER:CLASS[:STRENGTH]]; on a model of transformers "
-            "FOLDER:SAMPLES[:STRENGTH]. Give it once per LoRA"
+        option(
+            "FILE, FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, such as 0.8, or 0.8/0.5 "
+            "for model/text encoders; on a model of transformers FOLDER:SAMPLES or "
+            "FOLDER:SAMPLES:STRENGTH. Give it once per LoRA"
         ),
     ] = None,
     from_file: Annotated[
-        Path | None, typer.Option("--from", help="Run the merge again that wrote this file")
+        Path | None, option("Run the merge again that wrote this file", "--from")
     ] = None,
     loras: Annotated[
         Path | None,
-        typer.Option(
-            help="With --from: the folder of the LoRAs, if they are not beside the merged file"
-        ),
+        option("With --from: the folder of the LoRAs, if they are not beside the merged file"),
     ] = None,
-    method: Annotated[str, typer.Option(help=", ".join(m.name for m in all_methods()))] = "iteris",
+    method: Annotated[str, option(", ".join(m.name for m in all_methods()))] = "iteris",
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE of the method, such as align=adapter, rank=16"),
+        option(
+            "NAME=VALUE of the method or the calibration, such as rank=16, guidance=2.5; "
+            "iteris methods lists all",
+            "--set",
+        ),
     ] = None,
+    preset: Annotated[PresetName | None, option(PRESET_HELP)] = None,
     preserve: Annotated[
-        Path | None, typer.Option(help="A text file of prompts on which the base is to stay")
+        Path | None, option("A text file of prompts on which the base is to stay")
     ] = None,
+    preserve_weight: Annotated[
+        float, option("What --preserve counts; much of it weakens the concepts", min=0)
+    ] = PRESERVE_WEIGHT,
     templates: Annotated[
-        Path | None, typer.Option(help="A text file of prompt templates, with {} for the concept")
+        Path | None, option("A text file of prompt templates, with {} for the concept")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Prompts per concept")] = 50,
-    timesteps: Annotated[int, typer.Option(help="Latents per prompt")] = 4,
-    latents: Annotated[str, typer.Option(help="denoising or noise (quick)")] = "denoising",
+    samples: Annotated[int | None, calibration_option("samples")] = None,
+    timesteps: Annotated[int | None, calibration_option("timesteps")] = None,
+    latents: Annotated[Latents | None, calibration_option("latents")] = None,
     generate: Annotated[
-        int | None,
-        typer.Option(help="transformers: features while each LoRA writes so many tokens"),
+        int | None, option("transformers: features while each LoRA writes so many tokens")
     ] = None,
     model_class: Annotated[
-        str | None,
-        typer.Option(help="transformers: class of the base, where the adapter does not name one"),
+        str | None, option("transformers: class of the base, where the adapter does not name one")
     ] = None,
-    latent_size: Annotated[int | None, typer.Option(help="Side of the latents")] = None,
-    seed: Annotated[int, typer.Option(help="Decides prompts and latents")] = 0,
-    layout: Annotated[str, typer.Option(help="kohya (read everywhere) or peft")] = "kohya",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32 of the file")] = (
-        "float16"
-    ),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
+    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
+    seed: Annotated[int | None, calibration_option("seed")] = None,
+    layout: Annotated[Layout, option("Of the file; kohya is read everywhere")] = "kohya",
+    dtype: Annotated[Dtype, option("Of the file")] = "float16",
+    device: Device = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB that the merge may take beyond the model; what is free by default"),
+        option("GiB that the merge may take beyond the model; what is free by default"),
     ] = None,
     allow_partial: Annotated[
-        bool, typer.Option(help="Leave out what a LoRA cannot represent, and list it")
+        bool, option("Leave out what a LoRA cannot represent, and list it")
     ] = False,
     energy: Annotated[
-        float, typer.Option(help="Share kept of changes that are not low rank by themselves")
+        float, option("Share kept of changes that are not low rank by themselves")
     ] = 0.999,
     rename: Annotated[
-        list[str] | None, typer.Option(help="LORA:NAME=NEW: another name for an embedding")
+        list[str] | None, option("LORA:NAME=NEW: another name for an embedding")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output file")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
-    plot: Annotated[Path | None, typer.Option(help="A PNG of the output errors per block")] = None,
+    overwrite: Annotated[bool, option("Replace an existing output file")] = False,
+    as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
+    plot: Annotated[Path | None, option("A PNG of the output errors per block")] = None,
 ) -> None:
     """Merge LoRAs on a Stable Diffusion base, or on a model of transformers, and write one."""
     recipe = read_recipe(from_file, loras) if from_file is not None else None
     if (recipe is None) == (not concept):
         raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
-    if recipe is None and loras is not None:
-        raise IterisError("--loras is for --from; --concept names the LoRAs' files itself.")
-    method = method if recipe is None else recipe.method
-    chosen = find_method(method)
-    calibration = Calibration(
+    if recipe is None:
+        _refuse("--from; --concept names the LoRAs' files itself.", loras=loras)
+    elif preset is not None:
+        raise IterisError(
+            "--preset is not for --from, which has all settings; change single ones by --set."
+        )
+    chosen = find_method(method if recipe is None else recipe.method)
+    settings, calibration = parse_settings(chosen.settings, setting or [])
+    calibration |= given(
         samples=samples,
         timesteps=timesteps,
-        latents=latents,  # type: ignore[arg-type]
+        latents=latents,
         latent_size=latent_size,
         seed=seed,
-        templates=read_lines(templates) if templates else TEMPLATES,
+        templates=read_lines(templates) if templates else None,
     )
-    if recipe is not None and recipe.calibration:
-        calibration = calibration_of(recipe)
-    given = parse_settings(chosen.settings, setting or [])
-    settings = settings_of(recipe, chosen.settings, given) if recipe else chosen.settings(**given)
-    budget = "free" if memory is None else round(memory * 2**30)
+    if recipe is not None:
+        settings = recipe.over("settings", settings, chosen.settings)
+        calibration = recipe.over("calibration", calibration, Calibration)
+    options: dict[str, Any] = {
+        "method": chosen.name,
+        "preset": preset or "default",
+        "settings": settings,
+        "calibration": calibration,
+        "memory_budget": "free" if memory is None else round(memory * 2**30),
+    }
+    adapters: list[AdapterOption] = []
     if recipe is None and is_model(base, concept or []):
-        for name, value in (("preserve", preserve), ("templates", templates), ("plot", plot)):
-            if value is not None:
-                raise IterisError(f"--{name} is for diffusion bases; {base} is a single model.")
-        if overwrite:
-            raise IterisError("--overwrite is for files; give another folder, or move the old one.")
-        result = merge_model(
-            base,
-            concept or [],
-            output,
-            model_class=model_class,
-            method=method,
-            settings=settings,
-            samples=samples,
-            seed=seed,
+        only = f"diffusion bases; {base} is a single model."
+        _refuse(only, preserve=preserve, templates=templates, plot=plot)
+        _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
+        check_folder(output)
+        adapters = [parse_adapter(text) for text in concept or []]
+    else:
+        _refuse(
+            f"models of transformers; {base} is no folder with a config.json, and no --concept is "
+            "an adapter folder of peft.",
             generate=generate,
-            dtype=dtype,
-            device=device,
-            memory_budget=budget,
+            model_class=model_class,
         )
-        if result is not None:
-            _report(result, output / "adapter_model.safetensors", as_json)
-        return
-    for name, value in (("generate", generate), ("model-class", model_class)):
-        if value is not None:
-            raise IterisError(
-                f"--{name} is for models of transformers; {base} is no folder with a config.json, "
-                "and no --concept is an adapter folder of peft."
-            )
-    options = [parse_concept(text) for text in concept or []]
+        check_target(output, layout, dtype, overwrite)
+    files = [parse_concept(text) for text in concept or [] if not adapters]
     reading = ReadOptions(allow_partial, energy)
-    check_target(output, layout, dtype, overwrite)
 
-    from ..hosts.diffusers import DiffusersHost
+    def load(device: str) -> tuple[Host, list[Concept]]:
+        if adapters:
+            return load_adapters(base, adapters, model_class, generate, device)
+        from ..hosts.diffusers import DiffusersHost
 
-    with (
-        processes(device) as (shards, own_device),
-        progress_bars(shown=shards.rank == 0) as on_progress,
-    ):
-        on_progress("loading the base", 0, 1)
-        host = DiffusersHost(load_base(base, own_device))
-        on_progress("loading the base", 1, 1)
-        concepts = read_concepts(options, host, reading, rename or [])
+        host = DiffusersHost(load_base(base, device))
         if recipe is not None:
             concepts = concepts_of(recipe, host, reading, rename or [])
+        else:
+            concepts = read_concepts(files, host, reading, rename or [])
         if preserve is not None:
-            concepts.append(Concept(None, prompts=read_lines(preserve), trigger="preserve"))
-        result = merge_loras(
-            host,
-            concepts,
-            method,
-            settings=settings,
-            calibration=calibration,
-            on_progress=on_progress,
-            shards=shards,
-            memory_budget=budget,
-        )
-        shards.wait()
-    if shards.rank:
+            concepts.append(Concept.preserve(read_lines(preserve), preserve_weight))
+        return host, concepts
+
+    result = run_merge(device, load, options)
+    if result is None:
         return
-    if recipe is not None:
-        result = cut_again(recipe, result)
-    path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)  # type: ignore[arg-type]
+    if adapters:
+        folder = write_adapter(result.lora, output, base=base, dtype=DTYPES[dtype])
+        path = folder / "adapter_model.safetensors"
+    else:
+        result = cut_again(recipe, result) if recipe is not None else result
+        path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)
     if plot is not None:
-        from ..report_plots import plot_residuals
+        from ..report.plots import plot_residuals
 
         plot_residuals(result.report).savefig(plot)
-    _report(result, path, as_json)
-
-
-def _report(result: MergeResult, path: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"path": str(path), **result.report.to_dict()}))
     else:
         typer.echo(result.report.summary())
         typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+
+
+def _refuse(why: str, **options: Any) -> None:
+    """Raise for the first of ``options`` that was given: it is for ``why``."""
+    for name in given(**options):
+        raise IterisError(f"--{name.replace('_', '-')} is for {why}")

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
-from ..calibration import Calibration, Concept
-from ..errors import IterisError
-from ..hosts import Host
+from ..concepts import Concept, Words, words_of
+from ..errors import IterisError, SettingsError
+from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
-from ..lora_files.metadata import parse_object, trigger_words
+from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
-from ..provenance import with_cut
-from ..truncation import at_rank
-from .common import ConceptOption
+from ..report.provenance import cut_lora
+from ..settings import Settings
+from .options import ConceptOption
 
 
 @dataclass(frozen=True)
@@ -33,44 +33,34 @@ class Recipe:
     folders: Sequence[Path]
     cut: Mapping[str, Any]
 
+    def over(
+        self,
+        what: Literal["settings", "calibration"],
+        given: Mapping[str, Any],
+        kind: type[Settings],
+    ) -> dict[str, Any]:
+        """What is recorded, with what the command line says over it, under today's names."""
+        try:
+            return {**kind.canonical(getattr(self, what)), **kind.canonical(given)}
+        except SettingsError as error:
+            are = "is" if what == "calibration" else "are"
+            raise IterisError(f"The recipe's {what} {are} not of this version: {error}") from error
+
 
 def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
     or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
-    found = parse_object(metadata.get("iteris"))
-    method, concepts = found.get("method"), found.get("concepts")
-    settings, calibration = found.get("settings"), found.get("calibration")
-    cut = found.get("cut", {})
-    if (
-        not isinstance(method, str)
-        or not isinstance(settings, dict)
-        or not isinstance(calibration, dict)
-        or not isinstance(cut, dict)
-        or not isinstance(concepts, list)
-        or not all(isinstance(concept, dict) for concept in concepts)
-    ):
+    found: dict[str, Any] = {"cut": {}, **parse_object(metadata.get("iteris"))}
+    kinds = {"method": str, "settings": dict, "calibration": dict, "concepts": list, "cut": dict}
+    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    if not whole or not all(isinstance(concept, dict) for concept in found["concepts"]):
         raise IterisError(
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
-    return Recipe(method, settings, calibration, concepts, folders, cut)
-
-
-def calibration_of(recipe: Recipe) -> Calibration:
-    try:
-        return Calibration(**recipe.calibration)
-    except TypeError as error:
-        raise IterisError(f"The recipe's calibration is not of this version: {error}.") from error
-
-
-def settings_of(recipe: Recipe, kind: type, given: Mapping[str, Any]) -> Any:
-    """The recipe's settings, with those of the command line over them."""
-    try:
-        return kind(**{**recipe.settings, **given})
-    except TypeError as error:
-        raise IterisError(f"The recipe's settings are not of this version: {error}.") from error
+    return Recipe(**{name: found[name] for name in kinds}, folders=folders)
 
 
 def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
@@ -80,10 +70,7 @@ def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
     rank, ordered = recipe.cut.get("rank"), recipe.cut.get("ordered")
     if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
         raise IterisError(f"The recipe has a broken cut {dict(recipe.cut)}.")
-    lora = result.lora
-    sites = {s: at_rank(change, rank, ordered=ordered) for s, change in lora.sites.items()}
-    metadata = with_cut(lora.metadata, rank, ordered=ordered)
-    return replace(result, lora=replace(lora, sites=sites, metadata=metadata))
+    return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
 
 
 def concepts_of(
@@ -93,37 +80,35 @@ def concepts_of(
     then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
     found: list[Concept] = []
     for entry in recipe.concepts:
-        prompts = entry.get("prompts")
         try:
-            concept = Concept(
-                None,
-                prompts=None if prompts is None else [str(prompt) for prompt in prompts],
-                trigger=str(entry.get("trigger") or ""),
-                class_word=str(entry.get("class") or ""),
-                strength=float(entry.get("strength", 1.0)),
-                weight=float(entry.get("weight", 1.0)),
-            )
-        except (TypeError, ValueError) as error:
+            concept = _recorded(entry)
+            recorded = entry.get("reading") or {}
+            partial = bool(recorded.get("allow_partial")) or options.allow_partial
+            reading = ReadOptions(partial, float(recorded.get("energy", options.energy)))
+            again = [str(text) for text in recorded.get("rename", ())]
+        except (AttributeError, TypeError, ValueError) as error:
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
         if entry.get("file"):
             path = _find(recipe, str(entry["file"]), str(entry.get("sha256") or ""))
-            then, again = _reading(entry, options)
-            lora = rename_embeddings(host.read_lora(path, then), [*again, *renames])
+            lora = rename_embeddings(host.read_lora(path, reading), [*again, *renames])
             concept = replace(concept, lora=lora)
         found.append(concept)
     return found
 
 
-def _reading(entry: Mapping[str, Any], options: ReadOptions) -> tuple[ReadOptions, list[str]]:
-    """How a concept's file was read, and the new names of its embeddings."""
-    recorded = entry.get("reading") or {}
-    try:
-        partial = bool(recorded.get("allow_partial")) or options.allow_partial
-        energy = float(recorded.get("energy", options.energy))
-        renames = [str(text) for text in recorded.get("rename", ())]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
-    return ReadOptions(partial, energy), renames
+def _recorded(entry: Mapping[str, Any]) -> Concept:
+    """A concept as it is recorded, without its LoRA."""
+    prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
+    return Concept(
+        None,
+        prompts=None if prompts is None else [str(prompt) for prompt in prompts],
+        trigger=str(entry.get("trigger") or ""),
+        class_word=str(entry.get("class") or ""),
+        strength=float(entry.get("strength", 1.0)),
+        weight=float(entry.get("weight", 1.0)),
+        text_strength=None if text_strength is None else float(text_strength),
+        subjects=[str(subject) for subject in entry.get("subjects") or ()],
+    )
 
 
 def _find(recipe: Recipe, name: str, digest: str) -> Path:
@@ -146,20 +131,20 @@ def _find(recipe: Recipe, name: str, digest: str) -> Path:
 def read_concepts(
     options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
 ) -> list[Concept]:
-    """The concepts of the command line; where neither trigger nor class word is given, the trigger
+    """The concepts of the command line; where neither trigger nor class word is given, the words
     that the file's metadata have."""
     found: list[Concept] = []
     for option in options:
         lora = host.read_lora(option.file, reading)
-        trigger = option.trigger
-        if not trigger and not option.class_word:
-            trigger = next(iter(trigger_words(lora.metadata)), "")
+        words = Words(option.trigger, option.class_word)
+        if words == Words():
+            words = words_of(lora.metadata)
         found.append(
             Concept(
                 rename_embeddings(lora, renames),
-                trigger=trigger,
-                class_word=option.class_word,
+                **words._asdict(),
                 strength=option.strength,
+                text_strength=option.text_strength,
             )
         )
     return found

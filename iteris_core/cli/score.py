@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,104 +10,98 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..calibration import TEMPLATES, Calibration, Concept
+from ..concepts import Calibration
 from ..errors import IterisError
-from ..methods import all_methods, find_method
-from .common import best_device, load_base, parse_concept, progress_bars, read_lines
+from ..lora_files import ReadOptions
+from ..methods import find_method
+from .common import Device, best_device, load_base, option, progress_bars
+from .options import calibration_option, given, parse_concept, read_lines
+from .recipe import read_concepts
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ClipName = Annotated[
-    str, typer.Option("--clip", help="An architecture of open_clip, or local-dir:FOLDER")
-]
+ClipName = Annotated[str, option("An architecture of open_clip, or local-dir:FOLDER")]
 ClipWeights = Annotated[
-    str | None,
-    typer.Option("--clip-weights", help="A weights file or a tag of open_clip; openai by default"),
+    str | None, option("A weights file or a tag of open_clip; openai by default")
 ]
-DinoName = Annotated[
-    str | None, typer.Option("--dino", help="A DINO model too: a hub name or a folder")
-]
+DinoName = Annotated[str | None, option("A DINO model too: a hub name or a folder")]
 
 
 def score(
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
-    refs: Annotated[Path | None, typer.Option(help="A folder of reference pictures")] = None,
+    refs: Annotated[Path | None, option("A folder of reference pictures")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file: one prompt per picture, or one for all")
+        Path | None, option("A text file: one prompt per picture, or one for all")
     ] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    device: Device = None,
+    as_json: Annotated[bool, option("Print JSON", "--json")] = False,
 ) -> None:
     """CLIP image and text alignment of pictures: raw cosine and the CLIPScore scale."""
     from ..score import ClipScorer, DinoScorer, clip_score
 
     if refs is None and prompts is None:
         raise IterisError("There is nothing to score against: give --refs, --prompts or both.")
-    files = [file for path in images for file in image_files(path)]
-    pictures = [open_image(file) for file in files]
+    files, pictures = open_images(*images)
     columns: dict[str, Any] = {}
     device = device or best_device()
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if refs is not None:
-        references = [open_image(file) for file in image_files(refs)]
+        _, references = open_images(refs)
         columns["image"] = scorer.image_alignment(pictures, references)
         if dino is not None:
-            found = DinoScorer.load(dino, device=device)
-            columns["dino"] = found.image_alignment(pictures, references)
+            other = DinoScorer.load(dino, device=device)
+            columns["dino"] = other.image_alignment(pictures, references)
     if prompts is not None:
         lines = read_lines(prompts)
         lines = lines * len(pictures) if len(lines) == 1 else lines
         columns["text"] = scorer.text_alignment(pictures, lines)
         columns["clipscore"] = clip_score(columns["text"])
+    means = {name: float(values.mean()) for name, values in columns.items()}
+    rows = [{name: float(v[index]) for name, v in columns.items()} for index in range(len(files))]
     if as_json:
-        rows = [
-            {"file": str(file), **{name: float(v[i]) for name, v in columns.items()}}
-            for i, file in enumerate(files)
-        ]
-        means = {name: float(values.mean()) for name, values in columns.items()}
-        typer.echo(json.dumps({"pictures": rows, "mean": means}))
+        named = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
+        typer.echo(json.dumps({"pictures": named, "mean": means}))
         return
     table = Table("picture", *columns)
-    for index, file in enumerate(files):
-        table.add_row(file.name, *(f"{float(v[index]):.4f}" for v in columns.values()))
-    table.add_row("mean", *(f"{float(v.mean()):.4f}" for v in columns.values()), style="bold")
+    for name, row in zip([*(file.name for file in files), "mean"], [*rows, means], strict=True):
+        style = "bold" if row is means else None
+        table.add_row(name, *(f"{value:.4f}" for value in row.values()), style=style)
     Console().print(table)
 
 
 def compare(
     base: Annotated[str, typer.Argument(help="Stable Diffusion, as for merge")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the results")],
-    concept: Annotated[list[str], typer.Option(help="FILE:TRIGGER:CLASS, as for merge")],
-    refs: Annotated[list[Path], typer.Option(help="A folder of pictures for each --concept")],
+    output: Annotated[Path, option("A folder for the results", "--output", "-o")],
+    concept: Annotated[list[str], option("FILE:TRIGGER:CLASS, as for merge")],
+    refs: Annotated[list[Path], option("A folder of pictures for each --concept")],
     methods: Annotated[
-        str, typer.Option(help="Names with commas between, base for no LoRA")
+        str, option("Names with commas between, base for no LoRA")
     ] = "base,sum,average,iteris",
     prompts: Annotated[
         str,
-        typer.Option(
-            help="composition, objects, animals, or a text file of prompts with {all}, or {1}, "
+        option(
+            "composition, objects, animals, or a text file of prompts with {all}, or {1}, "
             "{2} …, for the concepts"
         ),
     ] = "composition",
-    images_per_prompt: Annotated[int, typer.Option(help="Seeds per prompt")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale")] = 7.5,
-    templates: Annotated[Path | None, typer.Option(help="Calibration templates")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration prompts per concept")] = 50,
-    latent_size: Annotated[int | None, typer.Option(help="Side of calibration latents")] = None,
+    images_per_prompt: Annotated[int, option("Seeds per prompt")] = 4,
+    steps: Annotated[int, option("Denoising steps")] = 25,
+    guidance: Annotated[float, option("Guidance scale")] = 7.5,
+    templates: Annotated[Path | None, option("Calibration templates")] = None,
+    samples: Annotated[int | None, calibration_option("samples")] = None,
+    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …; the best by default")] = None,
-    seed: Annotated[int, typer.Option(help="Of calibration and pictures")] = 0,
+    device: Device = None,
+    seed: Annotated[int, option("Of calibration and pictures")] = 0,
 ) -> None:
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
-    from ..score.compare import BASE, Drawing, compare_methods
-    from ..score.prompts import PROMPT_LISTS
+    from ..score.compare import BASE, PROMPT_LISTS, Drawing, compare_methods
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -121,28 +114,15 @@ def compare(
             f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
             f"{len(options)}."
         )
-    drawing = Drawing(images_per_prompt, steps, guidance, seed)
-    calibration = Calibration(
-        samples=samples,
-        latent_size=latent_size,
-        seed=seed,
-        templates=read_lines(templates) if templates else TEMPLATES,
-    )
-    references = [[open_image(file) for file in image_files(folder)] for folder in refs]
+    lines = read_lines(templates) if templates else None
+    calibration = given(samples=samples, latent_size=latent_size, seed=seed, templates=lines)
+    references = [open_images(folder)[1] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
     device = device or best_device()
     with progress_bars() as on_progress:
         pipeline = load_base(base, device)
         host = DiffusersHost(pipeline)
-        concepts = [
-            Concept(
-                host.read_lora(option.file),
-                trigger=option.trigger,
-                class_word=option.class_word,
-                strength=option.strength,
-            )
-            for option in options
-        ]
+        concepts = read_concepts(options, host, ReadOptions(), [])
         comparison = compare_methods(
             pipeline,
             host,
@@ -151,8 +131,8 @@ def compare(
             names,
             ClipScorer.load(clip, clip_weights, device=device),
             templates=wanted,
-            drawing=drawing,
-            calibration=calibration,
+            drawing=Drawing(images_per_prompt, steps, guidance, seed),
+            calibration=Calibration.from_mapping(calibration),
             dino=DinoScorer.load(dino, device=device) if dino else None,
             on_progress=on_progress,
         )
@@ -161,30 +141,22 @@ def compare(
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
 
 
-def methods() -> None:
-    """List the merge methods and their settings."""
-    table = Table("method", "what it does", "settings", "runs the base")
-    for method in all_methods():
-        names = ", ".join(f"{f.name}={f.default}" for f in fields(method.settings))
-        table.add_row(method.name, method.summary, names, "yes" if method.needs_host else "no")
-    Console().print(table)
-
-
-def image_files(path: Path) -> list[Path]:
-    """A picture, or all pictures of a folder by name."""
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
-        if found:
-            return found
-    raise IterisError(f"{path} is no picture and no folder with pictures ({', '.join(_IMAGES)}).")
-
-
-def open_image(path: Path) -> Any:
+def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
+    """Files and their pictures: single ones, and all of a folder by name."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise IterisError(f"{path} is not a picture that can be read.") from error
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
+        if not files:
+            kinds = ", ".join(_IMAGES)
+            raise IterisError(f"{path} is no picture and no folder with pictures ({kinds}).")
+        found += files
+    pictures: list[Any] = []
+    for file in found:
+        try:
+            pictures.append(Image.open(file).convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise IterisError(f"{file} is not a picture that can be read.") from error
+    return found, pictures

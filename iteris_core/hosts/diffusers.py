@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, Concept, concept_prompts
-from ..lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
+from ..architectures import text as text_wirings
+from ..architectures.record import Conditioning
+from ..architectures.sites import in_changed_parts, residual_streams
+from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from ..memory import free_memory, usable
-from . import Stage, Tick
-from .checks import check_eval, check_model
-from .diffusers_families import Conditioning, family_of
-from .diffusers_lora import COMPONENTS, pipeline_sites, read_lora
-from .diffusers_noise import NoiseSchedule
-from .streams import unet_streams
-from .transformers_streams import transformer_streams
+from .diffusers_lora import COMPONENTS, base_of, calls_of, pipeline_sites, read_lora
+from .diffusers_noise import deterministic_scheduler
+from .protocol import Stage, Tick, check_eval, check_model
+from .rows import NoisyRows, TextRows, drawn_prompts, drawn_steps, noisy_rows
 
 _BATCH = 16  # rows per forward while samples are made
 _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
@@ -29,20 +30,11 @@ _GUIDANCE = 3.5  # what FLUX pipelines give a model that takes it as an input
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """Rows of the denoiser, sorted by concept.
+    """``noisy`` is None where no site needs the denoiser to run; ``guidance`` is what a
+    guidance-distilled model is given."""
 
-    ``text_owners`` and ``text_prompts`` list the distinct (concept, prompt) pairs, and
-    ``text_rows`` says which of them each row uses. ``latents`` is (rows, …), shaped as the model
-    takes them, ``timesteps`` (rows,); both are None where no site needs the denoiser to run.
-    ``guidance`` is what a guidance-distilled model is given.
-    """
-
-    text_owners: Sequence[int]
-    text_prompts: Sequence[str]
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    latents: Tensor | None
-    timesteps: Tensor | None
+    text: TextRows
+    noisy: NoisyRows | None
     guidance: float
 
 
@@ -57,17 +49,18 @@ class DiffusersHost:
     pictures = True
 
     def __init__(self, pipeline: Any) -> None:
-        self.family = family_of(pipeline)
+        self._sites = pipeline_sites(pipeline)
+        self.architecture = base_of(pipeline, self._sites).architecture
+        self.calls = calls_of(pipeline, self.architecture)
         self.pipeline = pipeline
         for model in self._models():
             check_model(model)
-        self._sites = pipeline_sites(pipeline)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._encoded: list[list[Conditioning]] = []
 
     @property
     def denoiser(self) -> Any:
-        return getattr(self.pipeline, self.family.denoiser)
+        return getattr(self.pipeline, self.architecture.denoiser)
 
     def _models(self) -> list[nn.Module]:
         parts = [getattr(self.pipeline, name, None) for name in COMPONENTS]
@@ -104,73 +97,64 @@ class DiffusersHost:
     ) -> DiffusionSamples:
         for model in self._models():
             check_eval(model)
-        prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
-        share = calibration.empty_share if self.family.empty_prompts else 0.0
-        if not self._needs_denoiser(sites) and share:
-            prompts = [[*some, ""] for some in prompts]
-        owners = [i for i, some in enumerate(prompts) for _ in some]
-        flat = [prompt for some in prompts for prompt in some]
+        share = calibration.empty_share if self.calls.empty_prompts else 0.0
         guidance = calibration.guidance if calibration.guidance > 1 else _GUIDANCE
-        if not self._needs_denoiser(sites):
-            return _rows(owners, flat, None, None, guidance)
-
-        latents, timesteps = self._latents(
-            flat, owners, calibration, lockstep, generator, tick
-        )  # (prompts, T, …) and (prompts, T)
-        count = timesteps.shape[1]
-        row_owners = [owner for owner in owners for _ in range(count)]
-        row_prompts = [prompt for prompt in flat for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=generator) < share
-        for row in empty.nonzero().flatten().tolist():
-            row_prompts[row] = ""
-        return _rows(row_owners, row_prompts, latents.flatten(0, 1), timesteps.flatten(), guidance)
+        denoises = self._needs_denoiser(sites)
+        empty = bool(share) and not denoises
+        owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
+        if not denoises:
+            return DiffusionSamples(TextRows.of(owners, prompts), None, guidance)
+        latents, times = self._latents(prompts, owners, calibration, lockstep, generator, tick)
+        text, noisy = noisy_rows(owners, prompts, latents, times, share, generator)
+        return DiffusionSamples(text, noisy, guidance)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
-        text = self._encode([samples.text_prompts[samples.text_rows[row]] for row in rows])
-        if samples.latents is None or samples.timesteps is None:
-            return text["states"]
+        text, noisy = samples.text, samples.noisy
+        encoded = self._encode([text.texts[text.text_rows[row]] for row in rows])
+        if noisy is None:
+            return encoded["states"]
         index = torch.as_tensor(list(rows))
-        return self._predict(
-            samples.latents[index], samples.timesteps[index], text, samples.guidance
-        )
+        return self._predict(noisy.latents[index], noisy.times[index], encoded, samples.guidance)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):
             if component.startswith("text_encoder"):
                 encoder = getattr(self.pipeline, component)
-                streams |= transformer_streams(self._sites, sites, encoder)
+                known = residual_streams(encoder, self._sites, text_wirings.WIRINGS)
+                streams |= in_changed_parts(known, sites)
         if self._needs_denoiser(sites):
-            streams |= unet_streams(self.denoiser, self._sites)
+            wirings = self.architecture.wirings
+            streams |= residual_streams(self.denoiser, self._sites, wirings)
         return streams
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         text_sites = [site for site in sites if site.startswith("text_encoder")]
-        others = [site for site in sites if site.startswith(f"{self.family.denoiser}.")]
+        others = [site for site in sites if site.startswith(f"{self.architecture.denoiser}.")]
         if not others and not text_sites:
             return
-        self._encoded = [[{}] * len(samples.text_prompts) for _ in range(2)]
+        text = samples.text
+        self._encoded = [[{}] * len(text.texts) for _ in range(2)]
         if text_sites:
-            run = self._run_text(samples)
-            feeds = bool(others)
-            yield Stage("text encoder", text_sites, samples.text_owners, run, feeds=feeds)
+            run = partial(self._run_text, text)
+            yield Stage("text encoder", text_sites, text.text_owners, run, feeds=bool(others))
         else:
-            prompts = list(dict.fromkeys(samples.text_prompts))
-            run = self._run_plain_text(samples, prompts)
+            prompts = list(dict.fromkeys(text.texts))
+            run = partial(self._run_plain_text, text, prompts)
             yield Stage("text encoder", [], [0] * len(prompts), run, feeds=True)
-        if self._needs_denoiser(sites):
-            run = self._run_denoiser(samples)
-            yield Stage(self.family.denoiser, others, samples.owners, run, places=True)
+        if samples.noisy is not None:
+            run = partial(self._run_denoiser, text, samples.noisy, samples.guidance)
+            yield Stage(self.architecture.denoiser, others, text.owners, run, places=True)
         elif others:
-            run = self._run_projections(others)
-            yield Stage("cross-attention", others, samples.text_owners, run)
+            run = partial(self._run_projections, [self._sites[site] for site in others])
+            yield Stage("cross-attention", others, text.text_owners, run)
         self._encoded = []
 
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
     def _needs_denoiser(self, sites: Set[str]) -> bool:
-        prefix = f"{self.family.denoiser}."
+        prefix = f"{self.architecture.denoiser}."
         return any(site.startswith(prefix) and site not in self._direct for site in sites)
 
     def _sees_text_only(self, site: str) -> bool:
@@ -187,7 +171,7 @@ class DiffusersHost:
         )
 
     def _encode(self, prompts: list[str]) -> Conditioning:
-        return self.family.encode(self.pipeline, prompts)
+        return self.calls.encode(self.pipeline, prompts)
 
     def _predict(
         self, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
@@ -195,59 +179,49 @@ class DiffusersHost:
         """The denoiser's output, rows first."""
         latents = latents.to(self.device, self.denoiser.dtype)
         text = {name: part.to(latents) for name, part in text.items()}
-        arguments = self.family.arguments(
+        arguments = self.calls.arguments(
             self.pipeline, latents, timesteps.to(self.device), text, guidance
         )
         return self.denoiser(**arguments, return_dict=False)[0]
 
-    def _run_text(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([samples.text_prompts[row] for row in rows] * copies)
-            for copy in range(copies):
-                for index, row in enumerate(rows):
-                    self._encoded[copy][row] = _part(text, copy * len(rows) + index)
-
-        return run
+    def _run_text(self, text: TextRows, rows: Sequence[int], copies: int) -> None:
+        parts = self._encoded_parts([text.texts[row] for row in rows] * copies)
+        for copy in range(copies):
+            for row in rows:
+                self._encoded[copy][row] = next(parts)
 
     def _run_plain_text(
-        self, samples: DiffusionSamples, prompts: list[str]
-    ) -> Callable[[Sequence[int], int], None]:
+        self, text: TextRows, prompts: Sequence[str], rows: Sequence[int], copies: int
+    ) -> None:
         """Text encoders that no LoRA changes give the same for every concept, and merged."""
+        chosen = [prompts[row] for row in rows]
+        parts = dict(zip(chosen, self._encoded_parts(chosen), strict=True))
+        for copy in self._encoded:
+            copy[:] = [parts.get(t, there) for t, there in zip(text.texts, copy, strict=True)]
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._encode([prompts[row] for row in rows])
-            found = {prompts[row]: _part(text, index) for index, row in enumerate(rows)}
-            for index, prompt in enumerate(samples.text_prompts):
-                for encoded in self._encoded:
-                    encoded[index] = found.get(prompt, encoded[index])
-
-        return run
+    def _encoded_parts(self, prompts: list[str]) -> Iterator[Conditioning]:
+        """What the text encoders give for each of ``prompts``."""
+        encoded = self._encode(prompts)
+        for row in range(len(prompts)):
+            yield {name: part[row].cpu() for name, part in encoded.items()}
 
     def _text_batch(self, rows: Sequence[int], copies: int) -> Conditioning:
-        found = [self._encoded[copy][row] for copy in range(copies) for row in rows]
-        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+        parts = [self._encoded[copy][row] for copy in range(copies) for row in rows]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def _run_denoiser(self, samples: DiffusionSamples) -> Callable[[Sequence[int], int], None]:
-        assert samples.latents is not None
-        assert samples.timesteps is not None
-        latents, timesteps = samples.latents, samples.timesteps
+    def _run_denoiser(
+        self, text: TextRows, noisy: NoisyRows, guidance: float, rows: Sequence[int], copies: int
+    ) -> None:
+        index = torch.as_tensor(list(rows) * copies)
+        encoded = self._text_batch([text.text_rows[row] for row in rows], copies)
+        self._predict(noisy.latents[index], noisy.times[index], encoded, guidance)
 
-        def run(rows: Sequence[int], copies: int) -> None:
-            index = torch.as_tensor(list(rows) * copies)
-            text = self._text_batch([samples.text_rows[row] for row in rows], copies)
-            self._predict(latents[index], timesteps[index], text, samples.guidance)
-
-        return run
-
-    def _run_projections(self, sites: Sequence[str]) -> Callable[[Sequence[int], int], None]:
-        modules = [module for site, module in self._sites.items() if site in set(sites)]
-
-        def run(rows: Sequence[int], copies: int) -> None:
-            text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
-            for module in modules:
-                module(text)
-
-        return run
+    def _run_projections(
+        self, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
+    ) -> None:
+        text = self._text_batch(rows, copies)["states"].to(self.device, self.denoiser.dtype)
+        for module in modules:
+            module(text)
 
     def _latents(
         self,
@@ -259,51 +233,47 @@ class DiffusersHost:
         tick: Tick,
     ) -> tuple[Tensor, Tensor]:
         """Latents (prompts, T, …) and their timesteps (prompts, T)."""
-        steps, wanted = calibration.denoising_steps, calibration.timesteps
-        shape = self.family.latent_shape(self.pipeline, calibration.latent_size)
-        schedule = NoiseSchedule(
-            self.pipeline.scheduler,
-            steps,
-            shape,
-            self.denoiser.config.get("patch_size", 1),
-            even_sigmas=self.family.even_sigmas,
+        steps = calibration.denoising_steps
+        shape = self.calls.latent_shape(self.pipeline, calibration.latent_size)
+        patch = self.denoiser.config.get("patch_size", 1)
+        scheduler_now = partial(
+            deterministic_scheduler,
+            *(self.pipeline.scheduler, steps, shape, patch, self.calls.even_sigmas),
         )
+        times = scheduler_now().timesteps
         noise = torch.randn(len(prompts), *shape, generator=generator)
-        picks = torch.stack(
-            [torch.randperm(steps, generator=generator)[:wanted] for _ in prompts]
-        ).sort(dim=1)[0]
+        picks = drawn_steps(len(prompts), calibration, steps, generator)
+        count = picks.shape[1]
         if calibration.latents == "noise":
-            kept = noise[:, None].expand(-1, wanted, *(-1 for _ in shape))
-            return kept, schedule.timesteps[picks]
+            kept = noise[:, None].expand(-1, count, *(-1 for _ in shape))
+            return kept, times[picks]
 
-        kept = torch.zeros(len(prompts), wanted, *shape)
-        mine = lockstep.shards.mine(len(prompts))
+        kept = torch.zeros(len(prompts), count, *shape)
+        mine = lockstep.processes.mine(len(prompts))
         chunks = [mine[start : start + _BATCH] for start in range(0, len(mine), _BATCH)]
         tick("denoising samples", 0, len(chunks))
         for done, chunk in enumerate(chunks, 1):
-
-            def keep(step: int, latents: Tensor, rows: Sequence[int] = chunk) -> None:
-                index = torch.as_tensor(list(rows))
-                row, slot = (picks[index] == step).nonzero(as_tuple=True)
-                kept[index[row], slot] = latents[row.to(latents.device)].to("cpu", kept.dtype)
-
             predict = self._own_predict(
                 [prompts[row] for row in chunk],
                 [owners[row] for row in chunk],
                 calibration.guidance,
                 lockstep,
             )
-            start = noise[list(chunk)].to(self.device, self.denoiser.dtype)
-            schedule.denoise(start, predict, keep)
+            index, scheduler = torch.as_tensor(list(chunk)), scheduler_now()
+            noisy = noise[index].to(self.device, self.denoiser.dtype)
+            for step, time in enumerate(times):
+                row, slot = (picks[index] == step).nonzero(as_tuple=True)
+                kept[index[row], slot] = noisy[row.to(noisy.device)].to("cpu", kept.dtype)
+                noisy = scheduler.step(predict(noisy, time), time, noisy, return_dict=False)[0]
             tick("denoising samples", done, len(chunks))
-        lockstep.shards.add_up([kept])
-        return kept, schedule.timesteps[picks]
+        lockstep.processes.add_up([kept])
+        return kept, times[picks]
 
     def _own_predict(
         self, prompts: list[str], owners: list[int], guidance: float, lockstep: Lockstep
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The denoiser's output for each row under its own LoRA, with guidance."""
-        guided = self.family.empty_prompts and guidance > 1
+        guided = self.calls.empty_prompts and guidance > 1
         copies = 2 if guided else 1
         scale = guidance if guidance > 1 else _GUIDANCE
         result: list[Any] = []
@@ -324,28 +294,3 @@ class DiffusersHost:
             return output
 
         return predict
-
-
-def _part(text: Conditioning, row: int) -> Conditioning:
-    return {name: part[row].cpu() for name, part in text.items()}
-
-
-def _rows(
-    owners: Sequence[int],
-    prompts: Sequence[str],
-    latents: Tensor | None,
-    timesteps: Tensor | None,
-    guidance: float,
-) -> DiffusionSamples:
-    pairs = {
-        pair: index for index, pair in enumerate(dict.fromkeys(zip(owners, prompts, strict=True)))
-    }
-    return DiffusionSamples(
-        [owner for owner, _ in pairs],
-        [prompt for _, prompt in pairs],
-        owners,
-        [pairs[pair] for pair in zip(owners, prompts, strict=True)],
-        latents,
-        timesteps,
-        guidance,
-    )

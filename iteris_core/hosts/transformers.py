@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, Concept
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.meter import free_memory, usable
+from ..architectures import text
+from ..architectures.sites import in_changed_parts, residual_streams, weight_shape
+from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from ..memory import free_memory, usable
-from . import Stage, Tick
-from .checks import check_eval, check_model
-from .peft_folder import read_adapter
+from ..lora_files.peft_folder import read_adapter
+from .protocol import Stage, Tick, check_eval, check_model
 from .transformers_rows import Row, collate, extended, lengths, rows_of
-from .transformers_streams import transformer_streams
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
@@ -78,7 +79,7 @@ class TransformersHost:
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
-        return read_adapter(Path(path), self._sites)
+        return read_adapter(Path(path), {s: weight_shape(m) for s, m in self._sites.items()})
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         raise IterisError("This method works from prompts, which a transformers host has not.")
@@ -107,7 +108,8 @@ class TransformersHost:
         return ModelSamples(owners, rows)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        return transformer_streams(self._sites, sites, self.model)
+        streams = residual_streams(self.model, self._sites, text.WIRINGS)
+        return in_changed_parts(streams, sites)
 
     def stages(self, samples: ModelSamples, sites: Set[str]) -> Iterator[Stage]:
         more = self._fewest_logits(sites)
@@ -123,7 +125,8 @@ class TransformersHost:
                 return None
             return self._batch([{name: row[name]} for row in found], 1)[name].bool()
 
-        yield Stage("model", sorted(sites), samples.owners, run, mask)
+        fewest = min(Counter(samples.owners).values())
+        yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
 
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Concept
+from ..concepts import Concept
 from ..errors import IterisError, SettingsError
 
 Row = Mapping[str, Tensor]

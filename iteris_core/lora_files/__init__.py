@@ -1,19 +1,25 @@
 """LoRA files: reading in every layout, and writing in those that everybody reads.
 
-Only safetensors is read. To teach the reader a layout, add its names to :mod:`.names`; to teach it
-a parametrisation, add its leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
+Only safetensors is read. What names a file may use is in :mod:`.aliases`, and in
+:mod:`..architectures` where only one has them; to teach the reader a parametrisation, add its
+leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
 """
 
-from .reading import ReadOptions, read_lora_file
+from .aliases import BaseModel, base_model, released_base
+from .read import ReadOptions, read_lora_file
 from .tensors import read_tensors
-from .writing import DTYPES, Layout, check_target, write_lora
+from .write import DTYPES, Layout, check_target, to_tensors, write_lora
 
 __all__ = [
     "DTYPES",
+    "BaseModel",
     "Layout",
     "ReadOptions",
+    "base_model",
     "check_target",
     "read_lora_file",
     "read_tensors",
+    "released_base",
+    "to_tensors",
     "write_lora",
 ]

@@ -26,16 +26,33 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
     """
     found = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
-    ours = parse_object(metadata.get("iteris")).get("concepts")
-    for concept in ours if isinstance(ours, list) else []:
-        if isinstance(concept, dict):
-            found.append(str(concept.get("trigger") or ""))
+    found += [str(concept.get("trigger") or "") for concept in _merged_concepts(metadata)]
     for folder in parse_object(metadata.get("ss_dataset_dirs")):
         number, _, name = folder.partition("_")
         if number.isdigit():
             found.append(name.strip())
     found += _constant_tags(metadata)
     return list(dict.fromkeys(word for word in found if word))
+
+
+def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
+    """What a prompt has to say: every phrase of a file with several concepts, as a merge of ours
+    or ``modelspec.trigger_phrase`` has them; of any other the best word alone."""
+    phrases: list[str] = []
+    for concept in _merged_concepts(metadata):
+        subjects = concept.get("subjects")
+        several = [str(phrase) for phrase in subjects] if isinstance(subjects, list) else []
+        phrases += several or [f"{concept.get('trigger') or ''} {concept.get('class') or ''}"]
+    phrases = phrases or metadata.get("modelspec.trigger_phrase", "").split(",")
+    phrases = list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
+    return phrases or trigger_words(metadata)[:1]
+
+
+def _merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The concepts with a LoRA of a file that is a merge of ours."""
+    concepts = parse_object(metadata.get("iteris")).get("concepts")
+    concepts = concepts if isinstance(concepts, list) else []
+    return [c for c in concepts if isinstance(c, dict) and c.get("lora") is not None]
 
 
 def _constant_tags(metadata: Mapping[str, str]) -> list[str]:

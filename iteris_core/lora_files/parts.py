@@ -1,87 +1,99 @@
-"""Which tensor of a LoRA file is which part of a module's change: the leaves of the keys."""
+"""What the keys of a LoRA file say: the part of a module's change that a tensor is, and for people
+to read the layout and parametrisation."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Iterable
 
+_LEAVES = {
+    "down": (
+        ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A",
+        "_lora.down.weight", ".lora.down.weight", ".lora_linear_layer.down.weight", ".down.weight",
+    ),
+    "up": (
+        ".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B",
+        "_lora.up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".up.weight",
+    ),
+    "mid": (".lora_mid.weight",),
+    "magnitude": (".dora_scale",),
+    "output_magnitude": (
+        ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+        ".lora_magnitude_vector.default", ".lora_magnitude_vector.default.weight",
+    ),
+}  # fmt: skip
+_CALLED_SO = (
+    "alpha", "diff", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+    "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+)  # fmt: skip
 LEAVES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_mid.weight": "mid",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_A": "down",
-    ".lora_B": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".down.weight": "down",
-    ".up.weight": "up",
-    ".alpha": "alpha",
-    ".dora_scale": "magnitude",
-    ".lora_magnitude_vector": "output_magnitude",
-    ".lora_magnitude_vector.weight": "output_magnitude",
-    ".lora_magnitude_vector.default": "output_magnitude",
-    ".lora_magnitude_vector.default.weight": "output_magnitude",
-    ".hada_w1_a": "hada_w1_a",
-    ".hada_w1_b": "hada_w1_b",
-    ".hada_w2_a": "hada_w2_a",
-    ".hada_w2_b": "hada_w2_b",
-    ".hada_t1": "hada_t1",
-    ".hada_t2": "hada_t2",
-    ".lokr_w1": "lokr_w1",
-    ".lokr_w1_a": "lokr_w1_a",
-    ".lokr_w1_b": "lokr_w1_b",
-    ".lokr_w2": "lokr_w2",
-    ".lokr_w2_a": "lokr_w2_a",
-    ".lokr_w2_b": "lokr_w2_b",
-    ".lokr_t2": "lokr_t2",
-    ".diff": "diff",
+    **{leaf: part for part, leaves in _LEAVES.items() for leaf in leaves},
+    **{f".{part}": part for part in _CALLED_SO},
 }
 """End of a key → the part that it is."""
 
 REFUSED = {
-    ".diff_b": "a change of a bias",
-    ".lora_B.bias": "a change of a bias",
-    ".lora_up.bias": "a change of a bias",
-    ".w_norm": "a change of a normalisation",
-    ".b_norm": "a change of a normalisation",
-    "_norm.scale": "a change of a normalisation",
-    ".set_weight": "a replaced weight",
-    ".reshape_weight": "a change of a weight's shape",
-    ".oft_blocks": "OFT, which multiplies the weight",
-    ".oft_diag": "OFT, which multiplies the weight",
-    ".oft_R.weight": "OFT, which multiplies the weight",
-    ".boft_R": "BOFT, which multiplies the weight",
-    ".on_input": "IA3, which multiplies the weight",
-    ".ia3_l": "IA3, which multiplies the weight",
-    ".a1.weight": "GLoRA, which multiplies the weight",
-    ".a2.weight": "GLoRA, which multiplies the weight",
-    ".b1.weight": "GLoRA, which multiplies the weight",
-    ".b2.weight": "GLoRA, which multiplies the weight",
+    (".diff_b", ".lora_B.bias", ".lora_up.bias"): "a change of a bias",
+    (".w_norm", ".b_norm", "_norm.scale"): "a change of a normalisation",
+    (".set_weight",): "a replaced weight",
+    (".reshape_weight",): "a change of a weight's shape",
+    (".oft_blocks", ".oft_diag", ".oft_R.weight"): "OFT, which multiplies the weight",
+    (".boft_R",): "BOFT, which multiplies the weight",
+    (".on_input", ".ia3_l"): "IA3, which multiplies the weight",
+    (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"): "GLoRA, which multiplies the weight",
 }
-"""End of a key → what it means, for what no low-rank change of a weight can say."""
+"""Ends of a key → what they mean, for what no low-rank change of a weight can say."""
 
+_LAYOUTS = {
+    ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"): "kohya",
+    ("lora_transformer_",): "OneTrainer",
+    ("lycoris_",): "LyCORIS",
+    ("diffusion_model.", "text_encoders."): "ComfyUI or ai-toolkit",
+    ("bundle_emb.",): "bundled embedding",
+}
+_KINDS = {
+    "magnitude": "DoRA", "output_magnitude": "DoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr", "mid": "LoCon with mid", "diff": "full difference", "up": "LoRA",
+}  # fmt: skip
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 
 
 def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
     """(module name, part) of ``key``: by preference a name of ``modules``; None without a leaf."""
-    first: tuple[str, str] | None = None
-    for leaf in _LONGEST_FIRST:
-        if key.endswith(leaf):
-            name = key[: -len(leaf)]
-            if name in modules:
-                return name, LEAVES[leaf]
-            first = first or (name, LEAVES[leaf])
-    return first
+    leaves = [leaf for leaf in _LONGEST_FIRST if key.endswith(leaf)]
+    splits = [(key.removesuffix(leaf), LEAVES[leaf]) for leaf in leaves]
+    return next((split for split in splits if split[0] in modules), splits[0] if splits else None)
 
 
 def refusal(key: str) -> str | None:
     """What ``key`` stands for if no low-rank change can say it."""
-    return next((what for leaf, what in REFUSED.items() if key.endswith(leaf)), None)
+    return next((what for leaves, what in REFUSED.items() if key.endswith(leaves)), None)
+
+
+def layout_of(key: str) -> str:
+    """The layout that a key belongs to."""
+    for prefixes, name in _LAYOUTS.items():
+        if key.startswith(prefixes):
+            return name
+    original = any(f"{part}_blocks." in key for part in ("double", "single", "joint"))
+    if original and ".processor." in key:
+        return "XLabs"
+    if "_lora." in key or ".lora." in key or ".lora_linear_layer." in key:
+        return "diffusers (old)"
+    if ".lora_A" in key or ".lora_B" in key or ".lora_magnitude_vector" in key:
+        component = key.partition(".")[0]
+        if component in ("unet", "transformer") or component.startswith("text_encoder"):
+            return "diffusers (peft)"
+        return "BFL" if original else "peft"
+    return "unknown"
+
+
+def layouts_of(keys: Iterable[str]) -> list[str]:
+    """All layouts in a file, the commonest first."""
+    return [name for name, _ in Counter(layout_of(key) for key in keys).most_common()]
+
+
+def kinds_of(keys: Iterable[str]) -> dict[str, int]:
+    """How many modules of each parametrisation; a DoRA counts as that and as what it is of."""
+    parts = [split[1] for split in (split_key(key, ()) for key in keys) if split is not None]
+    return dict(Counter(_KINDS[part] for part in parts if part in _KINDS))

@@ -13,79 +13,74 @@ LyCORIS 4 (``lycoris/functional``) and ComfyUI 0.8 (``comfy/weight_adapter``), w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraFileError
+from .factors import Factors
 
 Parts = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+ScaleAt = Callable[[int], float]
+
+Rebuilt = Factors | Tensor
+"""ΔW as factors, or in full, (out, in·kh·kw), float32, where those would be no saving."""
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """``scale`` · ``up @ down`` if there are factors, else ``scale`` · ``dense``; 2-d, float32."""
-
-    scale: float
-    up: Tensor | None = None
-    down: Tensor | None = None
-    dense: Tensor | None = None
-
-    def matrix(self) -> Tensor:
-        """ΔW, (out, in·kh·kw)."""
-        if self.dense is not None:
-            return self.dense * self.scale
-        assert self.up is not None
-        assert self.down is not None
-        return (self.up @ self.down) * self.scale
+class _Misfit(Exception):
+    """Parts do not fit each other or the weight."""
 
 
-def rebuild(parts: Parts, shape: tuple[int, ...], scale: float | None, place: str) -> Rebuilt:
+def _require(fits: bool) -> None:
+    if not fits:
+        raise _Misfit
+
+
+def rebuild(parts: Parts, shape: Shape, scale: float | None, place: str) -> Rebuilt:
     """The change of a weight of ``shape`` (without the magnitude of a DoRA).
 
-    ``scale`` is what an adapter's configuration says; an ``alpha`` among the parts goes before it.
-    Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing or do not fit.
+    ``scale`` is what an adapter's configuration says, if there is one; an ``alpha`` among the parts
+    goes before it. Raises :class:`LoraFileError`, beginning with ``place``, where parts are missing
+    or do not fit.
     """
-    names = set(parts) - {"alpha", "magnitude", "output_magnitude"}
+    names = sorted(set(parts) - {"alpha", "magnitude", "output_magnitude"})
     floats = {name: _as_float(parts[name], name, place) for name in names}
-    if names in ({"down", "up"}, {"down", "up", "mid"}):
-        return _lora(floats, shape, _Scale(parts, scale, place), place)
-    if names == {"diff"}:
-        return Rebuilt(1.0, dense=_fit(floats["diff"], shape, "diff", place).flatten(1))
-    hada = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-    if names in (hada, hada | {"hada_t1", "hada_t2"}):
-        return _loha(floats, shape, _Scale(parts, scale, place), place)
-    if names and all(name.startswith("lokr_") for name in names):
-        return _lokr(floats, shape, _Scale(parts, scale, place), place)
-    found = ", ".join(sorted(parts))
-    raise LoraFileError(
-        f"{place} has only the parts {found}, which make no whole change; its other half is "
-        "missing. Save or download the file again."
-    )
+    if names in (["down", "up"], ["down", "mid", "up"]):
+        build = _lora
+    elif names == ["diff"]:
+        build = _difference
+    elif {n for n in names if n not in ("hada_t1", "hada_t2")} == _LOHA and len(names) != 5:
+        build = _loha
+    elif names and all(name.startswith("lokr_") for name in names) and _is_whole_lokr(floats):
+        build = _lokr
+    else:
+        raise LoraFileError(
+            f"{place} has only the parts {', '.join(sorted(parts))}, which make no whole change; "
+            "its other half is missing. Save or download the file again."
+        )
+    try:
+        return build(floats, shape, lambda rank: _scale(parts, scale, rank, place))
+    except _Misfit:
+        sizes = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in floats.items())
+        raise LoraFileError(
+            f"{place} has {sizes}, but the base model's weight there is {tuple(shape)}; this LoRA "
+            "was made for another base model."
+        ) from None
 
 
-class _Scale:
-    """alpha / rank, once the rank is known."""
-
-    def __init__(self, parts: Parts, configured: float | None, place: str) -> None:
-        self._configured = configured
-        self._alpha: float | None = None
-        if "alpha" in parts:
-            tensor = parts["alpha"]
-            if tensor.numel() != 1:
-                raise LoraFileError(
-                    f"{place}: alpha has shape {tuple(tensor.shape)}, not one value."
-                )
-            self._alpha = float(tensor)
-            if not math.isfinite(self._alpha):
-                raise LoraFileError(f"{place}: alpha is {self._alpha}; the file is broken.")
-
-    def over(self, rank: int) -> float:
-        if self._alpha is not None:
-            return self._alpha / rank
-        return 1.0 if self._configured is None else self._configured
+def _scale(parts: Parts, configured: float | None, rank: int, place: str) -> float:
+    """alpha / rank, or what the configuration says."""
+    if "alpha" not in parts:
+        return 1.0 if configured is None else configured
+    if parts["alpha"].numel() != 1:
+        shape = tuple(parts["alpha"].shape)
+        raise LoraFileError(f"{place}: alpha has shape {shape}, not one value.")
+    alpha = float(parts["alpha"])
+    if not math.isfinite(alpha):
+        raise LoraFileError(f"{place}: alpha is {alpha}; the file is broken.")
+    return alpha / rank
 
 
 def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
@@ -98,149 +93,102 @@ def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
     return tensor.float()
 
 
-def _fit(tensor: Tensor, shape: tuple[int, ...], what: str, place: str) -> Tensor:
-    """``tensor`` in ``shape`` where only dimensions of size 1 differ."""
-    if _squeezed(tensor.shape) != _squeezed(shape):
-        raise _misfit(place, shape, **{what: tensor})
-    return tensor.reshape(shape)
-
-
-def _squeezed(shape: tuple[int, ...]) -> list[int]:
+def _squeezed(shape: Shape) -> list[int]:
     """Out and in, and a kernel unless it is 1 × 1."""
     kernel = [] if all(size == 1 for size in shape[2:]) else list(shape[2:])
     return [*shape[:2], *kernel]
 
 
-def _misfit(place: str, shape: tuple[int, ...], **tensors: Tensor) -> LoraFileError:
-    found = " and ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    return LoraFileError(
-        f"{place} has {found}, but the base model's weight there is {tuple(shape)}; this LoRA was "
-        "made for another base model."
-    )
+def _difference(parts: Parts, shape: Shape, scale: ScaleAt) -> Rebuilt:
+    _require(_squeezed(parts["diff"].shape) == _squeezed(shape))
+    return parts["diff"].reshape(shape).flatten(1)
 
 
-def _lora(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
+def _lora(parts: Parts, shape: Shape, scale: ScaleAt) -> Rebuilt:
     up, down, mid = parts["up"], parts["down"], parts.get("mid")
-    rank = down.shape[0]
-    fits = (
-        up.ndim >= 2
-        and down.ndim >= 2
-        and _squeezed(up.shape) == [shape[0], up.shape[1]]
-        and down.shape[1] == shape[1]
+    _require(up.ndim >= 2 and down.ndim >= 2)
+    rank, inner = down.shape[0], up.shape[1]
+    kernel = _squeezed(shape)[2:] if mid is None else []
+    _require(
+        _squeezed(up.shape) == [shape[0], inner]
+        and _squeezed(down.shape) == [rank, shape[1], *kernel]
+        and (inner == rank if mid is None else mid.shape == (inner, rank, *shape[2:]))
     )
-    if mid is None:
-        fits = fits and up.shape[1] == rank and _squeezed(down.shape)[2:] == _squeezed(shape)[2:]
-    else:
-        fits = (
-            fits
-            and _squeezed(down.shape) == [rank, shape[1]]
-            and tuple(mid.shape) == (up.shape[1], rank, *shape[2:])
-        )
-    if not fits:
-        tensors = {"down": down, "up": up} | ({} if mid is None else {"mid": mid})
-        raise _misfit(place, shape, **tensors)
     up, down = up.flatten(1), down.flatten(1)
     if mid is not None:
         down = torch.einsum("pqhw,qi->pihw", mid, down).flatten(1)
-    return Rebuilt(scale.over(rank), up, down)
+    return Factors(up, down, scale(rank))
 
 
-def _loha(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
-    a1, b1, a2, b2 = (parts[f"hada_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    ranks = b1.shape[0], b2.shape[0]
-    if any(factor.ndim != 2 for factor in (a1, b1, a2, b2)):
-        raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
+_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+
+
+def _loha(parts: Parts, shape: Shape, scale: ScaleAt) -> Rebuilt:
+    a1, b1, a2, b2 = (parts[name] for name in sorted(_LOHA))
+    _require(all(factor.ndim == 2 for factor in (a1, b1, a2, b2)))
+    factor = scale(len(b1))
     if "hada_t1" in parts:
-        halves = [
-            _tucker(parts[f"hada_t{n}"], a, b, shape, place)
-            for n, a, b in ((1, a1, b1), (2, a2, b2))
-        ]
-        return Rebuilt(scale.over(ranks[0]), dense=(halves[0] * halves[1]).flatten(1))
-    width = math.prod(shape[1:])
-    if (
-        {a1.shape[0], a2.shape[0]} != {shape[0]}
-        or {b1.shape[1], b2.shape[1]} != {width}
-        or (a1.shape[1], a2.shape[1]) != ranks
-    ):
-        raise _misfit(place, shape, w1_a=a1, w1_b=b1, w2_a=a2, w2_b=b2)
-    if ranks[0] * ranks[1] >= min(shape[0], width):
-        return Rebuilt(scale.over(ranks[0]), dense=(a1 @ b1) * (a2 @ b2))
+        left = _tucker(parts["hada_t1"], a1, b1, shape)
+        return (left * _tucker(parts["hada_t2"], a2, b2, shape)).flatten(1) * factor
+    ranks, width = (len(b1), len(b2)), math.prod(shape[1:])
+    _require(
+        {len(a1), len(a2)} == {shape[0]}
+        and {b1.shape[1], b2.shape[1]} == {width}
+        and (a1.shape[1], a2.shape[1]) == ranks
+    )
+    if math.prod(ranks) >= min(shape[0], width):
+        return (a1 @ b1) * (a2 @ b2) * factor
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-    return Rebuilt(scale.over(ranks[0]), up, down)
+    return Factors(up, down, factor)
 
 
-def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...], place: str) -> Tensor:
+def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
     """Σ t[i, j, …] a[i, out] b[j, in], (out, in, kh, kw)."""
-    if (
-        t.ndim != 4
-        or tuple(t.shape[:2]) != (a.shape[0], b.shape[0])
-        or (a.shape[1], b.shape[1], *t.shape[2:]) != shape
-    ):
-        raise _misfit(place, shape, t=t, a=a, b=b)
+    _require(
+        t.ndim == 4
+        and t.shape[:2] == (len(a), len(b))
+        and (a.shape[1], b.shape[1], *t.shape[2:]) == shape
+    )
     return torch.einsum("ijhw,ip,jr->prhw", t, a, b)
 
 
-def _lokr(parts: Parts, shape: tuple[int, ...], scale: _Scale, place: str) -> Rebuilt:
-    for end in ("w1", "w2"):
-        whole, halves = f"lokr_{end}" in parts, {f"lokr_{end}_a", f"lokr_{end}_b"} & set(parts)
-        if whole == bool(halves) or (halves and len(halves) != 2):
-            raise LoraFileError(
-                f"{place} has only the parts {', '.join(sorted(parts))} of a LoKr; its other half "
-                "is missing. Save or download the file again."
-            )
-    if any(p.ndim not in (2, 4) or (p.ndim == 4 and n in ("lokr_w1", "lokr_w1_a", "lokr_w1_b"))
-           for n, p in parts.items()):  # fmt: skip
-        raise _misfit(place, shape, **parts)
-    rank = next((parts[f"lokr_{n}_b"].shape[0] for n in ("w2", "w1") if f"lokr_{n}_b" in parts), 0)
-    factor = scale.over(rank) if rank else 1.0
-    left, right = _halves(parts, "w1", place, shape), _halves(parts, "w2", place, shape)
-    w1_shape, w2_shape = _product_shape(left), _product_shape(right)
-    product = w1_shape[0] * w2_shape[0], w1_shape[1] * w2_shape[1]
-    if product != (shape[0], math.prod(shape[1:])):
-        raise _misfit(place, shape, **parts)
-    exact = _kron_factors(left, right, product)
-    if exact is not None:
-        return Rebuilt(factor, *exact)
-    w1 = left[0] if left[1] is None else left[0] @ left[1]
-    w2 = right[0] if right[1] is None else right[0] @ right[1]
-    return Rebuilt(factor, dense=torch.kron(w1, w2))
+def _is_whole_lokr(parts: Parts) -> bool:
+    """Whether both factors are there, each in full or as two halves."""
+    counts = [
+        (f"lokr_{end}" in parts, sum(f"lokr_{end}_{half}" in parts for half in "ab"))
+        for end in ("w1", "w2")
+    ]
+    return all(count in ((True, 0), (False, 2)) for count in counts)
 
 
-_Half = tuple[Tensor, Tensor | None]
+def _lokr(parts: Parts, shape: Shape, scale: ScaleAt) -> Rebuilt:
+    _require(all(t.ndim == 2 or (t.ndim == 4 and "w1" not in n) for n, t in parts.items()))
+    rank = next((len(parts[n]) for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), 0)
+    factor = scale(rank) if rank else 1.0
+    left, right = _kronecker(parts, "w1"), _kronecker(parts, "w2")
+    product = len(left[0]) * len(right[0]), left[-1].shape[1] * right[-1].shape[1]
+    _require(product == (shape[0], math.prod(shape[1:])))
+    if len(right) == 2:
+        a1, b1 = left if len(left) == 2 else _split(left[0])
+        if a1.shape[1] * right[0].shape[1] < min(product):
+            return Factors(torch.kron(a1, right[0]), torch.kron(b1, right[1]), factor)
+    dense = [half[0] if len(half) == 1 else half[0] @ half[1] for half in (left, right)]
+    return torch.kron(*dense) * factor
 
 
-def _halves(parts: Parts, end: str, place: str, shape: tuple[int, ...]) -> _Half:
-    """(a, b) of a factor a @ b, or (w, None) of a factor in full; kernels flattened."""
+def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
+    """A factor of a Kronecker product: in full, or as a product itself; kernels flattened."""
     if f"lokr_{end}" in parts:
-        return parts[f"lokr_{end}"].flatten(1), None
+        return (parts[f"lokr_{end}"].flatten(1),)
     a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
+    _require(a.ndim == 2)
     if "lokr_t2" in parts and end == "w2":
-        if a.ndim != 2 or b.ndim != 2:
-            raise _misfit(place, shape, w2_a=a, w2_b=b)
+        _require(b.ndim == 2)
         t = parts["lokr_t2"]
-        return _tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:]), place).flatten(1), None
-    if a.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise _misfit(place, shape, a=a, b=b)
+        return (_tucker(t, a, b, (a.shape[1], b.shape[1], *t.shape[2:])).flatten(1),)
+    _require(a.shape[1] == len(b))
     return a, b.flatten(1)
-
-
-def _product_shape(half: _Half) -> tuple[int, int]:
-    a, b = half
-    return a.shape[0], (a if b is None else b).shape[1]
-
-
-def _kron_factors(
-    left: _Half, right: _Half, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """Factors of the Kronecker product, if they are smaller than the product is."""
-    if right[1] is None:
-        return None
-    a1, b1 = left if left[1] is not None else _split(left[0])
-    assert b1 is not None
-    if a1.shape[1] * right[0].shape[1] >= min(shape):
-        return None
-    return torch.kron(a1, right[0]), torch.kron(b1, right[1])
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,3 +196,29 @@ def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] <= matrix.shape[1]:
         return torch.eye(matrix.shape[0]), matrix
     return matrix, torch.eye(matrix.shape[1])
+
+
+def fold_magnitude(change: Tensor, weight: Tensor, parts: Parts, place: str) -> Tensor:
+    """W' − W of a DoRA, W' = m · (W + ΔW) / ‖W + ΔW‖; ``change``, ``weight`` are (out, in·kh·kw).
+
+    m is the part ``output_magnitude`` (peft's ``lora_magnitude_vector``; one number an output, the
+    norms over everything else) or ``magnitude`` (``dora_scale`` of LyCORIS and kohya; its shape
+    tells the axis: (out, 1, …) outputs, (1, in, …) inputs). Source: arXiv 2402.09353, eq. 5.
+    Raises :class:`LoraFileError`, beginning with ``place``, where it does not fit.
+    """
+    moved = weight + change
+    outputs, width = moved.shape
+    by_output = "output_magnitude" in parts
+    scale = parts["output_magnitude" if by_output else "magnitude"].float()
+    size = scale.numel()
+    by_input = not by_output and scale.ndim >= 2 and scale.shape[0] == 1 and outputs > 1
+    if (size != scale.shape[1] or width % size) if by_input else size != outputs:
+        raise LoraFileError(
+            f"{place}: the magnitude of this DoRA has shape {tuple(scale.shape)}, but the base "
+            f"model's weight there is {tuple(moved.shape)}; it was made for another base model."
+        )
+    # (outputs, inputs, kernel), or (outputs, 1, all the rest)
+    cube = moved.reshape(outputs, size if by_input else 1, -1)
+    norm = cube.norm(dim=(0, 2) if by_input else (1, 2), keepdim=True)
+    new = cube * (scale.reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps))
+    return new.reshape(outputs, width) - weight

@@ -1,13 +1,20 @@
-"""Checked reading of safetensors files. Pickled files are refused unopened."""
+"""Safetensors files: checked when read, and under their name only when they are whole.
+
+Pickled files are refused unopened.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..errors import LoraFileError
@@ -74,3 +81,25 @@ def file_digest(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many tensors of each dtype, without alphas."""
+    names = (str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.numel() > 1)
+    return dict(Counter(names).most_common())
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors without the metadata (modelspec: of everything behind the header)."""
+    data = save(dict(tensors))
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.touch()
+        mode = whole.stat().st_mode  # what safetensors makes is for the owner only
+        save_file(tensors, whole, metadata=metadata)
+        whole.chmod(mode)
+        whole.replace(path)

@@ -1,37 +1,16 @@
-"""Merge methods, one file each, registered by a decorator.
+"""Merge methods, one file each, registered by a decorator of :mod:`.registry`.
 
-To add one, write a file like :mod:`.linear` and name it in the import below. A method is a function
-``(task, settings) -> {site: (change, report)}``; ``settings`` is a frozen dataclass that is
-declared once and read by the library, the command line and the nodes.
+To add one, write a file like :mod:`.linear` in this folder; nothing else has to change.
 """
 
-from . import (
-    custom_diffusion,
-    dare,
-    iteris,
-    iteris_subspace,
-    knots,
-    linear,
-    orthogonal,
-    regmean,
-    ssr,
-    ties,
-)
-from .registry import Method, Task, all_methods, find_method
+from __future__ import annotations
 
-__all__ = [
-    "Method",
-    "Task",
-    "all_methods",
-    "custom_diffusion",
-    "dare",
-    "find_method",
-    "iteris",
-    "iteris_subspace",
-    "knots",
-    "linear",
-    "orthogonal",
-    "regmean",
-    "ssr",
-    "ties",
-]
+import importlib
+import pkgutil
+
+from .registry import Method, all_methods, find_method
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")
+
+__all__ = ["Method", "all_methods", "find_method"]

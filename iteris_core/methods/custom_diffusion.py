@@ -11,81 +11,74 @@ Diffusion trains nothing else; the other sites of a LoRA get the mean here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..calibration import Concept
-from ..errors import IterisError, SettingsError
-from ..lora import LowRank
-from ..report import SiteReport
-from ..truncation import factorize
-from ..visit import Visit
-from .batching import Batching, micro_batches
+from ..activations.tokens import Observation
+from ..concepts import Concept
+from ..errors import IterisError
+from ..linalg.lowrank import cut_matrix
+from ..lora import LowRank, SiteChanges
+from ..passes.batches import Batching, micro_batches
+from ..passes.job import Job
+from ..report.report import SiteReport
+from ..settings import Settings, setting
 from .linear import LinearSettings, average
-from .registry import Merged, Task, method
+from .registry import AtSite, Merged, micro_batch_setting, on_model
 
 
 @dataclass(frozen=True)
-class CustomDiffusionSettings:
-    """``ridge``: α on C_regᵀC_reg and on the constraints, relative to their norms;
-    ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-6
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1:
-            raise SettingsError(f"ridge must be in (0, 1), not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class CustomDiffusionSettings(Settings):
+    ridge: float = setting(
+        1e-6, "α on C_regᵀC_reg and on the constraints, relative to their norms.", above=0, below=1
+    )
+    micro_batch: int = micro_batch_setting()
 
 
-@method("custom-diffusion", CustomDiffusionSettings, needs_host=True)
-def custom_diffusion(task: Task, settings: CustomDiffusionSettings) -> Merged:
+@on_model("custom-diffusion", CustomDiffusionSettings)
+def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
     """Constrained least squares on cross-attention keys and values (CVPR 2023)."""
-    assert task.host is not None
-    targets = [site for site in task.references if site.endswith(("attn2.to_k", "attn2.to_v"))]
+    targets = [site for site in job.changes if site.endswith(("attn2.to_k", "attn2.to_v"))]
     if not targets:
         raise IterisError(
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )
-    merged = dict(average(task, LinearSettings()))
-    features = _Features()
+    merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    for site, changes in job.changes.items():
+        change, _ = average(AtSite(changes, job.weights, job.generator), LinearSettings())
+        merged[site] = change, SiteReport(change.rank)
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
-        for concept in task.concepts
+        for concept in job.concepts
     ]
-    counts = task.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
-    rows = _collect(task, subjects, targets, features, settings.micro_batch)
+    counts = job.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
+    texts = _texts(job, subjects, targets, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
-    target_tokens = {
-        site: [part[0][1:count] for part, count in zip(parts, counts, strict=True)]
-        for site, parts in rows.items()
+    words = {
+        site: [prompts[0][1:count] for prompts, count in zip(concepts, counts, strict=True)]
+        for site, concepts in texts.items()
     }
-    rows = _collect(task, task.concepts, targets, features, settings.micro_batch)
-    captions = {site: [torch.cat(part) for part in parts] for site, parts in rows.items()}
+    texts = _texts(job, job.concepts, targets, settings.micro_batch)
+    captions = {site: [torch.cat(prompts) for prompts in texts[site]] for site in targets}
     for site in targets:
-        changes = task.references[site]
-        dense = _constrained(changes, target_tokens[site], captions[site], settings.ridge)
-        present = [change for change in changes if change is not None]
-        rank = min(sum(len(t) for t in target_tokens[site]), *present[0].shape)
-        change, lost = factorize(dense, rank, like=present[0])
+        changes = job.changes[site]
+        dense = _constrained(changes, words[site], captions[site], settings.ridge)
+        rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
+        change, lost = cut_matrix(dense, rank, like=changes.like)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
     return merged
 
 
 def _constrained(
-    changes: Sequence[LowRank | None],
-    targets: Sequence[Tensor],
-    captions: Sequence[Tensor],
-    ridge: float,
+    changes: SiteChanges, targets: Sequence[Tensor], captions: Sequence[Tensor], ridge: float
 ) -> Tensor:
     """ΔW, (out, in), float64; ``targets`` and ``captions`` are (tokens, in) of each concept."""
-    out = next(change.shape[0] for change in changes if change is not None)
+    out, _ = changes.shape
     regular = torch.cat(list(captions)).double()
     gram = regular.mT @ regular
     gram.diagonal().add_(ridge * gram.norm())
@@ -102,39 +95,31 @@ def _constrained(
     return torch.cat(values).mT @ torch.linalg.solve(inner, direction)
 
 
-class _Features:
-    """A visitor that keeps the inputs of the sites: text tokens, the same for all of them."""
+class _Texts:
+    """An observer that keeps what reaches the sites: text tokens, the same for all of them."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[int, list[Tensor]]] = {}
+        self.prompts: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
-    def visit(self, visit: Visit) -> None:
-        site = self.found.setdefault(visit.site, {})
-        for concept, start, stop in visit.spans:
-            site.setdefault(concept, []).extend(visit.inputs[start:stop].float())
+    def observe(self, shown: Observation) -> None:
+        for concept, start, stop in shown.spans:
+            self.prompts[shown.name, concept].extend(shown.inputs[start:stop].float())
 
 
-def _collect(
-    task: Task, concepts: Sequence[Concept], sites: list[str], features: _Features, size: int
+def _texts(
+    job: Job, concepts: Sequence[Concept], sites: Sequence[str], size: int
 ) -> dict[str, list[list[Tensor]]]:
     """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
-    assert task.host is not None
-    features.found = {}
-    wanted = set(sites) | {site for site in task.references if site.startswith("text_encoder")}
-    with task.lockstep() as lockstep:
-        samples = task.host.samples(
-            concepts,
-            wanted,
-            replace(task.calibration, empty_share=0.0),
-            lockstep,
-            task.generator,
-            task.tick,
+    texts = _Texts()
+    reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
+    calibration = replace(job.calibration, empty_share=0.0)
+    with job.lockstep() as lockstep:
+        samples = job.host.samples(
+            concepts, reached, calibration, lockstep, job.generator, job.tick
         )
-        for stage in task.host.stages(samples, wanted):
-            task.rows = max(task.rows, len(stage.owners))
-            for batch in micro_batches(stage, 1, features, Batching(size)):
+        for stage in job.host.stages(samples, reached):
+            job.ran.rows = max(job.ran.rows, len(stage.owners))
+            for batch in micro_batches(stage, 1, texts, Batching(size)):
                 lockstep.run(batch)
-    return {
-        site: [features.found[site][concept] for concept in range(len(task.concepts))]
-        for site in sites
-    }
+    each = range(len(job.concepts))
+    return {site: [texts.prompts[site, concept] for concept in each] for site in sites}

@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..lora import Rank, check_rank
-from .dense import merge_dense
-from .registry import Merged, Task, method
-from .ties import check_density, disjoint_mean
+from ..lora import LowRank
+from ..settings import Settings, setting
+from .cuts import cut
+from .registry import AtSite, on_weights, rank_setting
+from .ties import disjoint_mean
 
 
 @dataclass(frozen=True)
-class DareSettings:
-    """``density``: chance of an entry to stay; ``scale``: what the merged change is multiplied by
-    (1 for the plain sum); ``rank``: of the result (None: Σ r_i)."""
-
-    density: float = 0.5
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class DareSettings(Settings):
+    density: float = setting(0.5, "Chance of an entry to stay.", above=0, high=1)
+    scale: float = setting(1.0, "What the merged change is multiplied by; 1 for the plain sum.")
+    rank: int | float | None = rank_setting()
 
 
-@method("dare-linear", DareSettings, needs_host=False)
-def dare_linear(task: Task, settings: DareSettings) -> Merged:
+@on_weights("dare-linear", DareSettings)
+def dare_linear(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, add up (DARE, ICML 2024)."""
-
-    def merge(changes: Sequence[Tensor]) -> Tensor:
-        return settings.scale * _dropped(changes, settings.density, task.generator).sum(dim=0)
-
-    return merge_dense(task, settings.rank, merge)
+    dropped = _dropped(at, settings.density)
+    return cut(at, settings.scale * dropped.sum(dim=0), settings.rank)
 
 
-@method("dare-ties", DareSettings, needs_host=False)
-def dare_ties(task: Task, settings: DareSettings) -> Merged:
+@on_weights("dare-ties", DareSettings)
+def dare_ties(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, then elect signs as TIES does (DARE, ICML 2024)."""
-
-    def merge(changes: Sequence[Tensor]) -> Tensor:
-        dropped = _dropped(changes, settings.density, task.generator)
-        return settings.scale * disjoint_mean(dropped)
-
-    return merge_dense(task, settings.rank, merge)
+    dropped = _dropped(at, settings.density)
+    return cut(at, settings.scale * disjoint_mean(dropped), settings.rank)
 
 
-def _dropped(changes: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
+def _dropped(at: AtSite, density: float) -> Tensor:
     """(concepts, out, in): each entry is zero, or 1 / density of what it was."""
-    stacked = torch.stack(list(changes))
-    keep = torch.rand(stacked.shape, generator=generator, dtype=torch.float64) < density
+    stacked = torch.stack(at.dense())
+    keep = torch.rand(stacked.shape, generator=at.generator, dtype=torch.float64) < density
     return stacked * keep.to(stacked.device) / density

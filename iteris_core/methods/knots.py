@@ -11,60 +11,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import LowRank, Rank, check_rank
-from ..report import SiteReport
-from ..truncation import truncate
-from .registry import Merged, Task, method
-from .ties import check_density, disjoint_mean, keep_largest
+from ..lora import LowRank
+from ..settings import Settings, setting
+from .cuts import cut_to
+from .registry import AtSite, on_weights, rank_setting
+from .ties import disjoint_mean, keep_largest
 
 
 @dataclass(frozen=True)
-class KnotsSettings:
-    """``density``, ``scale``: of TIES on the V_i; ``rank``: of the result (None: Σ r_i)."""
-
-    density: float = 0.3
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class KnotsSettings(Settings):
+    density: float = setting(
+        0.3, "Share of entries kept of each LoRA in the shared basis.", above=0, high=1
+    )
+    scale: float = setting(1.0, "What the merged change is multiplied by.")
+    rank: int | float | None = rank_setting()
 
 
-@method("knots", KnotsSettings, needs_host=False)
-def knots(task: Task, settings: KnotsSettings) -> Merged:
+@on_weights("knots", KnotsSettings)
+def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
     """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
-        present = [
-            (change, weight)
-            for change, weight in zip(changes, task.weights, strict=True)
-            if change is not None
-        ]
-        basis, parts = shared_basis([change.scaled(weight) for change, weight in present])
-        trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
-        first = present[0][0]
-        change = LowRank(basis, settings.scale * disjoint_mean(trimmed), first.kernel)
-        lost = 0.0
-        if settings.rank is not None and settings.rank < change.rank:
-            change, lost = truncate(change, settings.rank)
-        change = change.to(first.up.dtype)
-        merged[site] = change, SiteReport(change.rank, truncated=lost)
-    return merged
+    basis, parts = shared_basis(at.weighted())
+    trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
+    like = at.changes.like
+    change = LowRank(basis, settings.scale * disjoint_mean(trimmed), like.kernel)
+    change, lost = cut_to(change, settings.rank)
+    return change.to(like.up.dtype), lost
 
 
 def shared_basis(changes: list[LowRank]) -> tuple[Tensor, list[Tensor]]:
     """U S, (out, Σ r_i), and the V_i, (Σ r_i, in) each, with ΔW_i = U S V_i; float64."""
     q, r = torch.linalg.qr(torch.cat([change.up.double() for change in changes], dim=1))
-    starts = [0]
-    for change in changes:
-        starts.append(starts[-1] + change.rank)
-    wide = torch.cat(
-        [
-            r[:, start:stop] @ change.down.double()
-            for change, start, stop in zip(changes, starts[:-1], starts[1:], strict=True)
-        ],
-        dim=1,
-    )
+    columns = r.split([change.rank for change in changes], dim=1)
+    downs = [change.down.double() for change in changes]
+    wide = torch.cat([part @ down for part, down in zip(columns, downs, strict=True)], dim=1)
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)
     return q @ (u * s), list(vt.split(changes[0].shape[1], dim=1))

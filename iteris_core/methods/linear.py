@@ -2,79 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..lora import LowRank, Rank, check_rank, concatenate
-from ..report import SiteReport
-from ..truncation import truncate
-from .registry import Merged, Task, method
+from ..lora import LowRank, Rank, concatenate
+from ..settings import Settings, setting
+from .cuts import cut_to
+from .registry import AtSite, on_weights, rank_setting
 
 
 @dataclass(frozen=True)
-class LinearSettings:
-    """``rank``: cut each site to this rank, or to this share of energy, by plain SVD (None: no)."""
-
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
+class LinearSettings(Settings):
+    rank: int | float | None = rank_setting("Rank to which a layer is cut by plain SVD.")
 
 
 @dataclass(frozen=True)
 class TaskArithmeticSettings(LinearSettings):
-    """``scale``: what the sum is multiplied by; 0.3 to 0.4 is what its authors found best."""
-
-    scale: float = 0.4
+    scale: float = setting(
+        0.4, "What the sum is multiplied by; 0.3 to 0.4 is what its authors found best."
+    )
 
 
 @dataclass(frozen=True)
-class SvdSettings:
-    """``rank``: of the result (None: the largest rank among the LoRAs of a site)."""
-
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
+class SvdSettings(Settings):
+    rank: int | float | None = rank_setting(none="the largest rank among the LoRAs of a layer")
 
 
-@method("average", LinearSettings, needs_host=False)
-def average(task: Task, settings: LinearSettings) -> Merged:
+@on_weights("average", LinearSettings)
+def average(at: AtSite, settings: LinearSettings) -> tuple[LowRank, float]:
     """The mean of the changes, Σ w_i ΔW_i / Σ w_i (paper, eq. 2 with equal λ)."""
-    total = sum(task.weights)
-    return _combine(task, settings.rank, lambda weight: weight / total)
+    return _combined(at, 1 / sum(at.weights), settings.rank)
 
 
-@method("sum", LinearSettings, needs_host=False)
-def sum_up(task: Task, settings: LinearSettings) -> Merged:
+@on_weights("sum", LinearSettings)
+def sum_up(at: AtSite, settings: LinearSettings) -> tuple[LowRank, float]:
     """The sum of the changes, Σ w_i ΔW_i: what loading all LoRAs at once does."""
-    return _combine(task, settings.rank, lambda weight: weight)
+    return _combined(at, 1.0, settings.rank)
 
 
-@method("task-arithmetic", TaskArithmeticSettings, needs_host=False)
-def task_arithmetic(task: Task, settings: TaskArithmeticSettings) -> Merged:
+@on_weights("task-arithmetic", TaskArithmeticSettings)
+def task_arithmetic(at: AtSite, settings: TaskArithmeticSettings) -> tuple[LowRank, float]:
     """A scaled sum of the changes (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
-    return _combine(task, settings.rank, lambda weight: settings.scale * weight)
+    return _combined(at, settings.scale, settings.rank)
 
 
-@method("svd", SvdSettings, needs_host=False)
-def svd(task: Task, settings: SvdSettings) -> Merged:
+@on_weights("svd", SvdSettings)
+def svd(at: AtSite, settings: SvdSettings) -> tuple[LowRank, float]:
     """The sum of the changes, cut to the rank of one LoRA by SVD (as kohya's and peft's svd)."""
-    return _combine(task, settings.rank or -1, lambda weight: weight)
+    largest = max(change.rank for change in at.changes.present.values())
+    return _combined(at, 1.0, settings.rank or largest)
 
 
-def _combine(task: Task, rank: Rank | None, factor: Callable[[float], float]) -> Merged:
-    """A weighted sum per site, cut to ``rank`` (None: exact; -1: the largest of the inputs')."""
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
-        parts = [
-            change.scaled(factor(weight))
-            for change, weight in zip(changes, task.weights, strict=True)
-            if change is not None
-        ]
-        change, lost = concatenate(parts), 0.0
-        limit = max(part.rank for part in parts) if rank == -1 else rank
-        if limit is not None and limit < change.rank:
-            change, lost = truncate(change, limit)
-        merged[site] = change, SiteReport(change.rank, truncated=lost)
-    return merged
+def _combined(at: AtSite, scale: float, rank: Rank | None) -> tuple[LowRank, float]:
+    """A scaled sum of the weighted changes, cut to ``rank`` (None: exact)."""
+    return cut_to(concatenate([part.scaled(scale) for part in at.weighted()]), rank)

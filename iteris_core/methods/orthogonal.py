@@ -7,48 +7,32 @@ projection.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import SettingsError
 from ..lora import LowRank, concatenate
-from ..report import SiteReport
-from .registry import Merged, Task, method
+from ..settings import Settings, setting
+from .registry import AtSite, on_weights
 
 
 @dataclass(frozen=True)
-class OrthogonalSettings:
-    """``softness``: 1/μ; 0 is the hard projection. ``scale``: what the sum is multiplied by."""
-
-    softness: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.softness >= 0 or not math.isfinite(self.softness):
-            raise SettingsError(f"softness must be 0 or more, not {self.softness}.")
+class OrthogonalSettings(Settings):
+    softness: float = setting(0.0, "1/μ; 0 is the hard projection.", low=0)
+    scale: float = setting(1.0, "What the sum is multiplied by.")
 
 
-@method("orthogonal", OrthogonalSettings, needs_host=False)
-def orthogonal(task: Task, settings: OrthogonalSettings) -> Merged:
+@on_weights("orthogonal", OrthogonalSettings)
+def orthogonal(at: AtSite, settings: OrthogonalSettings) -> tuple[LowRank, float]:
     """Each LoRA outside the row spaces of those before it, then the sum (NP-LoRA)."""
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, changes in task.references.items():
-        parts: list[LowRank] = []
-        rows: torch.Tensor | None = None
-        for change, weight in zip(changes, task.weights, strict=True):
-            if change is None:
-                continue
-            down = change.down.double()
-            if rows is not None:
-                taken = 1.0 / (1.0 + settings.softness)
-                basis = torch.linalg.qr(rows.mT)[0]
-                down = down - taken * (down @ basis) @ basis.mT
-            rows = change.down.double() if rows is None else torch.cat([rows, change.down.double()])
-            parts.append(
-                LowRank(settings.scale * weight * change.up, down.to(change.down), change.kernel)
-            )
-        total = concatenate(parts)
-        merged[site] = total, SiteReport(total.rank)
-    return merged
+    taken = 1.0 / (1.0 + settings.softness)
+    parts: list[LowRank] = []
+    rows: list[torch.Tensor] = []
+    for change in at.weighted():
+        down = original = change.down.double()
+        if rows:
+            basis = torch.linalg.qr(torch.cat(rows).mT)[0]
+            down = down - taken * (down @ basis) @ basis.mT
+        rows.append(original)
+        parts.append(LowRank(settings.scale * change.up, down.to(change.down), change.kernel))
+    return concatenate(parts), 0.0

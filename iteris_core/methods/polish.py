@@ -1,4 +1,4 @@
-"""A few hundred Adam steps from a closed-form merge (DESIGN 3.9): gradients, but no data.
+"""A few hundred Adam steps from a closed-form merge: gradients, but no data.
 
 The merged model's final output on each row is drawn toward what that row's own LoRA gives there,
 each concept's error counted relative to what its LoRA changes. Only the merged factors are
@@ -7,55 +7,42 @@ trained; the best ones seen on held-out rows are kept, the closed form among the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..activations.lockstep import Lockstep, MicroBatch
 from ..errors import IterisError
-from ..lockstep import Lockstep, MicroBatch
 from ..lora import LowRank
-from .registry import Task
+from ..passes.job import Job
 
 _CHECK_EVERY = 25
 
 
 def polish(
-    task: Task,
-    merged: Mapping[str, LowRank],
-    *,
-    steps: int,
-    rate: float,
-    batch: int,
-    held_out: int = 64,
+    job: Job, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int, held_out: int = 64
 ) -> dict[str, LowRank]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each."""
-    assert task.host is not None
-    with task.lockstep() as lockstep:
-        samples = task.samples(lockstep)
-        owners = _owners(task, samples)
-        targets, scales = _targets(task, lockstep, samples, owners, batch)
-        order = torch.randperm(len(owners), generator=task.generator)
-        held_out = min(held_out, len(owners) // 4)
+    with job.lockstep() as lockstep:
+        stage = _LastStage(job, lockstep)
+        targets, scales = stage.targets(batch)
+        order = torch.randperm(len(stage.owners), generator=job.generator)
+        held_out = min(held_out, len(stage.owners) // 4)
         kept_back, rows = order[:held_out].tolist(), order[held_out:]
-        trained = {
-            site: LowRank(
-                change.up.float().clone().requires_grad_(),
-                change.down.float().clone().requires_grad_(),
-                change.kernel,
-            )
-            for site, change in merged.items()
-        }
-        lockstep.merged = trained
-        factors = [factor for c in trained.values() for factor in (c.up, c.down)]
+        factors = [
+            factor.float().clone().requires_grad_()
+            for change in merged.values()
+            for factor in (change.up, change.down)
+        ]
+        lockstep.merged = _changes(merged, factors)
         optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
         def loss(some: Sequence[int], *, grad: bool) -> Tensor:
-            found = _forward(task, lockstep, samples, some, owners, merged=True, grad=grad)
-            error = (found.float() - targets[list(some)].to(found.device)).flatten(1)
-            return ((error**2).mean(dim=1) * scales[list(some)].to(found.device)).mean()
+            output = stage.outputs(some, merged=True, grad=grad)
+            error = (output.float() - targets[list(some)].to(output.device)).flatten(1)
+            return ((error**2).mean(dim=1) * scales[list(some)].to(output.device)).mean()
 
         def check() -> float:
             parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
@@ -63,79 +50,69 @@ def polish(
 
         best, best_loss = [factor.detach().clone() for factor in factors], check()
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=task.generator)
+            pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
             with torch.enable_grad():
                 value = loss(rows[pick].tolist(), grad=True)
                 gradients = torch.autograd.grad(value, factors)
             for factor, gradient in zip(factors, gradients, strict=True):
                 factor.grad = gradient
             optimizer.step()
+            schedule.step()
             if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
                 now = check()
                 if now < best_loss:
                     best_loss, best = now, [factor.detach().clone() for factor in factors]
-            task.tick("polishing", step + 1, steps)
-    pairs = zip(best[::2], best[1::2], strict=True)
-    return {
-        site: LowRank(up, down, merged[site].kernel).to(merged[site].up.dtype)
-        for site, (up, down) in zip(merged, pairs, strict=True)
-    }
+            job.tick("polishing", step + 1, steps)
+    dtypes = {site: change.up.dtype for site, change in merged.items()}
+    return {site: change.to(dtypes[site]) for site, change in _changes(merged, best).items()}
 
 
-def _owners(task: Task, samples: Any) -> Sequence[int]:
-    """The concept of every row of the last stage, which gives the final output."""
-    assert task.host is not None
-    stages = list(task.host.stages(samples, set(task.references)))
-    if not stages:
-        raise IterisError("There is nothing to polish: no stage of the model is reached.")
-    return stages[-1].owners
+def _changes(like: Mapping[str, LowRank], factors: Sequence[Tensor]) -> dict[str, LowRank]:
+    """The changes whose up and down factors come in turn."""
+    pairs = zip(like.items(), factors[::2], factors[1::2], strict=True)
+    return {site: LowRank(up, down, change.kernel) for (site, change), up, down in pairs}
 
 
-def _targets(
-    task: Task, lockstep: Lockstep, samples: Any, owners: Sequence[int], batch: int
-) -> tuple[Tensor, Tensor]:
-    """Each row's output under its own LoRA, and 1 / mean square change of its concept's outputs."""
-    outputs: list[Tensor] = []
-    changes: list[Tensor] = []
-    lockstep.merged = {}
-    for start in range(0, len(owners), batch):
-        rows = range(start, min(start + batch, len(owners)))
-        own = _forward(task, lockstep, samples, rows, owners, merged=False, grad=False).float()
-        base = _forward(task, lockstep, samples, rows, owners, merged=True, grad=False).float()
-        outputs.append(own.cpu())
-        changes.append(((own - base) ** 2).flatten(1).mean(dim=1).cpu())
-        task.tick("outputs of each LoRA alone", rows.stop, len(owners))
-    change, owner = torch.cat(changes), torch.as_tensor(owners)
-    scales = torch.zeros_like(change)
-    floor = float(change.mean()) * 1e-3 + 1e-12
-    for concept, weight in enumerate(task.weights):
-        mine = owner == concept
-        if bool(mine.any()):
-            scales[mine] = weight / max(float(change[mine].mean()), floor)
-    return torch.cat(outputs), scales
+class _LastStage:
+    """The rows of the last stage, which gives the final output, and each one's concept."""
 
+    def __init__(self, job: Job, lockstep: Lockstep) -> None:
+        self.job, self.lockstep = job, lockstep
+        self.samples = job.samples(lockstep)
+        stages = list(job.host.stages(self.samples, set(job.changes)))
+        if not stages:
+            raise IterisError("There is nothing to polish: no stage of the model is reached.")
+        self.owners = stages[-1].owners
 
-def _forward(
-    task: Task,
-    lockstep: Lockstep,
-    samples: Any,
-    rows: Sequence[int],
-    owners: Sequence[int],
-    *,
-    merged: bool,
-    grad: bool,
-) -> Tensor:
-    found: list[Tensor] = []
-    host = task.host
-    assert host is not None
-    lockstep.run(
-        MicroBatch(
-            lambda: found.append(host.forward(samples, rows)),
-            [owners[row] for row in rows],
-            1,
-            merged_only=merged,
-        ),
-        grad=grad,
-    )
-    return found[0]
+    def outputs(self, rows: Sequence[int], *, merged: bool, grad: bool = False) -> Tensor:
+        """The final output on ``rows``, through the merged change or each row's own LoRA."""
+        outputs: list[Tensor] = []
+        owners = [self.owners[row] for row in rows]
+
+        def forward() -> None:
+            outputs.append(self.job.host.forward(self.samples, rows))
+
+        self.lockstep.run(MicroBatch(forward, owners, 1, merged_only=merged), grad=grad)
+        return outputs[0]
+
+    def targets(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Each row's output under its own LoRA, and 1 / mean square change of its concept's
+        outputs."""
+        outputs: list[Tensor] = []
+        changes: list[Tensor] = []
+        self.lockstep.merged = {}
+        for start in range(0, len(self.owners), batch):
+            rows = range(start, min(start + batch, len(self.owners)))
+            own = self.outputs(rows, merged=False).float()
+            base = self.outputs(rows, merged=True).float()
+            outputs.append(own.cpu())
+            changes.append(((own - base) ** 2).flatten(1).mean(dim=1).cpu())
+            self.job.tick("outputs of each LoRA alone", rows.stop, len(self.owners))
+        change, owner = torch.cat(changes), torch.as_tensor(self.owners)
+        scales = torch.zeros_like(change)
+        floor = float(change.mean()) * 1e-3 + 1e-12
+        for concept, weight in enumerate(self.job.weights):
+            mine = owner == concept
+            if bool(mine.any()):
+                scales[mine] = weight / max(float(change[mine].mean()), floor)
+        return torch.cat(outputs), scales

@@ -1,71 +1,42 @@
-"""The register of merge methods, and what a method gets and gives."""
+"""The register of merge methods.
+
+A method is registered by one of three decorators: :func:`on_weights` for what looks at one site's
+changes at a time, :func:`on_activations` for what reduces the tokens of a site and solves it from
+that, and :func:`on_model` for what needs more. The loop over sites, the passes over the model and
+the check that no site was missed are made here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration import Calibration, Concept
 from ..errors import SettingsError
-from ..hosts import Host, Tick
-from ..lockstep import Lockstep
-from ..lora import LowRank
-from ..report import SiteReport
-from ..shards import ALONE, Shards
+from ..lora import LowRank, SiteChanges
+from ..passes.batches import Batching
+from ..passes.job import Job, WeightJob
+from ..passes.loops import Reducing, reference_pass, sweep_pass
+from ..report.report import SiteReport
+from ..settings import Settings, setting
+from ..solve.problem import Fit
 
 
-@dataclass
-class Task:
-    """What a method gets. ``references[site][i]`` is concept i's change there, at its strength.
+def rank_setting(
+    help: str = "Rank of the result.",
+    none: str = "the sum of the LoRAs' ranks",
+    share: str = "energy",
+    most: float | None = None,
+) -> Any:
+    """The setting of a rank, or of the ``share`` that is kept."""
+    return setting(None, help, none=none, share=share, low=1, most=most)
 
-    ``host`` is None for a method that only looks at weights. A method may add sites to
-    ``references``, said in ``repairs`` with those of their inputs that may be used (None: all), and
-    the host's ``streams``; ``rows`` and ``convergence`` are for it to fill in for the report.
-    ``shards`` is this process's part of the rows: what a method sums over rows it has to add up
-    over the processes, as :class:`..collector.Collector` does. ``memory_budget`` is in bytes beyond
-    the model (``"free"``: what is free; None: no limit); ``plan`` says how each stage keeps to it.
-    """
 
-    host: Host | None
-    concepts: Sequence[Concept]
-    references: Mapping[str, Sequence[LowRank | None]]
-    calibration: Calibration
-    generator: torch.Generator
-    tick: Tick
-    repairs: Mapping[str, Tensor | None] = field(default_factory=dict[str, Any])
-    streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
-    rows: int = 0
-    convergence: list[float] = field(default_factory=list[float])
-    made: Any = None
-    shards: Shards = ALONE
-    memory_budget: int | Literal["free"] | None = None
-    plan: list[str] = field(default_factory=list[str])
-
-    @property
-    def weights(self) -> list[float]:
-        return [concept.weight for concept in self.concepts]
-
-    def samples(self, lockstep: Lockstep) -> Any:
-        """The rows on which features are collected, made once, with each LoRA active."""
-        assert self.host is not None
-        if self.made is None:
-            self.made = self.host.samples(
-                self.concepts,
-                set(self.references),
-                self.calibration,
-                lockstep,
-                self.generator,
-                self.tick,
-            )
-        return self.made
-
-    def lockstep(self) -> Lockstep:
-        assert self.host is not None
-        return Lockstep(self.host.sites(), self.references, self.streams, self.shards)
+def micro_batch_setting() -> int:
+    return setting(32, "Rows per forward; the result is the same for any number.", low=1)
 
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
@@ -73,37 +44,110 @@ Merged = Mapping[str, tuple[LowRank, SiteReport]]
 
 @dataclass(frozen=True)
 class Method:
+    """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`."""
+
     name: str
-    merge: Callable[[Task, Any], Merged]
-    settings: type
+    merge: Callable[[Any, Any], Merged]
+    settings: type[Settings]
     needs_host: bool
     summary: str
 
 
 _METHODS: dict[str, Method] = {}
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def method(
-    name: str, settings: type, *, needs_host: bool
-) -> Callable[[Callable[[Task, Any], Merged]], Callable[[Task, Any], Merged]]:
-    """Register a merge method; the first line of its docstring is its summary."""
 
-    def register(function: Callable[[Task, Any], Merged]) -> Callable[[Task, Any], Merged]:
-        if name in _METHODS:
-            raise ValueError(f"There is a method {name!r} already.")
-        summary = (function.__doc__ or "").strip().splitlines()[0]
-        _METHODS[name] = Method(name, function, settings, needs_host, summary)
-        return function
+@dataclass(frozen=True)
+class AtSite:
+    """One site for a method on weights: the changes there, at their strengths."""
+
+    changes: SiteChanges
+    weights: Sequence[float]
+    generator: torch.Generator
+
+    def weighted(self) -> list[LowRank]:
+        """w_i ΔW_i of those LoRAs that change the site."""
+        return self.changes.weighted(self.weights)
+
+    def dense(self) -> list[Tensor]:
+        """w_i ΔW_i, (out, in), float64."""
+        return [
+            change.up.double() @ change.down.double() * self.weights[concept]
+            for concept, change in self.changes.present.items()
+        ]
+
+
+def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
+    """Register ``function(at, settings) -> (change, share of energy that a cut lost)``, which is
+    called for every site; the first line of its docstring is the method's summary."""
+
+    def register(function: Function) -> Function:
+        def merge(job: WeightJob, given: Any) -> Merged:
+            merged: dict[str, tuple[LowRank, SiteReport]] = {}
+            for site, changes in job.changes.items():
+                change, lost = function(AtSite(changes, job.weights, job.generator), given)
+                merged[site] = change, SiteReport(change.rank, truncated=lost)
+                job.tick("merging sites", len(merged), len(job.changes))
+            return merged
+
+        return _registered(name, merge, settings, False, function)
+
+    return register
+
+
+def on_activations(
+    name: str, settings: type[Settings], reduction: type[Any], *, merged_inputs: bool
+) -> Callable[[Function], Function]:
+    """Register ``function(job, settings) -> Fit``: what the ``reduction`` of a site's tokens is
+    solved with.
+
+    With ``merged_inputs`` the sites are solved in one sweep, on what passed those solved before;
+    else on reference rows alone. ``settings`` have a ``micro_batch``.
+    """
+
+    def register(function: Function) -> Function:
+        def merge(job: Job, given: Any) -> Merged:
+            fit: Fit = function(job, given)
+            reducing = Reducing(
+                begin=reduction.begin,
+                solve=lambda _, reduced: reduced.solve(fit),
+                bytes=lambda site, _: reduction.bytes(job.changes[site]),
+            )
+            run = sweep_pass if merged_inputs else reference_pass
+            solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
+            return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+
+        return _registered(name, merge, settings, True, function)
+
+    return register
+
+
+def on_model(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
+    """Register ``function(job, settings) -> {site: (change, report)}``."""
+
+    def register(function: Function) -> Function:
+        return _registered(name, function, settings, True, function)
 
     return register
 
 
 def find_method(name: str) -> Method:
-    found = _METHODS.get(name)
-    if found is None:
+    method = _METHODS.get(name)
+    if method is None:
         raise SettingsError(f"There is no method {name!r}; there are: {', '.join(_METHODS)}.")
-    return found
+    return method
 
 
 def all_methods() -> list[Method]:
     return list(_METHODS.values())
+
+
+def _registered(
+    name: str, merge: Any, settings: type[Settings], needs_host: bool, function: Function
+) -> Function:
+    if name in _METHODS:
+        raise ValueError(f"There is a method {name!r} already.")
+    summary = (function.__doc__ or "").strip().splitlines()[0]
+    _METHODS[name] = Method(name, merge, settings, needs_host, summary)
+    return function

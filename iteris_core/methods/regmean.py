@@ -7,77 +7,35 @@ from the inputs that reach the site through the layers merged already. Both are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..collector import Collector, SiteMoments
-from ..errors import SettingsError
-from ..lora import LowRank, Rank, check_rank
-from ..moments import InputMoments, SharedInputs
-from ..solve import Solution, solve_site
-from .batching import Batching
-from .iteris import check_complete, site_report
-from .passes import reference_pass, sweep_pass
-from .registry import Merged, Task, method
+from ..passes.job import Job
+from ..settings import Settings, setting
+from ..solve.adapter import Gram
+from ..solve.problem import Fit
+from .registry import micro_batch_setting, on_activations, rank_setting
 
 
 @dataclass(frozen=True)
-class RegMeanSettings:
-    """``shrink``: what off-diagonal entries of G_i are multiplied by (0.9 in the paper; 1 is
-    eq. 4). ``rank``: of the result (None: Σ r_i). ``micro_batch``: rows per forward."""
-
-    shrink: float = 0.9
-    rank: Rank | None = None
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
-        if not 0 <= self.shrink <= 1:
-            raise SettingsError(f"shrink must be in [0, 1], not {self.shrink}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
-
-
-@method("regmean", RegMeanSettings, needs_host=True)
-def regmean(task: Task, settings: RegMeanSettings) -> Merged:
-    """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    collector = Collector(task.references, full=False, shards=task.shards)
-    reference_pass(task, collector, Batching(settings.micro_batch, cross=True))
-    solved = {site: _solve(task, site, collector.take(site), settings) for site in collector.sites}
-    check_complete(task, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
-
-
-@method("regmean++", RegMeanSettings, needs_host=True)
-def regmean_plus_plus(task: Task, settings: RegMeanSettings) -> Merged:
-    """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
-    solved: dict[str, Solution] = {}
-
-    def visitor_and_solve() -> tuple[Collector, Callable[[str], LowRank]]:
-        collector = Collector(task.references, full=False, shards=task.shards)
-
-        def solve(site: str) -> LowRank:
-            solved[site] = _solve(task, site, collector.take(site), settings)
-            return solved[site].change
-
-        return collector, solve
-
-    sweep_pass(task, visitor_and_solve, Batching(settings.micro_batch, cross=True))
-    check_complete(task, solved)
-    return {site: (s.change, site_report(s)) for site, s in solved.items()}
-
-
-def _solve(task: Task, site: str, moments: SiteMoments, settings: RegMeanSettings) -> Solution:
-    """The adapter objective with X = X̃: both moments are G_i."""
-    inputs = [InputMoments(part.own, part.own, part.tokens) for part in moments.shared.concepts]
-    return solve_site(
-        task.references[site],
-        SharedInputs(inputs),
-        moments.targets,
-        task.weights,
-        align="adapter",
-        balance="none",
-        ridge=0.0,
-        shrink=settings.shrink,
-        rank=settings.rank,
+class RegMeanSettings(Settings):
+    shrink: float = setting(
+        0.9,
+        "What off-diagonal entries of the moments are multiplied by; 0.9 in the paper, 1 is eq. 4 "
+        "of IterIS.",
+        low=0,
+        high=1,
     )
+    rank: int | float | None = rank_setting()
+    micro_batch: int = micro_batch_setting()
+
+
+@on_activations("regmean", RegMeanSettings, Gram, merged_inputs=False)
+def regmean(job: Job, settings: RegMeanSettings) -> Fit:
+    """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
+    return Fit(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
+
+
+@on_activations("regmean++", RegMeanSettings, Gram, merged_inputs=True)
+def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Fit:
+    """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
+    return regmean(job, settings)

@@ -16,51 +16,45 @@ the moments of half of them cost a quarter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..lora import LowRank
-from .registry import Task
+from ..activations.site import site_of
+from ..lora import LowRank, SiteChanges
+from ..passes.job import Job
 
-_HALF = 0.5
 
+def add_repairs(job: Job, share: float | None = None) -> None:
+    """Put the host's streams and repair sites into ``job``.
 
-def add_repairs(task: Task, share: float | None = None) -> None:
-    """Put the host's streams and repair sites into ``task``.
-
-    ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None:
-    half for two concepts in pictures, which hardly compete, else all). Each concept that changes a
-    component stands there with a change of zero, at its largest rank in that component. One concept
-    alone leaves no drift.
+    ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None: as
+    the job's policy says for so many LoRAs). Each concept that changes a component stands there
+    with a change of zero, at its largest rank in that component. One concept alone leaves no drift.
     """
-    assert task.host is not None
-    if len(task.concepts) < 2:
+    if len(job.concepts) < 2:
         return
-    task.streams = task.host.streams(set(task.references))
-    ranks = _largest_ranks(task)
-    modules = task.host.sites()
-    like = next(c for changes in task.references.values() for c in changes if c is not None)
     if share is None:
-        share = _HALF if task.host.pictures and len(task.concepts) == 2 else 1.0
-    added: dict[str, list[LowRank | None]] = {}
+        share = job.policy.repair_inputs_for(job.loras, job.host.pictures)
+    job.streams = job.host.streams(set(job.changes))
+    ranks = _largest_ranks(job.changes)
+    modules = job.host.sites()
+    like = next(iter(job.changes.values())).like.up
+    added: dict[str, SiteChanges] = {}
     inputs: dict[str, Tensor | None] = {}
-    for site in task.streams:
-        if site not in task.references:
-            component = site.partition(".")[0]
-            zeros = [_zero(modules[site], rank) for rank in ranks[component]]
-            added[site] = [zero and zero.to(like.up.dtype, like.up.device) for zero in zeros]
-            inputs[site] = _some_inputs(added[site], share)
-    task.references = {**task.references, **added}
-    task.repairs = inputs
-
-
-def at_inputs(changes: Sequence[LowRank | None], inputs: Tensor) -> list[LowRank | None]:
-    """``changes`` as those of the chosen ``inputs`` alone."""
-    return [
-        None if c is None else LowRank(c.up, c.down[:, inputs.to(c.down.device)]) for c in changes
-    ]
+    for name in job.streams:
+        if name not in job.changes:
+            site = site_of(name, modules[name])
+            added[name] = SiteChanges(
+                tuple(
+                    site.zero(rank).to(like.dtype, like.device) if rank else None
+                    for rank in ranks[name.partition(".")[0]]
+                )
+            )
+            inputs[name] = _evenly(*site.shape, share)
+    job.changes = {**job.changes, **added}
+    job.repairs = inputs
 
 
 def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
@@ -70,32 +64,19 @@ def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
     return LowRank(change.up, down)
 
 
-def _some_inputs(changes: Sequence[LowRank | None], share: float) -> Tensor | None:
+def _evenly(out: int, width: int, share: float) -> Tensor | None:
     """Which of a site's inputs may be used, evenly over them; None: all."""
-    out, width = next(change.shape for change in changes if change is not None)
     count = max(1, round(width * share))
     if width <= out or count == width:
         return None
     return torch.arange(count) * width // count
 
 
-def _largest_ranks(task: Task) -> dict[str, list[int]]:
+def _largest_ranks(changes: Mapping[str, SiteChanges]) -> dict[str, list[int]]:
     """component → the largest rank of every concept there, 0 where it changes nothing."""
     ranks: dict[str, list[int]] = {}
-    for site, changes in task.references.items():
-        largest = ranks.setdefault(site.partition(".")[0], [0] * len(changes))
-        for index, change in enumerate(changes):
-            largest[index] = max(largest[index], change.rank if change is not None else 0)
+    for site, by_concept in changes.items():
+        largest = ranks.setdefault(site.partition(".")[0], [0] * len(by_concept))
+        for concept, change in by_concept.present.items():
+            largest[concept] = max(largest[concept], change.rank)
     return ranks
-
-
-def _zero(module: nn.Module, rank: int) -> LowRank | None:
-    """``module`` is linear; its weight may be stored in another shape where it is quantised."""
-    if rank == 0:
-        return None
-    transposed = hasattr(module, "nf")  # GPT-2's Conv1D
-    width = module.nf if transposed else module.out_features
-    fan = module.nx if transposed else module.in_features
-    assert isinstance(width, int)
-    assert isinstance(fan, int)
-    return LowRank(torch.zeros(width, rank), torch.zeros(rank, fan))

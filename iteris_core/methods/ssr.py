@@ -1,102 +1,26 @@
 """SSR-Merge (Wei et al., ICML 2026, arXiv 2606.10617): route signals between the LoRAs' subspaces.
 
-With z = A x for all down matrices stacked in A, the router is R = Q G⁻¹, G = mean z zᵀ + λ I,
-Q's k-th rows = mean z_k zᵀ on concept k's own tokens, and ΔW = [up_1 … up_N] R A. A LoRA that does
-not change a site takes no part there; a site of one LoRA is passed through.
+The regression is :mod:`..solve.router`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..errors import SettingsError
-from ..lora import LowRank, concatenate
-from ..report import SiteReport
-from ..visit import Visit
-from .batching import Batching
-from .iteris import check_complete
-from .passes import reference_pass
-from .registry import Merged, Task, method
+from ..passes.job import Job
+from ..settings import Settings, setting
+from ..solve.problem import Fit
+from ..solve.router import Router
+from .registry import micro_batch_setting, on_activations
 
 
 @dataclass(frozen=True)
-class SsrSettings:
-    """``ridge``: λ, absolute as in the source; ``micro_batch``: rows per forward."""
-
-    ridge: float = 1e-4
-    micro_batch: int = 32
-
-    def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise SettingsError(f"ridge must be 0 or more, not {self.ridge}.")
-        if self.micro_batch < 1:
-            raise SettingsError(f"micro_batch must be at least 1, not {self.micro_batch}.")
+class SsrSettings(Settings):
+    ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
+    micro_batch: int = micro_batch_setting()
 
 
-@method("ssr", SsrSettings, needs_host=True)
-def ssr(task: Task, settings: SsrSettings) -> Merged:
+@on_activations("ssr", SsrSettings, Router, merged_inputs=False)
+def ssr(job: Job, settings: SsrSettings) -> Fit:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
-    router = _Router(task)
-    reference_pass(task, router, Batching(settings.micro_batch))
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
-    for site, stacked in router.stacked.items():
-        if site in router.grams:
-            route = router.solve(site, settings.ridge)
-            up = (stacked.up.double() @ route).to(stacked.up)
-            stacked = LowRank(up, stacked.down, stacked.kernel)
-            merged[site] = stacked, SiteReport(stacked.rank)
-        elif site in router.seen:
-            merged[site] = stacked, SiteReport(stacked.rank)
-    check_complete(task, merged)
-    return merged
-
-
-class _Router:
-    """A visitor that sums z zᵀ and z_k zᵀ of every site with more than one LoRA."""
-
-    def __init__(self, task: Task) -> None:
-        self.stacked: dict[str, LowRank] = {}
-        self.grams: dict[str, tuple[Tensor, Tensor]] = {}
-        self.seen: set[str] = set()
-        self._shards = task.shards
-        self._tokens: dict[str, Tensor] = {}
-        self._slices: dict[str, dict[int, slice]] = {}
-        for site, changes in task.references.items():
-            present = [(k, change) for k, change in enumerate(changes) if change is not None]
-            self.stacked[site] = concatenate([change for _, change in present])
-            slices: dict[int, slice] = {}
-            start = 0
-            for concept, change in present:
-                slices[concept] = slice(start, start + change.rank)
-                start += change.rank
-            self._slices[site] = slices
-
-    def visit(self, visit: Visit) -> None:
-        site = visit.site
-        slices = self._slices[site]
-        self.seen.add(site)
-        if len(slices) < 2:
-            return
-        down = self.stacked[site].down.to(visit.inputs.device, torch.float32)
-        if site not in self.grams:
-            zeros = torch.zeros(len(down), len(down), device=down.device)
-            self.grams[site] = zeros, zeros.clone()
-            self._tokens[site] = torch.zeros((), dtype=torch.float64, device=down.device)
-        gram, guide = self.grams[site]
-        for concept, start, stop in visit.spans:
-            if concept in slices:
-                x = visit.input_tokens(start, stop).float()
-                z = x @ down.mT
-                gram.addmm_(z.mT, z)
-                guide[slices[concept]].addmm_(z[:, slices[concept]].mT, z)
-                self._tokens[site] += len(x)
-
-    def solve(self, site: str, ridge: float) -> Tensor:
-        """R = Q G⁻¹, float64."""
-        self._shards.add_up([*self.grams[site], self._tokens[site]])
-        gram, guide = (matrix.double() / self._tokens[site] for matrix in self.grams[site])
-        gram.diagonal().add_(ridge)
-        return torch.linalg.solve(gram, guide.mT).mT
+    return Fit(job.weights, settings.ridge, "none")

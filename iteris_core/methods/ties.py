@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import SettingsError
-from ..lora import Rank, check_rank
-from .dense import merge_dense
-from .registry import Merged, Task, method
+from ..lora import LowRank
+from ..settings import Settings, setting
+from .cuts import cut
+from .registry import AtSite, on_weights, rank_setting
 
 
 @dataclass(frozen=True)
-class TiesSettings:
-    """``density``: share of entries kept per LoRA (0.2 in the paper); ``scale``: λ; ``rank``: of
-    the result (None: Σ r_i)."""
-
-    density: float = 0.2
-    scale: float = 1.0
-    rank: Rank | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_rank(self.rank)
+class TiesSettings(Settings):
+    density: float = setting(
+        0.2, "Share of entries kept of each LoRA; 0.2 in the paper.", above=0, high=1
+    )
+    scale: float = setting(1.0, "What the merged change is multiplied by (λ).")
+    rank: int | float | None = rank_setting()
 
 
-@method("ties", TiesSettings, needs_host=False)
-def ties(task: Task, settings: TiesSettings) -> Merged:
+@on_weights("ties", TiesSettings)
+def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
-
-    def merge(changes: Sequence[Tensor]) -> Tensor:
-        trimmed = torch.stack([keep_largest(change, settings.density) for change in changes])
-        return settings.scale * disjoint_mean(trimmed)
-
-    return merge_dense(task, settings.rank, merge)
-
-
-def check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise SettingsError(f"density must be in (0, 1], not {density}.")
+    trimmed = torch.stack([keep_largest(change, settings.density) for change in at.dense()])
+    return cut(at, settings.scale * disjoint_mean(trimmed), settings.rank)
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:

@@ -1,6 +1,5 @@
 """Scores of pictures, and what shows them."""
 
-from .clip import ClipScorer, clip_score, without_tokens
-from .dino import DinoScorer
+from .scorers import ClipScorer, DinoScorer, clip_score, without_tokens
 
 __all__ = ["ClipScorer", "DinoScorer", "clip_score", "without_tokens"]

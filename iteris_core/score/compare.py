@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,37 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..calibration import Calibration, Concept
+from ..concepts import Calibration, Concept
 from ..errors import IterisError
-from ..hosts import Host
-from ..merge import merge_loras
-from .clip import ClipScorer, without_tokens
-from .dino import DinoScorer
+from ..hosts.protocol import Host
+from ..merge import OnProgress, merge_loras
+from ..settings import Settings, setting
 from .page import html_page, html_picture, html_table, png_bytes
-from .prompts import PROMPT_LISTS
+from .scorers import ClipScorer, DinoScorer, without_tokens
 from .sheet import contact_sheet
-from .statistics import Stat, csv_table, markdown_table, over_seeds
+from .statistics import Stat, columns_of, csv_table, markdown_table, over_seeds
 
 BASE = "base"
 
-OnProgress = Callable[[str, int, int], None]
+PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(
+        (Path(__file__).parents[1] / "prompts" / f"{name}.txt").read_text("utf-8").splitlines()
+    )
+    for name in ("composition", "objects", "animals")
+}
+"""Our own, in the manner of the lists of DreamBooth (contexts, outfits, properties) and of
+CustomConcept101 (compositions), whose own list is for research only."""
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(Settings):
     """How pictures are drawn: the paper has 100 steps of DDPM at guidance 12."""
 
-    images_per_prompt: int = 4
-    steps: int = 25
-    guidance: float = 7.5
-    seed: int = 0
-    batch: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise IterisError(f"{name} must be at least 1, not {getattr(self, name)}.")
+    images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
+    steps: int = setting(25, "Denoising steps.", low=1)
+    guidance: float = setting(7.5, "Guidance scale.")
+    seed: int = setting(0, "Seed of the first picture of each prompt.")
+    batch: int = setting(8, "Pictures that are drawn at once.", low=1)
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,13 @@ class Comparison:
         per_prompt = len(next(iter(self.pictures.values()))) // len(self.prompts)
         shown = {name: list(some[::per_prompt]) for name, some in self.pictures.items()}
         sheet = contact_sheet(shown, self.prompts, cell=192 if len(self.prompts) < 9 else 128)
-        columns = list(dict.fromkeys(c for row in self.rows.values() for c in row))
-        values = {
-            name: [row[c].mean if c in row else None for c in columns]
-            for name, row in self.rows.items()
-        }
-        errors = {
-            name: [row[c].to_dict()["se"] if c in row else None for c in columns]
-            for name, row in self.rows.items()
-        }
+        columns = columns_of(self.rows)
+        cells = {name: [row.get(column) for column in columns] for name, row in self.rows.items()}
         page = html_page(
             "LoRA merge methods compared",
             [
                 ("", "<p>Means ± standard errors over seeds; click a heading to sort.</p>"),
-                ("", html_table(columns, values, own="iteris", errors=errors)),
+                ("", html_table(columns, cells, own="iteris")),
                 ("", html_picture(sheet, "pictures")),
             ],
         )
@@ -85,23 +79,18 @@ class Comparison:
             "prompts": list(self.prompts),
             "seconds": dict(self.seconds),
         }
-        texts = {
-            "comparison.json": json.dumps(data, indent=1),
-            "comparison.csv": csv_table(self.rows),
-            "comparison.md": markdown_table(self.rows),
-            "index.html": page,
+        files = {
+            "comparison.json": json.dumps(data, indent=1).encode(),
+            "comparison.csv": csv_table(self.rows).encode(),
+            "comparison.md": markdown_table(self.rows).encode(),
+            "index.html": page.encode(),
+            "sheet.png": png_bytes(sheet),
         }
-        for name, text in texts.items():
-            _replace(folder / name, text.encode())
-        _replace(folder / "sheet.png", png_bytes(sheet))
-        return [*(folder / name for name in texts), folder / "sheet.png"]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Written in full under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+        for name, content in files.items():  # in full under a temporary name, then renamed
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+        return [folder / name for name in files]
 
 
 def fill_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
@@ -211,17 +200,15 @@ def _score(
     seeds = [seed for _, seed in wanted]
     triggers = [concept.trigger for concept in concepts if concept.trigger]
     vectors = scorer.embed_images(images)
-    row: dict[str, Stat] = {}
-    for index, some in enumerate(embedded, 1):
-        row[f"image {index}"] = over_seeds((vectors @ some.mT).mean(dim=1).tolist(), seeds)
-    plain = scorer.embed_texts([without_tokens(prompt, triggers) for prompt, _ in wanted])
+    alignments = [(vectors @ some.mT).mean(dim=1) for some in embedded]
     kept = scorer.embed_texts([prompt for prompt, _ in wanted])
-    row["text"] = over_seeds((vectors * plain).sum(dim=1).tolist(), seeds)
-    row["text, tokens kept"] = over_seeds((vectors * kept).sum(dim=1).tolist(), seeds)
-    image = torch.stack([(vectors @ some.mT).mean(dim=1) for some in embedded]).mean(dim=0)
-    both = (image + (vectors * plain).sum(dim=1)) / 2
-    row["mean"] = over_seeds(both.tolist(), seeds)
+    plain = scorer.embed_texts([without_tokens(prompt, triggers) for prompt, _ in wanted])
+    text = (vectors * plain).sum(dim=1)
+    columns = {f"image {index}": values for index, values in enumerate(alignments, 1)}
+    columns["text"] = text
+    columns["text, tokens kept"] = (vectors * kept).sum(dim=1)
+    columns["mean"] = (torch.stack(alignments).mean(dim=0) + text) / 2
     if dino is not None:
         for index, some in enumerate(references, 1):
-            row[f"dino {index}"] = over_seeds(dino.image_alignment(images, some).tolist(), seeds)
-    return row
+            columns[f"dino {index}"] = dino.image_alignment(images, some)
+    return {name: over_seeds(values.tolist(), seeds) for name, values in columns.items()}

@@ -7,6 +7,8 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,9 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     groups: dict[int, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         groups.setdefault(seed, []).append(value)
-    means = [sum(group) / len(group) for group in groups.values()]
-    mean = sum(means) / len(means)
-    if len(means) < 2:
-        return Stat(mean, math.nan)
-    variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
-    return Stat(mean, math.sqrt(variance / len(means)))
+    means = [fmean(group) for group in groups.values()]
+    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return Stat(fmean(means), error)
 
 
 Rows = Mapping[str, Mapping[str, Stat]]
@@ -45,7 +44,7 @@ Rows = Mapping[str, Mapping[str, Stat]]
 
 def markdown_table(rows: Rows) -> str:
     """A table of four digits; a column that a row lacks stays empty."""
-    columns = _columns(rows)
+    columns = columns_of(rows)
     lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, row in rows.items():
         cells = [str(row[column]) if column in row else "" for column in columns]
@@ -54,18 +53,16 @@ def markdown_table(rows: Rows) -> str:
 
 
 def csv_table(rows: Rows) -> str:
-    columns = _columns(rows)
+    columns = columns_of(rows)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["method", *(f"{c} {part}" for c in columns for part in ("mean", "se"))])
     for name, row in rows.items():
-        cells: list[float | str] = []
-        for column in columns:
-            stat = row.get(column)
-            cells += ["", ""] if stat is None else [stat.mean, stat.se]
-        writer.writerow([name, *cells])
+        cells = [(row[c].mean, row[c].se) if c in row else ("", "") for c in columns]
+        writer.writerow([name, *chain.from_iterable(cells)])
     return text.getvalue()
 
 
-def _columns(rows: Rows) -> list[str]:
+def columns_of(rows: Rows) -> list[str]:
+    """The columns of all rows, in the order in which they come."""
     return list(dict.fromkeys(column for row in rows.values() for column in row))

@@ -139,6 +139,34 @@ def qwen() -> tuple[Any, Any]:
     return _model(config), _clip(text.QwenImageTokenizer, text.te(torch.float32), options)
 
 
+class _NoTokenizer:
+    """For a text encoder whose tokenizer comes with its checkpoint."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+
+def wan() -> tuple[Any, Any]:
+    """A denoiser without any names of its own, and an encoder (UMT5) without kohya names."""
+    import comfy.supported_models
+    import comfy.text_encoders.wan
+
+    config = comfy.supported_models.WAN21_T2V(
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 64,
+            "ffn_dim": 96,
+            "freq_dim": 32,
+            "text_dim": 64,
+            "num_heads": 2,
+            "num_layers": 1,
+        }
+    )
+    options = {"umt5xxl_model_config": {**T5, "vocab_size": 100}}
+    return _model(config), _clip(_NoTokenizer, comfy.text_encoders.wan.te(torch.float32), options)
+
+
 def _model(config: Any) -> Any:
     import comfy.model_management as memory
     import comfy.model_patcher

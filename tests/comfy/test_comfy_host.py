@@ -190,7 +190,7 @@ def test_the_memory_that_is_asked_for_is_enough(
     """ComfyUI frees as much as it is asked for before each part runs; tensors take no more."""
     import comfy.model_management as memory
 
-    meter = importlib.import_module(f"{kit.core.__name__}.memory").MemoryMeter()
+    meter = importlib.import_module(f"{kit.core.__name__}.activations.meter").MemoryMeter()
     load = memory.load_models_gpu
     asked: list[list[float]] = []  # [memory_required, live tensors before]
     peaks: list[float] = []

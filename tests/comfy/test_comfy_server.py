@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADVANCED = {
     "schedule": "sweep",
     "ridge": 1e-5,
-    "balance": "tokens",
+    "weighting": "tokens",
     "repair": True,
     "timesteps": 2,
     "latent_size": 8,

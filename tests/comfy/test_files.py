@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.hosts.known_bases import known_base
-from iteris_core.lora_files import read_lora_file
+from iteris_core.lora_files import read_lora_file, released_base
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -51,7 +50,7 @@ def trained(site: str) -> bool:
 
 
 def make(kind: str, sites, rank: int = 2) -> Lora:
-    base = known_base(kind)
+    base = released_base(kind)
     generator = torch.Generator().manual_seed(0)
     changes = {}
     for site in sites:
@@ -65,7 +64,7 @@ def make(kind: str, sites, rank: int = 2) -> Lora:
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3", "flux"])
 def test_changes_are_the_same_site_by_site(kind, tmp_path):
-    base = known_base(kind)
+    base = released_base(kind)
     sites = [site for site in base.shapes if trained(site)]
     # One block of every kind: ΔW of a whole model would not fit into memory.
     blocks = {
@@ -94,7 +93,7 @@ def test_changes_are_the_same_site_by_site(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3"])
 def test_every_key_of_a_whole_model_is_taken(kind, tmp_path):
-    base = known_base(kind)
+    base = released_base(kind)
     sites = [site for site in base.shapes if trained(site)]
     small = make(kind, sites, rank=1)
     path = write_lora(small, tmp_path / "a.safetensors")

@@ -44,7 +44,8 @@ class Sides:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
-        self.collector = module("iteris_core.collector")
+        self.choose = module("iteris_core.solve.choose")
+        self.policy = self.choose.POLICY
         self.make_spec = module("nodes.concept_specs").make_spec
         self.host = module("iteris_core.hosts.diffusers").DiffusersHost
         self.calibration = self.core.Calibration(
@@ -60,7 +61,13 @@ class Sides:
 
     def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
         merged = self.merging.merge_on(
-            model, clip, self.concepts(files), "iteris", self.settings, self.calibration
+            model,
+            clip,
+            self.concepts(files),
+            "iteris",
+            self.settings,
+            self.calibration,
+            policy=self.policy,
         )
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
@@ -71,6 +78,7 @@ class Sides:
             [spec.read(host) for spec in self.concepts(files)],
             settings=self.settings,
             calibration=self.calibration,
+            policy=self.policy,
         )
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 
@@ -90,12 +98,10 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 
-def test_sd15(
-    sides: Sides, thin: tuple[Any, Any], models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sd15(sides: Sides, thin: tuple[Any, Any], models: Path) -> None:
     """In all directions of the output: the principal ones of targets that hold little but drift, as
     of random LoRAs, round with it. SDXL and FLUX below have theirs."""
-    monkeypatch.setattr(sides.collector, "directions_of", lambda *_: None)
+    sides.policy = dataclasses.replace(sides.policy, small_target=1 << 62)
     files = [models / "models" / "loras" / f"{name}.safetensors" for name in "ab"]
     found = sides.in_comfyui(*thin, files)
     assert len(found) == 62  # 28 of them repair

@@ -20,20 +20,27 @@ def module(pack: ModuleType, name: str) -> Any:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("sks", "cat")),
-        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog")),
-        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "")),
-        ({"ss_tag_frequency": "not JSON"}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "")),
-        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "")),
-        ({}, ("", "")),
+        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, ("", "", ("sks cat", "zwx dog"))),
+        ({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}})}, ("sks", "dog", ())),
+        ({"ss_dataset_dirs": json.dumps({"img": {}}), "ss_tag_frequency": "{}"}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"red hair": 3, "xyz": 9}})}, ("xyz", "", ())),
+        ({"ss_tag_frequency": "not JSON"}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"xyz": None}})}, ("", "", ())),
+        ({"ss_tag_frequency": json.dumps({"a": {"1girl": 9, "solo": 9}})}, ("", "", ())),
+        ({}, ("", "", ())),
     ],
 )
 def test_words_of_a_file(
-    pack: ModuleType, metadata: dict[str, str], words: tuple[str, str]
+    pack: ModuleType, tmp_path: Path, metadata: dict[str, str], words: tuple[Any, ...]
 ) -> None:
-    assert module(pack, "nodes.concept_specs").words_of(metadata) == words
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "lora.safetensors", metadata)
+    spec = module(pack, "nodes.concept_specs").make_spec(tmp_path / "lora.safetensors")
+    assert (spec.trigger, spec.class_word, spec.subjects) == words
+    reader = type("Reader", (), {"read_lora": lambda *_: None})()
+    phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
+    assert list(spec.read(reader).phrases) == phrases
 
 
 def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
@@ -53,39 +60,47 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
     assert {line for line in asked if not line.startswith("#")} <= set(found.project.dependencies)
 
 
+def scales(pack: ModuleType, config: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:
+    """alpha / 4 of every module of rank 4 that the metadata speak of."""
+    alphas = module(pack, "iteris_core.lora_files.alphas")
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    configs = alphas.adapter_configs(Path("x"), metadata)
+    read = {name: alphas.scale_of(Path("x"), configs, f"unet.blocks.{name}", name, 4)
+            for name in names}  # fmt: skip
+    return {name: scale for name, scale in read.items() if scale is not None}
+
+
 def test_alphas_of_the_metadata(pack: ModuleType) -> None:
     config = {
-        "unet.lora_alpha": 8,
-        "unet.alpha_pattern": {"mid_block.*to_q": 2},
+        "transformer.lora_alpha": 8,
+        "transformer.alpha_pattern": {"mid_block.*to_q": 2},
         "text_encoder.lora_alpha": 4,
         "text_encoder.use_rslora": True,
     }
-    names = ("unet.down.to_q", "unet.mid_block.0.to_q", "text_encoder.q_proj", "other.q_proj")
-    tensors = {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names}
-    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
-        Path("x"), tensors, {"lora_adapter_metadata": json.dumps(config)}
-    )
-    alphas = {key: float(value) for key, value in found.items() if key.endswith(".alpha")}
-    assert alphas == {
-        "unet.down.to_q.alpha": 8.0,
-        "unet.mid_block.0.to_q.alpha": 2.0,
-        "text_encoder.q_proj.alpha": 8.0,
+    names = ("transformer.down.to_q", "transformer.mid_block.0.to_q", "text_encoder.q_proj",
+             "other.q_proj")  # fmt: skip
+    assert scales(pack, config, names) == {
+        "transformer.down.to_q": 2.0,
+        "transformer.mid_block.0.to_q": 0.5,
+        "text_encoder.q_proj": 2.0,
     }
 
 
 def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"^mid_block.0.to_q": 2}}
     names = ("down_blocks.0.to_q", "mid_block.0.to_q")
-    found = module(pack, "nodes.peft_parts").as_comfyui_names_them(
-        Path("x"),
-        {f"{name}.lora_A.weight": torch.zeros(4, 6) for name in names},
-        {"lora_adapter_metadata": json.dumps(config)},
-    )
-    assert [float(found[f"{name}.alpha"]) for name in names] == [8.0, 2.0]
+    assert list(scales(pack, config, names).values()) == [2.0, 0.5]
 
 
-def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
-    core = module(pack, "iteris_core")
+def test_interference_is_0_and_1_at_the_ends(
+    pack: ModuleType, library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, nodes = module(pack, "iteris_core"), module(pack, "nodes.merge_nodes")
+    inspection = module(pack, "iteris_core.report.inspection")
+    inspect = nodes.InspectLoras
+    monkeypatch.setattr(nodes, "ComfyHost", lambda *_: None)
+    monkeypatch.setattr(nodes, "show_text", lambda *_: None)
+    monkeypatch.setattr(inspect, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     rows = torch.linalg.qr(torch.randn(8, 8)).Q
 
     def concept(name: str, down: torch.Tensor) -> Any:
@@ -93,17 +108,25 @@ def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
         return core.Concept(core.Lora({"unet.mid_block.to_q": change}, name), trigger=name)
 
     def overlap(one: Any, other: Any) -> float:
-        found = module(pack, "nodes.interference").interference([one, other])
-        return found.blocks["mid_block"]["a", "b"]
+        return inspection.interference(one.lora, other.lora).blocks["mid_block"][0]
+
+    def run(*concepts: Any) -> Any:
+        specs = [type("Spec", (), {"read": lambda self, _, c=c: c})() for c in concepts]
+        return inspect.execute(None, None, specs).result
 
     a = concept("a", rows[:2])
     assert overlap(a, concept("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
     assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
-    found = module(pack, "nodes.interference").interference([a, concept("a", rows[:2]), a])
-    assert found.pairs == [("a", "a (2)"), ("a", "a (3)"), ("a (2)", "a (3)")]
-    assert "a (2) and a (3): overlap 100%" in found.table()
+    plot, table = run(a, concept("a", rows[:2]), a)
+    pairs = [line.partition(":")[0] for line in table.splitlines() if " and " in line]
+    assert pairs == ["a and a (2)", "a and a (3)", "a (2) and a (3)"]
+    assert "a (2) and a (3): overlap 100%" in table
+    assert plot.ndim == 4
     with pytest.raises(core.IterisError, match="two concepts"):
-        module(pack, "nodes.interference").interference([a])
+        run(a)
+    other = core.Lora({"unet.up_blocks.0.to_q": a.lora.sites["unet.mid_block.to_q"]}, "b")
+    with pytest.raises(core.IterisError, match="no site in common"):
+        run(a, core.Concept(other, trigger="b"))
 
 
 def test_lora_stack_of_other_packs(
@@ -112,11 +135,11 @@ def test_lora_stack_of_other_packs(
     nodes = module(pack, "nodes.concept_nodes")
     monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
     assert nodes.ConceptsFromStack.execute(None).result == ((),)
-    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 1.0)]
+    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 0.0)]
     (specs,) = nodes.ConceptsFromStack.execute(stack).result
-    assert [(spec.file.name, spec.strength) for spec in specs] == [
-        ("a.safetensors", 0.8),
-        ("b.safetensors", 1.0),
+    assert [(spec.file.name, spec.strength, spec.clip_strength) for spec in specs] == [
+        ("a.safetensors", 0.8, 0.5),
+        ("b.safetensors", 1.0, 0.0),
     ]
     assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
 
@@ -136,7 +159,7 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
         "lora_unet_c.lora_up.weight": up[:, :1],
         "lora_unet_c.lora_down.weight": down[:1],
     }
-    found = module(pack, "nodes.lora_rank").at_rank(tensors, 2, ordered=ordered)
+    found = module(pack, "nodes.lora_rank").cut_tensors(tensors, {}, 2, ordered=ordered)[0]
     assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
@@ -155,12 +178,12 @@ def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
     names = module(pack, "nodes.lora_rank")
     metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
     metadata["iteris"] = '{"method": "iteris"}'
-    found = names.metadata_at_rank(metadata, tensors, 2, ordered=True)
+    _, found = names.cut_tensors(tensors, metadata, 2, ordered=True)
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "2"
     cut = {"rank": 2, "ordered": True}
     assert json.loads(found["iteris"]) == {"method": "iteris", "cut": cut}
     assert found["modelspec.hash_sha256"] == "0x" + names.content_hash(tensors)
-    assert "modelspec.hash_sha256" not in names.metadata_at_rank({}, tensors, 2, ordered=True)
+    assert "modelspec.hash_sha256" not in names.cut_tensors(tensors, {}, 2, ordered=True)[1]
 
 
 def test_names_of_saved_files(
@@ -202,6 +225,78 @@ def test_an_embedding_is_named_by_its_path(
         "a.safetensors", "", "", 1.0, 1.0, "", "cats/sks.v2.safetensors"
     ).result
     assert (specs[0].trigger, specs[0].class_word) == ("embedding:cats/sks.v2", "cat")
+
+
+def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
+    pack: ModuleType, models: Path, thin: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    core, host = module(pack, "iteris_core"), module(pack, "nodes.comfy_host").ComfyHost(*thin)
+    components = {}
+    for clip in (1.0, 0.0):
+        (specs,) = nodes.ConceptsFromStack.execute([("a.safetensors", 1.0, clip)]).result
+        merged = core.merge_loras(None, [spec.read(host) for spec in specs], "sum").lora
+        components[clip] = {site.partition(".")[0] for site in merged.sites}
+    assert any(name.startswith("text_encoder") for name in components[1.0])
+    assert not any(name.startswith("text_encoder") for name in components[0.0])
+
+
+def test_the_strength_in_clip_of_a_concept(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = module(pack, "nodes.concept_nodes")
+    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+
+    def clip_strength(**given: float) -> float | None:
+        values = {"trigger": "sks", "class_word": "cat", "prompts": "", "embedding": "none"}
+        (specs,) = nodes.IterisConcept.execute(
+            "a.safetensors", strength=0.7, weight=1.0, **values, **given
+        ).result
+        assert specs[0].strength == 0.7
+        return specs[0].clip_strength
+
+    assert clip_strength() is None  # a graph of before
+    assert clip_strength(strength_clip=-11.0) is None
+    assert clip_strength(strength_clip=0.0) == 0.0
+    assert clip_strength(strength_clip=-1.0) == -1.0
+
+
+def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
+    inputs, core = module(pack, "nodes.merge_inputs"), module(pack, "iteris_core")
+    shown = inputs.setting_input(core.IterisSettings, "ridge").as_dict()
+    assert (shown["default"], shown["min"], shown["max"], shown["step"]) == (0.0, 0.0, 0.5, 1e-7)
+    assert "0: by the number of prompts" in shown["tooltip"]
+    shown = inputs.setting_input(core.IterisSettings, "weighting")
+    assert shown.options == ["tokens", "adapter", "full", "none"]
+    assert inputs.setting_input(core.IterisSettings, "repair").default is True
+    shown = inputs.setting_input(core.Calibration, "timesteps").as_dict()
+    assert (shown["default"], shown["min"], shown["max"]) == (4, 1, 10)
+    assert "the same result" not in inputs.setting_input(core.IterisSettings, "schedule").tooltip
+
+
+def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
+    inputs = module(pack, "nodes.merge_inputs")
+    values = {"schedule": "sweep", "ridge": 0.0, "weighting": "tokens", "repair": True, "rank": 0}
+    settings_of = inputs.settings_of
+    assert settings_of("iteris", values, "default") == {}
+    assert settings_of("iteris", {**values, "rank": 4, "ridge": 0.1}, "default") == {
+        "rank": 4, "ridge": 0.1,
+    }  # fmt: skip
+    paper = settings_of("iteris", {**values, "ridge": 1e-3}, "paper")
+    assert (paper["objective"], paper["weighting"], paper["schedule"]) == (
+        "adapter", "adapter", "jacobi",
+    )  # fmt: skip
+    assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
+    assert settings_of("ties", {**values, "rank": 4}, "paper") == {"rank": 4}
+    assert "polish_steps" not in settings_of("iteris", values, "best")
+    assert "Without the polish" in inputs.left_out("iteris", "best")
+    assert not inputs.left_out("iteris", "fast")
+    assert not inputs.left_out("ties", "best")
+    default = {"samples": 50, "seed": 0, "timesteps": 4, "latent_size": 0, "latents": "denoising"}
+    assert inputs.calibration_of(default).latent_size is None
+    assert inputs.calibration_of(default, "fast").samples == 12
+    assert inputs.calibration_of({**default, "samples": 30}, "fast").samples == 30
 
 
 def test_no_path_of_this_machine_is_written(

@@ -1,0 +1,132 @@
+"""A site: a layer of the model as one linear map of tokens, whatever its tensors look like.
+
+Linear layers (of any quantisation), GPT-2's Conv1D and two-dimensional convolutions; a convolution
+is a linear map of its patches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..architectures.sites import weight_shape
+from ..errors import IterisError
+from ..lora import LowRank
+
+
+class Site(ABC):
+    """``weight_shape`` is that of the whole weight, see :func:`..architectures.sites.weight_shape`.
+    ``geometry`` is how tokens are cut from an input: sites of one tensor and one geometry have the
+    same tokens."""
+
+    geometry: Hashable = "linear"
+    kernel: tuple[int, int] | None = None
+
+    def __init__(self, weight_shape: tuple[int, ...]) -> None:
+        self.weight_shape = weight_shape
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) as a linear map of tokens."""
+        out, *rest = self.weight_shape
+        return out, math.prod(rest)
+
+    @abstractmethod
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Inputs as (tokens, in)."""
+
+    @abstractmethod
+    def outputs(self, outputs: Tensor) -> Tensor:
+        """Outputs as (tokens, out), in the order of :meth:`tokens`."""
+
+    @abstractmethod
+    def length(self, outputs: Tensor) -> int:
+        """Tokens of one row of ``outputs``."""
+
+    @abstractmethod
+    def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
+        """What ``change`` adds to the output, without a bias, shaped as that output."""
+
+    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
+        """Add :meth:`delta` to ``outputs`` in place."""
+        outputs += self.delta(change, inputs)
+
+    def zero(self, rank: int) -> LowRank:
+        """A change of zeros, float32."""
+        out, width = self.shape
+        return LowRank(torch.zeros(out, rank), torch.zeros(rank, width), self.kernel)
+
+
+class LinearSite(Site):
+    def tokens(self, inputs: Tensor) -> Tensor:
+        return inputs.reshape(-1, inputs.shape[-1])
+
+    def outputs(self, outputs: Tensor) -> Tensor:
+        return outputs.reshape(-1, outputs.shape[-1])
+
+    def length(self, outputs: Tensor) -> int:
+        return outputs.numel() // (outputs.shape[-1] * len(outputs))
+
+    def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
+        return (inputs @ change.down.mT) @ change.up.mT
+
+    def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
+        plain = outputs.is_contiguous() and outputs.dtype == change.up.dtype
+        if not plain or torch.is_autocast_enabled(outputs.device.type):
+            super().add(change, inputs, outputs)
+            return
+        # In one pass over the outputs
+        hidden = inputs.reshape(-1, inputs.shape[-1]) @ change.down.mT
+        outputs.view(-1, outputs.shape[-1]).addmm_(hidden, change.up.mT)
+
+
+class ConvSite(Site):
+    def __init__(self, weight_shape: tuple[int, ...], module: nn.Conv2d) -> None:
+        super().__init__(weight_shape)
+        self.kernel = (weight_shape[2], weight_shape[3])
+        self._padding: Any = module.padding
+        self._stride, self._dilation = module.stride, module.dilation
+        self.geometry = (self.kernel, self._stride, self._padding, self._dilation)
+
+    def tokens(self, inputs: Tensor) -> Tensor:
+        if self.geometry == ((1, 1), (1, 1), (0, 0), (1, 1)):
+            return inputs.permute(0, 2, 3, 1).reshape(-1, inputs.shape[1])
+        kernel = self.weight_shape[2:]
+        patches = functional.unfold(inputs, kernel, self._dilation, self._padding, self._stride)
+        return patches.mT.reshape(-1, patches.shape[1])
+
+    def outputs(self, outputs: Tensor) -> Tensor:
+        return outputs.permute(0, 2, 3, 1).reshape(-1, outputs.shape[1])
+
+    def length(self, outputs: Tensor) -> int:
+        return outputs.numel() // (outputs.shape[1] * len(outputs))
+
+    def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
+        down = change.down.reshape(change.rank, -1, *self.weight_shape[2:])
+        hidden = functional.conv2d(inputs, down, None, self._stride, self._padding, self._dilation)
+        return functional.conv2d(hidden, change.up[:, :, None, None])
+
+
+def site_of(name: str, module: nn.Module) -> Site:
+    """The site that ``module`` is. Raises :class:`IterisError`, naming it, where it is none."""
+    try:
+        shape = weight_shape(module)
+    except AttributeError as error:
+        raise IterisError(
+            f"Site {name} is a {type(module).__name__}, which is no linear layer and no "
+            "convolution; leave it out of the LoRA."
+        ) from error
+    if not isinstance(module, nn.Conv2d):
+        return LinearSite(shape)
+    if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise IterisError(
+            f"Site {name} is a grouped or specially padded convolution, which cannot be merged; "
+            "leave it out of the LoRA."
+        )
+    return ConvSite(shape, module)

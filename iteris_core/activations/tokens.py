@@ -1,0 +1,239 @@
+"""What one micro-batch shows at one site, as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..lora import LowRank, SiteChanges
+from .saliency import Saliency
+from .site import Site
+
+Group = tuple[str, int]
+"""Stands for one tensor as it was when a site received it: the stage that it belongs to, and a
+number. A model that changes the tensor in place makes it another one."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one micro-batch shows at one site, before the merged change is added.
+
+    ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
+    rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
+    in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
+    itself (``copies=1``). ``group`` is the same for sites that received the same tensor, and
+    ``alive`` lists the groups that may still come again; ``call`` counts the site's earlier calls
+    in this forward. ``choice`` picks some of every row's tokens. ``mask`` is (rows, tokens), True
+    where a token counts; None where all do. ``stream`` is the residual stream that the output will
+    be added to, shaped as ``outputs``; None where the site has none. ``saliency`` weighs tokens;
+    None where all count alike. Copy or reduce: the model may change these tensors later.
+    """
+
+    name: str
+    site: Site
+    inputs: Tensor
+    outputs: Tensor
+    rows: int
+    copies: int
+    spans: Sequence[tuple[int, int, int]]
+    group: Group
+    alive: set[Group]
+    call: int
+    choice: TokenChoice
+    mask: Tensor | None = None
+    stream: Tensor | None = None
+    saliency: Saliency | None = None
+
+    def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
+        """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
+
+        A convolution is a linear map of its patches; masked tokens are left out.
+        """
+        return self._tokens(self.site.tokens, self.inputs, start, stop, merged)
+
+    def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
+        """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
+        return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
+
+    def drift_tokens(self, start: int, stop: int) -> Tensor | None:
+        """How far the merged rows' residual stream is behind the reference rows', (tokens, out)."""
+        if self.stream is None or self.copies == 1:
+            return None
+        reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
+        return reference - self._tokens(self.site.outputs, self.stream, start, stop, True)
+
+    def count(self, start: int, stop: int) -> int:
+        """How many tokens :meth:`input_tokens` has."""
+        length = self.site.length(self.outputs)
+        chosen = self._choice(length, start, stop)
+        return (stop - start) * length if chosen is None else len(chosen)
+
+    def fewer(self, tokens: int) -> Observation:
+        """The same with at most so many of the tokens of every row."""
+        return replace(self, choice=self.choice.at_most(tokens))
+
+    def unmasked(self) -> Observation:
+        return replace(self, mask=None)
+
+    def change_tokens(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
+        return self._chosen(self._changed(change, start, stop), start, stop)
+
+    def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
+        """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
+        added = self._changed(change, start, stop)
+        added = added.to(torch.promote_types(added.dtype, torch.float32))
+        effect = added.square().sum(1).reshape(stop - start, -1)
+        return effect if self.mask is None else effect * self.mask[start:stop]
+
+    def token_weights(self, start: int, stop: int) -> Tensor | None:
+        """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
+        if self.saliency is None:
+            return None
+        weights = self.saliency.weights(self.group, self.alive, self.site.length(self.outputs))
+        if weights is None:
+            return None
+        return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
+
+    def of_concepts(
+        self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
+    ) -> Iterator[ConceptTokens]:
+        """The tokens of every span; ``inputs`` are those that count (None: all)."""
+        for concept, start, stop in self.spans:
+            yield ConceptTokens(self, changes[concept], concept, start, stop, dtype, inputs)
+
+    def _changed(self, change: LowRank, start: int, stop: int) -> Tensor:
+        inputs = self.inputs[start:stop]
+        return self.site.outputs(self.site.delta(change.to(inputs.dtype, inputs.device), inputs))
+
+    def _tokens(
+        self,
+        flatten: Callable[[Tensor], Tensor],
+        tensor: Tensor,
+        start: int,
+        stop: int,
+        merged: bool,
+    ) -> Tensor:
+        offset = self.rows if merged and self.copies == 2 else 0
+        return self._chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
+
+    def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        chosen = self._choice(tokens.shape[0] // (stop - start), start, stop)
+        if chosen is None:
+            return tokens
+        return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
+
+    def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
+        """Which of the tokens of these rows count; None: all."""
+        chosen = self.choice.indices(length, start, stop, width=self.site.shape[1])
+        if self.mask is None:
+            return chosen
+        mask = self.mask[start:stop].reshape(-1)
+        if chosen is None:
+            return mask.nonzero().flatten()
+        chosen = chosen.to(mask.device)
+        return chosen[mask[chosen]]
+
+
+@dataclass(frozen=True)
+class ConceptTokens:
+    """Tokens of one concept's rows ``start`` to ``stop``, in the precision of the moments, each
+    times the root of its weight; see :class:`..solve.problem.Tokens`."""
+
+    shown: Observation
+    change: LowRank | None
+    concept: int
+    start: int
+    stop: int
+    dtype: torch.dtype
+    inputs: Tensor | None = None
+
+    @property
+    def merged(self) -> Tensor:
+        return self._merged
+
+    @cached_property
+    def _merged(self) -> Tensor:
+        tokens = self.shown.input_tokens(self.start, self.stop, merged=True)
+        if self.inputs is not None:
+            tokens = tokens.index_select(1, self.inputs.to(tokens.device))
+        return self._weighted(tokens)
+
+    @property
+    def reference(self) -> Tensor:
+        return self._weighted(self.shown.input_tokens(self.start, self.stop))
+
+    @property
+    def output(self) -> Tensor:
+        return self._weighted(self.shown.output_tokens(self.start, self.stop))
+
+    @property
+    def target(self) -> Tensor:
+        """(W0 + ΔW_i) X less W0 X̃, both with the layer's bias, and what the residual stream of the
+        merged rows lacks of LoRA i's own."""
+        full = self.shown.output_tokens(self.start, self.stop)
+        target = full.to(self.dtype) - self._base(full).to(self.dtype)
+        drift = self.shown.drift_tokens(self.start, self.stop)
+        if drift is not None:
+            target.add_(drift.to(self.dtype))
+        return self._weighted(target)
+
+    def _base(self, full: Tensor) -> Tensor:
+        """W0 X̃, (tokens, out)."""
+        if self.shown.copies == 2:
+            return self.shown.output_tokens(self.start, self.stop, merged=True)
+        if self.change is None:
+            return full
+        return full - self.shown.change_tokens(self.change, self.start, self.stop)
+
+    def _weighted(self, tokens: Tensor) -> Tensor:
+        weights = self.shown.token_weights(self.start, self.stop)
+        tokens = tokens.to(self.dtype)
+        return tokens if weights is None else tokens * weights.to(tokens).sqrt()
+
+
+class TokenChoice:
+    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
+
+    ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
+    ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
+    larger.
+    """
+
+    def __init__(self, rows: Sequence[int], limit: Callable[[int], int] | None, seed: int) -> None:
+        self._rows = rows
+        self._limit = limit
+        self._seed = seed
+        self._picks: dict[tuple[int, int], Tensor] = {}
+
+    def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
+        """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
+        limit = length if self._limit is None else self._limit(width)
+        if length <= limit:
+            return None
+        if (length, limit) not in self._picks:
+            picks = [self._pick(row, length, limit) for row in self._rows]
+            self._picks[length, limit] = torch.stack(picks)
+        offsets = torch.arange(stop - start)[:, None] * length
+        return (self._picks[length, limit][start:stop] + offsets).flatten()
+
+    def at_most(self, tokens: int) -> TokenChoice:
+        """A part of this choice."""
+        limit = self._limit
+
+        def fewer(width: int) -> int:
+            return tokens if limit is None else min(tokens, limit(width))
+
+        part = TokenChoice(self._rows, fewer, self._seed)
+        part._picks = self._picks  # found once
+        return part
+
+    def _pick(self, row: int, length: int, limit: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self._seed} {row} {length}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.randperm(length, generator=generator)[:limit].sort().values

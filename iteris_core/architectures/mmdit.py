@@ -1,0 +1,73 @@
+"""What diffusion transformers with fused modules have in common: SD 3 and FLUX.
+
+The original code has one ``qkv`` where diffusers has three modules, and swaps shift and scale where
+diffusers has an ``AdaLayerNormContinuous``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .pieces import Alias, Shapes, fused, swapped
+from .record import Conditioning, key_width, said_base
+
+_PREFIX = "transformer."
+
+
+Blocks = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
+"""diffusers' name of a list of blocks → the original's, and what is in a block: names of the
+original code → the modules of diffusers that it has in one."""
+
+
+def aliases(top: Mapping[str, str], blocks: Blocks, shapes: Shapes) -> dict[str, Alias]:
+    """Original module name → the sites that it holds, where all of them are in ``shapes``; ``top``
+    is outside of blocks."""
+    named = {name: [_PREFIX + path] for name, path in top.items()}
+    for ours, (theirs, modules) in blocks.items():
+        prefix = f"{_PREFIX}{ours}."
+        within = [site.removeprefix(prefix) for site in shapes if site.startswith(prefix)]
+        for number in sorted({int(path.partition(".")[0]) for path in within}):
+            for name, paths in modules.items():
+                named[f"{theirs}.{number}.{name}"] = [f"{prefix}{number}.{p}" for p in paths]
+    whole = {n: fused(sites, shapes) for n, sites in named.items() if shapes.keys() >= {*sites}}
+    output = f"{_PREFIX}norm_out.linear"
+    if output in shapes:
+        whole["final_layer.adaLN_modulation.1"] = swapped(output, shapes)
+    return whole
+
+
+def has_transformer(shapes: Shapes) -> bool:
+    """Whether a file has the names of diffusers or OneTrainer for a transformer's modules."""
+    return any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
+
+
+def has_single_blocks(shapes: Shapes) -> bool:
+    """Whether a file has the blocks that FLUX alone has, under either name."""
+    return any("single_blocks" in key or "single_transformer_blocks" in key for key in shapes)
+
+
+def is_flux(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Whether a file is for FLUX, by its blocks, what it says or its width."""
+    return (
+        has_single_blocks(shapes)
+        or any("double_blocks" in key for key in shapes)
+        or (
+            has_transformer(shapes)
+            and ("flux" in said_base(metadata) or key_width(shapes, "attn") == 3072)
+        )
+    )
+
+
+def arguments(
+    pipeline: Any, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
+) -> dict[str, Any]:
+    """Of the transformer's forward."""
+    return {
+        "hidden_states": latents,
+        "timestep": timesteps,
+        "encoder_hidden_states": text["states"],
+        "pooled_projections": text["pooled"],
+    }

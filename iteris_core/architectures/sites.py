@@ -1,0 +1,116 @@
+"""The sites of a model: their names, the shapes of their weights, and which add to a stream.
+
+A layer is known by the names of its parts, which say how it is wired; layers that no entry fits
+(norms after a branch, parallel branches, gates, factors) have no streams: merges there do not
+repair.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_SCALES = ("residual_multiplier", "residual_scale")
+"""What layers call a factor on what they add to the stream (Granite, MiniCPM)"""
+
+
+def weight_shape(module: Any) -> tuple[int, ...]:
+    """(out, in) or (out, in / groups, kh, kw) of the weight, also where it is stored transposed
+    (Conv1D of transformers) or packed (quantised)."""
+    if isinstance(module, nn.Conv2d):
+        kernel = (module.kernel_size[0], module.kernel_size[1])
+        return (module.out_channels, module.in_channels // module.groups, *kernel)
+    if hasattr(module, "nf"):
+        return (module.nf, module.nx)
+    return (module.out_features, module.in_features)
+
+
+def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Conv2d modules of a component under the names that LoRA files use for them."""
+    sites: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # transformers 5 took ``text_model.`` out of the names; files have it.
+            if component.startswith("text_encoder") and name.startswith(
+                ("encoder.layers.", "embeddings.")
+            ):
+                name = f"text_model.{name}"
+            sites[f"{component}.{name}"] = module
+    return sites
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model at the released size: its ``library``, diffusers or transformers, the ``name`` of its
+    class there and ``sizes``, arguments of the class or of its configuration."""
+
+    library: str
+    name: str
+    sizes: Mapping[str, Any]
+
+    def make(self) -> nn.Module:
+        """A new one; to be called under torch's meta device."""
+        kind: Any = getattr(importlib.import_module(self.library), self.name)
+        if self.library == "transformers":
+            return kind(kind.config_class(**self.sizes))
+        return kind(**self.sizes)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """``added`` maps a site to the module that reads the stream as the site's output will find it.
+
+    The layer's children (dropouts aside) are those that ``added`` names; some of ``extra`` may be
+    there too, or be missing. ``requires`` and ``forbids`` are modules by which layers of equal
+    names are told apart; ``layer`` is the name of the layer's class, where only that does. Layers
+    that gate or modulate what they add (adaptive norms) are of no wiring.
+    """
+
+    added: Mapping[str, str]
+    extra: frozenset[str] = frozenset()
+    requires: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    layer: str = ""
+
+    def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
+        """Whether ``layer``, whose modules are called ``inner``, is wired so."""
+        names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
+        parts = {path.partition(".")[0] for pair in self.added.items() for path in pair}
+        return (
+            not any(hasattr(layer, name) for name in _SCALES)
+            and getattr(layer, "norm_type", "layer_norm") == "layer_norm"
+            and self.layer in ("", type(layer).__name__)
+            and parts - self.extra <= names <= parts | self.extra
+            and all(name in inner for name in self.requires)
+            and not any(name in inner for name in self.forbids)
+        )
+
+
+def residual_streams(
+    model: nn.Module, sites: Mapping[str, nn.Module], wirings: Iterable[Wiring]
+) -> dict[str, nn.Module]:
+    """Site of ``sites`` → the module whose input is its residual stream, in the model's order."""
+    names = {module: site for site, module in sites.items()}
+    wirings = tuple(wirings)
+    streams: dict[str, nn.Module] = {}
+    for layer in model.modules():
+        inner = dict(layer.named_modules())
+        for wiring in wirings:
+            if not wiring.fits(layer, inner.keys()):
+                continue
+            for added, reader in wiring.added.items():
+                site = names.get(inner.get(added, layer))
+                if site is not None and reader in inner:
+                    streams[site] = inner[reader]
+    return streams
+
+
+def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
+    """``streams`` of those parts of the model (its children: encoder, decoder, vision model, …) in
+    which some site of ``changed`` lies."""
+    parts = {tuple(site.split(".")[:2]) for site in changed}
+    return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}

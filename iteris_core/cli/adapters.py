@@ -1,0 +1,136 @@
+"""``iteris merge`` on a base of transformers: the base, and adapter folders of peft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..concepts import Concept
+from ..errors import IterisError, brief
+from ..hosts.protocol import Host
+from ..lora_files import read_tensors
+from .common import loading
+from .options import read_lines
+
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""peft's ``task_type`` → the class that adapters of it are trained on."""
+
+
+class AdapterOption(NamedTuple):
+    """``samples``: a text file with one sample a line, or a .safetensors of model inputs."""
+
+    folder: Path
+    samples: Path
+    strength: float
+
+
+def is_model(base: str, concepts: Sequence[str]) -> bool:
+    """Whether the base is a single model of transformers, and no pipeline of diffusers."""
+    folder = Path(base)
+    if folder.is_dir():
+        return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return any((Path(text.split(":")[0]) / "adapter_config.json").is_file() for text in concepts)
+
+
+def parse_adapter(text: str) -> AdapterOption:
+    folder, _, rest = text.partition(":")
+    samples, _, strength = rest.partition(":")
+    try:
+        if not samples:
+            raise ValueError
+        return AdapterOption(Path(folder), Path(samples), float(strength or 1))
+    except ValueError:
+        raise IterisError(
+            f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
+            "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
+            ".safetensors with the model's inputs."
+        ) from None
+
+
+def load_adapters(
+    base: str,
+    adapters: Sequence[AdapterOption],
+    model_class: str | None,
+    generate: int | None,
+    device: str,
+) -> tuple[Host, list[Concept]]:
+    """The base on ``device``, and a concept for each adapter.
+
+    ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
+    trained on). ``generate``: collect features while each adapter writes up to that many tokens.
+    """
+    from ..hosts.transformers import TransformersHost
+
+    model = _load(base, model_class, adapters[0].folder).to(device)
+    host = TransformersHost(
+        model, generate=None if generate is None else {"max_new_tokens": generate}
+    )
+    texts = any(option.samples.suffix != ".safetensors" for option in adapters)
+    tokenizer = _load_tokenizer(base) if texts else None
+    return host, [
+        Concept(
+            host.read_lora(option.folder),
+            trigger=option.folder.name,
+            strength=option.strength,
+            inputs=_inputs(option.samples, tokenizer),
+        )
+        for option in adapters
+    ]
+
+
+def _load(base: str, model_class: str | None, adapter: Path) -> Any:
+    """The base as the class on which the adapter was trained, in eval mode."""
+    import transformers
+
+    with loading(base, "model of transformers (config.json and safetensors)"):
+        name = model_class or _class_of(adapter)
+        if name is None:
+            config = transformers.AutoConfig.from_pretrained(base)
+            name = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, name, None)
+        if kind is None and model_class:
+            raise IterisError(f"--model-class {name}: transformers has no class of that name.")
+        if kind is None:
+            raise IterisError(
+                f"The adapter {adapter} is for {name}, which is no class of transformers. Give one "
+                "whose modules have the same names, such as --model-class "
+                "AutoModelForSequenceClassification, or merge from Python with "
+                "TransformersHost(model)."
+            )
+        return kind.from_pretrained(base, use_safetensors=True).eval()
+
+
+def _class_of(adapter: Path) -> str | None:
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # reading the adapter says what is wrong
+    mapping = config.get("auto_mapping") or {}
+    return _AUTO.get(config.get("task_type") or "") or mapping.get("base_model_class")
+
+
+def _load_tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except Exception as error:
+        raise IterisError(
+            f"The base {base!r} has no tokenizer ({brief(error)}); give samples as .safetensors."
+        ) from error
+
+
+def _inputs(file: Path, tokenizer: Any) -> list[Mapping[str, Any]]:
+    """Batches: all rows of a .safetensors, or one line of text each."""
+    if file.suffix == ".safetensors":
+        return [read_tensors(file)[0]]
+    return [tokenizer([line], truncation=True, return_tensors="pt") for line in read_lines(file)]

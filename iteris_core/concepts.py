@@ -1,0 +1,185 @@
+"""What is merged, and the prompts on which its features are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from .errors import IterisError, SettingsError
+from .lora import Lora
+from .lora_files.metadata import trigger_phrases
+from .settings import Settings, setting
+
+TEMPLATES = tuple(
+    (Path(__file__).parent / "prompts" / "templates.txt").read_text(encoding="utf-8").splitlines()
+)
+PRESERVE_WEIGHT = 0.2
+"""What prompts count on which the base model is to stay; much of it weakens the concepts."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One LoRA and how to call for what it knows.
+
+    ``prompts`` are used as they are; without them they are made from ``trigger`` and
+    ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
+    itself. ``strength`` is what the LoRA would be loaded at, ``text_strength`` that of its part in
+    the text encoders (None: the same). ``weight`` is how much the concept counts in the merge.
+    ``inputs``, or what calling it gives, are batches of keyword arguments of the model, for hosts
+    that do not work from prompts. ``lora=None`` keeps the base model as it is, see
+    :meth:`preserve`.
+    """
+
+    lora: Lora | None
+    prompts: Sequence[str] | None = None
+    trigger: str = ""
+    class_word: str = ""
+    strength: float = 1.0
+    weight: float = 1.0
+    inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
+    text_strength: float | None = None
+    subjects: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
+
+    @classmethod
+    def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
+        """Prompts on which the base model is to stay as it is."""
+        return cls(None, prompts, trigger="preserve", weight=weight)
+
+    @property
+    def name(self) -> str:
+        return self.trigger or (self.lora.name if self.lora is not None else "") or "base"
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        """What calls for the concept in a prompt, with a class word; one, as a rule."""
+        one = f"{self.trigger} {self.class_word}".strip()
+        return self.subjects or ([one] if one else [])
+
+    @property
+    def subject(self) -> str:
+        """All that the concept knows, in one prompt."""
+        return " and ".join(self.phrases)
+
+    def strength_at(self, site: str) -> float:
+        """What the LoRA's change of ``site`` is multiplied by."""
+        if self.text_strength is not None and site.startswith("text_encoder"):
+            return self.text_strength
+        return self.strength
+
+    @property
+    def counts(self) -> bool:
+        """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
+        strengths = self.strength, self.text_strength
+        return self.weight > 0 and (self.lora is None or any(strengths))
+
+
+@dataclass(frozen=True)
+class Calibration(Settings):
+    """How features are collected."""
+
+    samples: int = setting(
+        50,
+        "Prompts per concept on which features are collected. Below 20 the merge fits its prompts "
+        "too closely.",
+        low=1,
+        most=1000,
+    )
+    timesteps: int = setting(
+        4, "Latents per prompt, from different steps of denoising.", low=1, most=10
+    )
+    latents: Literal["denoising", "noise"] = setting(
+        "denoising",
+        "denoising runs each LoRA's own denoising first. noise skips it: quick, a little worse.",
+    )
+    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1)
+    guidance: float = setting(
+        1.0, "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.", low=0
+    )
+    empty_share: float = setting(
+        0.2,
+        "Share of the rows that get the empty prompt, since guidance runs on it too.",
+        low=0,
+        below=1,
+    )
+    latent_size: int | None = setting(
+        None,
+        "Side of the latents, an eighth of the picture's.",
+        none="the model's own",
+        low=1,
+        most=256,
+    )
+    templates: Sequence[str] = TEMPLATES
+    seed: int = setting(
+        0,
+        "Decides prompts and latents. The same seed gives the same LoRA.",
+        most=0xFFFFFFFFFFFFFFFF,
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.timesteps > self.denoising_steps:
+            raise SettingsError(
+                f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
+                f"({self.denoising_steps})."
+            )
+        if not self.templates or not all("{}" in template for template in self.templates):
+            raise SettingsError('templates must hold "{}" where the concept goes.')
+
+
+class Words(NamedTuple):
+    """:class:`Concept`'s fields of these names."""
+
+    trigger: str = ""
+    class_word: str = ""
+    subjects: tuple[str, ...] = ()
+
+
+def words_of(metadata: Mapping[str, str]) -> Words:
+    """How to call for what a LoRA knows, as far as its file tells: one phrase is split at its first
+    blank, "sks dog" into "sks" and "dog"; several are kept as they are."""
+    phrases = trigger_phrases(metadata)
+    if len(phrases) > 1:
+        return Words(subjects=tuple(phrases))
+    trigger, _, class_word = "".join(phrases).partition(" ")
+    return Words(trigger, class_word.strip())
+
+
+def concept_prompts(
+    concept: Concept, calibration: Calibration, generator: torch.Generator
+) -> list[str]:
+    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer; of
+    several phrases each in turn."""
+    if concept.prompts is not None:
+        pools = [[str(prompt) for prompt in concept.prompts]]
+        if not pools[0]:
+            raise IterisError(
+                f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
+                "and a class word to make them from."
+            )
+    else:
+        pools = [[t.format(phrase) for t in calibration.templates] for phrase in concept.phrases]
+    if not pools:
+        raise IterisError(
+            f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
+            "features cannot be collected without knowing how to call for it."
+        )
+    each = -(-calibration.samples // len(pools))
+    columns = [_in_random_order(pool, each, generator) for pool in pools]
+    turns = zip(*columns, strict=True)
+    return [prompt for turn in turns for prompt in turn][: calibration.samples]
+
+
+def _in_random_order(pool: list[str], count: int, generator: torch.Generator) -> list[str]:
+    prompts: list[str] = []
+    while len(prompts) < count:
+        order = torch.randperm(len(pool), generator=generator).tolist()
+        prompts += [pool[index] for index in order]
+    return prompts[:count]

@@ -1,0 +1,130 @@
+"""What a base model has to offer so that LoRAs can be merged on it.
+
+A host is thin: it names the sites, reads LoRA files, makes samples and runs forwards. To add one,
+write a class with the members of :class:`Host`; nothing else has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..activations.lockstep import Lockstep
+from ..concepts import Calibration, Concept
+from ..errors import IterisError
+from ..lora import Lora
+from ..lora_files import ReadOptions
+
+Run = Callable[[Sequence[int], int], None]
+"""``run(rows, copies)``: one forward, see :class:`Stage`."""
+
+Tick = Callable[[str, int, int], None]
+"""``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
+
+    ``owners`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward on
+    those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
+    ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
+    True where a token of the site's inputs counts (no padding); None where all do. ``feeds`` says
+    that a later stage needs what all rows give: then every process of a merge runs all of them, to
+    their end, while the forwards of other stages may be left behind their last site.
+    ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
+    ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
+    ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
+    memory is measured (None: that with the most tokens by ``mask``, or the first).
+    ``samples`` is how many samples of a concept the rows are made from, of the concept with the
+    fewest (None: as many as the calibration says).
+    """
+
+    name: str
+    sites: Sequence[str]
+    owners: Sequence[int]
+    run: Run
+    mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
+    feeds: bool = False
+    places: bool = False
+    kinds: Sequence[Hashable] | None = None
+    lengths: Sequence[int] | None = None
+    samples: int | None = None
+
+
+class Host(Protocol):
+    pictures: bool
+    """Whether it makes pictures. There two concepts seldom compete for a place; two ways of writing
+    do for every word."""
+
+    def sites(self) -> Mapping[str, nn.Module]:
+        """Every module that a LoRA may change, by site name."""
+        ...
+
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """Read a file of any layout that the host's ecosystem knows."""
+        ...
+
+    def samples(
+        self,
+        concepts: Sequence[Concept],
+        sites: Set[str],
+        calibration: Calibration,
+        lockstep: Lockstep,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> Any:
+        """Make the rows on which features are collected; opaque to everybody but the host. With
+        ``lockstep.processes`` the work may be shared, but every process needs all rows."""
+        ...
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each prompt has, with start and end but without padding."""
+        ...
+
+    def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
+        """The model's final output for rows of ``samples``, rows first; differentiable."""
+        ...
+
+    def learned(self, prompt: str) -> Set[str]:
+        """The embeddings in a prompt that were added to the text encoders' vocabulary (textual
+        inversion), by the names that call for them there."""
+        ...
+
+    def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
+        """Sites whose output is added to a residual stream, each with the module whose input is
+        that stream as it is. Those that are not among ``sites`` are advised as repair sites: a
+        change there takes out drift that the sites before have left (none: an empty mapping)."""
+        ...
+
+    def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
+        """The stages that reach ``sites``. All rows of one must be run before the next."""
+        ...
+
+    def room(self, wanted: int) -> int:
+        """Bytes that the stage which was given last may take beyond the model. An application that
+        holds other things in memory first makes room for ``wanted`` bytes, as far as it can."""
+        ...
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where peft's layers stand in place of the model's own."""
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise IterisError(
+            f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
+            "Take them off (pipeline.unload_lora_weights() or model.unload()), or load it anew."
+        )
+
+
+def check_eval(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where dropout would make every forward another."""
+    if model.training:
+        raise IterisError(
+            f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
+            "random; call its eval() first."
+        )

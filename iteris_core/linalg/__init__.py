@@ -1,0 +1,1 @@
+"""Dense linear algebra that knows nothing of sites: precision, Cholesky factors, low-rank cuts."""

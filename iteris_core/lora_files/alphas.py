@@ -1,0 +1,111 @@
+"""Alpha where peft keeps it: a LoraConfig, in ``lora_adapter_metadata`` or an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraFileError
+
+_PLAIN = re.compile(r"[\w.\\^$*+?|\[\]-]{1,300}")
+
+
+def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The LoraConfig of each component, as diffusers' pipelines save it: ``{"unet.lora_alpha": 8,
+    …}``; that of a model which saves itself (``{"lora_alpha": 8, …}``) is of the component ``""``.
+    """
+    text = metadata.get("lora_adapter_metadata")
+    if not text:
+        return {}
+    try:
+        flat = json.loads(text)
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            component, _, name = key.rpartition(".")
+            configs.setdefault(component, {})[name] = value
+        return {c: config for c, config in configs.items() if "lora_alpha" in config}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise LoraFileError(
+            f"{path}: lora_adapter_metadata is not valid JSON ({error})."
+        ) from error
+
+
+def scale_of(
+    path: Path, configs: Mapping[str, Mapping[str, Any]], site: str, name: str, rank: int
+) -> float | None:
+    """What ``configs``, by component, say of the module that is ``site`` and ``name`` in the file;
+    None where none of them is of its component."""
+    for full in (site, name):
+        component, _, module = full.partition(".")
+        if component in configs:
+            return configured_scale(path, configs[component], [module], rank)
+    if "" not in configs:
+        return None
+    return configured_scale(path, configs[""], [site.partition(".")[2], name], rank)
+
+
+def configured_scale(
+    path: Path, config: Mapping[str, Any], names: Collection[str], rank: int
+) -> float:
+    """alpha / rank, or alpha / √rank for rsLoRA; the first pattern that fits decides alpha.
+
+    A pattern is a regular expression for the end of a module's name, as in peft
+    (``peft.utils.other.get_pattern_key``, which is not called, since ComfyUI has no peft and a
+    hostile pattern could take it for ever). ``names`` are of one module; those of a text encoder
+    may have ``text_model.`` in front of them or not, as the writer's transformers had it. Raises
+    :class:`LoraFileError` for what peft cannot have written.
+    """
+    short = [name.removeprefix("text_model.") for name in names]
+    names = {*names, *short, *(f"text_model.{name}" for name in short)}
+    alpha = config.get("lora_alpha", 8)  # peft's own default
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise LoraFileError(f"{path}: alpha_pattern of the LoraConfig is not a table.")
+    for pattern, value in patterns.items():
+        if any(_fits(path, pattern, name) for name in names):
+            alpha = value
+            break
+    try:
+        number = float(alpha)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise LoraFileError(
+            f"{path}: lora_alpha of the LoraConfig is {str(alpha)[:40]!r}, not a number."
+        ) from error
+    if not math.isfinite(number):
+        raise LoraFileError(f"{path}: lora_alpha of the LoraConfig is {number}.")
+    return number / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _fits(path: Path, pattern: str, module: str) -> bool:
+    if module == pattern or module.endswith(f".{pattern}"):
+        return True
+    # Groups could nest repetitions and take for ever; no trainer writes them.
+    if not _PLAIN.fullmatch(pattern) or sum(pattern.count(c) for c in "*+?") > 3:
+        raise LoraFileError(
+            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig is too complicated; "
+            "save the adapter with plain module names there."
+        )
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error as error:
+        raise LoraFileError(
+            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig: {error}."
+        ) from error
+
+
+def lora_config(modules: Mapping[str, tuple[int, float]], mark: str) -> dict[str, Any]:
+    """What a LoraConfig says of ``modules``, name → (rank, alpha); ``mark`` goes before names in
+    patterns."""
+    ranks = [rank for rank, _ in modules.values()]
+    common = max(set(ranks), key=ranks.count)
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "target_modules": sorted(modules),
+        "rank_pattern": {mark + n: rank for n, (rank, _) in modules.items() if rank != common},
+        "alpha_pattern": {mark + n: alpha for n, (_, alpha) in modules.items() if alpha != common},
+    }

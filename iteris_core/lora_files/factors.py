@@ -1,0 +1,81 @@
+"""Factors as they go into a file: in half precision bit by bit where that is possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import IterisError
+from ..lora import Lora, LowRank
+
+
+@dataclass(frozen=True)
+class Factors:
+    """ΔW = ``scale`` · ``up @ down``, as files have it: up (out, rank), down (rank, in·kh·kw), and
+    scale alpha / rank. ``kernel`` is (kh, kw) of what is written as a convolution."""
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+    kernel: tuple[int, int] | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        """ΔW, (out, in·kh·kw)."""
+        return (self.up @ self.down) * self.scale
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """(up, down) in the shapes of a Linear's or Conv2d's weights."""
+        up, down = self.up, self.down
+        if self.kernel is not None:
+            up, down = up[:, :, None, None], down.reshape(self.rank, -1, *self.kernel)
+        return up.contiguous(), down.contiguous()
+
+
+def store_all(lora: Lora, dtype: torch.dtype, one_alpha: Container[str]) -> dict[str, Factors]:
+    """Every site's factors in ``dtype``, by component: exact with scale 1 if they all are, else
+    with the scales that were folded in (one scale in components of ``one_alpha``), else rounded."""
+    stored: dict[str, Factors] = {}
+    for component in {site.partition(".")[0]: None for site in lora.sites}:
+        sites = {s: c for s, c in lora.sites.items() if s.startswith(f"{component}.")}
+        scales = {site: lora.scales.get(site, 1.0) for site in sites}
+        plain = {site: _exactly(change, 1.0, dtype) for site, change in sites.items()}
+        together = component not in one_alpha or len(set(scales.values())) == 1
+        if together and not all(plain.values()):
+            scaled = {site: _exactly(c, scales[site], dtype) for site, c in sites.items()}
+            plain = scaled if all(scaled.values()) else plain
+        stored |= {site: plain[site] or _rounded(site, c, dtype) for site, c in sites.items()}
+    return stored
+
+
+def _exactly(change: LowRank, scale: float, dtype: torch.dtype) -> Factors | None:
+    """The change without ``scale``, if ``dtype`` holds it bit by bit."""
+    up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
+    stored = Factors((up / scale).to(dtype), down.to(dtype), scale, change.kernel)
+    exact = torch.equal(stored.up.float() * scale, up)
+    return stored if exact and torch.equal(stored.down.float(), down) else None
+
+
+def _rounded(site: str, change: LowRank, dtype: torch.dtype) -> Factors:
+    """The change in ``dtype``, up and down brought to one size by a power of two."""
+    up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
+    largest = float(up.abs().max()), float(down.abs().max())
+    shift = round(math.log2(largest[1] / largest[0]) / 2) if min(largest) > 0 else 0
+    stored = Factors(
+        torch.ldexp(up, torch.tensor(shift)).to(dtype),
+        torch.ldexp(down, torch.tensor(-shift)).to(dtype),
+        1.0,
+        change.kernel,
+    )
+    if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
+        raise IterisError(
+            f"Site {site}: values do not fit {dtype}; write bfloat16 or float32 instead."
+        )
+    return stored

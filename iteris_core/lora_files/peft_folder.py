@@ -1,0 +1,164 @@
+"""Adapter folders of peft (``adapter_config.json`` and ``adapter_model.safetensors``)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import Architecture
+from ..architectures.pieces import Shapes, whole
+from ..errors import IterisError, LoraFileError
+from ..lora import Lora
+from .aliases import BaseModel
+from .alphas import lora_config
+from .factors import Factors
+from .read import ReadOptions, lora_of
+from .tensors import read_tensors, save_atomically
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+_HARMLESS = frozenset({
+    # What and where: the tensors say it again, or the reader takes it into account.
+    "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "init_lora_weights",  # looked at for itself
+    # Of training, or of how the library runs it.
+    "lora_dropout", "bias", "inference_mode", "fan_in_fan_out", "megatron_config", "megatron_core",
+    "runtime_config", "loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying",
+    # Notes.
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+})  # fmt: skip
+"""Settings of peft's LoraConfig under which a change is scale · up · down whatever they say; any
+other one that is set makes the adapter a variant, also one that comes after this was written"""
+_TITLES = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
+
+
+def read_adapter(folder: Path, shapes: Shapes) -> Lora:
+    """A LoRA adapter as peft saves it, for a model whose sites have weights of these ``shapes``;
+    heads in ``modules_to_save`` stay out, named in metadata.
+
+    Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
+    """
+    config, tensors = _read_folder(folder)
+    _check_plain(folder, config)
+    heads = [name for name in tensors if _is_apart(name, config)]
+    factors = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
+    base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
+    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions())
+    metadata = {"kept_apart": ", ".join(heads)} if heads else {}
+    return replace(lora, name=folder.name, source=folder.name, metadata=metadata)
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise :class:`LoraFileError` where more than the two factors makes the change."""
+    kind = config.get("peft_type") or "nameless"
+    if kind != "LORA":
+        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
+    unknown = {n: v for n, v in config.items() if n not in _HARMLESS | {"peft_type"} and v}
+    if unknown:
+        name, value = next(iter(unknown.items()))
+        title = _TITLES.get(name, name)
+        raise LoraFileError(
+            f"{folder} is a {title} adapter: its adapter_config.json has {name} = "
+            f"{str(value)[:60]}, under which a change may be more than up times down; only plain "
+            "LoRA is merged here."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise LoraFileError(
+            f"{folder} started from {start!r}, which changes the base model's weights too; save it "
+            "as a plain LoRA first (peft: save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
+
+
+def read_heads(folder: str | Path) -> dict[str, Tensor]:
+    """The modules that an adapter was saved with in full (``modules_to_save``), such as a head.
+
+    Name of the parameter in the base model → tensor; load it with ``strict=False``. A merge leaves
+    them alone: every task keeps its own.
+    """
+    config, tensors = _read_folder(Path(folder))
+    return {name: tensor for name, tensor in tensors.items() if _is_apart(name, config)}
+
+
+def _is_apart(name: str, config: Mapping[str, Any]) -> bool:
+    heads = config.get("modules_to_save") or []
+    return any(f".{head}." in f".{name}." for head in heads)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration, and the tensors by their names in the base model."""
+    config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
+    if not config_file.is_file() or not weights.is_file():
+        raise LoraFileError(
+            f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
+            "adapter_model.safetensors (a pickled adapter_model.bin is not read)."
+        )
+    try:
+        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoraFileError(f"{config_file} is not valid JSON ({error}).") from error
+    tensors, _ = read_tensors(weights)
+    return config, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Raise :class:`IterisError` if :func:`write_adapter` cannot write there."""
+    folder = Path(folder)
+    if folder.exists():
+        raise IterisError(f"{folder} exists already; choose another name.")
+    return folder
+
+
+def write_adapter(
+    lora: Lora,
+    folder: str | Path,
+    *,
+    base: str = "",
+    heads: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write an adapter folder that ``PeftModel.from_pretrained`` loads.
+
+    ``base`` is the name of the base model. ``heads`` are one task's, as :func:`read_heads` gives
+    them: they go into the folder as ``modules_to_save``. Raises :class:`IterisError` if the folder
+    exists.
+    """
+    folder = check_folder(folder)
+    ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
+    config = {
+        "peft_type": "LORA",
+        # A folder of this machine says nothing elsewhere, and tells where somebody keeps things.
+        "base_model_name_or_path": Path(base).name if Path(base).is_absolute() else base,
+        # peft's patterns fit ends of names unless they say otherwise.
+        **lora_config({name: (rank, rank) for name, rank in ranks.items()}, "^"),
+        "inference_mode": True,
+        "bias": "none",
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
+    }
+    tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in (heads or {}).items()}
+    for site, change in lora.sites.items():
+        name = _PREFIX + site.removeprefix("model.")
+        up, down = Factors(change.up, change.down, 1.0, change.kernel).tensors()
+        tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
+        tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        whole_folder = Path(temporary, folder.name)
+        whole_folder.mkdir()
+        save_atomically(tensors, whole_folder / _WEIGHTS, {"format": "pt"})
+        text = json.dumps(config, indent=1)
+        (whole_folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        whole_folder.rename(folder)
+    return folder

@@ -1,0 +1,242 @@
+"""Read a LoRA file of any layout for a base model whose sites are known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..architectures.pieces import Alias, Piece, file_rows
+from ..errors import IterisError, LoraFileError, SettingsError
+from ..linalg.lowrank import extract
+from ..lora import Lora, LowRank, concatenate
+from .aliases import BaseModel
+from .alphas import adapter_configs, scale_of
+from .embeddings import split_embeddings
+from .parts import refusal, split_key
+from .rebuild import Rebuilt, fold_magnitude, rebuild
+from .tensors import all_finite, file_digest, read_tensors
+
+_NO_MODULE = "matches no module of the base model"
+
+Weight = Callable[[str], Tensor]
+"""The base's weight of a site; asked for only where a LoRA is a DoRA."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
+
+    ``energy`` is the share of ‖ΔW‖² that is kept of a change that is not low rank by itself (full
+    differences, DoRA, large LoHa and LoKr), when it is made low rank. Without ``magnitudes`` a DoRA
+    is read as if it were none, to look at it without the base model's weights; a note says so.
+    """
+
+    allow_partial: bool = False
+    energy: float = 0.999
+    magnitudes: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise SettingsError(f"energy must be above 0 and at most 1, not {self.energy}.")
+
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""The tensors of a file, by key, under other keys."""
+
+
+def read_lora_file(
+    path: Path,
+    base: BaseModel,
+    weight: Weight | None = None,
+    options: ReadOptions | None = None,
+    convert: Convert = dict,
+) -> Lora:
+    """Every change in the file by site, scale folded in, float32.
+
+    Sites whose change is exactly zero are left out, since they change nothing. ``convert`` is
+    called on the tensors before any name is looked up. Raises :class:`LoraFileError` naming file,
+    key and shapes for whatever cannot be read in full; nothing is skipped without
+    ``allow_partial``, and then it stands in :attr:`Lora.notes`.
+    """
+    options = options or ReadOptions()
+    tensors, metadata = read_tensors(path)
+    embeddings, tensors = split_embeddings(path, tensors)
+    configs = adapter_configs(path, metadata)
+    lora = lora_of(path, convert(tensors), configs, base, weight, options)
+    return replace(lora, metadata=metadata, embeddings=embeddings)
+
+
+def lora_of(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    base: BaseModel,
+    weight: Weight | None,
+    options: ReadOptions,
+) -> Lora:
+    """What :func:`read_lora_file` makes of the ``tensors`` of a file; ``configs`` are the
+    LoraConfigs of its components, where alpha stands if it is not among the tensors."""
+    groups, left_out = _group(path, tensors, base)
+    if left_out and not (options.allow_partial and groups):
+        raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
+    if not groups:
+        raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
+    counts: Counter[str] = Counter()
+    pieces: dict[str, list[tuple[LowRank, float]]] = {}
+    for alias, (name, parts) in groups.items():
+        place = f"{path}: {name}"
+        scale = None
+        if "down" in parts and parts["down"].ndim >= 2:
+            rank = max(parts["down"].shape[0], 1)
+            scale = scale_of(path, configs, alias[0].site, name, rank)
+        shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
+        change = rebuild(parts, shape, scale, place)
+        if "magnitude" in parts or "output_magnitude" in parts:
+            if not options.magnitudes:
+                counts["undone"] += 1
+            elif weight is None:
+                raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
+            else:
+                dense = change if isinstance(change, Tensor) else change.dense()
+                change = fold_magnitude(dense, _base_weight(alias, shape, weight), parts, place)
+        for piece in alias:
+            part = _part_of(change, piece, base.shapes[piece.site], options.energy)
+            if part is None:
+                counts["zero"] += 1
+                continue
+            counts["extracted"] += isinstance(change, Tensor)
+            scale = 1.0 if isinstance(change, Tensor) else change.scale
+            pieces.setdefault(piece.site, []).append((part, scale))
+    texts = {
+        "extracted": "were not low rank and were extracted at "
+        f"{options.energy:.4%} of their energy",
+        "undone": "are DoRA, of which the magnitudes are not looked at",
+        "zero": "have a change of exactly zero and are left out: they change nothing",
+    }
+    return Lora(
+        {
+            site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
+            for site, parts in pieces.items()
+        },
+        path.stem,
+        source=path.name,
+        sha256=file_digest(path),
+        base=base,
+        scales={
+            site: parts[0][1]
+            for site, parts in pieces.items()
+            if len({scale for _, scale in parts}) == 1
+        },
+        notes=[f"left out: {what}" for what in left_out.values()]
+        + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
+        reading={"allow_partial": options.allow_partial, "energy": options.energy},
+    )
+
+
+def _part_of(
+    change: Rebuilt, piece: Piece, shape: tuple[int, ...], energy: float
+) -> LowRank | None:
+    """The rows of ``change`` that are ``piece``, as a change of its whole site with a weight of
+    ``shape``; None where they are zero."""
+    kernel = (shape[2], shape[3]) if len(shape) == 4 else None
+    if isinstance(change, Tensor):
+        dense = piece.of_file(change)
+        if not bool(dense.any()):
+            return None
+        low = extract(dense, energy, kernel)[0]
+        up, down = low.up, low.down
+    else:
+        up, down = piece.of_file(change.up) * change.scale, change.down
+        used = up.any(dim=0)  # of a fused module's ranks some are of other pieces alone
+        if not bool(used.all()):
+            up, down = up[:, used], down[used]
+    if not bool(up.any()) or not bool(down.any()):
+        return None
+    if not (all_finite(up) and all_finite(down)):
+        raise IterisError(
+            f"Site {piece.site}: scale and factors multiply to more than float32 holds."
+        )
+    around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
+
+
+def _group(
+    path: Path, tensors: Mapping[str, Tensor], base: BaseModel
+) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, str]]:
+    """Parts by module, with its name in the file, and what is not understood: key → why."""
+    aliases = base.aliases
+    groups: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
+    left_out: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key, aliases)
+        if split is None or split[0] not in aliases:
+            if not _is_nothing(key, tensor):
+                left_out[key] = _describe(key, tensor, has_leaf=split is not None)
+            continue
+        name, part = split
+        known, parts = groups.setdefault(aliases[name], (name, {}))
+        if name != known and part not in parts:
+            raise LoraFileError(
+                f"{path}: key {key} is a part of what other keys call {known}; give all parts of a "
+                "module one name, since loaders take only some of them together."
+            )
+        if part in parts:
+            raise LoraFileError(
+                f"{path}: key {key} says again what another key says of {known}; remove one of "
+                "them, since loaders differ in which they take."
+            )
+        parts[part] = tensor
+    takers: dict[str, list[tuple[Piece, str]]] = {}
+    for alias, (name, _) in groups.items():
+        for piece in alias:
+            for other, known in takers.setdefault(piece.site, []):
+                stop = min(piece.start + piece.length, other.start + other.length)
+                if max(piece.start, other.start) < stop:
+                    raise LoraFileError(
+                        f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
+                        "since loaders differ in which they take."
+                    )
+            takers[piece.site].append((piece, name))
+    return groups, left_out
+
+
+def _is_nothing(key: str, tensor: Tensor) -> bool:
+    """A change of a bias or normalisation that is all zeros, as some trainers save."""
+    return key.endswith((".diff_b", ".lora_B.bias")) and not bool(tensor.float().any())
+
+
+def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
+    what = refusal(key)
+    if what is not None:
+        what = f"is {what}, which a LoRA cannot represent"
+    else:
+        what = _NO_MODULE if has_leaf else "is of no kind that is known here"
+    return f"{key} {tuple(tensor.shape)} {what}"
+
+
+def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
+    first = "; ".join(list(left_out.values())[:3])
+    if understood == 0:
+        advice = "This LoRA was made for another base model, or it is not a LoRA."
+    elif all(text.endswith(_NO_MODULE) for text in left_out.values()):
+        advice = (
+            "This LoRA was made for another base model, or for one with more parts than yours; "
+            "to merge the rest of it, allow a partial reading."
+        )
+    else:
+        advice = "Nothing is skipped silently; to merge the rest of it, allow a partial reading."
+    return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
+
+
+def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight) -> Tensor:
+    """(out, in·kh·kw) of the file's tensor, float32."""
+    full = torch.zeros(shape).flatten(1)
+    for piece in alias:
+        piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)
+    return full

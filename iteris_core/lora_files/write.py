@@ -1,0 +1,266 @@
+"""Write a LoRA so that every tool reads it in full.
+
+``kohya`` is what ComfyUI, A1111, Forge, InvokeAI, diffusers and sd-scripts read for SD 1.x, 2.x
+and XL, and for FLUX's blocks and CLIP; modules are called what sd-scripts calls them, so q, k and
+v of FLUX and SD 3 are fused there. What diffusers has no reader for is warned of: T5, and in that
+layout SD 3 and the rest of FLUX, for which ``peft`` is to be written, which ComfyUI reads too. In
+both layouts alpha equals rank wherever that is exact, so that loaders which lose alpha are right
+as well.
+
+In kohya layout a UNet and a CLIP text encoder have one alpha each, since diffusers loses alphas
+that differ from site to site there (``Architecture.one_alpha``): smaller ranks are scaled by a
+power of two or filled up with zeros. And where a text encoder has attention sites without any
+``out_proj`` (in peft layout: no attention) it gets one pair of zero factors for ``out_proj``, since
+diffusers recognises layouts by it. Zeros change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..architectures import architecture
+from ..architectures.pieces import Alias, file_rows
+from ..architectures.text import text_component
+from ..errors import IterisError
+from ..lora import Lora
+from .aliases import BaseModel, base_model
+from .alphas import lora_config
+from .embeddings import embedding_targets
+from .factors import Factors, store_all
+from .tensors import content_hash, save_atomically
+
+Layout = Literal["kohya", "peft"]
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+_log = logging.getLogger(__name__)
+
+
+def write_lora(
+    lora: Lora,
+    path: str | Path,
+    *,
+    layout: Layout = "kohya",
+    dtype: str = "float16",
+    overwrite: bool = False,
+) -> Path:
+    """Write ``lora`` and return the path; the file appears under its name only when it is whole.
+
+    Raises :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype``
+    or a site has no name in ``layout``.
+    """
+    path = Path(path)
+    check_target(path, layout, dtype, overwrite)
+    tensors, metadata = to_tensors(lora, layout=layout, dtype=dtype)
+    targets = embedding_targets(path, list(lora.embeddings), overwrite)
+    save_atomically(tensors, path, metadata)
+    _warn_of_unread(lora, layout)
+    for name, target in targets.items():
+        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
+        save_atomically(parts, target, {"name": name})
+    return path
+
+
+def to_tensors(
+    lora: Lora, *, layout: Layout = "kohya", dtype: str = "float16"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) as :func:`write_lora` writes them, without the embeddings.
+
+    Raises :class:`IterisError` if there is nothing to write, a value does not fit ``dtype`` or a
+    site has no name in ``layout``.
+    """
+    if not lora.sites:
+        raise IterisError("The merged LoRA changes no site; there is nothing to write.")
+    base = lora.base or _unknown_base(lora)
+    stored = store_all(lora, DTYPES[dtype], base.architecture.one_alpha)
+    metadata = {key: str(value) for key, value in lora.metadata.items()}
+    metadata.pop("lora_adapter_metadata", None)
+    tensors: dict[str, Tensor] = {}
+    if layout == "kohya":
+        modules = _kohya(base, stored)
+        for name, module in modules.items():
+            up, down = module.tensors()
+            alpha = torch.tensor(module.scale * module.rank, dtype=torch.float32)
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = alpha
+        metadata |= _network_metadata(modules, base.architecture.network)
+        if lora.base is not None and base.architecture.version:
+            metadata["ss_base_model_version"] = base.architecture.version
+    else:
+        stored |= _recognisable_to_peft(stored)
+        for site, module in stored.items():
+            up, down = module.tensors()
+            # Sites may share a down matrix in memory, which safetensors refuses.
+            tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
+        metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
+    if "modelspec.sai_model_spec" in metadata:
+        metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
+    return tensors, {**metadata, "format": "pt"}
+
+
+def _unknown_base(lora: Lora) -> BaseModel:
+    """What gives sites the names of SD 1.x where nothing is known of the base model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site, change in lora.sites.items():
+        kernel = change.kernel or ()
+        shapes[site] = (change.shape[0], change.shape[1] // math.prod(kernel), *kernel)
+    return base_model(architecture("sd1"), shapes)
+
+
+def _warn_of_unread(lora: Lora, layout: Layout) -> None:
+    if lora.base is None:
+        return
+    reads = lora.base.architecture.diffusers_reads
+    unread = [site for site in lora.sites if not reads(site, layout)]
+    if unread:
+        _log.warning(
+            "diffusers does not read %d of the %d changes in this file, such as %s. %s",
+            len(unread), len(lora.sites), unread[0],
+            "ComfyUI does; for diffusers write peft." if layout == "kohya" else "ComfyUI does.",
+        )  # fmt: skip
+
+
+def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
+    if dtype not in DTYPES:
+        raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if layout not in ("kohya", "peft"):
+        raise IterisError(f'layout must be "kohya" or "peft", not {layout!r}.')
+    if path.suffix != ".safetensors":
+        raise IterisError(f"{path} must end in .safetensors.")
+    if path.exists() and not overwrite:
+        raise IterisError(f"{path} exists already; choose another name or allow overwriting.")
+    if not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+
+
+def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Modules under the names to write, fused where those are."""
+    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
+    missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
+    if missing:
+        raise IterisError(
+            f"Site {min(missing)} has no name in kohya layout for a base of "
+            f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
+            "which says what base it has."
+        )
+    components: dict[str, dict[str, Factors]] = {}
+    for name, alias in names.items():
+        component = alias[0].site.partition(".")[0]
+        whole = len(alias) == 1 and len(alias[0].rows) == 1
+        module = stored[alias[0].site] if whole else _fuse(name, alias, stored)
+        components.setdefault(component, {})[name] = module
+    modules: dict[str, Factors] = {}
+    for component, named in components.items():
+        modules |= _even_out(named) if component in base.architecture.one_alpha else named
+        if component.startswith("text_encoder"):
+            modules |= _recognisable({name: modules[name] for name in named})
+    return modules
+
+
+def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
+    """One module from its pieces: side by side, or with one ``down`` if they have it in common."""
+    present = [piece for piece in alias if piece.site in stored]
+    parts = [stored[piece.site] for piece in present]
+    if len({part.scale for part in parts}) > 1:
+        raise IterisError(
+            f"{name}: its parts {', '.join(p.site for p in present)} have different scales that "
+            "half precision cannot hold; write float32."
+        )
+    first = parts[0]
+    shared = all(torch.equal(part.down, first.down) for part in parts)
+    down = first.down if shared else torch.cat([part.down for part in parts])
+    up = torch.zeros(file_rows(alias), down.shape[0], dtype=down.dtype)
+    column = 0
+    for piece, part in zip(present, parts, strict=True):
+        piece.place(part.up, up[:, column : column + part.rank])
+        column += 0 if shared else part.rank
+    # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
+    return Factors(up, down, first.scale, first.kernel)
+
+
+def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same changes with one alpha."""
+    alpha = max(module.rank for module in modules.values())
+    even: dict[str, Factors] = {}
+    for name, module in modules.items():
+        scale, down = module.scale * alpha / module.rank, module.down
+        up = (module.up.float() * (module.rank / alpha)).to(module.up.dtype)
+        if not torch.equal(up.float() * (alpha / module.rank), module.up.float()):
+            missing = alpha - module.rank
+            up = torch.nn.functional.pad(module.up, (0, missing))
+            down = torch.nn.functional.pad(module.down, (0, 0, 0, missing))
+            scale = module.scale
+        even[name] = Factors(up, down, scale, module.kernel)
+    return even
+
+
+def _recognisable(text: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
+    attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
+    if not attention or any(name.endswith("_out_proj") for name in text):
+        return {}
+    like = text[attention[0]]
+    name = attention[0].rpartition("_")[0].rpartition("_")[0] + "_out_proj"
+    return {name: _zeros(like.down.shape[1], like)}
+
+
+def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Zero factors for an ``out_proj`` of each text encoder without attention sites."""
+    added: dict[str, Factors] = {}
+    for component in {s.partition(".")[0] for s in stored if text_component(s) is not None}:
+        clip = [site for site in stored if site.startswith(f"{component}.text_model.")]
+        mlps = [site for site in clip if site.endswith((".fc1", ".fc2"))]
+        if mlps and not any(".self_attn." in site for site in clip):
+            like = stored[mlps[0]]
+            width = like.down.shape[1] if mlps[0].endswith(".fc1") else like.up.shape[0]
+            name = f"{component}.text_model.encoder.layers.0.self_attn.out_proj"
+            added[name] = _zeros(width, like)
+    return added
+
+
+def _zeros(width: int, like: Factors) -> Factors:
+    zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
+    return Factors(zeros, zeros.mT.contiguous(), like.scale)
+
+
+def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:
+    """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
+    ranks = [module.rank for module in modules.values()]
+    dim = max(set(ranks), key=ranks.count)
+    scales = [module.scale for module in modules.values() if module.rank == dim]
+    alpha = dim * max(set(scales), key=scales.count)
+    numbers = {"ss_network_dim": str(dim), "ss_network_alpha": f"{alpha:g}"}
+    return {**numbers, "ss_network_module": network}
+
+
+def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
+    """What diffusers writes as ``lora_adapter_metadata``: a LoraConfig per component."""
+    config: dict[str, object] = {}
+    for component in sorted({site.partition(".")[0] for site in stored}):
+        # transformers 5 took ``text_model.`` out of the module names that peft compares with.
+        modules = {
+            site.removeprefix(f"{component}.").removeprefix("text_model."): (
+                module.rank,
+                module.scale * module.rank,
+            )
+            for site, module in stored.items()
+            if site.startswith(f"{component}.")
+        }
+        # Patterns fit the ends of names: FLUX's ``proj_out`` would be every block's without a mark.
+        # Text encoders go without, since there a ``text_model.`` may come before.
+        fields = lora_config(modules, "" if component.startswith("text") else "^")
+        config |= {f"{component}.{name}": value for name, value in fields.items()}
+    return config

@@ -1,0 +1,103 @@
+"""The rows of a stage as micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..activations.lockstep import MicroBatch, Observer
+from ..activations.processes import ALONE, Processes
+from ..activations.saliency import Saliency
+from ..activations.tokens import TokenChoice
+from ..hosts.protocol import Stage
+from ..solve.choose import POLICY, Policy
+
+
+@dataclass(frozen=True)
+class Batching:
+    """``rows`` a forward; at most ``row_tokens`` tokens of each row count (None: all; "enough": of
+    a picture's as many as the ``policy`` says, of texts all), chosen at random by ``seed``.
+
+    Of stages whose tokens are places of a picture, ``saliency`` is the share of
+    :mod:`..activations.saliency`.
+    """
+
+    rows: int
+    row_tokens: int | Literal["enough"] | None = None
+    seed: int = 0
+    saliency: float = 0.0
+    policy: Policy = POLICY
+
+
+def micro_batches(
+    stage: Stage,
+    copies: int,
+    observer: Observer | None,
+    batching: Batching,
+    processes: Processes = ALONE,
+) -> Iterator[MicroBatch]:
+    """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
+    time. Where a later stage needs all rows, those of other processes follow, and no observer sees
+    them."""
+    if not stage.sites:
+        yield from _of(stage, range(len(stage.owners)), copies, None, batching)
+        return
+    yield from _of(stage, processes.mine(len(stage.owners)), copies, observer, batching)
+    if stage.feeds:
+        yield from _of(stage, processes.others(len(stage.owners)), copies, None, batching)
+
+
+def chunks(
+    part: Sequence[int], kinds: Sequence[Hashable] | None, size: int
+) -> Iterator[Sequence[int]]:
+    """The rows of ``part``, at most ``size`` at a time, and only rows of one kind together; in
+    order within a kind. ``kinds`` has an entry for every row that ``part`` may name."""
+    alike: dict[Hashable, list[int]] = {}
+    for row in part:
+        alike.setdefault(None if kinds is None else kinds[row], []).append(row)
+    for rows in alike.values():
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _limit(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
+    limit, policy = batching.row_tokens, batching.policy
+    if limit is None or (limit == "enough" and not stage.places):
+        return None
+    if limit != "enough":
+        return lambda width: limit
+    rows = min(Counter(stage.owners).values())
+    return lambda width: policy.row_tokens(width, rows)
+
+
+def _of(
+    stage: Stage,
+    part: Sequence[int],
+    copies: int,
+    observer: Observer | None,
+    batching: Batching,
+) -> Iterator[MicroBatch]:
+    limit = _limit(stage, batching)
+    for rows in chunks(part, stage.kinds, batching.rows):
+
+        def run(rows: Sequence[int] = rows) -> None:
+            stage.run(rows, copies)
+
+        def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
+            return stage.mask(site, rows) if stage.mask is not None else None
+
+        weighs = stage.places and batching.saliency
+        yield MicroBatch(
+            run,
+            [stage.owners[row] for row in rows],
+            copies,
+            observer,
+            mask_of=mask_of,
+            stage=stage.name,
+            choice=TokenChoice(rows, limit, batching.seed),
+            saliency=Saliency(batching.saliency) if weighs else None,
+        )

@@ -1,0 +1,193 @@
+"""Runs over the model that methods share: reference rows alone, one sweep, or Jacobi iterations.
+
+Each takes what a method does at the sites of a stage, a :class:`Reducing`, and gives every site's
+solution, in execution order. Sites that no forward reaches are dealt with as the job says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..activations.collect import StreamCollector, SweepCollector
+from ..errors import IterisError, SolveError
+from ..hosts.protocol import Stage
+from ..lora import LowRank, concatenate
+from ..solve.problem import Begin, Bytes, Reduction, Solution
+from .batches import Batching, micro_batches
+from .budget import plan
+from .job import Job
+
+Solutions = dict[str, Solution]
+
+
+@dataclass(frozen=True)
+class Reducing:
+    """What a method does at the sites of a stage.
+
+    ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
+    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
+    ``acting`` and ``inputs`` are as for :class:`..activations.collect.Collector`.
+    """
+
+    begin: Begin
+    solve: Callable[[str, Reduction], Solution]
+    bytes: Callable[[str, bool], Bytes]
+    dtype: torch.dtype = torch.float32
+    acting: Set[str] = frozenset()
+    inputs: Mapping[str, Tensor] | None = None
+
+    def named(self, site: str, reduction: Reduction) -> Solution:
+        """``solve``, with the site's name in what it may raise."""
+        try:
+            return self.solve(site, reduction)
+        except SolveError as error:
+            raise SolveError(f"Site {site}: {error}") from error
+
+
+ReducingOf = Callable[[Stage], Reducing]
+
+
+def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutions:
+    """Solve every site from its reference rows: X with each LoRA alone active."""
+    solutions: Solutions = {}
+    with job.lockstep() as lockstep:
+        for stage in _stages(job, job.samples(lockstep)):
+            bytes_of = reducing_of(stage).bytes
+            stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=1, sweep=False)
+            reducing = reducing_of(stage)
+            collector = _collector(job, reducing, StreamCollector)
+            batches = list(micro_batches(stage, 1, collector, fitted, job.processes))
+            for done, batch in enumerate(batches, 1):
+                lockstep.run(batch)
+                job.tick(f"features of the {stage.name}", done, len(batches))
+            for site in collector.sites:
+                solutions[site] = reducing.named(site, collector.take(site))
+    return _complete(job, solutions)
+
+
+def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutions:
+    """Solve every site once, in execution order, on inputs that passed the solved sites before."""
+    solutions: Solutions = {}
+    with job.lockstep() as lockstep:
+        samples = job.samples(lockstep)
+        job.tick("solving sites", 0, len(job.changes))
+        for stage in _stages(job, samples):
+            bytes_of = reducing_of(stage).bytes
+            stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=2, sweep=True)
+            reducing = reducing_of(stage)
+            collector = _collector(job, reducing, SweepCollector)
+
+            def solve(
+                site: str,
+                reducing: Reducing = reducing,
+                collector: SweepCollector = collector,
+            ) -> LowRank:
+                solutions[site] = reducing.named(site, collector.take(site))
+                job.tick("solving sites", len(solutions), len(job.changes))
+                return solutions[site].change
+
+            batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
+            lockstep.sweep(batches, solve, set() if stage.feeds else set(stage.sites))
+    return _complete(job, solutions)
+
+
+def jacobi(
+    job: Job,
+    reducing_of: ReducingOf,
+    batching: Batching,
+    iterations: int,
+    tolerance: float | None,
+) -> Solutions:
+    """The paper's Algorithm 1: solve all sites from the last merged model's inputs, and again.
+
+    Ends after ``iterations``, or when no site's change moves by more than ``tolerance`` of itself;
+    ``job.ran.convergence`` has how much the one that moved most did.
+    """
+    solutions: Solutions = {}
+    planned: dict[str, Batching] = {}
+    with job.lockstep() as lockstep:
+        samples = job.samples(lockstep)
+        for iteration in range(iterations):
+            # Before the first solve there is no merged model: X̃ = X (Algorithm 1, initial).
+            copies = 1 if iteration == 0 else 2
+            latest: Solutions = {}
+            job.tick("iterations", iteration, iterations)
+            for stage in _stages(job, samples):
+                if stage.name not in planned:
+                    bytes_of = reducing_of(stage).bytes
+                    _, planned[stage.name] = plan(
+                        job, stage, lockstep, batching, bytes_of, copies=2, sweep=False
+                    )
+                fitted, reducing = planned[stage.name], reducing_of(stage)
+                collector = _collector(job, reducing, StreamCollector)
+                for batch in micro_batches(stage, copies, collector, fitted, job.processes):
+                    lockstep.run(batch)
+                    job.tick("iterations", iteration, iterations)
+                for site in collector.sites:
+                    latest[site] = reducing.named(site, collector.take(site))
+            if iteration:
+                job.ran.convergence.append(_largest_change(solutions, latest))
+            solutions = latest
+            lockstep.merged = {site: s.change for site, s in latest.items()}
+            if tolerance is not None and iteration:
+                settled = job.ran.convergence[-1] <= tolerance
+                if job.processes.least(int(settled)):
+                    break
+        job.tick("iterations", iterations, iterations)
+    return _complete(job, solutions)
+
+
+def _stages(job: Job, samples: Any) -> Iterator[Stage]:
+    for stage in job.host.stages(samples, set(job.changes)):
+        if stage.samples is None:
+            stage = replace(stage, samples=job.calibration.samples)
+        job.ran.rows = max(job.ran.rows, len(stage.owners))
+        yield stage
+
+
+_Kind = TypeVar("_Kind", StreamCollector, SweepCollector)
+
+
+def _collector(job: Job, reducing: Reducing, kind: type[_Kind]) -> _Kind:
+    return kind(
+        job.changes,
+        reducing.begin,
+        dtype=reducing.dtype,
+        processes=job.processes,
+        acting=reducing.acting,
+        inputs=reducing.inputs,
+    )
+
+
+def _complete(job: Job, solutions: Solutions) -> Solutions:
+    missed = sorted(set(job.changes) - set(solutions))
+    if missed and job.unreached == "refuse":
+        raise IterisError(
+            f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
+            "they cannot be merged by their features. Leave them out of the LoRAs."
+        )
+    if missed:
+        job.ran.notes.append(
+            f"{len(missed)} sites were NEVER REACHED while features were collected, such as "
+            f"{missed[0]}; they have the mean of the LoRAs' changes, which is fitted to nothing"
+        )
+    for site in missed:
+        changes = job.changes[site]
+        solutions[site] = Solution(changes.mean(job.weights, changes.like.up.dtype))
+    return solutions
+
+
+def _largest_change(old: Solutions, new: Solutions) -> float:
+    """max over sites of ‖ΔW_new − ΔW_old‖ / ‖ΔW_new‖, on factors."""
+    largest = 0.0
+    for site, solution in new.items():
+        after, before = solution.change.to(torch.float64), old[site].change.to(torch.float64)
+        norm = after.squared_norm()
+        gap = max(0.0, concatenate([after, before.scaled(-1.0)]).squared_norm())
+        largest = max(largest, (gap / norm) ** 0.5 if norm > 0 else 0.0)
+    return largest

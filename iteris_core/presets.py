@@ -1,0 +1,63 @@
+"""Presets: tables of settings by name, over which single ones go.
+
+What they cost and give was measured on the toybox: ``benchmarks/README.md``, "Ablations".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PresetName = Literal["default", "fast", "best", "paper"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """``settings`` are of ``iteris``; another method takes only the ``calibration``."""
+
+    help: str
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+PRESETS: Mapping[PresetName, Preset] = {
+    "default": Preset("Every setting at its own default."),
+    "fast": Preset(
+        "A quarter of the prompts: half a point of CLIP alignment less with two concepts, two "
+        "points with ten.",
+        calibration={"samples": 12},
+    ),
+    "best": Preset(
+        "Twice the prompts, and 100 steps of polish (none in ComfyUI, which keeps no gradients): a "
+        "fifth of a point more for each.",
+        settings={"polish_steps": 100},
+        calibration={"samples": 100},
+    ),
+    # Algorithm 1 with eqs. 5, 7 and 8. Section 3.2: "we typically set α to 1e-4 or lower", and
+    # "we cap the iterations at 20 in our experiments"; 4.1: "50 input samples". 4.1 names no α.
+    "paper": Preset(
+        "The paper's Algorithm 1 to the letter, 20 iterations over all layers: far slower, and "
+        "behind the default where there are many concepts.",
+        settings={
+            "schedule": "jacobi",
+            "iterations": 20,
+            "tolerance": None,
+            "objective": "adapter",
+            "weighting": "adapter",
+            "ridge": 1e-4,
+            "shrink": 1.0,
+            "rank": None,
+            "row_tokens": "all",
+            "saliency": 0.0,
+            "repair": False,
+            "polish_steps": 0,
+        },
+        calibration={"samples": 50, "empty_share": 0.0},
+    ),
+}
+
+
+def preset_settings(preset: PresetName, method: str) -> dict[str, Any]:
+    """What ``preset`` says of ``method``."""
+    return dict(PRESETS[preset].settings) if method == "iteris" else {}

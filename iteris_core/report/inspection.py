@@ -1,0 +1,174 @@
+"""What is in LoRA files, and where two of them will be in each other's way; no base model is run.
+
+Interference of two LoRAs at a site is read from their factors. ``rows`` and ``columns`` are the
+mean squared cosines of the principal angles between the row spaces (what the LoRAs look at) and
+between the column spaces (what they write to): 1 if one holds the other, 0 if they are orthogonal
+(Björck and Golub 1973). ``conflict`` is the share of output energy that they have in common on
+inputs of equal size in all directions, 2·|⟨ΔW_1, ΔW_2⟩| / (‖ΔW_1‖² + ‖ΔW_2‖²): 0 for orthogonal
+changes, 1 for equal or opposite ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..lora import Lora, LowRank
+from ..lora_files.metadata import trigger_words
+from ..lora_files.parts import kinds_of, layouts_of
+from ..lora_files.tensors import dtypes_of
+from .report import block_of
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """``norms`` are ‖ΔW‖_F by block; ``ranks`` and ``alphas`` count sites; ``sites`` of
+    the base's that could be changed, by component (``coverage``). ``layouts``, ``kinds`` and
+    ``dtypes`` count what stands in the file."""
+
+    name: str
+    base: str
+    ranks: Mapping[int, int]
+    alphas: Mapping[str, int]
+    sites: int
+    coverage: Mapping[str, tuple[int, int]]
+    triggers: Sequence[str]
+    norms: Mapping[str, float]
+    embeddings: Sequence[str]
+    notes: Sequence[str]
+    layouts: Sequence[str]
+    kinds: Mapping[str, int]
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Two LoRAs: how many sites they share, and the means over the sites of each block, weighted
+    by ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}."""
+
+    first: str
+    second: str
+    shared: int
+    rows: float
+    columns: float
+    conflict: float
+    blocks: Mapping[str, tuple[float, float, float]]
+
+    @property
+    def rated(self) -> dict[str, tuple[float, float, float]]:
+        """Those of all blocks together, under ``all``, and of each."""
+        return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
+
+
+def block_norms(lora: Lora) -> dict[str, float]:
+    """‖ΔW‖_F of each block."""
+    squares: dict[str, float] = defaultdict(float)
+    for site, change in lora.sites.items():
+        squares[block_of(site)] += change.squared_norm()
+    return {block: math.sqrt(max(square, 0.0)) for block, square in squares.items()}
+
+
+def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
+    """Changed sites and all sites of each component of the base."""
+    shapes = lora.base.shapes if lora.base is not None else {}
+    changed = Counter(site.partition(".")[0] for site in lora.sites)
+    total = Counter(site.partition(".")[0] for site in shapes)
+    return {component: (count, total[component]) for component, count in changed.items()}
+
+
+def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
+    """Facts of a LoRA that was read, and of its file's ``tensors``."""
+    tensors = tensors or {}
+    scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
+    return LoraFacts(
+        name=lora.name,
+        base=lora.base.architecture.title if lora.base is not None else "unknown",
+        ranks=dict(sorted(Counter(change.rank for change in lora.sites.values()).items())),
+        alphas=dict(sorted(Counter(f"{alpha:g}" for alpha in scales.values()).items())),
+        sites=len(lora.sites),
+        coverage=coverage(lora),
+        triggers=trigger_words(lora.metadata),
+        norms=block_norms(lora),
+        embeddings=list(lora.embeddings),
+        notes=list(lora.notes),
+        layouts=layouts_of(tensors),
+        kinds=kinds_of(tensors),
+        dtypes=dtypes_of(tensors),
+    )
+
+
+def interference(first: Lora, second: Lora) -> Interference:
+    """Where two LoRAs are in each other's way."""
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+    shared = [site for site in first.sites if site in second.sites]
+    for site in shared:
+        one, two = first.sites[site], second.sites[site]
+        if one.shape == two.shape:
+            *figures, weight = site_interference(one, two)
+            weighted = weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
+            sums[""] += weighted
+            sums[block_of(site)] += weighted
+    # Where nothing has any weight every figure is zero.
+    means = {block: (s[:3] / s[3].clamp(min=1e-300)).tolist() for block, s in sums.items()}
+    rows, columns, conflict = means.pop("", (0.0, 0.0, 0.0))
+    blocks = {block: (a, b, c) for block, (a, b, c) in means.items()}
+    return Interference(first.name, second.name, len(shared), rows, columns, conflict, blocks)
+
+
+def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
+    """(rows, columns, conflict, ‖ΔW_1‖ ‖ΔW_2‖) of one site, from rank × rank products."""
+    up, other_up = one.up.double(), two.up.double()
+    down, other_down = one.down.double().mT, two.down.double().mT
+    writes = up.mT @ up, up.mT @ other_up, other_up.mT @ other_up
+    looks = down.mT @ down, down.mT @ other_down, other_down.mT @ other_down
+    first, inner, second = (float((a * b).sum()) for a, b in zip(writes, looks, strict=True))
+    if min(first, second) <= 0:
+        return 0.0, 0.0, 0.0, 0.0
+    conflict = 2 * abs(inner) / (first + second)
+    return _alignment(*looks), _alignment(*writes), min(conflict, 1.0), math.sqrt(first * second)
+
+
+def _alignment(one: Tensor, cross: Tensor, two: Tensor) -> float:
+    """Mean squared cosine of the principal angles of two column spaces, AᵀA, AᵀB and BᵀB given:
+    ‖(AᵀA)^-½ AᵀB (BᵀB)^-½‖²_F over the smaller rank."""
+    left, right = _whitening(one), _whitening(two)
+    count = min(left.shape[1], right.shape[1])
+    return min(float((left.mT @ cross @ right).square().sum()) / count, 1.0)
+
+
+def _whitening(gram: Tensor) -> Tensor:
+    """W with Wᵀ ``gram`` W = 1; directions below 1e-6 of the largest do not count."""
+    squares, vectors = torch.linalg.eigh(gram)
+    kept = squares > 1e-12 * squares[-1]
+    return vectors[:, kept] / squares[kept].sqrt()
+
+
+def numbered(loras: Sequence[Lora]) -> list[Lora]:
+    """The LoRAs under names of their own: "sks" and another "sks" are "sks" and "sks (2)"."""
+    names = [lora.name for lora in loras]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [
+        replace(lora, name=f"{lora.name} ({count})") if count > 1 else lora
+        for lora, count in zip(loras, counts, strict=True)
+    ]
+
+
+def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
+    """A line for each LoRA and each pair, as plain text; overlap is that of the row spaces."""
+    lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
+    for lora in facts:
+        ranks, size = "/".join(map(str, lora.ranks)), math.hypot(*lora.norms.values())
+        lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
+    for pair in pairs:
+        if pair.blocks:
+            worst = max(pair.blocks, key=lambda block: pair.blocks[block][0])
+            lines.append(
+                f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, most in {worst} "
+                f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
+            )
+    return "\n".join(lines)

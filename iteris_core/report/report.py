@@ -1,0 +1,166 @@
+"""What a merge did, per site and per concept, as data and in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..solve.problem import Solution
+
+SETTLED = 1e-3
+"""The largest relative change of a site at which iterations count as converged."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
+
+    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`: it has no ``before``
+    and ``after`` of its own.
+    """
+
+    rank: int
+    weighting: Sequence[float] = ()
+    before: Sequence[float] = ()
+    after: Sequence[float] = ()
+    condition: float = math.nan
+    truncated: float = 0.0
+    repair: bool = False
+
+    @classmethod
+    def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
+        """What ``solution`` says of its site, without the change itself."""
+        values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
+        return cls(values.pop("change").rank, **values, repair=repair)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
+    each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
+    was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
+    concept what was left out or extracted when its file was read, and which names it shares;
+    ``plan`` how each stage kept to the memory."""
+
+    method: str
+    concepts: Sequence[str]
+    sites: Mapping[str, SiteReport]
+    seconds: float
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    rows: int = 0
+    convergence: Sequence[float] = ()
+    plan: Sequence[str] = ()
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the last Jacobi iteration moved no change by more than the tolerance, or
+        :data:`SETTLED` where none is set; None where there was nothing to converge."""
+        if not self.convergence:
+            return None
+        return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
+
+    def residuals(self) -> list[tuple[float, float]]:
+        """(before, after) of every concept: root mean square over the sites."""
+        return self._errors([site for site in self.sites.values() if site.after])
+
+    def blocks(self) -> dict[str, list[tuple[float, float]]]:
+        """block → (before, after) of every concept, root mean square over the block's sites."""
+        groups: dict[str, list[SiteReport]] = {}
+        for name, site in self.sites.items():
+            if site.after:
+                groups.setdefault(block_of(name), []).append(site)
+        return {block: self._errors(sites) for block, sites in groups.items()}
+
+    def _errors(self, sites: Sequence[SiteReport]) -> list[tuple[float, float]]:
+        def mean(errors: Sequence[float]) -> float:
+            return math.hypot(*errors) / math.sqrt(len(errors)) if errors else math.nan
+
+        return [
+            (mean([site.before[i] for site in sites]), mean([site.after[i] for site in sites]))
+            for i in range(len(self.concepts))
+        ]
+
+    def sentence(self) -> str:
+        """Where the concepts disagree most, and which of them keeps least."""
+        blocks = self.blocks()
+        if not blocks or len(self.concepts) < 2:
+            return ""
+        worst = max(blocks, key=lambda block: sum(after for _, after in blocks[block]))
+        errors = self.residuals()
+        order = sorted(range(len(errors)), key=lambda i: -errors[i][1])
+        first, second = (self.concepts[i] for i in order[:2])
+        before, after = errors[order[0]]
+        return (
+            f"{first} and {second} disagree most in {worst}; {first} keeps least: its output "
+            f"error is {after:.0%} of its change, that of the mean of the LoRAs {before:.0%}."
+        )
+
+    def _convergence(self) -> str:
+        passes, change = len(self.convergence) + 1, self.convergence[-1]
+        if self.converged:
+            return (
+                f"Converged after {passes} iterations: the last moved no site by more than "
+                f"{change:.2g} of it."
+            )
+        return (
+            f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
+            f"{change:.2g} of it. Use schedule=sweep, which needs no iterations, or more of them."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["sentence"] = self.sentence()
+        data["converged"] = self.converged
+        data["residuals"] = {
+            name: {"before": before, "after": after}
+            for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
+        }
+        return data
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        ranks = sorted({site.rank for site in self.sites.values()})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        repairs = sum(site.repair for site in self.sites.values())
+        more = f" and {repairs} that repair drift" if repairs else ""
+        lines = [
+            f"Merged {len(self.concepts)} concepts with {self.method}: "
+            f"{len(self.sites) - repairs} sites{more}, rank {span}, {self.seconds:.1f} s."
+        ]
+        if self.rows:
+            lines[0] = lines[0][:-1] + f", {self.rows} rows."
+        lines += [
+            f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
+            for line in self.plan
+            if "do not fit" in line
+        ]
+        for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
+            if not math.isnan(after):
+                lines.append(
+                    f"  {name}: output error {after:.0%} of its change (the mean: {before:.0%})"
+                )
+        if self.converged is not None:
+            lines.append(f"  {self._convergence()}")
+        for name, notes in self.notes.items():
+            lines += [f"  {name}: {note}" for note in notes]
+        sentence = self.sentence()
+        return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
+
+
+def block_of(site: str) -> str:
+    """``up_blocks.1`` of a UNet site, ``text_encoder.layers.3`` of a text encoder's; of a model of
+    transformers the whole way, which tells its encoder from its decoder."""
+    component, *parts = site.split(".")
+    prefix = [] if component in ("unet", "transformer") else [component]
+    for index, part in enumerate(parts):
+        if part.isdigit() and component == "model":
+            return ".".join(parts[: index + 1])
+        if part.isdigit():
+            return ".".join([*prefix, *parts[max(0, index - 1) : index + 1]])
+        if part == "mid_block":
+            return part
+    return ".".join([*prefix, *parts[:-1]]) or site

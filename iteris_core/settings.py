@@ -1,0 +1,215 @@
+"""Settings, declared once.
+
+A setting is a field of a frozen dataclass over :class:`Settings`, declared by :func:`setting` with
+its default, its limits and its help; its type is the field's. The check, the command line's
+``NAME=VALUE``, the inputs of the nodes and the page ``docs/settings.md`` are made from that. Former
+names and values are still read, wherever settings come as a mapping or as text.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import SettingsError
+
+_KEY = "setting"
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+_T = TypeVar("_T")
+
+
+def setting(default: _T, help: str, **limits: Any) -> _T:
+    """A field of a settings dataclass; ``limits`` are :class:`Setting`'s."""
+    return field(default=default, metadata={_KEY: Setting(help, **limits)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one setting.
+
+    ``none`` says what None stands for. Numbers are at least ``low`` or ``above`` it, at most
+    ``high`` or ``below`` it; a form may offer less, up to ``most`` in steps of ``step``. A number
+    that may be whole or not is a count, or a share of ``share``. ``former`` are names that it
+    had, ``former_values`` values. The rest comes from the field.
+    """
+
+    help: str
+    none: str = ""
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+    most: float | None = None
+    step: float | None = None
+    share: str = ""
+    former: tuple[str, ...] = ()
+    former_values: Mapping[str, str] = field(default_factory=dict[str, str])
+    name: str = ""
+    default: Any = None
+    types: frozenset[type] = frozenset()
+    choices: tuple[str, ...] = ()
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in self.types
+
+    @property
+    def kind(self) -> type:
+        """bool, int, float or str (a choice), whichever a form asks for."""
+        return next((kind for kind in (bool, int, float) if kind in self.types), str)
+
+    def check(self, value: Any, name: str = "") -> None:
+        """Raise :class:`SettingsError` unless ``value`` is of the right type and within the limits.
+        ``name`` is what the setting was called where the value comes from."""
+        expected = self._type()
+        if value is None or isinstance(value, bool):
+            right = type(value) in self.types
+        elif isinstance(value, str):
+            right = value in self.choices
+        elif not isinstance(value, int | float) or self.kind not in (int, float):
+            right = False
+        elif isinstance(value, float) and int in self.types:
+            right = float in self.types and 0 < value < 1
+        else:
+            right, expected = self._within(value), self._range() or expected
+        if not right:
+            others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
+            shown = repr(value) if isinstance(value, str) else value
+            raise SettingsError(f"{name or self.name} must be {expected}, not {shown}{others}.")
+
+    def parse(self, text: str) -> Any:
+        """The value that ``text`` stands for, or the text itself where it stands for none."""
+        text = text.strip()
+        word = text.lower()
+        if word in self.choices or word in self.former_values:
+            return word
+        if word in ("none", "null", "") and self.optional:
+            return None
+        if bool in self.types and word in (*_TRUE, *_FALSE):
+            return word in _TRUE
+        for kind in (int, float):
+            if kind in self.types:
+                with suppress(ValueError):
+                    return kind(text)
+        return text
+
+    def allowed(self) -> str:
+        """What may be given, in a few words."""
+        return ", or ".join([self._type(), *self._alternatives()])
+
+    def shown(self, value: Any) -> str:
+        """A value as it is written after ``NAME=``."""
+        if value is None or isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def explained(self) -> str:
+        """The help, with what None stands for."""
+        return f"{self.help} none: {self.none}." if self.none else self.help
+
+    def _within(self, value: float) -> bool:
+        return (
+            value - value == 0  # finite
+            and (self.low is None or self.low <= value)
+            and (self.above is None or self.above < value)
+            and (self.high is None or value <= self.high)
+            and (self.below is None or value < self.below)
+        )
+
+    def _type(self) -> str:
+        if bool in self.types:
+            return "true or false"
+        if int in self.types:
+            return "a whole number" + (f", {self._range()}" if self._range() else "")
+        if float in self.types:
+            return self._range() or "a number"
+        return f"one of {', '.join(self.choices)}"
+
+    def _range(self) -> str:
+        left = self.above if self.low is None else self.low
+        right = self.below if self.high is None else self.high
+        if left is not None and right is not None:
+            ends = "(" if self.low is None else "[", ")" if self.high is None else "]"
+            return f"in {ends[0]}{left:g}, {right:g}{ends[1]}"
+        if left is not None:
+            return f"above {left:g}" if self.low is None else f"at least {left:g}"
+        if right is not None:
+            return f"below {right:g}" if self.high is None else f"at most {right:g}"
+        return ""
+
+    def _alternatives(self) -> list[str]:
+        of = f" of {self.share}" if self.share else ""
+        share = [f"a share{of} between 0 and 1"] if {int, float} <= self.types else []
+        words = list(self.choices) if self.types & {int, float} else []
+        return [*share, *words, *(["none"] if self.optional else [])]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The base of every settings dataclass: its fields are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`SettingsError` for the first field that is out of its range."""
+        for declared in declared_settings(type(self)).values():
+            declared.check(getattr(self, declared.name))
+
+    @classmethod
+    def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` under today's names; former names and former values are translated."""
+        known = [f.name for f in fields(cls)]
+        translated: dict[str, Any] = {}
+        for given, value in values.items():
+            declared = find_setting(cls, given)
+            name = given if declared is None else declared.name
+            if name not in known:
+                names = ", ".join(known)
+                raise SettingsError(f"There is no setting {given!r}; the names are: {names}.")
+            if name in translated:
+                raise SettingsError(f"{given} is {name}, which is given too; leave one out.")
+            if declared is not None:
+                value = declared.former_values.get(str(value), value)
+                declared.check(value, given)
+            translated[name] = value
+        return translated
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**cls.canonical(values))
+
+
+@cache
+def declared_settings(owner: type) -> Mapping[str, Setting]:
+    """The settings of a dataclass by name, in its order."""
+    hints = get_type_hints(owner)
+    return {
+        f.name: replace(
+            f.metadata[_KEY],
+            name=f.name,
+            default=f.default,
+            types=frozenset(part for part in _parts(hints[f.name]) if isinstance(part, type)),
+            choices=tuple(part for part in _parts(hints[f.name]) if isinstance(part, str)),
+        )
+        for f in fields(owner)
+        if _KEY in f.metadata
+    }
+
+
+def find_setting(owner: type, name: str) -> Setting | None:
+    """The setting that is called ``name``, or was."""
+    declared = declared_settings(owner)
+    return declared.get(name) or next((s for s in declared.values() if name in s.former), None)
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The types of a union and the words of a Literal."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for inner in get_args(hint) for part in _parts(inner)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else [hint]

@@ -1,0 +1,136 @@
+"""The paper's objective: the merged change gives what each LoRA's change gave, T_i = X_i ΔW_iᵀ.
+
+The ridge on the right is α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7). The solution is exactly low rank:
+``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i = X_iᵀX̃_i + ridge: Σ r_i right-hand
+sides, no dense ΔW and no SVD. An equivalent without the factors is
+``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..linalg.lowrank import cut_factors
+from ..linalg.precision import frobenius, pieces
+from ..lora import LowRank, SiteChanges
+from .inputs import CrossMoments, Factor, InputMoments
+from .moments import MomentReduction
+from .problem import Bytes, Fit, Opening, Tokens, Weighting
+from .residuals import times
+from .weighting import Alike, ByAdapter, Weigher, weigher
+
+_PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precision.pieces
+
+
+class _LowRankTargets(MomentReduction):
+    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names."""
+
+    def __init__(
+        self,
+        changes: SiteChanges,
+        inputs: InputMoments,
+        adds: bool,
+        weigher: Weigher,
+        outputs: ByAdapter,
+    ) -> None:
+        super().__init__(changes, inputs, adds, weigher)
+        self._outputs = outputs
+
+    def _add_targets(self, tokens: Tokens) -> None:
+        if self._outputs is not self._weigher:
+            self._outputs.add(tokens)
+
+    def sums(self) -> list[Tensor]:
+        shared = self._outputs is self._weigher
+        return [*super().sums(), *([] if shared else self._outputs.sums())]
+
+    @abstractmethod
+    def _cross(self, concept: int) -> Tensor:
+        """XᵀX̃ of a concept, (in, in)."""
+
+    def _change(
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+    ) -> tuple[LowRank, float]:
+        lower, jitter = factor.cholesky.lower.double(), factor.cholesky.jitter
+        _, width = changes.shape
+        rows = torch.empty(changes.rank, width, dtype=torch.float64, device=lower.device)
+        free = rows
+        for concept, change in changes.present.items():
+            cross, down = self._cross(concept), change.down.double()
+            value, weight = lambdas[concept], fit.weights[concept]
+            pull = value * fit.ridge * frobenius(cross) + jitter * weight / sum(fit.weights)
+            own = (1 - fit.shrink) * cross.diagonal().to(down) * value + pull
+            product, free = free[: change.rank], free[change.rank :]
+            torch.mul(down, own, out=product)
+            for part in pieces(cross):
+                product.addmm_(down[:, part], cross[part].to(down), alpha=value * fit.shrink)
+        down = torch.cholesky_solve(rows.mT, lower).mT
+        up = torch.cat([change.up for change in changes.present.values()], dim=1)
+        up = up.to(torch.promote_types(up.dtype, torch.float32))
+        exact = LowRank(up, down, changes.like.kernel)
+        return cut_factors(exact, rank, lower) if exact.rank > rank else (exact, 0.0)
+
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+        change = self.changes[concept]
+        if change is None:
+            return 0.0, candidate.down.new_zeros(candidate.rank)
+        change = change.to(device=candidate.down.device)
+        crossed = times(change.down.double(), self._cross(concept)) @ candidate.down.mT
+        crossed = ((change.up.double().mT @ candidate.up) * crossed).sum(0)
+        return self._outputs.energy(concept), crossed
+
+
+class AdapterMoments(_LowRankTargets):
+    """X̃ᵀX̃ and XᵀX̃ of every concept."""
+
+    @classmethod
+    def begin(cls, opening: Opening, weighting: Weighting, dtype: torch.dtype) -> AdapterMoments:
+        inputs, adds = opening.share(CrossMoments)
+        outputs = ByAdapter(opening.changes, dtype, opening.device)
+        by = weigher(weighting, opening.changes, dtype, opening.device)
+        by = outputs if weighting == "adapter" else by
+        return cls(opening.changes, inputs, adds, by, outputs)
+
+    def _add_inputs(self, tokens: Tokens) -> None:
+        super()._add_inputs(tokens)
+        inputs = cast(CrossMoments, self.inputs)
+        inputs.add_cross(tokens.concept, tokens.reference, tokens.merged)
+
+    def _cross(self, concept: int) -> Tensor:
+        return cast(CrossMoments, self.inputs).cross[concept]
+
+    @staticmethod
+    def bytes(changes: SiteChanges, itemsize: int) -> Bytes:
+        return _bytes(changes, itemsize, 2)
+
+
+class Gram(_LowRankTargets):
+    """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
+
+    @classmethod
+    def begin(cls, opening: Opening, dtype: torch.dtype = torch.float32) -> Gram:
+        inputs, adds = opening.share(InputMoments)
+        outputs = ByAdapter(opening.changes, dtype, opening.device)
+        return cls(opening.changes, inputs, adds, Alike(), outputs)
+
+    def _cross(self, concept: int) -> Tensor:
+        return self.inputs.own[concept]
+
+    @staticmethod
+    def bytes(changes: SiteChanges, itemsize: int = 4) -> Bytes:
+        return _bytes(changes, itemsize, 1)
+
+
+def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:
+    """``moments`` (in, in) matrices for every concept; the solve has M and a piece of a moment in
+    float64, right-hand sides and their solution, and the factors of a cut, of rank Σ r_i."""
+    out, width = changes.shape
+    rank = changes.rank
+    square = width * width
+    low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
+    solve = 8 * square + min(8 * square, _PIECE) + low
+    return Bytes(len(changes) * moments * square * itemsize, solve)

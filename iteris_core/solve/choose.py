@@ -1,0 +1,122 @@
+"""Which way a site is solved, and every other threshold of the project.
+
+A :class:`Policy` holds the numbers, with what they were chosen by in docs/decisions.md; a merge
+takes :data:`POLICY` unless it is given another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import SettingsError
+from ..lora import SiteChanges
+from .adapter import AdapterMoments
+from .directions import OTHERS, Directions, find_directions
+from .output import OutputMoments
+from .problem import Bytes, Fit, Objective, Opening, Reduction
+from .rows import OutputRows
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Thresholds, and the choices that are made by them.
+
+    Rows stand for themselves where that takes ``rows_gain`` times fewer operations than moments.
+    TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of the output where
+    it has more than ``small_target`` entries and that takes ``directions_gain`` times fewer
+    operations; they are found from ``tokens_a_direction`` tokens for each. Of a row of a picture
+    ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input`` for each of a
+    site's inputs. With fewer prompts a concept than ``enough_samples`` a fit follows its sample, so
+    that the ``ridge`` grows with the square of what is missing. Two concepts in pictures, which
+    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units.
+    """
+
+    rows_gain: float = 3.0
+    small_target: int = 1 << 16
+    directions_gain: float = 1.5
+    reserve: float = 1.25
+    more_directions: int = 16
+    tokens_a_direction: int = 2
+    least_row_tokens: int = 128
+    tokens_an_input: int = 32
+    ridge: float = 1e-6
+    enough_samples: int = 50
+    repair_share: float = 0.5
+
+    def choose(
+        self, opening: Opening, fit: Fit, objective: Objective, dtype: torch.dtype
+    ) -> Reduction:
+        """The reduction of a site; ``dtype`` is that of its moments."""
+        if objective == "adapter":
+            return AdapterMoments.begin(opening, fit.weighting, dtype)
+        if self.takes_rows(opening, fit):
+            return OutputRows.begin(opening, dtype)
+        directions = self._directions(opening, fit)
+        return OutputMoments.begin(opening, fit.weighting, dtype, directions)
+
+    def bytes(
+        self, changes: SiteChanges, fit: Fit, objective: Objective, itemsize: int, *, sweep: bool
+    ) -> Bytes:
+        """What :meth:`choose` takes at most at a site; ``itemsize`` is that of its moments."""
+        if objective == "adapter":
+            return AdapterMoments.bytes(changes, itemsize)
+        count = self.directions(*changes.shape, changes.rank) if sweep else None
+        rows = None if count is None else min(changes.shape[0], count + OTHERS)
+        return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
+
+    def takes_rows(self, opening: Opening, fit: Fit) -> bool:
+        """Whether a site is solved from its rows, see :mod:`.rows`."""
+        possible = fit.weighting in ("tokens", "none") and fit.ridge > 0 and fit.shrink == 1
+        if not possible or opening.tokens is None or opening.shared or opening.processes > 1:
+            return False
+        return self.rows_are_fewer(opening.tokens, *opening.changes.shape)
+
+    def rows_are_fewer(self, tokens: int, out: int, width: int) -> bool:
+        """Whether ``tokens`` rows take so many fewer operations than the (in, in) moments."""
+        by_rows = tokens**2 * (width + 2 * out) + 3 * tokens * out**2
+        moments = tokens * width * (width // 2 + out) + width**3 // 3 + out * width**2
+        return self.rows_gain * by_rows < moments
+
+    def directions(self, out: int, width: int, rank: int) -> int | None:
+        """How many directions stand for all ``out`` at a site where ``rank`` of them are kept; None
+        where all of them hardly cost more."""
+        count = int(rank * self.reserve) + self.more_directions
+        gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
+        return count if out * width > self.small_target and gains else None
+
+    def _directions(self, opening: Opening, fit: Fit) -> Directions | None:
+        most = fit.rank if isinstance(fit.rank, int) else 0
+        rank = max(opening.changes.rank, most)
+        count = self.directions(*opening.changes.shape, rank)
+        if count is None or opening.sample is None:
+            return None
+        targets = opening.sample(self.tokens_a_direction * count)
+        if not all(bool(torch.isfinite(rows).all()) for rows in targets):
+            return None  # the solve says so
+        return opening.agree(find_directions(opening.changes, targets, count))
+
+    def row_tokens(self, width: int, rows: int) -> int:
+        """How many tokens of each of a concept's ``rows`` are enough for ``width`` inputs."""
+        return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
+
+    def ridge_for(self, samples: int) -> float:
+        """α for so many samples a concept that run."""
+        few = max(1.0, self.enough_samples / samples)
+        return self.ridge * few**2
+
+    def saliency_for(self, loras: int) -> float:
+        """How much more places count where a LoRA acts: two concepts hardly compete."""
+        return max(0.0, 1 - 2 / loras)
+
+    def repair_inputs_for(self, loras: int, pictures: bool) -> float:
+        """The share of a feed-forward's hidden units that a repair may use."""
+        return self.repair_share if pictures and loras == 2 else 1.0
+
+    def __post_init__(self) -> None:
+        if self.ridge < 0 or self.enough_samples < 1:
+            raise SettingsError("A policy's ridge must be 0 or more, its enough_samples 1 or more.")
+
+
+POLICY = Policy()

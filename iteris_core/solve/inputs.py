@@ -1,0 +1,152 @@
+"""Second moments of what reaches a site, of every concept, streamed; and the factor of M.
+
+Sites that receive the same tensor share them, and the factor with them. Tokens may arrive in any
+number of pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError
+from ..linalg.cholesky import Cholesky, factorise
+from ..linalg.precision import frobenius, pieces, solve_device
+
+NOT_FINITE = "its inputs or outputs hold NaN or infinite values; try a base model in float32."
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), with ‖X̃_iᵀX̃_i‖_F of every concept."""
+
+    cholesky: Cholesky
+    norms: Sequence[float]
+
+
+class InputMoments:
+    """X̃_iᵀX̃_i of every concept, (in, in) each; ``tokens`` counts them.
+
+    While tokens are added only the upper block triangle is right, which :meth:`complete` mirrors.
+    """
+
+    def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (concepts, width, width)
+        self.own = list(torch.zeros(shape, dtype=dtype, device=device))
+        self.tokens = torch.zeros(concepts, dtype=torch.float64)
+        self.summed = False
+        self._whole = True
+        self._factors: dict[tuple[object, ...], Factor | None] = {}
+
+    @property
+    def width(self) -> int:
+        return len(self.own[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own[0].dtype
+
+    def add(self, concept: int, merged: Tensor) -> None:
+        """``merged`` is X̃, (tokens, in), in the moments' dtype."""
+        own = self.own[concept]
+        block = _block(self.width, own.device)
+        for start in range(0, self.width, block):
+            rows = slice(start, start + block)
+            own[rows, start:].addmm_(merged[:, rows].mT, merged[:, start:])
+        self._whole = self.width <= block
+        self.forget_factor()
+        self.tokens[concept] += len(merged)
+
+    def complete(self) -> None:
+        """Mirror the upper block triangles."""
+        if self._whole:
+            return
+        block = _block(self.width, self.own[0].device)
+        for own in self.own:
+            for stop in range(block, self.width, block):
+                rows = slice(stop - block, stop)
+                own[stop:, rows] = own[rows, stop:].mT
+        self._whole = True
+
+    def sums(self) -> list[Tensor]:
+        """What several processes have to add up, once."""
+        return [*self.own, self.tokens]
+
+    def forget_factor(self) -> None:
+        """Let the factor go, so that the next site makes it anew."""
+        self._factors.clear()
+
+    def factor(
+        self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
+    ) -> Factor | None:
+        """The factor of M, kept for the next site that asks; None where no input has energy.
+
+        Off-diagonal entries of X̃_iᵀX̃_i are multiplied by ``shrink``. Raises :class:`SolveError`
+        where a moment is not finite, or M cannot be factorised.
+        """
+        self.complete()
+        key = (*lambdas, ridge, shrink, dtype)
+        if key not in self._factors:
+            self._factors = {key: self._factorised(lambdas, ridge, shrink, dtype)}
+        return self._factors[key]
+
+    def _factorised(
+        self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
+    ) -> Factor | None:
+        norms = [frobenius(own) for own in self.own]
+        if not all(map(math.isfinite, norms)):
+            raise SolveError(NOT_FINITE)
+        pulls = [value * ridge * norm for value, norm in zip(lambdas, norms, strict=True)]
+
+        def add(matrix: Tensor) -> None:
+            for value, own in zip(lambdas, self.own, strict=True):
+                for rows in pieces(own):  # mixed dtypes are added by way of a copy
+                    matrix[rows].add_(own[rows].to(matrix.device), alpha=value)
+            if shrink != 1:
+                diagonal = matrix.diagonal().clone()
+                matrix.mul_(shrink).diagonal().copy_(diagonal)
+            for pull in pulls:
+                matrix.diagonal().add_(pull)
+
+        def times(vector: Tensor) -> Tensor:
+            product = sum(pulls) * vector
+            for value, own in zip(lambdas, self.own, strict=True):
+                moved = vector.to(own.device)
+                whole = torch.cat([own[rows].to(moved) @ moved for rows in pieces(own)])
+                rest = own.diagonal().to(moved) * moved
+                product += value * (shrink * whole + (1 - shrink) * rest).to(product)
+            return product
+
+        cholesky = factorise(
+            add,
+            times,
+            self.width,
+            dtype=dtype,
+            device=solve_device(self.own[0].device),
+            step=torch.finfo(self.dtype).eps,
+        )
+        return None if cholesky is None else Factor(cholesky, norms)
+
+
+class CrossMoments(InputMoments):
+    """XᵀX̃ of every concept beside X̃ᵀX̃, (in, in) each, for the targets X ΔW_iᵀ."""
+
+    def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(concepts, width, dtype, device)
+        self.cross = [torch.zeros_like(own) for own in self.own]
+
+    def add_cross(self, concept: int, reference: Tensor, merged: Tensor) -> None:
+        """``reference`` X and ``merged`` X̃ are (tokens, in) of the same samples."""
+        self.cross[concept].addmm_(reference.mT, merged)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), *self.cross]
+
+
+def _block(width: int, device: torch.device) -> int:
+    """Rows of one piece of a symmetric update: many enough for the matrix units."""
+    return max(128 if device.type == "cpu" else 512, -(-width // 16))

@@ -1,0 +1,103 @@
+"""What reductions to moments of the inputs have in common: λ, the factor of M, and the ending."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError
+from ..linalg.lowrank import cut_factors
+from ..linalg.precision import full_precision, solve_device
+from ..lora import LowRank, SiteChanges
+from .inputs import NOT_FINITE, Factor, InputMoments
+from .problem import Fit, Reduction, Solution, Tokens, finite_as
+from .residuals import residuals_of
+from .weighting import Weigher
+
+
+class MomentReduction(Reduction):
+    """X̃ᵀX̃ of every concept, and what a subclass adds about the targets.
+
+    ``adds`` says that it is this site that adds its tokens to the shared ``inputs``.
+    """
+
+    def __init__(
+        self, changes: SiteChanges, inputs: InputMoments, adds: bool, weigher: Weigher
+    ) -> None:
+        super().__init__(changes)
+        self.inputs = inputs
+        self._adds = adds
+        self._weigher = weigher
+
+    def add(self, tokens: Tokens) -> None:
+        with full_precision(self.inputs.own[0].device):
+            if self._adds:
+                self._add_inputs(tokens)
+            self._weigher.add(tokens)
+            self._add_targets(tokens)
+
+    def sums(self) -> list[Tensor]:
+        return self._weigher.sums()
+
+    def solve(self, fit: Fit) -> Solution:
+        """See :class:`.problem.Reduction`; a share of energy as rank is of the solution at Σ r_i.
+
+        Where no input has energy any change fits, and the mean of the changes is taken.
+        """
+        self._check_finite()
+        device = solve_device(self.inputs.own[0].device)
+        changes, like = self.changes.to(device=device), self.changes.like
+        rank = fit.rank_of(changes)
+        lambdas = fit.lambdas(self._weigher.values(changes, self.inputs))
+        factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
+        if factor is None:
+            mean = changes.mean(fit.weights, torch.float64)
+            change, lost = cut_factors(mean, rank) if mean.rank > rank else (mean, 0.0)
+        else:
+            with full_precision(device):
+                change, lost = self._change(changes, lambdas, factor, fit, rank)
+        if isinstance(fit.rank, float):
+            change, more = cut_factors(change, fit.rank, factor and factor.cholesky.lower)
+            lost = 1 - (1 - lost) * (1 - more)
+        total = sum(lambdas)
+        solution = Solution(
+            finite_as(change, like),
+            tuple(value / total for value in lambdas),
+            condition=math.inf if factor is None else factor.cholesky.condition,
+            truncated=lost,
+        )
+        if not fit.residuals:
+            return solution
+        mean = changes.mean(fit.weights, torch.float64)
+        before, after = residuals_of(
+            mean, change.to(torch.float64), changes, self.inputs, self._wanted
+        )
+        return replace(solution, before=before, after=after)
+
+    def _add_inputs(self, tokens: Tokens) -> None:
+        self.inputs.add(tokens.concept, tokens.merged)
+
+    @abstractmethod
+    def _add_targets(self, tokens: Tokens) -> None: ...
+
+    @abstractmethod
+    def _change(
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+    ) -> tuple[LowRank, float]:
+        """ΔW at ``rank``, and the share of energy that the cut lost."""
+
+    @abstractmethod
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+        """See :data:`.residuals.Wanted`."""
+
+    def _energies(self) -> list[float]:
+        """Energies that tell of whole tensors: that of a NaN or an infinity is none."""
+        return []
+
+    def _check_finite(self) -> None:
+        if not all(map(math.isfinite, self._energies())):
+            raise SolveError(NOT_FINITE)

@@ -1,0 +1,127 @@
+"""The official objective: the merged *layer* gives what LoRA i's layer gave.
+
+T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i, so that drift from the layers before is repaired too. The
+ridge is ρ_i on both sides: the pull is toward ΔW_i, and no weight is read. ΔW is dense, and is cut
+in the metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F. Where outputs are many, TᵀX̃ is made in a few
+:mod:`.directions` of them, D, and ΔW within those: reduced-rank regression.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linalg.lowrank import cut_matrix, searches
+from ..linalg.precision import energy, energy_dtype, pieces
+from ..lora import LowRank, SiteChanges
+from .directions import Directions, every_direction
+from .inputs import Factor, InputMoments
+from .moments import MomentReduction
+from .problem import Bytes, Fit, Opening, Tokens, Weighting
+from .residuals import times
+from .weighting import Weigher, weigher
+
+
+class OutputMoments(MomentReduction):
+    """X̃ᵀX̃ and DᵀTᵀX̃, (directions, in), of every concept."""
+
+    def __init__(
+        self,
+        changes: SiteChanges,
+        inputs: InputMoments,
+        adds: bool,
+        weigher: Weigher,
+        directions: Directions,
+    ) -> None:
+        super().__init__(changes, inputs, adds, weigher)
+        self.directions = directions
+        device = inputs.own[0].device
+        shape = (len(changes), directions.count, inputs.width)
+        self.targets = list(torch.zeros(shape, dtype=inputs.dtype, device=device))
+        self.energies = torch.zeros(len(changes), dtype=energy_dtype(device), device=device)
+        """‖T_i‖²_F of the whole T_i"""
+
+    @classmethod
+    def begin(
+        cls,
+        opening: Opening,
+        weighting: Weighting,
+        dtype: torch.dtype,
+        directions: Directions | None = None,
+    ) -> OutputMoments:
+        inputs, adds = opening.share(InputMoments)
+        changes = opening.changes
+        by = weigher(weighting, changes, dtype, opening.device)
+        return cls(changes, inputs, adds, by, directions or every_direction(changes.shape[0]))
+
+    def _add_targets(self, tokens: Tokens) -> None:
+        target = tokens.target
+        self.energies[tokens.concept] += energy(target)
+        self.targets[tokens.concept].addmm_(self.directions.of(target).mT, tokens.merged)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), *self.targets, self.energies]
+
+    def _energies(self) -> list[float]:
+        return self.energies.tolist()
+
+    def _change(
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+    ) -> tuple[LowRank, float]:
+        lower, jitter = factor.cholesky.lower, factor.cholesky.jitter
+        right = self._right_side(changes, lambdas, factor, fit)
+        if jitter:
+            mean = changes.mean(fit.weights, right.dtype)
+            right += jitter * (self.directions.within(mean.up) @ mean.down)
+        like, search = changes.like.to(torch.float64), self.inputs.dtype
+        if not self.directions.some:
+            return cut_matrix(right, rank, lower, like=like, search=search)
+        right, others = right.split(self.directions.split)
+        rest = torch.linalg.solve_triangular(lower.mT, others, upper=True, left=False)
+        elsewhere = float((rest**2).sum()) * self.directions.others_stand_for
+        change, lost = cut_matrix(right, rank, lower, like=like, search=search, elsewhere=elsewhere)
+        up = self.directions.basis.to(change.up) @ change.up
+        return LowRank(up, change.down, change.kernel), lost
+
+    def _right_side(
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit
+    ) -> Tensor:
+        """DᵀK, (directions, in)."""
+        lower = factor.cholesky.lower
+        right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)
+        for concept, (target, value) in enumerate(zip(self.targets, lambdas, strict=True)):
+            for rows in pieces(target):
+                right[rows].add_(target[rows].to(right.device), alpha=value * fit.shrink)
+            change = changes[concept]
+            if change is not None:
+                pull = fit.ridge * factor.norms[concept]
+                pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
+                up = self.directions.within(change.up.to(right))
+                right.addmm_(up, change.down.to(right) * pull, alpha=value)
+        return right
+
+    def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
+        # Both candidates lie within the directions.
+        crossed = times(self.directions.within(candidate.up).mT, self.targets[concept])
+        return float(self.energies[concept]), (crossed * candidate.down).sum(1)
+
+    @staticmethod
+    def bytes(
+        changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
+    ) -> Bytes:
+        """X̃ᵀX̃ and the targets for every concept. The solve, in float64, has M and the right side;
+        a search for the leading directions has M's factor and the right side once more in the
+        moments' precision and products of that size; all directions at once have six of the right
+        side in float64. In float32 all of it is half of that or less."""
+        out, width = changes.shape
+        rows = out if directions is None else directions
+        kept = len(changes) * width * (width + rows) * itemsize
+        low = changes.rank * (4 * width + 2 * rows)
+        search = searches(rows, width, changes.rank)
+        if dtype == torch.float64:
+            dense = 12 * width * width + 16 * rows * width
+            if not search:
+                dense = 8 * width * width + 48 * rows * width
+            return Bytes(kept, dense + 12 * low)
+        dense = 4 * width * width + (9 if search else 26) * rows * width
+        return Bytes(kept, dense + 6 * low)

@@ -1,0 +1,163 @@
+"""The regression of one site, and what every way of solving it has in common.
+
+With rows as tokens, a site's change solves (paper, eqs. 5 to 8)
+
+    M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I),   K = Σ λ_i (T_iᵀX̃_i + ridge · ΔW_i),   ΔW = K M⁻¹,
+
+where ρ_i = α ‖X̃_iᵀX̃_i‖_F, X̃_i are the inputs that the merged model sees on concept i's samples, and
+T_i is what its outputs there are to be. What the tokens are reduced to, and how that is solved, is
+a :class:`Reduction`; there is one file for each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError
+from ..lora import LowRank, Rank, SiteChanges
+
+Objective = Literal["adapter", "output"]
+Weighting = Literal["adapter", "tokens", "full", "none"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the regression of a site is posed.
+
+    ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from:
+    1 / ‖X_i ΔW_iᵀ‖² times ‖ΔW_i‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖²
+    (``full``), or 1 (``none``). ``ridge`` is α of eq. 7. Where tokens are few a second pull, per
+    feature, keeps the fit from following the sample: with ``shrink`` s the off-diagonal entries of
+    X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and T_iᵀX̃_i becomes
+    s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s times each feature's own energy,
+    toward ΔW_i. ``rank`` is the largest of the result, or the share of output energy to keep (None:
+    Σ r_i). ``dtype`` is what the normal equations are solved in where that is enough; else it is
+    float64. ``residuals`` says whether the solution tells how far it is from the targets.
+    """
+
+    weights: Sequence[float]
+    ridge: float
+    weighting: Weighting = "tokens"
+    shrink: float = 1.0
+    rank: Rank | None = None
+    dtype: torch.dtype = torch.float64
+    residuals: bool = True
+
+    def rank_of(self, changes: SiteChanges) -> int:
+        """The largest rank that the change of a site may have."""
+        rank = self.rank if isinstance(self.rank, int) else changes.rank
+        return min(rank, *changes.shape)
+
+    def lambdas(self, values: Sequence[float]) -> list[float]:
+        """λ_i times the concepts' weights, so that the largest is 1; the weights where all are 0.
+
+        A common factor does not matter, since the ridge is relative.
+        """
+        weighted = [value * weight for value, weight in zip(values, self.weights, strict=True)]
+        largest = max(weighted)
+        if largest <= 0:
+            return [float(weight) for weight in self.weights]
+        return [value / largest for value in weighted]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A site's change and how well it does.
+
+    Per concept: ``weighting`` is λ_i with the concept's weight in it, scaled to sum to 1;
+    ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the changes and with
+    the solution (empty where the fit asks for none). ``condition`` is an estimate of M's condition
+    number. ``truncated`` is the share of output energy that the cut to the rank lost.
+    """
+
+    change: LowRank
+    weighting: tuple[float, ...] = ()
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
+    condition: float = float("nan")
+    truncated: float = 0.0
+
+
+class Tokens(Protocol):
+    """Tokens that one concept's rows show at a site, all in the precision of the moments.
+
+    ``merged`` X̃ and ``reference`` X are (tokens, in), ``target`` T and ``output``, the whole
+    output (W0 + ΔW_i) X, are (tokens, out). Each is made when it is asked for.
+    """
+
+    @property
+    def concept(self) -> int: ...
+    @property
+    def merged(self) -> Tensor: ...
+    @property
+    def reference(self) -> Tensor: ...
+    @property
+    def target(self) -> Tensor: ...
+    @property
+    def output(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known of a site when its reduction is begun.
+
+    ``changes`` are the LoRAs', on those inputs that count. ``share(kind)`` gives the moments of the
+    inputs, which sites that receive one tensor share, and whether this site is to add to them;
+    ``shared`` says that another site does already. ``tokens`` counts those of all rows, and
+    ``sample(n)`` gives about n of all targets T by concept, (tokens, out); both are None where
+    tokens stream by and are not known before the end. ``processes`` share the rows; ``agree(x)`` is
+    the first one's ``x`` on all of them.
+    """
+
+    changes: SiteChanges
+    device: torch.device
+    share: Callable[[type[Any]], tuple[Any, bool]]
+    shared: bool = False
+    tokens: int | None = None
+    sample: Callable[[int], list[Tensor]] | None = None
+    processes: int = 1
+    agree: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a reduction holds until it is solved, and what its solve takes on top of that."""
+
+    kept: int
+    solve: int
+
+
+class Reduction(ABC):
+    """What the tokens of one site are reduced to, and how that is solved."""
+
+    def __init__(self, changes: SiteChanges) -> None:
+        self.changes = changes
+
+    @abstractmethod
+    def add(self, tokens: Tokens) -> None:
+        """Add the tokens of one concept's rows; they may come in any number of pieces."""
+
+    def sums(self) -> list[Tensor]:
+        """What several processes have to add up before the solve, but for shared moments."""
+        return []
+
+    @abstractmethod
+    def solve(self, fit: Fit) -> Solution:
+        """The site's change. Raises :class:`SolveError` where a number is not finite."""
+
+
+Begin = Callable[[Opening], Reduction]
+
+
+def finite_as(change: LowRank, like: LowRank) -> LowRank:
+    """``change`` in the dtype and on the device of ``like``; raises where it is not finite."""
+    change = change.to(like.up.dtype, like.up.device)
+    if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
+        raise SolveError("the solution is not finite; raise `ridge`.")
+    return change

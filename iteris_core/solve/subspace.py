@@ -1,0 +1,79 @@
+"""The paper's objective in the row space of all LoRAs together: kilobytes of moments a site.
+
+With Z̃ = X̃ Aᵀ, A all down matrices stacked, the change ΔW = [up_1 … up_N] R A is fitted to the
+outputs X_i ΔW_iᵀ of each LoRA on the merged model's inputs:
+
+    R = (Σ λ_i E_i H_iᵀ Z̃_i + pull) (Σ λ_i Z̃_iᵀZ̃_i + pull)⁻¹,   H_i = X_i down_iᵀ,
+
+E_i placing concept i's rows, and the pull, α ‖Z̃_iᵀZ̃_i‖_F, going toward the λ-mean of the LoRAs.
+:mod:`.router` is this with X̃ = X, λ = 1 and a pull toward zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..lora import SiteChanges
+from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
+from .router import routed, rows_of
+from .weighting import token_values
+
+
+class Subspace(Reduction):
+    """Z̃ᵀZ̃, (Σ r_i, Σ r_i), of every concept, and HᵀZ̃, (r_i, Σ r_i), of those with a change."""
+
+    def __init__(self, changes: SiteChanges, device: torch.device) -> None:
+        super().__init__(changes)
+        self._stacked = changes.stacked()
+        self._down = self._stacked.down.to(device, torch.float32)
+        rank = changes.rank
+        self._own = list(torch.zeros(len(changes), rank, rank, device=device))
+        self._cross = {
+            i: torch.zeros(change.rank, rank, device=device)
+            for i, change in changes.present.items()
+        }
+        self._counts = torch.zeros(len(changes), dtype=torch.float64)
+
+    @classmethod
+    def begin(cls, opening: Opening) -> Subspace:
+        return cls(opening.changes, opening.device)
+
+    def add(self, tokens: Tokens) -> None:
+        merged = tokens.merged.float() @ self._down.mT
+        self._own[tokens.concept].addmm_(merged.mT, merged)
+        self._counts[tokens.concept] += len(merged)
+        cross = self._cross.get(tokens.concept)
+        if cross is not None:
+            reference = tokens.reference.float()
+            down = self.changes.present[tokens.concept].down.to(reference)
+            cross.addmm_((reference @ down.mT).mT, merged)
+
+    def sums(self) -> list[Tensor]:
+        return [*self._own, *self._cross.values(), self._counts]
+
+    def solve(self, fit: Fit) -> Solution:
+        """Row spaces may overlap: the least-norm solution where the matrix is singular."""
+        left = torch.zeros_like(self._own[0], dtype=torch.float64)
+        right = torch.zeros_like(left)
+        counts = self._counts.tolist()
+        values = token_values(counts) if fit.weighting == "tokens" else [1.0] * len(counts)
+        rows = rows_of(self.changes)
+        for concept, (own, value) in enumerate(zip(self._own, values, strict=True)):
+            value *= fit.weights[concept]
+            pull = value * fit.ridge * float(own.double().norm())
+            left.add_(own.double(), alpha=value)
+            left.diagonal().add_(pull)
+            if concept in rows:
+                part = rows[concept]
+                right[part] += value * self._cross[concept].double()
+                right[part, part].diagonal().add_(pull)
+        router = right @ torch.linalg.pinv(left, hermitian=True, rtol=1e-12)
+        return routed(self._stacked, router)
+
+    @staticmethod
+    def bytes(changes: SiteChanges) -> Bytes:
+        """Moments and A in float32; the solve has five matrices in float64."""
+        rank = changes.rank
+        kept = 4 * rank * ((len(changes) + 1) * rank + changes.shape[1])
+        return Bytes(kept, 40 * rank * rank)

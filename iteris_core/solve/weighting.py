@@ -1,0 +1,126 @@
+"""λ_i, what evens out the concepts of a site, from what is summed over their tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..linalg.precision import energy, energy_dtype
+from ..lora import LowRank, SiteChanges
+from .inputs import InputMoments
+from .problem import Tokens, Weighting
+from .residuals import output_energy
+
+
+class Weigher(ABC):
+    """Sums that λ is made of; λ_i are then what ``values`` gives times the concepts' weights."""
+
+    def add(self, tokens: Tokens) -> None:
+        """Add the tokens of one concept's rows."""
+        return
+
+    def sums(self) -> list[Tensor]:
+        return []
+
+    @abstractmethod
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]: ...
+
+
+class Alike(Weigher):
+    """``none``: λ_i = 1."""
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return [1.0] * len(changes)
+
+
+class ByTokens(Weigher):
+    """``tokens``: λ_i = 1 / number of concept i's tokens."""
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return token_values(inputs.tokens.tolist())
+
+
+class ByAdapter(Weigher):
+    """``adapter``: λ_i = ‖ΔW_i‖²_F / ‖X_i ΔW_iᵀ‖²_F (eq. 8), from (X downᵀ)ᵀ(X downᵀ), (r_i, r_i).
+
+    Where a LoRA leaves the site alone (eq. 8 is 0/0) it is the gain that the other LoRAs' changes
+    have on that concept's inputs.
+    """
+
+    def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
+        self._present = changes.present
+        self._grams = {
+            i: torch.zeros(change.rank, change.rank, dtype=dtype, device=device)
+            for i, change in changes.present.items()
+        }
+
+    def add(self, tokens: Tokens) -> None:
+        gram = self._grams.get(tokens.concept)
+        if gram is not None:
+            reference = tokens.reference
+            hidden = reference @ self._present[tokens.concept].down.to(reference).mT
+            gram.addmm_(hidden.mT, hidden)
+
+    def sums(self) -> list[Tensor]:
+        return list(self._grams.values())
+
+    def energy(self, concept: int) -> float:
+        """‖X_i ΔW_iᵀ‖²_F; 0 where the LoRA leaves the site alone."""
+        change = self._present.get(concept)
+        if change is None:
+            return 0.0
+        up = change.up.double()
+        return float((self._grams[concept].to(up) * (up.mT @ up)).sum())
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return [
+            _inverse(change.squared_norm(), self.energy(concept))
+            if change is not None
+            else _gain_of_others(concept, changes.present, inputs.own[concept])
+            for concept, change in enumerate(changes)
+        ]
+
+
+class ByOutput(Weigher):
+    """``full``: λ_i = 1 / ‖(W0 + ΔW_i) X_i‖²_F, the layer's bias included."""
+
+    def __init__(self, concepts: int, device: torch.device) -> None:
+        self._energies = torch.zeros(concepts, dtype=energy_dtype(device), device=device)
+
+    def add(self, tokens: Tokens) -> None:
+        self._energies[tokens.concept] += energy(tokens.output)
+
+    def sums(self) -> list[Tensor]:
+        return [self._energies]
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return [_inverse(1.0, value) for value in self._energies.tolist()]
+
+
+def weigher(
+    weighting: Weighting, changes: SiteChanges, dtype: torch.dtype, device: torch.device
+) -> Weigher:
+    """The weigher of that name for a site with these ``changes``."""
+    if weighting == "adapter":
+        return ByAdapter(changes, dtype, device)
+    if weighting == "full":
+        return ByOutput(len(changes), device)
+    return ByTokens() if weighting == "tokens" else Alike()
+
+
+def token_values(counts: Sequence[float]) -> list[float]:
+    """1 / tokens of every concept."""
+    return [1.0 / max(count, 1.0) for count in counts]
+
+
+def _gain_of_others(concept: int, present: dict[int, LowRank], own: Tensor) -> float:
+    others = [change for i, change in present.items() if i != concept]
+    norm = sum(change.squared_norm() for change in others)
+    return _inverse(norm, sum(output_energy(change, own) for change in others))
+
+
+def _inverse(norm: float, energy_of_outputs: float) -> float:
+    return norm / energy_of_outputs if energy_of_outputs > 0 and norm > 0 else 1.0

@@ -1,0 +1,66 @@
+"""Locales and help pages say what the nodes say; see texts.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from texts import english, with_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def expect(path: Path, text: str) -> None:
+    if os.environ.get("WRITE_TEXTS"):
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "run this again with WRITE_TEXTS=1"
+
+
+def test_english_comes_from_the_nodes(pack: ModuleType) -> None:
+    texts = english(pack)
+    expect(
+        ROOT / "locales" / "en" / "nodeDefs.json",
+        json.dumps(texts, indent=1, ensure_ascii=False) + "\n",
+    )
+    for name, node in texts.items():
+        page = ROOT / "web" / "docs" / f"{name}.md"
+        expect(page, with_tables(page.read_text(encoding="utf-8"), node))
+
+
+def test_other_languages_have_the_same_texts(pack: ModuleType) -> None:
+    texts = english(pack)
+    for folder in (ROOT / "locales").iterdir():
+        found = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert set(found) == set(texts)
+        for name, node in texts.items():
+            for part in ("inputs", "outputs"):
+                assert set(found[name][part]) == set(node[part]), (folder.name, name)
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "workflows").glob("*.json")))
+def test_graphs_have_a_value_for_every_widget(pack: ModuleType, file: str) -> None:
+    """By position, as the front end reads them: required ones first."""
+    from texts import schemas
+
+    known = {schema.node_id: schema for schema in schemas(pack)}
+    graph = json.loads((ROOT / "workflows" / file).read_text(encoding="utf-8"))
+    for node in graph["nodes"]:
+        if node["type"] not in known:
+            continue
+        inputs = sorted(known[node["type"]].inputs, key=lambda i: bool(i.optional))
+        widgets = [
+            i for i in inputs if hasattr(i, "default") and not getattr(i, "force_input", None)
+        ]
+        values = node.get("widgets_values", [])
+        assert len(values) == len(widgets), node["type"]
+        for widget, value in zip(widgets, values, strict=True):
+            options = getattr(widget, "options", None)
+            if widget.id in ("lora_name", "embedding", "weights"):
+                assert isinstance(value, str)
+            elif options:
+                assert value in options, (node["type"], widget.id)
+            else:
+                assert isinstance(value, (int, float)) == isinstance(widget.default, (int, float))

@@ -1,0 +1,75 @@
+"""Reductions of tokens that are at hand, without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iteris_core.lora import SiteChanges
+from iteris_core.solve.adapter import AdapterMoments
+from iteris_core.solve.inputs import CrossMoments, InputMoments
+from iteris_core.solve.output import OutputMoments
+from iteris_core.solve.problem import Fit, Opening, Solution
+from iteris_core.solve.rows import OutputRows
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Rows:
+    """One concept's tokens; what a reduction does not ask for may be left out."""
+
+    concept: int
+    merged: Tensor
+    reference: Tensor | None = None
+    target: Tensor | None = None
+    output: Tensor | None = None
+
+
+def opening(changes, dtype=torch.float64, **known) -> Opening:
+    """Of a site that shares its inputs with none."""
+    changes = SiteChanges.of(changes)
+
+    def share(kind):
+        return kind(len(changes), changes.shape[1], dtype, CPU), True
+
+    return Opening(changes, CPU, share, **known)
+
+
+def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:
+    dtype = inputs[0].dtype
+    reduction = OutputMoments.begin(opening(changes, dtype), weighting, dtype, directions)
+    return filled(reduction, inputs, targets)
+
+
+def by_rows(changes, inputs, targets) -> OutputRows:
+    dtype = inputs[0].dtype
+    return filled(OutputRows.begin(opening(changes, dtype), dtype), inputs, targets)
+
+
+def by_adapter(changes, inputs, references, weighting="tokens") -> AdapterMoments:
+    dtype = inputs[0].dtype
+    reduction = AdapterMoments.begin(opening(changes, dtype), weighting, dtype)
+    for concept, (merged, reference) in enumerate(zip(inputs, references, strict=True)):
+        reduction.add(Rows(concept, merged, reference))
+    return reduction
+
+
+def filled(reduction, inputs, targets):
+    for concept, (merged, target) in enumerate(zip(inputs, targets, strict=True)):
+        reduction.add(Rows(concept, merged, target=target))
+    return reduction
+
+
+def solved(reduction, weights, **settings) -> Solution:
+    return reduction.solve(Fit(weights, **settings))
+
+
+def moments_of(inputs, kind=InputMoments) -> InputMoments | CrossMoments:
+    """X̃ᵀX̃ of every concept's X̃, (tokens, in)."""
+    moments = kind(len(inputs), inputs[0].shape[1], inputs[0].dtype, CPU)
+    for concept, merged in enumerate(inputs):
+        moments.add(concept, merged)
+    return moments

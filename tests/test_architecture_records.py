@@ -1,0 +1,148 @@
+"""One record an architecture: a new one is read, written and named, and nothing else is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from bases import KINDS, tiny_base
+from safetensors.torch import save_file
+
+import iteris_core
+from iteris_core import Concept, IterisError, Lora, LowRank, architectures, merge_loras, write_lora
+from iteris_core.architectures import (
+    Architecture,
+    architecture_of_file,
+    architecture_of_sites,
+    register,
+)
+from iteris_core.architectures.pieces import fused, permuted
+from iteris_core.hosts.diffusers_lora import single_file_pipeline
+from iteris_core.lora_files import base_model, read_lora_file, read_tensors, to_tensors
+
+BLOCK = "transformer.rings.0"
+
+
+def fits(shapes, *_):
+    return any("ring" in name for name in shapes)
+
+
+def names(shapes):
+    sites = [f"{BLOCK}.to_{name}" for name in "qk"]
+    return {"ring.0.qk": fused(sites, shapes)}
+
+
+TOY = Architecture(
+    "toy", "Toy", fits, fits, original_names=names, native=True, version="toy_v1",
+    modelspec="toy-1",
+)  # fmt: skip
+SHAPES = {f"{BLOCK}.to_q": (6, 4), f"{BLOCK}.to_k": (8, 4)}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(architectures, "_registered", architectures.architectures())
+    register(TOY)
+    return base_model(architecture_of_sites(SHAPES), SHAPES)
+
+
+def test_a_new_architecture_is_read_and_written(toy, tmp_path):
+    assert toy.architecture is TOY
+    up, down = torch.randn(14, 2), torch.randn(2, 4)
+    tensors = {"diffusion_model.ring.0.qk.lora_B.weight": up,
+               "diffusion_model.ring.0.qk.lora_A.weight": down}  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert architecture_of_file({k: tuple(t.shape) for k, t in tensors.items()}, {}) is TOY
+    lora = read_lora_file(tmp_path / "a.safetensors", toy)
+    assert {site: c.shape for site, c in lora.sites.items()} == SHAPES
+    merged = merge_loras(None, [Concept(lora)] * 2, "sum").lora
+    path = write_lora(merged, tmp_path / "b.safetensors", dtype="float32")
+    written, metadata = read_tensors(path)
+    assert {key.partition(".")[0] for key in written} == {"lora_unet_ring_0_qk"}
+    assert metadata["ss_base_model_version"] == "toy_v1"
+    assert metadata["modelspec.architecture"] == "toy-1/lora"
+    again = read_lora_file(path, toy)
+    whole = torch.cat([again.sites[site].dense() for site in SHAPES])
+    torch.testing.assert_close(whole, 2 * up @ down)
+
+
+def test_a_file_of_this_package_is_found(monkeypatch, tmp_path):
+    """What adding one takes: a module with an ``ARCHITECTURE`` in the package's folder."""
+    (tmp_path / "pebble.py").write_text(
+        "from iteris_core.architectures.record import Architecture\n"
+        'ARCHITECTURE = Architecture("pebble", "Pebble")\n'
+    )
+    monkeypatch.setattr(architectures, "_registered", ())
+    monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
+    architectures._discover()
+    known = [known.name for known in architectures.architectures()]
+    sys.modules.pop("iteris_core.architectures.pebble")
+    del iteris_core.architectures.pebble
+    assert known == ["flux", "sd1", "sd2", "sd3", "sdxl", "pebble"]
+
+
+def test_a_name_that_is_taken_changes_nothing(toy):
+    before = architectures.architectures()
+    with pytest.raises(IterisError, match="architecture flux already"):
+        register(Architecture("new", "New"), Architecture("flux", "Other"))
+    assert architectures.architectures() is before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exactly_one_fits_a_model(kind):
+    shapes = tiny_base(kind).shapes
+    assert [k.name for k in architectures.architectures() if k.fits_sites(shapes)] == [kind]
+
+
+def test_rows_in_another_order():
+    (piece,) = permuted("s", [4, 5, 0, 1, 2], start=3)
+    assert piece.rows == ((4, 6), (0, 3))
+    matrix, site = torch.randn(6, 2), torch.zeros(8, 2)
+    site[3:] = piece.of_file(matrix)
+    back = torch.zeros(6, 2)
+    piece.place(site, back)
+    assert torch.equal(back[[0, 1, 2, 4, 5]], matrix[[0, 1, 2, 4, 5]])
+
+
+def lora_of_ranks(ranks, prefix="unet.") -> Lora:
+    return Lora({f"{prefix}{name}": LowRank(torch.randn(9, rank), torch.randn(rank, 7))
+                 for name, rank in ranks.items()})  # fmt: skip
+
+
+def test_a_transformer_called_unet_keeps_its_ranks():
+    """Ranks are made equal for diffusers' sake, which has UNets under that name and no DiT."""
+    ranks = {"blocks.0.qkv": 15, "blocks.0.proj": 5, "blocks.0.mlp": 1}
+    lora = lora_of_ranks(ranks)
+    base = base_model(
+        Architecture("any", "Any", denoiser="unet"), dict.fromkeys(lora.sites, (9, 7))
+    )
+    tensors, _ = to_tensors(dataclasses.replace(lora, base=base))
+    found = {key.partition(".")[0]: len(t) for key, t in tensors.items() if "down" in key}
+    assert found == {f"lora_unet_{name.replace('.', '_')}": rank for name, rank in ranks.items()}
+    values = sum(t.numel() for key, t in tensors.items() if "alpha" not in key)
+    assert values == sum(rank * (9 + 7) for rank in ranks.values())
+    of_sd, _ = to_tensors(lora)
+    assert {len(t) for key, t in of_sd.items() if "down" in key} == {15}
+
+
+@pytest.mark.parametrize(("keys", "pipeline"), [
+    ({"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (8,)},
+     "StableDiffusionXLPipeline"),
+    ({"double_blocks.0.img_attn.norm.key_norm.scale": (8,), "img_in.weight": (8, 64),
+      "guidance_in.in_layer.bias": (8,)}, "FluxPipeline"),
+    ({"joint_blocks.37.x_block.mlp.fc1.weight": (8, 8)}, "StableDiffusion3Pipeline"),
+    ({"model.diffusion_model.out.2.bias": (4,)}, "StableDiffusionPipeline"),
+])  # fmt: skip
+def test_a_single_file_is_loaded_as_what_it_is(keys, pipeline, tmp_path):
+    tensors = {key: torch.zeros(shape) for key, shape in keys.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert single_file_pipeline(tmp_path / "a.safetensors").__name__ == pipeline
+
+
+def test_a_single_file_of_another_kind_is_named(tmp_path):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    save_file({key: torch.zeros(8, 9, 3, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(IterisError, match="inpainting"):
+        single_file_pipeline(tmp_path / "a.safetensors")

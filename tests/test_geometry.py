@@ -1,0 +1,134 @@
+"""Sites that receive one tensor and cut it to tokens in different ways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import ModuleHost
+from torch import nn
+from transformers import ResNetConfig, ResNetModel
+
+from iteris_core import Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.site import site_of
+from iteris_core.errors import IterisError
+from iteris_core.hosts.transformers import TransformersHost
+
+
+class Forked(nn.Module):
+    """Convolutions of different strides, kernels, paddings and dilations on one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Conv2d(3, 4, 3, padding=1)
+        self.strided = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+        self.point = nn.Conv2d(3, 4, 1)
+        self.dilated = nn.Conv2d(3, 4, 3, padding=2, dilation=2)
+        self.double()
+
+    def forward(self, x):
+        parts = [self.wide(x), self.strided(x), self.point(x), self.dilated(x)]
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+class ForkedHost(ModuleHost):
+    def sites(self):
+        return dict(self.model.named_children())
+
+
+def random_lora(modules, seed, rank=2):
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name, module in modules.items():
+        site = site_of(name, module)
+        out, width = site.shape
+        up = torch.randn(out, rank, generator=generator)
+        down = torch.randn(rank, width, generator=generator) / width**0.5
+        change = LowRank(up, down, site.kernel)
+        changes[name] = change.to(module.weight.dtype)
+    return Lora(changes, f"lora-{seed}")
+
+
+@pytest.mark.parametrize("align", ["adapter", "full"])
+@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
+def test_convolutions_of_one_tensor_give_one_lora_back(align, schedule):
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64)]
+    host = ForkedHost(Forked(), data)
+    lora = random_lora(host.sites(), 3)
+    settings = {
+        "align": align,
+        "schedule": schedule,
+        "iterations": 2,
+        "statistics": "float64",
+        "micro_batch": 4,
+    }
+    merged = merge_loras(host, [Concept(lora, prompts=["unused"])], settings=settings).lora
+    for site, change in lora.sites.items():
+        gap = merged.sites[site].dense() - change.dense()
+        assert gap.norm() <= 1e-8 * change.dense().norm(), site
+
+
+def test_saliency_of_one_tensor_in_two_geometries():
+    """Weights of places are as many as a site has tokens, whoever shares its tensor."""
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+    class Pictures(ForkedHost):
+        def streams(self, sites):
+            return {"first": self.model.first} if sites else {}
+
+        def stages(self, samples, sites):
+            for stage in super().stages(samples, sites):
+                yield replace(stage, places=True)
+
+    class Behind(Forked):
+        """A site that tells where a LoRA acts, and then two geometries of one tensor."""
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 3, 1).double()
+
+        def forward(self, x):
+            return super().forward(x + self.first(x))
+
+    host = Pictures(Behind(), data)
+    concepts = [Concept(random_lora(host.sites(), s), prompts=["unused"]) for s in (1, 2, 3)]
+
+    def merge(**settings):
+        settings = {"statistics": "float64", "repair": False, **settings}
+        return merge_loras(host, concepts, settings=settings).lora.sites
+
+    weighted, alike = merge(focus=0.5), merge(focus=0.0)
+    assert set(weighted) == set(host.sites())
+    for site in ("wide", "strided"):
+        assert (weighted[site].dense() - alike[site].dense()).norm() > 1e-3
+
+
+def test_one_lora_alone_gives_itself_back_on_a_resnet():
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        num_channels=3,
+        embedding_size=8,
+        hidden_sizes=[16, 24],
+        depths=[1, 1],
+        layer_type="bottleneck",
+        downsample_in_bottleneck=True,
+    )
+    host = TransformersHost(ResNetModel(config).eval())
+    lora = random_lora(host.sites(), 5)
+    batch = {"pixel_values": torch.randn(64, 3, 32, 32)}
+    settings = {"statistics": "float64"}
+    merged = merge_loras(host, [Concept(lora, inputs=[batch])], settings=settings).lora
+    for site, change in lora.sites.items():
+        gap = merged.sites[site].dense() - change.dense()
+        assert gap.norm() <= 1e-5 * change.dense().norm(), site
+
+
+def test_what_is_no_site_is_said():
+    with pytest.raises(IterisError, match="grouped"):
+        site_of("x", nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(IterisError, match="no linear layer"):
+        site_of("x", nn.LayerNorm(4))

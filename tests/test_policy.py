@@ -1,0 +1,132 @@
+"""Every threshold in one place, and what a merge decides by it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from language_bases import make_t5
+from oracle import ModuleHost, Net, make_data, make_lora
+from tiny import random_lora, two_concepts
+
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.processes import Processes
+from iteris_core.activations.tokens import TokenChoice
+from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.passes.budget import measure_row
+from iteris_core.passes.job import Job
+from iteris_core.solve.choose import POLICY, Policy
+
+
+def test_the_ridge_is_by_the_samples_that_ran():
+    assert POLICY.ridge_for(50) == POLICY.ridge_for(400) == 1e-6
+    assert POLICY.ridge_for(25) == pytest.approx(4e-6)
+    assert POLICY.saliency_for(2) == 0
+    assert POLICY.saliency_for(4) == 0.5
+    assert POLICY.repair_inputs_for(2, True) == 0.5
+    assert POLICY.repair_inputs_for(2, False) == POLICY.repair_inputs_for(3, True) == 1
+
+
+def ridges_of(host, concepts, **more) -> set[float]:
+    asked: set[int] = set()
+
+    class Watches(Policy):
+        def ridge_for(self, samples):
+            asked.add(samples)
+            return super().ridge_for(samples)
+
+    merge_loras(host, concepts, policy=Watches(), **more)
+    return asked
+
+
+def test_rows_that_a_plan_leaves_out_do_not_count_for_the_ridge(host):
+    concepts = two_concepts(host)
+    calibration = Calibration(samples=12, timesteps=2, latents="noise")
+    whole = ridges_of(host, concepts, calibration=calibration, memory_budget=None)
+    assert whole == {12}
+    small = merge_loras(host, concepts, calibration=calibration, memory_budget=3_000_000)
+    (line,) = [line for line in small.report.plan if "do not fit" in line]
+    kept, offered = map(int, re.search(r"(\d+) of (\d+) rows", line).groups())
+    ran = ridges_of(host, concepts, calibration=calibration, memory_budget=3_000_000)
+    assert min(ran) == 12 * kept // offered < 12
+
+
+def test_inputs_of_ones_own_count_for_the_ridge():
+    torch.manual_seed(0)
+    model, targets = make_t5()
+    host = TransformersHost(model.eval())
+    sites = [f"model.{name}" for name, _ in model.named_modules() if name.endswith(tuple(targets))]
+    ids = torch.randint(3, 20, (6, 5))
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    concepts = [
+        Concept(random_lora(host, seed, select=lambda site: site in sites), inputs=[batch])
+        for seed in (1, 2)
+    ]
+    assert ridges_of(host, concepts) == {6}
+
+
+def test_changes_that_were_cast_are_held_by_no_row():
+    """A bfloat16 model keeps at least as many rows within a budget as a float32 one."""
+
+    def kept(dtype):
+        torch.manual_seed(0)
+        model, targets = make_t5()
+        host = TransformersHost(model.to(dtype).eval())
+        ends = tuple(targets)
+        generator = torch.Generator().manual_seed(0)
+        changes = {}
+        for site, module in host.sites().items():
+            if site.endswith(ends):
+                out, width = module.weight.shape
+                down = torch.randn(64, width, generator=generator) / width
+                changes[site] = LowRank(torch.randn(out, 64, generator=generator), down)
+        ids = torch.randint(3, 20, (1, 6))
+        batch = {"input_ids": ids, "decoder_input_ids": ids}
+        concepts = [Concept(Lora(changes), inputs=[batch])]
+        job = Job(
+            host,
+            concepts,
+            {site: [change] for site, change in changes.items()},
+            Calibration(),
+            torch.Generator(),
+            lambda *_: None,
+        )
+        with job.lockstep() as lockstep:
+            (stage,) = host.stages(job.samples(lockstep), set(changes))
+            cost = measure_row(stage, lockstep, 2)
+            return cost, lockstep.cast_bytes
+
+    single, nothing = kept(torch.float32)
+    half, cast = kept(torch.bfloat16)
+    assert nothing == 0
+    assert cast > single.waiting  # else this would show nothing
+    assert half.waiting <= single.waiting
+
+
+def test_a_choice_of_tokens_is_the_same_on_any_machine():
+    """Seeds come from a digest, not from Python's hash of a tuple."""
+    choice = TokenChoice([7], lambda width: 4, seed=3)
+    assert choice.indices(50, 0, 1, width=1).tolist() == [2, 12, 26, 38]
+
+
+def test_processes_take_the_first_ones_directions():
+    """Eigenvectors of unlike machines differ in sign, and would spoil the sum of DᵀTᵀX̃."""
+    agreed = []
+
+    class Unlike(Processes):
+        def first(self, value):
+            agreed.append(value)
+            return value
+
+    class Few(Policy):
+        def directions(self, out, width, rank):
+            return min(out, rank + 1)
+
+        def rows_are_fewer(self, tokens, out, width):
+            return False
+
+    host = ModuleHost(Net(), make_data())
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    merge_loras(host, concepts, policy=Few(), processes=Unlike(), memory_budget=None)
+    assert len(agreed) == len(host.sites())

@@ -1,0 +1,211 @@
+"""Settings declared once: checks, text, former names, presets, and the page that lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import pytest
+from oracle import ModuleHost, Net, difference, jacobi, make_data, make_lora
+from small_merge import merge
+
+from iteris_core import (
+    Calibration,
+    Concept,
+    IterisError,
+    IterisSettings,
+    SettingsError,
+    all_methods,
+    merge_loras,
+)
+from iteris_core.cli.methods import settings_page
+from iteris_core.cli.options import Dtype, Latents, parse_concept, parse_settings
+from iteris_core.lora_files import DTYPES
+from iteris_core.presets import PRESETS, preset_settings
+from iteris_core.settings import Settings, declared_settings, setting
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Example(Settings):
+    on: bool = setting(True, "A switch.", former=("enabled",))
+    count: int = setting(3, "A number.", low=1)
+    share: float = setting(0.5, "A share.", above=0, high=1)
+    most: int | float | None = setting(None, "A rank.", low=1)
+    rows: int | Literal["all"] | None = setting(None, "Rows.", low=1)
+    word: Literal["one", "two", "none"] = setting("one", "A word.", former_values={"uno": "one"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"on": 1}, "on must be true or false, not 1"),
+        ({"enabled": "yes"}, "enabled must be true or false, not 'yes'"),
+        ({"count": 2.5}, "count must be a whole number, at least 1, not 2.5"),
+        ({"count": "abc"}, "count must be a whole number, at least 1, not 'abc'"),
+        ({"count": True}, "count must be a whole number, at least 1, not True"),
+        ({"count": None}, "count must be a whole number"),
+        ({"count": 0}, "count must be at least 1, not 0"),
+        ({"share": 0}, r"share must be in \(0, 1\], not 0"),
+        ({"share": float("nan")}, r"share must be in \(0, 1\], not nan"),
+        ({"share": [1]}, "share must be"),
+        ({"most": 2.0}, r"a whole number, .* \(or a share between 0 and 1, or none\)"),
+        ({"rows": "some"}, r"rows must be .* \(or all, or none\)"),
+        ({"word": "three"}, "word must be one of one, two, none, not 'three'"),
+        ({"word": None}, "word must be one of"),
+        ({"other": 1}, "no setting 'other'; the names are: on, count"),
+        ({"on": True, "enabled": True}, "leave one out"),
+    ],
+)
+def test_a_wrong_value_names_the_setting_and_what_is_allowed(values, message):
+    with pytest.raises(SettingsError, match=message):
+        Example.from_mapping(values)
+
+
+def test_the_constructor_checks_as_a_mapping_does():
+    with pytest.raises(SettingsError, match="count must be a whole number"):
+        Example(count=True)
+    with pytest.raises(SettingsError, match="samples must be a whole number"):
+        Calibration(samples=2.5)
+    for value in (2.5, "abc", True, 0):
+        with pytest.raises(SettingsError, match="micro_batch must be"):
+            IterisSettings(micro_batch=value)
+    assert Example.from_mapping({"enabled": False, "word": "uno"}) == Example(on=False)
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        *((f"on={text}", False) for text in ("False", "false", "no", "off", "0")),
+        *((f"on={text}", True) for text in ("True", "yes", "ON", "1")),
+        *((f"most={text}", None) for text in ("none", "None", "null", "")),
+        ("most=8", 8),
+        ("most=0.9", 0.9),
+        ("share=1e-3", 1e-3),
+        ("rows=all", "all"),
+        ("rows=5", 5),
+        ("word=none", "none"),
+        ("word=Two", "two"),
+        ("enabled=no", False),
+    ],
+)
+def test_text_becomes_a_value(pair, value):
+    (values, _) = parse_settings(Example, [pair])
+    assert list(values.values()) == [value]
+    assert type(next(iter(values.values()))) is type(value)
+    Example.from_mapping(values)
+
+
+@pytest.mark.parametrize("pair", ["on=maybe", "count=2.5", "count=many", "most=-1", "word=three"])
+def test_wrong_text_is_an_error_that_says_all(pair):
+    name, _, text = pair.partition("=")
+    with pytest.raises(IterisError) as caught:
+        parse_settings(Example, [pair])
+    for part in (pair, f"{name} must be", text):
+        assert part in str(caught.value)
+
+
+def test_calibration_is_set_in_the_same_way():
+    values = parse_settings(IterisSettings, ["repair=False", "guidance=2.5", "denoising_steps=20"])
+    assert values == ({"repair": False}, {"guidance": 2.5, "denoising_steps": 20})
+    with pytest.raises(IterisError, match=r"names are objective, .*guidance"):
+        parse_settings(IterisSettings, ["magic=1"])
+
+
+def test_former_names_and_values_of_iteris():
+    old = {"align": "full", "balance": "adapter", "focus": 0.5, "statistics": "float64"}
+    new = {"objective": "output", "weighting": "adapter", "saliency": 0.5, "precision": "float64"}
+    assert IterisSettings.from_mapping(old) == IterisSettings(**new)
+    assert parse_settings(IterisSettings, ["align=full"])[0] == {"align": "full"}
+
+
+def test_every_setting_of_every_method_is_declared_and_its_default_is_allowed():
+    for owner in {method.settings for method in all_methods()} | {Calibration}:
+        declared = declared_settings(owner)
+        assert set(owner.__dataclass_fields__) - set(declared) <= {"templates"}
+        for one in declared.values():
+            assert one.help.endswith(".")
+            assert bool(one.none) == one.optional
+            assert one.parse(one.shown(one.default)) == one.default
+        owner()
+
+
+def test_the_page_of_settings_is_up_to_date():
+    """``iteris methods --markdown > docs/settings.md``"""
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page()
+
+
+def test_choices_that_typer_needs_as_types():
+    assert get_args(Latents) == declared_settings(Calibration)["latents"].choices
+    assert set(get_args(Dtype)) == set(DTYPES)
+
+
+def test_presets_are_settings():
+    for name, preset in PRESETS.items():
+        IterisSettings.from_mapping(preset_settings(name, "iteris"))
+        Calibration.from_mapping(preset.calibration)
+        assert preset_settings(name, "ties") == {}
+    with pytest.raises(SettingsError, match="preset must be one of default, fast, best, paper"):
+        merge_loras(None, [Concept(make_lora(1))], "sum", preset="quick")
+
+
+def test_explicit_settings_go_over_a_preset():
+    concepts = [Concept(make_lora(1), prompts=["unused"]), Concept(make_lora(2), prompts=["x"])]
+    result = merge_loras(
+        ModuleHost(Net(), make_data()),
+        concepts,
+        preset="paper",
+        settings={"iterations": 2, "balance": "none"},
+        calibration={"samples": 7},
+    )
+    assert result.report.settings["iterations"] == 2
+    assert result.report.settings["weighting"] == "none"
+    assert result.report.settings["objective"] == "adapter"
+    calibration = result.report.calibration
+    assert (calibration["samples"], calibration["empty_share"]) == (7, 0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_preset_paper_is_algorithm_1(count):
+    """Against the dense transcription: every token, λ of eq. 8, the ridge of eq. 7, 20 times."""
+    loras = [make_lora(seed, rank=1 + seed) for seed in range(1, count + 1)]
+    data = make_data(count)
+    result = merge_loras(
+        ModuleHost(Net(), data),
+        [Concept(lora, prompts=["unused"]) for lora in loras],
+        preset="paper",
+        settings={"precision": "float64"},
+    )
+    dense = jacobi(
+        Net(), loras, data, iterations=20, align="adapter", ridge=1e-4, balance="adapter"
+    )
+    assert difference(result.lora, dense) < 1e-8
+    assert not any(site.repair for site in result.report.sites.values())
+    assert len(result.report.convergence) == 19
+
+
+def test_iterations_stop_at_the_tolerance_and_the_report_says_so():
+    loras, data = [make_lora(1), make_lora(2)], make_data()
+    settings = {"schedule": "jacobi", "ridge": 1e-3, "objective": "adapter"}
+    stopped = merge(loras, data, iterations=50, tolerance=1e-3, **settings).report
+    assert stopped.converged is True
+    assert stopped.convergence[-1] <= 1e-3 < min(stopped.convergence[:-1])
+    assert f"Converged after {len(stopped.convergence) + 1} iterations" in stopped.summary()
+    assert stopped.to_dict()["converged"] is True
+    early = merge(loras, data, iterations=2, tolerance=1e-9, **settings).report
+    assert early.converged is False
+    assert "DID NOT CONVERGE: after 2 iterations" in early.summary()
+    assert merge(loras, data).report.converged is None
+    assert "onverge" not in merge(loras, data).report.summary().replace("DID NOT", "")
+
+
+def test_strength_of_the_text_encoder_on_the_command_line():
+    option = parse_concept("a/cat.safetensors:sks:cat:0.8/0.5")
+    assert (option.strength, option.text_strength) == (0.8, 0.5)
+    option = parse_concept("a/cat.safetensors:sks:cat:-1/0")
+    assert (option.strength, option.text_strength) == (-1, 0)
+    assert parse_concept("cat.safetensors:sks:cat:0.5").text_strength is None
+    with pytest.raises(IterisError, match="STRENGTH/TEXT"):
+        parse_concept("cat:0.5/0.5")
