@@ -256,3 +256,4 @@ def test_rows_that_are_left_out_are_warned_of(caplog):
         result = merge_on(Roomy(host.asked[0] * 0.7), "free", micro_batch=2)
     assert "Not enough memory for all rows: model" in caplog.text
     assert "do not fit" in result.report.summary().splitlines()[1]
+    assert result.report.rows < 12  # those that ran

@@ -59,6 +59,7 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
         for stage in _stages(job, job.samples(lockstep)):
             bytes_of = reducing_of(stage).bytes
             stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=1, sweep=False)
+            job.ran.rows = max(job.ran.rows, len(stage.owners))
             reducing = reducing_of(stage)
             collector = _collector(job, reducing, StreamCollector)
             batches = list(micro_batches(stage, 1, collector, fitted, job.processes))
@@ -79,6 +80,7 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
         for stage in _stages(job, samples):
             bytes_of = reducing_of(stage).bytes
             stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=2, sweep=True)
+            job.ran.rows = max(job.ran.rows, len(stage.owners))
             reducing = reducing_of(stage)
             collector = _collector(job, reducing, SweepCollector)
 
@@ -118,6 +120,7 @@ def jacobi(
             latest: Solutions = {}
             job.tick("iterations", iteration, iterations)
             for stage in _stages(job, samples):
+                job.ran.rows = max(job.ran.rows, len(stage.owners))
                 if stage.name not in planned:
                     bytes_of = reducing_of(stage).bytes
                     _, planned[stage.name] = plan(
@@ -146,7 +149,6 @@ def _stages(job: Job, samples: Any) -> Iterator[Stage]:
     for stage in job.host.stages(samples, set(job.changes)):
         if stage.samples is None:
             stage = replace(stage, samples=job.calibration.samples)
-        job.ran.rows = max(job.ran.rows, len(stage.owners))
         yield stage
 
 
