@@ -111,10 +111,13 @@ class Calibration(Settings):
     )
     latent_size: int | None = setting(
         None,
-        "Side of the latents, an eighth of the picture's.",
-        none="the model's own",
+        "Side of the latents: of a picture's pixels, divided by what the model compresses.",
+        none="by the model: 1024 tokens at its middle block, its own size at most",
         low=1,
         most=256,
+    )
+    frames: int | None = setting(
+        None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
     templates: Sequence[str] = TEMPLATES
     seed: int = setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,10 +18,11 @@ from .hosts.protocol import Host
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
-from .passes.job import Job, Ran, Unreached, WeightJob
+from .passes import dry
+from .passes.job import Job, Ran, WeightJob
 from .presets import PRESETS, PresetName, preset_settings
 from .report.provenance import join_embeddings, merge_metadata, notes_of
-from .report.report import MergeReport
+from .report.report import MergeReport, SiteReport
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """``on_progress(what, done, total)``"""
+
+Unmergeable = Literal["refuse", "skip", "mean"]
 
 _S = TypeVar("_S", bound=Settings)
 
@@ -64,7 +67,7 @@ def merge_loras(
     processes: Processes = ALONE,
     memory_budget: int | Literal["free"] | None = "free",
     policy: Policy = POLICY,
-    unreached: Unreached = "refuse",
+    unmergeable: Unmergeable = "refuse",
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -76,9 +79,11 @@ def merge_loras(
     processes that call this alike share the rows and end with the same result. ``memory_budget``
     is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
     run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
-    holds the thresholds by which ways of solving are chosen. Sites that no forward reaches are
-    refused, or have the ``"mean"`` of the LoRAs' changes, which the report says. The base model is
-    bit-identical afterwards, whatever happens.
+    holds the thresholds by which ways of solving are chosen. Sites whose features cannot be
+    collected, which a short pass finds before anything is made, are refused; or, as
+    ``unmergeable`` says, the merge goes on without them, or with the ``"mean"`` of the LoRAs'
+    changes there, and the report lists them. The base model is bit-identical afterwards, whatever
+    happens.
 
     Raises :class:`IterisError` for input that cannot be merged.
     """
@@ -105,23 +110,32 @@ def merge_loras(
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         changes = _changes(concepts)
         _check_sites(host, changes)
+        found = _unmergeable(host, concepts, changes, calibration, tick)
+        if found and unmergeable == "refuse":
+            raise IterisError(dry.complaint(found, concepts))
+        kept = {site: some for site, some in changes.items() if site not in found}
+        if not kept:
+            raise IterisError(dry.complaint(found, concepts))
         job = Job(
             host,
             concepts,
-            changes,
+            kept,
             calibration,
             generator,
             tick,
             processes=processes,
             memory_budget=memory_budget,
             policy=policy,
-            unreached=unreached,
             ran=ran,
         )
         missing = _not_in_force(host, concepts)
         for name, notes in missing.items():
             _log.warning("%s: %s", name, "; ".join(notes))
-        merged = chosen.merge(job, settings)
+        merged = dict(chosen.merge(job, settings))
+        if found:
+            merged |= _means(concepts, changes, found) if unmergeable == "mean" else {}
+            what = "have the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
+            ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
     else:
         # Prompts without a LoRA say nothing to a method that only looks at weights.
         concepts = [c for c in concepts if c.lora is not None]
@@ -153,6 +167,29 @@ def merge_loras(
         embeddings=embeddings,
     )
     return MergeResult(lora, report)
+
+
+def _unmergeable(
+    host: Host,
+    concepts: Sequence[Concept],
+    changes: Mapping[str, SiteChanges],
+    calibration: Calibration,
+    tick: OnProgress,
+) -> dict[str, str]:
+    """Site → why it cannot be merged. Models of text are not asked: their rows may be there once
+    only, and their layers are all reached."""
+    if not host.pictures:
+        return {}
+    return dry.unmergeable(host, concepts, set(changes), calibration, tick)
+
+
+def _means(
+    concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
+) -> dict[str, tuple[LowRank, SiteReport]]:
+    """The mean of the LoRAs' changes at ``sites``, fitted to nothing."""
+    weights = [concept.weight for concept in concepts]
+    means = {s: changes[s].mean(weights, changes[s].like.up.dtype) for s in sites}
+    return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 
 def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str]]:

@@ -78,7 +78,7 @@ def merge_on(
                     on_progress=on_progress,
                     memory_budget=memory_budget,
                     policy=policy,
-                    unreached="mean",  # as the stock loader, which loads what no forward uses
+                    unmergeable="mean",
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -124,6 +124,8 @@ class _RememberingHost(ComfyHost):
             frozenset(sites),
         )
         self._lockstep = lockstep
+        if calibration.latents == "noise":  # made at once
+            return super().samples(concepts, sites, calibration, lockstep, *rest)
         kept = _RememberingHost._last
         if kept is None or kept[0] != key:
             _log.info("IterIS: making latents")

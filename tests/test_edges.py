@@ -165,21 +165,6 @@ def test_a_site_that_is_never_reached_is_an_error():
         merge([make_lora(1), make_lora(2)], model=Half())
 
 
-def test_a_site_that_is_never_reached_may_have_the_mean():
-    """As the stock loaders have it, which load what no forward uses; said aloud."""
-
-    class Half(Net):
-        def forward(self, x):
-            return self.q(x)
-
-    concepts = [Concept(make_lora(i), prompts=["unused"], weight=i) for i in (1, 2)]
-    result = merge_loras(ModuleHost(Half(), make_data()), concepts, unreached="mean")
-    assert "NEVER REACHED" in result.report.summary()
-    one, two = (concept.lora.sites["up"].dense() for concept in concepts)
-    mean = (one + 2 * two) / 3
-    torch.testing.assert_close(result.lora.sites["up"].dense(), mean)
-
-
 def test_no_lora_at_all_is_an_error():
     with pytest.raises(IterisError, match="no LoRA"):
         merge_loras(None, [Concept(None, prompts=["a dog"])], "average")

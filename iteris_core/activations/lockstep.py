@@ -40,7 +40,8 @@ class Observer(Protocol):
 class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
-    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``mask_of(site)``
+    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``of_one`` says that
+    all are the first owner's, however many rows the model makes of them. ``mask_of(site)``
     tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
     and ``saliency`` tells how much each counts.
     """
@@ -51,6 +52,7 @@ class MicroBatch:
     observer: Observer | None = None
     pauses: bool = False
     merged_only: bool = False
+    of_one: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
     choice: TokenChoice = field(default_factory=lambda: TokenChoice((), None, 0))
@@ -234,6 +236,12 @@ class Lockstep:
             if batch is None:
                 return None
             inputs: Tensor = args[0]
+            if batch.of_one:
+                change = changes[batch.owners[0]]
+                if change is not None:
+                    change = self._ready(name, batch.owners[0], change, inputs)
+                    site.add(change, inputs, output)
+                return output
             rows = len(batch.owners)
             if inputs.shape[0] != rows * batch.copies:
                 raise IterisError(

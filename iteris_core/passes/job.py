@@ -16,8 +16,6 @@ from ..hosts.protocol import Host, Tick
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
 
-Unreached = Literal["refuse", "mean"]
-
 
 @dataclass
 class Ran:
@@ -37,8 +35,7 @@ class Job:
     A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
     be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
     process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
-    limit). ``policy`` holds the thresholds. Sites that no forward reaches are refused, or have the
-    mean of the LoRAs' changes, as ``unreached`` says. ``ran`` is what the run tells of itself.
+    limit). ``policy`` holds the thresholds. ``ran`` is what the run tells of itself.
     """
 
     host: Host
@@ -52,7 +49,6 @@ class Job:
     processes: Processes = ALONE
     memory_budget: int | Literal["free"] | None = None
     policy: Policy = POLICY
-    unreached: Unreached = "refuse"
     ran: Ran = field(default_factory=Ran)
     _samples: Any = None
 

@@ -1,7 +1,7 @@
 """Runs over the model that methods share: reference rows alone, one sweep, or Jacobi iterations.
 
 Each takes what a method does at the sites of a stage, a :class:`Reducing`, and gives every site's
-solution, in execution order. Sites that no forward reaches are dealt with as the job says.
+solution, in execution order. A site that no forward reaches is an error.
 """
 
 from __future__ import annotations
@@ -168,19 +168,11 @@ def _collector(job: Job, reducing: Reducing, kind: type[_Kind]) -> _Kind:
 
 def _complete(job: Job, solutions: Solutions) -> Solutions:
     missed = sorted(set(job.changes) - set(solutions))
-    if missed and job.unreached == "refuse":
+    if missed:
         raise IterisError(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )
-    if missed:
-        job.ran.notes.append(
-            f"{len(missed)} sites were NEVER REACHED while features were collected, such as "
-            f"{missed[0]}; they have the mean of the LoRAs' changes, which is fitted to nothing"
-        )
-    for site in missed:
-        changes = job.changes[site]
-        solutions[site] = Solution(changes.mean(job.weights, changes.like.up.dtype))
     return solutions
 
 

@@ -1,0 +1,43 @@
+"""How large the pictures are on which features are collected: one rule for every host.
+
+A picture has as many tokens as the least squares want, and never more than the model's own. They
+are counted at the transformer block in the middle of all: of a transformer at its patches, of a
+UNet at the level where half of its blocks see more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+PICTURE_TOKENS = 1024
+"""Those of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of rows
+that is a hundred tokens and more for every input of the widest site."""
+
+MOST_PIXELS = 1024
+"""The longest side, where a model compresses so much that fewer tokens are a picture already."""
+
+FRAMES = 9
+"""Of a video, where the calibration says none: two or three frames of latents."""
+
+
+def default_size(
+    scale: int, patch: int, own: tuple[int, int] | None = None, multiple: int = 1
+) -> tuple[int, int]:
+    """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
+
+    ``scale`` is how many pixels a side of a latent covers, ``patch`` how many latents a side of a
+    token covers at the block in the middle. Sides are multiples of ``multiple`` and ``patch``.
+    """
+    height, width = own or (MOST_PIXELS // scale,) * 2
+    shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
+    shrink = min(shrink, MOST_PIXELS / (scale * max(height, width)), 1.0)
+    step = math.lcm(patch, multiple)
+    sides = (max(step, int(side * shrink / step + 1e-6) * step) for side in (height, width))
+    return next(sides), next(sides)
+
+
+def middle_patch(levels: Sequence[int]) -> int:
+    """The ``patch`` of a UNet: ``levels`` has for each transformer block how many latents a side
+    of its tokens covers."""
+    return sorted(levels)[len(levels) // 2] if levels else 1

@@ -1,0 +1,78 @@
+"""LoRAs of models with two denoisers (Wan 2.2 14B): one file for high noise, one for low noise.
+
+Both files have the same names in them. In a merge the sites of the second denoiser have its name:
+``transformer_2.…`` beside ``transformer.…``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from ..errors import IterisError
+from ..lora import Lora
+from .aliases import BaseModel
+
+_T = TypeVar("_T")
+
+
+def second_of(denoiser: str) -> str:
+    """The component's name of the denoiser for low noise."""
+    return f"{denoiser}_2"
+
+
+def as_second(lora: Lora, denoiser: str) -> Lora:
+    """``lora``, whose sites are ``denoiser``'s, as one of the second denoiser; whatever it changes
+    elsewhere (text encoders) is left out."""
+    old, new = f"{denoiser}.", f"{second_of(denoiser)}."
+    return replace(
+        lora, sites=_renamed(lora.sites, old, new), scales=_renamed(lora.scales, old, new)
+    )
+
+
+def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
+    """One LoRA of both denoisers; text encoders are those of ``high``.
+
+    Raises :class:`IterisError` where a file has nothing for its denoiser.
+    """
+    second = as_second(low, denoiser)
+    for lora, sites in ((high, high.sites), (low, second.sites)):
+        if not sites:
+            raise IterisError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
+    return replace(
+        high,
+        sites={**high.sites, **second.sites},
+        scales={**high.scales, **second.scales},
+        notes=[*high.notes, *low.notes],
+    )
+
+
+def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
+    """The changes of ``denoiser`` with those of text encoders, and those of the second denoiser
+    under the first one's names, as a file has them."""
+    first, second = f"{denoiser}.", f"{second_of(denoiser)}."
+    high = replace(
+        lora,
+        sites={site: c for site, c in lora.sites.items() if not site.startswith(second)},
+        scales={site: s for site, s in lora.scales.items() if not site.startswith(second)},
+    )
+    low = replace(
+        lora,
+        sites=_renamed(lora.sites, second, first),
+        scales=_renamed(lora.scales, second, first),
+        embeddings={},
+    )
+    return high, low
+
+
+def with_second(base: BaseModel, denoiser: str) -> BaseModel:
+    """``base`` with the shapes of the second denoiser's sites, which are the first one's."""
+    old, new = f"{denoiser}.", f"{second_of(denoiser)}."
+    return replace(base, shapes={**base.shapes, **_renamed(base.shapes, old, new)})
+
+
+def _renamed(sites: Mapping[str, _T], old: str, new: str) -> dict[str, _T]:
+    return {
+        new + site.removeprefix(old): value for site, value in sites.items() if site.startswith(old)
+    }

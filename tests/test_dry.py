@@ -1,0 +1,72 @@
+"""What cannot be merged is found before anything is made: refused, left out, or averaged."""
+
+import pytest
+import torch
+from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
+
+from iteris_core import Concept, IterisError, merge_loras
+
+SITES = ("q", "up")
+
+
+class Half(Net):
+    """``up`` is reached by no forward."""
+
+    def forward(self, x):
+        return self.q(x)
+
+
+class Mixed(Net):
+    """``up`` gets both rows as one."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x.reshape(1, -1, x.shape[-1]))
+
+
+CASES = [(Half, "is reached by no forward"), (Mixed, "mixed or split")]
+
+
+class PictureHost(ModuleHost):
+    pictures = True
+
+    def samples(self, *arguments):
+        self.asked = [*getattr(self, "asked", ()), arguments[2]]
+        return super().samples(*arguments)
+
+
+def concepts():
+    return [Concept(make_lora(i, sites=SITES), prompts=["unused"], weight=i) for i in (1, 2)]
+
+
+@pytest.mark.parametrize(("model", "why"), CASES)
+def test_it_is_refused_with_site_and_file_before_samples_are_made(model, why):
+    host = PictureHost(model(), make_data())
+    with pytest.raises(
+        IterisError, match=rf"1 sites, such as up \(in lora-1, lora-2\): it .*{why}"
+    ):
+        merge_loras(host, concepts())
+    assert [calibration.samples for calibration in host.asked] == [1]
+    assert hooks_on(host.model) == 0
+
+
+@pytest.mark.parametrize(("model", "why"), CASES)
+def test_the_merge_goes_on_without_it(model, why):
+    result = merge_loras(PictureHost(model(), make_data()), concepts(), unmergeable="skip")
+    assert set(result.lora.sites) == {"q"}
+    assert f"{why}; they are LEFT OUT" in result.report.summary()
+
+
+@pytest.mark.parametrize(("model", "why"), CASES)
+def test_or_it_has_the_mean(model, why):
+    some = concepts()
+    result = merge_loras(PictureHost(model(), make_data()), some, unmergeable="mean")
+    assert f"{why}; they have the mean" in result.report.summary()
+    one, two = (concept.lora.sites["up"].dense() for concept in some)
+    torch.testing.assert_close(result.lora.sites["up"].dense(), (one + 2 * two) / 3)
+
+
+def test_nothing_is_left_of_it():
+    some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
+    with pytest.raises(IterisError, match="is reached by no forward"):
+        merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
