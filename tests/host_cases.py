@@ -28,7 +28,7 @@ class DiffusersCase:
             model.to(dtype)
         self.host = DiffusersHost(self.pipeline)
         # transformers sets hooks of its own for hidden states when they are first asked for.
-        self.host.calls.encode(self.pipeline, ["a"])
+        self.host._loop.first_call(["a"], {})
 
     def models(self):
         parts = self.pipeline.components.values()

@@ -11,13 +11,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
-from ..architectures.record import PipelineCalls
 from ..architectures.sites import named_sites, weight_shape
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (
+    *("unet", "transformer", "transformer_2"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+)
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
@@ -35,40 +37,23 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
     if kind is None:
-        titles = ", ".join(known.title for known in architectures())
-        raise IterisError(
-            f"{type(pipeline).__name__} has no unet or transformer that LoRAs can be merged on "
-            f"here, or that LoRA files are read for; known are {titles}."
-        )
+        denoiser = next((n for n in ("unet", "transformer") if getattr(pipeline, n, None)), None)
+        if denoiser is None:
+            raise IterisError(f"{type(pipeline).__name__} has no unet and no transformer.")
+        kind = Architecture("diffusers", type(pipeline).__name__, denoiser=denoiser)
     return base_model(kind, shapes)
 
 
-def calls_of(pipeline: Any, kind: Architecture) -> PipelineCalls:
-    """How a pipeline of that architecture is run.
-
-    Raises :class:`IterisError` where it cannot be: another denoiser, a part that is missing, or a
-    denoiser that takes more than latents.
-    """
-    name, calls = type(pipeline).__name__, kind.pipeline
-    denoiser: Any = getattr(pipeline, kind.denoiser, None)
-    classes = {ancestor.__name__ for ancestor in type(denoiser).__mro__}
-    known = kind.components.get(kind.denoiser)
-    if calls is None or known is None or known.name not in classes:
-        raise IterisError(
-            f"{name} has no unet or transformer that LoRAs can be merged on here; there are hosts "
-            f"for pipelines of {_with_pipelines()}."
+def check_parts(pipeline: Any, kind: Architecture) -> None:
+    """Raise :class:`IterisError` where a part is missing without which no picture is made."""
+    name = type(pipeline).__name__
+    for part, value in pipeline.components.items():
+        needed = (
+            part.startswith(("text_encoder", "tokenizer", "scheduler")) or part == kind.denoiser
         )
-    for part in (*calls.parts, "scheduler"):
-        if getattr(pipeline, part, None) is None:
+        optional = getattr(type(pipeline), "_optional_components", ())
+        if needed and value is None and part not in optional:
             raise IterisError(f"{name} has no {part}. Load the whole pipeline.")
-    config = denoiser.config
-    if config.get("out_channels") not in (None, config.in_channels):
-        raise IterisError(
-            f"{name} takes more than latents ({config.in_channels} channels in, "
-            f"{config.out_channels} out: inpainting or control), which this host has not. Merge on "
-            "the base model that it was made from; the LoRA fits both."
-        )
-    return calls
 
 
 def read_lora(

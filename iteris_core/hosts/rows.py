@@ -72,11 +72,21 @@ def noisy_rows(
 ) -> tuple[TextRows, NoisyRows]:
     """A row for each of a sample's ``latents``, (samples, T, …), and ``times``, (samples, T); a
     share of them gets the empty prompt, since guidance runs on it too."""
-    count = times.shape[1]
+    text = row_texts(owners, prompts, times.shape[1], empty_share, generator)
+    return text, NoisyRows(latents.flatten(0, 1), times.flatten())
+
+
+def row_texts(
+    owners: Sequence[int],
+    prompts: Sequence[str],
+    count: int,
+    empty_share: float,
+    generator: torch.Generator,
+) -> TextRows:
+    """The texts of ``count`` rows for each sample; a share of them gets the empty prompt."""
     row_owners = [owner for owner in owners for _ in range(count)]
     row_prompts = [prompt for prompt in prompts for _ in range(count)]
     empty = torch.rand(len(row_owners), generator=generator) < empty_share
     for row in empty.nonzero().flatten().tolist():
         row_prompts[row] = ""
-    noisy = NoisyRows(latents.flatten(0, 1), times.flatten())
-    return TextRows.of(row_owners, row_prompts), noisy
+    return TextRows.of(row_owners, row_prompts)

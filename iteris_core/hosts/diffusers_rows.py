@@ -1,0 +1,158 @@
+"""The rows of a pipeline: calls of its denoiser while it denoises under each concept's LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..concepts import Calibration
+from .diffusers_loop import Arguments, Enough, PipelineLoop, ones_like
+from .protocol import Tick
+from .recorded import Call, differ, entries
+from .rows import drawn_steps
+
+_BATCH = 16  # prompts of one run of the pipeline
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """``each`` rows of every sample, in the samples' order. ``moving`` has the arguments that are
+    others at every step, (rows, …); ``ran`` is the number of the denoiser among ``names``."""
+
+    each: int
+    moving: dict[str, Tensor]
+    ran: Tensor
+    names: Sequence[str]
+
+    def row(self, row: int) -> Call:
+        return {path: value[row] for path, value in self.moving.items()}
+
+    def denoiser(self, row: int) -> str:
+        return self.names[int(self.ran[row])]
+
+    def rows_of(self, name: str) -> list[int]:
+        return (self.ran == self.names.index(name)).nonzero().flatten().tolist()
+
+
+def record_rows(
+    loop: PipelineLoop,
+    arguments: Arguments,
+    owners: Sequence[int],
+    prompts: Sequence[str],
+    calibration: Calibration,
+    lockstep: Lockstep,
+    generator: torch.Generator,
+    tick: Tick,
+) -> RecordedRows:
+    """Run the pipeline on every prompt under its concept's LoRA, and keep what its denoiser gets at
+    some of the steps. With ``latents="noise"`` the denoiser does not run, and every step gets the
+    noise that the first one had."""
+    generators = list(_generators(len(prompts), arguments.numbers, generator))
+    picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
+    record = _Record(loop, arguments, picks, calibration.latents == "noise")
+    mine = lockstep.processes.mine(len(prompts))
+    runs = list(_runs(mine, owners, _BATCH if arguments.alike else 1))
+    for done, rows in enumerate(runs):
+
+        def see(name: str, call: Call, run: Callable[[], Any], rows: Sequence[int] = rows) -> Any:
+            tick("denoising samples", done, len(runs))  # noqa: B023
+            return record.see(rows, name, call, run)
+
+        def denoise(rows: Sequence[int] = rows) -> None:
+            record.begin()
+            loop.run(
+                [prompts[row] for row in rows],
+                see,
+                steps=calibration.denoising_steps,
+                size=arguments.size,
+                generators=[generators[row] for row in rows],
+                guidance=1.0 if record.noise else calibration.guidance,
+            )
+
+        lockstep.run(MicroBatch(denoise, [owners[rows[0]]], 1, of_one=True))
+    tick("denoising samples", len(runs), len(runs))
+    return record.rows(lockstep)
+
+
+def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
+    """One for each sample, as if one draw had made the noise of all; ``generator`` goes on behind
+    it."""
+    for _ in range(count):
+        own = torch.Generator()
+        own.set_state(generator.get_state())
+        torch.randn(numbers, generator=generator)
+        yield own
+
+
+def _runs(rows: Sequence[int], owners: Sequence[int], most: int) -> Iterator[list[int]]:
+    """``rows`` of one concept, at most so many at a time."""
+    run: list[int] = []
+    for row in rows:
+        if run and (owners[row] != owners[run[0]] or len(run) == most):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+class _Record:
+    """``picks`` are the steps that are kept, (samples, T), ascending."""
+
+    def __init__(
+        self, loop: PipelineLoop, arguments: Arguments, picks: Tensor, noise: bool
+    ) -> None:
+        self.noise = noise
+        self._arguments, self._picks = arguments, picks
+        self._names = list(loop.denoisers)
+        self._kept: dict[str, Tensor] = {}
+        self._ran = torch.zeros(picks.shape, dtype=torch.int64)
+        self.begin()
+
+    def begin(self) -> None:
+        """Of a run of the pipeline."""
+        self._step = -1
+        self._time: Call = {}
+        self._first: Call = {}
+
+    def see(self, rows: Sequence[int], name: str, call: Call, run: Callable[[], Any]) -> Any:
+        """Keep one call; ``rows`` are the samples of this run."""
+        time = {path: call[path] for path in self._arguments.timed}
+        # Several calls of one step: with guidance, of which the first entries are as good as all.
+        if self._step < 0 or any(differ(time[path], self._time.get(path)) for path in time):
+            self._step, self._time = self._step + 1, time
+            self._first = self._first or call
+            self._keep(rows, name, call)
+        if self._step >= int(self._picks[list(rows)].max()):
+            raise Enough
+        if self.noise:
+            return ones_like(self._arguments.given, len(rows))
+        return run()
+
+    def _keep(self, rows: Sequence[int], name: str, call: Call) -> None:
+        arguments = self._arguments
+        if self.noise:
+            call = {**call, **{path: self._first[path] for path in arguments.drawn}}
+        moving = {path: call[path] for path in arguments.moving}
+        for index, row in enumerate(rows):
+            for slot in (self._picks[row] == self._step).nonzero().flatten().tolist():
+                entry = entries(moving, arguments.batched, index)
+                for path, value in entry.items():
+                    value = torch.as_tensor(value).detach().cpu()
+                    if path not in self._kept:
+                        shape = (*self._picks.shape, *value.shape)
+                        self._kept[path] = torch.zeros(shape, dtype=value.dtype)
+                    self._kept[path][row, slot] = value
+                self._ran[row, slot] = self._names.index(name)
+
+    def rows(self, lockstep: Lockstep) -> RecordedRows:
+        """What all processes have kept."""
+        paths = sorted(self._kept)
+        lockstep.processes.add_up([*(self._kept[path] for path in paths), self._ran])
+        moving = {path: self._kept[path].flatten(0, 1) for path in paths}
+        return RecordedRows(self._picks.shape[1], moving, self._ran.flatten(), self._names)
