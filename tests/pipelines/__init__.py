@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .flux import FLUX
-from .loras import lora_tensors, write_lora
+from .loras import applied, loaded, lora_tensors, write_lora
 from .pictures import PICTURES
 from .reduced import PROMPTS, Reduced, draw, seeded
 from .stable_diffusion import STABLE_DIFFUSION
@@ -15,4 +15,13 @@ PIPELINES: dict[str, Callable[[], Reduced]] = {
     name: seeded(make) for name, make in (STABLE_DIFFUSION | FLUX | PICTURES | VIDEOS).items()
 }
 
-__all__ = ["PIPELINES", "PROMPTS", "Reduced", "draw", "lora_tensors", "write_lora"]
+__all__ = [
+    "PIPELINES",
+    "PROMPTS",
+    "Reduced",
+    "applied",
+    "draw",
+    "loaded",
+    "lora_tensors",
+    "write_lora",
+]
