@@ -45,7 +45,7 @@ class MergeResult:
         self,
         path: str | Path,
         *,
-        layout: Layout = "kohya",
+        layout: Layout | None = None,
         dtype: str = "float16",
         overwrite: bool = False,
     ) -> Path:

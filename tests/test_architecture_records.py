@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -141,8 +142,15 @@ def test_a_single_file_is_loaded_as_what_it_is(keys, pipeline, tmp_path):
     assert single_file_pipeline(tmp_path / "a.safetensors").__name__ == pipeline
 
 
-def test_a_single_file_of_another_kind_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "loads"), [("StableDiffusionInpaintPipeline", True), ("DDPMPipeline", False)]
+)
+def test_a_single_file_of_another_kind_is_what_the_configuration_says(name, loads, tmp_path):
     key = "model.diffusion_model.input_blocks.0.0.weight"
     save_file({key: torch.zeros(8, 9, 3, 3)}, tmp_path / "a.safetensors")
-    with pytest.raises(IterisError, match="inpainting"):
-        single_file_pipeline(tmp_path / "a.safetensors")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    if loads:
+        assert single_file_pipeline(tmp_path / "a.safetensors", tmp_path).__name__ == name
+    else:
+        with pytest.raises(IterisError, match="'inpainting', from which diffusers loads no"):
+            single_file_pipeline(tmp_path / "a.safetensors", tmp_path)

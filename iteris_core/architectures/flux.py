@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from . import mmdit, text
 from .pieces import Alias, Shapes
-from .record import Architecture, Conditioning, PipelineCalls
+from .record import Architecture
 from .sites import Component
 
 _TOP = {
@@ -75,39 +70,6 @@ def _reads_kohya(site: str) -> bool:
     return text.text_component(site) is not None or "_blocks." in site
 
 
-def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
-    states, pooled, _ = pipeline.encode_prompt(
-        prompts,
-        device=pipeline._execution_device,
-        max_sequence_length=text.t5_length(pipeline.tokenizer_2, 512),
-    )
-    return {"states": states, "pooled": pooled}
-
-
-def _arguments(
-    pipeline: Any, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
-) -> dict[str, Any]:
-    side = math.isqrt(latents.shape[1])
-    scale = None
-    if pipeline.transformer.config.guidance_embeds:
-        scale = torch.full([len(latents)], guidance, device=latents.device)
-    timesteps = timesteps.to(latents.dtype) / 1000
-    return {
-        **mmdit.arguments(pipeline, latents, timesteps, text, guidance),
-        "guidance": scale,
-        "txt_ids": latents.new_zeros(text["states"].shape[1], 3),
-        "img_ids": pipeline._prepare_latent_image_ids(
-            len(latents), side, side, latents.device, latents.dtype
-        ),
-    }
-
-
-def _packed_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
-    """(patches, channels): 2 × 2 latents make a patch."""
-    half = (side or int(pipeline.default_sample_size)) // 2
-    return (half * half, int(pipeline.transformer.config.in_channels))
-
-
 ARCHITECTURE = Architecture(
     name="flux", title="FLUX.1", fits_sites=_fits_sites, fits_file=mmdit.is_flux,
     components={
@@ -118,9 +80,5 @@ ARCHITECTURE = Architecture(
     text_prefixes=("lora_te1", "lora_te3"), version="flux1", modelspec="flux-1-dev",
     network="networks.lora_flux", one_alpha=("text_encoder", "text_encoder_2"),
     reads_kohya=_reads_kohya,
-    pipeline=PipelineCalls(
-        pipeline="FluxPipeline", single_files=("flux-dev", "flux-schnell"),
-        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
-        arguments=_arguments, latent_shape=_packed_latents, empty_prompts=False, even_sigmas=True,
-    ),
+    pipeline="FluxPipeline", single_files=("flux-dev", "flux-schnell"),
 )  # fmt: skip

@@ -7,12 +7,9 @@ diffusers has an ``AdaLayerNormContinuous``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
 
 from .pieces import Alias, Shapes, fused, swapped
-from .record import Conditioning, key_width, said_base
+from .record import key_width, said_base
 
 _PREFIX = "transformer."
 
@@ -59,15 +56,3 @@ def is_flux(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
             and ("flux" in said_base(metadata) or key_width(shapes, "attn") == 3072)
         )
     )
-
-
-def arguments(
-    pipeline: Any, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
-) -> dict[str, Any]:
-    """Of the transformer's forward."""
-    return {
-        "hidden_states": latents,
-        "timestep": timesteps,
-        "encoder_hidden_states": text["states"],
-        "pooled_projections": text["pooled"],
-    }

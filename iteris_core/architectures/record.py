@@ -8,40 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from .pieces import Alias, Shapes
 from .sites import Component, Wiring
 from .text import is_t5
-
-Conditioning = dict[str, Tensor]
-"""What text encoders give, rows first; ``states``, (rows, tokens, width), is always there."""
-
-
-@dataclass(frozen=True)
-class PipelineCalls:
-    """How prompts and latents become a forward of the denoiser in a pipeline of diffusers.
-
-    ``pipeline`` is the name of a class of diffusers, ``parts`` are the attributes that encode
-    prompts. ``single_files`` are what diffusers' single-file detection calls checkpoints.
-    ``encode(pipeline, prompts)`` gives the conditioning. ``arguments(pipeline, latents, timesteps,
-    conditioning, guidance)`` are those of the denoiser's forward. ``latent_shape(pipeline, side)``
-    is the shape of one row's latents, ``side`` being None for the model's own size.
-    ``empty_prompts`` tells whether guidance runs on the empty prompt; else the model takes its
-    scale as an input. ``even_sigmas`` tells that the pipeline spaces noise levels evenly from 1 to
-    1 / steps instead of as its scheduler would.
-    """
-
-    pipeline: str
-    single_files: tuple[str, ...]
-    parts: tuple[str, ...]
-    encode: Callable[[Any, list[str]], Conditioning]
-    arguments: Callable[[Any, Tensor, Tensor, Conditioning, float], dict[str, Any]]
-    latent_shape: Callable[[Any, int | None], tuple[int, ...]]
-    empty_prompts: bool = True
-    even_sigmas: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +31,8 @@ class Architecture:
     ``modelspec.architecture`` (before ``/lora``) and ``ss_network_module``; empty ones stay out.
     ``one_alpha`` are components of which diffusers reads one alpha only in kohya layout;
     ``reads_kohya(site)`` tells whether it reads the site's change in that layout at all.
-    ``wirings`` say where the denoiser adds to its residual stream. ``pipeline`` is for the
-    diffusers host, which refuses architectures without it.
+    ``wirings`` say where the denoiser adds to its residual stream. ``pipeline`` is the name of
+    diffusers' class for what its single-file detection calls ``single_files``.
     """
 
     name: str
@@ -82,7 +52,8 @@ class Architecture:
     one_alpha: tuple[str, ...] = ()
     reads_kohya: Callable[[str], bool] = lambda site: True
     wirings: tuple[Wiring, ...] = ()
-    pipeline: PipelineCalls | None = None
+    pipeline: str = ""
+    single_files: tuple[str, ...] = ()
 
     def diffusers_reads(self, site: str, layout: str) -> bool:
         """Whether diffusers (0.42) reads a site's change in a file of ours: of T5 never."""
@@ -101,10 +72,3 @@ def key_width(shapes: Shapes, part: str) -> int | None:
         if part in key and "to_k" in key and down and len(shape) > 1:
             return shape[1]
     return None
-
-
-def square_latents(pipeline: Any, side: int | None) -> tuple[int, ...]:
-    """(channels, side, side)"""
-    config = (pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer).config
-    side = side or int(config.sample_size)
-    return (int(config.in_channels), side, side)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from . import mmdit, text
 from .pieces import Alias, Shapes, swapped
-from .record import Architecture, Conditioning, PipelineCalls, said_base, square_latents
+from .record import Architecture, said_base
 from .sites import Component
 
 _TOP = {
@@ -70,18 +69,6 @@ _COMPONENTS = {
 }  # fmt: skip
 
 
-def _encode(pipeline: Any, prompts: list[str]) -> Conditioning:
-    states, _, pooled, _ = pipeline.encode_prompt(
-        prompts,
-        None,
-        None,
-        device=pipeline._execution_device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=text.t5_length(getattr(pipeline, "tokenizer_3", None), 256),
-    )
-    return {"states": states, "pooled": pooled}
-
-
 ARCHITECTURE = Architecture(
     name="sd3", title="SD 3", fits_sites=_fits_sites, fits_file=_fits_file,
     components=_COMPONENTS,
@@ -89,10 +76,6 @@ ARCHITECTURE = Architecture(
     version="sd3_m", modelspec="stable-diffusion-3-medium", network="networks.lora_sd3",
     one_alpha=("text_encoder", "text_encoder_2", "text_encoder_3"),
     reads_kohya=lambda site: False,
-    pipeline=PipelineCalls(
-        pipeline="StableDiffusion3Pipeline",
-        single_files=("sd3", "sd35_large", "sd35_medium"),
-        parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"), encode=_encode,
-        arguments=mmdit.arguments, latent_shape=square_latents,
-    ),
+    pipeline="StableDiffusion3Pipeline",
+    single_files=("sd3", "sd35_large", "sd35_medium"),
 )  # fmt: skip

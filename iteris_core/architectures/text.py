@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .sites import Component, Wiring
 
 WIRINGS = (
@@ -48,7 +46,7 @@ def text_component(site: str) -> int | None:
     if component == "text_encoder":
         return 0
     number = component.removeprefix("text_encoder_")
-    return int(number) - 1 if number in ("2", "3") else None
+    return int(number) - 1 if number in ("2", "3", "4") else None
 
 
 def is_t5(site: str) -> bool:
@@ -56,11 +54,6 @@ def is_t5(site: str) -> bool:
     return text_component(site) is not None and site.partition(".")[2].startswith(
         ("encoder.block.", "shared")
     )
-
-
-def t5_length(tokenizer: Any, most: int) -> int:
-    """``most``, a pipeline's number of T5 tokens, or fewer where its tokenizer says so."""
-    return min(most, getattr(tokenizer, "model_max_length", most))
 
 
 def clip(width: int, layers: int, projected: bool) -> Component:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from .mmdit import has_single_blocks, has_transformer
 from .pieces import Alias, Shapes, whole
-from .record import Architecture, Conditioning, PipelineCalls, key_width, said_base, square_latents
+from .record import Architecture, key_width, said_base
 from .sites import Component, Wiring
 from .text import clip
 
@@ -114,28 +112,13 @@ def kind_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
     return "sd2" if width == 1024 else "sd1"
 
 
-def encode(pipeline: Any, prompts: list[str]) -> Conditioning:
-    """One CLIP encoder's states."""
-    return {"states": pipeline.encode_prompt(prompts, pipeline._execution_device, 1, False)[0]}
-
-
-def arguments(
-    pipeline: Any, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float
-) -> dict[str, Any]:
-    """Of the UNet's forward."""
-    return {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text["states"]}
-
-
 def stable_diffusion(
     name: str,
     title: str,
     sizes: Mapping[str, Any],
     *,
-    single_files: tuple[str, ...],
     encoders: Sequence[tuple[int, int, bool]] = ((768, 12, False),),
     pipeline: str = "StableDiffusionPipeline",
-    encode: Callable[[Any, list[str]], Conditioning] = encode,
-    arguments: Callable[..., dict[str, Any]] = arguments,
     **fields: Any,
 ) -> Architecture:
     """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
@@ -150,10 +133,6 @@ def stable_diffusion(
         {**texts, "unet": model}, denoiser="unet", original_names=aliases,
         text_prefixes=("lora_te1", "lora_te2") if len(encoders) > 1 else ("lora_te",),
         one_alpha=("unet", *texts), wirings=WIRINGS,
-        pipeline=PipelineCalls(
-            pipeline=pipeline, single_files=single_files,
-            parts=tuple(f"{part}{end}" for end in ends for part in ("text_encoder", "tokenizer")),
-            encode=encode, arguments=arguments, latent_shape=square_latents,
-        ),
+        pipeline=pipeline,
         **fields,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
     device = device or best_device()
     with loading(base, "Stable Diffusion pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
-            of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
+            of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
             where = {} if config is None else {"config": str(config)}
             pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
         else:

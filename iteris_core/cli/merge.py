@@ -86,7 +86,10 @@ def merge(
     ] = None,
     latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
     seed: Annotated[int | None, calibration_option("seed")] = None,
-    layout: Annotated[Layout, option("Of the file; kohya is read everywhere")] = "kohya",
+    layout: Annotated[
+        Layout | None,
+        option("Of the file; kohya by default, or peft where a base has no such names"),
+    ] = None,
     dtype: Annotated[Dtype, option("Of the file")] = "float16",
     device: Device = None,
     memory: Annotated[

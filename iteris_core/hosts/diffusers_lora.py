@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..architectures.sites import named_sites, weight_shape
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
+from ..lora_files.aliases import file_names
+from .diffusers_converters import by_loader
 
 COMPONENTS = (
     *("unet", "transformer", "transformer_2"),
@@ -33,24 +35,51 @@ def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
-    """The base model that a pipeline is. Raises :class:`IterisError` for an unknown one."""
+    """The base model that a pipeline is: one of ours, or one with the names that its own LoRA
+    loader has. Raises :class:`IterisError` for a pipeline without a denoiser or a loader."""
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
-    if kind is None:
-        denoiser = next((n for n in ("unet", "transformer") if getattr(pipeline, n, None)), None)
-        if denoiser is None:
-            raise IterisError(f"{type(pipeline).__name__} has no unet and no transformer.")
-        kind = Architecture("diffusers", type(pipeline).__name__, denoiser=denoiser)
-    return base_model(kind, shapes)
+    if kind is not None and _is_of(pipeline, kind):
+        return base_model(kind, shapes)
+    loaded = loaded_components(pipeline)
+    denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
+    if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):
+        titles = ", ".join(known.title for known in architectures())
+        raise IterisError(
+            f"{type(pipeline).__name__} has no unet or transformer that LoRAs can be merged on "
+            f"here; known are {titles}, and pipelines that diffusers loads LoRAs into."
+        )
+    record = Architecture("diffusers", type(pipeline).__name__, denoiser=denoiser)
+    read = {site: shape for site, shape in shapes.items() if site.partition(".")[0] in loaded}
+    # No name in kohya layout: of these pipelines few loaders read it back.
+    return BaseModel(record, read, file_names(record, read), {})
+
+
+def loaded_components(pipeline: Any) -> list[str]:
+    """The components that the pipeline's own loader reads changes of: of text encoders CLIP's."""
+    named: Sequence[str] = getattr(type(pipeline), "_lora_loadable_modules", ())
+    parts = {name: getattr(pipeline, name, None) for name in named}
+    return [
+        name
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+        and (not name.startswith("text_encoder") or type(part).__name__.startswith("CLIPText"))
+    ]
+
+
+def _is_of(pipeline: Any, kind: Architecture) -> bool:
+    """Whether the denoiser is of the class that the record names, if it names one: others have
+    sites of the same names (FLUX.2, HunyuanVideo and AuraFlow those of FLUX.1)."""
+    known = kind.components.get(kind.denoiser)
+    classes = {ancestor.__name__ for ancestor in type(getattr(pipeline, kind.denoiser)).__mro__}
+    return known is None or known.name in classes
 
 
 def check_parts(pipeline: Any, kind: Architecture) -> None:
     """Raise :class:`IterisError` where a part is missing without which no picture is made."""
     name = type(pipeline).__name__
     for part, value in pipeline.components.items():
-        needed = (
-            part.startswith(("text_encoder", "tokenizer", "scheduler")) or part == kind.denoiser
-        )
+        needed = part in (kind.denoiser, "scheduler", "text_encoder", "tokenizer")
         optional = getattr(type(pipeline), "_optional_components", ())
         if needed and value is None and part not in optional:
             raise IterisError(f"{name} has no {part}. Load the whole pipeline.")
@@ -76,14 +105,27 @@ def read_lora(
             )
         return stored.to(torch.float32)
 
-    return read_lora_file(path, base_of(pipeline, sites), weight, options)
+    base, options = base_of(pipeline, sites), options or ReadOptions()
+    own = base.architecture in architectures()
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        partial = options.allow_partial
+        return tensors if own else by_loader(pipeline, path, base, tensors, allow_partial=partial)
+
+    return read_lora_file(path, base, weight, options, convert)
 
 
-def single_file_pipeline(path: Path) -> Any:
+def single_file_pipeline(path: Path, config: Path | None = None) -> Any:
     """The pipeline's class, told by diffusers' own detection from the names and shapes of the
-    tensors, of which none is read. Raises :class:`IterisError` for what no host is for."""
+    tensors, of which none is read. Where no record of ours has it, the class stands in the folder
+    ``config``, or in the released model's configuration on the hub. Raises :class:`IterisError` for
+    what diffusers loads no pipeline from."""
     import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from diffusers.loaders.single_file_utils import (
+        DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+        infer_diffusers_model_type,
+    )
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     with safe_open(path, framework="pt") as file:
         checkpoint = {
@@ -92,13 +134,15 @@ def single_file_pipeline(path: Path) -> Any:
         }
     model_type = infer_diffusers_model_type(checkpoint)
     for known in architectures():
-        if known.pipeline is not None and model_type in known.pipeline.single_files:
-            return getattr(diffusers, known.pipeline.pipeline)
-    raise IterisError(
-        f"{path} is a checkpoint of the kind {model_type!r}, on which nothing can be merged here; "
-        f"there are hosts for {_with_pipelines()}."
-    )
-
-
-def _with_pipelines() -> str:
-    return ", ".join(known.title for known in architectures() if known.pipeline is not None)
+        if model_type in known.single_files:
+            return getattr(diffusers, known.pipeline)
+    source: dict[str, str] = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]
+    where = str(config or source["pretrained_model_name_or_path"])
+    configured: Any = DiffusionPipeline.load_config(where)
+    found = getattr(diffusers, configured.get("_class_name", ""), None)
+    if not hasattr(found, "from_single_file") or not hasattr(found, "load_lora_weights"):
+        raise IterisError(
+            f"{path} is a checkpoint of the kind {model_type!r}, from which diffusers loads no "
+            "pipeline that LoRAs can be merged on; give a folder with the whole pipeline."
+        )
+    return found

@@ -52,16 +52,17 @@ def write_lora(
     lora: Lora,
     path: str | Path,
     *,
-    layout: Layout = "kohya",
+    layout: Layout | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
 ) -> Path:
     """Write ``lora`` and return the path; the file appears under its name only when it is whole.
 
-    Raises :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype``
-    or a site has no name in ``layout``.
+    Without a ``layout`` it is kohya's, or peft's for a base that has no names there. Raises
+    :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype`` or a
+    site has no name in ``layout``.
     """
-    path = Path(path)
+    path, layout = Path(path), layout or _own_layout(lora)
     check_target(path, layout, dtype, overwrite)
     tensors, metadata = to_tensors(lora, layout=layout, dtype=dtype)
     targets = embedding_targets(path, list(lora.embeddings), overwrite)
@@ -74,7 +75,7 @@ def write_lora(
 
 
 def to_tensors(
-    lora: Lora, *, layout: Layout = "kohya", dtype: str = "float16"
+    lora: Lora, *, layout: Layout | None = None, dtype: str = "float16"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) as :func:`write_lora` writes them, without the embeddings.
 
@@ -83,7 +84,7 @@ def to_tensors(
     """
     if not lora.sites:
         raise IterisError("The merged LoRA changes no site; there is nothing to write.")
-    base = lora.base or _unknown_base(lora)
+    base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
     stored = store_all(lora, DTYPES[dtype], base.architecture.one_alpha)
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
@@ -110,6 +111,10 @@ def to_tensors(
     return tensors, {**metadata, "format": "pt"}
 
 
+def _own_layout(lora: Lora) -> Layout:
+    return "kohya" if lora.base is None or lora.base.written else "peft"
+
+
 def _unknown_base(lora: Lora) -> BaseModel:
     """What gives sites the names of SD 1.x where nothing is known of the base model."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -132,11 +137,11 @@ def _warn_of_unread(lora: Lora, layout: Layout) -> None:
         )  # fmt: skip
 
 
-def check_target(path: Path, layout: str, dtype: str, overwrite: bool) -> None:
+def check_target(path: Path, layout: str | None, dtype: str, overwrite: bool) -> None:
     """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
     if dtype not in DTYPES:
         raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    if layout not in ("kohya", "peft"):
+    if layout not in (None, "kohya", "peft"):
         raise IterisError(f'layout must be "kohya" or "peft", not {layout!r}.')
     if path.suffix != ".safetensors":
         raise IterisError(f"{path} must end in .safetensors.")

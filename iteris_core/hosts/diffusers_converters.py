@@ -1,0 +1,186 @@
+"""LoRA files under names that only a pipeline's own loader knows, through its converter.
+
+A converter of diffusers may leave keys out without a word. So it first runs on a copy whose rows
+are numbered, and every row has to come out whole. Alphas are folded in before, since converters
+differ in what they make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraFileError, brief
+from ..lora_files import BaseModel
+from ..lora_files.parts import split_key
+
+Tensors = Mapping[str, Tensor]
+
+_EXACT = 2**24
+"""How many whole numbers float32 holds exactly"""
+
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What a converter gives, and the ``lost`` tensors of which it drops something."""
+
+    tensors: dict[str, Tensor]
+    lost: dict[str, Tensor]
+
+
+def by_loader(
+    pipeline: Any, path: Path, base: BaseModel, tensors: Tensors, *, allow_partial: bool
+) -> dict[str, Tensor]:
+    """``tensors`` of the file ``path`` under names that ``base`` has.
+
+    Where it has all of them they stay; else the pipeline's loader converts them, if need be under
+    another spelling of the same names. Raises :class:`LoraFileError` naming the keys that are lost
+    there; with ``allow_partial`` they stay, under names that say so.
+    """
+    unknown = _unknown(tensors, base)
+    if not unknown:
+        return dict(tensors)
+    found: list[_Converted] = []
+    error: Exception | None = None
+    for spelled in _spellings(_with_alphas_folded(tensors)):
+        try:
+            converted = _convert(pipeline, spelled)
+        except Exception as failure:  # converters raise many kinds for what they do not expect
+            error = error or failure
+            continue
+        if not converted.lost and not _unknown(converted.tensors, base):
+            return converted.tensors
+        found.append(converted)
+    if allow_partial:
+        best = min(found, key=lambda c: len(c.lost) + len(_unknown(c.tensors, base)), default=None)
+        if best is None:
+            return dict(tensors)
+        left_out = {f"{key} (left out by diffusers' loader)": t for key, t in best.lost.items()}
+        return best.tensors | left_out
+    name = type(pipeline).__name__
+    text = [key for key in unknown if key.startswith(("text_encoder", "lora_te"))]
+    if text:
+        raise LoraFileError(
+            f"{path}: {text[0]} changes a text encoder, of which diffusers' loader of {name} reads "
+            "nothing. Allow partial reading (--allow-partial) to merge without it."
+        )
+    lost = next((converted.lost for converted in found if converted.lost), None)
+    if lost and len(lost) < len(tensors):
+        raise LoraFileError(
+            f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
+            f"tensors, such as {', '.join([*lost][:3])}. Allow partial reading (--allow-partial) "
+            "to go on without them."
+        )
+    key, why = unknown[0], f" ({brief(error)})" if error is not None else ""
+    raise LoraFileError(
+        f"{path}: {key} {tuple(tensors[key].shape)} matches no module of the base model, and "
+        f"diffusers' loader of {name} does not convert the file{why}; was this LoRA made for "
+        "another base model?"
+    )
+
+
+def _unknown(tensors: Tensors, base: BaseModel) -> list[str]:
+    splits = {key: split_key(key, base.aliases) for key in tensors}
+    return [key for key, split in splits.items() if not split or split[0] not in base.aliases]
+
+
+def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
+    """The same changes with every alpha equal to its rank."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        module, part = split_key(key, ()) or (key, "")
+        parts.setdefault(module, {})[part] = key
+    folded = dict(tensors)
+    for keys in parts.values():
+        if {"alpha", "down", "up"} <= keys.keys():
+            alpha, rank = tensors[keys["alpha"]], tensors[keys["down"]].shape[0]
+            scale = float(alpha.flatten()[0]) / max(rank, 1)
+            folded[keys["up"]] = tensors[keys["up"]].float() * scale
+            folded[keys["alpha"]] = torch.full_like(alpha, rank, dtype=torch.float32)
+    return folded
+
+
+def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The same tensors as they are, without alphas that say nothing, and under the prefixes by
+    which converters know ComfyUI's files and kohya's."""
+    bare = {k: t for k, t in tensors.items() if _part(k) != "alpha"}
+    yield tensors
+    yield bare
+    ours: dict[str, Tensor] = {}
+    for key, tensor in bare.items():
+        name = key
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        ours[name] = tensor
+    yield {f"diffusion_model.{name}": tensor for name, tensor in ours.items()}
+    kohya: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        module, part = split_key(name, ()) or (name, "")
+        leaf = {"down": ".lora_down.weight", "up": ".lora_up.weight"}.get(part, f".{part}")
+        kohya[f"lora_unet_{module.replace('.', '_')}{leaf}"] = tensor
+    yield kohya
+
+
+def _convert(pipeline: Any, tensors: dict[str, Tensor]) -> _Converted:
+    numbered, widths = _numbered(tensors)
+    seen = torch.zeros(len(widths), dtype=torch.bool)
+    for tensor in _loaded(pipeline, numbered).values():
+        rows = _rows(tensor)
+        whole = (rows == rows[:, :1]).all(dim=1)
+        ids = rows[whole, 0].long()
+        ids = ids[(ids > 1) & (ids < len(widths))]
+        seen[ids[widths[ids] == rows.shape[1]]] = True
+    lost: dict[str, Tensor] = {}
+    first = 2
+    for key, tensor in tensors.items():
+        rows = _rows(tensor)
+        # Rows of zeros say nothing and may go.
+        missing = ~seen[first : first + len(rows)] & (rows != 0).any(dim=1)
+        if bool(missing.any()) and _part(key) != "alpha":
+            lost[key] = tensor
+        first += len(rows)
+    return _Converted(_loaded(pipeline, dict(tensors)), lost)
+
+
+def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the loader makes of ``tensors``, which it may empty; alphas that it gives apart are
+    among them."""
+    unet = getattr(pipeline, "unet", None)
+    options = {} if unet is None else {"unet_config": unet.config}
+    found: Any = type(pipeline).lora_state_dict(tensors, **options)
+    state, alphas = found if isinstance(found, tuple) else (found, None)
+    return state | {key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()}
+
+
+def _numbered(tensors: Tensors) -> tuple[dict[str, Tensor], Tensor]:
+    """A copy where every row of every tensor is one number, and how wide the row of each number is.
+    Alphas stay; the numbers 0 and 1 are nobody's, since converters put zeros and ones in."""
+    total = 2 + sum(len(_rows(tensor)) for tensor in tensors.values())
+    dtype = torch.float32 if total < _EXACT else torch.float64
+    widths = torch.zeros(total, dtype=torch.long)
+    copy: dict[str, Tensor] = {}
+    first = 2
+    for key, tensor in tensors.items():
+        count, width = _rows(tensor).shape
+        ids = torch.arange(first, first + count, dtype=dtype)
+        is_alpha = _part(key) == "alpha"
+        copy[key] = tensor if is_alpha else ids[:, None].repeat(1, width).reshape(tensor.shape)
+        widths[first : first + count] = width
+        first += count
+    return copy, widths
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(rows, all the rest)"""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+
+
+def _part(key: str) -> str:
+    return (split_key(key, ()) or (key, ""))[1]

@@ -1,0 +1,68 @@
+"""Random LoRA files for any pipeline, as peft and diffusers write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from iteris_core import Lora
+from iteris_core.hosts.diffusers_lora import loaded_components, pipeline_sites
+
+PARTS = re.compile(r"attn|attention|\.ff|ffn|feed_forward|mlp|\.fc[12]$", re.IGNORECASE)
+
+
+def lora_tensors(pipeline: Any, seed: int = 1, rank: int = 2, size: float = 1.0):
+    """Of every linear layer of attention and feed-forward, in peft's layout."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for component in loaded_components(pipeline):
+        if component == "transformer_2":
+            continue
+        for name, module in getattr(pipeline, component).named_modules():
+            if not isinstance(module, nn.Linear) or not PARTS.search(f".{name}"):
+                continue
+            if component.startswith("text_encoder") and name.startswith("encoder."):
+                name = f"text_model.{name}"
+            wide, high = module.in_features, module.out_features
+            down = torch.randn(rank, wide, generator=generator) / wide**0.5
+            up = torch.randn(high, rank, generator=generator) * size / rank**0.5
+            tensors[f"{component}.{name}.lora_A.weight"] = down
+            tensors[f"{component}.{name}.lora_B.weight"] = up
+    return tensors
+
+
+def write_lora(path: str | Path, pipeline: Any, seed: int = 1, rank: int = 2) -> Path:
+    """A random LoRA of the pipeline's denoiser and of the text encoders that it is loaded with."""
+    save_file(lora_tensors(pipeline, seed, rank), path)
+    return Path(path)
+
+
+@contextmanager
+def applied(pipeline: Any, lora: Lora) -> Generator[None]:
+    """The pipeline with the LoRA's changes added to its weights."""
+    sites = pipeline_sites(pipeline)
+    before = {site: sites[site].weight.detach().clone() for site in lora.sites}
+    try:
+        for site, change in lora.sites.items():
+            sites[site].weight.data += change.dense().reshape(before[site].shape)
+        yield
+    finally:
+        for site, weight in before.items():
+            sites[site].weight.data.copy_(weight)
+
+
+@contextmanager
+def loaded(pipeline: Any, path: str | Path) -> Generator[None]:
+    """The pipeline with a file as its own loader loads it."""
+    pipeline.load_lora_weights(str(path))
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
