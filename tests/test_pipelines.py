@@ -33,7 +33,7 @@ def merged(reduced: Reduced, paths: list[Path], rows: int) -> MergeResult:
     host = DiffusersHost(reduced.pipeline, **reduced.call)
     prompts = list(reduced.prompts)
     concepts = [Concept(host.read_lora(path), prompts=prompts) for path in paths]
-    settings = {"micro_batch": rows}
+    settings = {"micro_batch": rows, **reduced.settings}
     return merge_loras(
         host, concepts, settings=settings, calibration=CALIBRATION, unmergeable="skip"
     )

@@ -179,20 +179,23 @@ class DiffusersHost:
             self._denoise(name, arguments, calls)
 
         firsts = [self._call(samples, row, 0) for row in rows]
+        free = arguments.alike and not arguments.masked
         return Stage(
             name,
             sites,
             [text.owners[row] for row in rows],
             run,
             places=True,
-            kinds=None if arguments.alike else [kind(c, arguments.batched) for c in firsts],
+            kinds=None if free else [kind(c, arguments.batched) for c in firsts],
             lengths=None if arguments.alike else [size(call) for call in firsts],
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """How many tokens each prompt has, by every tokenizer."""
         parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
-        counts = [map(len, part(list(prompts)).input_ids) for part in parts if part is not None]
+        counts = [
+            map(len, part(text=list(prompts)).input_ids) for part in parts if part is not None
+        ]
         return list(zip(*counts, strict=True))
 
     def room(self, wanted: int) -> int:
@@ -211,6 +214,8 @@ class DiffusersHost:
 
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt the denoiser's arguments that do not move with the steps."""
+        if not arguments.together and len(prompts) > 1:
+            return [call for prompt in prompts for call in self._first(arguments, [prompt])]
         call = self._loop.first_call(prompts, arguments.size)
         still = {path: value for path, value in call.items() if path not in arguments.moving}
         rows = [entries(still, arguments.batched, row) for row in range(len(prompts))]

@@ -22,11 +22,12 @@ from ..architectures.record import Architecture
 from ..concepts import Calibration
 from ..errors import IterisError, brief
 from ..lora_files.experts import second_of
-from .recorded import Call, Recorders, See, batched_in, differ, entries, kind
+from .recorded import Axes, Call, Recorders, See, batched_in, differ, entries, kind, passed, rows_in
 from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch
 
-_SHORT, _LONG = "a cat", "two cats"
-"""Of unlike length in every tokenizer."""
+_SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
+"""Of unlike length in every tokenizer, also where it pads to a multiple of 16 or 32 tokens; what a
+CLIP takes."""
 
 _SAME = 1e-2
 """Two runs of one seed differ by rounding, of two seeds by all of the noise."""
@@ -43,18 +44,25 @@ class Enough(Exception):
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a denoiser's arguments are. ``batched`` have an entry a row, those of ``lists`` are no
-    tensors; ``drawn`` follow the noise, ``timed`` the step, and of the others ``worded`` the
-    prompt. ``alike`` says that prompts of all lengths give equal shapes, so that they may share a
-    run. ``steps`` are those of a whole denoising; ``size`` is what the pipeline is asked for;
-    ``numbers`` how many a row's noise has; ``given`` is the denoiser's output, for its shape."""
+    """What a denoiser's arguments are.
 
-    batched: frozenset[str]
+    ``batched`` have an entry a row, those of ``lists`` are no tensors; ``drawn`` follow the noise,
+    ``timed`` the step, and of the others ``worded`` the prompt. ``together`` says that the pipeline
+    takes several prompts, ``alike`` that prompts of all lengths give equal shapes as well, so that
+    they may share a run, and ``masked`` that masks tell them apart, so that their rows may not
+    share a forward. ``steps`` are those of a whole denoising; ``size`` is what the pipeline is
+    asked for; ``numbers`` how many a row's noise has; ``given`` is the denoiser's output, for its
+    shape.
+    """
+
+    batched: Axes
     lists: frozenset[str]
     drawn: frozenset[str]
     timed: frozenset[str]
     worded: frozenset[str]
+    together: bool
     alike: bool
+    masked: bool
     steps: int
     size: Mapping[str, int]
     numbers: int
@@ -81,6 +89,7 @@ class PipelineLoop:
         self._recorders = Recorders(self.denoisers)
         self._before: dict[str, Any] = {}
         self._open = 0
+        self._unguided = 1.0
 
     @property
     def _scale_name(self) -> str:
@@ -105,6 +114,7 @@ class PipelineLoop:
         size: Mapping[str, int],
         generators: Sequence[torch.Generator],
         guidance: float = 1.0,
+        pictures: int = 1,
     ) -> None:
         """Run the loop on ``prompts`` until ``see`` raises :class:`Enough`, or to its end."""
         arguments: dict[str, Any] = {
@@ -112,9 +122,10 @@ class PipelineLoop:
             "num_inference_steps": steps,
             "generator": list(generators),
             "output_type": "latent",
-            **self._guidance(guidance, len(prompts)),
+            **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), pictures),
             **size,
             **self._call,
+            **self._guidance(guidance, len(prompts)),
         }
         known = {name: value for name, value in arguments.items() if name in self._names}
         with self._ready(), self._recorders.open(see), suppress(Enough):
@@ -125,7 +136,7 @@ class PipelineLoop:
         if name == "guidance_scale" and not self.empty_prompts:
             return {name: scale} if scale > 1 else {}  # an input of the model
         negative = {"negative_prompt": [""] * count} if scale > 1 else {}
-        return {name: scale, **negative}
+        return {name: scale - 1 + self._unguided, **negative}
 
     @contextmanager
     def _ready(self) -> Generator[None]:
@@ -150,7 +161,12 @@ class PipelineLoop:
                     pipeline.maybe_free_model_hooks()
 
     def first_call(
-        self, prompts: Sequence[str], size: Mapping[str, int], steps: int = 2, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        size: Mapping[str, int],
+        steps: int = 2,
+        seed: int = 0,
+        pictures: int = 1,
     ) -> Call:
         """The arguments of the denoiser's first call, which is not run."""
         found: list[Call] = []
@@ -159,8 +175,8 @@ class PipelineLoop:
             found.append(call)
             raise Enough
 
-        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-        self.run(prompts, see, steps=steps, size=size, generators=generators)
+        generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
+        self.run(prompts, see, steps=steps, size=size, generators=generators, pictures=pictures)
         return found[0]
 
     def study(self, calibration: Calibration, *, denoises: bool) -> Arguments:
@@ -184,9 +200,12 @@ class PipelineLoop:
 
     def _study(self, calibration: Calibration, *, denoises: bool) -> Arguments:
         size, numbers = self._size(calibration)
-        one, two = self.first_call([_SHORT], size), self.first_call([_SHORT] * 2, size, seed=1)
-        long = self.first_call([_LONG], size)
+        one, two, together = self._one_and_two(size)
         batched = batched_in(one, two)
+        if rows_in(one, batched) == 2 and self._unguided:  # guided at a scale of 1
+            self._unguided = 0.0
+            return self._study(calibration, denoises=denoises)
+        long = self.first_call([_LONG], size)
         first, other = entries(one, batched, 0), entries(two, batched, 0)
         drawn = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
         timed, steps, given = self._steps(calibration, size) if denoises else (set[str](), 1, None)
@@ -197,19 +216,32 @@ class PipelineLoop:
                 "told from its arguments; it cannot be merged on here."
             )
         still = one.keys() - drawn - timed
-        kinds = [kind({path: call.get(path) for path in still}, batched) for call in (one, long)]
+        calls = [{path: call.get(path) for path in still} for call in (one, long)]
+        kinds = [kind(call, batched, masks=False) for call in calls]
+        row = entries(one, batched, 0)
         return Arguments(
-            batched=batched | {path for path in timed if _is_scalar(one[path])},
+            batched=batched | {path: 0 for path in timed if _is_scalar(one[path])},
             lists=frozenset(path for path in batched if not isinstance(one[path], Tensor)),
             drawn=drawn,
             timed=timed,
             worded=frozenset(path for path in still if differ(one[path], long.get(path))),
-            alike=kinds[0] == kinds[1],
+            together=together,
+            alike=together and kinds[0] == kinds[1],
+            masked=any(passed(row[path]) is not None for path in batched),
             steps=steps,
             size=size,
             numbers=numbers,
             given=given,
         )
+
+    def _one_and_two(self, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
+        """Calls of one row and of two, and whether the two may be of two prompts: with a picture to
+        edit some pipelines take one alone."""
+        one = self.first_call([_SHORT], size)
+        try:
+            return one, self.first_call([_SHORT] * 2, size, seed=1), True
+        except Exception:
+            return one, self.first_call([_SHORT], size, seed=1, pictures=2), False
 
     def _steps(
         self, calibration: Calibration, size: Mapping[str, int]
@@ -232,8 +264,8 @@ class PipelineLoop:
             size=size,
             generators=[torch.Generator().manual_seed(0)],
         )
-        name, one = calls[0]
-        later = [call for who, call in calls if who == name]
+        later = [call for _, call in calls]
+        one = later[0]
         moving = {path for path in one if any(differ(one[path], c.get(path)) for c in later)}
         # Ones move the latents, too; those that are not drawn are told apart by the caller.
         pairs = itertools.pairwise(calls)

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Axes = Mapping[str, int]
+"""Argument with an entry a row → the dimension in which it has them."""
+
 Call = dict[str, Any]
 """Argument → value; of one that is a dictionary, ``argument.key`` → value."""
 
@@ -102,35 +105,49 @@ def arguments_of(call: Call) -> dict[str, Any]:
     return arguments
 
 
-def batched_in(one: Call, two: Call) -> frozenset[str]:
-    """The arguments with an entry a row, from a call of one row and one of two."""
-    return frozenset(
-        path
-        for path, value in one.items()
-        if (isinstance(value, Tensor) and _doubled(value, two.get(path)))
-        or (isinstance(value, (list, tuple)) and len(two.get(path) or ()) == 2 * len(value) > 0)  # pyright: ignore
-    )
+def batched_in(one: Call, two: Call) -> dict[str, int]:
+    """The arguments with an entry a row, and the dimension in which they have it, from a call of
+    one row and one of two."""
+    axes = {path: _doubled(value, two.get(path)) for path, value in one.items()}
+    return {path: axis for path, axis in axes.items() if axis is not None}
 
 
-def _doubled(one: Tensor, two: Any) -> bool:
-    return (
-        isinstance(two, Tensor)
-        and one.ndim == two.ndim > 0
-        and two.shape[0] == 2 * one.shape[0]
-        and one.shape[1:] == two.shape[1:]
-    )
+def _doubled(one: Any, two: Any) -> int | None:
+    if isinstance(one, Tensor) and isinstance(two, Tensor) and one.ndim == two.ndim:
+        pairs = zip(one.shape, two.shape, strict=True)
+        other = [(axis, n, m) for axis, (n, m) in enumerate(pairs) if n != m]
+        return other[0][0] if len(other) == 1 and other[0][2] == 2 * other[0][1] else None
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        return 0 if len(two) == 2 * len(one) > 0 else None  # pyright: ignore
+    return None
 
 
-def entries(call: Call, batched: Set[str], row: int) -> Call:
+def rows_in(call: Call, batched: Axes) -> int:
+    """How many rows ``call`` has."""
+    counts = [_count(call[path], axis) for path, axis in batched.items() if path in call]
+    return max(counts, default=1)
+
+
+def _count(value: Any, axis: int) -> int:
+    return value.shape[axis] if isinstance(value, Tensor) else len(value)
+
+
+def entries(call: Call, batched: Axes, row: int) -> Call:
     """One row of ``call``: of what is ``batched`` its entry, without the dimension of the batch. A
     number for all rows is that of each."""
     return {
-        path: value[row] if path in batched and getattr(value, "ndim", 1) else value
+        path: _entry(value, batched[path], row) if path in batched else value
         for path, value in call.items()
     }
 
 
-def joined(rows: Sequence[Call], batched: Set[str], lists: Set[str], device: Any) -> Call:
+def _entry(value: Any, axis: int, row: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.select(axis, row) if value.ndim else value
+    return value[row]
+
+
+def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) -> Call:
     """One call of ``rows``, which must be of one :func:`kind`; ``lists`` are those of ``batched``
     that are no tensors."""
     call: Call = {}
@@ -141,16 +158,25 @@ def joined(rows: Sequence[Call], batched: Set[str], lists: Set[str], device: Any
             some = [row[path] for row in rows]
             call[path] = [s.to(device) if isinstance(s, Tensor) else s for s in some]
         else:
-            call[path] = torch.stack([row[path].to(device) for row in rows])
+            some = [row[path].to(device) for row in rows]
+            call[path] = torch.stack(some, dim=batched[path])
     return call
 
 
-def kind(row: Call, batched: Set[str]) -> Hashable:
-    """Equal for rows that may share a call."""
+def kind(row: Call, batched: Axes, *, masks: bool = True) -> Hashable:
+    """Equal for rows that may share a call. With ``masks`` they also let as many entries pass:
+    some models pack what their rows' masks leave, and the shorter row would get padding."""
     return tuple(
-        (path, _shape(value) if path in batched else _value(value))
+        (path, _shape(value), masks and passed(value)) if path in batched else (path, _value(value))
         for path, value in sorted(row.items())
     )
+
+
+def passed(value: Any) -> int | None:
+    """How many entries of a row a mask lets pass; None for what is no mask."""
+    if not isinstance(value, Tensor) or not value.ndim or value.is_floating_point():
+        return None
+    return int(value.sum()) if bool(((value == 0) | (value == 1)).all()) else None
 
 
 def size(row: Call) -> int:

@@ -20,10 +20,12 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 
 @dataclass
 class Reduced:
-    """``call`` has what ``pipeline(prompt=…, num_inference_steps=…, generator=…)`` takes beside."""
+    """``call`` has what ``pipeline(prompt=…, num_inference_steps=…, generator=…)`` takes beside;
+    ``settings`` are those of a merge."""
 
     pipeline: Any
     call: dict[str, Any] = field(default_factory=dict[str, Any])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     prompts: tuple[str, ...] = PROMPTS
 
 

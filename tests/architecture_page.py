@@ -1,0 +1,68 @@
+"""``docs/architectures.md`` from ``benchmarks/results/architectures.json``.
+
+``python tests/architecture_page.py > docs/architectures.md``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from architecture_results import FILE
+
+HEAD = """\
+# Architectures that were tested
+
+Each line is a test on real classes at reduced widths with random weights, in float32, with prompts
+of unlike lengths, the empty one and one of more than 77 tokens among them; nothing else is
+promised. The tests write the figures into `benchmarks/results/architectures.json`, and this page is
+made from it: `python tests/architecture_page.py > docs/architectures.md`.
+
+- **alone**: the merge of one LoRA against that LoRA in the application's own loader, as a share of
+  what the LoRA changes in the picture. A test fails above 1e-3.
+- **rows**: merges with 32 and with 5 rows a forward, the largest relative difference of a layer. A
+  test fails above 5e-3.
+- **file**: the saved file in the application's own loader against the merge itself, as a share of
+  what the merge changes in the picture. A test fails above 1e-3.
+- **left out**: layers that are not merged, and why. The other figures are of the rest.
+"""
+
+TITLES = {
+    "comfyui": (
+        "ComfyUI",
+        "`tests/comfy/test_architectures.py`. In ComfyUI a LoRA file may use every name that the "
+        "loaded class's own key map has.",
+    ),
+    "diffusers": (
+        "diffusers",
+        "`tests/test_pipelines.py`. LoRA files in peft's and diffusers' layout are read for all of "
+        "them; in other layouts by tables of ours for Stable Diffusion and FLUX.1, and through the "
+        "pipeline's own converter for the others, as far as it loses nothing of the file.",
+    ),
+}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page in Markdown."""
+    parts = [HEAD]
+    for key, (title, text) in TITLES.items():
+        rows: Mapping[str, Mapping[str, Any]] = found.get(key, {})
+        if not rows:
+            continue
+        version = found.get("versions", {}).get(key, "")
+        parts.append(f"## {title} {version}\n\n{text}\n")
+        any_left_out = any("left_out" in figures for figures in rows.values())
+        titles = ["architecture", "alone", "rows", "file", *["left out"] * any_left_out]
+        lines = [titles, ["---", *["---:"] * 3, *["---"] * any_left_out]]
+        for name in sorted(rows, key=str.lower):
+            figures = rows[name]
+            cells = [f"{figures[law]:.1g}" for law in ("alone", "rows", "file")]
+            lines.append([name, *cells, *[figures.get("left_out", "")] * any_left_out])
+        parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page(json.loads(FILE.read_text(encoding="utf-8"))))
