@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -28,13 +28,27 @@ def option(help: str, *names: str, **limits: Any) -> Any:
 
 
 Device = Annotated[str | None, option("cpu, cuda, …; the best by default")]
+BaseDtype = Annotated[
+    Literal["float16", "bfloat16", "float32"] | None,
+    option("Of the base; on a GPU bfloat16, or float16 for a UNet, else float32"),
+]
+Offload = Annotated[
+    Literal["model", "sequential"] | None,
+    option("Keep the base in host memory: the model that runs, or only its layer, is on the GPU"),
+]
 
 
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
+def load_base(
+    base: str,
+    device: str | None,
+    config: Path | None = None,
+    dtype: str | None = None,
+    offload: str | None = None,
+) -> Any:
     """The pipeline in a folder or of a hub name, or of a single file by what is in it.
 
     ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
@@ -50,15 +64,25 @@ def load_base(base: str, device: str | None, config: Path | None = None) -> Any:
 
     diffusers_logging.set_verbosity_error()
     device = device or best_device()
-    with loading(base, "Stable Diffusion pipeline of diffusers, a .safetensors checkpoint"):
+    with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
             of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
             where = {} if config is None else {"config": str(config)}
             pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
         else:
             pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+        if dtype is None and device == "cpu":
+            dtype = "float32"
+        half = "float16" if hasattr(pipeline, "unet") else "bfloat16"
+        pipeline.to(dtype=getattr(torch, dtype or half))
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
+    return pipeline
 
 
 @contextmanager

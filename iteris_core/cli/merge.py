@@ -9,14 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..concepts import PRESERVE_WEIGHT, Calibration, Concept
-from ..errors import IterisError
+from ..errors import IterisError, brief
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora import Lora
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target, write_lora
+from ..lora_files.experts import expert_files, second_of, split_experts
 from ..lora_files.peft_folder import check_folder, write_adapter
+from ..merge import Unmergeable
 from ..methods import all_methods, find_method
 from ..presets import PresetName
 from .adapters import AdapterOption, is_model, load_adapters, parse_adapter
-from .common import Device, load_base, option, run_merge
+from .common import BaseDtype, Device, Offload, load_base, option, run_merge
 from .options import (
     PRESET_HELP,
     Dtype,
@@ -34,7 +37,7 @@ def merge(
     base: Annotated[
         str,
         typer.Argument(
-            help="Stable Diffusion: a diffusers folder, a .safetensors, a hub name; or a model of "
+            help="A pipeline of diffusers (a folder, a .safetensors, a hub name), or a model of "
             "transformers"
         ),
     ],
@@ -45,8 +48,8 @@ def merge(
         list[str] | None,
         option(
             "FILE, FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, such as 0.8, or 0.8/0.5 "
-            "for model/text encoders; on a model of transformers FOLDER:SAMPLES or "
-            "FOLDER:SAMPLES:STRENGTH. Give it once per LoRA"
+            "for model/text encoders; HIGH+LOW for FILE where the base has two experts; on a model "
+            "of transformers FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH. Give it once per LoRA"
         ),
     ] = None,
     from_file: Annotated[
@@ -91,7 +94,16 @@ def merge(
         option("Of the file; kohya by default, or peft where a base has no such names"),
     ] = None,
     dtype: Annotated[Dtype, option("Of the file")] = "float16",
+    frames: Annotated[int | None, calibration_option("frames")] = None,
+    image: Annotated[
+        Path | None, option("A picture for a base that asks for one: to edit, to begin with, …")
+    ] = None,
+    mask_image: Annotated[
+        Path | None, option("Which part of --image an inpainting base paints")
+    ] = None,
     device: Device = None,
+    base_dtype: BaseDtype = None,
+    offload: Offload = None,
     memory: Annotated[
         float | None,
         option("GiB that the merge may take beyond the model; what is free by default"),
@@ -99,6 +111,10 @@ def merge(
     allow_partial: Annotated[
         bool, option("Leave out what a LoRA cannot represent, and list it")
     ] = False,
+    unmergeable: Annotated[
+        Unmergeable,
+        option("Layers whose features cannot be collected: refuse, skip, or take the LoRAs' mean"),
+    ] = "refuse",
     energy: Annotated[
         float, option("Share kept of changes that are not low rank by themselves")
     ] = 0.999,
@@ -109,7 +125,7 @@ def merge(
     as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
     plot: Annotated[Path | None, option("A PNG of the output errors per block")] = None,
 ) -> None:
-    """Merge LoRAs on a Stable Diffusion base, or on a model of transformers, and write one."""
+    """Merge LoRAs on a pipeline of diffusers, or on a model of transformers, and write one."""
     recipe = read_recipe(from_file, loras) if from_file is not None else None
     if (recipe is None) == (not concept):
         raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
@@ -126,6 +142,7 @@ def merge(
         timesteps=timesteps,
         latents=latents,
         latent_size=latent_size,
+        frames=frames,
         seed=seed,
         templates=read_lines(templates) if templates else None,
     )
@@ -137,12 +154,14 @@ def merge(
         "preset": preset or "default",
         "settings": settings,
         "calibration": calibration,
+        "unmergeable": unmergeable,
         "memory_budget": "free" if memory is None else round(memory * 2**30),
     }
     adapters: list[AdapterOption] = []
     if recipe is None and is_model(base, concept or []):
         only = f"diffusion bases; {base} is a single model."
-        _refuse(only, preserve=preserve, templates=templates, plot=plot)
+        _refuse(only, preserve=preserve, templates=templates, plot=plot, image=image)
+        _refuse(only, base_dtype=base_dtype, offload=offload, mask_image=mask_image)
         _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
         check_folder(output)
         adapters = [parse_adapter(text) for text in concept or []]
@@ -155,6 +174,8 @@ def merge(
         )
         check_target(output, layout, dtype, overwrite)
     files = [parse_concept(text) for text in concept or [] if not adapters]
+    for path in expert_files(output) if any(file.low for file in files) else ():
+        check_target(path, layout, dtype, overwrite)
     reading = ReadOptions(allow_partial, energy)
 
     def load(device: str) -> tuple[Host, list[Concept]]:
@@ -162,7 +183,10 @@ def merge(
             return load_adapters(base, adapters, model_class, generate, device)
         from ..hosts.diffusers import DiffusersHost
 
-        host = DiffusersHost(load_base(base, device))
+        pictures = {"image": image, "mask_image": mask_image}
+        call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
+        pipeline = load_base(base, device, dtype=base_dtype, offload=offload)
+        host = DiffusersHost(pipeline, **call)
         if recipe is not None:
             concepts = concepts_of(recipe, host, reading, rename or [])
         else:
@@ -176,19 +200,44 @@ def merge(
         return
     if adapters:
         folder = write_adapter(result.lora, output, base=base, dtype=DTYPES[dtype])
-        path = folder / "adapter_model.safetensors"
+        paths = [folder / "adapter_model.safetensors"]
     else:
         result = cut_again(recipe, result) if recipe is not None else result
-        path = result.save(output, layout=layout, dtype=dtype, overwrite=overwrite)
+        paths = save_lora(result.lora, output, layout=layout, dtype=dtype, overwrite=overwrite)
     if plot is not None:
         from ..report.plots import plot_residuals
 
         plot_residuals(result.report).savefig(plot)
     if as_json:
-        typer.echo(json.dumps({"path": str(path), **result.report.to_dict()}))
-    else:
-        typer.echo(result.report.summary())
+        more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
+        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
+        return
+    typer.echo(result.report.summary())
+    for path in paths:
         typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+
+
+def save_lora(
+    lora: Lora, path: Path, *, layout: Layout | None, dtype: str, overwrite: bool
+) -> list[Path]:
+    """Write a LoRA to ``path``, or that of two experts to a file each."""
+    denoiser = lora.base.architecture.denoiser if lora.base is not None else ""
+    parts = {path: lora}
+    if any(site.startswith(f"{second_of(denoiser)}.") for site in lora.sites):
+        parts = dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
+    how: dict[str, Any] = {"layout": layout, "dtype": dtype, "overwrite": overwrite}
+    return [write_lora(part, target, **how) for target, part in parts.items()]
+
+
+def open_picture(path: Path) -> Any:
+    """An RGB picture. Raises :class:`IterisError` where there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise IterisError(f"{path} is no picture that can be read ({brief(error)}).") from error
 
 
 def _refuse(why: str, **options: Any) -> None:

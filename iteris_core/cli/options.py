@@ -24,13 +24,21 @@ PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.item
 
 @dataclass(frozen=True)
 class ConceptOption:
-    """``text_strength=None``: the same as ``strength``."""
+    """``text_strength=None``: the same as ``strength``. ``low`` is the file for the second of two
+    experts."""
 
     file: Path
     trigger: str = ""
     class_word: str = ""
     strength: float = 1.0
     text_strength: float | None = None
+    low: Path | None = None
+
+
+def split_files(text: str) -> tuple[Path, Path | None]:
+    """FILE, or HIGH+LOW of a model with two experts."""
+    high, plus, low = text.partition(".safetensors+")
+    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
 
 
 def calibration_option(name: str) -> Any:
@@ -45,9 +53,10 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def parse_concept(text: str) -> ConceptOption:
-    """FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]]"""
+    """FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]], where FILE may be HIGH+LOW"""
     if text.endswith(".safetensors"):
-        return ConceptOption(Path(text))
+        file, low = split_files(text)
+        return ConceptOption(file, low=low)
     # A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
     parts = re.fullmatch(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?", text)
     if parts is None:
@@ -56,9 +65,10 @@ def parse_concept(text: str) -> ConceptOption:
             "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
             "cat.safetensors:sks:cat:0.8/0.5; or FILE alone, if its metadata have a trigger."
         )
-    file, trigger, class_word, model, encoders = parts.groups()
+    files, trigger, class_word, model, encoders = parts.groups()
+    file, low = split_files(files)
     strengths = float(model or 1), None if encoders is None else float(encoders)
-    return ConceptOption(Path(file), trigger, class_word, *strengths)
+    return ConceptOption(file, trigger, class_word, *strengths, low)
 
 
 def parse_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -12,12 +13,13 @@ from ..errors import IterisError, SettingsError
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions, read_tensors
+from ..lora_files.experts import joined_experts
 from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
 from ..report.provenance import cut_lora
 from ..settings import Settings
-from .options import ConceptOption
+from .options import ConceptOption, split_files
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ def concepts_of(
         except (AttributeError, TypeError, ValueError) as error:
             raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
         if entry.get("file"):
-            path = _find(recipe, str(entry["file"]), str(entry.get("sha256") or ""))
-            lora = rename_embeddings(host.read_lora(path, reading), [*again, *renames])
+            names = [str(name) for name in split_files(str(entry["file"])) if name is not None]
+            digests = str(entry.get("sha256") or "").split("+")
+            pairs = itertools.zip_longest(names, digests, fillvalue="")
+            files = [_find(recipe, name, digest) for name, digest in pairs if name]
+            lora = rename_embeddings(read_files(host, files, reading), [*again, *renames])
             concept = replace(concept, lora=lora)
         found.append(concept)
     return found
@@ -128,6 +133,17 @@ def _find(recipe: Recipe, name: str, digest: str) -> Path:
     )
 
 
+def read_files(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
+    """The LoRA in one file, or in two of a model with two experts: for high noise and for low."""
+    high, *others = [host.read_lora(file, reading) for file in files]
+    if not others:
+        return high
+    experts = getattr(host, "experts", None)
+    if not experts:
+        raise IterisError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
+    return joined_experts(high, others[0], experts)
+
+
 def read_concepts(
     options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
 ) -> list[Concept]:
@@ -135,7 +151,8 @@ def read_concepts(
     that the file's metadata have."""
     found: list[Concept] = []
     for option in options:
-        lora = host.read_lora(option.file, reading)
+        files = [option.file, *([option.low] if option.low else [])]
+        lora = read_files(host, files, reading)
         words = Words(option.trigger, option.class_word)
         if words == Words():
             words = words_of(lora.metadata)

@@ -67,9 +67,9 @@ class DiffusersHost:
         return getattr(self.pipeline, self.architecture.denoiser)
 
     @property
-    def experts(self) -> bool:
-        """Whether there is a second denoiser, for low noise."""
-        return len(self._loop.denoisers) > 1
+    def experts(self) -> str:
+        """Where there is a second denoiser, for low noise: the name of the first."""
+        return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
 
     def _models(self) -> list[nn.Module]:
         components = {site.partition(".")[0] for site in self._sites}

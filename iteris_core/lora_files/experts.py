@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from ..errors import IterisError
 from ..lora import Lora
 from .aliases import BaseModel
+
+HIGH, LOW = "high_noise", "low_noise"
 
 _T = TypeVar("_T")
 
@@ -45,6 +48,8 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
         sites={**high.sites, **second.sites},
         scales={**high.scales, **second.scales},
         notes=[*high.notes, *low.notes],
+        source=f"{high.source}+{low.source}",
+        sha256=f"{high.sha256}+{low.sha256}",
     )
 
 
@@ -63,6 +68,12 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
         scales=_renamed(lora.scales, second, first),
         embeddings={},
     )
+    return high, low
+
+
+def expert_files(path: Path) -> tuple[Path, Path]:
+    """Where the LoRAs of both go: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
+    high, low = (path.with_name(f"{path.stem}_{end}{path.suffix}") for end in (HIGH, LOW))
     return high, low
 
 
