@@ -92,16 +92,22 @@ class PipelineLoop:
         self._unguided = 1.0
 
     @property
+    def _distilled(self) -> bool:
+        """Whether guidance is an input of the model."""
+        given = any(d.config.get("guidance_embeds") for d in self.denoisers.values())
+        return given and "guidance_scale" in self._names
+
+    @property
     def _scale_name(self) -> str:
-        return "true_cfg_scale" if "true_cfg_scale" in self._names else "guidance_scale"
+        other = "true_cfg_scale" in self._names and not self._distilled
+        return "true_cfg_scale" if other else "guidance_scale"
 
     @property
     def empty_prompts(self) -> bool:
         """Whether people draw with the empty prompt beside theirs, as the pipeline's default has
         it; models that are distilled for guidance take its scale as an input instead."""
         scale = self._names.get(self._scale_name)
-        distilled = any(d.config.get("guidance_embeds") for d in self.denoisers.values())
-        if scale is None or (distilled and self._scale_name == "guidance_scale"):
+        if scale is None or self._distilled:
             return False
         return not isinstance(scale.default, (int, float)) or scale.default > 1
 
@@ -133,10 +139,12 @@ class PipelineLoop:
 
     def _guidance(self, scale: float, count: int) -> dict[str, Any]:
         name = self._scale_name
-        if name == "guidance_scale" and not self.empty_prompts:
-            return {name: scale} if scale > 1 else {}  # an input of the model
-        negative = {"negative_prompt": [""] * count} if scale > 1 else {}
-        return {name: scale - 1 + self._unguided, **negative}
+        if self._distilled or name not in self._names:
+            return {name: scale} if scale > 1 else {}
+        # Of a true scale nothing is made without a negative prompt.
+        negative = name == "true_cfg_scale" and scale > 1
+        words = {"negative_prompt": [""] * count} if negative else {}
+        return {name: scale - 1 + self._unguided, **words}
 
     @contextmanager
     def _ready(self) -> Generator[None]:

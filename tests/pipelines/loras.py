@@ -18,7 +18,7 @@ from iteris_core.hosts.diffusers_lora import loaded_components, pipeline_sites
 PARTS = re.compile(r"attn|attention|\.ff|ffn|feed_forward|mlp|\.fc[12]$", re.IGNORECASE)
 
 
-def lora_tensors(pipeline: Any, seed: int = 1, rank: int = 2, size: float = 1.0):
+def lora_tensors(pipeline: Any, seed: int = 1, rank: int = 2, size: float = 0.5):
     """Of every linear layer of attention and feed-forward, in peft's layout."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}

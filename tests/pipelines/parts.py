@@ -23,10 +23,10 @@ def autoencoder(channels: int = 4, levels: int = 4):
     )  # fmt: skip
 
 
-def qwen_autoencoder(width: int = 8, levels: int = 4):
+def qwen_autoencoder():
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=width, z_dim=4, dim_mult=[1] * levels, num_res_blocks=1, latents_mean=[0.1] * 4,
-        temperal_downsample=[False, True, *[True] * (levels - 3)], latents_std=[1.2] * 4,
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
     )  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
 
 from . import texts
 from .parts import SIDE, TEXT, autoencoder, flow, picture, qwen_autoencoder
@@ -26,15 +29,21 @@ def qwen_image() -> Reduced:
 
 
 def qwen_image_edit() -> Reduced:
-    # The reference always has 1024 x 1024 pixels: few tokens of an autoencoder with seven levels.
+    # It makes its reference 1024 x 1024 pixels large, whatever the picture is.
+    of_area = qwen_edit.calculate_dimensions
+    if not isinstance(of_area, functools.partial):
+        qwen_edit.calculate_dimensions = functools.partial(_reduced_dimensions, of_area)
     pipeline = diffusers.QwenImageEditPipeline(
-        scheduler=flow(use_dynamic_shifting=True), vae=qwen_autoencoder(2, 7),
+        scheduler=flow(use_dynamic_shifting=True), vae=qwen_autoencoder(),
         text_encoder=texts.qwen_vl(), tokenizer=texts.qwen_words(),
         processor=texts.qwen_processor(), transformer=_qwen_transformer(),
     )  # fmt: skip
     guided = {"true_cfg_scale": 3.0, "negative_prompt": " "}
-    call = {"height": 512, "width": 512, "image": picture(), **guided}
-    return Reduced(pipeline, call)
+    return Reduced(pipeline, {**SIDE, "image": picture(), **guided})
+
+
+def _reduced_dimensions(of_area, area: int, ratio: float):
+    return of_area(64 * 64, ratio)
 
 
 def z_image() -> Reduced:
