@@ -1,0 +1,138 @@
+"""Calls of a denoiser as rows: taken apart, joined again, and nothing left on the model."""
+
+from __future__ import annotations
+
+import copy
+
+import greenlet
+import pytest
+import torch
+from pipelines import PIPELINES
+from pipelines.loras import lora_tensors
+from safetensors.torch import save_file
+from torch import nn
+
+from iteris_core import Concept, MergeCancelled, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.recorded import (
+    Recorders,
+    arguments_of,
+    batched_in,
+    entries,
+    joined,
+    kind,
+)
+
+
+class Denoiser(nn.Module):
+    def forward(self, x, time, extra=None, **kwargs):
+        return x + time
+
+
+def call(rows: int, length: int = 3) -> dict:
+    return {
+        "x": torch.arange(rows * 2.0).reshape(rows, 2),
+        "ids": torch.arange(3.0),
+        "text": [torch.full((length, 2), float(row)) for row in range(rows)],
+        "late": torch.arange(rows * 3.0).reshape(3, rows),
+        "extra.scale": torch.ones(rows),
+        "time": torch.tensor(5.0),
+    }
+
+
+def test_a_call_is_its_rows():
+    batched = batched_in(call(1), call(2))
+    assert batched == {"x": 0, "text": 0, "late": 1, "extra.scale": 0}
+    two = call(2)
+    again = joined([entries(two, batched, row) for row in (0, 1)], batched, {"text"}, "cpu")
+    assert again.keys() == two.keys()
+    for path in ("x", "ids", "late", "extra.scale", "time"):
+        assert torch.equal(again[path], two[path])
+    assert all(map(torch.equal, again["text"], two["text"]))
+    assert arguments_of(two)["extra"]["scale"] is two["extra.scale"]
+
+
+def test_rows_of_one_kind_have_equal_shapes_and_share_the_same():
+    batched = batched_in(call(1), call(2))
+    rows = [entries(call(2), batched, row) for row in (0, 1)]
+    assert kind(rows[0], batched) == kind(rows[1], batched)
+    longer = entries(call(1, length=4), batched, 0)
+    others = {**rows[0], "ids": torch.arange(3.0) + 1}
+    assert len({kind(row, batched) for row in (rows[0], longer, others)}) == 3
+
+
+def test_a_call_is_seen_with_the_names_of_its_arguments_and_the_forward_comes_back():
+    module = Denoiser()
+    recorders = Recorders({"unet": module})
+    seen = []
+
+    def see(name, call, run):
+        seen.append((name, call))
+        return run()
+
+    with recorders.open(see):
+        assert float(module(torch.ones(1), 2, extra={"scale": 3}, more=4)) == 3.0
+    assert "forward" not in module.__dict__
+    ((name, call),) = seen
+    assert name == "unet"
+    assert call == {"x": call["x"], "time": 2, "extra.scale": 3, "more": 4}
+
+
+def test_a_forward_that_was_put_there_before_is_put_back():
+    """As offloading does."""
+    module = Denoiser()
+    own = module.__dict__["forward"] = lambda x, time: x * time
+    with Recorders({"unet": module}).open(lambda name, call, run: run()):
+        assert float(module(torch.ones(1), 2)) == 2.0
+    assert module.__dict__["forward"] is own
+
+
+def test_forwards_that_wait_for_each_other_do_not_mix():
+    module = Denoiser()
+    recorders = Recorders({"unet": module})
+    seen: dict[str, list] = {"a": [], "b": []}
+
+    def work(who: str) -> None:
+        def see(name, call, run):
+            seen[who].append(float(call["time"]))
+            return run()
+
+        with recorders.open(see):
+            greenlet.getcurrent().parent.switch()
+            module(torch.ones(1), {"a": 1.0, "b": 2.0}[who])
+
+    workers = [greenlet.greenlet(lambda who=who: work(who)) for who in ("a", "b")]
+    for _ in range(2):
+        for worker in workers:
+            worker.switch()
+    assert seen == {"a": [1.0], "b": [2.0]}
+    assert "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize("at", ["denoising samples", "solving sites"])
+def test_a_cancelled_merge_leaves_the_pipeline_as_it_was(at, tmp_path):
+    reduced = PIPELINES["SD inpainting"]()
+    pipeline = reduced.pipeline
+    save_file(lora_tensors(pipeline, 1), tmp_path / "1.safetensors")
+    host = DiffusersHost(pipeline, **reduced.call)
+    concept = Concept(host.read_lora(tmp_path / "1.safetensors"), trigger="sks", class_word="cat")
+    before = {name: value for name, value in pipeline.__dict__.items() if name[:1] != "_"}
+    config, bars = copy.deepcopy(dict(pipeline.scheduler.config)), pipeline._progress_bar_config
+    steps = pipeline.scheduler.num_inference_steps
+
+    def tick(what, done, total):
+        if what == at and done:
+            raise MergeCancelled("enough")
+
+    calibration = {"samples": 3, "timesteps": 2, "denoising_steps": 3}
+    with pytest.raises(MergeCancelled):
+        merge_loras(
+            host, [concept], calibration=calibration, on_progress=tick, settings={"micro_batch": 2}
+        )
+    after = {name: value for name, value in pipeline.__dict__.items() if name[:1] != "_"}
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert dict(pipeline.scheduler.config) == config
+    assert pipeline.scheduler.num_inference_steps == steps
+    assert pipeline._progress_bar_config is bars
+    assert not any("forward" in m.__dict__ or m._forward_hooks for m in pipeline.unet.modules())
