@@ -26,7 +26,9 @@ made from it: `python tests/architecture_page.py > docs/architectures.md`.
   test fails above 5e-3.
 - **file**: the saved file in the application's own loader against the merge itself, as a share of
   what the merge changes in the picture. A test fails above 1e-3.
-- **left out**: layers that are not merged, and why. The other figures are of the rest.
+- **left out**: layers that cannot be merged by their features, since they mix the rows of a batch
+  or are reached by no forward: refused, or with `skip` left out and listed. The figures are of the
+  rest.
 """
 
 TITLES = {
@@ -58,7 +60,7 @@ def page(found: Mapping[str, Any]) -> str:
         lines = [titles, ["---", *["---:"] * 3, *["---"] * any_left_out]]
         for name in sorted(rows, key=str.lower):
             figures = rows[name]
-            cells = [f"{figures[law]:.1g}" for law in ("alone", "rows", "file")]
+            cells = [f"{figures[law]:.1e}" for law in ("alone", "rows", "file")]
             lines.append([name, *cells, *[figures.get("left_out", "")] * any_left_out])
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(parts)

@@ -59,9 +59,9 @@ def applied(pipeline: Any, lora: Lora) -> Generator[None]:
 
 
 @contextmanager
-def loaded(pipeline: Any, path: str | Path) -> Generator[None]:
-    """The pipeline with a file as its own loader loads it."""
-    pipeline.load_lora_weights(str(path))
+def loaded(pipeline: Any, path: str | Path, *, second: bool = False) -> Generator[None]:
+    """The pipeline with a file as its own loader loads it, into the ``second`` expert if so."""
+    pipeline.load_lora_weights(str(path), **({"load_into_transformer_2": True} if second else {}))
     try:
         yield
     finally:

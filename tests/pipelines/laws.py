@@ -1,0 +1,113 @@
+"""A merge on a reduced pipeline, held against what the pipeline's own loader makes of the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from iteris_core import Concept, Lora, MergeResult, merge_loras, write_lora
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files.experts import joined_experts, split_experts
+
+from .loras import applied, loaded, lora_tensors
+from .reduced import PROMPTS, Reduced, draw
+
+CALIBRATION = {"samples": 6, "timesteps": 2, "denoising_steps": 3, "seed": 3}
+
+
+class Laws:
+    """A trial of one reduced pipeline; files go into ``folder``. With two experts there is a file
+    for each of them."""
+
+    def __init__(self, reduced: Reduced, folder: Path) -> None:
+        self._reduced, self._folder = reduced, folder
+        self._pipeline = reduced.pipeline
+        self._experts = getattr(self._pipeline, "transformer_2", None) is not None
+        self._base = self._drawn()
+        self.left_out = ""
+
+    def alone(self) -> float:
+        """How far the merge of one LoRA draws from that LoRA, as a share of its effect."""
+        files = self._files(1)
+        merged = self._merged([files], 32).lora
+        self.left_out = _left_out(self._read(files), merged)
+        # Without what is left out.
+        return self._furthest(merged, self._files(1, set(merged.sites)))
+
+    def rows_and_file(self) -> tuple[float, float]:
+        """How far a site of the merge of two goes with the number of rows, and how far the written
+        file draws from the merge."""
+        both = [self._files(seed) for seed in (1, 2)]
+        merged = self._merged(both, 32).lora
+        few = self._merged(both, 5).lora.sites
+        gaps = {site: merged.sites[site].dense() - change.dense() for site, change in few.items()}
+        rows = max(float(gap.norm() / few[site].dense().norm()) for site, gap in gaps.items())
+        parts = split_experts(merged, "transformer") if self._experts else (merged,)
+        files = [
+            write_lora(part, self._folder / f"m{index}.safetensors", layout="peft", dtype="float32")
+            for index, part in enumerate(parts)
+        ]
+        return rows, self._furthest(merged, files)
+
+    def unchanged(self) -> bool:
+        """Whether the pipeline draws what it drew at first, bit by bit."""
+        return all(torch.equal(*pair) for pair in zip(self._drawn(), self._base, strict=True))
+
+    def _files(self, seed: int, sites: set[str] | None = None) -> list[Path]:
+        """A random LoRA, of some sites alone if they are given."""
+        files: list[Path] = []
+        for expert in range(1 + self._experts):
+            tensors = lora_tensors(self._pipeline, seed + 10 * expert)
+            if sites is not None:
+                names = {key: _site(key, expert) for key in tensors}
+                tensors = {key: t for key, t in tensors.items() if names[key] in sites}
+            files.append(self._folder / f"{seed}-{expert}.safetensors")
+            save_file(tensors, files[-1])
+        return files
+
+    def _read(self, files: Sequence[Path]) -> Lora:
+        host = DiffusersHost(self._pipeline, **self._reduced.call)
+        loras = [host.read_lora(file) for file in files]
+        return joined_experts(*loras, "transformer") if self._experts else loras[0]
+
+    def _merged(self, loras: Sequence[Sequence[Path]], rows: int) -> MergeResult:
+        prompts = list(self._reduced.prompts)
+        return merge_loras(
+            DiffusersHost(self._pipeline, **self._reduced.call),
+            [Concept(self._read(files), prompts=prompts) for files in loras],
+            settings={"micro_batch": rows, **self._reduced.settings},
+            calibration=CALIBRATION,
+            unmergeable="skip",
+        )
+
+    def _drawn(self) -> list[Tensor]:
+        return [draw(self._reduced, prompt) for prompt in (PROMPTS[1], "", PROMPTS[4])]
+
+    def _furthest(self, lora: Lora, files: Sequence[Path]) -> float:
+        """Of all prompts, between the LoRA's changes and the loaded files."""
+        with ExitStack() as stack:
+            for expert, file in enumerate(files):
+                stack.enter_context(loaded(self._pipeline, file, second=expert == 1))
+            theirs = self._drawn()
+        with applied(self._pipeline, lora):
+            ours = self._drawn()
+        drawn = zip(ours, theirs, self._base, strict=True)
+        return max(float((a - b).norm() / (b - base).norm()) for a, b, base in drawn)
+
+
+def _site(key: str, expert: int) -> str:
+    name = key.partition(".lora_")[0]
+    return name.replace("transformer.", "transformer_2.", 1) if expert else name
+
+
+def _left_out(lora: Lora, merged: Lora) -> str:
+    """The layers of ``lora`` that were not merged, with a star for numbers."""
+    sites = lora.sites.keys() - merged.sites.keys()
+    names = sorted({re.sub(r"\.\d+(?=\.)", ".*", site.rpartition(".")[0]) for site in sites})
+    return ", ".join(name.partition(".")[2] for name in names)
