@@ -110,7 +110,8 @@ def merge_loras(
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         changes = _changes(concepts)
         _check_sites(host, changes)
-        found = _unmergeable(host, concepts, changes, calibration, tick)
+        sweep = getattr(settings, "schedule", "") == "sweep"
+        found = _unmergeable(host, concepts, changes, calibration, tick, sweep=sweep)
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
@@ -175,12 +176,14 @@ def _unmergeable(
     changes: Mapping[str, SiteChanges],
     calibration: Calibration,
     tick: OnProgress,
+    *,
+    sweep: bool,
 ) -> dict[str, str]:
     """Site → why it cannot be merged. Models of text are not asked: their rows may be there once
     only, and their layers are all reached."""
     if not host.pictures:
         return {}
-    return dry.unmergeable(host, concepts, set(changes), calibration, tick)
+    return dry.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)
 
 
 def _means(

@@ -26,9 +26,10 @@ made from it: `python tests/architecture_page.py > docs/architectures.md`.
   test fails above 5e-3.
 - **file**: the saved file in the application's own loader against the merge itself, as a share of
   what the merge changes in the picture. A test fails above 1e-3.
-- **left out**: layers that cannot be merged by their features, since they mix the rows of a batch
-  or are reached by no forward: refused, or with `skip` left out and listed. The figures are of the
-  rest.
+
+Layers that are *left out* cannot be merged by their features, since they mix the rows of a batch or
+are reached by no forward: they are refused, or with `skip` left out and listed. The figures are of
+the rest.
 """
 
 TITLES = {
@@ -55,15 +56,21 @@ def page(found: Mapping[str, Any]) -> str:
             continue
         version = found.get("versions", {}).get(key, "")
         parts.append(f"## {title} {version}\n\n{text}\n")
-        any_left_out = any("left_out" in figures for figures in rows.values())
-        titles = ["architecture", "alone", "rows", "file", *["left out"] * any_left_out]
-        lines = [titles, ["---", *["---:"] * 3, *["---"] * any_left_out]]
+        lines = [
+            ["architecture", "alone", "rows", "file", "remarks"],
+            ["---", *["---:"] * 3, "---"],
+        ]
         for name in sorted(rows, key=str.lower):
             figures = rows[name]
             cells = [f"{figures[law]:.1e}" for law in ("alone", "rows", "file")]
-            lines.append([name, *cells, *[figures.get("left_out", "")] * any_left_out])
+            lines.append([name, *cells, _remarks(figures)])
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(parts)
+
+
+def _remarks(figures: Mapping[str, Any]) -> str:
+    said = {"left_out": "left out: {}", "settings": "merged with {}"}
+    return "; ".join(text.format(figures[key]) for key, text in said.items() if key in figures)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from __future__ import annotations
 import diffusers
 import pytest
 from architecture_results import record
-from pipelines import PIPELINES
-from pipelines.laws import Laws
+from pipelines import PIPELINES, write_lora
+from pipelines.laws import CALIBRATION, Laws
 
-from iteris_core import architectures
+from iteris_core import Concept, IterisError, architectures, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
 
 ALONE, ROWS, FILE = 1e-3, 5e-3, 1e-3
 FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
@@ -23,11 +24,23 @@ def test_three_laws(name, tmp_path):
     laws = Laws(PIPELINES[name](), tmp_path)
     alone = laws.alone()
     rows, file = laws.rows_and_file()
-    left_out = {"left_out": laws.left_out} if laws.left_out else {}
-    figures = {"alone": alone, "rows": rows, "file": file, **left_out}
+    figures = {"alone": alone, "rows": rows, "file": file}
+    if laws.left_out:
+        figures["left_out"] = laws.left_out
+    if laws.reduced.settings:
+        figures["settings"] = ", ".join(f"{n}={v}" for n, v in laws.reduced.settings.items())
     record("diffusers", name, diffusers.__version__, **figures)
     assert (alone < ALONE, rows < ROWS, file < FILE) == (True,) * 3, figures
     assert laws.unchanged()
+
+
+def test_layers_that_run_twice_are_refused_before_anything_runs(tmp_path):
+    reduced = PIPELINES["CogView 4"]()
+    host = DiffusersHost(reduced.pipeline, **reduced.call)
+    lora = host.read_lora(write_lora(tmp_path / "1.safetensors", reduced.pipeline))
+    twice = [site for site in lora.sites if ".ff." in site]
+    with pytest.raises(IterisError, match=rf"{len(twice)} sites, such as .*\.ff\..*jacobi"):
+        merge_loras(host, [Concept(lora, prompts=["a dog"])], calibration=CALIBRATION)
 
 
 def test_a_class_that_nothing_names(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from ..hosts.protocol import Host, Stage, Tick
 
 UNREACHED = "is reached by no forward"
 MIXED = "gets the rows of a batch mixed or split"
+REPEATED = 'is called more than once in a forward, which only schedule="jacobi" takes'
 
 
 def unmergeable(
@@ -28,28 +29,33 @@ def unmergeable(
     sites: Set[str],
     calibration: Calibration,
     tick: Tick,
+    *,
+    sweep: bool,
 ) -> dict[str, str]:
-    """Site of ``sites`` → why its features cannot be collected; empty where all can be.
+    """Site of ``sites`` → why its features cannot be collected, by a ``sweep`` or otherwise; empty
+    where all can be.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
     """
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules = {site: host.sites()[site] for site in sites}
-    seen: dict[str, bool] = {}
+    seen: dict[str, list[bool]] = {}
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         samples = host.samples(concepts, sites, short, lockstep, generator, tick)
         for stage in host.stages(samples, sites):
             seen |= _seen(stage, modules)
-    mixed = {site: MIXED for site, whole in seen.items() if not whole}
-    return mixed | {site: UNREACHED for site in sites if site not in seen}
+    repeated = {site: REPEATED for site, calls in seen.items() if sweep and len(calls) > 1}
+    mixed = {site: MIXED for site, calls in seen.items() if not all(calls)}
+    return repeated | mixed | {site: UNREACHED for site in sites if site not in seen}
 
 
-def _seen(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """The sites that ``stage`` reaches, and whether each gets one row for each of the batch."""
+def _seen(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, list[bool]]:
+    """The sites that ``stage`` reaches, and for every call of each whether it gets one row for each
+    of the batch."""
     first, *others = range(len(stage.owners))
     rows = [first, first]
-    seen: dict[str, bool] = {}
+    seen: dict[str, list[bool]] = {}
     handles = [
         modules[site].register_forward_pre_hook(_note(site, len(rows), seen))
         for site in stage.sites
@@ -64,9 +70,9 @@ def _seen(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     return seen
 
 
-def _note(site: str, rows: int, seen: dict[str, bool]) -> Callable[..., None]:
+def _note(site: str, rows: int, seen: dict[str, list[bool]]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[site] = seen.get(site, True) and args[0].shape[0] == rows
+        seen.setdefault(site, []).append(args[0].shape[0] == rows)
 
     return hook
 

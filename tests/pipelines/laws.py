@@ -26,7 +26,7 @@ class Laws:
     for each of them."""
 
     def __init__(self, reduced: Reduced, folder: Path) -> None:
-        self._reduced, self._folder = reduced, folder
+        self.reduced, self._folder = reduced, folder
         self._pipeline = reduced.pipeline
         self._experts = getattr(self._pipeline, "transformer_2", None) is not None
         self._base = self._drawn()
@@ -72,22 +72,22 @@ class Laws:
         return files
 
     def _read(self, files: Sequence[Path]) -> Lora:
-        host = DiffusersHost(self._pipeline, **self._reduced.call)
+        host = DiffusersHost(self._pipeline, **self.reduced.call)
         loras = [host.read_lora(file) for file in files]
         return joined_experts(*loras, "transformer") if self._experts else loras[0]
 
     def _merged(self, loras: Sequence[Sequence[Path]], rows: int) -> MergeResult:
-        prompts = list(self._reduced.prompts)
+        prompts = list(self.reduced.prompts)
         return merge_loras(
-            DiffusersHost(self._pipeline, **self._reduced.call),
+            DiffusersHost(self._pipeline, **self.reduced.call),
             [Concept(self._read(files), prompts=prompts) for files in loras],
-            settings={"micro_batch": rows, **self._reduced.settings},
+            settings={"micro_batch": rows, **self.reduced.settings},
             calibration=CALIBRATION,
             unmergeable="skip",
         )
 
     def _drawn(self) -> list[Tensor]:
-        return [draw(self._reduced, prompt) for prompt in (PROMPTS[1], "", PROMPTS[4])]
+        return [draw(self.reduced, prompt) for prompt in (PROMPTS[1], "", PROMPTS[4])]
 
     def _furthest(self, lora: Lora, files: Sequence[Path]) -> float:
         """Of all prompts, between the LoRA's changes and the loaded files."""
@@ -109,5 +109,5 @@ def _site(key: str, expert: int) -> str:
 def _left_out(lora: Lora, merged: Lora) -> str:
     """The layers of ``lora`` that were not merged, with a star for numbers."""
     sites = lora.sites.keys() - merged.sites.keys()
-    names = sorted({re.sub(r"\.\d+(?=\.)", ".*", site.rpartition(".")[0]) for site in sites})
-    return ", ".join(name.partition(".")[2] for name in names)
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", site.rpartition(".")[0]) for site in sites}
+    return ", ".join(name.partition(".")[2] for name in sorted(names))
