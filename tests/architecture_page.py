@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def page(found: Mapping[str, Any]) -> str:
         if not rows:
             continue
         version = found.get("versions", {}).get(key, "")
-        parts.append(f"## {title} {version}\n\n{text}\n")
+        parts.append(f"## {title} {version}\n\n{textwrap.fill(text, 100)}\n")
         lines = [
             ["architecture", "alone", "rows", "file", "remarks"],
             ["---", *["---:"] * 3, "---"],
