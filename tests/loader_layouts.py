@@ -81,6 +81,12 @@ FLUX2 = (
     (r"ff\.linear_in", "img_mlp.0"), (r"ff\.linear_out", "img_mlp.2"),
     (r"ff_context\.linear_in", "txt_mlp.0"), (r"ff_context\.linear_out", "txt_mlp.2"),
 )  # fmt: skip
+CHROMA = (
+    (r"^transformer_blocks", "double_blocks"), (r"attn\.qkv", "img_attn_qkv"),
+    (r"attn\.add_qkv", "txt_attn_qkv"), (r"attn\.to_out\.0", "img_attn_proj"),
+    (r"attn\.to_add_out", "txt_attn_proj"), (r"ff_context\.net", "txt_mlp"),
+    (r"ff\.net", "img_mlp"), (r"mlp\.0\.proj", "mlp.0"),
+)  # fmt: skip
 HUNYUAN = (
     (r"^transformer_blocks", "double_blocks"), (r"attn\.qkv", "img_attn_qkv"),
     (r"attn\.add_qkv", "txt_attn_qkv"), (r"attn\.to_out\.0", "img_attn_proj"),
@@ -100,6 +106,12 @@ def _only(tensors: Tensors, pattern: str) -> Tensors:
 def _hunyuan(tensors: Tensors) -> Tensors:
     blocks = _only(tensors, r"^transformer\.transformer_blocks")
     return renamed(fused(fused(blocks, *QKV), *ADDED), *HUNYUAN, prefix="")
+
+
+def _chroma(tensors: Tensors) -> Tensors:
+    blocks = _only(tensors, r"^transformer\.transformer_blocks")
+    names = renamed(fused(fused(blocks, *QKV), *ADDED), *CHROMA)
+    return kohya(names)
 
 
 def _flux2(tensors: Tensors) -> Tensors:
@@ -127,5 +139,6 @@ LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "FLUX.2, kohya": ("FLUX.2", lambda t: kohya(_flux2(t))),
     "LTX-Video, ComfyUI": ("LTX-Video", lambda t: renamed(t)),
     "HunyuanVideo, original": ("HunyuanVideo", _hunyuan),
+    "Chroma, kohya": ("Chroma", _chroma),
 }  # fmt: skip
 """Name → pipeline, and a peft file's tensors under other names; alphas are half the rank."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from pipelines import PIPELINES, applied, draw, lora_tensors
+from pipelines import PIPELINES, draw, lora_tensors
 from safetensors.torch import load_file, save_file
 
 from iteris_core.cli import main
@@ -88,7 +88,7 @@ def _drawn(reduced, high, low):
 
 def test_two_concepts_and_again_from_the_file(world, tmp_path, monkeypatch):
     """Each expert's part is merged from rows that it ran; the recipe finds all four files."""
-    folder, reduced = world
+    folder, _reduced = world
     out, again = tmp_path / "merged.safetensors", tmp_path / "again.safetensors"
     concepts = [part for n in (1, 2) for part in ("--concept", f"{pair(folder, n)}:s{n}:cat")]
     how = ["--base-dtype", "float32", "--dtype", "float32", "--device", "cpu"]
