@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from pipelines import PIPELINES
+from pipelines.laws import Laws
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
@@ -30,3 +32,15 @@ def test_the_gpu_gives_what_the_cpu_gives(host, dtype, limit):
     for site, change in on_cpu.lora.sites.items():
         found = on_gpu.lora.sites[site].dense().float().cpu()
         assert float((found - change.dense()).norm() / change.dense().norm()) < limit
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_three_laws_on_every_reduced_pipeline(name, tmp_path):
+    reduced = PIPELINES[name]()
+    reduced.pipeline.to("cuda")
+    laws = Laws(reduced, tmp_path)
+    assert laws.alone() < 1e-3
+    rows, file = laws.rows_and_file()
+    assert rows < 5e-3
+    assert file < 1e-3
+    assert laws.unchanged()
