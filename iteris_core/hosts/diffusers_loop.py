@@ -88,6 +88,7 @@ class PipelineLoop:
         self._names = inspect.signature(self._function).parameters
         self._recorders = Recorders(self.denoisers)
         self._before: dict[str, Any] = {}
+        self._scheduler: tuple[Any, Any] | None = None
         self._open = 0
         self._unguided = 1.0
 
@@ -155,7 +156,9 @@ class PipelineLoop:
                 "scheduler": pipeline.scheduler,
                 "_progress_bar_config": getattr(pipeline, "_progress_bar_config", {}),
             }
-            pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+            if self._scheduler is None or self._scheduler[0] is not pipeline.scheduler:
+                self._scheduler = pipeline.scheduler, copy.deepcopy(pipeline.scheduler)
+            pipeline.scheduler = self._scheduler[1]
             pipeline.set_progress_bar_config(disable=True)
         self._open += 1
         try:
