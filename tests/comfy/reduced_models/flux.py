@@ -38,13 +38,13 @@ def flux() -> tuple[Any, Any]:
     return model_of_class("Flux", **_config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
 
 
+def flux_narrow() -> tuple[Any, Any]:
+    """FLUX.1 dev; Kontext is of the same class, and is given reference latents."""
+    return model_of_class("Flux", **_config()), texts.flux()
+
+
 def flux_schnell() -> tuple[Any, Any]:
     return model_of_class("FluxSchnell", **_config(guidance_embed=False)), texts.flux()
-
-
-def flux_kontext() -> tuple[Any, Any]:
-    """FLUX.1's class, to be given reference latents."""
-    return model_of_class("Flux", **_config()), texts.flux()
 
 
 def flux_fill() -> tuple[Any, Any]:

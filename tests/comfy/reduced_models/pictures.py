@@ -8,12 +8,12 @@ from . import texts
 from .parts import model_of_class
 
 
-def _sd3(x_block_self_attn_layers: list[int]) -> tuple[Any, Any]:
+def _sd3(x_block_self_attn_layers: list[int]) -> Any:
     text = {
         "target": "torch.nn.Linear",
         "params": {"in_features": 4096, "out_features": 128},
     }
-    model = model_of_class(
+    return model_of_class(
         "SD3",
         in_channels=16,
         out_channels=16,
@@ -29,16 +29,15 @@ def _sd3(x_block_self_attn_layers: list[int]) -> tuple[Any, Any]:
         context_size=4096,
         x_block_self_attn_layers=x_block_self_attn_layers,
     )
-    return model, texts.sd3()
 
 
 def sd3() -> tuple[Any, Any]:
-    return _sd3([])
+    return _sd3([]), texts.sd3(t5=True)
 
 
 def sd35_medium() -> tuple[Any, Any]:
-    """A second attention of the picture alone in its first blocks."""
-    return _sd3([0])
+    """A second attention of the picture alone in its first blocks; without T5, as many load it."""
+    return _sd3([0]), texts.sd3(t5=False)
 
 
 def aura_flow() -> tuple[Any, Any]:

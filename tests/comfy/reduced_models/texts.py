@@ -53,7 +53,7 @@ def flux(clip_l: Mapping[str, int] = CLIP) -> Any:
     return clip_of(text.FluxTokenizer, text.flux_clip(torch.float32), options)
 
 
-def sd3() -> Any:
+def sd3(*, t5: bool) -> Any:
     """Its states are filled up to 4096, so T5 has that width."""
     import comfy.text_encoders.sd3_clip as text
 
@@ -62,7 +62,8 @@ def sd3() -> Any:
         "clip_g_model_config": CLIP,
         "t5xxl_model_config": {**T5, "d_model": 4096},
     }
-    return clip_of(text.SD3Tokenizer, text.sd3_clip(dtype_t5=torch.float32), options)
+    encoder = text.sd3_clip(t5=t5, dtype_t5=torch.float32)
+    return clip_of(text.SD3Tokenizer, encoder, options)
 
 
 def t5xxl(module: str, tokenizer: str, encoder: str) -> Any:

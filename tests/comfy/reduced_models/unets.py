@@ -28,6 +28,7 @@ _SDXL = {
     "num_classes": "sequential",
     "use_linear_in_transformer": True,
 }
+_SDXL_NARROW = {**_SDXL, "context_dim": 128, "adm_in_channels": 64 + 6 * 256}
 
 
 def unet(kind: str, **config: Any) -> Any:
@@ -67,9 +68,12 @@ def sdxl() -> tuple[Any, Any]:
     return unet("SDXL", **_SDXL), _two_clips(texts.FULL_CLIP)
 
 
+def sdxl_narrow() -> tuple[Any, Any]:
+    return unet("SDXL", **_SDXL_NARROW), _two_clips(texts.CLIP)
+
+
 def sdxl_inpainting() -> tuple[Any, Any]:
-    narrow = {"context_dim": 128, "adm_in_channels": 64 + 6 * 256, "in_channels": 9}
-    return unet("SDXL", **{**_SDXL, **narrow}), _two_clips(texts.CLIP)
+    return unet("SDXL", **_SDXL_NARROW, in_channels=9), _two_clips(texts.CLIP)
 
 
 def sdxl_refiner() -> tuple[Any, Any]:
