@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .cosmos import cosmos, cosmos_predict2
 from .flux import chroma, chroma_radiance, flux, flux2, flux_fill, flux_narrow, flux_schnell
 from .parts import RANK, write_lora
 from .pictures import (
     aura_flow,
+    cosmos_predict2,
     hidream,
     hunyuan_dit,
     hunyuan_image,
@@ -108,7 +108,13 @@ ARCHITECTURES = {
     "FLUX.1 Fill": Reduced(flux_fill),
     "FLUX.2": Reduced(flux2),
     "Chroma": Reduced(chroma),
-    "Chroma Radiance": Reduced(chroma_radiance, side=64, slow=True),
+    "Chroma Radiance": Reduced(
+        chroma_radiance,
+        side=64,
+        apart=("nerf_",),
+        left_out="nerf_*: each patch is a row of its own there",
+        slow=True,
+    ),
     "Lumina 2": Reduced(lumina2),
     "Z-Image": Reduced(zimage),
     "Qwen-Image": Reduced(qwen),
@@ -123,7 +129,6 @@ ARCHITECTURES = {
     ),
     "Kandinsky 5 image": Reduced(kandinsky5_image),
     "Cosmos Predict2": Reduced(cosmos_predict2),
-    "Cosmos 1": Reduced(cosmos, slow=True),
     "HunyuanVideo": Reduced(hunyuan_video),
     "HunyuanVideo I2V": Reduced(hunyuan_video_i2v, slow=True),
     "HunyuanVideo 1.5": Reduced(

@@ -102,6 +102,9 @@ def chroma() -> tuple[Any, Any]:
 
 def chroma_radiance() -> tuple[Any, Any]:
     """Of pixels instead of latents."""
+    from comfy.ldm.chroma_radiance.model import ChromaRadianceParams as Params
+
+    later = {"use_sequential_txt_ids": False}
     config = _chroma(
         image_model="chroma_radiance",
         in_channels=3,
@@ -115,5 +118,6 @@ def chroma_radiance() -> tuple[Any, Any]:
         nerf_final_head_type="conv",
         nerf_embedder_dtype=None,
         use_x0=False,
+        **{name: value for name, value in later.items() if name in Params.__dataclass_fields__},
     )
     return model_of_class("ChromaRadiance", **config), _pixart_t5()
