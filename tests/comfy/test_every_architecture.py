@@ -32,10 +32,13 @@ def test_a_merge(pack: ModuleType, tmp_path: Path, name: str) -> None:
     rows, file = trial.rows_and_file()
     assert not any(m._forward_hooks for m in trial.model.model.modules())
     assert not any(m._forward_hooks for m in trial.clip.cond_stage_model.modules())
-    left_out = {"left_out": reduced.left_out} if reduced.left_out else {}
-    record(
-        "comfyui", name, comfyui_version.__version__, alone=alone, rows=rows, file=file, **left_out
-    )
+    remarks = {
+        "left_out": reduced.left_out,
+        "settings": ", ".join(f"{name}={value}" for name, value in reduced.settings.items()),
+    }
+    remarks = {key: text for key, text in remarks.items() if text}
+    version = comfyui_version.__version__
+    record("comfyui", name, version, alone=alone, rows=rows, file=file, **remarks)
     assert alone < 1e-3
     assert rows < 5e-3
     assert file < 1e-3
