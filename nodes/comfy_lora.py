@@ -24,6 +24,8 @@ from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names
 from ..iteris_core.lora_files.parts import split_key
 
+_NO_SITE = "no weight of a linear layer or a 2D convolution, which alone are merged"
+
 
 class ComfySites:
     """What a LoRA can change in a MODEL and CLIP.
@@ -43,8 +45,11 @@ class ComfySites:
         shapes = {site: weight_shape(module) for site, module in self.modules.items()}
         aliases: dict[str, Alias] = {}
         self._refused: dict[str, str] = {}
+        there = {*model.model.state_dict(), *clip.cond_stage_model.state_dict()}
         for name, target in self.key_map.items():
             if (site := self.names.get(_weight_key(target))) is None:
+                if (key := _weight_key(target)) in there:
+                    self._refused[name] = f"{key}, {_NO_SITE}"
                 continue
             alias = _alias(site, shapes, target)
             if isinstance(alias, str):
@@ -179,6 +184,8 @@ def _alias(site: str, shapes: Shapes, target: Any) -> Alias | str:
     dimension, start, length = offset or (0, 0, shapes[site][0])
     if dimension != 0:
         return f"columns {start} to {start + length} of {site}, which is not read here"
+    if start + length > shapes[site][0]:  # Lumina 2 under Z-Image's names, with fewer heads in k, v
+        return f"rows {start} to {start + length} of {site}, which has {shapes[site][0]}"
     rows = torch.arange(length)[:, None]
     if function is None:
         return permuted(site, range(length), start)

@@ -94,8 +94,8 @@ class TextEncoders:
             own = [s for key, s in names.items() if s in sites and key.startswith(prefix)]
             rows: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
             for owner, some in zip(owners, tokens, strict=True):
-                for key in (name, name.removeprefix("clip_")):
-                    for section in _sections(encoder, some.get(key, ())):
+                for key in some:
+                    for section in _sections(encoder, some[key]) if _is_of(key, name) else ():
                         rows.setdefault((owner if own else -1, _key(section)), section)
             ordered = dict(sorted(rows.items(), key=lambda item: item[0][0]))
             batches[name] = TextBatch(name, encoder, own, ordered)
@@ -238,6 +238,12 @@ def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:
         make = getattr(encoder, "gen_empty_tokens", comfy.sd1_clip.gen_empty_tokens)
         sections.append(make(encoder.special_tokens, length))
     return sections
+
+
+def _is_of(key: str, encoder: str) -> bool:
+    """Whether ``key`` of a composite's tokens is for the text encoder of this name: ``l`` for
+    ``clip_l``, ``byt5`` for ``byt5_small``, others for their own."""
+    return key in (encoder, encoder.removeprefix("clip_")) or encoder.startswith(f"{key}_")
 
 
 def _key(section: Sequence[Any]) -> tuple[int, ...]:

@@ -36,8 +36,8 @@ the rest.
 TITLES = {
     "comfyui": (
         "ComfyUI",
-        "`tests/comfy/test_architectures.py`. In ComfyUI a LoRA file may use every name that the "
-        "loaded class's own key map has.",
+        "`tests/comfy/test_every_architecture.py`. In ComfyUI a LoRA file may use every name that "
+        "the loaded class's own key map has.",
     ),
     "diffusers": (
         "diffusers",

@@ -213,8 +213,10 @@ def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _recognisable(text: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` where the text encoder of these modules needs them."""
-    attention = [name for name in text if name.endswith(("_q_proj", "_k_proj", "_v_proj"))]
+    """Zero factors for an ``out_proj`` where the text encoder of these modules needs them: CLIP's,
+    since language models have their own name for that layer, and nobody asks for it."""
+    inputs = ("_q_proj", "_k_proj", "_v_proj")
+    attention = [name for name in text if "_text_model_" in name and name.endswith(inputs)]
     if not attention or any(name.endswith("_out_proj") for name in text):
         return {}
     like = text[attention[0]]

@@ -19,6 +19,7 @@ from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage, Tick
 
 UNREACHED = "is reached by no forward"
+PARTLY = 'is reached by some of the prompts only, which only schedule="jacobi" takes'
 MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which only schedule="jacobi" takes'
 
@@ -40,39 +41,55 @@ def unmergeable(
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules = {site: host.sites()[site] for site in sites}
-    seen: dict[str, list[bool]] = {}
+    found: dict[str, str | None] = {}
+    # Some layers wait for words that one prompt may lack, such as those in quotes.
+    every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
-        samples = host.samples(concepts, sites, short, lockstep, generator, tick)
-        for stage in host.stages(samples, sites):
-            seen |= _seen(stage, modules)
-    repeated = {site: REPEATED for site, calls in seen.items() if sweep and len(calls) > 1}
-    mixed = {site: MIXED for site, calls in seen.items() if not all(calls)}
-    return repeated | mixed | {site: UNREACHED for site in sites if site not in seen}
+        for some in (short, every_prompt):
+            samples = host.samples(concepts, sites, some, lockstep, generator, tick)
+            for stage in host.stages(samples, sites):
+                found |= _look(stage, modules, every_kind=some is every_prompt, sweep=sweep)
+            if sites <= found.keys():
+                break
+    return {site: why for site in sites if (why := found.get(site, UNREACHED)) is not None}
 
 
-def _seen(stage: Stage, modules: Mapping[str, nn.Module]) -> dict[str, list[bool]]:
-    """The sites that ``stage`` reaches, and for every call of each whether it gets one row for each
-    of the batch."""
-    first, *others = range(len(stage.owners))
-    rows = [first, first]
-    seen: dict[str, list[bool]] = {}
-    handles = [
-        modules[site].register_forward_pre_hook(_note(site, len(rows), seen))
-        for site in stage.sites
-    ]
+def _look(
+    stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
+) -> dict[str, str | None]:
+    """The sites that ``stage`` reaches with its first row, or with the first row of every kind,
+    and what keeps them from being merged."""
+    kinds = stage.kinds if stage.kinds and every_kind else [None] * len(stage.owners)
+    firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
+    calls: dict[str, list[bool]] = {}
+    reached: Counter[str] = Counter()
+    whole: dict[str, bool] = {}
+    repeated: set[str] = set()
+    handles = [modules[site].register_forward_pre_hook(_note(site, calls)) for site in stage.sites]
     try:
-        stage.run(rows, 1)
+        for row in firsts:
+            calls.clear()
+            stage.run([row, row], 1)
+            reached.update(calls.keys())
+            whole |= {site: whole.get(site, True) and all(some) for site, some in calls.items()}
+            repeated |= {site for site, some in calls.items() if len(some) > 1}
     finally:
         for handle in handles:
             handle.remove()
-    for row in others if stage.feeds else ():
+    for row in set(range(len(stage.owners))) - set(firsts) if stage.feeds else ():
         stage.run([row], 1)
-    return seen
+    why: dict[str, str | None] = dict.fromkeys(reached)
+    if sweep:
+        why |= {site: PARTLY for site, count in reached.items() if count < len(firsts)}
+        why |= dict.fromkeys(repeated, REPEATED)
+    return why | {site: MIXED for site, one in whole.items() if not one}
 
 
-def _note(site: str, rows: int, seen: dict[str, list[bool]]) -> Callable[..., None]:
+def _note(site: str, calls: dict[str, list[bool]]) -> Callable[..., None]:
+    """For every call of the site whether it gets one row for each of the two of the batch."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.setdefault(site, []).append(args[0].shape[0] == rows)
+        calls.setdefault(site, []).append(args[0].shape[0] == 2)
 
     return hook
 
