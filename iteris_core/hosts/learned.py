@@ -49,7 +49,10 @@ class Calls:
 
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
         """``phrase`` with the embeddings called by ``names``, as in a merged file."""
-        others = self.replaced(phrase, lambda *_: "")
+        def nothing(word: str, call: Call) -> str:
+            return ""
+
+        others = self.replaced(phrase, nothing)
 
         def say(word: str, call: Call) -> str:
             name = names[call.name]
