@@ -86,8 +86,9 @@ class IterisConcept(io.ComfyNode):
                         "embedding",
                         options=[_NONE, *folder_paths.get_filename_list("embeddings")],
                         default=_NONE,
-                        tooltip="A textual inversion that was trained together with the LoRA; it "
-                        "stands for the trigger.",
+                        tooltip="A textual inversion that was trained together with the LoRA, from "
+                        "models/embeddings; it stands for the trigger. One that comes with the "
+                        "LoRA's file is in force anyway.",
                     )
                 ),
                 # Optional and last: graphs that were saved without it keep their values' places.

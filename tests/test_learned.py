@@ -44,13 +44,14 @@ BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
         (ONE, {"trigger": "<Toy>"}, {"<toy>"}, []),
         (ONE, {"trigger": "embedding:toy"}, {"embedding:toy"}, []),
         (ONE, {"trigger": "sks"}, {"sks"}, []),  # the trigger stands for the only one
+        (ONE, {"trigger": "embedding:other"}, set(), ["toy"]),
         (ONE, {"trigger": "toys"}, {"toys"}, []),  # is not its name
         (ONE, {"trigger": "", "prompts": ["a toy-like thing"]}, set(), ["toy"]),
         (ONE, {"trigger": "sks", "class_word": "toy"}, {"sks"}, []),  # a kind of thing
         (ONE, {"trigger": "sks", "prompts": ["a dog"]}, set(), ["toy"]),
         (ONE, {"trigger": "", "prompts": ["a toy, (toy:1.2)"]}, {"toy"}, []),
         (ONE, {"trigger": "", "prompts": ["a <toy> toy"]}, {"<toy>"}, []),
-        (TWO, {"trigger": "<s0><s1>"}, {"<s0><s1>", "<s0>", "<s1>"}, []),
+        (TWO, {"trigger": "<s0><s1>"}, {"<s0><s1>"}, []),
         (TWO, {"trigger": "", "prompts": ["a <s1> dog"]}, {"<s1>"}, []),
         (BOTH, {"trigger": "", "subjects": ["toy dog", "<cat> cat"]}, {"toy", "<cat>"}, []),
         (BOTH, {"trigger": "toy"}, {"toy"}, ["<cat>"]),
@@ -72,7 +73,7 @@ def test_words_are_replaced_whole():
         "a toy dog, (Toy:1.2) <toy> toys embedding:a/toy.v2 toy.", lambda w, _: "X"
     )
     assert said == "a X dog, (X:1.2) <toy> toys embedding:a/toy.v2 X."
-    calls = calls_of(concept(TWO, trigger="<s0><s1>"))
+    calls = calls_of(concept(TWO, prompts=["<s0><s1>", "<s1>"]))
     assert calls.renamed("a <s0><s1> dog, <s1>", {"toy": "new"}) == "a new dog, <s1>"
     assert calls.renamed("<s0><s1> toy", {"toy": "toy"}) == "<toy> toy"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from ..concepts import Concept
+from ..lora_files.embeddings import ANY
 
 Parts = Mapping[str, Tensor]
 """Text encoder (``clip_l``, …) → (vectors, width), as in :attr:`..lora.Lora.embeddings`."""
@@ -22,6 +24,10 @@ class Call:
 
     name: str
     vector: int | None = None
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Those of ``vectors`` that are called for."""
+        return vectors if self.vector is None else vectors[self.vector : self.vector + 1]
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,11 @@ class Calls:
         """``prompt`` with what ``say(word, call)`` gives in the place of every word that calls."""
         if not self.words:
             return prompt
-        longest_first = sorted(self.words, key=len, reverse=True)
-        pattern = re.compile("|".join(map(_as_word, longest_first)), re.IGNORECASE)
-        return pattern.sub(lambda m: say(m[0], self.words[m[0].lower()]), prompt)
+        return _any_of(self.words).sub(lambda m: say(m[0], self.words[m[0].lower()]), prompt)
 
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
         """``phrase`` with the embeddings called by ``names``, as in a merged file."""
+
         def nothing(word: str, call: Call) -> str:
             return ""
 
@@ -58,7 +63,7 @@ class Calls:
             name = names[call.name]
             if call.vector is not None:
                 return word
-            return f"<{name}>" if _said(name.lower(), [others]) else name  # "<cat> cat"
+            return f"<{name}>" if _said([name.lower()], [others]) else name  # "<cat> cat"
 
         return self.replaced(phrase, say)
 
@@ -109,13 +114,15 @@ def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: se
     for name, parts in brought.items():
         count = max(len(vectors) for vectors in parts.values()) if len(brought) == 1 else 0
         forms = {word: Call(name) for word in _spellings(name) if word not in kind}
-        forms |= {join.join(f"<s{i}>" for i in range(count)): Call(name) for join in ("", " ")}
+        if count:
+            forms |= {join.join(f"<s{i}>" for i in range(count)): Call(name) for join in ("", " ")}
         forms |= {f"<s{i}>": Call(name, i) for i in range(count) if count > 1}
-        said = {word: call for word, call in forms.items() if word and _said(word, texts)}
+        spelled = _said(forms, texts)
+        said = {word: forms[word] for word in spelled}
         core = name.strip("<>").lower()
         if core in said and len(said) > 1:  # "<cat> cat"
             del said[core]
-        by_hand = [word for word in said if learned(_said(word, texts))]
+        by_hand = [word for word in said if learned(spelled[word])]
         if by_hand or (not said and len(known) >= len(brought)):
             loaded.append(name)
         elif said:
@@ -123,12 +130,40 @@ def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: se
         else:
             uncalled.append(name)
     trigger = concept.trigger.strip().lower()
-    taken = len(brought) == 1 == len(uncalled) and trigger and _said(trigger, texts)
+    trigger = "" if trigger.startswith("embedding:") else trigger  # names another
+    taken = len(brought) == 1 == len(uncalled) and trigger and _said([trigger], texts)
     if taken and not known:
         return Calls({trigger: Call(uncalled[0])}, brought, by_trigger=trigger)
     called = {call.name for call in words.values()}
     used = {name: parts for name, parts in brought.items() if name in called}
     return Calls(words, used, loaded, uncalled)
+
+
+class Taker(Protocol):
+    """A text encoder: the names of the parts that are meant for it, and how wide a vector is."""
+
+    parts: Set[str]
+    width: int
+
+
+_T = TypeVar("_T", bound=Taker)
+
+
+def taking(encoders: Sequence[_T], parts: Parts) -> list[tuple[_T, Tensor]]:
+    """The text encoders that take vectors of an embedding: by name, else by their width."""
+    found: dict[int, tuple[_T, Tensor]] = {}
+    for part, vectors in parts.items():
+        named = [encoder for encoder in encoders if part in encoder.parts]
+        anywhere = encoders if part == ANY or len(parts) == 1 else []
+        fitting = [e for e in named or anywhere if e.width == vectors.shape[1]]
+        for encoder in fitting[:1]:
+            found.setdefault(id(encoder), (encoder, vectors))
+    return list(found.values())
+
+
+def placeholder(number: int, start: str = "iterisword") -> str:
+    """A word for a tokenizer: small letters, which no cleaning of prompts touches."""
+    return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
 
 
 def nothing_taught(calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
@@ -143,14 +178,24 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _said(word: str, texts: Sequence[str]) -> str:
-    """``word`` as it stands in the first of the texts that has it; empty if none has."""
-    found = (re.search(_as_word(word), text, re.IGNORECASE) for text in texts)
-    return next((match[0] for match in found if match), "")
+def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
+    """Those of ``words`` that stand in the texts, as they are spelled there first; where one is
+    part of another, the longer one counts."""
+    pattern = _any_of(words)
+    found: dict[str, str] = {}
+    for text in texts:
+        for match in pattern.finditer(text):
+            found.setdefault(match[0].lower(), match[0])
+    return found
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(_as_word, longest_first)), re.IGNORECASE)
 
 
 def _as_word(word: str) -> str:
-    """A pattern of ``word``, not within another one, a path or another spelling of it."""
+    """A pattern of ``word``, not within another one, or a path."""
     before = r"(?<![\w/<-])(?<!embedding:)" if re.match(r"[\w-]", word) else ""
     after = r"(?![\w-]|\.\w)" if re.search(r"[\w-]$", word) else ""
     return f"{before}{re.escape(word)}{after}"

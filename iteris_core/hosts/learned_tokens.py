@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_files.embeddings import ANY
-from .learned import Call, Calls, Parts
+from .learned import Call, Calls, placeholder, taking
 
-# Small letters, which no cleaning of prompts touches.
-_MARK, _TOKEN = "iterisword", "iterisvector"
+_TOKEN = "iterisvector"
 
 
 class Phrases:
@@ -70,10 +68,9 @@ def in_force(pipeline: Any, calls: Sequence[Calls]) -> Generator[Phrases]:
     for owner, of_concept in enumerate(calls):
         taken: set[str] = set()
         for word, call in of_concept.words.items():
-            mark = f"{_MARK}{_letters(len(marks))}"
-            for encoder, vectors in _taking(encoders, of_concept.embeddings[call.name]):
-                one = call.vector
-                encoder.words[mark] = vectors if one is None else vectors[one : one + 1]
+            mark = placeholder(len(marks))
+            for encoder, vectors in taking(encoders, of_concept.embeddings[call.name]):
+                encoder.words[mark] = call.of(vectors)
                 marks[owner, word], plain[mark] = mark, word
                 taken.add(call.name)
         found.append(taken)
@@ -91,7 +88,7 @@ def _taught(pipeline: Any, encoder: _Encoder, plain: Mapping[str, str]) -> Gener
     said = dict(plain)
     tokens: list[str] = []
     for mark, vectors in encoder.words.items():
-        new = [f"{_TOKEN}{_letters(len(tokens) + index)}" for index in range(len(vectors))]
+        new = [placeholder(len(tokens) + index, _TOKEN) for index in range(len(vectors))]
         said[mark] = "".join(new)
         tokens += new
     if tokens:
@@ -194,20 +191,3 @@ def _token_embeddings(model: Any) -> list[Any]:
         and module.weight is first.weight
     ]
     return [first, *shared]
-
-
-def _taking(encoders: Sequence[_Encoder], parts: Parts) -> list[tuple[_Encoder, Tensor]]:
-    """The text encoders that take vectors of an embedding: by name, else by their width."""
-    found: dict[int, tuple[_Encoder, Tensor]] = {}
-    for part, vectors in parts.items():
-        named = [encoder for encoder in encoders if part in encoder.parts]
-        anywhere = encoders if part == ANY or len(parts) == 1 else []
-        fitting = [e for e in named or anywhere if e.width == vectors.shape[1]]
-        for encoder in fitting[:1]:
-            found.setdefault(id(encoder), (encoder, vectors))
-    return list(found.values())
-
-
-def _letters(number: int) -> str:
-    """A number in three letters."""
-    return "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -43,6 +43,19 @@ def split_embeddings(
 ) -> tuple[Embeddings, dict[str, Tensor], list[str]]:
     """The embeddings of a LoRA file, bundled and beside it; the other tensors; and what is to be
     said of embeddings that ``metadata`` name and that are not there."""
+    found, rest = unbundled(path, tensors)
+    listed = listed_embeddings(metadata)
+    for file in _beside(path, listed):
+        for name, parts in _embeddings_of(file, path.stem).items():
+            if name in found:
+                raise LoraFileError(f"{path} and {file} both hold an embedding {name!r}.")
+            found[name] = parts
+    found = {name: found[name] for name in (*(n for n in listed if n in found), *found)}
+    return found, rest, [_missing(path, name) for name in listed if name not in found]
+
+
+def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, dict[str, Tensor]]:
+    """The embeddings among the tensors of the LoRA file ``path``, and the other tensors."""
     found: Embeddings = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -53,14 +66,7 @@ def split_embeddings(
         if not name or not part:
             raise _no_embedding(path, key, tensor)
         found.setdefault(name, {})[part] = _vectors(path, key, tensor)
-    listed = listed_embeddings(metadata)
-    for file in _beside(path, listed):
-        for name, parts in _embeddings_of(file, path.stem).items():
-            if name in found:
-                raise LoraFileError(f"{path} and {file} both hold an embedding {name!r}.")
-            found[name] = parts
-    found = {name: found[name] for name in (*(n for n in listed if n in found), *found)}
-    return found, rest, [_missing(path, name) for name in listed if name not in found]
+    return found, rest
 
 
 def listed_embeddings(metadata: Mapping[str, str]) -> list[str]:
@@ -90,17 +96,25 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
     ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
     diffusers from loading it. Raises :class:`IterisError` where that exists."""
     targets: dict[str, Path] = {}
-    for name in names:
-        middle = "" if len(names) == 1 else f"_{file_name(name)}"
+    for name, own in file_names(names).items():
+        middle = "" if len(names) == 1 else f"_{own}"
         target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
-        count = 1
-        while target in targets.values():  # "<cat>" and "cat"
-            count += 1
-            target = path.with_name(f"{path.stem}{middle}-{count}_emb.safetensors")
         if target.exists() and not overwrite:
             raise IterisError(f"{target} exists already; choose another name or allow overwriting.")
         targets[name] = target
     return targets
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Each embedding as a file's name, no two the same, as "<cat>" and "cat" would be."""
+    found: dict[str, str] = {}
+    for name in names:
+        own, count = file_name(name), 1
+        while own in found.values():
+            count += 1
+            own = f"{file_name(name)}-{count}"
+        found[name] = own
+    return found
 
 
 def file_name(name: str) -> str:
