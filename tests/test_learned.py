@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from bases import make_sdxl
 from safetensors.torch import save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
+from iteris_core import Calibration, Concept, Lora, cli, merge_loras, write_lora
 from iteris_core.concepts import words_of
 from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -267,3 +268,43 @@ def test_names_that_no_file_can_have(pipeline, tmp_path):
         "m_a-2_emb.safetensors", "m_a_emb.safetensors",
     ]  # fmt: skip
     assert set(host.read_lora(path).embeddings) == {"<a>", "a"}
+
+
+@pytest.mark.slow
+def test_the_toybox_with_embeddings(tmp_path, monkeypatch, capsys):
+    """`toy-a` and `toy-b` through the command line, and their file with a third."""
+    import toybox
+    from toybox.evaluate import measure_concept
+
+    world, out = toybox.pivotal_concepts(), tmp_path / "merged.safetensors"
+    given = [f"--concept={c.lora}:{token}:{c.class_word}" for token, c in world.items()]
+    templates = f"--templates={toybox.ROOT / 'templates.txt'}"
+    command = ["iteris", "merge", str(toybox.BASE), "-o", str(out), "--device=cpu", templates]
+    monkeypatch.setattr(sys, "argv", [*command, *given])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "NOT IN FORCE" not in text
+    pipeline = toybox.load_pipeline()
+    pipeline.load_lora_weights(str(out))
+    for token in world:
+        file = out.with_name(f"merged_{token.strip('<>')}_emb.safetensors")
+        assert f"Its embedding {token} is in {file}" in text
+        pipeline.load_textual_inversion(str(file))
+    judge = toybox.load_judge()
+    marks = [measure_concept(pipeline, judge, c, 30)["attributes"] for c in world.values()]
+    # .79 and 1.0, as with both loaded into the base by hand.
+    assert marks[0] >= 0.75
+    assert marks[1] >= 0.95
+    host = DiffusersHost(toybox.load_pipeline())
+    third = toybox.concepts()["sks1"]
+    both = host.read_lora(out)
+    concepts = [
+        Concept(both, **words_of(both.metadata)._asdict()),
+        Concept(host.read_lora(third.lora), trigger="sks1", class_word=third.class_word),
+    ]
+    result = merge_loras(host, concepts, calibration=QUICK)
+    assert list(result.lora.embeddings) == list(world)
+    for token in world:
+        assert f"{token!r} calls for its embedding {token}" in result.report.summary()

@@ -8,6 +8,7 @@ Beside ``<stem>.safetensors`` these are ``<stem>_emb.safetensors`` (pivotal tuni
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,14 @@ def listed_embeddings(metadata: Mapping[str, str]) -> list[str]:
     """The embeddings that a merge of ours wrote with its file."""
     names = parse_object(metadata.get("iteris")).get("embeddings")
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a merged file that lists none, for one of two files of a merge."""
+    recipe = parse_object(metadata.get("iteris"))
+    if "embeddings" not in recipe:
+        return dict(metadata)
+    return {**metadata, "iteris": json.dumps({**recipe, "embeddings": []})}
 
 
 def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
