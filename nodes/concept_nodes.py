@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import PRESERVE_WEIGHT
 from ..iteris_core.errors import IterisError
-from .concept_specs import ConceptSpec, make_spec, prompt_lines
+from .concept_specs import ConceptSpec, changed, make_spec, prompt_lines
 from .schema import Concepts, LoraStack, advanced, schema
 
 _NONE = "none"
@@ -135,7 +135,7 @@ class IterisConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> Any:
-        return _lora(lora_name).stat().st_mtime_ns
+        return changed(_lora(lora_name))
 
 
 class ConceptsFromStack(io.ComfyNode):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import make_sdxl
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_pipeline, random_lora
 
@@ -20,6 +21,7 @@ from iteris_core.hosts.learned import calls_of
 from iteris_core.hosts.learned_tokens import in_force
 from iteris_core.lora_files.embeddings import bundled, file_name
 from iteris_core.lora_files.tensors import read_tensors
+from iteris_core.score import compare
 
 QUICK = Calibration(samples=3, timesteps=1, denoising_steps=2)
 
@@ -268,6 +270,39 @@ def test_names_that_no_file_can_have(pipeline, tmp_path):
         "m_a-2_emb.safetensors", "m_a_emb.safetensors",
     ]  # fmt: skip
     assert set(host.read_lora(path).embeddings) == {"<a>", "a"}
+
+
+def test_methods_are_compared_with_them_in_force(pipeline, monkeypatch):
+    """Pictures of a method are drawn with what came with the LoRAs, those of the base without."""
+    host = DiffusersHost(pipeline)
+    lora = random_lora(host, 1, select=small)
+    seen = []
+
+    def draw(pipeline, wanted, *_):
+        seen.append(encoded(pipeline, wanted[0][0]))
+        return [Image.new("RGB", (8, 8))] * len(wanted)
+
+    class Scorer:
+        def embed_images(self, pictures):
+            return torch.ones(len(pictures), 2)
+
+        embed_texts = embed_images
+
+    monkeypatch.setattr(compare, "draw", draw)
+    found = compare.compare_methods(
+        pipeline, host, [concept(ONE, "toy", "dog", lora)], [[Image.new("RGB", (8, 8))]],
+        ["base", "sum"], Scorer(), templates=["a {1}"],
+        drawing=compare.Drawing(images_per_prompt=1),
+    )  # fmt: skip
+    assert found.prompts == ["a toy dog"]
+    hand = copy.deepcopy(pipeline)
+    assert torch.equal(seen[0], encoded(hand, "a toy dog"))
+    hand.load_textual_inversion({"<e>": ONE["toy"]["emb_params"]}, token="<e>")
+    modules = DiffusersHost(hand).sites()
+    with torch.no_grad():
+        for site, change in lora.sites.items():
+            modules[site].weight += change.dense()
+    torch.testing.assert_close(seen[1], encoded(hand, "a <e> dog"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
