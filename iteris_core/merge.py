@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ import torch
 from .activations.processes import ALONE, Processes
 from .concepts import Calibration, Concept
 from .errors import IterisError, MergeCancelled, SettingsError
+from .hosts.learned import Calls, calls_of
 from .hosts.protocol import Host
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
@@ -97,7 +98,7 @@ def merge_loras(
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
-    missing: dict[str, list[str]] = {}
+    learned: list[tuple[str, list[str]]] = []
 
     def tick(what: str, done: int, total: int) -> None:
         if should_stop is not None and should_stop():
@@ -129,10 +130,10 @@ def merge_loras(
             policy=policy,
             ran=ran,
         )
-        missing = _not_in_force(host, concepts)
-        for name, notes in missing.items():
-            _log.warning("%s: %s", name, "; ".join(notes))
-        merged = dict(chosen.merge(job, settings))
+        calls = [calls_of(concept, host.learned) for concept in concepts]
+        with host.teach(calls) as in_force:
+            learned = _learned(concepts, calls, in_force)
+            merged = dict(chosen.merge(job, settings))
         if found:
             merged |= _means(concepts, changes, found) if unmergeable == "mean" else {}
             what = "have the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
@@ -140,12 +141,13 @@ def merge_loras(
     else:
         # Prompts without a LoRA say nothing to a method that only looks at weights.
         concepts = [c for c in concepts if c.lora is not None]
+        calls = [calls_of(concept) for concept in concepts]
         weights = [concept.weight for concept in concepts]
         merged = chosen.merge(WeightJob(_changes(concepts), weights, generator, tick), settings)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
-    embeddings, warnings = join_embeddings(loras)
+    joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    for name, more in (*missing.items(), ("sites", ran.notes), ("embeddings", warnings)):
+    for name, more in (*learned, ("sites", ran.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -163,9 +165,9 @@ def merge_loras(
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
         "merged",
-        merge_metadata(concepts, report),
+        merge_metadata(concepts, report, joined, calls),
         base=next((lora.base for lora in loras if lora.base is not None), None),
-        embeddings=embeddings,
+        embeddings=joined.embeddings,
     )
     return MergeResult(lora, report)
 
@@ -195,25 +197,19 @@ def _means(
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 
-def _not_in_force(host: Host, concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """By concept: the embeddings that its file brings and its prompts do not call for. With fewer
-    of them the LoRA is not what it was trained to be, and its features are others."""
-    notes: dict[str, list[str]] = {}
-    for concept in concepts:
-        brought = concept.lora.embeddings if concept.lora is not None else {}
-        prompts = [concept.subject] if concept.prompts is None else concept.prompts
-        called = {name for prompt in prompts for name in host.learned(prompt)} if brought else set()
-        if len(called) >= len(brought):  # whatever they are called there
-            continue
-        missing = [name for name in brought if name not in called]
-        notes.setdefault(concept.name, []).append(
-            f"its embedding {', '.join(missing)} is NOT IN FORCE while features are collected, so "
-            "this concept is merged without what its trigger has learned: load it into the text "
-            "encoder first (diffusers: load_textual_inversion; ComfyUI: a file in "
-            "models/embeddings), and call for it in the trigger or the prompts (ComfyUI: "
-            "embedding:NAME)"
-        )
-    return notes
+def _learned(
+    concepts: Sequence[Concept], calls: Sequence[Calls], in_force: Sequence[Set[str]]
+) -> list[tuple[str, list[str]]]:
+    """By concept, what is to be said of its embeddings. With one of them not in force the LoRA is
+    not what it was trained to be, and its features are others: that is said aloud."""
+    found: list[tuple[str, list[str]]] = []
+    for concept, of_one, names in zip(concepts, calls, in_force, strict=True):
+        notes = of_one.notes(names)
+        found.append((concept.name, notes))
+        for note in notes:
+            if "NOT IN FORCE" in note:
+                _log.warning("%s: %s", concept.name, note)
+    return found
 
 
 def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:

@@ -7,6 +7,7 @@ Nothing of MODEL and CLIP is patched: the text encoders (:mod:`.comfy_text`) and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
+from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import NoisyRows, TextRows, drawn_prompts, noisy_rows
 from ..iteris_core.lora import Lora
@@ -81,11 +83,16 @@ class ComfyHost:
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return self._found.read_lora(path, options)
 
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        return self._texts.token_counts(prompts)
+    def token_counts(
+        self, prompts: Sequence[str], owners: Sequence[int] | None = None
+    ) -> list[int]:
+        return self._texts.token_counts(prompts, owners)
 
     def learned(self, prompt: str) -> Set[str]:
         return self._texts.learned(prompt)
+
+    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
+        return self._texts.teach(calls)
 
     def samples(
         self,
@@ -193,7 +200,7 @@ class ComfyHost:
         return usable(self._running.room(wanted))
 
     def _tokenized(self, text: TextRows, noisy: ScheduledRows | None = None) -> ComfySamples:
-        return ComfySamples(text, self._texts.tokenize(text.texts), noisy)
+        return ComfySamples(text, self._texts.tokenize(text.text_owners, text.texts), noisy)
 
     def _texts_alone(
         self, owners: list[int], prompts: list[str], sites: Set[str], tick: Tick
@@ -201,7 +208,8 @@ class ComfyHost:
         """The conditioning of every row with its own LoRA active, and each concept's empty one."""
         count = max(owners) + 1
         rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
-        pair_owners, tokens = rows.text_owners, self._texts.tokenize(rows.texts)
+        pair_owners = rows.text_owners
+        tokens = self._texts.tokenize(pair_owners, rows.texts)
         batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
         self._texts.load()
         for batch in batches.values():

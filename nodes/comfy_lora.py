@@ -22,7 +22,9 @@ from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names
+from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
+from .comfy_learned import with_embeddings
 
 _NO_SITE = "no weight of a linear layer or a 2D convolution, which alone are merged"
 
@@ -93,9 +95,14 @@ class ComfySites:
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """MODEL and CLIP with a LoRA at strength 1, as the stock loader does it, but nothing lost."""
+    """MODEL and CLIP with a LoRA at strength 1, as the stock loader does it, but nothing lost:
+    the embeddings in it are behind ``embedding:NAME``."""
+    embeddings, lora = unbundled(Path("merged"), lora)
     loaded = comfy.lora.load_lora(lora, _stock_key_map(model, clip))
     model, clip = model.clone(), clip.clone()
+    if embeddings:
+        names = file_names(embeddings)
+        clip, _ = with_embeddings(clip, {names[name]: parts for name, parts in embeddings.items()})
     patched = {*model.add_patches(loaded), *clip.add_patches(loaded)}
     modules = sum(key.endswith(".alpha") for key in lora)
     if len(patched) != len(loaded) or len(loaded) != modules:

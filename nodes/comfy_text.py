@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
 from ..iteris_core.errors import IterisError
+from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks
+from .comfy_learned import Speaking
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 
@@ -39,6 +41,7 @@ class TextEncoders:
                 "CLIP from before Set CLIP Hooks."
             )
         self._clip = clip
+        self._speaking = Speaking(clip)
         self._encoders: dict[str, Any] = {
             name: module
             for name, module in clip.cond_stage_model.named_modules()
@@ -54,18 +57,29 @@ class TextEncoders:
         for encoder in self._encoders.values():
             encoder.__dict__.pop("encode", None)
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Any]:
-        """Tokens of every prompt, as ComfyUI makes them to draw: of different lengths, where a
-        tokenizer does not pad."""
-        return [self._clip.tokenize(prompt) for prompt in prompts]
+    @contextmanager
+    def teach(self, calls: Sequence[Calls]) -> Iterator[Sequence[Set[str]]]:
+        """Prompts of concepts have the embeddings in force for which they call."""
+        self._speaking = Speaking(self._clip, calls)
+        try:
+            yield self._speaking.in_force
+        finally:
+            self._speaking = Speaking(self._clip)
 
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+    def tokenize(self, owners: Sequence[int], prompts: Sequence[str]) -> list[Any]:
+        """Tokens of every prompt of a concept, as ComfyUI makes them to draw: of different lengths,
+        where a tokenizer does not pad."""
+        return [self._speaking.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
+
+    def token_counts(self, prompts: Sequence[str], owners: Sequence[int] | None) -> list[int]:
         counts: list[int] = []
-        for prompt in prompts:
-            name, sections = next(iter(self._clip.tokenize(prompt).items()))
+        plain = self._clip.tokenize
+        found = map(plain, prompts) if owners is None else self.tokenize(owners, prompts)
+        for tokens in found:
+            name, sections = next(iter(tokens.items()))
             end = self._encoder_of(name).special_tokens.get("end")
-            found = [[token for token, *_ in section] for section in sections]
-            counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in found))
+            texts = [[t if isinstance(t, int) else -1 for t, *_ in some] for some in sections]
+            counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in texts))
         return counts
 
     def learned(self, prompt: str) -> set[str]:

@@ -14,6 +14,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -103,7 +104,11 @@ def _clip(folder: Path) -> Any:
             super().__init__(clip_name="l", tokenizer=Tokenizer, **options)
 
     target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
-    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={"dtype": torch.float32},
+    )
     state = _float32(folder / "text_encoder" / "model.safetensors")
     named = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in state.items()}
     text_model = clip.cond_stage_model.clip_l.transformer

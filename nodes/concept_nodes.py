@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..iteris_core.concepts import PRESERVE_WEIGHT
 from ..iteris_core.errors import IterisError
-from .concept_specs import ConceptSpec, make_spec, prompt_lines
+from .concept_specs import ConceptSpec, changed, make_spec, prompt_lines
 from .schema import Concepts, LoraStack, advanced, schema
 
 _NONE = "none"
@@ -86,8 +86,9 @@ class IterisConcept(io.ComfyNode):
                         "embedding",
                         options=[_NONE, *folder_paths.get_filename_list("embeddings")],
                         default=_NONE,
-                        tooltip="A textual inversion that was trained together with the LoRA; it "
-                        "stands for the trigger.",
+                        tooltip="A textual inversion that was trained together with the LoRA, from "
+                        "models/embeddings; it stands for the trigger. One that comes with the "
+                        "LoRA's file is in force anyway.",
                     )
                 ),
                 # Optional and last: graphs that were saved without it keep their values' places.
@@ -134,7 +135,7 @@ class IterisConcept(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> Any:
-        return _lora(lora_name).stat().st_mtime_ns
+        return changed(_lora(lora_name))
 
 
 class ConceptsFromStack(io.ComfyNode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,7 @@ class ConceptSpec:
     """A :class:`Concept` with a file instead of a LoRA; ``file=None`` keeps the base as it is.
 
     ``clip_strength`` is that of its part in the text encoders (None: the same as ``strength``).
-    ``changed`` is the file's time stamp: a rewritten file is another concept.
+    ``changed`` is :func:`changed` of the file: a rewritten one is another concept.
     """
 
     file: Path | None
@@ -74,10 +75,16 @@ def make_spec(
         class_word,
         strength,
         weight,
-        file.stat().st_mtime_ns,
+        changed(file),
         clip_strength,
         subjects,
     )
+
+
+def changed(file: Path) -> int:
+    """The time stamp of a LoRA file, or of an embedding beside it that is newer."""
+    beside = file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors")
+    return max(path.stat().st_mtime_ns for path in (file, *beside))
 
 
 def prompt_lines(text: str) -> tuple[str, ...]:

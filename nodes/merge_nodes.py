@@ -22,6 +22,7 @@ from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import show_text
 from .concept_specs import ConceptSpec
+from .embedding_files import how_to_call, save_embeddings
 from .lora_rank import cut_tensors
 from .merge_inputs import (
     advanced_inputs,
@@ -120,7 +121,7 @@ class IterisMerge(io.ComfyNode):
             memory_budget=budget_of(memory),
         )
         lora = as_lora_model(result, concepts, dtype)
-        report = result.report.summary() + left_out(method, preset)
+        report = result.report.summary() + left_out(method, preset) + how_to_call(lora)
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
 
@@ -221,7 +222,8 @@ class SaveMergedLora(io.ComfyNode):
             "IterisSaveLora",
             "IterIS Save Merged LoRA",
             ["save lora", "export lora"],
-            description="Writes a LoRA into models/loras, each time under a new name.",
+            description="Writes a LoRA into models/loras, each time under a new name, and its "
+            "embeddings into models/embeddings.",
             inputs=[
                 LoraModel.Input("lora", tooltip="The merged LoRA."),
                 io.String.Input(
@@ -256,8 +258,9 @@ class SaveMergedLora(io.ComfyNode):
             tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = _new_file(filename_prefix)
         save_atomically(tensors, file, metadata)
-        show_text(f"Saved {file}", cls.hidden.unique_id)
-        return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [str(file)]})
+        text = f"{file}{save_embeddings(tensors, subfolder)}"
+        show_text(f"Saved {text}", cls.hidden.unique_id)
+        return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [text]})
 
 
 class InspectLoras(io.ComfyNode):

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import to_tensors
+from ..iteris_core.lora_files.embeddings import bundled
+from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
@@ -97,9 +99,11 @@ def merge_on(
 
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
-    """What ``result`` is once it is saved and loaded again."""
+    """What ``result`` is once it is saved and loaded again, with its embeddings in it."""
     with torch.inference_mode(False):
         tensors, metadata = to_tensors(result.lora, dtype=dtype)
+        tensors |= bundled(result.lora.embeddings)
+        metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
 

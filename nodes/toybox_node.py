@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 from PIL import Image
 
 from ..iteris_core.errors import IterisError
-from ..toybox import BASE, ToyConcept, load_clip, settings
+from ..toybox import BASE, ToyConcept, load_clip, pivotal_concepts, settings
 from ..toybox import concepts as toy_concepts
 from .comfy_scorer import ComfyScorer
 from .comfy_toybox import load_world
@@ -30,7 +28,8 @@ class IterisToybox(io.ComfyNode):
                 io.String.Input(
                     "tokens",
                     default="sks1, sks6",
-                    tooltip="Which of the concepts sks1 to sks10, with commas between them.",
+                    tooltip="Which of the concepts sks1 to sks10, toy-a and toy-b, with commas "
+                    "between them. The last two have an embedding each.",
                 ),
             ],
             outputs=[
@@ -64,7 +63,7 @@ class IterisToybox(io.ComfyNode):
             vae,
             tuple(_spec(concept) for concept in chosen),
             [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
-            [concept.instance_prompt for concept in chosen],
+            [_prompt(concept) for concept in chosen],
             ComfyScorer(*load_clip()),
         )
 
@@ -83,9 +82,17 @@ def _spec(concept: ToyConcept) -> ConceptSpec:
     )
 
 
+def _prompt(concept: ToyConcept) -> str:
+    """What the concept was learned with, as ComfyUI calls for an embedding."""
+    token = concept.token.strip("<>")
+    said = concept.token if concept.embedding is None else f"embedding:{token}"
+    return concept.instance_prompt.replace(concept.token, said)
+
+
 def _chosen(tokens: str) -> list[ToyConcept]:
-    known: dict[str, Any] = toy_concepts()
-    names = [name.strip() for name in tokens.split(",") if name.strip()]
+    found = {**toy_concepts(), **pivotal_concepts()}
+    known = {token.strip("<>"): concept for token, concept in found.items()}
+    names = [name.strip(" <>") for name in tokens.split(",") if name.strip(" <>")]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise IterisError(

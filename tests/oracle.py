@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
 from iteris_core.activations.meter import free_memory, usable
+from iteris_core.hosts.learned import nothing_taught
 from iteris_core.hosts.protocol import Stage
 
 
@@ -59,11 +60,14 @@ class ModuleHost:
     def samples(self, concepts, sites, calibration, lockstep, generator, tick):
         return self.data
 
-    def token_counts(self, prompts):
+    def token_counts(self, prompts, owners=None):
         raise AssertionError("not used")
 
     def learned(self, prompt):
         return set()
+
+    def teach(self, calls):
+        return nothing_taught(calls)
 
     def forward(self, samples, rows):
         return self.model(torch.cat(list(samples))[list(rows)])

@@ -266,7 +266,7 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
 
 
 def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
-    """A word of the vocabulary, an embedding under another name, and one that was loaded."""
+    """One that the trigger stands for, one that no prompt calls for, and one that was loaded."""
     pipeline = make_pipeline()
     host = DiffusersHost(pipeline)
     vector = torch.ones(1, pipeline.text_encoder.config.hidden_size)
@@ -274,23 +274,24 @@ def test_an_embedding_that_is_not_in_force_is_said_aloud(caplog):
     lora = replace(lora, name="l", embeddings={"l": {"clip_l": vector}})
     calibration = Calibration(samples=2, timesteps=1, latents="noise")
 
-    def notes(method="iteris", **concept):
+    def summary(method="iteris", **concept):
         caplog.clear()
-        concepts = [Concept(lora, **concept)]
         with caplog.at_level("WARNING"):
+            concepts = [Concept(lora, **concept)]
             report = merge_loras(host, concepts, method, calibration=calibration).report
         said = "its embedding l is NOT IN FORCE" in report.summary()
         assert said == ("its embedding l is NOT IN FORCE" in caplog.text)
-        assert said == bool(report.notes.get(concepts[0].name))
-        return said
+        return report.summary()
 
-    assert notes(trigger="<new>")  # taken apart
-    assert notes(trigger="dog")  # one token, but a common word
+    calls = "'<new>' calls for its embedding l, which its prompts never name"
+    assert calls in summary(trigger="<new>")
+    assert "NOT IN FORCE" in summary(prompts=["a photo of a dog"])
     pipeline.load_textual_inversion({"<new>": vector[0]}, token="<new>")
-    assert not notes(trigger="<new>", class_word="dog")
-    assert not notes(prompts=["a photo of a <new>, sharp"])
-    assert notes(prompts=["a photo of a dog"])
-    assert not notes("sum", trigger="dog")  # collects no features
+    loaded = "its embedding l is in the base already"
+    assert loaded in summary(trigger="<new>", class_word="dog")
+    assert loaded in summary(prompts=["a photo of a <new>, sharp"])
+    assert "NOT IN FORCE" in summary(prompts=["a photo of a dog"])
+    assert "NOT IN FORCE" not in summary("sum", prompts=["a dog"])  # collects no features
 
 
 def test_a_partial_reading_is_listed_in_report_and_file(world, tmp_path, monkeypatch, capsys):

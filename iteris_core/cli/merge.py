@@ -20,6 +20,7 @@ from ..methods import all_methods, find_method
 from ..presets import PresetName
 from .adapters import AdapterOption, is_model, load_adapters, parse_adapter
 from .common import BaseDtype, Device, Offload, load_base, option, run_merge
+from .learned import lines_of_embeddings
 from .options import (
     PRESET_HELP,
     Dtype,
@@ -215,6 +216,8 @@ def merge(
     typer.echo(result.report.summary())
     for path in paths:
         typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+    for line in lines_of_embeddings(result.lora, paths[0]):
+        typer.echo(line)
 
 
 def save_lora(

@@ -7,8 +7,9 @@ row's prompt up to its denoiser, and what comes from the words then takes its pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ..lora_files import ReadOptions
 from .diffusers_loop import Arguments, PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
+from .learned import Calls
+from .learned_tokens import Phrases, in_force
 from .protocol import Stage, Tick, check_eval, check_model
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import TextRows, drawn_prompts, row_texts
@@ -61,6 +64,7 @@ class DiffusersHost:
             check_model(model)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
         self._words: list[list[Call]] = []
+        self._phrases: Phrases | None = None
 
     @property
     def denoiser(self) -> Any:
@@ -85,15 +89,32 @@ class DiffusersHost:
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)
 
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+    def token_counts(
+        self, prompts: Sequence[str], owners: Sequence[int] | None = None
+    ) -> list[int]:
         tokenizer = self.pipeline.tokenizer
-        found = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length)
+        texts = list(prompts) if owners is None else self._said(owners, prompts)
+        found = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
         return [len(ids) for ids in found.input_ids]
 
     def learned(self, prompt: str) -> Set[str]:
         tokenizer = self.pipeline.tokenizer
         added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
         return added & set(tokenizer.tokenize(prompt))
+
+    @contextmanager
+    def teach(self, calls: Sequence[Calls]) -> Generator[Sequence[Set[str]]]:
+        try:
+            with in_force(self.pipeline, calls) as self._phrases:
+                yield self._phrases.in_force
+        finally:
+            self._phrases = None
+
+    def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
+        """What the pipeline is given for each concept's prompt."""
+        if self._phrases is None:
+            return list(prompts)
+        return [self._phrases(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
 
     def samples(
         self,
@@ -114,15 +135,17 @@ class DiffusersHost:
         )
         if not denoises:
             return DiffusionSamples(TextRows.of(owners, prompts), arguments)
+        said = self._said(owners, prompts)
         recorded = record_rows(
-            self._loop, arguments, owners, prompts, calibration, lockstep, generator, tick
+            self._loop, arguments, owners, said, calibration, lockstep, generator, tick
         )
         text = row_texts(owners, prompts, recorded.each, share, generator)
         return DiffusionSamples(text, arguments, recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
-        words = self._first(samples.arguments, [text.texts[text.text_rows[row]] for row in rows])
+        said = self._said(text.text_owners, text.texts)
+        words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
         if recorded is None:
             return torch.stack([some["encoder_hidden_states"] for some in words])
         calls = [{**some, **recorded.row(row)} for some, row in zip(words, rows, strict=True)]
@@ -141,6 +164,8 @@ class DiffusersHost:
         return streams
 
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
+        said = self._said(samples.text.text_owners, samples.text.texts)
+        samples = replace(samples, text=replace(samples.text, texts=said))
         text, recorded, arguments = samples.text, samples.recorded, samples.arguments
         text_sites = [site for site in sites if site.startswith("text_encoder")]
         others = [site for site in sites if not site.startswith("text_encoder")]

@@ -7,6 +7,7 @@ write a class with the members of :class:`Host`; nothing else has to change.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from ..concepts import Calibration, Concept
 from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from .learned import Calls
 
 Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
@@ -83,8 +85,11 @@ class Host(Protocol):
         ``lockstep.processes`` the work may be shared, but every process needs all rows."""
         ...
 
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens each prompt has, with start and end but without padding."""
+    def token_counts(
+        self, prompts: Sequence[str], owners: Sequence[int] | None = None
+    ) -> list[int]:
+        """How many tokens each prompt has, with start and end but without padding; as prompts of
+        the concepts ``owners``, if they are given."""
         ...
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
@@ -94,6 +99,12 @@ class Host(Protocol):
     def learned(self, prompt: str) -> Set[str]:
         """The embeddings in a prompt that were added to the text encoders' vocabulary (textual
         inversion), by the names that call for them there."""
+        ...
+
+    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
+        """While it is entered, prompts of a concept have the embeddings in force for which they
+        call; it gives the names of those that are, by concept. A host without prompts does
+        nothing: :func:`.learned.nothing_taught`."""
         ...
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:

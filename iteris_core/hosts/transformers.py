@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
+from .learned import Calls, nothing_taught
 from .protocol import Stage, Tick, check_eval, check_model
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 
@@ -81,11 +83,16 @@ class TransformersHost:
         """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
         return read_adapter(Path(path), {s: weight_shape(m) for s, m in self._sites.items()})
 
-    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+    def token_counts(
+        self, prompts: Sequence[str], owners: Sequence[int] | None = None
+    ) -> list[int]:
         raise IterisError("This method works from prompts, which a transformers host has not.")
 
     def learned(self, prompt: str) -> Set[str]:
         return set()
+
+    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
+        return nothing_taught(calls)
 
     def samples(
         self,

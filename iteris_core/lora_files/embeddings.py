@@ -1,50 +1,103 @@
-"""Embeddings that come with a LoRA: bundled (``bundle_emb.NAME.…``) or beside it."""
+"""Embeddings that come with a LoRA: bundled (``bundle_emb.NAME.…``) or beside it.
+
+Beside ``<stem>.safetensors`` these are ``<stem>_emb.safetensors`` (pivotal tuning) and
+``<stem>_embedding.safetensors`` (textual inversion), and ``<stem>_<name>_emb.safetensors``, as
+:func:`embedding_targets` names those of a merged LoRA.
+"""
 
 from __future__ import annotations
 
+import glob
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import IterisError, LoraFileError
+from .metadata import parse_object
 from .tensors import read_tensors
+
+Embeddings = dict[str, dict[str, Tensor]]
+"""name → text encoder (``clip_l``, ``clip_g``, ``t5xxl``, …, or :data:`ANY`) → (vectors, width)"""
+
+ANY = "emb_params"
+"""The part of an embedding that does not say which text encoder it is for."""
 
 _MARK = "bundle_emb."
 _ENDS = ("emb", "embedding")
-
-Embeddings = dict[str, dict[str, Tensor]]
-"""name → text encoder (``clip_l``, ``clip_g``, …) → (vectors, width)"""
+_ALIASES = {
+    "*": ANY,
+    "emp_params": ANY,  # sic, in files of A1111
+    "string_to_param.*": ANY,
+    "string_to_params.*": ANY,
+    "text_encoders_0": "clip_l",
+    "text_encoders_1": "clip_g",
+    "t5": "t5xxl",
+}
+_ENCODERS = ("clip_", "t5", "umt5", "mt5", "byt5", "pile_t5", "qwen", "gemma", "llama", "mistral")
 
 
 def split_embeddings(
-    path: Path, tensors: Mapping[str, Tensor]
-) -> tuple[Embeddings, dict[str, Tensor]]:
-    """The embeddings of a LoRA file, also those in ``<name>_emb.safetensors`` or
-    ``<name>_embedding.safetensors`` beside it, and the other tensors."""
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[Embeddings, dict[str, Tensor], list[str]]:
+    """The embeddings of a LoRA file, bundled and beside it; the other tensors; and what is to be
+    said of embeddings that ``metadata`` name and that are not there."""
+    found, rest = unbundled(path, tensors)
+    listed = listed_embeddings(metadata)
+    for file in _beside(path, listed):
+        for name, parts in _embeddings_of(file, path.stem).items():
+            if name in found:
+                raise LoraFileError(f"{path} and {file} both hold an embedding {name!r}.")
+            found[name] = parts
+    found = {name: found[name] for name in (*(n for n in listed if n in found), *found)}
+    return found, rest, [_missing(path, name) for name in listed if name not in found]
+
+
+def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, dict[str, Tensor]]:
+    """The embeddings among the tensors of the LoRA file ``path``, and the other tensors."""
     found: Embeddings = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_MARK):
             rest[key] = tensor
             continue
-        name, _, part = key.removeprefix(_MARK).partition(".")
-        if not name or not part or tensor.ndim not in (1, 2) or not tensor.is_floating_point():
-            raise LoraFileError(
-                f"{path}: key {key} {tuple(tensor.shape)} is no embedding; it should be "
-                "bundle_emb.NAME.PART with one vector a row."
-            )
-        part = part.removeprefix("string_to_param.").removeprefix("string_to_params.")
-        found.setdefault(name, {})["emb_params" if part == "*" else part] = tensor
-    for beside in (path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS):
-        if not beside.is_file():
-            continue
-        parts, _ = read_tensors(beside)
-        if path.stem in found:
-            raise LoraFileError(f"{path} and {beside} both hold an embedding {path.stem!r}.")
-        found[path.stem] = parts
+        name, part = _bundled(key.removeprefix(_MARK))
+        if not name or not part:
+            raise _no_embedding(path, key, tensor)
+        found.setdefault(name, {})[part] = _vectors(path, key, tensor)
     return found, rest
+
+
+def listed_embeddings(metadata: Mapping[str, str]) -> list[str]:
+    """The embeddings that a merge of ours wrote with its file."""
+    names = parse_object(metadata.get("iteris")).get("embeddings")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a merged file that lists none, for one of two files of a merge."""
+    recipe = parse_object(metadata.get("iteris"))
+    if "embeddings" not in recipe:
+        return dict(metadata)
+    return {**metadata, "iteris": json.dumps({**recipe, "embeddings": []})}
+
+
+def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of embeddings as they stand in a LoRA file that has them in it."""
+    return {
+        f"{_MARK}{name}.{'string_to_param.*' if part == ANY else part}": vectors.contiguous()
+        for name, parts in embeddings.items()
+        for part, vectors in parts.items()
+    }
+
+
+def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one embedding's own file. diffusers takes the key of a single one for the
+    token that calls for it; ComfyUI and A1111 take any key then."""
+    tensors = {part: vectors.clone() for part, vectors in parts.items()}
+    return {name: tensors[ANY]} if list(tensors) == [ANY] else tensors
 
 
 def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str, Path]:
@@ -52,13 +105,96 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
     ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
     diffusers from loading it. Raises :class:`IterisError` where that exists."""
     targets: dict[str, Path] = {}
-    for name in names:
-        safe = re.sub(r"[^A-Za-z0-9-]+", "_", name)[:80]
-        middle = "" if len(names) == 1 else f"_{safe}"
+    for name, own in file_names(names).items():
+        middle = "" if len(names) == 1 else f"_{own}"
         target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
-        if target in targets.values():
-            raise IterisError(f"Embeddings {names} would be written to one file, {target}.")
         if target.exists() and not overwrite:
             raise IterisError(f"{target} exists already; choose another name or allow overwriting.")
         targets[name] = target
     return targets
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """Each embedding as a file's name, no two the same, as "<cat>" and "cat" would be."""
+    found: dict[str, str] = {}
+    for name in names:
+        own, count = file_name(name), 1
+        while own in found.values():
+            count += 1
+            own = f"{file_name(name)}-{count}"
+        found[name] = own
+    return found
+
+
+def file_name(name: str) -> str:
+    """An embedding's name with nothing in it that a file's name cannot have."""
+    return re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
+
+
+def _beside(path: Path, listed: Sequence[str]) -> list[Path]:
+    """The files of embeddings beside a LoRA: of a merge of ours none that it does not list, which
+    would be left there by another merge of that name."""
+    files = [path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS]
+    found = {file: _name_in(file) for file in files if file.is_file()}
+    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}_*_emb.safetensors")):
+        middle = file.name[len(path.stem) + 1 : -len("_emb.safetensors")]
+        of_another = path.with_name(f"{path.stem}_{middle}.safetensors").exists()
+        name = "" if of_another else _name_in(file)
+        if name and re.fullmatch(rf"{re.escape(file_name(name))}(-\d+)?", middle):
+            found[file] = name
+    return [file for file, name in found.items() if not (listed and name) or name in listed]
+
+
+def _name_in(file: Path) -> str:
+    return read_tensors(file)[1].get("name", "")
+
+
+def _embeddings_of(file: Path, stem: str) -> Embeddings:
+    """What a file beside a LoRA holds: the parts of one embedding, or, as diffusers saves textual
+    inversion, vectors under the tokens that call for them."""
+    tensors, metadata = read_tensors(file)
+    parts = {_part(key): _vectors(file, key, tensor) for key, tensor in tensors.items()}
+    name = metadata.get("name")
+    if len(parts) == 1 and (name in parts or not _is_part(*parts)):
+        return {name or next(iter(parts)): {ANY: next(iter(parts.values()))}}
+    if any(map(_is_part, parts)):
+        return {name or stem: parts}
+    return {token: {ANY: vectors} for token, vectors in parts.items()}
+
+
+def _bundled(key: str) -> tuple[str, str]:
+    """(name, part) of what stands behind the mark; a name may have dots."""
+    for end in ("string_to_param.*", "string_to_params.*"):
+        if key.endswith(f".{end}"):
+            return key.removesuffix(f".{end}"), ANY
+    name, _, part = key.rpartition(".")
+    return name, _part(part)
+
+
+def _part(key: str) -> str:
+    return _ALIASES.get(key, key)
+
+
+def _is_part(key: str) -> bool:
+    return key == ANY or key.startswith(_ENCODERS)
+
+
+def _vectors(path: Path, key: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point():
+        raise _no_embedding(path, key, tensor)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _no_embedding(path: Path, key: str, tensor: Tensor) -> LoraFileError:
+    return LoraFileError(
+        f"{path}: key {key} {tuple(tensor.shape)} is no embedding, which has one vector a row; "
+        "bundled in a LoRA its key is bundle_emb.NAME.PART."
+    )
+
+
+def _missing(path: Path, name: str) -> str:
+    return (
+        f"its embedding {name} IS MISSING: it was written with this file, but neither "
+        f"{path.stem}_emb.safetensors nor {path.stem}_{file_name(name)}_emb.safetensors is beside "
+        "it; copy it there, or the words that call for it mean nothing"
+    )

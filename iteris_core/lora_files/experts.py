@@ -14,6 +14,7 @@ from typing import TypeVar
 from ..errors import IterisError
 from ..lora import Lora
 from .aliases import BaseModel
+from .embeddings import without_embeddings
 
 HIGH, LOW = "high_noise", "low_noise"
 
@@ -66,6 +67,7 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
         lora,
         sites=_renamed(lora.sites, second, first),
         scales=_renamed(lora.scales, second, first),
+        metadata=without_embeddings(lora.metadata),
         embeddings={},
     )
     return high, low

@@ -40,8 +40,8 @@ def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
     or ``modelspec.trigger_phrase`` has them; of any other the best word alone."""
     phrases: list[str] = []
     for concept in _merged_concepts(metadata):
-        subjects = concept.get("subjects")
-        several = [str(phrase) for phrase in subjects] if isinstance(subjects, list) else []
+        called = concept.get("called") or concept.get("subjects")
+        several = [str(phrase) for phrase in called] if isinstance(called, list) else []
         phrases += several or [f"{concept.get('trigger') or ''} {concept.get('class') or ''}"]
     phrases = phrases or metadata.get("modelspec.trigger_phrase", "").split(",")
     phrases = list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))

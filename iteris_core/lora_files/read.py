@@ -66,10 +66,11 @@ def read_lora_file(
     """
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)
-    embeddings, tensors = split_embeddings(path, tensors)
+    embeddings, tensors, missing = split_embeddings(path, tensors, metadata)
     configs = adapter_configs(path, metadata)
     lora = lora_of(path, convert(tensors), configs, base, weight, options)
-    return replace(lora, metadata=metadata, embeddings=embeddings)
+    notes = [*lora.notes, *missing]
+    return replace(lora, metadata=metadata, embeddings=embeddings, notes=notes)
 
 
 def lora_of(

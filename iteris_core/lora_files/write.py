@@ -33,7 +33,7 @@ from ..errors import IterisError
 from ..lora import Lora
 from .aliases import BaseModel, base_model
 from .alphas import lora_config
-from .embeddings import embedding_targets
+from .embeddings import embedding_targets, to_file
 from .factors import Factors, store_all
 from .tensors import content_hash, save_atomically
 
@@ -69,8 +69,7 @@ def write_lora(
     save_atomically(tensors, path, metadata)
     _warn_of_unread(lora, layout)
     for name, target in targets.items():
-        parts = {part: tensor.clone() for part, tensor in lora.embeddings[name].items()}
-        save_atomically(parts, target, {"name": name})
+        save_atomically(to_file(name, lora.embeddings[name]), target, {"name": name})
     return path
 
 

@@ -56,7 +56,8 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
         for concept in job.concepts
     ]
-    counts = job.host.token_counts([next(iter(subject.prompts or [""])) for subject in subjects])
+    said = [next(iter(subject.prompts or [""])) for subject in subjects]
+    counts = job.host.token_counts(said, range(len(said)))
     texts = _texts(job, subjects, targets, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     words = {

@@ -28,7 +28,8 @@ from .report import block_of
 @dataclass(frozen=True)
 class LoraFacts:
     """``norms`` are ‖ΔW‖_F by block; ``ranks`` and ``alphas`` count sites; ``sites`` of
-    the base's that could be changed, by component (``coverage``). ``layouts``, ``kinds`` and
+    the base's that could be changed, by component (``coverage``). ``embeddings`` are names, each
+    with how many vectors it has for which text encoder. ``layouts``, ``kinds`` and
     ``dtypes`` count what stands in the file."""
 
     name: str
@@ -94,7 +95,10 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
         coverage=coverage(lora),
         triggers=trigger_words(lora.metadata),
         norms=block_norms(lora),
-        embeddings=list(lora.embeddings),
+        embeddings=[
+            f"{name} ({', '.join(f'{len(v)} × {part}' for part, v in parts.items())})"
+            for name, parts in lora.embeddings.items()
+        ],
         notes=list(lora.notes),
         layouts=layouts_of(tensors),
         kinds=kinds_of(tensors),

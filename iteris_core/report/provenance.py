@@ -7,13 +7,15 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from torch import Tensor
 
 from ..concepts import Concept
+from ..hosts.learned import Calls
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import merge_tag_frequency, parse_object
@@ -22,19 +24,28 @@ from .report import MergeReport
 _PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
-def merge_metadata(concepts: Sequence[Concept], report: MergeReport) -> dict[str, str]:
-    """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes),
-    ``modelspec.*`` and the merged ``ss_*`` of the inputs."""
+def merge_metadata(
+    concepts: Sequence[Concept], report: MergeReport, joined: Joined, calls: Sequence[Calls]
+) -> dict[str, str]:
+    """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
+    of embeddings), ``modelspec.*`` and the merged ``ss_*`` of the inputs. Phrases call for the
+    embeddings by their names in the merged LoRA."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     names = [lora.name for lora in loras]
+    called = [
+        [of_one.renamed(phrase, own) for phrase in concept.phrases]
+        for concept, of_one, own in zip(concepts, calls, joined.names, strict=True)
+    ]
     phrases = [
         phrase
-        for concept in concepts
+        for concept, some in zip(concepts, called, strict=True)
         if concept.lora and (concept.trigger or concept.subjects)
-        for phrase in concept.phrases
+        for phrase in some
     ]
     found = {
-        "iteris": json.dumps(recipe(concepts, report)),
+        "iteris": json.dumps(
+            {**recipe(concepts, report, called), "embeddings": list(joined.embeddings)}
+        ),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": " + ".join(names),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,8 +64,11 @@ def merge_metadata(concepts: Sequence[Concept], report: MergeReport) -> dict[str
     return found
 
 
-def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object]:
-    """Everything that ``iteris merge --from`` needs to run the same merge again."""
+def recipe(
+    concepts: Sequence[Concept], report: MergeReport, called: Sequence[Sequence[str]]
+) -> dict[str, object]:
+    """Everything that ``iteris merge --from`` needs to run the same merge again, and the phrases by
+    which each concept is ``called`` for afterwards."""
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "method": report.method,
@@ -73,8 +87,9 @@ def recipe(concepts: Sequence[Concept], report: MergeReport) -> dict[str, object
                 "strength": concept.strength,
                 "text_strength": concept.text_strength,
                 "weight": concept.weight,
+                "called": list(phrases),
             }
-            for concept in concepts
+            for concept, phrases in zip(concepts, called, strict=True)
         ],
         "notes": report.notes,
     }
@@ -135,14 +150,26 @@ def _words(concept: Concept) -> set[str]:
     return {word for text in triggers for word in (text, text.partition(" ")[0])} - {""}
 
 
-def join_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
-    """All embeddings, and warnings; a name that is taken gets the LoRA's name in front."""
+@dataclass(frozen=True)
+class Joined:
+    """All embeddings of a merged LoRA; ``names`` are their former names, by concept, → those that
+    they have there."""
+
+    embeddings: Mapping[str, Mapping[str, Tensor]]
+    names: Sequence[Mapping[str, str]]
+    warnings: Sequence[str]
+
+
+def join_embeddings(concepts: Sequence[Concept]) -> Joined:
+    """Every concept's embeddings in one; a name that is taken gets the LoRA's name in front."""
     joined: dict[str, Mapping[str, Tensor]] = {}
+    names: list[dict[str, str]] = []
     warnings: list[str] = []
-    for index, lora in enumerate(loras):
+    for index, concept in enumerate(concepts):
+        lora, own_names = concept.lora or Lora({}), dict[str, str]()
         for name, parts in lora.embeddings.items():
             own = name
-            if own in joined:
+            if own in joined and not _same(parts, joined[own]):
                 own = f"{lora.name or index + 1}-{name}"
                 while own in joined:
                     own += "-2"
@@ -151,4 +178,10 @@ def join_embeddings(loras: Sequence[Lora]) -> tuple[dict[str, Mapping[str, Tenso
                     f"{own!r}. To choose the name: --rename {lora.name}:{name}=NEW"
                 )
             joined[own] = parts
-    return joined, warnings
+            own_names[name] = own
+        names.append(own_names)
+    return Joined(joined, names, warnings)
+
+
+def _same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[part], two[part]) for part in one)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from PIL import Image
 
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
+from ..hosts.learned import calls_of
+from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
 from ..merge import OnProgress, merge_loras
 from ..settings import Settings, setting
@@ -93,9 +95,14 @@ class Comparison:
         return [folder / name for name in files]
 
 
-def fill_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    """``{1}``, ``{2}`` … stand for the concepts, ``{all}`` for "sks1 cat and sks2 dog"."""
-    subjects = [concept.subject for concept in concepts]
+def fill_prompts(
+    templates: Sequence[str],
+    concepts: Sequence[Concept],
+    say: Callable[[int, str], str] = lambda _, subject: subject,
+) -> list[str]:
+    """``{1}``, ``{2}`` … stand for the concepts, ``{all}`` for "sks1 cat and sks2 dog"; each
+    concept's words are what ``say(concept, words)`` makes of them."""
+    subjects = [say(index, concept.subject) for index, concept in enumerate(concepts)]
     prompts: list[str] = []
     for template in templates:
         prompt = template.replace("{all}", " and ".join(f"a {subject}" for subject in subjects))
@@ -130,12 +137,14 @@ def compare_methods(
     """Merge ``concepts`` with every one of ``methods``, draw the same prompts and score them.
 
     ``references[i]`` are pictures of concept i. ``base`` among the methods draws without a LoRA.
-    Every merge goes through a file that the pipeline loads, as a user's would.
+    Every merge goes through a file that the pipeline loads, as a user's would, with the embeddings
+    in force that came with the LoRAs.
     """
     drawing = drawing or Drawing()
     prompts = fill_prompts(templates, concepts)
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    calls = [calls_of(concept, host.learned) for concept in concepts]
     rows: dict[str, dict[str, Stat]] = {}
     pictures: dict[str, list[Image.Image]] = {}
     seconds: dict[str, float] = {}
@@ -159,7 +168,10 @@ def compare_methods(
                 path = result.save(Path(folder) / "merged.safetensors", dtype="float32")
                 pipeline.load_lora_weights(str(path))
             try:
-                images = draw(pipeline, wanted, drawing, tick)
+                with in_force(pipeline, [] if name == BASE else calls) as phrases:
+                    said = fill_prompts(templates, concepts, phrases)
+                    pairs = [(prompt, seed) for prompt in said for seed in seeds]
+                    images = draw(pipeline, pairs, drawing, tick)
             finally:
                 if name != BASE:
                     pipeline.unload_lora_weights()

@@ -344,7 +344,7 @@ def test_an_embedding_beside_a_lora_has_to_be_called_for(
         result = kit.merging.merge_on(kit.model, kit.clip, [spec], "iteris", {}, calibration)
         return result.report.summary()
 
-    assert "toy is NOT IN FORCE" in summary("sks")
+    assert "'sks' calls for its embedding toy" in summary("sks")
     assert "toy is NOT IN FORCE" in summary("embedding:nowhere")
     assert "NOT IN FORCE" not in summary("embedding:word")
 

@@ -1,0 +1,201 @@
+"""Which words of a concept's prompts call for the embeddings that its LoRA file brings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ..concepts import Concept
+from ..lora_files.embeddings import ANY
+
+Parts = Mapping[str, Tensor]
+"""Text encoder (``clip_l``, …) → (vectors, width), as in :attr:`..lora.Lora.embeddings`."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """``name`` is the embedding that a word calls for; ``vector`` which of its vectors (None: all
+    of them)."""
+
+    name: str
+    vector: int | None = None
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Those of ``vectors`` that are called for."""
+        return vectors if self.vector is None else vectors[self.vector : self.vector + 1]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Of one concept. ``embeddings`` are those that its words call for, ``words`` in lower case.
+
+    ``loaded`` are embeddings that the user has put into the text encoders by hand, which stay as
+    they are; ``uncalled`` those for which no prompt calls. ``by_trigger`` is the trigger, where it
+    is taken for the only embedding, which no prompt names.
+    """
+
+    words: Mapping[str, Call] = field(default_factory=dict[str, Call])
+    embeddings: Mapping[str, Parts] = field(default_factory=dict[str, Parts])
+    loaded: Sequence[str] = field(default_factory=list[str])
+    uncalled: Sequence[str] = field(default_factory=list[str])
+    by_trigger: str = ""
+
+    def replaced(self, prompt: str, say: Callable[[str, Call], str]) -> str:
+        """``prompt`` with what ``say(word, call)`` gives in the place of every word that calls."""
+        if not self.words:
+            return prompt
+        return _any_of(self.words).sub(lambda m: say(m[0], self.words[m[0].lower()]), prompt)
+
+    def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
+        """``phrase`` with the embeddings called by ``names``, as in a merged file."""
+
+        def nothing(word: str, call: Call) -> str:
+            return ""
+
+        others = self.replaced(phrase, nothing)
+
+        def say(word: str, call: Call) -> str:
+            name = names[call.name]
+            if call.vector is not None:
+                return word
+            return f"<{name}>" if _said([name.lower()], [others]) else name  # "<cat> cat"
+
+        return self.replaced(phrase, say)
+
+    def notes(self, in_force: Set[str]) -> list[str]:
+        """What is to be said of the embeddings, of which the host has put some ``in_force``."""
+        found: list[str] = []
+        for name in in_force:
+            words = [word for word, call in self.words.items() if call.name == name]
+            said = " or ".join(map(repr, words))
+            why = ", which its prompts never name" if self.by_trigger else ""
+            found.append(f"{said} calls for its embedding {name}{why}")
+        found += [f"its embedding {name} is in the base already" for name in self.loaded]
+        odd = [name for name in self.embeddings if name not in in_force]
+        if odd:
+            widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
+            found.append(
+                f"its embedding {', '.join(odd)} is NOT IN FORCE, so this concept is merged "
+                f"without what its trigger has learned: no text encoder of the base takes {widths} "
+                "(text encoder: width of the vectors); the file is for another base model"
+            )
+        if self.uncalled:
+            names = ", ".join(self.uncalled)
+            found.append(
+                f"its embedding {names} is NOT IN FORCE, so this concept is merged without what "
+                "its trigger has learned: no prompt calls for it. Say its name in the trigger or "
+                f"the prompts, such as {' or '.join(map(repr, _spellings(self.uncalled[0])[:2]))}"
+            )
+        return found
+
+
+def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()) -> Calls:
+    """How the prompts of ``concept`` call for what its file brings: by name, as ``<name>`` or as
+    ``embedding:name``; the tokens ``<s0><s1>…`` of pivotal tuning call for the vectors of the only
+    embedding; and where no prompt names the only one, the trigger stands for it.
+
+    ``learned`` is the host's: embeddings in a prompt that the text encoders know already.
+    """
+    brought = concept.lora.embeddings if concept.lora is not None else {}
+    if not brought:
+        return Calls()
+    texts = list(concept.phrases if concept.prompts is None else concept.prompts)
+    known = {name for text in texts for name in learned(text)}
+    # A class word says what kind of thing it is; a file that is called so as well does not own it.
+    kind = {word.lower() for word in concept.class_word.split()}
+    words: dict[str, Call] = {}
+    loaded: list[str] = []
+    uncalled: list[str] = []
+    for name, parts in brought.items():
+        count = max(len(vectors) for vectors in parts.values()) if len(brought) == 1 else 0
+        forms = {word: Call(name) for word in _spellings(name) if word not in kind}
+        if count:
+            forms |= {join.join(f"<s{i}>" for i in range(count)): Call(name) for join in ("", " ")}
+        forms |= {f"<s{i}>": Call(name, i) for i in range(count) if count > 1}
+        spelled = _said(forms, texts)
+        said = {word: forms[word] for word in spelled}
+        core = name.strip("<>").lower()
+        if core in said and len(said) > 1:  # "<cat> cat"
+            del said[core]
+        by_hand = [word for word in said if learned(spelled[word])]
+        if by_hand or (not said and len(known) >= len(brought)):
+            loaded.append(name)
+        elif said:
+            words |= said
+        else:
+            uncalled.append(name)
+    trigger = concept.trigger.strip().lower()
+    trigger = "" if trigger.startswith("embedding:") else trigger  # names another
+    taken = len(brought) == 1 == len(uncalled) and trigger and _said([trigger], texts)
+    if taken and not known:
+        return Calls({trigger: Call(uncalled[0])}, brought, by_trigger=trigger)
+    called = {call.name for call in words.values()}
+    used = {name: parts for name, parts in brought.items() if name in called}
+    return Calls(words, used, loaded, uncalled)
+
+
+class Taker(Protocol):
+    """A text encoder: the names of the parts that are meant for it, and how wide a vector is."""
+
+    parts: Set[str]
+    width: int
+
+
+_T = TypeVar("_T", bound=Taker)
+
+
+def taking(encoders: Sequence[_T], parts: Parts) -> list[tuple[_T, Tensor]]:
+    """The text encoders that take vectors of an embedding: by name, else by their width."""
+    found: dict[int, tuple[_T, Tensor]] = {}
+    for part, vectors in parts.items():
+        named = [encoder for encoder in encoders if part in encoder.parts]
+        anywhere = encoders if part == ANY or len(parts) == 1 else []
+        fitting = [e for e in named or anywhere if e.width == vectors.shape[1]]
+        for encoder in fitting[:1]:
+            found.setdefault(id(encoder), (encoder, vectors))
+    return list(found.values())
+
+
+def placeholder(number: int, start: str = "iterisword") -> str:
+    """A word for a tokenizer: small letters, which no cleaning of prompts touches."""
+    return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
+
+
+def nothing_taught(calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
+    """What :meth:`.protocol.Host.teach` is for a host that does not work from prompts."""
+    return nullcontext([set() for _ in calls])
+
+
+def _spellings(name: str) -> list[str]:
+    """The words that call for an embedding of that name, in lower case."""
+    core = name.strip("<>").lower()
+    found = [name.lower(), f"<{core}>", core, f"embedding:{name.lower()}", f"embedding:{core}"]
+    return list(dict.fromkeys(found))
+
+
+def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
+    """Those of ``words`` that stand in the texts, as they are spelled there first; where one is
+    part of another, the longer one counts."""
+    pattern = _any_of(words)
+    found: dict[str, str] = {}
+    for text in texts:
+        for match in pattern.finditer(text):
+            found.setdefault(match[0].lower(), match[0])
+    return found
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(_as_word, longest_first)), re.IGNORECASE)
+
+
+def _as_word(word: str) -> str:
+    """A pattern of ``word``, not within another one, or a path."""
+    before = r"(?<![\w/<-])(?<!embedding:)" if re.match(r"[\w-]", word) else ""
+    after = r"(?![\w-]|\.\w)" if re.search(r"[\w-]$", word) else ""
+    return f"{before}{re.escape(word)}{after}"

@@ -1,0 +1,193 @@
+"""Embeddings in force on a pipeline whose texts go through tokenizers of transformers.
+
+No weight is resized and nothing of the pipeline's tokenizers or text encoders is changed: while
+this lasts the pipeline has copies of its tokenizers, which know one token more for each vector, and
+hooks on the text encoders' token embeddings answer for those.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .learned import Call, Calls, placeholder, taking
+
+_TOKEN = "iterisvector"
+
+
+class Phrases:
+    """``phrases(owner, prompt)`` is what the pipeline is to be given for a prompt of a concept;
+    ``in_force`` are the names of the embeddings that are, by concept."""
+
+    def __init__(
+        self, calls: Sequence[Calls], marks: Mapping[tuple[int, str], str], found: list[Set[str]]
+    ) -> None:
+        self._calls, self._marks, self.in_force = calls, marks, found
+
+    def __call__(self, owner: int, prompt: str) -> str:
+        if owner >= len(self._calls):
+            return prompt
+
+        def say(word: str, _: Call) -> str:
+            return self._marks.get((owner, word.lower()), word)
+
+        return self._calls[owner].replaced(prompt, say)
+
+
+@dataclass
+class _Encoder:
+    """A text encoder with its tokenizer. ``parts`` are the names under which embeddings have
+    vectors for it; ``words`` → the vectors that are put in their place."""
+
+    tokenizer_name: str
+    tokenizer: Any
+    model: Any
+    parts: Set[str]
+    width: int
+    words: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@contextmanager
+def in_force(pipeline: Any, calls: Sequence[Calls]) -> Generator[Phrases]:
+    """The embeddings that ``calls``, one of each concept, are put in force on ``pipeline``.
+
+    Two concepts may bring one name with different vectors. A text encoder for which an embedding
+    has no vectors reads the word as it stands there.
+    """
+    encoders = _encoders(pipeline)
+    marks: dict[tuple[int, str], str] = {}
+    plain: dict[str, str] = {}
+    found: list[Set[str]] = []
+    for owner, of_concept in enumerate(calls):
+        taken: set[str] = set()
+        for word, call in of_concept.words.items():
+            mark = placeholder(len(marks))
+            for encoder, vectors in taking(encoders, of_concept.embeddings[call.name]):
+                encoder.words[mark] = call.of(vectors)
+                marks[owner, word], plain[mark] = mark, word
+                taken.add(call.name)
+        found.append(taken)
+    with ExitStack() as stack:
+        for encoder in encoders if marks else ():
+            stack.enter_context(_taught(pipeline, encoder, plain))
+        yield Phrases(calls, marks, found)
+
+
+@contextmanager
+def _taught(pipeline: Any, encoder: _Encoder, plain: Mapping[str, str]) -> Generator[None]:
+    """The pipeline with a tokenizer that knows the encoder's words, and the encoder with their
+    vectors; a word without vectors is read as it is in ``plain``."""
+    tokenizer, name = copy.deepcopy(encoder.tokenizer), encoder.tokenizer_name
+    said = dict(plain)
+    tokens: list[str] = []
+    for mark, vectors in encoder.words.items():
+        new = [placeholder(len(tokens) + index, _TOKEN) for index in range(len(vectors))]
+        said[mark] = "".join(new)
+        tokens += new
+    if tokens:
+        tokenizer.add_tokens(tokens)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
+    tokenizer.__class__ = _reading(type(tokenizer), said)
+    hooks: list[Any] = []
+    # Not by setattr, which enters the class of what is set into the pipeline's configuration.
+    pipeline.__dict__[name] = tokenizer
+    try:
+        if tokens:
+            vectors = torch.cat(list(encoder.words.values()))
+            for module in _token_embeddings(encoder.model):
+                answers = _Answers(ids, vectors)
+                hooks.append(module.register_forward_pre_hook(answers.before))
+                hooks.append(module.register_forward_hook(answers.after))
+        yield
+    finally:
+        pipeline.__dict__[name] = encoder.tokenizer
+        for hook in hooks:
+            hook.remove()
+
+
+def _reading(kind: type, said: Mapping[str, str]) -> type:
+    """The tokenizer class ``kind``, which reads what ``said`` says in the place of its keys."""
+    pattern = re.compile("|".join(sorted(said, key=len, reverse=True)))
+
+    def read(text: Any) -> Any:
+        if isinstance(text, str):
+            return pattern.sub(lambda match: said[match[0]], text)
+        return [read(one) for one in text] if isinstance(text, list | tuple) else text
+
+    def reading(method: str) -> Any:
+        def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return getattr(super(taught, self), method)(read(text), *args, **kwargs)
+
+        return call
+
+    names = ("__call__", "tokenize", "encode")
+    known = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    taught = type(kind.__name__, (kind,), {**known, **{name: reading(name) for name in names}})
+    return taught
+
+
+class _Answers:
+    """Hooks of a token embedding that give ``vectors`` for ``ids``, which it has no rows for."""
+
+    def __init__(self, ids: Sequence[int], vectors: Tensor) -> None:
+        self._ids, self._vectors = torch.tensor(ids), vectors
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        asked = args[0]
+        own = torch.isin(asked, self._ids.to(asked.device))
+        if not bool(own.any()):
+            return None
+        known = asked.masked_fill(own, 0)
+        known.iteris_asked = asked  # of this call: forwards may run in turns
+        return known, *args[1:]
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        asked = getattr(args[0], "iteris_asked", None)
+        if asked is None:
+            return None
+        equal = asked[..., None] == self._ids.to(asked.device)
+        own, which = equal.any(dim=-1), equal.long().argmax(dim=-1)
+        answered = output.clone()
+        answered[own] = self._vectors.to(output)[which[own]]
+        return answered
+
+
+def _encoders(pipeline: Any) -> list[_Encoder]:
+    """The text encoders of a pipeline whose tokenizers can learn words."""
+    found: list[_Encoder] = []
+    clips = 0
+    for end in ("", "_2", "_3", "_4"):
+        tokenizer: Any = getattr(pipeline, f"tokenizer{end}", None)
+        model: Any = getattr(pipeline, f"text_encoder{end}", None)
+        if not isinstance(model, nn.Module) or not hasattr(tokenizer, "add_tokens"):
+            continue
+        kind = type(model).__name__
+        parts: Set[str] = {"t5xxl", "umt5xxl"} if "T5" in kind else set()
+        if kind.startswith("CLIP"):
+            clips += 1
+            # Of SDXL's refiner, and of Hunyuan Video, the second is the only one.
+            parts = {"clip_g"} if clips == 2 else {"clip_l", "clip_h"}
+            parts |= {"clip_g"} if end and clips == 1 else set()
+        width: int = _token_embeddings(model)[0].weight.shape[-1]
+        found.append(_Encoder(f"tokenizer{end}", tokenizer, model, parts, width))
+    return found
+
+
+def _token_embeddings(model: Any) -> list[Any]:
+    """The module that looks up a model's tokens; and others with its weight, as T5 has."""
+    first = model.get_input_embeddings()
+    shared = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and module is not first
+        and module.weight is first.weight
+    ]
+    return [first, *shared]

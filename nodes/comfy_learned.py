@@ -1,0 +1,128 @@
+"""Learned embeddings in ComfyUI's tokenizers, which know ``embedding:NAME`` from models/embeddings:
+those of concepts while they are merged, and those of a merged LoRA in the CLIP that a node gives.
+
+Nothing of a CLIP is changed: a copy of it has copies of its tokenizers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.sd1_clip
+import torch
+from torch import Tensor
+
+from ..iteris_core.hosts.learned import Call, Calls, Parts, placeholder, taking
+
+
+class Speaking:
+    """A CLIP whose tokenizers have the embeddings in force for which ``calls`` call, one of each
+    concept; ``in_force`` are their names. Two concepts may bring one name."""
+
+    def __init__(self, clip: Any, calls: Sequence[Calls] = ()) -> None:
+        self._calls = calls
+        self._marks = {
+            (owner, word): placeholder(index)
+            for index, (owner, word) in enumerate(
+                (owner, word) for owner, some in enumerate(calls) for word in some.words
+            )
+        }
+        embeddings = {
+            mark: {
+                part: calls[owner].words[word].of(vectors)
+                for part, vectors in calls[owner].embeddings[calls[owner].words[word].name].items()
+            }
+            for (owner, word), mark in self._marks.items()
+        }
+        self._clip, known = with_embeddings(clip, embeddings) if embeddings else (clip, set())
+        self._marks = {at: mark for at, mark in self._marks.items() if mark in known}
+        self.in_force: list[Set[str]] = [
+            {call.name for word, call in some.words.items() if (owner, word) in self._marks}
+            for owner, some in enumerate(calls)
+        ]
+
+    def tokenize(self, owner: int, prompt: str) -> Any:
+        """Tokens of a concept's prompt, as ComfyUI makes them to draw."""
+        return self._clip.tokenize(self._said(owner, prompt))
+
+    def _said(self, owner: int, prompt: str) -> str:
+        if owner >= len(self._calls):
+            return prompt
+
+        def say(word: str, _: Call) -> str:
+            mark = self._marks.get((owner, word.lower()))
+            return word if mark is None else f" embedding:{mark} "
+
+        said = self._calls[owner].replaced(prompt, say)
+        return prompt if said == prompt else said.replace("  embedding:", " embedding:")
+
+
+def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
+    """A copy of ``clip`` that has embeddings behind ``embedding:NAME``, before those of
+    models/embeddings, and the names of those that one of its text encoders takes."""
+    takers = [_Taker.of(tokenizer) for tokenizer in _tokenizers(clip.tokenizer)]
+    known = {name for name, parts in embeddings.items() if _give(takers, name, parts)}
+    own = copy.copy(clip)
+    own.tokenizer = _copied(clip.tokenizer, {id(t.tokenizer): t.known for t in takers}, known)
+    return own, known
+
+
+@dataclass
+class _Taker:
+    """A tokenizer, for :func:`taking`; ``known`` are the vectors that it has by name."""
+
+    tokenizer: Any
+    parts: Set[str]
+    width: int
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Taker:
+        return cls(tokenizer, {tokenizer.embedding_key}, tokenizer.embedding_size)
+
+
+def _give(takers: Sequence[_Taker], name: str, parts: Parts) -> bool:
+    found = taking(takers, parts)
+    for taker, vectors in found:
+        taker.known[name] = vectors
+    return bool(found)
+
+
+def _tokenizers(tokenizer: Any) -> list[Any]:
+    """The tokenizers of a composite (SDXL, FLUX, …), or the one itself."""
+    if isinstance(tokenizer, comfy.sd1_clip.SDTokenizer):
+        return [tokenizer]
+    return [
+        one for part in vars(tokenizer).values() if _is_tokenizer(part) for one in _tokenizers(part)
+    ]
+
+
+def _is_tokenizer(value: Any) -> bool:
+    return hasattr(value, "tokenize_with_weights")
+
+
+def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: Set[str]) -> Any:
+    own = copy.copy(tokenizer)
+    if id(tokenizer) not in vectors:
+        for name, part in vars(tokenizer).items():
+            if _is_tokenizer(part):
+                setattr(own, name, _copied(part, vectors, names))
+        return own
+    if own.embedding_directory is None:
+        own.embedding_directory = []  # with None it does not look for the word
+
+    def find(text: str) -> tuple[Tensor | None, str]:
+        """What ``_try_get_embedding`` gives: the vectors, and the text behind the name."""
+        name, *rest = text.split()
+        plain = name.rstrip(",")
+        if plain not in names:
+            return tokenizer._try_get_embedding(text)
+        # For a text encoder that it has no vectors for an embedding is nothing, as from a file.
+        found = vectors[id(tokenizer)].get(plain, torch.zeros(0, tokenizer.embedding_size))
+        return found, " ".join([name[len(plain) :], *rest]).strip()
+
+    own._try_get_embedding = find
+    return own
