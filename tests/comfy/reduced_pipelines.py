@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reduced_models import CLIP, T5
+from reduced_models.texts import FULL_CLIP, T5
 from torch import Tensor
 
 
@@ -99,7 +99,7 @@ def _load(module: Any, state: dict[str, Tensor]) -> None:
 def _clip(encoder: Any, kind: Any = None, **config: Any) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 768, "num_attention_heads": 12, **CLIP, **config}
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, **FULL_CLIP, **config}
     model = (kind or CLIPTextModel)(
         CLIPTextConfig(
             projection_dim=sizes["hidden_size"], bos_token_id=49406, eos_token_id=49407,

@@ -17,9 +17,9 @@ from torch import Tensor
 BLOCK = "blocks.0."
 ENCODER = "text_encoders.umt5xxl.transformer.encoder.block.0.layer."
 WAN = {
-    f"diffusion_model.{BLOCK}self_attn.q": (64, 64),
-    f"diffusion_model.{BLOCK}cross_attn.k": (64, 64),
-    f"diffusion_model.{BLOCK}ffn.2": (64, 96),
+    f"diffusion_model.{BLOCK}self_attn.q": (96, 96),
+    f"diffusion_model.{BLOCK}cross_attn.k": (96, 96),
+    f"diffusion_model.{BLOCK}ffn.2": (96, 128),
     f"{ENCODER}0.SelfAttention.q": (64, 64),
     f"{ENCODER}1.DenseReluDense.wo": (64, 64),
 }

@@ -1,0 +1,119 @@
+"""FLUX and its kin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import texts
+from .parts import model_of_class as model
+
+
+def _config(**other: Any) -> dict[str, Any]:
+    from comfy.ldm.flux.model import FluxParams
+
+    later = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    return {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 64,
+        "context_in_dim": 64,
+        "hidden_size": 64,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [8, 12, 12],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        **later,
+        **other,
+    }
+
+
+def flux() -> tuple[Any, Any]:
+    """With CLIP's own width, which diffusers' pipeline of it has too."""
+    return model("Flux", **_config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
+
+
+def flux_schnell() -> tuple[Any, Any]:
+    return model("FluxSchnell", **_config(guidance_embed=False)), texts.flux()
+
+
+def flux_kontext() -> tuple[Any, Any]:
+    """FLUX.1's class, to be given reference latents."""
+    return model("Flux", **_config()), texts.flux()
+
+
+def flux_fill() -> tuple[Any, Any]:
+    """A picture and a mask of 8 × 8 pixels a latent beside the latents."""
+    return model("FluxInpaint", **_config(in_channels=96)), texts.flux()
+
+
+def flux2() -> tuple[Any, Any]:
+    config = _config(
+        image_model="flux2",
+        in_channels=128,
+        out_channels=128,
+        vec_in_dim=None,
+        context_in_dim=192,
+        hidden_size=128,
+        mlp_ratio=3.0,
+        axes_dim=[16, 16, 16, 16],
+        theta=2000,
+        patch_size=1,
+        qkv_bias=False,
+        txt_ids_dims=[3],
+        global_modulation=True,
+        mlp_silu_act=True,
+        ops_bias=False,
+        default_ref_method="index",
+        ref_index_scale=10.0,
+    )
+    return model("Flux2", **config), texts.mistral()
+
+
+_CHROMA = {
+    "in_channels": 64,
+    "out_channels": 64,
+    "in_dim": 64,
+    "out_dim": 64,
+    "hidden_dim": 64,
+    "n_layers": 2,
+    "vec_in_dim": None,
+}
+
+
+def _chroma(**other: Any) -> dict[str, Any]:
+    config = _config(**{**_CHROMA, **other})
+    del config["guidance_embed"]
+    return config
+
+
+def _pixart_t5() -> Any:
+    return texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
+
+
+def chroma() -> tuple[Any, Any]:
+    return model("Chroma", **_chroma(image_model="chroma")), _pixart_t5()
+
+
+def chroma_radiance() -> tuple[Any, Any]:
+    """Of pixels instead of latents."""
+    config = _chroma(
+        image_model="chroma_radiance",
+        in_channels=3,
+        out_channels=3,
+        patch_size=16,
+        nerf_hidden_size=16,
+        nerf_mlp_ratio=2,
+        nerf_depth=1,
+        nerf_max_freqs=4,
+        nerf_tile_size=512,
+        nerf_final_head_type="conv",
+        nerf_embedder_dtype=None,
+        use_x0=False,
+    )
+    return model("ChromaRadiance", **config), _pixart_t5()

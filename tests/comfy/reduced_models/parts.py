@@ -1,0 +1,83 @@
+"""What all reduced models are made of: a MODEL, a CLIP, random weights, and LoRA files for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+RANK = 4
+
+
+def model_of(config: Any) -> Any:
+    """The MODEL of a configuration of ``comfy.supported_models``, as its loader makes it."""
+    import comfy.model_management as memory
+    import comfy.model_patcher
+
+    config.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode():
+        model = config.get_model({}, "")
+        fill(model.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(
+        model, memory.get_torch_device(), memory.unet_offload_device()
+    )
+
+
+def model_of_class(kind: str, **config: Any) -> Any:
+    import comfy.supported_models
+
+    return model_of(getattr(comfy.supported_models, kind)(config))
+
+
+def clip_of(
+    tokenizer: Any,
+    encoder: Any,
+    options: Mapping[str, Any],
+    tokenizer_data: Mapping[str, Any] | None = None,
+) -> Any:
+    """The CLIP of a tokenizer's and an encoder's class; ``options`` make it narrow."""
+    import comfy.sd
+    import comfy.supported_models_base
+
+    target = comfy.supported_models_base.ClipTarget(tokenizer, encoder)
+    options = {"dtype": torch.float32, **options}
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(
+            target, model_options=options, tokenizer_data=dict(tokenizer_data or {})
+        )
+        fill(clip.cond_stage_model)
+    return clip
+
+
+@torch.no_grad()
+def fill(module: nn.Module) -> None:
+    """Random weights of the order of size of trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [*module.named_parameters()]
+    tensors += [item for item in module.named_buffers() if item[0].endswith("pos_embed")]
+    for name, weight in sorted(tensors):
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim < 2:
+            one = ("norm" in name or name.endswith("scale")) and not name.endswith("bias")
+            weight.copy_(noise * 0.02 + float(one))
+        else:
+            weight.copy_(noise * 0.5 / weight[0].numel() ** 0.5)
+
+
+def write_lora(
+    file: Path, sites: Mapping[str, tuple[int, int]], seed: int, rank: int = RANK
+) -> Path:
+    """A LoRA with the module names of ``sites``, each (out, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, (out, width) in sites.items():
+        tensors[f"{name}.lora_A.weight"] = (
+            torch.randn(rank, width, generator=generator) / width**0.5
+        )
+        tensors[f"{name}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 4
+    save_file(tensors, file)
+    return file

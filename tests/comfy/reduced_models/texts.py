@@ -1,0 +1,236 @@
+"""Narrow text encoders in ComfyUI's own classes.
+
+Tokenizers that come with a checkpoint have another's vocabulary: SentencePiece ones that of
+Pile-T5, which is in ComfyUI, and those of Llama and Mistral Qwen's, with their own special tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .parts import clip_of
+
+FULL_CLIP = {"num_hidden_layers": 3, "intermediate_size": 64}
+CLIP = {**FULL_CLIP, "hidden_size": 64, "num_attention_heads": 2}
+T5 = {"num_layers": 2, "d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32}
+LANGUAGE_MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+_LLAMA = {**LANGUAGE_MODEL, "vocab_size": 152064}
+_BERT = {
+    "hidden_size": 1024,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+}
+_BYT5 = {"num_layers": 1, "d_model": 1472, "d_ff": 64, "num_heads": 2, "d_kv": 32}
+
+
+def clip(module: str, tokenizer: str, encoder: str, **options: Mapping[str, Any]) -> Any:
+    """A CLIP of two classes of a module of ComfyUI."""
+    found = import_module(module)
+    return clip_of(getattr(found, tokenizer), getattr(found, encoder), options)
+
+
+def flux(clip_l: Mapping[str, int] = CLIP) -> Any:
+    import comfy.text_encoders.flux as text
+
+    options = {"clip_l_model_config": clip_l, "t5xxl_model_config": T5}
+    return clip_of(text.FluxTokenizer, text.flux_clip(torch.float32), options)
+
+
+def sd3() -> Any:
+    """Its states are filled up to 4096, so T5 has that width."""
+    import comfy.text_encoders.sd3_clip as text
+
+    options = {
+        "clip_l_model_config": CLIP,
+        "clip_g_model_config": CLIP,
+        "t5xxl_model_config": {**T5, "d_model": 4096},
+    }
+    return clip_of(text.SD3Tokenizer, text.sd3_clip(dtype_t5=torch.float32), options)
+
+
+def t5xxl(module: str, tokenizer: str, encoder: str) -> Any:
+    """T5-XXL alone; ``encoder`` is ComfyUI's function that makes its class."""
+    found = import_module(f"comfy.text_encoders.{module}")
+    make = getattr(found, encoder)
+    return clip_of(getattr(found, tokenizer), make(torch.float32), {"t5xxl_model_config": T5})
+
+
+def aura() -> Any:
+    import comfy.text_encoders.aura_t5 as text
+
+    return clip_of(text.AuraT5Tokenizer, text.AuraT5Model, {"pile_t5xl_model_config": T5})
+
+
+def umt5() -> Any:
+    import comfy.text_encoders.wan as text
+
+    options = {"umt5xxl_model_config": {**T5, "vocab_size": 32128}}
+    data = {"spiece_model": _pile()}
+    return clip_of(text.WanT5Tokenizer, text.te(torch.float32), options, data)
+
+
+def hydit() -> Any:
+    """BERT and a multilingual T5, both with masks."""
+    import comfy.text_encoders.hydit as text
+
+    options = {
+        "hydit_clip_model_config": _BERT,
+        "mt5xl_model_config": {**T5, "vocab_size": 32128},
+    }
+    data = {"mt5xl.spiece_model": _pile()}
+    return clip_of(text.HyditTokenizer, text.HyditModel, options, data)
+
+
+def gemma() -> Any:
+    import comfy.text_encoders.lumina2 as text
+
+    options = {"gemma2_2b_model_config": {**LANGUAGE_MODEL, "vocab_size": 32128}}
+    data = {"spiece_model": _pile()}
+    return clip_of(text.LuminaTokenizer, text.te(torch.float32), options, data)
+
+
+def qwen3() -> Any:
+    import comfy.text_encoders.z_image as text
+
+    options = {"qwen3_4b_model_config": LANGUAGE_MODEL}
+    return clip_of(text.ZImageTokenizer, text.te(torch.float32), options)
+
+
+def qwen25(module: str, tokenizer: str, size: str = "7b") -> Any:
+    """Qwen 2.5 with its eyes, and what stands beside it: CLIP-L, or ByT5 for text in quotes."""
+    text = import_module(f"comfy.text_encoders.{module}")
+    # HunyuanVideo 1.5 has a tokenizer of its own, but HunyuanImage's encoder.
+    encoder = getattr(text, "te", None) or import_module("comfy.text_encoders.hunyuan_image").te
+    options = {
+        f"qwen25_{size}_model_config": LANGUAGE_MODEL,
+        "clip_l_model_config": CLIP,
+        "_model_config": _BYT5,  # what ComfyUI looks up for an encoder that it gives no name
+    }
+    with _narrow_eyes():
+        return clip_of(getattr(text, tokenizer), encoder(dtype_llama=torch.float32), options)
+
+
+def mistral() -> Any:
+    """FLUX.2's: three layers' states side by side, padded on the left."""
+    import comfy.text_encoders.flux as text
+
+    class Model(text.Mistral3_24BModel):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "layer": [1, 2, 3]})
+
+    encoder = functools.partial(text.Flux2TEModel, clip_model=Model)
+    tokenizer = _qwen("mistral3_24b", start=1, pad=11, left=True)
+    with mock.patch.object(text, "Mistral3Tokenizer", tokenizer):
+        return clip_of(text.Flux2Tokenizer, encoder, {"mistral3_24b_model_config": _LLAMA})
+
+
+def hunyuan_video() -> Any:
+    import comfy.text_encoders.hunyuan_video as text
+
+    options = {
+        "clip_l_model_config": CLIP,
+        "llama_model_config": LANGUAGE_MODEL,
+        "vocab_size": _LLAMA["vocab_size"],
+    }
+    encoder = text.hunyuan_video_clip(torch.float32)
+    with _llama():
+        return clip_of(text.HunyuanVideoTokenizer, encoder, options)
+
+
+def hidream() -> Any:
+    """Two CLIPs, T5, and every layer of Llama."""
+    import comfy.text_encoders.hidream as text
+
+    options = {
+        "clip_l_model_config": CLIP,
+        "clip_g_model_config": CLIP,
+        "t5xxl_model_config": T5,
+        "llama_model_config": LANGUAGE_MODEL,
+        "vocab_size": _LLAMA["vocab_size"],
+    }
+    encoder = text.hidream_clip(dtype_t5=torch.float32, dtype_llama=torch.float32)
+    with _llama():
+        return clip_of(text.HiDreamTokenizer, encoder, options)
+
+
+def _pile() -> Tensor:
+    import comfy.text_encoders
+
+    folder = Path(next(iter(comfy.text_encoders.__path__)))
+    data = (folder / "t5_pile_tokenizer" / "tokenizer.model").read_bytes()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+_HEADERS = {
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eot_id|>": 128009,
+    "user": 882,
+}
+"""Tokens of Llama's by which ComfyUI cuts the template off."""
+
+
+def _qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
+    """Qwen's tokenizer with other special tokens."""
+    import comfy.text_encoders.z_image as text
+
+    def tokens(plain: Any, words: str) -> dict[str, list[int]]:
+        parts = re.split(f"({'|'.join(map(re.escape, _HEADERS))})", words)
+        found = [[_HEADERS[p]] if p in _HEADERS else plain(p)["input_ids"] for p in parts if p]
+        return {"input_ids": [token for some in found for token in some]}
+
+    class Tokenizer(text.Qwen3Tokenizer):
+        def __init__(
+            self,
+            embedding_directory: Any = None,
+            tokenizer_data: Any = None,
+            min_length: int = 1,
+            pad_token: int = pad,
+        ) -> None:
+            super().__init__(embedding_directory, tokenizer_data or {})
+            self.embedding_key, self.min_length = key, min_length
+            self.start_token = start
+            self.tokenizer = functools.partial(tokens, self.tokenizer)
+            self.pad_token, self.pad_left = pad_token, left
+
+    return Tokenizer
+
+
+@contextmanager
+def _llama() -> Iterator[None]:
+    import comfy.text_encoders.hunyuan_video as text
+
+    tokenizer = _qwen("llama", start=128000, pad=128258)
+    with mock.patch.object(text, "LLAMA3Tokenizer", tokenizer):
+        yield
+
+
+@contextmanager
+def _narrow_eyes() -> Iterator[None]:
+    import comfy.text_encoders.qwen_vl as eyes
+
+    kind = eyes.Qwen2VLVisionTransformer
+
+    def narrow(hidden_size: int, output_hidden_size: int, **how: Any) -> Any:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_layers": 2}
+        return kind(output_hidden_size=output_hidden_size, **sizes, **how)
+
+    with mock.patch.object(eyes, "Qwen2VLVisionTransformer", narrow):
+        yield
