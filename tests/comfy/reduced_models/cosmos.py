@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import texts
-from .parts import model_of_class as model
+from .parts import model_of_class
 
 _COSMOS = {
     "max_img_h": 240,
@@ -41,7 +41,7 @@ def cosmos() -> tuple[Any, Any]:
         "rope_w_extrapolation_ratio": 1.0,
         "rope_t_extrapolation_ratio": 2.0,
     }
-    return model("CosmosT2V", **config), _t5()
+    return model_of_class("CosmosT2V", **config), _t5()
 
 
 def cosmos_predict2() -> tuple[Any, Any]:
@@ -52,7 +52,7 @@ def cosmos_predict2() -> tuple[Any, Any]:
         "min_fps": 1,
         "max_fps": 30,
     }
-    return model("CosmosT2IPredict2", **config), _t5()
+    return model_of_class("CosmosT2IPredict2", **config), _t5()
 
 
 def _t5() -> Any:

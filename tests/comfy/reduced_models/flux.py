@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import texts
-from .parts import model_of_class as model
+from .parts import model_of_class
 
 
 def _config(**other: Any) -> dict[str, Any]:
@@ -35,21 +35,21 @@ def _config(**other: Any) -> dict[str, Any]:
 
 def flux() -> tuple[Any, Any]:
     """With CLIP's own width, which diffusers' pipeline of it has too."""
-    return model("Flux", **_config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
+    return model_of_class("Flux", **_config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
 
 
 def flux_schnell() -> tuple[Any, Any]:
-    return model("FluxSchnell", **_config(guidance_embed=False)), texts.flux()
+    return model_of_class("FluxSchnell", **_config(guidance_embed=False)), texts.flux()
 
 
 def flux_kontext() -> tuple[Any, Any]:
     """FLUX.1's class, to be given reference latents."""
-    return model("Flux", **_config()), texts.flux()
+    return model_of_class("Flux", **_config()), texts.flux()
 
 
 def flux_fill() -> tuple[Any, Any]:
     """A picture and a mask of 8 × 8 pixels a latent beside the latents."""
-    return model("FluxInpaint", **_config(in_channels=96)), texts.flux()
+    return model_of_class("FluxInpaint", **_config(in_channels=96)), texts.flux()
 
 
 def flux2() -> tuple[Any, Any]:
@@ -72,7 +72,7 @@ def flux2() -> tuple[Any, Any]:
         default_ref_method="index",
         ref_index_scale=10.0,
     )
-    return model("Flux2", **config), texts.mistral()
+    return model_of_class("Flux2", **config), texts.mistral()
 
 
 _CHROMA = {
@@ -97,7 +97,7 @@ def _pixart_t5() -> Any:
 
 
 def chroma() -> tuple[Any, Any]:
-    return model("Chroma", **_chroma(image_model="chroma")), _pixart_t5()
+    return model_of_class("Chroma", **_chroma(image_model="chroma")), _pixart_t5()
 
 
 def chroma_radiance() -> tuple[Any, Any]:
@@ -116,4 +116,4 @@ def chroma_radiance() -> tuple[Any, Any]:
         nerf_embedder_dtype=None,
         use_x0=False,
     )
-    return model("ChromaRadiance", **config), _pixart_t5()
+    return model_of_class("ChromaRadiance", **config), _pixart_t5()

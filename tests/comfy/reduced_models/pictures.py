@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import texts
-from .parts import model_of_class as model
+from .parts import model_of_class
 
 
 def _sd3(x_block_self_attn_layers: list[int]) -> tuple[Any, Any]:
@@ -13,7 +13,7 @@ def _sd3(x_block_self_attn_layers: list[int]) -> tuple[Any, Any]:
         "target": "torch.nn.Linear",
         "params": {"in_features": 4096, "out_features": 128},
     }
-    model = model(
+    model = model_of_class(
         "SD3",
         in_channels=16,
         out_channels=16,
@@ -42,7 +42,7 @@ def sd35_medium() -> tuple[Any, Any]:
 
 
 def aura_flow() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "AuraFlow",
         dim=128,
         n_layers=3,
@@ -59,7 +59,7 @@ def aura_flow() -> tuple[Any, Any]:
 
 
 def pixart_sigma() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "PixArtSigma",
         image_model="pixart_sigma",
         patch_size=2,
@@ -76,7 +76,7 @@ def pixart_sigma() -> tuple[Any, Any]:
 
 
 def hunyuan_dit() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "HunyuanDiT",
         image_model="hydit",
         hidden_size=64,
@@ -102,7 +102,7 @@ _NEXT_DIT = {
 
 
 def lumina2() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "Lumina2",
         **_NEXT_DIT,
         dim=96,
@@ -117,7 +117,7 @@ def lumina2() -> tuple[Any, Any]:
 
 def zimage() -> tuple[Any, Any]:
     """Text and picture are filled up to multiples of 32 tokens."""
-    model = model(
+    model = model_of_class(
         "ZImage",
         **_NEXT_DIT,
         dim=256,
@@ -135,7 +135,7 @@ def zimage() -> tuple[Any, Any]:
 
 def qwen() -> tuple[Any, Any]:
     """A text encoder that gives a mask for some texts and none for others."""
-    model = model(
+    model = model_of_class(
         "QwenImage",
         image_model="qwen_image",
         in_channels=64,
@@ -150,7 +150,7 @@ def qwen() -> tuple[Any, Any]:
 
 def hunyuan_image() -> tuple[Any, Any]:
     """With a text encoder of its own for what is in quotes."""
-    model = model(
+    model = model_of_class(
         "HunyuanImage21",
         image_model="hunyuan_video",
         in_channels=64,
@@ -178,7 +178,7 @@ def hunyuan_image() -> tuple[Any, Any]:
 
 def hidream() -> tuple[Any, Any]:
     """Experts, each of which sees some tokens of all rows."""
-    model = model(
+    model = model_of_class(
         "HiDream",
         image_model="hidream",
         attention_head_dim=128,
@@ -200,7 +200,7 @@ def hidream() -> tuple[Any, Any]:
 
 
 def omnigen2() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "Omnigen2",
         image_model="omnigen2",
         in_channels=16,
@@ -236,4 +236,4 @@ KANDINSKY5 = {
 def kandinsky5_image() -> tuple[Any, Any]:
     config = {**KANDINSKY5, "visual_embed_dim": 64, "rope_scale_factor": (1.0, 1.0, 1.0)}
     clip = texts.qwen25("kandinsky5", "Kandinsky5TokenizerImage")
-    return model("Kandinsky5Image", **config), clip
+    return model_of_class("Kandinsky5Image", **config), clip

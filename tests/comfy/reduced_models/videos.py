@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import texts
-from .parts import model_of_class as model
+from .parts import model_of_class
 from .pictures import KANDINSKY5
 
 _HUNYUAN = {
@@ -33,12 +33,14 @@ _HUNYUAN = {
 
 
 def hunyuan_video() -> tuple[Any, Any]:
-    return model("HunyuanVideo", **_HUNYUAN), texts.hunyuan_video()
+    return model_of_class("HunyuanVideo", **_HUNYUAN), texts.hunyuan_video()
 
 
 def hunyuan_video_i2v() -> tuple[Any, Any]:
     """The first frame and its mask beside the latents."""
-    return model("HunyuanVideoI2V", **{**_HUNYUAN, "in_channels": 33}), texts.hunyuan_video()
+    return model_of_class(
+        "HunyuanVideoI2V", **{**_HUNYUAN, "in_channels": 33}
+    ), texts.hunyuan_video()
 
 
 def hunyuan_video15() -> tuple[Any, Any]:
@@ -55,7 +57,7 @@ def hunyuan_video15() -> tuple[Any, Any]:
         "meanflow_sum": True,
     }
     clip = texts.qwen25("hunyuan_video", "HunyuanVideo15Tokenizer")
-    return model("HunyuanVideo15", **config), clip
+    return model_of_class("HunyuanVideo15", **config), clip
 
 
 def _wan(kind: str, **other: Any) -> tuple[Any, Any]:
@@ -77,7 +79,7 @@ def _wan(kind: str, **other: Any) -> tuple[Any, Any]:
         "text_dim": 64,
         **other,
     }
-    return model(kind, **config), texts.umt5()
+    return model_of_class(kind, **config), texts.umt5()
 
 
 def wan() -> tuple[Any, Any]:
@@ -95,7 +97,7 @@ def wan22_5b() -> tuple[Any, Any]:
 
 
 def ltxv() -> tuple[Any, Any]:
-    model = model(
+    model = model_of_class(
         "LTXV",
         image_model="ltxv",
         in_channels=128,
@@ -114,7 +116,7 @@ def ltxv() -> tuple[Any, Any]:
 
 def mochi() -> tuple[Any, Any]:
     """Text tokens of padding are cut off by their number."""
-    model = model(
+    model = model_of_class(
         "GenmoMochi",
         image_model="mochi_preview",
         depth=2,
@@ -144,5 +146,5 @@ def mochi() -> tuple[Any, Any]:
 
 
 def kandinsky5_video() -> tuple[Any, Any]:
-    model = model("Kandinsky5", **KANDINSKY5, visual_embed_dim=132)
+    model = model_of_class("Kandinsky5", **KANDINSKY5, visual_embed_dim=132)
     return model, texts.qwen25("kandinsky5", "Kandinsky5Tokenizer")
