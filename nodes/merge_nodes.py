@@ -1,4 +1,4 @@
-"""Nodes that merge, save, compare and look into LoRAs."""
+"""Nodes that compare merges, save LoRAs and look into them."""
 
 from __future__ import annotations
 
@@ -13,116 +13,29 @@ from comfy_api.latest import io
 
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.tensors import save_atomically
-from ..iteris_core.merge import MergeResult
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.presets import PresetName
 from ..iteris_core.report.inspection import describe, interference, numbered, to_table
-from ..iteris_core.report.plots import plot_interference, plot_residuals
+from ..iteris_core.report.plots import plot_interference
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
-from .comfy_runtime import show_text
+from .comfy_runtime import files_behind, show_text
 from .concept_specs import ConceptSpec
 from .lora_rank import cut_tensors
 from .merge_inputs import (
-    advanced_inputs,
+    Extras,
     budget_of,
     calibration_of,
+    extra_inputs,
     latent_inputs,
-    left_out,
     memory_inputs,
     model_inputs,
-    preset_input,
     sampling_inputs,
-    settings_of,
 )
 from .merging import as_lora_model, merge_on
-from .pictures import figure_image, text_image
+from .pictures import figure_image
 from .schema import LoraModel, schema
 
 _BASE = "base"
-
-
-class IterisMerge(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "IterisMerge",
-            "IterIS Merge",
-            ["merge loras", "combine loras", "multi concept"],
-            description="Merges LoRAs into one by least squares on what the merged model really "
-            "sees.",
-            inputs=[
-                *model_inputs(),
-                io.Combo.Input(
-                    "method",
-                    options=[method.name for method in all_methods()],
-                    default="iteris",
-                    tooltip="iteris, or one of the methods that it is compared with.",
-                ),
-                *sampling_inputs(),
-                *advanced_inputs(),
-                preset_input(),
-                *memory_inputs(),
-            ],
-            outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
-                io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
-                LoraModel.Output(
-                    display_name="lora", tooltip="The merged LoRA, for Save Merged LoRA."
-                ),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="What was merged, and how well each concept fits.",
-                ),
-                io.Image.Output(
-                    display_name="plot", tooltip="Output error of each concept in each block."
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        clip: Any,
-        concepts: tuple[ConceptSpec, ...],
-        method: str,
-        samples: int,
-        seed: int,
-        timesteps: int,
-        latent_size: int,
-        latents: str,
-        dtype: str,
-        preset: PresetName = "default",
-        memory: float = 0.0,
-        **values: Any,
-    ) -> io.NodeOutput:
-        calibration = calibration_of(
-            {
-                "samples": samples,
-                "seed": seed,
-                "timesteps": timesteps,
-                "latent_size": latent_size,
-                "latents": latents,
-            },
-            preset,
-        )
-        settings = settings_of(method, values, preset)
-        result = merge_on(
-            model,
-            clip,
-            concepts,
-            method,
-            settings,
-            calibration,
-            cls.hidden.unique_id,
-            memory_budget=budget_of(memory),
-        )
-        lora = as_lora_model(result, concepts, dtype)
-        report = result.report.summary() + left_out(method, preset)
-        show_text(report, cls.hidden.unique_id)
-        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
 
 
 class CompareMerges(io.ComfyNode):
@@ -144,6 +57,7 @@ class CompareMerges(io.ComfyNode):
                 *sampling_inputs(),
                 *latent_inputs(),
                 *memory_inputs(),
+                *extra_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -159,7 +73,7 @@ class CompareMerges(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="The report of every merge."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -175,6 +89,8 @@ class CompareMerges(io.ComfyNode):
         latent_size: int,
         latents: str,
         memory: float = 0.0,
+        frames: int = 0,
+        **extra: Any,
     ) -> io.NodeOutput:
         calibration = calibration_of(
             {
@@ -183,8 +99,10 @@ class CompareMerges(io.ComfyNode):
                 "timesteps": timesteps,
                 "latent_size": latent_size,
                 "latents": latents,
+                "frames": frames,
             }
         )
+        extras = Extras.of(files_behind(cls.hidden, "model"), **extra)
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
             raise IterisError("Compare Merges has no methods; write iteris, average for example.")
@@ -204,12 +122,13 @@ class CompareMerges(io.ComfyNode):
                     calibration,
                     cls.hidden.unique_id,
                     memory_budget=budget_of(memory),
+                    **extras.options,
                 )
                 merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
                 reports.append(result.report.summary())
             models.append(merged[0])
             clips.append(merged[1])
-        report = "\n".join(reports)
+        report = "\n".join(reports) + extras.note
         show_text(report, cls.hidden.unique_id)
         return io.NodeOutput(models, clips, names, report)
 
@@ -306,9 +225,3 @@ def _new_file(prefix: str) -> tuple[Path, str]:
         raise IterisError(f"{prefix} leads out of {root}; write a name or folder/name.")
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix.strip(), root)
     return Path(folder) / f"{name}_{counter:05}_.safetensors", subfolder
-
-
-def _plot(result: MergeResult) -> Any:
-    if not result.report.blocks():
-        return text_image(f"{result.report.method} looks at weights only: no output errors.")
-    return figure_image(plot_residuals(result.report))

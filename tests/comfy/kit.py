@@ -18,6 +18,7 @@ class Kit:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
+        self.sampling = module("nodes.comfy_sampling")
         self.denoiser, self.text = module("nodes.comfy_denoiser"), module("nodes.comfy_text")
         self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
         self.model, self.clip = thin
