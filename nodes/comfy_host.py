@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,18 @@ from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Stage, Tick
-from ..iteris_core.hosts.rows import TextRows, drawn_prompts, noisy_rows
+from ..iteris_core.hosts.rows import TextRows, drawn_prompts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
+from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_sampling import make_latents
 from .comfy_text import Conditioning, TextEncoders
+from .concept_specs import DENOISER
 
-DENOISER = "unet"
 LOW = f"{second_of(DENOISER)}."
 """How the sites of the model for low noise begin."""
 BOUNDARY = 0.875
@@ -42,28 +41,6 @@ BOUNDARY = 0.875
 
 _SAMPLING_ROWS = 16
 _MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
-
-
-@dataclass(frozen=True)
-class DenoiserRows:
-    """What a denoiser sees: latents on ComfyUI's scale, (rows, …), and their sigmas, of the
-    ``schedule`` that it runs through; ``text_rows`` says which text each row uses."""
-
-    owners: Sequence[int]
-    text_rows: Sequence[int]
-    latents: Tensor
-    times: Tensor
-    schedule: Tensor
-
-
-@dataclass(frozen=True)
-class ComfySamples:
-    """``tokens`` are those of every text; ``noisy`` is of each denoiser, and empty where no site
-    needs one."""
-
-    text: TextRows
-    tokens: Sequence[Any]
-    noisy: Sequence[DenoiserRows] = ()
 
 
 class ComfyHost:
@@ -174,30 +151,7 @@ class ComfyHost:
             generator,
             tick,
         )
-        parts = [
-            noisy_rows(owners, prompts, kept.latents, kept.sigmas, share, generator)
-            for kept in found
-        ]
-        rows = [(part, row) for part, _ in parts for row in range(len(part.owners))]
-        text = TextRows.of(
-            [part.owners[row] for part, row in rows],
-            [part.texts[part.text_rows[row]] for part, row in rows],
-        )
-        which = iter(text.text_rows)
-        return ComfySamples(
-            text,
-            self._texts.tokenize(text.texts),
-            [
-                DenoiserRows(
-                    part.owners,
-                    list(islice(which, len(part.owners))),
-                    noisy.latents,
-                    noisy.times,
-                    kept.schedule,
-                )
-                for (part, noisy), kept in zip(parts, found, strict=True)
-            ],
-        )
+        return comfy_samples(owners, prompts, found, share, generator, self._texts.tokenize)
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(

@@ -109,6 +109,7 @@ def denoise(
     has ``begun``; fills ``kept.latents`` at the steps ``picks`` and gives what has become of all,
     on the scale of a LATENT."""
     shape = (1, *noise.shape[1:])
+    denoiser.close()  # sampling prepares the model anew, and gives it back
     denoiser.room(0)  # some models make the inputs with weights of theirs
     made: dict[int, Inputs] = {}
     for text in (*sampling.texts, *sampling.empties):  # rows of one prompt share a conditioning

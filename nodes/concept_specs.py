@@ -14,7 +14,8 @@ from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import joined_experts
 
-_DENOISER = "unet"
+DENOISER = "unet"
+"""What the sites of a MODEL begin with."""
 
 
 class Reader(Protocol):
@@ -46,7 +47,7 @@ class ConceptSpec:
     def read(self, reader: Reader, options: ReadOptions | None = None) -> Concept:
         lora = reader.read_lora(self.file, options) if self.file else None
         if lora is not None and self.low is not None:
-            lora = joined_experts(lora, reader.read_low(self.low, options), _DENOISER)
+            lora = joined_experts(lora, reader.read_low(self.low, options), DENOISER)
         return Concept(
             lora,
             self.prompts,

@@ -21,9 +21,10 @@ from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import find_setting
 from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_conds import References, Same
-from .comfy_host import BOUNDARY, DENOISER, ComfyHost, ComfySamples
+from .comfy_host import BOUNDARY, ComfyHost
+from .comfy_rows import ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
-from .concept_specs import ConceptSpec
+from .concept_specs import DENOISER, ConceptSpec
 
 _ROWS = 32
 _log = logging.getLogger(__name__)

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
+from client import Client, Graph, node
+from kit import EXPERTS
+from safetensors.torch import load_file
 
-SITES = {
-    f"diffusion_model.blocks.{block}.{layer}": (96, 96)
-    for block in range(2)
-    for layer in ("self_attn.q", "self_attn.v", "self_attn.o", "cross_attn.k", "cross_attn.o")
-}
 BOUNDARY = 0.9
 
 
@@ -36,7 +34,7 @@ class Pair:
             for weight in self.low.model.diffusion_model.parameters():
                 weight.mul_(0.9)
         self.files = [
-            reduced_models.write_lora(folder / f"{name}.safetensors", SITES, seed)
+            reduced_models.write_lora(folder / f"{name}.safetensors", EXPERTS, seed)
             for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low"))
         ]
         self.calibration = self.core.Calibration(
@@ -97,7 +95,7 @@ def stock(pair: Pair, model: Any, file: Path) -> Any:
 def test_one_pair_alone_draws_what_the_stock_loader_draws(pair: Pair) -> None:
     result = pair.merge([pair.concept(0, 1, "sks")])
     assert {site.partition(".")[0] for site in result.lora.sites} == {"unet", "unet_2"}
-    assert len(result.lora.sites) == 2 * len(SITES)
+    assert len(result.lora.sites) == 2 * len(EXPERTS)
     high, low = pair.merging.as_lora_models(result, "float32")
     assert len(high) == len(low)
     merged_high, _ = pair.lora.apply_lora(pair.high, pair.clip, high)
@@ -149,7 +147,7 @@ def _schedule(pair: Pair) -> torch.Tensor:
 
 def test_a_concept_may_have_one_file_only(pair: Pair) -> None:
     result = pair.merge([pair.concept(0, 1, "sks"), pair.concept(2, None, "zwx")])
-    assert len(result.lora.sites) == 2 * len(SITES)
+    assert len(result.lora.sites) == 2 * len(EXPERTS)
 
 
 def test_what_does_not_fit_is_said(pair: Pair) -> None:
@@ -159,3 +157,99 @@ def test_what_does_not_fit_is_said(pair: Pair) -> None:
         pair.merge([pair.concept(0, 1, "sks")], low=None)
     with pytest.raises(pair.core.IterisError, match=r"boundary 1\.5"):
         pair.merge([pair.concept(0, 1, "sks")], boundary=1.5)
+
+
+def concept(name: str, trigger: str, **given: Any) -> dict[str, Any]:
+    return node(
+        "IterisConcept",
+        lora_name=f"experts/{name}_high.safetensors",
+        lora_low=f"experts/{name}_low.safetensors",
+        trigger=trigger,
+        **{"class_word": "cat", "strength": 1.0, "weight": 1.0},
+        **{"prompts": "", "embedding": "none"},
+        **given,
+    )
+
+
+def drawing(name: str, high: Any, low: Any, clip: Any) -> Graph:
+    """Both models in turn; the node ``name`` saves the latent."""
+    common = {"noise_seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "euler"}
+    common |= {"scheduler": "simple", "positive": [f"{name}+", 0], "negative": [f"{name}+", 0]}
+    size = {"width": 64, "height": 64, "length": 5, "batch_size": 1}
+    return {
+        f"{name}+": node("CLIPTextEncode", clip=clip, text="a sks cat"),
+        f"{name}0": node("EmptyHunyuanLatentVideo", **size),
+        f"{name}1": node(
+            "KSamplerAdvanced",
+            model=high,
+            latent_image=[f"{name}0", 0],
+            add_noise="enable",
+            start_at_step=0,
+            end_at_step=2,
+            return_with_leftover_noise="enable",
+            **common,
+        ),
+        f"{name}2": node(
+            "KSamplerAdvanced",
+            model=low,
+            latent_image=[f"{name}1", 0],
+            add_noise="disable",
+            start_at_step=2,
+            end_at_step=10000,
+            return_with_leftover_noise="disable",
+            **common,
+        ),
+        name: node("SaveLatent", samples=[f"{name}2", 0], filename_prefix=f"latents/{name}"),
+    }
+
+
+def drawn(models: Path, outputs: dict[str, Any], name: str) -> torch.Tensor:
+    (shown,) = outputs[name]["latents"]
+    return load_file(models / "output" / shown["subfolder"] / shown["filename"])["latent_tensor"]
+
+
+def test_two_files_out_of_one_graph(client: Client, models: Path) -> None:
+    """High and low LoRAs of two concepts in, two files out, which the stock loader draws with as
+    the node's own models do."""
+    pair = {"pair": node("ReducedExperts")}
+    outputs = client.run({
+        **pair,
+        "a": concept("a", "sks"),
+        "b": concept("b", "zwx", concepts=["a", 0]),
+        "merge": node(
+            "IterisMergeExperts",
+            model=["pair", 0],
+            model_low=["pair", 1],
+            clip=["pair", 2],
+            concepts=["b", 0],
+            boundary=BOUNDARY,
+            **{"method": "iteris", "samples": 3, "seed": 0, "frames": 5, "cannot_merge": "refuse"},
+            **{"schedule": "sweep", "ridge": 0.0, "weighting": "tokens", "repair": True},
+            **{"timesteps": 2, "latent_size": 8, "latents": "denoising", "rank": 0},
+            dtype="float16",
+        ),
+        "high": node("IterisSaveLora", lora=["merge", 3], filename_prefix="iteris/high"),
+        "low": node("IterisSaveLora", lora=["merge", 4], filename_prefix="iteris/low"),
+        "report": node("PreviewAny", source=["merge", 5]),
+        **drawing("merged", ["merge", 0], ["merge", 1], ["merge", 2]),
+    })  # fmt: skip
+    assert f"{2 * len(EXPERTS)} sites" in outputs["report"]["text"][0]
+    names = [outputs[part]["text"][0].rpartition("/loras/")[2] for part in ("high", "low")]
+    files = [load_file(models / "models" / "loras" / name) for name in names]
+    assert len(files[0]) == len(files[1]) == 3 * len(EXPERTS)
+    assert set(files[0]) == set(files[1])
+    assert not all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    loaded = {
+        part: node("LoraLoaderModelOnly", model=["pair", index], lora_name=name, strength_model=1.0)
+        for index, (part, name) in enumerate(zip(("high", "low"), names, strict=True))
+    }
+    again = client.run({
+        **pair,
+        **loaded,
+        **drawing("loaded", ["high", 0], ["low", 0], ["pair", 2]),
+        **drawing("plain", ["pair", 0], ["pair", 1], ["pair", 2]),
+    })  # fmt: skip
+    merged = drawn(models, outputs, "merged")
+    effect = float((drawn(models, again, "plain") - merged).norm())
+    assert effect > 1e-3 * float(merged.norm())
+    assert float((drawn(models, again, "loaded") - merged).norm()) < 1e-3 * effect

@@ -68,6 +68,19 @@ def seen(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[dict[str, Any]]:
     return found
 
 
+def draw(model: Any, clip: Any, entries: Any) -> torch.Tensor:
+    import comfy.sample
+
+    with torch.inference_mode():
+        ((states, own),) = clip.encode_from_tokens_scheduled(clip.tokenize("a photo of a sks cat"))
+        text = [[states, {**own, **entries}]]
+        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+        return comfy.sample.sample(
+            model, noise, 3, 1.0, "euler", "simple", text, text, torch.zeros_like(noise),
+            disable_pbar=True,
+        ).clone()  # fmt: skip
+
+
 FLUX = {
     "transformer.transformer_blocks.0.attn.to_q": (64, 64),
     "transformer.single_transformer_blocks.0.attn.to_v": (64, 64),
@@ -75,7 +88,11 @@ FLUX = {
 
 
 def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with FLUX.1 Kontext."""
+    """As with FLUX.1 Kontext; one alone draws with the reference what the stock loader draws."""
+    import comfy.sd
+    import comfy.utils
+
+    file = str(bench.folder / "0.safetensors")
     on = reduced_models.flux()
     concepts = bench.concepts(FLUX)
     plain = bench.merge(on, concepts).lora
@@ -90,6 +107,15 @@ def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.M
         assert latent.shape == (len(call["x"]), 16, 6, 6)
         assert call["ref_latents_method"] == "offset"
         assert call["context"].shape[-1] == 64  # the row's own text
+    monkeypatch.undo()
+    alone = bench.merge(on, concepts[:1], references=given)
+    tensors = bench.merging.as_lora_model(alone, concepts[:1], "float32")
+    with torch.inference_mode():
+        stock = comfy.sd.load_lora_for_models(*on, comfy.utils.load_torch_file(file), 1.0, 1.0)
+    wanted = draw(*stock, given.entries)
+    effect = float((draw(*on, given.entries) - wanted).norm())
+    found = draw(*bench.lora.apply_lora(*on, tensors), given.entries)
+    assert float((found - wanted).norm()) < 1e-3 * effect
     change = max(
         float((result.lora.sites[s].dense() - c.dense()).norm() / c.dense().norm())
         for s, c in plain.sites.items()
