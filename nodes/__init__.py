@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
-from .merge_nodes import CompareMerges, InspectLoras, IterisMerge, SaveMergedLora
+from .lora_nodes import CompareMerges, InspectLoras, SaveMergedLora
+from .merge_nodes import IterisMerge, IterisMergeExperts
 from .score_nodes import ClipImageAlignment, ClipScorerLoader, ClipTextAlignment, ScoreSheet
 from .toybox_node import IterisToybox
 
@@ -14,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     ConceptsFromStack,
     PreservePrompts,
     IterisMerge,
+    IterisMergeExperts,
     CompareMerges,
     SaveMergedLora,
     InspectLoras,

@@ -7,8 +7,7 @@ Nothing of MODEL and CLIP is patched: the text encoders (:mod:`.comfy_text`) and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +23,66 @@ from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.hosts.protocol import Stage, Tick
-from ..iteris_core.hosts.rows import NoisyRows, TextRows, drawn_prompts, noisy_rows
+from ..iteris_core.hosts.rows import TextRows, drawn_prompts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
-from .comfy_denoiser import Denoiser, kind, size
+from ..iteris_core.lora_files.experts import second_of
+from .comfy_conds import References, kind, size
+from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
+from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
+from .comfy_sampling import make_latents
 from .comfy_text import Conditioning, TextEncoders
+from .concept_specs import DENOISER
+
+LOW = f"{second_of(DENOISER)}."
+"""How the sites of the model for low noise begin."""
+BOUNDARY = 0.875
+"""The share of noise at which the model for low noise goes on: Wan 2.2's own, for text to video."""
 
 _SAMPLING_ROWS = 16
 _MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
 
 
-@dataclass(frozen=True)
-class ScheduledRows(NoisyRows):
-    """Latents on ComfyUI's scale; times are sigmas of the ``schedule`` of a whole denoising."""
-
-    schedule: Tensor
-
-
-@dataclass(frozen=True)
-class ComfySamples:
-    """``tokens`` are those of every text; ``noisy`` is None where no site needs the denoiser."""
-
-    text: TextRows
-    tokens: Sequence[Any]
-    noisy: ScheduledRows | None = None
-
-
 class ComfyHost:
     """Use as a context manager: leaving it gives MODEL and CLIP back as ComfyUI expects them.
 
-    ``rows`` is how many rows a forward may have while samples are made.
+    ``rows`` is how many rows a forward may have while samples are made. ``low`` is the MODEL that
+    goes on where the share of noise is below ``boundary``, of models with two experts; its sites
+    are ``unet_2.…``. ``references`` are what the user connected beside the texts. ``distilled``
+    says whether the base is run without guidance and never sees the empty prompt (None: as the
+    model itself tells).
     """
 
     pictures = True
 
-    def __init__(self, model: Any, clip: Any, rows: int = 32) -> None:
-        self.model, self.clip = model, clip
+    def __init__(
+        self,
+        model: Any,
+        clip: Any,
+        rows: int = 32,
+        *,
+        low: Any = None,
+        boundary: float = BOUNDARY,
+        references: References | None = None,
+        distilled: bool | None = None,
+    ) -> None:
+        if low is not None and low.model is model.model:
+            raise IterisError(
+                "model and model_low are the same model; connect the one for high noise and the "
+                "one for low noise, each from a loader of its own."
+            )
+        self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
+        self.references = references or References()
         self._batch = min(rows, _SAMPLING_ROWS)
-        self._texts, self._denoiser = TextEncoders(clip), Denoiser(model)
+        self._texts = TextEncoders(clip)
+        models = [model] if low is None else [model, low]
+        self._denoisers = [Denoiser(one, self.references) for one in models]
+        if distilled is None:
+            distilled = any(denoiser.distilled for denoiser in self._denoisers)
+        self.distilled = distilled
         self._found = ComfySites(model, clip)
+        self._low = None if low is None else ComfySites(low, clip)
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._texts
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
@@ -72,13 +91,19 @@ class ComfyHost:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self._texts.close()
-        finally:
-            self._denoiser.close()
+        with ExitStack() as stack:
+            for part in (*self._denoisers, self._texts):
+                stack.callback(part.close)
 
     def sites(self) -> Mapping[str, nn.Module]:
-        return self._found.modules
+        if self._low is None:
+            return self._found.modules
+        second = {
+            LOW + site.removeprefix(f"{DENOISER}."): module
+            for site, module in self._low.modules.items()
+            if not _of_text(site)
+        }
+        return {**self._found.modules, **second}
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return self._found.read_lora(path, options)
@@ -87,6 +112,15 @@ class ComfyHost:
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
         return self._texts.token_counts(prompts, owners)
+
+    def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """Read the file for low noise; its sites are named as if it were the other one's."""
+        if self._low is None:
+            raise IterisError(
+                f"{Path(path).name} is for the model for low noise, and there is none here; merge "
+                "with IterIS Merge Experts, which takes both models."
+            )
+        return self._low.read_lora(path, options)
 
     def learned(self, prompt: str) -> Set[str]:
         return self._texts.learned(prompt)
@@ -104,23 +138,26 @@ class ComfyHost:
         tick: Tick,
     ) -> ComfySamples:
         self._lockstep = lockstep
-        denoises = _needs_denoiser(sites)
-        share = 0.0 if self._denoiser.distilled else calibration.empty_share
+        denoises = not all(map(_of_text, sites))
+        share = 0.0 if self.distilled else calibration.empty_share
         empty = bool(share) and not denoises
         owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
         if not denoises:
-            return self._tokenized(TextRows.of(owners, prompts))
-        latents, sigmas, schedule = self._denoiser.latents(
+            text = TextRows.of(owners, prompts)
+            return ComfySamples(text, self._texts.tokenize(text.text_owners, text.texts))
+        found = make_latents(
+            self._denoisers,
+            self.boundary,
             owners,
             lambda: self._texts_alone(owners, prompts, sites, tick),
             calibration,
+            1.0 if self.distilled else max(calibration.guidance, 1.0),
             lockstep,
             self._batch,
             generator,
             tick,
         )
-        text, noisy = noisy_rows(owners, prompts, latents, sigmas, share, generator)
-        return self._tokenized(text, ScheduledRows(noisy.latents, noisy.times, schedule))
+        return comfy_samples(owners, prompts, found, share, generator, self._texts.tokenize)
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(
@@ -129,16 +166,17 @@ class ComfyHost:
         )
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
-        modules = self._found.modules
+        modules = self.sites()
         encoders = residual_streams(self.clip.cond_stage_model, modules, text_wirings.WIRINGS)
         streams = in_changed_parts(encoders, sites)
-        if _needs_denoiser(sites):
-            denoiser = self.model.model.diffusion_model
-            streams |= residual_streams(denoiser, modules, unet.WIRINGS)
+        for number, denoiser in enumerate(self._denoisers):
+            if self._sites_of(number, sites):
+                network = denoiser.model.model.diffusion_model
+                streams |= residual_streams(network, modules, unet.WIRINGS)
         return streams
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
-        text, tokens, noisy = samples.text, samples.tokens, samples.noisy
+        text, tokens = samples.text, samples.tokens
         owners = text.text_owners
         batches = self._texts.batches(owners, tokens, self._found.names, sites)
         self._running = self._texts
@@ -151,47 +189,57 @@ class ComfyHost:
                     batch.sites,
                     batch.owners,
                     batch.run,
-                    feeds=noisy is not None,
+                    feeds=bool(samples.noisy),
                     kinds=batch.lengths,
                     lengths=batch.lengths,
                 )
             else:
                 batch.run_all(self._batch)
-        if noisy is None:
+        if not samples.noisy:
             return
         conditionings = [
             self._texts.assemble(owners, tokens, batches, copy, self._lockstep)
             for copy in range(2)
             if all(batch.has(copy) for batch in batches.values())
         ]
-        latents = noisy.latents
-        names = [site for site in sites if not site.startswith("text_encoder")]
-        self._running = self._denoiser
-        self._denoiser.load(
-            latents.shape,
-            noisy.schedule,
-            conditionings[0],
-            _MEASURED_ROWS,
-            self._wanted.get(self._denoiser, 0),
-        )
+        for number, noisy in enumerate(samples.noisy):
+            if names := self._sites_of(number, sites):
+                yield self._stage(number, names, noisy, conditionings)
+
+    def _stage(
+        self,
+        number: int,
+        names: Sequence[str],
+        noisy: DenoiserRows,
+        conditionings: Sequence[Sequence[Conditioning]],
+    ) -> Stage:
+        """The stage of a denoiser, which is loaded for it."""
+        denoiser = self._running = self._denoisers[number]
+        latents, texts = noisy.latents, noisy.text_rows
+        wanted = self._wanted.get(denoiser, 0)
+        first = conditionings[0][texts[0]]
+        denoiser.load(latents.shape, noisy.schedule, first, _MEASURED_ROWS, wanted)
+        used = sorted(set(texts))
         inputs = [
-            [self._denoiser.inputs(cond, latents.shape) for cond in copy] for copy in conditionings
+            {row: denoiser.inputs(copy[row], latents.shape) for row in used}
+            for copy in conditionings
         ]
-        kinds = [tuple(map(kind, copies)) for copies in zip(*inputs, strict=True)]
+        kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in used}
+        steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
 
         def run(rows: Sequence[int], copies: int) -> None:
             index = torch.as_tensor(list(rows) * copies)
-            of_rows = [inputs[copy][text.text_rows[row]] for copy in range(copies) for row in rows]
-            self._denoiser.predict(latents[index], noisy.times[index], of_rows)
+            of_rows = [inputs[copy][texts[row]] for copy in range(copies) for row in rows]
+            denoiser.predict(latents[index], noisy.times[index], of_rows)
 
-        yield Stage(
-            "denoiser",
+        return Stage(
+            "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
             names,
-            text.owners,
+            noisy.owners,
             run,
             places=True,
-            kinds=[kinds[row] for row in text.text_rows],
-            lengths=[size(inputs[0][row]) for row in text.text_rows],
+            kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
+            lengths=[size(inputs[0][row]) for row in texts],
         )
 
     def room(self, wanted: int) -> int:
@@ -199,8 +247,9 @@ class ComfyHost:
         self._wanted[self._running] = wanted
         return usable(self._running.room(wanted))
 
-    def _tokenized(self, text: TextRows, noisy: ScheduledRows | None = None) -> ComfySamples:
-        return ComfySamples(text, self._texts.tokenize(text.text_owners, text.texts), noisy)
+    def _sites_of(self, number: int, sites: Set[str]) -> list[str]:
+        """Those of ``sites`` that are in a denoiser."""
+        return [site for site in sites if not _of_text(site) and site.startswith(LOW) == number]
 
     def _texts_alone(
         self, owners: list[int], prompts: list[str], sites: Set[str], tick: Tick
@@ -228,5 +277,5 @@ class ComfyHost:
         return found[: len(owners)], found[len(owners) :]
 
 
-def _needs_denoiser(sites: Set[str]) -> bool:
-    return any(not site.startswith("text_encoder") for site in sites)
+def _of_text(site: str) -> bool:
+    return site.startswith("text_encoder")

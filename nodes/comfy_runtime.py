@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management as memory
 import comfy.utils
 import torch
 
 _PLAN = "plan: "  # what the library says before a line of its memory plan
+_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,22 @@ def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
         comfy.utils.ProgressBar(max(total, 1), node_id).update_absolute(done)
 
     return on_progress
+
+
+def files_behind(hidden: Any, name: str) -> list[str]:
+    """The names of files that nodes behind the input ``name`` load: checkpoints, LoRAs on them."""
+    graph: dict[str, Any] = hidden.prompt or {}
+    seen: set[str] = set()
+    found: list[str] = []
+    waiting = [graph.get(hidden.unique_id, {}).get("inputs", {}).get(name)]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, str) and value.lower().endswith(_FILES):
+            found.append(value)
+        if isinstance(value, list) and value and str(value[0]) not in seen:
+            seen.add(str(value[0]))
+            waiting += graph.get(str(value[0]), {}).get("inputs", {}).values()
+    return found
 
 
 def _sentence(text: str) -> str:

@@ -102,6 +102,16 @@ class IterisConcept(io.ComfyNode):
                     tooltip="Strength of what the LoRA changes in the text encoders; 0 leaves it "
                     "out. -11, the least, stands for the same as strength.",
                 ),
+                *advanced(
+                    io.Combo.Input(
+                        "lora_low",
+                        options=[_NONE, *folder_paths.get_filename_list("loras")],
+                        default=_NONE,
+                        optional=True,
+                        tooltip="The concept's file for low noise, of models in two parts (Wan 2.2 "
+                        "14B); lora_name is the one for high noise. For IterIS Merge Experts.",
+                    )
+                ),
                 _previous(),
             ],
             outputs=[_output()],
@@ -118,6 +128,7 @@ class IterisConcept(io.ComfyNode):
         prompts: str,
         embedding: str,
         strength_clip: float = _SAME_STRENGTH,
+        lora_low: str = _NONE,
         concepts: tuple[ConceptSpec, ...] = (),
     ) -> io.NodeOutput:
         spec = make_spec(
@@ -128,14 +139,16 @@ class IterisConcept(io.ComfyNode):
             strength=strength,
             clip_strength=None if strength_clip <= _SAME_STRENGTH else strength_clip,
             weight=weight,
+            low=None if lora_low == _NONE else _lora(lora_low),
             # A prompt names it by its path below models/embeddings.
             embedding="" if embedding == _NONE else Path(embedding).with_suffix("").as_posix(),
         )
         return io.NodeOutput((*concepts, spec))
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> Any:
-        return changed(_lora(lora_name))
+    def fingerprint_inputs(cls, lora_name: str, lora_low: str = _NONE, **_: Any) -> Any:
+        files = [name for name in (lora_name, lora_low) if name not in (None, _NONE)]
+        return [changed(_lora(name)) for name in files]
 
 
 class ConceptsFromStack(io.ComfyNode):

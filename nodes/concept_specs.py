@@ -12,16 +12,24 @@ from safetensors import SafetensorError, safe_open
 from ..iteris_core.concepts import Concept, words_of
 from ..iteris_core.errors import LoraFileError
 from ..iteris_core.lora import Lora
+from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.lora_files.experts import joined_experts
+
+DENOISER = "unet"
+"""What the sites of a MODEL begin with."""
 
 
 class Reader(Protocol):
-    def read_lora(self, path: str | Path) -> Lora: ...
+    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
+
+    def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
 
 
 @dataclass(frozen=True)
 class ConceptSpec:
     """A :class:`Concept` with a file instead of a LoRA; ``file=None`` keeps the base as it is.
 
+    ``low`` is the file for the model for low noise, of models with two experts.
     ``clip_strength`` is that of its part in the text encoders (None: the same as ``strength``).
     ``changed`` is :func:`changed` of the file: a rewritten one is another concept.
     """
@@ -35,10 +43,14 @@ class ConceptSpec:
     changed: int = 0
     clip_strength: float | None = None
     subjects: tuple[str, ...] = ()
+    low: Path | None = None
 
-    def read(self, reader: Reader) -> Concept:
+    def read(self, reader: Reader, options: ReadOptions | None = None) -> Concept:
+        lora = reader.read_lora(self.file, options) if self.file else None
+        if lora is not None and self.low is not None:
+            lora = joined_experts(lora, reader.read_low(self.low, options), DENOISER)
         return Concept(
-            reader.read_lora(self.file) if self.file else None,
+            lora,
             self.prompts,
             self.trigger,
             self.class_word,
@@ -59,6 +71,7 @@ def make_spec(
     clip_strength: float | None = None,
     weight: float = 1.0,
     embedding: str = "",
+    low: Path | None = None,
 ) -> ConceptSpec:
     """Empty trigger and class word are taken from the file; an embedding stands for the trigger,
     of a file with several phrases for all of them."""
@@ -75,9 +88,10 @@ def make_spec(
         class_word,
         strength,
         weight,
-        changed(file),
+        max(changed(one) for one in (file, low) if one is not None),
         clip_strength,
         subjects,
+        low,
     )
 
 

@@ -1,34 +1,28 @@
-"""Nodes that merge, save, compare and look into LoRAs."""
+"""Nodes that merge: on one model, and on two experts."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files.tensors import save_atomically
+from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.merge import MergeResult
-from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.methods import all_methods
 from ..iteris_core.presets import PresetName
-from ..iteris_core.report.inspection import describe, interference, numbered, to_table
-from ..iteris_core.report.plots import plot_interference, plot_residuals
-from .comfy_host import ComfyHost
+from ..iteris_core.report.plots import plot_residuals
+from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
-from .comfy_runtime import show_text
+from .comfy_runtime import files_behind, show_text
 from .concept_specs import ConceptSpec
-from .embedding_files import how_to_call, save_embeddings
-from .lora_rank import cut_tensors
+from .embedding_files import how_to_call
 from .merge_inputs import (
+    Extras,
     advanced_inputs,
     budget_of,
     calibration_of,
-    latent_inputs,
+    extra_inputs,
     left_out,
     memory_inputs,
     model_inputs,
@@ -36,11 +30,41 @@ from .merge_inputs import (
     sampling_inputs,
     settings_of,
 )
-from .merging import as_lora_model, merge_on
+from .merging import as_lora_model, as_lora_models, merge_on
 from .pictures import figure_image, text_image
 from .schema import LoraModel, schema
 
-_BASE = "base"
+_CALIBRATION = ("samples", "seed", "timesteps", "latent_size", "latents", "frames")
+_HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
+
+
+def _method_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "method",
+            options=[method.name for method in all_methods()],
+            default="iteris",
+            tooltip="iteris, or one of the methods that it is compared with.",
+        ),
+        *sampling_inputs(),
+        *advanced_inputs(),
+        preset_input(),
+        *memory_inputs(),
+        *extra_inputs(),
+    ]
+
+
+def _report_outputs() -> list[Any]:
+    return [
+        io.String.Output(
+            display_name="report", tooltip="What was merged, and how well each concept fits."
+        ),
+        io.Image.Output(display_name="plot", tooltip="Output error of each concept in each block."),
+    ]
+
+
+def _lora_output(name: str, which: str = "The merged LoRA") -> Any:
+    return LoraModel.Output(display_name=name, tooltip=f"{which}, for Save Merged LoRA.")
 
 
 class IterisMerge(io.ComfyNode):
@@ -52,263 +76,132 @@ class IterisMerge(io.ComfyNode):
             ["merge loras", "combine loras", "multi concept"],
             description="Merges LoRAs into one by least squares on what the merged model really "
             "sees.",
-            inputs=[
-                *model_inputs(),
-                io.Combo.Input(
-                    "method",
-                    options=[method.name for method in all_methods()],
-                    default="iteris",
-                    tooltip="iteris, or one of the methods that it is compared with.",
-                ),
-                *sampling_inputs(),
-                *advanced_inputs(),
-                preset_input(),
-                *memory_inputs(),
-            ],
+            inputs=[*model_inputs(), *_method_inputs()],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
                 io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
-                LoraModel.Output(
-                    display_name="lora", tooltip="The merged LoRA, for Save Merged LoRA."
-                ),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="What was merged, and how well each concept fits.",
-                ),
-                io.Image.Output(
-                    display_name="plot", tooltip="Output error of each concept in each block."
-                ),
+                _lora_output("lora"),
+                *_report_outputs(),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=_HIDDEN,
         )
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        clip: Any,
-        concepts: tuple[ConceptSpec, ...],
-        method: str,
-        samples: int,
-        seed: int,
-        timesteps: int,
-        latent_size: int,
-        latents: str,
-        dtype: str,
-        preset: PresetName = "default",
-        memory: float = 0.0,
-        **values: Any,
+        cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...], **values: Any
     ) -> io.NodeOutput:
-        calibration = calibration_of(
-            {
-                "samples": samples,
-                "seed": seed,
-                "timesteps": timesteps,
-                "latent_size": latent_size,
-                "latents": latents,
-            },
-            preset,
-        )
-        settings = settings_of(method, values, preset)
-        result = merge_on(
-            model,
-            clip,
-            concepts,
-            method,
-            settings,
-            calibration,
-            cls.hidden.unique_id,
-            memory_budget=budget_of(memory),
-        )
-        lora = as_lora_model(result, concepts, dtype)
-        report = result.report.summary() + left_out(method, preset) + how_to_call(lora)
-        show_text(report, cls.hidden.unique_id)
+        files = files_behind(cls.hidden, "model")
+        result, report = _merge(cls.hidden.unique_id, model, clip, concepts, files, values)
+        lora = as_lora_model(result, concepts, values["dtype"])
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
 
 
-class CompareMerges(io.ComfyNode):
+class IterisMergeExperts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        model, clip, concepts = model_inputs()
+        model.tooltip = "The model for high noise; it is only run, never changed."
         return schema(
-            "IterisCompareMerges",
-            "IterIS Compare Merges",
-            ["compare lora merges", "xy plot"],
-            description="Merges with several methods; a sampler behind it draws one picture each.",
+            "IterisMergeExperts",
+            "IterIS Merge Experts",
+            ["wan 2.2 14b", "high noise low noise", "merge wan loras"],
+            description="Merges LoRAs of a model in two parts, for high and for low noise (Wan 2.2 "
+            "14B): two files of each concept in, two files out.",
             inputs=[
-                *model_inputs(),
-                io.String.Input(
-                    "methods",
-                    default="iteris, average, sum, ties",
-                    tooltip="Names with commas between them. base stands for no LoRA at all. There "
-                    f"are: {', '.join(method.name for method in all_methods())}.",
+                model,
+                io.Model.Input(
+                    "model_low", tooltip="The model for low noise, which goes on where it ends."
                 ),
-                *sampling_inputs(),
-                *latent_inputs(),
-                *memory_inputs(),
+                clip,
+                concepts,
+                io.Float.Input(
+                    "boundary",
+                    default=BOUNDARY,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip="The share of noise at which the model for low noise goes on: 0.875 "
+                    "for Wan 2.2 from text, 0.9 from a picture.",
+                ),
+                *_method_inputs(),
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="MODEL", is_output_list=True, tooltip="One MODEL per method."
+                    display_name="MODEL", tooltip="The MODEL for high noise with its merged LoRA."
                 ),
-                io.Clip.Output(
-                    display_name="CLIP", is_output_list=True, tooltip="One CLIP per method."
+                io.Model.Output(
+                    display_name="MODEL low",
+                    tooltip="The MODEL for low noise with its merged LoRA.",
                 ),
-                io.String.Output(
-                    display_name="labels",
-                    is_output_list=True,
-                    tooltip="The methods' names, for Score Sheet.",
-                ),
-                io.String.Output(display_name="report", tooltip="The report of every merge."),
+                io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
+                _lora_output("lora", "The merged LoRA for high noise"),
+                _lora_output("lora low", "The merged LoRA for low noise"),
+                *_report_outputs(),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=_HIDDEN,
         )
 
     @classmethod
     def execute(
         cls,
         model: Any,
+        model_low: Any,
         clip: Any,
         concepts: tuple[ConceptSpec, ...],
-        methods: str,
-        samples: int,
-        seed: int,
-        timesteps: int,
-        latent_size: int,
-        latents: str,
-        memory: float = 0.0,
+        boundary: float,
+        **values: Any,
     ) -> io.NodeOutput:
-        calibration = calibration_of(
-            {
-                "samples": samples,
-                "seed": seed,
-                "timesteps": timesteps,
-                "latent_size": latent_size,
-                "latents": latents,
-            }
+        files = [file for name in ("model", "model_low") for file in files_behind(cls.hidden, name)]
+        result, report = _merge(
+            cls.hidden.unique_id,
+            model,
+            clip,
+            concepts,
+            files,
+            values,
+            low=model_low,
+            boundary=boundary,
         )
-        names = [name.strip() for name in methods.split(",") if name.strip()]
-        if not names:
-            raise IterisError("Compare Merges has no methods; write iteris, average for example.")
-        for name in names:
-            if name != _BASE:
-                find_method(name)
-        models, clips, reports = [], [], []
-        for name in names:
-            merged = model, clip
-            if name != _BASE:
-                result = merge_on(
-                    model,
-                    clip,
-                    concepts,
-                    name,
-                    {},
-                    calibration,
-                    cls.hidden.unique_id,
-                    memory_budget=budget_of(memory),
-                )
-                merged = apply_lora(model, clip, as_lora_model(result, concepts, "float16"))
-                reports.append(result.report.summary())
-            models.append(merged[0])
-            clips.append(merged[1])
-        report = "\n".join(reports)
-        show_text(report, cls.hidden.unique_id)
-        return io.NodeOutput(models, clips, names, report)
+        high, low = as_lora_models(result, values["dtype"])
+        merged, merged_clip = apply_lora(model, clip, high)
+        merged_low, _ = apply_lora(model_low, clip, low)
+        return io.NodeOutput(merged, merged_low, merged_clip, high, low, report, _plot(result))
 
 
-class SaveMergedLora(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "IterisSaveLora",
-            "IterIS Save Merged LoRA",
-            ["save lora", "export lora"],
-            description="Writes a LoRA into models/loras, each time under a new name, and its "
-            "embeddings into models/embeddings.",
-            inputs=[
-                LoraModel.Input("lora", tooltip="The merged LoRA."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="iteris/merged",
-                    tooltip="Folder and name below models/loras; a number is added.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    optional=True,
-                    tooltip="Largest rank of the file; 0 keeps the rank of the merge. Another rank "
-                    "here does not merge again.",
-                ),
-            ],
-            outputs=[
-                io.String.Output(
-                    display_name="lora_name", tooltip="The name as Load LoRA lists it."
-                )
-            ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, lora: dict[str, Any], filename_prefix: str, rank: int = 0) -> io.NodeOutput:
-        tensors, metadata = dict(lora), dict(getattr(lora, "metadata", {}))
-        if rank:
-            ordered = getattr(lora, "ordered", False)
-            tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
-        file, subfolder = _new_file(filename_prefix)
-        save_atomically(tensors, file, metadata)
-        text = f"{file}{save_embeddings(tensors, subfolder)}"
-        show_text(f"Saved {text}", cls.hidden.unique_id)
-        return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [text]})
-
-
-class InspectLoras(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "IterisInspectLoras",
-            "IterIS Inspect LoRAs",
-            ["lora info", "lora interference"],
-            description="Where LoRAs would get into each other's way, before they are merged.",
-            inputs=model_inputs(),
-            outputs=[
-                io.Image.Output(
-                    display_name="plot", tooltip="Interference of each pair in each block."
-                ),
-                io.String.Output(
-                    display_name="table", tooltip="Sites, ranks and size of each LoRA, and pairs."
-                ),
-            ],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def execute(cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...]) -> io.NodeOutput:
-        host = ComfyHost(model, clip)
-        named = [(concept.name, concept.lora) for concept in (c.read(host) for c in concepts)]
-        loras = numbered([replace(lora, name=name) for name, lora in named if lora is not None])
-        if len(loras) < 2:
-            raise IterisError("Inspect LoRAs compares LoRAs: connect two concepts or more.")
-        pairs = [interference(one, two) for one, two in combinations(loras, 2)]
-        if not any(pair.shared for pair in pairs):
-            raise IterisError("The LoRAs change no site in common; they cannot interfere.")
-        table = to_table([describe(lora) for lora in loras], pairs)
-        show_text(table, cls.hidden.unique_id)
-        return io.NodeOutput(figure_image(plot_interference(pairs)), table)
-
-
-def _new_file(prefix: str) -> tuple[Path, str]:
-    """A name in models/loras that is not taken, and the folder below it; ``prefix`` may hold what
-    Save Image understands, such as %year%."""
-    root = os.path.abspath(folder_paths.get_folder_paths("loras")[0])
-    wanted = os.path.normpath(os.path.join(root, prefix.strip()))
-    if not prefix.strip() or prefix.endswith(("/", os.sep)) or wanted == root:
-        raise IterisError("Save Merged LoRA has no name; write one as filename_prefix.")
-    if not wanted.startswith(root + os.sep):
-        raise IterisError(f"{prefix} leads out of {root}; write a name or folder/name.")
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix.strip(), root)
-    return Path(folder) / f"{name}_{counter:05}_.safetensors", subfolder
+def _merge(
+    node_id: str,
+    model: Any,
+    clip: Any,
+    concepts: tuple[ConceptSpec, ...],
+    files: list[str],
+    values: Mapping[str, Any],
+    **experts: Any,
+) -> tuple[MergeResult, str]:
+    """The merge that the inputs' ``values`` ask for, and what the node says of it."""
+    values = dict(values)
+    method: str = values.pop("method")
+    preset: PresetName = values.pop("preset", "default")
+    memory: float = values.pop("memory", 0.0)
+    values.pop("dtype")
+    values.setdefault("frames", 0)
+    calibration = calibration_of({name: values.pop(name) for name in _CALIBRATION}, preset)
+    extras = Extras.of(files, **Extras.taken_from(values))
+    result = merge_on(
+        model,
+        clip,
+        concepts,
+        method,
+        settings_of(method, values, preset),
+        calibration,
+        node_id,
+        memory_budget=budget_of(memory),
+        **extras.options,
+        **experts,
+    )
+    called = how_to_call(bundled(result.lora.embeddings))
+    report = result.report.summary() + left_out(method, preset) + extras.note + called
+    show_text(report, node_id)
+    return result, report
 
 
 def _plot(result: MergeResult) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,17 +12,21 @@ from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.lora_files import to_tensors
+from ..iteris_core.lora import Lora
+from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
+from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
-from ..iteris_core.merge import MergeResult, merge_loras
+from ..iteris_core.merge import MergeResult, Unmergeable, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import find_setting
 from ..iteris_core.solve.choose import POLICY, Policy
-from .comfy_host import ComfyHost, ComfySamples
+from .comfy_conds import References, Same
+from .comfy_host import BOUNDARY, ComfyHost
+from .comfy_rows import ComfySamples
 from .comfy_runtime import free_memory, is_out_of_memory, show_progress
-from .concept_specs import ConceptSpec
+from .concept_specs import DENOISER, ConceptSpec
 
 _ROWS = 32
 _log = logging.getLogger(__name__)
@@ -52,6 +55,11 @@ def merge_on(
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
     policy: Policy = POLICY,
+    low: Any = None,
+    boundary: float = BOUNDARY,
+    references: References | None = None,
+    distilled: bool | None = None,
+    unmergeable: Unmergeable = "mean",
 ) -> MergeResult:
     """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
@@ -61,6 +69,7 @@ def merge_on(
     :class:`IterisError` where it cannot fit.
     """
     kind = find_method(method).settings
+    reading = ReadOptions(allow_partial=unmergeable == "skip")
     on_progress = show_progress(node_id)
     while True:
         given = {**settings, "micro_batch": rows}
@@ -69,18 +78,27 @@ def merge_on(
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),
-                _RememberingHost(model, clip, (*specs, calibration), rows) as host,
+                _RememberingHost(
+                    model,
+                    clip,
+                    rows,
+                    low=low,
+                    boundary=boundary,
+                    references=references,
+                    distilled=distilled,
+                ) as host,
             ):
+                host.recipe = tuple(specs)
                 result = merge_loras(
                     host,
-                    [spec.read(host) for spec in specs],
+                    [spec.read(host, reading) for spec in specs],
                     method,
                     settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
                     on_progress=on_progress,
                     memory_budget=memory_budget,
                     policy=policy,
-                    unmergeable="mean",
+                    unmergeable=unmergeable,
                 )
                 _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
                 return result
@@ -100,9 +118,19 @@ def merge_on(
 
 def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
     """What ``result`` is once it is saved and loaded again, with its embeddings in it."""
+    return _lora_model(result, result.lora, dtype)
+
+
+def as_lora_models(result: MergeResult, dtype: str) -> tuple[LoraModel, LoraModel]:
+    """Those of the models for high and for low noise."""
+    high, low = split_experts(result.lora, DENOISER)
+    return _lora_model(result, high, dtype), _lora_model(result, low, dtype)
+
+
+def _lora_model(result: MergeResult, lora: Lora, dtype: str) -> LoraModel:
     with torch.inference_mode(False):
-        tensors, metadata = to_tensors(result.lora, dtype=dtype)
-        tensors |= bundled(result.lora.embeddings)
+        tensors, metadata = to_tensors(lora, dtype=dtype)
+        tensors |= bundled(lora.embeddings)
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
 
@@ -111,19 +139,19 @@ class _RememberingHost(ComfyHost):
     """Keeps the last rows that were made, so that another rank or ridge does not denoise again."""
 
     _last: tuple[Any, ComfySamples] | None = None
-
-    def __init__(self, model: Any, clip: Any, recipe: tuple[Any, ...], rows: int) -> None:
-        super().__init__(model, clip, rows)
-        self._recipe = recipe
+    recipe: tuple[ConceptSpec, ...] = ()
 
     def samples(
         self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
     ) -> ComfySamples:
         # The objects themselves: clones share weights, but not wrappers, hooks or a sampling shift.
+        parts = [part for part in (self.model, self.clip, self.low) if part is not None]
         key = (
-            [weakref.ref(part, self._forget) for part in (self.model, self.clip)],
-            [part.patches_uuid for part in (self.model, self.clip.patcher)],
-            self._recipe[:-1],
+            [Same(part, self._forget) for part in parts],
+            [getattr(part, "patcher", part).patches_uuid for part in parts],
+            self.references.key(self._forget),
+            (self.boundary, self.distilled),
+            self.recipe,
             asdict(calibration),
             frozenset(sites),
         )

@@ -19,8 +19,13 @@ from ..hosts.learned import Calls
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import merge_tag_frequency, parse_object
+from ..lora_files.purposes import Purpose, purpose_of
 from .report import MergeReport
 
+_NO_CONCEPT: Mapping[Purpose, str] = {
+    "speed": "makes the base draw in few steps",
+    "edit": "makes the base edit pictures",
+}
 _PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
@@ -131,6 +136,7 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     shared = Counter(word for own in words for word in own)
     for concept, own in zip(concepts, words, strict=True):
         found = list(concept.lora.notes) if concept.lora is not None else []
+        found += _of_the_base(concept)
         found += [
             f"the trigger {word!r} also calls for another of the concepts: one prompt cannot tell "
             "them apart. Give other class words, or train one of them with another trigger"
@@ -140,6 +146,21 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
         if found:
             notes.setdefault(concept.name, []).extend(found)
     return notes
+
+
+def _of_the_base(concept: Concept) -> list[str]:
+    """A LoRA that is no concept; one that is a merge itself may have such a name among others."""
+    lora = concept.lora
+    if lora is None or "iteris" in lora.metadata:
+        return []
+    purpose = purpose_of(lora.source or lora.name, lora.metadata)
+    if purpose is None:
+        return []
+    return [
+        f"by its name this LoRA {_NO_CONCEPT[purpose]}; it is no concept then, and belongs on the "
+        "base before the merge (diffusers: load and fuse it; ComfyUI: Load LoRA on MODEL), where "
+        "all concepts are merged for it"
+    ]
 
 
 def _words(concept: Concept) -> set[str]:

@@ -22,6 +22,33 @@ from client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
+_REDUCED = f"""
+import sys
+
+import torch
+
+sys.path.append({str(Path(__file__).parent)!r})
+
+
+class ReducedExperts:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("MODEL", "MODEL", "CLIP")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{}}}}
+
+    def make(self):
+        import reduced_models
+
+        (high, clip), (low, _) = reduced_models.wan(), reduced_models.wan()
+        for weight in low.model.diffusion_model.parameters():
+            weight.mul_(0.9)
+        return high, low, clip
+
+
+NODE_CLASS_MAPPINGS = {{"ReducedExperts": ReducedExperts}}
+"""
+"""A custom node for the server: no checkpoint of a reduced Wan can be detected."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,13 +72,19 @@ def library() -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     """ComfyUI's base directory: this pack among the custom nodes, thin checkpoints and LoRAs."""
+    from kit import EXPERTS
+    from reduced_models import write_lora
     from thin_models import write_models
 
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     # Help pages are served by folder name, so it is the project's.
     (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    (base / "custom_nodes" / "reduced_models_of_tests.py").write_text(_REDUCED)
     write_models(base / "models")
+    (base / "models" / "loras" / "experts").mkdir()
+    for seed, name in enumerate(("a_high", "a_low", "b_high", "b_low")):
+        write_lora(base / "models" / "loras" / "experts" / f"{name}.safetensors", EXPERTS, seed)
     return base
 
 

@@ -9,6 +9,13 @@ from typing import Any
 
 import torch
 
+EXPERTS = {
+    f"diffusion_model.blocks.{block}.{layer}": (96, 96)
+    for block in range(2)
+    for layer in ("self_attn.q", "self_attn.v", "self_attn.o", "cross_attn.k", "cross_attn.o")
+}
+"""What a LoRA of the reduced Wan changes."""
+
 
 class Kit:
     """The pack's modules, a MODEL and CLIP, and the usual merge on them."""
@@ -18,6 +25,7 @@ class Kit:
             return importlib.import_module(f"{pack.__name__}.{name}")
 
         self.core, self.merging = module("iteris_core"), module("nodes.merging")
+        self.host, self.sampling = module("nodes.comfy_host"), module("nodes.comfy_sampling")
         self.denoiser, self.text = module("nodes.comfy_denoiser"), module("nodes.comfy_text")
         self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
         self.model, self.clip = thin

@@ -16,6 +16,7 @@ def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kin
     """No padding: conditionings are ComfyUI's own, and their inputs batch within a length only."""
     text: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_text")
     denoiser: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_denoiser")
+    conds: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_conds")
     model, clip = getattr(reduced_models, kind)()
     encoders = text.TextEncoders(clip)
     prompts = ["", "a cat", "a dog", "a large cat on the beach"]
@@ -31,6 +32,6 @@ def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kin
             assert torch.allclose(cond, wanted, atol=1e-5)
             assert set(extra) == set(more)
     inputs = [denoiser.Denoiser(model).inputs(some, (1, 16, 1, 8, 8)) for some in found]
-    kinds = [denoiser.kind(some) for some in inputs]
+    kinds = [conds.kind(some) for some in inputs]
     assert kinds[1] == kinds[2]
     assert len(set(kinds)) == 3

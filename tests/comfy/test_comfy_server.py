@@ -274,7 +274,7 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
 def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")
-    assert len(found) == 12
+    assert len(found) == 13
     for name, info in found.items():
         assert info["category"] == "IterIS"
         page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()

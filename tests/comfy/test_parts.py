@@ -95,7 +95,7 @@ def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
 def test_interference_is_0_and_1_at_the_ends(
     pack: ModuleType, library: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core, nodes = module(pack, "iteris_core"), module(pack, "nodes.merge_nodes")
+    core, nodes = module(pack, "iteris_core"), module(pack, "nodes.lora_nodes")
     inspection = module(pack, "iteris_core.report.inspection")
     inspect = nodes.InspectLoras
     monkeypatch.setattr(nodes, "ComfyHost", lambda *_: None)
@@ -192,7 +192,7 @@ def test_names_of_saved_files(
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path / "loras")])
-    nodes = module(pack, "nodes.merge_nodes")
+    nodes = module(pack, "nodes.lora_nodes")
     save = nodes.SaveMergedLora
     monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
@@ -316,7 +316,7 @@ def test_no_path_of_this_machine_is_written(
     lora = kit.merging.as_lora_model(result, concepts, "float16")
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
-    save = module_of(kit, "nodes.merge_nodes").SaveMergedLora
+    save = module_of(kit, "nodes.lora_nodes").SaveMergedLora
     monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     (name,) = save.execute(lora, "whole").result
     assert str(models).encode() not in (loras / name).read_bytes()

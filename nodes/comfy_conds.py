@@ -1,0 +1,161 @@
+"""What ComfyUI gives a denoiser beside its latents: of each row's own text, and of what the user
+connected (reference latents, a first frame, a mask, a control), which is the same for all rows."""
+
+from __future__ import annotations
+
+import math
+import uuid
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.conds
+import torch
+from torch import Tensor
+
+from ..iteris_core.errors import IterisError
+from .comfy_text import Conditioning
+
+Inputs = dict[str, Any]
+"""What ComfyUI makes of a conditioning for one row: a dictionary with ``model_conds``."""
+
+_OF_THE_TEXT = ("pooled_output", "attention_mask", "conditioning_", "t5xxl_", "cross_attn")
+"""How the entries begin that come from text encoders; those of every row are its own text's."""
+_WHERE_AND_WHEN = frozenset(
+    ("area", "mask", "mask_strength", "strength", "set_area_to_bounds", "start_percent",
+     "end_percent", "clip_start_percent", "clip_end_percent", "default", "hooks", "model_conds",
+     "uuid")
+)  # fmt: skip
+"""Entries that say for which part of a picture or of its denoising a text counts."""
+
+
+@dataclass(frozen=True)
+class References:
+    """What the user connected beside the texts: ``entries`` of a CONDITIONING that go into every
+    row's, a ``latent`` (1, …) that all rows begin with, and the ``mask`` of what is denoised."""
+
+    entries: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    latent: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, conditioning: Any = None, latent: Any = None) -> References:
+        """From a CONDITIONING, of several the first, and the first picture of a LATENT."""
+        entries = dict(conditioning[0][1]) if conditioning else {}
+        entries = {
+            name: value
+            for name, value in entries.items()
+            if name not in _WHERE_AND_WHEN and not name.startswith(_OF_THE_TEXT)
+        }
+        if not latent:
+            return cls(entries)
+        samples, mask = latent["samples"], latent.get("noise_mask")
+        if samples.is_nested:
+            raise IterisError(
+                "The LATENT has picture and sound in one, which a merge cannot take; connect a "
+                "LATENT of the picture alone, or none."
+            )
+        frames_first = samples.ndim == 5  # of a video's mask, as ComfyUI takes it
+        if mask is not None and (mask.ndim == 5 or (mask.ndim > 2 and not frames_first)):
+            mask = mask[:1]
+        return cls(entries, samples[:1], mask)
+
+    @property
+    def by_step(self) -> bool:
+        """Whether rows of a forward must be of one step: control nets look at the first row's."""
+        return "control" in self.entries
+
+    def beside(self, text: Conditioning) -> list[Any]:
+        """``text`` as ComfyUI has it, with the references."""
+        states, own = text
+        return [states, {**self.entries, **own}]
+
+    def key(self, forget: Callable[[Any], None]) -> Hashable:
+        """Equal for references of the same objects, while they are there; ``forget`` is called when
+        one of them goes."""
+        parts = [*_leaves(self.entries), ("latent", self.latent), ("mask", self.mask)]
+        return tuple((name, _identity(value, forget)) for name, value in parts)
+
+
+def kind(inputs: Inputs) -> Hashable:
+    """Equal for two texts whose rows may share a forward: they have the same inputs, those of equal
+    shapes and the constants among them equal."""
+    conds = inputs["model_conds"]
+    return tuple((name, _shape(conds[name])) for name in sorted(conds))
+
+
+def size(inputs: Inputs) -> int:
+    """How many numbers the inputs of one row hold."""
+    return sum(math.prod(cond.size()) for cond in inputs["model_conds"].values())
+
+
+def joined(rows: Sequence[Inputs]) -> Inputs:
+    """The inputs of several rows as those of one batch; what is not for the model is the first
+    row's, as it comes from one CLIP."""
+    first, *others = (row["model_conds"] for row in rows)
+    conds = {
+        name: type(cond)(cond.concat([other[name] for other in others]))
+        for name, cond in first.items()
+    }
+    return {**rows[0], "model_conds": conds, "uuid": uuid.uuid4()}
+
+
+def sharing(inputs: Inputs, first: Inputs) -> Inputs:
+    """``inputs`` with the tensors of ``first`` where they are equal: references are the same for
+    all texts, and may be larger than they."""
+    conds = dict(inputs["model_conds"])
+    for name, cond in conds.items():
+        known = first["model_conds"].get(name)
+        if known is not None and _equal(cond.cond, known.cond):
+            conds[name] = known
+    return {**inputs, "model_conds": conds}
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    tensors = isinstance(one, Tensor) and isinstance(two, Tensor)
+    return tensors and one.shape == two.shape and one.device == two.device and torch.equal(one, two)
+
+
+def _shape(cond: Any) -> Hashable:
+    value = cond.cond
+    if isinstance(cond, comfy.conds.CONDConstant):
+        plain = isinstance(value, (bool, int, float, str, type(None)))
+        return type(cond), value if plain else id(value)
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return type(cond), tuple(tuple(part.shape) for part in parts)
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return [(name, value)]
+    return [leaf for key, part in items for leaf in _leaves(part, f"{name}.{key}")]
+
+
+def _identity(value: Any, forget: Callable[[Any], None]) -> Hashable:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return Same(value, forget)
+
+
+class Same:
+    """Equal to another of the same object, while that is there."""
+
+    def __init__(self, value: Any, forget: Callable[[Any], None]) -> None:
+        try:
+            self._value: Callable[[], Any] = weakref.ref(value, forget)
+        except TypeError:  # of a kind that has no weak references
+            self._value = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        mine = self._value()
+        return isinstance(other, Same) and mine is not None and mine is other._value()
+
+    def __hash__(self) -> int:
+        return hash(Same)

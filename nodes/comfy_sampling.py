@@ -1,0 +1,250 @@
+"""Latents as ComfyUI's own sampler makes them, of many rows at once: each row with its own text and
+its own LoRA. What the denoiser is given at the steps that are wanted is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.k_diffusion.sampling
+import comfy.model_management as memory
+import comfy.patcher_extension as extension
+import comfy.samplers
+import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+from torch import Tensor
+
+from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.errors import IterisError
+from ..iteris_core.hosts.protocol import Tick
+from ..iteris_core.hosts.rows import drawn_steps
+from ..iteris_core.passes.batches import chunks
+from .comfy_conds import Inputs, joined, kind
+from .comfy_text import Conditioning
+
+if TYPE_CHECKING:
+    from .comfy_denoiser import Denoiser
+
+_KEY = "iteris"
+
+Texts = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
+"""The conditioning of every sample with its own LoRA active, and each concept's empty one."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one denoiser is given: ``latents`` (samples, T, …) on ComfyUI's scale, their ``sigmas``
+    (samples, T), and the ``schedule`` of sigmas that it runs through."""
+
+    latents: Tensor
+    sigmas: Tensor
+    schedule: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are denoised: ``owners`` is the concept of each, ``texts`` its conditioning and
+    ``empties`` that of each concept without a prompt. ``rows`` is how many a forward may have."""
+
+    owners: Sequence[int]
+    texts: Sequence[Conditioning]
+    empties: Sequence[Conditioning]
+    guidance: float
+    lockstep: Lockstep
+    rows: int
+    tick: Tick
+
+
+def make_latents(
+    denoisers: Sequence[Denoiser],
+    boundary: float,
+    owners: Sequence[int],
+    texts_of: Texts,
+    calibration: Calibration,
+    guidance: float,
+    lockstep: Lockstep,
+    rows: int,
+    generator: torch.Generator,
+    tick: Tick,
+) -> list[Kept]:
+    """What each of ``denoisers`` is given: one, or a model's two experts, of which the second goes
+    on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
+    first = denoisers[0]
+    schedule = first.schedule(calibration.denoising_steps)
+    parts = _parts(first, schedule, boundary, len(denoisers))
+    shape = first.shape(calibration)
+    noise = torch.randn(len(owners), *shape[1:], generator=generator)
+    found: list[Kept] = []
+    picked: list[Tensor] = []
+    for part in parts:
+        picks = drawn_steps(len(owners), calibration, len(part) - 1, generator)
+        latents = torch.empty(len(owners), picks.shape[1], *shape[1:])
+        picked.append(picks)
+        found.append(Kept(latents, part[picks], part))
+    if calibration.latents == "noise":
+        for denoiser, picks, kept in zip(denoisers, picked, found, strict=True):
+            for row, slot in torch.cartesian_prod(*map(torch.arange, picks.shape)).tolist():
+                sigma = kept.schedule[picks[row, slot]]
+                kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
+        return found
+    texts, empties = texts_of()
+    sampling = Sampling(owners, texts, empties, guidance, lockstep, rows, tick)
+    latents = None
+    for denoiser, picks, kept in zip(denoisers, picked, found, strict=True):
+        latents = denoise(denoiser, sampling, noise, latents, picks, kept)
+    return found
+
+
+def denoise(
+    denoiser: Denoiser,
+    sampling: Sampling,
+    noise: Tensor,
+    begun: Tensor | None,
+    picks: Tensor,
+    kept: Kept,
+) -> Tensor:
+    """Denoise all samples through ``kept.schedule``, from ``noise`` or from what another denoiser
+    has ``begun``; fills ``kept.latents`` at the steps ``picks`` and gives what has become of all,
+    on the scale of a LATENT."""
+    shape = (1, *noise.shape[1:])
+    denoiser.close()  # sampling prepares the model anew, and gives it back
+    denoiser.room(0)  # some models make the inputs with weights of theirs
+    made: dict[int, Inputs] = {}
+    for text in (*sampling.texts, *sampling.empties):  # rows of one prompt share a conditioning
+        if id(text) not in made:
+            made[id(text)] = denoiser.inputs(text, shape)
+    given = [made[id(text)] for text in sampling.texts]
+    without = [made[id(sampling.empties[owner])] for owner in sampling.owners]
+    kinds = [(kind(own), kind(empty)) for own, empty in zip(given, without, strict=True)]
+    batches = list(chunks(range(len(given)), kinds, sampling.rows))
+    ended = torch.empty_like(noise)
+    for done, rows in enumerate(batches):
+        sampling.tick("denoising samples", done, len(batches))
+        some = torch.as_tensor(list(rows))
+
+        def keep(step: int, latents: Tensor, some: Tensor = some) -> None:
+            row, slot = (picks[some] == step).nonzero(as_tuple=True)
+            kept.latents[some[row], slot] = latents[row.to(latents.device)].to("cpu", torch.float32)
+
+        guider = RowsGuider(
+            denoiser.model,
+            denoiser.references.beside(sampling.texts[rows[0]]),
+            joined([given[row] for row in rows]),
+            joined([without[row] for row in rows]),
+            [sampling.owners[row] for row in rows],
+            sampling.lockstep,
+            keep,
+        )
+        guider.set_cfg(sampling.guidance)
+        with torch.inference_mode():
+            ended[some] = guider.sample(
+                noise[some] if begun is None else torch.zeros_like(noise[some]),
+                denoiser.empty(shape).repeat(len(some), *[1] * (noise.ndim - 1))
+                if begun is None
+                else begun[some],
+                _Euler(whole=begun is None),
+                kept.schedule,
+                denoise_mask=denoiser.references.mask,
+                disable_pbar=True,
+            ).to(ended)
+    sampling.tick("denoising samples", len(batches), len(batches))
+    return ended
+
+
+class RowsGuider(comfy.samplers.CFGGuider):
+    """``positive`` and ``negative`` are the inputs of all rows; ``owners`` is the concept of each,
+    whose LoRA is active in its row. ``keep(step, latents)`` is shown what the denoiser is given.
+    Hooks, control nets and the memory that is made room for are those of ``one`` conditioning."""
+
+    def __init__(
+        self,
+        model: Any,
+        one: list[Any],
+        positive: Inputs,
+        negative: Inputs,
+        owners: Sequence[int],
+        lockstep: Lockstep,
+        keep: Callable[[int, Tensor], None],
+    ) -> None:
+        super().__init__(model)
+        self.set_conds([one], [one])
+        self._rows = [negative], [positive]
+        self._owners, self._lockstep, self._keep = list(owners), lockstep, keep
+        self._step = 0
+
+    def outer_sample(self, *args: Any, **options: Any) -> Any:
+        run_uncompiled(self.model_options)
+        extension.add_wrapper_with_key(
+            extension.WrappersMP.APPLY_MODEL,
+            _KEY,
+            self._with_own_loras,
+            self.model_options,
+            is_model_options=True,
+        )
+        return super().outer_sample(*args, **options)
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        memory.throw_exception_if_processing_interrupted()
+        self._keep(self._step, x)
+        self._step += 1
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, *self._rows, self.cfg, model_options or {}, seed
+        )
+
+    def _with_own_loras(self, executor: Any, x: Tensor, *args: Any, **given: Any) -> Any:
+        """One forward, of all rows once or, with guidance, twice."""
+        copies, rest = divmod(len(x), len(self._owners))
+        if rest:
+            raise IterisError(
+                f"A node on MODEL splits the batch: a forward had {len(x)} of "
+                f"{len(self._owners)} rows. Connect the MODEL from before it."
+            )
+        found: list[Any] = []
+
+        def run() -> None:
+            found.append(executor(x, *args, **given))
+
+        self._lockstep.run(MicroBatch(run, self._owners * copies, 1))
+        return found[0]
+
+
+class _Euler(comfy.samplers.KSAMPLER):
+    """On ComfyUI's scale Euler is DDIM without noise. A ``whole`` denoising begins with noise,
+    as DDIM does, also where its first step is a little below the largest sigma."""
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__(comfy.k_diffusion.sampling.sample_euler)
+        self._whole = whole
+
+    def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
+        return self._whole
+
+
+def run_uncompiled(options: dict[str, Any]) -> None:
+    """Hooks on layers are not run inside compiled code; the plain module beneath gives the same."""
+    wrappers = options["transformer_options"].get("wrappers", {})
+    for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
+        for keyed in found.values():
+            keyed.pop(COMPILE_KEY, None)
+
+
+def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> list[Tensor]:
+    """The schedule of each denoiser: the second begins with the sigma that the first ends with."""
+    if count == 1:
+        return [schedule]
+    shares = first.shares(schedule[:-1])
+    turn = int((shares >= boundary).sum())
+    if not 0 < turn < len(shares):
+        raise IterisError(
+            f"With boundary {boundary:g} one of the two models has no step: of {len(shares)} steps "
+            f"the shares of noise go from {float(shares[0]):.2f} to {float(shares[-1]):.2f}."
+        )
+    return [schedule[: turn + 1], schedule[turn:]]

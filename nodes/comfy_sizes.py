@@ -1,0 +1,99 @@
+"""How large the latents of a MODEL are on which features are collected: the rule of all hosts, with
+what ComfyUI tells of the model's patches, levels and compression."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.sample
+import torch
+from torch import nn
+
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.hosts.sizes import FRAMES, default_size, middle_patch
+
+_SCALES = {
+    "SD_X4": 4,
+    "SC_Prior": 42,
+    "SC_B": 4,
+    "Flux2": 16,
+    "LTXV": 32,
+    "Wan22": 16,
+    "HunyuanImage21": 32,
+    "HunyuanImage21Refiner": 16,
+    "HunyuanVideo15": 16,
+    "ChromaRadiance": 1,
+}
+"""Pixels that a side of a latent covers, by latent format, where it is not 8. Later versions of
+ComfyUI say it themselves, as ``spacial_downscale_ratio``."""
+_FRAMES = {"Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
+"""Frames that a frame of latents stands for, where it is not 4 (``temporal_downscale_ratio``)."""
+_PICTURES = re.compile("Image|T2I|Anima|Krea")
+"""Classes of models that make pictures in a video's latents."""
+
+
+def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
+    """(1, channels, [frames,] height, width) of an empty latent of this MODEL."""
+    network = model.model.diffusion_model
+    side = calibration.latent_size
+    if side is None:
+        levels = _levels(network)
+        patch = middle_patch(levels) if levels else _patch(model)
+        height, width = default_size(_scale(model), patch, multiple=max(levels, default=1))
+    else:
+        height = width = side
+    empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))
+    shape = list(empty.shape)
+    if len(shape) == 5 and not _PICTURES.search(type(model.model.model_config).__name__):
+        shape[2] = ((calibration.frames or FRAMES) - 1) // _frames(model) + 1
+    return tuple(shape)
+
+
+def _scale(model: Any) -> int:
+    return _told(model, "spacial_downscale_ratio", _SCALES, 8)
+
+
+def _frames(model: Any) -> int:
+    return _told(model, "temporal_downscale_ratio", _FRAMES, 4)
+
+
+def _told(model: Any, name: str, table: dict[str, int], usual: int) -> int:
+    latent_format = model.get_model_object("latent_format")
+    if hasattr(latent_format, name):
+        return int(getattr(latent_format, name))
+    kinds = [kind.__name__ for kind in type(latent_format).__mro__]
+    return next((table[kind] for kind in kinds if kind in table), usual)
+
+
+def _patch(model: Any) -> int:
+    """How many latents a side of a token of a transformer covers."""
+    config = model.model.model_config.unet_config
+    known = getattr(model.model.diffusion_model, "patch_size", None)
+    for patch in (known, config.get("patch_size"), config.get("patch_spatial")):
+        if isinstance(patch, (list, tuple)):
+            return int(patch[-1])
+        if patch is not None:
+            return int(patch)
+    return 1
+
+
+def _levels(network: nn.Module) -> list[int]:
+    """Of each transformer block of a UNet how many latents a side of its tokens covers."""
+    parts: Any = comfy.ldm.modules.diffusionmodules.openaimodel
+    if not isinstance(network, parts.UNetModel):
+        return []
+    found: list[int] = []
+    level = 1
+    block: nn.Module
+    for block in (*network.input_blocks, network.middle_block, *network.output_blocks):
+        for module in block.modules():
+            if isinstance(module, comfy.ldm.modules.attention.BasicTransformerBlock):
+                found.append(level)
+            elif isinstance(module, parts.Downsample):
+                level *= 2
+            elif isinstance(module, parts.Upsample):
+                level //= 2
+    return found

@@ -1,0 +1,93 @@
+"""Inputs of the merging nodes: bases without guidance, and what cannot be merged."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kit import Kit
+from safetensors.torch import load_file, save_file
+
+GRAPH = {
+    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "z_image_turbo_bf16.safetensors"}},
+    "2": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "base.safetensors"}},
+    "3": {
+        "class_type": "LoraLoader",
+        "inputs": {"model": ["2", 0], "clip": ["2", 1], "lora_name": "sdxl_lightning_4step.sft"},
+    },
+    "4": {"class_type": "IterisConcept", "inputs": {"lora_name": "lcm_cat.safetensors"}},
+    "5": {"class_type": "IterisMerge", "inputs": {"model": ["3", 0], "concepts": ["4", 0]}},
+    "6": {"class_type": "IterisMerge", "inputs": {"model": ["2", 0], "concepts": ["4", 0]}},
+    "7": {"class_type": "IterisMerge", "inputs": {"model": ["1", 0], "concepts": ["4", 0]}},
+}
+
+
+def module(kit: Kit, name: str) -> Any:
+    return importlib.import_module(kit.merging.__name__.replace("merging", name))
+
+
+@pytest.mark.parametrize(
+    ("node", "files", "distilled"),
+    [
+        ("5", ["sdxl_lightning_4step.sft", "base.safetensors"], True),
+        ("6", ["base.safetensors"], None),
+        ("7", ["z_image_turbo_bf16.safetensors"], True),
+    ],
+)
+def test_a_speed_lora_on_model_counts_as_the_base(
+    kit: Kit, node: str, files: list[str], distilled: bool | None
+) -> None:
+    hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
+    found = module(kit, "comfy_runtime").files_behind(hidden, "model")
+    assert found == files
+    extras = module(kit, "merge_inputs").Extras
+    assert extras.of(found).options["distilled"] is distilled
+    assert (files[0] in extras.of(found).note) == bool(distilled)
+    assert extras.of(found, empty_prompts="yes").options["distilled"] is False
+    assert extras.of(found, empty_prompts="no").options["distilled"] is True
+
+
+def test_empty_prompts(kit: Kit) -> None:
+    """As the calibration says, unless the model is run without guidance."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    (speedy,) = ModelSamplingDiscrete().patch(kit.model, "lcm", False)
+
+    def empties(model: Any, distilled: bool | None) -> int:
+        host = kit.host.ComfyHost(model, kit.clip, distilled=distilled)
+        lora = kit.core.lora.Lora({})
+        concept = kit.core.Concept(lora, trigger="sks", class_word="cat")
+        calibration = kit.core.Calibration(samples=20, latents="noise", latent_size=8)
+        sites = {"unet.mid_block.attentions.0.proj_in"}
+        generator = importlib.import_module("torch").Generator().manual_seed(0)
+        found = host.samples([concept], sites, calibration, None, generator, lambda *_: None)
+        return sum(found.text.texts[row] == "" for row in found.text.text_rows)
+
+    assert empties(kit.model, None) > 5
+    assert empties(kit.model, True) == empties(speedy, None) == 0
+    assert empties(speedy, False) > 5
+
+
+def test_what_the_model_does_not_know_is_left_out_or_refused(kit: Kit) -> None:
+    tensors = load_file(kit.loras / "a.safetensors")
+    tensors |= {
+        key.replace("attentions_0", "attentions_9"): value.clone()
+        for key, value in list(tensors.items())
+        if "mid_block_attentions_0" in key
+    }
+    file = kit.loras / "strange.safetensors"
+    save_file(tensors, file)
+    specs = [kit.specs.make_spec(file, trigger="sks", class_word="cat"), kit.concepts()[1]]
+
+    def merge(unmergeable: str) -> Any:
+        return kit.merging.merge_on(
+            kit.model, kit.clip, specs, "average", {}, kit.calibration, unmergeable=unmergeable
+        )
+
+    with pytest.raises(kit.core.IterisError, match="attentions_9"):
+        merge("refuse")
+    result = merge("skip")
+    assert "attentions_9" in result.report.summary()
+    assert not any("attentions.9" in site for site in result.lora.sites)

@@ -1,0 +1,297 @@
+"""What is connected beside the prompts, and how large the latents are without it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import reduced_models
+import torch
+from reduced_models import ARCHITECTURES, unets, videos
+
+
+class Bench:
+    def __init__(self, pack: ModuleType, folder: Path) -> None:
+        def module(name: str) -> Any:
+            return importlib.import_module(f"{pack.__name__}.{name}")
+
+        self.core, self.merging, self.sizes = (
+            module(name) for name in ("iteris_core", "nodes.merging", "nodes.comfy_sizes")
+        )
+        self.conds, self.denoiser = module("nodes.comfy_conds"), module("nodes.comfy_denoiser")
+        self.lora, self.specs = module("nodes.comfy_lora"), module("nodes.concept_specs")
+        self.folder = folder
+
+    def concepts(self, sites: dict[str, tuple[int, int]], count: int = 2) -> list[Any]:
+        files = [reduced_models.write_lora(self.folder / f"{n}.safetensors", sites, n)
+                 for n in range(count)]  # fmt: skip
+        words = ("sks", "zwx")
+        return [self.specs.make_spec(file, trigger=word, class_word="cat")
+                for file, word in zip(files, words, strict=False)]  # fmt: skip
+
+    def merge(self, on: tuple[Any, Any], concepts: list[Any], **options: Any) -> Any:
+        size = options.pop("latent_size", 8)
+        calibration = self.core.Calibration(
+            samples=4, timesteps=2, denoising_steps=3, latent_size=size
+        )
+        self.merging._RememberingHost._last = None
+        return self.merging.merge_on(*on, concepts, "iteris", {}, calibration, **options)
+
+
+@pytest.fixture
+def bench(pack: ModuleType, tmp_path: Path) -> Bench:
+    return Bench(pack, tmp_path)
+
+
+def beside(**entries: Any) -> list[Any]:
+    """A CONDITIONING with these entries, of which the text is not used."""
+    return [[torch.full((1, 5, 7), 9.0), {"pooled_output": torch.ones(1, 3), **entries}]]
+
+
+def picture(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[dict[str, Any]]:
+    """The arguments of all calls of the denoiser."""
+    found: list[dict[str, Any]] = []
+    forward = model.model.diffusion_model.forward
+
+    def keep(x: torch.Tensor, *args: Any, **given: Any) -> Any:
+        found.append({**given, "x": x})
+        return forward(x, *args, **given)
+
+    monkeypatch.setattr(model.model.diffusion_model, "forward", keep)
+    return found
+
+
+def draw(model: Any, clip: Any, entries: Any) -> torch.Tensor:
+    import comfy.sample
+
+    with torch.inference_mode():
+        ((states, own),) = clip.encode_from_tokens_scheduled(clip.tokenize("a photo of a sks cat"))
+        text = [[states, {**own, **entries}]]
+        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+        return comfy.sample.sample(
+            model, noise, 3, 1.0, "euler", "simple", text, text, torch.zeros_like(noise),
+            disable_pbar=True,
+        ).clone()  # fmt: skip
+
+
+FLUX = {
+    "transformer.transformer_blocks.0.attn.to_q": (64, 64),
+    "transformer.single_transformer_blocks.0.attn.to_v": (64, 64),
+}
+
+
+def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with FLUX.1 Kontext; one alone draws with the reference what the stock loader draws."""
+    import comfy.sd
+    import comfy.utils
+
+    file = str(bench.folder / "0.safetensors")
+    on = reduced_models.flux()
+    concepts = bench.concepts(FLUX)
+    plain = bench.merge(on, concepts).lora
+    given = bench.conds.References.of(
+        beside(reference_latents=[picture(1, 16, 6, 6)], reference_latents_method="offset")
+    )
+    calls = seen(monkeypatch, on[0])
+    result = bench.merge(on, concepts, references=given, unmergeable="refuse")
+    assert calls
+    for call in calls:
+        (latent,) = call["ref_latents"]
+        assert latent.shape == (len(call["x"]), 16, 6, 6)
+        assert call["ref_latents_method"] == "offset"
+        assert call["context"].shape[-1] == 64  # the row's own text
+    monkeypatch.undo()
+    alone = bench.merge(on, concepts[:1], references=given)
+    tensors = bench.merging.as_lora_model(alone, concepts[:1], "float32")
+    with torch.inference_mode():
+        stock = comfy.sd.load_lora_for_models(*on, comfy.utils.load_torch_file(file), 1.0, 1.0)
+    wanted = draw(*stock, given.entries)
+    effect = float((draw(*on, given.entries) - wanted).norm())
+    found = draw(*bench.lora.apply_lora(*on, tensors), given.entries)
+    assert float((found - wanted).norm()) < 1e-3 * effect
+    change = max(
+        float((result.lora.sites[s].dense() - c.dense()).norm() / c.dense().norm())
+        for s, c in plain.sites.items()
+    )
+    assert change > 1e-2
+
+
+def test_a_mask_and_what_it_hides(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inpainting UNet: mask and masked picture beside the latents, which stay outside of the
+    mask what they are, with the noise of their step."""
+    on = unets.sd15_inpainting()
+    mask = torch.zeros(1, 64, 96)
+    mask[:, :, 48:] = 1
+    latent = {"samples": picture(1, 4, 8, 12), "noise_mask": mask}
+    entries = beside(concat_latent_image=picture(1, 4, 8, 12, seed=2), concat_mask=mask[:, None])
+    calls = seen(monkeypatch, on[0])
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = bench.lora.ComfySites(*on).base.shapes[site][0]
+    references = bench.conds.References.of(entries, latent)
+    bench.merge(on, bench.concepts({site: (width, width)}), references=references)
+    assert {tuple(call["x"].shape[1:]) for call in calls} == {(9, 8, 12)}
+    shown = torch.cat([call["x"] for call in calls])
+    assert torch.equal(shown[:, 4, :, :6].unique(), torch.zeros(1))
+    assert torch.equal(shown[:, 4, :, 6:].unique(), torch.ones(1))
+    wanted = on[0].model.process_latent_in(picture(1, 4, 8, 12, seed=2))[0]
+    assert torch.allclose(shown[:, 5:], wanted.expand(len(shown), -1, -1, -1), atol=1e-6)
+
+
+def test_only_the_masked_part_is_denoised(bench: Bench) -> None:
+    model, _ = unets.sd15()
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 4:] = 1
+    latent = {"samples": picture(1, 4, 8, 8), "noise_mask": mask}
+    denoiser = bench.denoiser.Denoiser(model, bench.conds.References.of(None, latent))
+    noise, sigma = picture(1, 4, 8, 8, seed=3), torch.tensor(2.0)
+    found = denoiser.noised(noise, sigma)
+    kept = model.model.process_latent_in(latent["samples"]) + 2 * noise
+    assert torch.allclose(found[..., :4], kept[..., :4], atol=1e-5)
+
+
+def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan I2V: without a picture nothing reaches img_emb, which is refused or left out."""
+    on = videos.wan_i2v()
+    sites = {
+        "diffusion_model.blocks.0.cross_attn.k_img": (96, 96),
+        "diffusion_model.blocks.1.self_attn.q": (96, 96),
+        "diffusion_model.img_emb.proj.1": (1280, 1280),
+    }
+    concepts = bench.concepts(sites)
+    with pytest.raises(bench.core.IterisError, match=r"img_emb.*is reached by no forward"):
+        bench.merge(on, concepts, unmergeable="refuse")
+    skipped = bench.merge(on, concepts, unmergeable="skip")
+    assert not any("img_emb" in site for site in skipped.lora.sites)
+    assert "LEFT OUT" in skipped.report.summary()
+    states = SimpleNamespace(penultimate_hidden_states=picture(1, 9, 1280))
+    references = bench.conds.References.of(
+        beside(
+            clip_vision_output=states,
+            concat_latent_image=picture(1, 16, 3, 8, 6),
+            concat_mask=torch.ones(1, 1, 3, 8, 6),
+        ),
+        {"samples": torch.zeros(1, 16, 3, 8, 6)},
+    )
+    calls = seen(monkeypatch, on[0])
+    result = bench.merge(on, concepts, references=references, unmergeable="refuse")
+    assert len(result.lora.sites) == 3
+    assert {tuple(call["x"].shape[1:]) for call in calls} == {(36, 3, 8, 6)}
+
+
+def test_a_control_is_run_at_its_own_step(bench: Bench) -> None:
+    """Rows of a forward are of one step: a control net asks the first row for all."""
+    from comfy.controlnet import ControlBase
+
+    asked: list[tuple[int, set[float]]] = []
+
+    class Control(ControlBase):
+        def get_control(self, x: torch.Tensor, t: torch.Tensor, *_: Any) -> None:
+            assert self.timestep_range is not None
+            asked.append((len(x), set(t.tolist())))
+
+    on = unets.sd15()
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = bench.lora.ComfySites(*on).base.shapes[site][0]
+    control = Control()
+    references = bench.conds.References.of(beside(control=control))
+    bench.merge(on, bench.concepts({site: (width, width)}), references=references)
+    assert all(len(steps) == 1 for _, steps in asked)
+    assert max(rows for rows, _ in asked) > 1
+    assert control.timestep_range is None  # cleaned up
+
+
+def test_where_and_when_a_text_counts_stays_out(bench: Bench) -> None:
+    entries = beside(guidance=2.0, area=(1, 1, 0, 0), start_percent=0.5, attention_mask=1)
+    assert bench.conds.References.of(entries).entries == {"guidance": 2.0}
+    text = (torch.zeros(1, 2, 3), {"pooled_output": None, "guidance": 4.0})
+    states, own = bench.conds.References.of(entries).beside(text)
+    assert states is text[0]
+    assert own == {"pooled_output": None, "guidance": 4.0}
+
+
+def test_kept_latents_are_of_the_same_references(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = picture(1, 16, 4, 4), picture(1, 16, 4, 4)
+    forgotten: list[Any] = []
+    keys = [bench.conds.References.of(beside(reference_latents=[some])).key(forgotten.append)
+            for some in (one, one, two)]  # fmt: skip
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+    del two
+    assert forgotten
+
+
+SIZES = {
+    "FLUX.1": (1, 16, 64, 64),
+    "FLUX.2": (1, 128, 32, 32),
+    "Chroma": (1, 16, 64, 64),
+    "Chroma Radiance": (1, 3, 512, 512),
+    "SD 3": (1, 16, 64, 64),
+    "AuraFlow": (1, 4, 64, 64),
+    "PixArt Sigma": (1, 4, 64, 64),
+    "HunyuanDiT": (1, 4, 64, 64),
+    "HiDream": (1, 16, 64, 64),
+    "Z-Image": (1, 16, 64, 64),
+    "Lumina 2": (1, 16, 64, 64),
+    "OmniGen 2": (1, 16, 64, 64),
+    "HunyuanImage 2.1": (1, 64, 32, 32),
+    "Qwen-Image": (1, 16, 1, 64, 64),
+    "Cosmos Predict2": (1, 16, 1, 64, 64),
+    "Kandinsky 5 image": (1, 16, 64, 64),
+    "Stable Cascade C": (1, 16, 24, 24),
+    "Wan 2.1 T2V": (1, 16, 3, 64, 64),
+    "Wan 2.2 5B": (1, 48, 3, 64, 64),
+    "HunyuanVideo": (1, 16, 3, 64, 64),
+    "HunyuanVideo 1.5": (1, 32, 3, 32, 32),
+    "LTX-Video": (1, 128, 2, 32, 32),
+    "Mochi": (1, 12, 2, 64, 64),
+    "Kandinsky 5 video": (1, 16, 3, 64, 64),
+    "Cosmos 1": (1, 16, 2, 64, 64),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_size_rule(bench: Bench, name: str) -> None:
+    model, _ = ARCHITECTURES[name].make()
+    assert bench.sizes.latent_shape(model, bench.core.Calibration()) == SIZES[name]
+
+
+LEVELS = {
+    "SD15": ([2] * 4, [1, 2, 4, 4], [1] * 6 + [0, 0], 1, [1] * 9 + [0] * 3, 64),
+    "SDXL": ([2] * 3, [1, 2, 4], [0, 0, 2, 2, 10, 10], 10, [0] * 3 + [2] * 3 + [10] * 3, 128),
+    "SDXLRefiner": (
+        [2] * 4, [1, 2, 4, 4], [0, 0, 4, 4, 4, 4, 0, 0], 4, [0] * 3 + [4] * 6 + [0] * 3, 128
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LEVELS)
+def test_the_size_rule_on_unets_of_all_their_levels(bench: Bench, kind: str) -> None:
+    blocks, widths, depth, middle, output, side = LEVELS[kind]
+    model = unets.unet(
+        kind,
+        num_res_blocks=blocks,
+        channel_mult=widths,
+        transformer_depth=depth,
+        transformer_depth_middle=middle,
+        transformer_depth_output=output,
+        context_dim=64,
+        use_linear_in_transformer=kind != "SD15",
+    )
+    assert bench.sizes.latent_shape(model, bench.core.Calibration()) == (1, 4, side, side)
+
+
+def test_frames_and_a_latent_of_ones_own(bench: Bench) -> None:
+    model, _ = videos.wan()
+    calibration = bench.core.Calibration(frames=17, latent_size=6)
+    assert bench.sizes.latent_shape(model, calibration) == (1, 16, 5, 6, 6)
+    given = bench.conds.References.of(None, {"samples": torch.zeros(2, 16, 7, 4, 8)})
+    assert bench.denoiser.Denoiser(model, given).shape(calibration) == (1, 16, 7, 4, 8)
