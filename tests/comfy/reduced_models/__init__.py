@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from . import references as given
 from .flux import chroma, chroma_radiance, flux, flux2, flux_fill, flux_narrow, flux_schnell
+from .later import anima, cogvideox, ernie_image, krea2, longcat_image
 from .parts import RANK, write_lora
 from .pictures import (
     aura_flow,
@@ -81,6 +84,14 @@ class Reduced:
     apart: tuple[str, ...] = ()
     left_out: str = ""
     slow: bool = False
+    since: str = ""
+
+    def skip_if_later(self) -> None:
+        """Where this ComfyUI does not have it yet."""
+        import comfy.supported_models
+
+        if self.since and not hasattr(comfy.supported_models, self.since):
+            pytest.skip(f"this ComfyUI has no {self.since}")
 
 
 _FLATTENED = "its forward joins the rows of a batch to one"
@@ -158,3 +169,17 @@ ARCHITECTURES = {
     "Mochi": Reduced(mochi, video=True),
     "Kandinsky 5 video": Reduced(kandinsky5_video, video=True, slow=True),
 }
+LATER = {
+    "LongCat-Image": Reduced(longcat_image, since="LongCatImage"),
+    "ERNIE-Image": Reduced(ernie_image, since="ErnieImage"),
+    "Krea 2": Reduced(
+        krea2,
+        apart=("txtfusion.layerwise_blocks.",),
+        left_out="txtfusion.layerwise_blocks: each layer of the text is a row of its own there",
+        since="Krea2",
+    ),
+    "Anima": Reduced(anima, slow=True, since="Anima"),
+    "CogVideoX": Reduced(cogvideox, video=True, since="CogVideoX_T2V"),
+}
+"""Of later versions of ComfyUI; ``since`` is the class that has to be there."""
+ARCHITECTURES |= LATER
