@@ -53,10 +53,11 @@ def krea2() -> tuple[Any, Any]:
         txtheads=2,
         txtkvheads=2,
     )
-    options = {"qwen3vl_4b_model_config": {**texts.LANGUAGE_MODEL, "num_hidden_layers": 36}}
+    options = {"qwen3vl_4b_model_config": {**texts.LANGUAGE_MODEL, "num_hidden_layers": 13}}
     sizes = {"hidden_size": 64, "intermediate_size": 64, "depth": 2}
     narrow = {"qwen3vl_4b": {**sizes, "deepstack_visual_indexes": [0]}}
-    with mock.patch.dict(import_module(eyes).QWEN3VL_VISION, narrow):
+    layers = mock.patch.object(text, "KREA2_TAP_LAYERS", list(range(1, 13)))
+    with layers, mock.patch.dict(import_module(eyes).QWEN3VL_VISION, narrow):
         return model, clip_of(text.Krea2Tokenizer, text.te(dtype_llama=torch.float32), options)
 
 
