@@ -32,13 +32,14 @@ class Trial:
 
         self.core = module("iteris_core")
         self.merging, self.lora = module("nodes.merging"), module("nodes.comfy_lora")
-        self.files, self.specs = (
+        self.conds = module("nodes.comfy_conds")
+        self.tensors, self.specs = (
             module("iteris_core.lora_files.tensors"),
             module("nodes.concept_specs"),
         )
         self.reduced, self.folder = reduced, folder
         self.model, self.clip = reduced.make()
-        self.paths = [self._write_lora(seed) for seed in (1, 2)]
+        self.paths = [self.write_lora(seed) for seed in (1, 2)]
         self.calibration = self.core.Calibration(
             samples=len(PROMPTS), timesteps=2, denoising_steps=3, latent_size=reduced.side
         )
@@ -46,7 +47,7 @@ class Trial:
     def merge(self, count: int, rows: int = 32) -> Any:
         """Of the first ``count`` LoRAs; ``rows`` is the most in a forward."""
         concepts = self.concepts(count)
-        result = self.merging.merge_on(
+        return self.merging.merge_on(
             self.model,
             self.clip,
             concepts,
@@ -54,10 +55,13 @@ class Trial:
             self.reduced.settings,
             self.calibration,
             rows=rows,
+            **self.options(),
         )
-        if left_out := result.report.notes.get("sites"):
-            raise self.core.IterisError("; ".join(left_out))
-        return result
+
+    def options(self) -> dict[str, Any]:
+        """How else it is merged: nothing may be left out."""
+        given = [[torch.zeros(1, 1, 1), self.reduced.entries]]
+        return {"references": self.conds.References.of(given), "unmergeable": "refuse"}
 
     def concepts(self, count: int) -> list[Any]:
         make = self.specs.make_spec
@@ -66,9 +70,8 @@ class Trial:
 
     def alone(self) -> float:
         """How far a merge of one LoRA is from that LoRA, as a share of what it does."""
-        result = self.merge(1)
-        found = self.draw(*self.node(result, 1))
-        wanted, plain = self.draw(*self.stock(self.paths[0])), self.draw(self.model, self.clip)
+        found = self.draw(*self.node(self.merge(1)))
+        wanted, plain = self.draw(*self.stock(*self.files(0))), self.draw(*self.base)
         return relative(found - wanted, plain - wanted)
 
     def rows_and_file(self) -> tuple[float, float]:
@@ -79,51 +82,71 @@ class Trial:
             site: relative(few.lora.sites[site].dense() - change.dense(), change.dense())
             for site, change in many.lora.sites.items()
         }
-        found, plain = self.draw(*self.node(many, 2)), self.draw(self.model, self.clip)
-        saved = self.draw(*self.stock(self.save(many)))
+        found, plain = self.draw(*self.node(many)), self.draw(*self.base)
+        saved = self.draw(*self.stock(*self.save(many)))
         return max(apart.values()), relative(saved - found, plain - found)
 
-    def node(self, result: Any, count: int) -> tuple[Any, Any]:
+    @property
+    def base(self) -> tuple[Any, ...]:
+        """What is drawn with."""
+        return self.model, self.clip
+
+    def files(self, number: int) -> tuple[Path, ...]:
+        return (self.paths[number],)
+
+    def node(self, result: Any) -> tuple[Any, ...]:
         """What the merge node hands on."""
-        tensors = self.merging.as_lora_model(result, self.concepts(count), "float32")
+        tensors = self.merging.as_lora_model(result, (), "float32")
         return self.lora.apply_lora(self.model, self.clip, tensors)
 
-    def save(self, result: Any) -> Path:
+    def save(self, result: Any) -> tuple[Path, ...]:
+        return (self.saved(self.merging.as_lora_model(result, (), "float32"), "merged"),)
+
+    def stock(self, *files: Path) -> tuple[Any, ...]:
+        return self.loaded(self.model, files[0])
+
+    def saved(self, tensors: Any, name: str) -> Path:
         """As the node that saves does it."""
-        tensors = self.merging.as_lora_model(result, self.concepts(2), "float32")
-        path = self.folder / "merged.safetensors"
-        self.files.save_atomically(dict(tensors), path, tensors.metadata)
+        path = self.folder / f"{name}.safetensors"
+        self.tensors.save_atomically(dict(tensors), path, tensors.metadata)
         return path
 
-    def stock(self, path: Path) -> tuple[Any, Any]:
-        """ComfyUI's own loader."""
+    def loaded(self, model: Any, path: Path) -> tuple[Any, Any]:
+        """MODEL and CLIP by ComfyUI's own loader."""
         import comfy.sd
         import comfy.utils
 
         tensors = comfy.utils.load_torch_file(str(path))
-        model, clip = comfy.sd.load_lora_for_models(self.model, self.clip, tensors, 1.0, 1.0)
+        model, clip = comfy.sd.load_lora_for_models(model, self.clip, tensors, 1.0, 1.0)
         modules = sum(key.endswith((".lora_B.weight", ".lora_up.weight")) for key in tensors)
         assert len(model.patches) + len(clip.patcher.patches) == modules
         return model, clip
 
     def draw(self, model: Any, clip: Any) -> Tensor:
-        import comfy.sample
         import comfy.samplers
 
-        def text(prompt: str) -> Any:
-            return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-
         with torch.inference_mode():
-            side = self.reduced.side
-            empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, side, side))
-            noise = torch.randn(empty.shape, generator=torch.Generator().manual_seed(3))
+            noise, empty = self.latents()
             sampler = comfy.samplers.KSampler(
                 model, 3, model.load_device, "euler", "simple", model_options=model.model_options
             )
-            drawn = sampler.sample(
-                noise, text(LONG), text(""), cfg=2.0, latent_image=empty, disable_pbar=True
-            )
+            texts = self.text(clip, LONG), self.text(clip, "")
+            drawn = sampler.sample(noise, *texts, cfg=2.0, latent_image=empty, disable_pbar=True)
         return drawn.clone()
+
+    def text(self, clip: Any, prompt: str) -> Any:
+        found = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        return [[states, {**own, **self.reduced.entries}] for states, own in found]
+
+    def latents(self) -> tuple[Tensor, Tensor]:
+        """Noise, and what is empty."""
+        import comfy.sample
+
+        empty = torch.zeros(1, 4, self.reduced.side, self.reduced.side)
+        empty = comfy.sample.fix_empty_latent_channels(self.model, empty)
+        if self.reduced.video:
+            empty = empty.repeat_interleave(3, dim=2)
+        return torch.randn(empty.shape, generator=torch.Generator().manual_seed(3)), empty
 
     def layers(self) -> Mapping[str, nn.Linear]:
         """Name in a file → layer: all that are linear, of the denoiser and the text encoders."""
@@ -140,10 +163,12 @@ class Trial:
         apart = (EYES, *self.reduced.apart)
         return {name: m for name, m in found.items() if not any(part in name for part in apart)}
 
-    def _write_lora(self, seed: int) -> Path:
+    def write_lora(self, seed: int, root: str = "") -> Path:
+        """Of the layers whose names begin with ``root``."""
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers().items():
+        layers = {n: layer for n, layer in self.layers().items() if n.startswith(root)}
+        for name, layer in layers.items():
             out, width = layer.weight.shape
             down = torch.randn(RANK, width, generator=generator) / width**0.5
             tensors[f"{name}.lora_A.weight"] = down

@@ -8,7 +8,7 @@ from . import texts
 from .parts import model_of_class
 
 
-def _config(**other: Any) -> dict[str, Any]:
+def config(**other: Any) -> dict[str, Any]:
     from comfy.ldm.flux.model import FluxParams
 
     later = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
@@ -35,25 +35,25 @@ def _config(**other: Any) -> dict[str, Any]:
 
 def flux() -> tuple[Any, Any]:
     """With CLIP's own width, which diffusers' pipeline of it has too."""
-    return model_of_class("Flux", **_config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
+    return model_of_class("Flux", **config(vec_in_dim=768)), texts.flux(texts.FULL_CLIP)
 
 
 def flux_narrow() -> tuple[Any, Any]:
     """FLUX.1 dev; Kontext is of the same class, and is given reference latents."""
-    return model_of_class("Flux", **_config()), texts.flux()
+    return model_of_class("Flux", **config()), texts.flux()
 
 
 def flux_schnell() -> tuple[Any, Any]:
-    return model_of_class("FluxSchnell", **_config(guidance_embed=False)), texts.flux()
+    return model_of_class("FluxSchnell", **config(guidance_embed=False)), texts.flux()
 
 
 def flux_fill() -> tuple[Any, Any]:
     """A picture and a mask of 8 × 8 pixels a latent beside the latents."""
-    return model_of_class("FluxInpaint", **_config(in_channels=96)), texts.flux()
+    return model_of_class("FluxInpaint", **config(in_channels=96)), texts.flux()
 
 
 def flux2() -> tuple[Any, Any]:
-    config = _config(
+    found = config(
         image_model="flux2",
         in_channels=128,
         out_channels=128,
@@ -72,7 +72,7 @@ def flux2() -> tuple[Any, Any]:
         default_ref_method="index",
         ref_index_scale=10.0,
     )
-    return model_of_class("Flux2", **config), texts.mistral()
+    return model_of_class("Flux2", **found), texts.mistral()
 
 
 _CHROMA = {
@@ -87,9 +87,9 @@ _CHROMA = {
 
 
 def _chroma(**other: Any) -> dict[str, Any]:
-    config = _config(**{**_CHROMA, **other})
-    del config["guidance_embed"]
-    return config
+    found = config(**{**_CHROMA, **other})
+    del found["guidance_embed"]
+    return found
 
 
 def _pixart_t5() -> Any:
@@ -105,7 +105,7 @@ def chroma_radiance() -> tuple[Any, Any]:
     from comfy.ldm.chroma_radiance.model import ChromaRadianceParams as Params
 
     later = {"use_sequential_txt_ids": False}
-    config = _chroma(
+    found = _chroma(
         image_model="chroma_radiance",
         in_channels=3,
         out_channels=3,
@@ -120,4 +120,4 @@ def chroma_radiance() -> tuple[Any, Any]:
         use_x0=False,
         **{name: value for name, value in later.items() if name in Params.__dataclass_fields__},
     )
-    return model_of_class("ChromaRadiance", **config), _pixart_t5()
+    return model_of_class("ChromaRadiance", **found), _pixart_t5()

@@ -238,28 +238,29 @@ def kandinsky5_image() -> tuple[Any, Any]:
     return model_of_class("Kandinsky5Image", **config), clip
 
 
+PREDICT2 = {
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 96,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "crossattn_emb_channels": 64,
+    "concat_padding_mask": True,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "pos_emb_interpolation": "crop",
+    "min_fps": 1,
+    "max_fps": 30,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 32,
+}
+
+
 def cosmos_predict2() -> tuple[Any, Any]:
-    model = model_of_class(
-        "CosmosT2IPredict2",
-        image_model="cosmos_predict2",
-        max_img_h=240,
-        max_img_w=240,
-        max_frames=128,
-        in_channels=16,
-        out_channels=16,
-        patch_spatial=2,
-        patch_temporal=1,
-        model_channels=96,
-        num_blocks=2,
-        num_heads=2,
-        crossattn_emb_channels=64,
-        concat_padding_mask=True,
-        pos_emb_cls="rope3d",
-        pos_emb_learnable=True,
-        pos_emb_interpolation="crop",
-        min_fps=1,
-        max_fps=30,
-        use_adaln_lora=True,
-        adaln_lora_dim=32,
-    )
+    model = model_of_class("CosmosT2IPredict2", image_model="cosmos_predict2", **PREDICT2)
     return model, texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")

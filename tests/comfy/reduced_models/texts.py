@@ -30,7 +30,7 @@ LANGUAGE_MODEL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-_LLAMA = {**LANGUAGE_MODEL, "vocab_size": 152064}
+LLAMA = {**LANGUAGE_MODEL, "vocab_size": 152064}
 _BERT = {
     "hidden_size": 1024,
     "num_attention_heads": 2,
@@ -137,9 +137,9 @@ def mistral() -> Any:
             super().__init__(**{**options, "layer": [1, 2, 3]})
 
     encoder = functools.partial(text.Flux2TEModel, clip_model=Model)
-    tokenizer = _qwen("mistral3_24b", start=1, pad=11, left=True)
+    tokenizer = qwen("mistral3_24b", start=1, pad=11, left=True)
     with mock.patch.object(text, "Mistral3Tokenizer", tokenizer):
-        return clip_of(text.Flux2Tokenizer, encoder, {"mistral3_24b_model_config": _LLAMA})
+        return clip_of(text.Flux2Tokenizer, encoder, {"mistral3_24b_model_config": LLAMA})
 
 
 def hunyuan_video() -> Any:
@@ -148,7 +148,7 @@ def hunyuan_video() -> Any:
     options = {
         "clip_l_model_config": CLIP,
         "llama_model_config": LANGUAGE_MODEL,
-        "vocab_size": _LLAMA["vocab_size"],
+        "vocab_size": LLAMA["vocab_size"],
     }
     encoder = text.hunyuan_video_clip(torch.float32)
     with _llama():
@@ -164,7 +164,7 @@ def hidream() -> Any:
         "clip_g_model_config": CLIP,
         "t5xxl_model_config": T5,
         "llama_model_config": LANGUAGE_MODEL,
-        "vocab_size": _LLAMA["vocab_size"],
+        "vocab_size": LLAMA["vocab_size"],
     }
     encoder = text.hidream_clip(dtype_t5=torch.float32, dtype_llama=torch.float32)
     with _llama():
@@ -188,7 +188,7 @@ _HEADERS = {
 """Tokens of Llama's by which ComfyUI cuts the template off."""
 
 
-def _qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
+def qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
     """Qwen's tokenizer with other special tokens."""
     import comfy.text_encoders.z_image as text
 
@@ -218,7 +218,7 @@ def _qwen(key: str, start: int, pad: int, left: bool = False) -> Any:
 def _llama() -> Iterator[None]:
     import comfy.text_encoders.hunyuan_video as text
 
-    tokenizer = _qwen("llama", start=128000, pad=128258)
+    tokenizer = qwen("llama", start=128000, pad=128258)
     with mock.patch.object(text, "LLAMA3Tokenizer", tokenizer):
         yield
 
