@@ -145,9 +145,10 @@ class DiffusersHost:
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
-        words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
-        if recorded is None:
+        if recorded is None:  # rows are those of the texts
+            words = self._first(samples.arguments, [said[row] for row in rows])
             return torch.stack([some["encoder_hidden_states"] for some in words])
+        words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
         calls = [{**some, **recorded.row(row)} for some, row in zip(words, rows, strict=True)]
         return self._denoise(recorded.denoiser(rows[0]), samples.arguments, calls)
 
@@ -204,15 +205,23 @@ class DiffusersHost:
             self._denoise(name, arguments, calls)
 
         firsts = [self._call(samples, row, 0) for row in rows]
-        free = arguments.alike and not arguments.masked
+        kinds = None
+        if not arguments.alike or arguments.masked:
+            # The words are not there yet where the stages are only looked at.
+            lengths = self._lengths(text.texts)
+            kinds = [
+                (lengths[text.text_rows[row]], kind(first, arguments.batched))
+                for row, first in zip(rows, firsts, strict=True)
+            ]
         return Stage(
             name,
             sites,
             [text.owners[row] for row in rows],
             run,
             places=True,
-            kinds=None if free else [kind(c, arguments.batched) for c in firsts],
+            kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
+            rows=rows,
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:

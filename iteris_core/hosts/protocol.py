@@ -44,7 +44,8 @@ class Stage:
     ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
     memory is measured (None: that with the most tokens by ``mask``, or the first).
     ``samples`` is how many samples of a concept the rows are made from, of the concept with the
-    fewest (None: as many as the calibration says).
+    fewest (None: as many as the calibration says). ``rows`` are which of the samples' rows these
+    are, where several stages share them (None: all).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     kinds: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None
+    rows: Sequence[int] | None = None
 
 
 class Host(Protocol):

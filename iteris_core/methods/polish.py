@@ -7,7 +7,7 @@ trained; the best ones seen on held-out rows are kept, the closed form among the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..errors import IterisError
 from ..lora import LowRank
+from ..passes.batches import chunks
 from ..passes.job import Job
 
 _CHECK_EVERY = 25
@@ -25,7 +26,7 @@ def polish(
 ) -> dict[str, LowRank]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each."""
     with job.lockstep() as lockstep:
-        stage = _LastStage(job, lockstep)
+        stage = _LastStages(job, lockstep)
         targets, scales = stage.targets(batch)
         order = torch.randperm(len(stage.owners), generator=job.generator)
         held_out = min(held_out, len(stage.owners) // 4)
@@ -73,8 +74,8 @@ def _changes(like: Mapping[str, LowRank], factors: Sequence[Tensor]) -> dict[str
     return {site: LowRank(up, down, change.kernel) for (site, change), up, down in pairs}
 
 
-class _LastStage:
-    """The rows of the last stage, which gives the final output, and each one's concept."""
+class _LastStages:
+    """The rows of the stages that give the final output, and each one's concept."""
 
     def __init__(self, job: Job, lockstep: Lockstep) -> None:
         self.job, self.lockstep = job, lockstep
@@ -82,10 +83,25 @@ class _LastStage:
         stages = list(job.host.stages(self.samples, set(job.changes)))
         if not stages:
             raise IterisError("There is nothing to polish: no stage of the model is reached.")
-        self.owners = stages[-1].owners
+        last = [stage for stage in stages if not stage.feeds] or stages[-1:]
+        found: dict[int, tuple[int, Hashable]] = {}
+        for stage in last:
+            rows = stage.rows or range(len(stage.owners))
+            kinds = stage.kinds or [None] * len(rows)
+            for row, owner, kind in zip(rows, stage.owners, kinds, strict=True):
+                found[row] = owner, (stage.name, kind)
+        self.owners = [found[row][0] for row in sorted(found)]
+        self.kinds = [found[row][1] for row in sorted(found)]
 
     def outputs(self, rows: Sequence[int], *, merged: bool, grad: bool = False) -> Tensor:
         """The final output on ``rows``, through the merged change or each row's own LoRA."""
+        found: dict[int, Tensor] = {}
+        for some in chunks(rows, self.kinds, len(rows)):
+            outputs = self._outputs(some, merged=merged, grad=grad)
+            found |= dict(zip(some, outputs, strict=True))
+        return torch.stack([found[row] for row in rows])
+
+    def _outputs(self, rows: Sequence[int], *, merged: bool, grad: bool) -> Tensor:
         outputs: list[Tensor] = []
         owners = [self.owners[row] for row in rows]
 

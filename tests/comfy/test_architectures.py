@@ -20,7 +20,7 @@ def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kin
     model, clip = getattr(reduced_models, kind)()
     encoders = text.TextEncoders(clip)
     prompts = ["", "a cat", "a dog", "a large cat on the beach"]
-    tokens = encoders.tokenize(prompts)
+    tokens = encoders.tokenize([0] * 4, prompts)
     encoders.load()
     batches = encoders.batches([0] * 4, tokens, {}, set())
     for batch in batches.values():

@@ -71,7 +71,8 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kit.denoiser.Denoiser, "predict", greedy)
     found = kit.merge().lora
     assert max(sizes) > 8 >= sizes[-1]
-    assert distance(found, wanted) < 1e-4
+    # Half as many rows round otherwise, most where the text encoder's last layers take out drift.
+    assert distance(found, wanted) < 1e-3
     assert kit.hooks() == 0
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
