@@ -24,7 +24,8 @@ from ..architectures.sites import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .diffusers_loop import Arguments, PipelineLoop
+from .diffusers_arguments import Arguments, study
+from .diffusers_loop import PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import Calls
@@ -128,7 +129,7 @@ class DiffusersHost:
         for model in self._models():
             check_eval(model)
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
-        arguments = self._loop.study(calibration, denoises=denoises)
+        arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
         owners, prompts = drawn_prompts(
             concepts, calibration, generator, empty=bool(share) and not denoises

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..concepts import Calibration
-from .diffusers_loop import Arguments, Enough, PipelineLoop, ones_like
+from .diffusers_arguments import Arguments, ones_like
+from .diffusers_loop import Enough, PipelineLoop
 from .protocol import Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps

@@ -1,0 +1,177 @@
+"""What the arguments of a pipeline's denoiser are.
+
+Which of them have an entry a row, which are drawn, which tell the time and which come from the
+words is found by running the pipeline a few times to its first steps, never from their names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..concepts import Calibration
+from ..errors import IterisError, brief
+from .diffusers_loop import PipelineLoop
+from .diffusers_size import asked_size
+from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
+
+_SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
+"""Of unlike length in every tokenizer, also where it pads to a multiple of 16 or 32 tokens; what a
+CLIP takes."""
+
+_SAME = 1e-2
+"""Two runs of one seed differ by rounding, of two seeds by all of the noise."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a denoiser's arguments are.
+
+    ``batched`` have an entry a row, those of ``lists`` are no tensors; ``drawn`` follow the noise,
+    ``timed`` the step, and of the others ``worded`` the prompt. ``together`` says that the pipeline
+    takes several prompts, ``alike`` that prompts of all lengths give equal shapes as well, so that
+    they may share a run, and ``masked`` that masks tell them apart, so that their rows may not
+    share a forward. ``steps`` are those of a whole denoising; ``size`` is what the pipeline is
+    asked for; ``numbers`` how many a row's noise has; ``given`` is the denoiser's output, for its
+    shape.
+    """
+
+    batched: Axes
+    lists: frozenset[str]
+    drawn: frozenset[str]
+    timed: frozenset[str]
+    worded: frozenset[str]
+    together: bool
+    alike: bool
+    masked: bool
+    steps: int
+    size: Mapping[str, int]
+    numbers: int
+    given: Any
+
+    @property
+    def moving(self) -> frozenset[str]:
+        """What is another at every step."""
+        return self.drawn | self.timed
+
+
+def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
+    """Find out what the denoiser's arguments are; where it is not to denoise, it is not run.
+
+    Raises :class:`IterisError` where the pipeline cannot be run on prompts and what it was
+    given.
+    """
+    try:
+        with torch.no_grad():
+            return _study(loop, calibration, denoises=denoises)
+    except IterisError:
+        raise
+    except Exception as error:
+        needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
+        also = f" (it asks for {', '.join(needed)})" if needed else ""
+        raise IterisError(
+            f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
+            f"{brief(error)}. Give the host what it needs beside them, such as image=…"
+        ) from error
+
+
+def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
+    size, numbers = asked_size(loop, calibration, _SHORT)
+    one, two, together = _one_and_two(loop, size)
+    batched = batched_in(one, two)
+    if rows_in(one, batched) == 2 and loop.unguided:  # guided at a scale of 1
+        loop.unguided = 0.0
+        return _study(loop, calibration, denoises=denoises)
+    long = loop.first_call([_LONG], size)
+    first, other = entries(one, batched, 0), entries(two, batched, 0)
+    drawn = frozenset(path for path in batched if differ(first[path], other[path], _SAME))
+    timed, steps, given = _steps(loop, calibration, size) if denoises else (set[str](), 1, None)
+    timed = frozenset(timed - drawn)
+    if denoises and not (drawn and timed):
+        raise IterisError(
+            f"{type(loop.pipeline).__name__} has a denoiser whose noise or time cannot be "
+            "told from its arguments; it cannot be merged on here."
+        )
+    still = one.keys() - drawn - timed
+    calls = [{path: call.get(path) for path in still} for call in (one, long)]
+    kinds = [kind(call, batched, masks=False) for call in calls]
+    row = entries(one, batched, 0)
+    return Arguments(
+        batched=batched | {path: 0 for path in timed if _is_scalar(one[path])},
+        lists=frozenset(path for path in batched if not isinstance(one[path], Tensor)),
+        drawn=drawn,
+        timed=timed,
+        worded=frozenset(path for path in still if differ(one[path], long.get(path))),
+        together=together,
+        alike=together and kinds[0] == kinds[1],
+        masked=any(passed(row[path]) is not None for path in batched),
+        steps=steps,
+        size=size,
+        numbers=numbers,
+        given=given,
+    )
+
+
+def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
+    """Calls of one row and of two, and whether the two may be of two prompts: with a picture to
+    edit some pipelines take one alone."""
+    one = loop.first_call([_SHORT], size)
+    try:
+        return one, loop.first_call([_SHORT] * 2, size, seed=1), True
+    except Exception:
+        return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
+
+
+def _steps(
+    loop: PipelineLoop, calibration: Calibration, size: Mapping[str, int]
+) -> tuple[set[str], int, Any]:
+    """The arguments that change over a denoising, how many steps it has, and what the denoiser
+    gives; it runs once, and then ones stand for its output."""
+    calls: list[tuple[str, Call]] = []
+    given: list[Any] = []
+
+    def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+        calls.append((name, call))
+        if not given:
+            given.append(run())
+        return ones_like(given[0], 1)
+
+    loop.run(
+        [_SHORT],
+        see,
+        steps=calibration.denoising_steps,
+        size=size,
+        generators=[torch.Generator().manual_seed(0)],
+    )
+    later = [call for _, call in calls]
+    one = later[0]
+    moving = {path for path in one if any(differ(one[path], c.get(path)) for c in later)}
+    # Ones move the latents, too; those that are not drawn are told apart by the caller.
+    pairs = itertools.pairwise(calls)
+    steps = 1 + sum(
+        who != other or any(differ(a[p], b.get(p)) for p in moving)
+        for (who, a), (other, b) in pairs
+    )
+    return moving, steps, given[0]
+
+
+def ones_like(output: Any, rows: int) -> Any:
+    """A denoiser's ``output`` of one row, as one of ``rows`` rows, of ones."""
+    if isinstance(output, Tensor):
+        return output.new_ones(rows, *output.shape[1:])
+    if isinstance(output, list):  # a tensor for every row
+        return [torch.ones_like(output[0])] * rows
+    if isinstance(output, tuple):
+        return tuple(ones_like(part, rows) for part in output)  # pyright: ignore
+    if isinstance(output, dict):  # also diffusers' and transformers' outputs
+        return type(output)(**{name: ones_like(part, rows) for name, part in output.items()})  # pyright: ignore
+    return output
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0

@@ -1,0 +1,108 @@
+"""How large the pictures are that a pipeline is asked for: the rule of :mod:`.sizes` in pixels."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..concepts import Calibration
+from ..errors import IterisError
+from .diffusers_loop import PipelineLoop
+from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch
+
+_SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_FRAME_SCALES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+_PIXEL_STEP = 32
+"""Sides in pixels that every pipeline takes are multiples of it."""
+
+
+def asked_size(
+    loop: PipelineLoop, calibration: Calibration, prompt: str
+) -> tuple[dict[str, int], int]:
+    """Height, width and frames to ask a pipeline for, and how many numbers of noise a row has then.
+
+    ``prompt`` is any.
+    """
+    size: dict[str, int] = {}
+    if "num_frames" in loop.names:
+        size["num_frames"] = calibration.frames or FRAMES
+    scale = next((s for s in (getattr(loop.pipeline, n, 0) for n in _SCALES) if s), 8)
+    if calibration.latent_size is not None:
+        size |= dict.fromkeys(("height", "width"), calibration.latent_size * int(scale))
+    asked, latents = _asked(loop, size, prompt)
+    if calibration.latent_size is None and {"height", "width"} <= asked.keys():
+        own = asked["height"], asked["width"]
+        # The rule, with pixels for latents.
+        tokens = _tokens(loop, latents, size.get("num_frames", 1))
+        patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
+        sides = default_size(1, patch, own, _PIXEL_STEP)
+        large = tokens > PICTURE_TOKENS or max(own) > MOST_PIXELS
+        if large and "height" in loop.names:
+            size |= dict(zip(("height", "width"), sides, strict=True))
+            _, latents = _asked(loop, size, prompt)
+    return size, latents[0].numel()
+
+
+def _asked(
+    loop: PipelineLoop, size: Mapping[str, int], prompt: str
+) -> tuple[dict[str, int], Tensor]:
+    """What the pipeline asks its ``prepare_latents`` for, and the latents that it gets."""
+    pipeline, kept = loop.pipeline, list[Any]()
+    prepare = getattr(pipeline, "prepare_latents", None)
+    if prepare is None:
+        raise IterisError(
+            f"{type(pipeline).__name__} makes its latents in a way that is not known here."
+        )
+    names = inspect.signature(prepare)
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        found = prepare(*args, **kwargs)
+        kept.append((names.bind(*args, **kwargs).arguments, found))
+        return found
+
+    pipeline.__dict__["prepare_latents"] = keep
+    try:
+        loop.first_call([prompt], size)
+    finally:
+        del pipeline.__dict__["prepare_latents"]
+    arguments, found = kept[0]
+    latents = found if isinstance(found, Tensor) else found[0]
+    sides = {n: v for n, v in arguments.items() if n in ("height", "width") and v}
+    return sides, latents
+
+
+def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
+    """Tokens of one frame at the block in the middle."""
+    if latents.ndim == 3:  # packed; of a video with all frames
+        names = (getattr(loop.pipeline, name, 0) for name in _FRAME_SCALES)
+        scale = next((int(s) for s in names if s), 1)
+        return latents.shape[1] / ((frames - 1) // scale + 1)
+    denoiser = next(iter(loop.denoisers.values()))
+    return latents.shape[-2] * latents.shape[-1] / _patch(denoiser) ** 2
+
+
+def _patch(denoiser: Any) -> int:
+    levels = (
+        [
+            2 ** _level(name, len(denoiser.config.block_out_channels))
+            for name, module in denoiser.named_modules()
+            if type(module).__name__ == "BasicTransformerBlock"
+        ]
+        if "block_out_channels" in denoiser.config
+        else []
+    )
+    if levels:
+        return middle_patch(levels)
+    patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
+    return int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
+
+
+def _level(name: str, levels: int) -> int:
+    """How often a UNet's block has been halved."""
+    side, _, rest = name.partition(".")
+    number = int(rest.partition(".")[0]) if side != "mid_block" else levels - 1
+    return levels - 1 - number if side == "up_blocks" else number
