@@ -22,6 +22,10 @@ class SolveError(IterisError):
     """A site has no usable solution (NaN inputs, a singular system)."""
 
 
+class OutOfMemory(IterisError):
+    """Memory of the device or of the host is not enough, in spite of what was tried."""
+
+
 class MergeCancelled(IterisError):
     """The caller's ``should_stop`` said stop; nothing was changed or written."""
 

@@ -14,8 +14,8 @@ from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.processes import Processes
 from iteris_core.activations.tokens import TokenChoice
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.passes.budget import measure_row
 from iteris_core.passes.job import Job
+from iteris_core.passes.measure import Measure
 from iteris_core.solve.choose import POLICY, Policy
 
 
@@ -94,7 +94,7 @@ def test_changes_that_were_cast_are_held_by_no_row():
         )
         with job.lockstep() as lockstep:
             (stage,) = host.stages(job.samples(lockstep), set(changes))
-            cost = measure_row(stage, lockstep, 2)
+            cost = Measure(stage, lockstep, 2).row()
             return cost, lockstep.cast_bytes
 
     single, nothing = kept(torch.float32)

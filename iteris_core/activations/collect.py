@@ -74,6 +74,11 @@ class Collector(ABC):
     @abstractmethod
     def _keep(self, shown: Observation) -> None: ...
 
+    def forget(self) -> None:
+        """Let go of all that was shown and not taken."""
+        self._shared.clear()
+        self._order.clear()
+
     def _opened(self, shown: Observation, **known: Any) -> Reduction:
         changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
         # Only tensors that are still alive can be shared; letting go frees what the others had.
@@ -149,7 +154,7 @@ class SweepCollector(Collector):
         self._waiting: dict[str, list[Observation]] = {}
 
     def take(self, site: str) -> Reduction:
-        waiting = self._waiting.pop(site)
+        waiting = self._waiting[site]
 
         def sample(tokens: int) -> list[Tensor]:
             return self._sample(site, waiting, tokens)
@@ -158,7 +163,14 @@ class SweepCollector(Collector):
         reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
         for shown in waiting:
             self._add(reduction, shown)
+        del self._waiting[site]
         return self._ready(reduction)
+
+    def forget(self) -> None:
+        super().forget()
+        for waiting in self._waiting.values():  # an error's traceback may hold the list
+            waiting.clear()
+        self._waiting.clear()
 
     def _keep(self, shown: Observation) -> None:
         if shown.call:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import IterisError
 from ..lora import LowRank, SiteChanges
 from .modes import Modes
+from .parking import Parking
 from .processes import ALONE, Processes
 from .saliency import Saliency
 from .site import Site, site_of
@@ -175,9 +176,11 @@ class Lockstep:
         batches: Sequence[MicroBatch],
         solve: Callable[[str], LowRank],
         last: Set[str] = frozenset(),
+        parking: Parking | None = None,
     ) -> None:
         """Run all micro-batches in step; ``solve(site)`` is called once all have shown it. When
-        the ``last`` sites are solved, the forwards are not run to their end."""
+        the ``last`` sites are solved, the forwards are not run to their end. With ``parking``,
+        which has to be on, they wait there."""
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         for batch in batches:
             batch.pauses = True
@@ -186,10 +189,14 @@ class Lockstep:
                 outside = self._outside = Modes.now()
                 while True:
                     arrived: list[Any] = []
-                    for worker, batch in zip(workers, batches, strict=True):
+                    for number, (worker, batch) in enumerate(zip(workers, batches, strict=True)):
+                        if parking is not None:
+                            parking.turn(number)
                         self._active = batch
                         arrived.append(worker.switch())
                         outside.restore()
+                        if parking is not None:
+                            parking.rest()
                     ended = [worker.dead for worker in workers]
                     if all(ended):
                         return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import OutOfMemory
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -18,11 +20,22 @@ class MemoryMeter(TorchDispatchMode):
     in it, nor what a kernel takes for itself.
     """
 
+    _on: ClassVar[list[MemoryMeter]] = []
+
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __enter__(self) -> MemoryMeter:
+        MemoryMeter._on.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        MemoryMeter._on.remove(self)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,16 +54,31 @@ class MemoryMeter(TorchDispatchMode):
         size = storage.nbytes() if size is None else size
         key = storage._cdata
         known = self._known.get(key)
-        if known is not None and known() is not None:
+        if known is not None and known[0]() is not None:
             return
 
         def freed(_: Any) -> None:
-            self.live -= size
-            self._known.pop(key, None)
+            self.live -= self._known.pop(key)[1]
 
-        self._known[key] = weakref.ref(storage, freed)
+        self._known[key] = weakref.ref(storage, freed), size
+        self._add(size)
+
+    def _add(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        ref, before = self._known.get(storage._cdata, (None, 0))
+        if ref is not None and ref() is storage:
+            self._known[storage._cdata] = ref, storage.nbytes()
+            self._add(storage.nbytes() - before)
+
+
+def resize(storage: torch.UntypedStorage, size: int) -> None:
+    """Resize ``storage``, which no meter could see otherwise."""
+    storage.resize_(size)
+    for meter in MemoryMeter._on:  # pyright: ignore[reportPrivateUsage]
+        meter._resized(storage)  # pyright: ignore[reportPrivateUsage]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -74,3 +102,18 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether the device's memory is another than the host's."""
+    return device.type in ("cuda", "xpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of any device: CPUs and MPS say it in words only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in words or "out of memory" in words
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..activations.lockstep import MicroBatch, Observer
@@ -18,12 +19,23 @@ from ..solve.choose import POLICY, Policy
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """``on_device`` rows wait on the ``device``, and the others in up to ``host_bytes`` of the
+    host's memory."""
+
+    on_device: int
+    device: torch.device
+    host_bytes: int
+
+
+@dataclass(frozen=True)
 class Batching:
     """``rows`` a forward; at most ``row_tokens`` tokens of each row count (None: all; "enough": of
     a picture's as many as the ``policy`` says, of texts all), chosen at random by ``seed``.
 
     Of stages whose tokens are places of a picture, ``saliency`` is the share of
-    :mod:`..activations.saliency`.
+    :mod:`..activations.saliency`. ``waiting`` is where the rows of a
+    sweep do (None: all on the device).
     """
 
     rows: int
@@ -31,6 +43,7 @@ class Batching:
     seed: int = 0
     saliency: float = 0.0
     policy: Policy = POLICY
+    waiting: Waiting | None = None
 
 
 def micro_batches(
@@ -64,7 +77,8 @@ def chunks(
             yield rows[start : start + size]
 
 
-def _limit(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
+def limit_of(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
+    """How many tokens of a row count at a site that is so many inputs wide; None: all."""
     limit, policy = batching.row_tokens, batching.policy
     if limit is None or (limit == "enough" and not stage.places):
         return None
@@ -81,7 +95,7 @@ def _of(
     observer: Observer | None,
     batching: Batching,
 ) -> Iterator[MicroBatch]:
-    limit = _limit(stage, batching)
+    limit = limit_of(stage, batching)
     for rows in chunks(part, stage.kinds, batching.rows):
 
         def run(rows: Sequence[int] = rows) -> None:
@@ -101,3 +115,36 @@ def _of(
             choice=TokenChoice(rows, limit, batching.seed),
             saliency=Saliency(batching.saliency) if weighs else None,
         )
+
+
+def fewer(stage: Stage, count: int) -> Stage:
+    """``count`` rows of ``stage`` at most, as many of each concept, evenly over its rows."""
+    by_concept: dict[int, list[int]] = {}
+    for row, owner in enumerate(stage.owners):
+        by_concept.setdefault(owner, []).append(row)
+    share = count // len(by_concept)
+    rows: list[int] = []
+    for mine in by_concept.values():
+        keep = min(share, len(mine))
+        rows += [mine[i * len(mine) // keep] for i in range(keep)]
+    return _selected(stage, rows)
+
+
+def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
+    mask, samples = stage.mask, stage.samples
+
+    def run(some: Sequence[int], copies: int) -> None:
+        stage.run([rows[row] for row in some], copies)
+
+    def selected_mask(site: str, some: Sequence[int]) -> Tensor | None:
+        return mask(site, [rows[row] for row in some]) if mask is not None else None
+
+    return replace(
+        stage,
+        owners=[stage.owners[row] for row in rows],
+        run=run,
+        mask=None if mask is None else selected_mask,
+        kinds=None if stage.kinds is None else [stage.kinds[row] for row in rows],
+        lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
+        samples=None if samples is None else max(1, samples * len(rows) // len(stage.owners)),
+    )

@@ -1,65 +1,71 @@
-"""A memory budget, kept: how many rows run at once, and how many of a stage run at all.
+"""A memory budget, kept: how many rows run at once, where the others wait, and how many run at all.
 
 The budget is what the user allows, or what the host says there is room for. Before a stage runs,
-its longest row runs under a meter of live tensors. In a sweep every row waits at each site, with
-what it holds there (skip connections, states); the rows that run at once hold more, up to their
-peak; and the moments and the solve of the largest site come on top, and all merged changes.
+its longest row is measured (:mod:`.measure`). In a sweep every row waits at each site, on the
+device or in host memory, and the moments and the solve of one site come on top; else there are the
+moments of all sites. Of the ways that fit the quickest is taken.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..activations.lockstep import Lockstep, MicroBatch
-from ..activations.meter import MemoryMeter
-from ..activations.processes import Processes
-from ..activations.tokens import Observation
-from ..errors import IterisError
+from ..activations.host_memory import HostMemory
+from ..activations.lockstep import Lockstep
+from ..activations.meter import free_memory, is_apart, usable
+from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..solve.problem import Bytes
-from .batches import Batching
+from .batches import Batching, Waiting, fewer, limit_of
 from .job import Job
+from .measure import Measure
+from .need import Need, Room
 
 _log = logging.getLogger(__name__)
+
+BytesOf = Callable[[str, bool], Bytes]
+"""``bytes_of(site, sweep)``: what a method takes there."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will take: ``at_once`` rows of ``rows`` at a time, out of ``offered``;
-    ``bytes`` beyond the model."""
+    """What a stage will take: ``at_once`` of ``rows`` rows at a time, out of ``offered``, in
+    ``bytes`` beyond the model and about so many ``seconds``. Where rows wait for each other
+    ``way`` says where; if in host memory, ``on_device`` are not, and the others take
+    ``host_bytes`` there."""
 
     stage: str
-    sites: int
     rows: int
     offered: int
     at_once: int
     bytes: int
+    budget: float
+    way: str = ""
+    on_device: int = 0
+    host_bytes: int = 0
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows"
         if self.rows < self.offered:
             rows = f"{self.rows} of {self.offered} rows (the others do not fit)"
-        return (
-            f"{self.stage}: {self.sites} sites, {rows}, {self.at_once} at once, "
-            f"{self.bytes / 2**30:.2f} GiB"
-        )
+        parts = [
+            f"{self.stage}: {rows}",
+            f"{self.at_once} at once",
+            self.way,
+            f"{self.bytes / 2**30:.2f} of {self.budget / 2**30:.2f} GiB",
+            f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
+            f"about {_duration(self.seconds)}",
+        ]
+        return ", ".join(filter(None, parts))
 
 
-@dataclass(frozen=True)
-class RowCost:
-    """Bytes of one row, all its copies: while it waits at a site, and at most while it runs."""
-
-    waiting: int
-    running: int
-
-
-BytesOf = Callable[[str, bool], Bytes]
-"""``bytes_of(site, sweep)``: what a method takes there."""
+ON_DEVICE, IN_HOST = "waiting on the device", "waiting in host memory"
 
 
 def plan(
@@ -68,180 +74,166 @@ def plan(
     lockstep: Lockstep,
     batching: Batching,
     bytes_of: BytesOf,
+    dtype: torch.dtype,
     *,
     copies: int,
     sweep: bool,
+    passes: int = 1,
 ) -> tuple[Stage, Batching]:
-    """``stage`` and ``batching`` so that the job's memory budget is kept.
-
-    In a sweep only the largest site's moments are there at once, else those of all sites of the
-    stage.
-    """
+    """``stage`` and ``batching`` so that the job's memory budget is kept. ``dtype`` is that of the
+    moments, and ``passes`` says how often the rows are run."""
     budget = job.memory_budget
     if budget is None or not stage.sites:
         return stage, batching
-    cost = measure_row(stage, lockstep, copies)
-    fixed = changes_bytes(job.changes) + lockstep.cast_bytes
-    fixed += reduction_bytes([bytes_of(site, sweep) for site in stage.sites], at_once=not sweep)
-    need = Need(stage, cost, fixed, job.processes, sweep)
+    measure = Measure(stage, lockstep, copies, limit_of(stage, batching), dtype.itemsize)
+    cost = measure.row()
+    need = Need(
+        stage,
+        cost,
+        None,
+        {site: bytes_of(site, sweep) for site in stage.sites},
+        changes_bytes(job.changes, cost.device) + lockstep.cast_bytes,
+        job.processes,
+        sweep,
+        passes,
+        job.policy.host_gain,
+    )
     wanted = need.bytes_of(len(stage.owners), batching.rows)
     if budget == "free":
-        sharing = job.processes.size if _device_of(job).type == "cpu" else 1
+        sharing = 1 if is_apart(cost.device) else job.processes.size
         # All processes have to leave out the same rows.
         budget = job.processes.least(job.host.room(wanted) // sharing)
     else:
         job.host.room(min(wanted, budget))
-    made, stage = plan_stage(need, budget, batching.rows)
+    room = Room(budget)
+    if sweep and wanted > budget and is_apart(cost.device):
+        free = usable(free_memory(torch.device("cpu"))) // job.processes.size
+        free = job.processes.least(free)
+        room = Room(budget, free)
+        need = replace(need, parked=measure.row(HostMemory(cost.device, free)))
+    made, stage = plan_stage(need, room, batching.rows)
     job.ran.plan.append(str(made))
     if made.rows < made.offered:
-        _log.warning("Not enough memory for all rows: %s", made)
-    job.tick(f"plan: {made}", 1, 1)
-    return stage, replace(batching, rows=made.at_once)
-
-
-def reduction_bytes(sites: Sequence[Bytes], *, at_once: bool) -> int:
-    """What the moments and solves of ``sites`` take at most: the largest site's, or, with
-    ``at_once``, the moments of all and the largest solve."""
-    if not at_once:
-        return max(site.kept + site.solve for site in sites)
-    return sum(site.kept for site in sites) + max(site.solve for site in sites)
-
-
-def changes_bytes(changes: Mapping[str, SiteChanges]) -> int:
-    """What the merged changes take at most, float32 factors of Σ r_i."""
-    return sum(4 * sum(site.shape) * site.rank for site in changes.values())
-
-
-def _device_of(job: Job) -> torch.device:
-    module = next(iter(job.host.sites().values()))
-    return next(module.parameters()).device
-
-
-def measure_row(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
-    """Run one copy of the longest row of ``stage``; the others take as much, or less.
-
-    Changes are cast to the model's dtype when a site is first reached, and stay so: no row holds
-    them, so that a run in which that happened is not the one that counts.
-    """
-    before = lockstep.cast_bytes
-    cost = _measured(stage, lockstep, copies)
-    return cost if lockstep.cast_bytes == before else _measured(stage, lockstep, copies)
-
-
-def _measured(stage: Stage, lockstep: Lockstep, copies: int) -> RowCost:
-    row = _longest(stage)
-    meter = MemoryMeter()
-    probe = _Probe(meter)
-    with meter:
-        lockstep.run(MicroBatch(lambda: stage.run([row], 1), [stage.owners[row]], 1, probe))
-    return RowCost(copies * probe.most, copies * meter.peak)
-
-
-def _longest(stage: Stage) -> int:
-    if stage.lengths is not None:
-        return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
-    if stage.mask is None:
-        return 0
-    lengths = [0] * len(stage.owners)
-    for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
-        for row in range(len(lengths)):
-            mask = stage.mask(site, [row])
-            lengths[row] += 0 if mask is None else int(mask.sum())
-    return lengths.index(max(lengths))
-
-
-@dataclass(frozen=True)
-class Need:
-    """What ``stage`` needs beyond the model: ``fixed`` bytes for moments and solves, and a ``cost``
-    for each row of this process. ``waits`` says that all rows wait at each site (a sweep)."""
-
-    stage: Stage
-    cost: RowCost
-    fixed: int
-    processes: Processes
-    waits: bool
-
-    @property
-    def held(self) -> int:
-        """Bytes of a row that waits."""
-        return self.cost.waiting if self.waits else 0
-
-    @property
-    def extra(self) -> int:
-        """Bytes that a row takes while it runs, beyond those of one that waits."""
-        return max(self.cost.running - self.held, 1)
-
-    def bytes_of(self, rows: int, at_once: int) -> int:
-        """Bytes for ``rows`` rows of all processes, ``at_once`` a forward."""
-        mine = rows if self.stage.feeds else -(-rows // self.processes.size)
-        return self.fixed + mine * self.held + min(at_once, mine) * self.extra
-
-
-def plan_stage(need: Need, budget: int, most: int) -> tuple[StagePlan, Stage]:
-    """The largest plan of up to ``most`` rows at once that ``budget`` bytes allow, and the stage
-    with the rows that it has left.
-
-    Where even one row at once is too much because of those that wait, rows are left out, evenly
-    over the concepts; a stage that a later one needs in full loses none. Raises
-    :class:`IterisError` where a row for each concept is too much.
-    """
-    stage, size = need.stage, need.processes.size
-    rows = offered = len(stage.owners)
-    if need.bytes_of(rows, 1) > budget and not stage.feeds and need.held:
-        rows = max((budget - need.fixed - need.extra) // need.held, 0) * size
-    fewest = offered if stage.feeds else max(len(set(stage.owners)), size)
-    if rows < fewest or need.bytes_of(rows, 1) > budget:
-        raise IterisError(
-            f"The {stage.name} needs at least {need.bytes_of(fewest, 1) / 2**30:.2f} GiB beyond "
-            f"the model, and {budget / 2**30:.2f} GiB may be used; lower samples, timesteps or "
-            "latent_size, or allow more memory."
+        _log.warning(
+            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
+            "more memory",
+            made,
         )
-    kept = stage if rows >= offered else _fewer(stage, rows)
-    rows = len(kept.owners)
-    at_once = max(1, min(most, rows, (budget - need.bytes_of(rows, 0)) // need.extra))
-    total = need.bytes_of(rows, at_once)
-    return StagePlan(stage.name, len(stage.sites), rows, offered, at_once, total), kept
+    job.tick(f"plan: {made}", 1, 1)
+    waiting = None
+    if made.way == IN_HOST:
+        waiting = Waiting(made.on_device, cost.device, room.host)
+    return stage, replace(batching, rows=made.at_once, waiting=waiting)
 
 
-def _fewer(stage: Stage, count: int) -> Stage:
-    """``count`` rows of ``stage`` at most, as many of each concept, evenly over its rows."""
-    by_concept: dict[int, list[int]] = {}
-    for row, owner in enumerate(stage.owners):
-        by_concept.setdefault(owner, []).append(row)
-    share = count // len(by_concept)
-    rows: list[int] = []
-    for mine in by_concept.values():
-        keep = min(share, len(mine))
-        rows += [mine[i * len(mine) // keep] for i in range(keep)]
-    return _selected(stage, rows)
-
-
-def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
-    mask, samples = stage.mask, stage.samples
-
-    def run(some: Sequence[int], copies: int) -> None:
-        stage.run([rows[row] for row in some], copies)
-
-    def selected_mask(site: str, some: Sequence[int]) -> torch.Tensor | None:
-        return mask(site, [rows[row] for row in some]) if mask is not None else None
-
-    return replace(
-        stage,
-        owners=[stage.owners[row] for row in rows],
-        run=run,
-        mask=None if mask is None else selected_mask,
-        kinds=None if stage.kinds is None else [stage.kinds[row] for row in rows],
-        lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
-        samples=None if samples is None else max(1, samples * len(rows) // len(stage.owners)),
+def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
+    """What the merged changes take at most, float32 factors of Σ r_i: they are where the LoRAs'
+    are."""
+    return sum(
+        4 * sum(site.shape) * site.rank
+        for site in changes.values()
+        if site.like.up.device.type == device.type
     )
 
 
-class _Probe:
-    """An observer that notes what is alive when a site is reached."""
+def plan_stage(need: Need, room: Room, most: int) -> tuple[StagePlan, Stage]:
+    """The quickest plan of up to ``most`` rows at once that fits into ``room``, and the stage with
+    the rows that it has left.
 
-    def __init__(self, meter: MemoryMeter) -> None:
-        self._meter = meter
-        self.most = 0
+    Where no way fits rows are left out, evenly over the concepts; a stage that a later one needs in
+    full loses none. Raises :class:`OutOfMemory` where a row for each concept is too much.
+    """
+    stage, size = need.stage, need.processes.size
+    offered = len(stage.owners)
+    found = _quickest(need, room, offered, most, offered)
+    if found is None:
+        fewest = offered if stage.feeds else max(len(set(stage.owners)), size)
+        rows = _largest(
+            lambda rows: _quickest(need, room, rows, 1, offered) is not None, fewest, offered
+        )
+        if rows is None:
+            raise _too_much(need, room, fewest)
+        stage = fewer(stage, rows // size * size if size > 1 else rows)
+        found = _quickest(need, room, len(stage.owners), most, offered)
+        assert found is not None
+    return found, stage
 
-    def observe(self, shown: Observation) -> None:
-        self.most = max(self.most, self._meter.live)
+
+def _quickest(need: Need, room: Room, rows: int, most: int, offered: int) -> StagePlan | None:
+    return min(_ways(need, room, rows, most, offered), key=lambda made: made.seconds, default=None)
+
+
+def _ways(need: Need, room: Room, rows: int, most: int, offered: int) -> Iterator[StagePlan]:
+    """Those that fit; where they are alike quick, the first is the better."""
+    mine = need.mine(rows)
+    most = min(most, mine)
+
+    def made(at_once: int, way: str, on_device: int | None = None) -> StagePlan:
+        away = 0 if on_device is None else mine - on_device
+        return StagePlan(
+            need.stage.name,
+            rows,
+            offered,
+            at_once,
+            need.bytes_of(rows, at_once, on_device),
+            room.device,
+            way,
+            mine - away,
+            away * need.cost.waiting,
+            need.seconds_of(rows, at_once, on_device),
+        )
+
+    at_once = _largest(lambda count: need.bytes_of(rows, count) <= room.device, 1, most)
+    if at_once is not None:
+        yield made(at_once, ON_DEVICE if need.waits else "")
+    if not (need.waits and need.parked):
+        return
+    for count in _halves(most):
+        kept = _largest(
+            lambda kept: need.bytes_of(rows, count, kept) <= room.device,  # noqa: B023
+            0,
+            mine - 1,
+        )
+        if kept is None:
+            continue
+        kept = kept // count * count  # whole forwards
+        if (mine - kept) * need.cost.waiting <= room.host:
+            yield made(count, IN_HOST, kept)
+
+
+def _too_much(need: Need, room: Room, fewest: int) -> OutOfMemory:
+    least = need.bytes_of(fewest, 1)
+    tried = ""
+    if need.waits and need.parked:
+        least = need.bytes_of(fewest, 1, 0)
+        host = need.mine(fewest) * need.cost.waiting / 2**30
+        tried = (
+            f", with rows waiting in {host:.2f} GiB of host memory, of which "
+            f"{room.host / 2**30:.2f} GiB are free"
+        )
+    what = "all rows, which later stages need" if need.stage.feeds else "a row for each concept"
+    return OutOfMemory(
+        f"The {need.stage.name} needs at least {least / 2**30:.2f} GiB beyond the model for {what}"
+        f"{tried}, and {room.device / 2**30:.2f} GiB may be used; lower samples, timesteps or "
+        "latent_size, or allow more memory."
+    )
+
+
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest number that ``fits``, where all smaller ones do."""
+    if most < least or not fits(least):
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
+
+
+def _halves(most: int) -> Sequence[int]:
+    return sorted({max(most >> bits, 1) for bits in range(most.bit_length())}, reverse=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,8 @@ solution, in execution order. A site that no forward reaches is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from ..activations.collect import StreamCollector, SweepCollector
+from ..activations.host_memory import HostMemory
+from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.parking import Parking
 from ..errors import IterisError, SolveError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Begin, Bytes, Reduction, Solution
 from .batches import Batching, micro_batches
 from .budget import plan
+from .fallback import within_memory
 from .job import Job
 
 Solutions = dict[str, Solution]
@@ -57,15 +62,31 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
     solutions: Solutions = {}
     with job.lockstep() as lockstep:
         for stage in _stages(job, job.samples(lockstep)):
-            bytes_of = reducing_of(stage).bytes
-            stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=1, sweep=False)
+            reducing = reducing_of(stage)
+            stage, fitted = plan(
+                job,
+                stage,
+                lockstep,
+                batching,
+                reducing.bytes,
+                reducing.dtype,
+                copies=1,
+                sweep=False,
+            )
             job.ran.rows = max(job.ran.rows, len(stage.owners))
             reducing = reducing_of(stage)
-            collector = _collector(job, reducing, StreamCollector)
-            batches = list(micro_batches(stage, 1, collector, fitted, job.processes))
-            for done, batch in enumerate(batches, 1):
-                lockstep.run(batch)
-                job.tick(f"features of the {stage.name}", done, len(batches))
+
+            def run(
+                fitted: Batching, stage: Stage = stage, reducing: Reducing = reducing
+            ) -> StreamCollector:
+                collector = _collector(job, reducing, StreamCollector)
+                batches = list(micro_batches(stage, 1, collector, fitted, job.processes))
+                for done, batch in enumerate(batches, 1):
+                    lockstep.run(batch)
+                    job.tick(f"features of the {stage.name}", done, len(batches))
+                return collector
+
+            collector, _ = within_memory(job, stage, fitted, run, sweep=False)
             for site in collector.sites:
                 solutions[site] = reducing.named(site, collector.take(site))
     return _complete(job, solutions)
@@ -78,24 +99,66 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
         samples = job.samples(lockstep)
         job.tick("solving sites", 0, len(job.changes))
         for stage in _stages(job, samples):
-            bytes_of = reducing_of(stage).bytes
-            stage, fitted = plan(job, stage, lockstep, batching, bytes_of, copies=2, sweep=True)
+            reducing = reducing_of(stage)
+            stage, fitted = plan(
+                job,
+                stage,
+                lockstep,
+                batching,
+                reducing.bytes,
+                reducing.dtype,
+                copies=2,
+                sweep=True,
+            )
             job.ran.rows = max(job.ran.rows, len(stage.owners))
             reducing = reducing_of(stage)
-            collector = _collector(job, reducing, SweepCollector)
 
-            def solve(
-                site: str,
-                reducing: Reducing = reducing,
-                collector: SweepCollector = collector,
-            ) -> LowRank:
-                solutions[site] = reducing.named(site, collector.take(site))
-                job.tick("solving sites", len(solutions), len(job.changes))
-                return solutions[site].change
+            def run(fitted: Batching, stage: Stage = stage, reducing: Reducing = reducing) -> None:
+                for site in set(stage.sites) & solutions.keys():  # of a run that had no memory
+                    del solutions[site], lockstep.merged[site]
+                _sweep(job, lockstep, stage, fitted, reducing, solutions)
 
-            batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
-            lockstep.sweep(batches, solve, set() if stage.feeds else set(stage.sites))
+            within_memory(job, stage, fitted, run, sweep=True)
     return _complete(job, solutions)
+
+
+def _sweep(
+    job: Job,
+    lockstep: Lockstep,
+    stage: Stage,
+    fitted: Batching,
+    reducing: Reducing,
+    solutions: Solutions,
+) -> None:
+    collector = _collector(job, reducing, SweepCollector)
+
+    def solve(site: str) -> LowRank:
+        solutions[site] = reducing.named(site, collector.take(site))
+        job.tick("solving sites", len(solutions), len(job.changes))
+        return solutions[site].change
+
+    batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
+    last = set[str]() if stage.feeds else set(stage.sites)
+    with ExitStack() as stack:
+        parking = None
+        if fitted.waiting is not None:
+            place = HostMemory(fitted.waiting.device, fitted.waiting.host_bytes)
+            stay = _first(batches, fitted.waiting.on_device)
+            parking = Parking(place, stay, list(job.host.sites().values()))
+            stack.enter_context(parking)
+        stack.callback(collector.forget)  # else all that it holds would be put back
+        lockstep.sweep(batches, solve, last, parking)
+
+
+def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
+    """The first batches, of so many rows together."""
+    numbers: set[int] = set()
+    for number, batch in enumerate(batches):
+        rows -= len(batch.owners)
+        if rows < 0:
+            break
+        numbers.add(number)
+    return numbers
 
 
 def jacobi(
@@ -121,16 +184,37 @@ def jacobi(
             job.tick("iterations", iteration, iterations)
             for stage in _stages(job, samples):
                 job.ran.rows = max(job.ran.rows, len(stage.owners))
+                reducing = reducing_of(stage)
                 if stage.name not in planned:
-                    bytes_of = reducing_of(stage).bytes
                     _, planned[stage.name] = plan(
-                        job, stage, lockstep, batching, bytes_of, copies=2, sweep=False
+                        job,
+                        stage,
+                        lockstep,
+                        batching,
+                        reducing.bytes,
+                        reducing.dtype,
+                        copies=2,
+                        sweep=False,
+                        passes=iterations,
                     )
-                fitted, reducing = planned[stage.name], reducing_of(stage)
-                collector = _collector(job, reducing, StreamCollector)
-                for batch in micro_batches(stage, copies, collector, fitted, job.processes):
-                    lockstep.run(batch)
-                    job.tick("iterations", iteration, iterations)
+
+                def run(
+                    fitted: Batching,
+                    stage: Stage = stage,
+                    reducing: Reducing = reducing,
+                    copies: int = copies,
+                    iteration: int = iteration,
+                ) -> StreamCollector:
+                    collector = _collector(job, reducing, StreamCollector)
+                    for batch in micro_batches(stage, copies, collector, fitted, job.processes):
+                        lockstep.run(batch)
+                        job.tick("iterations", iteration, iterations)
+                    return collector
+
+                collector, fitted = within_memory(
+                    job, stage, planned.get(stage.name, batching), run, sweep=False
+                )
+                planned[stage.name] = fitted
                 for site in collector.sites:
                     latest[site] = reducing.named(site, collector.take(site))
             if iteration:

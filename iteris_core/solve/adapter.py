@@ -133,4 +133,5 @@ def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:
     square = width * width
     low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
     solve = 8 * square + min(8 * square, _PIECE) + low
-    return Bytes(len(changes) * moments * square * itemsize, solve)
+    kept = len(changes) * moments * square * itemsize
+    return Bytes(kept, solve, kept + 8 * square)

@@ -127,10 +127,12 @@ class Opening:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a reduction holds until it is solved, and what its solve takes on top of that."""
+    """What a reduction holds until it is solved, what its solve takes on top of that, and what is
+    ``left`` of both while the next site is run to: moments and factors that it may share."""
 
     kept: int
     solve: int
+    left: int = 0
 
 
 class Reduction(ABC):

@@ -1,0 +1,128 @@
+"""Host memory in which storages of a device wait, and from which they are filled again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import OutOfMemory
+from .meter import resize
+
+_SLAB = 256 << 20  # bytes of one allocation: a power of two, to which pinned memory is rounded up
+_GRAIN = 512  # bytes, so that every copy is aligned
+
+Slot = list[Tensor]
+"""Where one storage waits: pieces of slabs, as bytes."""
+
+
+class HostMemory:
+    """At most ``limit`` bytes, taken as they are needed; pinned where ``device`` is of CUDA.
+
+    All copies are made on the stream on which the model runs, so that none has to be waited for.
+    """
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.device, self.limit = device, limit
+        self.taken = self.moved = 0
+        self._pinned = device.type == "cuda"
+        self._slabs: list[_Slab] = []
+
+    def put(self, storage: torch.UntypedStorage) -> Slot:
+        """Copy what ``storage`` holds, and resize it to nothing."""
+        slot = self._slot(storage.nbytes())
+        self._copy(slot, storage, back=False)
+        resize(storage, 0)
+        return slot
+
+    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
+        """Give ``storage`` its size and bytes back; they stay in ``slot`` as well."""
+        resize(storage, sum(map(len, slot)))
+        self._copy(slot, storage, back=True)
+
+    def empty(self, storage: torch.UntypedStorage) -> None:
+        """Resize a storage to nothing whose bytes are in a slot as they are."""
+        resize(storage, 0)
+
+    def free(self, slot: Slot) -> None:
+        for piece in slot:
+            slab = next(slab for slab in self._slabs if slab.has(piece))
+            slab.free(piece)
+
+    def _copy(self, slot: Slot, storage: torch.UntypedStorage, *, back: bool) -> None:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        self.moved += len(whole)
+        for piece, part in zip(slot, whole.split([len(p) for p in slot]), strict=True):
+            if back:
+                part.copy_(piece, non_blocking=True)
+            else:
+                piece.copy_(part, non_blocking=True)
+
+    def _slot(self, size: int) -> Slot:
+        slot: Slot = []
+        for start in range(0, size, _SLAB):
+            slot.append(self._piece(min(_SLAB, size - start)))
+        return slot
+
+    def _piece(self, size: int) -> Tensor:
+        for slab in self._slabs:
+            piece = slab.take(size)
+            if piece is not None:
+                return piece
+        more = min(_SLAB, self.limit - self.taken)
+        if more < _grains(size):
+            raise OutOfMemory(
+                f"Host memory ran out: rows wait in {self.taken / 2**30:.2f} GiB of it, of "
+                f"{self.limit / 2**30:.2f} GiB that may be used, and one more piece of "
+                f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size, or "
+                "close what else takes memory."
+            )
+        self._slabs.append(_Slab(torch.empty(more, dtype=torch.uint8, pin_memory=self._pinned)))
+        self.taken += more
+        piece = self._slabs[-1].take(size)
+        assert piece is not None
+        return piece
+
+
+class _Slab:
+    """One allocation; ``gaps`` are the parts of it that are free, as [start, stop), ascending."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._gaps = [(0, len(memory))]
+
+    def has(self, piece: Tensor) -> bool:
+        return piece.untyped_storage()._cdata == self._memory.untyped_storage()._cdata
+
+    def take(self, size: int) -> Tensor | None:
+        wanted = _grains(size)
+        for index, (start, stop) in enumerate(self._gaps):
+            if stop - start >= wanted:
+                self._gaps[index : index + 1] = _some((start + wanted, stop))
+                return self._memory.narrow(0, start, size)
+        return None
+
+    def free(self, piece: Tensor) -> None:
+        start = int(piece.storage_offset())
+        gaps = sorted([*self._gaps, (start, start + _grains(len(piece)))])
+        self._gaps = gaps[:1]
+        for begin, stop in gaps[1:]:
+            if begin == self._gaps[-1][1]:
+                self._gaps[-1] = (self._gaps[-1][0], stop)
+            else:
+                self._gaps.append((begin, stop))
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+
+
+def _some(gap: tuple[int, int]) -> list[tuple[int, int]]:
+    return [gap] if gap[1] > gap[0] else []
+
+
+def _grains(size: int) -> int:
+    return -(-size // _GRAIN) * _GRAIN

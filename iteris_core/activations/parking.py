@@ -1,0 +1,245 @@
+"""Forwards that wait in host memory instead of on the device.
+
+In a sweep every micro-batch waits at each site with all that it needs to run on. Here what it made
+on the device is taken off while it waits, storage by storage, and put back before it goes on, as
+FSDP frees and refills a flat parameter: tensors and views stay the objects that they are. The
+device holds one micro-batch, whatever their number.
+
+A storage that has rested for some pauses is put back only when an operation asks for it (skip
+connections cross once instead of at every site), and so is what a solve reads, one micro-batch
+after the other. Left where they are: weights, storages made outside of the forwards, those of
+tensor subclasses and those that cannot be resized; and what another micro-batch turns out to use
+(tables that a model keeps) is put back for good.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from .host_memory import Slot
+
+RESTS = 8
+"""Pauses after which a storage stays away until it is asked for. Kernels that are launched past
+PyTorch's dispatcher ask for nothing; they get what was made since the block's first site (FLUX's
+attention waits for six), not what has rested for longer."""
+
+
+class Place(Protocol):
+    """Where storages of ``device`` wait; see :class:`.host_memory.HostMemory`."""
+
+    device: torch.device
+
+    def put(self, storage: torch.UntypedStorage) -> Slot: ...
+    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None: ...
+    def empty(self, storage: torch.UntypedStorage) -> None: ...
+    def free(self, slot: Slot) -> None: ...
+
+
+@dataclass(eq=False)
+class _Held:
+    """A storage that forward ``owner`` made, last used before its pause number ``touched``. While
+    it is ``away`` its bytes are in ``slot``; a slot beside a storage that is there is a copy that
+    still holds."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    owner: int
+    touched: int
+    slot: Slot | None = None
+    away: bool = False
+
+
+class Parking(TorchDispatchMode):
+    """On around a sweep, which says whose turn it is. Forwards in ``stay`` wait on the device.
+
+    ``modules`` are those whose weights are never moved. ``left`` counts the bytes that the forwards
+    made and that could not be moved.
+    """
+
+    def __init__(
+        self, place: Place, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
+    ) -> None:
+        super().__init__()
+        self.left = 0
+        self._place = place
+        self._stay = stay
+        self._modules = modules
+        self._held: dict[int, _Held] = {}
+        self._forwards: dict[int, dict[int, _Held]] = {}
+        self._pauses: dict[int, int] = {}
+        self._now: int | None = None
+        self._visiting: dict[_Held, None] = {}
+
+    def turn(self, forward: int) -> None:
+        """``forward`` goes on: what it used last is put back."""
+        self._leave()
+        self._now = forward
+        pauses = self._pauses.setdefault(forward, 0)
+        with _disable_current_modes():
+            for held in list(self._forwards.setdefault(forward, {}).values()):
+                if held.away and pauses - held.touched < RESTS:
+                    self._put_back(held)
+                    self._drop(held)  # nobody knows whether it is written to
+
+    def rest(self) -> None:
+        """The forward whose turn it is waits, or has ended: what it holds is taken off."""
+        forward, self._now = self._now, None
+        if forward is None or forward in self._stay:
+            return
+        if not self._pauses[forward]:
+            for key in self._weights() & self._held.keys():
+                self._remove(key)
+        self._pauses[forward] += 1
+        with _disable_current_modes():
+            for held in list(self._forwards[forward].values()):
+                self._take_off(held)
+
+    def __exit__(self, *error: Any) -> None:
+        """What outlives the forwards, such as a table that the model has made, is put back."""
+        self._now = None
+        try:
+            with _disable_current_modes():
+                for held in list(self._held.values()):
+                    if held.away:
+                        self._put_back(held)
+                    self._drop(held)
+        finally:
+            self._held.clear()
+            self._forwards.clear()
+            super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        used: set[int] = set()
+        for tensor in _tensors((args, kwargs)):
+            for plain in _plain(tensor):
+                used.add(plain.untyped_storage()._cdata)
+        asked = [held for held in map(self._held.get, used) if held is not None]
+        if asked:
+            self._touch(asked)
+        result = func(*args, **kwargs)
+        if self._now is not None and self._now not in self._stay:
+            for tensor in _tensors((result,)):
+                self._note(tensor, used)
+        return result
+
+    def _touch(self, asked: Sequence[_Held]) -> None:
+        """``asked`` are the arguments of one operation."""
+        if self._now is None and any(held.away for held in asked):
+            self._leave({held.owner for held in asked})
+        for held in asked:
+            held.touched = self._pauses[held.owner]
+            if held.away:
+                with _disable_current_modes():
+                    self._put_back(held)
+            if self._now is None:
+                self._visiting[held] = None
+            elif self._now == held.owner:
+                self._drop(held)
+            else:
+                self._forget(held)
+
+    def _note(self, tensor: Tensor, used: Set[int]) -> None:
+        """A result of an operation on storages that were ``used``."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return
+        key = storage._cdata
+        if key in used or key in self._held or storage.device != self._place.device:
+            return
+        if type(tensor) is not Tensor or not _resizable(storage):
+            self.left += storage.nbytes()
+            return
+        assert self._now is not None
+
+        ref = weakref.ref(storage, lambda _: self._remove(key))
+        held = _Held(ref, self._now, self._pauses[self._now])
+        self._held[key] = self._forwards[self._now][key] = held
+
+    def _remove(self, key: int) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._forwards[held.owner].pop(key)
+            self._visiting.pop(held, None)
+            self._drop(held)
+
+    def _take_off(self, held: _Held) -> None:
+        storage = held.storage()
+        if storage is None or held.away or not storage.nbytes():
+            return
+        if not _resizable(storage):  # NumPy or another process has it by now
+            self._forget(held)
+            return
+        if held.slot is None:
+            held.slot = self._place.put(storage)
+        else:
+            self._place.empty(storage)
+        held.away = True
+
+    def _put_back(self, held: _Held) -> None:
+        storage = held.storage()
+        if storage is not None and held.slot is not None:
+            self._place.fill(storage, held.slot)
+        held.away = False
+
+    def _leave(self, owners: Set[int] = frozenset()) -> None:
+        """What a solve has read of other forwards than ``owners`` is taken off again."""
+        with _disable_current_modes():
+            for held in [held for held in self._visiting if held.owner not in owners]:
+                del self._visiting[held]
+                if held.slot is not None:
+                    self._take_off(held)
+
+    def _drop(self, held: _Held) -> None:
+        if held.slot is not None:
+            self._place.free(held.slot)
+            held.slot = None
+
+    def _forget(self, held: _Held) -> None:
+        storage = held.storage()
+        if storage is not None:
+            self._remove(storage._cdata)
+            self.left += storage.nbytes()
+
+    def _weights(self) -> set[int]:
+        weights = (
+            tensor
+            for module in self._modules
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        )
+        return {plain.untyped_storage()._cdata for weight in weights for plain in _plain(weight)}
+
+
+def _resizable(storage: torch.UntypedStorage) -> bool:
+    # All of CUDA's count as shared.
+    return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Faster than PyTorch's own, which knows more kinds of trees than operations have."""
+    for leaf in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, (list, tuple, dict)) and leaf:
+            yield from _tensors(leaf)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with a storage of their own that ``tensor`` is made of."""
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    if parts is not None:
+        for name in parts()[0]:
+            yield from _plain(getattr(tensor, name))
+        return
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return
+    yield tensor

@@ -1,0 +1,383 @@
+"""Rows that wait in host memory: same result, and only a micro-batch on the device."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
+from tiny import two_concepts
+from torch import nn
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations.host_memory import HostMemory
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.meter import MemoryMeter
+from iteris_core.activations.parking import RESTS, Parking
+from iteris_core.errors import IterisError, OutOfMemory
+from iteris_core.passes import budget, fallback, loops
+
+CPU = torch.device("cpu")
+CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """The CPU's memory passes for a device's, and its host memory for another's."""
+    monkeypatch.setattr(budget, "is_apart", lambda device: True)
+    monkeypatch.setattr(fallback, "is_apart", lambda device: True)
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """The host memories of the sweeps."""
+    made: list[HostMemory] = []
+
+    def make(*args):
+        made.append(HostMemory(*args))
+        return made[-1]
+
+    monkeypatch.setattr(loops, "HostMemory", make)
+    return made
+
+
+def held(memory: HostMemory) -> int:
+    """Bytes that are in use."""
+    gaps = sum(stop - start for slab in memory._slabs for start, stop in slab._gaps)
+    return memory.taken - gaps
+
+
+def test_bytes_come_back_and_their_place_is_used_again():
+    memory = HostMemory(CPU, 1 << 20)
+    tensors = [torch.randn(n) for n in (1000, 7, 3000)]
+    wanted = [tensor.clone() for tensor in tensors]
+    slots = [memory.put(tensor.untyped_storage()) for tensor in tensors]
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+    assert held(memory) == 4096 + 512 + 12288
+    for tensor, slot in zip(tensors, slots, strict=True):
+        memory.fill(tensor.untyped_storage(), slot)
+    assert all(map(torch.equal, tensors, wanted))
+    for slot in slots[::-1]:
+        memory.free(slot)
+    assert held(memory) == 0
+    assert all(slab._gaps == [(0, 1 << 20)] for slab in memory._slabs)
+
+
+def test_what_does_not_fit_into_host_memory_is_said_and_stays():
+    memory = HostMemory(CPU, 5000)
+    tensor = torch.ones(2000)
+    with pytest.raises(OutOfMemory, match=r"Host memory ran out.*Lower samples"):
+        memory.put(tensor.untyped_storage())
+    assert float(tensor.sum()) == 2000
+
+
+def test_storages_of_more_than_a_slab(monkeypatch):
+    monkeypatch.setattr("iteris_core.activations.host_memory._SLAB", 4096)
+    memory = HostMemory(CPU, 1 << 20)
+    tensor = torch.randn(2500)
+    wanted = tensor.clone()
+    slot = memory.put(tensor.untyped_storage())
+    assert [len(piece) for piece in slot] == [4096, 4096, 1808]
+    memory.fill(tensor.untyped_storage(), slot)
+    assert torch.equal(tensor, wanted)
+
+
+class Turns:
+    """Two forwards by hand."""
+
+    def __init__(self) -> None:
+        self.memory = HostMemory(CPU, 1 << 20)
+        self.parking = Parking(self.memory)
+
+    def __enter__(self):
+        self.parking.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.parking.__exit__(*error)
+
+    def turn(self, forward, run=lambda: None):
+        self.parking.turn(forward)
+        made = run()
+        self.parking.rest()
+        return made
+
+
+def away(tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == 0
+
+
+def test_views_follow_their_storage():
+    with Turns() as turns:
+        whole = turns.turn(0, lambda: torch.arange(12.0) * 1)
+        assert away(whole)
+        parts = turns.turn(0, lambda: (whole.reshape(3, 4).T, whole[5:]))
+        assert all(map(away, parts))
+        assert turns.turn(0, lambda: float(parts[0][1, 2] + parts[1][0])) == 9 + 5
+    assert held(turns.memory) == 0
+    assert whole.tolist() == list(range(12))
+
+
+def test_what_is_written_in_place_is_kept():
+    with Turns() as turns:
+        tensor = turns.turn(0, lambda: torch.zeros(5))
+        view = turns.turn(0, lambda: tensor[1:3].add_(1))
+        turns.turn(1)
+        # Past the dispatcher, as a kernel that is launched by itself.
+        turns.turn(0, lambda: ctypes.memset(tensor[4:].data_ptr(), 255, 4))
+        turns.turn(1)
+        assert away(tensor)
+        turns.turn(0, lambda: view.mul_(2))
+    assert tensor.tolist()[:4] == [0, 2, 2, 0]
+    assert tensor[4].isnan()
+
+
+def test_what_rests_for_long_stays_away_until_it_is_asked_for():
+    with Turns() as turns:
+        skip = turns.turn(0, lambda: torch.full((9,), 3.0))
+        for _ in range(RESTS - 1):
+            turns.turn(0, lambda: None if not away(skip) else pytest.fail("is not back"))
+        for _ in range(3):
+            assert turns.turn(0, lambda: away(skip))
+        assert turns.turn(0, lambda: float(skip.sum())) == 27
+        assert turns.turn(0, lambda: not away(skip))
+
+
+def test_a_solve_reads_one_forward_after_the_other():
+    with Turns() as turns:
+        tensors = [turns.turn(i, lambda: torch.ones(4)) for i in range(3)]
+        for number, tensor in enumerate(tensors):
+            before = turns.memory.moved
+            assert float(tensor.sum()) == 4
+            assert [not away(t) for t in tensors] == [i == number for i in range(3)]
+            assert turns.memory.moved - before == 16  # nothing is copied to the host again
+        assert float(torch.cat(tensors).sum()) == 12  # all of one operation's are there
+        turns.turn(1)
+        assert all(map(away, tensors))
+
+
+def test_what_two_forwards_use_comes_back_for_good():
+    kept = []
+
+    def table():
+        kept[:] = kept or [torch.ones(8)]
+        return float(kept[0].sum())
+
+    with Turns() as turns:
+        assert [turns.turn(i, table) for i in (0, 1, 0)] == [8, 8, 8]
+        assert not away(kept[0])
+        assert turns.parking.left == 32
+
+
+def test_a_table_that_a_model_keeps_is_there_when_the_sweep_is_over():
+    with Turns() as turns:
+        kept = turns.turn(0, lambda: torch.ones(8))
+        assert away(kept)
+    assert float(kept.sum()) == 8
+
+
+def test_weights_others_and_what_cannot_be_resized_are_left():
+    layer = nn.Linear(4, 4)
+    before = torch.ones(4)
+    with Turns() as turns:
+        turns.parking._modules = [layer]
+
+        def run():
+            layer.weight.data = torch.eye(4) * 2  # brought to the device by offloading
+            shared, fixed = torch.ones(6).share_memory_(), torch.ones(6)
+            fixed.numpy()  # that is another's from now on
+            return layer(before), shared, fixed, torch.ones(2).to_mkldnn()
+
+        made = turns.turn(0, run)
+        assert not any(map(away, (layer.weight, before, *made[1:3])))
+        assert turns.parking.left >= 48
+        assert away(made[0])
+
+
+class Wrapped(torch.Tensor):
+    """As a quantised weight: a subclass around a plain tensor."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_what_a_tensor_subclass_holds_is_put_back():
+    with Turns() as turns:
+        inner, outer = turns.turn(0, lambda: (made := torch.ones(4).mul(3), Wrapped(made)))
+        for _ in range(RESTS + 1):
+            turns.turn(0)
+        assert away(inner)
+        assert float(turns.turn(0, lambda: float((outer + 1).sum()))) == 16
+
+
+def test_inference_tensors_wait_too():
+    with torch.inference_mode(), Turns() as turns:
+        tensor = turns.turn(0, lambda: torch.nn.functional.linear(torch.eye(3), torch.ones(2, 3)))
+        assert tensor.is_inference()
+        assert away(tensor)
+        assert turns.turn(0, lambda: float(tensor.sum())) == 6
+
+
+def merge(host, memory, **settings):
+    return merge_loras(
+        host,
+        two_concepts(host),
+        settings={"statistics": "float64", **settings},
+        calibration=CALIBRATION,
+        memory_budget=memory,
+    )
+
+
+@pytest.mark.parametrize("share", [0.35, 0.25, 0.15])
+def test_the_result_is_the_same_bit_for_bit_and_the_plan_is_kept(host64, apart, places, share):
+    """Held against the same rows at once that all wait on the device."""
+    with MemoryMeter() as meter:
+        merge(host64, 10**12)
+    whole = meter.peak
+    with MemoryMeter() as meter:
+        parked = merge(host64, round(share * whole))
+    line = parked.report.plan[-1]
+    assert "waiting in host memory" in line
+    assert "do not fit" not in line
+    assert meter.peak <= share * whole + 2**19  # what samples take
+    (memory,) = places
+    assert memory.taken >= 2**20
+    assert held(memory) == 0
+    rows = int(line.split(" at once")[0].split()[-1])
+    there = merge(host64, None, micro_batch=rows)
+    for site, change in there.lora.sites.items():
+        assert torch.equal(change.dense(), parked.lora.sites[site].dense()), site
+
+
+def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
+    plans, peaks = [], []
+    sweep, make = Lockstep.sweep, budget.plan_stage
+
+    def watched(self, *args):
+        before = meter.peak = meter.live
+        sweep(self, *args)
+        peaks.append(meter.peak - before)
+
+    def kept(*args):
+        plans.append(make(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(Lockstep, "sweep", watched)
+    monkeypatch.setattr(budget, "plan_stage", kept)
+    for mib in (1000, 12, 9, 6, 3):
+        with MemoryMeter() as meter:
+            merge(host, mib * 2**20, statistics="float32")
+        made, peak = plans[-1][0], peaks[-1]
+        assert made.rows == 36
+        assert 0.9 * made.bytes <= peak <= 1.02 * made.bytes, made
+    assert {made.way for made, _ in plans} == {budget.ON_DEVICE, budget.IN_HOST}
+
+
+def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch, caplog):
+    monkeypatch.setattr(budget, "free_memory", lambda device: 4 * 2**20)
+    with caplog.at_level("WARNING"):
+        result = merge(host, 4 * 2**20, statistics="float32")
+    line = result.report.plan[-1]
+    assert "do not fit" in line
+    assert "waiting in host memory" in line
+    assert "lower samples, timesteps or latent_size" in caplog.text
+    with pytest.raises(OutOfMemory, match=r"GiB of host memory.*lower samples, timesteps or"):
+        merge(host, 2**19, statistics="float32")
+
+
+def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_was(
+    monkeypatch, apart
+):
+    """Something else takes the host's memory after the plan was made."""
+    host = ModuleHost(Net(), make_data())
+    weights = [weight.clone() for weight in host.model.parameters()]
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    monkeypatch.setattr(loops, "HostMemory", lambda device, limit: HostMemory(device, 20_000))
+    with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
+        merge_loras(host, concepts, memory_budget=70_000, settings={"statistics": "float64"})
+    assert "Tried: " in str(caught.value)
+    assert "one row at once" in str(caught.value)
+    assert "Lower samples or timesteps" in str(caught.value)
+    assert hooks_on(host.model) == 0
+    assert all(map(torch.equal, weights, host.model.parameters()))
+    assert isinstance(caught.value, IterisError)
+
+
+class Card(MemoryMeter):
+    """A device of ``size`` bytes, whose allocator refuses what does not fit."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def _add(self, size: int) -> None:
+        super()._add(size)
+        if self.live > self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def merge_on(card: Card, host, **settings):
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    settings = {"statistics": "float64", **settings}
+    with card:
+        return merge_loras(host, concepts, settings=settings, memory_budget=None)
+
+
+@pytest.fixture
+def whole():
+    """A merge that had memory enough, and the peak of it."""
+    card = Card(float("inf"))
+    result = merge_on(card, ModuleHost(Net(), make_data(rows=20)))
+    return result, card.peak
+
+
+def same(one, other, most=1e-9) -> bool:
+    return all(
+        (one.lora.sites[s].dense() - c.dense()).norm() <= most * c.dense().norm()
+        for s, c in other.lora.sites.items()
+    )
+
+
+def test_without_a_plan_fewer_rows_at_once_are_tried():
+    """Where no row waits, the rows of one forward are what takes memory."""
+    host = ModuleHost(Net(), make_data(rows=20))
+    options = {"schedule": "jacobi", "iterations": 2}
+    free = Card(float("inf"))
+    wanted = merge_on(free, host, **options)
+    assert same(merge_on(Card(0.6 * free.peak), host, **options), wanted)
+
+
+def test_without_a_plan_rows_wait_in_host_memory_when_memory_runs_out(whole, apart, places):
+    """There is a third of what all rows take while they wait."""
+    result, peak = whole
+    host = ModuleHost(Net(), make_data(rows=20))
+    card = Card(0.33 * peak)
+    assert same(merge_on(card, host, micro_batch=8), result)
+    assert len(places) >= 1
+    assert card.peak <= 1.05 * peak  # the last of those that did not fit was refused
+    assert hooks_on(host.model) == 0
+
+
+def test_what_was_tried_is_said_when_nothing_helps(whole):
+    host = ModuleHost(Net(), make_data(rows=20))
+    weights = [weight.clone() for weight in host.model.parameters()]
+    with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
+        merge_on(Card(0.3 * whole[1]), host)
+    said = str(caught.value)
+    assert "Tried: 32 rows at once; 16 rows at once; 8 rows at once;" in said
+    assert "one row at once. Lower samples or timesteps (fewer rows), or latent_size" in said
+    assert hooks_on(host.model) == 0
+    assert all(map(torch.equal, weights, host.model.parameters()))
