@@ -15,7 +15,7 @@ tensor subclasses and those that cannot be resized; and what another micro-batch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .host_memory import Slot
 
-RESTS = 8
-"""Pauses after which a storage stays away until it is asked for. Kernels that are launched past
-PyTorch's dispatcher ask for nothing; they get what was made since the block's first site (FLUX's
-attention waits for six), not what has rested for longer."""
+RESTS = 3
+"""Pauses after which a storage stays away until an operation asks for it, a view included. Kernels
+that are launched past PyTorch's dispatcher ask for nothing: they get what was made or used since q,
+when they run after v, or by way of a view."""
 
 
 class Place(Protocol):
@@ -115,18 +115,20 @@ class Parking(TorchDispatchMode):
             super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        used: set[int] = set()
-        for tensor in _tensors((args, kwargs)):
-            for plain in _plain(tensor):
-                used.add(plain.untyped_storage()._cdata)
-        asked = [held for held in map(self._held.get, used) if held is not None]
+        used: list[int] = []
+        _storages(args, used)
+        if kwargs:
+            _storages(kwargs.values(), used)
+        known = self._held
+        asked = [known[key] for key in used if key in known]
         if asked:
             self._touch(asked)
-        result = func(*args, **kwargs)
-        if self._now is not None and self._now not in self._stay:
-            for tensor in _tensors((result,)):
-                self._note(tensor, used)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        now = self._now
+        if now is not None and now not in self._stay:
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, Tensor):
+                    self._note(tensor, used)
         return result
 
     def _touch(self, asked: Sequence[_Held]) -> None:
@@ -145,7 +147,7 @@ class Parking(TorchDispatchMode):
             else:
                 self._forget(held)
 
-    def _note(self, tensor: Tensor, used: Set[int]) -> None:
+    def _note(self, tensor: Tensor, used: Sequence[int]) -> None:
         """A result of an operation on storages that were ``used``."""
         try:
             storage = tensor.untyped_storage()
@@ -222,13 +224,19 @@ def _resizable(storage: torch.UntypedStorage) -> bool:
     return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Faster than PyTorch's own, which knows more kinds of trees than operations have."""
-    for leaf in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, (list, tuple, dict)) and leaf:
-            yield from _tensors(leaf)
+def _storages(leaves: Iterable[Any], found: list[int]) -> None:
+    """Which storages the arguments of an operation have. At every operation: no generators here."""
+    for leaf in leaves:
+        kind = type(leaf)
+        if kind is list or kind is tuple:
+            _storages(leaf, found)
+        elif kind is Tensor or kind is nn.Parameter:
+            try:
+                found.append(leaf.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
+                continue
+        elif isinstance(leaf, Tensor):
+            found += [plain.untyped_storage()._cdata for plain in _plain(leaf)]
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

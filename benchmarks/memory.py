@@ -1,0 +1,223 @@
+"""What a merge of two LoRAs takes of full-size models, by the plan: default samples, on no device.
+
+``python benchmarks/memory.py`` writes ``results/memory.json``. The models are diffusers' classes on
+the meta device, in half precision, at their pipelines' own sizes; attention is counted as one
+fused kernel, as GPUs run it. ``left_out`` are rows that do not fit into the budget, which is what
+the merge may take beyond the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from iteris_core import Calibration, Concept, Lora, LowRank
+from iteris_core.activations.meter import resize
+from iteris_core.architectures import unet
+from iteris_core.architectures.sites import residual_streams
+from iteris_core.hosts.protocol import Stage
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.iteris import _reducing
+from iteris_core.methods.iteris_settings import IterisSettings
+from iteris_core.methods.repair import add_repairs
+from iteris_core.passes.batches import Batching, limit_of
+from iteris_core.passes.budget import plan_stage
+from iteris_core.passes.job import Job
+from iteris_core.passes.measure import Measure
+from iteris_core.passes.need import Need, Room
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+GIB = 2**30
+HOST = 128 * GIB
+RANK, LORAS, AT_ONCE = 16, 2, 32
+
+
+@dataclass(frozen=True)
+class Model:
+    """``call(rows)`` are the arguments of one forward; ``parts`` are in the names of what a LoRA
+    changes."""
+
+    make: Callable[[], nn.Module]
+    call: Callable[[int], Mapping[str, Any]]
+    budget_gib: float
+    parts: tuple[str, ...] = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def sd15() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+
+
+def sdxl() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def unet_call(side: int, width: int, **more: Any) -> Callable[[int], Mapping[str, Any]]:
+    def call(rows: int) -> Mapping[str, Any]:
+        arguments: dict[str, Any] = {
+            "sample": empty(rows, 4, side, side),
+            "timestep": empty(rows),
+            "encoder_hidden_states": empty(rows, 77, width),
+        }
+        if more:
+            arguments["added_cond_kwargs"] = {n: empty(rows, w) for n, w in more.items()}
+        return arguments
+
+    return call
+
+
+def flux_call(rows: int) -> Mapping[str, Any]:
+    half = torch.bfloat16
+    return {
+        "hidden_states": empty(rows, 4096, 64, dtype=half),
+        "encoder_hidden_states": empty(rows, 512, 4096, dtype=half),
+        "pooled_projections": empty(rows, 768, dtype=half),
+        "timestep": empty(rows, dtype=half),
+        "guidance": empty(rows, dtype=half),
+        "img_ids": empty(4096, 3, dtype=half),
+        "txt_ids": empty(512, 3, dtype=half),
+    }
+
+
+MODELS = {
+    "SD 1.5, 512 px": Model(sd15, unet_call(64, 768), 4),
+    "SDXL, 1024 px": Model(sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 6),
+    "FLUX.1, 1024 px": Model(
+        flux, flux_call, 8,
+        (".to_", ".add_", ".ff.net", ".ff_context.net", ".proj_mlp", ".proj_out"),
+    ),
+}  # fmt: skip
+
+
+class MetaHost:
+    """What a plan asks a host for."""
+
+    pictures = True
+
+    def __init__(self, name: str, model: nn.Module, parts: tuple[str, ...]) -> None:
+        self._model = model
+        self._sites = {
+            f"{name}.{path}": module
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        self.changed = [site for site in self._sites if any(part in site for part in parts)]
+
+    def sites(self) -> Mapping[str, nn.Module]:
+        return self._sites
+
+    def streams(self, sites: Any) -> Mapping[str, nn.Module]:
+        return residual_streams(self._model, self._sites, unet.WIRINGS)
+
+
+class Nowhere:
+    """A place of storages that have no bytes."""
+
+    device = torch.device("meta")
+
+    def put(self, storage: torch.UntypedStorage) -> list[Tensor]:
+        slot = [torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")]
+        resize(storage, 0)
+        return slot
+
+    def fill(self, storage: torch.UntypedStorage, slot: list[Tensor]) -> None:
+        resize(storage, len(slot[0]))
+
+    def empty(self, storage: torch.UntypedStorage) -> None:
+        resize(storage, 0)
+
+    def free(self, slot: list[Tensor]) -> None: ...
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def planned(model: Model) -> dict[str, Any]:
+    with torch.device("meta"):
+        network = model.make().eval().requires_grad_(False)
+    network = network.to(next(iter(model.call(1).values())).dtype)
+    host: Any = MetaHost("denoiser", network, model.parts)
+    changes: dict[str, SiteChanges] = {}
+    for site in host.changed:
+        out, width = host.sites()[site].weight.shape
+        change = LowRank(torch.ones(out, RANK), torch.ones(RANK, width))
+        changes[site] = SiteChanges((change,) * LORAS)
+    calibration, generator = Calibration(), torch.Generator()
+    concepts = [Concept(Lora({}), trigger=str(number)) for number in range(LORAS)]
+    job = Job(host, concepts, changes, calibration, generator, lambda *_: None)
+    add_repairs(job)
+    each = calibration.samples * calibration.timesteps
+
+    def run(rows: Any, copies: int) -> None:
+        network(**model.call(len(rows) * copies), return_dict=False)
+
+    owners = [row // each for row in range(LORAS * each)]
+    stage = Stage("denoiser", list(job.changes), owners, run, places=True, samples=each)
+    reducing = _reducing(job, IterisSettings(), stage, set())
+    limit = limit_of(stage, Batching(AT_ONCE, "enough"))
+    with (
+        job.lockstep() as lockstep,
+        patch("torch.nn.functional.scaled_dot_product_attention", fused),
+        patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
+    ):
+        measure = Measure(stage, lockstep, 2, limit, reducing.dtype.itemsize)
+        costs = [replace(measure.row(place), seconds=0, more=0) for place in (None, Nowhere())]
+        fixed = lockstep.cast_bytes
+    sites = {site: reducing.bytes(site, True) for site in stage.sites}
+    made, _ = plan_stage(
+        Need(stage, *costs, sites, fixed), Room(round(model.budget_gib * GIB), HOST), AT_ONCE
+    )
+    return {
+        "budget_gib": model.budget_gib,
+        "peak_gib": round(made.bytes / GIB, 2),
+        "way": made.way,
+        "rows": made.rows,
+        "at_once": made.at_once,
+        "left_out": made.offered - made.rows,
+        "host_gib": round(made.host_bytes / GIB, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="models whose name has this text")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for name, model in MODELS.items():
+        if options.only in name:
+            results[name] = planned(model)
+            print(name, json.dumps(results[name]), flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
