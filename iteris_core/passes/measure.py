@@ -17,7 +17,7 @@ from ..activations.host_memory import wait_for
 from ..activations.lockstep import Lockstep, MicroBatch
 from ..activations.meter import MemoryMeter, is_apart
 from ..activations.parking import Parking, Place
-from ..activations.tokens import Observation
+from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 
 Limit = Callable[[int], int] | None
@@ -28,7 +28,8 @@ Limit = Callable[[int], int] | None
 class Step:
     """A row's way to ``site``, from the site before: bytes that it holds there (``waiting``), at
     most on the way (``running``), of its tensors that the solve reads (``shown``) and that are made
-    of them (``reduced``); ``forward`` is taken on the way however many rows run."""
+    of them (``reduced``); ``forward`` is taken on the way however many rows run. The inputs of the
+    sites ``beside`` are still alive there, so that others may share their moments."""
 
     site: str
     waiting: int = 0
@@ -36,6 +37,7 @@ class Step:
     shown: int = 0
     reduced: int = 0
     forward: int = 0
+    beside: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def _step(one: Step, two: Step, copies: int) -> Step:
         more(one.shown, two.shown),
         two.reduced - one.reduced,
         max(2 * one.running - two.running, 0),
+        one.beside,
     )
 
 
@@ -115,6 +118,7 @@ class _Run:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
+        self._groups: dict[Group, str] = {}
         self._parking = None if place is None else Parking(place)
         stage = measure.stage
         owners = [stage.owners[row] for row in rows]
@@ -136,9 +140,13 @@ class _Run:
         self.device = shown.inputs.device
         tensors = (shown.inputs, shown.outputs, shown.stream)
         held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        others = shown.alive - {shown.group}
+        beside = [site for group, site in self._groups.items() if group in others]
+        reduced = shown.rows * self._reduced(shown)
         self.steps.append(
-            Step(shown.name, meter.live, meter.peak, held, shown.rows * self._reduced(shown))
+            Step(shown.name, meter.live, meter.peak, held, reduced, beside=tuple(beside))
         )
+        self._groups[shown.group] = shown.name
         if self._parking is not None:
             self._parking.rest()
             self._parking.turn(0)

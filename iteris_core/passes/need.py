@@ -79,8 +79,9 @@ class Need:
             if at_site is not None:
                 read = at_once * step.shown if there < mine else 0
                 most = max(at_once * step.reduced, at_site.solve)
-                yield there * step.waiting + read + at_site.kept + most
-                left = at_site.left
+                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
+                yield there * step.waiting + read + at_site.kept + most + shared
+                left = at_site.left + shared
 
     def _streamed(self, at_once: int) -> int:
         steps = self.cost.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import re
@@ -115,6 +116,24 @@ def test_the_plan_goes_by_what_comfyui_says_is_free(
     result = kit.merge()
     assert all(gib(line) <= 0.81 * need + 0.01 for line in result.report.plan)
     assert result.report.plan != whole.report.plan
+    assert kit.hooks() == 0
+
+
+def test_rows_that_wait_in_host_memory_change_nothing(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def module(name: str) -> Any:
+        return importlib.import_module(f"{kit.core.__name__}.passes.{name}")
+
+    def planned(job: Any, stage: Any, _: Any, fitted: Any, *args: Any, **more: Any) -> Any:
+        return stage, dataclasses.replace(fitted, waiting=waiting)
+
+    monkeypatch.setattr(module("loops"), "plan", planned)
+    waiting = None
+    there = kit.merge(rows=3).lora
+    waiting = module("batches").Waiting(0, torch.device("cpu"), 2**30)
+    parked = kit.merge(rows=3).lora
+    assert distance(parked, there) < 1e-6
     assert kit.hooks() == 0
 
 
