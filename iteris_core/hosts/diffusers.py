@@ -189,23 +189,32 @@ class DiffusersHost:
         if recorded is None and others:
             run = partial(self._run_projections, [self._sites[site] for site in others])
             yield Stage("cross-attention", others, text.text_owners, run)
-        for name in self._loop.denoisers if recorded is not None else ():
-            own = [site for site in others if site.startswith(f"{name}.")]
-            rows = recorded.rows_of(name) if recorded is not None else []
-            if own and rows:
-                yield self._denoiser_stage(name, own, rows, samples)
+        if recorded is not None:
+            for name in self._loop.denoisers:
+                own = [site for site in others if site.startswith(f"{name}.")]
+                if own and recorded.rows_of(name):
+                    yield self._denoiser_stage(name, own, text, recorded, arguments)
         self._words = []
 
     def _denoiser_stage(
-        self, name: str, sites: Sequence[str], rows: Sequence[int], samples: DiffusionSamples
+        self,
+        name: str,
+        sites: Sequence[str],
+        text: TextRows,
+        recorded: RecordedRows,
+        arguments: Arguments,
     ) -> Stage:
-        text, arguments = samples.text, samples.arguments
+        rows = recorded.rows_of(name)
 
         def run(some: Sequence[int], copies: int) -> None:
-            calls = [self._call(samples, rows[row], copy) for copy in range(copies) for row in some]
+            calls = [
+                self._call(text, recorded, rows[row], copy)
+                for copy in range(copies)
+                for row in some
+            ]
             self._denoise(name, arguments, calls)
 
-        firsts = [self._call(samples, row, 0) for row in rows]
+        firsts = [self._call(text, recorded, row, 0) for row in rows]
         kinds = None
         if not arguments.alike or arguments.masked:
             # The words are not there yet where the stages are only looked at.
@@ -236,10 +245,8 @@ class DiffusersHost:
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
-    def _call(self, samples: DiffusionSamples, row: int, copy: int) -> Call:
-        words = self._words[copy][samples.text.text_rows[row]]
-        assert samples.recorded is not None
-        return {**words, **samples.recorded.row(row)}
+    def _call(self, text: TextRows, recorded: RecordedRows, row: int, copy: int) -> Call:
+        return {**self._words[copy][text.text_rows[row]], **recorded.row(row)}
 
     def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Any:
         """The denoiser's output, rows first."""

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from ..errors import IterisError
 from ..lora import Lora
-from .aliases import BaseModel
 from .embeddings import without_embeddings
 
 HIGH, LOW = "high_noise", "low_noise"
@@ -77,12 +76,6 @@ def expert_files(path: Path) -> tuple[Path, Path]:
     """Where the LoRAs of both go: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
     high, low = (path.with_name(f"{path.stem}_{end}{path.suffix}") for end in (HIGH, LOW))
     return high, low
-
-
-def with_second(base: BaseModel, denoiser: str) -> BaseModel:
-    """``base`` with the shapes of the second denoiser's sites, which are the first one's."""
-    old, new = f"{denoiser}.", f"{second_of(denoiser)}."
-    return replace(base, shapes={**base.shapes, **_renamed(base.shapes, old, new)})
 
 
 def _renamed(sites: Mapping[str, _T], old: str, new: str) -> dict[str, _T]:
