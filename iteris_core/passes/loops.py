@@ -62,19 +62,9 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
     solutions: Solutions = {}
     with job.lockstep() as lockstep:
         for stage in _stages(job, job.samples(lockstep)):
-            reducing = reducing_of(stage)
-            stage, fitted = plan(
-                job,
-                stage,
-                lockstep,
-                batching,
-                reducing.bytes,
-                reducing.dtype,
-                copies=1,
-                sweep=False,
+            stage, fitted, reducing = _planned(
+                job, stage, lockstep, batching, reducing_of, copies=1, sweep=False
             )
-            job.ran.rows = max(job.ran.rows, len(stage.owners))
-            reducing = reducing_of(stage)
 
             def run(
                 fitted: Batching, stage: Stage = stage, reducing: Reducing = reducing
@@ -99,19 +89,9 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
         samples = job.samples(lockstep)
         job.tick("solving sites", 0, len(job.changes))
         for stage in _stages(job, samples):
-            reducing = reducing_of(stage)
-            stage, fitted = plan(
-                job,
-                stage,
-                lockstep,
-                batching,
-                reducing.bytes,
-                reducing.dtype,
-                copies=2,
-                sweep=True,
+            stage, fitted, reducing = _planned(
+                job, stage, lockstep, batching, reducing_of, copies=2, sweep=True
             )
-            job.ran.rows = max(job.ran.rows, len(stage.owners))
-            reducing = reducing_of(stage)
 
             def run(fitted: Batching, stage: Stage = stage, reducing: Reducing = reducing) -> None:
                 for site in set(stage.sites) & solutions.keys():  # of a run that had no memory
@@ -120,6 +100,25 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
 
             within_memory(job, stage, fitted, run, sweep=True)
     return _complete(job, solutions)
+
+
+def _planned(
+    job: Job,
+    stage: Stage,
+    lockstep: Lockstep,
+    batching: Batching,
+    reducing_of: ReducingOf,
+    *,
+    copies: int,
+    sweep: bool,
+) -> tuple[Stage, Batching, Reducing]:
+    """The rows of ``stage`` that fit, how they are batched, and what is done with those."""
+    asked = reducing_of(stage)
+    stage, fitted = plan(
+        job, stage, lockstep, batching, asked.bytes, asked.dtype, copies=copies, sweep=sweep
+    )
+    job.ran.rows = max(job.ran.rows, len(stage.owners))
+    return stage, fitted, reducing_of(stage)
 
 
 def _sweep(
