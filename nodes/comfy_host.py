@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.meter import usable
+from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams

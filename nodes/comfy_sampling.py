@@ -15,7 +15,8 @@ import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
-from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.lockstep import Lockstep
+from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.protocol import Tick

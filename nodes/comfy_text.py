@@ -18,7 +18,8 @@ import comfy.sd1_clip
 import torch
 from torch import Tensor
 
-from ..iteris_core.activations.lockstep import Lockstep, MicroBatch
+from ..iteris_core.activations.lockstep import Lockstep
+from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import is_attention, random_lora
 
 from iteris_core import Calibration, Concept, IterisError, Lora, LowRank, merge_loras, write_lora
-from iteris_core.activations.lockstep import Lockstep, MicroBatch
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.hosts.diffusers import DiffusersHost
 
 PROMPTS = ["a dog", "a red dog on a table", "two dogs in the rain", "s1 dog", "dog and cat"]

@@ -10,9 +10,10 @@ from reductions import by_moments
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations.choice import TokenChoice
 from iteris_core.activations.collect import SweepCollector
 from iteris_core.activations.site import site_of
-from iteris_core.activations.tokens import Observation, TokenChoice
+from iteris_core.activations.tokens import Observation
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import POLICY, Policy

@@ -16,7 +16,8 @@ from language_bases import MAKERS, tuned_folder
 from peft import PeftModel
 
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
-from iteris_core.activations.lockstep import Lockstep, MicroBatch
+from iteris_core.activations.lockstep import Lockstep
+from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.errors import IterisError
 from iteris_core.lora_files.peft_folder import write_adapter
 

@@ -8,7 +8,7 @@ from reductions import by_moments, moments_of, solved
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.tokens import TokenChoice
+from iteris_core.activations.choice import TokenChoice
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank
 from iteris_core.passes.batches import Batching, micro_batches

@@ -11,8 +11,8 @@ from oracle import ModuleHost, Net, make_data, make_lora
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.choice import TokenChoice
 from iteris_core.activations.processes import Processes
-from iteris_core.activations.tokens import TokenChoice
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Measure

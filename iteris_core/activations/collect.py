@@ -65,7 +65,7 @@ class Collector(ABC):
                 change = changes[concept]
                 if change is not None:
                     shown.saliency.add(shown.effect(change, start, stop), shown.rows, start)
-        self._keep(shown)
+        self._keep(shown.weighed())
 
     @abstractmethod
     def take(self, site: str) -> Reduction:
@@ -147,10 +147,12 @@ class StreamCollector(Collector):
 
 
 class SweepCollector(Collector):
-    """What is shown waits until its site is taken, and is reduced then."""
+    """What is shown waits until its site is taken, and is reduced then; ``narrow`` says that copies
+    of the tokens that count wait, not the model's own tensors."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, narrow: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._narrow = narrow
         self._waiting: dict[str, list[Observation]] = {}
 
     def take(self, site: str) -> Reduction:
@@ -178,7 +180,8 @@ class SweepCollector(Collector):
                 f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
                 'at its first call; merge with schedule="jacobi", which counts all of them.'
             )
-        self._waiting.setdefault(shown.name, []).append(shown)
+        waiting = self._waiting.setdefault(shown.name, [])
+        waiting.append(shown.narrowed() if self._narrow else shown)
 
     def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
         """About so many of all targets, by concept: as many of every row's tokens."""

@@ -5,19 +5,16 @@ The batch holds R reference rows, each with its own LoRA's change added at every
 on every site adds the changes to the site's output, so no weight is read or patched, and shows an
 observer what it saw on the way. Nothing is stored here.
 
-In a sweep every micro-batch's forward runs in a greenlet of its own that pauses at each site that
-has no merged change yet; when all have arrived the site is solved and they go on, one at a time.
+In a sweep every micro-batch's forward runs in a greenlet of its own that pauses at the end of each
+level of sites; when all have arrived these are solved and they go on, one at a time.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import greenlet
 import torch
@@ -25,81 +22,13 @@ from torch import Tensor, nn
 
 from ..errors import IterisError
 from ..lora import LowRank, SiteChanges
+from .blocks import Levels, Shown, replay_hook
+from .micro_batch import MicroBatch, Pending
 from .modes import Modes
 from .parking import Parking
 from .processes import ALONE, Processes
-from .saliency import Saliency
 from .site import Site, site_of
-from .tokens import Group, Observation, TokenChoice
-
-
-class Observer(Protocol):
-    def observe(self, shown: Observation) -> None: ...
-
-
-@dataclass
-class MicroBatch:
-    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
-
-    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``of_one`` says that
-    all are the first owner's, however many rows the model makes of them. ``mask_of(site)``
-    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
-    and ``saliency`` tells how much each counts.
-    """
-
-    run: Callable[[], None]
-    owners: Sequence[int]
-    copies: int
-    observer: Observer | None = None
-    pauses: bool = False
-    merged_only: bool = False
-    of_one: bool = False
-    mask_of: Callable[[str], Tensor | None] | None = None
-    stage: str = ""
-    choice: TokenChoice = field(default_factory=lambda: TokenChoice((), None, 0))
-    saliency: Saliency | None = None
-    streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
-    _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
-    _groups: int = 0
-    _calls: Counter[str] = field(default_factory=Counter[str])
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Runs of rows of one concept, as (concept, start, stop)."""
-        spans: list[tuple[int, int, int]] = []
-        for row, owner in enumerate(self.owners):
-            if spans and spans[-1][0] == owner:
-                spans[-1] = (owner, spans[-1][1], row + 1)
-            else:
-                spans.append((owner, row, row + 1))
-        return spans
-
-    def group_of(self, tensor: Tensor) -> Group:
-        """What stands for this tensor as it is now.
-
-        Sites that receive one tensor object, unchanged in between, are of one group: their tokens
-        are the same, so that moments are made once. Groups are numbered in execution order, which
-        is that of every micro-batch.
-        """
-        self._seen = [entry for entry in self._seen if entry[0]() is not None]
-        # An inference tensor has no version counter: an in-place change could not be noticed.
-        if not tensor.is_inference():
-            for ref, version, group in self._seen:
-                if ref() is tensor and tensor._version == version:
-                    return self.stage, group
-        self._groups += 1
-        if not tensor.is_inference():
-            self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
-        return self.stage, self._groups
-
-    def call_of(self, site: str) -> int:
-        """How often the site was called before in this forward."""
-        self._calls[site] += 1
-        return self._calls[site] - 1
-
-    def alive(self) -> set[Group]:
-        """Groups whose tensor may still reach another site."""
-        return {(self.stage, group) for ref, _, group in self._seen if ref() is not None}
+from .tokens import Observation
 
 
 class Lockstep:
@@ -124,8 +53,8 @@ class Lockstep:
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._cast: dict[tuple[str, int], LowRank] = {}
+        self._levels = Levels()
         self.merged: dict[str, LowRank] = {}
-        self._outside = Modes.now()
 
     def __enter__(self) -> Lockstep:
         try:
@@ -171,6 +100,23 @@ class Lockstep:
         finally:
             self._active = None
 
+    @contextmanager
+    def in_levels(self, levels: Levels) -> Generator[None]:
+        """Within it forwards that pause do so at the end of each of ``levels``, and replay their
+        blocks."""
+        hook = replay_hook(levels, lambda: self._active)
+        handles = [
+            block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            for block in levels.blocks
+        ]
+        self._levels = levels
+        try:
+            yield
+        finally:
+            self._levels = Levels()
+            for handle in handles:
+                handle.remove()
+
     def sweep(
         self,
         batches: Sequence[MicroBatch],
@@ -182,11 +128,13 @@ class Lockstep:
         the ``last`` sites are solved, the forwards are not run to their end. With ``parking``,
         which has to be on, they wait there."""
         workers = [greenlet.greenlet(batch.run) for batch in batches]
-        for batch in batches:
-            batch.pauses = True
+        outside = Modes.now()
         try:
             with torch.no_grad():
-                outside = self._outside = Modes.now()
+                outside = Modes.now()
+                for batch in batches:
+                    batch.pause = _pausing(outside)
+                    batch.passed.update(self.merged)
                 while True:
                     arrived: list[Any] = []
                     for number, (worker, batch) in enumerate(zip(workers, batches, strict=True)):
@@ -207,7 +155,8 @@ class Lockstep:
                             'schedule="jacobi".'
                         )
                     self._active = None
-                    self.merged[arrived[0]] = solve(arrived[0])
+                    for site in self._levels.level(arrived[0]):
+                        self.merged[site] = solve(site)
                     if last and last <= self.merged.keys():
                         return
         finally:
@@ -215,7 +164,9 @@ class Lockstep:
             for worker in workers:
                 if worker and not worker.dead:
                     worker.throw()
-                    self._outside.restore()
+                    outside.restore()
+            for batch in batches:
+                batch.pending.clear()
 
     def _keep_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._active is not None and self._active.observer is not None:
@@ -267,7 +218,7 @@ class Lockstep:
                     site.add(change, inputs[start:stop], output[start:stop])
             stream = self._stream_of(name, batch, output)
             call = batch.call_of(name)
-            solved = batch.pauses and name in self.merged and not call
+            solved = name in batch.passed and not call
             if batch.observer is not None and not solved:
                 batch.observer.observe(
                     Observation(
@@ -287,14 +238,34 @@ class Lockstep:
                         batch.saliency,
                     )
                 )
-            if batch.pauses and name not in self.merged:
-                _pause(name, self._outside)
-            merged = self.merged.get(name)
-            if merged is not None and batch.copies == 2:
-                site.add(merged.to(inputs.dtype, inputs.device), inputs[rows:], output[rows:])
+            shown = Pending(name, site, inputs, output)
+            if batch.pause is None or solved:
+                self._add_merged(batch, shown)
+            else:
+                self._reach(batch, shown)
             return output
 
         return hook
+
+    def _reach(self, batch: MicroBatch, shown: Pending) -> None:
+        """Wait at the end of a level, and give its sites their merged changes."""
+        batch.reached.append(shown.name)
+        if batch.until is None:
+            batch.pending.append(shown)
+        if not self._levels.ends_at(shown.name):
+            return
+        if batch.until == shown.name:
+            raise Shown
+        batch.wait(self._levels.level(shown.name))
+        while batch.pending:
+            self._add_merged(batch, batch.pending.pop())
+
+    def _add_merged(self, batch: MicroBatch, shown: Pending) -> None:
+        merged = self.merged.get(shown.name)
+        if merged is not None and batch.copies == 2:
+            inputs, rows = shown.inputs, len(batch.owners)
+            merged = merged.to(inputs.dtype, inputs.device)
+            shown.site.add(merged, inputs[rows:], shown.output[rows:])
 
     def _ready(self, site: str, concept: int, change: LowRank, inputs: Tensor) -> LowRank:
         """The change in the inputs' dtype and on their device, made once."""
@@ -314,19 +285,22 @@ def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
     return mask
 
 
-def _pause(site: str, outside: Modes) -> None:
-    """Hand over to the sweep until ``site`` is solved.
+def _pausing(outside: Modes) -> Callable[[str], None]:
+    """What hands over to the sweep until a site is solved.
 
     Greenlets share the thread, and with it torch's modes: whoever goes on has those of its own.
     """
-    mine = Modes.now()
-    if mine.inference != outside.inference:
-        raise IterisError(
-            f"Site {site} is called in another inference mode of torch than the merge, which "
-            "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
-            'merge with schedule="jacobi".'
-        )
-    current = greenlet.getcurrent()
-    sweep: Any = current.parent
-    sweep.switch(site)
-    mine.restore()
+
+    def pause(site: str) -> None:
+        mine = Modes.now()
+        if mine.inference != outside.inference:
+            raise IterisError(
+                f"Site {site} is called in another inference mode of torch than the merge, which "
+                "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
+                'merge with schedule="jacobi".'
+            )
+        sweep: Any = greenlet.getcurrent().parent
+        sweep.switch(site)
+        mine.restore()
+
+    return pause

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, SiteChanges
+from .choice import TokenChoice
 from .saliency import Saliency
-from .site import Site
+from .site import LinearSite, Site
 
 Group = tuple[str, int]
 """Stands for one tensor as it was when a site received it: the stage that it belongs to, and a
@@ -30,8 +30,9 @@ class Observation:
     ``alive`` lists the groups that may still come again; ``call`` counts the site's earlier calls
     in this forward. ``choice`` picks some of every row's tokens. ``mask`` is (rows, tokens), True
     where a token counts; None where all do. ``stream`` is the residual stream that the output will
-    be added to, shaped as ``outputs``; None where the site has none. ``saliency`` weighs tokens;
-    None where all count alike. Copy or reduce: the model may change these tensors later.
+    be added to, shaped as ``outputs``; None where the site has none. ``saliency`` is that of the
+    micro-batch, and ``weights``, (rows, tokens), what it came to at this site; None where all count
+    alike. Copy or reduce: the model may change these tensors later.
     """
 
     name: str
@@ -48,6 +49,46 @@ class Observation:
     mask: Tensor | None = None
     stream: Tensor | None = None
     saliency: Saliency | None = None
+    weights: Tensor | None = None
+
+    def weighed(self) -> Observation:
+        """The same with the weights that its tokens have by now."""
+        if self.saliency is None:
+            return self
+        length = self.site.length(self.outputs)
+        return replace(self, weights=self.saliency.weights(self.group, self.alive, length))
+
+    def narrowed(self) -> Observation:
+        """The same with copies of only those tokens that the ``choice`` picks."""
+        length = self.site.length(self.outputs)
+        choice = self.choice.made(length, self.site.shape[1])
+        if choice is None:
+            return self
+
+        def narrow(tensor: Tensor, flatten: Callable[[Tensor], Tensor]) -> Tensor:
+            parts = [
+                self._picked(flatten(tensor[start : start + self.rows]), 0, self.rows)
+                for start in range(0, self.rows * self.copies, self.rows)
+            ]
+            tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return tokens.reshape(self.rows * self.copies, -1, tokens.shape[-1])
+
+        def of_rows(values: Tensor | None) -> Tensor | None:
+            """(rows, tokens) of those that are picked."""
+            if values is None:
+                return None
+            return self._picked(values.reshape(-1, 1), 0, self.rows).reshape(self.rows, -1)
+
+        return replace(
+            self,
+            site=LinearSite(self.site.shape),
+            inputs=narrow(self.inputs, self.site.tokens),
+            outputs=narrow(self.outputs, self.site.outputs),
+            stream=None if self.stream is None else narrow(self.stream, self.site.outputs),
+            mask=of_rows(self.mask),
+            weights=of_rows(self.weights),
+            choice=choice,
+        )
 
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
@@ -93,12 +134,9 @@ class Observation:
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
         """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
-        if self.saliency is None:
+        if self.weights is None:
             return None
-        weights = self.saliency.weights(self.group, self.alive, self.site.length(self.outputs))
-        if weights is None:
-            return None
-        return self._chosen(weights[start:stop].reshape(-1, 1), start, stop)
+        return self._chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
 
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
@@ -127,6 +165,13 @@ class Observation:
         if chosen is None:
             return tokens
         return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
+
+    def _picked(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        """Those that are chosen, masked or not."""
+        length = tokens.shape[0] // (stop - start)
+        picked = self.choice.indices(length, start, stop, width=self.site.shape[1])
+        assert picked is not None
+        return tokens.index_select(0, picked.to(tokens.device, non_blocking=True))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
         """Which of the tokens of these rows count; None: all."""
@@ -195,45 +240,3 @@ class ConceptTokens:
         weights = self.shown.token_weights(self.start, self.stop)
         tokens = tokens.to(self.dtype)
         return tokens if weights is None else tokens * weights.to(tokens).sqrt()
-
-
-class TokenChoice:
-    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
-
-    ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
-    ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
-    larger.
-    """
-
-    def __init__(self, rows: Sequence[int], limit: Callable[[int], int] | None, seed: int) -> None:
-        self._rows = rows
-        self._limit = limit
-        self._seed = seed
-        self._picks: dict[tuple[int, int], Tensor] = {}
-
-    def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
-        """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
-        limit = length if self._limit is None else self._limit(width)
-        if length <= limit:
-            return None
-        if (length, limit) not in self._picks:
-            picks = [self._pick(row, length, limit) for row in self._rows]
-            self._picks[length, limit] = torch.stack(picks)
-        offsets = torch.arange(stop - start)[:, None] * length
-        return (self._picks[length, limit][start:stop] + offsets).flatten()
-
-    def at_most(self, tokens: int) -> TokenChoice:
-        """A part of this choice."""
-        limit = self._limit
-
-        def fewer(width: int) -> int:
-            return tokens if limit is None else min(tokens, limit(width))
-
-        part = TokenChoice(self._rows, fewer, self._seed)
-        part._picks = self._picks  # found once
-        return part
-
-    def _pick(self, row: int, length: int, limit: int) -> Tensor:
-        digest = hashlib.blake2b(f"{self._seed} {row} {length}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        return torch.randperm(length, generator=generator)[:limit].sort().values

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
 from ..concepts import Calibration
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import Enough, PipelineLoop

@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
 from ..errors import IterisError
 from ..lora import LowRank
 from ..passes.batches import chunks

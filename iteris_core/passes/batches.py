@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import MicroBatch, Observer
+from ..activations.choice import TokenChoice
+from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.processes import ALONE, Processes
 from ..activations.saliency import Saliency
-from ..activations.tokens import TokenChoice
 from ..hosts.protocol import Stage
 from ..solve.choose import POLICY, Policy
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..activations.collect import StreamCollector, SweepCollector
 from ..activations.host_memory import HostMemory
-from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
 from ..activations.parking import Parking
 from ..errors import IterisError, SolveError
 from ..hosts.protocol import Stage

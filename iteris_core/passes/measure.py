@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..activations.host_memory import wait_for
-from ..activations.lockstep import Lockstep, MicroBatch
+from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter, is_apart
+from ..activations.micro_batch import MicroBatch
 from ..activations.parking import Parking, Place
 from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage

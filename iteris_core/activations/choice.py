@@ -1,0 +1,73 @@
+"""Which tokens of a row count, where a part of them is enough."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class TokenChoice:
+    """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
+
+    ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
+    ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
+    larger. ``whole`` says that the tokens which are there were chosen from so many.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        limit: Callable[[int], int] | None,
+        seed: int,
+        whole: int | None = None,
+    ) -> None:
+        self._rows = rows
+        self._limit = limit
+        self._seed = seed
+        self._whole = whole
+        self._picks: dict[tuple[int, int], Tensor] = {}
+        self._made: dict[int, TokenChoice] = {}
+
+    def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
+        """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
+        limit = length if self._limit is None else self._limit(width)
+        if length <= limit:
+            return None
+        if (length, limit) not in self._picks:
+            picks = [self._pick(row, length, limit) for row in self._rows]
+            self._picks[length, limit] = torch.stack(picks)
+        offsets = torch.arange(stop - start)[:, None] * length
+        return (self._picks[length, limit][start:stop] + offsets).flatten()
+
+    def at_most(self, tokens: int) -> TokenChoice:
+        """A part of this choice."""
+        limit = self._limit
+
+        def fewer(width: int) -> int:
+            return tokens if limit is None else min(tokens, limit(width))
+
+        part = TokenChoice(self._rows, fewer, self._seed, self._whole)
+        part._picks = self._picks  # found once
+        return part
+
+    def made(self, length: int, width: int) -> TokenChoice | None:
+        """This choice for tokens of which only those are left that it picks; None: all are."""
+        if self._limit is None or length <= self._limit(width) or self._whole is not None:
+            return None
+        if length not in self._made:
+            self._made[length] = TokenChoice(self._rows, self._limit, self._seed, length)
+        return self._made[length]
+
+    def _pick(self, row: int, length: int, limit: int) -> Tensor:
+        if self._whole is None:
+            return self._first(row, length, limit)
+        there = self._first(row, self._whole, length)
+        return torch.searchsorted(there, self._first(row, self._whole, limit))
+
+    def _first(self, row: int, length: int, limit: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self._seed} {row} {length}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.randperm(length, generator=generator)[:limit].sort().values

@@ -1,0 +1,118 @@
+"""One forward among those that run in step, and what is known of it on its way."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import IterisError
+from .choice import TokenChoice
+from .saliency import Saliency
+from .site import Site
+from .tokens import Group, Observation
+
+
+class Observer(Protocol):
+    def observe(self, shown: Observation) -> None: ...
+
+
+class Pending(NamedTuple):
+    """A site that was shown and whose merged change is not added yet."""
+
+    name: str
+    site: Site
+    inputs: Tensor
+    output: Tensor
+
+
+@dataclass
+class MicroBatch:
+    """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
+
+    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``of_one`` says that
+    all are the first owner's, however many rows the model makes of them. ``mask_of(site)``
+    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
+    and ``saliency`` tells how much each counts. With ``pause`` the forward stops at the end of
+    every level: ``pause``, called with the level's last site, returns when its sites are solved.
+    Those are ``passed``; ``reached`` are those of the level that it is in, and ``pending`` what
+    their merged changes are added to when they are known. ``until`` is where a replay ends.
+    """
+
+    run: Callable[[], None]
+    owners: Sequence[int]
+    copies: int
+    observer: Observer | None = None
+    pause: Callable[[str], None] | None = None
+    merged_only: bool = False
+    of_one: bool = False
+    mask_of: Callable[[str], Tensor | None] | None = None
+    stage: str = ""
+    choice: TokenChoice = field(default_factory=lambda: TokenChoice((), None, 0))
+    saliency: Saliency | None = None
+    streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
+    passed: set[str] = field(default_factory=set[str])
+    until: str | None = None
+    reached: list[str] = field(default_factory=list[str])
+    pending: list[Pending] = field(default_factory=list[Pending])
+    _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
+    _groups: int = 0
+    _calls: Counter[str] = field(default_factory=Counter[str])
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Runs of rows of one concept, as (concept, start, stop)."""
+        spans: list[tuple[int, int, int]] = []
+        for row, owner in enumerate(self.owners):
+            if spans and spans[-1][0] == owner:
+                spans[-1] = (owner, spans[-1][1], row + 1)
+            else:
+                spans.append((owner, row, row + 1))
+        return spans
+
+    def group_of(self, tensor: Tensor) -> Group:
+        """What stands for this tensor as it is now.
+
+        Sites that receive one tensor object, unchanged in between, are of one group: their tokens
+        are the same, so that moments are made once. Groups are numbered in execution order, which
+        is that of every micro-batch.
+        """
+        self._seen = [entry for entry in self._seen if entry[0]() is not None]
+        # An inference tensor has no version counter: an in-place change could not be noticed.
+        if not tensor.is_inference():
+            for ref, version, group in self._seen:
+                if ref() is tensor and tensor._version == version:
+                    return self.stage, group
+        self._groups += 1
+        if not tensor.is_inference():
+            self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
+        return self.stage, self._groups
+
+    def call_of(self, site: str) -> int:
+        """How often the site was called before in this forward, replays of blocks apart."""
+        if self.until is not None:
+            return 0
+        self._calls[site] += 1
+        return self._calls[site] - 1
+
+    def wait(self, level: Sequence[str]) -> None:
+        """Until the sites of ``level`` are solved, which have to be those that were reached."""
+        reached, self.reached = self.reached, []
+        if reached != list(level):
+            raise IterisError(
+                f"A micro-batch took another path through the model (it reached {reached}, where "
+                f"{list(level)} were to be solved), so it cannot be merged in one sweep; use one "
+                'micro-batch or schedule="jacobi".'
+            )
+        if self.pause is not None:
+            self.pause(level[-1])
+        self.passed.update(level)
+
+    def alive(self) -> set[Group]:
+        """Groups whose tensor may still reach another site."""
+        return {(self.stage, group) for ref, _, group in self._seen if ref() is not None}
