@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import ModuleHost, Net, make_data, make_lora
@@ -14,9 +17,10 @@ from iteris_core.activations.processes import Processes
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.passes.budget import IN_HOST, ON_DEVICE, plan_stage
+from iteris_core.passes.budget import plan_stage
 from iteris_core.passes.measure import Cost, Measure, Step
 from iteris_core.passes.need import Need, Room
+from iteris_core.passes.ways import IN_HOST, ON_DEVICE
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.problem import Bytes, Fit
@@ -48,19 +52,21 @@ def cost_of(waiting: int, running: int, more: float = 0.0) -> Cost:
     return Cost([Step("a", waiting, running), Step("", 0, 0)], CPU, more=more)
 
 
-def need_of(stage, waiting=1, running=3, **more) -> Need:
-    cost = cost_of(waiting, running, more=1e-3)
-    return Need(stage, cost, more.pop("parked", None), {"a": Bytes(0, 0)}, 100, **more)
+def needs_of(stage, parked=None, **more) -> list[Need]:
+    """On the device, and in host memory at the cost ``parked``."""
+    cost = cost_of(1, 3, more=1e-3)
+    need = Need(stage, cost, None, {"a": Bytes(0, 0)}, 100, name=ON_DEVICE, **more)
+    return [need] if parked is None else [need, replace(need, parked=parked, name=IN_HOST)]
 
 
-def parked(running=3) -> Cost:
+def parked() -> Cost:
     """Three times as long."""
-    return cost_of(1, running, more=3e-3)
+    return cost_of(1, 3, more=3e-3)
 
 
 def test_a_large_budget_changes_nothing():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(need_of(stage), Room(10**9), 8)
+    made, kept = plan_stage(needs_of(stage), Room(10**9), 8)
     assert kept is stage
     assert (made.rows, made.at_once, made.way) == (20, 8, ON_DEVICE)
     assert made.bytes == 100 + 12 * 1 + 8 * 3
@@ -68,7 +74,7 @@ def test_a_large_budget_changes_nothing():
 
 def test_fewer_rows_at_once_before_rows_are_left_out():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(need_of(stage), Room(127), 8)
+    made, kept = plan_stage(needs_of(stage), Room(127), 8)
     assert kept is stage
     assert (made.at_once, made.bytes) == (3, 126)
 
@@ -76,7 +82,7 @@ def test_fewer_rows_at_once_before_rows_are_left_out():
 def test_rows_are_left_out_evenly_over_the_concepts():
     ran: list = []
     stage = stage_of([0] * 12 + [1] * 8, ran)
-    made, kept = plan_stage(need_of(stage), Room(112), 8)
+    made, kept = plan_stage(needs_of(stage), Room(112), 8)
     assert list(kept.owners) == [0] * 5 + [1] * 5
     assert made.bytes == 112
     assert "10 of 20 rows (the others do not fit)" in str(made)
@@ -86,15 +92,15 @@ def test_rows_are_left_out_evenly_over_the_concepts():
 
 def test_rows_wait_in_host_memory_before_any_is_left_out():
     stage = stage_of([0] * 10 + [1] * 10)
-    need = need_of(stage, parked=parked())
-    made, kept = plan_stage(need, Room(130, 10**9), 8)
+    needs = needs_of(stage, parked())
+    made, kept = plan_stage(needs, Room(130, 10**9), 8)
     assert made.way == ON_DEVICE  # fewer at once takes no longer here
-    made, kept = plan_stage(need, Room(112, 10**9), 8)
+    made, kept = plan_stage(needs, Room(112, 10**9), 8)
     assert kept is stage
     # Of one at once 9 may stay, of two 6, of four none: the fewest that move are the quickest.
     assert (made.way, made.at_once, made.on_device, made.host_bytes) == (IN_HOST, 1, 9, 11)
     assert made.bytes == 112
-    made, kept = plan_stage(need, Room(112, 8), 8)
+    made, kept = plan_stage(needs, Room(112, 8), 8)
     assert len(kept.owners) == made.rows == 16
     assert made.host_bytes <= 8
 
@@ -103,12 +109,20 @@ def test_the_quickest_way_is_taken():
     """Where a forward takes as long whatever its rows, many at once from the host are quicker."""
     stage = stage_of([0] * 10 + [1] * 10)
     slow = Cost([Step("a", 1, 3), Step("", 0, 0)], CPU, seconds=1.0)
-    need = Need(stage, slow, slow, {"a": Bytes(0, 0)}, 100)
-    made, _ = plan_stage(need, Room(124, 10**9), 8)
+    there = Need(stage, slow, None, {"a": Bytes(0, 0)}, 100, name=ON_DEVICE)
+    host = replace(there, parked=slow, name=IN_HOST)
+    made, _ = plan_stage([there, host], Room(124, 10**9), 8)
     assert (made.way, made.at_once, made.seconds) == (IN_HOST, 8, 3.0)
-    need = Need(stage, slow, None, {"a": Bytes(0, 0)}, 100)
-    made, _ = plan_stage(need, Room(124), 8)
+    made, _ = plan_stage([there], Room(124), 8)
     assert (made.way, made.at_once, made.seconds) == (ON_DEVICE, 2, 10.0)
+
+
+def test_another_way_has_to_seem_clearly_quicker():
+    stage = stage_of([0] * 10 + [1] * 10)
+    (there,) = needs_of(stage)
+    for seconds, way in ((0.9e-3, ON_DEVICE), (0.5e-3, "other")):
+        other = replace(there, cost=cost_of(1, 3, more=seconds), name="other")
+        assert plan_stage([there, other], Room(10**9), 8)[0].way == way
 
 
 def test_moments_count_where_they_are_while_rows_wait_there():
@@ -127,17 +141,17 @@ def test_moments_count_where_they_are_while_rows_wait_there():
 
 def test_what_cannot_fit_is_said():
     with pytest.raises(OutOfMemory, match="denoiser needs at least"):
-        plan_stage(need_of(stage_of([0, 1])), Room(101), 8)
+        plan_stage(needs_of(stage_of([0, 1])), Room(101), 8)
     with pytest.raises(OutOfMemory, match="needs at least"):  # a later stage needs all rows
-        plan_stage(need_of(stage_of([0] * 9, feeds=True)), Room(105), 8)
-    need = need_of(stage_of([0, 1]), parked=parked())
+        plan_stage(needs_of(stage_of([0] * 9, feeds=True)), Room(105), 8)
+    needs = needs_of(stage_of([0, 1]), parked())
     with pytest.raises(OutOfMemory, match=r"host memory.* lower samples, timesteps or latent_size"):
-        plan_stage(need, Room(102, 10**9), 8)
+        plan_stage(needs, Room(102, 10**9), 8)
 
 
 def test_processes_share_the_rows_that_wait():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, _ = plan_stage(need_of(stage, processes=Processes(0, 2)), Room(10**9), 8)
+    made, _ = plan_stage(needs_of(stage, processes=Processes(0, 2)), Room(10**9), 8)
     assert made.bytes == 100 + 2 * 1 + 8 * 3
 
 
@@ -153,6 +167,9 @@ class Runs:
 
     def run(self, batch):
         batch.run()
+
+    def in_levels(self, levels):
+        return nullcontext()
 
 
 def test_the_longest_row_is_measured_alone_and_twice():
@@ -249,7 +266,7 @@ def test_the_longest_row_is_what_the_host_says():
 
 def test_rows_that_are_left_take_their_kinds_along():
     stage = stage_of([0] * 4 + [1] * 4, kinds=list("abcdefgh"), lengths=list(range(8)))
-    _, kept = plan_stage(need_of(stage), Room(106), 8)
+    _, kept = plan_stage(needs_of(stage), Room(106), 8)
     assert list(kept.owners) == [0, 0, 1, 1]
     assert kept.kinds == ["a", "c", "e", "g"]
     assert kept.lengths == [0, 2, 4, 6]
@@ -296,7 +313,7 @@ def test_rows_that_are_left_out_are_warned_of(caplog):
     host = Roomy(float("inf"))
     merge_on(host, "free")
     with caplog.at_level("WARNING"):
-        result = merge_on(Roomy(host.asked[0] * 0.7), "free", micro_batch=2)
+        result = merge_on(Roomy(host.asked[0] * 0.3), "free", micro_batch=2)
     assert "Not enough memory for all rows: model" in caplog.text
     assert "do not fit" in result.report.summary().splitlines()[1]
     assert result.report.rows < 12  # those that ran

@@ -76,6 +76,11 @@ class Parking(TorchDispatchMode):
         self._now: int | None = None
         self._visiting: dict[_Held, None] = {}
 
+    @property
+    def away(self) -> int:
+        """Bytes that wait in the place now."""
+        return sum(map(len, (p for h in self._held.values() if h.away for p in h.slot or ())))
+
     def turn(self, forward: int) -> None:
         """``forward`` goes on: what it used last is put back."""
         self._leave()

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..activations.blocks import Levels
 from ..activations.choice import TokenChoice
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.processes import ALONE, Processes
@@ -35,7 +36,7 @@ class Batching:
 
     Of stages whose tokens are places of a picture, ``saliency`` is the share of
     :mod:`..activations.saliency`. ``waiting`` is where the rows of a
-    sweep do (None: all on the device).
+    sweep do (None: all on the device), and ``levels`` where they pause (None: at every site).
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Batching:
     saliency: float = 0.0
     policy: Policy = POLICY
     waiting: Waiting | None = None
+    levels: Levels | None = None
 
 
 def micro_batches(

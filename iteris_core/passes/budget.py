@@ -14,17 +14,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..activations.blocks import Levels
 from ..activations.host_memory import HostMemory
 from ..activations.lockstep import Lockstep
-from ..activations.meter import free_memory, is_apart, usable
+from ..activations.meter import is_apart
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
+from ..solve.choose import POLICY
 from ..solve.problem import Bytes
 from .batches import Batching, Waiting, fewer, limit_of
 from .job import Job
 from .measure import Measure
 from .need import Need, Room
+from .ways import ON_DEVICE, free_host, other_ways
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ BytesOf = Callable[[str, bool], Bytes]
 class StagePlan:
     """What a stage will take: ``at_once`` of ``rows`` rows at a time, out of ``offered``, in
     ``bytes`` beyond the model and about so many ``seconds``. Where rows wait for each other
-    ``way`` says where; if in host memory, ``on_device`` are not, and the others take
-    ``host_bytes`` there."""
+    ``way`` says where and how; if in host memory, ``on_device`` do not (else None), and the others
+    take ``host_bytes`` there. They pause at the end of each of ``levels`` (None: at every site)."""
 
     stage: str
     rows: int
@@ -46,9 +49,10 @@ class StagePlan:
     bytes: int
     budget: float
     way: str = ""
-    on_device: int = 0
+    on_device: int | None = None
     host_bytes: int = 0
     seconds: float = 0.0
+    levels: Levels | None = None
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows"
@@ -63,9 +67,6 @@ class StagePlan:
             f"about {_duration(self.seconds)}",
         ]
         return ", ".join(filter(None, parts))
-
-
-ON_DEVICE, IN_HOST = "waiting on the device", "waiting in host memory"
 
 
 def plan(
@@ -96,7 +97,7 @@ def plan(
         job.processes,
         sweep,
         passes,
-        job.policy.host_gain,
+        ON_DEVICE if sweep else "",
     )
     wanted = need.bytes_of(len(stage.owners), batching.rows)
     if budget == "free":
@@ -105,13 +106,14 @@ def plan(
         budget = job.processes.least(job.host.room(wanted) // sharing)
     else:
         job.host.room(min(wanted, budget))
-    room = Room(budget)
-    if sweep and wanted > budget and is_apart(cost.device):
-        free = usable(free_memory(torch.device("cpu"))) // job.processes.size
-        free = job.processes.least(free)
-        room = Room(budget, free)
-        need = replace(need, parked=measure.row(HostMemory(cost.device, free)))
-    made, stage = plan_stage(need, room, batching.rows)
+    room, needs = Room(budget), [need]
+    if sweep and wanted > budget:
+        place = None
+        if is_apart(cost.device):
+            room = Room(budget, job.processes.least(free_host(job.processes)))
+            place = HostMemory(cost.device, room.host)
+        needs += other_ways(need, measure, place)
+    made, stage = plan_stage(needs, room, batching.rows, job.policy.way_gain)
     job.ran.plan.append(str(made))
     if made.rows < made.offered:
         _log.warning(
@@ -121,9 +123,9 @@ def plan(
         )
     job.tick(f"plan: {made}", 1, 1)
     waiting = None
-    if made.way == IN_HOST:
+    if made.on_device is not None:
         waiting = Waiting(made.on_device, cost.device, room.host)
-    return stage, replace(batching, rows=made.at_once, waiting=waiting)
+    return stage, replace(batching, rows=made.at_once, waiting=waiting, levels=made.levels)
 
 
 def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
@@ -136,40 +138,50 @@ def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> i
     )
 
 
-def plan_stage(need: Need, room: Room, most: int) -> tuple[StagePlan, Stage]:
+def plan_stage(
+    needs: Sequence[Need], room: Room, most: int, gain: float = POLICY.way_gain
+) -> tuple[StagePlan, Stage]:
     """The quickest plan of up to ``most`` rows at once that fits into ``room``, and the stage with
-    the rows that it has left.
+    the rows that it has left. ``needs`` are the ways to run it, and one is taken in place of
+    another before it where it seems ``gain`` times quicker.
 
     Where no way fits rows are left out, evenly over the concepts; a stage that a later one needs in
     full loses none. Raises :class:`OutOfMemory` where a row for each concept is too much.
     """
-    stage, size = need.stage, need.processes.size
+    stage, size = needs[0].stage, needs[0].processes.size
     offered = len(stage.owners)
-    found = _quickest(need, room, offered, most, offered)
+    found = _quickest(needs, room, offered, most, offered, gain)
     if found is None:
         fewest = offered if stage.feeds else max(len(set(stage.owners)), size)
         rows = _largest(
-            lambda rows: _quickest(need, room, rows, 1, offered) is not None, fewest, offered
+            lambda rows: _quickest(needs, room, rows, 1, offered, gain) is not None, fewest, offered
         )
         if rows is None:
-            raise _too_much(need, room, fewest)
+            raise _too_much(needs, room, fewest)
         stage = fewer(stage, rows // size * size if size > 1 else rows)
-        found = _quickest(need, room, len(stage.owners), most, offered)
+        found = _quickest(needs, room, len(stage.owners), most, offered, gain)
         assert found is not None
     return found, stage
 
 
-def _quickest(need: Need, room: Room, rows: int, most: int, offered: int) -> StagePlan | None:
-    return min(_ways(need, room, rows, most, offered), key=lambda made: made.seconds, default=None)
+def _quickest(
+    needs: Sequence[Need], room: Room, rows: int, most: int, offered: int, gain: float
+) -> StagePlan | None:
+    best = None
+    for need in needs:
+        ways = _of_way(need, room, rows, most, offered)
+        made = min(ways, key=lambda made: made.seconds, default=None)
+        if made is not None and (best is None or gain * made.seconds < best.seconds):
+            best = made
+    return best
 
 
-def _ways(need: Need, room: Room, rows: int, most: int, offered: int) -> Iterator[StagePlan]:
-    """Those that fit; where they are alike quick, the first is the better."""
+def _of_way(need: Need, room: Room, rows: int, most: int, offered: int) -> Iterator[StagePlan]:
+    """Those that fit."""
     mine = need.mine(rows)
     most = min(most, mine)
 
-    def made(at_once: int, way: str, on_device: int | None = None) -> StagePlan:
-        away = 0 if on_device is None else mine - on_device
+    def made(at_once: int, on_device: int | None = None) -> StagePlan:
         return StagePlan(
             need.stage.name,
             rows,
@@ -177,16 +189,17 @@ def _ways(need: Need, room: Room, rows: int, most: int, offered: int) -> Iterato
             at_once,
             need.bytes_of(rows, at_once, on_device),
             room.device,
-            way,
-            mine - away,
-            away * need.cost.waiting,
+            need.name,
+            on_device,
+            need.host_bytes(rows, on_device),
             need.seconds_of(rows, at_once, on_device),
+            need.levels,
         )
 
-    at_once = _largest(lambda count: need.bytes_of(rows, count) <= room.device, 1, most)
-    if at_once is not None:
-        yield made(at_once, ON_DEVICE if need.waits else "")
-    if not (need.waits and need.parked):
+    if need.parked is None:
+        at_once = _largest(lambda count: need.bytes_of(rows, count) <= room.device, 1, most)
+        if at_once is not None:
+            yield made(at_once)
         return
     for count in _halves(most):
         kept = _largest(
@@ -197,25 +210,26 @@ def _ways(need: Need, room: Room, rows: int, most: int, offered: int) -> Iterato
         if kept is None:
             continue
         kept = kept // count * count  # whole forwards
-        if (mine - kept) * need.cost.waiting <= room.host:
-            yield made(count, IN_HOST, kept)
+        if need.host_bytes(rows, kept) <= room.host:
+            yield made(count, kept)
 
 
-def _too_much(need: Need, room: Room, fewest: int) -> OutOfMemory:
-    least = need.bytes_of(fewest, 1)
+def _too_much(needs: Sequence[Need], room: Room, fewest: int) -> OutOfMemory:
+    def least(need: Need) -> int:
+        return need.bytes_of(fewest, 1, None if need.parked is None else 0)
+
+    need = min(needs, key=least)
     tried = ""
-    if need.waits and need.parked:
-        least = need.bytes_of(fewest, 1, 0)
-        host = need.mine(fewest) * need.cost.waiting / 2**30
+    if need.parked is not None:
         tried = (
-            f", with rows waiting in {host:.2f} GiB of host memory, of which "
-            f"{room.host / 2**30:.2f} GiB are free"
+            f", with rows waiting in {need.host_bytes(fewest, 0) / 2**30:.2f} GiB of host memory, "
+            f"of which {room.host / 2**30:.2f} GiB are free"
         )
     what = "all rows, which later stages need" if need.stage.feeds else "a row for each concept"
     return OutOfMemory(
-        f"The {need.stage.name} needs at least {least / 2**30:.2f} GiB beyond the model for {what}"
-        f"{tried}, and {room.device / 2**30:.2f} GiB may be used; lower samples, timesteps or "
-        "latent_size, or allow more memory."
+        f"The {need.stage.name} needs at least {least(need) / 2**30:.2f} GiB beyond the model for "
+        f"{what}{tried}, and {room.device / 2**30:.2f} GiB may be used; lower samples, timesteps "
+        "or latent_size, or allow more memory."
     )
 
 

@@ -5,27 +5,34 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 
-from ..activations.meter import free_memory, is_apart, is_out_of_memory, usable
+from ..activations.lockstep import Lockstep
+from ..activations.meter import is_apart, is_out_of_memory
 from ..errors import OutOfMemory, brief
 from ..hosts.protocol import Stage
 from .batches import Batching, Waiting
 from .job import Job
+from .ways import BLOCKS, find, free_host, replayable
 
 _Ran = TypeVar("_Ran")
 
 
 def within_memory(
-    job: Job, stage: Stage, fitted: Batching, run: Callable[[Batching], _Ran], *, sweep: bool
+    job: Job,
+    stage: Stage,
+    fitted: Batching,
+    run: Callable[[Batching], _Ran],
+    sweep: Lockstep | None = None,
 ) -> tuple[_Ran, Batching]:
     """What ``run`` gives, and the batching with which it had memory enough: ``fitted``, or one that
-    takes less."""
+    takes less. ``sweep`` is what runs, if that is one."""
     tried: list[str] = []
     said = ""  # not the error itself, whose frames hold tensors
-    for batching in [fitted, *_less(job, stage, fitted, sweep)]:
+    for batching in chain([fitted], _less(job, stage, fitted, sweep)):
         try:
             return run(batching), batching
         except Exception as error:
@@ -43,31 +50,41 @@ def within_memory(
     )
 
 
-def _less(job: Job, stage: Stage, fitted: Batching, sweep: bool) -> Iterator[Batching]:
-    """In a sweep all rows wait in host memory, where that is another; then half as many at once,
-    down to one."""
-    if sweep:
-        waiting = fitted.waiting or _in_host(job)
-        if waiting is not None and fitted.waiting != replace(waiting, on_device=0):
-            fitted = replace(fitted, waiting=replace(waiting, on_device=0))
+def _less(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep | None) -> Iterator[Batching]:
+    """In a sweep all rows wait in host memory, where that is another, and then block by block; then
+    half as many at once, down to one."""
+    if sweep is not None:
+        found = find(stage, sweep)
+        waiting = _in_host(job, fitted)
+        if waiting is not None and fitted.waiting != waiting:
+            levels = found.levels() if fitted.levels is None else fitted.levels
+            fitted = replace(fitted, waiting=waiting, levels=levels)
             yield fitted
+        if fitted.levels is None or not fitted.levels.blocks:
+            levels = replayable(stage, sweep, found.levels(max(BLOCKS.values())))
+            if levels.blocks:
+                fitted = replace(fitted, levels=levels)
+                yield fitted
     rows = min(fitted.rows, len(stage.owners))
     while rows > 1:
         rows //= 2
         yield replace(fitted, rows=rows)
 
 
-def _in_host(job: Job) -> Waiting | None:
+def _in_host(job: Job, fitted: Batching) -> Waiting | None:
+    if fitted.waiting is not None:
+        return replace(fitted.waiting, on_device=0)
     module = next(iter(job.host.sites().values()))
     device = next(module.parameters()).device
     if not is_apart(device):
         return None
-    free = usable(free_memory(torch.device("cpu"))) // job.processes.size
-    return Waiting(0, device, free)
+    return Waiting(0, device, free_host(job.processes))
 
 
 def _attempt(batching: Batching) -> str:
-    rows = f"{batching.rows} rows at once" if batching.rows > 1 else "one row at once"
-    if batching.waiting is None:
-        return rows
-    return f"{rows}, {batching.waiting.on_device} waiting on the device, others in host memory"
+    tried = f"{batching.rows} rows at once" if batching.rows > 1 else "one row at once"
+    if batching.levels is not None and batching.levels.blocks:
+        tried += ", block by block"
+    if batching.waiting is not None:
+        tried += f", {batching.waiting.on_device} waiting on the device, others in host memory"
+    return tried

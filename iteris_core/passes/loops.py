@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..activations.blocks import Levels
 from ..activations.collect import StreamCollector, SweepCollector
 from ..activations.host_memory import HostMemory
 from ..activations.lockstep import Lockstep
@@ -77,7 +78,7 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
                     job.tick(f"features of the {stage.name}", done, len(batches))
                 return collector
 
-            collector, _ = within_memory(job, stage, fitted, run, sweep=False)
+            collector, _ = within_memory(job, stage, fitted, run)
             for site in collector.sites:
                 solutions[site] = reducing.named(site, collector.take(site))
     return _complete(job, solutions)
@@ -99,7 +100,7 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
                     del solutions[site], lockstep.merged[site]
                 _sweep(job, lockstep, stage, fitted, reducing, solutions)
 
-            within_memory(job, stage, fitted, run, sweep=True)
+            within_memory(job, stage, fitted, run, lockstep)
     return _complete(job, solutions)
 
 
@@ -130,7 +131,8 @@ def _sweep(
     reducing: Reducing,
     solutions: Solutions,
 ) -> None:
-    collector = _collector(job, reducing, SweepCollector)
+    levels = fitted.levels
+    collector = _collector(job, reducing, SweepCollector, narrow=levels is not None)
 
     def solve(site: str) -> LowRank:
         solutions[site] = reducing.named(site, collector.take(site))
@@ -140,6 +142,7 @@ def _sweep(
     batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
     last = set[str]() if stage.feeds else set(stage.sites)
     with ExitStack() as stack:
+        stack.enter_context(lockstep.in_levels(levels or Levels()))
         parking = None
         if fitted.waiting is not None:
             place = HostMemory(fitted.waiting.device, fitted.waiting.host_bytes)
@@ -212,7 +215,7 @@ def jacobi(
                     return collector
 
                 collector, fitted = within_memory(
-                    job, stage, planned.get(stage.name, batching), run, sweep=False
+                    job, stage, planned.get(stage.name, batching), run
                 )
                 planned[stage.name] = fitted
                 for site in collector.sites:
@@ -239,7 +242,7 @@ def _stages(job: Job, samples: Any) -> Iterator[Stage]:
 _Kind = TypeVar("_Kind", StreamCollector, SweepCollector)
 
 
-def _collector(job: Job, reducing: Reducing, kind: type[_Kind]) -> _Kind:
+def _collector(job: Job, reducing: Reducing, kind: type[_Kind], **more: Any) -> _Kind:
     return kind(
         job.changes,
         reducing.begin,
@@ -247,6 +250,7 @@ def _collector(job: Job, reducing: Reducing, kind: type[_Kind]) -> _Kind:
         processes=job.processes,
         acting=reducing.acting,
         inputs=reducing.inputs,
+        **more,
     )
 
 

@@ -1,7 +1,8 @@
 """What a row of a stage costs, measured: bytes at every site, and seconds.
 
-One row runs, and the same row twice; what the second one adds is what a row takes, and the rest is
-what a forward takes whatever its rows (weights that are cast or brought to the device).
+It pauses as in a sweep, one way or another. One row runs, and the same row twice; what the second
+one adds is what a row takes, and the rest is what a forward takes whatever its rows (weights that
+are cast or brought to the device).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..activations.blocks import Levels
+from ..activations.choice import TokenChoice
 from ..activations.host_memory import wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter, is_apart
@@ -69,21 +72,25 @@ class Measure:
     limit: Limit = None
     itemsize: int = 4
 
-    def row(self, place: Place | None = None) -> Cost:
-        """What a row costs that waits on the device, or in ``place`` at every site.
+    def row(self, levels: Levels | None = None, place: Place | None = None) -> Cost:
+        """What a row costs that waits on the device, or in ``place``, at the end of each of the
+        ``levels`` (None: at every site).
 
         Changes are cast to the model's dtype when a site is first reached, and stay so: no row
         holds them, so that a run in which that happened is not the one that counts.
         """
         row, before = _longest(self.stage), self.lockstep.cast_bytes
-        one = _Run(self, [row], place)
+
+        def run(rows: Sequence[int], *, metered: bool = True) -> _Run:
+            return _Run(self, rows, levels, place, metered=metered)
+
+        one = run([row])
         if self.lockstep.cast_bytes != before:
-            one = _Run(self, [row], place)
-        two = _Run(self, [row, row], place)
+            one = run([row])
+        two = run([row, row])
         seconds = one.seconds, two.seconds
         if is_apart(one.device):  # where a meter takes longer than the forward
-            timed = [_Run(self, rows, place, metered=False) for rows in ([row], [row, row])]
-            seconds = timed[0].seconds, timed[1].seconds
+            seconds = run([row], metered=False).seconds, run([row, row], metered=False).seconds
         return Cost(
             [_step(*pair, self.copies) for pair in zip(one.steps, two.steps, strict=True)],
             one.device,
@@ -110,20 +117,36 @@ def _step(one: Step, two: Step, copies: int) -> Step:
 
 
 class _Run:
-    """One forward of so many times the same row under a meter, and an observer that notes what is
-    alive when a site is reached."""
+    """One forward of so many times the same row under a meter, which notes what is alive when the
+    forward pauses."""
 
     def __init__(
-        self, measure: Measure, rows: Sequence[int], place: Place | None, *, metered: bool = True
+        self,
+        measure: Measure,
+        rows: Sequence[int],
+        levels: Levels | None,
+        place: Place | None,
+        *,
+        metered: bool,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
+        self._narrow = levels is not None
         self._groups: dict[Group, str] = {}
+        self._level: list[Observation] = []
         self._parking = None if place is None else Parking(place)
-        stage = measure.stage
-        owners = [stage.owners[row] for row in rows]
+        stage, lockstep = measure.stage, measure.lockstep
+        batch = MicroBatch(
+            lambda: stage.run(rows, 1),
+            [stage.owners[row] for row in rows],
+            1,
+            self,
+            pause=self._pause,
+            choice=TokenChoice(rows, measure.limit, 0),
+        )
         with ExitStack() as stack:
+            stack.enter_context(lockstep.in_levels(levels or Levels()))
             if metered:
                 stack.enter_context(self._meter)
             if self._parking is not None:
@@ -131,26 +154,42 @@ class _Run:
                 self._parking.turn(0)
             wait_for(self.device)
             started = time.perf_counter()
-            measure.lockstep.run(MicroBatch(lambda: stage.run(rows, 1), owners, 1, self))
+            lockstep.run(batch)
             wait_for(self.device)
             self.seconds = time.perf_counter() - started
             self.steps.append(Step("", running=self._meter.peak))
 
     def observe(self, shown: Observation) -> None:
-        meter = self._meter
+        """What the solve of a site will read is kept until then, as in a sweep."""
         self.device = shown.inputs.device
+        if self._narrow:
+            shown = shown.narrowed()
+        self._level.append(shown)
         tensors = (shown.inputs, shown.outputs, shown.stream)
         held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         others = shown.alive - {shown.group}
         beside = [site for group, site in self._groups.items() if group in others]
-        reduced = shown.rows * self._reduced(shown)
         self.steps.append(
-            Step(shown.name, meter.live, meter.peak, held, reduced, beside=tuple(beside))
+            Step(
+                shown.name,
+                shown=held,
+                reduced=shown.rows * self._reduced(shown),
+                beside=tuple(beside),
+            )
         )
         self._groups[shown.group] = shown.name
-        if self._parking is not None:
-            self._parking.rest()
-            self._parking.turn(0)
+
+    def _pause(self, _: str) -> None:
+        meter, parking = self._meter, self._parking
+        waiting = meter.live + (0 if parking is None else parking.away)
+        count = len(self._level)
+        self.steps[-count:] = [
+            replace(step, waiting=waiting, running=meter.peak) for step in self.steps[-count:]
+        ]
+        if parking is not None:
+            parking.rest()
+            parking.turn(0)
+        self._level.clear()
         meter.peak = meter.live
 
     def _reduced(self, shown: Observation) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..activations.blocks import Levels
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
-from ..solve.choose import POLICY
 from ..solve.problem import Bytes
 from .measure import Cost
 
@@ -26,10 +26,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Need:
-    """What ``stage`` needs beyond the model: ``fixed`` bytes in any case, ``sites`` for moments and
-    solves, and a ``cost`` for each row of this process, or ``parked`` if it waits in host memory.
-    ``waits`` says that all rows wait at each site (a sweep), and ``host_gain`` how much quicker
-    host memory must seem."""
+    """What ``stage`` needs beyond the model, one way or another: ``fixed`` bytes in any case,
+    ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
+    it waits in host memory. ``waits`` says that all rows wait (a sweep), at the end of each of the
+    ``levels`` (None: at every site). The way is called ``name``."""
 
     stage: Stage
     cost: Cost
@@ -39,7 +39,8 @@ class Need:
     processes: Processes = field(default_factory=Processes)
     waits: bool = True
     passes: int = 1
-    host_gain: float = POLICY.host_gain
+    name: str = ""
+    levels: Levels | None = None
 
     def mine(self, rows: int) -> int:
         """This process's part."""
@@ -53,6 +54,12 @@ class Need:
         if not self.waits:
             return self.fixed + self._streamed(at_once)
         return self.fixed + max(self._swept(mine, at_once, on_device))
+
+    def host_bytes(self, rows: int, on_device: int | None) -> int:
+        """What rows take of the host's memory that do not wait on the device."""
+        if self.parked is None or on_device is None:
+            return 0
+        return (self.mine(rows) - on_device) * self.parked.waiting
 
     def seconds_of(self, rows: int, at_once: int, on_device: int | None = None) -> float:
         """About so long, but for what solving takes."""

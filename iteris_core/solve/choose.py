@@ -30,9 +30,10 @@ class Policy:
     ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input`` for each of a
     site's inputs. With fewer prompts a concept than ``enough_samples`` a fit follows its sample, so
     that the ``ridge`` grows with the square of what is missing. Two concepts in pictures, which
-    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units. Rows that
-    could wait on the device wait in host memory where that seems ``host_gain`` times quicker, since
-    more run at once: the seconds of a forward or two are measured no better.
+    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units. Of the
+    ways to run a sweep one that takes less memory is preferred to another where it seems
+    ``way_gain`` times quicker, since more rows run at once: the seconds of a forward or two are
+    measured no better.
     """
 
     rows_gain: float = 3.0
@@ -46,7 +47,7 @@ class Policy:
     ridge: float = 1e-6
     enough_samples: int = 50
     repair_share: float = 0.5
-    host_gain: float = 1.2
+    way_gain: float = 1.2
 
     def choose(
         self, opening: Opening, fit: Fit, objective: Objective, dtype: torch.dtype

@@ -1,0 +1,235 @@
+"""Finds a model's levels and blocks (:mod:`.blocks`) by watching two forwards of one row.
+
+The first tells which sites' outputs are read before another site is called, and in which modules
+sites lie; the second, whether a block gives the same when it is run again, and which of its
+arguments it changes in place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .blocks import Block, Levels, copied, versions
+from .lockstep import Lockstep
+from .micro_batch import MicroBatch, Observer
+from .tokens import Observation
+
+_log = logging.getLogger(__name__)
+
+SAME = 1e-3
+"""How much of itself a block may give otherwise when it runs again: what kernels round."""
+
+Make = Callable[[Observer | None], MicroBatch]
+"""A forward of one row, shown to an observer."""
+
+
+@dataclass
+class Found:
+    """What the first forward told: ``sites`` in order, those that are ``joined`` to the one that
+    follows, and the modules in which each was called, from the outside in."""
+
+    sites: list[str] = field(default_factory=list[str])
+    joined: set[str] = field(default_factory=set[str])
+    inside: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict[str, Any])
+    calls: Counter[nn.Module] = field(default_factory=Counter[nn.Module])
+
+    def levels(self, most: int = 0) -> Levels:
+        """With blocks that are the largest modules of 2 to ``most`` levels. A level ends where a
+        block does."""
+        blocks = self._blocks(most)
+        ends: dict[str, Sequence[str]] = {}
+        level: list[str] = []
+        lasts: dict[nn.Module, list[str]] = {}
+        for number, site in enumerate(self.sites):
+            level.append(site)
+            block = blocks.get(site)
+            if site in self.joined and blocks.get(self.sites[number + 1]) is block:
+                continue
+            ends[site] = tuple(level)
+            if block is not None:
+                lasts.setdefault(block, []).append(site)
+            level = []
+        return Levels(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
+
+    def _blocks(self, most: int) -> dict[str, nn.Module]:
+        """Site → the block that it is in."""
+        count: Counter[nn.Module] = Counter()
+        for site in self.sites:
+            if site not in self.joined:
+                count.update(self.inside[site])
+        blocks: dict[str, nn.Module] = {}
+        for site in self.sites:
+            for module in self.inside[site]:
+                if 2 <= count[module] <= most and self.calls[module] == 1:
+                    blocks[site] = module
+                    break
+        return blocks
+
+
+def watched(lockstep: Lockstep, make: Make) -> Found:
+    """What a forward tells of its levels."""
+    watch = _Watch()
+    with watch, watch.modules():
+        lockstep.run(make(watch))
+    return watch.found
+
+
+def with_replayable(levels: Levels, lockstep: Lockstep, make: Make) -> Levels:
+    """``levels`` with those blocks that can be replayed, and what they write to."""
+    blocks: dict[nn.Module, Block] = {}
+    with _trials(levels.blocks, blocks):
+        lockstep.run(make(None))
+    return Levels(levels.ends, blocks)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation between one site and the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Found()
+        self._outputs: dict[int, Tensor] = {}
+        self._given: list[tuple[Tensor, int | None]] = []
+        self._inside: list[nn.Module] = []
+
+    @contextmanager
+    def modules(self) -> Generator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.found.calls[module] += 1
+            self._inside.append(module)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe(self, shown: Observation) -> None:
+        found = self.found
+        changed = any(_version(tensor) != version for tensor, version in self._given)
+        if self._outputs and not changed:
+            found.joined.add(found.sites[-1])
+        else:
+            self._begin()
+        if shown.name not in found.inside:
+            found.sites.append(shown.name)
+            found.inside[shown.name] = tuple(self._inside)
+        self._outputs[shown.outputs.untyped_storage()._cdata] = shown.outputs
+        for tensor in (shown.inputs, shown.stream):
+            if tensor is not None:
+                self._given.append((tensor, _version(tensor)))
+
+    def _begin(self) -> None:
+        """Of what was shown something was read or changed: a level ends with the last site."""
+        self._outputs.clear()
+        self._given.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = {
+            leaf.untyped_storage()._cdata
+            for leaf in _pytree.tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor) and _has_storage(leaf)
+        }
+        result = func(*args, **(kwargs or {}))
+        asked &= self._outputs.keys()
+        if asked and not _is_view(func, result, asked):
+            self._begin()
+        return result
+
+
+@contextmanager
+def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> Generator[None]:
+    """Every block is run on copies of its arguments before it is run on them."""
+    entered: dict[nn.Module, tuple[Any, list[int | None]]] = {}
+    trying: list[nn.Module] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if trying:
+            return
+        trying.append(module)
+        given = copied((args, kwargs))
+        try:
+            entered[module] = module(*given[0], **given[1]), versions((args, kwargs))
+        except Exception:  # of any kind: it only shows that the block cannot be replayed
+            _log.debug("%s cannot be replayed", type(module).__name__, exc_info=True)
+        finally:
+            trying.pop()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if trying or module not in entered:
+            return
+        again, were = entered.pop(module)
+        now = versions((args, kwargs))
+        written = {i for i, (a, b) in enumerate(zip(were, now, strict=True)) if a != b}
+        unknown = {
+            number
+            for number, leaf in enumerate(_pytree.tree_leaves((args, kwargs)))
+            if isinstance(leaf, Tensor) and leaf.is_inference()
+        }
+        if _alike(again, output):
+            good[module] = Block(blocks[module].ends, frozenset(written | unknown))
+
+    handles = [
+        handle
+        for module in blocks
+        for handle in (
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(one: Any, other: Any) -> bool:
+    first, second = _pytree.tree_leaves(one), _pytree.tree_leaves(other)
+    return len(first) == len(second) and all(
+        float((a - b).float().norm()) <= SAME * float(b.float().norm())
+        for a, b in zip(first, second, strict=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def _is_view(func: Any, result: Any, asked: set[int]) -> bool:
+    """Whether all that an operation gives are views of what it was asked for."""
+    made = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return (
+        not func._schema.is_mutable
+        and bool(made)
+        and all(_has_storage(t) and t.untyped_storage()._cdata in asked for t in made)
+    )

@@ -1,0 +1,76 @@
+"""The ways to run a sweep agree on every class of model, bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pipelines import PIPELINES, write_lora
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations.host_memory import HostMemory
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.passes import loops
+from iteris_core.passes.batches import Waiting
+from iteris_core.passes.ways import BLOCKS, find, replayable
+
+CPU = torch.device("cpu")
+FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in PIPELINES]
+)
+def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
+    reduced = PIPELINES[name]()
+    host = DiffusersHost(reduced.pipeline, **reduced.call)
+    concepts = []
+    for seed in (1, 2):
+        lora = host.read_lora(write_lora(tmp_path / f"{seed}.safetensors", reduced.pipeline, seed))
+        concepts.append(Concept(lora, prompts=list(reduced.prompts)))
+    places, replayed = [], []
+
+    def place(*args):
+        places.append(HostMemory(*args))
+        return places[-1]
+
+    monkeypatch.setattr(loops, "HostMemory", place)
+
+    def merged(most, waiting):
+        """With blocks of so many levels (None: at every site)."""
+
+        def planned(job, stage, lockstep, fitted, *_, **__):
+            if most is None or not stage.sites:
+                return stage, fitted
+            levels = replayable(stage, lockstep, find(stage, lockstep).levels(most))
+            replayed.extend(levels.blocks)
+            return stage, replace(fitted, levels=levels, waiting=waiting)
+
+        monkeypatch.setattr(loops, "plan", planned)
+        return merge_loras(
+            host,
+            concepts,
+            settings={"micro_batch": 5, **reduced.settings},
+            calibration=Calibration(samples=6, timesteps=2, denoising_steps=3, seed=3),
+            unmergeable="skip",
+        ).lora.sites
+
+    wanted = merged(None, None)
+    sweeps = reduced.settings.get("schedule") != "jacobi"
+    for most, waiting in (
+        (0, Waiting(0, CPU, 1 << 30)),
+        (BLOCKS["small blocks"], None),
+        (BLOCKS["large blocks"], Waiting(0, CPU, 1 << 30)),
+    ):
+        places.clear()
+        replayed.clear()
+        found = merged(most, waiting)
+        assert bool(replayed) == bool(most)
+        assert bool(places) == (sweeps and waiting is not None)
+        for memory in places:
+            assert memory.moved > 0
+            assert all(slab._gaps == [(0, len(slab._memory))] for slab in memory._slabs)
+        for site, change in wanted.items():
+            assert torch.equal(change.up, found[site].up), site
+            assert torch.equal(change.down, found[site].down), site
