@@ -17,6 +17,7 @@ from iteris_core.activations.meter import MemoryMeter
 from iteris_core.activations.parking import RESTS, Parking
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.passes import budget, fallback, loops, ways
+from iteris_core.solve.choose import POLICY, Policy
 
 CPU = torch.device("cpu")
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
@@ -231,13 +232,14 @@ def test_inference_tensors_wait_too():
         assert turns.turn(0, lambda: float(tensor.sum())) == 6
 
 
-def merge(host, memory, **settings):
+def merge(host, memory, policy=POLICY, **settings):
     return merge_loras(
         host,
         two_concepts(host),
         settings={"statistics": "float64", **settings},
         calibration=CALIBRATION,
         memory_budget=memory,
+        policy=policy,
     )
 
 
@@ -282,8 +284,37 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
             merge(host, mib * 2**20, statistics="float32")
         made, peak = plans[-1][0], peaks[-1]
         assert made.rows == 36
-        assert 0.9 * made.bytes <= peak <= 1.02 * made.bytes, made
-    assert {made.way for made, _ in plans} == {ways.ON_DEVICE, ways.IN_HOST}
+        assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
+    assert {made.way for made, _ in plans} >= {ways.ON_DEVICE, ways.IN_HOST}
+
+
+@pytest.mark.parametrize("where", ["on the device", "in host memory"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size, where):
+    if where == "in host memory":
+        monkeypatch.setattr(budget, "is_apart", lambda device: True)
+    plans, peaks = [], []
+    sweep, make = Lockstep.sweep, budget.plan_stage
+
+    def watched(self, *args):
+        before = meter.peak = meter.live
+        sweep(self, *args)
+        peaks.append(meter.peak - before)
+
+    def kept(needs, *args):
+        wanted = [n for n in needs if size in n.name and where in n.name]
+        plans.append(make(wanted or needs, *args))
+        return plans[-1]
+
+    monkeypatch.setattr(Lockstep, "sweep", watched)
+    monkeypatch.setattr(budget, "plan_stage", kept)
+    for mib in (14, 9) if where == "on the device" else (6, 3):
+        with MemoryMeter() as meter:
+            merge(host, mib * 2**20, policy=Policy(sample_rows=4), statistics="float32")
+        made, peak = plans[-1][0], peaks[-1]
+        assert size in made.way
+        assert where in made.way
+        assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
 
 
 def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch, caplog):

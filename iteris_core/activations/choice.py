@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ class TokenChoice:
     ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
     ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
     larger. ``whole`` says that the tokens which are there were chosen from so many.
+    ``narrowed`` are the chosen tokens of tensors, as long as somebody has them.
     """
 
     def __init__(
@@ -24,12 +26,13 @@ class TokenChoice:
         seed: int,
         whole: int | None = None,
     ) -> None:
-        self._rows = rows
+        self.rows = rows
         self._limit = limit
         self._seed = seed
         self._whole = whole
         self._picks: dict[tuple[int, int], Tensor] = {}
         self._made: dict[int, TokenChoice] = {}
+        self.narrowed: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
     def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
         """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
@@ -37,7 +40,7 @@ class TokenChoice:
         if length <= limit:
             return None
         if (length, limit) not in self._picks:
-            picks = [self._pick(row, length, limit) for row in self._rows]
+            picks = [self._pick(row, length, limit) for row in self.rows]
             self._picks[length, limit] = torch.stack(picks)
         offsets = torch.arange(stop - start)[:, None] * length
         return (self._picks[length, limit][start:stop] + offsets).flatten()
@@ -49,7 +52,7 @@ class TokenChoice:
         def fewer(width: int) -> int:
             return tokens if limit is None else min(tokens, limit(width))
 
-        part = TokenChoice(self._rows, fewer, self._seed, self._whole)
+        part = TokenChoice(self.rows, fewer, self._seed, self._whole)
         part._picks = self._picks  # found once
         return part
 
@@ -58,7 +61,7 @@ class TokenChoice:
         if self._limit is None or length <= self._limit(width) or self._whole is not None:
             return None
         if length not in self._made:
-            self._made[length] = TokenChoice(self._rows, self._limit, self._seed, length)
+            self._made[length] = TokenChoice(self.rows, self._limit, self._seed, length)
         return self._made[length]
 
     def _pick(self, row: int, length: int, limit: int) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..solve.inputs import InputMoments
 from ..solve.moments import MomentReduction
 from ..solve.problem import Begin, Opening, Reduction
 from .processes import ALONE, Processes
-from .tokens import Group, Observation
+from .tokens import ConceptTokens, Group, Observation
 
 
 class Collector(ABC):
@@ -147,32 +148,44 @@ class StreamCollector(Collector):
 
 
 class SweepCollector(Collector):
-    """What is shown waits until its site is taken, and is reduced then; ``narrow`` says that copies
-    of the tokens that count wait, not the model's own tensors."""
+    """What is shown waits until its site is taken, and is reduced then.
 
-    def __init__(self, *args: Any, narrow: bool = False, **kwargs: Any) -> None:
+    ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` says that copies
+    of the tokens that count wait, not the model's own tensors. With ``rows``, how many this process
+    has, nothing waits once all of ``sampled`` have been shown: it is reduced at once, within what
+    ``aside()`` gives. Rows whose tokens are masked wait in any case.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sampled: Set[int] | None = None,
+        narrow: bool = False,
+        rows: int | None = None,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._narrow = narrow
+        self._sampled, self._narrow = sampled, narrow
+        self._rows, self._aside = rows, aside
         self._waiting: dict[str, list[Observation]] = {}
+        self._begun: dict[str, Reduction] = {}
 
     def take(self, site: str) -> Reduction:
-        waiting = self._waiting[site]
-
-        def sample(tokens: int) -> list[Tensor]:
-            return self._sample(site, waiting, tokens)
-
-        tokens = sum(shown.count(0, shown.rows) for shown in waiting)
-        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
-        for shown in waiting:
-            self._add(reduction, shown)
-        del self._waiting[site]
-        return self._ready(reduction)
+        begun = self._begun.pop(site, None)
+        if begun is None:
+            waiting = self._waiting[site]
+            tokens = sum(shown.count(0, shown.rows) for shown in waiting)
+            begun = self._reduced(site, waiting, tokens)
+            del self._waiting[site]
+        return self._ready(begun)
 
     def forget(self) -> None:
         super().forget()
         for waiting in self._waiting.values():  # an error's traceback may hold the list
             waiting.clear()
         self._waiting.clear()
+        self._begun.clear()
 
     def _keep(self, shown: Observation) -> None:
         if shown.call:
@@ -180,26 +193,62 @@ class SweepCollector(Collector):
                 f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
                 'at its first call; merge with schedule="jacobi", which counts all of them.'
             )
+        begun = self._begun.get(shown.name)
+        if begun is not None:
+            with self._aside():
+                self._add(begun, shown)
+            return
         waiting = self._waiting.setdefault(shown.name, [])
         waiting.append(shown.narrowed() if self._narrow else shown)
+        if self._rows is None or self._sampled is None or shown.mask is not None:
+            return
+        rows = sum(shown.rows for shown in waiting)
+        if rows < self._rows and sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
+            tokens = sum(shown.count(0, shown.rows) for shown in waiting)
+            with self._aside():
+                begun = self._reduced(shown.name, waiting, tokens * self._rows // rows)
+            self._begun[shown.name] = begun
+            del self._waiting[shown.name]
+
+    def _reduced(self, site: str, waiting: list[Observation], tokens: int) -> Reduction:
+        """What waits, reduced; all that will be shown has so many ``tokens``."""
+
+        def sample(tokens: int) -> list[Tensor]:
+            return self._sample(site, waiting, tokens)
+
+        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
+        for shown in waiting:
+            self._add(reduction, shown)
+        return reduction
+
+    def _sample_of(self, shown: Observation) -> list[int]:
+        """Those of its rows from which targets are sampled."""
+        sampled = self._sampled
+        return [i for i, row in enumerate(shown.choice.rows) if sampled is None or row in sampled]
 
     def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
-        """About so many of all targets, by concept: as many of every row's tokens."""
+        """About so many of all targets, by concept: as many of every sampled row's tokens."""
+        of_rows = [(shown, row) for shown in waiting for row in self._sample_of(shown)]
         # Of a row's tokens that may be chosen some are masked.
         sizes = torch.tensor(
             [
-                sum(shown.rows for shown in waiting),
-                sum(shown.unmasked().count(0, shown.rows) for shown in waiting),
-                sum(shown.count(0, shown.rows) for shown in waiting),
+                len(of_rows),
+                sum(shown.unmasked().count(row, row + 1) for shown, row in of_rows),
+                sum(shown.count(row, row + 1) for shown, row in of_rows),
             ]
         )
         self._processes.add_up([sizes])
         rows, offered, counted = sizes.tolist()
-        few = math.ceil(tokens / rows * offered / max(counted, 1))
-        changes = self._changes[site]
-        none = waiting[0].outputs.new_zeros(0, changes.shape[0], dtype=self._dtype)
+        few = math.ceil(tokens / max(rows, 1) * offered / max(counted, 1))
+        changes, shown = self._changes[site], waiting[0]
+        none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._dtype)
         sample = [[none] for _ in changes]
         for shown in waiting:
-            for part in shown.fewer(few).of_concepts(changes, self._dtype, None):
-                sample[part.concept].append(part.target)
+            part = shown.fewer(few)
+            for row in self._sample_of(shown):
+                concept = next(c for c, start, stop in shown.spans if start <= row < stop)
+                tokens_of = ConceptTokens(
+                    part, changes[concept], concept, row, row + 1, self._dtype
+                )
+                sample[concept].append(tokens_of.target)
         return [self._processes.gather(torch.cat(parts)) for parts in sample]

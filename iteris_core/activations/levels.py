@@ -127,11 +127,12 @@ class _Watch(TorchDispatchMode):
     def observe(self, shown: Observation) -> None:
         found = self.found
         changed = any(_version(tensor) != version for tensor, version in self._given)
-        if self._outputs and not changed:
+        new = shown.name not in found.inside
+        if self._outputs and not changed and new:
             found.joined.add(found.sites[-1])
         else:
             self._begin()
-        if shown.name not in found.inside:
+        if new:
             found.sites.append(shown.name)
             found.inside[shown.name] = tuple(self._inside)
         self._outputs[shown.outputs.untyped_storage()._cdata] = shown.outputs

@@ -15,7 +15,8 @@ tensor subclasses and those that cannot be resized; and what another micro-batch
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class Parking(TorchDispatchMode):
         super().__init__()
         self.left = 0
         self._place = place
-        self._stay = stay
+        self.stay = stay
         self._modules = modules
         self._held: dict[int, _Held] = {}
         self._forwards: dict[int, dict[int, _Held]] = {}
@@ -95,7 +96,7 @@ class Parking(TorchDispatchMode):
     def rest(self) -> None:
         """The forward whose turn it is waits, or has ended: what it holds is taken off."""
         forward, self._now = self._now, None
-        if forward is None or forward in self._stay:
+        if forward is None or forward in self.stay:
             return
         if not self._pauses[forward]:
             for key in self._weights() & self._held.keys():
@@ -104,6 +105,17 @@ class Parking(TorchDispatchMode):
         with _disable_current_modes():
             for held in list(self._forwards[forward].values()):
                 self._take_off(held)
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Within it a forward's turn is interrupted: what is made is nobody's, and stays; what is
+        read of other forwards is taken off again."""
+        now, self._now = self._now, None
+        try:
+            yield
+        finally:
+            self._leave()
+            self._now = now
 
     def __exit__(self, *error: Any) -> None:
         """What outlives the forwards, such as a table that the model has made, is put back."""
@@ -130,7 +142,7 @@ class Parking(TorchDispatchMode):
             self._touch(asked)
         result = func(*args, **kwargs) if kwargs else func(*args)
         now = self._now
-        if now is not None and now not in self._stay:
+        if now is not None and now not in self.stay:
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, Tensor):
                     self._note(tensor, used)

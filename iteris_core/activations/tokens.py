@@ -79,10 +79,14 @@ class Observation:
                 return None
             return self._picked(values.reshape(-1, 1), 0, self.rows).reshape(self.rows, -1)
 
+        key = self.group, self.site.geometry
+        inputs = self.choice.narrowed.get(key)
+        if inputs is None:  # not of another site that received it
+            inputs = self.choice.narrowed[key] = narrow(self.inputs, self.site.tokens)
         return replace(
             self,
             site=LinearSite(self.site.shape),
-            inputs=narrow(self.inputs, self.site.tokens),
+            inputs=inputs,
             outputs=narrow(self.outputs, self.site.outputs),
             stream=None if self.stream is None else narrow(self.stream, self.site.outputs),
             mask=of_rows(self.mask),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,6 +47,10 @@ class Batching:
     waiting: Waiting | None = None
     levels: Levels | None = None
 
+    @property
+    def by_blocks(self) -> bool:
+        return self.levels is not None and bool(self.levels.blocks)
+
 
 def micro_batches(
     stage: Stage,
@@ -57,13 +61,29 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
     time. Where a later stage needs all rows, those of other processes follow, and no observer sees
-    them."""
+    them. In a sweep by blocks the rows come first from which targets are sampled."""
     if not stage.sites:
         yield from _of(stage, range(len(stage.owners)), copies, None, batching)
         return
-    yield from _of(stage, processes.mine(len(stage.owners)), copies, observer, batching)
+    mine = processes.mine(len(stage.owners))
+    first = sampled_rows(stage, batching.policy) if batching.by_blocks else None
+    for part in [mine] if first is None else divided(mine, first):
+        yield from _of(stage, part, copies, observer, batching)
     if stage.feeds:
         yield from _of(stage, processes.others(len(stage.owners)), copies, None, batching)
+
+
+def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
+    """From which rows targets are sampled, evenly over those of each concept. None: from all, as
+    of texts, whose rows have few tokens."""
+    if stage.mask is not None:
+        return None
+    return {row for rows in _by_concept(stage) for row in _evenly(rows, policy.sample_rows)}
+
+
+def divided(rows: Sequence[int], first: Set[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Those of ``rows`` that are among the ``first``, and the others."""
+    return [row for row in rows if row in first], [row for row in rows if row not in first]
 
 
 def chunks(
@@ -121,15 +141,21 @@ def _of(
 
 def fewer(stage: Stage, count: int) -> Stage:
     """``count`` rows of ``stage`` at most, as many of each concept, evenly over its rows."""
-    by_concept: dict[int, list[int]] = {}
-    for row, owner in enumerate(stage.owners):
-        by_concept.setdefault(owner, []).append(row)
+    by_concept = _by_concept(stage)
     share = count // len(by_concept)
-    rows: list[int] = []
-    for mine in by_concept.values():
-        keep = min(share, len(mine))
-        rows += [mine[i * len(mine) // keep] for i in range(keep)]
-    return _selected(stage, rows)
+    return _selected(stage, [row for rows in by_concept for row in _evenly(rows, share)])
+
+
+def _by_concept(stage: Stage) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, owner in enumerate(stage.owners):
+        rows.setdefault(owner, []).append(row)
+    return list(rows.values())
+
+
+def _evenly(rows: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _selected(stage: Stage, rows: Sequence[int]) -> Stage:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,7 +52,7 @@ class StagePlan:
     on_device: int | None = None
     host_bytes: int = 0
     seconds: float = 0.0
-    levels: Levels | None = None
+    levels: Levels | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows"
@@ -112,7 +112,7 @@ def plan(
         if is_apart(cost.device):
             room = Room(budget, job.processes.least(free_host(job.processes)))
             place = HostMemory(cost.device, room.host)
-        needs += other_ways(need, measure, place)
+        needs += other_ways(need, measure, place, batching.policy)
     made, stage = plan_stage(needs, room, batching.rows, job.policy.way_gain)
     job.ran.plan.append(str(made))
     if made.rows < made.offered:

@@ -7,7 +7,7 @@ solution, in execution order. A site that no forward reaches is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from ..errors import IterisError, SolveError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Begin, Bytes, Reduction, Solution
-from .batches import Batching, micro_batches
+from .batches import Batching, micro_batches, sampled_rows
 from .budget import plan
 from .fallback import within_memory
 from .job import Job
@@ -131,8 +131,21 @@ def _sweep(
     reducing: Reducing,
     solutions: Solutions,
 ) -> None:
-    levels = fitted.levels
-    collector = _collector(job, reducing, SweepCollector, narrow=levels is not None)
+    parking = None
+    if fitted.waiting is not None:
+        place = HostMemory(fitted.waiting.device, fitted.waiting.host_bytes)
+        parking = Parking(place, modules=list(job.host.sites().values()))
+    mine = job.processes.mine(len(stage.owners)) if stage.sites else ()
+    sampled = sampled_rows(stage, fitted.policy)
+    collector = _collector(
+        job,
+        reducing,
+        SweepCollector,
+        sampled=None if sampled is None else sampled & set(mine),
+        narrow=fitted.levels is not None,
+        rows=len(mine) if fitted.by_blocks else None,
+        aside=nullcontext if parking is None else parking.aside,
+    )
 
     def solve(site: str) -> LowRank:
         solutions[site] = reducing.named(site, collector.take(site))
@@ -142,12 +155,9 @@ def _sweep(
     batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
     last = set[str]() if stage.feeds else set(stage.sites)
     with ExitStack() as stack:
-        stack.enter_context(lockstep.in_levels(levels or Levels()))
-        parking = None
-        if fitted.waiting is not None:
-            place = HostMemory(fitted.waiting.device, fitted.waiting.host_bytes)
-            stay = _first(batches, fitted.waiting.on_device)
-            parking = Parking(place, stay, list(job.host.sites().values()))
+        stack.enter_context(lockstep.in_levels(fitted.levels or Levels()))
+        if fitted.waiting is not None and parking is not None:
+            parking.stay = _first(batches, fitted.waiting.on_device)
             stack.enter_context(parking)
         stack.callback(collector.forget)  # else all that it holds would be put back
         lockstep.sweep(batches, solve, last, parking)

@@ -33,7 +33,8 @@ class Step:
     """A row's way to ``site``, from the site before: bytes that it holds there (``waiting``), at
     most on the way (``running``), of its tensors that the solve reads (``shown``) and that are made
     of them (``reduced``); ``forward`` is taken on the way however many rows run. The inputs of the
-    sites ``beside`` are still alive there, so that others may share their moments."""
+    sites ``beside`` are still alive there, so that others may share their moments; a site that
+    ``shares`` finds those of its own inputs made."""
 
     site: str
     waiting: int = 0
@@ -42,6 +43,7 @@ class Step:
     reduced: int = 0
     forward: int = 0
     beside: Sequence[str] = ()
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,19 @@ def _step(one: Step, two: Step, copies: int) -> Step:
     def more(first: int, second: int) -> int:
         return copies * max(second - first, 0)
 
-    return Step(
-        one.site,
-        more(one.waiting, two.waiting),
-        more(one.running, two.running),
-        more(one.shown, two.shown),
-        two.reduced - one.reduced,
-        max(2 * one.running - two.running, 0),
-        one.beside,
+    return replace(
+        one,
+        waiting=more(one.waiting, two.waiting),
+        running=more(one.running, two.running),
+        shown=more(one.shown, two.shown),
+        reduced=two.reduced - one.reduced,
+        forward=max(2 * one.running - two.running, 0),
     )
+
+
+def streams(stage: Stage, levels: Levels) -> bool:
+    """Whether rows are reduced as they are shown, once targets have been sampled."""
+    return bool(levels.blocks) and stage.mask is None
 
 
 class _Run:
@@ -133,8 +139,10 @@ class _Run:
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
         self._narrow = levels is not None
+        self._keeps = levels is None or not streams(measure.stage, levels)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
+        self._solved = 0
         self._parking = None if place is None else Parking(place)
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
@@ -161,31 +169,36 @@ class _Run:
 
     def observe(self, shown: Observation) -> None:
         """What the solve of a site will read is kept until then, as in a sweep."""
-        self.device = shown.inputs.device
+        self.device, meter = shown.inputs.device, self._meter
+        before = meter.live, meter.peak
         if self._narrow:
             shown = shown.narrowed()
-        self._level.append(shown)
         tensors = (shown.inputs, shown.outputs, shown.stream)
         held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        if any(other.inputs is shown.inputs for other in self._level):
+            held -= shown.inputs.numel() * shown.inputs.element_size()
         others = shown.alive - {shown.group}
         beside = [site for group, site in self._groups.items() if group in others]
+        reduced = shown.rows * self._reduced(shown)
+        shares = shown.group in self._groups
         self.steps.append(
-            Step(
-                shown.name,
-                shown=held,
-                reduced=shown.rows * self._reduced(shown),
-                beside=tuple(beside),
-            )
+            Step(shown.name, shown=held, reduced=reduced, beside=tuple(beside), shares=shares)
         )
         self._groups[shown.group] = shown.name
+        self._level.append(shown)
+        if not self._keeps:  # it is reduced here
+            meter.peak = max(before[1], before[0] + reduced)
 
     def _pause(self, _: str) -> None:
         meter, parking = self._meter, self._parking
+        if not self._keeps:
+            self._level.clear()
         waiting = meter.live + (0 if parking is None else parking.away)
-        count = len(self._level)
-        self.steps[-count:] = [
-            replace(step, waiting=waiting, running=meter.peak) for step in self.steps[-count:]
+        level = slice(self._solved, None)
+        self.steps[level] = [
+            replace(step, waiting=waiting, running=meter.peak) for step in self.steps[level]
         ]
+        self._solved = len(self.steps)
         if parking is not None:
             parking.rest()
             parking.turn(0)

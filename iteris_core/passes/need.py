@@ -6,14 +6,14 @@ while it is solved. Else the moments of all sites are there at once, and no row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..activations.blocks import Levels
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
 from ..solve.problem import Bytes
-from .measure import Cost
+from .measure import Cost, Step
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Need:
     """What ``stage`` needs beyond the model, one way or another: ``fixed`` bytes in any case,
     ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
     it waits in host memory. ``waits`` says that all rows wait (a sweep), at the end of each of the
-    ``levels`` (None: at every site). The way is called ``name``."""
+    ``levels`` (None: at every site). With ``sampled`` only so many rows wait with what they have
+    shown, and the others are reduced as they run. The way is called ``name``."""
 
     stage: Stage
     cost: Cost
@@ -41,6 +42,7 @@ class Need:
     passes: int = 1
     name: str = ""
     levels: Levels | None = None
+    sampled: int = 0
 
     def mine(self, rows: int) -> int:
         """This process's part."""
@@ -53,13 +55,16 @@ class Need:
         at_once = min(at_once, mine)
         if not self.waits:
             return self.fixed + self._streamed(at_once)
-        return self.fixed + max(self._swept(mine, at_once, on_device))
+        swept = self._by_levels if self.sampled else self._swept
+        return self.fixed + max(swept(mine, at_once, on_device))
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """What rows take of the host's memory that do not wait on the device."""
         if self.parked is None or on_device is None:
             return 0
-        return (self.mine(rows) - on_device) * self.parked.waiting
+        away = self.mine(rows) - on_device
+        shown = max(sum(step.shown for step in level) for level in self._of_levels(self.cost.steps))
+        return away * self.parked.waiting + min(self.sampled, away) * shown
 
     def seconds_of(self, rows: int, at_once: int, on_device: int | None = None) -> float:
         """About so long, but for what solving takes."""
@@ -89,6 +94,47 @@ class Need:
                 shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
                 yield there * step.waiting + read + at_site.kept + most + shared
                 left = at_site.left + shared
+
+    def _by_levels(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
+        """As :meth:`_swept`, where the rows of a level are reduced while others run to it."""
+        there = mine if on_device is None else on_device
+        parked = self.cost if on_device is None or self.parked is None else self.parked
+        before = left = 0
+        levels = zip(self._of_levels(self.cost.steps), self._of_levels(parked.steps), strict=True)
+        for steps, offs in levels:
+            step, off = steps[-1], offs[-1]
+            step_before, held = before, max(before, step.waiting)
+            before = step.waiting
+            sites = [self.sites[some.site] for some in steps if some.site in self.sites]
+            shares = [some.shares for some in steps if some.site in self.sites]
+            kept = sum(
+                site.kept - site.shared * shared for site, shared in zip(sites, shares, strict=True)
+            )
+            sampled = min(-(-self.sampled // self.processes.size), mine)
+            kind = sum(some.shown for some in steps)
+            # The sampled rows run first; what the last of them show is among what they run with.
+            shown = max(min(sampled, there) - at_once, 0) * kind
+            gone = there * step_before + min(sampled, there) * max(step.waiting - step_before, 0)
+            for others, extra in ((gone, shown + kept), (there * held, kept)):
+                on_top = left + extra + step.forward
+                if there >= at_once:
+                    yield others * (there - at_once) // there + at_once * step.running + on_top
+                if there < mine:
+                    yield others + at_once * off.running + on_top
+            if sites:
+                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
+                waits = there * step.waiting + (sampled * kind if sampled == mine else 0)
+                yield waits + kept + max(site.solve for site in sites) + shared
+                left = max(site.left for site in sites) + shared
+
+    def _of_levels(self, steps: Sequence[Step]) -> list[list[Step]]:
+        """The last one of its own."""
+        levels: list[list[Step]] = [[]]
+        for step in steps:
+            levels[-1].append(step)
+            if self.levels is None or self.levels.ends_at(step.site):
+                levels.append([])
+        return [level for level in levels if level]
 
     def _streamed(self, at_once: int) -> int:
         steps = self.cost.steps

@@ -20,7 +20,9 @@ from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.parking import Place
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
-from .measure import Measure
+from ..solve.choose import Policy
+from .batches import sampled_rows
+from .measure import Measure, streams
 from .need import Need
 
 ON_DEVICE, IN_HOST = "waiting on the device", "waiting in host memory"
@@ -30,13 +32,13 @@ BLOCKS = {"small blocks": 3, "large blocks": 8}
 a half times; large ones are what a transformer repeats, which run up to five times."""
 
 
-def other_ways(need: Need, measure: Measure, place: Place | None) -> list[Need]:
+def other_ways(need: Need, measure: Measure, place: Place | None, policy: Policy) -> list[Need]:
     """``need``, of rows that wait on the device, in the other ways; host memory is ``place`` (None:
     there is none beside the device's)."""
-    return list(_ways(need, measure, place))
+    return list(_ways(need, measure, place, policy))
 
 
-def _ways(need: Need, measure: Measure, place: Place | None) -> Iterator[Need]:
+def _ways(need: Need, measure: Measure, place: Place | None, policy: Policy) -> Iterator[Need]:
     found = find(measure.stage, measure.lockstep)
     if place is not None:
         levels = found.levels()
@@ -53,8 +55,14 @@ def _ways(need: Need, measure: Measure, place: Place | None) -> Iterator[Need]:
         if not levels.blocks or levels.blocks == before:
             continue
         before = levels.blocks
-        cost = measure.row(levels)
-        blocks = replace(need, cost=cost, name=f"{ON_DEVICE}, by {size}", levels=levels)
+        sampled = sampled_rows(measure.stage, policy) if streams(measure.stage, levels) else None
+        blocks = replace(
+            need,
+            cost=measure.row(levels),
+            name=f"{ON_DEVICE}, by {size}",
+            levels=levels,
+            sampled=len(sampled or ()),
+        )
         yield blocks
         if place is not None:
             parked = measure.row(levels, place)

@@ -134,4 +134,4 @@ def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:
     low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
     solve = 8 * square + min(8 * square, _PIECE) + low
     kept = len(changes) * moments * square * itemsize
-    return Bytes(kept, solve, kept + 8 * square)
+    return Bytes(kept, solve, kept + 8 * square, kept)

@@ -24,16 +24,16 @@ class Policy:
     """Thresholds, and the choices that are made by them.
 
     Rows stand for themselves where that takes ``rows_gain`` times fewer operations than moments.
-    TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of the output where
-    it has more than ``small_target`` entries and that takes ``directions_gain`` times fewer
-    operations; they are found from ``tokens_a_direction`` tokens for each. Of a row of a picture
-    ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input`` for each of a
-    site's inputs. With fewer prompts a concept than ``enough_samples`` a fit follows its sample, so
-    that the ``ridge`` grows with the square of what is missing. Two concepts in pictures, which
-    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units. Of the
-    ways to run a sweep one that takes less memory is preferred to another where it seems
-    ``way_gain`` times quicker, since more rows run at once: the seconds of a forward or two are
-    measured no better.
+    TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of the output
+    where it has more than ``small_target`` entries and that takes ``directions_gain`` times fewer
+    operations; they are found from ``tokens_a_direction`` tokens for each, of pictures' from those
+    of ``sample_rows`` rows of a concept. Of a row of a picture ``least_row_tokens`` tokens count,
+    or what gives every concept ``tokens_an_input`` for each of a site's inputs. With fewer prompts
+    a concept than ``enough_samples`` a fit follows its sample, so that the ``ridge`` grows with the
+    square of what is missing. Two concepts in pictures, which hardly compete, are repaired by
+    ``repair_share`` of a feed-forward's hidden units. Of the ways to run a sweep one that takes
+    less memory is preferred to another where it seems ``way_gain`` times quicker, since more rows
+    run at once: the seconds of a forward or two are measured no better.
     """
 
     rows_gain: float = 3.0
@@ -42,6 +42,7 @@ class Policy:
     reserve: float = 1.25
     more_directions: int = 16
     tokens_a_direction: int = 2
+    sample_rows: int = 16
     least_row_tokens: int = 128
     tokens_an_input: int = 32
     ridge: float = 1e-6

@@ -116,13 +116,14 @@ class OutputMoments(MomentReduction):
         out, width = changes.shape
         rows = out if directions is None else directions
         kept = len(changes) * width * (width + rows) * itemsize
-        left = width * width * (len(changes) * itemsize + dtype.itemsize)
+        shared = len(changes) * width * width * itemsize
+        left = shared + width * width * dtype.itemsize
         low = changes.rank * (4 * width + 2 * rows)
         search = searches(rows, width, changes.rank)
         if dtype == torch.float64:
             dense = 12 * width * width + 16 * rows * width
             if not search:
                 dense = 8 * width * width + 48 * rows * width
-            return Bytes(kept, dense + 12 * low, left)
+            return Bytes(kept, dense + 12 * low, left, shared)
         dense = 4 * width * width + (9 if search else 26) * rows * width
-        return Bytes(kept, dense + 6 * low, left)
+        return Bytes(kept, dense + 6 * low, left, shared)

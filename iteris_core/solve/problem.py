@@ -128,11 +128,13 @@ class Opening:
 @dataclass(frozen=True)
 class Bytes:
     """What a reduction holds until it is solved, what its solve takes on top of that, and what is
-    ``left`` of both while the next site is run to: moments and factors that it may share."""
+    ``left`` of both while the next site is run to: moments and factors that it may share. Of what
+    is ``kept``, sites that receive one tensor have what is ``shared`` only once."""
 
     kept: int
     solve: int
     left: int = 0
+    shared: int = 0
 
 
 class Reduction(ABC):
