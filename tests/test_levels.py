@@ -141,7 +141,7 @@ def test_a_block_that_writes_to_its_arguments_gets_copies_and_one_with_a_memory_
     with lockstep:
         levels = levels_of(model, lockstep, 4)
     assert names(levels, model) == ["blocks.0"]
-    assert [block.written for block in levels.blocks.values()] == [{0}]
+    assert [block.written for block in levels.blocks.values()] == [{"[0][0]"}]
 
 
 class Seen:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -27,10 +26,10 @@ class Shown(BaseException):
 @dataclass(frozen=True)
 class Block:
     """The last sites of a module's levels, in order. ``written`` are those of its arguments, as
-    leaves of (args, kwargs), that it changes in place."""
+    paths in (args, kwargs), that it changes in place."""
 
     ends: Sequence[str]
-    written: Set[int] = frozenset()
+    written: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -84,26 +83,17 @@ def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None
     batch.reached.append(f"no {last}")  # which waiting for it complains of
 
 
-def unwritten(written: Set[int], *given: Any) -> Any:
-    """``given`` with copies of the tensors that a block will change in place."""
-    if not written:
-        return given
-    leaves, spec = _pytree.tree_flatten(given)
-    copies = [
-        leaf.clone() if number in written and isinstance(leaf, Tensor) else leaf
-        for number, leaf in enumerate(leaves)
-    ]
-    return _pytree.tree_unflatten(copies, spec)
+def unwritten(written: Set[str], *given: Any) -> Any:
+    """``given`` with copies of the tensors that a block will change in place, and of lists and
+    dictionaries, to which it may add."""
+
+    def copied(path: Any, leaf: Any) -> Any:
+        return leaf.clone() if _pytree.keystr(path) in written else leaf
+
+    return _pytree.tree_map_with_path(copied, given)
 
 
-def versions(given: Any) -> list[int | None]:
-    """How often every leaf was changed in place (None: no tensor that knows)."""
-    return [
-        leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
-        for leaf in _pytree.tree_leaves(given)
-    ]
-
-
-def copied(given: Any) -> Any:
-    """``given`` with copies of all tensors."""
-    return _pytree.tree_map_only(torch.Tensor, Tensor.clone, given)
+def tensors(given: Any) -> dict[str, Tensor]:
+    """The tensors among the leaves of ``given``, by their path."""
+    leaves, _ = _pytree.tree_flatten_with_path(given)
+    return {_pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}

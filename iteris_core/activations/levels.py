@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .blocks import Block, Levels, copied, versions
+from .blocks import Block, Levels, tensors, unwritten
 from .lockstep import Lockstep
 from .micro_batch import MicroBatch, Observer
 from .tokens import Observation
@@ -161,16 +161,18 @@ class _Watch(TorchDispatchMode):
 @contextmanager
 def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> Generator[None]:
     """Every block is run on copies of its arguments before it is run on them."""
-    entered: dict[nn.Module, tuple[Any, list[int | None]]] = {}
+    entered: dict[nn.Module, tuple[Any, dict[str, tuple[Tensor, int | None]]]] = {}
     trying: list[nn.Module] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if trying:
             return
         trying.append(module)
-        given = copied((args, kwargs))
+        there = tensors((args, kwargs))
+        given = unwritten(there.keys(), args, kwargs)
         try:
-            entered[module] = module(*given[0], **given[1]), versions((args, kwargs))
+            again = module(*given[0], **given[1])
+            entered[module] = again, {path: (t, _version(t)) for path, t in there.items()}
         except Exception:  # of any kind: it only shows that the block cannot be replayed
             _log.debug("%s cannot be replayed", type(module).__name__, exc_info=True)
         finally:
@@ -179,16 +181,12 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if trying or module not in entered:
             return
-        again, were = entered.pop(module)
-        now = versions((args, kwargs))
-        written = {i for i, (a, b) in enumerate(zip(were, now, strict=True)) if a != b}
-        unknown = {
-            number
-            for number, leaf in enumerate(_pytree.tree_leaves((args, kwargs)))
-            if isinstance(leaf, Tensor) and leaf.is_inference()
+        again, there = entered.pop(module)
+        written = {
+            path for path, (t, was) in there.items() if t.is_inference() or _version(t) != was
         }
         if _alike(again, output):
-            good[module] = Block(blocks[module].ends, frozenset(written | unknown))
+            good[module] = Block(blocks[module].ends, frozenset(written))
 
     handles = [
         handle
