@@ -5,11 +5,11 @@ of two, five and ten concepts that ``quality.py`` reports, drawn and scored as t
 ``benchmarks/results/equal_time.json``. Their core runs as its authors run it: each LoRA in turn on
 the weights, the pipeline on its prompts, and every step's features counted as they come; with the
 ridge that is best on the tuning pairs (``quality.TUNED``). Once with 50 prompts of ten steps, as
-many as a merge of ours has by default, and once as its authors' own script has it, with one prompt
-of one step.
+many as a merge of ours has by default; of one prompt of one step, as its authors' own script has
+it, only the seconds are taken, which no merge of ours keeps.
 
-The prompts that ``iteris`` may have are found by timing it with few and with more; then both run in
-turn, and fewer prompts are taken until the median is no longer than theirs.
+The prompts that ``iteris`` may have are found by timing it with few and with more; then both run
+again, and fewer prompts are taken until the median is no longer than theirs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,12 +33,10 @@ from iteris_core import Calibration, Lora, LowRank, merge_loras
 from iteris_core.concepts import concept_prompts
 from toybox.demo import TEMPLATES
 
-sys.path.insert(0, str(Path(__file__).parent / "speed"))
-from rounds import in_turn, medians
-
 RESULTS = Path(__file__).parent / "results" / "equal_time.json"
 SIZES = ("2", "5", "10")
-TIMESTEPS = 2
+TIMESTEPS = 4
+"""The default; fewer of more prompts are worse at as many forwards (``forwards.py``)."""
 _BATCH = 32
 
 
@@ -49,7 +48,7 @@ class Budget:
     steps: int
 
 
-BUDGETS = {"as many as ours": Budget(50, 10), "its authors' script": Budget(1, 1)}
+FULL, SCRIPT = Budget(50, 10), Budget(1, 1)
 
 
 class Contenders:
@@ -91,27 +90,34 @@ class Contenders:
         return self.world.score(pictures, self.world.draw(lora, pictures))
 
 
+def seconds_of(run: Callable[[], Any], rounds: int) -> float:
+    """The median of this thread's CPU seconds, with which other work does not interfere much."""
+    taken: list[float] = []
+    for _ in range(rounds):
+        started = time.thread_time()
+        run()
+        taken.append(time.thread_time() - started)
+    return median(taken)
+
+
 def equal(
     contenders: Contenders, numbers: Sequence[int], budget: Budget, rounds: int
 ) -> tuple[int, dict[str, float]]:
     """How many prompts ``iteris`` may have (1 at least), and the seconds of both with them."""
 
-    def timed(**some: Callable[[], Any]) -> dict[str, float]:
-        return medians(in_turn(some, rounds))
+    def ours(prompts: int) -> float:
+        return seconds_of(lambda: contenders.iteris(numbers, prompts), rounds)
 
-    def ssr() -> Lora:
-        return contenders.ssr(numbers, budget)
-
+    theirs = seconds_of(lambda: contenders.ssr(numbers, budget), rounds)
     few, more = 4, 16
-    found = timed(
-        ssr=ssr,
-        few=lambda: contenders.iteris(numbers, few),
-        more=lambda: contenders.iteris(numbers, more),
-    )
-    each = (found["more"] - found["few"]) / (more - few)
-    prompts = max(1, int(few + (found["ssr"] - found["few"]) / each))
+    least, most = ours(few), ours(more)
+    each = (most - least) / (more - few)
+    prompts = max(1, int(few + (theirs - least) / each))
     while True:
-        found = timed(ssr=ssr, iteris=lambda n=prompts: contenders.iteris(numbers, n))
+        found = {
+            "iteris": ours(prompts),
+            "ssr": seconds_of(lambda: contenders.ssr(numbers, budget), rounds),
+        }
         over = found["iteris"] - found["ssr"]
         if over <= 0 or prompts == 1:
             return prompts, found
@@ -124,31 +130,32 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     contenders = Contenders(World(), _core())
     data: dict[str, Any] = {}
-    for name, budget in BUDGETS.items():
-        for size in SIZES:
-            sets = SETS[size]
-            prompts, seconds = equal(contenders, sets[0], budget, rounds)
-            merges = {
-                "ssr": lambda numbers, budget=budget: contenders.ssr(numbers, budget),
-                "iteris": lambda numbers, prompts=prompts: contenders.iteris(numbers, prompts),
-            }
-            scores = {
-                method: [contenders.scores(numbers, merge(numbers)) for numbers in sets]
-                for method, merge in merges.items()
-            }
-            leads = [_difference(*pair) for pair in zip(*scores.values(), strict=True)]
-            rows = {method: row_of(some) for method, some in {**scores, "lead": leads}.items()}
-            data.setdefault(name, {})[size] = {
-                "prompts": prompts,
-                "timesteps": TIMESTEPS,
-                "seconds": seconds,
-                **{m: {c: stat.to_dict() for c, stat in row.items()} for m, row in rows.items()},
-            }
-            print(name, size, prompts, seconds)
-            for method, row in rows.items():
-                cells = "  ".join(f"{column} {stat}" for column, stat in row.items())
-                print(f"  {method:8}{cells}", flush=True)
-            RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    for size in SIZES:
+        sets = SETS[size]
+        prompts, least = equal(contenders, sets[0], SCRIPT, rounds)
+        data[size] = {"its authors' script": {"prompts": prompts, "seconds": least}}
+        prompts, seconds = equal(contenders, sets[0], FULL, rounds)
+        merges = {
+            "ssr": lambda numbers: contenders.ssr(numbers, FULL),
+            "iteris": lambda numbers, prompts=prompts: contenders.iteris(numbers, prompts),
+        }
+        scores = {
+            method: [contenders.scores(numbers, merge(numbers)) for numbers in sets]
+            for method, merge in merges.items()
+        }
+        leads = [_difference(*pair) for pair in zip(*scores.values(), strict=True)]
+        rows = {method: row_of(some) for method, some in {**scores, "lead": leads}.items()}
+        data[size] |= {
+            "prompts": prompts,
+            "timesteps": TIMESTEPS,
+            "seconds": seconds,
+            **{m: {c: stat.to_dict() for c, stat in row.items()} for m, row in rows.items()},
+        }
+        print(size, f"{prompts} prompts", seconds, data[size]["its authors' script"])
+        for method, row in rows.items():
+            cells = "  ".join(f"{column} {stat}" for column, stat in row.items())
+            print(f"  {method:8}{cells}", flush=True)
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _difference(theirs: Scores, ours: Scores) -> Scores:
