@@ -23,7 +23,7 @@ from floor import sd15, t5_base, toybox
 
 from iteris_core import merge
 from iteris_core.activations.collect import SweepCollector
-from iteris_core.activations.site import ConvSite, LinearSite
+from iteris_core.activations.site import LinearSite, Site
 from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.passes import loops
 from iteris_core.passes.job import Job
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "parts.json"
 PARTS = {
     "rows": [(Job, "samples")],
     "a dry row, the plan": [(merge, "_unmergeable"), (loops, "plan")],
-    "the changes' products": [(LinearSite, "add"), (ConvSite, "add")],
+    "the changes' products": [(LinearSite, "add"), (Site, "add")],
     "inputs' moments": [(InputMoments, "add")],
     "targets": [(ConceptTokens, "target")],
     "targets' moments": [(OutputMoments, "_add_targets")],
