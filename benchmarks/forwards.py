@@ -110,7 +110,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
     bench = Bench(World())
     for part in parser.parse_args().parts:
         found: dict[str, list[Mapping[str, float]]] = {}

@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "spread.json"
 INPUTS = 32
 ENDINGS = ("attn1.to_q", "ff.net.2")
 TOYBOX = {8: 64, 16: 64}
-SD15 = {16: 48, 32: 48, 64: 24}
+SD15 = {16: 48, 32: 48}
 """size of the latents → rows"""
 
 LAST = "down_blocks.1.attentions.0"
@@ -76,19 +76,19 @@ def worth(moments: Sequence[Tensor]) -> float:
     return float((INPUTS**2 + INPUTS) / (spread * len(rows) / (len(rows) - 1)))
 
 
-def by_shape(found: Mapping[str, Mapping[Shape, Sequence[Tensor]]]) -> dict[str, dict[str, float]]:
+def by_shape(found: Mapping[str, Mapping[Shape, Sequence[Tensor]]]) -> dict[str, float]:
     """Means over sites of one shape."""
     worths: dict[Shape, list[float]] = {}
     for shapes in found.values():
         for shape, moments in shapes.items():
             worths.setdefault(shape, []).append(worth(moments))
     return {
-        f"{ending}, {width} inputs": {"tokens": length, "worth": fmean(some)}
+        f"{ending}, {width} inputs, {length} tokens": fmean(some)
         for (ending, width, length), some in sorted(worths.items())
     }
 
 
-def toybox(size: int, rows: int) -> dict[str, dict[str, float]]:
+def toybox(size: int, rows: int) -> dict[str, float]:
     from toybox_world import World
 
     from iteris_core import Calibration
@@ -115,7 +115,7 @@ def toybox(size: int, rows: int) -> dict[str, dict[str, float]]:
     return by_shape(found)
 
 
-def sd15(size: int, rows: int) -> dict[str, dict[str, float]]:
+def sd15(size: int, rows: int) -> dict[str, float]:
     from models import sd15_host
 
     pipeline = sd15_host().pipeline
@@ -157,7 +157,7 @@ MODELS = {"toybox": (toybox, TOYBOX), "sd15": (sd15, SD15)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     data: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in parser.parse_args().models:
         measure, sizes = MODELS[name]
@@ -166,8 +166,8 @@ def main() -> None:
             data.setdefault(name, {})[str(size)] = found
             RESULTS.write_text(json.dumps(data, indent=1) + "\n")
             print(name, size, f"{rows} rows")
-            for site, values in found["sites"].items():
-                print(f"  {site:30} {values['tokens']:5} tokens, worth {values['worth']:.1f}")
+            for site, value in found["sites"].items():
+                print(f"  {site}: worth {value:.1f}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from iteris_core.activations.tokens import ConceptTokens
 from iteris_core.passes import loops
 from iteris_core.passes.job import Job
 from iteris_core.solve.inputs import InputMoments
+from iteris_core.solve.moments import MomentReduction
 from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.rows import OutputRows
 
@@ -40,7 +41,7 @@ PARTS = {
     "targets": [(ConceptTokens, "target")],
     "targets' moments": [(OutputMoments, "_add_targets")],
     "other reductions": [(SweepCollector, "take"), (OutputRows, "add")],
-    "solves": [(OutputMoments, "solve"), (OutputRows, "solve")],
+    "solves": [(MomentReduction, "solve"), (OutputRows, "solve")],
 }
 MODELS = {
     "toybox": toybox,
