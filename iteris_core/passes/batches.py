@@ -158,7 +158,7 @@ def _by_concept(stage: Stage) -> list[list[int]]:
 
 
 def _evenly(rows: Sequence[int], count: int) -> list[int]:
-    """``count`` of the ``rows``, or what is left without as many, whichever are fewer to choose."""
+    """``count`` of the ``rows``, spread over all; of more than half, the others are."""
     if count * 2 <= len(rows):
         return [rows[index] for index in _spread(len(rows), count)]
     gone = set(_spread(len(rows), max(len(rows) - count, 0)))
