@@ -201,8 +201,8 @@ class Suite:
         weigh: Callable[[Sequence[int]], Sequence[float]] | None = None,
         preserve: float = 0.0,
     ) -> dict[str, Stat]:
-        """The row of a table, see :func:`_row`."""
-        return _row(
+        """The row of a table, see :func:`row_of`."""
+        return row_of(
             [
                 self.measure(
                     n, method, settings, calibration, weigh(n) if weigh else None, preserve
@@ -226,10 +226,10 @@ class Suite:
                     for column, values in ours.items()
                 }
             )
-        return _row(differences)
+        return row_of(differences)
 
 
-def _row(scores: Sequence[Scores]) -> dict[str, Stat]:
+def row_of(scores: Sequence[Scores]) -> dict[str, Stat]:
     """column → mean over sets, standard error over seeds; ``mean`` is of image and text."""
     row: dict[str, Stat] = {}
     for column in COLUMNS:

@@ -54,6 +54,17 @@ def ablations() -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+def equal_time() -> None:
+    print("\n| concepts | | seconds | " + " | ".join(COLUMNS) + " |")
+    print("|---|---|---|" + "---|" * len(COLUMNS))
+    for size, entry in load("equal_time.json").items():
+        prompts = f"iteris, {entry['prompts']} prompts"
+        for name, title in (("ssr", "SSR-Merge"), ("iteris", prompts), ("lead", "lead")):
+            seconds = f"{entry['seconds'][name]:.1f}" if name != "lead" else ""
+            cells = " | ".join(cell(entry[name][column]) for column in COLUMNS)
+            print(f"| {NAMES[size]} | {title} | {seconds} | {cells} |")
+
+
 def speed() -> None:
     data = load("speed.json")
     print("\n| ratio | value |\n|---|---|")
@@ -66,7 +77,7 @@ def speed() -> None:
 
 
 if __name__ == "__main__":
-    for table in (quality, leads, ablations, speed):
+    for table in (quality, leads, equal_time, ablations, speed):
         try:
             table()
         except FileNotFoundError as missing:

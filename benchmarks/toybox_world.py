@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -78,13 +79,7 @@ class World:
         return [Picture(shown, prompt, seed) for shown, prompt in wanted for seed in SEEDS]
 
     def draw(self, lora: Lora | None, pictures: Sequence[Picture]) -> list[Image.Image]:
-        """With the changes added to the weights, which are put back bit for bit."""
-        sites = self.host.sites()
-        kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
-        try:
-            for site, change in (lora.sites if lora else {}).items():
-                weight = sites[site].weight.data
-                weight += change.dense().reshape(weight.shape)
+        with self.changed(lora):
             images: list[Image.Image] = []
             for start in range(0, len(pictures), 32):
                 some = pictures[start : start + 32]
@@ -102,6 +97,17 @@ class World:
                     generator=generators,
                 ).images
             return images
+
+    @contextmanager
+    def changed(self, lora: Lora | None) -> Generator[None]:
+        """The LoRA's changes added to the weights, which are put back bit for bit."""
+        sites = self.host.sites()
+        kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
+        try:
+            for site, change in (lora.sites if lora else {}).items():
+                weight = sites[site].weight.data
+                weight += change.dense().reshape(weight.shape)
+            yield
         finally:
             for site, weight in kept.items():
                 sites[site].weight.data.copy_(weight)

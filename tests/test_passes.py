@@ -11,6 +11,7 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.protocol import Stage
+from iteris_core.passes.batches import fewer
 
 
 def test_stages_do_not_share_inputs(host):
@@ -126,3 +127,18 @@ def test_a_sweep_stops_behind_the_last_site_unless_a_later_stage_needs_the_outpu
     assert hooks_on(alone.model) == 0
     for site in SITES:
         assert torch.equal(first.lora.sites[site].dense(), second.lora.sites[site].dense())
+
+
+@pytest.mark.parametrize("kept", [40, 50, 67, 100, 133, 150, 199, 200])
+def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
+    """Rows go by sample and then by step; every fourth would always be the noisiest."""
+    samples, steps, ran = 50, 4, []
+    owners = [concept for concept in range(2) for _ in range(samples * steps)]
+    stage = fewer(Stage("unet", [], owners, lambda rows, copies: ran.extend(rows)), 2 * kept)
+    stage.run(range(len(stage.owners)), 1)
+    assert [owners[row] for row in ran] == stage.owners == [0] * kept + [1] * kept
+    for concept in range(2):
+        mine = [row for row in ran if owners[row] == concept]
+        assert len({row // steps for row in mine}) >= 0.85 * min(kept, samples)
+        by_step = [sum(row % steps == step for row in mine) for step in range(steps)]
+        assert max(by_step) - min(by_step) <= 0.2 * kept

@@ -1,6 +1,9 @@
-"""Where the time of a merge goes: forward, moments, solves; and a trace for a viewer.
+"""Where the time of a merge goes, part by part, and a trace for a viewer.
 
-``python benchmarks/speed/parts.py [toybox|sd15] [--trace trace.json]`` prints the shares as JSON.
+``python benchmarks/speed/parts.py [toybox|t5|sd15] [--trace trace.json]`` prints, and writes to
+``benchmarks/results/parts.json``, the seconds of this thread's CPU in each part of a merge with the
+defaults, and those of a bare forward of the same rows, see :mod:`floor`: so that what else the
+machine does counts little.
 """
 
 from __future__ import annotations
@@ -9,75 +12,104 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
+from floor import sd15, t5_base, toybox
 
-from iteris_core import Calibration, merge_loras
+from iteris_core import merge
 from iteris_core.activations.collect import SweepCollector
+from iteris_core.activations.site import LinearSite, Site
+from iteris_core.activations.tokens import ConceptTokens
+from iteris_core.passes import loops
 from iteris_core.passes.job import Job
+from iteris_core.solve.inputs import InputMoments
 from iteris_core.solve.moments import MomentReduction
+from iteris_core.solve.output import OutputMoments
+from iteris_core.solve.rows import OutputRows
+
+RESULTS = Path(__file__).parents[1] / "results" / "parts.json"
+PARTS = {
+    "rows": [(Job, "samples")],
+    "a dry row, the plan": [(merge, "_unmergeable"), (loops, "plan")],
+    "the changes' products": [(LinearSite, "add"), (Site, "add")],
+    "inputs' moments": [(InputMoments, "add")],
+    "targets": [(ConceptTokens, "target")],
+    "targets' moments": [(OutputMoments, "_add_targets")],
+    "other reductions": [(SweepCollector, "take"), (OutputRows, "add")],
+    "solves": [(MomentReduction, "solve"), (OutputRows, "solve")],
+}
+MODELS = {
+    "toybox": toybox,
+    "t5": t5_base,
+    "sd15": lambda: sd15(samples=4),
+}
 
 
-def shares(merge: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by part; what is left over is the forward with the changes added to it."""
-    seconds: dict[str, float] = defaultdict(float)
+class Clock:
+    """Seconds of this thread's CPU by part, each without those of the parts within it."""
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._within = [0.0]
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
+            with self.part(part):
                 return function(*args, **kwargs)
-            finally:
-                seconds[name] += time.perf_counter() - started
 
         return call
 
-    sweep, job = SweepCollector, Job
-    kept = sweep.observe, sweep.take, MomentReduction.solve, job.samples
-    sweep.observe = timed("moments", kept[0])
-    sweep.take = timed("moments", kept[1])
-    MomentReduction.solve = timed("solves", kept[2])
-    job.samples = timed("samples", kept[3])
-    started = time.perf_counter()
-    try:
-        merge()
-    finally:
-        sweep.observe, sweep.take, MomentReduction.solve, job.samples = kept
-    total = time.perf_counter() - started
-    seconds["forward"] = total - sum(seconds.values())
-    return {**seconds, "total": total}
+    @contextmanager
+    def part(self, name: str) -> Generator[None]:
+        started = time.thread_time()
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            taken = time.thread_time() - started
+            self.seconds[name] += taken - self._within.pop()
+            self._within[-1] += taken
 
 
-def toybox() -> Callable[[], Any]:
-    from toybox.demo import TEMPLATES
+def shares(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds by part; ``forward`` is what no part has: the forwards themselves."""
+    clock = Clock()
+    with ExitStack() as stack:
+        for part, places in PARTS.items():
+            for owner, name in places:
+                own = vars(owner)[name]
+                timed: Any = (
+                    property(clock.timed(part, own.fget))
+                    if isinstance(own, property)
+                    else clock.timed(part, own)
+                )
+                stack.enter_context(patch.object(owner, name, timed))
+        with clock.part("forward"):
+            run()
+    return {**clock.seconds, "total": sum(clock.seconds.values())}
 
-    host = toybox_host()
-    concepts = toybox_concepts(host, 2)
-    calibration = Calibration(latents="noise", templates=TEMPLATES)
-    return lambda: merge_loras(host, concepts, calibration=calibration)
 
-
-def sd15() -> Callable[[], Any]:
-    host = sd15_host()
-    concepts = prompt_concepts(host, 2, 32)
-    calibration = Calibration(samples=4, timesteps=1, latents="noise", latent_size=32)
-    return lambda: merge_loras(host, concepts, calibration=calibration)
-
-
-MODELS = {"toybox": toybox, "sd15": sd15}
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=MODELS, nargs="?", default="toybox")
     parser.add_argument("--trace", help="A file for chrome://tracing or Perfetto")
     arguments = parser.parse_args()
-    run = MODELS[arguments.model]()
-    run()
-    print(json.dumps(shares(run), indent=1))
+    runs = MODELS[arguments.model]()
+    runs["bare"]()
+    found = {name: shares(runs[name]) for name in ("bare", "merge")}
+    print(json.dumps(found, indent=1))
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**known, arguments.model: found}, indent=1) + "\n")
     if arguments.trace:
         with torch.profiler.profile() as profile:
-            run()
+            runs["merge"]()
         profile.export_chrome_trace(arguments.trace)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from ..activations.processes import ALONE, Processes
 from ..activations.saliency import Saliency
 from ..hosts.protocol import Stage
 from ..solve.choose import POLICY, Policy
+
+_GOLDEN = 0.618034
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ def _of(
 
 
 def fewer(stage: Stage, count: int) -> Stage:
-    """``count`` rows of ``stage`` at most, as many of each concept, evenly over its rows."""
+    """``count`` rows of ``stage`` at most, as many of each concept, of all steps and of as many of
+    its samples as can be."""
     by_concept = _by_concept(stage)
     share = count // len(by_concept)
     return _selected(stage, [row for rows in by_concept for row in _evenly(rows, share)])
@@ -154,8 +158,21 @@ def _by_concept(stage: Stage) -> list[list[int]]:
 
 
 def _evenly(rows: Sequence[int], count: int) -> list[int]:
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+    """``count`` of the ``rows``, spread over all; of more than half, the others are."""
+    if count * 2 <= len(rows):
+        return [rows[index] for index in _spread(len(rows), count)]
+    gone = set(_spread(len(rows), max(len(rows) - count, 0)))
+    return [row for index, row in enumerate(rows) if index not in gone]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """One of each of ``count`` equal parts of ``range(total)``, at golden ratios of the parts: a
+    sample's rows go by step, so that every fourth would always be its first step, the noisiest."""
+    ends = [part * total // max(count, 1) for part in range(count + 1)]
+    return [
+        start + int(part * _GOLDEN % 1 * (stop - start))
+        for part, (start, stop) in enumerate(pairwise(ends))
+    ]
 
 
 def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
