@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
-from iteris_core.cli.options import parse_concept
+from iteris_core.cli.concept_options import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
 
 

@@ -23,7 +23,8 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.recipe import Recipe, _find, rename_embeddings
+from iteris_core.cli.concept_options import rename_embeddings
+from iteris_core.cli.recipe import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
@@ -129,7 +130,7 @@ def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world
         ([tmp_path, world], "C:\\Users\\somebody\\lora1.safetensors"),
         ([world.parent], f"{world.name}/lora1.safetensors"),
     ):
-        found = _find(Recipe("sum", {}, {}, [], folders, {}), name, "")
+        found = find_file(folders, name, "")
         assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 

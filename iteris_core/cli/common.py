@@ -36,6 +36,14 @@ Offload = Annotated[
     Literal["model", "sequential"] | None,
     option("Keep the base in host memory: the model that runs, or only its layer, is on the GPU"),
 ]
+Memory = Annotated[
+    float | None,
+    option("GiB that a merge may take beyond the model; what is free by default", min=0),
+]
+
+
+def bytes_of(memory: float | None) -> int | Literal["free"]:
+    return "free" if memory is None else round(memory * 2**30)
 
 
 def best_device() -> str:
@@ -98,6 +106,12 @@ def loading(base: str, what: str) -> Generator[None]:
             f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a {what} or "
             "a hub name."
         ) from error
+
+
+def check_folder_of(path: Path | None) -> None:
+    """Raise :class:`IterisError` where a file could not be written, before any work is done."""
+    if path is not None and not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
 @contextmanager
