@@ -72,7 +72,8 @@ def run(output: Path, on_progress: Tick) -> Table:
     data = {"methods": methods, "sets": scores, "report": notes}
     (output / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     shown = {size: _shown(pictures, size, world) for size in SETS}
-    contact_sheet(*shown["4"], title="4 concepts in one LoRA").save(output / "sheet.png")
+    few = _shown(pictures, "4", world, few=True)
+    contact_sheet(*few, cell=160, title="4 concepts in one LoRA").save(output / "sheet.png")
     page = _page(scores, notes, shown)
     (output / "index.html").write_text(page, encoding="utf-8")
     return _table(scores, output)
@@ -226,9 +227,17 @@ def _shown(
     pictures: Mapping[tuple[str, str], Sequence[Picture]],
     size: str,
     world: Mapping[str, ToyConcept],
+    *,
+    few: bool = False,
 ) -> tuple[dict[str, list[Image.Image | None]], list[str]]:
-    """What the sheet and the page show: rows by label, and the prompts of their columns."""
-    shown = [p for p in pictures[size, "base"] if p.seed == SEEDS[0]]
+    """Rows by label, and the prompts of their columns; of ``few`` the first prompt of each concept
+    and pair."""
+
+    def of(name: str) -> list[Picture]:
+        some = [p for p in pictures[size, name] if p.seed == SEEDS[0]]
+        return list({p.concepts: p for p in reversed(some)}.values())[::-1] if few else some
+
+    shown = of("base")
     rows: dict[str, list[Image.Image | None]] = {
         "to learn": [
             Image.open(world[p.concepts[0]].references[0]) if len(p.concepts) == 1 else None
@@ -236,9 +245,8 @@ def _shown(
         ]
     }
     for name, label in LABELS.items():
-        some = [p for p in pictures[size, name] if p.seed == SEEDS[0]]
         rows[label] = [
-            None if name == "single" and len(p.concepts) == 2 else p.load() for p in some
+            None if name == "single" and len(p.concepts) == 2 else p.load() for p in of(name)
         ]
     return rows, [p.prompt for p in shown]
 
