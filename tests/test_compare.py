@@ -98,10 +98,13 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     assert {p.name for p in out.iterdir()} == {
         *("comparison.json", "comparison.csv", "comparison.md", "index.html", "sheet.png"),
     }
+    assert data["settings"]["iteris"]["schedule"] == "sweep"
+    assert (data["calibration"]["samples"], data["drawing"]["steps"]) == (3, 2)
     assert Image.open(out / "sheet.png").size[0] > 300
     page = (out / "index.html").read_text()
     assert 'alt="iteris: a s1 dog and a s2 dog"' in page
     assert page.count("<img ") == 3 * 2
+    assert "schedule=sweep" in page
     assert not re.search(r"(src|href)=.https?:", page)
     code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
     assert code == 2

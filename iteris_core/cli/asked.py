@@ -9,6 +9,7 @@ from typing import Any
 
 from ..concepts import Calibration
 from ..errors import IterisError
+from ..merge import Unmergeable
 from ..methods import find_method
 from ..methods.registry import Method
 from .adapters import is_model
@@ -28,7 +29,7 @@ class Asked:
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     concepts: Sequence[ConceptOption]
-    unmergeable: Any
+    unmergeable: Unmergeable
     adapter: bool = False
     cut: Mapping[str, Any] | None = None
 
@@ -60,7 +61,7 @@ def ask_again(
     base: str | None,
     pairs: Sequence[str],
     calibration: Mapping[str, Any],
-    unmergeable: str | None,
+    unmergeable: Unmergeable | None,
 ) -> Asked:
     """What a merged file records, with what the command line says over it."""
     method = find_method(recipe.method)
@@ -84,7 +85,7 @@ def ask(
     loras: Path | None,
     pairs: Sequence[str],
     calibration: Mapping[str, Any],
-    unmergeable: str | None,
+    unmergeable: Unmergeable | None,
 ) -> Asked:
     """What the command line says, over what the merge file does."""
     if not concepts and not file.concepts:

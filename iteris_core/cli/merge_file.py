@@ -42,6 +42,11 @@ class MergeFile:
         beside = self.path.parent / name if self.path is not None else Path(name)
         return beside if beside.exists() else Path(name)
 
+    def place(self, base: str) -> str:
+        """Where the base is; a name on the hub is left as it is."""
+        found = self.find(base)
+        return str(found) if found.exists() else base
+
     def checked(self, kind: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings, which are ``kind``'s, and those of the calibration."""
         calibration = dict(self.calibration)
@@ -93,7 +98,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     options = {key: value for key, value in data.items() if key not in _OWN}
     context.default_map = _defaults(context, file, options)
     name = data.get("base")
-    return None if name is None else str(file.find(str(name)))
+    return None if name is None else file.place(str(name))
 
 
 def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -123,7 +128,7 @@ def given_options(context: typer.Context, folder: Path, left_out: Sequence[str])
 def relative_name(path: Path, folder: Path) -> str:
     """How a merge file in ``folder`` names what is at ``path``; what is not there (a name on the
     hub, a file that a recipe names) is left as it is."""
-    return Path(os.path.relpath(path, folder)).as_posix() if path.exists() else str(path)
+    return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
 
 
 def _load(path: Path) -> dict[Any, Any]:

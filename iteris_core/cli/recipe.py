@@ -38,14 +38,14 @@ class Recipe:
     folders: Sequence[Path]
     cut: Mapping[str, Any]
     base: str = ""
-    unmergeable: str = "refuse"
+    unmergeable: Unmergeable = "refuse"
 
     def base_found(self) -> str:
         """The base in one of the folders. A file may be anybody's: what it names is not fetched."""
-        found = [folder / self.base for folder in self.folders if "/" not in self.base]
-        for path in found if self.base else ():
-            if path.exists():
-                return str(path)
+        local = self.base and PureWindowsPath(self.base).name == self.base
+        for folder in self.folders if local else ():
+            if (folder / self.base).exists():
+                return str(folder / self.base)
         was = f"It was merged on {self.base}, which is not here" if self.base else "It names none"
         raise IterisError(f"There is no base to merge on. {was}; say BASE in front of --from.")
 

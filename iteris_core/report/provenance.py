@@ -126,7 +126,7 @@ def with_run(metadata: Mapping[str, str], base: str, unmergeable: str) -> dict[s
     """The metadata of a merged LoRA with what it was merged on in its recipe: a name on the hub, or
     the last part of a path, since no path of this machine goes into a file."""
     recipe = parse_object(metadata.get("iteris"))
-    name = Path(base).name if Path(base).exists() else base
+    name = Path(base).resolve().name if Path(base).exists() else base
     return {
         **metadata,
         "iteris": json.dumps({**recipe, "base": name, "unmergeable": unmergeable}),

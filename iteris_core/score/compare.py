@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -38,13 +38,16 @@ CustomConcept101 (compositions), whose own list is for research only."""
 @dataclass(frozen=True)
 class Comparison:
     """One composition. ``rows``: method → column → value; ``pictures``: method → in the order of
-    ``prompts`` × seeds."""
+    ``prompts`` × seeds; ``settings``: method → all of its settings; ``made`` is how features were
+    collected and pictures drawn."""
 
     rows: Mapping[str, Mapping[str, Stat]]
     pictures: Mapping[str, Sequence[Image.Image]]
     prompts: Sequence[str]
     seconds: Mapping[str, float]
     concepts: Sequence[str] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 def fill_prompts(
@@ -102,6 +105,8 @@ def compare_methods(
     rows: dict[str, dict[str, Stat]] = {}
     pictures: dict[str, list[Image.Image]] = {}
     seconds: dict[str, float] = {}
+    used: dict[str, Mapping[str, Any]] = {}
+    made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
     embedded = [scorer.embed_images(some) for some in references]
     for name in methods:
 
@@ -120,7 +125,9 @@ def compare_methods(
                     memory_budget=memory_budget,
                     on_progress=tick,
                 )
-                seconds[name] = result.report.seconds
+                seconds[name], used[name] = result.report.seconds, result.report.settings
+                if result.report.calibration:
+                    made["calibration"] = result.report.calibration
                 path = result.save(Path(folder) / "merged.safetensors", dtype="float32")
                 pipeline.load_lora_weights(str(path))
             try:
@@ -133,7 +140,8 @@ def compare_methods(
                     pipeline.unload_lora_weights()
         pictures[name] = images
         rows[name] = _score(images, wanted, concepts, embedded, references, scorer, dino)
-    return Comparison(rows, pictures, prompts, seconds, [concept.name for concept in concepts])
+    names = [concept.name for concept in concepts]
+    return Comparison(rows, pictures, prompts, seconds, names, used, made)
 
 
 def compare_compositions(

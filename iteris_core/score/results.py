@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..report.written import write_whole
 from .compare import Comparison
-from .page import html_gallery, html_page, html_table, png_bytes
+from .page import html_details, html_gallery, html_page, html_table, png_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
 
@@ -56,6 +56,8 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
     }
     data = {
         **_figures(rows, comparisons[0]),
+        "settings": comparisons[0].settings,
+        **comparisons[0].made,
         "compositions": [
             {"concepts": list(c.concepts), **_figures(c.rows, c)} for c in comparisons
         ],
@@ -100,7 +102,18 @@ def _page(rows: Rows, comparisons: Sequence[Comparison], names: Sequence[str]) -
             _first(comparison), comparison.prompts, f"Pictures of {name}", "iteris"
         )
         parts.append((name, body))
+    parts.append(("", html_details("How this was made", _made(comparisons[0]))))
     return html_page("LoRA merge methods compared", parts)
+
+
+def _made(comparison: Comparison) -> str:
+    """A line for each method, and for the calibration and the drawing."""
+    lines: list[str] = []
+    for name, values in {**comparison.settings, **comparison.made}.items():
+        shown = ", ".join(f"{key}={value}" for key, value in values.items() if key != "templates")
+        lines.append(f"{name}: {shown}")
+    lines += [f"{name}: {seconds:.1f} s" for name, seconds in comparison.seconds.items()]
+    return "\n".join(lines)
 
 
 def _table(rows: Rows, caption: str) -> str:
