@@ -16,6 +16,8 @@ from ..lora_files import ReadOptions
 from ..methods import find_method
 from ..presets import PresetName
 from .common import (
+    CALIBRATION,
+    PICTURES,
     BaseDtype,
     Device,
     Memory,
@@ -66,20 +68,27 @@ def compare(
         str,
         option(
             "composition, objects, animals, or a text file of prompts with {all}, or {1}, "
-            "{2} …, for the concepts"
+            "{2} …, for the concepts",
+            panel=PICTURES,
         ),
     ] = "composition",
-    images_per_prompt: Annotated[int, option("Seeds per prompt")] = 4,
-    steps: Annotated[int, option("Denoising steps of the pictures")] = 25,
-    guidance: Annotated[float, option("Guidance scale of the pictures")] = 7.5,
+    images_per_prompt: Annotated[int, option("Seeds per prompt", panel=PICTURES)] = 4,
+    steps: Annotated[int, option("Denoising steps of the pictures", panel=PICTURES)] = 25,
+    guidance: Annotated[float, option("Guidance scale of the pictures", panel=PICTURES)] = 7.5,
     scheduler: Annotated[
         str | None,
-        option("Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete"),
+        option(
+            "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
+        ),
     ] = None,
     size: Annotated[
-        str | None, option("Of the pictures in pixels: 512, or 768x512 for width x height")
+        str | None,
+        option("Of the pictures in pixels: 512, or 768x512 for width x height", panel=PICTURES),
     ] = None,
-    templates: Annotated[Path | None, option("Calibration templates")] = None,
+    templates: Annotated[
+        Path | None,
+        option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
+    ] = None,
     samples: Annotated[int | None, calibration_option("samples")] = None,
     latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
     clip: ClipName = "ViT-L-14",

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from ..concepts import PRESERVE_WEIGHT, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files import DTYPES, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
-from ..merge import Unmergeable
-from ..methods import all_methods
-from ..presets import PresetName
 from ..report.provenance import with_run
+from . import merge_options as options
 from .adapters import check_adapter, load_adapters
 from .asked import ask, ask_again, with_preserved
 from .common import (
@@ -29,22 +26,11 @@ from .common import (
     bytes_of,
     check_folder_of,
     load_base,
-    option,
     run_merge,
 )
 from .concept_options import read_concepts
-from .merge_file import SUFFIXES, MergeFile, given_options, use_merge_file, write_merge_file
-from .options import (
-    CONCEPT_HELP,
-    PRESET_HELP,
-    Dtype,
-    Latents,
-    calibration_option,
-    given,
-    method_names,
-    read_lines,
-    setting_names,
-)
+from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
+from .options import given, read_lines
 from .pictures import open_picture
 from .recipe import cut_again, read_recipe
 from .saving import lines_of_embeddings, save_lora
@@ -56,108 +42,43 @@ _ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "pres
 
 def merge(
     context: typer.Context,
-    output: Annotated[
-        Path,
-        option(
-            "The .safetensors to write (transformers: a folder); a .yaml writes what is asked for "
-            "as a merge file instead, and merges nothing",
-            "--output",
-            "-o",
-        ),
-    ],
-    base: Annotated[
-        str | None,
-        typer.Argument(
-            help="A pipeline of diffusers (a folder, a .safetensors, a hub name), a model of "
-            "transformers, or a merge file (.yaml), in which every option is a key",
-            is_eager=True,
-            callback=use_merge_file,
-        ),
-    ] = None,
-    concept: Annotated[list[str] | None, option(CONCEPT_HELP)] = None,
-    from_file: Annotated[
-        Path | None,
-        option("Run the merge again that wrote this file; BASE is looked for beside it", "--from"),
-    ] = None,
-    loras: Annotated[
-        Path | None,
-        option("With --from or a merge file: the folder of the LoRAs, if they are not beside it"),
-    ] = None,
-    method: Annotated[
-        str | None,
-        option(
-            f"{', '.join(m.name for m in all_methods())}; iteris by default",
-            autocompletion=method_names,
-        ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        option(
-            "NAME=VALUE of the method or the calibration, such as rank=16, guidance=2.5; "
-            "iteris methods lists all",
-            "--set",
-            autocompletion=setting_names,
-        ),
-    ] = None,
-    preset: Annotated[PresetName | None, option(PRESET_HELP)] = None,
-    preserve: Annotated[
-        Path | None, option("A text file of prompts on which the base is to stay")
-    ] = None,
-    preserve_weight: Annotated[
-        float, option("What --preserve counts; much of it weakens the concepts", min=0)
-    ] = PRESERVE_WEIGHT,
-    templates: Annotated[
-        Path | None, option("A text file of prompt templates, with {} for the concept")
-    ] = None,
-    samples: Annotated[int | None, calibration_option("samples")] = None,
-    timesteps: Annotated[int | None, calibration_option("timesteps")] = None,
-    latents: Annotated[Latents | None, calibration_option("latents")] = None,
-    denoising_steps: Annotated[int | None, calibration_option("denoising_steps")] = None,
-    guidance: Annotated[float | None, calibration_option("guidance")] = None,
-    empty_share: Annotated[float | None, calibration_option("empty_share")] = None,
-    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
-    frames: Annotated[int | None, calibration_option("frames")] = None,
-    seed: Annotated[int | None, calibration_option("seed")] = None,
-    generate: Annotated[
-        int | None, option("transformers: features while each LoRA writes so many tokens")
-    ] = None,
-    model_class: Annotated[
-        str | None, option("transformers: class of the base, where the adapter does not name one")
-    ] = None,
-    layout: Annotated[
-        Layout | None,
-        option("Of the file; kohya by default, or peft where a base has no such names"),
-    ] = None,
-    dtype: Annotated[Dtype, option("Of the file")] = "float16",
-    image: Annotated[
-        Path | None, option("A picture for a base that asks for one: to edit, to begin with, …")
-    ] = None,
-    mask_image: Annotated[
-        Path | None, option("Which part of --image an inpainting base paints")
-    ] = None,
+    output: options.Output,
+    base: options.Base = None,
+    concept: options.Concepts = None,
+    from_file: options.From = None,
+    loras: options.Loras = None,
+    method: options.MethodName = None,
+    setting: options.Set = None,
+    preset: options.Preset = None,
+    preserve: options.Preserve = None,
+    preserve_weight: options.PreserveWeight = PRESERVE_WEIGHT,
+    templates: options.Templates = None,
+    samples: options.Samples = None,
+    timesteps: options.Timesteps = None,
+    latents: options.LatentsOf = None,
+    denoising_steps: options.DenoisingSteps = None,
+    guidance: options.Guidance = None,
+    empty_share: options.EmptyShare = None,
+    latent_size: options.LatentSize = None,
+    frames: options.Frames = None,
+    seed: options.Seed = None,
+    generate: options.Generate = None,
+    model_class: options.ModelClass = None,
+    layout: options.FileLayout = None,
+    dtype: options.FileDtype = "float16",
+    image: options.Image = None,
+    mask_image: options.MaskImage = None,
     device: Device = None,
     base_dtype: BaseDtype = None,
     offload: Offload = None,
     memory: Memory = None,
-    allow_partial: Annotated[
-        bool, option("Leave out what a LoRA cannot represent, and list it", "--allow-partial")
-    ] = False,
-    unmergeable: Annotated[
-        Unmergeable | None,
-        option(
-            "Layers whose features cannot be collected: refuse (default), skip, or take the LoRAs' "
-            "mean"
-        ),
-    ] = None,
-    energy: Annotated[
-        float, option("Share kept of changes that are not low rank by themselves")
-    ] = 0.999,
-    rename: Annotated[
-        list[str] | None, option("LORA:NAME=NEW: another name for an embedding")
-    ] = None,
-    overwrite: Annotated[bool, option("Replace an existing output file", "--overwrite")] = False,
-    as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
-    plot: Annotated[Path | None, option("A PNG of the output errors per block")] = None,
+    allow_partial: options.AllowPartial = False,
+    unmergeable: options.UnmergeableSites = None,
+    energy: options.Energy = 0.999,
+    rename: options.Rename = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    plot: options.Plot = None,
 ) -> None:
     """Merge LoRAs on a pipeline of diffusers, or on a model of transformers, and write one."""
     file = context.obj if isinstance(context.obj, MergeFile) else MergeFile()
@@ -192,8 +113,8 @@ def merge(
         _refuse(_ONLY.format(base), preserve=preserve if adapter else None)
         asked = with_preserved(asked, read_lines(preserve), preserve_weight)
     if output.suffix in SUFFIXES:
-        options = given_options(context, output.parent, [*_ASKED, *sampling])
-        write_merge_file(output, asked.to_merge_file(output, options), overwrite=overwrite)
+        others = given_options(context, output.parent, [*_ASKED, *sampling])
+        write_merge_file(output, asked.to_merge_file(output, others), overwrite=overwrite)
         typer.echo(f"Wrote {output}; nothing is merged yet. To merge: iteris merge {output}")
         return
     if adapter:

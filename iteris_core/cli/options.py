@@ -11,7 +11,7 @@ from ..errors import IterisError, SettingsError
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
-from .common import option
+from .common import CALIBRATION, option
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -42,7 +42,8 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
 def calibration_option(name: str) -> Any:
     """The option of a setting of :class:`Calibration`; not given, it is left to the preset."""
     declared = declared_settings(Calibration)[name]
-    return option(f"{declared.explained()} Default: {declared.shown(declared.default)}.")
+    default = declared.shown(declared.default)
+    return option(f"{declared.explained()} Default: {default}.", panel=CALIBRATION)
 
 
 def given(**values: Any) -> dict[str, Any]:
