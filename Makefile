@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow lint format bench bench-quality toybox clean
+.PHONY: demo test test-slow lint format bench bench-quality toybox docs dist clean
 
 .venv: .venv/installed
 
@@ -31,6 +31,20 @@ format: .venv
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+PAGES := $(wildcard *.md docs/*.md docs/api/*.md docs/images/* benchmarks/*.md toybox/*.md web/*.svg web/docs/*.md)
+
+docs: .venv/docs
+	rm -rf build/pages build/site && mkdir -p build/pages
+	tar cf - $(PAGES) | tar xf - -C build/pages
+	.venv/bin/zensical build --strict
+
+.venv/docs: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+dist: .venv
+	rm -rf dist && $(RUN) -m build
+
 bench: .venv
 	$(RUN) benchmarks/speed/run.py
 
@@ -41,4 +55,4 @@ toybox: .venv
 	$(RUN) -m toybox.train
 
 clean:
-	rm -rf build .venv *.egg-info
+	rm -rf build dist .venv *.egg-info

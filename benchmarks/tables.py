@@ -1,4 +1,5 @@
-"""The tables of ``benchmarks/README.md`` from the JSON in ``results/``, as Markdown on stdout."""
+"""The tables of the README and of ``benchmarks/README.md`` from the JSON in ``results/``, as
+Markdown on stdout."""
 
 from __future__ import annotations
 
@@ -23,17 +24,15 @@ def cell(entry: dict[str, float] | None) -> str:
 
 def quality() -> None:
     for size, rows in load("quality.json")["sets"].items():
-        floor, ceiling = rows["base"]["image"]["mean"], rows["single"]["image"]["mean"]
         print(f"\n### {NAMES[size]}\n")
         print("| method | " + " | ".join(COLUMNS) + " | kept |")
         print("|---|" + "---|" * (len(COLUMNS) + 1))
         order = sorted(rows, key=lambda name: -rows[name]["mean"]["mean"])
         for name in order:
             row = rows[name]
-            kept = (row["image"]["mean"] - floor) / (ceiling - floor)
             shown = f"**{name}**" if name == "iteris" else name
             cells = " | ".join(cell(row.get(column)) for column in COLUMNS)
-            print(f"| {shown} | {cells} | {kept:.0%} |")
+            print(f"| {shown} | {cells} | {_kept(rows, name):.0%} |")
 
 
 def leads() -> None:
@@ -76,8 +75,38 @@ def speed() -> None:
             print(f"| {value} | {entry['seconds']:.2f} | {entry['peak_mib']:.0f} |")
 
 
+FRONT = {
+    "single": "each LoRA alone",
+    "iteris": "**IterIS**",
+    "regmean++": "RegMean++",
+    "regmean": "RegMean",
+    "ssr": "SSR-Merge",
+    "average": "average",
+    "sum": "all loaded at once",
+}
+IN_LANGUAGE = {"single": "alone", "average": "linear"}
+"""What a method is called in ``language.json``."""
+
+
+def front() -> None:
+    """The README's table: likeness kept, two concepts in one picture, and texts, where we lose."""
+    sets, texts = load("quality.json")["sets"], load("language.json")["sum"]
+    print("| | two | three | five | seven | ten | two in one picture | texts |")
+    print("|---|" + "---:|" * 7)
+    for name, label in FRONT.items():
+        cells = [f"{_kept(rows, name):.0%}" for rows in sets.values()]
+        pair, text = sets["2"][name].get("pair"), texts.get(IN_LANGUAGE.get(name, name))
+        cells += [f"{pair['mean']:.0%}" if pair else "", f"{text:.2f}" if text else ""]
+        print(f"| {label} | {' | '.join(cells)} |")
+
+
+def _kept(rows: dict[str, Any], name: str) -> float:
+    floor, ceiling = rows["base"]["image"]["mean"], rows["single"]["image"]["mean"]
+    return (rows[name]["image"]["mean"] - floor) / (ceiling - floor)
+
+
 if __name__ == "__main__":
-    for table in (quality, leads, equal_time, ablations, speed):
+    for table in (front, quality, leads, equal_time, ablations, speed):
         try:
             table()
         except FileNotFoundError as missing:

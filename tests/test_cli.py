@@ -10,13 +10,16 @@ import sys
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
-from iteris_core.cli.options import parse_concept
+from iteris_core.cli.concept_options import parse_concept
 from iteris_core.hosts.diffusers import DiffusersHost
+
+COMMANDS = typer.main.get_command(cli.app).commands
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +311,15 @@ def test_presets_and_what_preserve_prompts_weigh(world, tmp_path, monkeypatch, c
         assert [concept["weight"] for concept in concepts] == [1.0, 1.0, weight]
 
 
-@pytest.mark.parametrize("command", ["merge", "inspect", "compare", "score", "methods", "demo"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_of_every_command(monkeypatch, capsys, command):
+    """And of every option: a sentence of its own, in what is shown."""
+    monkeypatch.setenv("COLUMNS", "200")
     code, text, _ = run(monkeypatch, capsys, command, "--help")
     assert code == 0
-    assert "--help" in text
+    for parameter in COMMANDS[command].params:
+        assert parameter.help, parameter.name
+        assert all(option in text for option in parameter.opts if option.startswith("--"))
 
 
 def test_one_method_in_full(monkeypatch, capsys):

@@ -1,30 +1,25 @@
-"""``iteris score`` and ``iteris compare`` on small real models."""
+"""``iteris compare`` on small real models."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 import sys
 
 import pytest
+from command_line import make_world, run
 from PIL import Image
-from tiny import make_pipeline, random_lora
 
+import iteris_core.score.compare as compare_module
+import iteris_core.score.drawing as drawing_module
 import toybox
-from iteris_core import Concept, IterisError, Lora, cli, write_lora
-from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core import Concept, IterisError, Lora
 from iteris_core.score.compare import fill_prompts
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
 
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
-
-
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["iteris", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +56,63 @@ def test_prompts_are_filled():
         fill_prompts(["a {3}"], concepts)
 
 
-def test_score_prints_alignments(monkeypatch, capsys, references, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red star with yellow stripes on a white background\n")
-    code, out, _ = run(
-        monkeypatch, capsys,
-        "score", references, f"--refs={references}", f"--prompts={prompts}", CLIP, "--json",
-    )  # fmt: skip
+def test_methods_are_listed(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0
-    data = json.loads(out)
-    assert len(data["pictures"]) == len(list(references.iterdir()))
-    assert 0.5 < data["mean"]["image"] <= 1
-    assert data["mean"]["clipscore"] == pytest.approx(2.5 * data["mean"]["text"], abs=1e-4)
-    code, out, _ = run(monkeypatch, capsys, "score", references, f"--refs={references}", CLIP)
-    assert code == 0
-    assert "mean" in out
+    for name in ("iteris", "ssr", "ties", "align"):
+        assert name in out
 
 
-def test_score_with_dino(monkeypatch, capsys, references, tmp_path):
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    shutil.copy(folder / "lora1.safetensors", folder / "lora3.safetensors")
+    (folder / "prompts.txt").write_text("{all}\na {1} near a {2}\n")
+    (folder / "templates.txt").write_text("a picture of {}\n")
+    return folder
+
+
+def compare(world, references, out, *extra, count=2):
+    """``iteris compare`` of ``count`` LoRAs, which share their references."""
+    arguments = ["compare", world / "base", "-o", out, CLIP, "--samples=3", "--device=cpu"]
+    arguments += [f"--prompts={world / 'prompts.txt'}", "--steps=2", "--images-per-prompt=2"]
+    for number in range(1, count + 1):
+        file = world / f"lora{number}.safetensors"
+        arguments += [f"--concept={file}:s{number}:dog", f"--refs={references}"]
+    return [*arguments, *extra]
+
+
+def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tmp_path):
+    out = tmp_path / "out"
+    arguments = compare(world, references, out, "--methods=base,average,iteris")
+    code, text, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert "| iteris |" in text
+    data = json.loads((out / "comparison.json").read_text())
+    assert list(data["methods"]) == ["base", "average", "iteris"]
+    row = data["methods"]["iteris"]
+    assert {"image 1", "image 2", "text", "text, tokens kept", "mean"} <= set(row)
+    assert row["image 1"]["se"] is not None
+    assert data["prompts"][0] == "a s1 dog and a s2 dog"
+    assert [c["concepts"] for c in data["compositions"]] == [["s1", "s2"]]
+    assert {p.name for p in out.iterdir()} == {
+        *("comparison.json", "comparison.csv", "comparison.md", "index.html", "sheet.png"),
+    }
+    assert data["settings"]["iteris"]["schedule"] == "sweep"
+    assert (data["calibration"]["samples"], data["drawing"]["steps"]) == (3, 2)
+    assert Image.open(out / "sheet.png").size[0] > 300
+    page = (out / "index.html").read_text()
+    assert 'alt="iteris: a s1 dog and a s2 dog"' in page
+    assert page.count("<img ") == 3 * 2
+    assert "schedule=sweep" in page
+    assert not re.search(r"(src|href)=.https?:", page)
+    code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
+    assert code == 2
+    assert "--refs once for each --concept" in err
+
+
+def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, references, tmp_path):
+    """And every other option: they reach the merge, the pictures and the scorer."""
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -87,63 +121,99 @@ def test_score_with_dino(monkeypatch, capsys, references, tmp_path):
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor.save_pretrained(tmp_path / "dino")
-    code, out, _ = run(
-        monkeypatch, capsys,
-        "score", references, f"--refs={references}", CLIP, f"--dino={tmp_path / 'dino'}", "--json",
-    )  # fmt: skip
-    assert code == 0
-    assert -1 <= json.loads(out)["mean"]["dino"] <= 1.0001
+    merges, drawn = [], []
 
+    def merge_loras(host, concepts, method, **how):
+        merges.append((method, how))
+        return merge(host, concepts, method, **how)
 
-def test_score_errors(monkeypatch, capsys, references, tmp_path):
-    code, _, err = run(monkeypatch, capsys, "score", references, CLIP)
-    assert code == 2
-    assert "nothing to score against" in err
-    code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
-    assert code == 2
-    assert "no folder with pictures" in err
-    (tmp_path / "bad.png").write_text("no picture")
-    code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
-    assert code == 2
-    assert "bad.png is not a picture" in err
-    assert "Traceback" not in err
+    def draw_pictures(pipeline, wanted, drawing, on_progress):
+        with drawing_module._scheduled(pipeline, drawing.scheduler):
+            drawn.append((type(pipeline.scheduler).__name__, drawing))
+        return draw(pipeline, wanted, drawing, on_progress)
 
-
-def test_methods_are_listed(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "methods")
-    assert code == 0
-    for name in ("iteris", "ssr", "ties", "align"):
-        assert name in out
-
-
-def test_compare_from_files_to_a_page(monkeypatch, capsys, references, tmp_path):
-    pipeline = make_pipeline()
-    pipeline.save_pretrained(tmp_path / "base")
-    host = DiffusersHost(pipeline)
-    concepts, refs = [], []
-    for seed in (1, 2):
-        path = write_lora(random_lora(host, seed), tmp_path / f"lora{seed}.safetensors")
-        concepts.append(f"--concept={path}:s{seed}:dog")
-        refs.append(f"--refs={references}")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("{all}\na {1} near a {2}\n")
+    merge, draw = compare_module.merge_loras, compare_module.draw
+    monkeypatch.setattr(compare_module, "merge_loras", merge_loras)
+    monkeypatch.setattr(compare_module, "draw", draw_pictures)
     out = tmp_path / "out"
-    arguments = ["compare", tmp_path / "base", *concepts, "-o", out, CLIP, "--samples=3"]
-    arguments += ["--methods=base,average,iteris", f"--prompts={prompts}", "--steps=2"]
-    arguments += ["--images-per-prompt=2", "--device=cpu"]
-    code, text, _ = run(monkeypatch, capsys, *arguments, *refs)
-    assert code == 0
-    assert "| iteris |" in text
+    code, _, err = run(
+        monkeypatch, capsys,
+        *compare(
+            world, references, out, "--methods=ties,regmean", "--set=ties.density=0.3",
+            "--set=rank=2", "--set=timesteps=1", "--set=regmean.shrink=0.5", "--preset=fast",
+            "--latent-size=4", f"--templates={world / 'templates.txt'}", "--scheduler=ddim",
+            "--size=16x8", "--guidance=3", "--seed=5", "--memory=0.5", "--base-dtype=float32",
+            f"--dino={tmp_path / 'dino'}",
+        ),
+    )  # fmt: skip
+    assert code == 0, err
+    how = dict(merges)
+    assert how["ties"]["settings"] == {"density": 0.3, "rank": 2}
+    assert how["regmean"]["settings"] == {"rank": 2, "shrink": 0.5}
+    calibration = how["ties"]["calibration"]
+    assert (calibration.samples, calibration.timesteps, calibration.latent_size) == (3, 1, 4)
+    assert (calibration.templates, calibration.seed) == (["a picture of {}"], 5)
+    assert {h["preset"] for h in how.values()} == {"fast"}
+    assert {h["memory_budget"] for h in how.values()} == {1 << 29}
+    assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
+    assert (drawn[0][1].size, drawn[0][1].guidance, drawn[0][1].seed) == ((16, 8), 3, 5)
+    assert "dino 1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
+
+
+def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_path):
+    out = tmp_path / "out"
+    arguments = compare(world, references, out, "--together=2", "--methods=average,sum", count=3)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
     data = json.loads((out / "comparison.json").read_text())
-    assert list(data["methods"]) == ["base", "average", "iteris"]
-    row = data["methods"]["iteris"]
-    assert {"image 1", "image 2", "text", "text, tokens kept", "mean"} <= set(row)
-    assert row["image 1"]["se"] is not None
-    assert data["prompts"][0] == "a s1 dog and a s2 dog"
-    assert {p.name for p in out.iterdir()} == {
-        *("comparison.json", "comparison.csv", "comparison.md", "index.html", "sheet.png"),
-    }
-    assert Image.open(out / "sheet.png").size[0] > 300
-    code, _, err = run(monkeypatch, capsys, *arguments, refs[0])
+    each = data["compositions"]
+    assert [c["concepts"] for c in each] == [["s1", "s2"], ["s1", "s3"], ["s2", "s3"]]
+    images = [(c["methods"]["sum"]["image 1"]["mean"] + c["methods"]["sum"]["image 2"]["mean"]) / 2
+              for c in each]  # fmt: skip
+    stat = data["methods"]["sum"]["image"]
+    assert stat["mean"] == pytest.approx(sum(images) / 3)
+    spread = sum((value - stat["mean"]) ** 2 for value in images) / 2
+    assert stat["se"] == pytest.approx((spread / 3) ** 0.5)
+    assert {"sheet-1.png", "sheet-2.png", "sheet-3.png"} < {p.name for p in out.iterdir()}
+    page = (out / "index.html").read_text()
+    assert "3 compositions" in page
+    assert page.count("<h2>s") == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--together=3", "3 of 2 concepts cannot be merged together"),
+        ("--scheduler=magic", "There is no scheduler 'magic'"),
+        ("--size=big", "--size 'big' is not a number of pixels"),
+        ("--set=magic=1", "write NAME=VALUE"),
+        ("--set=iteris.magic=1", "write NAME=VALUE"),
+        ("--set=iteris.rank=-1", "rank must be at least 1"),
+        ("--methods=magic", "There is no method"),
+        ("--clip-weights=none.pt", "open_clip cannot load"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    world, monkeypatch, capsys, references, tmp_path, option, message
+):
+    arguments = compare(world, references, tmp_path / "out", option)
+    if option.startswith("--clip-weights"):
+        arguments[arguments.index(CLIP)] = "--clip=ViT-B-32"
+    code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "--refs once for each --concept" in err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_offload_reaches_the_base(world, monkeypatch, capsys, references, tmp_path):
+    seen = {}
+
+    def load_base(base, device, **how):
+        seen.update(how)
+        raise IterisError("stop here")
+
+    monkeypatch.setattr(sys.modules["iteris_core.cli.compare"], "load_base", load_base)
+    arguments = compare(world, references, tmp_path / "out", "--offload=model")
+    assert run(monkeypatch, capsys, *arguments)[0] == 2
+    assert seen == {"dtype": None, "offload": "model"}

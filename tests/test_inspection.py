@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from bases import make_lora, tiny_base
+from tiny import random_lora
 
 from iteris_core import Lora, LowRank, cli, write_lora
 from iteris_core.architectures import architecture_of_file
@@ -134,3 +135,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, tmp_path / "nothing.safetensors")
     assert code == 2
     assert "does not exist" in err
+
+
+def test_a_base_of_another_shape_is_loaded(host, tmp_path, monkeypatch, capsys):
+    host.pipeline.save_pretrained(tmp_path / "base")
+    file = write_lora(random_lora(host, 1), tmp_path / "lora.safetensors")
+    code, text, err = run(monkeypatch, capsys, file, f"--base={tmp_path / 'base'}", "--json")
+    assert code == 0, err
+    coverage = json.loads(text)["files"][0]["coverage"]
+    sites = {name.partition(".")[0] for name in host.sites()}
+    assert set(coverage) == sites
+    assert all(0 < count <= of for count, of in coverage.values())
+    code, _, err = run(monkeypatch, capsys, file, "--plot", tmp_path / "none" / "plot.png")
+    assert code == 2
+    assert "none does not exist" in " ".join(err.split())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.recipe import Recipe, _find, rename_embeddings
+from iteris_core.cli.concept_options import rename_embeddings
+from iteris_core.cli.recipe import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
@@ -74,7 +76,7 @@ def test_the_same_merge_again_from_the_merged_file(world, tmp_path, monkeypatch,
     assert [c["trigger"] for c in recipe["concepts"]] == ["sks1", "", "preserve"]
     assert recipe["concepts"][0]["sha256"] == hashlib.sha256(files[0].read_bytes()).hexdigest()
     assert recipe["settings"]["rank"] == 3
-    assert recipe["versions"]["torch"] == torch.__version__
+    assert recipe["versions"]["torch"] == version("torch")
     assert found["modelspec.merged_from"] == "lora1, lora2"
     assert found["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert found["modelspec.trigger_phrase"] == "sks1"
@@ -129,7 +131,7 @@ def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world
         ([tmp_path, world], "C:\\Users\\somebody\\lora1.safetensors"),
         ([world.parent], f"{world.name}/lora1.safetensors"),
     ):
-        found = _find(Recipe("sum", {}, {}, [], folders, {}), name, "")
+        found = find_file(folders, name, "")
         assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 

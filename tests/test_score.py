@@ -8,7 +8,7 @@ from PIL import Image
 
 from iteris_core import IterisError
 from iteris_core.score import ClipScorer, clip_score, without_tokens
-from iteris_core.score.page import html_page, html_picture, html_table
+from iteris_core.score.page import html_gallery, html_page, html_table
 from iteris_core.score.sheet import contact_sheet
 
 
@@ -71,7 +71,12 @@ def test_a_sheet_has_every_picture_in_its_place():
 
 def test_a_page_is_self_contained_and_escapes():
     table = html_table(["image"], {"<b>": [0.5], "own": [None]}, own="own")
-    page = html_page("Scores & more", [("", table), ("Pictures", html_picture(RED, 'a "red"'))])
+    pictures = html_gallery({"a<b": [RED, None]}, ['a "red"', "none"], "Pictures")
+    page = html_page("Scores & more", [("", table), ("Pictures", pictures)])
+    assert 'alt="a&lt;b: a &quot;red&quot;"' in page
+    assert page.count("<img ") == 1
+    assert page.count('scope="row"') == 3
+    assert '<td><span class="unseen">none</span></td>' in page
     assert "&lt;b&gt;" in page
     assert "0.500" in page
     assert "Scores &amp; more" in page

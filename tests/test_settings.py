@@ -19,8 +19,9 @@ from iteris_core import (
     all_methods,
     merge_loras,
 )
+from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.methods import settings_page
-from iteris_core.cli.options import Dtype, Latents, parse_concept, parse_settings
+from iteris_core.cli.options import Dtype, Latents, parse_settings
 from iteris_core.lora_files import DTYPES
 from iteris_core.presets import PRESETS, preset_settings
 from iteris_core.settings import Settings, declared_settings, setting

@@ -1,10 +1,14 @@
-"""A wheel holds everything that is read once it is installed, and nothing that is not ours."""
+"""Wheel, source distribution and what the registry hands out hold all that is read once they are
+installed, and nothing that is not ours."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -12,21 +16,40 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("iteris_core", "toybox")
-BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LIMIT = 35e6
+"""Bytes that an installation may take."""
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
+def build(source: Path, what: str, target: Path) -> Path:
+    """``build_wheel`` or ``build_sdist``, with the setuptools that is here."""
+    command = [sys.executable, "-c", BUILD, what, str(target)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return target / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, since setuptools leaves its own files beside the sources."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+def source(tmp_path_factory):
+    """A copy, since setuptools leaves its own files beside the sources."""
+    source = tmp_path_factory.mktemp("source")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-c", BUILD, str(built)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return built / done.stdout.splitlines()[-1]
+    (source / "tests").mkdir()
+    shutil.copy(__file__, source / "tests")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, "build_wheel", tmp_path_factory.mktemp("built"))
 
 
 @pytest.mark.slow
@@ -44,6 +67,19 @@ def test_a_wheel_holds_every_file_of_its_packages(wheel):
         next(name.split("/")[0] for name in names if name.endswith("/METADATA"))
     }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert wheel.stat().st_size < LIMIT
+
+
+@pytest.mark.slow
+def test_the_wheel_of_a_source_distribution_is_the_same(source, wheel, tmp_path):
+    sdist = build(source, "build_sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert not (unpacked / "tests").exists()
+    again = build(unpacked, "build_wheel", tmp_path)
+    assert set(ZipFile(again).namelist()) == set(ZipFile(wheel).namelist())
+    assert sdist.stat().st_size < LIMIT
 
 
 @pytest.mark.slow
@@ -66,3 +102,42 @@ print(toybox.ROOT)
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tmp_path / "installed" / "toybox")
+
+
+def git(*arguments: str) -> list[str]:
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("not a checkout of git")
+    return done.stdout.splitlines()
+
+
+def test_what_the_registry_hands_out():
+    """As comfy-cli packs it: what git tracks, without what ``.comfyignore`` names."""
+    tracked = {name for name in git("ls-files") if (ROOT / name).is_file()}
+    handed = tracked - set(git("ls-files", "-ci", "--exclude-from=.comfyignore"))
+    folders = {name.split("/")[0] for name in handed if "/" in name}
+    assert folders == {"iteris_core", "locales", "nodes", "toybox", "web", "workflows"}
+    assert {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"} <= handed
+    assert {f"toybox/{name}" for name in ("world.json", "demo.py", "templates.txt")} <= handed
+    assert any(name.startswith("toybox/weights/base/unet/") for name in handed)
+    assert not any(name.startswith("toybox/train/") for name in handed)
+    assert sum((ROOT / name).stat().st_size for name in handed) < LIMIT
+
+
+def test_the_lists_of_packages_agree():
+    extras = PROJECT["optional-dependencies"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
+    assert sorted(listed) == sorted([*PROJECT["dependencies"], *extras["score"]])
+    # Nothing that ComfyUI brings itself is asked for with its nodes.
+    names = {re.split(r"[\[<>=!; ]", line)[0].lower() for line in PROJECT["dependencies"]}
+    assert not names & {"torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"}
+    assert "comfyui-iteris[cli,score]" in extras["dev"]
+
+
+def test_the_version_is_in_the_changelog_and_the_licence_is_one_of_spdx():
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()

@@ -21,7 +21,7 @@ from rich.table import Table
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
-from iteris_core.score.page import html_page, html_picture, html_table
+from iteris_core.score.page import html_details, html_gallery, html_page, html_table
 from iteris_core.score.sheet import contact_sheet
 
 from . import BASE, ROOT, ToyConcept, concepts, load_clip, load_judge, load_pipeline, settings
@@ -32,6 +32,13 @@ SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)
 # Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
 TEMPLATES = tuple((ROOT / "templates.txt").read_text(encoding="utf-8").splitlines())
+LABELS = {
+    "base": "no LoRA",
+    "single": "each LoRA alone",
+    "sum": "all at once",
+    "average": "average",
+    "iteris": "IterIS",
+}
 MERGED = ("iteris", "average", "sum")
 
 
@@ -64,11 +71,11 @@ def run(output: Path, on_progress: Tick) -> Table:
     methods = {name: scores["4"][name] for name in (*MERGED, "single", "base")}
     data = {"methods": methods, "sets": scores, "report": notes}
     (output / "scores.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    sheet = _sheet(pictures, "4", world)
-    sheet.save(output / "sheet.png")
-    (output / "index.html").write_text(
-        _page(scores, notes, {s: _sheet(pictures, s, world) for s in SETS}), encoding="utf-8"
-    )
+    shown = {size: _shown(pictures, size, world) for size in SETS}
+    few = _shown(pictures, "4", world, few=True)
+    contact_sheet(*few, cell=160, title="4 concepts in one LoRA").save(output / "sheet.png")
+    page = _page(scores, notes, shown)
+    (output / "index.html").write_text(page, encoding="utf-8")
     return _table(scores, output)
 
 
@@ -216,51 +223,55 @@ def _score(
     return scores
 
 
-def _sheet(
+def _shown(
     pictures: Mapping[tuple[str, str], Sequence[Picture]],
     size: str,
     world: Mapping[str, ToyConcept],
-) -> Image.Image:
-    shown = [p for p in pictures[size, "base"] if p.seed == SEEDS[0]]
-    rows: dict[str, list[Image.Image | None]] = {}
-    names = {
-        "base": "base",
-        "single": "each LoRA alone",
-        "sum": "all at once",
-        "average": "average",
-        "iteris": "IterIS",
-    }
-    rows["to learn"] = [
-        Image.open(world[p.concepts[0]].references[0]) if len(p.concepts) == 1 else None
-        for p in shown
-    ]
-    for name, label in names.items():
+    *,
+    few: bool = False,
+) -> tuple[dict[str, list[Image.Image | None]], list[str]]:
+    """Rows by label, and the prompts of their columns; of ``few`` the first prompt of each concept
+    and pair."""
+
+    def of(name: str) -> list[Picture]:
         some = [p for p in pictures[size, name] if p.seed == SEEDS[0]]
-        rows[label] = [
-            None if name == "single" and len(p.concepts) == 2 else p.load() for p in some
+        return list({p.concepts: p for p in reversed(some)}.values())[::-1] if few else some
+
+    shown = of("base")
+    rows: dict[str, list[Image.Image | None]] = {
+        "to learn": [
+            Image.open(world[p.concepts[0]].references[0]) if len(p.concepts) == 1 else None
+            for p in shown
         ]
-    return contact_sheet(rows, [p.prompt for p in shown], title=f"{size} concepts in one LoRA")
+    }
+    for name, label in LABELS.items():
+        rows[label] = [
+            None if name == "single" and len(p.concepts) == 2 else p.load() for p in of(name)
+        ]
+    return rows, [p.prompt for p in shown]
 
 
 def _page(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]],
     notes: Mapping[str, str],
-    sheets: Mapping[str, Image.Image],
+    shown: Mapping[str, tuple[Mapping[str, Sequence[Image.Image | None]], Sequence[str]]],
 ) -> str:
     columns = ("image", "text", "judge", "pair")
     parts = [
         (
             "",
-            "<p>image and text: CLIP alignment, mean cosine, rare tokens removed from the text. "
-            "judge: share of shape, pattern and both colours right. pair: the same, with two "
-            "concepts in one picture. single: each LoRA alone; base: no LoRA.</p>",
+            "<p>Concepts that a small model has learnt one LoRA each, merged into one file, beside "
+            "the other ways of using them together. image and text: CLIP alignment, mean cosine, "
+            "rare tokens removed from the text. judge: share of shape, pattern and both colours "
+            "right. pair: the same, with two concepts in one picture. A heading sorts.</p>",
         )
     ]
     for size, rows in scores.items():
-        values = {name: [row.get(c) for c in columns] for name, row in rows.items()}
-        body = html_table(columns, values, own="iteris")
-        body += f"<p>{notes[size].replace(chr(10), '<br>')}</p>"
-        parts.append((f"{size} concepts", body + html_picture(sheets[size], f"{size} concepts")))
+        values = {LABELS[name]: [row.get(c) for c in columns] for name, row in rows.items()}
+        title = f"{size} concepts in one LoRA"
+        body = html_table(columns, values, own=LABELS["iteris"], caption=f"Scores: {title}")
+        body += html_gallery(*shown[size], caption=f"Pictures: {title}", own=LABELS["iteris"])
+        parts.append((title, body + html_details("What the merge says", notes[size])))
     return html_page("IterIS on the toybox", parts)
 
 

@@ -82,7 +82,7 @@ class Wiring:
         parts = {path.partition(".")[0] for pair in self.added.items() for path in pair}
         return (
             not any(hasattr(layer, name) for name in _SCALES)
-            and getattr(layer, "norm_type", "layer_norm") == "layer_norm"
+            and vars(layer).get("norm_type", "layer_norm") == "layer_norm"
             and self.layer in ("", type(layer).__name__)
             and parts - self.extra <= names <= parts | self.extra
             and all(name in inner for name in self.requires)

@@ -10,19 +10,20 @@ from rich.markup import escape
 
 from ..errors import IterisError
 from .common import console
+from .compare import compare
 from .demo import demo
+from .doctor import doctor
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
-from .score import compare, score
+from .score import score
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Merge several LoRAs into one by least squares on what the merged model really sees.",
 )
-for command in (merge, inspect, compare, score, methods, demo):
+for command in (merge, inspect, compare, score, methods, demo, doctor):
     app.command()(command)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..concepts import Concept
 from ..errors import IterisError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_tensors
 from .common import loading
+from .concept_options import ConceptOption
 from .options import read_lines
 
 _AUTO = {
@@ -25,66 +26,62 @@ _AUTO = {
 """peft's ``task_type`` → the class that adapters of it are trained on."""
 
 
-class AdapterOption(NamedTuple):
-    """``samples``: a text file with one sample a line, or a .safetensors of model inputs."""
-
-    folder: Path
-    samples: Path
-    strength: float
-
-
-def is_model(base: str, concepts: Sequence[str]) -> bool:
+def is_model(base: str, folders: Sequence[str]) -> bool:
     """Whether the base is a single model of transformers, and no pipeline of diffusers."""
     folder = Path(base)
     if folder.is_dir():
         return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
-    return any((Path(text.split(":")[0]) / "adapter_config.json").is_file() for text in concepts)
-
-
-def parse_adapter(text: str) -> AdapterOption:
-    folder, _, rest = text.partition(":")
-    samples, _, strength = rest.partition(":")
-    try:
-        if not samples:
-            raise ValueError
-        return AdapterOption(Path(folder), Path(samples), float(strength or 1))
-    except ValueError:
-        raise IterisError(
-            f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
-            "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
-            ".safetensors with the model's inputs."
-        ) from None
+    return any((Path(name) / "adapter_config.json").is_file() for name in folders)
 
 
 def load_adapters(
     base: str,
-    adapters: Sequence[AdapterOption],
+    adapters: Sequence[ConceptOption],
     model_class: str | None,
     generate: int | None,
     device: str,
 ) -> tuple[Host, list[Concept]]:
-    """The base on ``device``, and a concept for each adapter.
+    """The base on ``device``, and a concept for each adapter, whose ``file`` is its folder.
 
     ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
     trained on). ``generate``: collect features while each adapter writes up to that many tokens.
     """
     from ..hosts.transformers import TransformersHost
 
-    model = _load(base, model_class, adapters[0].folder).to(device)
+    folders = [check_adapter(option) for option in adapters]
+    model = _load(base, model_class, folders[0]).to(device)
     host = TransformersHost(
         model, generate=None if generate is None else {"max_new_tokens": generate}
     )
-    texts = any(option.samples.suffix != ".safetensors" for option in adapters)
+    texts = any(option.samples.suffix != ".safetensors" for option in adapters if option.samples)
     tokenizer = _load_tokenizer(base) if texts else None
     return host, [
         Concept(
-            host.read_lora(option.folder),
-            trigger=option.folder.name,
+            host.read_lora(folder),
+            trigger=option.trigger or folder.name,
             strength=option.strength,
+            weight=option.weight,
             inputs=_inputs(option.samples, tokenizer),
         )
-        for option in adapters
+        for folder, option in zip(folders, adapters, strict=True)
+        if option.samples is not None
     ]
+
+
+def check_adapter(option: ConceptOption) -> Path:
+    """The folder of an adapter. Raises :class:`IterisError` for what only LoRA files have."""
+    name = option.file or "a concept"
+    if option.file is None or option.samples is None:
+        raise IterisError(
+            f"{name} is not FOLDER:SAMPLES, such as adapters/joy:joy.txt; SAMPLES is a text file "
+            "with one sample a line, or a .safetensors with the model's inputs."
+        )
+    if option.prompts is not None or option.class_word or option.text_strength is not None:
+        raise IterisError(
+            f"{name}: prompts, class and text_strength are for diffusion bases; an adapter of a "
+            "model of transformers has samples, strength and weight."
+        )
+    return option.file
 
 
 def _load(base: str, model_class: str | None, adapter: Path) -> Any:

@@ -22,20 +22,36 @@ from ..merge import MergeResult, OnProgress, merge_loras
 console = Console(stderr=True)
 
 
-def option(help: str, *names: str, **limits: Any) -> Any:
-    """A typer option, whose ``names`` come from its parameter where none are given."""
-    return typer.Option(*names, help=help, **limits)
+def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
+    """A typer option, whose ``names`` come from its parameter where none are given; ``panel`` is
+    under which heading the help has it."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
 
 
-Device = Annotated[str | None, option("cpu, cuda, …; the best by default")]
+BASE, CALIBRATION, READING = "Base", "Calibration: on what features are collected", "LoRA files"
+RESULT, TEXT_MODELS, PICTURES = "Result", "Models of transformers", "Pictures"
+"""Headings of the help."""
+
+Device = Annotated[str | None, option("cpu, cuda, …; the best by default", panel=BASE)]
 BaseDtype = Annotated[
     Literal["float16", "bfloat16", "float32"] | None,
-    option("Of the base; on a GPU bfloat16, or float16 for a UNet, else float32"),
+    option("Of the base; on a GPU bfloat16, or float16 for a UNet, else float32", panel=BASE),
 ]
 Offload = Annotated[
     Literal["model", "sequential"] | None,
-    option("Keep the base in host memory: the model that runs, or only its layer, is on the GPU"),
+    option(
+        "Keep the base in host memory: the model that runs, or only its layer, is on the GPU",
+        panel=BASE,
+    ),
 ]
+Memory = Annotated[
+    float | None,
+    option("GiB a merge may take beyond the model; what is free by default", panel=BASE, min=0),
+]
+
+
+def bytes_of(memory: float | None) -> int | Literal["free"]:
+    return "free" if memory is None else round(memory * 2**30)
 
 
 def best_device() -> str:
@@ -98,6 +114,12 @@ def loading(base: str, what: str) -> Generator[None]:
             f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a {what} or "
             "a hub name."
         ) from error
+
+
+def check_folder_of(path: Path | None) -> None:
+    """Raise :class:`IterisError` where a file could not be written, before any work is done."""
+    if path is not None and not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
 @contextmanager

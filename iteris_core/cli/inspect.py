@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..architectures import architecture_of_file
-from ..errors import IterisError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
-from .common import load_base, option
+from .common import check_folder_of, load_base, option
 
 
 def inspect(
@@ -30,8 +29,7 @@ def inspect(
     plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
-    if plot is not None and not plot.parent.is_dir():
-        raise IterisError(f"The folder {plot.parent} does not exist; make it first.")
+    check_folder_of(plot)
     known = _base_from(base) if base is not None else None
     found = [_read(path, known) for path in files]
     loras = [lora for lora, _ in found]

@@ -1,74 +1,54 @@
-"""What the commands' options are made from: settings, concepts, files of lines."""
+"""What the commands' options are made from: settings, and files of lines."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..concepts import Calibration
 from ..errors import IterisError, SettingsError
+from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
-from .common import option
+from .common import CALIBRATION, option
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-
 PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
 
-
-@dataclass(frozen=True)
-class ConceptOption:
-    """``text_strength=None``: the same as ``strength``. ``low`` is the file for the second of two
-    experts."""
-
-    file: Path
-    trigger: str = ""
-    class_word: str = ""
-    strength: float = 1.0
-    text_strength: float | None = None
-    low: Path | None = None
+CONCEPT_HELP = (
+    "FILE, FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, such as 0.8, or 0.8/0.5 for "
+    "model/text encoders; HIGH+LOW for FILE where the base has two experts; on a model of "
+    "transformers FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH. Behind it ,KEY=VALUE: trigger, class, "
+    "strength, text_strength, weight (what the concept counts), prompts (a text file of its own "
+    "prompts), samples. Give it once per LoRA"
+)
 
 
-def split_files(text: str) -> tuple[Path, Path | None]:
-    """FILE, or HIGH+LOW of a model with two experts."""
-    high, plus, low = text.partition(".safetensors+")
-    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
+def method_names(incomplete: str) -> list[tuple[str, str]]:
+    """What a shell completes the name of a method to."""
+    return [(m.name, m.summary) for m in all_methods() if m.name.startswith(incomplete)]
+
+
+def setting_names(incomplete: str) -> list[tuple[str, str]]:
+    """What a shell completes ``NAME=`` to: the settings of iteris and of the calibration."""
+    owners = (find_method("iteris").settings, Calibration)
+    declared = {name: one for owner in owners for name, one in declared_settings(owner).items()}
+    return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
 
 
 def calibration_option(name: str) -> Any:
     """The option of a setting of :class:`Calibration`; not given, it is left to the preset."""
     declared = declared_settings(Calibration)[name]
-    return option(f"{declared.explained()} Default: {declared.shown(declared.default)}.")
+    default = declared.shown(declared.default)
+    return option(f"{declared.explained()} Default: {default}.", panel=CALIBRATION)
 
 
 def given(**values: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def parse_concept(text: str) -> ConceptOption:
-    """FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]], where FILE may be HIGH+LOW"""
-    if text.endswith(".safetensors"):
-        file, low = split_files(text)
-        return ConceptOption(file, low=low)
-    # A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
-    parts = re.fullmatch(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?", text)
-    if parts is None:
-        raise IterisError(
-            f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
-            "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
-            "cat.safetensors:sks:cat:0.8/0.5; or FILE alone, if its metadata have a trigger."
-        )
-    files, trigger, class_word, model, encoders = parts.groups()
-    file, low = split_files(files)
-    strengths = float(model or 1), None if encoders is None else float(encoders)
-    return ConceptOption(file, trigger, class_word, *strengths, low)
 
 
 def parse_settings(
@@ -80,17 +60,54 @@ def parse_settings(
     for pair in pairs:
         name, equals, text = pair.partition("=")
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
-        declared = find_setting(owner, name) if owner is not None else None
-        if not equals or declared is None:
+        if not equals or owner is None:
             names = ", ".join([*declared_settings(kind), *declared_settings(Calibration)])
             raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {names}.")
-        value = declared.parse(text)
-        try:
-            declared.check(declared.former_values.get(str(value), value), name)
-        except SettingsError as error:
-            raise SettingsError(f"--set {pair!r}: {error}") from None
-        values[owner is Calibration][name] = value
+        values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
     return values
+
+
+def parse_by_method(
+    kinds: Mapping[str, type[Settings]], pairs: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The values of ``[METHOD.]NAME=VALUE`` pairs: those of each method, and those of the
+    calibration. Without METHOD a setting is of every method that has it."""
+    values: dict[str, dict[str, Any]] = {method: {} for method in kinds}
+    calibration: dict[str, Any] = {}
+    for pair in pairs:
+        method, dot, rest = pair.partition("=")[0].partition(".")
+        if dot and method in kinds:
+            text = pair.partition(".")[2]
+            values[method] |= parse_settings(kinds[method], [text])[0]
+            continue
+        name = method if not dot else f"{method}.{rest}"
+        owners = [one for one, kind in kinds.items() if find_setting(kind, name)]
+        for one in owners:
+            values[one] |= parse_settings(kinds[one], [pair])[0]
+        if not owners:
+            calibration |= parse_settings(Settings, [pair])[1]
+    return values, calibration
+
+
+def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``values`` of a file, of which what is text is read as after ``NAME=``; ``where`` is what an
+    error says of them."""
+    for name in values:
+        if find_setting(kind, name) is None:
+            names = ", ".join(declared_settings(kind))
+            raise IterisError(f"{where}: there is no setting {name!r}; the names are: {names}.")
+    return {name: _value(kind, name, value, where) for name, value in values.items()}
+
+
+def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
+    declared = find_setting(kind, name)
+    assert declared is not None
+    value = declared.parse(value) if isinstance(value, str) else value
+    try:
+        declared.check(declared.former_values.get(str(value), value), name)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from None
+    return value
 
 
 def read_lines(path: Path) -> list[str]:

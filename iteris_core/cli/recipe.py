@@ -6,27 +6,30 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ..concepts import Concept, Words, words_of
 from ..errors import IterisError, SettingsError
-from ..hosts.protocol import Host
-from ..lora import Lora
-from ..lora_files import ReadOptions, read_tensors
-from ..lora_files.experts import joined_experts
+from ..lora_files import read_tensors
 from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
-from ..merge import MergeResult
+from ..merge import MergeResult, Unmergeable
 from ..report.provenance import cut_lora
 from ..settings import Settings
-from .options import ConceptOption, split_files
+from .concept_options import KEYS, ConceptOption, concept_of
+
+_LATER: Mapping[str, Any] = {"cut": {}, "base": "", "unmergeable": "refuse"}
+"""What older recipes lack."""
+_KINDS: Mapping[str, type] = {
+    **{"method": str, "settings": dict, "calibration": dict, "concepts": list, "cut": dict},
+    **{"base": str, "unmergeable": str},
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
     ``folders`` is where their files are looked for; ``cut`` is what :func:`..provenance.with_cut`
-    wrote there, or empty."""
+    wrote there, or empty; ``base`` and ``unmergeable`` what :func:`..provenance.with_run` did."""
 
     method: str
     settings: Mapping[str, Any]
@@ -34,6 +37,17 @@ class Recipe:
     concepts: Sequence[Mapping[str, Any]]
     folders: Sequence[Path]
     cut: Mapping[str, Any]
+    base: str = ""
+    unmergeable: Unmergeable = "refuse"
+
+    def base_found(self) -> str:
+        """The base in one of the folders. A file may be anybody's: what it names is not fetched."""
+        local = self.base and PureWindowsPath(self.base).name == self.base
+        for folder in self.folders if local else ():
+            if (folder / self.base).exists():
+                return str(folder / self.base)
+        was = f"It was merged on {self.base}, which is not here" if self.base else "It names none"
+        raise IterisError(f"There is no base to merge on. {was}; say BASE in front of --from.")
 
     def over(
         self,
@@ -53,133 +67,61 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
     or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
-    found: dict[str, Any] = {"cut": {}, **parse_object(metadata.get("iteris"))}
-    kinds = {"method": str, "settings": dict, "calibration": dict, "concepts": list, "cut": dict}
-    whole = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    found: dict[str, Any] = {**_LATER, **parse_object(metadata.get("iteris"))}
+    whole = all(isinstance(found.get(name), kind) for name, kind in _KINDS.items())
+    whole = whole and found["unmergeable"] in get_args(Unmergeable)
     if not whole or not all(isinstance(concept, dict) for concept in found["concepts"]):
         raise IterisError(
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
-    return Recipe(**{name: found[name] for name in kinds}, folders=folders)
+    return Recipe(**{name: found[name] for name in _KINDS}, folders=folders)
 
 
-def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
+def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
     """``result`` at the rank to which the file was cut after its merge, if it was."""
-    if not recipe.cut:
+    if not cut:
         return result
-    rank, ordered = recipe.cut.get("rank"), recipe.cut.get("ordered")
+    rank, ordered = cut.get("rank"), cut.get("ordered")
     if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
-        raise IterisError(f"The recipe has a broken cut {dict(recipe.cut)}.")
+        raise IterisError(f"The recipe has a broken cut {dict(cut)}.")
     return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
 
 
-def concepts_of(
-    recipe: Recipe, host: Host, options: ReadOptions, renames: Sequence[str]
-) -> list[Concept]:
-    """The concepts, with every file found again, held against its recorded hash and read as it was
-    then; ``options`` count where nothing is recorded, ``renames`` and a partial reading as well."""
-    found: list[Concept] = []
+def concepts_of(recipe: Recipe) -> list[ConceptOption]:
+    """The concepts, with every file found again and held against its recorded hash."""
+    found: list[ConceptOption] = []
     for entry in recipe.concepts:
         try:
-            concept = _recorded(entry)
-            recorded = entry.get("reading") or {}
-            partial = bool(recorded.get("allow_partial")) or options.allow_partial
-            reading = ReadOptions(partial, float(recorded.get("energy", options.energy)))
-            again = [str(text) for text in recorded.get("rename", ())]
-        except (AttributeError, TypeError, ValueError) as error:
-            raise IterisError(f"The recipe has a broken concept {entry}: {error}.") from error
-        if entry.get("file"):
-            names = [str(name) for name in split_files(str(entry["file"])) if name is not None]
-            digests = str(entry.get("sha256") or "").split("+")
-            pairs = itertools.zip_longest(names, digests, fillvalue="")
-            files = [_find(recipe, name, digest) for name, digest in pairs if name]
-            lora = rename_embeddings(read_files(host, files, reading), [*again, *renames])
-            concept = replace(concept, lora=lora)
-        found.append(concept)
+            known = {key: value for key, value in entry.items() if key in KEYS}
+            option = concept_of(known, "it", find=None)
+        except IterisError as error:
+            raise IterisError(f"The recipe has a broken concept {dict(entry)}: {error}") from error
+        found.append(found_in(recipe.folders, option))
     return found
 
 
-def _recorded(entry: Mapping[str, Any]) -> Concept:
-    """A concept as it is recorded, without its LoRA."""
-    prompts, text_strength = entry.get("prompts"), entry.get("text_strength")
-    return Concept(
-        None,
-        prompts=None if prompts is None else [str(prompt) for prompt in prompts],
-        trigger=str(entry.get("trigger") or ""),
-        class_word=str(entry.get("class") or ""),
-        strength=float(entry.get("strength", 1.0)),
-        weight=float(entry.get("weight", 1.0)),
-        text_strength=None if text_strength is None else float(text_strength),
-        subjects=[str(subject) for subject in entry.get("subjects") or ()],
-    )
+def found_in(folders: Sequence[Path], option: ConceptOption) -> ConceptOption:
+    """``option`` with its files in one of ``folders``."""
+    digests = option.sha256.split("+")
+    pairs = itertools.zip_longest(option.files, digests, fillvalue="")
+    files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
+    return replace(option, **dict(zip(("file", "low"), files, strict=False)))
 
 
-def _find(recipe: Recipe, name: str, digest: str) -> Path:
-    """The file in one of the recipe's folders, by its recorded name or its last part, or where an
+def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
+    """The file in one of ``folders``, by its recorded name or its last part, or where an
     older recipe with a whole path says that it was; its content must be the same."""
     names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
-    candidates = [folder / some for folder in recipe.folders for some in names]
-    present = [path for path in candidates if path.is_file()]
+    candidates = [folder / some for folder in folders for some in names]
+    present = [path for path in candidates if path.exists()]
     for path in present:
-        if not digest or file_digest(path) == digest:
+        if not digest or (path.is_file() and file_digest(path) == digest):
             return path
     if present:
         raise IterisError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
-    places = ", ".join(str(folder) for folder in recipe.folders)
+    places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
     raise IterisError(
         f"{name} is in none of the folders {places}; say with --loras in which folder it is."
     )
-
-
-def read_files(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
-    """The LoRA in one file, or in two of a model with two experts: for high noise and for low."""
-    high, *others = [host.read_lora(file, reading) for file in files]
-    if not others:
-        return high
-    experts = getattr(host, "experts", None)
-    if not experts:
-        raise IterisError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
-    return joined_experts(high, others[0], experts)
-
-
-def read_concepts(
-    options: Sequence[ConceptOption], host: Host, reading: ReadOptions, renames: Sequence[str]
-) -> list[Concept]:
-    """The concepts of the command line; where neither trigger nor class word is given, the words
-    that the file's metadata have."""
-    found: list[Concept] = []
-    for option in options:
-        files = [option.file, *([option.low] if option.low else [])]
-        lora = read_files(host, files, reading)
-        words = Words(option.trigger, option.class_word)
-        if words == Words():
-            words = words_of(lora.metadata)
-        found.append(
-            Concept(
-                rename_embeddings(lora, renames),
-                **words._asdict(),
-                strength=option.strength,
-                text_strength=option.text_strength,
-            )
-        )
-    return found
-
-
-def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
-    """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
-    if not renames:
-        return lora
-    names = {name: name for name in lora.embeddings}
-    for text in renames:
-        left, equals, new = text.partition("=")
-        owner, colon, old = left.rpartition(":")
-        if not equals or not new or not old:
-            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
-        if old in names and (not colon or owner == lora.name):
-            names[old] = new
-    if len(set(names.values())) < len(names):
-        raise IterisError(f"{lora.name}: two embeddings would have one name: {names}.")
-    renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
-    return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

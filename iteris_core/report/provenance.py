@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -119,6 +120,17 @@ def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[s
         return dict(metadata)
     cut = {"rank": rank, "ordered": ordered}
     return {**metadata, "iteris": json.dumps({**recipe, "cut": cut})}
+
+
+def with_run(metadata: Mapping[str, str], base: str, unmergeable: str) -> dict[str, str]:
+    """The metadata of a merged LoRA with what it was merged on in its recipe: a name on the hub, or
+    the last part of a path, since no path of this machine goes into a file."""
+    recipe = parse_object(metadata.get("iteris"))
+    name = Path(base).resolve().name if Path(base).exists() else base
+    return {
+        **metadata,
+        "iteris": json.dumps({**recipe, "base": name, "unmergeable": unmergeable}),
+    }
 
 
 def _versions() -> dict[str, str]:

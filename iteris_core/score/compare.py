@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -18,11 +18,10 @@ from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
 from ..merge import OnProgress, merge_loras
-from ..settings import Settings, setting
-from .page import html_page, html_picture, html_table, png_bytes
+from ..presets import PresetName
+from .drawing import Drawing, draw
 from .scorers import ClipScorer, DinoScorer, without_tokens
-from .sheet import contact_sheet
-from .statistics import Stat, columns_of, csv_table, markdown_table, over_seeds
+from .statistics import Stat, over_seeds
 
 BASE = "base"
 
@@ -37,62 +36,18 @@ CustomConcept101 (compositions), whose own list is for research only."""
 
 
 @dataclass(frozen=True)
-class Drawing(Settings):
-    """How pictures are drawn: the paper has 100 steps of DDPM at guidance 12."""
-
-    images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
-    steps: int = setting(25, "Denoising steps.", low=1)
-    guidance: float = setting(7.5, "Guidance scale.")
-    seed: int = setting(0, "Seed of the first picture of each prompt.")
-    batch: int = setting(8, "Pictures that are drawn at once.", low=1)
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """``rows``: method → column → value; ``pictures``: method → in the order of ``prompts`` ×
-    seeds."""
+    """One composition. ``rows``: method → column → value; ``pictures``: method → in the order of
+    ``prompts`` × seeds; ``settings``: method → all of its settings; ``made`` is how features were
+    collected and pictures drawn."""
 
     rows: Mapping[str, Mapping[str, Stat]]
     pictures: Mapping[str, Sequence[Image.Image]]
     prompts: Sequence[str]
     seconds: Mapping[str, float]
-
-    def write(self, folder: Path) -> list[Path]:
-        """comparison.json, .csv, .md, sheet.png and index.html; returns what was written."""
-        folder.mkdir(parents=True, exist_ok=True)
-        per_prompt = len(next(iter(self.pictures.values()))) // len(self.prompts)
-        shown = {name: list(some[::per_prompt]) for name, some in self.pictures.items()}
-        sheet = contact_sheet(shown, self.prompts, cell=192 if len(self.prompts) < 9 else 128)
-        columns = columns_of(self.rows)
-        cells = {name: [row.get(column) for column in columns] for name, row in self.rows.items()}
-        page = html_page(
-            "LoRA merge methods compared",
-            [
-                ("", "<p>Means ± standard errors over seeds; click a heading to sort.</p>"),
-                ("", html_table(columns, cells, own="iteris")),
-                ("", html_picture(sheet, "pictures")),
-            ],
-        )
-        data = {
-            "methods": {
-                name: {column: stat.to_dict() for column, stat in row.items()}
-                for name, row in self.rows.items()
-            },
-            "prompts": list(self.prompts),
-            "seconds": dict(self.seconds),
-        }
-        files = {
-            "comparison.json": json.dumps(data, indent=1).encode(),
-            "comparison.csv": csv_table(self.rows).encode(),
-            "comparison.md": markdown_table(self.rows).encode(),
-            "index.html": page.encode(),
-            "sheet.png": png_bytes(sheet),
-        }
-        for name, content in files.items():  # in full under a temporary name, then renamed
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
-        return [folder / name for name in files]
+    concepts: Sequence[str] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
 def fill_prompts(
@@ -131,6 +86,8 @@ def compare_methods(
     drawing: Drawing | None = None,
     calibration: Calibration | None = None,
     settings: Mapping[str, Any] | None = None,
+    preset: PresetName = "default",
+    memory_budget: int | Literal["free"] | None = "free",
     dino: DinoScorer | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Comparison:
@@ -138,7 +95,7 @@ def compare_methods(
 
     ``references[i]`` are pictures of concept i. ``base`` among the methods draws without a LoRA.
     Every merge goes through a file that the pipeline loads, as a user's would, with the embeddings
-    in force that came with the LoRAs.
+    in force that came with the LoRAs. ``settings`` are by method.
     """
     drawing = drawing or Drawing()
     prompts = fill_prompts(templates, concepts)
@@ -148,6 +105,8 @@ def compare_methods(
     rows: dict[str, dict[str, Stat]] = {}
     pictures: dict[str, list[Image.Image]] = {}
     seconds: dict[str, float] = {}
+    used: dict[str, Mapping[str, Any]] = {}
+    made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
     embedded = [scorer.embed_images(some) for some in references]
     for name in methods:
 
@@ -162,9 +121,13 @@ def compare_methods(
                     name,
                     settings=(settings or {}).get(name),
                     calibration=calibration,
+                    preset=preset,
+                    memory_budget=memory_budget,
                     on_progress=tick,
                 )
-                seconds[name] = result.report.seconds
+                seconds[name], used[name] = result.report.seconds, result.report.settings
+                if result.report.calibration:
+                    made["calibration"] = result.report.calibration
                 path = result.save(Path(folder) / "merged.safetensors", dtype="float32")
                 pipeline.load_lora_weights(str(path))
             try:
@@ -177,27 +140,27 @@ def compare_methods(
                     pipeline.unload_lora_weights()
         pictures[name] = images
         rows[name] = _score(images, wanted, concepts, embedded, references, scorer, dino)
-    return Comparison(rows, pictures, prompts, seconds)
+    names = [concept.name for concept in concepts]
+    return Comparison(rows, pictures, prompts, seconds, names, used, made)
 
 
-def draw(
-    pipeline: Any,
-    wanted: Sequence[tuple[str, int]],
-    drawing: Drawing,
-    on_progress: OnProgress = lambda what, done, total: None,
-) -> list[Image.Image]:
-    """One picture for each (prompt, seed)."""
-    images: list[Image.Image] = []
-    for start in range(0, len(wanted), drawing.batch):
-        some = wanted[start : start + drawing.batch]
-        images += pipeline(
-            [prompt for prompt, _ in some],
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in some],
-        ).images
-        on_progress("drawing", len(images), len(wanted))
-    return images
+def compare_compositions(
+    concepts: Sequence[Concept],
+    references: Sequence[Sequence[Image.Image]],
+    together: int | None,
+    compare: Callable[[Sequence[Concept], Sequence[Sequence[Image.Image]], str], Comparison],
+) -> list[Comparison]:
+    """``compare(concepts, references, name)`` for every ``together`` of the concepts, as in the
+    paper's table 1; None takes all of them at once."""
+    together = len(concepts) if together is None else together
+    if not 1 <= together <= len(concepts):
+        raise IterisError(f"{together} of {len(concepts)} concepts cannot be merged together.")
+    pairs = list(zip(concepts, references, strict=True))
+    found: list[Comparison] = []
+    for some in combinations(pairs, together):
+        name = " + ".join(concept.name for concept, _ in some)
+        found.append(compare([c for c, _ in some], [r for _, r in some], name))
+    return found
 
 
 def _score(

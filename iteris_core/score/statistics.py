@@ -38,6 +38,12 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     return Stat(fmean(means), error)
 
 
+def over_compositions(values: Sequence[float]) -> Stat:
+    """The mean over compositions, which share no merge, and its standard error."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Stat(fmean(values), error)
+
+
 Rows = Mapping[str, Mapping[str, Stat]]
 """method → column → value"""
 

@@ -1,0 +1,179 @@
+"""``iteris compare``"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..concepts import Calibration, Concept
+from ..errors import IterisError
+from ..lora_files import ReadOptions
+from ..methods import find_method
+from ..presets import PresetName
+from .common import (
+    CALIBRATION,
+    PICTURES,
+    BaseDtype,
+    Device,
+    Memory,
+    Offload,
+    best_device,
+    bytes_of,
+    load_base,
+    option,
+    progress_bars,
+)
+from .concept_options import parse_concept, read_concepts
+from .options import (
+    CONCEPT_HELP,
+    PRESET_HELP,
+    calibration_option,
+    given,
+    parse_by_method,
+    read_lines,
+    setting_names,
+)
+from .pictures import open_images
+from .score import ClipName, ClipWeights, DinoName
+
+
+def compare(
+    base: Annotated[str, typer.Argument(help="A pipeline of diffusers, as for merge")],
+    output: Annotated[Path, option("A folder for the results", "--output", "-o")],
+    concept: Annotated[list[str], option(CONCEPT_HELP)],
+    refs: Annotated[list[Path], option("A folder of pictures for each --concept")],
+    methods: Annotated[
+        str, option("Names with commas between, base for no LoRA")
+    ] = "base,sum,average,iteris",
+    setting: Annotated[
+        list[str] | None,
+        option(
+            "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: of one method, of all "
+            "that have it, or of the calibration",
+            "--set",
+            autocompletion=setting_names,
+        ),
+    ] = None,
+    preset: Annotated[PresetName | None, option(PRESET_HELP)] = None,
+    together: Annotated[
+        int | None,
+        option("Merge every so many of the concepts, and give means over these compositions"),
+    ] = None,
+    prompts: Annotated[
+        str,
+        option(
+            "composition, objects, animals, or a text file of prompts with {all}, or {1}, "
+            "{2} …, for the concepts",
+            panel=PICTURES,
+        ),
+    ] = "composition",
+    images_per_prompt: Annotated[int, option("Seeds per prompt", panel=PICTURES)] = 4,
+    steps: Annotated[int, option("Denoising steps of the pictures", panel=PICTURES)] = 25,
+    guidance: Annotated[float, option("Guidance scale of the pictures", panel=PICTURES)] = 7.5,
+    scheduler: Annotated[
+        str | None,
+        option(
+            "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        option("Of the pictures in pixels: 512, or 768x512 for width x height", panel=PICTURES),
+    ] = None,
+    templates: Annotated[
+        Path | None,
+        option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
+    ] = None,
+    samples: Annotated[int | None, calibration_option("samples")] = None,
+    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
+    clip: ClipName = "ViT-L-14",
+    clip_weights: ClipWeights = None,
+    dino: DinoName = None,
+    device: Device = None,
+    base_dtype: BaseDtype = None,
+    offload: Offload = None,
+    memory: Memory = None,
+    seed: Annotated[int, option("Of calibration and pictures")] = 0,
+) -> None:
+    """Merge with several methods, draw the same prompts, score and show them side by side."""
+    from ..hosts.diffusers import DiffusersHost
+    from ..score import ClipScorer, DinoScorer
+    from ..score.compare import (
+        BASE,
+        PROMPT_LISTS,
+        Comparison,
+        compare_compositions,
+        compare_methods,
+    )
+    from ..score.drawing import Drawing, scheduler_of
+    from ..score.results import mean_rows, write_results
+    from ..score.statistics import markdown_table
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    kinds = {name: find_method(name).settings for name in names if name != BASE}
+    settings, calibration = parse_by_method(kinds, setting or [])
+    lines = read_lines(templates) if templates else None
+    calibration |= given(samples=samples, latent_size=latent_size, templates=lines)
+    options = [parse_concept(text) for text in concept]
+    if len(refs) != len(options):
+        raise IterisError(
+            f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
+            f"{len(options)}."
+        )
+    drawing = Drawing(
+        images_per_prompt, steps, guidance, seed, scheduler=scheduler, size=_size(size)
+    )
+    references = [open_images(folder)[1] for folder in refs]
+    wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
+    device = device or best_device()
+    with progress_bars() as on_progress:
+        pipeline = load_base(base, device, dtype=base_dtype, offload=offload)
+        if scheduler is not None:
+            scheduler_of(pipeline, scheduler)  # a wrong name is told before anything is merged
+        host = DiffusersHost(pipeline)
+        concepts = read_concepts(options, host, ReadOptions())
+        scorer = ClipScorer.load(clip, clip_weights, device=device)
+        other = DinoScorer.load(dino, device=device) if dino else None
+
+        def one(some: Sequence[Concept], pictures: Sequence[Any], name: str) -> Comparison:
+            several = len(some) < len(concepts)
+            return compare_methods(
+                pipeline,
+                host,
+                some,
+                pictures,
+                names,
+                scorer,
+                templates=wanted,
+                drawing=drawing,
+                calibration=Calibration.from_mapping({"seed": seed, **calibration}),
+                settings=settings,
+                preset=preset or "default",
+                memory_budget=bytes_of(memory),
+                dino=other,
+                on_progress=partial(_named, on_progress, name) if several else on_progress,
+            )
+
+        comparisons = compare_compositions(concepts, references, together, one)
+    written = write_results(comparisons, output)
+    typer.echo(markdown_table(mean_rows(comparisons)))
+    typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
+
+
+def _named(on_progress: Any, name: str, what: str, done: int, total: int) -> None:
+    on_progress(f"{name}: {what}", done, total)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if found is None or "0" in found.groups():
+        raise IterisError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
+    width, height = found.groups()
+    return int(width), int(height or width)

@@ -1,0 +1,197 @@
+"""A merge file: YAML in which every option of ``iteris merge`` is a key, and the concepts, settings
+and calibration are written out. Its relative paths are relative to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from ..concepts import Calibration
+from ..errors import IterisError, brief
+from ..report.written import write_whole
+from ..settings import Settings
+from .concept_options import ConceptOption, concept_of, first_name, parse_concept
+from .options import check_settings
+from .recipe import found_in
+
+SUFFIXES = (".yaml", ".yml")
+_OWN = ("base", "concepts", "settings", "calibration", "cut")
+"""Keys that are no option."""
+_TARGETS = ("output", "plot")
+
+
+@dataclass(frozen=True)
+class MergeFile:
+    """What a merge file says beside options, which become defaults of the command line's.
+    ``path=None``: there is none."""
+
+    path: Path | None = None
+    concepts: Sequence[Any] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    cut: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def find(self, name: str) -> Path:
+        """A file that is named here: beside the merge file, or else from the current folder."""
+        beside = self.path.parent / name if self.path is not None else Path(name)
+        return beside if beside.exists() else Path(name)
+
+    def place(self, base: str) -> str:
+        """Where the base is; a name on the hub is left as it is."""
+        found = self.find(base)
+        return str(found) if found.exists() else base
+
+    def checked(self, kind: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings, which are ``kind``'s, and those of the calibration."""
+        calibration = dict(self.calibration)
+        templates = calibration.pop("templates", None)
+        found = check_settings(Calibration, calibration, f"{self.path}: calibration")
+        if templates is not None:
+            found["templates"] = _texts(self.path, "templates", templates)
+        return check_settings(kind, self.settings, f"{self.path}: settings"), found
+
+    def concept_options(self, loras: Path | None, *, adapter: bool) -> list[ConceptOption]:
+        """The concepts, with their files in ``loras``, beside the merge file or in the current
+        folder."""
+        if self.path is None:
+            return []
+        folders = [*([loras] if loras is not None else []), self.path.parent, Path()]
+        options: list[ConceptOption] = []
+        for number, entry in enumerate(self.concepts, 1):
+            where = f"{self.path}: concept {number}"
+            if isinstance(entry, str):
+                option = parse_concept(entry, self.find, adapter=adapter)
+            elif isinstance(entry, Mapping):
+                option = concept_of(entry, where, self.find)
+            else:
+                raise IterisError(
+                    f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}."
+                )
+            options.append(found_in(folders, option))
+        return options
+
+    def folders(self) -> list[str]:
+        """The first thing that each concept names: with adapters of peft, their folders."""
+        named = [e.get("file") if isinstance(e, Mapping) else e for e in self.concepts]
+        return [str(self.find(first_name(str(name)))) for name in named if name]
+
+
+def use_merge_file(context: typer.Context, base: str | None) -> str | None:
+    """What BASE stands for. Of a merge file that is the base in it; its other keys become what the
+    options are where the command line does not give them."""
+    if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
+        return base
+    path = Path(base)
+    data = _load(path)
+    concepts = data.get("concepts") or []
+    if not isinstance(concepts, list):
+        raise IterisError(f"{path}: concepts must be a list, not {concepts!r}.")
+    parts = {name: _mapping(path, name, data.get(name)) for name in ("settings", "calibration")}
+    file = MergeFile(path, concepts, **parts, cut=_mapping(path, "cut", data.get("cut")))
+    context.obj = file
+    options = {key: value for key, value in data.items() if key not in _OWN}
+    context.default_map = _defaults(context, file, options)
+    name = data.get("base")
+    return None if name is None else file.place(str(name))
+
+
+def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Write ``data`` as YAML, in its order."""
+    if path.exists() and not overwrite:
+        raise IterisError(f"{path} exists already; choose another name or give --overwrite.")
+    if not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+    write_whole(path, f"# iteris merge {path.name}\n{text}".encode())
+
+
+def given_options(context: typer.Context, folder: Path, left_out: Sequence[str]) -> dict[str, Any]:
+    """The options that the command line or a merge file gives, as a merge file in ``folder`` has
+    them, without those that are ``left_out``."""
+    found: dict[str, Any] = {}
+    for key, parameter in _parameters(context).items():
+        source = context.get_parameter_source(parameter.name)
+        if source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
+            continue
+        if parameter.name not in left_out:
+            value = context.params[parameter.name]
+            found[key] = relative_name(value, folder) if isinstance(value, Path) else value
+    return found
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """How a merge file in ``folder`` names what is at ``path``; what is not there (a name on the
+    hub, a file that a recipe names) is left as it is."""
+    return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise IterisError(f"{path} cannot be read ({brief(error)}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise IterisError(f"{path} is no YAML: {brief(error)}") from error
+    return _mapping(path, "the file", data)
+
+
+def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise IterisError(f"{path}: {name} must be a mapping of names to values, not {value!r}.")
+    return value or {}
+
+
+def _parameters(context: typer.Context) -> dict[str, Any]:
+    """Key → the option that it is the long name of, with underscores."""
+    longest = {max(option.opts, key=len): option for option in context.command.params}
+    return {
+        name[2:].replace("-", "_"): option
+        for name, option in longest.items()
+        if name.startswith("--") and name not in ("--help", "--set", "--concept")
+    }
+
+
+def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Parameter → value, converted as the command line does it, since what is wrong is to be said
+    with the file and the key."""
+    parameters = _parameters(context)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        parameter = parameters.get(str(key))
+        if parameter is None:
+            known = ", ".join([*_OWN, *parameters])
+            raise IterisError(f"{file.path}: there is no key {key!r}; the keys are {known}.")
+        if value is None:
+            continue
+        try:
+            converted = parameter.process_value(context, _as_given(value))
+        except typer.BadParameter as error:
+            raise IterisError(f"{file.path}: {key}: {error.message}") from error
+        if isinstance(converted, Path):
+            converted = _path(file, parameter.name, converted)
+        found[parameter.name] = converted
+    return found
+
+
+def _as_given(value: Any) -> Any:
+    """A value of YAML as it would stand on the command line; flags are flags there too."""
+    if isinstance(value, list):
+        return [str(one) for one in value]
+    return value if isinstance(value, bool) else str(value)
+
+
+def _path(file: MergeFile, name: str, path: Path) -> Path:
+    assert file.path is not None
+    return file.path.parent / path if name in _TARGETS else file.find(str(path))
+
+
+def _texts(path: Path | None, key: str, value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise IterisError(f"{path}: {key} must be a list of text, not {value!r}.")
+    return [str(one) for one in value]

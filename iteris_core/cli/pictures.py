@@ -1,0 +1,34 @@
+"""Pictures that the commands read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import IterisError, brief
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def open_picture(path: Path) -> Any:
+    """An RGB picture. Raises :class:`IterisError` where there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except OSError as error:  # of Pillow's too
+        raise IterisError(f"{path} is not a picture that can be read ({brief(error)}).") from error
+
+
+def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
+    """Files and their pictures: single ones, and all of a folder by name."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
+        if not files:
+            kinds = ", ".join(_IMAGES)
+            raise IterisError(f"{path} is no picture and no folder with pictures ({kinds}).")
+        found += files
+    return found, [open_picture(file) for file in found]

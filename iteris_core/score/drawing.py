@@ -1,0 +1,82 @@
+"""Pictures of a pipeline, one for each prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..errors import IterisError
+from ..merge import OnProgress
+from ..settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class Drawing(Settings):
+    """How pictures are drawn: the paper has 100 steps of DDPM at guidance 12.
+
+    ``scheduler`` is a class of diffusers, by its name with or without "Scheduler" behind it; None
+    leaves the pipeline's own. ``size`` is (width, height) in pixels; None leaves it to the
+    pipeline.
+    """
+
+    images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
+    steps: int = setting(25, "Denoising steps.", low=1)
+    guidance: float = setting(7.5, "Guidance scale.")
+    seed: int = setting(0, "Seed of the first picture of each prompt.")
+    batch: int = setting(8, "Pictures that are drawn at once.", low=1)
+    scheduler: str | None = None
+    size: tuple[int, int] | None = None
+
+
+def draw(
+    pipeline: Any,
+    wanted: Sequence[tuple[str, int]],
+    drawing: Drawing,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> list[Image.Image]:
+    """One picture for each (prompt, seed)."""
+    images: list[Image.Image] = []
+    size = dict(zip(("width", "height"), drawing.size or (), strict=False))
+    with _scheduled(pipeline, drawing.scheduler):
+        for start in range(0, len(wanted), drawing.batch):
+            some = wanted[start : start + drawing.batch]
+            images += pipeline(
+                [prompt for prompt, _ in some],
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+                **size,
+            ).images
+            on_progress("drawing", len(images), len(wanted))
+    return images
+
+
+def scheduler_of(pipeline: Any, name: str) -> Any:
+    """A scheduler of the class ``name`` with the pipeline's own configuration. Raises
+    :class:`IterisError` for what is none."""
+    import diffusers
+
+    whole = name if name.endswith("Scheduler") else f"{name}Scheduler"
+    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
+    found = next((n for n in known if n.lower() == whole.lower()), None)
+    if found is None:
+        names = ", ".join(n.removesuffix("Scheduler") for n in known)
+        raise IterisError(f"There is no scheduler {name!r} in diffusers; the names are {names}.")
+    return getattr(diffusers, found).from_config(pipeline.scheduler.config)
+
+
+@contextmanager
+def _scheduled(pipeline: Any, name: str | None) -> Generator[None]:
+    """The pipeline with another scheduler, for as long as that takes."""
+    own = pipeline.scheduler
+    if name is not None:
+        pipeline.scheduler = scheduler_of(pipeline, name)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own

@@ -1,0 +1,185 @@
+"""Every option of the commands does what it says; a command with an option that is in none of
+these tables fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from command_line import QUICK, make_world, recipe_of, run
+from PIL import Image
+from safetensors.torch import load_file
+
+from iteris_core import cli
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    (folder / "lines.txt").write_text("a photo of {}\n{} at night\n")
+    return folder
+
+
+def merge(world, out, *extra):
+    concepts = [f"--concept={world}/lora{i}.safetensors:s{i}:dog" for i in (1, 2)]
+    return ["merge", world / "base", "-o", out, *QUICK, *concepts, *extra]
+
+
+CALIBRATION = [
+    ("--samples=2", "samples", 2),
+    ("--timesteps=2", "timesteps", 2),
+    ("--latents=denoising", "latents", "denoising"),
+    ("--denoising-steps=3", "denoising_steps", 3),
+    ("--guidance=2.5", "guidance", 2.5),
+    ("--empty-share=0.5", "empty_share", 0.5),
+    ("--latent-size=4", "latent_size", 4),
+    ("--frames=5", "frames", 5),
+    ("--seed=7", "seed", 7),
+    ("--templates={world}/lines.txt", "templates", ["a photo of {}", "{} at night"]),
+    ("--set=samples=2", "samples", 2),
+    ("--preset=fast", "samples", 3),  # --samples counts over it
+]
+
+
+def test_options_of_the_calibration(world, tmp_path, monkeypatch, capsys):
+    """All at once, and each in the recipe; what one cannot hold beside another comes after it."""
+    out = tmp_path / "out.safetensors"
+    options = [option.format(world=world) for option, *_ in CALIBRATION]
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, *options, "--json"))
+    assert code == 0, err
+    calibration = json.loads(text)["calibration"]
+    assert calibration == {**calibration, **{k: v for _, k, v in CALIBRATION if k != "samples"}}
+    assert calibration["samples"] == 2
+
+
+def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
+    out, plot = tmp_path / "out.safetensors", tmp_path / "plot.png"
+    out.write_text("old")
+    more = ["--method=regmean", "--set=rank=2", "--layout=peft", "--dtype=float32", "--overwrite",
+            f"--plot={plot}", "--unmergeable=skip", "--energy=0.9", "--allow-partial",
+            "--memory=0.5"]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, *more))
+    assert code == 0, err
+    tensors = load_file(out)
+    assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {2}
+    assert Image.open(plot).size[0] > 300
+    recipe = recipe_of(out)
+    assert (recipe["method"], recipe["unmergeable"]) == ("regmean", "skip")
+    assert recipe["concepts"][0]["reading"] == {"allow_partial": True, "energy": 0.9}
+
+
+def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, capsys):
+    """``--offload`` and ``--device`` need a GPU; that they arrive is what can be seen without."""
+    seen = {}
+
+    def load_base(base, device, **how):
+        seen.update(how, device=device)
+        raise cli.IterisError("stop here")
+
+    def run_merge(device, load, how):
+        seen.update(memory=how["memory_budget"])
+        load(device)
+
+    command = sys.modules["iteris_core.cli.merge"]  # the package has its function in its place
+    monkeypatch.setattr(command, "load_base", load_base)
+    monkeypatch.setattr(command, "run_merge", run_merge)
+    options = ["--device=cuda", "--base-dtype=bfloat16", "--offload=sequential", "--memory=2"]
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
+    assert code == 2
+    assert "stop here" in err
+    assert seen == {
+        "device": "cuda", "dtype": "bfloat16", "offload": "sequential", "memory": 2 << 30,
+    }  # fmt: skip
+
+
+def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
+    import iteris_core.hosts.diffusers as diffusers_host
+
+    for name in ("image", "mask"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    seen = {}
+
+    def host(pipeline, **call):
+        seen.update(call)
+        raise cli.IterisError("stop here")
+
+    monkeypatch.setattr(diffusers_host, "DiffusersHost", host)
+    options = [f"--image={tmp_path}/image.png", f"--mask-image={tmp_path}/mask.png"]
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
+    assert "stop here" in err
+    assert {name: picture.size for name, picture in seen.items()} == {
+        "image": (8, 8), "mask_image": (8, 8),
+    }  # fmt: skip
+    options[0] = f"--image={world}/lines.txt"
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
+    assert code == 2
+    assert "lines.txt is not a picture" in err
+
+
+@pytest.mark.parametrize(
+    ("concept", "message"),
+    [
+        ("{lora},weight=much", "weight must be a number, not 'much'"),
+        ("{lora},weight=-1", "weight must be 0 or more"),
+        ("{lora},strength=nan", "strength must be a number"),
+        ("{lora}:sks:cat,trigger=x", "gives trigger twice"),
+        ("{lora},weight=1,weight=2", "says one thing twice"),
+        ("{lora},prompts=none.txt", "none.txt does not exist"),
+        ("trigger=sks", "has neither a file nor prompts"),
+    ],
+)
+def test_a_concept_that_is_wrong(world, tmp_path, monkeypatch, capsys, concept, message):
+    out = tmp_path / "out.safetensors"
+    given = concept.format(lora=world / "lora1.safetensors")
+    code, _, err = run(
+        monkeypatch, capsys, "merge", world / "base", "-o", out, *QUICK, "--concept", given
+    )
+    assert code == 2
+    assert message in err
+    assert not out.exists()
+
+
+def test_a_plot_of_what_is_not_measured_is_refused_first(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    extra = ["--method=ties", f"--plot={tmp_path}/plot.png"]
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, *extra))
+    assert code == 2
+    assert "--plot is for methods that run the base; ties looks at weights" in err
+    assert not out.exists()
+
+
+def test_the_folder_of_a_plot_is_asked_for_first(world, tmp_path, monkeypatch, capsys):
+    plot = tmp_path / "none" / "plot.png"
+    code, _, err = run(
+        monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", f"--plot={plot}")
+    )
+    assert code == 2
+    assert "none does not exist" in err
+    assert not list(tmp_path.iterdir())
+
+
+TESTS = Path(__file__).parent
+IN = {
+    "merge": ("test_cli_options.py", "test_merge_file.py", "test_cli.py", "test_cli_model.py",
+              "test_recipe.py"),
+    "compare": ("test_compare.py",),
+    "score": ("test_score_command.py",),
+    "inspect": ("test_inspection.py",),
+    "doctor": ("test_doctor.py",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", IN)
+def test_every_option_is_in_a_test(command):
+    text = "\n".join((TESTS / name).read_text() for name in IN[command])
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    options = [max(p.opts, key=len) for p in parameters if p.opts[0].startswith("-")]
+    missing = [o for o in options if not re.search(rf"{o}\b(?!-)", text) and o != "--output"]
+    assert not missing

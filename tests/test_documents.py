@@ -1,0 +1,149 @@
+"""What the README and the pages say is so: commands run, code compiles, tables are the results'."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from command_line import QUICK, make_world, recipe_of, run
+
+from iteris_core import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+USED = [page for page in PAGES if page.name not in ("decisions.md", "releasing.md")]
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words of every ``iteris …`` in the page's blocks of bash."""
+    text = "\n".join(fences(page, "bash")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["iteris"]]
+
+
+def merge_file() -> str:
+    return next(text for text in fences(ROOT / "docs/command-line.md", "yaml") if "base:" in text)
+
+
+ALL_LINES = [(page.name, words) for page in USED for words in command_lines(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), ALL_LINES, ids=[" ".join(w)[:60] for _, w in ALL_LINES])
+def test_every_command_line_is_one(page, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merge.yaml").write_text(merge_file())
+    name, *arguments = words
+    context = COMMANDS[name].make_context(name, arguments)
+    assert context.params
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder in which the examples' files are, for a small base."""
+    folder = make_world(tmp_path)
+    names = ("cat", "dog", "style")
+    for name, source in zip(names, (1, 2, 1), strict=True):
+        shutil.copy(folder / f"lora{source}.safetensors", folder / f"{name}.safetensors")
+    (folder / "loras").mkdir()
+    for name in names:
+        shutil.copy(folder / f"{name}.safetensors", folder / "loras")
+    (folder / "style-prompts.txt").write_text("a street, zwx\n")
+    data = {**yaml.safe_load(merge_file()), "base": "base"}
+    data.pop("offload")  # which needs a GPU
+    (folder / "merge.yaml").write_text(yaml.safe_dump(data))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_merges_of_the_pages_run(place, monkeypatch, capsys):
+    """In their order, with fewer samples, on a small base."""
+    done = []
+    for page in USED:
+        for words in command_lines(page):
+            if words[0] not in ("merge", "inspect", "doctor", "methods") or "google" in words[1]:
+                continue
+            arguments = ["base" if word == "BASE" else word for word in words]
+            if words[-2:] == ["-o", "merge.yaml"]:
+                arguments[-1] = "written.yaml"
+            if words[0] == "merge":
+                arguments += [*QUICK, "--overwrite", "--latent-size=4"]
+            if words[0] == "inspect":
+                arguments += ["--base", "base"]
+            code, _, err = run(monkeypatch, capsys, *arguments)
+            assert code == 0, (words, err)
+            done.append(words)
+    assert len(done) > 8
+    assert recipe_of(place / "smaller.safetensors")["settings"]["rank"] == 16
+    assert (place / "written.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_the_comparison_of_the_pages_runs(tmp_path, monkeypatch, capsys):
+    words = next(words for _, words in ALL_LINES if words[0] == "compare")
+    monkeypatch.chdir(ROOT)
+    quick = ["--steps", "2", "--images-per-prompt", "1", "--samples", "2", "-o", tmp_path / "out"]
+    code, text, err = run(monkeypatch, capsys, *words, *quick)
+    assert code == 0, err
+    assert "| ssr |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_code_and_names_exist(page):
+    for text in fences(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("page", USED, ids=lambda page: page.name)
+def test_every_option_that_is_named_is_one(page):
+    known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    known |= {"--help", "--install-completion", "--markdown"}
+    others = {"--multi_gpu", "--nproc-per-node"}  # of accelerate and torchrun
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()))
+    assert not named - known - others
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "toybox" / "README.md"],
+    ids=lambda page: page.name,
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        tables = importlib.import_module("tables")
+    finally:
+        sys.path.pop(0)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        tables.front()
+    assert shown.getvalue() in (ROOT / "README.md").read_text()
+
+
+def test_every_page_is_in_the_site():
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = [p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")]
+    assert not [page for page in pages if page not in text]

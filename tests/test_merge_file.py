@@ -1,0 +1,230 @@
+"""A merge file does what the command line does, and ``-o merge.yaml`` writes one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import typer
+import yaml
+from command_line import QUICK, make_world, recipe_of, run
+from safetensors.torch import load_file, save_file
+
+from iteris_core import cli
+from iteris_core.cli.merge_file import _OWN, _parameters
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def place(world, tmp_path):
+    """A copy of the world in which the test may write."""
+    return shutil.copytree(world, tmp_path / "place")
+
+
+def write(path, **data):
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def same(one, two) -> bool:
+    first, second = load_file(one), load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+CONCEPTS = [
+    {"file": "lora1.safetensors", "trigger": "sks", "class": "cat", "strength": 0.8,
+     "text_strength": 0.5, "weight": 2},
+    {"file": "lora2.safetensors", "prompts": "own.txt"},
+]  # fmt: skip
+OPTIONS = {"samples": 3, "timesteps": 1, "latents": "noise", "device": "cpu"}
+
+
+def test_a_merge_file_is_the_same_merge_as_the_options(place, monkeypatch, capsys):
+    (place / "own.txt").write_text("a zwx dog\nzwx in the snow\n")
+    (place / "kept.txt").write_text("a street\n")
+    monkeypatch.chdir(place.parent)  # its paths are its own folder's
+    write(
+        place / "merge.yaml", base="base", output="of_file.safetensors", concepts=CONCEPTS,
+        preserve="kept.txt", preserve_weight=0.3, dtype="float32", layout="peft",
+        settings={"rank": 3, "repair": "false", "ridge": 1e-4},
+        calibration={"samples": 3, "timesteps": 1, "latents": "noise", "empty_share": 0.0},
+        device="cpu",
+    )  # fmt: skip
+    code, text, err = run(monkeypatch, capsys, "merge", "place/merge.yaml")
+    assert code == 0, err
+    assert "of_file.safetensors" in text
+    out = place / "of_options.safetensors"
+    code, _, err = run(
+        monkeypatch, capsys, "merge", place / "base", "-o", out, *QUICK, "--empty-share=0",
+        f"--concept={place}/lora1.safetensors:sks:cat:0.8/0.5,weight=2",
+        f"--concept=file={place}/lora2.safetensors,prompts={place}/own.txt",
+        f"--preserve={place}/kept.txt", "--preserve-weight=0.3", "--dtype=float32",
+        "--layout=peft", "--set=rank=3", "--set=repair=false", "--set=ridge=1e-4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert same(place / "of_file.safetensors", out)
+    concepts = recipe_of(out)["concepts"]
+    assert [c["weight"] for c in concepts] == [2.0, 1.0, 0.3]
+    assert (concepts[0]["strength"], concepts[0]["text_strength"]) == (0.8, 0.5)
+    assert concepts[1]["prompts"] == ["a zwx dog", "zwx in the snow"]
+    # The command line counts over the file.
+    code, _, err = run(
+        monkeypatch, capsys, "merge", "place/merge.yaml", "-o", out, "--overwrite",
+        "--set=rank=2", "--samples=2", f"--concept={place}/lora1.safetensors:sks:cat",
+    )  # fmt: skip
+    assert code == 0, err
+    recipe = recipe_of(out)
+    assert (recipe["settings"]["rank"], recipe["calibration"]["samples"]) == (2, 2)
+    assert recipe["settings"]["repair"] is False
+    assert len(recipe["concepts"]) == 2  # the one, and what is preserved
+
+
+def test_a_merged_file_writes_a_merge_file_that_merges_again(place, monkeypatch, capsys):
+    merged, again = place / "merged.safetensors", place / "again.safetensors"
+    (place / "kept.txt").write_text("a street\n")
+    arguments = [
+        f"--concept={place}/lora1.safetensors:sks:cat:0.5,weight=3",
+        f"--concept={place}/lora2.safetensors:zwx:dog", f"--preserve={place}/kept.txt",
+    ]  # fmt: skip
+    code, _, err = run(
+        monkeypatch, capsys, "merge", place / "base", "-o", merged, *QUICK, *arguments
+    )
+    assert code == 0, err
+    assert recipe_of(merged)["base"] == "base"
+    # Without BASE: it is found beside the file.
+    code, text, err = run(
+        monkeypatch, capsys, "merge", "--from", merged, "-o", place / "merge.yaml",
+        "--device=cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "nothing is merged yet" in text
+    written = (place / "merge.yaml").read_text()
+    assert str(place) not in written
+    data = yaml.safe_load(written)
+    assert data["base"] == "base"
+    assert [c.get("file") for c in data["concepts"]] == [
+        "lora1.safetensors", "lora2.safetensors", None,
+    ]  # fmt: skip
+    assert data["concepts"][0]["sha256"] == recipe_of(merged)["concepts"][0]["sha256"]
+    code, _, err = run(monkeypatch, capsys, "merge", place / "merge.yaml", "-o", again)
+    assert code == 0, err
+    assert same(merged, again)
+    code, _, err = run(monkeypatch, capsys, "merge", "--from", merged, "-o", again, "--overwrite",
+                       "--device=cpu")  # fmt: skip
+    assert code == 0, err
+    assert same(merged, again)
+    # A file that is not the one that was merged is told by its hash.
+    shutil.copy(place / "lora2.safetensors", place / "lora1.safetensors")
+    code, _, err = run(
+        monkeypatch, capsys, "merge", place / "merge.yaml", "-o", place / "no.safetensors"
+    )
+    assert code == 2
+    assert "SHA-256 differs" in err
+
+
+def test_a_command_line_becomes_a_merge_file(place, monkeypatch, capsys):
+    """With every path relative to it, and nothing loaded or merged."""
+    (place / "own.txt").write_text("a zwx dog\n")
+    folder = place / "files"
+    folder.mkdir()
+    concept = f"{place}/lora1.safetensors:sks:cat,prompts={place}/own.txt"
+    arguments = ["merge", place / "base", "-o", folder / "merge.yaml", *QUICK, "--set=rank=2",
+                 f"--concept={concept}", "--offload=model", "--dtype=float32"]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    data = yaml.safe_load((folder / "merge.yaml").read_text())
+    assert data == {
+        "base": "../base", "output": "merge.safetensors", "method": "iteris",
+        "unmergeable": "refuse", "dtype": "float32", "device": "cpu", "offload": "model",
+        "concepts": [{"file": "../lora1.safetensors", "trigger": "sks", "class": "cat",
+                      "prompts": ["a zwx dog"]}],
+        "settings": {"rank": 2},
+        "calibration": {"samples": 3, "timesteps": 1, "latents": "noise"},
+    }  # fmt: skip
+    assert not list(folder.glob("*.safetensors"))
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "exists already" in err
+    assert run(monkeypatch, capsys, *arguments, "--overwrite")[0] == 0
+
+
+def test_every_option_of_merge_is_a_key():
+    command = typer.main.get_command(cli.app).commands["merge"]
+    context = typer.Context(command)
+    keys = {*_parameters(context), *_OWN}
+    names = {max(p.opts, key=len).removeprefix("--").replace("-", "_") for p in command.params}
+    # --concept is concepts, --set is settings and calibration.
+    assert names - {"help", "set", "concept"} <= keys
+    assert {"concepts", "settings", "calibration", "base", "output", "offload"} <= keys
+
+
+BAD = [
+    ("[1, 2]", "the file must be a mapping"),
+    ("base: [", "is no YAML"),
+    ({"bass": "x"}, "there is no key 'bass'"),
+    ({"concepts": "lora1.safetensors"}, "concepts must be a list"),
+    ({"concepts": [3]}, "concept 1 must be FILE:TRIGGER:CLASS or a mapping"),
+    ({"concepts": [{"lora": "x"}]}, "concept 1: there is no key 'lora'"),
+    ({"concepts": [{"weight": 1}]}, "concept 1 has neither a file nor prompts"),
+    ({"concepts": [{"file": "lora1.safetensors", "weight": "much"}]},
+     "concept 1: weight must be a number, not 'much'"),
+    ({"concepts": [{"file": "lora1.safetensors", "strength": True}]}, "strength must be a number"),
+    ({"concepts": [{"file": "lora1.safetensors", "trigger": ["a"]}]}, "trigger must be text"),
+    ({"concepts": [{"file": "lora1.safetensors", "prompts": 3}]}, "prompts must be a list"),
+    ({"concepts": [{"file": "lora1.safetensors", "reading": 3}]}, "reading must be a mapping"),
+    ({"concepts": [{"file": "none.safetensors"}]}, "is in none of the folders"),
+    ({"settings": {"ranks": 3}}, "settings: there is no setting 'ranks'"),
+    ({"settings": {"rank": -3}}, "settings: rank must be at least 1"),
+    ({"settings": [3]}, "settings must be a mapping"),
+    ({"calibration": {"samples": "many"}}, "calibration: samples must be a whole number"),
+    ({"calibration": {"templates": "{}"}}, "templates must be a list"),
+    ({"samples": "many"}, "merge.yaml: samples:"),
+    ({"offload": "all"}, "merge.yaml: offload:"),
+    ({"base": None}, "Name the base"),
+    ({"method": "magic"}, "There is no method 'magic'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_what_is_wrong_in_a_merge_file_is_one_line(
+    world, tmp_path, monkeypatch, capsys, change, message
+):
+    path = tmp_path / "merge.yaml"
+    good = {"base": str(world / "base"), "loras": str(world), "output": "out.safetensors",
+            "concepts": ["lora1.safetensors:sks:cat"], **OPTIONS}  # fmt: skip
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        write(path, **{**good, **change})
+    code, _, err = run(monkeypatch, capsys, "merge", path)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeypatch, capsys):
+    """A merged file may be anybody's."""
+    secret = place / "secret.txt"
+    secret.write_text("a secret\n")
+    concept = {"file": "lora1.safetensors", "prompts": str(secret)}
+    recipe = {"method": "sum", "settings": {}, "calibration": {}, "base": "somebody/model"}
+    for changes, message in (
+        ({"concepts": [concept], "base": "base"}, "prompts must be a list"),
+        ({"concepts": []}, "merged on somebody/model, which is not here; say BASE"),
+        ({"concepts": [], "base": ""}, "It names none; say BASE"),
+        ({"concepts": [], "base": 3}, "no whole recipe"),
+        ({"concepts": [], "unmergeable": "all"}, "no whole recipe"),
+    ):
+        path = place / "anybody.safetensors"
+        save_file({"a": torch.ones(1)}, path, {"iteris": json.dumps({**recipe, **changes})})
+        out = place / "out.safetensors"
+        code, _, err = run(monkeypatch, capsys, "merge", f"--from={path}", "-o", out)
+        assert code == 2
+        assert message in err

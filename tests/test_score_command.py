@@ -1,0 +1,74 @@
+"""``iteris score`` on small real models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command_line import run
+
+import toybox
+
+CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
+
+
+@pytest.fixture(scope="module")
+def references():
+    return next(iter(toybox.concepts().values())).references[0].parent
+
+
+def test_score_prints_alignments(monkeypatch, capsys, references, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star with yellow stripes on a white background\n")
+    code, out, _ = run(
+        monkeypatch, capsys,
+        "score", references, f"--refs={references}", f"--prompts={prompts}", CLIP, "--json",
+    )  # fmt: skip
+    assert code == 0
+    data = json.loads(out)
+    assert len(data["pictures"]) == len(list(references.iterdir()))
+    assert 0.5 < data["mean"]["image"] <= 1
+    assert data["mean"]["clipscore"] == pytest.approx(2.5 * data["mean"]["text"], abs=1e-4)
+    code, out, _ = run(monkeypatch, capsys, "score", references, f"--refs={references}", CLIP)
+    assert code == 0
+    assert "mean" in out
+
+
+def test_score_with_dino(monkeypatch, capsys, references, tmp_path):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path / "dino")
+    code, out, _ = run(
+        monkeypatch, capsys,
+        "score", references, f"--refs={references}", CLIP, f"--dino={tmp_path / 'dino'}", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert -1 <= json.loads(out)["mean"]["dino"] <= 1.0001
+
+
+def test_score_errors(monkeypatch, capsys, references, tmp_path):
+    code, _, err = run(monkeypatch, capsys, "score", references, CLIP)
+    assert code == 2
+    assert "nothing to score against" in err
+    code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
+    assert code == 2
+    assert "no folder with pictures" in err
+    (tmp_path / "bad.png").write_text("no picture")
+    code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
+    assert code == 2
+    assert "bad.png is not a picture" in err
+    assert "Traceback" not in err
+
+
+def test_weights_of_an_architecture_from_a_file(monkeypatch, capsys, references, tmp_path):
+    code, _, err = run(
+        monkeypatch, capsys, "score", references, f"--refs={references}", "--clip=ViT-B-32",
+        f"--clip-weights={tmp_path / 'none.pt'}", "--device=cpu",
+    )  # fmt: skip
+    assert code == 2
+    assert "open_clip cannot load 'ViT-B-32' with weights" in err
