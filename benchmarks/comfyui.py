@@ -1,7 +1,10 @@
 """Time and memory of a merge on ComfyUI's MODEL and CLIP, as JSON on stdout.
 
 COMFYUI_PATH=… python benchmarks/comfyui.py CHECKPOINT LORA LORA [--samples 50] [--latent-size 64]
-[--timesteps 4] [--latents denoising|noise] [--gpu]
+[--timesteps 4] [--latents denoising|noise] [--gpu] [--gib 3]
+
+``--gib`` is what the merge may take beyond the model; then ``planned`` has the memory plan's lines
+and ``live_peak_gib`` the peak of live tensors beyond the model.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("--latent-size", type=int, default=64)
     parser.add_argument("--latents", default="denoising")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--gib", type=float)
     options = parser.parse_args()
     merging, specs, core = _pack(options.gpu)
 
@@ -51,12 +56,19 @@ def main() -> None:
         for number, file in enumerate(options.loras)
     ]
     started, cpu = time.perf_counter(), time.process_time()
-    report = merging.merge_on(model, clip, concepts, "iteris", {}, calibration).report
+    budget = "free" if options.gib is None else round(options.gib * 2**30)
+    meter = core.activations.meter.MemoryMeter()
+    with nullcontext() if options.gib is None else meter:
+        report = merging.merge_on(
+            model, clip, concepts, "iteris", {}, calibration, memory_budget=budget
+        ).report
     found = {
         "sites": len(report.sites),
         "rows": report.rows,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
+        "planned": report.plan,
+        "live_peak_gib": round(meter.peak / 2**30, 3),
         "peak_mb": _peak(),
         "rss_before_merge_mb": before,
         "load_before_merge": round(load, 2),
@@ -81,6 +93,7 @@ def _pack(gpu: bool) -> tuple[Any, Any, Any]:
     sys.modules["pack"] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
     names = ("nodes.merging", "nodes.concept_specs", "iteris_core")
+    importlib.import_module("pack.iteris_core.activations.meter")
     merging, specs, core = (importlib.import_module(f"pack.{name}") for name in names)
     return merging, specs, core
 
