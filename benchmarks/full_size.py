@@ -1,7 +1,7 @@
 """A merge of two LoRAs on a model of full size with random weights, on this machine's CPU.
 
-``python benchmarks/full_size.py ["SD 1.5, 512 px"] [--gib 3] [--samples 50] [--timesteps 4]`` prints
-what was planned and the peak of live tensors beyond the model, and adds it to
+``python benchmarks/full_size.py ["SD 1.5, 512 px"] [--gib 3] [--samples 50] [--timesteps 4]``
+prints what was planned and the peak of live tensors beyond the model, and adds it to
 ``results/full_size.json``. Latents are noise, so that no denoising comes first. Through ComfyUI's
 node the same is measured by ``comfyui.py`` with ``--gib``.
 """
