@@ -17,7 +17,7 @@ from ..lora_files.experts import joined_experts
 from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult
-from ..report.provenance import cut_lora
+from ..report.provenance import cut_lora, scaled_lora
 from ..settings import Settings
 from .options import ConceptOption, split_files
 
@@ -26,7 +26,7 @@ from .options import ConceptOption, split_files
 class Recipe:
     """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
     ``folders`` is where their files are looked for; ``cut`` is what :func:`..provenance.with_cut`
-    wrote there, or empty."""
+    wrote there, or empty; ``strength`` what :func:`..provenance.scaled_lora` multiplied by."""
 
     method: str
     settings: Mapping[str, Any]
@@ -34,6 +34,7 @@ class Recipe:
     concepts: Sequence[Mapping[str, Any]]
     folders: Sequence[Path]
     cut: Mapping[str, Any]
+    strength: float = 1.0
 
     def over(
         self,
@@ -62,11 +63,15 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
             "merge, or another tool saved it without its metadata."
         )
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
-    return Recipe(**{name: found[name] for name in kinds}, folders=folders)
+    strength = found.get("strength", 1.0)
+    if not isinstance(strength, int | float):
+        raise IterisError(f"{path} has a recipe with a broken strength {strength!r}.")
+    return Recipe(**{name: found[name] for name in kinds}, folders=folders, strength=strength)
 
 
 def cut_again(recipe: Recipe, result: MergeResult) -> MergeResult:
-    """``result`` at the rank to which the file was cut after its merge, if it was."""
+    """``result`` at the strength and the rank to which the file was brought after its merge."""
+    result = replace(result, lora=scaled_lora(result.lora, recipe.strength))
     if not recipe.cut:
         return result
     rank, ordered = recipe.cut.get("rank"), recipe.cut.get("ordered")
@@ -113,6 +118,7 @@ def _recorded(entry: Mapping[str, Any]) -> Concept:
         weight=float(entry.get("weight", 1.0)),
         text_strength=None if text_strength is None else float(text_strength),
         subjects=[str(subject) for subject in entry.get("subjects") or ()],
+        kind=entry.get("kind", "subject"),
     )
 
 
