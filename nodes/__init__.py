@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
-from .lora_nodes import CompareMerges, InspectLoras, SaveMergedLora
+from .inspect_node import InspectLoras
+from .loras_node import IterisLoras
 from .merge_nodes import IterisMerge, IterisMergeExperts
-from .score_nodes import ClipImageAlignment, ClipScorerLoader, ClipTextAlignment, ScoreSheet
+from .save_node import SaveMergedLora
+from .score_nodes import (
+    ClipImageAlignment,
+    ClipScorerLoader,
+    ClipTextAlignment,
+    ScoreSheet,
+    VisionScorer,
+)
+from .settings_node import IterisMergeSettings
 from .toybox_node import IterisToybox
+from .words_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
+    IterisLoras,
     IterisConcept,
     ConceptsFromStack,
     PreservePrompts,
     IterisMerge,
+    IterisMergeSettings,
     IterisMergeExperts,
     CompareMerges,
     SaveMergedLora,
     InspectLoras,
     ClipScorerLoader,
+    VisionScorer,
     ClipImageAlignment,
     ClipTextAlignment,
     ScoreSheet,
@@ -33,4 +47,5 @@ class IterisExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> IterisExtension:
+    add_route()
     return IterisExtension()

@@ -32,10 +32,6 @@ class TextEncoders:
     """Of one CLIP; :meth:`close` gives it back as it was."""
 
     def __init__(self, clip: Any) -> None:
-        if clip is None:
-            raise IterisError(
-                "There is no CLIP; a checkpoint without text encoders needs a Load CLIP node."
-            )
         if _changes_over_steps(clip):
             raise IterisError(
                 "The CLIP has a hook schedule, whose weights change over the steps; connect the "

@@ -60,13 +60,8 @@ def _phrases(path: Path) -> list[str]:
     except (OSError, ValueError, RecursionError):
         return []
     tables = [found, found.get("civitai")] if isinstance(found, dict) else []
-    words = [
-        word
-        for table in tables
-        if isinstance(table, dict)
-        for name in _NAMES
-        for word in (table.get(name) if isinstance(table.get(name), list) else ())
-    ]
+    lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
+    words = [word for some in lists if isinstance(some, list) for word in some]
     texts = [word.get("word") if isinstance(word, dict) else word for word in words]
     phrases = [text.strip(" ,\n") for text in texts if isinstance(text, str)]
     return list(dict.fromkeys(phrase for phrase in phrases if phrase))
