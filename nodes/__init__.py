@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
+from .comfy_internals import missing, sentence
 from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
 from .inspect_node import InspectLoras
@@ -39,6 +42,10 @@ NODES: list[type[io.ComfyNode]] = [
     ScoreSheet,
     IterisToybox,
 ]
+
+
+if gone := missing():
+    logging.getLogger(__name__).warning("IterIS: %s", sentence(gone))
 
 
 class IterisExtension(ComfyExtension):

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.sd1_clip
 import torch
 from torch import Tensor
 
 from ..iteris_core.hosts.learned import Call, Calls, Parts, placeholder, taking
+from .comfy_internals import comfy
 
 
 class Speaking:

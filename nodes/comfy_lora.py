@@ -8,10 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
-import comfy.model_management as memory
-import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor, nn
@@ -25,6 +21,7 @@ from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
+from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
 
 _TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")

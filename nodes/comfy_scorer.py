@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.model_patcher
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer
+from .comfy_internals import comfy, memory
 from .pictures import to_image
 
 

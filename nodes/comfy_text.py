@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.sd1_clip
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks
+from .comfy_internals import comfy, memory
 from .comfy_learned import Speaking
 
 Conditioning = tuple[Tensor, dict[str, Any]]

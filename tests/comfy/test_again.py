@@ -81,7 +81,9 @@ def scaled(lora: Any, factor: float) -> Any:
     return type(lora)(sites)
 
 
-def test_cancelled_and_run_again(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+def test_cancelled_and_run_again(
+    desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cancelled in the sweep, the samples are kept."""
     import comfy.model_management as memory
 
@@ -95,17 +97,12 @@ def test_cancelled_and_run_again(desk: Desk, caplog: pytest.LogCaptureFixture) -
             raise memory.InterruptProcessingException
 
     limit = [10**9]
-    runtime = desk.module("comfy_runtime")
-    before = runtime.memory.throw_exception_if_processing_interrupted
-    runtime.memory.throw_exception_if_processing_interrupted = stop
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "throw_exception_if_processing_interrupted", stop)
         desk.merge()
         limit[0] = len(seen) + 20  # in the sweep, which has 34 sites
-        desk.module("remembered").forget()
         with pytest.raises(memory.InterruptProcessingException):
             desk.merge(settings={"ridge": 0.01})
-    finally:
-        runtime.memory.throw_exception_if_processing_interrupted = before
     assert desk.kit.hooks() == 0
     assert all(torch.equal(a, b) for a, b in zip(plain, desk.kit.outputs(), strict=True))
     desk.merge(settings={"ridge": 0.01})
