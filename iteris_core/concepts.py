@@ -117,9 +117,12 @@ class Calibration(Settings):
         "denoising",
         "denoising runs each LoRA's own denoising first. noise skips it: quick, a little worse.",
     )
-    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1)
+    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1, most=100)
     guidance: float = setting(
-        1.0, "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.", low=0
+        1.0,
+        "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.",
+        low=0,
+        most=30,
     )
     empty_share: float = setting(
         0.2,

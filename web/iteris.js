@@ -7,6 +7,7 @@ import { migrate } from './migrate.js';
 const ROWS = 10;
 const NONE = 'none';
 const OF_A_ROW = ['on', 'strength', 'clip', 'weight', 'prompts', 'words'];
+const [TEXT_WIDTH, LETTER, LINE_HEIGHT, LINES] = [380, 6.4, 17, 2];
 const FILLED = 'iteris_filled'; // words that were filled in, by row, and not by the user
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
@@ -58,6 +59,21 @@ async function fillIn(node, row) {
   node.setDirtyCanvas?.(true, true);
 }
 
+// The text on a node is two lines high by itself; reports are longer.
+function fitText(id, text) {
+  const node = app.graph?.getNodeById?.(id) ?? app.graph?.getNodeById?.(Number(id));
+  if (!node?.comfyClass?.startsWith('Iteris')) return;
+  const width = Math.max(node.size[0], TEXT_WIDTH);
+  const inLine = Math.floor((width - 60) / LETTER);
+  const lines = String(text).split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
+  const least = node.computeSize([width, 0])[1];
+  const height = least + Math.max(0, lines - LINES) * LINE_HEIGHT;
+  if (node.size[0] < width || node.size[1] < height) {
+    node.setSize([width, Math.max(node.size[1], height)]);
+    node.setDirtyCanvas?.(true, true);
+  }
+}
+
 // After what the widget does by itself; values that come with a graph do not call it.
 function whenSet(widget, then) {
   if (!widget) return;
@@ -103,6 +119,10 @@ app.registerExtension({
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
   },
   setup() {
+    api.addEventListener('progress_text', ({ detail }) => {
+      // Once the front end has put the text onto the node.
+      setTimeout(() => fitText(String(detail?.nodeId ?? '').split(':').pop(), detail?.text ?? ''), 50);
+    });
     // Lists of files are made when the page loads; a LoRA that was just saved is not in them.
     api.addEventListener('executed', ({ detail }) => {
       const id = String(detail?.node ?? '').split(':').pop();
