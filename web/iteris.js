@@ -7,7 +7,9 @@ import { migrate } from './migrate.js';
 const ROWS = 10;
 const NONE = 'none';
 const OF_A_ROW = ['on', 'strength', 'clip', 'weight', 'prompts', 'words'];
-const [TEXT_WIDTH, LETTER, LINE_HEIGHT, LINES] = [380, 6.4, 17, 2];
+const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
+  'IterisSaveLora'];
+const [WIDTH, LETTER, LINE_HEIGHT, LINES] = [340, 6.4, 17, 2];
 const FILLED = 'iteris_filled'; // words that were filled in, by row, and not by the user
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
@@ -63,13 +65,13 @@ async function fillIn(node, row) {
 function fitText(id, text) {
   const node = app.graph?.getNodeById?.(id) ?? app.graph?.getNodeById?.(Number(id));
   if (!node?.comfyClass?.startsWith('Iteris')) return;
-  const width = Math.max(node.size[0], TEXT_WIDTH);
+  const width = node.size[0];
   const inLine = Math.floor((width - 60) / LETTER);
   const lines = String(text).split('\n').reduce((n, l) => n + Math.max(1, Math.ceil(l.length / inLine)), 0);
   const least = node.computeSize([width, 0])[1];
   const height = least + Math.max(0, lines - LINES) * LINE_HEIGHT;
-  if (node.size[0] < width || node.size[1] < height) {
-    node.setSize([width, Math.max(node.size[1], height)]);
+  if (node.size[1] < height) {
+    node.setSize([width, height]);
     node.setDirtyCanvas?.(true, true);
   }
 }
@@ -117,6 +119,8 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
+    // Wide enough for what it will say, before others are put beside it.
+    if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
   setup() {
     api.addEventListener('progress_text', ({ detail }) => {
