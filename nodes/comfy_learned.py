@@ -111,15 +111,17 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
             if _is_tokenizer(part):
                 setattr(own, name, _copied(part, vectors, names))
         return own
+    look_up = tokenizer._try_get_embedding
     if own.embedding_directory is None:
         own.embedding_directory = []  # with None it does not look for the word
+        look_up = own._try_get_embedding
 
     def find(text: str) -> tuple[Any, ...]:
         """What ``_try_get_embedding`` gives: the vectors, in later versions the name, and the text
         behind it."""
         name, *rest = text.split()
         plain = name.rstrip(",")
-        theirs = tokenizer._try_get_embedding(text)
+        theirs = look_up(text)
         if plain not in names:
             return theirs
         # For a text encoder that it has no vectors for an embedding is nothing, as from a file.
