@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
+from .comfy_routes import add_route
 from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
 from .inspect_node import InspectLoras
@@ -22,7 +23,6 @@ from .score_nodes import (
 )
 from .settings_node import IterisMergeSettings
 from .toybox_node import IterisToybox
-from .words_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     IterisLoras,

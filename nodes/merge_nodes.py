@@ -181,15 +181,20 @@ def _merge(
     result = replace(result, lora=scaled_lora(result.lora, strength))
     scaled = "" if strength == 1 else f"\n  At {strength:g} of its strength, in the file as well."
     called = how_to_call(bundled(result.lora.embeddings))
+    if words := _words(result):
+        called = f"\n  Trigger words: {words}{called}"
     report = result.report.summary() + scaled + asked.note(method) + called
     show_text(report, node_id)
     return result, report
 
 
+def _words(result: MergeResult) -> str:
+    return result.lora.metadata.get("modelspec.trigger_phrase", "")
+
+
 def _shown(result: MergeResult) -> tuple[Any, str]:
     """The plot, and the words."""
-    words = result.lora.metadata.get("modelspec.trigger_phrase", "")
     if not result.report.blocks():
         text = f"{result.report.method} looks at weights only: no output errors."
-        return text_image(text), words
-    return figure_image(plot_residuals(result.report)), words
+        return text_image(text), _words(result)
+    return figure_image(plot_residuals(result.report)), _words(result)

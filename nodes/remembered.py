@@ -14,7 +14,7 @@ from .merge_settings import Asked
 from .merging import merge_on
 
 _MOST = 2 * 2**30
-"""Bytes of merged LoRAs that are kept: a dozen of SD 1.5, two or three of SDXL at full rank."""
+"""Bytes of merged LoRAs that are kept, in host memory; the last one is, however large."""
 
 _kept: list[tuple[Any, MergeResult]] = []
 

@@ -93,9 +93,9 @@ def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
     assert "(from .civitai.info)" in bench.shown[-1]
     assert phrases(words_1="mine, and this") == ["mine, and this"]
     assert phrases(words_1="one; two |three") == ["one", "two", "three"]
-    found = bench.module("words_route").words_of_lora("a.safetensors")
+    found = bench.module("comfy_routes").words_of_lora("a.safetensors")
     assert found == {"words": "tok girl, red hair; other", "source": ".civitai.info"}
-    assert bench.module("words_route").words_of_lora("../../../etc/passwd")["words"] == ""
+    assert bench.module("comfy_routes").words_of_lora("../../../etc/passwd")["words"] == ""
 
 
 def test_words_of_other_nodes(bench: Bench) -> None:
