@@ -97,6 +97,18 @@ def test_what_needs_it_says_so_and_the_rest_works(
     assert merging.merge_on(model, clip, specs, "average", {}, calibration).lora.sites
 
 
+def test_an_old_comfyui_is_told_what_it_lacks(
+    again: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import folder_paths  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
+    with pytest.raises(ImportError):
+        again()  # looks for the nodes, which are not imported
+    assert sys.modules["custom-nodes/iteris-once-more"].__all__ == []
+    assert "needs ComfyUI 0.3.77 or newer" in caplog.text
+
+
 def test_they_are_taken_in_one_module() -> None:
     """No other file of the nodes imports from comfy."""
     for file in sorted((ROOT / "nodes").glob("*.py")):
