@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow lint format bench bench-quality toybox docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-quality toybox docs dist clean
 
 .venv: .venv/installed
 
@@ -20,6 +20,10 @@ test: .venv
 
 test-slow: .venv
 	$(RUN) -m pytest -m 'slow or fuzz'
+
+# MATRIX="COMFYUI=PYTHON …": checkouts, each with a Python that has its requirements.
+test-comfy:
+	$(PYTHON) tests/comfy/matrix.py $(MATRIX)
 
 lint: .venv
 	.venv/bin/ruff check .

@@ -14,9 +14,22 @@ from .lora import Lora
 from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
 
-TEMPLATES = tuple(
-    (Path(__file__).parent / "prompts" / "templates.txt").read_text(encoding="utf-8").splitlines()
-)
+PromptKind = Literal["subject", "style", "tags", "video"]
+
+
+def _templates(name: str) -> tuple[str, ...]:
+    file = Path(__file__).parent / "prompts" / f"{name}.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines())
+
+
+TEMPLATES = _templates("templates")
+KINDS: Mapping[PromptKind, tuple[str, ...]] = {
+    "subject": TEMPLATES,
+    "style": _templates("style"),
+    "tags": _templates("tags"),
+    "video": _templates("video"),
+}
+"""Templates by what a concept is: a thing, a look of everything, booru tags, or a movement."""
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
 
@@ -27,11 +40,11 @@ class Concept:
 
     ``prompts`` are used as they are; without them they are made from ``trigger`` and
     ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
-    itself. ``strength`` is what the LoRA would be loaded at, ``text_strength`` that of its part in
-    the text encoders (None: the same). ``weight`` is how much the concept counts in the merge.
-    ``inputs``, or what calling it gives, are batches of keyword arguments of the model, for hosts
-    that do not work from prompts. ``lora=None`` keeps the base model as it is, see
-    :meth:`preserve`.
+    itself, by the templates of its ``kind``. ``strength`` is what the LoRA would be loaded at,
+    ``text_strength`` that of its part in the text encoders (None: the same). ``weight`` is how much
+    the concept counts in the merge. ``inputs``, or what calling it gives, are batches of keyword
+    arguments of the model, for hosts that do not work from prompts. ``lora=None`` keeps the base
+    model as it is, see :meth:`preserve`.
     """
 
     lora: Lora | None
@@ -43,8 +56,13 @@ class Concept:
     inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
     text_strength: float | None = None
     subjects: Sequence[str] = ()
+    kind: PromptKind = "subject"
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SettingsError(
+                f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
+            )
         if not self.weight >= 0:
             raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
 
@@ -99,9 +117,12 @@ class Calibration(Settings):
         "denoising",
         "denoising runs each LoRA's own denoising first. noise skips it: quick, a little worse.",
     )
-    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1)
+    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1, most=100)
     guidance: float = setting(
-        1.0, "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.", low=0
+        1.0,
+        "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.",
+        low=0,
+        most=30,
     )
     empty_share: float = setting(
         0.2,
@@ -146,9 +167,12 @@ class Words(NamedTuple):
 
 
 def words_of(metadata: Mapping[str, str]) -> Words:
-    """How to call for what a LoRA knows, as far as its file tells: one phrase is split at its first
-    blank, "sks dog" into "sks" and "dog"; several are kept as they are."""
-    phrases = trigger_phrases(metadata)
+    """How to call for what a LoRA knows, as far as its file tells: "sks dog" is "sks" and "dog"."""
+    return words_in(trigger_phrases(metadata))
+
+
+def words_in(phrases: Sequence[str]) -> Words:
+    """One phrase is split at its first blank; several are kept as they are."""
     if len(phrases) > 1:
         return Words(subjects=tuple(phrases))
     trigger, _, class_word = "".join(phrases).partition(" ")
@@ -168,7 +192,10 @@ def concept_prompts(
                 "and a class word to make them from."
             )
     else:
-        pools = [[t.format(phrase) for t in calibration.templates] for phrase in concept.phrases]
+        own = concept.kind == "subject"
+        templates = calibration.templates if own else KINDS[concept.kind]
+        # Not by format: a phrase of tags may hold braces.
+        pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
         raise IterisError(
             f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "

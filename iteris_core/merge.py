@@ -20,6 +20,7 @@ from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
 from .passes import dry
+from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.job import Job, Ran, WeightJob
 from .presets import PRESETS, PresetName, preset_settings
 from .report.provenance import join_embeddings, merge_metadata, notes_of
@@ -90,10 +91,7 @@ def merge_loras(
     """
     started = time.perf_counter()
     chosen = find_method(method)
-    if preset not in PRESETS:
-        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
-    settings = _over(preset_settings(preset, method), settings, chosen.settings)
-    calibration = _over(PRESETS[preset].calibration, calibration, Calibration)
+    settings, calibration = settings_over(preset, method, settings, calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
@@ -109,10 +107,10 @@ def merge_loras(
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        changes = _changes(concepts)
-        _check_sites(host, changes)
+        changes = changes_of(concepts)
+        check_sites(host, changes)
         sweep = getattr(settings, "schedule", "") == "sweep"
-        found = _unmergeable(host, concepts, changes, calibration, tick, sweep=sweep)
+        found = unmergeable_sites(host, concepts, changes, calibration, tick, sweep=sweep)
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
@@ -143,7 +141,7 @@ def merge_loras(
         concepts = [c for c in concepts if c.lora is not None]
         calls = [calls_of(concept) for concept in concepts]
         weights = [concept.weight for concept in concepts]
-        merged = chosen.merge(WeightJob(_changes(concepts), weights, generator, tick), settings)
+        merged = chosen.merge(WeightJob(changes_of(concepts), weights, generator, tick), settings)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
@@ -172,22 +170,6 @@ def merge_loras(
     return MergeResult(lora, report)
 
 
-def _unmergeable(
-    host: Host,
-    concepts: Sequence[Concept],
-    changes: Mapping[str, SiteChanges],
-    calibration: Calibration,
-    tick: OnProgress,
-    *,
-    sweep: bool,
-) -> dict[str, str]:
-    """Site → why it cannot be merged. Models of text are not asked: their rows may be there once
-    only, and their layers are all reached."""
-    if not host.pictures:
-        return {}
-    return dry.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)
-
-
 def _means(
     concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
 ) -> dict[str, tuple[LowRank, SiteReport]]:
@@ -212,6 +194,21 @@ def _learned(
     return found
 
 
+def settings_over(
+    preset: PresetName,
+    method: str,
+    settings: Settings | Mapping[str, Any] | None,
+    calibration: Calibration | Mapping[str, Any] | None,
+) -> tuple[Settings, Calibration]:
+    """What is given over what the preset says of ``method``."""
+    if preset not in PRESETS:
+        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    return (
+        _over(preset_settings(preset, method), settings, find_method(method).settings),
+        _over(PRESETS[preset].calibration, calibration, Calibration),
+    )
+
+
 def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
     """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
     if isinstance(given, kind):
@@ -219,50 +216,3 @@ def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind:
     if given is None or isinstance(given, Mapping):
         return kind.from_mapping({**preset, **kind.canonical(given or {})})
     raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
-
-
-def _changes(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
-    """Every concept's change of every site that any of them changes, at its strength."""
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    if not loras:
-        raise IterisError("There is no LoRA to merge: every concept is empty or at strength 0.")
-    kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
-    if len(kinds) > 1:
-        raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
-    sites = {site: None for lora in loras for site in lora.sites}
-    changes: dict[str, SiteChanges] = {}
-    for site in sites:
-        at_site = SiteChanges(tuple(_change(concept, site) for concept in concepts))
-        if not at_site.present:
-            continue
-        shapes = {change.shape for change in at_site.present.values()}
-        if len(shapes) > 1:
-            raise IterisError(
-                f"Site {site} has changes of different shapes {sorted(shapes)}; the LoRAs were "
-                "made for different base models."
-            )
-        changes[site] = at_site
-    if not changes:
-        raise IterisError(
-            "The LoRAs change no site at all; are the files empty, or the strengths where they "
-            "have sites 0?"
-        )
-    return changes
-
-
-def _change(concept: Concept, site: str) -> LowRank | None:
-    """What the concept's LoRA changes at ``site``, at its strength; None if it changes nothing."""
-    strength = concept.strength_at(site)
-    if concept.lora is None or site not in concept.lora.sites or strength == 0:
-        return None
-    return concept.lora.sites[site].scaled(strength)
-
-
-def _check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
-    known = host.sites()
-    missing = [site for site in changes if site not in known]
-    if missing:
-        raise IterisError(
-            f"{len(missing)} of {len(changes)} sites are not in the base model, such as "
-            f"{', '.join(missing[:3])}; the LoRAs were made for another base model."
-        )

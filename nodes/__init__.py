@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
+from .comfy_internals import missing, sentence
+from .comfy_routes import add_route
+from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
-from .lora_nodes import CompareMerges, InspectLoras, SaveMergedLora
+from .inspect_node import InspectLoras
+from .loras_node import IterisLoras
 from .merge_nodes import IterisMerge, IterisMergeExperts
-from .score_nodes import ClipImageAlignment, ClipScorerLoader, ClipTextAlignment, ScoreSheet
+from .save_node import SaveMergedLora
+from .score_nodes import (
+    ClipImageAlignment,
+    ClipScorerLoader,
+    ClipTextAlignment,
+    ScoreSheet,
+    VisionScorer,
+)
+from .settings_node import IterisMergeSettings
 from .toybox_node import IterisToybox
 
 NODES: list[type[io.ComfyNode]] = [
+    IterisLoras,
     IterisConcept,
     ConceptsFromStack,
     PreservePrompts,
     IterisMerge,
+    IterisMergeSettings,
     IterisMergeExperts,
     CompareMerges,
     SaveMergedLora,
     InspectLoras,
     ClipScorerLoader,
+    VisionScorer,
     ClipImageAlignment,
     ClipTextAlignment,
     ScoreSheet,
     IterisToybox,
 ]
+
+
+if gone := missing():
+    logging.getLogger(__name__).warning("IterIS: %s", sentence(gone))
 
 
 class IterisExtension(ComfyExtension):
@@ -33,4 +54,5 @@ class IterisExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> IterisExtension:
+    add_route()
     return IterisExtension()

@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.conds
 import torch
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
+from .comfy_internals import comfy
 from .comfy_text import Conditioning
 
 Inputs = dict[str, Any]

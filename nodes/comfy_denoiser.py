@@ -12,17 +12,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.model_patcher
-import comfy.model_sampling
-import comfy.sample
-import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
 from .comfy_conds import Inputs, References, joined, sharing
+from .comfy_internals import comfy, memory
 from .comfy_sampling import run_uncompiled
 from .comfy_sizes import latent_shape
 from .comfy_text import Conditioning

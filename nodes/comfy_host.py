@@ -52,7 +52,7 @@ class ComfyHost:
     goes on where the share of noise is below ``boundary``, of models with two experts; its sites
     are ``unet_2.…``. ``references`` are what the user connected beside the texts. ``distilled``
     says whether the base is run without guidance and never sees the empty prompt (None: as the
-    model itself tells).
+    model itself tells). ``clip`` may be None where nothing is run.
     """
 
     pictures = True
@@ -76,7 +76,7 @@ class ComfyHost:
         self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
         self.references = references or References()
         self._batch = min(rows, _SAMPLING_ROWS)
-        self._texts = TextEncoders(clip)
+        self._encoders: TextEncoders | None = None if clip is None else TextEncoders(clip)
         models = [model] if low is None else [model, low]
         self._denoisers = [Denoiser(one, self.references) for one in models]
         if distilled is None:
@@ -85,7 +85,7 @@ class ComfyHost:
         self._found = ComfySites(model, clip)
         self._low = None if low is None else ComfySites(low, clip)
         self._lockstep = Lockstep({}, {})
-        self._running: TextEncoders | Denoiser = self._texts
+        self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
 
     def __enter__(self) -> ComfyHost:
@@ -93,8 +93,18 @@ class ComfyHost:
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
-            for part in (*self._denoisers, self._texts):
+            for part in (*self._denoisers, *([self._encoders] if self._encoders else [])):
                 stack.callback(part.close)
+
+    @property
+    def _texts(self) -> TextEncoders:
+        if self._encoders is None:
+            raise IterisError(
+                "There is no CLIP, and prompts are read with it; connect one (a checkpoint without "
+                "text encoders needs a Load CLIP node). Only methods that look at weights alone, "
+                "such as average or ties, need none."
+            )
+        return self._encoders
 
     def sites(self) -> Mapping[str, nn.Module]:
         if self._low is None:
@@ -106,8 +116,10 @@ class ComfyHost:
         }
         return {**self._found.modules, **second}
 
-    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        return self._found.read_lora(path, options)
+    def read_lora(
+        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
+    ) -> Lora:
+        return self._found.read_lora(path, options, text=text)
 
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None

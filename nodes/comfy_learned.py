@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.sd1_clip
 import torch
 from torch import Tensor
 
 from ..iteris_core.hosts.learned import Call, Calls, Parts, placeholder, taking
+from .comfy_internals import comfy
 
 
 class Speaking:
@@ -111,18 +111,22 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
             if _is_tokenizer(part):
                 setattr(own, name, _copied(part, vectors, names))
         return own
+    look_up = tokenizer._try_get_embedding
     if own.embedding_directory is None:
         own.embedding_directory = []  # with None it does not look for the word
+        look_up = own._try_get_embedding
 
-    def find(text: str) -> tuple[Tensor | None, str]:
-        """What ``_try_get_embedding`` gives: the vectors, and the text behind the name."""
+    def find(text: str) -> tuple[Any, ...]:
+        """What ``_try_get_embedding`` gives: the vectors, in later versions the name, and the text
+        behind it."""
         name, *rest = text.split()
         plain = name.rstrip(",")
+        theirs = look_up(text)
         if plain not in names:
-            return tokenizer._try_get_embedding(text)
+            return theirs
         # For a text encoder that it has no vectors for an embedding is nothing, as from a file.
         found = vectors[id(tokenizer)].get(plain, torch.zeros(0, tokenizer.embedding_size))
-        return found, " ".join([name[len(plain) :], *rest]).strip()
+        return found, *theirs[1:-1], " ".join([name[len(plain) :], *rest]).strip()
 
     own._try_get_embedding = find
     return own

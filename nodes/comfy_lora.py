@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
-import comfy.lora_convert
-import comfy.model_management as memory
-import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor, nn
@@ -24,8 +21,11 @@ from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
+from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
 
+_TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")
+"""How names in LoRA files begin that are text encoders'."""
 _NO_SITE = "no weight of a linear layer or a 2D convolution, which alone are merged"
 
 
@@ -47,7 +47,8 @@ class ComfySites:
         shapes = {site: weight_shape(module) for site, module in self.modules.items()}
         aliases: dict[str, Alias] = {}
         self._refused: dict[str, str] = {}
-        there = {*model.model.state_dict(), *clip.cond_stage_model.state_dict()}
+        there = set(model.model.state_dict())
+        there |= set() if clip is None else set(clip.cond_stage_model.state_dict())
         for name, target in self.key_map.items():
             if (site := self.names.get(_weight_key(target))) is None:
                 if (key := _weight_key(target)) in there:
@@ -62,14 +63,25 @@ class ComfySites:
         written = _names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
         self.base = BaseModel(kind, shapes, aliases, written)
 
-    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
+    def read_lora(
+        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
+    ) -> Lora:
         """Any file that ComfyUI reads, and those of diffusers that it reads only in part.
 
-        Whatever would be left out is an error; with ``allow_partial`` it is a note.
+        Whatever would be left out is an error; with ``allow_partial`` it is a note. Without
+        ``text`` what it changes in text encoders is not looked at.
         """
         path, options = Path(path), options or ReadOptions()
 
         def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            of_text = [key for key in tensors if _TEXT.match(key)]
+            if not text:
+                tensors = {key: t for key, t in tensors.items() if not _TEXT.match(key)}
+            elif of_text and self._clip is None and not options.allow_partial:
+                raise LoraFileError(
+                    f"{path.name} changes the text encoder ({of_text[0]}), and no CLIP is "
+                    "connected; connect it, or set the LoRA's strength there to 0."
+                )
             # BFL's, Wan-Fun's and USO's keys, and what later versions know.
             converted = comfy.lora_convert.convert_lora(tensors)
             for key in converted if not options.allow_partial else ():
@@ -99,11 +111,12 @@ def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, 
     the embeddings in it are behind ``embedding:NAME``."""
     embeddings, lora = unbundled(Path("merged"), lora)
     loaded = comfy.lora.load_lora(lora, _stock_key_map(model, clip))
-    model, clip = model.clone(), clip.clone()
-    if embeddings:
+    model, clip = model.clone(), None if clip is None else clip.clone()
+    if embeddings and clip is not None:
         names = file_names(embeddings)
         clip, _ = with_embeddings(clip, {names[name]: parts for name, parts in embeddings.items()})
-    patched = {*model.add_patches(loaded), *clip.add_patches(loaded)}
+    patched = set(model.add_patches(loaded))
+    patched |= set() if clip is None else set(clip.add_patches(loaded))
     modules = sum(key.endswith(".alpha") for key in lora)
     if len(patched) != len(loaded) or len(loaded) != modules:
         raise IterisError(
@@ -114,6 +127,8 @@ def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, 
 
 def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is None:
+        return key_map
     return comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
 
 
@@ -153,7 +168,7 @@ def _site_names(model: Any, clip: Any, keys: set[str]) -> dict[str, str]:
     """
     unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     named = {f"diffusion_model.{ours}": theirs for theirs, ours in unet.items()}
-    encoders = [name for name, _ in clip.cond_stage_model.named_children()]
+    encoders = [] if clip is None else [n for n, _ in clip.cond_stage_model.named_children()]
     order = [name for name in ("clip_l", "clip_h", "clip_g") if name in encoders]
     order += [name for name in encoders if name not in order]
     names: dict[str, str] = {}

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.utils
 import torch
+
+from .comfy_internals import comfy, memory
 
 _PLAN = "plan: "  # what the library says before a line of its memory plan
 _FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")

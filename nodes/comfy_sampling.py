@@ -7,12 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import comfy.k_diffusion.sampling
-import comfy.model_management as memory
-import comfy.patcher_extension as extension
-import comfy.samplers
 import torch
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
 from ..iteris_core.activations.lockstep import Lockstep
@@ -23,6 +18,7 @@ from ..iteris_core.hosts.protocol import Tick
 from ..iteris_core.hosts.rows import drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
+from .comfy_internals import comfy, compiling, extension, memory
 from .comfy_text import Conditioning
 
 if TYPE_CHECKING:
@@ -234,7 +230,7 @@ def run_uncompiled(options: dict[str, Any]) -> None:
     wrappers = options["transformer_options"].get("wrappers", {})
     for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
         for keyed in found.values():
-            keyed.pop(COMPILE_KEY, None)
+            keyed.pop(compiling.COMPILE_KEY, None)
 
 
 def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> list[Tensor]:

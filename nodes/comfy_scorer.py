@@ -1,16 +1,18 @@
-"""A scorer whose model ComfyUI moves to the GPU when it scores, and away when it needs the room."""
+"""Scorers whose models ComfyUI moves to the GPU to score, and away when it needs the room."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.model_patcher
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..iteris_core.score import ClipScorer
+from ..iteris_core.errors import IterisError
+from ..iteris_core.score import ClipScorer, ImageScorer
+from .comfy_internals import comfy, memory
+from .pictures import to_image
 
 
 class ComfyScorer(ClipScorer):
@@ -33,3 +35,22 @@ class ComfyScorer(ClipScorer):
         # Layers of open_clip do not move their weights themselves.
         memory.load_models_gpu([self._patcher], force_full_load=True)
         self._device = self._patcher.load_device
+
+
+class ComfyVisionScorer(ImageScorer):
+    """Cosines of what a CLIP_VISION of ComfyUI's own loader makes of pictures: DINOv2's class
+    token, or CLIP's and SigLIP's embedding. Blind to text."""
+
+    def __init__(self, vision: Any) -> None:
+        self._vision, self._batch = vision, 16
+
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        # Pictures may differ in size, which a batch cannot.
+        found = [self._vision.encode_image(to_image([image]))["image_embeds"] for image in images]
+        return torch.cat(found)
+
+    def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        raise IterisError(
+            "A vision model such as DINOv2 knows no words; connect the scorer of CLIP Scorer "
+            "Loader for text alignment."
+        )

@@ -6,14 +6,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.openaimodel
-import comfy.sample
 import torch
 from torch import nn
 
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.hosts.sizes import FRAMES, default_size, middle_patch
+from .comfy_internals import comfy
 
 _SCALES = {
     "SD_X4": 4,

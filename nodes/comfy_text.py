@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.model_management as memory
-import comfy.sd1_clip
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks
+from .comfy_internals import comfy, memory
 from .comfy_learned import Speaking
 
 Conditioning = tuple[Tensor, dict[str, Any]]
@@ -32,10 +31,6 @@ class TextEncoders:
     """Of one CLIP; :meth:`close` gives it back as it was."""
 
     def __init__(self, clip: Any) -> None:
-        if clip is None:
-            raise IterisError(
-                "There is no CLIP; a checkpoint without text encoders needs a Load CLIP node."
-            )
         if _changes_over_steps(clip):
             raise IterisError(
                 "The CLIP has a hook schedule, whose weights change over the steps; connect the "

@@ -6,18 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import comfy.model_base
-import comfy.model_management as memory
-import comfy.model_patcher
-import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models
-import comfy.supported_models_base
-import comfy.utils
 import folder_paths
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .comfy_internals import comfy, memory
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.concepts import PRESERVE_WEIGHT
+from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind
 from ..iteris_core.errors import IterisError
 from .concept_specs import ConceptSpec, changed, make_spec, prompt_lines
-from .schema import Concepts, LoraStack, advanced, schema
+from .lora_stacks import NONE, lora_path, specs_of
+from .schema import LoraStack, advanced, concepts_input, concepts_output, schema
 
-_NONE = "none"
 _SAME_STRENGTH = -11.0  # below any strength that is used: a number cannot be none
 
 
 def _previous() -> Any:
-    return Concepts.Input(
-        "concepts", optional=True, tooltip="Concepts from the node before; this one is added."
-    )
-
-
-def _output() -> Any:
-    return Concepts.Output(
-        display_name="concepts", tooltip="For the next concept node, or for IterIS Merge."
-    )
-
-
-def _lora(name: str) -> Path:
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+    return concepts_input("Concepts from the node before; this one is added.", optional=True)
 
 
 class IterisConcept(io.ComfyNode):
@@ -84,8 +72,8 @@ class IterisConcept(io.ComfyNode):
                 *advanced(
                     io.Combo.Input(
                         "embedding",
-                        options=[_NONE, *folder_paths.get_filename_list("embeddings")],
-                        default=_NONE,
+                        options=[NONE, *folder_paths.get_filename_list("embeddings")],
+                        default=NONE,
                         tooltip="A textual inversion that was trained together with the LoRA, from "
                         "models/embeddings; it stands for the trigger. One that comes with the "
                         "LoRA's file is in force anyway.",
@@ -105,16 +93,24 @@ class IterisConcept(io.ComfyNode):
                 *advanced(
                     io.Combo.Input(
                         "lora_low",
-                        options=[_NONE, *folder_paths.get_filename_list("loras")],
-                        default=_NONE,
+                        options=[NONE, *folder_paths.get_filename_list("loras")],
+                        default=NONE,
                         optional=True,
                         tooltip="The concept's file for low noise, of models in two parts (Wan 2.2 "
                         "14B); lora_name is the one for high noise. For IterIS Merge Experts.",
                     )
                 ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(get_args(PromptKind)),
+                    default="subject",
+                    optional=True,
+                    tooltip="What prompts are made for: a person, animal or thing; a style of "
+                    "everything; booru tags; a video.",
+                ),
                 _previous(),
             ],
-            outputs=[_output()],
+            outputs=[concepts_output()],
         )
 
     @classmethod
@@ -128,27 +124,29 @@ class IterisConcept(io.ComfyNode):
         prompts: str,
         embedding: str,
         strength_clip: float = _SAME_STRENGTH,
-        lora_low: str = _NONE,
-        concepts: tuple[ConceptSpec, ...] = (),
+        lora_low: str = NONE,
+        kind: PromptKind = "subject",
+        concepts: Any = (),
     ) -> io.NodeOutput:
         spec = make_spec(
-            _lora(lora_name),
+            lora_path(lora_name),
             trigger=trigger,
             class_word=class_word,
             prompts=prompts,
             strength=strength,
             clip_strength=None if strength_clip <= _SAME_STRENGTH else strength_clip,
             weight=weight,
-            low=None if lora_low == _NONE else _lora(lora_low),
+            low=None if lora_low == NONE else lora_path(lora_low),
             # A prompt names it by its path below models/embeddings.
-            embedding="" if embedding == _NONE else Path(embedding).with_suffix("").as_posix(),
+            embedding="" if embedding == NONE else Path(embedding).with_suffix("").as_posix(),
+            kind=kind,
         )
-        return io.NodeOutput((*concepts, spec))
+        return io.NodeOutput((*specs_of(concepts), spec))
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, lora_low: str = _NONE, **_: Any) -> Any:
-        files = [name for name in (lora_name, lora_low) if name not in (None, _NONE)]
-        return [changed(_lora(name)) for name in files]
+    def fingerprint_inputs(cls, lora_name: str, lora_low: str = NONE, **_: Any) -> Any:
+        files = [name for name in (lora_name, lora_low) if name not in (None, NONE)]
+        return [changed(lora_path(name)) for name in files]
 
 
 class ConceptsFromStack(io.ComfyNode):
@@ -162,28 +160,16 @@ class ConceptsFromStack(io.ComfyNode):
             inputs=[
                 LoraStack.Input(
                     "lora_stack",
-                    tooltip="(name, model strength, clip strength) of each LoRA, as LoRA stackers "
-                    "of other packs give it.",
+                    tooltip="The LoRAs of a LoRA stacker of another pack, with their strengths.",
                 ),
                 _previous(),
             ],
-            outputs=[_output()],
+            outputs=[concepts_output()],
         )
 
     @classmethod
-    def execute(
-        cls, lora_stack: list[tuple[Any, ...]] | None, concepts: tuple[ConceptSpec, ...] = ()
-    ) -> io.NodeOutput:
-        specs = [
-            make_spec(
-                _lora(str(name)),
-                strength=float(strength),
-                clip_strength=float(clip[0]) if clip else None,
-            )
-            for name, strength, *clip in lora_stack or ()
-            if name and name != "None"
-        ]
-        return io.NodeOutput((*concepts, *specs))
+    def execute(cls, lora_stack: list[Any] | None, concepts: Any = ()) -> io.NodeOutput:
+        return io.NodeOutput((*specs_of(concepts), *specs_of(lora_stack)))
 
 
 class PreservePrompts(io.ComfyNode):
@@ -197,7 +183,7 @@ class PreservePrompts(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "prompts",
-                    default="a photo of a person\na photo of a dog\na landscape",
+                    default="a photo of a person\na landscape\na city street",
                     multiline=True,
                     tooltip="One prompt a line, about things that the LoRAs should leave alone.",
                 ),
@@ -211,15 +197,13 @@ class PreservePrompts(io.ComfyNode):
                 ),
                 _previous(),
             ],
-            outputs=[_output()],
+            outputs=[concepts_output()],
         )
 
     @classmethod
-    def execute(
-        cls, prompts: str, weight: float, concepts: tuple[ConceptSpec, ...] = ()
-    ) -> io.NodeOutput:
+    def execute(cls, prompts: str, weight: float, concepts: Any = ()) -> io.NodeOutput:
         lines = prompt_lines(prompts)
         if not lines:
             raise IterisError("Preserve Prompts is empty; write one prompt a line.")
         spec = ConceptSpec(None, lines, trigger="preserve", weight=weight)
-        return io.NodeOutput((*concepts, spec))
+        return io.NodeOutput((*specs_of(concepts), spec))

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import glob
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from ..iteris_core.concepts import Concept, words_of
-from ..iteris_core.errors import LoraFileError
+from ..iteris_core.concepts import Concept, PromptKind, words_in
+from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import joined_experts
+from ..iteris_core.lora_files.sidecars import find_phrases, sidecars
 
 DENOISER = "unet"
 """What the sites of a MODEL begin with."""
 
+Kind = PromptKind | Literal["lines", "file"]
+KINDS = (*get_args(PromptKind), "lines", "file")
+"""Where prompts come from: templates of a kind, lines that the user wrote, or a file of them."""
+
+_PROMPTS = ".prompts.txt"
+_BETWEEN = re.compile(r",\s*,|[;|\n]")
+
 
 class Reader(Protocol):
-    def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
+    def read_lora(
+        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
+    ) -> Lora: ...
 
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
 
@@ -31,7 +43,8 @@ class ConceptSpec:
 
     ``low`` is the file for the model for low noise, of models with two experts.
     ``clip_strength`` is that of its part in the text encoders (None: the same as ``strength``).
-    ``changed`` is :func:`changed` of the file: a rewritten one is another concept.
+    ``changed`` is :func:`changed` of the file: a rewritten one is another concept. ``source`` says
+    where the words come from, as :class:`..lora_files.sidecars.Found` does.
     """
 
     file: Path | None
@@ -44,11 +57,18 @@ class ConceptSpec:
     clip_strength: float | None = None
     subjects: tuple[str, ...] = ()
     low: Path | None = None
+    kind: PromptKind = "subject"
+    source: str = ""
 
     def read(self, reader: Reader, options: ReadOptions | None = None) -> Concept:
-        lora = reader.read_lora(self.file, options) if self.file else None
+        # At 0 a file may be of another text encoder, or there may be none.
+        clip = self.strength if self.clip_strength is None else self.clip_strength
+        lora = reader.read_lora(self.file, options, text=clip != 0) if self.file else None
         if lora is not None and self.low is not None:
             lora = joined_experts(lora, reader.read_low(self.low, options), DENOISER)
+        return self.concept(lora)
+
+    def concept(self, lora: Lora | None = None) -> Concept:
         return Concept(
             lora,
             self.prompts,
@@ -58,7 +78,22 @@ class ConceptSpec:
             self.weight,
             text_strength=self.clip_strength,
             subjects=self.subjects,
+            kind=self.kind,
         )
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        return self.concept().phrases
+
+    @property
+    def of_rows(self) -> ConceptSpec:
+        """What rows depend on: weights only count in the solve."""
+        return replace(self, weight=float(self.weight > 0), source="")
+
+    def called(self, phrases: Sequence[str], source: str) -> ConceptSpec:
+        """The same concept, called for by ``phrases``."""
+        words = words_in(phrases)
+        return replace(self, **words._asdict(), source=source)
 
 
 def make_spec(
@@ -72,18 +107,23 @@ def make_spec(
     weight: float = 1.0,
     embedding: str = "",
     low: Path | None = None,
+    kind: Kind = "subject",
+    phrases: Sequence[str] = (),
 ) -> ConceptSpec:
-    """Empty trigger and class word are taken from the file; an embedding stands for the trigger,
-    of a file with several phrases for all of them."""
-    trigger, class_word = trigger.strip(), class_word.strip()
+    """Without ``phrases``, trigger or class word they are taken from the file or from beside it; an
+    embedding stands for the trigger, of a file with several phrases for all of them."""
+    trigger, class_word, source = trigger.strip(), class_word.strip(), "you"
+    lines = _prompts_beside(file) if kind == "file" else prompt_lines(prompts)
     subjects: tuple[str, ...] = ()
-    if not (trigger or class_word or prompts.strip()):
-        trigger, class_word, subjects = words_of(read_metadata(file))
+    if not (trigger or class_word):
+        if not phrases:
+            phrases, source = find_phrases(file, read_metadata(file))
+        trigger, class_word, subjects = words_in(phrases)
     if embedding:
         trigger, subjects = f"embedding:{embedding}", ()
-    return ConceptSpec(
+    spec = ConceptSpec(
         file,
-        prompt_lines(prompts) or None,
+        None,
         trigger,
         class_word,
         strength,
@@ -92,12 +132,36 @@ def make_spec(
         clip_strength,
         subjects,
         low,
+        kind if kind not in ("lines", "file") else "subject",
+        source,
+    )
+    return replace(spec, prompts=filled(lines, spec.phrases, file) or None)
+
+
+def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[str, ...]:
+    """``lines`` with every phrase in place of their ``{}``."""
+    if _has_blanks(lines) and not phrases:
+        raise IterisError(
+            f"The prompts of {file.name} have {{}} in them, and nothing is known to put there; "
+            "write its trigger words."
+        )
+    return tuple(
+        line.replace("{}", phrase)
+        for line in lines
+        for phrase in (phrases if "{}" in line else [""])
     )
 
 
+def phrases_in(text: str) -> list[str]:
+    """The phrases of a text in which ``;``, ``|``, two commas or a new line stand between them."""
+    return [phrase.strip(" ,") for phrase in _BETWEEN.split(text) if phrase.strip(" ,")]
+
+
 def changed(file: Path) -> int:
-    """The time stamp of a LoRA file, or of an embedding beside it that is newer."""
-    beside = file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors")
+    """The time stamp of a LoRA file, or of what is beside it and newer: embeddings, trigger words,
+    prompts."""
+    beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
+    beside += [*sidecars(file), *([own] if (own := _prompts_file(file)).is_file() else [])]
     return max(path.stat().st_mtime_ns for path in (file, *beside))
 
 
@@ -113,3 +177,25 @@ def read_metadata(file: Path) -> dict[str, str]:
         raise LoraFileError(
             f"{file} is not a whole safetensors file ({error}); download or save it again."
         ) from error
+
+
+def _has_blanks(lines: Sequence[str]) -> bool:
+    return any("{}" in line for line in lines)
+
+
+def _prompts_file(file: Path) -> Path:
+    return file.with_name(file.stem + _PROMPTS)
+
+
+def _prompts_beside(file: Path) -> tuple[str, ...]:
+    path = _prompts_file(file)
+    try:
+        lines = prompt_lines(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise IterisError(
+            f"There is no file {path.name} beside {file.name} to take prompts from; write one "
+            "prompt a line there, or choose another kind of prompts."
+        ) from error
+    if not lines:
+        raise IterisError(f"{path.name} is empty; write one prompt a line.")
+    return lines

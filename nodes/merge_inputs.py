@@ -1,42 +1,42 @@
-"""Inputs that the merging nodes share, made from the settings' own declarations.
-
-Those of the advanced group are folded in the front end. A number cannot be none there: 0 stands
-for it.
-"""
+"""Inputs that the merging nodes share, made from the settings' own declarations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.lora_files import DTYPES
-from ..iteris_core.lora_files.purposes import is_fast
-from ..iteris_core.merge import Unmergeable
-from ..iteris_core.methods.iteris_settings import IterisSettings
-from ..iteris_core.presets import PRESETS, PresetName, preset_settings
+from ..iteris_core.methods import all_methods
+from ..iteris_core.presets import PRESETS, PresetName
 from ..iteris_core.settings import Settings, declared_settings
-from .comfy_conds import References
-from .schema import Concepts, advanced
+from .schema import MergeSettings, concepts_input
+
+_NONE: Mapping[str, float] = {"saliency": -1}
+"""What stands for none, which no number can be there, where 0 has a meaning of its own."""
 
 
-def setting_input(owner: type[Settings], name: str, *, optional: bool = False) -> Any:
-    """The input of a setting; ``optional`` ones have come later than graphs that were saved."""
+def none_of(name: str) -> float:
+    return _NONE.get(name, 0)
+
+
+def setting_input(owner: type[Settings], name: str, *, optional: bool = True) -> Any:
+    """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
-    tooltip = f"{declared.help} 0: {declared.none}." if declared.none else declared.help
-    default = 0 if declared.default is None else declared.default
+    none = none_of(name)
+    tooltip = f"{declared.help} {none:g}: {declared.none}." if declared.none else declared.help
+    default = none if declared.default is None else declared.default
     if declared.kind is bool:
-        return io.Boolean.Input(name, default=default, tooltip=tooltip)
+        return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=optional)
     if declared.kind is str:
+        choices = list(declared.choices)
         return io.Combo.Input(
-            name, options=list(declared.choices), default=default, tooltip=tooltip
+            name, options=choices, default=default, tooltip=tooltip, optional=optional
         )
     limits = {
         "default": declared.kind(default),
-        "min": declared.kind(0 if declared.optional else declared.low or 0),
+        "min": declared.kind(none if declared.optional else declared.low or 0),
         "max": declared.kind(declared.most or declared.high or 1),
         "tooltip": tooltip,
         "optional": optional,
@@ -47,78 +47,44 @@ def setting_input(owner: type[Settings], name: str, *, optional: bool = False) -
 
 
 def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not the settings' defaults, 0 as none where that is meant."""
+    """The values that are not the settings' defaults, with none where that is meant."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
-        value = None if declared.optional and value == 0 else value
+        value = None if declared.optional and value == none_of(name) else value
         if value != declared.default:
             found[name] = value
     return found
 
 
-def calibration_of(values: Mapping[str, Any], preset: PresetName = "default") -> Calibration:
-    """What the inputs say over what the preset says."""
-    given = {**PRESETS[preset].calibration, **changed(Calibration, values)}
-    return Calibration.from_mapping(given)
-
-
-def settings_of(method: str, values: Mapping[str, Any], preset: PresetName) -> dict[str, Any]:
-    """``values`` are of ``iteris``; of them, other methods take the rank alone. ComfyUI cannot
-    polish, so a preset does not either."""
-    if method != "iteris":
-        values = {"rank": values["rank"]}
-    settings = {**preset_settings(preset, method), **changed(IterisSettings, values)}
-    settings.pop("polish_steps", None)
-    return settings
-
-
-def left_out(method: str, preset: PresetName) -> str:
-    """What a report has to say of the preset."""
-    if preset_settings(preset, method).get("polish_steps"):
-        return f"\n  Without the polish of the preset {preset}: ComfyUI keeps no gradients."
-    return ""
-
-
 def model_inputs() -> list[Any]:
     return [
         io.Model.Input("model", tooltip="The base model; it is only run, never changed."),
-        io.Clip.Input("clip", tooltip="The base model's text encoders."),
-        Concepts.Input("concepts", tooltip="What is to be merged: two concepts or more."),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="The base model's text encoders. Methods that only look at weights need none "
+            "where no LoRA changes it.",
+        ),
+        concepts_input("What is merged: from IterIS LoRAs or IterIS Concept, or a LORA_STACK."),
     ]
+
+
+def method_input() -> Any:
+    return io.Combo.Input(
+        "method",
+        options=[method.name for method in all_methods()],
+        default="iteris",
+        optional=True,
+        tooltip="iteris, or one of the methods that it is compared with.",
+    )
 
 
 def sampling_inputs() -> list[Any]:
     return [setting_input(Calibration, name) for name in ("samples", "seed")]
 
 
-def latent_inputs() -> list[Any]:
-    return advanced(
-        setting_input(Calibration, "timesteps"),
-        setting_input(Calibration, "latent_size"),
-        setting_input(Calibration, "latents"),
-    )
-
-
-def advanced_inputs() -> list[Any]:
-    return advanced(
-        *(
-            setting_input(IterisSettings, name)
-            for name in ("schedule", "ridge", "weighting", "repair")
-        ),
-        *latent_inputs(),
-        setting_input(IterisSettings, "rank"),
-        io.Combo.Input(
-            "dtype",
-            options=list(DTYPES),
-            default="float16",
-            tooltip="Precision of the merged LoRA.",
-        ),
-    )
-
-
 def preset_input() -> Any:
-    """Optional and last: graphs that were saved without it keep the places of their values."""
     helps = " ".join(f"{name}: {PRESETS[name].help}" for name in get_args(PresetName))
     return io.Combo.Input(
         "preset",
@@ -129,47 +95,22 @@ def preset_input() -> Any:
     )
 
 
-def memory_inputs() -> list[Any]:
-    return advanced(
-        io.Float.Input(
-            "memory",
-            default=0.0,
-            min=0.0,
-            max=1024.0,
-            step=0.1,
-            optional=True,
-            tooltip="GiB that the merge may take beyond the model. 0 takes what is free. Where "
-            "that is not enough for all samples, some are left out, and the report says so.",
-        ),
+def strength_input() -> Any:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        optional=True,
+        tooltip="What the merged LoRA is multiplied by, in the outputs and in the file. Another "
+        "one does not merge again.",
     )
 
 
-def extra_inputs() -> list[Any]:
-    """What goes beside the prompts, and what is to be done where something cannot be merged."""
+def beside_inputs() -> list[Any]:
+    """What goes beside the prompts, and the settings."""
     return [
-        *advanced(
-            setting_input(Calibration, "frames", optional=True),
-            io.Combo.Input(
-                "empty_prompts",
-                options=["auto", "yes", "no"],
-                default="auto",
-                optional=True,
-                tooltip="Whether some rows get the empty prompt, as they do where guidance is "
-                "above 1. auto: no for models that are run without guidance: those that take it as "
-                "an input (FLUX), have a sampling of LCM, or are called turbo, lightning and the "
-                "like, they or a LoRA on MODEL.",
-            ),
-            io.Combo.Input(
-                "cannot_merge",
-                options=list(get_args(Unmergeable)),
-                default="refuse",
-                optional=True,
-                tooltip="What is done with layers that cannot be merged, which is found before the "
-                "merge begins: names that the model does not know, layers that nothing reaches or "
-                "that mix the batch. refuse: stop and say which. skip: go on without them, and "
-                "list them in the report. mean: give them the mean of the LoRAs' changes.",
-            ),
-        ),
         io.Conditioning.Input(
             "conditioning",
             optional=True,
@@ -183,50 +124,7 @@ def extra_inputs() -> list[Any]:
             tooltip="A LATENT whose size and frames are taken, in place of latent_size and frames; "
             "with a mask, only what it covers is denoised.",
         ),
+        MergeSettings.Input(
+            "settings", optional=True, tooltip="Everything else, from IterIS Settings."
+        ),
     ]
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What the inputs of :func:`extra_inputs` ask for: ``options`` of the merge, and a ``note``
-    that the report ends with."""
-
-    options: Mapping[str, Any]
-    note: str = ""
-
-    @classmethod
-    def of(
-        cls,
-        files: Sequence[str],
-        empty_prompts: str = "auto",
-        cannot_merge: Unmergeable = "refuse",
-        conditioning: Any = None,
-        latent: Any = None,
-    ) -> Extras:
-        """``files`` are the names of those behind MODEL, which may say that it is run without
-        guidance."""
-        distilled = {"yes": False, "no": True}.get(empty_prompts)
-        note, name = "", is_fast(files) if empty_prompts == "auto" else ""
-        if name:
-            distilled = True
-            note = (
-                f"\n  Without empty prompts: by its name {name} draws in few steps, without "
-                "guidance. If you use guidance, set empty_prompts to yes."
-            )
-        options = {
-            "references": References.of(conditioning, latent),
-            "distilled": distilled,
-            "unmergeable": cannot_merge,
-        }
-        return cls(options, note)
-
-    @staticmethod
-    def taken_from(values: dict[str, Any]) -> dict[str, Any]:
-        """The values of these inputs, which are taken out of all ``values``."""
-        names = ("empty_prompts", "cannot_merge", "conditioning", "latent")
-        return {name: values.pop(name) for name in names if name in values}
-
-
-def budget_of(memory: float) -> int | Literal["free"]:
-    """Bytes, from the input ``memory``."""
-    return round(memory * 2**30) if memory else "free"

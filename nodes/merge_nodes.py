@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.merge import MergeResult
-from ..iteris_core.methods import all_methods
 from ..iteris_core.presets import PresetName
 from ..iteris_core.report.plots import plot_residuals
+from ..iteris_core.report.provenance import scaled_lora
+from .comfy_conds import References
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
-from .concept_specs import ConceptSpec
 from .embedding_files import how_to_call
+from .lora_stacks import specs_of
 from .merge_inputs import (
-    Extras,
-    advanced_inputs,
-    budget_of,
-    calibration_of,
-    extra_inputs,
-    left_out,
-    memory_inputs,
+    beside_inputs,
+    method_input,
     model_inputs,
     preset_input,
     sampling_inputs,
-    settings_of,
+    strength_input,
 )
-from .merging import as_lora_model, as_lora_models, merge_on
+from .merge_settings import Asked
+from .merging import as_lora_model, as_lora_models
 from .pictures import figure_image, text_image
+from .remembered import merged
 from .schema import LoraModel, schema
 
-_CALIBRATION = ("samples", "seed", "timesteps", "latent_size", "latents", "frames")
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
 
 
 def _method_inputs() -> list[Any]:
     return [
-        io.Combo.Input(
-            "method",
-            options=[method.name for method in all_methods()],
-            default="iteris",
-            tooltip="iteris, or one of the methods that it is compared with.",
-        ),
-        *sampling_inputs(),
-        *advanced_inputs(),
+        method_input(),
         preset_input(),
-        *memory_inputs(),
-        *extra_inputs(),
+        *sampling_inputs(),
+        strength_input(),
+        *beside_inputs(),
     ]
 
 
@@ -60,6 +52,10 @@ def _report_outputs() -> list[Any]:
             display_name="report", tooltip="What was merged, and how well each concept fits."
         ),
         io.Image.Output(display_name="plot", tooltip="Output error of each concept in each block."),
+        io.String.Output(
+            display_name="trigger_words",
+            tooltip="What calls for the merged concepts in a prompt, with commas between them.",
+        ),
     ]
 
 
@@ -73,7 +69,7 @@ class IterisMerge(io.ComfyNode):
         return schema(
             "IterisMerge",
             "IterIS Merge",
-            ["merge loras", "combine loras", "multi concept"],
+            ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
             description="Merges LoRAs into one by least squares on what the merged model really "
             "sees.",
             inputs=[*model_inputs(), *_method_inputs()],
@@ -87,13 +83,11 @@ class IterisMerge(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model: Any, clip: Any, concepts: tuple[ConceptSpec, ...], **values: Any
-    ) -> io.NodeOutput:
+    def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
         files = files_behind(cls.hidden, "model")
         result, report = _merge(cls.hidden.unique_id, model, clip, concepts, files, values)
-        lora = as_lora_model(result, concepts, values["dtype"])
-        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, _plot(result))
+        lora = as_lora_model(result)
+        return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, *_shown(result))
 
 
 class IterisMergeExperts(io.ComfyNode):
@@ -146,65 +140,61 @@ class IterisMergeExperts(io.ComfyNode):
         cls,
         model: Any,
         model_low: Any,
-        clip: Any,
-        concepts: tuple[ConceptSpec, ...],
+        concepts: Any,
         boundary: float,
+        clip: Any = None,
         **values: Any,
     ) -> io.NodeOutput:
         files = [file for name in ("model", "model_low") for file in files_behind(cls.hidden, name)]
+        experts = {"low": model_low, "boundary": boundary}
         result, report = _merge(
-            cls.hidden.unique_id,
-            model,
-            clip,
-            concepts,
-            files,
-            values,
-            low=model_low,
-            boundary=boundary,
+            cls.hidden.unique_id, model, clip, concepts, files, values, **experts
         )
-        high, low = as_lora_models(result, values["dtype"])
-        merged, merged_clip = apply_lora(model, clip, high)
-        merged_low, _ = apply_lora(model_low, clip, low)
-        return io.NodeOutput(merged, merged_low, merged_clip, high, low, report, _plot(result))
+        high, low = as_lora_models(result)
+        model, clip_out = apply_lora(model, clip, high)
+        model_low, _ = apply_lora(model_low, clip, low)
+        return io.NodeOutput(model, model_low, clip_out, high, low, report, *_shown(result))
 
 
 def _merge(
     node_id: str,
     model: Any,
     clip: Any,
-    concepts: tuple[ConceptSpec, ...],
+    concepts: Any,
     files: list[str],
     values: Mapping[str, Any],
     **experts: Any,
 ) -> tuple[MergeResult, str]:
     """The merge that the inputs' ``values`` ask for, and what the node says of it."""
-    values = dict(values)
-    method: str = values.pop("method")
-    preset: PresetName = values.pop("preset", "default")
-    memory: float = values.pop("memory", 0.0)
-    values.pop("dtype")
-    values.setdefault("frames", 0)
-    calibration = calibration_of({name: values.pop(name) for name in _CALIBRATION}, preset)
-    extras = Extras.of(files, **Extras.taken_from(values))
-    result = merge_on(
-        model,
-        clip,
-        concepts,
-        method,
-        settings_of(method, values, preset),
-        calibration,
-        node_id,
-        memory_budget=budget_of(memory),
-        **extras.options,
-        **experts,
+    method: str = values.get("method", "iteris")
+    preset: PresetName = values.get("preset", "default")
+    strength: float = values.get("strength", 1.0)
+    asked = Asked(
+        preset,
+        values.get("samples", 50),
+        values.get("seed", 0),
+        values.get("settings") or {},
+        files,
+        References.of(values.get("conditioning"), values.get("latent")),
     )
+    result = merged(model, clip, specs_of(concepts), method, asked, node_id, **experts)
+    result = replace(result, lora=scaled_lora(result.lora, strength))
+    scaled = "" if strength == 1 else f"\n  At {strength:g} of its strength, in the file as well."
     called = how_to_call(bundled(result.lora.embeddings))
-    report = result.report.summary() + left_out(method, preset) + extras.note + called
+    if words := _words(result):
+        called = f"\n  Trigger words: {words}{called}"
+    report = result.report.summary() + scaled + asked.note(method) + called
     show_text(report, node_id)
     return result, report
 
 
-def _plot(result: MergeResult) -> Any:
+def _words(result: MergeResult) -> str:
+    return result.lora.metadata.get("modelspec.trigger_phrase", "")
+
+
+def _shown(result: MergeResult) -> tuple[Any, str]:
+    """The plot, and the words."""
     if not result.report.blocks():
-        return text_image(f"{result.report.method} looks at weights only: no output errors.")
-    return figure_image(plot_residuals(result.report))
+        text = f"{result.report.method} looks at weights only: no output errors."
+        return text_image(text), _words(result)
+    return figure_image(plot_residuals(result.report)), _words(result)

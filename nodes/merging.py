@@ -33,15 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 class LoraModel(dict[str, Tensor]):
-    """A LoRA's tensors as a file would hold them: core's ``LORA_MODEL``, with the metadata, and
-    whether its components are ``ordered`` by output energy."""
+    """A merged LoRA's tensors as its file holds them in half precision: core's ``LORA_MODEL``, with
+    the metadata, the ``lora`` itself for other precisions, and whether its components are
+    ``ordered`` by output energy."""
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, ordered: bool = False
-    ) -> None:
+    def __init__(self, lora: Lora, dtype: str = "float16", *, ordered: bool = False) -> None:
+        # Copies of tensors that were made in inference mode would be of that kind as well.
+        with torch.inference_mode(False):
+            tensors, self.metadata = to_tensors(lora, dtype=dtype)
+            tensors |= bundled(lora.embeddings)
+            self.metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
         super().__init__(tensors)
-        self.metadata = dict(metadata)
-        self.ordered = ordered
+        self.lora, self.ordered = lora, ordered
+
+    def at(self, dtype: str) -> LoraModel:
+        return LoraModel(self.lora, dtype, ordered=self.ordered)
 
 
 def merge_on(
@@ -88,7 +94,7 @@ def merge_on(
                     distilled=distilled,
                 ) as host,
             ):
-                host.recipe = tuple(specs)
+                host.recipe = tuple(spec.of_rows for spec in specs)
                 result = merge_loras(
                     host,
                     [spec.read(host, reading) for spec in specs],
@@ -116,23 +122,23 @@ def merge_on(
         free_memory()
 
 
-def as_lora_model(result: MergeResult, specs: Sequence[ConceptSpec], dtype: str) -> LoraModel:
+def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
     """What ``result`` is once it is saved and loaded again, with its embeddings in it."""
-    return _lora_model(result, result.lora, dtype)
+    return _lora_model(result.lora, result, dtype)
 
 
-def as_lora_models(result: MergeResult, dtype: str) -> tuple[LoraModel, LoraModel]:
+def as_lora_models(result: MergeResult, dtype: str = "float16") -> tuple[LoraModel, LoraModel]:
     """Those of the models for high and for low noise."""
     high, low = split_experts(result.lora, DENOISER)
-    return _lora_model(result, high, dtype), _lora_model(result, low, dtype)
+    return _lora_model(high, result, dtype), _lora_model(low, result, dtype)
 
 
-def _lora_model(result: MergeResult, lora: Lora, dtype: str) -> LoraModel:
-    with torch.inference_mode(False):
-        tensors, metadata = to_tensors(lora, dtype=dtype)
-        tensors |= bundled(lora.embeddings)
-        metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
-    return LoraModel(tensors, metadata, ordered=is_ordered(result.report))
+def _lora_model(lora: Lora, result: MergeResult, dtype: str) -> LoraModel:
+    ordered = is_ordered(result.report)
+    try:
+        return LoraModel(lora, dtype, ordered=ordered)
+    except IterisError:  # of values that half precision does not hold
+        return LoraModel(lora, "float32", ordered=ordered)
 
 
 class _RememberingHost(ComfyHost):

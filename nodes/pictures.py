@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+_THUMBNAIL = 512  # pixels a side at most, as browsers of LoRAs show them
 
 
 def to_pil(batch: Tensor) -> list[Image.Image]:
@@ -38,3 +42,14 @@ def text_image(text: str) -> Tensor:
     figure = Figure(figsize=(6, 1.2))
     figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True)
     return figure_image(figure)
+
+
+def save_thumbnail(batch: Tensor, path: Path) -> None:
+    """The first picture, small, as a PNG without metadata, which appears when it is whole."""
+    picture = to_pil(batch[:1])[0]
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.touch()
+        picture.save(whole, format="PNG")
+        whole.replace(path)

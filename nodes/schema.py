@@ -7,9 +7,22 @@ from typing import Any
 from comfy_api.latest import io
 
 Concepts = io.Custom("ITERIS_CONCEPTS")
+MergeSettings = io.Custom("ITERIS_SETTINGS")
 Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
+
+
+def concepts_input(tooltip: str, *, optional: bool = False) -> Any:
+    """Takes what our nodes say is merged, and LORA_STACKs of other packs."""
+    types = [Concepts, LoraStack]
+    return io.MultiType.Input("concepts", types=types, optional=optional, tooltip=tooltip)
+
+
+def concepts_output() -> Any:
+    return Concepts.Output(
+        display_name="concepts", tooltip="For the next concept node, or for IterIS Merge."
+    )
 
 
 def advanced(*inputs: Any) -> list[Any]:

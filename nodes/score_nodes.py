@@ -10,15 +10,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
-from ..iteris_core.score import ClipScorer, clip_score, without_tokens
+from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
 from .comfy_runtime import show_text
-from .comfy_scorer import ComfyScorer
+from .comfy_scorer import ComfyScorer, ComfyVisionScorer
+from .open_clip_names import PAPERS, architectures
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 from .score_plots import plot_scores
 
-_NONE = "none"
 _FOLDERS = ("clip_vision", "text_encoders")
 
 
@@ -70,35 +70,52 @@ class ClipScorerLoader(io.ComfyNode):
             ["clip score", "open_clip"],
             description="Loads a CLIP of open_clip to score pictures with.",
             inputs=[
-                io.String.Input(
+                io.Combo.Input(
                     "architecture",
-                    default="ViT-L-14-quickgelu",
-                    tooltip="A model name of open_clip, such as ViT-L-14-quickgelu (the paper's), "
-                    "ViT-B-32 or ViT-H-14.",
+                    options=architectures(),
+                    default=PAPERS,
+                    tooltip="A model of open_clip; ViT-L-14-quickgelu is the paper's. Those that "
+                    "would fetch something are not listed.",
                 ),
                 io.Combo.Input(
                     "weights",
-                    options=[_NONE, *_weight_files()],
-                    default=_NONE,
+                    options=_weight_files(),
                     tooltip="Weights of that architecture, from models/clip_vision or "
-                    "models/text_encoders.",
-                ),
-                io.String.Input(
-                    "pretrained",
-                    default="openai",
-                    tooltip="Without a file: a weight tag of open_clip, such as openai. It is "
-                    "downloaded once.",
+                    "models/text_encoders; nothing is downloaded.",
                 ),
             ],
             outputs=[Scorer.Output(display_name="scorer", tooltip="For the alignment nodes.")],
         )
 
     @classmethod
-    def execute(cls, architecture: str, weights: str, pretrained: str) -> io.NodeOutput:
-        source = pretrained if weights == _NONE else _weight_path(weights)
-        if not source:
-            raise IterisError("CLIP Scorer Loader has no weights; choose a file or a tag.")
-        return io.NodeOutput(ComfyScorer.load(architecture.strip(), source))
+    def execute(cls, architecture: str, weights: str) -> io.NodeOutput:
+        if architecture not in architectures():
+            raise IterisError(f"{architecture!r} is none of open_clip's own architectures.")
+        return io.NodeOutput(ComfyScorer.load(architecture, _weight_path(weights)))
+
+
+class VisionScorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisVisionScorer",
+            "IterIS Vision Scorer",
+            ["dinov2", "dino score", "image similarity", "siglip"],
+            description="Scores how alike pictures are by DINOv2, CLIP or SigLIP, as ComfyUI's own "
+            "Load CLIP Vision has it.",
+            inputs=[
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="From Load CLIP Vision: DINOv2 (large, giant) is harder on identity "
+                    "than CLIP.",
+                ),
+            ],
+            outputs=[Scorer.Output(display_name="scorer", tooltip="For CLIP Image Alignment.")],
+        )
+
+    @classmethod
+    def execute(cls, clip_vision: Any) -> io.NodeOutput:
+        return io.NodeOutput(ComfyVisionScorer(clip_vision))
 
 
 class ClipImageAlignment(io.ComfyNode):
@@ -110,7 +127,9 @@ class ClipImageAlignment(io.ComfyNode):
             ["clip score", "image similarity", "clip-i"],
             description="How much pictures look like reference pictures of a concept (CLIP-I).",
             inputs=[
-                Scorer.Input("scorer", tooltip="From CLIP Scorer Loader or the toybox."),
+                Scorer.Input(
+                    "scorer", tooltip="From CLIP Scorer Loader, Vision Scorer or the toybox."
+                ),
                 io.Image.Input("images", tooltip="The pictures to score."),
                 io.Image.Input("references", tooltip="Pictures of the concept."),
             ],
@@ -119,7 +138,7 @@ class ClipImageAlignment(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scorer: ClipScorer, images: Tensor, references: Tensor) -> io.NodeOutput:
+    def execute(cls, scorer: ImageScorer, images: Tensor, references: Tensor) -> io.NodeOutput:
         values = scorer.image_alignment(to_pil(images), to_pil(references))
         return _score_output(values, "image alignment", cls.hidden.unique_id)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
-from iteris_core.concepts import TEMPLATES, Words, concept_prompts, words_of
+from iteris_core.concepts import KINDS, TEMPLATES, Words, concept_prompts, words_of
 
 
 def prompts(concept, **kwargs):
@@ -85,3 +85,18 @@ def test_settings_out_of_range_are_errors(settings):
 def test_a_negative_weight_is_an_error():
     with pytest.raises(SettingsError, match="weight must be 0 or more"):
         Concept(None, prompts=["a"], weight=-1)
+
+
+@pytest.mark.parametrize("kind", ["subject", "style", "tags", "video"])
+def test_every_kind_has_templates_of_its_own(kind):
+    concept = Concept(None, trigger="sks, {red} hair", kind=kind)
+    calibration = Calibration(samples=40)
+    made = concept_prompts(concept, calibration, torch.Generator().manual_seed(0))
+    assert set(made) == {template.replace("{}", "sks, {red} hair") for template in KINDS[kind]}
+    assert len(set(KINDS[kind])) == 40
+    assert all(template.count("{}") == 1 for template in KINDS[kind])
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(SettingsError, match="kind must be one of subject, style"):
+        Concept(None, trigger="sks", kind="photo")

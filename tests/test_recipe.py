@@ -135,7 +135,7 @@ def test_files_of_older_recipes_are_found_by_their_whole_path_or_last_part(world
         assert found.read_bytes() == (world / "lora1.safetensors").read_bytes()
 
 
-def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsys):
+def test_a_file_that_was_cut_and_scaled_after_its_merge(world, tmp_path, monkeypatch, capsys):
     files = [world / f"lora{seed}.safetensors" for seed in (1, 2)]
     whole, cut, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "cut", "again"))
     options = ["--samples=3", "--timesteps=1", "--latents=noise", "--device=cpu", "--dtype=float32"]
@@ -150,7 +150,9 @@ def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsy
         for key, t in tensors.items()
         if not key.endswith(".alpha")
     }
-    save_file(first, cut, with_cut(metadata_of(whole), 2, ordered=True))
+    metadata = with_cut(metadata_of(whole), 2, ordered=True)
+    metadata["iteris"] = json.dumps({**json.loads(metadata["iteris"]), "strength": 0.5})
+    save_file(first, cut, metadata)
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", again, "--device=cpu",
         "--dtype=float32", f"--from={cut}", f"--loras={world}",
@@ -162,8 +164,10 @@ def test_a_file_that_was_cut_after_its_merge(world, tmp_path, monkeypatch, capsy
         if key.endswith("down.weight"):
             up = key.replace(".lora_down.", ".lora_up.")
             product = found[up].flatten(1) @ found[key].flatten(1)
-            assert torch.allclose(product, first[up].flatten(1) @ down.flatten(1), atol=1e-6)
-    assert json.loads(metadata_of(again)["iteris"])["cut"] == {"rank": 2, "ordered": True}
+            wanted = 0.5 * first[up].flatten(1) @ down.flatten(1)
+            assert torch.allclose(product, wanted, atol=1e-6)
+    recipe = json.loads(metadata_of(again)["iteris"])
+    assert (recipe["cut"], recipe["strength"]) == ({"rank": 2, "ordered": True}, 0.5)
     assert metadata_of(again)["ss_network_dim"] == "2"
 
 
@@ -192,6 +196,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({"calibration": {"magic": 1}}, "calibration is not of this version"),
         ({"concepts": "none"}, "no whole recipe"),
         ({"cut": 8}, "no whole recipe"),
+        ({"strength": "much"}, "broken strength"),
     ):
         path = tmp_path / "recipe.safetensors"
         text = json.dumps({**recipe, **change})

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ..concepts import PRESERVE_WEIGHT, Concept, Words, words_of
+from ..concepts import PRESERVE_WEIGHT, Concept, PromptKind, Words, words_of
 from ..errors import IterisError
 from ..hosts.protocol import Host
 from ..lora import Lora
@@ -23,7 +23,7 @@ Find = Callable[[str], Path]
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
 _SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
-_WORDS = ("trigger", "class")
+_WORDS = ("trigger", "class", "kind")
 _NUMBERS = ("strength", "text_strength", "weight")
 KEYS = ("file", *_WORDS, *_NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
 """What a mapping may say of a concept; the last three are what a recipe records."""
@@ -49,6 +49,7 @@ class ConceptOption:
     prompts: Sequence[str] | None = None
     samples: Path | None = None
     subjects: Sequence[str] = ()
+    kind: PromptKind = "subject"
     sha256: str = ""
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -61,7 +62,9 @@ class ConceptOption:
         file is written."""
         data = {
             "file": "+".join(map(name, self.files)) or None,
-            **dict(zip(_WORDS, (self.trigger or None, self.class_word or None), strict=True)),
+            "trigger": self.trigger or None,
+            "class": self.class_word or None,
+            "kind": None if self.kind == "subject" else self.kind,
             "strength": None if self.strength == 1 else self.strength,
             "text_strength": self.text_strength,
             "weight": None if self.weight == 1 and self.file is not None else self.weight,
@@ -109,7 +112,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         return {"file": text}
     parts = _SHORT.fullmatch(text)
     if parts is not None:
-        keys = ("file", *_WORDS, "strength", "text_strength")
+        keys = ("file", *_WORDS[:2], "strength", "text_strength")
         return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
     if alone:
         return {"file": text}
@@ -166,6 +169,7 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
         prompts=None if prompts is None else _texts(prompts, f"{where}: prompts"),
         samples=samples,
         subjects=_texts(given.get("subjects", ()), f"{where}: subjects"),
+        kind=cast(PromptKind, texts["kind"] or "subject"),
         sha256=_text(given.get("sha256", ""), f"{where}: sha256"),
         reading=reading or {},
     )
@@ -217,6 +221,7 @@ def _read(
     return Concept(
         lora,
         option.prompts,
+        kind=option.kind,
         **words._asdict(),
         strength=option.strength,
         text_strength=option.text_strength,

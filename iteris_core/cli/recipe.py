@@ -13,7 +13,7 @@ from ..lora_files import read_tensors
 from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
 from ..merge import MergeResult, Unmergeable
-from ..report.provenance import cut_lora
+from ..report.provenance import cut_lora, scaled_lora
 from ..settings import Settings
 from .concept_options import KEYS, ConceptOption, concept_of
 
@@ -29,7 +29,8 @@ _KINDS: Mapping[str, type] = {
 class Recipe:
     """``concepts`` are the entries of the ``iteris`` metadata, see :func:`..provenance.recipe`;
     ``folders`` is where their files are looked for; ``cut`` is what :func:`..provenance.with_cut`
-    wrote there, or empty; ``base`` and ``unmergeable`` what :func:`..provenance.with_run` did."""
+    wrote there and the ``strength`` of :func:`..provenance.scaled_lora`, or empty; ``base`` and
+    ``unmergeable`` what :func:`..provenance.with_run` did."""
 
     method: str
     settings: Mapping[str, Any]
@@ -76,12 +77,20 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
             "merge, or another tool saved it without its metadata."
         )
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
+    after: dict[str, Any] = dict(found["cut"])
+    if "strength" in found:
+        after["strength"] = found["strength"]
+    found["cut"] = after
     return Recipe(**{name: found[name] for name in _KINDS}, folders=folders)
 
 
 def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
-    """``result`` at the rank to which the file was cut after its merge, if it was."""
-    if not cut:
+    """``result`` at the strength and the rank to which the file was brought after its merge."""
+    strength = cut.get("strength", 1.0)
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise IterisError(f"The recipe has a broken strength {strength!r}.")
+    result = replace(result, lora=scaled_lora(result.lora, strength))
+    if "rank" not in cut:
         return result
     rank, ordered = cut.get("rank"), cut.get("ordered")
     if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):

@@ -36,16 +36,20 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """What a prompt has to say: every phrase of a file with several concepts, as a merge of ours
-    or ``modelspec.trigger_phrase`` has them; of any other the best word alone."""
+    """What a prompt has to say: :func:`noted_phrases`, or the best word alone."""
+    return noted_phrases(metadata) or trigger_words(metadata)[:1]
+
+
+def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
+    """Every phrase that a file itself says to call for it by, as a merge of ours or
+    ``modelspec.trigger_phrase`` has them."""
     phrases: list[str] = []
     for concept in _merged_concepts(metadata):
         called = concept.get("called") or concept.get("subjects")
         several = [str(phrase) for phrase in called] if isinstance(called, list) else []
         phrases += several or [f"{concept.get('trigger') or ''} {concept.get('class') or ''}"]
     phrases = phrases or metadata.get("modelspec.trigger_phrase", "").split(",")
-    phrases = list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
-    return phrases or trigger_words(metadata)[:1]
+    return list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
 
 
 def _merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:

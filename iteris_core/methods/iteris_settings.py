@@ -66,6 +66,7 @@ class IterisSettings(Settings):
         none="of pictures 128, or what gives a concept 32 for each of a layer's inputs; of texts "
         "all",
         low=1,
+        most=100_000,
     )
     saliency: float | None = setting(
         None,

@@ -93,6 +93,7 @@ def recipe(
                 "strength": concept.strength,
                 "text_strength": concept.text_strength,
                 "weight": concept.weight,
+                "kind": concept.kind,
                 "called": list(phrases),
             }
             for concept, phrases in zip(concepts, called, strict=True)
@@ -111,6 +112,18 @@ def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
     :func:`..linalg.lowrank.at_rank`."""
     sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
     return replace(lora, sites=sites, metadata=with_cut(lora.metadata, rank, ordered=ordered))
+
+
+def scaled_lora(lora: Lora, strength: float) -> Lora:
+    """``lora`` with its changes multiplied by ``strength``, and with a recipe that says so."""
+    if strength == 1:
+        return lora
+    sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
+    recipe = parse_object(lora.metadata.get("iteris"))
+    metadata = dict(lora.metadata)
+    if recipe:
+        metadata["iteris"] = json.dumps({**recipe, "strength": strength})
+    return replace(lora, sites=sites, metadata=metadata)
 
 
 def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:

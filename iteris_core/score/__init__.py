@@ -1,5 +1,5 @@
 """Scores of pictures, and what shows them."""
 
-from .scorers import ClipScorer, DinoScorer, clip_score, without_tokens
+from .scorers import ClipScorer, DinoScorer, ImageScorer, clip_score, without_tokens
 
-__all__ = ["ClipScorer", "DinoScorer", "clip_score", "without_tokens"]
+__all__ = ["ClipScorer", "DinoScorer", "ImageScorer", "clip_score", "without_tokens"]

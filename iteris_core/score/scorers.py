@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..errors import IterisError, brief
 
 
-class _ImageScorer:
+class ImageScorer:
     """Cosines in the embedding space of one model, which is kept between calls."""
 
     def __init__(self, model: Any, device: torch.device | str, batch: int) -> None:
@@ -44,7 +44,7 @@ class _ImageScorer:
         return (self.embed_images(images) @ self.embed_images(references).mT).mean(dim=1)
 
 
-class ClipScorer(_ImageScorer):
+class ClipScorer(ImageScorer):
     """Cosines in the embedding space of one open_clip model."""
 
     def __init__(
@@ -104,7 +104,7 @@ class ClipScorer(_ImageScorer):
         return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1)
 
 
-class DinoScorer(_ImageScorer):
+class DinoScorer(ImageScorer):
     """Cosines of class tokens of a vision model of transformers (Dinov2, DINO ViT-S/16); harder on
     identity than CLIP, blind to text."""
 

@@ -96,11 +96,11 @@ class Trial:
 
     def node(self, result: Any) -> tuple[Any, ...]:
         """What the merge node hands on."""
-        tensors = self.merging.as_lora_model(result, (), "float32")
+        tensors = self.merging.as_lora_model(result, "float32")
         return self.lora.apply_lora(self.model, self.clip, tensors)
 
     def save(self, result: Any) -> tuple[Path, ...]:
-        return (self.saved(self.merging.as_lora_model(result, (), "float32"), "merged"),)
+        return (self.saved(self.merging.as_lora_model(result, "float32"), "merged"),)
 
     def stock(self, *files: Path) -> tuple[Any, ...]:
         return self.loaded(self.model, files[0])

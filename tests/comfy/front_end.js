@@ -3,32 +3,13 @@
 // would see: node types that are missing, toasts, and the text of the help panel. With "run" it
 // presses the Run button and waits for the server to be idle again.
 const fs = require('fs');
-const os = require('os');
 const path = require('path');
-const { chromium } = require('playwright-core');
+const { RUN, idle, withPage } = require('./browser.js');
 
 const [port, graph, picture, ...wishes] = process.argv.slice(2);
 const base = `http://127.0.0.1:${port}`;
-const json = async (url) => (await fetch(base + url)).json();
 
 async function open(page) {
-  const settings = {
-    'Comfy.TutorialCompleted': true,
-    'Comfy.Workflow.ShowMissingNodesWarning': true,
-    'Comfy.Minimap.Visible': false, // it would cover nodes on the picture
-  };
-  for (const [name, value] of Object.entries(settings)) {
-    await fetch(`${base}/settings/${name}`, { method: 'POST', body: JSON.stringify(value) });
-  }
-  await page.route('**/*', (route) => {
-    const url = new URL(route.request().url());
-    const ours = url.hostname === '127.0.0.1' || ['data:', 'blob:'].includes(url.protocol);
-    return ours ? route.continue() : route.abort();
-  });
-  await page.goto(base, { waitUntil: 'domcontentloaded', timeout: 180000 });
-  await page.waitForFunction(() => window.app?.graph && window.app.canvas, null, { timeout: 240000 });
-  await page.waitForTimeout(3000);
-  await page.keyboard.press('Escape');
   const data = JSON.parse(fs.readFileSync(graph));
   const name = path.basename(graph, '.json');
   await page.evaluate(([d, n]) => window.app.loadGraphData(d, true, true, n), [data, name]);
@@ -36,12 +17,8 @@ async function open(page) {
 }
 
 async function run(page) {
-  await page.click('[data-testid="queue-button"] button, .queue-button-group button');
-  for (let second = 0, idle = 0; second < 400 && idle < 3; second++) {
-    await page.waitForTimeout(1000);
-    const { exec_info } = await json('/prompt');
-    idle = exec_info.queue_remaining === 0 ? idle + 1 : 0;
-  }
+  await page.click(RUN);
+  await idle(page, base);
   await page.waitForTimeout(2000);
 }
 
@@ -58,48 +35,44 @@ async function help(page, type) {
   await page.waitForTimeout(3000);
 }
 
-(async () => {
-  const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'front-end-'));
-  const context = await chromium.launchPersistentContext(profile, {
-    executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
-    viewport: { width: 1700, height: 950 },
-    args: ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking'],
-  });
-  try {
-    const page = context.pages()[0] || (await context.newPage());
-    const errors = [];
-    page.on('pageerror', (error) => errors.push(String(error).slice(0, 300)));
-    await open(page);
-    if (wishes.includes('run')) await run(page);
-    if (wishes.includes('help')) await help(page, wishes[wishes.indexOf('help') + 1]);
-    else {
-      await page.evaluate(() => {
-        const { canvas, graph: shown } = window.app;
-        const left = Math.min(...shown._nodes.map((n) => n.pos[0]));
-        const top = Math.min(...shown._nodes.map((n) => n.pos[1]));
-        const right = Math.max(...shown._nodes.map((n) => n.pos[0] + n.size[0]));
-        const bottom = Math.max(...shown._nodes.map((n) => n.pos[1] + n.size[1]));
-        // Titles stand above the nodes, and the front end's own bars cover the edges.
-        canvas.ds.scale = Math.min(1580 / (right - left), 770 / (bottom - top), 1);
-        canvas.ds.offset = [90 / canvas.ds.scale - left, 150 / canvas.ds.scale - top];
-        canvas.setDirty(true, true);
-      });
-    }
-    await page.waitForTimeout(1500);
-    const seen = await page.evaluate(() => ({
-      missing: window.app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type),
-      nodes: window.app.graph._nodes.length,
-      toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
-      dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),
-      text: document.body.innerText.slice(0, 6000),
-    }));
-    await page.screenshot({ path: picture });
-    console.log(JSON.stringify({ ...seen, errors }));
-  } finally {
-    await context.close();
-    fs.rmSync(profile, { recursive: true, force: true });
+withPage(base, async (page, errors) => {
+  await open(page);
+  if (wishes.includes('run')) await run(page);
+  if (wishes.includes('help')) await help(page, wishes[wishes.indexOf('help') + 1]);
+  else {
+    await page.evaluate(() => {
+      const { canvas, graph: shown } = window.app;
+      const left = Math.min(...shown._nodes.map((n) => n.pos[0]));
+      const top = Math.min(...shown._nodes.map((n) => n.pos[1]));
+      const right = Math.max(...shown._nodes.map((n) => n.pos[0] + n.size[0]));
+      const bottom = Math.max(...shown._nodes.map((n) => n.pos[1] + n.size[1]));
+      // Titles stand above the nodes, and the front end's own bars cover the edges.
+      canvas.ds.scale = Math.min(1580 / (right - left), 770 / (bottom - top), 1);
+      canvas.ds.offset = [90 / canvas.ds.scale - left, 150 / canvas.ds.scale - top];
+      canvas.setDirty(true, true);
+    });
   }
-})().catch((error) => {
+  await page.waitForTimeout(1500);
+  const seen = await page.evaluate(() => ({
+    missing: window.app.graph._nodes.filter((n) => n.has_errors).map((n) => n.type),
+    nodes: window.app.graph._nodes.length,
+    toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
+    dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),
+    text: document.body.innerText.slice(0, 6000),
+    values: Object.fromEntries(
+      window.app.graph._nodes.map((n) => [
+        n.type, Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value])),
+      ]),
+    ),
+    linked: Object.fromEntries(
+      window.app.graph._nodes
+        .map((n) => [n.type, (n.inputs ?? []).filter((i) => i.link != null).map((i) => i.name)])
+        .filter(([, names]) => names.length),
+    ),
+  }));
+  await page.screenshot({ path: picture });
+  console.log(JSON.stringify({ ...seen, errors }));
+}).catch((error) => {
   console.error(error);
   process.exit(1);
 });

@@ -223,18 +223,18 @@ def test_two_files_out_of_one_graph(client: Client, models: Path) -> None:
             clip=["pair", 2],
             concepts=["b", 0],
             boundary=BOUNDARY,
-            **{"method": "iteris", "samples": 3, "seed": 0, "frames": 5, "cannot_merge": "refuse"},
-            **{"schedule": "sweep", "ridge": 0.0, "weighting": "tokens", "repair": True},
-            **{"timesteps": 2, "latent_size": 8, "latents": "denoising", "rank": 0},
-            dtype="float16",
+            method="iteris",
+            samples=3,
+            settings=["settings", 0],
         ),
+        "settings": node("IterisSettings", frames=5, timesteps=2, latent_size=8),
         "high": node("IterisSaveLora", lora=["merge", 3], filename_prefix="iteris/high"),
         "low": node("IterisSaveLora", lora=["merge", 4], filename_prefix="iteris/low"),
         "report": node("PreviewAny", source=["merge", 5]),
         **drawing("merged", ["merge", 0], ["merge", 1], ["merge", 2]),
     })  # fmt: skip
     assert f"{2 * len(EXPERTS)} sites" in outputs["report"]["text"][0]
-    names = [outputs[part]["text"][0].rpartition("/loras/")[2] for part in ("high", "low")]
+    names = [outputs[part]["text"][0] for part in ("high", "low")]
     files = [load_file(models / "models" / "loras" / name) for name in names]
     assert len(files[0]) == len(files[1]) == 3 * len(EXPERTS)
     assert set(files[0]) == set(files[1])

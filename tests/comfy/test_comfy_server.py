@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,7 @@ from client import Client, Graph, PromptError, node
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-ADVANCED = {
-    "schedule": "sweep",
-    "ridge": 1e-5,
-    "weighting": "tokens",
-    "repair": True,
-    "timesteps": 2,
-    "latent_size": 8,
-    "latents": "denoising",
-    "rank": 0,
-    "dtype": "float16",
-}
+ADVANCED = {"ridge": 1e-5, "timesteps": 2, "latent_size": 8}
 needs_toybox = pytest.mark.skipif(
     not (ROOT / "toybox" / "weights" / "loras").is_dir(), reason="the toybox has no LoRAs yet"
 )
@@ -48,9 +39,9 @@ def thin_graph(samples: int = 3, **advanced: Any) -> Graph:
             concepts=["b", 0],
             method="iteris",
             samples=samples,
-            seed=0,
-            **(ADVANCED | advanced),
+            settings=["settings", 0],
         ),
+        "settings": node("IterisSettings", **(ADVANCED | advanced)),
         "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/thin"),
         "report": node("PreviewAny", source=["merge", 3]),
     }
@@ -92,7 +83,7 @@ def psnr(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def saved_name(outputs: dict[str, Any]) -> str:
-    return outputs["save"]["text"][0].rpartition("/loras/")[2]
+    return outputs["save"]["text"][0]
 
 
 def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
@@ -137,7 +128,7 @@ def test_file_name_and_rank_do_not_start_over(client: Client, models: Path) -> N
     graph["save"]["inputs"]["filename_prefix"] = "iteris/other"
     assert saved_name(client.run(graph)) != name
     assert counts() == (latents, merges)
-    graph["merge"]["inputs"]["rank"] = 2
+    graph["settings"]["inputs"]["rank"] = 2
     client.run(graph)
     assert counts() == (latents, merges + 1)
 
@@ -186,9 +177,9 @@ def test_quick_start_shows_both_concepts(client: Client) -> None:
             concepts=["toybox", 3],
             method="iteris",
             samples=40,
-            seed=0,
-            **(ADVANCED | {"timesteps": 4}),
+            settings=["settings", 0],
         ),
+        "settings": node("IterisSettings", latent_size=8),
         "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/toybox"),
         **drawing("merged", ["merge", 0], ["merge", 1], ["toybox", 2], **own),
         **drawing("plain", ["toybox", 0], ["toybox", 1], ["toybox", 2], **own),
@@ -242,11 +233,9 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
             concepts=["kept", 0],
             methods="base, average, iteris",
             samples=10,
-            seed=0,
-            timesteps=1,
-            latent_size=8,
-            latents="noise",
+            settings=["settings", 0],
         ),
+        "settings": node("IterisSettings", timesteps=1, latent_size=8, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
         "sheet": node(
             "IterisScoreSheet", images=["drawnd", 0], labels=["compared", 2], prompts="", cell=64
@@ -274,7 +263,7 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
 def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")
-    assert len(found) == 13
+    assert len(found) == 16
     for name, info in found.items():
         assert info["category"] == "IterIS"
         page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()
@@ -285,14 +274,17 @@ def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
         }
         for key, spec in inputs.items():
             assert spec[1]["tooltip"]
-            assert f"| `{key}` | {spec[1]['tooltip']} |" in page
+            shown = spec[1].get("display_name") or key
+            of_a_row = re.fullmatch(r".*_([2-9]|\d\d)", key)
+            assert of_a_row or f"| `{shown}` | {spec[1]['tooltip']} |" in page
         assert all(info["output_tooltips"])
         own, chinese = (texts[language]["nodeDefs"][name] for language in ("en", "zh"))
         assert own["display_name"] == info["display_name"] != chinese["display_name"]
         assert own["description"] == info["description"] != chinese["description"]
         assert set(own["inputs"]) == set(chinese["inputs"]) == set(inputs)
         for key, spec in inputs.items():
-            assert own["inputs"][key] == {"name": key, "tooltip": spec[1]["tooltip"]}
+            shown = spec[1].get("display_name") or key
+            assert own["inputs"][key] == {"name": shown, "tooltip": spec[1]["tooltip"]}
             assert chinese["inputs"][key]["tooltip"] != spec[1]["tooltip"]
             assert chinese["inputs"][key]["name"]
         assert set(own["outputs"]) == set(chinese["outputs"])

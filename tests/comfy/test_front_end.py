@@ -37,9 +37,12 @@ pytestmark = [
 
 
 def look(client: Client, graph: Path, picture: Path, *wishes: str) -> dict[str, Any]:
+    return run("front_end.js", client, graph, picture, *wishes)
+
+
+def run(script: str, client: Client, *arguments: Any) -> dict[str, Any]:
     port = client.base.rpartition(":")[2]
-    script = Path(__file__).with_name("front_end.js")
-    command = ["node", str(script), port, str(graph), str(picture), *wishes]
+    command = ["node", str(Path(__file__).with_name(script)), port, *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr[-2000:]
     return json.loads(found.stdout.splitlines()[-1])
@@ -59,6 +62,77 @@ def test_graph_opens(client: Client, graph: Path, tmp_path: Path) -> None:
         new = [run for key, run in client.get("/history").items() if key not in before]
         assert [run["status"]["status_str"] for run in new] == ["success"]
     assert graph.with_suffix(".jpg").is_file()
+
+
+def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path: Path) -> None:
+    """Rows that open and fold, words that are filled in, a run that is cancelled and others."""
+    words = {"trainedWords": ["zwx dog", "zwx puppy"]}
+    loras = models / "models" / "loras"
+    (loras / "b.civitai.info").write_text(json.dumps(words))
+    before = {path.name for path in loras.rglob("*")}
+    log = models / "server.log"
+    made = log.read_text().count("IterIS: merged with")
+    try:
+        seen = run("build_graph.js", client, tmp_path)
+    finally:
+        (loras / "b.civitai.info").unlink()
+    assert seen["links"] == 16
+    assert seen["empty"] == {"lora_1": "none"}
+    assert seen["chosen"]["words_1"] == "sks cat"
+    assert seen["chosen"]["words_2"] == "zwx dog; zwx puppy"
+    assert seen["chosen"]["lora_3"] == "none"
+    assert {name for name in seen["folded"] if name.endswith("_2")} == {"lora_2", "on_2"}
+    assert seen["folded"]["on_2"] is False
+    assert seen["unfolded"] == seen["chosen"]
+    assert "execution_interrupted" in seen["cancelled"]
+    assert (seen["run"], seen["again"]) == ("success", "success")
+    # Another strength does not merge again, and a LoRA that was just saved is in the lists.
+    assert log.read_text().count("IterIS: merged with") == made + 1
+    saved = {path.name for path in loras.rglob("*")} - before
+    names = {f"iteris/{name}" for name in saved if name.endswith(".safetensors")}
+    assert len(names) == 2
+    assert names <= set(seen["listed"])
+    assert len([name for name in saved if name.endswith(".preview.png")]) == 2
+    assert "a at 1: sks cat" in seen["text"]
+    assert "At 0.5 of its strength" in seen["text"]
+    assert seen["errors"] == []
+    assert (tmp_path / "left.png").stat().st_size > 20_000
+
+
+OLD = {
+    "last_node_id": 2,
+    "last_link_id": 1,
+    "nodes": [
+        {"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "inputs": [],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}],
+         "widgets_values": ["thin.safetensors"]},
+        {"id": 2, "type": "IterisMerge", "pos": [500, 0],
+         "inputs": [{"name": "model", "type": "MODEL", "link": 1}], "outputs": [],
+         "widgets_values": ["ties", 30, 7, "jacobi", 0.0, "tokens", False, 4, 16, "denoising", 0,
+                            "float16", "fast", 2.5, 0, "no", "skip"]},
+    ],
+    "links": [[1, 1, 0, 2, 0, "MODEL"]],
+    "version": 0.4,
+}  # fmt: skip
+"""A graph of before there was IterIS Settings."""
+
+
+def test_an_old_graph_opens_with_its_settings(client: Client, tmp_path: Path) -> None:
+    graph = tmp_path / "old.json"
+    graph.write_text(json.dumps(OLD))
+    seen = look(client, graph, tmp_path / "seen.png", "values")
+    assert seen["nodes"] == 3
+    assert seen["missing"] == []
+    assert seen["errors"] == []
+    merge = {"method": "ties", "preset": "fast", "samples": 30, "seed": 7, "strength": 1}
+    assert seen["values"]["IterisMerge"] == merge
+    settings = seen["values"]["IterisSettings"]
+    known = {
+        "schedule": "jacobi", "repair": False, "latent_size": 16, "memory": 2.5,
+        "empty_prompts": "no", "cannot_merge": "skip", "timesteps": 4, "saliency": -1,
+    }  # fmt: skip
+    assert {name: settings[name] for name in known} == known
+    assert seen["linked"] == {"IterisMerge": ["model", "settings"]}
 
 
 def test_help_page_renders(client: Client, tmp_path: Path) -> None:

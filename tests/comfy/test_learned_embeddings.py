@@ -81,8 +81,8 @@ def test_the_merged_clip_and_the_saved_file_are_called_alike(
     import comfy.utils
 
     result = merged(kit, with_embedding("<toy>"))
-    lora = kit.merging.as_lora_model(result, [], "float32")
-    files, nodes = module(pack, "nodes.embedding_files"), module(pack, "nodes.lora_nodes")
+    lora = kit.merging.as_lora_model(result, "float32")
+    files, nodes = module(pack, "nodes.embedding_files"), module(pack, "nodes.save_node")
     assert "toy: say embedding:toy;" in files.how_to_call(lora)
     _, clip = kit.lora.apply_lora(kit.model, kit.clip, lora)
     with_it = encoded(clip, "a (embedding:toy, red:1.1) cat")
@@ -130,7 +130,7 @@ def test_the_toybox_with_embeddings(
     assert [prompt.split()[1] for prompt in prompts] == list(CALLED.values())
     core = module(pack, "iteris_core")
     result = merging.merge_on(model, clip, specs, "iteris", {}, core.Calibration(latent_size=8))
-    lora = merging.as_lora_model(result, specs, "float16")
+    lora = merging.as_lora_model(result)
     model, clip = lora_of.apply_lora(model, clip, lora)
     judge = toybox.load_judge()
     marks = {}

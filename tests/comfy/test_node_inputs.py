@@ -42,11 +42,11 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
     found = module(kit, "comfy_runtime").files_behind(hidden, "model")
     assert found == files
-    extras = module(kit, "merge_inputs").Extras
-    assert extras.of(found).options["distilled"] is distilled
-    assert (files[0] in extras.of(found).note) == bool(distilled)
-    assert extras.of(found, empty_prompts="yes").options["distilled"] is False
-    assert extras.of(found, empty_prompts="no").options["distilled"] is True
+    asked = module(kit, "merge_settings").Asked
+    assert asked(files=found).distilled is distilled
+    assert (files[0] in asked(files=found).note("iteris")) == bool(distilled)
+    assert asked(files=found, values={"empty_prompts": "yes"}).distilled is False
+    assert asked(files=found, values={"empty_prompts": "no"}).distilled is True
 
 
 def test_empty_prompts(kit: Kit) -> None:

@@ -17,6 +17,16 @@ def module(pack: ModuleType, name: str) -> Any:
     return importlib.import_module(f"{pack.__name__}.{name}")
 
 
+def use_loras_of(models: Path, pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI in this process has models/loras where the tests put them."""
+    import folder_paths
+
+    folder = models / "models" / "loras"
+    known = folder_paths.folder_names_and_paths["loras"][1]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], known))
+    folder_paths.filename_list_cache.pop("loras", None)
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
@@ -38,7 +48,7 @@ def test_words_of_a_file(
     save_file({"a": torch.ones(1)}, tmp_path / "lora.safetensors", metadata)
     spec = module(pack, "nodes.concept_specs").make_spec(tmp_path / "lora.safetensors")
     assert (spec.trigger, spec.class_word, spec.subjects) == words
-    reader = type("Reader", (), {"read_lora": lambda *_: None})()
+    reader = type("Reader", (), {"read_lora": lambda *_, **__: None})()
     phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
     assert list(spec.read(reader).phrases) == phrases
 
@@ -49,7 +59,7 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
     root = Path(__file__).resolve().parents[2]
     found = extract_node_configuration(str(root))
     assert found.project.name == "comfyui-iteris"
-    assert found.project.supported_comfyui_version == ">=0.3.64"
+    assert found.project.supported_comfyui_version == ">=0.3.77"
     assert found.project.supported_os == ["OS Independent"]
     assert found.tool_comfy.publisher_id
     assert found.tool_comfy.display_name
@@ -92,56 +102,20 @@ def test_alphas_of_a_model_that_saved_itself(pack: ModuleType) -> None:
     assert list(scales(pack, config, names).values()) == [2.0, 0.5]
 
 
-def test_interference_is_0_and_1_at_the_ends(
-    pack: ModuleType, library: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core, nodes = module(pack, "iteris_core"), module(pack, "nodes.lora_nodes")
-    inspection = module(pack, "iteris_core.report.inspection")
-    inspect = nodes.InspectLoras
-    monkeypatch.setattr(nodes, "ComfyHost", lambda *_: None)
-    monkeypatch.setattr(nodes, "show_text", lambda *_: None)
-    monkeypatch.setattr(inspect, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
+def test_interference_is_0_and_1_at_the_ends(pack: ModuleType) -> None:
+    core, inspection = module(pack, "iteris_core"), module(pack, "iteris_core.report.inspection")
     rows = torch.linalg.qr(torch.randn(8, 8)).Q
 
-    def concept(name: str, down: torch.Tensor) -> Any:
+    def lora(name: str, down: torch.Tensor) -> Any:
         change = core.LowRank(torch.randn(5, len(down)), down)
-        return core.Concept(core.Lora({"unet.mid_block.to_q": change}, name), trigger=name)
+        return core.Lora({"unet.mid_block.to_q": change}, name)
 
     def overlap(one: Any, other: Any) -> float:
-        return inspection.interference(one.lora, other.lora).blocks["mid_block"][0]
+        return inspection.interference(one, other).blocks["mid_block"][0]
 
-    def run(*concepts: Any) -> Any:
-        specs = [type("Spec", (), {"read": lambda self, _, c=c: c})() for c in concepts]
-        return inspect.execute(None, None, specs).result
-
-    a = concept("a", rows[:2])
-    assert overlap(a, concept("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
-    assert overlap(a, concept("b", rows[:2] * 3)) == pytest.approx(1)
-    plot, table = run(a, concept("a", rows[:2]), a)
-    pairs = [line.partition(":")[0] for line in table.splitlines() if " and " in line]
-    assert pairs == ["a and a (2)", "a and a (3)", "a (2) and a (3)"]
-    assert "a (2) and a (3): overlap 100%" in table
-    assert plot.ndim == 4
-    with pytest.raises(core.IterisError, match="two concepts"):
-        run(a)
-    other = core.Lora({"unet.up_blocks.0.to_q": a.lora.sites["unet.mid_block.to_q"]}, "b")
-    with pytest.raises(core.IterisError, match="no site in common"):
-        run(a, core.Concept(other, trigger="b"))
-
-
-def test_lora_stack_of_other_packs(
-    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = module(pack, "nodes.concept_nodes")
-    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
-    assert nodes.ConceptsFromStack.execute(None).result == ((),)
-    stack = [("a.safetensors", 0.8, 0.5), ("None", 1.0, 1.0), ("b.safetensors", 1.0, 0.0)]
-    (specs,) = nodes.ConceptsFromStack.execute(stack).result
-    assert [(spec.file.name, spec.strength, spec.clip_strength) for spec in specs] == [
-        ("a.safetensors", 0.8, 0.5),
-        ("b.safetensors", 1.0, 0.0),
-    ]
-    assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
+    a = lora("a", rows[:2])
+    assert overlap(a, lora("b", rows[2:5])) == pytest.approx(0, abs=1e-9)
+    assert overlap(a, lora("b", rows[:2] * 3)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -192,13 +166,14 @@ def test_names_of_saved_files(
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(tmp_path / "loras")])
-    nodes = module(pack, "nodes.lora_nodes")
-    save = nodes.SaveMergedLora
+    save = module(pack, "nodes.save_node").SaveMergedLora
     monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     lora = {"lora_unet_a.lora_up.weight": torch.ones(3, 2)}
-    names = [save.execute(lora, prefix).result[0] for prefix in ("one", "folder/one", "one")]
-    assert names == ["one_00001_.safetensors", "folder/one_00001_.safetensors",
-                     "one_00002_.safetensors"]  # fmt: skip
+    prefixes = ("one", "folder/one", "one", "one.safetensors", "v1.5/two")
+    names = [save.execute(lora, prefix).result[0] for prefix in prefixes]
+    assert names == ["one.safetensors", "folder/one.safetensors", "one_2.safetensors",
+                     "one_3.safetensors", "v1.5/two.safetensors"]  # fmt: skip
+    assert save.execute(lora, "one", overwrite=True).result == ("one.safetensors",)
     before = sorted(tmp_path.rglob("*"))
     for prefix, message in {
         "": "no name",
@@ -213,6 +188,8 @@ def test_names_of_saved_files(
     }.items():
         with pytest.raises(module(pack, "iteris_core").IterisError, match=message):
             save.execute(lora, prefix)
+    with pytest.raises(module(pack, "iteris_core").IterisError, match="no folder elsewhere"):
+        save.execute(lora, "one", folder="elsewhere")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -220,33 +197,18 @@ def test_an_embedding_is_named_by_its_path(
     pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = module(pack, "nodes.concept_nodes")
-    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    use_loras_of(models, pack, monkeypatch)
     (specs,) = nodes.IterisConcept.execute(
         "a.safetensors", "", "", 1.0, 1.0, "", "cats/sks.v2.safetensors"
     ).result
     assert (specs[0].trigger, specs[0].class_word) == ("embedding:cats/sks.v2", "cat")
 
 
-def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
-    pack: ModuleType, models: Path, thin: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = module(pack, "nodes.concept_nodes")
-    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
-    core, host = module(pack, "iteris_core"), module(pack, "nodes.comfy_host").ComfyHost(*thin)
-    components = {}
-    for clip in (1.0, 0.0):
-        (specs,) = nodes.ConceptsFromStack.execute([("a.safetensors", 1.0, clip)]).result
-        merged = core.merge_loras(None, [spec.read(host) for spec in specs], "sum").lora
-        components[clip] = {site.partition(".")[0] for site in merged.sites}
-    assert any(name.startswith("text_encoder") for name in components[1.0])
-    assert not any(name.startswith("text_encoder") for name in components[0.0])
-
-
 def test_the_strength_in_clip_of_a_concept(
     pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = module(pack, "nodes.concept_nodes")
-    monkeypatch.setattr(nodes, "_lora", lambda name: models / "models" / "loras" / name)
+    use_loras_of(models, pack, monkeypatch)
 
     def clip_strength(**given: float) -> float | None:
         values = {"trigger": "sks", "class_word": "cat", "prompts": "", "embedding": "none"}
@@ -270,33 +232,56 @@ def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
     shown = inputs.setting_input(core.IterisSettings, "weighting")
     assert shown.options == ["tokens", "adapter", "full", "none"]
     assert inputs.setting_input(core.IterisSettings, "repair").default is True
+    shown = inputs.setting_input(core.IterisSettings, "saliency").as_dict()
+    assert (shown["default"], shown["min"], shown["max"]) == (-1.0, -1.0, 1.0)
+    assert "-1: 1 - 2 / LoRAs" in shown["tooltip"]
     shown = inputs.setting_input(core.Calibration, "timesteps").as_dict()
     assert (shown["default"], shown["min"], shown["max"]) == (4, 1, 10)
     assert "the same result" not in inputs.setting_input(core.IterisSettings, "schedule").tooltip
 
 
 def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
-    inputs = module(pack, "nodes.merge_inputs")
-    values = {"schedule": "sweep", "ridge": 0.0, "weighting": "tokens", "repair": True, "rank": 0}
-    settings_of = inputs.settings_of
-    assert settings_of("iteris", values, "default") == {}
-    assert settings_of("iteris", {**values, "rank": 4, "ridge": 0.1}, "default") == {
-        "rank": 4, "ridge": 0.1,
-    }  # fmt: skip
-    paper = settings_of("iteris", {**values, "ridge": 1e-3}, "paper")
+    asked = module(pack, "nodes.merge_settings").Asked
+    usual = {i.id: i.default for i in module(pack, "nodes.settings_node")._all_inputs()}
+
+    def settings(method: str = "iteris", preset: str = "default", **values: Any) -> dict[str, Any]:
+        return asked(preset, values={**usual, **values}).settings(method)
+
+    assert settings() == {}
+    assert settings(rank=4, ridge=0.1) == {"rank": 4, "ridge": 0.1}
+    assert settings(saliency=0.0) == {"saliency": 0.0}  # none is -1 there
+    paper = settings(preset="paper", ridge=1e-3)
     assert (paper["objective"], paper["weighting"], paper["schedule"]) == (
         "adapter", "adapter", "jacobi",
     )  # fmt: skip
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
-    assert settings_of("ties", {**values, "rank": 4}, "paper") == {"rank": 4}
-    assert "polish_steps" not in settings_of("iteris", values, "best")
-    assert "Without the polish" in inputs.left_out("iteris", "best")
-    assert not inputs.left_out("iteris", "fast")
-    assert not inputs.left_out("ties", "best")
-    default = {"samples": 50, "seed": 0, "timesteps": 4, "latent_size": 0, "latents": "denoising"}
-    assert inputs.calibration_of(default).latent_size is None
-    assert inputs.calibration_of(default, "fast").samples == 12
-    assert inputs.calibration_of({**default, "samples": 30}, "fast").samples == 30
+    assert "polish_steps" not in settings(preset="best")
+    assert "Without the polish" in asked("best").note("iteris")
+    assert not asked("fast").note("iteris")
+    assert not asked("best").note("ties")
+    assert asked(values=usual).calibration.latent_size is None
+    assert asked("fast", values=usual).calibration.samples == 12
+    assert asked("fast", 30, values=usual).calibration.samples == 30
+
+
+def test_the_settings_of_other_methods(pack: ModuleType) -> None:
+    asked = module(pack, "nodes.merge_settings").Asked
+    core = module(pack, "iteris_core")
+
+    def settings(method: str, **values: Any) -> dict[str, Any]:
+        return asked(preset="paper", values=values).settings(method)
+
+    assert settings("ties", rank=4, density=0.3, scale=0.0, ridge=0.1) == {
+        "rank": 4,
+        "density": 0.3,
+    }
+    assert settings("sum", rank=0, density=0.3, scale=0.7) == {}
+    assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
+    shown = {i.id: i.tooltip for i in module(pack, "nodes.settings_node")._all_inputs()}
+    assert "0: the method's own, 0.2 for ties, 0.5 for dare-linear" in shown["density"]
+    declared = set(core.settings.declared_settings(core.IterisSettings))
+    not_here = {"micro_batch", "polish_steps", "polish_rate"}
+    assert declared - set(shown) == not_here
 
 
 def test_no_path_of_this_machine_is_written(
@@ -313,10 +298,10 @@ def test_no_path_of_this_machine_is_written(
     outer.write_bytes((loras / "b.safetensors").read_bytes())
     concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
     result = kit.merging.merge_on(kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
-    lora = kit.merging.as_lora_model(result, concepts, "float16")
+    lora = kit.merging.as_lora_model(result)
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
-    save = module_of(kit, "nodes.lora_nodes").SaveMergedLora
+    save = module_of(kit, "nodes.save_node").SaveMergedLora
     monkeypatch.setattr(save, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     (name,) = save.execute(lora, "whole").result
     assert str(models).encode() not in (loras / name).read_bytes()

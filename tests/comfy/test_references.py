@@ -109,7 +109,7 @@ def test_reference_latents_go_into_every_row(bench: Bench, monkeypatch: pytest.M
         assert call["context"].shape[-1] == 64  # the row's own text
     monkeypatch.undo()
     alone = bench.merge(on, concepts[:1], references=given)
-    tensors = bench.merging.as_lora_model(alone, concepts[:1], "float32")
+    tensors = bench.merging.as_lora_model(alone, "float32")
     with torch.inference_mode():
         stock = comfy.sd.load_lora_for_models(*on, comfy.utils.load_torch_file(file), 1.0, 1.0)
     wanted = draw(*stock, given.entries)

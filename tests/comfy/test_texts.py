@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from texts import english, with_tables
+from texts import english, schemas, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +31,13 @@ def test_english_comes_from_the_nodes(pack: ModuleType) -> None:
         expect(page, with_tables(page.read_text(encoding="utf-8"), node))
 
 
+def test_defaults_are_within_their_limits(pack: ModuleType) -> None:
+    for schema in schemas(pack):
+        for shown in schema.inputs:
+            if getattr(shown, "max", None) is not None:
+                assert shown.min <= shown.default <= shown.max, (schema.node_id, shown.id)
+
+
 def test_other_languages_have_the_same_texts(pack: ModuleType) -> None:
     texts = english(pack)
     for folder in (ROOT / "locales").iterdir():
@@ -40,11 +48,16 @@ def test_other_languages_have_the_same_texts(pack: ModuleType) -> None:
                 assert set(found[name][part]) == set(node[part]), (folder.name, name)
 
 
+def test_help_in_chinese_has_the_locale_s_tables(pack: ModuleType) -> None:
+    texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name in english(pack):
+        page = ROOT / "web" / "docs" / name / "zh.md"
+        expect(page, with_tables(page.read_text(encoding="utf-8"), texts[name], "zh"))
+
+
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "workflows").glob("*.json")))
 def test_graphs_have_a_value_for_every_widget(pack: ModuleType, file: str) -> None:
     """By position, as the front end reads them: required ones first."""
-    from texts import schemas
-
     known = {schema.node_id: schema for schema in schemas(pack)}
     graph = json.loads((ROOT / "workflows" / file).read_text(encoding="utf-8"))
     for node in graph["nodes"]:
@@ -58,7 +71,7 @@ def test_graphs_have_a_value_for_every_widget(pack: ModuleType, file: str) -> No
         assert len(values) == len(widgets), node["type"]
         for widget, value in zip(widgets, values, strict=True):
             options = getattr(widget, "options", None)
-            if widget.id in ("lora_name", "embedding", "weights"):
+            if re.fullmatch(r"lora_(name|\d+)|embedding|weights", widget.id):
                 assert isinstance(value, str)
             elif options:
                 assert value in options, (node["type"], widget.id)

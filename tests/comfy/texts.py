@@ -1,7 +1,8 @@
 """English texts of the nodes, as their schemas have them: ``locales/en`` and the help pages.
 
 ``COMFYUI_PATH=… pytest tests/comfy/test_texts.py`` holds the files against them; with
-``WRITE_TEXTS=1`` it writes them. Other languages are translated by hand.
+``WRITE_TEXTS=1`` it writes them. Other languages are translated by hand; the tables of their help
+pages come from their locales.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+HEADINGS = {
+    "en": (("inputs", "input", "what it is"), ("outputs", "output", "what it is")),
+    "zh": (("inputs", "输入", "说明"), ("outputs", "输出", "说明")),
+}
 
 
 def schemas(pack: ModuleType) -> list[Any]:
@@ -24,7 +30,9 @@ def english(pack: ModuleType) -> dict[str, Any]:
         schema.node_id: {
             "display_name": schema.display_name,
             "description": schema.description,
-            "inputs": {i.id: {"name": i.id, "tooltip": i.tooltip} for i in schema.inputs},
+            "inputs": {
+                i.id: {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs
+            },
             "outputs": {
                 str(index): {"name": output.display_name, "tooltip": output.tooltip}
                 for index, output in enumerate(schema.outputs)
@@ -34,10 +42,14 @@ def english(pack: ModuleType) -> dict[str, Any]:
     }
 
 
-def with_tables(page: str, texts: Mapping[str, Any]) -> str:
-    """A help page with the tables of inputs and outputs that ``texts`` say."""
-    for part, heading in (("inputs", "input"), ("outputs", "output")):
-        rows = [f"| `{t['name']}` | {t['tooltip']} |" for t in texts[part].values()]
-        table = "\n".join([f"| {heading} | what it is |", "|---|---|", *rows, ""])
-        page = re.sub(rf"\| {heading} \| what it is \|\n(\|.*\n)*", lambda _, t=table: t, page)
+def with_tables(page: str, texts: Mapping[str, Any], language: str = "en") -> str:
+    """A help page with the tables of inputs and outputs that ``texts`` say; of the rows of a node
+    the first stands for all."""
+    for part, heading, what in HEADINGS[language]:
+        shown = {
+            key: t for key, t in texts[part].items() if not re.fullmatch(r".*_([2-9]|\d\d)", key)
+        }
+        rows = [f"| `{t['name']}` | {t['tooltip']} |" for t in shown.values()]
+        table = "\n".join([f"| {heading} | {what} |", "|---|---|", *rows, ""])
+        page = re.sub(rf"\| {heading} \| {what} \|\n(\|.*\n)*", lambda _, t=table: t, page)
     return page

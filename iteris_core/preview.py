@@ -1,0 +1,120 @@
+"""``preview_merge``: what a merge would do, without merging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from .concepts import Calibration, Concept
+from .errors import IterisError
+from .hosts.learned import calls_of
+from .hosts.protocol import Host
+from .lora import SiteChanges
+from .merge import OnProgress, settings_over
+from .methods import find_method
+from .passes import dry
+from .passes.changes import changes_of, check_sites, unmergeable_sites
+from .passes.job import Job
+from .presets import PresetName
+from .solve.choose import POLICY, Policy
+
+_PLAN = "plan: "
+
+
+class _Planned(Exception):
+    """A stage has its plan, which is all that was wanted of it."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """``plan`` has a line for every part of the model, ``unmergeable`` says by site why its
+    features cannot be collected, and ``complaint`` the same in words. ``denoised`` counts the
+    forwards of one row that come before, in which samples are denoised."""
+
+    plan: Sequence[str]
+    unmergeable: Mapping[str, str]
+    complaint: str
+    denoised: int
+
+
+def preview_merge(
+    host: Host,
+    concepts: Sequence[Concept],
+    method: str = "iteris",
+    *,
+    preset: PresetName = "default",
+    settings: Mapping[str, Any] | None = None,
+    calibration: Calibration | Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+    memory_budget: int | Literal["free"] | None = "free",
+    policy: Policy = POLICY,
+) -> Preview:
+    """Which sites a merge of ``concepts`` could not take, and how it would keep to the memory.
+
+    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved: a row or two
+    run through the model. Raises :class:`IterisError` for what no merge could begin with.
+    """
+    chosen = find_method(method)
+    chosen_settings, calibration = settings_over(preset, method, settings, calibration)
+    concepts = [concept for concept in concepts if concept.counts]
+    changes = changes_of(concepts)
+    if not chosen.needs_host:
+        return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
+    check_sites(host, changes)
+
+    def tick(what: str, done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(what, done, total)
+
+    sweep = getattr(chosen_settings, "schedule", "") == "sweep"
+    found = unmergeable_sites(host, concepts, changes, calibration, tick, sweep=sweep)
+    kept = {site: some for site, some in changes.items() if site not in found}
+    plan: list[str] = []
+    calls = [calls_of(concept, host.learned) for concept in concepts]
+
+    def until_planned(what: str, done: int, total: int) -> None:
+        tick(what, done, total)
+        if what.startswith(_PLAN):
+            plan.append(what.removeprefix(_PLAN))
+            raise _Planned
+
+    with host.teach(calls):
+        for part in _parts(kept):
+            job = Job(
+                host,
+                concepts,
+                part,
+                replace(calibration, latents="noise"),
+                torch.Generator().manual_seed(calibration.seed),
+                until_planned,
+                memory_budget=memory_budget,
+                policy=policy,
+            )
+            try:
+                chosen.merge(job, chosen_settings)
+            except _Planned:
+                continue
+            raise IterisError(f"{method} makes no plan of its memory.")
+    loras = sum(concept.lora is not None for concept in concepts)
+    steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
+    denoised = len(concepts) * calibration.samples * steps if loras else 0
+    if calibration.latents == "noise" or not any(_denoises(site) for site in kept):
+        denoised = 0
+    complaint = dry.complaint(found, concepts, refused=False) if found else ""
+    return Preview(plan, found, complaint, denoised)
+
+
+def _parts(changes: Mapping[str, SiteChanges]) -> list[dict[str, SiteChanges]]:
+    """The changes of each part of the model: a stage is planned before it runs, and the next one
+    can only be planned where it has not to be waited for."""
+    parts: dict[str, dict[str, SiteChanges]] = {}
+    for site, some in changes.items():
+        parts.setdefault(site.partition(".")[0], {})[site] = some
+    return [parts[name] for name in sorted(parts, key=_denoises)]
+
+
+def _denoises(site: str) -> bool:
+    return not site.startswith("text_encoder")

@@ -1,0 +1,131 @@
+"""The names of ComfyUI's internals that the files ``comfy_*.py`` use, looked up in one place.
+
+They may move in any version. One that is gone fails what needs it, when it is used, with a sentence
+that names it and the versions that are known to work; every node is there all the same. Names are
+looked up each time, since other packs put functions of their own in their places.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from ..iteris_core.errors import IterisError
+
+KNOWN = "0.8.0 and 0.28.0"
+"""The versions of ComfyUI that the tests are run with."""
+
+NAMES: Mapping[str, Sequence[str]] = {
+    "comfy.conds": ("CONDConstant",),
+    "comfy.k_diffusion.sampling": ("sample_euler",),
+    "comfy.ldm.modules.attention": ("BasicTransformerBlock",),
+    "comfy.ldm.modules.diffusionmodules.openaimodel": ("Downsample", "UNetModel", "Upsample"),
+    "comfy.lora": ("calculate_weight", "load_lora", "model_lora_keys_clip", "model_lora_keys_unet"),
+    "comfy.lora_convert": ("convert_lora",),
+    "comfy.model_base": ("ModelType",),
+    "comfy.model_management": (
+        "cast_to_device", "get_free_memory", "get_torch_device", "intermediate_device",
+        "load_models_gpu", "soft_empty_cache", "text_encoder_offload_device",
+        "throw_exception_if_processing_interrupted", "unet_offload_device",
+    ),
+    "comfy.model_patcher": ("ModelPatcher", "create_model_options_clone"),
+    "comfy.model_sampling": ("CONST",),
+    "comfy.patcher_extension": ("WrappersMP", "add_wrapper_with_key"),
+    "comfy.sample": ("fix_empty_latent_channels",),
+    "comfy.sampler_helpers": (
+        "cleanup_models", "convert_cond", "get_additional_models", "prepare_mask",
+        "prepare_model_patcher",
+    ),
+    "comfy.samplers": (
+        "CFGGuider", "KSAMPLER", "calc_cond_batch", "calculate_sigmas", "cast_to_load_options",
+        "process_conds", "sampling_function",
+    ),
+    "comfy.sd": ("CLIP", "VAE"),
+    "comfy.sd1_clip": (
+        "SD1ClipModel", "SD1Tokenizer", "SDClipModel", "SDTokenizer", "gen_empty_tokens",
+    ),
+    "comfy.supported_models": ("SD15",),
+    "comfy.supported_models_base": ("ClipTarget",),
+    "comfy.utils": ("ProgressBar", "unet_to_diffusers"),
+    "comfy_api.torch_helpers.torch_compile": ("COMPILE_KEY",),
+}  # fmt: skip
+METHODS: Mapping[str, Sequence[str]] = {
+    "comfy.model_patcher.ModelPatcher": (
+        "add_patches", "cleanup", "clone", "get_key_patches", "get_model_object",
+        "get_nested_additional_models", "model_dtype", "pre_run", "restore_hook_patches",
+    ),
+    "comfy.sd.CLIP": ("encode_from_tokens_scheduled", "tokenize"),
+    "comfy.sd1_clip.SDClipModel": ("encode", "set_clip_options"),
+}  # fmt: skip
+"""Of objects that a graph brings; what is gone there can only be told beforehand."""
+_WHERE_THERE = {"comfy.model_management.is_oom"}
+"""Of some versions alone, asked for by ``hasattr``."""
+
+
+def missing() -> list[str]:
+    """The names that this ComfyUI does not have."""
+    tables = [*NAMES.items(), *METHODS.items()]
+    return [
+        f"{path}.{name}" for path, names in tables for name in names if _find(path, name) is None
+    ]
+
+
+def sentence(names: Sequence[str]) -> str:
+    return (
+        f"This ComfyUI ({_version()}) has no {', '.join(names)}, which IterIS uses. Versions "
+        f"{KNOWN} are known to work: update IterIS, or use one of them."
+    )
+
+
+class _Module:
+    """A module of ComfyUI's with the names of :data:`NAMES`, those that are gone as stand-ins."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        path = f"{self._path}.{name}"
+        if any(f"{known}.".startswith(f"{path}.") for known in NAMES):
+            return _Module(path)
+        found = _find(self._path, name)
+        if path in _WHERE_THERE and found is not None:
+            return found
+        if name not in NAMES.get(self._path, ()):
+            raise AttributeError(f"{path} is not among the names that are looked up")
+        return _stand_in(path) if found is None else found
+
+
+class _Gone(type):
+    """Of classes that stand for what is gone: a subclass can be made, and nothing else."""
+
+    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise IterisError(sentence([cls.path]))
+
+    def __getattr__(cls, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise IterisError(sentence([cls.path]))
+
+
+def _stand_in(path: str) -> type:
+    return _Gone(path.rpartition(".")[2], (), {"path": path})
+
+
+def _find(path: str, name: str) -> Any:
+    """The object called ``name`` in a module or class, or None."""
+    try:
+        return getattr(importlib.import_module(path), name, None)
+    except ImportError:
+        module, _, kind = path.rpartition(".")
+        return getattr(_find(module, kind), name, None) if module else None
+
+
+def _version() -> str:
+    return _find("comfyui_version", "__version__") or "of an unknown version"
+
+
+comfy = _Module("comfy")
+memory = comfy.model_management
+extension = comfy.patcher_extension
+compiling = _Module("comfy_api.torch_helpers.torch_compile")

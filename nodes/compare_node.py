@@ -1,0 +1,98 @@
+"""The node that merges with several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..iteris_core.errors import IterisError
+from ..iteris_core.methods import all_methods, find_method
+from ..iteris_core.presets import PresetName
+from .comfy_conds import References
+from .comfy_lora import apply_lora
+from .comfy_runtime import files_behind, show_text
+from .lora_stacks import specs_of
+from .merge_inputs import beside_inputs, model_inputs, preset_input, sampling_inputs
+from .merge_settings import Asked
+from .merging import as_lora_model
+from .remembered import merged
+from .schema import schema
+
+_BASE = "base"
+
+
+class CompareMerges(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisCompareMerges",
+            "IterIS Compare Merges",
+            ["compare lora merges", "xy plot"],
+            description="Merges with several methods; a sampler behind it draws one picture each.",
+            inputs=[
+                *model_inputs(),
+                io.String.Input(
+                    "methods",
+                    default="iteris, average, sum, ties",
+                    tooltip="Names with commas between them. base stands for no LoRA at all. There "
+                    f"are: {', '.join(method.name for method in all_methods())}.",
+                ),
+                *sampling_inputs(),
+                preset_input(),
+                *beside_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL", is_output_list=True, tooltip="One MODEL per method."
+                ),
+                io.Clip.Output(
+                    display_name="CLIP", is_output_list=True, tooltip="One CLIP per method."
+                ),
+                io.String.Output(
+                    display_name="labels",
+                    is_output_list=True,
+                    tooltip="The methods' names, for Score Sheet.",
+                ),
+                io.String.Output(display_name="report", tooltip="The report of every merge."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concepts: Any,
+        methods: str,
+        clip: Any = None,
+        samples: int = 50,
+        seed: int = 0,
+        preset: PresetName = "default",
+        conditioning: Any = None,
+        latent: Any = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        if not names:
+            raise IterisError("Compare Merges has no methods; write iteris, average for example.")
+        for name in names:
+            if name != _BASE:
+                find_method(name)
+        references = References.of(conditioning, latent)
+        files = files_behind(cls.hidden, "model")
+        asked = Asked(preset, samples, seed, settings or {}, files, references)
+        node_id, specs = cls.hidden.unique_id, specs_of(concepts)
+        models, clips, reports = [], [], []
+        for name in names:
+            drawn = model, clip
+            if name != _BASE:
+                result = merged(model, clip, specs, name, asked, node_id)
+                drawn = apply_lora(model, clip, as_lora_model(result))
+                reports.append(result.report.summary() + asked.note(name))
+            models.append(drawn[0])
+            clips.append(drawn[1])
+        report = "\n".join(reports)
+        show_text(report, node_id)
+        return io.NodeOutput(models, clips, names, report)

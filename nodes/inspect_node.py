@@ -1,0 +1,143 @@
+"""The node that looks into LoRAs, and says what a merge of them would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..iteris_core.concepts import Concept
+from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.presets import PresetName
+from ..iteris_core.preview import preview_merge
+from ..iteris_core.report.inspection import Interference, describe, interference, numbered, to_table
+from ..iteris_core.report.plots import plot_interference
+from .comfy_conds import References
+from .comfy_host import ComfyHost
+from .comfy_runtime import files_behind, show_progress, show_text
+from .concept_specs import ConceptSpec
+from .lora_stacks import specs_of
+from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
+from .merge_settings import Asked
+from .pictures import figure_image, text_image
+from .schema import schema
+
+_ALIKE = 0.5
+"""The conflict from which two LoRAs are called alike. For changes of one size it is their cosine:
+half of what either does is the other's too."""
+
+
+class InspectLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisInspectLoras",
+            "IterIS Inspect LoRAs",
+            ["lora info", "lora interference", "dry run", "lora compatibility"],
+            description="What LoRAs change in this model, what does not fit, which are alike, and "
+            "what a merge of them would take; nothing is merged.",
+            inputs=[
+                *model_inputs(),
+                method_input(),
+                preset_input(),
+                *sampling_inputs(),
+                *beside_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="plot", tooltip="Interference of each pair in each block."
+                ),
+                io.String.Output(
+                    display_name="table",
+                    tooltip="Of each LoRA what fits and what does not, of each pair how alike it "
+                    "is, and the plan of a merge: rows, memory, time.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concepts: Any,
+        clip: Any = None,
+        method: str = "iteris",
+        preset: PresetName = "default",
+        samples: int = 50,
+        seed: int = 0,
+        conditioning: Any = None,
+        latent: Any = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        node_id, files = cls.hidden.unique_id, files_behind(cls.hidden, "model")
+        references = References.of(conditioning, latent)
+        asked = Asked(preset, samples, seed, settings or {}, files, references)
+        specs = specs_of(concepts)
+        with ComfyHost(model, clip, references=references, distilled=asked.distilled) as host:
+            found = [spec.read(host, ReadOptions(allow_partial=True)) for spec in specs]
+            loras = [concept.lora for concept in found if concept.lora is not None]
+            if not loras:
+                raise IterisError("There is no LoRA to look into; connect one or more.")
+            named = [(concept.name, concept.lora) for concept in found]
+            loras = numbered([replace(lora, name=name) for name, lora in named if lora is not None])
+            pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+            lines = [to_table([describe(lora) for lora in loras], pairs)]
+            for lora in loras:
+                lines += [f"{lora.name}: {note}" for note in lora.notes]
+            lines += _alike(pairs) + _words(specs, found)
+            lines += _plan(host, found, method, asked, node_id)
+        table = "\n".join(lines)
+        show_text(table, node_id)
+        return io.NodeOutput(_plot(pairs), table)
+
+
+def _plot(pairs: Sequence[Interference]) -> Any:
+    if any(pair.shared for pair in pairs):
+        return figure_image(plot_interference(pairs))
+    said = "change no layer in common" if pairs else "is one: there is nothing to compare"
+    return text_image(f"What is connected {said}.")
+
+
+def _alike(pairs: Sequence[Interference]) -> list[str]:
+    return [
+        f"{pair.first} and {pair.second} are ALIKE ({pair.conflict:.0%}): two versions of one "
+        "LoRA? Merge one of them."
+        for pair in pairs
+        if pair.conflict > _ALIKE
+    ]
+
+
+def _words(specs: Sequence[ConceptSpec], found: Sequence[Concept]) -> list[str]:
+    return [
+        f"{concept.name}: no trigger words and no prompts are known; a merge needs them."
+        for spec, concept in zip(specs, found, strict=True)
+        if spec.file is not None and spec.prompts is None and not spec.phrases
+    ]
+
+
+def _plan(
+    host: ComfyHost, concepts: Sequence[Concept], method: str, asked: Asked, node_id: str | None
+) -> list[str]:
+    """What a merge would take, or what would stop it."""
+    try:
+        preview = preview_merge(
+            host,
+            concepts,
+            method,
+            settings=asked.settings(method),
+            calibration=asked.calibration,
+            on_progress=show_progress(node_id),
+            memory_budget=asked.memory_budget,
+        )
+    except IterisError as error:
+        return [f"A merge would stop: {error}"]
+    lines = [f"Cannot be merged: {preview.complaint}"] if preview.complaint else []
+    lines += [f"Plan: {line}" for line in preview.plan]
+    if preview.denoised:
+        lines.append(f"Before that, samples are denoised: {preview.denoised} forwards of a row.")
+    return lines

@@ -1,0 +1,104 @@
+"""LoRA files by name, and the stacks of other packs as concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ..iteris_core.errors import IterisError
+from .concept_specs import ConceptSpec, make_spec, phrases_in
+
+NONE = "none"
+
+_NAMES = ("name", "lora_name", "lora", "file", "path")
+_STRENGTHS = ("strength", "strength_model", "model_strength", "model_weight", "weight")
+_CLIP = ("clip_strength", "strength_clip", "strengthTwo", "clip_weight")
+_ON = ("on", "enabled", "active")
+
+
+def lora_path(name: str) -> Path:
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def specs_of(value: Any) -> tuple[ConceptSpec, ...]:
+    """Concepts as they are, and every LoRA of a LORA_STACK with the words that are known of it."""
+    made = (one if isinstance(one, ConceptSpec) else _spec(one) for one in value or ())
+    return tuple(spec for spec in made if spec is not None)
+
+
+def with_words(specs: Sequence[ConceptSpec], text: str) -> tuple[ConceptSpec, ...]:
+    """``specs`` with the trigger words of another node: one phrase for each LoRA in order, or
+    those that no other LoRA knows for the one that knows none."""
+    phrases = phrases_in(text)
+    loras = [at for at, spec in enumerate(specs) if spec.file is not None]
+    if not phrases or not loras:
+        return tuple(specs)
+    found = list(specs)
+    if len(phrases) == len(loras):
+        for at, phrase in zip(loras, phrases, strict=True):
+            found[at] = found[at].called([phrase], "input")
+        return tuple(found)
+    silent = [at for at in loras if not found[at].phrases]
+    known = {phrase.lower() for spec in specs for phrase in spec.phrases}
+    left = [phrase for phrase in phrases if phrase.lower() not in known]
+    if len(silent) == 1 and left:
+        found[silent[0]] = found[silent[0]].called(left, "input")
+    elif silent:
+        names = ", ".join(file.name for at in silent if (file := found[at].file))
+        raise IterisError(
+            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and nothing tells "
+            f"which are for {names}; give one phrase for each LoRA, in order, with ; between them."
+        )
+    return tuple(found)
+
+
+def _spec(entry: Any) -> ConceptSpec | None:
+    """An entry of a stack: (name, strength[, clip strength]), or a dictionary that says the same;
+    None for one that is off or names nothing."""
+    if isinstance(entry, Mapping):
+        values = dict(entry)
+        if not all(values.get(name, True) for name in _ON):
+            return None
+        name, strength = _first(values, _NAMES, str), _first(values, _STRENGTHS, (int, float))
+        clip = _first(values, _CLIP, (int, float))
+    elif isinstance(entry, Sequence) and not isinstance(entry, str) and entry:
+        name, strength, clip = (*entry, None, None)[:3]
+    else:
+        raise _unreadable(entry)
+    if name is None or name in ("", "None", NONE):
+        if isinstance(entry, Mapping) and name is None:
+            raise _unreadable(entry)
+        return None
+    try:
+        strengths = [None if value is None else float(value) for value in (strength, clip)]
+    except (TypeError, ValueError) as error:
+        raise _unreadable(entry) from error
+    strength = 1.0 if strengths[0] is None else strengths[0]
+    return make_spec(_found(str(name)), strength=strength, clip_strength=strengths[1])
+
+
+def _found(name: str) -> Path:
+    """The LoRA that is called ``name`` in models/loras, with or without its ending or folders."""
+    if path := folder_paths.get_full_path("loras", name):
+        return Path(path)
+    for known in folder_paths.get_filename_list("loras"):
+        plain = known.replace("\\", "/")
+        ours = name.replace("\\", "/")
+        if ours in (plain, plain.rpartition(".")[0]) or ours.endswith(f"/{plain}"):
+            return lora_path(known)
+    raise IterisError(f"There is no LoRA {name} in models/loras; is it in a folder of its own?")
+
+
+def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
+    return next((values[n] for n in names if isinstance(values.get(n), kind)), None)
+
+
+def _unreadable(entry: Any) -> IterisError:
+    shown = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+    return IterisError(
+        f"The LORA_STACK has an entry of a kind that is not known ({shown}); expected are (name, "
+        "strength, clip strength) or a dictionary with name and strength."
+    )

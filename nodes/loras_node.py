@@ -1,0 +1,189 @@
+"""One node for many LoRAs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..iteris_core.errors import IterisError
+from .comfy_runtime import show_text
+from .concept_specs import KINDS, ConceptSpec, changed, make_spec, phrases_in
+from .lora_stacks import NONE, lora_path, specs_of, with_words
+from .schema import concepts_input, concepts_output, schema
+
+ROWS = 10
+"""How many LoRAs one node takes; the front end shows those in use and one more (web/iteris.js)."""
+
+_SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
+            "input": " (from trigger_words)"}  # fmt: skip
+
+
+def _row(number: int, names: list[str]) -> list[Any]:
+    def named(what: str) -> dict[str, Any]:
+        return {"display_name": f"{number} {what}", "optional": True}
+
+    return [
+        io.Combo.Input(
+            f"lora_{number}",
+            options=names,
+            default=NONE,
+            tooltip="A LoRA from models/loras. The next row appears once one is chosen.",
+            **named("LoRA"),
+        ),
+        io.Boolean.Input(
+            f"on_{number}",
+            default=True,
+            label_on="on",
+            label_off="off",
+            tooltip="Whether it is part of the merge.",
+            **named("on"),
+        ),
+        io.Float.Input(
+            f"strength_{number}",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            tooltip="What you would load it at in the model; the merged LoRA is used at 1.",
+            **named("strength"),
+        ),
+        io.Float.Input(
+            f"clip_{number}",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            tooltip="What you would load it at in the text encoders; 0 leaves that part out.",
+            **named("clip strength"),
+        ),
+        io.Float.Input(
+            f"weight_{number}",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.05,
+            tooltip="How much it counts where LoRAs disagree.",
+            **named("weight"),
+        ),
+        io.Combo.Input(
+            f"prompts_{number}",
+            options=list(KINDS),
+            default="subject",
+            tooltip="Prompts that it is merged on. subject: a person, animal or thing. style: a "
+            "look of everything. tags: booru tags. video: a movement or a video's subject. lines: "
+            "those of lines, below. file: those in NAME.prompts.txt beside NAME.safetensors.",
+            **named("prompts"),
+        ),
+        io.String.Input(
+            f"words_{number}",
+            default="",
+            tooltip="Trigger words, such as sks cat; filled in when a LoRA is chosen. Several "
+            "concepts of one file stand apart by ;. Empty: what its file, or a file beside it of "
+            "Civitai Helper, Lora-Manager or rgthree, says.",
+            **named("words"),
+        ),
+    ]
+
+
+class IterisLoras(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = [NONE, *folder_paths.get_filename_list("loras")]
+        return schema(
+            "IterisLoras",
+            "IterIS LoRAs",
+            ["lora stack", "power lora loader", "multi lora", "lora merger", "load loras"],
+            description="The LoRAs that are merged: each on or off, at its strengths, with the "
+            "words that call for it.",
+            inputs=[
+                *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
+                io.String.Input(
+                    "lines",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Prompts of your own, one a line, for the LoRAs whose prompts are "
+                    "lines. {} stands for the LoRA's trigger words.",
+                ),
+                io.String.Input(
+                    "trigger_words",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Words from another node, such as Lora-Manager's: one phrase for each "
+                    "LoRA, in order, or those of the one LoRA that has none.",
+                ),
+                concepts_input(
+                    "LoRAs that come before these: concepts, or a LORA_STACK of another pack.",
+                    optional=True,
+                ),
+            ],
+            outputs=[
+                concepts_output(),
+                io.String.Output(
+                    display_name="trigger_words",
+                    tooltip="The words of all LoRAs, with commas between them.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, lines: str = "", trigger_words: str | None = None, concepts: Any = (), **rows: Any
+    ) -> io.NodeOutput:
+        specs = list(specs_of(concepts))
+        for number in range(1, ROWS + 1):
+            spec = _spec(number, lines, rows)
+            if spec is not None:
+                specs.append(spec)
+        specs = list(with_words(specs, trigger_words or ""))
+        show_text("\n".join(map(_line, specs)) or "No LoRA is on.", cls.hidden.unique_id)
+        return io.NodeOutput(tuple(specs), words_of(specs))
+
+    @classmethod
+    def fingerprint_inputs(cls, **values: Any) -> Any:
+        names = [values.get(f"lora_{number}") for number in range(1, ROWS + 1)]
+        return [changed(lora_path(name)) for name in names if name not in (None, NONE)]
+
+
+def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptSpec | None:
+    def value(name: str, default: Any) -> Any:
+        return rows.get(f"{name}_{number}", default)
+
+    name, kind = value("lora", NONE), value("prompts", "subject")
+    if name in (None, NONE) or not value("on", True):
+        return None
+    if kind == "lines" and not lines.strip():
+        raise IterisError(
+            f"The prompts of LoRA {number}, {name}, are to be lines, but lines is empty; write one "
+            "prompt a line there, or choose another kind of prompts."
+        )
+    spec = make_spec(
+        lora_path(name),
+        prompts=lines if kind == "lines" else "",
+        strength=value("strength", 1.0),
+        clip_strength=value("clip", 1.0),
+        weight=value("weight", 1.0),
+        kind=kind,
+        phrases=phrases_in(value("words", "")),
+    )
+    return spec
+
+
+def words_of(specs: list[ConceptSpec]) -> str:
+    """The words of all LoRAs, as a prompt has them."""
+    phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
+    return ", ".join(dict.fromkeys(phrases))
+
+
+def _line(spec: ConceptSpec) -> str:
+    """What a node shows of a concept."""
+    if spec.file is None:
+        return "base: as it is"
+    said = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
+    clip = spec.strength if spec.clip_strength is None else spec.clip_strength
+    strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
+    source = _SOURCES.get(spec.source, f" (from {spec.source})")
+    return f"{spec.file.stem} at {strengths}: {said}{source}"

@@ -1,0 +1,131 @@
+"""The node that writes a merged LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import DTYPES
+from ..iteris_core.lora_files.tensors import content_hash, save_atomically
+from .comfy_runtime import show_text
+from .embedding_files import save_embeddings
+from .lora_folders import folder_names, new_file
+from .lora_rank import cut_tensors
+from .merging import LoraModel as MergedLora
+from .pictures import save_thumbnail
+from .schema import LoraModel, schema
+
+_AS_IT_IS = "as it is"
+
+
+class SaveMergedLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        folders = folder_names()
+        return schema(
+            "IterisSaveLora",
+            "IterIS Save Merged LoRA",
+            ["save lora", "export lora", "bake loras"],
+            description="Writes a LoRA into models/loras, where Load LoRA lists it at once, and "
+            "its embeddings into models/embeddings.",
+            inputs=[
+                LoraModel.Input("lora", tooltip="The merged LoRA."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="iteris/merged",
+                    tooltip="Folder and name; what is there already gets a number behind its name. "
+                    "May hold what Save Image understands, such as %year%.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Largest rank of the file; 0 keeps the rank of the merge. Another rank "
+                    "here does not merge again.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=[_AS_IT_IS, *DTYPES],
+                    default=_AS_IT_IS,
+                    optional=True,
+                    tooltip="Precision of the file. as it is: float16 for a merge, which is what "
+                    "the MODEL of IterIS Merge draws with.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=folders,
+                    default=folders[0],
+                    optional=True,
+                    tooltip="Which of ComfyUI's folders for LoRAs it goes into.",
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    optional=True,
+                    tooltip="Write over a file of that name. A Load LoRA that has loaded the "
+                    "former one keeps it until another is chosen.",
+                ),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A picture that the merged LoRA drew; it is saved beside the file, as "
+                    "NAME.preview.png, where browsers of LoRAs look.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="lora_name", tooltip="The name as Load LoRA lists it."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora: dict[str, Any],
+        filename_prefix: str,
+        rank: int = 0,
+        dtype: str = _AS_IT_IS,
+        folder: str = "default",
+        overwrite: bool = False,
+        thumbnail: Tensor | None = None,
+    ) -> io.NodeOutput:
+        tensors, metadata = _at(lora, dtype)
+        if rank:
+            ordered = getattr(lora, "ordered", False)
+            tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
+        file, subfolder = new_file(filename_prefix, folder, overwrite=overwrite)
+        save_atomically(tensors, file, metadata)
+        if thumbnail is not None:
+            save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
+        name = str(Path(subfolder) / file.name)
+        text = f"{name}{save_embeddings(tensors, subfolder)}"
+        show_text(f"Saved {text}", cls.hidden.unique_id)
+        return io.NodeOutput(name, ui={"text": [text]})
+
+
+def _at(lora: dict[str, Any], dtype: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata in ``dtype``."""
+    if dtype != _AS_IT_IS and isinstance(lora, MergedLora):
+        lora = lora.at(dtype)
+    metadata = dict(getattr(lora, "metadata", {}))
+    if dtype == _AS_IT_IS or isinstance(lora, MergedLora):
+        return dict(lora), metadata
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in lora.items():
+        kept = key.endswith(".alpha") or not tensor.is_floating_point()
+        tensors[key] = tensor if kept else tensor.to(DTYPES[dtype]).contiguous()
+        if not kept and not bool(torch.isfinite(tensors[key]).all()):
+            raise IterisError(f"{key}: values do not fit {dtype}; save bfloat16 or float32.")
+    if "modelspec.hash_sha256" in metadata:
+        metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
+    return tensors, metadata

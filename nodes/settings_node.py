@@ -1,0 +1,93 @@
+"""The node with everything that a merge can be told and hardly needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from comfy_api.latest import io
+
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.merge import Unmergeable
+from ..iteris_core.methods import all_methods
+from ..iteris_core.methods.iteris_settings import IterisSettings
+from ..iteris_core.settings import declared_settings
+from .merge_inputs import setting_input
+from .merge_settings import CALIBRATION, ITERIS, RIVALS
+from .schema import MergeSettings, schema
+
+
+def rival_input(name: str) -> Any:
+    """A setting that some of the other methods have, each with a default of its own."""
+    declared = {
+        method.name: known[name]
+        for method in all_methods()
+        if name in (known := declared_settings(method.settings))
+    }
+    own = ", ".join(f"{one.shown(one.default)} for {method}" for method, one in declared.items())
+    return io.Float.Input(
+        name,
+        default=0.0,
+        min=0.0,
+        max=1.0 if all(one.high == 1 for one in declared.values()) else 10.0,
+        step=0.05,
+        optional=True,
+        tooltip=f"{RIVALS[name]} 0: the method's own, {own}.",
+    )
+
+
+def _all_inputs() -> Iterable[Any]:
+    yield from (setting_input(Calibration, name) for name in CALIBRATION)
+    yield io.Combo.Input(
+        "empty_prompts",
+        options=["auto", "yes", "no"],
+        default="auto",
+        optional=True,
+        tooltip="Whether some rows get the empty prompt, as they do where guidance is "
+        "above 1. auto: no for models that are run without guidance: those that take it as "
+        "an input (FLUX), have a sampling of LCM, or are called turbo, lightning and the "
+        "like, they or a LoRA on MODEL.",
+    )
+    yield io.Combo.Input(
+        "cannot_merge",
+        options=list(get_args(Unmergeable)),
+        default="refuse",
+        optional=True,
+        tooltip="What is done with layers that cannot be merged, which is found before the "
+        "merge begins: names that the model does not know, norms and biases, layers that nothing "
+        "reaches or that mix the batch. refuse: stop and say which. skip: go on without them, and "
+        "list them in the report. mean: give them the mean of the LoRAs' changes.",
+    )
+    yield io.Float.Input(
+        "memory",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.1,
+        optional=True,
+        tooltip="GiB that the merge may take beyond the model. 0 takes what is free. Where "
+        "that is not enough for all samples, some are left out, and the report says so.",
+    )
+    yield from (setting_input(IterisSettings, name) for name in ITERIS)
+    yield from map(rival_input, RIVALS)
+
+
+class IterisMergeSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisSettings",
+            "IterIS Settings",
+            ["merge settings", "density", "ridge", "latent size", "rank"],
+            description="How a merge is made, for those who want another than the usual one.",
+            inputs=list(_all_inputs()),
+            outputs=[
+                MergeSettings.Output(
+                    display_name="settings", tooltip="For the merging nodes and Inspect."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(dict(values))

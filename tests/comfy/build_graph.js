@@ -1,0 +1,183 @@
+// node build_graph.js PORT PICTURES: a user's first graph, in ComfyUI's own front end. From an empty
+// canvas: nodes by the search box, links by dragging, LoRAs from their lists; a run that is
+// cancelled, another that is not, and one with another strength. Prints, as JSON, what was seen.
+const path = require('path');
+const { RUN, idle, withPage } = require('./browser.js');
+
+const [port, pictures] = process.argv.slice(2);
+const base = `http://127.0.0.1:${port}`;
+const NODES = {
+  base: ['CheckpointLoaderSimple', 0, 0],
+  loras: ['IterisLoras', 0, 180],
+  settings: ['IterisSettings', 440, 200],
+  merge: ['IterisMerge', 820, 0],
+  positive: ['CLIPTextEncode', 1220, 0],
+  negative: ['CLIPTextEncode', 1220, 240],
+  latent: ['EmptyLatentImage', 1220, 480],
+  sampler: ['KSampler', 1660, 0],
+  decode: ['VAEDecode', 1660, 340],
+  save: ['IterisSaveLora', 820, 560],
+  shown: ['PreviewImage', 1660, 480],
+};
+const LINKS = [
+  ['base', 'MODEL', 'merge', 'model'], ['base', 'CLIP', 'merge', 'clip'],
+  ['loras', 'concepts', 'merge', 'concepts'], ['settings', 'settings', 'merge', 'settings'],
+  ['merge', 'MODEL', 'sampler', 'model'], ['merge', 'CLIP', 'positive', 'clip'],
+  ['merge', 'CLIP', 'negative', 'clip'], ['merge', 'trigger_words', 'positive', 'text'],
+  ['positive', 'CONDITIONING', 'sampler', 'positive'],
+  ['negative', 'CONDITIONING', 'sampler', 'negative'],
+  ['latent', 'LATENT', 'sampler', 'latent_image'], ['sampler', 'LATENT', 'decode', 'samples'],
+  ['base', 'VAE', 'decode', 'vae'], ['merge', 'lora', 'save', 'lora'],
+  ['decode', 'IMAGE', 'save', 'thumbnail'], ['decode', 'IMAGE', 'shown', 'images'],
+];
+
+withPage(base, async (page, errors) => {
+  const ids = {};
+  const history = async () => Object.values(await (await fetch(`${base}/history`)).json());
+
+  // Where a point of the graph is on the page.
+  const at = (x, y) =>
+    page.evaluate(([gx, gy]) => {
+      const { ds, canvas } = window.app.canvas;
+      const box = canvas.getBoundingClientRect();
+      return [box.left + (gx + ds.offset[0]) * ds.scale, box.top + (gy + ds.offset[1]) * ds.scale];
+    }, [x, y]);
+  const view = async (scale, x, y) => {
+    await page.evaluate(([s, ox, oy]) => {
+      Object.assign(window.app.canvas.ds, { scale: s });
+      window.app.canvas.ds.offset = [ox, oy];
+      window.app.canvas.setDirty(true, true);
+    }, [scale, x, y]);
+    await page.waitForTimeout(500);
+  };
+  const picture = (name) => page.screenshot({ path: path.join(pictures, `${name}.png`) });
+
+  const add = async (name, [type, x, y]) => {
+    const title = await page.evaluate((t) => window.LiteGraph.registered_node_types[t].title, type);
+    const box = page.locator('.comfy-vue-node-search-container input').first();
+    for (let attempt = 0; attempt < 5 && !(await box.isVisible()); attempt++) {
+      await page.keyboard.press('Escape'); // what the front end greets with lies over the canvas
+      await page.mouse.dblclick(...(await at(x + 10, y - 20)));
+      await page.waitForTimeout(1500);
+    }
+    await box.fill(title);
+    await page.waitForTimeout(900);
+    await page.keyboard.press('Enter');
+    await page.waitForTimeout(500);
+    ids[name] = await page.evaluate(([t, nx, ny]) => {
+      const node = window.app.graph._nodes.at(-1);
+      if (node.type !== t) throw new Error(`the search gave ${node.type} for ${t}`);
+      node.pos = [nx, ny];
+      return node.id;
+    }, [type, x, y]);
+  };
+
+  const slot = (name, isInput, which) =>
+    page.evaluate(([id, input, wanted]) => {
+      const node = window.app.graph.getNodeById(id);
+      const slots = input ? node.inputs : node.outputs;
+      const index = slots.findIndex((s) => s.name === wanted);
+      return [...node.getConnectionPos(input, index)];
+    }, [ids[name], isInput, which]);
+  const wire = async ([from, output, to, input]) => {
+    await page.mouse.move(...(await at(...(await slot(from, false, output)))));
+    await page.mouse.down();
+    await page.mouse.move(...(await at(...(await slot(to, true, input)))), { steps: 6 });
+    await page.mouse.up();
+    await page.waitForTimeout(200);
+  };
+
+  const spot = (name, widget) =>
+    page.evaluate(([id, wanted]) => {
+      const node = window.app.graph.getNodeById(id);
+      const found = node.widgets.find((w) => w.name === wanted);
+      return [node.pos[0] + node.size[0] * 0.6, node.pos[1] + found.last_y + 10];
+    }, [ids[name], widget]);
+  const press = async (name, widget) => {
+    await page.mouse.click(...(await at(...(await spot(name, widget)))));
+    await page.waitForTimeout(500);
+  };
+  const choose = async (name, widget, value) => {
+    await press(name, widget);
+    await page.locator('.litecontextmenu .litemenu-entry', { hasText: value }).first().click();
+    await page.waitForTimeout(1200);
+  };
+  const set = (name, values) =>
+    page.evaluate(([id, given]) => {
+      const node = window.app.graph.getNodeById(id);
+      for (const [key, value] of Object.entries(given)) {
+        const widget = node.widgets.find((w) => w.name === key);
+        widget.value = value;
+        widget.callback?.(value);
+      }
+    }, [ids[name], values]);
+  const rows = () =>
+    page.evaluate((id) => {
+      const node = window.app.graph.getNodeById(id);
+      return Object.fromEntries(
+        node.widgets.filter((w) => !w.hidden).map((w) => [w.name, w.value]),
+      );
+    }, ids.loras);
+  const values = (name, widget) =>
+    page.evaluate(([id, wanted]) => {
+      const node = window.app.graph.getNodeById(id);
+      return [...node.widgets.find((w) => w.name === wanted).options.values];
+    }, [ids[name], widget]);
+  const run = async () => {
+    await page.click(RUN);
+    await idle(page, base);
+    await page.waitForTimeout(1500);
+    return (await history()).at(-1).status.status_str;
+  };
+
+  await page.evaluate(() => window.app.graph.clear());
+  await view(0.68, 160, 160);
+  for (const [name, what] of Object.entries(NODES)) await add(name, what);
+  for (const link of LINKS) await wire(link);
+  const seen = { nodes: ids, links: await page.evaluate(() => window.app.graph.links.size) };
+
+  await view(1, 180, 160);
+  seen.empty = await rows();
+  await choose('loras', 'lora_1', 'a.safetensors');
+  await choose('loras', 'lora_2', 'b.safetensors');
+  seen.chosen = await rows();
+  await picture('chosen');
+  await press('loras', 'on_2');
+  seen.folded = await rows();
+  await press('loras', 'on_2');
+  seen.unfolded = await rows();
+
+  await set('settings', { latent_size: 8, timesteps: 2 });
+  await set('sampler', { steps: 2, seed: 1 });
+  await set('latent', { width: 64, height: 64 });
+  await set('negative', { text: '' });
+  await set('merge', { samples: 60 });
+  await page.click(RUN);
+  for (let second = 0; second < 120; second++) {
+    await page.waitForTimeout(1000);
+    if ((await page.locator('body').innerText()).match(/Plan: .*denoiser|enoising/)) break;
+  }
+  await picture('running');
+  await page.locator('button:has(.icon-\\[lucide--x\\]), button[aria-label*="Cancel"], button[aria-label*="nterrupt"]').first().click({ timeout: 5000 }).catch(() => fetch(`${base}/interrupt`, { method: 'POST' }));
+  await idle(page, base);
+  seen.cancelled = (await history()).at(-1).status.messages.map(([kind]) => kind);
+  await page.evaluate(() => document.querySelectorAll('.p-dialog-close-button, .p-toast-close-button').forEach((b) => b.click()));
+  await set('merge', { samples: 3 });
+  seen.run = await run();
+  await picture('done');
+  await set('merge', { strength: 0.5 });
+  seen.again = await run();
+
+  await view(0.68, 160, 160);
+  await add('load', ['LoraLoader', 360, 0]);
+  seen.listed = await values('load', 'lora_name');
+  seen.text = await page.locator('body').innerText();
+  await view(1, 180, 160);
+  await picture('left');
+  await view(1, -560, 160);
+  await picture('right');
+  console.log(JSON.stringify({ ...seen, errors }));
+}).catch((error) => {
+  console.error(error);
+  process.exit(1);
+});

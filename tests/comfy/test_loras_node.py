@@ -1,0 +1,229 @@
+"""One node for many LoRAs, their words and prompts, and the stacks of other packs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from kit import Kit
+from safetensors.torch import load_file, save_file
+
+
+class Bench:
+    """The node, with a folder of LoRAs of its own, and what it shows."""
+
+    def __init__(
+        self, pack: ModuleType, models: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import folder_paths
+
+        self.pack, self.folder, self.shown = pack, folder, list[str]()
+        known = folder_paths.folder_names_and_paths["loras"][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], known))
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        for name in ("a", "b"):
+            theirs = models / "models" / "loras" / f"{name}.safetensors"
+            (folder / theirs.name).write_bytes(theirs.read_bytes())
+        save_file({"lora_unet_x.alpha": torch.ones(1)}, folder / "mute.safetensors")
+        node = self.module("loras_node")
+        monkeypatch.setattr(node, "show_text", lambda text, _: self.shown.append(text))
+        hidden = type("Hidden", (), {"unique_id": None})
+        monkeypatch.setattr(node.IterisLoras, "hidden", hidden, raising=False)
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(f"{self.pack.__name__}.nodes.{name}")
+
+    def run(self, **values: Any) -> tuple[tuple[Any, ...], str]:
+        return self.module("loras_node").IterisLoras.execute(**values).result
+
+    def stack(self, *entries: Any) -> Any:
+        """Both with words."""
+        stacks = self.module("lora_stacks")
+        return stacks.with_words(stacks.specs_of(entries), "sks cat; zwx dog")
+
+    def beside(self, name: str, *words: str) -> None:
+        text = json.dumps({"trainedWords": words})
+        (self.folder / f"{name}.civitai.info").write_text(text)
+
+
+@pytest.fixture
+def bench(pack: ModuleType, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(pack, models, tmp_path, monkeypatch)
+
+
+def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
+    specs, words = bench.run(
+        lora_1="a.safetensors",
+        strength_1=0.8,
+        clip_1=0.0,
+        weight_1=2.0,
+        lora_2="b.safetensors",
+        on_2=False,
+        lora_3="none",
+        lora_5="b.safetensors",
+        words_5="zwx dog",
+        prompts_5="style",
+    )
+    assert [(s.file.name, s.strength, s.clip_strength, s.weight, s.kind) for s in specs] == [
+        ("a.safetensors", 0.8, 0.0, 2.0, "subject"),
+        ("b.safetensors", 1.0, 1.0, 1.0, "style"),
+    ]
+    assert words == "sks cat, zwx dog"
+    assert bench.shown == ["a at 0.8/0: sks cat (a guess from its captions)\nb at 1: zwx dog"]
+    assert bench.run() == ((), "")
+    assert bench.shown[-1] == "No LoRA is on."
+
+
+def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
+    def phrases(**values: Any) -> list[str]:
+        (spec,), _ = bench.run(lora_1="a.safetensors", **values)
+        return list(spec.phrases)
+
+    assert phrases() == ["sks cat"]
+    before = bench.module("loras_node").IterisLoras.fingerprint_inputs(lora_1="a.safetensors")
+    bench.beside("a", "tok girl, red hair", "other")
+    after = bench.module("loras_node").IterisLoras.fingerprint_inputs(lora_1="a.safetensors")
+    assert before != after
+    assert phrases() == ["tok girl, red hair", "other"]
+    assert "(from .civitai.info)" in bench.shown[-1]
+    assert phrases(words_1="mine, and this") == ["mine, and this"]
+    assert phrases(words_1="one; two |three") == ["one", "two", "three"]
+    found = bench.module("comfy_routes").words_of_lora("a.safetensors")
+    assert found == {"words": "tok girl, red hair; other", "source": ".civitai.info"}
+    assert bench.module("comfy_routes").words_of_lora("../../../etc/passwd")["words"] == ""
+
+
+def test_words_of_other_nodes(bench: Bench) -> None:
+    rows = {"lora_1": "a.safetensors", "lora_2": "b.safetensors", "lora_3": "mute.safetensors"}
+
+    def phrases(text: str) -> list[list[str]]:
+        specs, _ = bench.run(trigger_words=text, words_2="zwx", **rows)
+        return [list(spec.phrases) for spec in specs]
+
+    assert phrases("") == [["sks cat"], ["zwx"], []]
+    assert "NO WORDS ARE KNOWN" in bench.shown[-1]
+    assert phrases("one,, two, red,, three") == [["one"], ["two, red"], ["three"]]
+    assert phrases("sks cat,, tok, hat") == [["sks cat"], ["zwx"], ["tok, hat"]]
+    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
+    with pytest.raises(core.IterisError, match="one phrase for each LoRA"):
+        bench.run(trigger_words="one; two; three; four; five", lora_4="mute.safetensors", **rows)
+
+
+def test_prompts_of_the_user(bench: Bench) -> None:
+    def prompts(**values: Any) -> Any:
+        (spec,), _ = bench.run(lora_1="a.safetensors", **values)
+        return spec.prompts
+
+    assert prompts() is None
+    lines = "{} by the sea\n\n  a house  "
+    assert prompts(prompts_1="lines", lines=lines) == ("sks cat by the sea", "a house")
+    twice = prompts(prompts_1="lines", lines=lines, words_1="x;y")
+    assert twice == ("x by the sea", "y by the sea", "a house")
+    (bench.folder / "a.prompts.txt").write_text("a {} with a hat\n")
+    assert prompts(prompts_1="file") == ("a sks cat with a hat",)
+    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
+    with pytest.raises(core.IterisError, match="lines is empty"):
+        prompts(prompts_1="lines")
+    with pytest.raises(core.IterisError, match=r"no file b\.prompts\.txt beside b"):
+        bench.run(lora_1="b.safetensors", prompts_1="file")
+    with pytest.raises(core.IterisError, match=r"mute\.safetensors have \{\} in them"):
+        bench.run(lora_1="mute.safetensors", prompts_1="lines", lines="{} here")
+
+
+STACKS = {
+    "tuples": [("a.safetensors", 0.8, 0.0), ("None", 1.0, 1.0), ("b", 1.0, 0.5)],
+    "lists": [["a.safetensors", 0.8, 0.0], ["b.safetensors", 1, 0.5]],
+    "dictionaries": [
+        {"name": "a.safetensors", "lora": {}, "strength": 0.8, "clip_strength": 0.0},
+        {"name": "off.safetensors", "strength": 1.0, "enabled": False},
+        {"lora_name": "b.safetensors", "strength_model": 1.0, "strength_clip": 0.5},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
+    stacks = bench.module("lora_stacks")
+    assert stacks.specs_of(None) == ()
+    specs = stacks.specs_of(STACKS[kind])
+    assert [(spec.file.name, spec.strength, spec.clip_strength) for spec in specs] == [
+        ("a.safetensors", 0.8, 0.0),
+        ("b.safetensors", 1.0, 0.5),
+    ]
+    assert (specs[0].trigger, specs[0].class_word) == ("sks", "cat")
+    node = bench.module("concept_nodes").ConceptsFromStack
+    assert node.execute(STACKS[kind]).result == (specs,)
+    more, _ = bench.run(concepts=STACKS[kind], lora_1="b.safetensors")
+    assert more[:2] == specs
+    assert len(more) == 3
+    (alone,) = stacks.specs_of([{"name": "b", "strength": 0.3, "clip_strength": None}])
+    assert (alone.strength, alone.clip_strength) == (0.3, None)
+
+
+def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
+    core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
+    for entry in (7, "a.safetensors", {"strength": 1.0}, ("a.safetensors", "much")):
+        with pytest.raises(core.IterisError, match="LORA_STACK has an entry"):
+            bench.module("lora_stacks").specs_of([entry])
+    with pytest.raises(core.IterisError, match="no LoRA gone"):
+        bench.module("lora_stacks").specs_of([("gone", 1.0)])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [("a.safetensors", 1.0, 0.0), {"name": "a", "strength": 1.0, "clip_strength": 0.0}],
+)
+def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
+    bench: Bench, kit: Kit, entry: Any
+) -> None:
+    def components(entry: Any) -> set[str]:
+        specs = bench.module("lora_stacks").specs_of([entry])
+        result = kit.merging.merge_on(kit.model, kit.clip, specs, "iteris", {}, kit.calibration)
+        return {site.partition(".")[0] for site in result.lora.sites}
+
+    assert components(("a.safetensors", 1.0)) == {"text_encoder", "unet"}
+    assert components(entry) == {"unet"}
+
+
+def test_without_a_clip(bench: Bench, kit: Kit) -> None:
+    """Methods that look at weights take none where no LoRA changes it."""
+
+    def merge(method: str, clip: float) -> Any:
+        specs = bench.stack(("a", 1.0, clip), ("b", 0.5, clip))
+        return kit.merging.merge_on(kit.model, None, specs, method, {}, kit.calibration)
+
+    result = merge("average", 0.0)
+    assert {site.partition(".")[0] for site in result.lora.sites} == {"unet"}
+    model, clip = kit.lora.apply_lora(kit.model, None, kit.merging.as_lora_model(result))
+    assert clip is None
+    assert model.patches.keys() - kit.model.patches.keys()
+    with pytest.raises(kit.core.IterisError, match=r"a\.safetensors changes the text encoder"):
+        merge("average", 1.0)
+    with pytest.raises(kit.core.IterisError, match="prompts are read with it"):
+        merge("iteris", 0.0)
+
+
+def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
+    tensors = load_file(bench.folder / "a.safetensors")
+    norm = next(key for key, _ in kit.model.model.named_parameters() if "norm" in key)
+    named = {f"{norm.removesuffix('.weight')}.diff": torch.ones(32)}
+    save_file(tensors | named, bench.folder / "norms.safetensors")
+    specs = bench.stack(("norms", 1.0), ("b", 0.7))
+
+    def merge(unmergeable: str) -> Any:
+        settings, calibration = {"repair": False}, kit.calibration
+        return kit.merging.merge_on(
+            kit.model, kit.clip, specs, "iteris", settings, calibration, unmergeable=unmergeable
+        )
+
+    with pytest.raises(kit.core.IterisError, match=r"norms\.safetensors"):
+        merge("refuse")
+    result = merge("skip")
+    assert "left out" in result.report.summary()
+    host = kit.host.ComfyHost(kit.model, kit.clip)
+    assert set(specs[1].read(host).lora.sites) <= set(result.lora.sites)
