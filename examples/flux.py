@@ -48,7 +48,7 @@ def main() -> None:
             timesteps=arguments.timesteps,
             latent_size=arguments.latent_size,
         ),
-        on_progress=lambda what, done, total: print(f"{what}: {done} of {total}", end="\r"),
+        on_progress=lambda progress: print(f"\r{progress}\033[K", end=""),
     )
     print(result.report.summary())
     result.save(arguments.output, layout=arguments.layout, dtype="bfloat16")

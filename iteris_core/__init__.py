@@ -7,6 +7,7 @@ from .lora_files import write_lora
 from .merge import MergeResult, merge_loras
 from .methods import all_methods
 from .methods.iteris_settings import IterisSettings
+from .progress import Progress
 from .report.report import MergeReport
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MergeCancelled",
     "MergeReport",
     "MergeResult",
+    "Progress",
     "SettingsError",
     "SolveError",
     "all_methods",

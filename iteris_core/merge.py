@@ -22,16 +22,15 @@ from .methods import find_method
 from .passes import dry
 from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.job import Job, Ran, WeightJob
+from .passes.outlook import Outlook
 from .presets import PRESETS, PresetName, preset_settings
+from .progress import OnProgress
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 
 _log = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, int, int], None]
-"""``on_progress(what, done, total)``"""
 
 Unmergeable = Literal["refuse", "skip", "mean"]
 
@@ -76,8 +75,10 @@ def merge_loras(
     ``host`` runs the base model; a method that only looks at weights takes None. ``settings``
     and ``calibration`` are mappings of names to values, which go over those of ``preset``
     (:data:`.presets.PRESETS`), or the whole dataclass. ``generator`` (on the CPU) decides
-    prompts and latents; without one it is seeded by ``calibration.seed``. ``should_stop`` is asked
-    at every step; when it says yes :class:`MergeCancelled` is raised. With ``processes`` several
+    prompts and latents; without one it is seeded by ``calibration.seed``. ``on_progress`` is told
+    at every step how far the merge is and about how long it still takes, as a
+    :class:`.progress.Progress`. ``should_stop`` is asked at every step; when it says yes
+    :class:`MergeCancelled` is raised. With ``processes`` several
     processes that call this alike share the rows and end with the same result. ``memory_budget``
     is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
     run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
@@ -97,12 +98,14 @@ def merge_loras(
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
     learned: list[tuple[str, list[str]]] = []
+    outlook = Outlook()
 
     def tick(what: str, done: int, total: int) -> None:
         if should_stop is not None and should_stop():
             raise MergeCancelled("The merge was cancelled; nothing was changed or written.")
+        progress = outlook.forecast.tick(what, done, total)
         if on_progress is not None:
-            on_progress(what, done, total)
+            on_progress(progress)
 
     if chosen.needs_host:
         if host is None:
@@ -110,7 +113,7 @@ def merge_loras(
         changes = changes_of(concepts)
         check_sites(host, changes)
         sweep = getattr(settings, "schedule", "") == "sweep"
-        found = unmergeable_sites(host, concepts, changes, calibration, tick, sweep=sweep)
+        found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
@@ -127,6 +130,7 @@ def merge_loras(
             memory_budget=memory_budget,
             policy=policy,
             ran=ran,
+            outlook=outlook,
         )
         calls = [calls_of(concept, host.learned) for concept in concepts]
         with host.teach(calls) as in_force:

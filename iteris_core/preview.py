@@ -13,12 +13,14 @@ from .errors import IterisError
 from .hosts.learned import calls_of
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import OnProgress, settings_over
+from .merge import settings_over
 from .methods import find_method
 from .passes import dry
 from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.job import Job
+from .passes.outlook import Outlook
 from .presets import PresetName
+from .progress import OnProgress
 from .solve.choose import POLICY, Policy
 
 _PLAN = "plan: "
@@ -65,12 +67,14 @@ def preview_merge(
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
     check_sites(host, changes)
 
+    outlook = Outlook()
+
     def tick(what: str, done: int, total: int) -> None:
         if on_progress is not None:
-            on_progress(what, done, total)
+            on_progress(outlook.forecast.tick(what, done, total))
 
     sweep = getattr(chosen_settings, "schedule", "") == "sweep"
-    found = unmergeable_sites(host, concepts, changes, calibration, tick, sweep=sweep)
+    found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
     kept = {site: some for site, some in changes.items() if site not in found}
     plan: list[str] = []
     calls = [calls_of(concept, host.learned) for concept in concepts]
@@ -92,6 +96,7 @@ def preview_merge(
                 until_planned,
                 memory_budget=memory_budget,
                 policy=policy,
+                outlook=outlook,
             )
             try:
                 chosen.merge(job, chosen_settings)

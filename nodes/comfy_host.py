@@ -31,6 +31,7 @@ from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
+from .comfy_preview import Show
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_sampling import make_latents
 from .comfy_text import Conditioning, TextEncoders
@@ -67,6 +68,7 @@ class ComfyHost:
         boundary: float = BOUNDARY,
         references: References | None = None,
         distilled: bool | None = None,
+        show: Show | None = None,
     ) -> None:
         if low is not None and low.model is model.model:
             raise IterisError(
@@ -75,6 +77,7 @@ class ComfyHost:
             )
         self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
         self.references = references or References()
+        self._show = show
         self._batch = min(rows, _SAMPLING_ROWS)
         self._encoders: TextEncoders | None = None if clip is None else TextEncoders(clip)
         models = [model] if low is None else [model, low]
@@ -169,6 +172,7 @@ class ComfyHost:
             self._batch,
             generator,
             tick,
+            self._show,
         )
         return comfy_samples(owners, prompts, found, share, generator, self._texts.tokenize)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
 from typing import Any
 
 import torch
 
+from ..iteris_core.progress import Progress
 from .comfy_internals import comfy, memory
 
 _PLAN = "plan: "  # what the library says before a line of its memory plan
+_WHOLE = 1000  # steps of the bar
+_TEXT_EVERY = 0.25  # seconds; the bar itself moves at every step
 _FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _log = logging.getLogger(__name__)
 
@@ -31,24 +34,35 @@ def free_memory() -> None:
     memory.soft_empty_cache()
 
 
-def show_progress(node_id: str | None) -> Callable[[str, int, int], None]:
-    """A callback that draws the node's progress bar and raises when the user interrupts. The lines
-    of the memory plan stay on the node above what is going on."""
-    shown: list[str] = []
-    plans: list[str] = []
+class NodeProgress:
+    """Shows on a node how far its merge is, how long it still takes, and pictures on the way; and
+    raises when the user interrupts. The lines of the memory plan stay above what is going on."""
 
-    def on_progress(what: str, done: int, total: int) -> None:
+    def __init__(self, node_id: str | None) -> None:
+        self._node_id = node_id
+        self._plans: list[str] = []
+        self._what, self._said = "", 0.0
+        self._bar = comfy.utils.ProgressBar(_WHOLE, node_id)
+
+    def __call__(self, progress: Progress) -> None:
         memory.throw_exception_if_processing_interrupted()
-        if what.startswith(_PLAN):
-            plans.append(_sentence(what))
-            _log.info("IterIS: %s", what)
-            show_text("\n".join(plans), node_id)
-        elif shown[-1:] != [what]:
-            shown.append(what)
-            show_text("\n".join([*plans, f"{_sentence(what)} …"]), node_id)
-        comfy.utils.ProgressBar(max(total, 1), node_id).update_absolute(done)
+        if progress.what.startswith(_PLAN):
+            self._plans.append(_sentence(progress.what))
+            _log.info("IterIS: %s", progress.what)
+        now = time.monotonic()
+        if progress.what != self._what or now - self._said > _TEXT_EVERY:
+            self._what, self._said = progress.what, now
+            self._say(progress)
+        self._bar.update_absolute(round(_WHOLE * progress.share))
 
-    return on_progress
+    def preview(self, image: Any) -> None:
+        """``image`` is as a previewer of ComfyUI gives it."""
+        self._bar.update_absolute(self._bar.current, preview=image)
+
+    def _say(self, progress: Progress) -> None:
+        plan = progress.what.startswith(_PLAN)
+        now = progress.time_left.capitalize() if plan else _sentence(str(progress))
+        show_text("\n".join(filter(None, [*self._plans, now])), self._node_id)
 
 
 def files_behind(hidden: Any, name: str) -> list[str]:

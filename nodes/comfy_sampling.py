@@ -14,11 +14,12 @@ from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.concepts import Calibration
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.protocol import Tick
+from ..iteris_core.hosts.protocol import DENOISING, Tick
 from ..iteris_core.hosts.rows import drawn_steps
 from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_internals import comfy, compiling, extension, memory
+from .comfy_preview import Show, preview_callback
 from .comfy_text import Conditioning
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Kept:
 @dataclass(frozen=True)
 class Sampling:
     """How samples are denoised: ``owners`` is the concept of each, ``texts`` its conditioning and
-    ``empties`` that of each concept without a prompt. ``rows`` is how many a forward may have."""
+    ``empties`` that of each concept without a prompt. ``rows`` is how many a forward may have.
+    ``tick(steps)`` is told how many steps of samples are done, and ``show`` is given pictures."""
 
     owners: Sequence[int]
     texts: Sequence[Conditioning]
@@ -51,7 +53,8 @@ class Sampling:
     guidance: float
     lockstep: Lockstep
     rows: int
-    tick: Tick
+    tick: Callable[[int], None]
+    show: Show | None = None
 
 
 def make_latents(
@@ -65,6 +68,7 @@ def make_latents(
     rows: int,
     generator: torch.Generator,
     tick: Tick,
+    show: Show | None = None,
 ) -> list[Kept]:
     """What each of ``denoisers`` is given: one, or a model's two experts, of which the second goes
     on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
@@ -87,10 +91,17 @@ def make_latents(
                 kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
         return found
     texts, empties = texts_of()
-    sampling = Sampling(owners, texts, empties, guidance, lockstep, rows, tick)
+    total = len(owners) * (len(schedule) - 1)
+
+    def steps_done(done: int) -> None:
+        tick(DENOISING, done, total)
+
+    sampling = Sampling(owners, texts, empties, guidance, lockstep, rows, steps_done, show)
     latents = None
+    before = 0
     for denoiser, picks, kept in zip(denoisers, picked, found, strict=True):
-        latents = denoise(denoiser, sampling, noise, latents, picks, kept)
+        latents = denoise(denoiser, sampling, noise, latents, picks, kept, before)
+        before += len(owners) * (len(kept.schedule) - 1)
     return found
 
 
@@ -101,10 +112,11 @@ def denoise(
     begun: Tensor | None,
     picks: Tensor,
     kept: Kept,
+    before: int,
 ) -> Tensor:
     """Denoise all samples through ``kept.schedule``, from ``noise`` or from what another denoiser
-    has ``begun``; fills ``kept.latents`` at the steps ``picks`` and gives what has become of all,
-    on the scale of a LATENT."""
+    has ``begun`` by ``before`` steps; fills ``kept.latents`` at the steps ``picks`` and gives what
+    has become of all, on the scale of a LATENT."""
     shape = (1, *noise.shape[1:])
     denoiser.close()  # sampling prepares the model anew, and gives it back
     denoiser.room(0)  # some models make the inputs with weights of theirs
@@ -117,11 +129,12 @@ def denoise(
     kinds = [(kind(own), kind(empty)) for own, empty in zip(given, without, strict=True)]
     batches = list(chunks(range(len(given)), kinds, sampling.rows))
     ended = torch.empty_like(noise)
-    for done, rows in enumerate(batches):
-        sampling.tick("denoising samples", done, len(batches))
+    callback = preview_callback(denoiser.model, sampling.show)
+    for rows in batches:
         some = torch.as_tensor(list(rows))
 
-        def keep(step: int, latents: Tensor, some: Tensor = some) -> None:
+        def keep(step: int, latents: Tensor, some: Tensor = some, before: int = before) -> None:
+            sampling.tick(before + len(some) * step)
             row, slot = (picks[some] == step).nonzero(as_tuple=True)
             kept.latents[some[row], slot] = latents[row.to(latents.device)].to("cpu", torch.float32)
 
@@ -144,9 +157,11 @@ def denoise(
                 _Euler(whole=begun is None),
                 kept.schedule,
                 denoise_mask=denoiser.references.mask,
+                callback=callback,
                 disable_pbar=True,
             ).to(ended)
-    sampling.tick("denoising samples", len(batches), len(batches))
+        before += len(rows) * (len(kept.schedule) - 1)
+    sampling.tick(before)
     return ended
 
 

@@ -18,7 +18,7 @@ from ..iteris_core.report.inspection import Interference, describe, interference
 from ..iteris_core.report.plots import plot_interference
 from .comfy_conds import References
 from .comfy_host import ComfyHost
-from .comfy_runtime import files_behind, show_progress, show_text
+from .comfy_runtime import NodeProgress, files_behind, show_text
 from .concept_specs import ConceptSpec
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
@@ -131,7 +131,7 @@ def _plan(
             method,
             settings=asked.settings(method),
             calibration=asked.calibration,
-            on_progress=show_progress(node_id),
+            on_progress=NodeProgress(node_id),
             memory_budget=asked.memory_budget,
         )
     except IterisError as error:

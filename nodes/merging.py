@@ -25,7 +25,7 @@ from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_conds import References, Same
 from .comfy_host import BOUNDARY, ComfyHost
 from .comfy_rows import ComfySamples
-from .comfy_runtime import free_memory, is_out_of_memory, show_progress
+from .comfy_runtime import NodeProgress, free_memory, is_out_of_memory
 from .concept_specs import DENOISER, ConceptSpec
 
 _ROWS = 32
@@ -76,7 +76,7 @@ def merge_on(
     """
     kind = find_method(method).settings
     reading = ReadOptions(allow_partial=unmergeable == "skip")
-    on_progress = show_progress(node_id)
+    progress = NodeProgress(node_id)
     while True:
         given = {**settings, "micro_batch": rows}
         try:
@@ -92,6 +92,7 @@ def merge_on(
                     boundary=boundary,
                     references=references,
                     distilled=distilled,
+                    show=progress.preview,
                 ) as host,
             ):
                 host.recipe = tuple(spec.of_rows for spec in specs)
@@ -101,7 +102,7 @@ def merge_on(
                     method,
                     settings={n: value for n, value in given.items() if find_setting(kind, n)},
                     calibration=calibration,
-                    on_progress=on_progress,
+                    on_progress=progress,
                     memory_budget=memory_budget,
                     policy=policy,
                     unmergeable=unmergeable,

@@ -15,9 +15,10 @@ from PIL import Image
 import iteris_core.score.compare as compare_module
 import iteris_core.score.drawing as drawing_module
 import toybox
-from iteris_core import Concept, IterisError, Lora
+from iteris_core import Concept, IterisError, Lora, Progress
 from iteris_core.score.compare import fill_prompts
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
+from iteris_core.score.told import DRAWING, Told
 
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
 
@@ -54,6 +55,22 @@ def test_prompts_are_filled():
     ]
     with pytest.raises(IterisError, match="placeholder"):
         fill_prompts(["a {3}"], concepts)
+
+
+def test_the_time_left_is_that_of_all_methods():
+    """Two merges of a minute, and four drawings of ten seconds."""
+    seen: list[Progress] = []
+    told = Told(["base", "iteris", "ssr", "average"], seen.append)
+
+    def tell(name, what, seconds, left):
+        told.of(name)(Progress(what, 1, 2, seconds, left))
+        return seen[-1]
+
+    assert tell("base", DRAWING, 5, 5.0).left is None, "no merge has been seen yet"
+    assert tell("iteris", "solving sites", 20, 40.0).left == 40 + 3 * 10 + 60
+    assert tell("iteris", "solving sites", 60, None).left is None
+    last = tell("ssr", DRAWING, 1, 9.0)
+    assert (last.what, last.left) == ("ssr: drawing", 9 + 10)
 
 
 def test_methods_are_listed(monkeypatch, capsys):

@@ -138,8 +138,8 @@ def test_an_exception_in_a_paused_forward_unwinds_all_of_them():
 
                 yield type(stage)(stage.name, stage.sites, stage.owners, run)
 
-    def tick(what, done, total):
-        if done == 2:
+    def tick(progress):
+        if progress.done == 2:
             raise KeyboardInterrupt
 
     concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]

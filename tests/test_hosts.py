@@ -169,7 +169,7 @@ def test_the_base_is_bit_identical_whatever_happens(case):
             case.host,
             concepts,
             calibration=CALIBRATION,
-            on_progress=lambda what, *_: steps.append(what),
+            on_progress=steps.append,
             should_stop=lambda: stop_at is not None and len(steps) >= stop_at,
         )
 

@@ -66,8 +66,8 @@ def test_polish_through_text_encoder_and_denoiser_can_be_cancelled(host):
     assert any(site.startswith("text_encoder") for site in result.lora.sites)
     seen = []
 
-    def on_progress(what, done, total):
-        seen.append(what)
+    def on_progress(progress):
+        seen.append(progress.what)
 
     with pytest.raises(MergeCancelled):
         merge_loras(

@@ -109,7 +109,7 @@ def test_forwards_that_wait_for_each_other_do_not_mix():
     assert "forward" not in module.__dict__
 
 
-@pytest.mark.parametrize("at", ["denoising samples", "solving sites"])
+@pytest.mark.parametrize("at", ["denoising steps", "solving sites"])
 def test_a_cancelled_merge_leaves_the_pipeline_as_it_was(at, tmp_path):
     reduced = PIPELINES["SD inpainting"]()
     pipeline = reduced.pipeline
@@ -120,8 +120,8 @@ def test_a_cancelled_merge_leaves_the_pipeline_as_it_was(at, tmp_path):
     config, bars = copy.deepcopy(dict(pipeline.scheduler.config)), pipeline._progress_bar_config
     steps = pipeline.scheduler.num_inference_steps
 
-    def tick(what, done, total):
-        if what == at and done:
+    def tick(progress):
+        if progress.what == at and progress.done:
             raise MergeCancelled("enough")
 
     calibration = {"samples": 3, "timesteps": 2, "denoising_steps": 3}

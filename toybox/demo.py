@@ -9,8 +9,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from rich.table import Table
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.progress import OnProgress, Progress
 from iteris_core.score import ClipScorer, without_tokens
 from iteris_core.score.page import html_details, html_gallery, html_page, html_table
 from iteris_core.score.sheet import contact_sheet
 
 from . import BASE, ROOT, ToyConcept, concepts, load_clip, load_judge, load_pipeline, settings
-
-Tick = Callable[[str, int, int], None]
 
 SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)
@@ -55,7 +54,7 @@ class Picture:
         return Image.open(self.file).convert("RGB")
 
 
-def run(output: Path, on_progress: Tick) -> Table:
+def run(output: Path, on_progress: OnProgress) -> Table:
     """Do everything into ``output`` and return the score table."""
     output.mkdir(parents=True, exist_ok=True)
     _be_quiet()
@@ -89,7 +88,7 @@ def _be_quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: Tick) -> str:
+def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: OnProgress) -> str:
     host = DiffusersHost(load_pipeline())
     world = concepts()
     chosen = [
@@ -97,11 +96,11 @@ def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: Tick) ->
         for t in tokens
     ]
 
-    def tick(what: str, done: int, total: int) -> None:
-        on_progress(f"{size} concepts: {what}", done, total)
+    def of_size(progress: Progress) -> None:
+        on_progress(replace(progress, what=f"{size} concepts: {progress.what}"))
 
     result = merge_loras(
-        host, chosen, calibration=Calibration(templates=TEMPLATES), on_progress=tick
+        host, chosen, calibration=Calibration(templates=TEMPLATES), on_progress=of_size
     )
     result.save(output / f"merged-{size}.safetensors", overwrite=True)
     average = merge_loras(None, chosen, "average")
@@ -132,7 +131,7 @@ def _pictures(folder: Path, tokens: Sequence[str]) -> list[Picture]:
 
 
 def _draw(
-    output: Path, pictures: Mapping[tuple[str, str], Sequence[Picture]], on_progress: Tick
+    output: Path, pictures: Mapping[tuple[str, str], Sequence[Picture]], on_progress: OnProgress
 ) -> None:
     """All pictures in one new process that knows only diffusers and the files."""
     world = concepts()
@@ -162,7 +161,7 @@ def _draw(
         for line in process.stdout:
             done, _, total = line.strip().partition("/")
             if total.isdigit():
-                on_progress("drawing in a new process", int(done), int(total))
+                on_progress(Progress("drawing in a new process", int(done), int(total)))
         if process.wait() != 0:
             errors.seek(0)
             raise RuntimeError(f"drawing failed:\n{errors.read()[-2000:]}")
@@ -179,7 +178,7 @@ def _job(loras: Sequence[tuple[Path, float]], pictures: Sequence[Picture]) -> di
 def _score(
     pictures: Mapping[tuple[str, str], Sequence[Picture]],
     world: Mapping[str, ToyConcept],
-    on_progress: Tick,
+    on_progress: OnProgress,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Means in [0, 1] over the pictures that show one concept; "pair" over those of two."""
     scorer = ClipScorer(*load_clip())
@@ -219,7 +218,7 @@ def _score(
             ]
             row["pair"] = sum(both) / len(both)
         scores[size][name] = row
-        on_progress("scoring", index + 1, len(pictures))
+        on_progress(Progress("scoring", index + 1, len(pictures)))
     return scores
 
 

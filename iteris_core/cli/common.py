@@ -11,13 +11,15 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 
 from ..activations.processes import ALONE, Processes
 from ..concepts import Concept
 from ..errors import IterisError, brief
 from ..hosts.protocol import Host
-from ..merge import MergeResult, OnProgress, merge_loras
+from ..merge import MergeResult, merge_loras
+from ..progress import OnProgress, Progress
 
 console = Console(stderr=True)
 
@@ -124,16 +126,40 @@ def check_folder_of(path: Path | None) -> None:
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Generator[OnProgress]:
-    """A progress bar per thing to do, on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bars: dict[str, Any] = {}
-    shown_on = Progress(*columns, TimeElapsedColumn(), console=console, disable=not shown)
-    with shown_on as progress:
+    """A progress bar per thing to do, on stderr, with the time that all of it has left at the one
+    that is being done. What has no count, such as a plan, is a line above them."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", justify="right"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),
+    )
+    tasks: dict[str, Any] = {}
+    last = ""
+    with Bars(*columns, console=console, disable=not shown) as bars:
 
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done, total=total)
+        def on_progress(progress: Progress) -> None:
+            nonlocal last
+            what = progress.what
+            if not progress.total:
+                if what not in tasks:
+                    tasks[what] = None
+                    bars.console.print(what, style="dim", highlight=False)
+                return
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=progress.total, count="", left="")
+            if last and last != what:
+                bars.update(tasks[last], left="")
+                bars.stop_task(tasks[last])
+            last = what
+            bars.update(
+                tasks[what],
+                completed=progress.done,
+                total=progress.total,
+                count=f"{progress.done}/{progress.total}",
+                left="" if progress.done == progress.total else progress.time_left,
+            )
 
         yield on_progress
 
@@ -167,9 +193,9 @@ def run_merge(
         processes(device) as (group, own_device),
         progress_bars(shown=group.rank == 0) as on_progress,
     ):
-        on_progress("loading the base", 0, 1)
+        on_progress(Progress("loading the base", 0, 1))
         host, concepts = load(own_device)
-        on_progress("loading the base", 1, 1)
+        on_progress(Progress("loading the base", 1, 1))
         result = merge_loras(host, concepts, on_progress=on_progress, processes=group, **options)
         group.wait()
     return None if group.rank else result

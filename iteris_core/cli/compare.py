@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from ..errors import IterisError
 from ..lora_files import ReadOptions
 from ..methods import find_method
 from ..presets import PresetName
+from ..progress import OnProgress, Progress
 from .common import (
     CALIBRATION,
     PICTURES,
@@ -165,8 +167,8 @@ def compare(
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
 
 
-def _named(on_progress: Any, name: str, what: str, done: int, total: int) -> None:
-    on_progress(f"{name}: {what}", done, total)
+def _named(on_progress: OnProgress, name: str, progress: Progress) -> None:
+    on_progress(replace(progress, what=f"{name}: {progress.what}"))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

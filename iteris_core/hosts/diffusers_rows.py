@@ -14,7 +14,7 @@ from ..activations.micro_batch import MicroBatch
 from ..concepts import Calibration
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import Enough, PipelineLoop
-from .protocol import Tick
+from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps
 
@@ -59,10 +59,19 @@ def record_rows(
     record = _Record(loop, arguments, picks, calibration.latents == "noise")
     mine = lockstep.processes.mine(len(prompts))
     runs = list(_runs(mine, owners, _BATCH if arguments.alike else 1))
-    for done, rows in enumerate(runs):
+    steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last one is not run
+    what = "drawing noise" if record.noise else DENOISING
+    for number, rows in enumerate(runs):
+        before = sum(steps[:number])
 
-        def see(name: str, call: Call, run: Callable[[], Any], rows: Sequence[int] = rows) -> Any:
-            tick("denoising samples", done, len(runs))  # noqa: B023
+        def see(
+            name: str,
+            call: Call,
+            run: Callable[[], Any],
+            rows: Sequence[int] = rows,
+            before: int = before,
+        ) -> Any:
+            tick(what, before + len(rows) * record.steps, sum(steps))
             return record.see(rows, name, call, run)
 
         def denoise(rows: Sequence[int] = rows) -> None:
@@ -77,7 +86,7 @@ def record_rows(
             )
 
         lockstep.run(MicroBatch(denoise, [owners[rows[0]]], 1, of_one=True))
-    tick("denoising samples", len(runs), len(runs))
+    tick(what, sum(steps), sum(steps))
     return record.rows(lockstep)
 
 
@@ -121,6 +130,11 @@ class _Record:
         self._step = -1
         self._time: Call = {}
         self._first: Call = {}
+
+    @property
+    def steps(self) -> int:
+        """How many this run of the pipeline has begun."""
+        return self._step + 1
 
     def see(self, rows: Sequence[int], name: str, call: Call, run: Callable[[], Any]) -> Any:
         """Keep one call; ``rows`` are the samples of this run."""

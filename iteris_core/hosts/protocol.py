@@ -26,7 +26,11 @@ Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
 
 Tick = Callable[[str, int, int], None]
-"""``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop."""
+"""``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop. What has no
+count has a ``total`` of 0."""
+
+DENOISING = "denoising steps"
+"""``what`` a host ticks while it denoises samples: a step of one sample is one."""
 
 
 @dataclass(frozen=True)

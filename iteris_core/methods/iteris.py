@@ -14,13 +14,14 @@ from dataclasses import replace
 import torch
 
 from ..hosts.protocol import Stage
+from ..lora import SiteChanges
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import Reducing, Solutions, jacobi, sweep_pass
 from ..report.report import SiteReport
 from ..solve.problem import Fit, Reduction, Solution
 from .iteris_settings import IterisSettings
-from .polish import polish
+from .polish import expect_polish, polish
 from .registry import Merged, on_model
 from .repair import add_repairs, at_all_inputs
 
@@ -30,6 +31,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.objective == "output":
         add_repairs(job, settings.repair_inputs)
+    if settings.polish_steps:
+        expect_polish(job, settings.polish_steps, settings.micro_batch)
     solutions = _solved(job, settings)
     changes = {site: solution.change for site, solution in solutions.items()}
     if settings.polish_steps:
@@ -81,15 +84,24 @@ def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]
         width = job.changes[site].shape[1]
         return replace(solution, change=at_all_inputs(solution.change, inputs[site], width))
 
+    def used(site: str) -> SiteChanges:
+        changes = job.changes[site]
+        return changes.at(inputs[site]) if site in inputs else changes
+
     return Reducing(
         begin=lambda opening: job.policy.choose(opening, fit, settings.objective, dtype),
         solve=solve,
         bytes=lambda site, sweep: job.policy.bytes(
-            job.changes[site] if site not in inputs else job.changes[site].at(inputs[site]),
+            used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
+        ),
+        work=lambda site, tokens, sweep, shares: job.policy.work(
+            used(site),
+            tokens,
             fit_of(site),
             settings.objective,
-            dtype.itemsize,
+            dtype,
             sweep=sweep,
+            shares=shares and site not in inputs,
         ),
         dtype=dtype,
         acting=acting,

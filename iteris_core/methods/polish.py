@@ -20,6 +20,14 @@ from ..passes.batches import chunks
 from ..passes.job import Job
 
 _CHECK_EVERY = 25
+_POLISHING, _TARGETS = "polishing", "outputs of each LoRA alone"
+_STEP = 3.0  # forwards: one, and twice as much for the gradients
+
+
+def expect_polish(job: Job, steps: int, batch: int) -> None:
+    """Tell the job's outlook of a polish behind the sites."""
+    job.outlook.later(_TARGETS, of_rows=2.0)
+    job.outlook.later(_POLISHING, _STEP * steps * batch)
 
 
 def polish(
@@ -64,7 +72,7 @@ def polish(
                 now = check()
                 if now < best_loss:
                     best_loss, best = now, [factor.detach().clone() for factor in factors]
-            job.tick("polishing", step + 1, steps)
+            job.tick(_POLISHING, step + 1, steps)
     dtypes = {site: change.up.dtype for site, change in merged.items()}
     return {site: change.to(dtypes[site]) for site, change in _changes(merged, best).items()}
 
@@ -124,7 +132,7 @@ class _LastStages:
             base = self.outputs(rows, merged=True).float()
             outputs.append(own.cpu())
             changes.append(((own - base) ** 2).flatten(1).mean(dim=1).cpu())
-            self.job.tick("outputs of each LoRA alone", rows.stop, len(self.owners))
+            self.job.tick(_TARGETS, rows.stop, len(self.owners))
         change, owner = torch.cat(changes), torch.as_tensor(self.owners)
         scales = torch.zeros_like(change)
         floor = float(change.mean()) * 1e-3 + 1e-12

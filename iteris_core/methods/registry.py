@@ -113,6 +113,9 @@ def on_activations(
                 begin=reduction.begin,
                 solve=lambda _, reduced: reduced.solve(fit),
                 bytes=lambda site, _: reduction.bytes(job.changes[site]),
+                work=lambda site, tokens, _, shares: reduction.work(
+                    job.changes[site], tokens, fit, torch.float32, shares
+                ),
             )
             run = sweep_pass if merged_inputs else reference_pass
             solutions = run(job, lambda _: reducing, Batching(given.micro_batch))

@@ -21,6 +21,7 @@ from ..activations.meter import is_apart
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
+from ..progress import duration
 from ..solve.choose import POLICY
 from ..solve.problem import Bytes
 from .batches import Batching, Waiting, fewer, limit_of
@@ -64,7 +65,7 @@ class StagePlan:
             self.way,
             f"{self.bytes / 2**30:.2f} of {self.budget / 2**30:.2f} GiB",
             f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
-            f"about {_duration(self.seconds)}",
+            f"about {duration(self.seconds)}",
         ]
         return ", ".join(filter(None, parts))
 
@@ -114,6 +115,10 @@ def plan(
             place = HostMemory(cost.device, room.host)
         needs += other_ways(need, measure, place, batching.policy)
     made, stage = plan_stage(needs, room, batching.rows, job.policy.way_gain)
+    job.outlook.run_some(stage, lockstep, made.at_once)
+    slower = made.seconds / max(need.seconds_of(made.rows, batching.rows), 1e-9)
+    seconds = job.outlook.planned(stage, batching, made.seconds, max(slower, 1.0))
+    made = replace(made, seconds=seconds)
     job.ran.plan.append(str(made))
     if made.rows < made.offered:
         _log.warning(
@@ -121,7 +126,7 @@ def plan(
             "more memory",
             made,
         )
-    job.tick(f"plan: {made}", 1, 1)
+    job.tick(f"plan: {made}", 0, 0)
     waiting = None
     if made.on_device is not None:
         waiting = Waiting(made.on_device, cost.device, room.host)
@@ -245,9 +250,3 @@ def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
 
 def _halves(most: int) -> Sequence[int]:
     return sorted({max(most >> bits, 1) for bits in range(most.bit_length())}, reverse=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(round(seconds), 1)} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

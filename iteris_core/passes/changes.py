@@ -9,6 +9,7 @@ from ..errors import IterisError
 from ..hosts.protocol import Host, Tick
 from ..lora import LowRank, SiteChanges
 from . import dry
+from .outlook import Outlook
 
 
 def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
@@ -64,11 +65,13 @@ def unmergeable_sites(
     changes: Mapping[str, SiteChanges],
     calibration: Calibration,
     tick: Tick,
+    outlook: Outlook,
     *,
     sweep: bool,
 ) -> dict[str, str]:
-    """Site → why it cannot be merged. Models of text are not asked: their rows may be there once
-    only, and their layers are all reached."""
+    """Site → why it cannot be merged; ``outlook`` is told what was seen. Models of text are not
+    asked: their rows may be there once only, and their layers are all reached."""
     if not host.pictures:
         return {}
-    return dry.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)
+    sites = set(changes)
+    return dry.unmergeable(host, concepts, sites, calibration, tick, sweep=sweep, outlook=outlook)

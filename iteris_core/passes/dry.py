@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from ..activations.lockstep import Lockstep
+from ..activations.pace import Pace
+from ..activations.site import site_of
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage, Tick
+from .outlook import Outlook
 
 UNREACHED = "is reached by no forward"
 PARTLY = 'is reached by some of the prompts only, which only schedule="jacobi" takes'
@@ -32,30 +35,39 @@ def unmergeable(
     tick: Tick,
     *,
     sweep: bool,
+    outlook: Outlook | None = None,
 ) -> dict[str, str]:
     """Site of ``sites`` → why its features cannot be collected, by a ``sweep`` or otherwise; empty
-    where all can be.
+    where all can be. ``outlook`` is told what was seen.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
     """
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules = {site: host.sites()[site] for site in sites}
+    outlook = outlook or Outlook()
+
+    def quiet(what: str, done: int, total: int) -> None:
+        tick("looking at the sites", 0, 0)
+
     found: dict[str, str | None] = {}
     # Some layers wait for words that one prompt may lack, such as those in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for some in (short, every_prompt):
-            samples = host.samples(concepts, sites, some, lockstep, generator, tick)
+            samples = host.samples(concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
-                found |= _look(stage, modules, every_kind=some is every_prompt, sweep=sweep)
+                every_kind = some is every_prompt
+                found |= _look(stage, modules, outlook.pace, every_kind=every_kind, sweep=sweep)
+                if not every_kind:
+                    outlook.saw(stage, concepts, calibration)
             if sites <= found.keys():
                 break
     return {site: why for site in sites if (why := found.get(site, UNREACHED)) is not None}
 
 
 def _look(
-    stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
+    stage: Stage, modules: Mapping[str, nn.Module], pace: Pace, *, every_kind: bool, sweep: bool
 ) -> dict[str, str | None]:
     """The sites that ``stage`` reaches with its first row, or with the first row of every kind,
     and what keeps them from being merged."""
@@ -66,9 +78,14 @@ def _look(
     whole: dict[str, bool] = {}
     repeated: set[str] = set()
     handles = [modules[site].register_forward_pre_hook(_note(site, calls)) for site in stage.sites]
+    handles += [
+        modules[site].register_forward_hook(pace.hook(site, site_of(site, modules[site])))
+        for site in stage.sites
+    ]
     try:
         for row in firsts:
             calls.clear()
+            pace.begin()
             stage.run([row, row], 1)
             reached.update(calls.keys())
             whole |= {site: whole.get(site, True) and all(some) for site, some in calls.items()}

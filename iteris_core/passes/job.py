@@ -15,6 +15,7 @@ from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
+from .outlook import Outlook
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Job:
     A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
     be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
     process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
-    limit). ``policy`` holds the thresholds. ``ran`` is what the run tells of itself.
+    limit). ``policy`` holds the thresholds. ``ran`` is what the run tells of itself, and
+    ``outlook`` the time that it has before it.
     """
 
     host: Host
@@ -50,6 +52,7 @@ class Job:
     memory_budget: int | Literal["free"] | None = None
     policy: Policy = POLICY
     ran: Ran = field(default_factory=Ran)
+    outlook: Outlook = field(default_factory=Outlook)
     _samples: Any = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class Job:
     def samples(self, lockstep: Lockstep) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
         if self._samples is None:
+            self.outlook.samples_begin()
             self._samples = self.host.samples(
                 self.concepts,
                 set(self.changes),
@@ -75,10 +79,12 @@ class Job:
                 self.generator,
                 self.tick,
             )
+            self.outlook.samples_end()
         return self._samples
 
     def lockstep(self) -> Lockstep:
-        return Lockstep(self.host.sites(), self.changes, self.streams, self.processes)
+        modules, pace = self.host.sites(), self.outlook.pace
+        return Lockstep(modules, self.changes, self.streams, self.processes, pace)
 
 
 @dataclass

@@ -23,11 +23,12 @@ from ..activations.parking import Parking
 from ..errors import IterisError, SolveError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
-from ..solve.problem import Begin, Bytes, Reduction, Solution
+from ..solve.problem import Begin, Bytes, Reduction, Solution, Work
 from .batches import Batching, micro_batches, sampled_rows
 from .budget import plan
 from .fallback import within_memory
 from .job import Job
+from .outlook import Plans
 
 Solutions = dict[str, Solution]
 
@@ -37,7 +38,8 @@ class Reducing:
     """What a method does at the sites of a stage.
 
     ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
-    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
+    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait),
+    and ``work`` the operations of both for so many tokens, which may be another site's as well.
     ``acting`` and ``inputs`` are as for :class:`..activations.collect.Collector`.
     """
 
@@ -47,6 +49,7 @@ class Reducing:
     dtype: torch.dtype = torch.float32
     acting: Set[str] = frozenset()
     inputs: Mapping[str, Tensor] | None = None
+    work: Callable[[str, int, bool, bool], Work] = lambda site, tokens, sweep, shares: Work({}, {})
 
     def named(self, site: str, reduction: Reduction) -> Solution:
         """``solve``, with the site's name in what it may raise."""
@@ -62,6 +65,7 @@ ReducingOf = Callable[[Stage], Reducing]
 def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutions:
     """Solve every site from its reference rows: X with each LoRA alone active."""
     solutions: Solutions = {}
+    _expect(job, reducing_of, batching, sweep=False, copies=1)
     with job.lockstep() as lockstep:
         for stage in _stages(job, job.samples(lockstep)):
             stage, fitted, reducing = _planned(
@@ -73,20 +77,25 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
             ) -> StreamCollector:
                 collector = _collector(job, reducing, StreamCollector)
                 batches = list(micro_batches(stage, 1, collector, fitted, job.processes))
+                job.outlook.begin(stage, fitted)
                 for done, batch in enumerate(batches, 1):
                     lockstep.run(batch)
+                    job.outlook.ran(stage, done, len(batches))
                     job.tick(f"features of the {stage.name}", done, len(batches))
                 return collector
 
             collector, _ = within_memory(job, stage, fitted, run)
             for site in collector.sites:
                 solutions[site] = reducing.named(site, collector.take(site))
+                job.outlook.solved(stage, site)
+                job.tick("solving sites", len(solutions), len(job.changes))
     return _complete(job, solutions)
 
 
 def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutions:
     """Solve every site once, in execution order, on inputs that passed the solved sites before."""
     solutions: Solutions = {}
+    _expect(job, reducing_of, batching, sweep=True, copies=2)
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         job.tick("solving sites", 0, len(job.changes))
@@ -102,6 +111,28 @@ def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutio
 
             within_memory(job, stage, fitted, run, lockstep)
     return _complete(job, solutions)
+
+
+def _expect(
+    job: Job,
+    reducing_of: ReducingOf,
+    batching: Batching,
+    *,
+    sweep: bool,
+    copies: int,
+    passes: int = 1,
+) -> None:
+    """Tell the job's outlook what is going to be done, before anything is."""
+    plans = Plans(
+        {site: changes.shape[1] for site, changes in job.changes.items()},
+        lambda stage: reducing_of(stage).work,
+        batching,
+        sweep,
+        copies,
+        passes,
+        job.processes.size,
+    )
+    job.outlook.expect(plans, len(job.concepts), job.calibration)
 
 
 def _planned(
@@ -148,7 +179,11 @@ def _sweep(
     )
 
     def solve(site: str) -> LowRank:
-        solutions[site] = reducing.named(site, collector.take(site))
+        job.outlook.reached(stage, site)
+        reduction = collector.take(site)
+        job.outlook.reduced(stage, site)
+        solutions[site] = reducing.named(site, reduction)
+        job.outlook.solved(stage, site)
         job.tick("solving sites", len(solutions), len(job.changes))
         return solutions[site].change
 
@@ -160,6 +195,7 @@ def _sweep(
             parking.stay = _first(batches, fitted.waiting.on_device)
             stack.enter_context(parking)
         stack.callback(collector.forget)  # else all that it holds would be put back
+        job.outlook.begin(stage, fitted)
         lockstep.sweep(batches, solve, last, parking)
 
 
@@ -188,6 +224,7 @@ def jacobi(
     """
     solutions: Solutions = {}
     planned: dict[str, Batching] = {}
+    _expect(job, reducing_of, batching, sweep=False, copies=2, passes=iterations)
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         for iteration in range(iterations):
@@ -219,8 +256,12 @@ def jacobi(
                     iteration: int = iteration,
                 ) -> StreamCollector:
                     collector = _collector(job, reducing, StreamCollector)
-                    for batch in micro_batches(stage, copies, collector, fitted, job.processes):
+                    batches = list(micro_batches(stage, copies, collector, fitted, job.processes))
+                    if iteration == 0:
+                        job.outlook.begin(stage, fitted)
+                    for done, batch in enumerate(batches, 1):
                         lockstep.run(batch)
+                        job.outlook.ran(stage, done, len(batches), iteration)
                         job.tick("iterations", iteration, iterations)
                     return collector
 
@@ -230,6 +271,7 @@ def jacobi(
                 planned[stage.name] = fitted
                 for site in collector.sites:
                     latest[site] = reducing.named(site, collector.take(site))
+                    job.outlook.solved(stage, site, iteration)
             if iteration:
                 job.ran.convergence.append(_largest_change(solutions, latest))
             solutions = latest

@@ -17,13 +17,13 @@ from ..errors import IterisError
 from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
-from ..merge import OnProgress, merge_loras
+from ..merge import merge_loras
 from ..presets import PresetName
+from ..progress import OnProgress
 from .drawing import Drawing, draw
 from .scorers import ClipScorer, DinoScorer, without_tokens
 from .statistics import Stat, over_seeds
-
-BASE = "base"
+from .told import BASE, Told
 
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
     name: tuple(
@@ -89,7 +89,7 @@ def compare_methods(
     preset: PresetName = "default",
     memory_budget: int | Literal["free"] | None = "free",
     dino: DinoScorer | None = None,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> Comparison:
     """Merge ``concepts`` with every one of ``methods``, draw the same prompts and score them.
 
@@ -108,10 +108,9 @@ def compare_methods(
     used: dict[str, Mapping[str, Any]] = {}
     made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
     embedded = [scorer.embed_images(some) for some in references]
+    told = Told(methods, on_progress)
     for name in methods:
-
-        def tick(what: str, done: int, total: int, name: str = name) -> None:
-            on_progress(f"{name}: {what}", done, total)
+        of_method = told.of(name)
 
         with tempfile.TemporaryDirectory() as folder:
             if name != BASE:
@@ -123,7 +122,7 @@ def compare_methods(
                     calibration=calibration,
                     preset=preset,
                     memory_budget=memory_budget,
-                    on_progress=tick,
+                    on_progress=of_method,
                 )
                 seconds[name], used[name] = result.report.seconds, result.report.settings
                 if result.report.calibration:
@@ -134,7 +133,7 @@ def compare_methods(
                 with in_force(pipeline, [] if name == BASE else calls) as phrases:
                     said = fill_prompts(templates, concepts, phrases)
                     pairs = [(prompt, seed) for prompt in said for seed in seeds]
-                    images = draw(pipeline, pairs, drawing, tick)
+                    images = draw(pipeline, pairs, drawing, of_method)
             finally:
                 if name != BASE:
                     pipeline.unload_lora_weights()

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from ..errors import IterisError
-from ..merge import OnProgress
+from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
+from .told import DRAWING
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ def draw(
     pipeline: Any,
     wanted: Sequence[tuple[str, int]],
     drawing: Drawing,
-    on_progress: OnProgress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> list[Image.Image]:
     """One picture for each (prompt, seed)."""
     images: list[Image.Image] = []
+    forecast = Forecast()
+    on_progress(forecast.tick(DRAWING, 0, len(wanted)))
     size = dict(zip(("width", "height"), drawing.size or (), strict=False))
     with _scheduled(pipeline, drawing.scheduler):
         for start in range(0, len(wanted), drawing.batch):
@@ -52,7 +55,7 @@ def draw(
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
                 **size,
             ).images
-            on_progress("drawing", len(images), len(wanted))
+            on_progress(forecast.tick(DRAWING, len(images), len(wanted)))
     return images
 
 

@@ -15,7 +15,7 @@ from ..lora import SiteChanges
 from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
-from .problem import Bytes, Fit, Objective, Opening, Reduction
+from .problem import Bytes, Fit, Objective, Opening, Reduction, Work
 from .rows import OutputRows
 
 
@@ -71,10 +71,34 @@ class Policy:
         rows = None if count is None else min(changes.shape[0], count + OTHERS)
         return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
 
+    def work(
+        self,
+        changes: SiteChanges,
+        tokens: int,
+        fit: Fit,
+        objective: Objective,
+        dtype: torch.dtype,
+        *,
+        sweep: bool,
+        shares: bool,
+    ) -> Work:
+        """The operations of what :meth:`choose` gives for so many tokens of all rows; ``shares``
+        says that a site before has the same inputs."""
+        if objective == "adapter":
+            return AdapterMoments.work(changes, tokens, fit, dtype, shares)
+        rows_possible = sweep and not shares and self._may_take_rows(fit)
+        if rows_possible and self.rows_are_fewer(tokens, *changes.shape):
+            return OutputRows.work(changes, tokens, fit)
+        rank = max(changes.rank, fit.rank if isinstance(fit.rank, int) else 0)
+        count = self.directions(*changes.shape, rank) if sweep else None
+        rows = None if count is None else min(changes.shape[0], count + OTHERS)
+        return OutputMoments.work(changes, tokens, fit, dtype, rows, shares)
+
     def takes_rows(self, opening: Opening, fit: Fit) -> bool:
         """Whether a site is solved from its rows, see :mod:`.rows`."""
-        possible = fit.weighting in ("tokens", "none") and fit.ridge > 0 and fit.shrink == 1
-        if not possible or opening.tokens is None or opening.shared or opening.processes > 1:
+        if not self._may_take_rows(fit):
+            return False
+        if opening.tokens is None or opening.shared or opening.processes > 1:
             return False
         return self.rows_are_fewer(opening.tokens, *opening.changes.shape)
 
@@ -90,6 +114,9 @@ class Policy:
         count = int(rank * self.reserve) + self.more_directions
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
+
+    def _may_take_rows(self, fit: Fit) -> bool:
+        return fit.weighting in ("tokens", "none") and fit.ridge > 0 and fit.shrink == 1
 
     def _directions(self, opening: Opening, fit: Fit) -> Directions | None:
         most = fit.rank if isinstance(fit.rank, int) else 0

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linalg.rates import product, spectrum
 from ..lora import SiteChanges
-from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
+from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens, Work
 from .router import routed, rows_of
 from .weighting import token_values
 
@@ -77,3 +78,10 @@ class Subspace(Reduction):
         rank = changes.rank
         kept = 4 * rank * ((len(changes) + 1) * rank + changes.shape[1])
         return Bytes(kept, 40 * rank * rank)
+
+    @staticmethod
+    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
+        """z̃ and h of every token, and their moments; one pseudo-inverse."""
+        rank, width = changes.rank, changes.shape[1]
+        moments = product(torch.float32, 2 * tokens * rank * (2 * width + 2 * rank))
+        return Work(moments, spectrum(rank))

@@ -37,16 +37,18 @@ def test_base_is_untouched_by_success_and_failure(
     def fail(error: BaseException, after: int) -> None:
         seen = 0
 
-        def progress(_: Any) -> Any:
-            def on_progress(what: str, done: int, total: int) -> None:
+        class Progress:
+            preview = None
+
+            def __init__(self, _: Any) -> None: ...
+
+            def __call__(self, progress: Any) -> None:
                 nonlocal seen
-                seen += what == "solving sites"
+                seen += progress.what == "solving sites"
                 if seen > after:
                     raise error
 
-            return on_progress
-
-        monkeypatch.setattr(kit.merging, "show_progress", progress)
+        monkeypatch.setattr(kit.merging, "NodeProgress", Progress)
         with pytest.raises(type(error)):
             kit.merge()
         gc.collect()

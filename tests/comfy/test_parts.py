@@ -338,12 +338,17 @@ def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.Monkey
     runtime = module(pack, "nodes.comfy_runtime")
     shown: list[str] = []
     monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))
-    on_progress = runtime.show_progress(None)
-    on_progress("making latents", 0, 1)
-    on_progress("plan: denoiser: 2 sites, 1 of 2 rows", 1, 1)
-    on_progress("solving sites", 0, 9)
+    progress_of = module(pack, "iteris_core.progress").Progress
+    show = runtime.NodeProgress(None)
+    moved: list[int] = []
+    show._bar.hook = lambda value, *_, **__: moved.append(value)
+    show(progress_of("denoising steps", 0, 9))
+    show(progress_of("plan: denoiser: 2 sites, 1 of 2 rows", left=200.0, share=0.2))
+    show(progress_of("solving sites", 3, 9, left=100.0, share=0.5))
+    show(progress_of("solving sites", 4, 9, left=90.0, share=0.55))
     assert shown == [
-        "Making latents …",
-        "Plan: denoiser: 2 sites, 1 of 2 rows",
-        "Plan: denoiser: 2 sites, 1 of 2 rows\nSolving sites …",
-    ]
+        "Denoising steps 0 of 9",
+        "Plan: denoiser: 2 sites, 1 of 2 rows\nAbout 3 min left",
+        "Plan: denoiser: 2 sites, 1 of 2 rows\nSolving sites 3 of 9, about 2 min left",
+    ], "one that follows at once is not worth a message"
+    assert moved == [0, 200, 500, 550], "one bar for the whole merge"

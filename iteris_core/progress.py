@@ -1,0 +1,156 @@
+"""How far a merge has come, and about how long it takes yet, from what is measured as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+
+_FIRST = 0.005  # of a kind of work: until so much is measured, what was expected counts as well
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a merge is at: ``done`` of ``total`` of ``what``, a few words such as "solving sites".
+
+    ``seconds`` have passed since the merge began, and the whole of it takes about ``left`` more
+    (None: too little is known yet). A message of its own, such as a stage's plan, has a ``total``
+    of 0. As text it is a line for a person.
+    """
+
+    what: str
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    left: float | None = None
+    share: float = 0.0
+    """Of the whole merge's time, from 0 to 1; it never goes back."""
+
+    def __str__(self) -> str:
+        count = f" {self.done} of {self.total}" if self.total > 1 else ""
+        return ", ".join(filter(None, (f"{self.what}{count}", self.time_left)))
+
+    @property
+    def time_left(self) -> str:
+        """Such as "about 3 min left"; empty while too little is known."""
+        return "" if self.left is None else f"about {duration(self.left)} left"
+
+
+OnProgress = Callable[[Progress], None]
+"""``on_progress(progress)`` is called at every step of a merge."""
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class _Kind:
+    """Work of one kind: the seconds that are expected of each of its ``parts`` to come, and how
+    many of those are done (``ahead`` were expected of them) and how long they ``took``."""
+
+    parts: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
+    ahead: float = 0.0
+    took: float = 0.0
+    known: bool = True
+
+    @property
+    def to_come(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def rate(self) -> float | None:
+        """Seconds for each that was expected."""
+        if not self.known:
+            return self.took / self.ahead if self.ahead else None
+        weight = _FIRST * (self.ahead + self.to_come)
+        return (self.took + weight) / (self.ahead + weight)
+
+
+class Forecast:
+    """The time that a run has left, by kinds of work.
+
+    What each part of a kind takes is expected beforehand, in seconds or, where it is not ``known``,
+    in any unit; by what the done parts of the kind took, those to come are corrected.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.refresh: Callable[[], None] | None = None
+        """Called before the time left is told: expects anew what depends on what is measured."""
+        self._began = self._mark = clock()
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._phase, self._phase_began, self._share = "", 0.0, 0.0
+
+    def expect(
+        self, kind: Hashable, parts: Mapping[Hashable, float], *, known: bool = True
+    ) -> None:
+        """So many seconds for each of the ``parts`` to come, in place of what was expected."""
+        found = self._kinds.setdefault(kind, _Kind())
+        found.parts.update(parts)
+        found.known = known
+
+    def drop(self, kind: Hashable, *parts: Hashable) -> None:
+        """Expect nothing more of these ``parts``; without any, of the whole kind."""
+        found = self._kinds.get(kind)
+        if found is not None:
+            for part in parts or list(found.parts):
+                found.parts.pop(part, None)
+
+    def mark(self) -> None:
+        """What is :meth:`spent` next began now."""
+        self._mark = self.clock()
+
+    def spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:
+        """Since the last mark this ``share`` of what is to come of a part was done; mark."""
+        now = self.clock()
+        found = self._kinds.get(kind)
+        if found is not None and found.parts.get(part):
+            amount = found.parts[part] * share
+            found.parts[part] -= amount
+            found.ahead += amount
+            found.took += now - self._mark
+        self._mark = now
+
+    def tick(self, what: str, done: int, total: int) -> Progress:
+        """``done`` of ``total`` of ``what``, which is a kind of its own where it was expected to be
+        or where it is all that is known."""
+        now = self.clock()
+        if what != self._phase and total:
+            self._end_phase()
+            self._phase, self._phase_began = what, now
+        if total and (what in self._kinds or not self._kinds):
+            self._part_done(what, done / total, now - self._phase_began)
+        if self.refresh is not None:
+            self.refresh()
+        seconds, left = now - self._began, self.left()
+        if left is not None and seconds + left > 0:
+            self._share = max(self._share, min(seconds / (seconds + left), 1.0))
+        return Progress(what, done, total, seconds, left, self._share)
+
+    def left(self) -> float | None:
+        """Seconds; None where some of the work is not known, or nothing is expected."""
+        left = 0.0
+        if not any(kind.to_come for kind in self._kinds.values()):
+            return None
+        for kind in self._kinds.values():
+            if to_come := kind.to_come:
+                rate = kind.rate
+                if rate is None:
+                    return None
+                left += to_come * rate
+        return left
+
+    def _part_done(self, what: str, share: float, seconds: float) -> None:
+        kind = self._kinds.setdefault(what, _Kind(parts={"": 1.0}, known=False))
+        whole = kind.ahead + kind.to_come
+        kind.ahead, kind.took, kind.parts = whole * share, seconds, {"": whole * (1 - share)}
+
+    def _end_phase(self) -> None:
+        kind = self._kinds.get(self._phase)
+        if kind is not None:
+            kind.ahead += kind.to_come
+            kind.parts.clear()

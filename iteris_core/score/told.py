@@ -1,0 +1,44 @@
+"""How far a comparison of several methods is, from what each merge and drawing tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..methods import find_method
+from ..progress import OnProgress, Progress
+
+BASE, DRAWING = "base", "drawing"
+
+
+class Told:
+    """Progress of merges and drawings as that of the whole comparison: the methods to come take as
+    long as those before, or as the one that is at it."""
+
+    def __init__(self, methods: Sequence[str], on_progress: OnProgress) -> None:
+        self._methods, self._on_progress = methods, on_progress
+        self._took: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        """Whether it is drawing → method → seconds."""
+
+    def of(self, name: str) -> OnProgress:
+        def on_progress(progress: Progress) -> None:
+            drawing = progress.what == DRAWING
+            left = progress.left
+            if drawing and progress.done == progress.total:
+                left = 0.0
+            if left is not None:
+                self._took[drawing][name] = progress.seconds + left
+                left = self._whole(name, left, drawing)
+            self._on_progress(replace(progress, what=f"{name}: {progress.what}", left=left))
+
+        return on_progress
+
+    def _whole(self, name: str, left: float, drawing: bool) -> float | None:
+        drawn, merged = self._took[True], [s for s in self._took[False].values() if s]
+        later = self._methods[list(self._methods).index(name) + 1 :]
+        drawings = len(later) + (not drawing)
+        merges = sum(other != BASE and find_method(other).needs_host for other in later)
+        if (drawings and not drawn) or (merges and not merged):
+            return None
+        left += drawings * sum(drawn.values()) / max(len(drawn), 1)
+        return left + merges * max(merged, default=0.0)
