@@ -26,6 +26,10 @@ class OutOfMemory(IterisError):
     """Memory of the device or of the host is not enough, in spite of what was tried."""
 
 
+class SaveError(IterisError):
+    """A file cannot be written; what had its name before still has."""
+
+
 class MergeCancelled(IterisError):
     """The caller's ``should_stop`` said stop; nothing was changed or written."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..iteris_core.errors import IterisError
+from ..iteris_core.errors import IterisError, SaveError
 from ..iteris_core.lora_files.tensors import save_atomically
 from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.inspection import describe, interference, numbered, to_table
@@ -176,8 +176,12 @@ class SaveMergedLora(io.ComfyNode):
             ordered = getattr(lora, "ordered", False)
             tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = _new_file(filename_prefix)
-        save_atomically(tensors, file, metadata)
-        text = f"{file}{save_embeddings(tensors, subfolder)}"
+        try:
+            embeddings = save_embeddings(tensors, subfolder)
+            save_atomically(tensors, file, metadata)
+        except SaveError as error:
+            raise SaveError(f"{error} The merge is kept: queue again, and it is saved.") from error
+        text = f"{file}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
         return io.NodeOutput(str(Path(subfolder) / file.name), ui={"text": [text]})
 

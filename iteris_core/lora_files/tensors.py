@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ..errors import LoraFileError
+from ..saving import atomically
 
 _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -96,10 +96,13 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        whole = Path(folder, path.name)
-        whole.touch()
-        mode = whole.stat().st_mode  # what safetensors makes is for the owner only
-        save_file(tensors, whole, metadata=metadata)
-        whole.chmod(mode)
-        whole.replace(path)
+    """Write a safetensors file. Raises :class:`SaveError`, as :func:`..saving.atomically` does."""
+    with atomically(path) as unfinished:
+        save_tensors(tensors, unfinished, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # what safetensors makes is for the owner only
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
