@@ -35,5 +35,5 @@ class MergeCancelled(IterisError):
 
 
 def brief(error: BaseException) -> str:
-    """A library's message on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """A library's message on one line, cut to 300 characters; its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ..errors import LoraFileError
+from ..errors import LoraFileError, OutOfMemory
 from ..saving import atomically
 
 _FLOATS = (
@@ -47,6 +47,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        if "allocate memory" in str(error):
+            raise OutOfMemory(
+                f"Host memory ran out while {path} was read; close what else takes memory."
+            ) from error
         raise LoraFileError(
             f"{path} is not a whole safetensors file ({error}); download or save it again."
         ) from error
