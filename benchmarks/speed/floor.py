@@ -88,11 +88,13 @@ MODELS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
 }
 
 
-def compare(model: str, rounds: int) -> dict[str, float]:
-    """Median seconds, and ``floor``: the merge over the bare forward."""
-    found = medians(in_turn(MODELS[model](), rounds, warm=model == "toybox"))
+def compare(model: str, rounds: int) -> dict[str, Any]:
+    """Median seconds, those of every round, and ``floor``: the merge over the bare forward."""
+    seconds = in_turn(MODELS[model](), rounds, warm=model == "toybox")
+    found = medians(seconds)
     return {
         **found,
+        "rounds": seconds,
         "floor": found["merge"] / found["bare"],
         "floor without repair": found["merge without repair"] / found["bare"],
     }
