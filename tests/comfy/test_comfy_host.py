@@ -6,6 +6,10 @@ import dataclasses
 import gc
 import importlib
 import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +84,40 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
+@contextmanager
+def memory_limit(mib: int) -> Iterator[None]:
+    """The system gives this process so much more and no byte beyond it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+    kept = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (mib << 20), kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_what_to_lower_is_said_when_memory_runs_out(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(*_: Any) -> None:
-        raise torch.OutOfMemoryError("pretended")
+    before = kit.outputs()
+    kit.calibration = dataclasses.replace(kit.calibration, samples=1, timesteps=1, latent_size=64)
+    samples = kit.host.ComfyHost.samples
 
-    monkeypatch.setattr(kit.denoiser.Denoiser, "predict", greedy)
-    with pytest.raises(kit.core.IterisError, match=r"Lower samples or timesteps .* latent_size"):
+    def limited(*given: Any) -> Any:
+        with memory_limit(30):  # a row's feed-forward takes 40 MiB
+            return samples(*given)
+
+    monkeypatch.setattr(kit.host.ComfyHost, "samples", limited)
+    made = "Memory ran out while samples were made .* one row in a forward. Lower latent_size"
+    with pytest.raises(kit.core.IterisError, match=made):
         kit.merge()
     monkeypatch.undo()
     with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or latent_size"):
         kit.merge(memory_budget=1000)
+    assert kit.hooks() == 0
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
 def gib(line: str) -> float:
