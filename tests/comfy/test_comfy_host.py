@@ -110,9 +110,9 @@ def test_what_to_lower_is_said_when_memory_runs_out(
             return samples(*given)
 
     monkeypatch.setattr(kit.host.ComfyHost, "samples", limited)
-    made = "Memory ran out while samples were made .* one row in a forward. Lower latent_size"
+    made = "while samples were made .* Tried: 2 rows; one row in a forward. Lower latent_size"
     with pytest.raises(kit.core.IterisError, match=made):
-        kit.merge()
+        kit.merge(rows=2)
     monkeypatch.undo()
     with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or latent_size"):
         kit.merge(memory_budget=1000)
