@@ -81,7 +81,9 @@ def test_a_workflow_runs_from_its_file(
 ) -> None:
     file = ROOT / "workflows" / f"{name}.json"
     seen = look(server, file, tmp_path / "opened.png", "prompt")
-    assert (seen["missing"], seen["toasts"], seen["dialogs"], seen["errors"]) == ([], [], [], [])
+    assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])
+    # Of a front end that is older than its server.
+    assert [text for text in seen["toasts"] if "Version Compatibility" not in text] == []
     graph = small(seen["prompt"])
     outputs = server.run(graph)
     drawn = outputs[of_class(graph, "SaveImage")]
