@@ -21,6 +21,7 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import write_loras
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.score.compare import Comparison
+from iteris_core.score.results import write_results
 from iteris_core.score.statistics import Stat
 
 
@@ -99,8 +100,9 @@ def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
 def test_the_files_of_a_comparison_are_all_there_or_none_of_them(tmp_path):
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     one = {"image": Stat(0.5, 0.1)}
-    with largest_file(16384), pytest.raises(SaveError, match=r"index\.html cannot be written"):
-        Comparison({"base": one}, {"base": [noise]}, ["a dog"], {}).write(tmp_path)
+    comparison = Comparison({"base": one}, {"base": [noise]}, ["a dog"], {})
+    with largest_file(16384), pytest.raises(SaveError, match=r"cannot be written"):
+        write_results([comparison], tmp_path)
     assert files_in(tmp_path) == []
 
 
