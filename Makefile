@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-quality toybox docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality toybox docs dist clean
 
 .venv: .venv/installed
 
@@ -51,6 +51,10 @@ dist: .venv
 
 bench: .venv
 	$(RUN) benchmarks/speed/run.py
+
+# On a machine with a graphics card, in less than nine minutes; QUICK=1: reduced models, on any.
+bench-gpu: .venv
+	$(RUN) benchmarks/gpu.py
 
 bench-quality: .venv
 	$(RUN) benchmarks/quality.py

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import denoisers
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,9 @@ RESULTS = Path(__file__).parent / "results" / "memory.json"
 GIB = 2**30
 HOST = 64 * GIB
 RANK, LORAS, AT_ONCE = 16, 2, 32
+HALF = torch.bfloat16
+WORDS = 64
+"""Tokens of a text where models do not pad it."""
 
 
 @dataclass(frozen=True)
@@ -52,33 +56,8 @@ class Model:
     parts: tuple[str, ...] = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net")
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def sd15() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
-
-
-def sdxl() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048,
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-
-
-def flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(guidance_embeds=True)
 
 
 def unet_call(side: int, width: int, **more: Any) -> Callable[[int], Mapping[str, Any]]:
@@ -96,24 +75,59 @@ def unet_call(side: int, width: int, **more: Any) -> Callable[[int], Mapping[str
 
 
 def flux_call(rows: int) -> Mapping[str, Any]:
-    half = torch.bfloat16
     return {
-        "hidden_states": empty(rows, 4096, 64, dtype=half),
-        "encoder_hidden_states": empty(rows, 512, 4096, dtype=half),
-        "pooled_projections": empty(rows, 768, dtype=half),
-        "timestep": empty(rows, dtype=half),
-        "guidance": empty(rows, dtype=half),
-        "img_ids": empty(4096, 3, dtype=half),
-        "txt_ids": empty(512, 3, dtype=half),
+        "hidden_states": empty(rows, 4096, 64),
+        "encoder_hidden_states": empty(rows, 512, 4096),
+        "pooled_projections": empty(rows, 768),
+        "timestep": empty(rows),
+        "guidance": empty(rows),
+        "img_ids": empty(4096, 3),
+        "txt_ids": empty(512, 3),
+    }
+
+
+def z_image_call(rows: int) -> Mapping[str, Any]:
+    return {
+        "x": [empty(16, 1, 128, 128) for _ in range(rows)],
+        "t": empty(rows),
+        "cap_feats": [empty(WORDS, 2560) for _ in range(rows)],
+    }
+
+
+def qwen_image_call(rows: int) -> Mapping[str, Any]:
+    return {
+        "hidden_states": empty(rows, 4096, 64),
+        "encoder_hidden_states": empty(rows, WORDS, 3584),
+        "timestep": empty(rows),
+        "img_shapes": [[(1, 64, 64)]] * rows,
+    }
+
+
+def wan_call(rows: int) -> Mapping[str, Any]:
+    return {
+        "hidden_states": empty(rows, 16, 5, 60, 104),
+        "timestep": empty(rows),
+        "encoder_hidden_states": empty(rows, 512, 4096),
     }
 
 
 MODELS = {
-    "SD 1.5, 512 px": Model(sd15, unet_call(64, 768), 4),
-    "SDXL, 1024 px": Model(sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 6),
+    "SD 1.5, 512 px": Model(denoisers.sd15, unet_call(64, 768), 4),
+    "SDXL, 1024 px": Model(
+        denoisers.sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 6
+    ),
     "FLUX.1, 1024 px": Model(
-        flux, flux_call, 8,
+        denoisers.flux, flux_call, 8,
         (".to_", ".add_", ".ff.net", ".ff_context.net", ".proj_mlp", ".proj_out"),
+    ),
+    "Z-Image, 1024 px": Model(
+        denoisers.z_image, z_image_call, 8, (".to_", ".feed_forward."),
+    ),
+    "Qwen-Image, 1024 px": Model(
+        denoisers.qwen_image, qwen_image_call, 10, (".to_", ".add_", "_mlp.net"),
+    ),
+    "Wan 14B, 17 frames of 832 x 480": Model(
+        denoisers.wan, wan_call, 12, (".to_", ".ffn.net"),
     ),
 }  # fmt: skip
 
@@ -165,7 +179,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tens
 def planned(model: Model) -> dict[str, Any]:
     with torch.device("meta"):
         network = model.make().eval().requires_grad_(False)
-    network = network.to(next(iter(model.call(1).values())).dtype)
+    network = network.to(HALF)
     host: Any = MetaHost("denoiser", network, model.parts)
     changes: dict[str, SiteChanges] = {}
     for site in host.changed:

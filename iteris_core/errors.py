@@ -26,10 +26,14 @@ class OutOfMemory(IterisError):
     """Memory of the device or of the host is not enough, in spite of what was tried."""
 
 
+class SaveError(IterisError):
+    """A file cannot be written; what had its name before still has."""
+
+
 class MergeCancelled(IterisError):
     """The caller's ``should_stop`` said stop; nothing was changed or written."""
 
 
 def brief(error: BaseException) -> str:
-    """A library's message on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """A library's message on one line, cut to 300 characters; its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.errors import IterisError
+from ..iteris_core.errors import IterisError, OutOfMemory, brief
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
@@ -67,7 +67,8 @@ def merge_on(
     distilled: bool | None = None,
     unmergeable: Unmergeable = "mean",
 ) -> MergeResult:
-    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
+    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out
+    while samples are made; see :mod:`..iteris_core.passes.fallback` for what follows.
 
     ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
     says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
@@ -77,6 +78,7 @@ def merge_on(
     kind = find_method(method).settings
     reading = ReadOptions(allow_partial=unmergeable == "skip")
     progress = NodeProgress(node_id)
+    tried: list[str] = []
     while True:
         given = {**settings, "micro_batch": rows}
         try:
@@ -112,12 +114,12 @@ def merge_on(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            tried.append(f"{rows} rows" if rows > 1 else "one row")
             if rows == 1:
-                raise IterisError(
-                    "Memory ran out, even with a single row in a forward: all rows of the merge "
-                    "wait in memory at every layer. Lower samples or timesteps (fewer rows) or "
-                    "latent_size (smaller ones), or set memory to less than what is free, so that "
-                    "rows are left out."
+                raise OutOfMemory(
+                    f"Memory ran out while samples were made ({brief(error)}). Tried: "
+                    f"{'; '.join(tried)} in a forward. Lower latent_size or frames (smaller "
+                    "samples), or close what else takes memory. MODEL and CLIP are as they were."
                 ) from error
         rows //= 2
         free_memory()

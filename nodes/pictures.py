@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ..iteris_core.saving import atomically
 
 _THUMBNAIL = 512  # pixels a side at most, as browsers of LoRAs show them
 
@@ -48,8 +49,6 @@ def save_thumbnail(batch: Tensor, path: Path) -> None:
     """The first picture, small, as a PNG without metadata, which appears when it is whole."""
     picture = to_pil(batch[:1])[0]
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        whole = Path(folder, path.name)
-        whole.touch()
-        picture.save(whole, format="PNG")
-        whole.replace(path)
+    with atomically(path) as unfinished:
+        unfinished.touch()
+        picture.save(unfinished, format="PNG")

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..iteris_core.errors import IterisError
+from ..iteris_core.errors import IterisError, SaveError
 from ..iteris_core.lora_files import DTYPES
 from ..iteris_core.lora_files.tensors import content_hash, save_atomically
 from .comfy_runtime import show_text
@@ -104,11 +104,15 @@ class SaveMergedLora(io.ComfyNode):
             ordered = getattr(lora, "ordered", False)
             tensors, metadata = cut_tensors(tensors, metadata, rank, ordered=ordered)
         file, subfolder = new_file(filename_prefix, folder, overwrite=overwrite)
-        save_atomically(tensors, file, metadata)
-        if thumbnail is not None:
-            save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
+        try:
+            embeddings = save_embeddings(tensors, subfolder)
+            save_atomically(tensors, file, metadata)
+            if thumbnail is not None:
+                save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
+        except SaveError as error:
+            raise SaveError(f"{error} The merge is kept: queue again, and it is saved.") from error
         name = str(Path(subfolder) / file.name)
-        text = f"{name}{save_embeddings(tensors, subfolder)}"
+        text = f"{name}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
         return io.NodeOutput(name, ui={"text": [text]})
 

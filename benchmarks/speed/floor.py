@@ -28,13 +28,16 @@ from iteris_core.passes.batches import Batching, micro_batches
 from iteris_core.passes.job import Job
 
 
-def bare_forward(host: Any, concepts: Sequence[Concept], calibration: Calibration) -> None:
-    """What no merge can do without: 2R rows through every stage, nothing collected."""
+def bare_forward(
+    host: Any, concepts: Sequence[Concept], calibration: Calibration, at_once: int | None = None
+) -> None:
+    """What no merge can do without: 2R rows through every stage, nothing collected; as many at once
+    as a merge has by default, or so many."""
     sites = {site: None for c in concepts if c.lora is not None for site in c.lora.sites}
     references = {site: [None] * len(concepts) for site in sites}
     generator = torch.Generator().manual_seed(0)
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
-    batching = Batching(IterisSettings().micro_batch)
+    batching = Batching(at_once or IterisSettings().micro_batch)
     with torch.no_grad(), task.lockstep() as lockstep:
         lockstep.close()
         samples = task.samples(lockstep)
@@ -85,11 +88,13 @@ MODELS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
 }
 
 
-def compare(model: str, rounds: int) -> dict[str, float]:
-    """Median seconds, and ``floor``: the merge over the bare forward."""
-    found = medians(in_turn(MODELS[model](), rounds, warm=model == "toybox"))
+def compare(model: str, rounds: int) -> dict[str, Any]:
+    """Median seconds, those of every round, and ``floor``: the merge over the bare forward."""
+    seconds = in_turn(MODELS[model](), rounds, warm=model == "toybox")
+    found = medians(seconds)
     return {
         **found,
+        "rounds": seconds,
         "floor": found["merge"] / found["bare"],
         "floor without repair": found["merge without repair"] / found["bare"],
     }

@@ -2,7 +2,8 @@
 
 Each part is added to ``benchmarks/results/speed.json`` as it ends (``speed_quick.json`` with
 QUICK=1); ``--parts`` runs some of them. The ratios are peer over ours, ``floor`` is ours over the
-bare forward; where a part has several figures the worst for us counts.
+bare forward, and a way to run a sweep stands over all rows waiting on the device; where a part has
+several figures the worst for us counts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import processes
 import schedules
 import solve
 import torch
+import ways
 
 QUICK = os.environ.get("QUICK") == "1"
 RESULTS = Path(__file__).parents[1] / "results" / ("speed_quick.json" if QUICK else "speed.json")
@@ -41,6 +43,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "ssr": lambda: peers.ssr(ROUNDS, (2,) if QUICK else (2, 4, 8)),
     "growth": lambda: growth.compare(ROUNDS, quick=QUICK),
     "processes": lambda: processes.compare("toybox", ROUNDS),
+    "ways toybox": lambda: ways.compare("toybox", ROUNDS, 16),
+    "ways sd15": lambda: ways.compare("sd15", ROUNDS, 16),
 }
 NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
 SLOW = (
@@ -50,6 +54,7 @@ SLOW = (
     "floor t5",
     "schedules t5",
     "schedules sd15",
+    "ways sd15",
 )
 
 
@@ -67,7 +72,11 @@ def ratios(raw: dict[str, Any]) -> dict[str, float]:
         "two_processes": [raw["processes"]["ratio"]] if "processes" in raw else [],
     }
     worst = {name: min(values) for name, values in found.items() if values}
-    return worst | ({"floor": max(floors)} if floors else {})
+    slowest = {"floor": floors}
+    for part in raw:
+        for way, ratio in raw[part]["ratios"].items() if part.startswith("ways") else ():
+            slowest.setdefault(way, []).append(ratio)
+    return worst | {name: max(values) for name, values in slowest.items() if values}
 
 
 def main() -> None:

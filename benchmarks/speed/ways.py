@@ -1,4 +1,4 @@
-"""What it costs that rows wait in host memory: against all rows waiting on the device, in turn.
+"""What the other ways to run a sweep cost, against all rows waiting on the device, in turn.
 
 ``python benchmarks/speed/ways.py [toybox|sd15] [--rounds N] [--rows N]`` prints JSON. The CPU's
 memory passes for a device's, so that copies go at the speed of its memory and nothing of them is
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 from rounds import in_turn, medians
 
-from iteris_core import Calibration, Concept, merge_loras
+from iteris_core import Calibration, Concept, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_memory import HostMemory
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.passes import loops
 from iteris_core.passes.batches import Waiting
+from iteris_core.passes.ways import BLOCKS, IN_HOST, ON_DEVICE, find, replayable
 from toybox.demo import TEMPLATES
 
 Case = tuple[Any, Sequence[Concept], Calibration]
@@ -42,11 +44,45 @@ def sd15() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {"toybox": toybox, "sd15": sd15}
-WAYS = {"on the device": None, "in host memory": Waiting(0, torch.device("cpu"), 64 << 30)}
+WAYS = tuple(
+    f"{place}{blocks}"
+    for blocks in ("", *(f", by {size}" for size in BLOCKS))
+    for place in (ON_DEVICE, IN_HOST)
+)
+"""Every way to run a sweep, as plans call it; the first is the quickest."""
+
+
+@contextmanager
+def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
+    """Sweeps run so, whatever there is room for. Raises :class:`IterisError` where no stage can."""
+    place, _, size = way.partition(", by ")
+    ran: list[str] = []
+
+    def planned(
+        job: Any, stage: Any, lockstep: Any, fitted: Any, *_: Any, sweep: bool, **__: Any
+    ) -> Any:
+        if not (sweep and stage.sites):
+            return stage, fitted
+        levels, waiting = None, None
+        if way != ON_DEVICE:
+            levels = find(stage, lockstep).levels(BLOCKS.get(size, 0))
+        if size:
+            levels = replayable(stage, lockstep, levels)
+        if place == IN_HOST:
+            device = next(next(iter(job.host.sites().values())).parameters()).device
+            waiting = Waiting(0, device, host_bytes)
+        if not size or levels.blocks:
+            ran.append(stage.name)
+        return stage, replace(fitted, waiting=waiting, levels=levels)
+
+    with patch.object(loops, "plan", planned):
+        yield
+        if not ran:
+            raise IterisError(f"No stage can be run {way}.")
 
 
 def compare(case: str, rounds: int, rows: int) -> dict[str, Any]:
-    """``rows`` a forward; the results have to be the same, bit by bit."""
+    """``rows`` a forward; ``ratios`` are medians of each way over the first, round by round."""
     host, concepts, calibration = CASES[case]()
     places: list[HostMemory] = []
 
@@ -54,35 +90,40 @@ def compare(case: str, rounds: int, rows: int) -> dict[str, Any]:
         places.append(HostMemory(*args))
         return places[-1]
 
-    def merge(waiting: Waiting | None) -> Any:
-        def planned(job: Any, stage: Any, _: Any, fitted: Any, *args: Any, **more: Any) -> Any:
-            return stage, replace(fitted, waiting=waiting)
-
-        with patch.object(loops, "plan", planned), patch.object(loops, "HostMemory", place):
+    def merge(way: str) -> Any:
+        with forced(way), patch.object(loops, "HostMemory", place):
             return merge_loras(
                 host, concepts, settings={"micro_batch": rows}, calibration=calibration
             )
 
-    merges = {name: lambda w=way: merge(w) for name, way in WAYS.items()}
+    merges = {way: lambda w=way: merge(w) for way in WAYS}
     seconds = in_turn(merges, rounds, warm=case == "toybox")
-    found: dict[str, Any] = {"rows": rows, "seconds": medians(seconds), "mib": {}}
+    found: dict[str, Any] = {"rows": rows, "seconds": medians(seconds)}
+    found |= {"mib": {}, "waits_in_mib": {}, "moved_mib": {}}
     results: dict[str, Any] = {}
-    for name, way in WAYS.items():
+    for way in WAYS:
         places.clear()
         with MemoryMeter() as meter:
-            results[name] = merge(way)
-        found["mib"][name] = meter.peak / 2**20
-    found["waits_in_mib"] = max(memory.taken for memory in places) / 2**20
-    found["moved_mib"] = sum(memory.moved for memory in places) / 2**20
-    here, there = (result.lora.sites for result in results.values())
-    found["same"] = all(
-        torch.equal(here[s].up, c.up) and torch.equal(here[s].down, c.down)
-        for s, c in there.items()
-    )
-    pairs = zip(*(seconds[name] for name in WAYS), strict=True)
-    found["ratios"] = [parked / whole for whole, parked in pairs]
-    found["ratio"] = sorted(found["ratios"])[len(found["ratios"]) // 2]
+            results[way] = merge(way).lora.sites
+        found["mib"][way] = meter.peak / 2**20
+        if places:
+            found["waits_in_mib"][way] = max(memory.taken for memory in places) / 2**20
+            found["moved_mib"][way] = sum(memory.moved for memory in places) / 2**20
+    first, *others = WAYS
+    found["ratios"] = {
+        way: median(there / here for here, there in zip(seconds[first], seconds[way], strict=True))
+        for way in others
+    }
+    found["differences"] = {way: difference(results[first], results[way]) for way in others}
     return found
+
+
+def difference(here: Mapping[str, LowRank], there: Mapping[str, LowRank]) -> float:
+    """The largest relative one of a site's change; 0 where all are the same to the bit."""
+    return max(
+        float((there[site].dense() - change.dense()).norm() / change.dense().norm())
+        for site, change in here.items()
+    )
 
 
 if __name__ == "__main__":

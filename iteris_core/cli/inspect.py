@@ -17,6 +17,7 @@ from ..architectures import architecture_of_file
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
+from ..saving import atomically
 from .common import check_folder_of, load_base, option
 
 
@@ -38,7 +39,8 @@ def inspect(
     if plot is not None:
         from ..report.plots import plot_interference
 
-        plot_interference(pairs).savefig(plot)
+        with atomically(plot) as unfinished:
+            plot_interference(pairs).savefig(unfinished)
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,6 +17,7 @@ from ..lora_files import DTYPES, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
 from ..report.provenance import with_run
+from ..saving import atomically
 from . import merge_options as options
 from .adapters import check_adapter, load_adapters
 from .asked import ask, ask_again, with_preserved
@@ -33,7 +36,7 @@ from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
 from .options import given, read_lines
 from .pictures import open_picture
 from .recipe import cut_again, read_recipe
-from .saving import lines_of_embeddings, save_lora
+from .saving import lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
 _ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "preserve_weight")
@@ -162,18 +165,24 @@ def merge(
     result = run_merge(device, load, how)
     if result is None:
         return
-    if adapter:
-        folder = write_adapter(result.lora, output, base=base, dtype=DTYPES[dtype])
-        paths = [folder / "adapter_model.safetensors"]
-    else:
+    if not adapter:
         metadata = with_run(result.lora.metadata, base, asked.unmergeable)
         result = replace(result, lora=replace(result.lora, metadata=metadata))
         result = cut_again(asked.cut or {}, result)
-        paths = save_lora(result.lora, output, layout=layout, dtype=dtype, overwrite=overwrite)
+    merged = result.lora
+
+    def write(path: Path) -> Sequence[Path]:
+        if adapter:
+            folder = write_adapter(merged, path, base=base, dtype=DTYPES[dtype])
+            return [folder / "adapter_model.safetensors"]
+        return save_lora(merged, path, layout=layout, dtype=dtype, overwrite=overwrite)
+
+    paths = save_or_keep(output, write)
     if plot is not None:
         from ..report.plots import plot_residuals
 
-        plot_residuals(result.report).savefig(plot)
+        with atomically(plot) as unfinished:
+            plot_residuals(result.report).savefig(unfinished)
     if as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))

@@ -14,7 +14,7 @@ import yaml
 
 from ..concepts import Calibration
 from ..errors import IterisError, brief
-from ..report.written import write_whole
+from ..saving import atomically
 from ..settings import Settings
 from .concept_options import ConceptOption, concept_of, first_name, parse_concept
 from .options import check_settings
@@ -108,7 +108,8 @@ def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) ->
     if not path.parent.is_dir():
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
     text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
-    write_whole(path, f"# iteris merge {path.name}\n{text}".encode())
+    with atomically(path) as unfinished:
+        unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
 
 
 def given_options(context: typer.Context, folder: Path, left_out: Sequence[str]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from ..errors import SaveError
 from ..lora import Lora
-from ..lora_files import Layout, write_lora
+from ..lora_files import Layout, write_loras
 from ..lora_files.embeddings import embedding_targets
 from ..lora_files.experts import expert_files, second_of, split_experts
 from ..lora_files.metadata import trigger_phrases
@@ -21,8 +24,24 @@ def save_lora(
     parts = {path: lora}
     if any(site.startswith(f"{second_of(denoiser)}.") for site in lora.sites):
         parts = dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
-    how: dict[str, Any] = {"layout": layout, "dtype": dtype, "overwrite": overwrite}
-    return [write_lora(part, target, **how) for target, part in parts.items()]
+    return write_loras(parts, layout=layout, dtype=dtype, overwrite=overwrite)
+
+
+def save_or_keep(path: Path, write: Callable[[Path], Sequence[Path]]) -> Sequence[Path]:
+    """What ``write`` writes, given ``path``. Where it cannot, it is given that name in the system's
+    folder for temporary files, so that hours of merging are not lost, and the error says so."""
+    try:
+        return write(path)
+    except SaveError as error:
+        folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
+        try:
+            folder.mkdir()
+            kept = write(folder / path.name)
+        except (SaveError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise error from None
+        names = " and ".join(map(str, kept))
+        raise SaveError(f"{error} The merge is not lost: it is in {names}.") from error
 
 
 def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:

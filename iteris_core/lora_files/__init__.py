@@ -8,7 +8,7 @@ leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
 from .aliases import BaseModel, base_model, released_base
 from .read import ReadOptions, read_lora_file
 from .tensors import read_tensors
-from .write import DTYPES, Layout, check_target, to_tensors, write_lora
+from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
 __all__ = [
     "DTYPES",
@@ -22,4 +22,5 @@ __all__ = [
     "released_base",
     "to_tensors",
     "write_lora",
+    "write_loras",
 ]

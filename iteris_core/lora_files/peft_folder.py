@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,12 @@ from ..architectures import Architecture
 from ..architectures.pieces import Shapes, whole
 from ..errors import IterisError, LoraFileError
 from ..lora import Lora
+from ..saving import atomically
 from .aliases import BaseModel
 from .alphas import lora_config
 from .factors import Factors
 from .read import ReadOptions, lora_of
-from .tensors import read_tensors, save_atomically
+from .tensors import read_tensors, save_tensors
 
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
@@ -154,11 +154,9 @@ def write_adapter(
         tensors[f"{name}.lora_A.weight"] = down.to("cpu", dtype)
         tensors[f"{name}.lora_B.weight"] = up.to("cpu", dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        whole_folder = Path(temporary, folder.name)
-        whole_folder.mkdir()
-        save_atomically(tensors, whole_folder / _WEIGHTS, {"format": "pt"})
+    with atomically(folder) as unfinished:
+        unfinished.mkdir()
+        save_tensors(tensors, unfinished / _WEIGHTS, {"format": "pt"})
         text = json.dumps(config, indent=1)
-        (whole_folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        whole_folder.rename(folder)
+        (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
     return folder

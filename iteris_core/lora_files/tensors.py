@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from ..errors import LoraFileError
+from ..errors import LoraFileError, OutOfMemory
+from ..saving import atomically
 
 _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -47,6 +47,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        if "allocate memory" in str(error):
+            raise OutOfMemory(
+                f"Host memory ran out while {path} was read; close what else takes memory."
+            ) from error
         raise LoraFileError(
             f"{path} is not a whole safetensors file ({error}); download or save it again."
         ) from error
@@ -96,10 +100,13 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        whole = Path(folder, path.name)
-        whole.touch()
-        mode = whole.stat().st_mode  # what safetensors makes is for the owner only
-        save_file(tensors, whole, metadata=metadata)
-        whole.chmod(mode)
-        whole.replace(path)
+    """Write a safetensors file. Raises :class:`SaveError`, as :func:`..saving.atomically` does."""
+    with atomically(path) as unfinished:
+        save_tensors(tensors, unfinished, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # what safetensors makes is for the owner only
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)

@@ -20,6 +20,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,12 @@ from ..architectures.pieces import Alias, file_rows
 from ..architectures.text import text_component
 from ..errors import IterisError
 from ..lora import Lora
+from ..saving import atomically
 from .aliases import BaseModel, base_model
 from .alphas import lora_config
 from .embeddings import embedding_targets, to_file
 from .factors import Factors, store_all
-from .tensors import content_hash, save_atomically
+from .tensors import content_hash, save_tensors
 
 Layout = Literal["kohya", "peft"]
 
@@ -60,17 +62,32 @@ def write_lora(
 
     Without a ``layout`` it is kohya's, or peft's for a base that has no names there. Raises
     :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype`` or a
-    site has no name in ``layout``.
+    site has no name in ``layout``. Where the disk is full it is a :class:`SaveError`: nothing is
+    left of the file, and an older one of that name is as it was.
     """
-    path, layout = Path(path), layout or _own_layout(lora)
-    check_target(path, layout, dtype, overwrite)
-    tensors, metadata = to_tensors(lora, layout=layout, dtype=dtype)
-    targets = embedding_targets(path, list(lora.embeddings), overwrite)
-    save_atomically(tensors, path, metadata)
-    _warn_of_unread(lora, layout)
-    for name, target in targets.items():
-        save_atomically(to_file(name, lora.embeddings[name]), target, {"name": name})
-    return path
+    return write_loras({Path(path): lora}, layout=layout, dtype=dtype, overwrite=overwrite)[0]
+
+
+def write_loras(
+    loras: Mapping[Path, Lora],
+    *,
+    layout: Layout | None = None,
+    dtype: str = "float16",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write each as :func:`write_lora` does, with its embeddings: all of these files, or none."""
+    files: dict[Path, tuple[dict[str, Tensor], dict[str, str]]] = {}
+    for path, lora in loras.items():
+        check_target(path, layout, dtype, overwrite)
+        files[path] = to_tensors(lora, layout=layout, dtype=dtype)
+        for name, target in embedding_targets(path, list(lora.embeddings), overwrite).items():
+            files[target] = to_file(name, lora.embeddings[name]), {"name": name}
+    with ExitStack() as stack:
+        for path, (tensors, metadata) in files.items():
+            save_tensors(tensors, stack.enter_context(atomically(path)), metadata)
+    for lora in loras.values():
+        _warn_of_unread(lora, layout or _own_layout(lora))
+    return list(loras)
 
 
 def to_tensors(

@@ -54,21 +54,33 @@ def _less(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep | None) -> I
     """In a sweep all rows wait in host memory, where that is another, and then block by block; then
     half as many at once, down to one."""
     if sweep is not None:
+        ways = _other_ways(job, stage, fitted, sweep)
+        yield from ways
+        fitted = ways[-1] if ways else fitted
+    rows = min(fitted.rows, len(stage.owners))
+    while rows > 1:
+        rows //= 2
+        yield replace(fitted, rows=rows)
+
+
+def _other_ways(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep) -> list[Batching]:
+    """Those that can be found: a row is run for it, for which there may be no memory either."""
+    ways: list[Batching] = []
+    try:
         found = find(stage, sweep)
         waiting = _in_host(job, fitted)
         if waiting is not None and fitted.waiting != waiting:
             levels = found.levels() if fitted.levels is None else fitted.levels
             fitted = replace(fitted, waiting=waiting, levels=levels)
-            yield fitted
+            ways.append(fitted)
         if fitted.levels is None or not fitted.levels.blocks:
             levels = replayable(stage, sweep, found.levels(max(BLOCKS.values())))
             if levels.blocks:
-                fitted = replace(fitted, levels=levels)
-                yield fitted
-    rows = min(fitted.rows, len(stage.owners))
-    while rows > 1:
-        rows //= 2
-        yield replace(fitted, rows=rows)
+                ways.append(replace(fitted, levels=levels))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return ways
 
 
 def _in_host(job: Job, fitted: Batching) -> Waiting | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
 
-from ..report.written import write_whole
+from ..saving import atomically
 from .compare import Comparison
 from .page import html_details, html_gallery, html_page, html_table, png_bytes
 from .sheet import contact_sheet
@@ -45,8 +46,8 @@ def _together(row: Mapping[str, Stat]) -> dict[str, float]:
 
 
 def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """comparison.json, .csv, .md, index.html and a sheet of each composition; returns what was
-    written."""
+    """comparison.json, .csv, .md, index.html and a sheet of each composition, all of them or none;
+    returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = mean_rows(comparisons)
     names = [" + ".join(comparison.concepts) for comparison in comparisons]
@@ -69,7 +70,10 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
         "index.html": _page(rows, comparisons, names).encode(),
         **{name: png_bytes(sheet) for name, sheet in sheets.items()},
     }
-    return [write_whole(folder / name, content) for name, content in files.items()]
+    with ExitStack() as stack:
+        for name, content in files.items():
+            stack.enter_context(atomically(folder / name)).write_bytes(content)
+    return [folder / name for name in files]
 
 
 def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:

@@ -1,7 +1,8 @@
-// node front_end.js PORT GRAPH.json PICTURE.png [run] [help NODE_TYPE]
+// node front_end.js PORT GRAPH.json PICTURE.png [run] [prompt] [help NODE_TYPE]
 // Opens a graph in ComfyUI's own front end in headless Chromium and prints, as JSON, what the user
 // would see: node types that are missing, toasts, and the text of the help panel. With "run" it
-// presses the Run button and waits for the server to be idle again.
+// presses the Run button and waits for the server to be idle again; with "prompt" it also prints what
+// the front end would send to the server.
 const fs = require('fs');
 const path = require('path');
 const { RUN, idle, withPage } = require('./browser.js');
@@ -71,7 +72,10 @@ withPage(base, async (page, errors) => {
     ),
   }));
   await page.screenshot({ path: picture });
-  console.log(JSON.stringify({ ...seen, errors }));
+  const prompt = wishes.includes('prompt')
+    ? await page.evaluate(async () => (await window.app.graphToPrompt()).output)
+    : null;
+  console.log(JSON.stringify({ ...seen, errors, prompt }));
 }).catch((error) => {
   console.error(error);
   process.exit(1);

@@ -6,6 +6,10 @@ import dataclasses
 import gc
 import importlib
 import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +86,41 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
+@contextmanager
+def memory_limit(mib: int) -> Iterator[None]:
+    """The system gives this process so much more and no byte beyond it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+    kept = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (mib << 20), kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
 def test_what_to_lower_is_said_when_memory_runs_out(
     kit: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(*_: Any) -> None:
-        raise torch.OutOfMemoryError("pretended")
-
-    monkeypatch.setattr(kit.denoiser.Denoiser, "predict", greedy)
-    with pytest.raises(kit.core.IterisError, match=r"Lower samples or timesteps .* latent_size"):
-        kit.merge()
-    monkeypatch.undo()
+    before = kit.outputs()
     with pytest.raises(kit.core.IterisError, match="lower samples, timesteps or latent_size"):
         kit.merge(memory_budget=1000)
+    kit.calibration = dataclasses.replace(kit.calibration, samples=1, timesteps=1, latent_size=60)
+    samples = kit.host.ComfyHost.samples
+
+    def limited(*given: Any) -> Any:
+        with memory_limit(16):  # a tensor in feed-forward layers takes 35 MiB
+            return samples(*given)
+
+    monkeypatch.setattr(kit.host.ComfyHost, "samples", limited)
+    made = "while samples were made .* Tried: one row in a forward. Lower latent_size"
+    with pytest.raises(kit.core.IterisError, match=made):
+        kit.merge(rows=1)
+    monkeypatch.undo()
+    assert kit.hooks() == 0
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
 def gib(line: str) -> float:

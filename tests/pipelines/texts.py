@@ -52,11 +52,11 @@ def t5_tokens(length: int = 96):
     return tokenizer
 
 
-def t5(multilingual: bool = False):
+def t5(multilingual: bool = False, width: int = WIDTH):
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     model, config = (UMT5EncoderModel, UMT5Config) if multilingual else (T5EncoderModel, T5Config)
-    return model(config(vocab_size=99, d_model=WIDTH, d_kv=8, d_ff=40, num_layers=2, num_heads=4))
+    return model(config(vocab_size=99, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4))
 
 
 @functools.cache

@@ -1,0 +1,166 @@
+"""A disk that is full while a merge is written: a limit that binds, and a disk of 64 kB."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import make_pipeline, random_lora
+
+from iteris_core import IterisError, Lora, LowRank, cli, write_lora
+from iteris_core.errors import SaveError
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files import write_loras
+from iteris_core.lora_files.peft_folder import write_adapter
+from iteris_core.score.compare import Comparison
+from iteris_core.score.results import write_results
+from iteris_core.score.statistics import Stat
+
+
+@contextmanager
+def largest_file(size: int):
+    """The system refuses to let a file grow beyond ``size`` bytes."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def lora(width: int, embedding: int = 0) -> Lora:
+    generator = torch.Generator().manual_seed(width)
+    ones = LowRank(torch.randn(width, 4, generator=generator), torch.ones(4, width))
+    embeddings = {"sks": {"clip_l": torch.ones(embedding, 768)}} if embedding else {}
+    return Lora({"unet.mid_block.attentions.0.to_q": ones}, "big", embeddings=embeddings)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_the_earlier_file_stays_and_nothing_half_is_left(tmp_path):
+    path = write_lora(lora(64), tmp_path / "merged.safetensors")
+    before = path.read_bytes()
+    with largest_file(4096), pytest.raises(SaveError) as failed:
+        write_lora(lora(4096), path, overwrite=True)
+    said = str(failed.value)
+    assert isinstance(failed.value, IterisError)
+    assert said.startswith(f"{path} cannot be written (File too large; ")
+    assert "the file of that name is as it was. Make room, or give a folder on another" in said
+    assert path.read_bytes() == before
+    assert files_in(tmp_path) == [path.name]
+
+
+def test_a_disk_without_room(small_disk):
+    path = write_lora(lora(64), small_disk / "merged.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(SaveError, match=r"No space left on device; 0\.\d MB of the disk are free"):
+        write_lora(lora(8192), path, overwrite=True)
+    assert path.read_bytes() == before
+    with pytest.raises(SaveError, match="nothing of it is left there"):
+        write_lora(lora(8192), small_disk / "other.safetensors")
+    assert files_in(small_disk) == [path.name]
+
+
+def test_a_lora_is_not_left_without_its_embedding_nor_one_expert_without_the_other(tmp_path):
+    with largest_file(16384), pytest.raises(SaveError, match=r"merged_emb\.safetensors cannot"):
+        write_lora(lora(64, embedding=8), tmp_path / "merged.safetensors")
+    pair = {tmp_path / "high.safetensors": lora(64), tmp_path / "low.safetensors": lora(4096)}
+    with largest_file(16384), pytest.raises(SaveError, match=r"low\.safetensors cannot"):
+        write_loras(pair)
+    assert files_in(tmp_path) == []
+
+
+def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
+    with largest_file(4096), pytest.raises(SaveError, match="nothing of it is left there"):
+        write_adapter(lora(4096), tmp_path / "adapter")
+    assert files_in(tmp_path) == []
+
+
+def test_the_files_of_a_comparison_are_all_there_or_none_of_them(tmp_path):
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    one = {"image": Stat(0.5, 0.1)}
+    comparison = Comparison({"base": one}, {"base": [noise]}, ["a dog"], {})
+    with largest_file(16384), pytest.raises(SaveError, match=r"cannot be written"):
+        write_results([comparison], tmp_path)
+    assert files_in(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(folder / "base")
+    host = DiffusersHost(pipeline)
+    for seed in (1, 2):
+        write_lora(random_lora(host, seed), folder / f"lora{seed}.safetensors")
+    return folder
+
+
+def command(world, out, monkeypatch, capsys, *extra: str) -> tuple[int, str]:
+    concepts = [f"--concept={world}/lora{seed}.safetensors:s{seed}:dog" for seed in (1, 2)]
+    base = str(world / "base")
+    monkeypatch.setattr(
+        sys, "argv", ["iteris", "merge", base, *concepts, "-o", str(out), "--method=sum", *extra]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0), capsys.readouterr().err
+
+
+def test_the_command_keeps_a_merge_that_its_disk_does_not_take(
+    world, small_disk, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out = small_disk / "merged.safetensors"
+    code, said = command(world, out, monkeypatch, capsys, "--dtype=float32")
+    assert code == 2
+    assert files_in(small_disk) == []
+    assert f"{out} cannot be written (No space left on device" in said
+    kept = Path(said.partition("The merge is not lost: it is in ")[2].strip().rstrip("."))
+    assert kept.name == out.name
+    assert len(load_file(kept)) > 30
+
+
+def test_the_command_says_so_where_no_disk_takes_it(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out = tmp_path / "merged.safetensors"
+    with largest_file(16384):
+        code, said = command(world, out, monkeypatch, capsys)
+    assert code == 2
+    assert f"{out} cannot be written (File too large" in said
+    assert "not lost" not in said
+    assert files_in(tmp_path) == []
+
+
+def test_a_plot_that_does_not_fit_is_one_line_and_the_lora_is_there(
+    world, small_disk, tmp_path, monkeypatch, capsys
+):
+    out, plot = tmp_path / "merged.safetensors", small_disk / "plot.png"
+    (small_disk / "full").write_bytes(bytes(60 << 10))
+    more = ["--method=iteris", "--samples=2", "--timesteps=1", "--latents=noise", "--device=cpu"]
+    code, said = command(world, out, monkeypatch, capsys, *more, f"--plot={plot}")
+    assert code == 2
+    assert f"{plot} cannot be written (No space left on device" in said
+    assert files_in(small_disk) == ["full"]
+    assert len(load_file(out)) > 30

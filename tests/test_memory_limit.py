@@ -1,0 +1,89 @@
+"""Memory that the system does not give: what is tried, and what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import json, resource, sys
+
+import torch
+import torch._dynamo  # as the first mode that sees operations does
+from oracle import ModuleHost, Net, make_lora
+
+from iteris_core import Concept, IterisError, merge_loras
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+rows = [torch.randn(12, 480, 12, generator=generator, dtype=torch.float64) for _ in range(2)]
+host = ModuleHost(Net(), rows)
+weights = [weight.clone() for weight in host.model.parameters()]
+concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+
+
+def merge(host):
+    settings = {"statistics": "float64"}
+    return merge_loras(host, concepts, settings=settings, memory_budget=None)
+
+
+def taken():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+
+
+merge(ModuleHost(host.model, [some[:1] for some in rows]))  # libraries load what they need
+resource.setrlimit(resource.RLIMIT_DATA, (taken() + (int(sys.argv[1]) << 20), -1))
+said = ""
+try:
+    merge(host)
+except IterisError as error:
+    said = str(error)
+resource.setrlimit(resource.RLIMIT_DATA, (-1, -1))
+same = all(map(torch.equal, weights, host.model.parameters()))
+hooks = sum(len(module._forward_hooks) for module in host.model.modules())
+print(json.dumps({"said": said, "same": same, "hooks": hooks, "forwards": len(host.copies_seen)}))
+"""
+"""A forward of all 24 rows takes 90 MiB, and one of two rows, beside the others that wait, 20."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory")
+
+
+def within(mib: int) -> dict:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    command = [sys.executable, "-c", SCRIPT, str(mib)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return json.loads(found.stdout)
+
+
+def test_with_less_memory_fewer_rows_run_at_once():
+    found = within(40)
+    assert found["said"] == ""
+    assert found["forwards"] > 2
+    assert found["same"]
+
+
+def test_with_too_little_it_is_said_what_was_tried_and_what_to_change():
+    found = within(8)
+    said = found["said"]
+    assert said.startswith("Memory ran out in the model (")
+    assert "()" not in said
+    tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
+    assert tried[0] == "32 rows at once"
+    assert [way.partition(",")[0] for way in tried[-4:]] == [
+        *("12 rows at once", "6 rows at once", "3 rows at once", "one row at once"),
+    ]
+    assert "Lower samples or timesteps (fewer rows), or latent_size (smaller ones)" in said
+    assert found["same"]
+    assert found["hooks"] == 0
