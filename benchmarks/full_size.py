@@ -19,6 +19,7 @@ from gpu_pipelines import MODELS, concepts, make_host
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.meter import MemoryMeter
+from iteris_core.progress import Progress
 from iteris_core.report.report import MergeReport
 
 RESULTS = Path(__file__).parent / "results" / "full_size.json"
@@ -49,9 +50,9 @@ def found_of(report: MergeReport, peak: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def said(what: str, done: int, total: int) -> None:
-    if what.startswith("plan") or done % 20 == 0:
-        print(time.strftime("%H:%M:%S"), what, done, total, flush=True)
+def said(progress: Progress) -> None:
+    if not progress.total or progress.done % 20 == 0:
+        print(time.strftime("%H:%M:%S"), progress, flush=True)
 
 
 def main() -> None:

@@ -79,23 +79,26 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
     after: dict[str, Any] = dict(found["cut"])
     if "strength" in found:
-        after["strength"] = found["strength"]
+        after["strength"] = _number(found["strength"])
     found["cut"] = after
     return Recipe(**{name: found[name] for name in _KINDS}, folders=folders)
 
 
 def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
     """``result`` at the strength and the rank to which the file was brought after its merge."""
-    strength = cut.get("strength", 1.0)
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise IterisError(f"The recipe has a broken strength {strength!r}.")
-    result = replace(result, lora=scaled_lora(result.lora, strength))
+    result = replace(result, lora=scaled_lora(result.lora, _number(cut.get("strength", 1.0))))
     if "rank" not in cut:
         return result
     rank, ordered = cut.get("rank"), cut.get("ordered")
     if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
         raise IterisError(f"The recipe has a broken cut {dict(cut)}.")
     return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
+
+
+def _number(strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise IterisError(f"The recipe has a broken strength {strength!r}.")
+    return strength
 
 
 def concepts_of(recipe: Recipe) -> list[ConceptOption]:
