@@ -38,7 +38,7 @@ from iteris_core.passes.ways import ON_DEVICE, other_ways
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 GIB = 2**30
-HOST = 64 * GIB
+HOST = 80 * GIB
 RANK, LORAS, AT_ONCE = 16, 2, 32
 HALF = torch.bfloat16
 WORDS = 64
