@@ -1,8 +1,7 @@
-"""The ways to run a sweep agree on every class of model."""
+"""The ways to run a sweep agree on every class of model, bit by bit."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -53,7 +52,7 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
         return merge_loras(
             host,
             concepts,
-            settings={"micro_batch": 5, "statistics": "float64", **reduced.settings},
+            settings={"micro_batch": 5, **reduced.settings},
             policy=Policy(sample_rows=3),
             calibration=Calibration(samples=6, timesteps=2, denoising_steps=3, seed=3),
             unmergeable="skip",
@@ -74,8 +73,6 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
         for memory in places:
             assert memory.moved > 0
             assert all(slab._gaps == [(0, len(slab._memory))] for slab in memory._slabs)
-        gaps = {s: float((found[s].dense() - c.dense()).norm()) for s, c in wanted.items()}
-        norms = {site: float(change.dense().norm()) for site, change in wanted.items()}
-        # Where blocks are replayed rows come in another order, and forwards are in float32.
-        assert math.hypot(*gaps.values()) <= (1e-5 if most else 0) * math.hypot(*norms.values())
-        assert all(gap <= 1e-4 * norms[site] for site, gap in gaps.items())
+        for site, change in wanted.items():
+            assert torch.equal(change.up, found[site].up), site
+            assert torch.equal(change.down, found[site].down), site

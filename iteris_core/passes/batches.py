@@ -61,15 +61,15 @@ def micro_batches(
     observer: Observer | None,
     batching: Batching,
     processes: Processes = ALONE,
+    first: Set[int] | None = None,
 ) -> Iterator[MicroBatch]:
     """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
     time. Where a later stage needs all rows, those of other processes follow, and no observer sees
-    them. In a sweep by blocks the rows come first from which targets are sampled."""
+    them. Those rows come before all others that are among the ``first``."""
     if not stage.sites:
         yield from _of(stage, range(len(stage.owners)), copies, None, batching)
         return
     mine = processes.mine(len(stage.owners))
-    first = sampled_rows(stage, batching.policy) if batching.by_blocks else None
     for part in [mine] if first is None else divided(mine, first):
         yield from _of(stage, part, copies, observer, batching)
     if stage.feeds:

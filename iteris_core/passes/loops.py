@@ -187,7 +187,8 @@ def _sweep(
         job.tick("solving sites", len(solutions), len(job.changes))
         return solutions[site].change
 
-    batches = list(micro_batches(stage, 2, collector, fitted, job.processes))
+    # In every way of running it, so that all give the same.
+    batches = list(micro_batches(stage, 2, collector, fitted, job.processes, sampled))
     last = set[str]() if stage.feeds else set(stage.sites)
     with ExitStack() as stack:
         stack.enter_context(lockstep.in_levels(fitted.levels or Levels()))
