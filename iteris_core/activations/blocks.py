@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,12 +41,12 @@ class Levels:
     ends: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     blocks: Mapping[nn.Module, Block] = field(default_factory=dict[nn.Module, Block])
 
-    def __post_init__(self) -> None:
-        inner = {site for level in self.ends.values() for site in level[:-1]}
-        object.__setattr__(self, "_inner", frozenset(inner))
+    @cached_property
+    def _inner(self) -> frozenset[str]:
+        return frozenset(site for level in self.ends.values() for site in level[:-1])
 
     def ends_at(self, site: str) -> bool:
-        return site not in self._inner  # type: ignore[attr-defined]
+        return site not in self._inner
 
     def level(self, last: str) -> Sequence[str]:
         return self.ends.get(last, (last,))

@@ -174,7 +174,8 @@ class Observation:
         """Those that are chosen, masked or not."""
         length = tokens.shape[0] // (stop - start)
         picked = self.choice.indices(length, start, stop, width=self.site.shape[1])
-        assert picked is not None
+        if picked is None:
+            return tokens
         return tokens.index_select(0, picked.to(tokens.device, non_blocking=True))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
