@@ -77,7 +77,7 @@ class Sides:
         host = self.host(pipeline, **call)
         merged = self.core.merge_loras(
             host,
-            [spec.read(host) for spec in self.concepts(files)],
+            [spec.concept(host.read_lora(spec.file)) for spec in self.concepts(files)],
             settings=self.settings,
             calibration=self.calibration,
             policy=self.policy,

@@ -67,7 +67,8 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
     for name in ("Icon", "Banner"):
         assert (root / tables["tool"]["comfy"][name]).is_file()
     asked = (root / "requirements.txt").read_text().splitlines()
-    assert {line for line in asked if not line.startswith("#")} <= set(found.project.dependencies)
+    wanted = {*found.project.dependencies, *tables["project"]["optional-dependencies"]["score"]}
+    assert {line for line in asked if not line.startswith("#")} <= wanted
 
 
 def scales(pack: ModuleType, config: dict[str, Any], names: tuple[str, ...]) -> dict[str, float]:

@@ -109,5 +109,5 @@ def test_another_sampling_makes_latents_again(kit: Kit) -> None:
 
 
 def test_no_clip_is_said(kit: Kit) -> None:
-    with pytest.raises(kit.core.IterisError, match="Load CLIP"):
+    with pytest.raises(kit.core.IterisError, match="no CLIP is connected"):
         kit.merge(on=(kit.model, None))

@@ -18,8 +18,7 @@ def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
 ) -> None:
     import folder_paths
 
-    nodes = importlib.import_module(f"{pack.__name__}.nodes.lora_nodes")
-    merging = importlib.import_module(f"{pack.__name__}.nodes.merging")
+    nodes = importlib.import_module(f"{pack.__name__}.nodes.save_node")
     errors = importlib.import_module(f"{pack.__name__}.iteris_core.errors")
     for name in ("loras", "embeddings"):
         (tmp_path / name).mkdir()
@@ -32,7 +31,7 @@ def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
         f"{key}.lora_up.weight": torch.ones(4096, 4),
         f"{key}.alpha": torch.tensor(4.0),
     }
-    lora = merging.LoraModel(tensors, {})
+    lora = dict(tensors)
 
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, kept[1]))
@@ -42,10 +41,10 @@ def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     said = str(failed.value)
-    assert "merged_00001_.safetensors cannot be written (File too large" in said
+    assert "merged.safetensors cannot be written (File too large" in said
     assert "Make room" in said
     assert said.endswith("The merge is kept: queue again, and it is saved.")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     save.execute(lora, "iteris/merged")
-    assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["merged_00001_.safetensors"]
+    assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["merged.safetensors"]
