@@ -27,6 +27,8 @@ _NO_MODULE = "matches no module of the base model"
 Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a LoRA is a DoRA."""
 
+_TOO_LARGE = 1e30  # of an entry of a change: sums of several are to fit float32
+
 
 @dataclass(frozen=True)
 class ReadOptions:
@@ -111,6 +113,11 @@ def lora_of(
             if part is None:
                 counts["zero"] += 1
                 continue
+            if _largest(part.up) * _largest(part.down) * part.rank > _TOO_LARGE:
+                raise LoraFileError(
+                    f"{place} holds values of which no sum is finite; the file is broken, or its "
+                    "training diverged."
+                )
             counts["extracted"] += isinstance(change, Tensor)
             scale = 1.0 if isinstance(change, Tensor) else change.scale
             pieces.setdefault(piece.site, []).append((part, scale))
@@ -138,6 +145,10 @@ def lora_of(
         + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
     )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.float(), float("inf")))
 
 
 def _part_of(
