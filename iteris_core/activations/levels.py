@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .blocks import Block, Levels, tensors, unwritten
 from .lockstep import Lockstep
+from .meter import storage_of
 from .micro_batch import MicroBatch, Observer
 from .tokens import Observation
 
@@ -146,13 +147,8 @@ class _Watch(TorchDispatchMode):
         self._given.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked = {
-            leaf.untyped_storage()._cdata
-            for leaf in _pytree.tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and _has_storage(leaf)
-        }
+        asked = self._outputs.keys() & _storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        asked &= self._outputs.keys()
         if asked and not _is_view(func, result, asked):
             self._begin()
         return result
@@ -173,7 +169,7 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
         try:
             again = module(*given[0], **given[1])
             entered[module] = again, {path: (t, _version(t)) for path, t in there.items()}
-        except Exception:  # of any kind: it only shows that the block cannot be replayed
+        except Exception:  # only of the trial: a site that fails does so again in the forward
             _log.debug("%s cannot be replayed", type(module).__name__, exc_info=True)
         finally:
             trying.pop()
@@ -216,19 +212,13 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _has_storage(tensor: Tensor) -> bool:
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return False
-    return True
+def _storages(tree: Any) -> list[int | None]:
+    """Of every tensor; None where one has none."""
+    found = [storage_of(leaf) for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [None if storage is None else storage._cdata for storage in found]
 
 
-def _is_view(func: Any, result: Any, asked: set[int]) -> bool:
+def _is_view(func: Any, result: Any, asked: Set[int | None]) -> bool:
     """Whether all that an operation gives are views of what it was asked for."""
-    made = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return (
-        not func._schema.is_mutable
-        and bool(made)
-        and all(_has_storage(t) and t.untyped_storage()._cdata in asked for t in made)
-    )
+    made = _storages(result)
+    return not func._schema.is_mutable and bool(made) and asked >= set(made)

@@ -47,9 +47,8 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _note(self, tensor: Tensor, size: int | None) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # quantised and other tensors without one
+        storage = storage_of(tensor)
+        if storage is None:
             return
         size = storage.nbytes() if size is None else size
         key = storage._cdata
@@ -72,6 +71,14 @@ class MemoryMeter(TorchDispatchMode):
         if ref is not None and ref() is storage:
             self._known[storage._cdata] = ref, storage.nbytes()
             self._add(storage.nbytes() - before)
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """None of quantised, sparse and other tensors that have none of their own."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def resize(storage: torch.UntypedStorage, size: int) -> None:

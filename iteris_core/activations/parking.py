@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .host_memory import Slot
+from .meter import storage_of
 
 RESTS = 3
 """Pauses after which a storage stays away until an operation asks for it, a view included. Kernels
@@ -166,9 +167,8 @@ class Parking(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, used: Sequence[int]) -> None:
         """A result of an operation on storages that were ``used``."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        storage = storage_of(tensor)
+        if storage is None:
             return
         key = storage._cdata
         if key in used or key in self._held or storage.device != self._place.device:
@@ -248,10 +248,9 @@ def _storages(leaves: Iterable[Any], found: list[int]) -> None:
         if kind is list or kind is tuple:
             _storages(leaf, found)
         elif kind is Tensor or kind is nn.Parameter:
-            try:
-                found.append(leaf.untyped_storage()._cdata)
-            except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
-                continue
+            storage = storage_of(leaf)
+            if storage is not None:
+                found.append(storage._cdata)
         elif isinstance(leaf, Tensor):
             found += [plain.untyped_storage()._cdata for plain in _plain(leaf)]
 
@@ -263,8 +262,5 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         for name in parts()[0]:
             yield from _plain(getattr(tensor, name))
         return
-    try:
-        tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return
-    yield tensor
+    if storage_of(tensor) is not None:
+        yield tensor
