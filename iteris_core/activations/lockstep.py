@@ -136,7 +136,7 @@ class Lockstep:
         the ``last`` sites are solved, the forwards are not run to their end. With ``parking``,
         which has to be on, they wait there."""
         workers = [greenlet.greenlet(batch.run) for batch in batches]
-        outside = Modes.now()
+        before = Modes.now()
         try:
             with torch.no_grad():
                 outside = Modes.now()
@@ -172,7 +172,7 @@ class Lockstep:
             for worker in workers:
                 if worker and not worker.dead:
                     worker.throw()
-                    outside.restore()
+                    before.restore()
             for batch in batches:
                 batch.pending.clear()
 
