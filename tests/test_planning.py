@@ -140,6 +140,39 @@ def test_moments_count_where_they_are_while_rows_wait_there():
     assert Need(stage, Cost(steps, CPU), None, sites, waits=False).bytes_of(10, 2) == 70 + 44
 
 
+def test_of_fewer_rows_more_tokens_count():
+    """64 of 128 tokens were counted with all rows; with a quarter of them all 128 are."""
+    stage = stage_of([0] * 8)
+    step = Step("a", 10, 20, shown=9, reduced=4, width=8, length=128, counted=64, copied=6)
+    end = Step("", 0, 0)
+    need = Need(
+        stage,
+        Cost([step, end], CPU),
+        None,
+        {"a": Bytes(0, 0)},
+        limits=lambda rows: lambda width: 64 * 8 // rows,
+    )
+    assert need.bytes_of(8, 1) == 7 * 10 + 20
+    assert need.bytes_of(2, 1) == (10 + 6) + (20 + 6)  # its copies are twice as many
+    streaming = replace(need, cost=Cost([step, end], CPU, keeps=False), sampled=8)
+    assert streaming.bytes_of(8, 1) == 7 * 10 + 7 * 9 + 20  # while the last one runs
+    assert streaming.bytes_of(2, 1) == 2 * 10 + 2 * 15  # at the solve
+
+
+def test_rows_are_left_out_where_fewer_take_more_each():
+    """Eight rows take what two do, and all that is between takes more."""
+    stage = stage_of([0] * 16)
+
+    class Odd(Need):
+        def bytes_of(self, rows, at_once, on_device=None):
+            return {8: 5, 2: 5}.get(rows, 99)
+
+    need = Odd(stage, cost_of(1, 1), None, {"a": Bytes(0, 0)}, name=ON_DEVICE)
+    made, kept = plan_stage([need], Room(10), 1)
+    assert len(kept.owners) == made.rows
+    assert made.rows in (2, 8)
+
+
 def test_what_cannot_fit_is_said():
     with pytest.raises(OutOfMemory, match="denoiser needs at least"):
         plan_stage(needs_of(stage_of([0, 1])), Room(101), 8)

@@ -102,14 +102,20 @@ def chunks(
             yield rows[start : start + size]
 
 
-def limit_of(stage: Stage, batching: Batching) -> Callable[[int], int] | None:
-    """How many tokens of a row count at a site that is so many inputs wide; None: all."""
+def limit_of(
+    stage: Stage, batching: Batching, count: int | None = None
+) -> Callable[[int], int] | None:
+    """How many tokens of a row count at a site that is so many inputs wide; None: all. With
+    ``count``, if only so many rows were left (:func:`fewer`)."""
     limit, policy = batching.row_tokens, batching.policy
     if limit is None or (limit == "enough" and not stage.places):
         return None
     if limit != "enough":
         return lambda width: limit
-    rows = min(Counter(stage.owners).values())
+    by_concept = Counter(stage.owners)
+    rows = min(by_concept.values())
+    if count is not None:
+        rows = max(min(rows, count // len(by_concept)), 1)
     return lambda width: policy.row_tokens(width, rows)
 
 

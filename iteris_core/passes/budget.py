@@ -99,6 +99,7 @@ def plan(
         sweep,
         passes,
         ON_DEVICE if sweep else "",
+        limits=lambda rows: limit_of(stage, batching, rows),
     )
     wanted = need.bytes_of(len(stage.owners), batching.rows)
     if budget == "free":
@@ -157,13 +158,20 @@ def plan_stage(
     offered = len(stage.owners)
     found = _quickest(needs, room, offered, most, offered, gain)
     if found is None:
-        fewest = offered if stage.feeds else max(len(set(stage.owners)), size)
-        rows = _largest(
-            lambda rows: _quickest(needs, room, rows, 1, offered, gain) is not None, fewest, offered
-        )
-        if rows is None:
-            raise _too_much(needs, room, fewest)
-        stage = fewer(stage, rows // size * size if size > 1 else rows)
+        concepts = len(set(stage.owners))
+
+        def left(share: int) -> Stage:
+            return fewer(stage, share * concepts // size * size)
+
+        def fits(share: int) -> bool:
+            rows = len(left(share).owners)
+            return _quickest(needs, room, rows, 1, offered, gain) is not None
+
+        fewest = -(-size // concepts)
+        share = None if stage.feeds else _most_that_fits(fits, fewest, offered // concepts)
+        if share is None:
+            raise _too_much(needs, room, offered if stage.feeds else fewest * concepts)
+        stage = left(share)
         found = _quickest(needs, room, len(stage.owners), most, offered, gain)
         assert found is not None
     return found, stage
@@ -236,6 +244,17 @@ def _too_much(needs: Sequence[Need], room: Room, fewest: int) -> OutOfMemory:
         f"{what}{tried}, and {room.device / 2**30:.2f} GiB may be used; lower samples, timesteps "
         "or latent_size, or allow more memory."
     )
+
+
+def _most_that_fits(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """About the largest number that ``fits``. Smaller ones nearly always do, but of fewer rows
+    more tokens count, so that one may not."""
+    above = most
+    while most >= least:
+        if fits(most):
+            return _largest(fits, most, above)
+        above, most = most - 1, min(most - 1, round(0.9 * most))
+    return None
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -34,7 +34,8 @@ class Step:
     most on the way (``running``), of its tensors that the solve reads (``shown``) and that are made
     of them (``reduced``); ``forward`` is taken on the way however many rows run. The inputs of the
     sites ``beside`` are still alive there, so that others may share their moments; a site that
-    ``shares`` finds those of its own inputs made."""
+    ``shares`` finds those of its own inputs made. Of a row's ``length`` tokens, ``width`` wide, so
+    many ``counted``; ``copied`` of what is shown are copies of those."""
 
     site: str
     waiting: int = 0
@@ -44,18 +45,38 @@ class Step:
     forward: int = 0
     beside: Sequence[str] = ()
     shares: bool = False
+    width: int = 0
+    length: int = 0
+    counted: int = 0
+    copied: int = 0
+
+    def counting(self, limit: Limit) -> Step:
+        """The same where up to ``limit`` tokens count."""
+        if not self.counted:
+            return self
+        counted = self.length if limit is None else min(self.length, limit(self.width))
+        share = counted / self.counted
+        copied = round(share * self.copied)
+        return replace(
+            self,
+            counted=counted,
+            copied=copied,
+            shown=self.shown + copied - self.copied,
+            reduced=round(share * self.reduced),
+        )
 
 
 @dataclass(frozen=True)
 class Cost:
     """Of one row, all its copies: its ``steps`` in order, the last one to the model's end (site
     ""). A forward takes ``seconds``, and ``more`` for every row. ``device`` is where its tensors
-    are."""
+    are. If a row ``keeps`` what it has shown, that is among what it holds."""
 
     steps: Sequence[Step]
     device: torch.device
     seconds: float = 0.0
     more: float = 0.0
+    keeps: bool = True
 
     @property
     def waiting(self) -> int:
@@ -98,6 +119,7 @@ class Measure:
             one.device,
             max(2 * seconds[0] - seconds[1], 0.0),
             self.copies * min(max(seconds[1] - seconds[0], 0.0), seconds[0]),
+            one.keeps,
         )
 
 
@@ -113,6 +135,7 @@ def _step(one: Step, two: Step, copies: int) -> Step:
         running=more(one.running, two.running),
         shown=more(one.shown, two.shown),
         reduced=two.reduced - one.reduced,
+        copied=more(one.copied, two.copied),
         forward=max(2 * one.running - two.running, 0),
     )
 
@@ -139,7 +162,7 @@ class _Run:
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
         self._narrow = levels is not None
-        self._keeps = levels is None or not streams(measure.stage, levels)
+        self.keeps = levels is None or not streams(measure.stage, levels)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
@@ -171,6 +194,8 @@ class _Run:
         """What the solve of a site will read is kept until then, as in a sweep."""
         self.device, meter = shown.inputs.device, self._meter
         before = meter.live, meter.peak
+        length, limit = shown.site.length(shown.outputs), self._measure.limit
+        whole = shown
         if self._narrow:
             shown = shown.narrowed()
         tensors = (shown.inputs, shown.outputs, shown.stream)
@@ -180,18 +205,28 @@ class _Run:
         others = shown.alive - {shown.group}
         beside = [site for group, site in self._groups.items() if group in others]
         reduced = shown.rows * self._reduced(shown)
-        shares = shown.group in self._groups
+        width = shown.site.shape[1]
         self.steps.append(
-            Step(shown.name, shown=held, reduced=reduced, beside=tuple(beside), shares=shares)
+            Step(
+                shown.name,
+                shown=held,
+                reduced=reduced,
+                beside=tuple(beside),
+                shares=shown.group in self._groups,
+                width=width,
+                length=length,
+                counted=length if limit is None else min(length, limit(width)),
+                copied=0 if shown is whole else held,
+            )
         )
         self._groups[shown.group] = shown.name
         self._level.append(shown)
-        if not self._keeps:  # it is reduced here
+        if not self.keeps:  # it is reduced here
             meter.peak = max(before[1], before[0] + reduced)
 
     def _pause(self, _: str) -> None:
         meter, parking = self._meter, self._parking
-        if not self._keeps:
+        if not self.keeps:
             self._level.clear()
         waiting = meter.live + (0 if parking is None else parking.away)
         level = slice(self._solved, None)

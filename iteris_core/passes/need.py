@@ -6,14 +6,14 @@ while it is solved. Else the moments of all sites are there at once, and no row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..activations.blocks import Levels
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
 from ..solve.problem import Bytes
-from .measure import Cost, Step
+from .measure import Cost, Limit, Step
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Need:
     ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
     it waits in host memory. ``waits`` says that all rows wait (a sweep), at the end of each of the
     ``levels`` (None: at every site). With ``sampled`` only so many rows wait with what they have
-    shown, and the others are reduced as they run. The way is called ``name``."""
+    shown, and the others are reduced as they run. The way is called ``name``. Of fewer rows more
+    tokens count: up to ``limits(rows)`` (None: as many as when the cost was measured)."""
 
     stage: Stage
     cost: Cost
@@ -43,6 +44,7 @@ class Need:
     name: str = ""
     levels: Levels | None = None
     sampled: int = 0
+    limits: Callable[[int], Limit] | None = None
 
     def mine(self, rows: int) -> int:
         """This process's part."""
@@ -53,18 +55,20 @@ class Need:
         process wait on the device (None: all)."""
         mine = self.mine(rows)
         at_once = min(at_once, mine)
-        if not self.waits:
-            return self.fixed + self._streamed(at_once)
-        swept = self._by_levels if self.sampled else self._swept
-        return self.fixed + max(swept(mine, at_once, on_device))
+        need = self._of_rows(rows)
+        if not need.waits:
+            return need.fixed + need._streamed(at_once)
+        swept = need._by_levels if need.sampled else need._swept
+        return need.fixed + max(swept(mine, at_once, on_device))
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """What rows take of the host's memory that do not wait on the device."""
         if self.parked is None or on_device is None:
             return 0
-        away = self.mine(rows) - on_device
-        shown = max(sum(step.shown for step in level) for level in self._of_levels(self.cost.steps))
-        return away * self.parked.waiting + min(self.sampled, away) * shown
+        need, away = self._of_rows(rows), self.mine(rows) - on_device
+        shown = max(sum(step.shown for step in level) for level in self._of_levels(need.cost.steps))
+        waiting = 0 if need.parked is None else need.parked.waiting
+        return away * waiting + min(self.sampled, away) * shown
 
     def seconds_of(self, rows: int, at_once: int, on_device: int | None = None) -> float:
         """About so long, but for what solving takes."""
@@ -74,6 +78,30 @@ class Need:
         if self.parked is not None:
             run += _seconds(self.parked, mine - there, at_once)
         return self.passes * run
+
+    def _of_rows(self, rows: int) -> Need:
+        """The same with the tokens that count of so many rows."""
+        if self.limits is None or rows >= len(self.stage.owners):
+            return self
+        limit, parked = self.limits(rows), self.parked
+        return replace(
+            self,
+            cost=self._counting(self.cost, limit),
+            parked=None if parked is None else self._counting(parked, limit),
+        )
+
+    def _counting(self, cost: Cost, limit: Limit) -> Cost:
+        steps: list[Step] = []
+        for level in self._of_levels(cost.steps):
+            counted = [step.counting(limit) for step in level]
+            more = sum(step.copied for step in counted) - sum(step.copied for step in level)
+            if cost.keeps:
+                counted = [
+                    replace(step, waiting=step.waiting + more, running=step.running + more)
+                    for step in counted
+                ]
+            steps += counted
+        return replace(cost, steps=steps)
 
     def _swept(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
         """At every moment that may take most. Rows that run have left the site before, or not."""
