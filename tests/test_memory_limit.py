@@ -59,6 +59,9 @@ def within(mib: int) -> dict:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        # Else glibc keeps what is freed in heaps, in pieces that no later tensor fits into.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     command = [sys.executable, "-c", SCRIPT, str(mib)]
