@@ -47,6 +47,8 @@ def test_every_method_is_listed_with_a_summary():
     assert names >= {
         *("average", "sum", "svd", "task-arithmetic", "ties", "dare-linear", "dare-ties"),
         *("knots", "regmean", "regmean++", "ssr", "custom-diffusion", "orthogonal"),
+        *("della", "della-linear", "wudi", "ace"),
+        *("chain-of-merges", "gradient-fusion", "loraclr"),
         *("iteris", "iteris-subspace"),
     }
     assert all(len(method.summary) > 10 for method in all_methods())
@@ -254,15 +256,20 @@ def test_the_subspace_form_is_the_least_squares_router():
         assert float((found - up @ router @ down).norm() / found.norm()) < 1e-3
 
 
-@pytest.mark.parametrize(
-    "name", [m.name for m in all_methods() if m.name not in ("custom-diffusion", "orthogonal")]
-)
+DELLA = ("della", "della-linear")
+# What does not give a LoRA back: Custom Diffusion and LoRACLR go some way to it.
+NOT_ITSELF = ("custom-diffusion", "orthogonal", "loraclr")
+
+
+@pytest.mark.parametrize("name", [m.name for m in all_methods() if m.name not in NOT_ITSELF])
 def test_one_lora_alone(name):
     """What each method makes of a single LoRA: itself, but for known scales and random drops."""
     lora = make_lora(1)
     neutral = {"task-arithmetic": {"scale": 1.0}, "ties": {"density": 1.0}}
     neutral |= {name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties")}
     neutral |= {"iteris-subspace": {"ridge": 0.0}}
+    neutral |= {name: {"density": 1.0, "window": 0.0, "scale": 1.0} for name in DELLA}
+    neutral |= {"gradient-fusion": {"steps": 500}}
     ours = merge([lora], name, **neutral.get(name, {}))
     assert difference(ours.lora, dense_changes(lora)) < 1e-3  # float32 statistics
 

@@ -25,14 +25,14 @@ class DareSettings(Settings):
 def dare_linear(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, add up (DARE, ICML 2024)."""
     dropped = _dropped(at, settings.density)
-    return cut(at, settings.scale * dropped.sum(dim=0), settings.rank)
+    return cut(at.changes, settings.scale * dropped.sum(dim=0), settings.rank)
 
 
 @on_weights("dare-ties", DareSettings)
 def dare_ties(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, then elect signs as TIES does (DARE, ICML 2024)."""
     dropped = _dropped(at, settings.density)
-    return cut(at, settings.scale * disjoint_mean(dropped), settings.rank)
+    return cut(at.changes, settings.scale * disjoint_mean(dropped), settings.rank)
 
 
 def _dropped(at: AtSite, density: float) -> Tensor:

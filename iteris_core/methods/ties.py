@@ -26,7 +26,7 @@ class TiesSettings(Settings):
 def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
     trimmed = torch.stack([keep_largest(change, settings.density) for change in at.dense()])
-    return cut(at, settings.scale * disjoint_mean(trimmed), settings.rank)
+    return cut(at.changes, settings.scale * disjoint_mean(trimmed), settings.rank)
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:

@@ -1,0 +1,132 @@
+"""Gradient fusion (Mix-of-Show, Gu et al., NeurIPS 2023, arXiv 2305.18292): RegMean by L-BFGS.
+
+The mean of ‖X_i ΔWᵀ − X_i ΔW_iᵀ‖² over all tokens, each LoRA's on its own inputs, is brought down
+by some steps of L-BFGS from the base's weights: where the moments tell little, the base stays.
+
+Every gradient lies within the columns of [up_1 … up_N] = Q R, and so does every step: ΔW = Q C, and
+L-BFGS on C, (Σ r_i, in), takes the steps that it takes on ΔW, but for the length of its first trial
+step. The result has rank Σ r_i exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..errors import SolveError
+from ..lora import LowRank, SiteChanges
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import Reducing, reference_pass
+from ..report.report import SiteReport
+from ..settings import Settings, setting
+from ..solve.adapter import Gram
+from ..solve.problem import Fit, Reduction, Solution
+from .cuts import cut_to
+from .registry import Merged, micro_batch_setting, on_model, rank_setting
+
+_HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code
+_NEVER = 1e-16  # its tolerances there, for both gradient and change
+
+
+@dataclass(frozen=True)
+class GradientFusionSettings(Settings):
+    steps: int = setting(
+        50, "Steps of L-BFGS at layers that read the picture; 50 in the source.", low=1
+    )
+    text_steps: int = setting(
+        500, "Steps at layers that read the text alone; 500 in the source.", low=1
+    )
+    rank: int | float | None = rank_setting()
+    micro_batch: int = micro_batch_setting()
+
+
+@on_model("gradient-fusion", GradientFusionSettings)
+def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
+    """RegMean's least squares by some steps of L-BFGS from the base (Mix-of-Show, 2023)."""
+    fit = Fit(job.weights, 0.0, "none")
+
+    def solve(site: str, reduction: Reduction) -> Solution:
+        steps = settings.text_steps if reads_text(site) else settings.steps
+        change = _descended(cast(Gram, reduction), job.weights, steps)
+        change, lost = cut_to(change, settings.rank)
+        return Solution(change.to(reduction.changes.like.up.dtype), truncated=lost)
+
+    reducing = Reducing(
+        begin=Gram.begin,
+        solve=solve,
+        bytes=lambda site, _: Gram.bytes(job.changes[site]),
+        work=lambda site, tokens, _, shares: Gram.work(
+            job.changes[site], tokens, fit, torch.float32, shares
+        ),
+    )
+    solutions = reference_pass(job, lambda _: reducing, Batching(settings.micro_batch))
+    return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+
+
+def reads_text(site: str) -> bool:
+    """Whether nothing but the prompt reaches the site."""
+    return site.startswith("text_encoder") or site.endswith(("attn2.to_k", "attn2.to_v"))
+
+
+def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:
+    changes = reduced.changes
+    reduced.inputs.complete()
+    basis, parts = _basis(changes)
+    moment, right = _normal_equations(reduced, parts, weights)
+    total = sum(reduced.inputs.tokens.tolist()) * changes.shape[0]
+    constant = sum(
+        weights[i] * float(((part @ reduced.inputs.own[i].double()) * part).sum())
+        for i, part in parts.items()
+    )
+    if not torch.isfinite(moment).all():
+        raise SolveError("its inputs hold NaN or infinite values; try a base model in float32.")
+    merged = torch.zeros_like(right)
+    best, best_loss = merged.clone(), float("inf")
+    lbfgs = torch.optim.LBFGS(
+        [merged],
+        lr=1,
+        max_iter=steps,
+        history_size=_HISTORY,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=_NEVER,
+        tolerance_change=_NEVER,
+    )
+
+    def loss() -> Tensor:
+        nonlocal best, best_loss
+        over = merged @ moment
+        merged.grad = 2 * (over - right) / total
+        value = ((over - 2 * right) * merged).sum().add(constant) / total
+        if float(value) < best_loss:
+            best, best_loss = merged.clone(), float(value)
+        return value
+
+    lbfgs.step(loss)
+    return LowRank(basis, best, changes.like.kernel)
+
+
+def _basis(changes: SiteChanges) -> tuple[Tensor, dict[int, Tensor]]:
+    """Q, (out, Σ r_i) or (out, out), and QᵀΔW_i of every concept that has a change; float64."""
+    present = {i: change.to(torch.float64) for i, change in changes.present.items()}
+    basis = torch.linalg.qr(torch.cat([change.up for change in present.values()], dim=1)).Q
+    return basis, {i: basis.mT @ change.up @ change.down for i, change in present.items()}
+
+
+def _normal_equations(
+    reduced: Gram, parts: Mapping[int, Tensor], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Σ w_i G_i, and Σ w_i QᵀΔW_i G_i."""
+    like = next(iter(parts.values()))
+    moment = like.new_zeros(like.shape[1], like.shape[1])
+    right = torch.zeros_like(like)
+    for concept, own in enumerate(reduced.inputs.own):
+        gram = own.to(like) * weights[concept]
+        moment += gram
+        if concept in parts:
+            right += parts[concept] @ gram
+    return moment, right

@@ -1,0 +1,167 @@
+"""LoRACLR (Simsar et al., CVPR 2025, arXiv 2412.09622): each to its own outputs, off the others'.
+
+By AdamW from the base's weights, on each LoRA's own inputs, as the authors' code has it:
+
+    c · mean_i (d_ii² + max(0, m − min_{j≠i} d_ij)²) + a · (mean squared error) + b · ‖ΔW‖,
+
+d_ij = ‖Ŷ_i − Y_j‖ over all tokens, Ŷ_i what the merged layer gives for concept i, Y_j what LoRA j's
+own gives for concept j, token by token in their order. With E_i = ΔW − ΔW_i, Ŷ_i − Y_j is
+X_i E_iᵀ + Y_i − Y_j, so that d_ij needs X_iᵀX_i, (Y_i − Y_j)ᵀX_i and ‖Y_i − Y_j‖² alone, and
+neither weights nor a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.precision import full_precision
+from ..linalg.rates import product
+from ..lora import SiteChanges
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import Reducing, sweep_pass
+from ..report.report import SiteReport
+from ..settings import Settings, setting
+from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, Work, finite_as
+from .cuts import cut
+from .registry import Merged, micro_batch_setting, on_model, rank_setting
+
+_DECAY = 1e-4  # AdamW's weight decay, and below it what is under a root is no distance, both theirs
+_LEAST = 1e-12
+
+
+@dataclass(frozen=True)
+class LoraclrSettings(Settings):
+    steps: int = setting(50, "Steps of AdamW; 50 in the source.", low=1)
+    rate: float = setting(
+        1e-4,
+        "Learning rate; 1e-4 in the source. No entry moves by more than about steps × rate.",
+        above=0,
+    )
+    margin: float = setting(
+        0.5,
+        "How far a concept's outputs, all tokens together, are kept from the nearest other's (m).",
+        low=0,
+    )
+    contrast: float = setting(1.0, "What the contrastive loss counts (c).", low=0)
+    error: float = setting(0.1, "What the mean squared error counts (a).", low=0)
+    size: float = setting(0.001, "What the norm of the merged change counts (b).", low=0)
+    rank: int | float | None = rank_setting()
+    micro_batch: int = micro_batch_setting()
+
+
+@on_model("loraclr", LoraclrSettings)
+def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
+    """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
+    fit = Fit(job.weights, 0.0, "none", rank=settings.rank)
+    reducing = Reducing(
+        begin=lambda opening: _Pairs(opening.changes, opening.device, settings),
+        solve=lambda _, reduced: reduced.solve(fit),
+        bytes=lambda site, _: _Pairs.bytes(job.changes[site]),
+        work=lambda site, tokens, _, __: _Pairs.work(job.changes[site], tokens, settings.steps),
+    )
+    # A sweep, so that the tokens of one site alone are there at a time; what it solves is not used.
+    batching = Batching(settings.micro_batch, "enough", job.calibration.seed, policy=job.policy)
+    solutions = sweep_pass(job, lambda _: reducing, batching)
+    return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+
+
+class _Pairs(Reduction):
+    """X_iᵀX_i, and of two concepts (Y_i − Y_j)ᵀX_i and ‖Y_i − Y_j‖², in float32, of as many tokens
+    as every concept has; ``_count`` of them."""
+
+    def __init__(
+        self, changes: SiteChanges, device: torch.device, settings: LoraclrSettings
+    ) -> None:
+        super().__init__(changes)
+        self._settings = settings
+        concepts, (out, width) = len(changes), changes.shape
+        self._grams = torch.zeros(concepts, width, width, device=device)
+        self._crossed = torch.zeros(concepts, concepts, out, width, device=device)
+        self._apart = torch.zeros(concepts, concepts, device=device)
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._waiting: list[list[Tensor]] = [[] for _ in range(2 * concepts)]
+
+    def add(self, tokens: Tokens) -> None:
+        self._waiting[2 * tokens.concept].append(tokens.reference.float())
+        self._waiting[2 * tokens.concept + 1].append(tokens.output.float())
+        if all(self._waiting):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Take in as many tokens as every concept has waiting."""
+        waiting = [torch.cat(parts) for parts in self._waiting]
+        count = min(map(len, waiting))
+        self._waiting = [[rest[count:]] if len(rest) > count else [] for rest in waiting]
+        inputs, outputs = ([tokens[:count] for tokens in waiting[start::2]] for start in range(2))
+        with full_precision(self._grams.device):
+            for i, (own, given) in enumerate(zip(inputs, outputs, strict=True)):
+                self._grams[i].addmm_(own.mT, own)
+                for j, other in enumerate(outputs):
+                    gap = given - other
+                    self._crossed[i, j].addmm_(gap.mT, own)
+                    self._apart[i, j] += (gap**2).sum()
+        self._count += count
+
+    def sums(self) -> list[Tensor]:
+        return [self._grams, self._crossed, self._apart, self._count]
+
+    def solve(self, fit: Fit) -> Solution:
+        settings = self._settings
+        changes = self.changes.to(torch.float32, self._grams.device)
+        own = torch.stack(
+            [
+                torch.zeros(changes.shape).to(self._grams) if change is None else change.dense()
+                for change in changes
+            ]
+        )
+        merged = torch.zeros_like(own[0]).requires_grad_()
+        best, best_loss = merged.detach().clone(), float("inf")
+        adam = torch.optim.AdamW([merged], lr=settings.rate, weight_decay=_DECAY)
+        shares = torch.tensor(fit.weights).to(own) / sum(fit.weights)
+        tokens = max(float(self._count), 1.0) * own[0].shape[0] * len(own)
+        for _ in range(settings.steps):
+            with torch.enable_grad(), full_precision(own.device):
+                squares, nearest = self._distances(merged - own)
+                pushed = (settings.margin - nearest).clamp(min=0) ** 2
+                loss = (
+                    settings.contrast * (shares * (squares + pushed)).sum()
+                    + settings.error * squares.sum() / tokens
+                    + settings.size * merged.norm()
+                )
+                (merged.grad,) = torch.autograd.grad(loss, [merged])
+            if float(loss) < best_loss:
+                best, best_loss = merged.detach().clone(), float(loss)
+            adam.step()
+        change, lost = cut(self.changes, best.double(), fit.rank)
+        return Solution(finite_as(change, self.changes.like), truncated=lost)
+
+    def _distances(self, gaps: Tensor) -> tuple[Tensor, Tensor]:
+        """d_ii² and min_{j≠i} d_ij of every concept, for E_i in ``gaps``."""
+        squares = (gaps @ self._grams * gaps).sum((1, 2))
+        crossed = (self._crossed * gaps[:, None]).sum((2, 3))
+        others = (self._apart + 2 * crossed + squares[:, None]).clamp(min=_LEAST).sqrt()
+        apart = torch.eye(len(gaps), device=gaps.device).bool()
+        return squares, others.masked_fill(apart, float("inf")).min(dim=1).values
+
+    @staticmethod
+    def bytes(changes: SiteChanges) -> Bytes:
+        """What is summed up; a step of AdamW has seven matrices of the change's size, and five of
+        every concept's and one of every two concepts'."""
+        out, width = changes.shape
+        concepts = len(changes)
+        sums = 4 * concepts * width * (width + concepts * out)
+        return Bytes(sums, 4 * out * width * (7 + 5 * concepts + concepts**2))
+
+    @staticmethod
+    def work(changes: SiteChanges, tokens: int, steps: int) -> Work:
+        """The products of all pairs; a step multiplies by every Gram matrix, there and back."""
+        out, width = changes.shape
+        concepts = len(changes)
+        pairs = 2 * tokens * width * (width + concepts * out)
+        step = concepts * 2 * out * width * (2 * width + 2 * concepts)
+        dtype = torch.float32
+        return Work(product(dtype, pairs), product(dtype, steps * step))
