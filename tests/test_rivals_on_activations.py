@@ -9,6 +9,8 @@ from test_methods import DENSE, LORAS, WIDE, merge, references
 from torch import nn
 from torch.nn import functional as F
 
+from iteris_core import SolveError
+
 DATA = make_data(3)
 
 
@@ -138,3 +140,21 @@ def test_loraclr_pairs_as_many_tokens_as_all_have():
     assert (
         difference(ours.lora, dense_changes(merge(LORAS, "loraclr", short, **settings).lora)) < 1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["chain-of-merges", "gradient-fusion", "loraclr", "wudi"])
+def test_none_needs_gradients_of_the_caller(name):
+    """ComfyUI runs nodes in inference mode, where autograd keeps nothing."""
+    plain = merge(LORAS, name).lora
+    with torch.inference_mode():
+        inside = merge(LORAS, name).lora
+    assert difference(inside, dense_changes(plain)) < 1e-6
+
+
+def test_loraclr_says_where_numbers_are_not_finite():
+    data = make_data(3)
+    data[1][0, 0, 0] = float("nan")
+    with pytest.raises(SolveError, match=r"Site q: .* NaN"):
+        merge(LORAS, "loraclr", data)
+    with pytest.raises(SolveError, match=r"Site q: .* NaN"):
+        merge(LORAS, "gradient-fusion", data)

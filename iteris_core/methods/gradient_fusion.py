@@ -10,7 +10,8 @@ step. The result has rank Σ r_i exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..lora import LowRank, SiteChanges
+from ..linalg.precision import solve_device
+from ..lora import LowRank
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import Reducing, reference_pass
 from ..report.report import SiteReport
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
-from ..solve.problem import Fit, Reduction, Solution
+from ..solve.inputs import NOT_FINITE
+from ..solve.problem import Fit, Reduction, Solution, finite_as
 from .cuts import cut_to
 from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
@@ -54,7 +57,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
         steps = settings.text_steps if reads_text(site) else settings.steps
         change = _descended(cast(Gram, reduction), job.weights, steps)
         change, lost = cut_to(change, settings.rank)
-        return Solution(change.to(reduction.changes.like.up.dtype), truncated=lost)
+        return Solution(finite_as(change, reduction.changes.like), truncated=lost)
 
     reducing = Reducing(
         begin=Gram.begin,
@@ -74,19 +77,27 @@ def reads_text(site: str) -> bool:
 
 
 def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:
-    changes = reduced.changes
     reduced.inputs.complete()
-    basis, parts = _basis(changes)
-    moment, right = _normal_equations(reduced, parts, weights)
-    total = sum(reduced.inputs.tokens.tolist()) * changes.shape[0]
-    constant = sum(
-        weights[i] * float(((part @ reduced.inputs.own[i].double()) * part).sum())
-        for i, part in parts.items()
-    )
-    if not torch.isfinite(moment).all():
-        raise SolveError("its inputs hold NaN or infinite values; try a base model in float32.")
+    device = solve_device(reduced.inputs.own[0].device)
+    changes = reduced.changes.to(device=device).to(torch.float64)
+    up = torch.cat([change.up for change in changes.present.values()], dim=1)
+    basis = torch.linalg.qr(up).Q
+    parts = {i: basis.mT @ change.up @ change.down for i, change in changes.present.items()}
+    # Σ w_i G_i, Σ w_i QᵀΔW_i G_i, and Σ w_i ‖X_i ΔW_iᵀ‖²
+    moment = basis.new_zeros(changes.shape[1], changes.shape[1])
+    right, constant = basis.new_zeros(basis.shape[1], changes.shape[1]), 0.0
+    for concept, own in enumerate(reduced.inputs.own):
+        gram = own.to(device).double() * weights[concept]
+        moment += gram
+        if concept in parts:
+            product = parts[concept] @ gram
+            right += product
+            constant += float((product * parts[concept]).sum())
+    if not math.isfinite(float(moment.norm())):
+        raise SolveError(NOT_FINITE)
+    total = float(reduced.inputs.tokens.sum()) * changes.shape[0]
     merged = torch.zeros_like(right)
-    best, best_loss = merged.clone(), float("inf")
+    best, best_loss = merged.clone(), math.inf
     lbfgs = torch.optim.LBFGS(
         [merged],
         lr=1,
@@ -108,25 +119,3 @@ def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:
 
     lbfgs.step(loss)
     return LowRank(basis, best, changes.like.kernel)
-
-
-def _basis(changes: SiteChanges) -> tuple[Tensor, dict[int, Tensor]]:
-    """Q, (out, Σ r_i) or (out, out), and QᵀΔW_i of every concept that has a change; float64."""
-    present = {i: change.to(torch.float64) for i, change in changes.present.items()}
-    basis = torch.linalg.qr(torch.cat([change.up for change in present.values()], dim=1)).Q
-    return basis, {i: basis.mT @ change.up @ change.down for i, change in present.items()}
-
-
-def _normal_equations(
-    reduced: Gram, parts: Mapping[int, Tensor], weights: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Σ w_i G_i, and Σ w_i QᵀΔW_i G_i."""
-    like = next(iter(parts.values()))
-    moment = like.new_zeros(like.shape[1], like.shape[1])
-    right = torch.zeros_like(like)
-    for concept, own in enumerate(reduced.inputs.own):
-        gram = own.to(like) * weights[concept]
-        moment += gram
-        if concept in parts:
-            right += parts[concept] @ gram
-    return moment, right

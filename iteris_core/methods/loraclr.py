@@ -12,12 +12,14 @@ neither weights nor a bias.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..linalg.precision import full_precision
+from ..errors import SolveError
+from ..linalg.precision import full_precision, solve_device
 from ..linalg.rates import product
 from ..lora import SiteChanges
 from ..passes.batches import Batching
@@ -25,12 +27,13 @@ from ..passes.job import Job
 from ..passes.loops import Reducing, sweep_pass
 from ..report.report import SiteReport
 from ..settings import Settings, setting
+from ..solve.inputs import NOT_FINITE
 from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, Work, finite_as
 from .cuts import cut
 from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
-_DECAY = 1e-4  # AdamW's weight decay, and below it what is under a root is no distance, both theirs
-_LEAST = 1e-12
+_DECAY = 1e-4  # of AdamW, as in the source
+_LEAST = 1e-12  # under a root, likewise
 
 
 @dataclass(frozen=True)
@@ -118,50 +121,60 @@ class _Pairs(Reduction):
                 for change in changes
             ]
         )
-        merged = torch.zeros_like(own[0]).requires_grad_()
-        best, best_loss = merged.detach().clone(), float("inf")
+        shares = settings.contrast * torch.tensor(fit.weights).to(own) / sum(fit.weights)
+        error = settings.error / (max(float(self._count), 1.0) * own[0].shape[0] * len(own))
+        merged = torch.zeros_like(own[0])
+        best, best_loss = merged.clone(), math.inf
         adam = torch.optim.AdamW([merged], lr=settings.rate, weight_decay=_DECAY)
-        shares = torch.tensor(fit.weights).to(own) / sum(fit.weights)
-        tokens = max(float(self._count), 1.0) * own[0].shape[0] * len(own)
         for _ in range(settings.steps):
-            with torch.enable_grad(), full_precision(own.device):
-                squares, nearest = self._distances(merged - own)
-                pushed = (settings.margin - nearest).clamp(min=0) ** 2
-                loss = (
-                    settings.contrast * (shares * (squares + pushed)).sum()
-                    + settings.error * squares.sum() / tokens
-                    + settings.size * merged.norm()
-                )
-                (merged.grad,) = torch.autograd.grad(loss, [merged])
-            if float(loss) < best_loss:
-                best, best_loss = merged.detach().clone(), float(loss)
+            with full_precision(own.device):
+                loss, merged.grad = self._loss(merged, own, shares, error)
+            if not math.isfinite(loss):
+                raise SolveError(NOT_FINITE)
+            if loss < best_loss:
+                best, best_loss = merged.clone(), loss
             adam.step()
-        change, lost = cut(self.changes, best.double(), fit.rank)
+        best = best.to(solve_device(best.device)).double()
+        change, lost = cut(self.changes, best, fit.rank)
         return Solution(finite_as(change, self.changes.like), truncated=lost)
 
-    def _distances(self, gaps: Tensor) -> tuple[Tensor, Tensor]:
-        """d_ii² and min_{j≠i} d_ij of every concept, for E_i in ``gaps``."""
-        squares = (gaps @ self._grams * gaps).sum((1, 2))
+    def _loss(
+        self, merged: Tensor, own: Tensor, shares: Tensor, error: float
+    ) -> tuple[float, Tensor]:
+        """The loss and its gradient; ``shares`` are c of every concept, and ``error`` a."""
+        gaps = merged - own
+        turned = gaps @ self._grams  # half of what d_ii² grows by
+        squares = (turned * gaps).sum((1, 2))
         crossed = (self._crossed * gaps[:, None]).sum((2, 3))
         others = (self._apart + 2 * crossed + squares[:, None]).clamp(min=_LEAST).sqrt()
-        apart = torch.eye(len(gaps), device=gaps.device).bool()
-        return squares, others.masked_fill(apart, float("inf")).min(dim=1).values
+        itself = torch.eye(len(gaps), device=gaps.device).bool()
+        nearest, which = others.masked_fill(itself, math.inf).min(dim=1)
+        pushed = (self._settings.margin - nearest).clamp(min=0)
+        norm = merged.norm()
+        loss = (shares * (squares + pushed**2)).sum() + error * squares.sum()
+        loss = loss + self._settings.size * norm
+        each = torch.arange(len(gaps), device=gaps.device)
+        away = (shares * pushed / nearest)[:, None, None]
+        gradient = (2 * (shares + error))[:, None, None] * turned
+        gradient = gradient - 2 * away * (self._crossed[each, which] + turned)
+        size = self._settings.size / norm.clamp(min=_LEAST)
+        return float(loss), gradient.sum(dim=0) + size * merged
 
     @staticmethod
     def bytes(changes: SiteChanges) -> Bytes:
-        """What is summed up; a step of AdamW has seven matrices of the change's size, and five of
+        """What is summed up; a step of AdamW has six matrices of the change's size, and six of
         every concept's and one of every two concepts'."""
         out, width = changes.shape
         concepts = len(changes)
         sums = 4 * concepts * width * (width + concepts * out)
-        return Bytes(sums, 4 * out * width * (7 + 5 * concepts + concepts**2))
+        return Bytes(sums, 4 * out * width * (6 + 6 * concepts + concepts**2))
 
     @staticmethod
     def work(changes: SiteChanges, tokens: int, steps: int) -> Work:
-        """The products of all pairs; a step multiplies by every Gram matrix, there and back."""
+        """The products of all pairs; a step multiplies by every Gram matrix."""
         out, width = changes.shape
         concepts = len(changes)
         pairs = 2 * tokens * width * (width + concepts * out)
-        step = concepts * 2 * out * width * (2 * width + 2 * concepts)
+        step = concepts * 2 * out * width * (width + concepts)
         dtype = torch.float32
         return Work(product(dtype, pairs), product(dtype, steps * step))
