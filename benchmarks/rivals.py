@@ -112,7 +112,11 @@ GRIDS: dict[str, Grid] = {
         "rate": ratios(1e-5, 1e-4, 1e-3),
         "scale": steps(0.6, 0.8, 1.0),
     },
-    "ace": {"ridge": ratios(1e-3, 1e-2, 1e-1), "scale": steps(0.8, 1.0, 1.2)},
+    "ace": {
+        "uneven": ratios(0.3, 3.0, 30.0),
+        "ridge": ratios(1e-3, 1e-2, 1e-1),
+        "scale": steps(0.6, 0.8, 1.0),
+    },
     "regmean": {"shrink": _SHRINK},
     "regmean++": {"shrink": _SHRINK},
     "chain-of-merges": {"shrink": _SHRINK, "ridge": ratios(1e-7, 1e-6, 1e-5)},

@@ -36,8 +36,8 @@ class AceSettings(Settings):
     ridge: float = setting(0.01, "ε, absolute as in the source.", above=0)
     uneven: float = setting(
         0.3,
-        "From where on the LoRAs of a layer count as uneven in size, and are evened out; "
-        "0.3 in the paper's code.",
+        "From where on the LoRAs of a layer count as uneven in size, and are evened out; 0.3 in "
+        "the paper's code, which takes any LoRAs for uneven whose squared norms are about 1.",
         low=0,
     )
     leading: float = setting(
