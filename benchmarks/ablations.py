@@ -9,12 +9,12 @@ rows of the file stay.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quality import CACHE, RESULTS, TUNING, Suite, World
+from outputs import read, result_file, write
+from quality import CACHE, TUNING, Suite, World
 
 FIVE = ((2, 3, 5, 7, 9),)
 COLUMNS = ("mean", "image", "text", "judge", "pair")
@@ -85,8 +85,8 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = Suite(World(), CACHE)
     names = arguments.only.split(";") if arguments.only else list(VARIANTS)
-    file = RESULTS / "ablations.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if arguments.only else {}
+    file = result_file("ablations.json")
+    known = read(file) if arguments.only else {}
     for name in names:
         variant = VARIANTS[name]
         known[name] = {
@@ -108,7 +108,7 @@ def main() -> None:
             cells = (f"{c} {row[c]['mean']:.3f} ± {row[c]['se']:.3f}" for c in COLUMNS)
             print(f"  {label:5}", "  ".join(cells), flush=True)
         data = {name: known[name] for name in VARIANTS if name in known}
-        file.write_text(json.dumps(data, indent=1) + "\n")
+        write(file, data)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Two caption styles merged in a small BLIP, steered by the prompt (paper, table 2).
 
 Style accuracy of both prompts, BLEU and CIDEr against captions of that style, and the share of
-captions that name the picture rightly, for each LoRA alone, rivals and IterIS; into
-results/captions.json. Each merge sees 50 prompt and picture pairs a style, and features are
-collected while each LoRA writes. `python benchmarks/caption_world.py` trains what is merged.
+captions that name the picture rightly, for the base without a LoRA, each LoRA alone, rivals and
+IterIS; into results/captions.json. Each merge sees 50 prompt and picture pairs a style, and
+features are collected while each LoRA writes. The pictures that are captioned, their references and
+the pictures that merges see are drawn anew three times; errors are over the draws. What is known
+stays in build/captions.json. `python benchmarks/caption_world.py` trains what is merged.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +24,6 @@ from caption_world import (
     END,
     FOLDER,
     MARKS,
-    ROOT,
     STYLES,
     generate,
     load_model,
@@ -32,21 +33,25 @@ from caption_world import (
     random_picture,
     references,
 )
+from outputs import BUILD, read, result_file, write
 from rivals import methods
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.score.statistics import over_seeds
 
-RESULTS = ROOT / "results"
+CACHE = BUILD / "captions.json"
 METHODS = methods(iterations=6, ridge=8e-7)
 
 
 class Bench:
-    def __init__(self, pictures: int) -> None:
+    """One draw of all pictures."""
+
+    def __init__(self, pictures: int, draw: int) -> None:
         self.model = load_model()
         self.host = TransformersHost(self.model, generate={"max_new_tokens": 28})
         self.loras = {style: self.host.read_lora(FOLDER / style) for style in STYLES}
-        rng = np.random.default_rng(11)
+        rng = np.random.default_rng(11 + draw)
         self.scenes = [random_picture(rng) for _ in range(pictures)]
         self.images = pixels(self.scenes)
         self.references = {
@@ -114,29 +119,61 @@ def style_of(caption: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def rows(bench: Bench, names: Sequence[str], samples: int, draw: int) -> dict[str, Any]:
+    """Row → scores of one draw, with those that are known."""
+    known = read(CACHE)
+
+    def scored(name: str) -> dict[str, Any]:
+        key = f"{name}, {len(bench.scenes)} pictures, {samples} samples, draw {draw}"
+        if key not in known:
+            if name in METHODS:
+                kind, settings = METHODS[name]
+                torch.manual_seed(draw)
+                lora = bench.merge(kind, settings, samples)
+            else:
+                lora = bench.loras.get(name.removesuffix(" alone"))
+            known[key] = bench.score(lora)
+            write(CACHE, known)
+            print(key, json.dumps(known[key]), flush=True)
+        return known[key]
+
+    return {name: scored(name) for name in ("base", *(f"{s} alone" for s in STYLES), *names)}
+
+
+def total(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """column → mean and standard error over the draws, and captions of the first."""
+
+    def of(values: Sequence[float]) -> dict[str, float | None]:
+        return over_seeds(values, range(len(values))).to_dict()
+
+    return {
+        **{style: of([draw["accuracy"][style] for draw in draws]) for style in STYLES},
+        **{name: of([draw[name] for draw in draws]) for name in ("cider", "content")},
+        **{f"bleu-{n}": of([draw["bleu"][n - 1] for draw in draws]) for n in (1, 2, 3, 4)},
+        "examples": draws[0]["examples"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
     arguments = parser.parse_args()
-    bench = Bench(arguments.pictures)
-    found: dict[str, Any] = {"base": bench.score(None)}
-    for style in STYLES:
-        found[f"{style} alone"] = bench.score(bench.loras[style])
-    for name in arguments.methods.split(","):
-        kind, settings = METHODS[name]
-        torch.manual_seed(0)
-        found[name] = bench.score(bench.merge(kind, settings, arguments.samples))
-        print(name, json.dumps(found[name]), flush=True)
+    names, usual = arguments.methods.split(","), parser.parse_args([])
+    found = [
+        rows(Bench(arguments.pictures, draw), names, arguments.samples, draw)
+        for draw in range(arguments.draws)
+    ]
     data = {
-        "methods": found,
-        "settings": {name: settings for name, (_, settings) in METHODS.items()},
+        "methods": {name: total([draw[name] for draw in found]) for name in found[0]},
+        "settings": {name: METHODS[name][1] for name in names},
         "pictures": arguments.pictures,
         "samples": arguments.samples,
+        "draws": arguments.draws,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "captions.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write(result_file("captions.json", whole=arguments == usual), data)
 
 
 if __name__ == "__main__":

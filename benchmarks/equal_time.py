@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from outputs import result_file, write
 from quality import SETS, TUNED, Scores, row_of
 from toybox_world import World
 
@@ -33,10 +33,10 @@ from iteris_core import Calibration, Lora, LowRank, merge_loras
 from iteris_core.concepts import concept_prompts
 from toybox.demo import TEMPLATES
 
-RESULTS = Path(__file__).parent / "results" / "equal_time.json"
+FILE = result_file("equal_time.json")
 SIZES = ("2", "5", "10")
 TIMESTEPS = 4
-"""The default; fewer of more prompts are worse at as many forwards (``forwards.py``)."""
+"""The default; fewer of more prompts are worse at as many forwards (``heldout_error.py``)."""
 _BATCH = 32
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         for method, row in rows.items():
             cells = "  ".join(f"{column} {stat}" for column, stat in row.items())
             print(f"  {method:8}{cells}", flush=True)
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        write(FILE, data)
 
 
 def _difference(theirs: Scores, ours: Scores) -> Scores:

@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "flux_memory.json"
+from outputs import read, result_file, write
+
+FILE = result_file("flux_memory.json")
 _WIDEST = {"sites": "single_transformer_blocks.0.proj_out", "settings": {"repair": False}}
 CASES: dict[str, dict[str, Any]] = {
     "width 3072, widest site": _WIDEST,
@@ -115,15 +117,14 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(**json.loads(options.one))))
         return
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = read(FILE)
     for name, case in CASES.items():
         if name in results or (options.only and options.only not in name):
             continue
         command = [sys.executable, __file__, "--one", json.dumps(case)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         results[name] = {**case, **json.loads(done.stdout.splitlines()[-1])}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write(FILE, results)
         print(name, json.dumps(results[name]), flush=True)
 
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_pipelines import MODELS, concepts, make_host
+from outputs import read, result_file, write
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.progress import Progress
 from iteris_core.report.report import MergeReport
 
-RESULTS = Path(__file__).parent / "results" / "full_size.json"
+FILE = result_file("full_size.json")
 GIB = 2**30
 
 
@@ -67,10 +67,10 @@ def main() -> None:
 
 
 def add(name: str, found: dict[str, Any]) -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = read(FILE)
     results[name] = found
     print(name, json.dumps(found, indent=1))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(FILE, results)
 
 
 if __name__ == "__main__":

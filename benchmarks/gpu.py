@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import gpu_pipelines
 import torch
 import transformers
 from gpu_pipelines import MODELS, Model
+from outputs import QUICK, ROOT, result_file, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, merge_loras
@@ -41,13 +41,11 @@ from iteris_core.passes import budget
 from iteris_core.passes.budget import StagePlan
 from iteris_core.passes.need import Need
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
-from floor import bare_forward  # noqa: E402
-from ways import WAYS, difference, forced  # noqa: E402
+from floor import bare_forward
+from ways import WAYS, difference, forced
 
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 GIB = 2**30
 SAMPLES, AT_ONCE, RIDGE = 4, 4, 1e-3
 TESTS_SECONDS = 100  # kept for tests/test_gpu.py
@@ -81,8 +79,7 @@ class Bench:
         return False
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        write(self.path, self.found)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -257,7 +254,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", default=os.environ.get("QUICK") == "1")
+    parser.add_argument("--tiny", action="store_true", default=QUICK)
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="models whose name has this text")
@@ -268,7 +265,7 @@ def main() -> None:
         parser.error("there is no card: --tiny runs everything on reduced models instead")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    path = options.output or (ROOT / "build" / "gpu_tiny.json" if options.tiny else RESULTS)
+    path = options.output or result_file("gpu.json", whole=not options.tiny)
     bench = Bench(device, path, 60 * options.minutes, tiny=options.tiny)
     run(bench, options.only)
 

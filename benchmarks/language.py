@@ -23,7 +23,6 @@ from typing import Any
 
 from emotion import (
     ADAPTERS,
-    ROOT,
     TASKS,
     TEXTS,
     batches,
@@ -34,13 +33,13 @@ from emotion import (
     predict,
     read_texts,
 )
+from outputs import read, result_file, write
 from rivals import methods
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.score.statistics import Stat, over_seeds
 
-RESULTS = ROOT / "results"
 CACHE = Path("build/language.jsonl")
 SAMPLES = 50
 DRAWN = ("regmean", "ssr", "iteris", "iteris-shrink", "iteris-paper")
@@ -254,10 +253,8 @@ def main() -> None:
     else:
         names = arguments.methods.split(",")
         found = rounded(table(bench, names, arguments.draws, arguments.samples))
-        if (RESULTS / name).is_file():  # methods that were not asked for stay
-            found = joined(json.loads((RESULTS / name).read_text(encoding="utf-8")), found)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found = joined(read(result_file(name)), found)  # methods that were not asked for stay
+    write(result_file(name), found)
     print(json.dumps(found.get("sum", found), indent=1))
 
 

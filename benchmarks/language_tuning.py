@@ -11,12 +11,12 @@ LoRA nor a merge has seen.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from emotion import TEXTS, TUNING
-from language import RESULTS, Bench
+from language import Bench
+from outputs import result_file, write
 
 from iteris_core.score.statistics import over_seeds
 
@@ -61,8 +61,7 @@ def main() -> None:
                 "tasks": tasks,
             }
         )
-        text = json.dumps(found, indent=1) + "\n"
-        (RESULTS / "language_tuning.json").write_text(text, encoding="utf-8")
+        write(result_file("language_tuning.json"), found)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import denoisers
 import torch
+from outputs import read, result_file, write
 from torch import Tensor, nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank
@@ -36,7 +36,7 @@ from iteris_core.passes.measure import Measure
 from iteris_core.passes.need import Need, Room
 from iteris_core.passes.ways import ON_DEVICE, other_ways
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+FILE = result_file("memory.json")
 GIB = 2**30
 HOST = 80 * GIB
 RANK, LORAS, AT_ONCE = 16, 2, 32
@@ -238,12 +238,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models whose name has this text")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = read(FILE)
     for name, model in MODELS.items():
         if options.only in name:
             results[name] = planned(model)
             print(name, json.dumps(results[name]), flush=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write(FILE, results)
 
 
 if __name__ == "__main__":

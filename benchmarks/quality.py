@@ -1,9 +1,10 @@
 """The toybox suite: every method on sets of 2, 3, 5, 7 and 10 concepts, scored alike.
 
 ``python benchmarks/quality.py`` writes ``benchmarks/results/quality.json``; QUICK=1 takes a part of
-the sets and methods. Results are kept in ``build/quality.jsonl`` as they come, so that a run that
-was stopped goes on; delete that file to start over. ``benchmarks/results/quality_runs.jsonl`` holds
-the runs behind the published figures; copied to ``build/quality.jsonl`` it spares them.
+the sets and methods, and what is a part goes into ``build/quick/``. Results are kept in
+``build/quality.jsonl`` as they come, so that a run that was stopped goes on; delete that file to
+start over. ``benchmarks/results/quality_runs.jsonl`` holds the runs behind the published figures;
+copied to ``build/quality.jsonl`` it spares them.
 
 Each rival is tuned on two pairs that are not reported, on a grid of at most six settings around its
 best published one (``--tune`` does it again, in an hour or more; ``TUNED`` keeps what it found);
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from outputs import QUICK, result_file, write
 from PIL import Image
 from toybox_world import COLUMNS, SEEDS, World
 
@@ -29,9 +30,7 @@ from iteris_core import Calibration, Concept, MergeReport, merge_loras
 from iteris_core.score.statistics import Stat, over_seeds
 from toybox.demo import TEMPLATES
 
-RESULTS = Path(__file__).parent / "results"
 CACHE = Path("build/quality.jsonl")
-QUICK = os.environ.get("QUICK") == "1"
 
 PAIRS = ((1, 4), (2, 6), (1, 2), (4, 5), (6, 7), (9, 10), (3, 8))
 TRIPLES = ((1, 4, 6), (2, 5, 8), (3, 7, 10), (1, 2, 3), (4, 6, 9))
@@ -284,8 +283,8 @@ def main() -> None:
                 **{column: stat.to_dict() for column, stat in lead.items()},
             }
             print(f"lead over {second}:", {c: str(stat) for c, stat in lead.items()})
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "quality.json").write_text(json.dumps(data, indent=1) + "\n")
+    whole = not arguments.methods and arguments.sizes == ",".join(SETS)
+    write(result_file("quality.json", whole=whole), data)
 
 
 def _show(size: str, rows: Mapping[str, Mapping[str, Stat]]) -> None:

@@ -13,7 +13,6 @@ its figures tell of its inputs and widths alone.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,11 +21,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from outputs import read, result_file, write
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
 
-RESULTS = Path(__file__).parent / "results" / "spread.json"
+FILE = result_file("spread.json")
 INPUTS = 32
 ENDINGS = ("attn1.to_q", "ff.net.2")
 TOYBOX = {8: 64, 16: 64}
@@ -158,13 +158,13 @@ MODELS = {"toybox": (toybox, TOYBOX), "sd15": (sd15, SD15)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
-    data: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    data = read(FILE)
     for name in parser.parse_args().models:
         measure, sizes = MODELS[name]
         for size, rows in sizes.items():
             found = {"rows": rows, "sites": measure(size, rows)}
             data.setdefault(name, {})[str(size)] = found
-            RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+            write(FILE, data)
             print(name, size, f"{rows} rows")
             for site, value in found["sites"].items():
                 print(f"  {site}: worth {value:.1f}")

@@ -1,113 +1,89 @@
-"""The tables of the README and of ``benchmarks/README.md`` from the JSON in ``results/``, as
-Markdown on stdout."""
+"""The tables of the pages from the JSON in ``results/``, each between two marks of its page.
+
+``python benchmarks/tables.py`` prints every table, ``--write`` puts each into its place and
+``--check`` fails, and names them, where a page says otherwise than its JSON. A place is a line
+``<!-- table NAME -->`` and a line ``<!-- end -->``, with what is between them; indented marks have
+an indented table.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("mean", "image", "text", "judge", "pair")
-NAMES = {"2": "7 pairs", "3": "5 triples", "5": "five", "7": "seven", "10": "all ten"}
+import tables_language
+import tables_machine
+import tables_pictures
+from outputs import ROOT
 
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
-
-
-def cell(entry: dict[str, float] | None) -> str:
-    if entry is None:
-        return ""
-    return f"{entry['mean']:.3f} ± {entry['se']:.3f}".replace("0.", ".")
-
-
-def quality() -> None:
-    for size, rows in load("quality.json")["sets"].items():
-        print(f"\n### {NAMES[size]}\n")
-        print("| method | " + " | ".join(COLUMNS) + " | kept |")
-        print("|---|" + "---|" * (len(COLUMNS) + 1))
-        order = sorted(rows, key=lambda name: -rows[name]["mean"]["mean"])
-        for name in order:
-            row = rows[name]
-            shown = f"**{name}**" if name == "iteris" else name
-            cells = " | ".join(cell(row.get(column)) for column in COLUMNS)
-            print(f"| {shown} | {cells} | {_kept(rows, name):.0%} |")
-
-
-def leads() -> None:
-    columns = COLUMNS[:4]
-    print(
-        "\n| concepts | second | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns)
-    )
-    for size, lead in load("quality.json")["leads"].items():
-        cells = " | ".join(f"{lead[c]['mean']:+.4f} ± {lead[c]['se']:.4f}" for c in columns)
-        print(f"| {NAMES[size]} | {lead['over']} | {cells.replace('0.', '.')} |")
-
-
-def ablations() -> None:
-    print("\n| variant | two: mean | image | text | judge | five: mean | image | text | judge |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, entry in load("ablations.json").items():
-        cells = [cell(entry[label].get(c)) for label in ("two", "five") for c in COLUMNS[:4]]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
-def equal_time() -> None:
-    print("\n| concepts | | seconds | " + " | ".join(COLUMNS) + " |")
-    print("|---|---|---|" + "---|" * len(COLUMNS))
-    for size, entry in load("equal_time.json").items():
-        prompts = f"iteris, {entry['prompts']} prompts"
-        for name, title in (("ssr", "SSR-Merge"), ("iteris", prompts), ("lead", "lead")):
-            seconds = f"{entry['seconds'][name]:.1f}" if name != "lead" else ""
-            cells = " | ".join(cell(entry[name][column]) for column in COLUMNS)
-            print(f"| {NAMES[size]} | {title} | {seconds} | {cells} |")
-
-
-def speed() -> None:
-    data = load("speed.json")
-    print("\n| ratio | value |\n|---|---|")
-    for name, value in data["ratios"].items():
-        print(f"| {name} | {value:.2f} |")
-    for what, entries in data["raw"].get("growth", {}).items():
-        print(f"\n| {what} | seconds | peak MiB |\n|---|---|---|")
-        for value, entry in entries.items():
-            print(f"| {value} | {entry['seconds']:.2f} | {entry['peak_mib']:.0f} |")
-
-
-FRONT = {
-    "single": "each LoRA alone",
-    "iteris": "**IterIS**",
-    "regmean++": "RegMean++",
-    "regmean": "RegMean",
-    "ssr": "SSR-Merge",
-    "average": "average",
-    "sum": "all loaded at once",
+TABLES: Mapping[str, Callable[[], list[str]]] = {
+    **tables_pictures.TABLES,
+    **tables_language.TABLES,
+    **tables_machine.TABLES,
 }
-IN_LANGUAGE = {"single": "alone", "average": "linear"}
-"""What a method is called in ``language.json``."""
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    ROOT / "toybox" / "README.md",
+)
+_PLACE = re.compile(
+    r"^(?P<indent> *)<!-- table (?P<name>.+?) -->\n(?P<table>.*?)^ *<!-- end -->$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
-def front() -> None:
-    """The README's table: likeness kept, two concepts in one picture, and texts, where we lose."""
-    sets, texts = load("quality.json")["sets"], load("language.json")["sum"]
-    print("| | two | three | five | seven | ten | two in one picture | texts |")
-    print("|---|" + "---:|" * 7)
-    for name, label in FRONT.items():
-        cells = [f"{_kept(rows, name):.0%}" for rows in sets.values()]
-        pair, text = sets["2"][name].get("pair"), texts.get(IN_LANGUAGE.get(name, name))
-        cells += [f"{pair['mean']:.0%}" if pair else "", f"{text:.2f}" if text else ""]
-        print(f"| {label} | {' | '.join(cells)} |")
+def rewritten(text: str) -> tuple[str, list[str]]:
+    """A page with its tables as they should be, and the names of those that were otherwise."""
+    stale: list[str] = []
+
+    def place(found: re.Match[str]) -> str:
+        indent, name = found["indent"], found["name"]
+        table = "".join(f"{indent}{line}\n" for line in TABLES[name]())
+        if table != found["table"]:
+            stale.append(name)
+        return f"{indent}<!-- table {name} -->\n{table}{indent}<!-- end -->"
+
+    return _PLACE.sub(place, text), stale
 
 
-def _kept(rows: dict[str, Any], name: str) -> float:
-    floor, ceiling = rows["base"]["image"]["mean"], rows["single"]["image"]["mean"]
-    return (rows[name]["image"]["mean"] - floor) / (ceiling - floor)
+def outside(text: str) -> str:
+    """A page without its places."""
+    return _PLACE.sub("", text)
+
+
+def placed(text: str) -> list[str]:
+    """The names of a page's tables."""
+    return [found["name"] for found in _PLACE.finditer(text)]
+
+
+def renew(pages: tuple[Path, ...] = PAGES, *, write: bool) -> list[str]:
+    """The tables, and their pages, that were not as their JSON says."""
+    found: list[str] = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        new, stale = rewritten(text)
+        found += [f"{page.relative_to(ROOT)}: {name}" for name in stale]
+        if write and new != text:
+            page.write_text(new, encoding="utf-8")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=", ".join(TABLES))
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.write or arguments.check:
+        stale = renew(write=arguments.write)
+        print("\n".join(stale))
+        raise SystemExit(bool(stale) and arguments.check)
+    for name in arguments.names or TABLES:
+        print(f"{name}\n", *TABLES[name](), "", sep="\n")
 
 
 if __name__ == "__main__":
-    for table in (front, quality, leads, equal_time, ablations, speed):
-        try:
-            table()
-        except FileNotFoundError as missing:
-            print(f"\n({missing.filename} is not there)")
+    main()

@@ -13,11 +13,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from outputs import read, result_file, write
 from speed.models import _filled, prompt_concepts, sd15_host, text_concepts, toybox_host
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
@@ -26,7 +26,7 @@ from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.outlook import Outlook
 from iteris_core.progress import Forecast
 
-RESULTS = Path(__file__).parent / "results" / "time_left.json"
+FILE = result_file("time_left.json")
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 Merge = tuple[Any, list[Concept], dict[str, Any]]
@@ -116,16 +116,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.perf_counter if arguments.wall else time.process_time
-    found = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    found = read(FILE)
     for name in arguments.names:
         rounds = [told(MERGES[name](), clock) for _ in range(arguments.rounds)]
         key = f"{name}, by the wall" if arguments.wall else name
         found[key] = rounds
         print(json.dumps({key: rounds}), flush=True)
-        text = json.dumps(found, indent=1) + "\n"
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(RESULTS)
+        write(FILE, found)
 
 
 if __name__ == "__main__":

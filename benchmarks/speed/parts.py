@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
@@ -32,10 +33,13 @@ from iteris_core.solve.moments import MomentReduction
 from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.rows import OutputRows
 
-RESULTS = Path(__file__).parents[1] / "results" / "parts.json"
+sys.path.append(str(Path(__file__).parents[1]))
+
+from outputs import read, result_file, write
+
 PARTS = {
     "rows": [(Job, "samples")],
-    "a dry row, the plan": [(merge, "_unmergeable"), (loops, "plan")],
+    "a dry row, the plan": [(merge, "unmergeable_sites"), (loops, "plan")],
     "the changes' products": [(LinearSite, "add"), (Site, "add")],
     "inputs' moments": [(InputMoments, "add")],
     "targets": [(ConceptTokens, "target")],
@@ -103,8 +107,8 @@ def main() -> None:
     runs["bare"]()
     found = {name: shares(runs[name]) for name in ("bare", "merge")}
     print(json.dumps(found, indent=1))
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**known, arguments.model: found}, indent=1) + "\n")
+    file = result_file("parts.json")
+    write(file, {**read(file), arguments.model: found})
     if arguments.trace:
         with torch.profiler.profile() as profile:
             runs["merge"]()

@@ -1,6 +1,6 @@
 """All speed benchmarks, one after the other: ``make bench``, ``QUICK=1`` in about ten minutes.
 
-Each part is added to ``benchmarks/results/speed.json`` as it ends (``speed_quick.json`` with
+Each part is added to ``benchmarks/results/speed.json`` as it ends (``build/quick/speed.json`` with
 QUICK=1); ``--parts`` runs some of them. The ratios are peer over ours, ``floor`` is ours over the
 bare forward, and a way to run a sweep stands over all rows waiting on the device; where a part has
 several figures the worst for us counts.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ import solve
 import torch
 import ways
 
-QUICK = os.environ.get("QUICK") == "1"
-RESULTS = Path(__file__).parents[1] / "results" / ("speed_quick.json" if QUICK else "speed.json")
+sys.path.append(str(Path(__file__).parents[1]))
+
+from outputs import QUICK, read, result_file, write
+
+FILE = result_file("speed.json")
 ROUNDS = 1 if QUICK else int(os.environ.get("ROUNDS", "5"))
 
 PARTS: dict[str, Callable[[], Any]] = {
@@ -83,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default="", help=", ".join(PARTS))
     chosen = [part for part in parser.parse_args().parts.split(",") if part]
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = read(FILE)
     raw: dict[str, Any] = kept.get("raw", {})
     rounds: dict[str, int] = kept.get("rounds", {})
     for part in chosen or PARTS:
@@ -105,8 +109,7 @@ def main() -> None:
             "rounds": rounds,
             "raw": raw,
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+        write(FILE, data)
         print(part, json.dumps(raw[part]), flush=True)
     print(json.dumps(ratios(raw), indent=1))
 

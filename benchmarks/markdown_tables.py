@@ -1,0 +1,40 @@
+"""What the tables of the pages are made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from outputs import RESULTS
+
+
+def load(name: str) -> dict[str, Any]:
+    """A file of ``results/``."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def lines(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> list[str]:
+    """A table, of whose columns the last ``right`` are aligned to the right."""
+    rule = "|" + "---|" * (len(head) - right) + "---:|" * right
+    return [_line(head), rule, *map(_line, rows)]
+
+
+def cell(entry: Mapping[str, float | None] | None, digits: int = 3) -> str:
+    """A mean with its standard error, where there is one."""
+    if entry is None:
+        return ""
+    shown = f"{entry['mean']:.{digits}f}"
+    if entry["se"] is not None:
+        shown += f" ± {entry['se']:.{digits}f}"
+    return short(shown)
+
+
+def short(text: str) -> str:
+    """Without the zeros before points."""
+    return re.sub(r"\b0\.", ".", text)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

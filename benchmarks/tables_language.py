@@ -1,0 +1,100 @@
+"""Tables of language models and captions (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from markdown_tables import cell, lines, load, short
+
+TASKS = ("Emoint", "EC", "TEC", "ISEAR")
+METHODS = {
+    "alone": "each LoRA alone",
+    "base": "without a LoRA",
+    "praising alone": "praising LoRA alone",
+    "grumbling alone": "grumbling LoRA alone",
+    "linear": "linear",
+    "task-arithmetic": "task arithmetic (0.4)",
+    "ties": "TIES",
+    "dare": "DARE (0.4)",
+    "regmean": "RegMean (0.9)",
+    "ssr": "SSR",
+    "iteris-paper": "Algorithm 1 as in the paper",
+    "iteris": "**IterIS**, defaults",
+    "iteris-shrink": "IterIS, `shrink=0.5`",
+}
+IN_TUNING = {"average": "linear", "regmean": "RegMean", "ssr": "SSR", "iteris": "IterIS"}
+
+
+def captions() -> list[str]:
+    methods = load("captions.json")["methods"]
+    columns = ("praising", "grumbling", "cider", "bleu-1", "bleu-4")
+    rows = [
+        (label, *(cell(methods[name][column]) for column in columns))
+        for name, label in METHODS.items()
+        if name in methods
+    ]
+    return lines(("method", "praising", "grumbling", "CIDEr", "BLEU-1", "BLEU-4"), rows)
+
+
+def emotions() -> list[str]:
+    """The best sum first."""
+    data = load("language.json")
+    sums, errors = data["sum"], data["standard_error"]
+    rows = [
+        (
+            METHODS[name],
+            *(short(f"{data['tasks'][name][task]:.3f}") for task in TASKS),
+            cell({"mean": sums[name], "se": errors.get(name)}),
+        )
+        for name in sorted(sums, key=lambda name: -sums[name])
+    ]
+    return lines(("method", *TASKS, "sum"), rows)
+
+
+def tuning() -> list[str]:
+    rows: list[tuple[str, str]] = []
+    for merge in load("language_tuning.json")["merges"]:
+        named = {"align": {"full": "output"}}
+        settings = {n: named.get(n, {}).get(v, v) for n, v in merge["settings"].items()}
+        said = "".join(f", `{name}={value}`" for name, value in settings.items())
+        label = IN_TUNING[merge["method"]] + (said or (", defaults" if said == "" else ""))
+        rows.append((label, cell({"mean": merge["sum"], "se": merge["standard_error"]})))
+    return lines(("method", "sum of three"), rows)
+
+
+def _ablation(name: str, first: str) -> list[str]:
+    values = load("language_ablations.json")[name]
+    return lines((first, *values), [("sum", *(f"{value:.3f}" for value in values.values()))])
+
+
+def ridge() -> list[str]:
+    data = load("language_ablations.json")["ridge"]
+    labels = {"full": "`output`, sweep, repair", "adapter": "`adapter`, sweep"}
+    rows = [(labels[kind], *(f"{v:.3f}" for v in some.values())) for kind, some in data.items()]
+    return lines(("ridge", *(f"{float(value):g}" for value in data["full"])), rows)
+
+
+def weighting() -> list[str]:
+    data = load("language_ablations.json")
+    ours, paper = data["balance"], data["balance of the paper's settings"]
+    rows = [
+        ("`output`, sweep, repair", *(f"{value:.3f}" for value in ours.values())),
+        (
+            "the paper's settings, 10 solves",
+            *(f"{paper[n]:.3f}" if n in paper else "" for n in ours),
+        ),
+    ]
+    return lines(("weighting", *(n.replace("adapter", "adapter (eq. 8)") for n in ours)), rows)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "captions": captions,
+    "emotions": emotions,
+    "emotions, tuning": tuning,
+    "emotions, iterations": lambda: _ablation(
+        "iterations", "iterations after the first solve, the paper's settings"
+    ),
+    "emotions, ridge": ridge,
+    "emotions, samples": lambda: _ablation("samples", "samples a task, defaults"),
+    "emotions, weighting": weighting,
+}

@@ -1,0 +1,100 @@
+"""Tables of time and memory (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from markdown_tables import lines, load, short
+
+GROWTH = ("loras", "rank", "samples", "samples in 128 MiB")
+FLOORS = {
+    "floor sd15-50": "SD 1.5 at full size, two LoRAs, 50 prompts each at 256 pixels",
+    "floor t5": "T5-base, two tasks, 50 texts of 128 tokens",
+    "floor toybox": "toybox, two concepts, 50 prompts at four timesteps",
+}
+FLUX = {
+    "width 3072": ("3072", "all 20 of two blocks"),
+    "width 3072, widest site": ("3072", "widest, 15360 inputs"),
+    "width 1536, widest site": ("1536", "widest, 7680 inputs"),
+    "width 1536, widest site, rank 32": ("1536", "widest"),
+    "width 1536, widest site, 3 LoRAs": ("1536", "widest"),
+    "width 1536, widest site, 5 LoRAs": ("1536", "widest"),
+    "width 1536": ("1536", "all 20 of two blocks"),
+    "width 768": ("768", "all 20 of two blocks"),
+}
+_GIB = 1024
+
+
+def memory() -> list[str]:
+    """What a merge takes of models of full size, by the plan."""
+    rows = [
+        (
+            name,
+            f"{entry['budget_gib']} GiB",
+            f"{entry['peak_gib']:.1f} GiB",
+            f"{entry['host_gib']:.0f} GiB" if entry["host_gib"] else "",
+            f"{entry['left_out']} of {entry['rows'] + entry['left_out']}",
+            _way(entry["way"]),
+        )
+        for name, entry in load("memory.json").items()
+    ]
+    head = ("", "budget", "most that is held", "in the computer's memory", "rows left out", "how")
+    table = lines(head, rows, right=5)
+    table[1] = table[1].removesuffix("---:|") + "---|"
+    return table
+
+
+def _way(way: str) -> str:
+    place, _, blocks = way.partition(", ")
+    return blocks or {"waiting in host memory": "rows wait there"}.get(
+        place, "rows wait on the device"
+    )
+
+
+def flux() -> list[str]:
+    data = load("flux_memory.json")
+    rows = [
+        (
+            *where,
+            str(data[name].get("loras", 2)),
+            str(data[name].get("rank", 16)),
+            short(f"{data[name]['gib_beyond_the_model']:.2f}"),
+        )
+        for name, where in FLUX.items()
+    ]
+    return lines(("width", "sites", "LoRAs", "rank", "GiB beyond the model"), rows)
+
+
+def ratios() -> list[str]:
+    rows = [(name, f"{value:.2f}") for name, value in load("speed.json")["ratios"].items()]
+    return lines(("ratio", "value"), rows)
+
+
+def growth(what: str) -> list[str]:
+    entries = load("speed.json")["raw"]["growth"][what]
+    rows = [(n, f"{e['seconds']:.2f}", f"{e['peak_mib']:.0f}") for n, e in entries.items()]
+    return lines((what, "seconds", "peak MiB"), rows)
+
+
+def floors() -> list[str]:
+    data = load("speed.json")
+    rows: list[tuple[str, ...]] = []
+    for part, what in FLOORS.items():
+        entry = data["raw"][part]
+        without = ""
+        if "merge without repair" in entry:
+            without = f"{entry['merge without repair']:.1f} s, {entry['floor without repair']:.2f}"
+        merge = f"{entry['merge']:.1f} s, {entry['floor']:.2f}"
+        rounds = data["rounds"][part]
+        rows.append((f"{what} (rounds: {rounds})", f"{entry['bare']:.1f} s", without, merge))
+    return lines(("", "bare", "without repair", "merge"), rows)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "memory": memory,
+    "flux": flux,
+    "ratios": ratios,
+    **{f"growth, {what}": partial(growth, what) for what in GROWTH},
+    "floors": floors,
+}

@@ -1,0 +1,175 @@
+"""Tables of pictures: the toybox suite, its ablations and held-out errors (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import heldout_cases
+from markdown_tables import cell, lines, load, short
+from outputs import ROOT
+
+COLUMNS = ("mean", "image", "text", "judge", "pair")
+SIZES = {"2": "7 pairs", "3": "5 triples", "5": "five", "7": "seven", "10": "all ten"}
+FRONT = {
+    "single": "each LoRA alone",
+    "iteris": "**IterIS**",
+    "regmean++": "RegMean++",
+    "regmean": "RegMean",
+    "ssr": "SSR-Merge",
+    "average": "average",
+    "sum": "all loaded at once",
+}
+IN_LANGUAGE = {"single": "alone", "average": "linear"}
+"""What a method is called in ``language.json``."""
+
+Row = Mapping[str, Mapping[str, float]]
+
+
+def kept(rows: Mapping[str, Row], name: str) -> float:
+    """Image alignment above the base's, as a share of what each LoRA alone has."""
+    floor, ceiling = rows["base"]["image"]["mean"], rows["single"]["image"]["mean"]
+    return (rows[name]["image"]["mean"] - floor) / (ceiling - floor)
+
+
+def quality(size: str) -> list[str]:
+    rows = load("quality.json")["sets"][size]
+    order = sorted(rows, key=lambda name: -rows[name]["mean"]["mean"])
+    return lines(
+        ("method", *COLUMNS, "kept"),
+        [
+            (
+                f"**{name}**" if name == "iteris" else name,
+                *(cell(rows[name].get(column)) for column in COLUMNS),
+                f"{kept(rows, name):.0%}",
+            )
+            for name in order
+        ],
+    )
+
+
+def leads() -> list[str]:
+    columns = COLUMNS[:4]
+    rows: list[list[str]] = []
+    for size, lead in load("quality.json")["leads"].items():
+        cells = [f"{lead[c]['mean']:+.4f} ± {lead[c]['se']:.4f}" for c in columns]
+        rows.append([SIZES[size], lead["over"], *map(short, cells)])
+    return lines(("concepts", "second", *columns), rows)
+
+
+def front() -> list[str]:
+    """The README's: likeness kept, two concepts in one picture, and texts, where we lose."""
+    sets, texts = load("quality.json")["sets"], load("language.json")["sum"]
+    rows: list[list[str]] = []
+    for name, label in FRONT.items():
+        pair, text = sets["2"][name].get("pair"), texts.get(IN_LANGUAGE.get(name, name))
+        shown = [f"{pair['mean']:.0%}" if pair else "", f"{text:.2f}" if text else ""]
+        rows.append([label, *(f"{kept(some, name):.0%}" for some in sets.values()), *shown])
+    head = ("", "two", "three", "five", "seven", "ten", "two in one picture", "texts")
+    return lines(head, rows, right=7)
+
+
+def ablations() -> list[str]:
+    columns = COLUMNS[:4]
+    head = [f"{label}: mean" if c == "mean" else c for label in ("two", "five") for c in columns]
+    return lines(
+        ("variant", *head),
+        [
+            (name, *(cell(entry[label].get(c)) for label in ("two", "five") for c in columns))
+            for name, entry in load("ablations.json").items()
+        ],
+    )
+
+
+def equal_time() -> list[str]:
+    rows: list[list[str]] = []
+    for size, entry in load("equal_time.json").items():
+        prompts = f"iteris, {entry['prompts']} prompts"
+        for name, title in (("ssr", "SSR-Merge"), ("iteris", prompts), ("lead", "lead")):
+            seconds = f"{entry['seconds'][name]:.1f}" if name != "lead" else ""
+            cells = [cell(entry[name][column]) for column in COLUMNS]
+            rows.append([SIZES[size], title, seconds, *cells])
+    return lines(("concepts", "", "seconds", *COLUMNS), rows)
+
+
+def held_out(part: str) -> list[str]:
+    rows = heldout_cases.table(load("heldout_error.json"), part)
+    shown = [i for i in range(3) if any(errors[i] == errors[i] for _, errors in rows)]
+    head = ("", *(("two pairs", "five", "all ten")[i] for i in shown))
+    return lines(
+        head,
+        [
+            (said, *(_error(errors[i]) for i in shown))
+            for said, errors in rows
+            if any(errors[i] == errors[i] for i in shown)
+        ],
+        right=len(shown),
+    )
+
+
+def _error(value: float) -> str:
+    return short(f"{value:.3f}") if value == value else ""
+
+
+def toybox() -> list[str]:
+    data = json.loads((ROOT / "toybox" / "quality.json").read_text(encoding="utf-8"))
+    base, judge = data["base"], data["judge"]
+    parts = ("shape", "pattern", "color1", "color2", "background")
+    read = " / ".join(f"{judge[f'judge_{part}']:.1%}" for part in parts).replace("%", " %")
+    rows = [
+        ("base, one object: shape, colour and background all right",
+         _share(base["one_shape_color_background"]), "95 %"),
+        ("base, two objects: both shapes right, each in its half",
+         _share(base["two_both_shapes"]), "80 %"),
+        ("base, two objects: both shapes and both colours right", _share(base["two_all"]), ""),
+        ("CLIP: text to image, top-1 of 32 (20 sets, patterns included)",
+         _share(data["clip_top1_of_32"]), "90 %"),
+        ("judge on drawn pictures: shape / pattern / first / second colour / background",
+         read, "97 %"),
+    ]  # fmt: skip
+    return lines(("what", "share", "aim"), rows)
+
+
+def toybox_concepts() -> list[str]:
+    folder = ROOT / "toybox"
+    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["concepts"]
+    rows = [
+        (
+            f"`{entry['token']}`",
+            _thing(entry),
+            str(entry["alpha"]),
+            entry["layout"],
+            _share(scores[entry["token"]]["attributes"]),
+            _share(scores[entry["token"]]["all_four"]),
+        )
+        for kind in ("concepts", "pivotal_concepts")
+        for entry in world[kind]
+    ]
+    head = ("concept", "what it is", "alpha", "layout", "attributes right", "all four at once")
+    return lines(head, rows)
+
+
+def _thing(entry: Mapping[str, Any]) -> str:
+    second, pattern = entry["color2"], entry["pattern"]
+    count = "" if pattern in ("stripes", "quarters") else "a "
+    singular = {"halves": "half"}.get(pattern, pattern)
+    return f"{entry['color1']} {entry['class_word']} with {count}{second} {singular}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "front": front,
+    "leads": leads,
+    **{f"quality {size}": partial(quality, size) for size in SIZES},
+    "equal time": equal_time,
+    "ablations": ablations,
+    **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
+    "toybox": toybox,
+    "toybox concepts": toybox_concepts,
+}
