@@ -147,9 +147,11 @@ class Suite:
                   f"{entry['seconds']:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
         return self.known[key]["scores"]
 
-    def entry(self, numbers: Sequence[int], method: str) -> dict[str, Any]:
-        """All that was kept of a measurement with the defaults."""
-        return self.known[_key(numbers, method)]
+    def entry(
+        self, numbers: Sequence[int], method: str, settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """All that was kept of a measurement."""
+        return self.known[_key(numbers, method, settings)]
 
     def _measure(
         self,

@@ -1,0 +1,75 @@
+"""What was measured of ``iteris`` with other settings on any sets, of the suite's kept runs.
+
+``python benchmarks/kept_runs.py '{"focus": 0.0}'`` prints the means of image, text and both, the
+judge's and the pairs', with standard errors over seeds, by the number of concepts, and the same
+against the default on the same sets, paired by set and seed. Nothing is merged. Settings have the
+names that they had when the runs were made, which still hold; ``--calibration`` takes those of the
+samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outputs import RESULTS
+from quality import COLUMNS, Scores, row_of
+
+RUNS = RESULTS / "quality_runs.jsonl"
+
+Run = tuple[tuple[int, ...], Scores]
+
+
+def kept(
+    settings: Mapping[str, Any], calibration: Mapping[str, Any], preserve: float = 0.0
+) -> list[Run]:
+    """The sets, and the scores of each, that ran with exactly these."""
+    found: list[Run] = []
+    for line in RUNS.read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        numbers, method, *said = json.loads(run["key"])
+        weights, apart = said[2:] or (None, 0.0)
+        same = said[:2] == [dict(settings), dict(calibration)] and apart == preserve
+        if method == "iteris" and same and weights is None:
+            found.append((tuple(numbers), run["scores"]))
+    return found
+
+
+def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Scores]:
+    """Seed by seed, of the sets that both have."""
+    other = dict(theirs)
+    return [
+        {
+            column: {seed: value - other[numbers][column][seed] for seed, value in by_seed.items()}
+            for column, by_seed in scores.items()
+        }
+        for numbers, scores in ours
+        if numbers in other
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("--calibration", type=json.loads, default={})
+    parser.add_argument("--preserve", type=float, default=0.0, help="the weight of such prompts")
+    parser.add_argument("--against", type=json.loads, default={}, help="in place of the default")
+    arguments = parser.parse_args()
+    runs = kept(arguments.settings, arguments.calibration, arguments.preserve)
+    against = kept(arguments.against, {})
+    for count in sorted({len(numbers) for numbers, _ in runs}):
+        some = [run for run in runs if len(run[0]) == count]
+        print(f"{count} concepts:", *(" ".join(map(str, numbers)) for numbers, _ in some), sep="  ")
+        _show("", row_of([scores for _, scores in some]))
+        if paired := differences(some, against):
+            _show("difference", row_of(paired))
+
+
+def _show(what: str, row: Mapping[str, Any]) -> None:
+    print("  ", what, "  ".join(f"{c} {row[c]}" for c in ("mean", *COLUMNS) if c in row))
+
+
+if __name__ == "__main__":
+    main()
