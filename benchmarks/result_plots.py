@@ -25,7 +25,8 @@ OTHERS = ("#7c3aed", "#0891b2", "#be185d", "#854d0e", "#4d7c0f", "#334155")
 INTERVAL = 1.96
 """Standard errors on either side: 95 % of a normal distribution."""
 
-Value = Mapping[str, float | None]
+Value = Mapping[str, Any]
+"""``mean``, and the ends of its ``interval``"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def _draw_bars(axes: Any, figures: Mapping[str, Any]) -> None:
             [place - 0.42 + (number + 0.5) * width for place in places],
             [value["mean"] for value in some],
             width,
-            yerr=[INTERVAL * (value["se"] or 0.0) for value in some],
+            yerr=[
+                [value["mean"] - value["interval"][0] for value in some],
+                [value["interval"][1] - value["mean"] for value in some],
+            ],
             label=method,
             color=COLORS.get(method, OTHERS[number % len(OTHERS)]),
             error_kw={"elinewidth": 0.8, "capsize": 1.5},
