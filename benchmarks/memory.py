@@ -2,8 +2,9 @@
 
 ``python benchmarks/memory.py`` writes ``results/memory.json``. The models are diffusers' classes on
 the meta device, in half precision, at their pipelines' own sizes; attention is counted as one
-fused kernel, as GPUs run it. ``left_out`` are rows that do not fit into the budget, which is what
-the merge may take beyond the model.
+fused kernel, as GPUs run it. ``left_out`` are samples that do not fit into the budget, which is
+what the merge may take beyond the model; ``waiting_mib`` is what the two rows of a sample wait with
+at most, where they do at every site.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from iteris_core.passes.budget import plan_stage
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Measure
 from iteris_core.passes.need import Need, Room
-from iteris_core.passes.ways import ON_DEVICE, other_ways
+from iteris_core.passes.ways import IN_HOST, ON_DEVICE, other_ways
 
 FILE = result_file("memory.json")
 GIB = 2**30
@@ -212,6 +213,7 @@ def planned(model: Model) -> dict[str, Any]:
             _untimed(some) for some in (need, *other_ways(need, measure, Nowhere(), job.policy))
         ]
     room = Room(round(model.budget_gib * GIB), HOST)
+    [waiting] = [some.parked.waiting for some in needs if some.parked and some.name == IN_HOST]
     made, _ = plan_stage(needs, room, AT_ONCE)
     return {
         "budget_gib": model.budget_gib,
@@ -221,6 +223,7 @@ def planned(model: Model) -> dict[str, Any]:
         "at_once": made.at_once,
         "left_out": made.offered - made.rows,
         "host_gib": round(made.host_bytes / GIB, 1),
+        "waiting_mib": round(waiting / 2**20, 1),
     }
 
 

@@ -91,10 +91,22 @@ def floors() -> list[str]:
     return lines(("", "bare", "without repair", "merge"), rows)
 
 
+def parts() -> list[str]:
+    """Seconds of a merge on the toybox by what they go to, beside those of a bare forward."""
+    data = load("parts.json")["toybox"]
+    order = sorted(data["merge"], key=lambda part: -data["merge"][part])
+    rows = [
+        (part, *(short(f"{data[what][part]:.2f}") if part in data[what] else "" for what in data))
+        for part in order
+    ]
+    return lines(("part", *data), rows, right=len(data))
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "flux": flux,
     "ratios": ratios,
     **{f"growth, {what}": partial(growth, what) for what in GROWTH},
     "floors": floors,
+    "parts": parts,
 }

@@ -113,6 +113,15 @@ def _error(value: float) -> str:
     return short(f"{value:.3f}") if value == value else ""
 
 
+def truncation() -> list[str]:
+    error = load("truncation.json")["error"]
+    rows = [
+        (kind, *(short(f"{some[kind]:.3f}") for some in error.values()))
+        for kind in ("plain", "weighted")
+    ]
+    return lines(("rank", *error), rows, right=len(error))
+
+
 def toybox() -> list[str]:
     data = json.loads((ROOT / "toybox" / "quality.json").read_text(encoding="utf-8"))
     base, judge = data["base"], data["judge"]
@@ -170,6 +179,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "equal time": equal_time,
     "ablations": ablations,
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
+    "truncation": truncation,
     "toybox": toybox,
     "toybox concepts": toybox_concepts,
 }

@@ -1,9 +1,9 @@
-"""Weighted against plain truncation on the toybox: output error at equal rank, as JSON.
+"""Weighted against plain truncation on the toybox: output error at equal rank.
 
-The sum of two concepts' LoRAs (rank 16 at every site) is cut to each rank by plain SVD and by the
-SVD that is weighted with the second moments of the sites' inputs (DESIGN 3.3). The error is
-‖X (ΔW − ΔW_k)ᵀ‖ / ‖X ΔWᵀ‖, root mean square over the sites, on inputs of other prompts and seeds
-than those that made the weights.
+``python benchmarks/truncation.py`` writes ``benchmarks/results/truncation.json``. The sum of two
+concepts' LoRAs (rank 16 at every site) is cut to each rank by plain SVD and by the SVD that is
+weighted with the second moments of the sites' inputs. The error is ‖X (ΔW − ΔW_k)ᵀ‖ / ‖X ΔWᵀ‖, root
+mean square over the sites, on inputs of other prompts and seeds than those that made the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from outputs import result_file, write
 from torch import Tensor
 
 import toybox
@@ -80,7 +81,9 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     names = sys.argv[1:] or list(toybox.concepts())[:2]
-    print(json.dumps({"concepts": names, "error": measure(names)}, indent=1))
+    data = {"concepts": names, "error": measure(names)}
+    print(json.dumps(data, indent=1))
+    write(result_file("truncation.json", whole=len(sys.argv) == 1), data)
 
 
 if __name__ == "__main__":
