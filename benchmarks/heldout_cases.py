@@ -73,29 +73,21 @@ def few() -> Iterator[Case]:
 
 
 def repair() -> Iterator[Case]:
-    for numbers in (*PAIRS, FIVE, TEN):
-        calibration = FEWER if numbers == TEN else {}
-        yield Case(numbers, {}, calibration)
-        yield Case(numbers, {"repair": False}, calibration)
-        for share in (1.0, 0.5, 0.25, 0.125):
+    for numbers in (*PAIRS, FIVE):
+        yield Case(numbers)
+        yield Case(numbers, {"repair": False})
+        for share in (1.0, 0.5, 0.25):
             if share != (0.5 if len(numbers) == 2 else 1.0):  # the default
-                yield Case(numbers, {"repair_inputs": share}, calibration)
+                yield Case(numbers, {"repair_inputs": share})
+    for settings in ({}, {"repair": False}):
+        yield Case(TEN, settings, FEWER)
 
 
 def rank() -> Iterator[Case]:
-    for numbers in (*PAIRS, FIVE):
-        yield Case(numbers)
-        yield Case(numbers, {"rank": 8})
-    yield Case(TEN, {}, FEWER)
-    for value in (16, 12, 8):
-        yield Case(TEN, {"rank": value}, FEWER)
-
-
-def saliency() -> Iterator[Case]:
     for numbers in (*PAIRS, FIVE, TEN):
         calibration = FEWER if numbers == TEN else {}
         yield Case(numbers, {}, calibration)
-        yield Case(numbers, {"saliency": 0.8 if len(numbers) == 2 else 0.0}, calibration)
+        yield Case(numbers, {"rank": 8}, calibration)
 
 
 def guidance() -> Iterator[Case]:
@@ -118,10 +110,8 @@ def directions() -> Iterator[Case]:
 
 PARTS = {
     part.__name__: part
-    for part in (
-        rows, empty, ridge, few, repair, rank, saliency, guidance, tokens, directions,
-    )
-}  # fmt: skip
+    for part in (rows, empty, ridge, few, repair, rank, guidance, tokens, directions)
+}
 
 
 def table(known: Mapping[str, Mapping[str, float]], part: str) -> list[tuple[str, list[float]]]:

@@ -52,6 +52,19 @@ def _way(way: str) -> str:
     )
 
 
+def waiting() -> list[str]:
+    """What rows wait with, where they wait at every site, of models of full size."""
+    rows = [
+        (
+            name,
+            f"{entry['waiting_mib']:.0f} MiB",
+            f"{entry['waiting_mib'] * (entry['rows'] + entry['left_out']) / _GIB:.0f} GiB",
+        )
+        for name, entry in load("memory.json").items()
+    ]
+    return lines(("model, half precision", "a sample's two rows wait with", "400 samples"), rows, 2)
+
+
 def flux() -> list[str]:
     data = load("flux_memory.json")
     rows = [
@@ -104,6 +117,7 @@ def parts() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
+    "waiting": waiting,
     "flux": flux,
     "ratios": ratios,
     **{f"growth, {what}": partial(growth, what) for what in GROWTH},
