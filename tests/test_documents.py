@@ -18,7 +18,7 @@ from iteris_core import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-USED = [page for page in PAGES if page.name not in ("decisions.md", "releasing.md")]
+USED = [p for p in PAGES if p.name not in ("decisions.md", "releasing.md", "results.md")]
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
