@@ -138,15 +138,16 @@ def _counted(count: str) -> str:
 
 def _alternative(world: World, column: str) -> str:
     """What a plot shows, in a sentence."""
-    counts = list(world.groups)
-    ours = [world.groups[count][OURS][column]["mean"] for count in counts]
-    second = [world.rivals(count, column)[0][1] for count in counts]
-    better = "less" if column in LOW else "more"
-    return (
-        f"{COLUMNS[column]} by the number of concepts, {better} is better: IterIS "
-        f"{short(f'{ours[0]:.2f}')} at {counts[0]} and {short(f'{ours[-1]:.2f}')} at {counts[-1]}, "
-        f"the best of the others {short(f'{second[0]:.2f}')} and {short(f'{second[-1]:.2f}')}."
-    )
+    known = [entry for entry in world.compared() if entry.column == column]
+    said = f"{COLUMNS[column]} by the number of concepts"
+    if known:
+        ends = ", ".join(
+            f"at {entry.count} IterIS {short(f'{entry.ours:.2f}')}, the best of the others "
+            f"{short(f'{entry.theirs:.2f}')}"
+            for entry in dict.fromkeys((known[0], known[-1]))
+        )
+        said += f", {'less' if column in LOW else 'more'} is better: {ends}"
+    return f"{said}."
 
 
 def stale(*, write: bool) -> list[str]:

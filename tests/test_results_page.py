@@ -1,0 +1,94 @@
+"""The page of results tells of every world whose file is there, and says first where we lose."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import markdown_tables
+import result_plots
+import result_worlds
+import results_page
+
+
+def value(mean: float, se: float | None = 0.01, **more) -> dict:
+    return {"mean": mean, "se": se, **more}
+
+
+def row(image: float, text: float, scr: float) -> dict:
+    return {"image": value(image), "text": value(text), "scr": value(scr), "seconds": 3.0}
+
+
+REPORTED = {
+    "default": "iteris",
+    "regimes": {
+        "default": {
+            "3": {
+                "single": row(0.9, 0.7, 0.0),
+                "base": row(0.4, 0.7, 1.0),
+                "iteris": row(0.8, 0.6, 0.2),
+                "ssr": row(0.7, 0.65, 0.1),
+            }
+        },
+        "few": {},
+    },
+    "together": {"default": {"3": {"iteris": {"success": value(0.5, None)}}}},
+    "styles": {},
+}
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch):
+    (tmp_path / "reported.json").write_text(json.dumps(REPORTED))
+    for module in (markdown_tables, result_worlds, results_page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return result_worlds.worlds()
+
+
+def test_a_world_is_told_of_as_soon_as_its_file_is_there(found):
+    assert [world.key for world in found] == ["reported-default", "reported-default-together"]
+    text = results_page.page(found)
+    assert "| **iteris** | .800 ± .010 | .600 ± .010 | .200 ± .010 |" in text
+    assert "| **iteris** | .500 |" in text
+
+
+def test_what_is_lost_stands_before_all_else(found):
+    text = results_page.page(found)
+    lost = text[text.index("## Where we lose") : text.index("And those in which")]
+    assert "| 3 | text alignment | ssr | .650 | .600 |" in lost
+    assert "| 3 | share of concepts that collapsed (SCR) | ssr | .100 | .200 |" in lost
+    assert "| 3 | image alignment |" not in lost
+    assert text.index("## Where we lose") < text.index(f"## {found[0].title}\n")
+
+
+def test_a_lead_within_its_error_is_said(monkeypatch, found):
+    rows = found[0].groups["3"]
+    monkeypatch.setitem(rows["ssr"], "image", value(0.79))
+    text = results_page.page(found)
+    close = text[text.index("And those in which") : text.index(f"## {found[0].title}\n")]
+    assert "| 3 | image alignment | ssr | .790 | .800 |" in close
+
+
+def test_a_plot_is_drawn_again_only_for_other_figures(tmp_path, found):
+    [plot, *_] = results_page.plots_of(found[0])
+    assert result_plots.renew([plot], tmp_path, write=True) == [plot.name]
+    first = (tmp_path / plot.name).read_bytes()
+    assert result_plots.renew([plot], tmp_path, write=True) == []
+    plot.save(tmp_path)
+    assert (tmp_path / plot.name).read_bytes() == first
+    found[0].groups["3"]["iteris"]["image"]["mean"] = 0.81
+    [other, *_] = results_page.plots_of(found[0])
+    assert result_plots.renew([other], tmp_path, write=False) == [plot.name]
+
+
+def test_an_interval_of_the_file_goes_before_one_by_its_error(found):
+    found[0].groups["3"]["iteris"]["image"]["interval"] = [0.7, 0.95]
+    [plot, *_] = results_page.plots_of(found[0])
+    bars = plot.figures["groups"]["3"]
+    assert bars["iteris"]["interval"] == [0.7, 0.95]
+    assert bars["ssr"]["interval"] == pytest.approx([0.7 - 0.0196, 0.7 + 0.0196])
