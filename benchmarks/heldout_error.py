@@ -55,7 +55,7 @@ class Bench:
                 policy=POLICIES[case.policy],
             )
             self.known[case.key] = held_out.errors(merged.lora)
-            write(FILE, self.known)
+            write(FILE, {**read(FILE), **self.known})
             print(case.key, self.known[case.key], flush=True)
         return self.known[case.key]
 

@@ -241,12 +241,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models whose name has this text")
     options = parser.parse_args()
-    results = read(FILE)
     for name, model in MODELS.items():
         if options.only in name:
-            results[name] = planned(model)
-            print(name, json.dumps(results[name]), flush=True)
-            write(FILE, results)
+            found = planned(model)
+            print(name, json.dumps(found), flush=True)
+            results = {**read(FILE), name: found}
+            write(FILE, {known: results[known] for known in MODELS if known in results})
 
 
 if __name__ == "__main__":

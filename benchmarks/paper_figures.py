@@ -183,10 +183,10 @@ PARTS: dict[str, Callable[[World], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
-    world, data = World(), read(FILE)
-    for part in parser.parse_args().parts:
-        data[part] = PARTS[part](world)
-        write(FILE, data)
+    parts, world = parser.parse_args().parts, World()
+    for part in parts:
+        found = PARTS[part](world)
+        write(FILE, {**read(FILE), part: found})
 
 
 if __name__ == "__main__":
