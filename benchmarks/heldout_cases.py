@@ -115,18 +115,20 @@ PARTS = {
 
 
 def table(known: Mapping[str, Mapping[str, float]], part: str) -> list[tuple[str, list[float]]]:
-    """What differs → the guided error of the two pairs' mean, of five and of all ten, as far as
-    they were measured (nan)."""
-    found: dict[str, list[float]] = {}
+    """What differs → the guided error of the two pairs (their mean), of five and of all ten, nan
+    where it was not measured. What concerns one pair alone says which."""
+    cases: dict[str, list[Case]] = {}
     for case in PARTS[part]():
-        column = {2: 0, 5: 1, 10: 2}[len(case.numbers)]
-        said = ", ".join(
-            word for word in case.said.split(", ") if column < 2 or word != "samples=25"
-        )
-        cells = found.setdefault(said or "default", [[], [], []])
-        if case.key in known:
-            cells[column].append(known[case.key]["guided"])
-    return [
-        (said, [fmean(some) if some else float("nan") for some in cells])
-        for said, cells in found.items()
-    ]
+        said = case.said.replace("samples=25", "default") if len(case.numbers) == 10 else case.said
+        cases.setdefault(said.removeprefix("default, "), []).append(case)
+    found: list[tuple[str, list[float]]] = []
+    for said, some in cases.items():
+        cells: list[list[float]] = [[], [], []]
+        measured = [case for case in some if case.key in known]
+        for case in measured:
+            cells[{2: 0, 5: 1, 10: 2}[len(case.numbers)]].append(known[case.key]["guided"])
+        if len(cells[0]) == 1:
+            [pair] = [case.numbers for case in measured if len(case.numbers) == 2]
+            said += f" (pair {pair[0]}, {pair[1]})"
+        found.append((said, [fmean(cell) if cell else float("nan") for cell in cells]))
+    return found

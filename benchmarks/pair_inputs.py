@@ -14,6 +14,7 @@ from toybox_world import World
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.lora import SiteChanges
+from iteris_core.solve.choose import Policy
 
 FEW = Calibration(samples=12, timesteps=2, templates=SEEN)
 AT_ONCE = 1024
@@ -74,6 +75,7 @@ class Pair:
                 method,
                 settings={**settings, "micro_batch": AT_ONCE},
                 calibration=FEW,
+                policy=Policy(sample_rows=AT_ONCE),  # else the sampled rows run first
             ).lora
         rows = sum(map(len, self.rows))
         return merged, {

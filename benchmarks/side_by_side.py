@@ -1,6 +1,6 @@
 """The same prompts and the same noise by every method: ``docs/images/results-methods.png``.
 
-``python benchmarks/side_by_side.py [--numbers 1 4 6 8 10]`` merges one of the reported sets of the
+``python benchmarks/side_by_side.py [--numbers 1 4 6]`` merges one of the reported sets of the
 toybox by IterIS and its rivals, with the settings of ``quality.py``, and draws each concept alone
 and two of them in one picture. The first picture of each, nothing is chosen by hand.
 """
@@ -26,6 +26,7 @@ METHODS = {
     "average": "average",
     "sum": "all loaded at once",
 }
+SET = SETS["3"][0]
 SIDE = 128
 
 
@@ -55,7 +56,7 @@ def alone(world: World, picture: Picture) -> Image.Image | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--numbers", type=int, nargs="+", default=list(SETS["5"][0]))
+    parser.add_argument("--numbers", type=int, nargs="+", default=list(SET))
     arguments = parser.parse_args()
     numbers, world = tuple(arguments.numbers), World()
     pictures = chosen(world, numbers)
@@ -68,7 +69,7 @@ def main() -> None:
         rows[label] = [*world.draw(merged(world, numbers, method), pictures)]
         print(label, flush=True)
     sheet = contact_sheet(rows, [p.prompt for p in pictures], cell=SIDE)
-    whole = numbers == tuple(SETS["5"][0])
+    whole = numbers == SET
     path = ROOT / "docs" / "images" / "results-methods.png"
     if not whole:
         path = result_file("results-methods.png", whole=False)

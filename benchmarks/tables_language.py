@@ -87,29 +87,10 @@ def weighting() -> list[str]:
     return lines(("weighting", *(n.replace("adapter", "adapter (eq. 8)") for n in ours)), rows)
 
 
-def divergence() -> list[str]:
-    rows = [
-        (
-            samples,
-            METHODS[name],
-            *(
-                cell(row[texts][column])
-                for texts in ("training", "test")
-                for column in ("error", "kl")
-            ),
-        )
-        for samples, methods in load("divergence.json").items()
-        for name, row in methods.items()
-    ]
-    head = ("texts a task", "method", "training texts: error", "KL", "test texts: error", "KL")
-    return lines(head, rows)
-
-
 TABLES: dict[str, Callable[[], list[str]]] = {
     "captions": captions,
     "emotions": emotions,
     "emotions, tuning": tuning,
-    "emotions, divergence": divergence,
     "emotions, iterations": lambda: _ablation(
         "iterations", "iterations after the first solve, the paper's settings"
     ),
