@@ -61,6 +61,7 @@ def waiting() -> list[str]:
             f"{entry['waiting_mib'] * (entry['rows'] + entry['left_out']) / _GIB:.0f} GiB",
         )
         for name, entry in load("memory.json").items()
+        if "waiting_mib" in entry
     ]
     return lines(("model, half precision", "a sample's two rows wait with", "400 samples"), rows, 2)
 
