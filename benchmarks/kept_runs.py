@@ -1,8 +1,8 @@
 """What was measured of ``iteris`` with other settings on any sets, of the suite's kept runs.
 
 ``python benchmarks/kept_runs.py '{"focus": 0.0}'`` prints the means of image, text and both, the
-judge's and the pairs', with standard errors over seeds, by the number of concepts, and the same
-against the default on the same sets, paired by set and seed. Nothing is merged. Settings have the
+judge's and the pairs', with standard errors over seeds, by the number of concepts, the seconds that a
+merge took then, and the same against the default on the same sets, paired by set and seed. Nothing is merged. Settings have the
 names that they had when the runs were made, which still hold; ``--calibration`` takes those of the
 samples.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from outputs import RESULTS
@@ -19,13 +20,14 @@ from quality import COLUMNS, Scores, row_of
 
 RUNS = RESULTS / "quality_runs.jsonl"
 
-Run = tuple[tuple[int, ...], Scores]
+Run = tuple[tuple[int, ...], Scores, float]
+"""The set, its scores, and the seconds of its merge"""
 
 
 def kept(
     settings: Mapping[str, Any], calibration: Mapping[str, Any], preserve: float = 0.0
 ) -> list[Run]:
-    """The sets, and the scores of each, that ran with exactly these."""
+    """What ran with exactly these."""
     found: list[Run] = []
     for line in RUNS.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
@@ -33,19 +35,19 @@ def kept(
         weights, apart = said[2:] or (None, 0.0)
         same = said[:2] == [dict(settings), dict(calibration)] and apart == preserve
         if method == "iteris" and same and weights is None:
-            found.append((tuple(numbers), run["scores"]))
+            found.append((tuple(numbers), run["scores"], run["merge_seconds"]))
     return found
 
 
 def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Scores]:
     """Seed by seed, of the sets that both have."""
-    other = dict(theirs)
+    other = {numbers: scores for numbers, scores, _ in theirs}
     return [
         {
             column: {seed: value - other[numbers][column][seed] for seed, value in by_seed.items()}
             for column, by_seed in scores.items()
         }
-        for numbers, scores in ours
+        for numbers, scores, _ in ours
         if numbers in other
     ]
 
@@ -59,10 +61,11 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = kept(arguments.settings, arguments.calibration, arguments.preserve)
     against = kept(arguments.against, {})
-    for count in sorted({len(numbers) for numbers, _ in runs}):
+    for count in sorted({len(numbers) for numbers, *_ in runs}):
         some = [run for run in runs if len(run[0]) == count]
-        print(f"{count} concepts:", *(" ".join(map(str, numbers)) for numbers, _ in some), sep="  ")
-        _show("", row_of([scores for _, scores in some]))
+        print(f"{count} concepts:", *(" ".join(map(str, run[0])) for run in some), sep="  ")
+        print(f"   {fmean(seconds for *_, seconds in some):.0f} s a merge, while others computed")
+        _show("", row_of([scores for _, scores, _ in some]))
         if paired := differences(some, against):
             _show("difference", row_of(paired))
 
