@@ -51,9 +51,9 @@ def page(found: list[World]) -> str:
 _PICTURES = """\
 ## The same prompts by every method
 
-![Prompts in columns; in rows what each concept was learned from, without a LoRA, with its own LoRA alone, and three LoRAs merged by six methods.](images/results-methods.png)
+![Prompts in columns; in rows what each concept was learned from, without a LoRA, with its own LoRA alone, and two LoRAs merged by six methods.](images/results-methods.png)
 
-Three concepts of the toybox merged, every row from the same noise, the first picture of each prompt:
+Two concepts of the toybox merged, every row from the same noise, the first picture of each prompt:
 `python benchmarks/side_by_side.py`.
 """  # noqa: E501
 

@@ -1,6 +1,6 @@
 """The same prompts and the same noise by every method: ``docs/images/results-methods.png``.
 
-``python benchmarks/side_by_side.py [--numbers 1 4 6]`` merges one of the reported sets of the
+``python benchmarks/side_by_side.py [--numbers 1 4]`` merges one of the reported sets of the
 toybox by IterIS and its rivals, with the settings of ``quality.py``, and draws each concept alone
 and two of them in one picture. The first picture of each, nothing is chosen by hand.
 """
@@ -26,7 +26,7 @@ METHODS = {
     "average": "average",
     "sum": "all loaded at once",
 }
-SET = SETS["3"][0]
+SET = SETS["2"][0]
 SIDE = 128
 
 

@@ -23,7 +23,7 @@ def section() -> str:
 _HEAD = """\
 ## The paper's own figures
 
-On pairs of the toybox that the suite does not report: `python benchmarks/paper_figures.py`.
+On the pair 3, 5 of the toybox, which the suite does not report: `python benchmarks/paper_figures.py`.
 """
 
 
@@ -59,21 +59,21 @@ def _discrepancy_plot(data: dict[str, Any]) -> Plot:
 def _samples(data: dict[str, Any]) -> str:
     counts = list(next(iter(data.values())))
     rows = [
-        (name, *(short(f"{fmean(some[count]['errors']):.3f}") for count in counts))
+        (name, *(short(f"{some[count]['error']:.3f}") for count in counts))
         for name, some in data.items()
     ]
     seconds = [
-        (f"{name}, seconds", *(f"{fmean(some[count]['seconds']):.1f}" for count in counts))
+        (f"{name}, seconds", *(f"{some[count]['seconds']:.1f}" for count in counts))
         for name, some in data.items()
     ]
     table = "\n".join(lines(("prompts", *counts), [*rows, *seconds], right=len(counts)))
     return f"""\
 ### Figure 3b: how many samples
 
-![Held-out error by the number of prompts: RegMean's hardly falls, IterIS's does.](images/results-paper-samples.svg)
+![Held-out error by the number of prompts, of RegMean and IterIS.](images/results-paper-samples.svg)
 
-Held-out error (0 is each LoRA itself, 1 the base) by the number of prompts at four timesteps, mean of
-two pairs, and the seconds of one thread's CPU for the whole merge.
+Held-out error (0 is each LoRA itself, 1 the base) by the number of prompts at four timesteps, and the
+seconds of one thread's CPU for the whole merge.
 
 {table}
 """  # noqa: E501
@@ -81,7 +81,7 @@ two pairs, and the seconds of one thread's CPU for the whole merge.
 
 def _samples_plot(data: dict[str, Any]) -> Plot:
     series = {
-        name: {count: fmean(entry["errors"]) for count, entry in some.items()}
+        name: {count: entry["error"] for count, entry in some.items()}
         for name, some in data.items()
     }
     return curves("results-paper-samples.svg", series, ("prompts a LoRA", "held-out error"))
@@ -94,7 +94,7 @@ def _terms(data: dict[str, Any]) -> str:
 ### Figure 3c: how even the objective's two terms are
 
 The share of the larger of two terms, λ_i ‖X_i ΔW_iᵀ‖² with the LoRAs' changes and λ_i ‖X_i W_iᵀ‖²
-with whole weights; 50 % is even.
+with whole weights, of this pair and 8, 9; 50 % is even.
 
 {table}
 """
