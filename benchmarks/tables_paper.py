@@ -23,7 +23,8 @@ def section() -> str:
 _HEAD = """\
 ## The paper's own figures
 
-On the pair 3, 5 of the toybox, which the suite does not report: `python benchmarks/paper_figures.py`.
+On the pair 3, 5 of the toybox, which the suite does not report:
+`python benchmarks/paper_figures.py`.
 """
 
 
