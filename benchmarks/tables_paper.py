@@ -40,12 +40,14 @@ def _discrepancy(data: dict[str, Any]) -> str:
     return f"""\
 ### Figure 3a: inputs that a method takes for the merged model's
 
-![Discrepancy by depth: RegMean's grows along the model, the sweep's is rounding.](images/results-paper-discrepancy.svg)
+![Discrepancy by depth: RegMean's stays large, every solve of Algorithm 1 makes more of the first sites right, the sweep's is rounding.](images/results-paper-discrepancy.svg)
 
 How far the inputs of a method's last solve are from those that the merged model sees, as a share of
-these, over the sites of the denoiser by the length of the longest chain of sites up to them. RegMean
-takes each LoRA's own inputs. Algorithm 1 takes those of the merge before, and comes nearer with every
-solve; a sweep takes what the merged model gives, but for rounding.
+these, over the sites of the denoiser by the length of the longest chain of sites up to them (text
+encoder's included). RegMean takes each LoRA's own inputs. Algorithm 1 takes those of the merge before:
+after k solves the sites of chains up to k are right, as appendix A.3 says. A sweep takes what the
+merged model gives, but for rounding. Other than in the paper's figure RegMean's does not grow along the
+whole model: it is there from the second site on.
 
 {table}
 """  # noqa: E501
