@@ -58,7 +58,7 @@ def discrepancy(world: World) -> dict[str, Any]:
     methods: dict[str, tuple[str, dict[str, Any]]] = {
         "RegMean": ("regmean", {"shrink": 1.0}),
         **{
-            f"Algorithm 1, {count} solves": (
+            f"Algorithm 1, {count} {'solve' if count == 1 else 'solves'}": (
                 "iteris", {**PAPER, "schedule": "jacobi", "iterations": count},
             )
             for count in ITERATIONS
