@@ -54,7 +54,8 @@ _PICTURES = """\
 ![Prompts in columns; in rows what each concept was learned from, without a LoRA, with its own LoRA alone, and two LoRAs merged by six methods.](images/results-methods.png)
 
 Two concepts of the toybox merged, every row from the same noise, the first picture of each prompt:
-`python benchmarks/side_by_side.py`.
+`python benchmarks/side_by_side.py`. Of two concepts IterIS and RegMean++ are alike to the eye, and in
+one picture every method mixes them.
 """  # noqa: E501
 
 
