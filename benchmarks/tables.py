@@ -19,7 +19,8 @@ def load(name: str) -> dict[str, Any]:
 def cell(entry: dict[str, float] | None) -> str:
     if entry is None:
         return ""
-    return f"{entry['mean']:.3f} ± {entry['se']:.3f}".replace("0.", ".")
+    error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
+    return f"{entry['mean']:.3f}{error}".replace("0.", ".")
 
 
 def quality() -> None:
@@ -75,6 +76,39 @@ def speed() -> None:
             print(f"| {value} | {entry['seconds']:.2f} | {entry['peak_mib']:.0f} |")
 
 
+REPORTED = ("image", "share", "kept", "text", "judge", "scr")
+
+
+def reported() -> None:
+    """The field's protocol on the concepts that nobody looked at (``PROTOCOL.md``)."""
+    data = load("reported.json")
+    print(f"\n{data['measured']} of {data['planned']} merges, {data['replicates']} replicates")
+    for regime, sizes in data["regimes"].items():
+        for size in sorted(sizes, key=int):
+            rows, together = sizes[size], data["together"][regime][size]
+            print(f"\n### {regime}, {size} LoRAs\n")
+            print("| method | " + " | ".join(REPORTED) + " | pair | success | s | rank | MB |")
+            print("|---|" + "---|" * (len(REPORTED) + 5))
+            for name in sorted(rows, key=lambda name: -rows[name]["image"]["mean"]):
+                row, pair = rows[name], together.get(name, {})
+                cells = [cell(row.get(column)) for column in REPORTED]
+                cells += [cell(pair.get(column)) for column in ("image", "success")]
+                cells += [f"{row['seconds']:.1f}", f"{row['rank']:.0f}"] if pair else ["", ""]
+                cells += [f"{row['bytes'] / 1e6:.1f}"] if pair else [""]
+                shown = f"**{name}**" if name == data["default"] else name
+                print(f"| {shown} | " + " | ".join(cells) + " |")
+    print("\n| regime | LoRAs | ahead of | image | text |\n|---|---|---|---|---|")
+    for regime, sizes in data["leads"].items():
+        for size, lead in sorted(sizes.items(), key=lambda item: int(item[0])):
+            ahead = " | ".join(_signed(lead[column]) for column in ("image", "text"))
+            print(f"| {regime} | {size} | {lead['over']} | {ahead} |")
+
+
+def _signed(entry: dict[str, Any]) -> str:
+    error = "" if entry["se"] is None else f" ± {entry['se']:.4f}"
+    return f"{entry['mean']:+.4f}{error}".replace("0.", ".")
+
+
 FRONT = {
     "single": "each LoRA alone",
     "iteris": "**IterIS**",
@@ -106,7 +140,7 @@ def _kept(rows: dict[str, Any], name: str) -> float:
 
 
 if __name__ == "__main__":
-    for table in (front, quality, leads, equal_time, ablations, speed):
+    for table in (front, quality, leads, equal_time, reported, ablations, speed):
         try:
             table()
         except FileNotFoundError as missing:

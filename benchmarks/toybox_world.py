@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -29,13 +31,22 @@ class Picture:
     seed: int
 
 
-class World:
-    """The toybox, loaded once: draws and scores."""
+class Drawn(Protocol):
+    """What drawing needs to know of a picture."""
 
-    def __init__(self) -> None:
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class World:
+    """The toybox, loaded once: draws and scores. ``root`` is a folder with other concepts."""
+
+    def __init__(self, root: Path = toybox.ROOT) -> None:
         self.pipeline = toybox.load_pipeline()
         self.host = DiffusersHost(self.pipeline)
-        self.concepts = toybox.concepts()
+        self.concepts = toybox.concepts(root)
         self.loras = {t: self.host.read_lora(c.lora) for t, c in self.concepts.items()}
         self.judge = toybox.load_judge()
         self.scorer = ClipScorer(*toybox.load_clip())
@@ -78,7 +89,7 @@ class World:
             wanted.append(((left, right), prompt))
         return [Picture(shown, prompt, seed) for shown, prompt in wanted for seed in SEEDS]
 
-    def draw(self, lora: Lora | None, pictures: Sequence[Picture]) -> list[Image.Image]:
+    def draw(self, lora: Lora | None, pictures: Sequence[Drawn]) -> list[Image.Image]:
         with self.changed(lora):
             images: list[Image.Image] = []
             for start in range(0, len(pictures), 32):
