@@ -27,6 +27,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import reported_concepts  # noqa: E402
 from protocol.plan import METHODS, Unit, sets_of, styled_pairs, units  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
+from protocol.settings import Chosen  # noqa: E402
 from protocol.table import Table, stat  # noqa: E402
 from protocol.world import Wanted  # noqa: E402
 
@@ -96,6 +97,21 @@ def test_a_plan_repeats_nothing_and_begins_with_what_all_others_need():
     assert weights_only == {"default"}
     assert {unit.regime for unit in plan if unit.method == "ssr"} == {"default", "few"}
     assert len(styled_pairs(subjects, styles, 0)) == 10
+
+
+def test_settings_are_kept_by_number_and_regime(tmp_path):
+    file = tmp_path / "settings.json"
+    chosen = Chosen(file, {"ties": {"density": 0.8}, "ssr": {"ridge": 1e-2}})
+    chosen.keep("ties", 5, "default", {"density": 0.5})
+    chosen.keep("ssr", 5, "few", {"ridge": 1e-4})
+    again = Chosen(file, {"ties": {"density": 0.8}, "ssr": {"ridge": 1e-2}, "iteris": {"rank": 2}})
+    # Of a method that only looks at weights both regimes are one.
+    assert again("ties", 5, "few") == again("ties", 5, "default") == {"density": 0.5}
+    assert again("ties", 2, "default") == {"density": 0.8}
+    assert again("ssr", 5, "few") == {"ridge": 1e-4}
+    assert again("ssr", 5, "default") == {"ridge": 1e-2}
+    assert [again.known("ssr", 5, regime) for regime in ("few", "default")] == [True, False]
+    assert again("iteris", 5, "default") == {}
 
 
 class FakeWorld:
