@@ -13,6 +13,7 @@ from tiny import random_lora
 
 import toybox
 from iteris_core import Concept, IterisError
+from iteris_core.methods import all_methods
 from iteris_core.score.measures import (
     collapse_rate,
     harmonic_score,
@@ -29,6 +30,7 @@ from protocol.plan import METHODS, Unit, sets_of, styled_pairs, units  # noqa: E
 from protocol.runs import Runs  # noqa: E402
 from protocol.settings import Chosen  # noqa: E402
 from protocol.table import Table, stat  # noqa: E402
+from protocol.tuning import Tuning  # noqa: E402
 from protocol.world import Wanted  # noqa: E402
 
 
@@ -220,6 +222,38 @@ def test_a_table_of_a_part_is_made_of_what_is_there(fake, tmp_path):
     rows = Table(plan, runs.known, fake.collapse_below).figures()["regimes"]["default"]["2"]
     assert set(rows) == {"average"}
     assert "share" not in rows["average"]
+
+
+class ScaledWorld(FakeWorld):
+    """A merge's picture tells how near its change of one site is to 55 % of the LoRAs' sum."""
+
+    def draw(self, lora, wanted):
+        names = {name for w in wanted for name in w.shown}
+        site = next(iter(lora.sites))
+        whole = sum(self.loras[name].sites[site].dense() for name in names)
+        scale = float(lora.sites[site].dense().norm() / whole.norm())
+        return [Image.new("L", (4, 4), round(200 - 200 * abs(scale - 0.55))) for _ in wanted]
+
+
+def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
+    world = ScaledWorld(host)
+    chosen = Chosen(tmp_path / "settings.json", {})
+    runs = Runs(world, tmp_path / "runs.jsonl")
+    assert not Tuning(runs, chosen, seconds=-1).search(["task-arithmetic"])
+    assert not chosen.known("task-arithmetic", 2, "default")
+    assert Tuning(runs, chosen).search(["task-arithmetic"])
+    found = Chosen(chosen.file, {})
+    assert {k: found("task-arithmetic", k, "few")["scale"] for k in world.sizes} == {
+        2: 0.55,
+        4: 0.55,
+    }
+    measured = len(runs.known)
+    assert Tuning(runs, found).search(["task-arithmetic"])
+    assert len(runs.known) == measured
+
+
+def test_every_method_is_in_the_plan():
+    assert {method.name for method in all_methods()} == set(METHODS) - {"single", "base"}
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():

@@ -30,8 +30,18 @@ METHODS = (
     "task-arithmetic",
     "knots",
     "orthogonal",
+    "ace",
+    "chain-of-merges",
+    "wudi",
+    "della",
+    "loraclr",
+    "gradient-fusion",
     "dare-ties",
     "custom-diffusion",
+    "della-linear",
+    "sum",
+    "svd",
+    "iteris-subspace",
 )
 """From the most telling to the least, so that a run which is stopped has the first ones."""
 
