@@ -110,6 +110,7 @@ def test_settings_are_kept_by_number_and_regime(tmp_path):
     # Of a method that only looks at weights both regimes are one.
     assert again("ties", 5, "few") == again("ties", 5, "default") == {"density": 0.5}
     assert again("ties", 2, "default") == {"density": 0.8}
+    assert again("ties", 7, "default") == {"density": 0.5}, "of the most that were searched"
     assert again("ssr", 5, "few") == {"ridge": 1e-4}
     assert again("ssr", 5, "default") == {"ridge": 1e-2}
     assert [again.known("ssr", 5, regime) for regime in ("few", "default")] == [True, False]
@@ -286,3 +287,24 @@ def test_the_toybox_goes_through_the_protocol(tmp_path):
     assert rows["single"]["image"]["mean"] > rows["base"]["image"]["mean"] + 0.1
     assert rows["single"]["scr"]["mean"] < rows["base"]["scr"]["mean"]
     assert 0 <= figures["together"]["few"]["2"]["iteris"]["success"]["mean"] <= 1
+
+
+@pytest.mark.slow
+def test_the_emoji_go_through_the_protocol(tmp_path):
+    if not (BENCHMARKS / "emoji" / "weights" / "quality.json").exists():
+        pytest.skip("the world of emoji is not trained yet")
+    from protocol.emoji import EmojiWorld
+
+    world = EmojiWorld()
+    names = world.subjects[:2]
+    plan = [
+        *(Unit(method, (name,)) for method in ("single", "base") for name in names),
+        Unit("iteris", names, "few"),
+        Unit("iteris", (names[0], world.styles[0]), "few", styled=True),
+    ]
+    runs = Runs(world, tmp_path / "runs.jsonl")
+    assert runs.run(plan)
+    figures = Table(plan, runs.known, world.collapse_below).figures()
+    rows = figures["regimes"]["few"]["2"]
+    assert rows["single"]["image"]["mean"] > rows["base"]["image"]["mean"]
+    assert 0 <= figures["styles"]["few"]["iteris"]["s_harm"]["mean"] <= 1

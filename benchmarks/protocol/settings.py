@@ -13,8 +13,8 @@ from .plan import OURS, uses_data
 
 
 class Chosen:
-    """What a search found, and ``otherwise`` by method where it has not been there yet. Ours has
-    its defaults always."""
+    """What a search found; with more LoRAs than any search had, what it found with the most, and
+    ``otherwise`` by method where none has been yet. Ours has its defaults always."""
 
     def __init__(self, file: Path, otherwise: Mapping[str, Mapping[str, Any]]) -> None:
         self.file, self._otherwise = file, otherwise
@@ -23,8 +23,9 @@ class Chosen:
     def __call__(self, method: str, size: int, regime: str) -> Mapping[str, Any]:
         if method == OURS:
             return {}
-        found = self._found.get(method, {}).get(_of(method, regime), {}).get(str(size))
-        return self._otherwise.get(method, {}) if found is None else found
+        found = self._found.get(method, {}).get(_of(method, regime), {})
+        most = max(map(int, found), default=size)
+        return found.get(str(min(size, most)), self._otherwise.get(method, {}))
 
     def known(self, method: str, size: int, regime: str) -> bool:
         """Whether a search found them."""

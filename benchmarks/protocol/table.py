@@ -100,7 +100,7 @@ class Table:
             single, base = (self._gathered(name, replicate, names) for name in (SINGLE, BASE))
             if single:
                 shares.append(share_of_alone(image, _image(single)))
-            if single and base:
+            if single and base and _image(single) > _image(base):
                 kept.append(likeness_kept(image, _image(single), _image(base)))
         if shares:
             row["share"] = stat(shares)

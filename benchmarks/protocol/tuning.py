@@ -30,6 +30,7 @@ class Tuning:
         places = [
             (method, size, regime)
             for size in self._runs.world.sizes
+            if size <= len(self._runs.world.subjects)
             for method in names
             for regime in regimes
             if regime == "default" or uses_data(method)
