@@ -99,6 +99,17 @@ def test_a_plan_repeats_nothing_and_begins_with_what_all_others_need():
     assert weights_only == {"default"}
     assert {unit.regime for unit in plan if unit.method == "ssr"} == {"default", "few"}
     assert len(styled_pairs(subjects, styles, 0)) == 10
+    # Further trainings of the LoRAs make the second replicate another one, and leave the first.
+    more = list(units(subjects, styles, (2, 3), lambda method, size, regime: {}, trained=3))
+    assert [unit.key for unit in more if not unit.replicate] == [
+        unit.key for unit in plan if not unit.replicate
+    ]
+    assert {(unit.replicate, unit.trained) for unit in more if unit.method == "ssr"} == {
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    }
+    assert {unit.trained for unit in more if unit.method == "base"} == {0}
 
 
 def test_settings_are_kept_by_number_and_regime(tmp_path):

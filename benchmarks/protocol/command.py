@@ -54,6 +54,7 @@ class Tables:
             methods=asked.methods or METHODS,
             regimes=asked.regimes,
             replicates=asked.replicates,
+            trained=world.trained,
         )
         whole = runs.run(wanted, asked.seconds)
         data = self.data(world, runs)
@@ -64,7 +65,9 @@ class Tables:
 
     def data(self, world: World, runs: Runs) -> dict[str, Any]:
         """What is known so far, with how much of the plan that is."""
-        every = list(units(world.subjects, world.styles, world.sizes, self.chosen))
+        every = list(
+            units(world.subjects, world.styles, world.sizes, self.chosen, trained=world.trained)
+        )
         done = [unit for unit in every if unit.key in runs.known]
         return {
             "default": OURS,

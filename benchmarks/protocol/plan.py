@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import product
 from typing import Any
 
@@ -55,7 +55,8 @@ Settings = Callable[[str, int, str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One merge and its pictures. ``styled`` marks a subject with a style in one picture."""
+    """One merge and its pictures. ``styled`` marks a subject with a style in one picture;
+    ``trained`` is which of the trainings of the LoRAs it has."""
 
     method: str
     names: tuple[str, ...]
@@ -63,11 +64,11 @@ class Unit:
     replicate: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     styled: bool = False
+    trained: int = 0
 
     @property
     def key(self) -> str:
-        parts = (self.method, self.names, self.regime, self.replicate, self.settings, self.styled)
-        return json.dumps(parts, sort_keys=True)
+        return json.dumps(astuple(self), sort_keys=True)
 
 
 def sets_of(subjects: Sequence[str], size: int, replicate: int) -> list[tuple[str, ...]]:
@@ -108,18 +109,22 @@ def units(
     methods: Sequence[str] = METHODS,
     regimes: Sequence[str] = tuple(REGIMES),
     replicates: int = REPLICATES,
+    trained: int = 1,
 ) -> Iterator[Unit]:
     """All that is to be measured, replicate by replicate, and in each method by method."""
     for replicate, method in product(range(replicates), methods):
+        which = 0 if method == BASE else replicate % trained
         if method in (SINGLE, BASE):
-            yield from (Unit(method, (name,), replicate=replicate) for name in subjects)
+            yield from (
+                Unit(method, (name,), replicate=replicate, trained=which) for name in subjects
+            )
         else:
             for regime in regimes if uses_data(method) else regimes[:1]:
                 for size in sizes:
                     own = settings(method, size, regime)
                     for names in sets_of(subjects, size, replicate):
-                        yield Unit(method, names, regime, replicate, own)
+                        yield Unit(method, names, regime, replicate, own, trained=which)
         for pair in styled_pairs(subjects, styles, replicate):
             for regime in regimes if uses_data(method) else regimes[:1]:
                 own = {} if method in (SINGLE, BASE) else settings(method, 2, regime)
-                yield Unit(method, pair, regime, replicate, own, styled=True)
+                yield Unit(method, pair, regime, replicate, own, True, which)

@@ -72,8 +72,7 @@ class Runs:
     def _merged(self, unit: Unit) -> tuple[Lora | None, Entry]:
         if unit.method == BASE:
             return None, {}
-        trained = unit.replicate % self.world.trained
-        concepts = self.world.concepts(unit.names, trained)
+        concepts = self.world.concepts(unit.names, unit.trained)
         if unit.method == SINGLE:
             (concept,) = concepts
             return concept.lora, {}
@@ -124,11 +123,10 @@ class Runs:
     def _each_alone(self, unit: Unit) -> Entry:
         """Of a subject with a style each LoRA by itself: the subject's likeness with the subject's
         LoRA, the style's with the style's, as what a merge of both would have at best."""
-        trained = unit.replicate % self.world.trained
         wanted = self.world.styled(*unit.names, unit.replicate + 1)
         parts = [
             self._styled(concept.lora, wanted)
-            for concept in self.world.concepts(unit.names, trained)
+            for concept in self.world.concepts(unit.names, unit.trained)
         ]
         return {
             "styled": [

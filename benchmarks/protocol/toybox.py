@@ -37,7 +37,9 @@ class ToyboxWorld:
         self._loras: dict[tuple[str, int], Lora] = {}
         self.host = self._loaded.host
         self.subjects = tuple(self._loaded.concepts)
-        self.trained = sum(folder.is_dir() for folder in (root / "weights").glob("loras*"))
+        folders = (root / "weights").glob("loras*")
+        files = [f"{name}.safetensors" for name in self.subjects]
+        self.trained = sum(all((at / file).exists() for file in files) for at in folders)
         self.calibration: dict[str, Any] = {"templates": TEMPLATES}
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
