@@ -278,6 +278,16 @@ def test_the_reported_concepts_are_what_the_rule_gives():
     assert not own & {c.thing for c in toybox.concepts(reported_concepts.ROOT).values()}
 
 
+@pytest.mark.parametrize("token", list(toybox.concepts(reported_concepts.ROOT)))
+def test_a_reported_concept_has_its_files(token):
+    concept = toybox.concepts(reported_concepts.ROOT)[token]
+    if not concept.lora.exists():
+        pytest.skip("not trained yet")
+    assert len(concept.references) == 6
+    assert concept.lora.stat().st_size < 300_000
+    assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()
+
+
 @pytest.mark.slow
 def test_the_toybox_goes_through_the_protocol(tmp_path):
     from protocol.toybox import ToyboxWorld
