@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality toybox docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported toybox docs dist clean
 
 .venv: .venv/installed
 
@@ -58,6 +58,10 @@ bench-gpu: .venv
 
 bench-quality: .venv
 	$(RUN) benchmarks/quality.py
+
+# Goes on where it stopped; SECONDS=500 stops it by itself.
+bench-reported: .venv
+	$(RUN) benchmarks/reported.py $(if $(SECONDS),--seconds $(SECONDS))
 
 toybox: .venv
 	$(RUN) -m toybox.train

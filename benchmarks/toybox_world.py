@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
-import torch
 from PIL import Image
+from protocol.drawing import Drawn, changed, draw
 
 import toybox
 from iteris_core import Concept, Lora
@@ -30,12 +30,12 @@ class Picture:
 
 
 class World:
-    """The toybox, loaded once: draws and scores."""
+    """The toybox, loaded once: draws and scores. ``root`` is a folder with other concepts."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = toybox.ROOT) -> None:
         self.pipeline = toybox.load_pipeline()
         self.host = DiffusersHost(self.pipeline)
-        self.concepts = toybox.concepts()
+        self.concepts = toybox.concepts(root)
         self.loras = {t: self.host.read_lora(c.lora) for t, c in self.concepts.items()}
         self.judge = toybox.load_judge()
         self.scorer = ClipScorer(*toybox.load_clip())
@@ -78,39 +78,19 @@ class World:
             wanted.append(((left, right), prompt))
         return [Picture(shown, prompt, seed) for shown, prompt in wanted for seed in SEEDS]
 
-    def draw(self, lora: Lora | None, pictures: Sequence[Picture]) -> list[Image.Image]:
-        with self.changed(lora):
-            images: list[Image.Image] = []
-            for start in range(0, len(pictures), 32):
-                some = pictures[start : start + 32]
-                # The noise depends on the prompt too, so that no two prompts share a picture.
-                generators = [
-                    torch.Generator().manual_seed(
-                        int(hashlib.sha256(f"{p.prompt}{p.seed}".encode()).hexdigest()[:8], 16)
-                    )
-                    for p in some
-                ]
-                images += self.pipeline(
-                    [p.prompt for p in some],
-                    num_inference_steps=self.settings["steps"],
-                    guidance_scale=self.settings["guidance"],
-                    generator=generators,
-                ).images
-            return images
+    def draw(self, lora: Lora | None, pictures: Sequence[Drawn]) -> list[Image.Image]:
+        return draw(
+            self.pipeline,
+            self.host,
+            lora,
+            pictures,
+            num_inference_steps=self.settings["steps"],
+            guidance_scale=self.settings["guidance"],
+        )
 
-    @contextmanager
-    def changed(self, lora: Lora | None) -> Generator[None]:
+    def changed(self, lora: Lora | None) -> AbstractContextManager[None]:
         """The LoRA's changes added to the weights, which are put back bit for bit."""
-        sites = self.host.sites()
-        kept = {s: sites[s].weight.data.clone() for s in (lora.sites if lora else {})}
-        try:
-            for site, change in (lora.sites if lora else {}).items():
-                weight = sites[site].weight.data
-                weight += change.dense().reshape(weight.shape)
-            yield
-        finally:
-            for site, weight in kept.items():
-                sites[site].weight.data.copy_(weight)
+        return changed(self.host, lora)
 
     def score(
         self, pictures: Sequence[Picture], images: Sequence[Image.Image]

@@ -60,7 +60,7 @@ def test_prompts_are_filled():
 def test_the_time_left_is_that_of_all_methods():
     """Two merges of a minute, and four drawings of ten seconds."""
     seen: list[Progress] = []
-    told = Told(["base", "iteris", "ssr", "average"], seen.append)
+    told = Told({name: name for name in ("base", "iteris", "ssr", "average")}, seen.append)
 
     def tell(name, what, seconds, left):
         told.of(name)(Progress(what, 1, 2, seconds, left))
@@ -175,6 +175,23 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
     assert (drawn[0][1].size, drawn[0][1].guidance, drawn[0][1].seed) == ((16, 8), 3, 5)
     assert "dino 1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
+
+
+def test_shares_of_each_lora_alone_and_how_many_are_lost(
+    world, monkeypatch, capsys, references, tmp_path
+):
+    out = tmp_path / "out"
+    asked = "--methods=alone,base,average"
+    arguments = compare(world, references, out, asked, "--collapse-below=2", count=2)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    rows = json.loads((out / "comparison.json").read_text())["methods"]
+    assert list(rows) == ["alone 1", "alone 2", "base", "average"]
+    of = [rows["average"][f"image {i}"]["mean"] / rows[f"alone {i}"][f"image {i}"]["mean"]
+          for i in (1, 2)]  # fmt: skip
+    assert rows["average"]["share"]["mean"] == pytest.approx(sum(of) / 2)
+    assert "share" not in rows["alone 1"]
+    assert {row["collapsed"]["mean"] for row in rows.values()} == {1.0}
 
 
 def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_path):

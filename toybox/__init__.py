@@ -70,34 +70,39 @@ class ToyConcept:
         return tuple(b for b in BACKGROUNDS if b not in (self.color1, self.color2))
 
 
-@lru_cache(maxsize=1)
-def _world() -> dict[str, Any]:
-    return json.loads((ROOT / "world.json").read_text(encoding="utf-8"))
+@lru_cache
+def _world(root: Path = ROOT) -> dict[str, Any]:
+    return json.loads((root / "world.json").read_text(encoding="utf-8"))
 
 
-def _read(kind: str) -> dict[str, ToyConcept]:
+def _read(kind: str, root: Path = ROOT, loras: str = "loras") -> dict[str, ToyConcept]:
     found = {}
-    for entry in _world()[kind]:
+    folder = root / "weights" / loras
+    for entry in _world(root)[kind]:
         token = entry["token"]
         name = token.strip("<>")
-        embedding = ROOT / "weights" / "loras" / f"{name}_embedding.safetensors"
+        embedding = folder / f"{name}_embedding.safetensors"
         found[token] = ToyConcept(
             token=token,
             class_word=entry["class_word"],
             pattern=entry["pattern"],
             color1=entry["color1"],
             color2=entry["color2"],
-            lora=ROOT / "weights" / "loras" / f"{name}.safetensors",
+            lora=folder / f"{name}.safetensors",
             embedding=embedding if kind == "pivotal_concepts" else None,
-            references=tuple(sorted((ROOT / "references" / name).glob("*.png"))),
+            references=tuple(sorted((root / "references" / name).glob("*.png"))),
             instance_prompt=f"a {token} {entry['class_word']}",
         )
     return found
 
 
-def concepts() -> dict[str, ToyConcept]:
-    """The ten DreamBooth concepts by token, sks1 to sks10."""
-    return _read("concepts")
+def concepts(root: Path = ROOT, loras: str = "loras") -> dict[str, ToyConcept]:
+    """The ten DreamBooth concepts by token, sks1 to sks10.
+
+    Other concepts on the same base come from a `root` laid out like this package: world.json,
+    `references/`, and LoRAs in the folder `loras` of its `weights/`.
+    """
+    return _read("concepts", root, loras)
 
 
 def pivotal_concepts() -> dict[str, ToyConcept]:

@@ -50,7 +50,11 @@ def compare(
     concept: Annotated[list[str], option(CONCEPT_HELP)],
     refs: Annotated[list[Path], option("A folder of pictures for each --concept")],
     methods: Annotated[
-        str, option("Names with commas between, base for no LoRA")
+        str,
+        option(
+            "Names with commas between; base for no LoRA, alone for each LoRA by itself, of which "
+            "the others have their share"
+        ),
     ] = "base,sum,average,iteris",
     setting: Annotated[
         list[str] | None,
@@ -93,6 +97,13 @@ def compare(
     ] = None,
     samples: Annotated[int | None, calibration_option("samples")] = None,
     latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
+    collapse_below: Annotated[
+        float | None,
+        option(
+            "Adds the share of concepts and pictures whose image alignment is under this",
+            panel=PICTURES,
+        ),
+    ] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
     dino: DinoName = None,
@@ -106,6 +117,7 @@ def compare(
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
     from ..score.compare import (
+        ALONE,
         BASE,
         PROMPT_LISTS,
         Comparison,
@@ -117,7 +129,7 @@ def compare(
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    kinds = {name: find_method(name).settings for name in names if name != BASE}
+    kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
     settings, calibration = parse_by_method(kinds, setting or [])
     lines = read_lines(templates) if templates else None
     calibration |= given(samples=samples, latent_size=latent_size, templates=lines)
@@ -158,6 +170,7 @@ def compare(
                 preset=preset or "default",
                 memory_budget=bytes_of(memory),
                 dino=other,
+                collapse_below=collapse_below,
                 on_progress=partial(_named, on_progress, name) if several else on_progress,
             )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..concepts import Calibration, Concept
 from ..errors import IterisError
@@ -21,9 +22,10 @@ from ..merge import merge_loras
 from ..presets import PresetName
 from ..progress import OnProgress
 from .drawing import Drawing, draw
+from .measures import collapse_rate, share_of_alone
 from .scorers import ClipScorer, DinoScorer, without_tokens
 from .statistics import Stat, over_seeds
-from .told import BASE, Told
+from .told import ALONE, BASE, Told
 
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
     name: tuple(
@@ -89,35 +91,40 @@ def compare_methods(
     preset: PresetName = "default",
     memory_budget: int | Literal["free"] | None = "free",
     dino: DinoScorer | None = None,
+    collapse_below: float | None = None,
     on_progress: OnProgress = lambda progress: None,
 ) -> Comparison:
     """Merge ``concepts`` with every one of ``methods``, draw the same prompts and score them.
 
-    ``references[i]`` are pictures of concept i. ``base`` among the methods draws without a LoRA.
-    Every merge goes through a file that the pipeline loads, as a user's would, with the embeddings
-    in force that came with the LoRAs. ``settings`` are by method.
+    ``references[i]`` are pictures of concept i. ``base`` among the methods draws without a LoRA,
+    ``alone`` with each of them by itself, in the rows ``alone 1``, ``alone 2`` and so on, from
+    which the other rows have their ``share``. ``collapse_below`` adds the share of concepts and
+    pictures whose image alignment is under it (SCR). Every merge goes through a file that the
+    pipeline loads, as a user's would, with the embeddings in force that came with the LoRAs.
+    ``settings`` are by method.
     """
     drawing = drawing or Drawing()
     prompts = fill_prompts(templates, concepts)
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     calls = [calls_of(concept, host.learned) for concept in concepts]
-    rows: dict[str, dict[str, Stat]] = {}
+    columns: dict[str, dict[str, Tensor]] = {}
     pictures: dict[str, list[Image.Image]] = {}
     seconds: dict[str, float] = {}
     used: dict[str, Mapping[str, Any]] = {}
     made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
     embedded = [scorer.embed_images(some) for some in references]
-    told = Told(methods, on_progress)
-    for name in methods:
+    wanted_rows = rows_of(methods, len(concepts))
+    told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress)
+    for name, (method, merged) in wanted_rows.items():
         of_method = told.of(name)
 
         with tempfile.TemporaryDirectory() as folder:
-            if name != BASE:
+            if method != BASE:
                 result = merge_loras(
                     host,
-                    concepts,
-                    name,
+                    [concepts[index] for index in merged],
+                    method,
                     settings=(settings or {}).get(name),
                     calibration=calibration,
                     preset=preset,
@@ -130,17 +137,38 @@ def compare_methods(
                 path = result.save(Path(folder) / "merged.safetensors", dtype="float32")
                 pipeline.load_lora_weights(str(path))
             try:
-                with in_force(pipeline, [] if name == BASE else calls) as phrases:
+                with in_force(pipeline, [] if method == BASE else calls) as phrases:
                     said = fill_prompts(templates, concepts, phrases)
                     pairs = [(prompt, seed) for prompt in said for seed in seeds]
                     images = draw(pipeline, pairs, drawing, of_method)
             finally:
-                if name != BASE:
+                if method != BASE:
                     pipeline.unload_lora_weights()
         pictures[name] = images
-        rows[name] = _score(images, wanted, concepts, embedded, references, scorer, dino)
+        columns[name] = _score(images, wanted, concepts, embedded, references, scorer, dino)
+        if collapse_below is not None:
+            columns[name]["collapsed"] = _collapsed(columns[name], len(concepts), collapse_below)
+    if ALONE in methods:
+        _add_shares(columns, len(concepts))
+    drawn = [seed for _, seed in wanted]
+    rows = {
+        name: {column: over_seeds(values.tolist(), drawn) for column, values in row.items()}
+        for name, row in columns.items()
+    }
     names = [concept.name for concept in concepts]
     return Comparison(rows, pictures, prompts, seconds, names, used, made)
+
+
+def rows_of(methods: Sequence[str], count: int) -> dict[str, tuple[str, Sequence[int]]]:
+    """Name of a row → its method and which of ``count`` concepts it merges; a LoRA alone is the
+    sum of one."""
+    rows: dict[str, tuple[str, Sequence[int]]] = {}
+    for name in methods:
+        if name == ALONE:
+            rows |= {f"{ALONE} {index + 1}": ("sum", [index]) for index in range(count)}
+        else:
+            rows[name] = name, range(count)
+    return rows
 
 
 def compare_compositions(
@@ -166,12 +194,12 @@ def _score(
     images: Sequence[Image.Image],
     wanted: Sequence[tuple[str, int]],
     concepts: Sequence[Concept],
-    embedded: Sequence[torch.Tensor],
+    embedded: Sequence[Tensor],
     references: Sequence[Sequence[Image.Image]],
     scorer: ClipScorer,
     dino: DinoScorer | None,
-) -> dict[str, Stat]:
-    seeds = [seed for _, seed in wanted]
+) -> dict[str, Tensor]:
+    """column → a value for each picture"""
     triggers = [concept.trigger for concept in concepts if concept.trigger]
     vectors = scorer.embed_images(images)
     alignments = [(vectors @ some.mT).mean(dim=1) for some in embedded]
@@ -185,4 +213,21 @@ def _score(
     if dino is not None:
         for index, some in enumerate(references, 1):
             columns[f"dino {index}"] = dino.image_alignment(images, some)
-    return {name: over_seeds(values.tolist(), seeds) for name, values in columns.items()}
+    return columns
+
+
+def _collapsed(columns: Mapping[str, Tensor], count: int, below: float) -> Tensor:
+    """Of each picture the share of concepts that are lost in it."""
+    likeness = torch.stack([columns[f"image {i + 1}"] for i in range(count)], dim=1)
+    return torch.tensor([collapse_rate(some, below) for some in likeness.tolist()])
+
+
+def _add_shares(columns: Mapping[str, dict[str, Tensor]], count: int) -> None:
+    """What each row has of each concept's likeness where its LoRA is alone, on the same prompts."""
+    names = [f"image {i + 1}" for i in range(count)]
+    alone = [float(columns[f"{ALONE} {i + 1}"][name].mean()) for i, name in enumerate(names)]
+    for row, values in columns.items():
+        if not row.startswith(f"{ALONE} "):
+            of = zip(names, alone, strict=True)
+            shares = [values[name] * share_of_alone(1.0, most) for name, most in of]
+            values["share"] = torch.stack(shares).mean(dim=0)

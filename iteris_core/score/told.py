@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ..methods import find_method
 from ..progress import OnProgress, Progress
 
-BASE, DRAWING = "base", "drawing"
+BASE, ALONE, DRAWING = "base", "alone", "drawing"
 
 
 class Told:
-    """Progress of merges and drawings as that of the whole comparison: the methods to come take as
-    long as those before, or as the one that is at it."""
+    """Progress of merges and drawings as that of the whole comparison, of rows and their methods:
+    the rows to come take as long as those before, or as the one that is at it."""
 
-    def __init__(self, methods: Sequence[str], on_progress: OnProgress) -> None:
+    def __init__(self, methods: Mapping[str, str], on_progress: OnProgress) -> None:
         self._methods, self._on_progress = methods, on_progress
         self._took: dict[bool, dict[str, float]] = {True: {}, False: {}}
         """Whether it is drawing → method → seconds."""
@@ -35,7 +35,7 @@ class Told:
 
     def _whole(self, name: str, left: float, drawing: bool) -> float | None:
         drawn, merged = self._took[True], [s for s in self._took[False].values() if s]
-        later = self._methods[list(self._methods).index(name) + 1 :]
+        later = list(self._methods.values())[list(self._methods).index(name) + 1 :]
         drawings = len(later) + (not drawing)
         merges = sum(other != BASE and find_method(other).needs_host for other in later)
         if (drawings and not drawn) or (merges and not merged):

@@ -45,6 +45,17 @@ def main() -> None:
         metavar="NAME",
         help="of the steps loras and pivotal, these concepts only",
     )
+    parser.add_argument(
+        "--world",
+        type=Path,
+        help="of the step loras: a folder with another world.json, for concepts of its own",
+    )
+    parser.add_argument(
+        "--again",
+        type=int,
+        default=0,
+        help="of the step loras: the number of a further training from other seeds",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -57,6 +68,8 @@ def main() -> None:
         name, function = STEPS[step]
         module = importlib.import_module(f".{name}", __package__)
         more = {"only": arguments.only} if step in ("loras", "pivotal") else {}
+        if step == "loras":
+            more |= {"root": arguments.world, "again": arguments.again}
         figures = getattr(module, function)(arguments.work, arguments.weights, **more)
         (arguments.work / f"{step}.json").write_text(json.dumps(figures, indent=1))
         logging.getLogger(__name__).info("%s: %s", step, figures)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from .. import draw
+from .. import ROOT, draw
 from ..pipeline import load
 from .base import use_plain_attention, velocity
 from .common import bf16, one_cycle, to_tensor
@@ -29,9 +29,9 @@ TARGETS = {
 }
 
 
-def world() -> dict[str, Any]:
+def world(root: Path = ROOT) -> dict[str, Any]:
     """What world.json says."""
-    return json.loads((Path(__file__).parents[1] / "world.json").read_text(encoding="utf-8"))
+    return json.loads((root / "world.json").read_text(encoding="utf-8"))
 
 
 def reference_scenes(entry: dict[str, Any], seed: int) -> list[draw.Scene]:
@@ -144,17 +144,19 @@ def train_one(
     references: Path,
     out: Path,
     peak: float = PEAK,
+    again: int = 0,
 ) -> float:
     """Train one concept's LoRA into `out`, for the steps world.json says; returns seconds taken."""
     began = time.time()
     name = entry["token"].strip("<>")
     scenes, pictures = write_references(entry, references / name, 600 + 10 * index)
-    torch.manual_seed(61 + index)
+    seed = 61 + index + 1000 * again
+    torch.manual_seed(seed)
     pipeline = load(weights / "base")
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
     groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 61 + index)
+    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], seed)
     save(pipeline, configs, entry, out)
     differ = verify(pipeline, load(weights / "base"), out, f"a {name} {entry['class_word']}")
     log.info(
@@ -163,15 +165,29 @@ def train_one(
     return time.time() - began
 
 
-def train(work: Path, weights: Path, only: Sequence[str] = ()) -> dict:
-    """Train every concept (or `only` those named) that has no file yet."""
-    for index, entry in enumerate(world()["concepts"]):
+def train(
+    work: Path,
+    weights: Path,
+    only: Sequence[str] = (),
+    root: Path | None = None,
+    again: int = 0,
+) -> dict:
+    """Train every concept (or `only` those named) that has no file yet.
+
+    With `root` those of its world.json, whose pictures and LoRAs go there too; the base stays that
+    of `weights`. `again` counts further trainings on the same pictures from other seeds, each into
+    a folder of its own, `loras-1`, `loras-2` and so on.
+    """
+    said = world(root or ROOT)
+    root = root or weights.parent
+    folder = root / "weights" / (f"loras-{again}" if again else "loras")
+    for index, entry in enumerate(said["concepts"]):
         token = entry["token"]
-        path = weights / "loras" / f"{token}.safetensors"
+        path = folder / f"{token}.safetensors"
         if not path.exists() and (not only or token in only):
-            note_seconds(
-                work, token, train_one(entry, index, weights, weights.parent / "references", path)
-            )
+            number = said.get("first_number", 0) + index
+            seconds = train_one(entry, number, weights, root / "references", path, again=again)
+            note_seconds(work, f"{token}-{again}" if again else token, seconds)
     return {"lora_seconds": read_seconds(work)}
 
 

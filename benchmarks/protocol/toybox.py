@@ -1,0 +1,123 @@
+"""The toybox as a world of the protocol: its own ten concepts, or the ten that are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from toybox_world import World as Loaded
+
+import toybox
+from iteris_core import Concept, Lora
+from iteris_core.score import without_tokens
+from toybox.demo import TEMPLATES
+from toybox.judge import halves
+
+from .world import Judged, Wanted
+
+BACKGROUNDS = 2
+"""On which each concept is drawn with one seed, the next ones with the next."""
+
+
+class ToyboxWorld:
+    """``root`` is laid out like the toybox; without it the concepts are the toybox's own."""
+
+    sizes = (2, 3, 5, 7, 10)
+    styles: Sequence[str] = ()
+    collapse_below = (0.62, 0.55, 0.7)
+    """Of the toybox's own concepts the base has .49 and each LoRA alone .75 (quality.json): a
+    subject that is nearer to what the base draws than to itself is lost."""
+
+    def __init__(self, root: Path = toybox.ROOT) -> None:
+        self._loaded = Loaded(root)
+        self._root = root
+        self._loras: dict[tuple[str, int], Lora] = {}
+        self.host = self._loaded.host
+        self.subjects = tuple(self._loaded.concepts)
+        folders = (root / "weights").glob("loras*")
+        files = [f"{name}.safetensors" for name in self.subjects]
+        self.trained = sum(all((at / file).exists() for file in files) for at in folders)
+        self.calibration: dict[str, Any] = {"templates": TEMPLATES}
+
+    def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
+        known = self._loaded.concepts
+        return [Concept(self._lora(n, trained), None, n, known[n].class_word) for n in names]
+
+    def _lora(self, name: str, trained: int) -> Lora:
+        if (name, trained) not in self._loras:
+            folder = f"loras-{trained}" if trained else "loras"
+            path = toybox.concepts(self._root, folder)[name].lora
+            self._loras[name, trained] = self.host.read_lora(path)
+        return self._loras[name, trained]
+
+    def alone(self, name: str, seed: int) -> list[Wanted]:
+        concept = self._loaded.concepts[name]
+        turn = islice(cycle(concept.backgrounds), BACKGROUNDS * seed, BACKGROUNDS * (seed + 1))
+        return [
+            Wanted((name,), f"a {name} {concept.class_word} on a {background} background", seed)
+            for background in turn
+        ]
+
+    def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
+        """Each two neighbours side by side, the first and the last as well: the base draws no more
+        than two things."""
+        if len(names) < 2:
+            return []
+        neighbours = zip(names, [*names[1:], names[0]], strict=True)
+        return [self._pair(left, right, seed) for left, right in neighbours]
+
+    def _pair(self, left: str, right: str, seed: int) -> Wanted:
+        one, two = self._loaded.concepts[left], self._loaded.concepts[right]
+        background = next(b for b in one.backgrounds if b in two.backgrounds)
+        prompt = (
+            f"a {left} {one.class_word} left of a {right} {two.class_word} "
+            f"on a {background} background"
+        )
+        return Wanted((left, right), prompt, seed)
+
+    def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
+        return []
+
+    def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        return self._loaded.draw(lora, wanted)
+
+    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
+        """``image`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both colours
+        that are read rightly."""
+        vectors = self._loaded.scorer.embed_images(images)
+        read = self._loaded.judge.read(images)
+        references, concepts = self._loaded.references, self._loaded.concepts
+        return {
+            "image": [
+                float((references[n] @ v).mean()) for n, v in zip(names, vectors, strict=True)
+            ],
+            "judge": [
+                sum(r.matches(concepts[n].thing)) / 4 for n, r in zip(names, read, strict=True)
+            ],
+        }
+
+    def text_alignment(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> Sequence[float]:
+        plain = [without_tokens(w.prompt, self.subjects) for w in wanted]
+        return self._loaded.scorer.text_alignment(images, plain).tolist()
+
+    def crops(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[tuple[Image.Image | None, ...]]:
+        """The halves; a subject is found where the judge reads its shape."""
+        cut = [halves(image) for image in images]
+        read = self._loaded.judge.read_halves(images)
+        found: list[tuple[Image.Image | None, ...]] = []
+        for picture, attributes, w in zip(cut, read, wanted, strict=True):
+            words = [self._loaded.concepts[name].class_word for name in w.shown]
+            found.append(
+                tuple(
+                    half if seen.shape == word else None
+                    for half, seen, word in zip(picture, attributes, words, strict=True)
+                )
+            )
+        return found

@@ -1,0 +1,80 @@
+"""What the protocol asks of a world of concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from iteris_core import Concept, Lora
+from iteris_core.hosts.protocol import Host
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture to draw: what it should show, from left to right, or a subject and its style."""
+
+    shown: tuple[str, ...]
+    prompt: str
+    seed: int
+
+
+Judged = Mapping[str, Sequence[float]]
+"""judge → a likeness for each picture, from 0 to 1. The first judge is the one that tables call
+``image``; the others stand beside it under their own names."""
+
+
+class World(Protocol):
+    """Concepts with LoRAs and references, a pipeline that draws them, and judges of pictures.
+
+    Concepts go by their names. ``trained`` is how many LoRAs each concept has, of other training
+    seeds; ``collapse_below`` are the likenesses under which a subject counts as lost, the first
+    one in the tables, chosen on concepts that are not reported.
+    """
+
+    host: Host
+    subjects: Sequence[str]
+    styles: Sequence[str]
+    sizes: Sequence[int]
+    trained: int
+    collapse_below: Sequence[float]
+    calibration: Mapping[str, Any]
+
+    def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
+        """What is merged, with the LoRAs of that training."""
+        ...
+
+    def alone(self, name: str, seed: int) -> list[Wanted]:
+        """Pictures of one subject, one for each of some prompts."""
+        ...
+
+    def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
+        """Pictures of several subjects of a merge of ``names``; none of a single one."""
+        ...
+
+    def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
+        """Pictures of the subject in the style."""
+        ...
+
+    def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """The pictures with the LoRA, or of the base model; always the same ones."""
+        ...
+
+    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
+        """Each picture's mean likeness to all references of the concept of its place in
+        ``names``."""
+        ...
+
+    def text_alignment(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> Sequence[float]:
+        """Each picture's alignment to its prompt without rare tokens."""
+        ...
+
+    def crops(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[tuple[Image.Image | None, ...]]:
+        """For each picture the part that shows each of ``shown``; None for one not found."""
+        ...
