@@ -3,14 +3,24 @@
 import logging
 import sys
 
-try:
-    import comfy_api.latest  # noqa: F401
-except ImportError:
+_OLDEST = (3, 11)
+
+
+def _lacking() -> str:
+    """What the nodes need and is not there."""
+    if sys.version_info[:2] < _OLDEST:
+        return f"Python {'.'.join(map(str, _OLDEST))} or newer; this is {sys.version.split()[0]}"
+    try:
+        import comfy_api.latest  # noqa: F401
+    except ImportError:
+        return "ComfyUI 0.3.77 or newer, with comfy_api.latest"
+    return ""
+
+
+if _lack := _lacking():
     __all__: list[str] = []
     if "folder_paths" in sys.modules:  # ComfyUI, but an old one
-        logging.getLogger(__name__).error(
-            "IterIS needs ComfyUI 0.3.77 or newer, with comfy_api.latest; its nodes are not there."
-        )
+        logging.getLogger(__name__).error("IterIS needs %s; its nodes are not there.", _lack)
 else:
     from .nodes import comfy_entrypoint
 

@@ -33,7 +33,8 @@ from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_preview import Show
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
-from .comfy_sampling import make_latents
+from .comfy_runtime import halving
+from .comfy_sampling import Denoised, make_latents
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
 
@@ -49,7 +50,8 @@ _MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
 class ComfyHost:
     """Use as a context manager: leaving it gives MODEL and CLIP back as ComfyUI expects them.
 
-    ``rows`` is how many rows a forward may have while samples are made. ``low`` is the MODEL that
+    ``rows`` is how many rows a forward may have while samples are made, or half as many as often as
+    memory runs out. ``low`` is the MODEL that
     goes on where the share of noise is below ``boundary``, of models with two experts; its sites
     are ``unet_2.…``. ``references`` are what the user connected beside the texts. ``distilled``
     says whether the base is run without guidance and never sees the empty prompt (None: as the
@@ -90,6 +92,7 @@ class ComfyHost:
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
+        self._denoised: Denoised = {}
 
     def __enter__(self) -> ComfyHost:
         return self
@@ -153,6 +156,26 @@ class ComfyHost:
         generator: torch.Generator,
         tick: Tick,
     ) -> ComfySamples:
+        before = generator.get_state()
+
+        def make(rows: int) -> ComfySamples:
+            self._batch = rows
+            generator.set_state(before)
+            return self._samples(concepts, sites, calibration, lockstep, generator, tick)
+
+        found = halving(self._batch, make)
+        self._denoised = {}
+        return found
+
+    def _samples(
+        self,
+        concepts: Sequence[Concept],
+        sites: Set[str],
+        calibration: Calibration,
+        lockstep: Lockstep,
+        generator: torch.Generator,
+        tick: Tick,
+    ) -> ComfySamples:
         self._lockstep = lockstep
         denoises = not all(map(_of_text, sites))
         share = 0.0 if self.distilled else calibration.empty_share
@@ -172,6 +195,7 @@ class ComfyHost:
             self._batch,
             generator,
             tick,
+            self._denoised,
             self._show,
         )
         return comfy_samples(owners, prompts, found, share, generator, self._texts.tokenize)

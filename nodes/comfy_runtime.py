@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from ..iteris_core.errors import OutOfMemory, brief
 from ..iteris_core.progress import Progress
 from .comfy_internals import comfy, memory
 
@@ -16,6 +18,7 @@ _WHOLE = 1000  # steps of the bar
 _TEXT_EVERY = 0.25  # seconds; the bar itself moves at every step
 _FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _log = logging.getLogger(__name__)
+_Made = TypeVar("_Made")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,8 +33,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def free_memory() -> None:
-    memory.soft_empty_cache()
+def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
+    """What ``make`` gives with so many rows in a forward, or with half as many as often as memory
+    runs out."""
+    tried: list[str] = []
+    while True:
+        try:
+            return make(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            tried.append(f"{rows} rows" if rows > 1 else "one row")
+            if rows == 1:
+                raise OutOfMemory(
+                    f"Memory ran out while samples were made ({brief(error)}). Tried: "
+                    f"{'; '.join(tried)} in a forward. Lower latent_size or frames (smaller "
+                    "samples), or close what else takes memory. MODEL and CLIP are as they were."
+                ) from error
+        rows //= 2
+        memory.soft_empty_cache()
 
 
 class NodeProgress:

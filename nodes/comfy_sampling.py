@@ -30,6 +30,10 @@ _KEY = "iteris"
 Texts = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
 """The conditioning of every sample with its own LoRA active, and each concept's empty one."""
 
+Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""By the number of a denoiser and a sample, what is kept of it and what has become of it: filled
+batch by batch, so that a run that was cancelled, or lacked memory, goes on where it stopped."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -45,7 +49,8 @@ class Kept:
 class Sampling:
     """How samples are denoised: ``owners`` is the concept of each, ``texts`` its conditioning and
     ``empties`` that of each concept without a prompt. ``rows`` is how many a forward may have.
-    ``tick(steps)`` is told how many steps of samples are done, and ``show`` is given pictures."""
+    ``tick(steps)`` is told how many steps of samples are done, and ``show`` is given pictures.
+    Those in ``denoised`` are there already."""
 
     owners: Sequence[int]
     texts: Sequence[Conditioning]
@@ -54,6 +59,7 @@ class Sampling:
     lockstep: Lockstep
     rows: int
     tick: Callable[[int], None]
+    denoised: Denoised
     show: Show | None = None
 
 
@@ -68,6 +74,7 @@ def make_latents(
     rows: int,
     generator: torch.Generator,
     tick: Tick,
+    denoised: Denoised,
     show: Show | None = None,
 ) -> list[Kept]:
     """What each of ``denoisers`` is given: one, or a model's two experts, of which the second goes
@@ -96,17 +103,20 @@ def make_latents(
     def steps_done(done: int) -> None:
         tick(DENOISING, done, total)
 
-    sampling = Sampling(owners, texts, empties, guidance, lockstep, rows, steps_done, show)
+    sampling = Sampling(
+        owners, texts, empties, guidance, lockstep, rows, steps_done, denoised, show
+    )
     latents = None
     before = 0
-    for denoiser, picks, kept in zip(denoisers, picked, found, strict=True):
-        latents = denoise(denoiser, sampling, noise, latents, picks, kept, before)
+    for number, (picks, kept) in enumerate(zip(picked, found, strict=True)):
+        latents = denoise(denoisers, number, sampling, noise, latents, picks, kept, before)
         before += len(owners) * (len(kept.schedule) - 1)
     return found
 
 
 def denoise(
-    denoiser: Denoiser,
+    denoisers: Sequence[Denoiser],
+    number: int,
     sampling: Sampling,
     noise: Tensor,
     begun: Tensor | None,
@@ -114,10 +124,17 @@ def denoise(
     kept: Kept,
     before: int,
 ) -> Tensor:
-    """Denoise all samples through ``kept.schedule``, from ``noise`` or from what another denoiser
-    has ``begun`` by ``before`` steps; fills ``kept.latents`` at the steps ``picks`` and gives what
-    has become of all, on the scale of a LATENT."""
-    shape = (1, *noise.shape[1:])
+    """Denoise all samples by one denoiser through ``kept.schedule``, from ``noise`` or from what
+    another has ``begun`` by ``before`` steps; fills ``kept.latents`` at the steps ``picks`` and
+    gives what has become of all, on the scale of a LATENT."""
+    denoiser, shape = denoisers[number], (1, *noise.shape[1:])
+    ended = torch.empty_like(noise)
+    left = [row for row in range(len(noise)) if (number, row) not in sampling.denoised]
+    for row in set(range(len(noise))) - set(left):
+        kept.latents[row], ended[row] = sampling.denoised[number, row]
+    before += (len(noise) - len(left)) * (len(kept.schedule) - 1)
+    if not left:
+        return ended
     denoiser.close()  # sampling prepares the model anew, and gives it back
     denoiser.room(0)  # some models make the inputs with weights of theirs
     made: dict[int, Inputs] = {}
@@ -127,10 +144,8 @@ def denoise(
     given = [made[id(text)] for text in sampling.texts]
     without = [made[id(sampling.empties[owner])] for owner in sampling.owners]
     kinds = [(kind(own), kind(empty)) for own, empty in zip(given, without, strict=True)]
-    batches = list(chunks(range(len(given)), kinds, sampling.rows))
-    ended = torch.empty_like(noise)
     callback = preview_callback(denoiser.model, sampling.show)
-    for rows in batches:
+    for rows in chunks(left, kinds, sampling.rows):
         some = torch.as_tensor(list(rows))
 
         def keep(step: int, latents: Tensor, some: Tensor = some, before: int = before) -> None:
@@ -160,6 +175,8 @@ def denoise(
                 callback=callback,
                 disable_pbar=True,
             ).to(ended)
+        for row in rows:
+            sampling.denoised[number, row] = kept.latents[row].clone(), ended[row].clone()
         before += len(rows) * (len(kept.schedule) - 1)
     sampling.tick(before)
     return ended

@@ -36,8 +36,9 @@ class CompareMerges(io.ComfyNode):
                 io.String.Input(
                     "methods",
                     default="iteris, average, sum, ties",
-                    tooltip="Names with commas between them. base stands for no LoRA at all. There "
-                    f"are: {', '.join(method.name for method in all_methods())}.",
+                    tooltip="Names of methods with commas between them "
+                    f"({', '.join(method.name for method in all_methods())}); base stands for no "
+                    "LoRA at all.",
                 ),
                 *sampling_inputs(),
                 preset_input(),

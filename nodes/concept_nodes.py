@@ -12,9 +12,15 @@ from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind
 from ..iteris_core.errors import IterisError
 from .concept_specs import ConceptSpec, changed, make_spec, prompt_lines
 from .lora_stacks import NONE, lora_path, specs_of
-from .schema import LoraStack, advanced, concepts_input, concepts_output, schema
-
-_SAME_STRENGTH = -11.0  # below any strength that is used: a number cannot be none
+from .schema import (
+    LoraStack,
+    advanced,
+    concepts_input,
+    concepts_output,
+    schema,
+    strength_input,
+    weight_input,
+)
 
 
 def _previous() -> Any:
@@ -46,22 +52,10 @@ class IterisConcept(io.ComfyNode):
                     default="",
                     tooltip='What kind of thing it is, such as "cat"; prompts are made from both.',
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="What you would load this LoRA at; the merged one is used at 1.",
+                strength_input(
+                    "strength", "What you would load this LoRA at; the merged one is used at 1."
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="How much this concept counts where concepts disagree.",
-                ),
+                weight_input("How much this concept counts where concepts disagree."),
                 io.String.Input(
                     "prompts",
                     default="",
@@ -80,15 +74,10 @@ class IterisConcept(io.ComfyNode):
                     )
                 ),
                 # Optional and last: graphs that were saved without it keep their values' places.
-                io.Float.Input(
+                strength_input(
                     "strength_clip",
-                    default=_SAME_STRENGTH,
-                    min=_SAME_STRENGTH,
-                    max=10.0,
-                    step=0.05,
+                    "Strength of what the LoRA changes in the text encoders; 0 leaves it out.",
                     optional=True,
-                    tooltip="Strength of what the LoRA changes in the text encoders; 0 leaves it "
-                    "out. -11, the least, stands for the same as strength.",
                 ),
                 *advanced(
                     io.Combo.Input(
@@ -123,7 +112,7 @@ class IterisConcept(io.ComfyNode):
         weight: float,
         prompts: str,
         embedding: str,
-        strength_clip: float = _SAME_STRENGTH,
+        strength_clip: float | None = None,
         lora_low: str = NONE,
         kind: PromptKind = "subject",
         concepts: Any = (),
@@ -134,7 +123,7 @@ class IterisConcept(io.ComfyNode):
             class_word=class_word,
             prompts=prompts,
             strength=strength,
-            clip_strength=None if strength_clip <= _SAME_STRENGTH else strength_clip,
+            clip_strength=strength_clip,
             weight=weight,
             low=None if lora_low == NONE else lora_path(lora_low),
             # A prompt names it by its path below models/embeddings.
@@ -187,13 +176,9 @@ class PreservePrompts(io.ComfyNode):
                     multiline=True,
                     tooltip="One prompt a line, about things that the LoRAs should leave alone.",
                 ),
-                io.Float.Input(
-                    "weight",
+                weight_input(
+                    "How much this counts; much of it weakens the concepts.",
                     default=PRESERVE_WEIGHT,
-                    min=0.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="How much this counts; much of it weakens the concepts.",
                 ),
                 _previous(),
             ],

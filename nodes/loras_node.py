@@ -11,7 +11,7 @@ from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
 from .concept_specs import KINDS, ConceptSpec, changed, make_spec, phrases_in
 from .lora_stacks import NONE, lora_path, specs_of, with_words
-from .schema import concepts_input, concepts_output, schema
+from .schema import concepts_input, concepts_output, schema, strength_input, weight_input
 
 ROWS = 10
 """How many LoRAs one node takes; the front end shows those in use and one more (web/iteris.js)."""
@@ -40,32 +40,18 @@ def _row(number: int, names: list[str]) -> list[Any]:
             tooltip="Whether it is part of the merge.",
             **named("on"),
         ),
-        io.Float.Input(
+        strength_input(
             f"strength_{number}",
-            default=1.0,
-            min=-10.0,
-            max=10.0,
-            step=0.05,
-            tooltip="What you would load it at in the model; the merged LoRA is used at 1.",
+            "What you would load it at in the model; the merged LoRA is used at 1.",
             **named("strength"),
         ),
-        io.Float.Input(
+        strength_input(
             f"clip_{number}",
-            default=1.0,
-            min=-10.0,
-            max=10.0,
-            step=0.05,
-            tooltip="What you would load it at in the text encoders; 0 leaves that part out.",
+            "What you would load it at in the text encoders; 0 leaves that part out.",
             **named("clip strength"),
         ),
-        io.Float.Input(
-            f"weight_{number}",
-            default=1.0,
-            min=0.0,
-            max=100.0,
-            step=0.05,
-            tooltip="How much it counts where LoRAs disagree.",
-            **named("weight"),
+        weight_input(
+            "How much it counts where LoRAs disagree.", f"weight_{number}", **named("weight")
         ),
         io.Combo.Input(
             f"prompts_{number}",

@@ -11,7 +11,7 @@ from ..iteris_core.concepts import Calibration
 from ..iteris_core.methods import all_methods
 from ..iteris_core.presets import PRESETS, PresetName
 from ..iteris_core.settings import Settings, declared_settings
-from .schema import MergeSettings, concepts_input
+from .schema import MergeSettings, concepts_input, strength_input
 
 _NONE: Mapping[str, float] = {"saliency": -1}
 """What stands for none, which no number can be there, where 0 has a meaning of its own."""
@@ -95,16 +95,12 @@ def preset_input() -> Any:
     )
 
 
-def strength_input() -> Any:
-    return io.Float.Input(
+def merged_strength_input() -> Any:
+    return strength_input(
         "strength",
-        default=1.0,
-        min=-10.0,
-        max=10.0,
-        step=0.05,
+        "What the merged LoRA is multiplied by, in the outputs and in the file. Another one does "
+        "not merge again.",
         optional=True,
-        tooltip="What the merged LoRA is multiplied by, in the outputs and in the file. Another "
-        "one does not merge again.",
     )
 
 

@@ -21,11 +21,11 @@ from .embedding_files import how_to_call
 from .lora_stacks import specs_of
 from .merge_inputs import (
     beside_inputs,
+    merged_strength_input,
     method_input,
     model_inputs,
     preset_input,
     sampling_inputs,
-    strength_input,
 )
 from .merge_settings import Asked
 from .merging import as_lora_model, as_lora_models
@@ -41,7 +41,7 @@ def _method_inputs() -> list[Any]:
         method_input(),
         preset_input(),
         *sampling_inputs(),
-        strength_input(),
+        merged_strength_input(),
         *beside_inputs(),
     ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.errors import IterisError, OutOfMemory, brief
+from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
@@ -25,7 +25,8 @@ from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_conds import References, Same
 from .comfy_host import BOUNDARY, ComfyHost
 from .comfy_rows import ComfySamples
-from .comfy_runtime import NodeProgress, free_memory, is_out_of_memory
+from .comfy_runtime import NodeProgress
+from .comfy_sampling import Denoised
 from .concept_specs import DENOISER, ConceptSpec
 
 _ROWS = 32
@@ -67,8 +68,7 @@ def merge_on(
     distilled: bool | None = None,
     unmergeable: Unmergeable = "mean",
 ) -> MergeResult:
-    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out
-    while samples are made; see :mod:`..iteris_core.passes.fallback` for what follows.
+    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
     ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
     says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
@@ -78,51 +78,36 @@ def merge_on(
     kind = find_method(method).settings
     reading = ReadOptions(allow_partial=unmergeable == "skip")
     progress = NodeProgress(node_id)
-    tried: list[str] = []
-    while True:
-        given = {**settings, "micro_batch": rows}
-        try:
-            # Inference tensors have no version, by which sites that share an input are found.
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-                _RememberingHost(
-                    model,
-                    clip,
-                    rows,
-                    low=low,
-                    boundary=boundary,
-                    references=references,
-                    distilled=distilled,
-                    show=progress.preview,
-                ) as host,
-            ):
-                host.recipe = tuple(spec.of_rows for spec in specs)
-                result = merge_loras(
-                    host,
-                    [spec.read(host, reading) for spec in specs],
-                    method,
-                    settings={n: value for n, value in given.items() if find_setting(kind, n)},
-                    calibration=calibration,
-                    on_progress=progress,
-                    memory_budget=memory_budget,
-                    policy=policy,
-                    unmergeable=unmergeable,
-                )
-                _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
-                return result
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tried.append(f"{rows} rows" if rows > 1 else "one row")
-            if rows == 1:
-                raise OutOfMemory(
-                    f"Memory ran out while samples were made ({brief(error)}). Tried: "
-                    f"{'; '.join(tried)} in a forward. Lower latent_size or frames (smaller "
-                    "samples), or close what else takes memory. MODEL and CLIP are as they were."
-                ) from error
-        rows //= 2
-        free_memory()
+    given = {**settings, "micro_batch": rows}
+    # Inference tensors have no version, by which sites that share an input are found.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _RememberingHost(
+            model,
+            clip,
+            rows,
+            low=low,
+            boundary=boundary,
+            references=references,
+            distilled=distilled,
+            show=progress.preview,
+        ) as host,
+    ):
+        host.recipe = tuple(spec.of_rows for spec in specs)
+        result = merge_loras(
+            host,
+            [spec.read(host, reading) for spec in specs],
+            method,
+            settings={n: value for n, value in given.items() if find_setting(kind, n)},
+            calibration=calibration,
+            on_progress=progress,
+            memory_budget=memory_budget,
+            policy=policy,
+            unmergeable=unmergeable,
+        )
+    _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
+    return result
 
 
 def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
@@ -145,9 +130,11 @@ def _lora_model(lora: Lora, result: MergeResult, dtype: str) -> LoraModel:
 
 
 class _RememberingHost(ComfyHost):
-    """Keeps the last rows that were made, so that another rank or ridge does not denoise again."""
+    """Keeps the last rows that were made, so that another rank or ridge does not denoise again, and
+    those that a run had made when it was cancelled, so that the next goes on from there."""
 
     _last: tuple[Any, ComfySamples] | None = None
+    _begun: tuple[Any, Denoised] | None = None
     recipe: tuple[ConceptSpec, ...] = ()
 
     def samples(
@@ -169,12 +156,16 @@ class _RememberingHost(ComfyHost):
             return super().samples(concepts, sites, calibration, lockstep, *rest)
         kept = _RememberingHost._last
         if kept is None or kept[0] != key:
-            _log.info("IterIS: making latents")
+            begun = _RememberingHost._begun
+            if begun is None or begun[0] != key:
+                begun = _RememberingHost._begun = (key, Denoised())
+            self._denoised = begun[1]
+            _log.info("IterIS: making latents, of which %d are there", len(self._denoised))
             kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
-            _RememberingHost._last = kept
+            _RememberingHost._last, _RememberingHost._begun = kept, None
         return kept[1]
 
     @staticmethod
     def _forget(_: Any) -> None:
         """The MODEL or CLIP is gone, and with it what its rows were good for."""
-        _RememberingHost._last = None
+        _RememberingHost._last = _RememberingHost._begun = None

@@ -25,6 +25,19 @@ def concepts_output() -> Any:
     )
 
 
+def strength_input(name: str, tooltip: str, **more: Any) -> Any:
+    return _number(name, -10.0, 10.0, tooltip, more)
+
+
+def weight_input(tooltip: str, name: str = "weight", default: float = 1.0, **more: Any) -> Any:
+    return _number(name, 0.0, 100.0, tooltip, {"default": default, **more})
+
+
+def _number(name: str, low: float, high: float, tooltip: str, more: dict[str, Any]) -> Any:
+    given = {"default": 1.0, "min": low, "max": high, "step": 0.05, "tooltip": tooltip, **more}
+    return io.Float.Input(name, **given)
+
+
 def advanced(*inputs: Any) -> list[Any]:
     """Inputs that the front end folds away; 0.3.64's do not take that when they are made."""
     for shown in inputs:

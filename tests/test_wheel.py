@@ -104,6 +104,28 @@ print(toybox.ROOT)
     assert done.stdout.strip() == str(tmp_path / "installed" / "toybox")
 
 
+@pytest.mark.slow
+def test_iteris_merge_runs_once_a_wheel_is_installed(wheel, tmp_path):
+    installed = tmp_path / "installed"
+    ZipFile(wheel).extractall(installed)
+    loras = [installed / "toybox" / "weights" / "loras" / f"sks{n}.safetensors" for n in (1, 6)]
+    out = tmp_path / "both.safetensors"
+    command = [sys.executable, "-m", "iteris_core", "merge"]
+    command += [str(installed / "toybox" / "weights" / "base"), "-o", str(out)]
+    command += [
+        f"--concept={lora}:{lora.stem}:{kind}"
+        for lora, kind in zip(loras, ("star", "square"), strict=True)
+    ]
+    command += ["--samples=1", "--timesteps=1", "--latents=noise"]
+    environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"iteris" in out.read_bytes()[:100_000]
+    assert str(tmp_path).encode() not in out.read_bytes()
+
+
 def git(*arguments: str) -> list[str]:
     done = subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False

@@ -49,11 +49,13 @@ async function fillIn(node, row) {
   const name = widgetOf(node, `lora_${row}`)?.value;
   const filled = { ...(node.properties[FILLED] ?? {}) };
   if (!words || (words.value && words.value !== filled[row])) return; // the user's own
+  const before = words.value;
   let found = { words: '' };
   if (name && name !== NONE) {
     const answer = await api.fetchApi(`/iteris/words?lora=${encodeURIComponent(name)}`);
     if (answer.ok) found = await answer.json();
-    if (widgetOf(node, `lora_${row}`)?.value !== name) return; // chosen again meanwhile
+    // Chosen again, or written by the user, meanwhile.
+    if (widgetOf(node, `lora_${row}`)?.value !== name || words.value !== before) return;
   }
   words.value = found.words;
   filled[row] = found.words;

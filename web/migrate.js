@@ -1,4 +1,4 @@
-// Graphs of before IterIS Settings: what the merging nodes had as inputs of their own goes onto such
+// Old graphs. Of before IterIS Settings: what the merging nodes had as inputs of their own goes onto such
 // a node, as far as it is not a default. Works on the JSON of a graph, in place.
 
 const LATENTS = ['timesteps', 'latent_size', 'latents'];
@@ -18,6 +18,7 @@ const NOW = {
 const USUAL = {
   preset: 'default', samples: 50, seed: 0, strength: 1, method: 'iteris', boundary: 0.875,
 };
+const [STRENGTH, CLIP_STRENGTH, SAME] = [3, 7, -11]; // of IterIS Concept
 export const SETTINGS = {
   timesteps: 4, latents: 'denoising', latent_size: 0, frames: 0, denoising_steps: 10, guidance: 1,
   empty_share: 0.2, empty_prompts: 'auto', cannot_merge: 'refuse', memory: 0, rank: 0, repair: true,
@@ -28,6 +29,7 @@ export const SETTINGS = {
 
 export function migrate(graph) {
   for (const node of [...(graph.nodes ?? [])]) {
+    if (node.type === 'IterisConcept') clipStrength(node.widgets_values);
     const before = BEFORE[node.type];
     const values = node.widgets_values;
     if (!before || !Array.isArray(values) || values.length <= NOW[node.type].length) continue;
@@ -42,6 +44,14 @@ export function migrate(graph) {
     place(graph, node);
   }
   return graph;
+}
+
+// Of graphs of before -11 was no longer the same as strength, or without one of its own.
+function clipStrength(values) {
+  if (!Array.isArray(values)) return;
+  if (values.length === CLIP_STRENGTH || values[CLIP_STRENGTH] === SAME) {
+    values[CLIP_STRENGTH] = values[STRENGTH];
+  }
 }
 
 const pick = (table, names) => Object.fromEntries(names.map((name) => [name, table[name]]));

@@ -41,7 +41,9 @@ async function withPage(base, work) {
   }
 }
 
-const RUN = '[data-testid="queue-button"] button, .queue-button-group button';
+// Of later front ends the first button beside it sets how often.
+const RUN = ['[data-testid="queue-button"] button', '.queue-button-group button', 'button[data-testid="queue-button"]']
+  .map((place) => `${place}:has-text("Run")`).join(', ');
 
 async function idle(page, base, seconds = 400) {
   for (let second = 0, still = 0; second < seconds && still < 3; second++) {

@@ -47,9 +47,33 @@ class ReducedExperts:
         return high, low, clip
 
 
-NODE_CLASS_MAPPINGS = {{"ReducedExperts": ReducedExperts}}
+class ReducedModel:
+    # One by its name, as Load Diffusion Model would give it.
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("MODEL",)
+    PART = 0
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{"name": ("STRING", {{}}), "factor": ("FLOAT", {{"default": 1.0}})}}}}
+
+    def make(self, name, factor):
+        import reduced_models
+
+        made = getattr(reduced_models, name)()
+        for weight in made[0].model.diffusion_model.parameters():
+            weight.mul_(factor)
+        return (made[self.PART],)
+
+
+class ReducedClip(ReducedModel):
+    RETURN_TYPES = ("CLIP",)
+    PART = 1
+
+
+_CLASSES = (ReducedExperts, ReducedModel, ReducedClip)
+NODE_CLASS_MAPPINGS = {{found.__name__: found for found in _CLASSES}}
 """
-"""A custom node for the server: no checkpoint of a reduced Wan can be detected."""
+"""Custom nodes for the server: no checkpoint of a reduced Wan can be detected."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

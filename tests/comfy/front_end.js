@@ -60,6 +60,9 @@ withPage(base, async (page, errors) => {
     toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
     dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),
     text: document.body.innerText.slice(0, 6000),
+    pictures: [...document.querySelectorAll('img[src*="comfyui-iteris/docs"]')].map((e) => [
+      new URL(e.src).pathname.replace(/\/+/g, '/'), e.naturalWidth > 0,
+    ]),
     values: Object.fromEntries(
       window.app.graph._nodes.map((n) => [
         n.type, Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value])),

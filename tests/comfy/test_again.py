@@ -109,6 +109,41 @@ def test_cancelled_and_run_again(
     assert caplog.text.count("IterIS: making latents") == 1
 
 
+def test_cancelled_while_denoising_and_run_again(
+    desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that were denoised are not denoised again, and the merge is the same to the bit."""
+    import comfy.model_management as memory
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(desk.module("comfy_host"), "_SAMPLING_ROWS", 2)
+    rows_guider = desk.kit.sampling.RowsGuider
+    predict, steps = rows_guider.predict_noise, []
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        steps.append(len(args[0]))
+        if len(steps) == limit[0]:
+            raise memory.InterruptProcessingException
+        return predict(self, *args, **options)
+
+    limit = [0]
+    monkeypatch.setattr(rows_guider, "predict_noise", counted)
+    whole = desk.merge()[2]
+    assert steps == [2] * 12  # three batches of four steps
+    desk.module("remembered").forget()
+    desk.kit.merging._RememberingHost._last = None
+    steps.clear()
+    limit[0] = 7  # in the second of the batches
+    with pytest.raises(memory.InterruptProcessingException):
+        desk.merge()
+    assert desk.kit.hooks() == 0
+    again = desk.merge()[2]
+    assert len(steps) == 7 + 8
+    assert "making latents, of which 2 are there" in caplog.text
+    assert desk.kit.merging._RememberingHost._begun is None
+    assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+
+
 def test_a_file_of_another_precision_with_a_thumbnail(
     desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,23 @@ def test_out_of_memory_halves_the_rows(kit: Kit, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
 
 
+def test_out_of_memory_while_samples_are_made(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as many rows at once, from where it stopped; the sites are looked at once."""
+    predict, rows = kit.sampling.RowsGuider.predict_noise, []
+
+    def greedy(self: Any, latents: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        rows.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return predict(self, latents, *rest, **options)
+
+    wanted = kit.merge().lora
+    monkeypatch.setattr(kit.sampling.RowsGuider, "predict_noise", greedy)
+    assert distance(kit.merge().lora, wanted) < 1e-3
+    assert rows == [8, 8, 4, *[2] * 16]  # at 16, 8, 4 and 2 at most; 8 are all
+    assert kit.hooks() == 0
+
+
 @contextmanager
 def memory_limit(mib: int) -> Iterator[None]:
     """The system gives this process so much more and no byte beyond it."""

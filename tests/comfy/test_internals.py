@@ -109,6 +109,17 @@ def test_an_old_comfyui_is_told_what_it_lacks(
     assert "needs ComfyUI 0.3.77 or newer" in caplog.text
 
 
+def test_an_old_python_is_told_so(
+    again: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import folder_paths  # noqa: F401
+
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14, "final", 0))
+    again()
+    assert sys.modules["custom-nodes/iteris-once-more"].__all__ == []
+    assert "needs Python 3.11 or newer" in caplog.text
+
+
 def test_they_are_taken_in_one_module() -> None:
     """No other file of the nodes imports from comfy."""
     for file in sorted((ROOT / "nodes").glob("*.py")):

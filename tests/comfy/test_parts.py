@@ -219,8 +219,7 @@ def test_the_strength_in_clip_of_a_concept(
         assert specs[0].strength == 0.7
         return specs[0].clip_strength
 
-    assert clip_strength() is None  # a graph of before
-    assert clip_strength(strength_clip=-11.0) is None
+    assert clip_strength() is None  # a graph without it: the same as strength
     assert clip_strength(strength_clip=0.0) == 0.0
     assert clip_strength(strength_clip=-1.0) == -1.0
 
@@ -279,7 +278,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("sum", rank=0, density=0.3, scale=0.7) == {}
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
     shown = {i.id: i.tooltip for i in module(pack, "nodes.settings_node")._all_inputs()}
-    assert "0: the method's own, 0.2 for ties, 0.5 for dare-linear" in shown["density"]
+    assert "0: the method's own (ties 0.2, dare-linear 0.5" in shown["density"]
     declared = set(core.settings.declared_settings(core.IterisSettings))
     not_here = {"micro_batch", "polish_steps", "polish_rate"}
     assert declared - set(shown) == not_here

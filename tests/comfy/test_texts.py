@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from texts import english, schemas, with_tables
+from texts import english, lost, schemas, texts_of, with_lists, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
+LANGUAGES = ("zh", "ja", "ko", "fr", "de", "es", "ru")
 
 
 def expect(path: Path, text: str) -> None:
@@ -38,14 +39,33 @@ def test_defaults_are_within_their_limits(pack: ModuleType) -> None:
                 assert shown.min <= shown.default <= shown.max, (schema.node_id, shown.id)
 
 
-def test_other_languages_have_the_same_texts(pack: ModuleType) -> None:
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_every_text(pack: ModuleType, language: str) -> None:
+    """With the same keys, names of files and inputs, and figures."""
+    texts, folder = english(pack), ROOT / "locales" / language
+    found = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert list(found) == list(texts)
+    for name, node in texts.items():
+        for part in ("inputs", "outputs"):
+            assert list(found[name][part]) == list(node[part]), name
+        translated = texts_of(found[name])
+        for where, text in texts_of(node).items():
+            assert translated[where].strip(), (name, where)
+            assert lost(text, translated[where]) == [], (name, where)
+        found[name] = with_lists(found[name], node)
+    expect(folder / "nodeDefs.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    categories = json.loads((folder / "main.json").read_text(encoding="utf-8"))
+    assert set(categories["nodeCategories"]) == {schema.category for schema in schemas(pack)}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_is_not_left_in_english(pack: ModuleType, language: str) -> None:
     texts = english(pack)
-    for folder in (ROOT / "locales").iterdir():
-        found = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
-        assert set(found) == set(texts)
-        for name, node in texts.items():
-            for part in ("inputs", "outputs"):
-                assert set(found[name][part]) == set(node[part]), (folder.name, name)
+    found = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name, node in texts.items():
+        translated = texts_of(found[name])
+        sentences = {where: text for where, text in texts_of(node).items() if len(text) > 25}
+        assert all(translated[where] != text for where, text in sentences.items()), name
 
 
 def test_help_in_chinese_has_the_locale_s_tables(pack: ModuleType) -> None:
@@ -71,7 +91,7 @@ def test_graphs_have_a_value_for_every_widget(pack: ModuleType, file: str) -> No
         assert len(values) == len(widgets), node["type"]
         for widget, value in zip(widgets, values, strict=True):
             options = getattr(widget, "options", None)
-            if re.fullmatch(r"lora_(name|\d+)|embedding|weights", widget.id):
+            if re.fullmatch(r"lora_(name|low|\d+)|embedding|weights", widget.id):
                 assert isinstance(value, str)
             elif options:
                 assert value in options, (node["type"], widget.id)

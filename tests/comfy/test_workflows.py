@@ -1,7 +1,8 @@
-"""The workflows for SD 1.5, SDXL and FLUX, run from the file that a user opens.
+"""The workflows for real models, run from the file that a user opens.
 
-The files that they ask for are there, thin and random. The front end opens the graph and says what
-it would send; pictures are made small and samples few, as a user in a hurry would.
+The files that those for SD 1.5, SDXL and FLUX ask for are there, thin and random; reduced models
+stand in for the others. The front end opens the graph and says what it would send; pictures are
+made small and samples few, as a user in a hurry would.
 """
 
 from __future__ import annotations
@@ -21,10 +22,20 @@ from test_front_end import look, pytestmark  # noqa: F401
 
 SMALL: dict[str, Any] = {
     "width": 64, "height": 64, "batch_size": 1, "steps": 2, "samples": 2, "timesteps": 1,
-    "latent_size": 8, "latents": "noise",
+    "latent_size": 8, "latents": "noise", "length": 5,
 }  # fmt: skip
-WORKFLOWS = {"two_concepts_sd15": 2, "three_concepts_sdxl": 3, "flux": 2}
+WORKFLOWS = {
+    "two_concepts_sd15": 2, "three_concepts_sdxl": 3, "lora_stack_sdxl": 3,
+    "subject_and_style_sdxl": 2, "flux": 2,
+}  # fmt: skip
 """How many LoRAs each merges."""
+REDUCED = {
+    "z_image": ("zimage", ("attention.qkv", "attention.out", "feed_forward.w2")),
+    "qwen_image": ("qwen", ("attn.to_q", "attn.to_v", "attn.to_out.0")),
+    "wan22_two_experts": ("wan", ("self_attn.q", "self_attn.o", "cross_attn.k")),
+}
+"""The model that stands in, and the layers that its LoRAs change."""
+_GONE = ("VAELoader", "SaveImage", "CreateVideo", "SaveVideo")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +61,7 @@ def small(graph: Graph) -> Graph:
         for name, value in entry["inputs"].items():
             if name in SMALL and not isinstance(value, list):  # else it is a link
                 entry["inputs"][name] = SMALL[name]
-    merge = graph[of_class(graph, "IterisMerge")]["inputs"]
+    merge = graph[merging(graph)]["inputs"]
     if "settings" not in merge:
         graph["settings"] = node("IterisSettings", timesteps=1, latent_size=8, latents="noise")
         merge["settings"] = ["settings", 0]
@@ -63,11 +74,33 @@ def of_class(graph: Graph, kind: str) -> str:
     return found
 
 
-def with_stock_loader(graph: Graph, name: str, strength: float) -> Graph:
-    """The same graph with Load LoRA in place of the merge."""
+def merging(graph: Graph) -> str:
+    (found,) = (n for n, entry in graph.items() if entry["class_type"].startswith("IterisMerge"))
+    return found
+
+
+def loras_in(graph: Graph) -> list[str]:
+    """The files of the LoRAs that are on."""
+    return [
+        value
+        for entry in graph.values()
+        if entry["class_type"] in ("IterisConcept", "IterisLoras")
+        for key, value in entry["inputs"].items()
+        if key.startswith("lora_")
+        and value not in ("none", None)
+        and entry["inputs"].get(key.replace("lora_", "on_"), True)
+    ]
+
+
+def with_stock_loader(graph: Graph, name: str, strength: float, words: str) -> Graph:
+    """The same graph with Load LoRA in place of the merge, and its trigger words as a text."""
     graph = copy.deepcopy(graph)
     merge = of_class(graph, "IterisMerge")
     given = graph[merge]["inputs"]
+    for entry in graph.values():
+        for key, value in entry["inputs"].items():
+            if value == [merge, 5]:
+                entry["inputs"][key] = words
     graph[merge] = node(
         "LoraLoader", model=given["model"], clip=given["clip"], lora_name=name,
         strength_model=strength, strength_clip=strength,
@@ -104,18 +137,74 @@ def test_a_workflow_runs_from_its_file(
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
     recipe = metadata["iteris"]
-    loras = [
-        value
-        for entry in graph.values()
-        if entry["class_type"] in ("IterisConcept", "IterisLoras")
-        for key, value in entry["inputs"].items()
-        if key.startswith("lora_") and value not in ("none", None)
-    ]
+    loras = loras_in(graph)
     assert len(loras) == WORKFLOWS[name]
     assert all(Path(lora).stem in recipe for lora in loras)
     assert str(base) not in recipe
 
-    loaded = server.run(with_stock_loader(graph, saved, 1.0))
-    plain = server.run(with_stock_loader(graph, saved, 0.0))
+    words = metadata.get("modelspec.trigger_phrase", "")
+    loaded = server.run(with_stock_loader(graph, saved, 1.0, words))
+    plain = server.run(with_stock_loader(graph, saved, 0.0, words))
     assert psnr(pixels(server, loaded[of_class(graph, "SaveImage")]), picture) > 40
     assert psnr(pixels(server, plain[of_class(graph, "SaveImage")]), picture) < 35
+
+
+def on_reduced(graph: Graph, model: str) -> Graph:
+    """The same graph on a reduced model, up to the latents, which are saved."""
+    for number, entry in list(graph.items()):
+        kind, given = entry["class_type"], entry["inputs"]
+        if kind == "UNETLoader":
+            factor = 0.9 if "low_noise" in given["unet_name"] else 1.0
+            graph[number] = node("ReducedModel", name=model, factor=factor)
+        elif kind == "CLIPLoader":
+            graph[number] = node("ReducedClip", name=model, factor=1.0)
+        elif kind == "VAEDecode":
+            graph[number] = node(
+                "SaveLatent", samples=given["samples"], filename_prefix="latents/reduced"
+            )
+        elif kind in _GONE:
+            del graph[number]
+        elif kind == "IterisSaveLora":
+            given.pop("thumbnail", None)
+        elif kind == "KSamplerAdvanced":
+            given.update({"start_at_step": min(given["start_at_step"], 1)})
+            given.update({"end_at_step": 1 if given["end_at_step"] == 10 else 10000})
+    return graph
+
+
+def write_loras(folder: Path, names: list[str], model: str, layers: tuple[str, ...]) -> None:
+    import reduced_models
+
+    network = getattr(reduced_models, model)()[0].model.diffusion_model
+    sites = {
+        f"diffusion_model.{name}": (module.weight.shape[0], module.weight.shape[1])
+        for name, module in network.named_modules()
+        if name.endswith(layers)
+    }
+    for seed, name in enumerate(names):
+        reduced_models.write_lora(folder / name, sites, seed)
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_workflow_runs_on_a_reduced_model(
+    client: Client, models: Path, tmp_path: Path, name: str
+) -> None:
+    model, layers = REDUCED[name]
+    seen = look(client, ROOT / "workflows" / f"{name}.json", tmp_path / "opened.png", "prompt")
+    assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])
+    graph = on_reduced(small(seen["prompt"]), model)
+    loras = loras_in(graph)
+    write_loras(models / "models" / "loras", loras, model, layers)
+    outputs = client.run(graph)
+    saved = [
+        outputs[number]["text"][0].splitlines()[0]
+        for number, entry in graph.items()
+        if entry["class_type"] == "IterisSaveLora"
+    ]
+    assert len(saved) == (2 if name == "wan22_two_experts" else 1)
+    for file in saved:
+        with safe_open(models / "models" / "loras" / file, "pt") as opened:
+            assert all(Path(lora).stem in opened.metadata()["iteris"] for lora in loras)
+            assert len(opened.keys()) >= 3 * len(layers)
+    (drawn,) = outputs[of_class(graph, "SaveLatent")]["latents"]
+    assert (models / "output" / drawn["subfolder"] / drawn["filename"]).is_file()

@@ -1,8 +1,8 @@
 """English texts of the nodes, as their schemas have them: ``locales/en`` and the help pages.
 
 ``COMFYUI_PATH=… pytest tests/comfy/test_texts.py`` holds the files against them; with
-``WRITE_TEXTS=1`` it writes them. Other languages are translated by hand; the tables of their help
-pages come from their locales.
+``WRITE_TEXTS=1`` it writes them. Other languages are translated by hand, but for lists of methods;
+the tables of their help pages come from their locales.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ HEADINGS = {
     "en": (("inputs", "input", "what it is"), ("outputs", "output", "what it is")),
     "zh": (("inputs", "输入", "说明"), ("outputs", "输出", "说明")),
 }
+_LIST = re.compile(r"\([a-z][a-z+-]+(?: [\d.]+)?(?:, [a-z][a-z+-]+(?: [\d.]+)?){2,}\)")
+_KEPT = re.compile(r"\{\}|%\w+%|NAME(?:\.\w+)+|models/\w+|\bLORA_STACK\b|\b\d+(?:\.\d+)?(?:e-\d+)?")
+"""What every language writes alike: places, files and figures."""
 
 
 def schemas(pack: ModuleType) -> list[Any]:
@@ -53,3 +56,33 @@ def with_tables(page: str, texts: Mapping[str, Any], language: str = "en") -> st
         table = "\n".join([f"| {heading} | {what} |", "|---|---|", *rows, ""])
         page = re.sub(rf"\| {heading} \| {what} \|\n(\|.*\n)*", lambda _, t=table: t, page)
     return page
+
+
+def texts_of(node: Mapping[str, Any]) -> dict[str, str]:
+    """Every text of a node, by where it stands."""
+    found = {name: node[name] for name in ("display_name", "description")}
+    for part in ("inputs", "outputs"):
+        for key, texts in node[part].items():
+            found |= {f"{part} {key} {field}": text for field, text in texts.items()}
+    return found
+
+
+def lost(original: str, translated: str) -> list[str]:
+    """What stands in a text and not in its translation, of what is not translated."""
+    return [word for word in _KEPT.findall(original) if word not in translated]
+
+
+def with_lists(node: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """A translated node with the lists of methods that the ``original`` has."""
+    made = {**node}
+    for part in ("inputs", "outputs"):
+        made[part] = {
+            key: {**texts, "tooltip": _listed(texts["tooltip"], original[part][key]["tooltip"])}
+            for key, texts in node[part].items()
+        }
+    return made
+
+
+def _listed(text: str, original: str) -> str:
+    found = _LIST.search(original)
+    return _LIST.sub(lambda _: found[0], text) if found else text

@@ -54,7 +54,7 @@ def write_workflow_models(folder: Path) -> None:
     clip_l = _under("cond_stage_model.transformer.", sd15)
     unet, sdxl = _sdxl(clip_l)
     save_file(sdxl, folder / "checkpoints" / "sd_xl_base_1.0.safetensors")
-    _write_unet_loras(unet, folder / "loras", "xl_cat", "xl_dog", "xl_style")
+    _write_unet_loras(unet, folder / "loras", "xl_cat", "xl_dog", "xl_style", "xl_detail")
     _write_flux(folder, clip_l)
 
 

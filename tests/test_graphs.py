@@ -1,0 +1,117 @@
+"""The example graphs as files: their groups, notes and thumbnails."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+MEMORY = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text("utf-8"))
+REAL = {
+    "two_concepts_sd15": "SD 1.5, 512 px",
+    "three_concepts_sdxl": "SDXL, 1024 px",
+    "lora_stack_sdxl": "SDXL, 1024 px",
+    "subject_and_style_sdxl": "SDXL, 1024 px",
+    "flux": "FLUX.1, 1024 px",
+    "z_image": "Z-Image, 1024 px",
+    "qwen_image": "Qwen-Image, 1024 px",
+    "wan22_two_experts": "Wan 14B, 17 frames of 832 x 480",
+}
+"""The case of ``memory.json`` that a graph's note speaks of."""
+TITLE = 30
+"""The height of a node's title, above its position."""
+
+every_graph = pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def box(node: dict[str, Any]) -> tuple[float, float, float, float]:
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + (0 if node["flags"].get("collapsed") else height)
+
+
+@every_graph
+def test_every_node_is_in_a_group_and_none_covers_another(path: Path) -> None:
+    graph = read(path)
+    for node in graph["nodes"]:
+        left, top, right, bottom = box(node)
+        assert any(
+            x <= left and y <= top and right <= x + w and bottom <= y + h
+            for x, y, w, h in (group["bounding"] for group in graph["groups"])
+        ), node["type"]
+    for one, two in combinations(graph["nodes"], 2):
+        a, b = box(one), box(two)
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, (one["type"], two["type"])
+
+
+@every_graph
+def test_nothing_stands_below_a_merge(path: Path) -> None:
+    """It grows by its report, and by pictures while it samples."""
+    nodes = read(path)["nodes"]
+    merges = [n for n in nodes if n["type"].startswith(("IterisMerge", "IterisCompare"))]
+    for merge in merges:
+        left, _, right, bottom = box(merge)
+        below = [n["type"] for n in nodes if box(n)[1] >= bottom and left < box(n)[2]
+                 and box(n)[0] < right]  # fmt: skip
+        assert below == []
+
+
+@every_graph
+def test_a_note_says_minutes_and_memory(path: Path) -> None:
+    (note,) = (n["widgets_values"][0] for n in read(path)["nodes"] if n["type"] == "MarkdownNote")
+    assert "**Memory:**" in note
+    assert "**Minutes:**" in note
+    if path.stem not in REAL:
+        return
+    case = MEMORY[REAL[path.stem]]
+    figures = re.search(
+        r"with ([\d.]+) GiB of the card .* takes ([\d.]+) GiB there and ([\d.]+) GiB of", note
+    )
+    assert figures is not None
+    budget, peak, host = map(float, figures.groups())
+    assert (budget, peak, host) == (
+        case["budget_gib"], round(case["peak_gib"], 1), round(case["host_gib"]),
+    )  # fmt: skip
+    assert "it was not run on a card" in note
+    assert "not measured on a card" in note
+
+
+@every_graph
+def test_a_thumbnail_is_there(path: Path) -> None:
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert picture.size[0] >= 800
+        assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 100
+    assert path.with_suffix(".jpg").stat().st_size < 120_000
+
+
+def test_no_number_stands_for_something_else() -> None:
+    """-11 once stood for a strength in CLIP that is the model's."""
+    values = [value for path in GRAPHS for node in read(path)["nodes"]
+              for value in node.get("widgets_values", [])]  # fmt: skip
+    assert -11 not in values
+
+
+@pytest.mark.parametrize("language", ["", "zh"])
+def test_help_pages_have_a_picture(language: str) -> None:
+    """The help panel looks for it from the folder of the pages, whatever the language."""
+    docs = ROOT / "web" / "docs"
+    pages = sorted(docs.glob("*/zh.md" if language else "*.md"))
+    assert len(pages) == 16
+    for page in pages:
+        name = page.parent.name if language else page.stem
+        (shown,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert shown == f"{name}/{language or 'en'}.jpg"
+        with Image.open(docs / shown) as picture:
+            assert picture.size[0] >= 300
+        assert (docs / shown).stat().st_size < 60_000
