@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality toybox docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -61,6 +61,14 @@ bench-quality: .venv
 
 toybox: .venv
 	$(RUN) -m toybox.train
+
+# Hours; needs npm. STEP="--step base": one step of it, which goes on where it stopped.
+emoji: .venv/emoji
+	$(RUN) -m benchmarks.emoji.train $(STEP)
+
+.venv/emoji: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[emoji]'
+	touch $@
 
 clean:
 	rm -rf build dist .venv *.egg-info

@@ -34,7 +34,6 @@ from .place import Place
 
 log = logging.getLogger(__name__)
 STEPS, FINISH, BATCH, SEED, DROPPED = 100_000, 1_500, 64, 31, 0.1
-STEPS_PER_SHARD = 150  # a new shard joins every so many steps, until all are in use
 SAVE, SHOW = 100, 500
 PLAIN = SDPBackend.MATH  # on a CPU the fused kernel's backward pass is far slower in bfloat16
 
@@ -79,6 +78,11 @@ def new_models(tokenizers: tuple[Any, Any], **size: int) -> dict[str, nn.Module]
     clip, t5 = new_text_encoders(*tokenizers)
     clip.set_attn_implementation("eager")
     return {"transformer": transformer, "clip": clip, "t5": t5}
+
+
+def shards_at(step: int) -> int:
+    """How many shards are drawn from: one more ever more seldom, since each takes a while."""
+    return min(SHARDS, 2 + int((step / 15) ** 0.5))
 
 
 def velocity_loss(
@@ -133,7 +137,7 @@ def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -
     latents = clip = words = torch.empty(0)
     running = 0.0
     for step in range(run.start, run.steps):
-        wanted = min(SHARDS, 2 + step // STEPS_PER_SHARD)
+        wanted = shards_at(step)
         if len(pool) < wanted:
             pool += [shards.get(index) for index in range(len(pool), wanted)]
             latents, clip, words = (
@@ -183,6 +187,11 @@ def export(pipeline: EmojiPipeline, folder: Path) -> None:
     for name in ("scheduler", "tokenizer", "tokenizer_2"):
         getattr(pipeline, name).save_pretrained(folder / name)
     pipeline.save_config(folder)
-    # Loadable by anybody's FluxPipeline; this one only has other defaults.
-    path = folder / "model_index.json"
-    path.write_text(path.read_text().replace('"EmojiPipeline"', '"FluxPipeline"'))
+    # Loadable by anybody's FluxPipeline, which only has other defaults, and by transformers 4.
+    for file, own, theirs in (
+        ("model_index.json", "EmojiPipeline", "FluxPipeline"),
+        ("model_index.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+        ("tokenizer_2/tokenizer_config.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+    ):
+        path = folder / file
+        path.write_text(path.read_text().replace(f'"{own}"', f'"{theirs}"'))
