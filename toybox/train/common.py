@@ -140,8 +140,8 @@ class Run:
     def _load(self) -> None:
         path = self.folder / "state.safetensors"
         with safe_open(path, "pt") as file:
-            told = file.metadata()
-        self.start, self.seconds = int(told["step"]), float(told["seconds"])
+            self.seconds = float(file.metadata()["seconds"])
+        self.start = step_of(path)
         tensors = load_file(path)
         for name, module in self.modules.items():
             prefix = f"{name}."
@@ -158,6 +158,12 @@ class Run:
                     for k, v in kept.items()
                 }
         log.info("resumed %s at step %d", self.folder, self.start)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def random_pictures(rng: np.random.Generator, count: int, patterned: float, two: float):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from toybox.train.common import Average, Run, bf16
+from toybox.train.common import Average, Run, bf16, step_of
 
 from ..pipeline import (
     EmojiPipeline,
@@ -33,7 +34,7 @@ from .optimizers import PEAK, falling, optimizers, steady
 from .place import Place
 
 log = logging.getLogger(__name__)
-STEPS, FINISH, BATCH, SEED, DROPPED = 100_000, 1_500, 64, 31, 0.1
+STEPS, FINISH, BATCH, SEED, DROPPED = 12_000, 1_500, 64, 31, 0.1
 SAVE, SHOW = 100, 500
 PLAIN = SDPBackend.MATH  # on a CPU the fused kernel's backward pass is far slower in bfloat16
 
@@ -48,18 +49,14 @@ def train(place: Place, steps: int = STEPS) -> dict:
 def finish(place: Place, steps: int = FINISH) -> dict:
     """From the checkpoint of `base`, `steps` at a falling rate."""
     folder = place.work / "finish"
-    if not folder.exists():
-        folder.mkdir()
-        shutil.copy(place.work / "base" / "state.safetensors", folder / "from.safetensors")
-        (folder / "from.safetensors").rename(folder / "state.safetensors")
-    begun_file = folder / "begun"
-    run, models, parts = _begin(place, "finish", 0, steady)
-    begun = int(begun_file.read_text()) if begun_file.exists() else run.start
-    begun_file.write_text(str(begun))
-    run.steps = begun + steps
-    run.schedules = [falling(optimizer, PEAK, steps) for optimizer in run.optimizers]
-    for _ in range(run.start - begun):
-        run.advance()
+    begun = folder / "begun.safetensors"
+    if not begun.exists():
+        folder.mkdir(exist_ok=True)
+        copied = shutil.copy(place.work / "base" / "state.safetensors", folder / "copy.part")
+        shutil.copy(copied, folder / "state.safetensors")
+        Path(copied).rename(begun)
+    first = step_of(begun)
+    run, models, parts = _begin(place, "finish", first + steps, partial(falling, begun=first))
     _fit(place, run, models, parts)
     return {"seconds": round(run.elapsed), "steps": run.steps, "falling": steps, "batch": BATCH}
 

@@ -48,8 +48,8 @@ def steady(optimizer: torch.optim.Optimizer, peak: float, steps: int):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM))
 
 
-def falling(optimizer: torch.optim.Optimizer, peak: float, steps: int):
-    """From `peak` down to nothing over `steps`."""
+def falling(optimizer: torch.optim.Optimizer, peak: float, steps: int, begun: int = 0):
+    """From `peak` at the step `begun` down to nothing at `steps`."""
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: max(0.0, 1.0 - step / steps) ** 1.5
+        optimizer, lambda step: min(1.0, max(0.0, (steps - step) / (steps - begun))) ** 1.5
     )
