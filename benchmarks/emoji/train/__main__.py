@@ -16,6 +16,7 @@ STEPS = {  # step: module and function
     "latents": ("latents", "train"),
     "base": ("base", "train"),
     "finish": ("base", "finish"),
+    "decoder": ("autoencoder", "train_decoder"),
     "loras": ("loras", "train"),
     "judges": ("judges", "train"),
     "evaluate": ("evaluate", "train"),
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--weights", type=Path, default=Path(__file__).parents[1] / "weights")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these LoRAs only")
-    parser.add_argument("--steps", type=int, help="of base and finish: how many steps")
+    parser.add_argument("--steps", type=int, help="of base, finish and decoder: how many")
     parser.add_argument(
         "--compile", action="store_true", help="a fifth faster base; needs a C++ compiler"
     )
@@ -45,7 +46,9 @@ def main() -> None:
     for step in STEPS if asked.step == "all" else [asked.step]:
         name, function = STEPS[step]
         module = importlib.import_module(f".{name}", __package__)
-        more = {"steps": asked.steps} if asked.steps and step in ("base", "finish") else {}
+        more = (
+            {"steps": asked.steps} if asked.steps and step in ("base", "finish", "decoder") else {}
+        )
         figures = getattr(module, function)(place, **more)
         place.note(step, figures)
         logging.getLogger(__name__).info("%s: %s", step, figures)

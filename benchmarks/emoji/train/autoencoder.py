@@ -1,4 +1,4 @@
-"""The step `autoencoder`: an AutoencoderTiny with two halvings on the world's pictures.
+"""The steps `autoencoder` and `decoder`: an AutoencoderTiny of two halvings, on all drawings.
 
 Each latent channel is pulled to mean 0 and deviation 1, so `scaling_factor` is 1; noise on the
 latents while training makes the decoder forgiving. Three steps of four see crops, as everything in
@@ -22,19 +22,31 @@ from ..sources import drawings, world
 from .place import Place
 
 log = logging.getLogger(__name__)
-STEPS, PEAK, SEED = 3200, 1.5e-3, 11
+STEPS, DECODER, PEAK, SEED = 3200, 4000, 1.5e-3, 11
 WHOLE, CROPS, CROP = 8, 32, 32
 NOISE = 0.1
 
 
 def train(place: Place, steps: int = STEPS) -> dict:
-    """Train and save into `weights`/base/vae; returns figures for train.json."""
+    """Train both halves and save into `weights`/base/vae; returns figures for train.json."""
     torch.manual_seed(SEED)
+    return _fit(place, "autoencoder", new_autoencoder(), steps, SEED)
+
+
+def train_decoder(place: Place, steps: int = DECODER) -> dict:
+    """Go on with the decoder alone, which leaves latents, and a base that saw them, as they are."""
+    model = load_encoder(place)
+    model.decoder.requires_grad_(True)
+    return _fit(place, "decoder", model, steps, SEED + 1)
+
+
+def _fit(place: Place, name: str, model: AutoencoderTiny, steps: int, seed: int) -> dict:
     shown = drawings(place.cache)
-    model = new_autoencoder().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), fused=True)
-    average = Average([model], 0.995)
-    run = Run(place.work / "autoencoder", {"vae": model}, optimizer, average, steps, PEAK, SEED)
+    model.to(memory_format=torch.channels_last)
+    learned = model.decoder if name == "decoder" else model
+    optimizer = torch.optim.AdamW(learned.parameters(), lr=PEAK, betas=(0.9, 0.98), fused=True)
+    average = Average([learned], 0.995)
+    run = Run(place.work / name, {"vae": model}, optimizer, average, steps, PEAK, seed)
     for step in range(run.start, steps):
         rng, generator = run.generators(step)
         cropped = step % 4 > 0
@@ -51,16 +63,9 @@ def train(place: Place, steps: int = STEPS) -> dict:
         fit = error.abs().mean() + 2.0 * error.square().mean()
         run.descend(step, fit + 0.5 * slope + 0.1 * unlike_unit)
         if step % 100 == 0:
-            told = [
-                float(v.detach()) for v in (error.abs().mean(), slope, mean.norm(), spread.mean())
-            ]
-            log.info(
-                "autoencoder %d/%d mae %.4f slope %.4f mean %.2f std %.2f %.0f s",
-                step,
-                steps,
-                *told,
-                run.elapsed,
-            )
+            told = [float(v.detach()) for v in (error.abs().mean(), slope, spread.mean())]
+            counted = (name, step, steps, *told, run.elapsed)
+            log.info("%s %d/%d mae %.4f slope %.4f std %.2f %.0f s", *counted)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             run.save(step + 1)
             average.swap()
