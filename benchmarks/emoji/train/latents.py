@@ -25,7 +25,7 @@ from .autoencoder import load_encoder
 from .place import Place
 
 log = logging.getLogger(__name__)
-SHARDS, SIZE, TWO = 32, 4096, 0.4
+SHARDS, SIZE, TWO = 12, 4096, 0.35
 SIDE = 16
 """Of a latent; the denoiser sees (SIDE / 2)² tokens."""
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 PEAK = 1.5e-3
-"""AdamW's; Muon's updates are scaled to AdamW's size, so that one rate serves both."""
+"""AdamW's rate; Muon's, whose updates are scaled to the size of AdamW's, is MUON times as high."""
+
+MUON = 2.0
 
 WARM = 200
 
@@ -37,7 +39,7 @@ def optimizers(
     groups = [{"params": others}, {"params": embeddings, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(
-            matrices, lr=peak, weight_decay=0.05, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=MUON * peak, weight_decay=0.05, ns_steps=4, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
     ]
