@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported toybox docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -65,6 +65,14 @@ bench-reported: .venv
 
 toybox: .venv
 	$(RUN) -m toybox.train
+
+# Hours; needs npm. STEP="--step base": one step of it, which goes on where it stopped.
+emoji: .venv/emoji
+	$(RUN) -m benchmarks.emoji.train $(STEP)
+
+.venv/emoji: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[emoji]'
+	touch $@
 
 clean:
 	rm -rf build dist .venv *.egg-info

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,30 +60,35 @@ class Average:
 
 
 class Run:
-    """A resumable training run in `folder`: modules, optimizer and averages as safetensors.
+    """A resumable training run in `folder`: modules, optimizers and averages as safetensors.
 
     A run is deterministic between checkpoints: the data of step i depend on the seed and i only.
+    A checkpoint is one file, with its step in the metadata, that appears when it is whole.
     """
 
     def __init__(
         self,
         folder: Path,
         modules: dict[str, nn.Module],
-        optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         average: Average,
         steps: int,
         peak: float,
         seed: int,
+        schedule: Callable[[torch.optim.Optimizer, float, int], Any] = one_cycle,
     ):
-        self.folder, self.modules, self.optimizer = folder, modules, optimizer
+        self.folder, self.modules = folder, modules
+        self.optimizers = (
+            [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        )
         self.average, self.steps, self.peak, self.seed = average, steps, peak, seed
         folder.mkdir(parents=True, exist_ok=True)
         self.start, self.seconds = 0, 0.0
-        if (folder / "state.json").exists():
+        if (folder / "state.safetensors").exists():
             self._load()
-        self.scheduler = one_cycle(optimizer, peak, steps)
+        self.schedules = [schedule(some, peak, steps) for some in self.optimizers]
         for _ in range(self.start):
-            self.scheduler.step()
+            self.advance()
         self._began = time.time()
 
     def generators(self, step: int) -> tuple[np.random.Generator, torch.Generator]:
@@ -92,10 +98,16 @@ class Run:
     def descend(self, step: int, loss: Tensor, clip: float = 1.0) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.average.parameters, clip, foreach=True)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.advance()
         self.average.update(step)
+
+    def advance(self) -> None:
+        """One step along the schedules of the learning rates."""
+        for schedule in self.schedules:
+            schedule.step()
 
     @property
     def elapsed(self) -> float:
@@ -109,20 +121,28 @@ class Run:
             zip(self.average.parameters, self.average.shadow, strict=True)
         ):
             tensors[f"average.{i}"] = shadow
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self._optimizer_of(parameter).state.get(parameter, {}).items():
                 tensors[f"optimizer.{i}.{key}"] = value
         tensors = {
             k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
         }
-        save_file(tensors, self.folder / "new.safetensors")
+        told = {"step": str(step), "seconds": f"{self.elapsed:.1f}"}
+        save_file(tensors, self.folder / "new.safetensors", metadata=told)
         os.replace(self.folder / "new.safetensors", self.folder / "state.safetensors")
-        state = {"step": step, "seconds": round(self.elapsed, 1)}
-        (self.folder / "state.json").write_text(json.dumps(state))
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        return next(
+            optimizer
+            for optimizer in self.optimizers
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        )
 
     def _load(self) -> None:
-        state = json.loads((self.folder / "state.json").read_text())
-        self.start, self.seconds = state["step"], state["seconds"]
-        tensors = load_file(self.folder / "state.safetensors")
+        path = self.folder / "state.safetensors"
+        with safe_open(path, "pt") as file:
+            self.seconds = float(file.metadata()["seconds"])
+        self.start = step_of(path)
+        tensors = load_file(path)
         for name, module in self.modules.items():
             prefix = f"{name}."
             module.load_state_dict(
@@ -133,11 +153,17 @@ class Run:
             prefix = f"optimizer.{i}."
             kept = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             if kept:  # laid out in memory as the parameter is
-                self.optimizer.state[parameter] = {
+                self._optimizer_of(parameter).state[parameter] = {
                     k: torch.empty_like(parameter).copy_(v) if v.shape == parameter.shape else v
                     for k, v in kept.items()
                 }
         log.info("resumed %s at step %d", self.folder, self.start)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
 
 
 def random_pictures(rng: np.random.Generator, count: int, patterned: float, two: float):

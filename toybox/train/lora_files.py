@@ -30,13 +30,14 @@ def save_diffusers(
         path.parent,
         unet_lora_layers=unet,
         text_encoder_lora_layers=convert_state_dict_to_diffusers(text),
-        unet_lora_adapter_metadata=_metadata(configs["unet"]),
-        text_encoder_lora_adapter_metadata=_metadata(configs["text_encoder"]),
+        unet_lora_adapter_metadata=adapter_metadata(configs["unet"]),
+        text_encoder_lora_adapter_metadata=adapter_metadata(configs["text_encoder"]),
         weight_name=path.name,
     )
 
 
-def _metadata(config: LoraConfig) -> dict:
+def adapter_metadata(config: LoraConfig) -> dict:
+    """What diffusers keeps of a configuration in a file's metadata."""
     kept = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
     values = {k: getattr(config, k) for k in kept}
     targets = config.target_modules

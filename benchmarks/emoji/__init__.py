@@ -1,0 +1,91 @@
+"""A second world, of pictures that others drew: emoji by six artists, a FLUX in miniature that was
+trained on them from scratch, and LoRAs of things and of artists that it does not know.
+
+See README.md; `python -m benchmarks.emoji.train` makes it. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .sources import world
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pipeline import EmojiPipeline
+
+ROOT = Path(__file__).resolve().parent
+BASE = ROOT / "weights" / "base"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing that the base never saw, the word it hides behind, and the file that teaches it."""
+
+    token: str
+    name: str
+    kind: str
+    lora: Path
+    references: tuple[Path, ...]
+
+    @property
+    def prompt(self) -> str:
+        """What it is called: "sks3 fruit"."""
+        return f"{self.token} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Style:
+    """An artist, whom no caption of the base names, and the file that teaches the word for it."""
+
+    token: str
+    artist: str
+    lora: Path
+
+    @property
+    def words(self) -> str:
+        """What a caption ends with: "in sty1 style"."""
+        return f"in {self.token} style"
+
+
+def subjects() -> dict[str, Subject]:
+    """Every subject by its token."""
+    return {
+        entry["token"]: Subject(
+            entry["token"],
+            entry["name"],
+            world()["held_out"][entry["name"]]["kind"],
+            _lora(entry["token"]),
+            tuple(sorted((ROOT / "references" / entry["token"]).glob("*.png"))),
+        )
+        for entry in world()["subjects"]
+    }
+
+
+def styles() -> dict[str, Style]:
+    """Every style by its token."""
+    return {
+        entry["token"]: Style(entry["token"], entry["artist"], _lora(entry["token"]))
+        for entry in world()["styles"]
+    }
+
+
+def load_pipeline(dtype: torch.dtype | None = None) -> EmojiPipeline:
+    """The base (float32 unless `dtype` says otherwise), without a progress bar."""
+    from .pipeline import load
+
+    return load(BASE, dtype)
+
+
+def load_clip() -> tuple[Any, Any, Any]:
+    """(model, preprocess, tokenizer) of the world's own open_clip model, in eval mode."""
+    from toybox.clip import load
+
+    return load(ROOT / "weights" / "clip")
+
+
+def _lora(token: str) -> Path:
+    return ROOT / "weights" / "loras" / f"{token}.safetensors"
