@@ -1,10 +1,11 @@
 """Time and memory of a merge on ComfyUI's MODEL and CLIP, as JSON on stdout.
 
 COMFYUI_PATH=… python benchmarks/comfyui.py CHECKPOINT LORA LORA [--samples 50] [--latent-size 64]
-[--timesteps 4] [--latents denoising|noise] [--gpu] [--gib 3]
+[--timesteps 4] [--latents denoising|noise] [--gpu] [--gib 3 [--save NAME]]
 
 ``--gib`` is what the merge may take beyond the model; then ``planned`` has the memory plan's lines
-and ``live_peak_gib`` the peak of live tensors beyond the model.
+and ``live_peak_gib`` the peak of live tensors beyond the model; ``--save`` keeps both under a name
+in ``results/full_size.json``, beside those of ``full_size.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-ROOT = Path(__file__).resolve().parents[1]
+from outputs import ROOT, add, result_file
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--latents", default="denoising")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--gib", type=float)
+    parser.add_argument("--save", metavar="NAME")
     options = parser.parse_args()
     merging, specs, core = _pack(options.gpu)
 
@@ -76,7 +77,18 @@ def main() -> None:
         "device": str(model.load_device),
         "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20 if options.gpu else None,
     }
+    if options.save is not None and options.gib is not None:
+        add(result_file("full_size.json"), options.save, kept(found))
     print(json.dumps(found | {"calibration": report.calibration | {"templates": "default"}}))
+
+
+def kept(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "plan": found["planned"],
+        "peak_gib": found["live_peak_gib"],
+        "minutes": round(found["seconds"] / 60, 1),
+        "threads": found["threads"],
+    }
 
 
 def _pack(gpu: bool) -> tuple[Any, Any, Any]:

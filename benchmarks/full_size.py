@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from gpu_pipelines import MODELS, concepts, make_host
-from outputs import read, result_file, write
+from outputs import add, result_file
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.meter import MemoryMeter
@@ -63,14 +63,8 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=4)
     options = parser.parse_args()
     found = measured(options.model, options.gib, options.samples, options.timesteps)
-    add(options.model, found)
-
-
-def add(name: str, found: dict[str, Any]) -> None:
-    results = read(FILE)
-    results[name] = found
-    print(name, json.dumps(found, indent=1))
-    write(FILE, results)
+    add(FILE, options.model, found)
+    print(options.model, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -33,3 +33,8 @@ def write(path: Path, data: Any) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def add(path: Path, name: str, found: Any) -> None:
+    """``found`` beside what stands there under other names."""
+    write(path, {**read(path), name: found})
