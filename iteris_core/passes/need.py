@@ -63,12 +63,12 @@ class Need:
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """What rows take of the host's memory that do not wait on the device."""
-        if self.parked is None or on_device is None:
+        need = self._of_rows(rows)
+        if need.parked is None or on_device is None:
             return 0
-        need, away = self._of_rows(rows), self.mine(rows) - on_device
+        away = self.mine(rows) - on_device
         shown = max(sum(step.shown for step in level) for level in self._of_levels(need.cost.steps))
-        waiting = 0 if need.parked is None else need.parked.waiting
-        return away * waiting + min(self.sampled, away) * shown
+        return away * need.parked.waiting + min(self.sampled, away) * shown
 
     def seconds_of(self, rows: int, at_once: int, on_device: int | None = None) -> float:
         """About so long, but for what solving takes."""
