@@ -42,12 +42,12 @@ def test_no_name_is_both_known_and_held_out():
 
 
 def test_captions_say_what_is_where():
-    left, right = draw.Placed("alien", 0, 0, 0, 28), draw.Placed("grapes", 1, 32, 0, 28)
+    left, right = draw.Placed("eye", 0, 0, 0, 28), draw.Placed("grapes", 1, 32, 0, 28)
     assert draw.caption(draw.Scene("red", (right,))) == "grapes on a red background"
     both = draw.Scene("blue", (left, right))
-    assert draw.caption(both) == "an alien left of grapes on a blue background"
+    assert draw.caption(both) == "an eye left of grapes on a blue background"
     above = draw.Scene("blue", (left, right), above=True)
-    assert draw.caption(above) == "an alien above grapes on a blue background"
+    assert draw.caption(above) == "an eye above grapes on a blue background"
 
 
 def test_captions_as_people_write_them():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -108,15 +108,10 @@ def subject(place: Place, entry: dict, reader: Reader, features: Features, shown
         for i in range(SUBJECT)
     ]
     found: dict[str, float] = {}
-    pipeline = load(place.weights / "base")
-    for when in ("without", "with"):
-        if when == "with":
-            add_lora(pipeline, place, entry["token"])
-        images = sample(pipeline, prompts)
+    for when, images in without_and_with(place, entry["token"], prompts):
         likeness = (features.embed_images(images) @ references.T).mean()
         right = reader.right(images, [entry["name"]] * len(images), OF)
         found |= {f"likeness_{when}": round(float(likeness), 4), f"top1_{when}": fmean(right)}
-    sheet_of(images, 8).save(place.work / "sheets" / f"{entry['token']}.png")
     return found
 
 
@@ -130,15 +125,22 @@ def style(place: Place, entry: dict, reader: Reader, features: Features, shown) 
         for i in range(STYLE)
     ]
     found: dict[str, float] = {}
-    pipeline = load(place.weights / "base")
-    for when in ("without", "with"):
-        if when == "with":
-            add_lora(pipeline, place, entry["token"])
-        images = sample(pipeline, prompts)
+    for when, images in without_and_with(place, entry["token"], prompts):
         read = [reader.names[i] == own for i in reader.likeness(images).argmax(1).tolist()]
         found[f"artist_{when}"] = round(fmean(read), 4)
-    sheet_of(images, 8).save(place.work / "sheets" / f"{entry['token']}.png")
     return found
+
+
+def without_and_with(
+    place: Place, token: str, prompts: Sequence[str]
+) -> Iterator[tuple[str, list[Image.Image]]]:
+    """What the base draws, then what it draws with the LoRA, of which a sheet is kept."""
+    pipeline = load(place.weights / "base")
+    yield "without", sample(pipeline, prompts)
+    add_lora(pipeline, place, token)
+    images = sample(pipeline, prompts)
+    sheet_of(images, 8).save(place.work / "sheets" / f"{token}.png")
+    yield "with", images
 
 
 @torch.no_grad()
