@@ -1,11 +1,12 @@
 """Time and memory of a merge on ComfyUI's MODEL and CLIP, as JSON on stdout.
 
 COMFYUI_PATH=… python benchmarks/comfyui.py CHECKPOINT LORA LORA [--samples 50] [--latent-size 64]
-[--timesteps 4] [--latents denoising|noise] [--gpu] [--gib 3 [--save NAME]]
+[--timesteps 4] [--latents denoising|noise] [--gpu] [--bf16] [--gib 3 [--save NAME]]
 
 ``--gib`` is what the merge may take beyond the model; then ``planned`` has the memory plan's lines
 and ``live_peak_gib`` the peak of live tensors beyond the model; ``--save`` keeps both under a name
-in ``results/full_size.json``, beside those of ``full_size.py``.
+in ``results/full_size.json``, beside those of ``full_size.py``. ``--bf16`` is
+ComfyUI's --bf16-unet.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def main() -> None:
     parser.add_argument("--latent-size", type=int, default=64)
     parser.add_argument("--latents", default="denoising")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--gib", type=float)
     parser.add_argument("--save", metavar="NAME")
     options = parser.parse_args()
-    merging, specs, core = _pack(options.gpu)
+    merging, specs, core = _pack(options.gpu, options.bf16)
 
     import comfy.sd
     import torch
@@ -91,12 +93,13 @@ def kept(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pack(gpu: bool) -> tuple[Any, Any, Any]:
+def _pack(gpu: bool, bf16: bool) -> tuple[Any, Any, Any]:
     """The pack's modules, imported as ComfyUI does."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = not gpu
+    comfy.cli_args.args.bf16_unet = bf16
     spec = importlib.util.spec_from_file_location(
         "pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

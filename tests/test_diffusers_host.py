@@ -118,6 +118,14 @@ def test_all_kinds_of_sites_merge(host64):
     assert difference(alone.lora, concepts[0].lora) < 1e-7
 
 
+def test_one_denoising_step_is_enough(host64):
+    calibration = Calibration(samples=3, timesteps=1, denoising_steps=1, seed=3)
+    concepts = merged_concepts(host64)
+    settings = {"statistics": "float64"}
+    alone = merge_loras(host64, concepts[:1], settings=settings, calibration=calibration)
+    assert difference(alone.lora, concepts[0].lora) < 1e-7
+
+
 @pytest.mark.parametrize("latents", ["denoising", "noise"])
 def test_micro_batches_and_seeds(host64, latents):
     calibration = Calibration(

@@ -132,23 +132,25 @@ def _steps(
 ) -> tuple[set[str], int, Any]:
     """The arguments that change over a denoising, how many steps it has, and what the denoiser
     gives; it runs once, and then ones stand for its output."""
-    calls: list[tuple[str, Call]] = []
     given: list[Any] = []
 
-    def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
-        calls.append((name, call))
-        if not given:
-            given.append(run())
-        return ones_like(given[0], 1)
+    def calls_of(steps: int) -> list[tuple[str, Call]]:
+        calls: list[tuple[str, Call]] = []
 
-    loop.run(
-        [_SHORT],
-        see,
-        steps=calibration.denoising_steps,
-        size=size,
-        generators=[torch.Generator().manual_seed(0)],
-    )
-    later = [call for _, call in calls]
+        def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
+            calls.append((name, call))
+            if not given:
+                given.append(run())
+            return ones_like(given[0], 1)
+
+        start = [torch.Generator().manual_seed(0)]
+        loop.run([_SHORT], see, steps=steps, size=size, generators=start)
+        return calls
+
+    calls = calls_of(calibration.denoising_steps)
+    # A single step has nothing that it could be told apart from.
+    seen = calls if calibration.denoising_steps > 1 else calls_of(2)
+    later = [call for _, call in seen]
     one = later[0]
     moving = {path for path in one if any(differ(one[path], c.get(path)) for c in later)}
     # Ones move the latents, too; those that are not drawn are told apart by the caller.
