@@ -1,4 +1,4 @@
-"""Seconds and memory of the toybox's example graphs on a ComfyUI without a card.
+"""Seconds of the processor, and memory, of the toybox's example graphs on a ComfyUI without a card.
 
 ``COMFYUI_PATH=… NODE_PATH=… python benchmarks/graphs.py [NAME …]`` with ComfyUI's own Python. Each
 graph is opened in its front end (which needs what ``tests/comfy/test_front_end.py`` says), and what
@@ -37,11 +37,11 @@ def measured(name: str, base: Path) -> dict[str, Any]:
     (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
     with running(base) as client:
         graph = opened(client, ROOT / "workflows" / f"{name}.json", base / "seen.png")
-        load, started = os.getloadavg()[0], time.perf_counter()
+        load, started, busy = os.getloadavg()[0], time.perf_counter(), cpu()
         client.run(graph)
-        seconds = time.perf_counter() - started
         return {
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(cpu() - busy, 1),
             "peak_gib": round(peak() / 2**30, 2),
             "threads": torch.get_num_threads(),
             "load": round(load, 2),
@@ -57,10 +57,20 @@ def opened(client: Client, file: Path, picture: Path) -> dict[str, Any]:
     return json.loads(found.stdout.splitlines()[-1])["prompt"]
 
 
+def server() -> psutil.Process:
+    (found,) = psutil.Process().children()
+    return found
+
+
+def cpu() -> float:
+    """Seconds of the processor that the server has taken so far."""
+    times = server().cpu_times()
+    return times.user + times.system
+
+
 def peak() -> int:
-    """The most that the server, the one child that is left, has held, in bytes."""
-    (server,) = psutil.Process().children()
-    status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
+    """The most that the server has held, in bytes."""
+    status = Path(f"/proc/{server().pid}/status").read_text(encoding="utf-8")
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return int(kib) * 1024
 
