@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..iteris_core.errors import IterisError
 
-KNOWN = "0.3.77, 0.8.0 and 0.28.0"
+KNOWN = "0.3.77, 0.8.0 and 0.33.0"
 """The versions of ComfyUI that the tests are run with."""
 
 NAMES: Mapping[str, Sequence[str]] = {

@@ -110,4 +110,5 @@ def show_text(text: str, node_id: str | None) -> None:
     if node_id is not None:
         from server import PromptServer
 
-        PromptServer.instance.send_progress_text(text, node_id)
+        # Nodes 2.0 read it as Markdown, where two spaces make the end of a line one.
+        PromptServer.instance.send_progress_text(text.replace("\n", "  \n"), node_id)

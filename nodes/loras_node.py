@@ -91,7 +91,8 @@ class IterisLoras(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Prompts of your own, one a line, for the LoRAs whose prompts are "
-                    "lines. {} stands for the LoRA's trigger words.",
+                    "lines. Two braces with nothing between them stand for the LoRA's trigger "
+                    "words.",
                 ),
                 io.String.Input(
                     "trigger_words",

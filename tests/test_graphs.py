@@ -13,7 +13,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-MEMORY = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text("utf-8"))
+RESULTS = ROOT / "benchmarks" / "results"
+MEMORY = json.loads((RESULTS / "memory.json").read_text("utf-8"))
+TOYBOX = json.loads((RESULTS / "graphs.json").read_text("utf-8"))
+"""Of ``benchmarks/graphs.py``."""
 REAL = {
     "two_concepts_sd15": "SD 1.5, 512 px",
     "three_concepts_sdxl": "SDXL, 1024 px",
@@ -73,6 +76,10 @@ def test_a_note_says_minutes_and_memory(path: Path) -> None:
     assert "**Memory:**" in note
     assert "**Minutes:**" in note
     if path.stem not in REAL:
+        seconds, peak = TOYBOX[path.stem]["cpu_seconds"], TOYBOX[path.stem]["peak_gib"]
+        minutes = f"{seconds / 60:.1f}" if seconds >= 60 else f"less than one ({seconds:.0f} s)"
+        assert f"**Minutes:** {minutes} of one core of a processor, without a card." in note
+        assert f"**Memory:** {peak:.1f} GiB for the whole of ComfyUI without a card" in note
         return
     case = MEMORY[REAL[path.stem]]
     figures = re.search(

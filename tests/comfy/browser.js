@@ -8,10 +8,11 @@ const SETTINGS = {
   'Comfy.TutorialCompleted': true,
   'Comfy.Workflow.ShowMissingNodesWarning': true,
   'Comfy.Minimap.Visible': false, // it would cover nodes on the picture
+  'Comfy.VueNodes.Enabled': false,
 };
 
 // `work(page, errors)` with the page open and no graph in it that anybody wants.
-async function withPage(base, work) {
+async function withPage(base, work, settings = {}) {
   const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'front-end-'));
   const context = await chromium.launchPersistentContext(profile, {
     executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
@@ -22,7 +23,7 @@ async function withPage(base, work) {
     const page = context.pages()[0] || (await context.newPage());
     const errors = [];
     page.on('pageerror', (error) => errors.push(String(error).slice(0, 300)));
-    for (const [name, value] of Object.entries(SETTINGS)) {
+    for (const [name, value] of Object.entries({ ...SETTINGS, ...settings })) {
       await fetch(`${base}/settings/${name}`, { method: 'POST', body: JSON.stringify(value) });
     }
     await page.route('**/*', (route) => {

@@ -1,8 +1,9 @@
-// node front_end.js PORT GRAPH.json PICTURE.png [run] [prompt] [help NODE_TYPE]
+// node front_end.js PORT GRAPH.json PICTURE.png [run] [prompt] [vue] [help NODE_TYPE]
 // Opens a graph in ComfyUI's own front end in headless Chromium and prints, as JSON, what the user
 // would see: node types that are missing, toasts, and the text of the help panel. With "run" it
 // presses the Run button and waits for the server to be idle again; with "prompt" it also prints what
-// the front end would send to the server.
+// the front end would send to the server; with "vue" nodes are drawn as Nodes 2.0, and it prints where
+// they stand.
 const fs = require('fs');
 const path = require('path');
 const { RUN, idle, withPage } = require('./browser.js');
@@ -68,6 +69,10 @@ withPage(base, async (page, errors) => {
         n.type, Object.fromEntries((n.widgets ?? []).map((w) => [w.name, w.value])),
       ]),
     ),
+    drawn: [...document.querySelectorAll('[data-node-id]')].map((e) => {
+      const { left, top, right, bottom } = e.getBoundingClientRect();
+      return [Number(e.dataset.nodeId), [left, top, right, bottom].map((v) => v / window.app.canvas.ds.scale)];
+    }),
     linked: Object.fromEntries(
       window.app.graph._nodes
         .map((n) => [n.type, (n.inputs ?? []).filter((i) => i.link != null).map((i) => i.name)])
@@ -79,7 +84,7 @@ withPage(base, async (page, errors) => {
     ? await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     : null;
   console.log(JSON.stringify({ ...seen, errors, prompt }));
-}).catch((error) => {
+}, { 'Comfy.VueNodes.Enabled': wishes.includes('vue') }).catch((error) => {
   console.error(error);
   process.exit(1);
 });

@@ -56,6 +56,8 @@ CONFIGS = {
     },
 }  # fmt: skip
 
+_OF_FLUX_2 = (".to_qkv_mlp_proj.weight", ".attn.to_out.weight")
+
 
 def text_encoder(kind):
     from comfy import sd1_clip, sdxl_clip
@@ -115,7 +117,8 @@ def changes(kind, path, out, mode="changes"):
     component = "unet" if kind in ("sd1", "sdxl") else "transformer"
     found = {}
     for name, target in tables[kind](CONFIGS[kind]).items():
-        if not name.endswith(".weight"):
+        # FLUX.2's names stand for FLUX.1's layers beside its own.
+        if not name.endswith(".weight") or name.endswith(_OF_FLUX_2):
             continue
         target = target if isinstance(target, tuple) else (target,)
         key = "diffusion_model." + target[0]

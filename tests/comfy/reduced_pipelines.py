@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from reduced_models.texts import FULL_CLIP, T5
 from torch import Tensor
+
+_ALIASES = re.compile(r"\.(linear_in|linear_out|to_qkv_mlp_proj|attn\.to_out)\.(weight|bias)$")
+"""LyCORIS' names for ff.net, and FLUX.2's names, which stand for FLUX.1's layers beside its own."""
 
 
 def sdxl_pipeline(model: Any, clip: Any) -> Any:
@@ -84,8 +88,7 @@ def flux_parts(model: Any, state: dict[str, Tensor], prefix: str = "") -> dict[s
         key, offset, function = (*(target if isinstance(target, tuple) else (target,)), None, None)[
             :3
         ]
-        alias = ".linear_in." in theirs or ".linear_out." in theirs  # LyCORIS' names for ff.net
-        if key in state and not alias:
+        if key in state and not _ALIASES.search(theirs):
             part = state[key] if offset is None else state[key].narrow(*offset)
             found[theirs] = part if function is None else function(part)
     return found

@@ -335,6 +335,10 @@ def test_an_embedding_beside_a_lora_has_to_be_called_for(
 
 
 def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.utils
+
+    # Of later versions, which leave out what comes within it.
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
     runtime = module(pack, "nodes.comfy_runtime")
     shown: list[str] = []
     monkeypatch.setattr(runtime, "show_text", lambda text, _: shown.append(text))

@@ -32,6 +32,14 @@ def test_english_comes_from_the_nodes(pack: ModuleType) -> None:
         expect(page, with_tables(page.read_text(encoding="utf-8"), node))
 
 
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_no_text_is_read_as_a_placeholder(language: str) -> None:
+    """Texts are messages of vue-i18n: for one that it cannot read no node is drawn (Nodes 2.0)."""
+    for name in ("nodeDefs", "main"):
+        file = ROOT / "locales" / language / f"{name}.json"
+        assert not re.findall(r'": "[^"]*[{}|@][^"]*"', file.read_text(encoding="utf-8"))
+
+
 def test_defaults_are_within_their_limits(pack: ModuleType) -> None:
     for schema in schemas(pack):
         for shown in schema.inputs:

@@ -18,7 +18,7 @@ HEADINGS = {
     "zh": (("inputs", "输入", "说明"), ("outputs", "输出", "说明")),
 }
 _LIST = re.compile(r"\([a-z][a-z+-]+(?: [\d.]+)?(?:, [a-z][a-z+-]+(?: [\d.]+)?){2,}\)")
-_KEPT = re.compile(r"\{\}|%\w+%|NAME(?:\.\w+)+|models/\w+|\bLORA_STACK\b|\b\d+(?:\.\d+)?(?:e-\d+)?")
+_KEPT = re.compile(r"%\w+%|NAME(?:\.\w+)+|models/\w+|\bLORA_STACK\b|\b\d+(?:\.\d+)?(?:e-\d+)?")
 """What every language writes alike: places, files and figures."""
 
 

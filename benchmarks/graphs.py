@@ -1,0 +1,87 @@
+"""Seconds of the processor, and memory, of the toybox's example graphs on a ComfyUI without a card.
+
+``COMFYUI_PATH=… NODE_PATH=… python benchmarks/graphs.py [NAME …]`` with ComfyUI's own Python. Each
+graph is opened in its front end (which needs what ``tests/comfy/test_front_end.py`` says), and what
+that would send runs on a server that has just started. Into ``results/graphs.json``, from which the
+notes of the graphs are (``tests/test_graphs.py``); Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from outputs import ROOT, add, result_file
+
+sys.path.append(str(ROOT / "tests" / "comfy"))
+
+from client import Client
+from conftest import COMFYUI, running
+from matrix import version_of
+
+GRAPHS = ("quick_start_toybox", "compare_methods", "score_pictures")
+FRONT_END = ROOT / "tests" / "comfy" / "front_end.js"
+
+
+def measured(name: str, base: Path) -> dict[str, Any]:
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    with running(base) as client:
+        graph = opened(client, ROOT / "workflows" / f"{name}.json", base / "seen.png")
+        load, started, busy = os.getloadavg()[0], time.perf_counter(), cpu()
+        client.run(graph)
+        return {
+            "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(cpu() - busy, 1),
+            "peak_gib": round(peak() / 2**30, 2),
+            "threads": torch.get_num_threads(),
+            "load": round(load, 2),
+            "comfyui": version_of(Path(COMFYUI)),
+        }
+
+
+def opened(client: Client, file: Path, picture: Path) -> dict[str, Any]:
+    """What the front end would send."""
+    port = client.base.rpartition(":")[2]
+    command = ["node", str(FRONT_END), port, str(file), str(picture), "prompt"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    return json.loads(found.stdout.splitlines()[-1])["prompt"]
+
+
+def server() -> psutil.Process:
+    (found,) = psutil.Process().children()
+    return found
+
+
+def cpu() -> float:
+    """Seconds of the processor that the server has taken so far."""
+    times = server().cpu_times()
+    return times.user + times.system
+
+
+def peak() -> int:
+    """The most that the server has held, in bytes."""
+    status = Path(f"/proc/{server().pid}/status").read_text(encoding="utf-8")
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kib) * 1024
+
+
+def main(names: list[str]) -> None:
+    for name in names or GRAPHS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(name, Path(folder))
+        print(name, json.dumps(found), flush=True)
+        add(result_file("graphs.json"), name, found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
