@@ -59,11 +59,16 @@ class Plot:
 
 
 def bars(
-    name: str, groups: Mapping[str, Mapping[str, Value]], column: str, lines: Mapping[str, str]
+    name: str,
+    groups: Mapping[str, Mapping[str, Value]],
+    column: str,
+    lines: Mapping[str, str],
+    by: str = "concepts",
 ) -> Plot:
     """A group of bars a count of concepts with intervals; ``lines`` are rows drawn across their
-    group, by what they are called. ``groups``: concepts → method → value."""
-    return Plot(name, {"groups": groups, "column": column, "lines": lines}, _draw_bars)
+    group, by what they are called. ``groups``: concepts, or what ``by`` says, → method → value."""
+    figures = {"groups": groups, "column": column, "lines": lines}
+    return Plot(name, figures if by == "concepts" else {**figures, "by": by}, _draw_bars)
 
 
 def _draw_bars(axes: Any, figures: Mapping[str, Any]) -> None:
@@ -92,7 +97,7 @@ def _draw_bars(axes: Any, figures: Mapping[str, Any]) -> None:
                 mean = [rows[row]["mean"]] * 2
                 axes.plot(ends, mean, style, color="black", label=label if not place else None)
     axes.set_xticks(range(len(groups)), list(groups))
-    axes.set_xlabel("concepts")
+    axes.set_xlabel(figures.get("by", "concepts"))
     axes.set_ylabel(figures["column"])
     axes.axhline(0, color="black", linewidth=0.6)
     _finish(axes)

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import tables_grid
 import tables_paper
 from markdown_tables import cell, lines, short
 from outputs import RESULTS, ROOT
@@ -41,6 +42,8 @@ def page(found: list[World]) -> str:
             parts.append(f"![{_alternative(world, column)}](images/{plot.name})\n")
         for count, methods in world.groups.items():
             parts += [f"### {world.title}: {_counted(count)}\n", _table(world, methods)]
+    if (RESULTS / "reported_grid.json").is_file():
+        parts += [tables_grid.section()]
     if (IMAGES / "results-methods.png").is_file():
         parts += [_PICTURES]
     if (RESULTS / "paper_figures.json").is_file():
@@ -129,8 +132,12 @@ def _shown(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plots(found: list[World]) -> list[Plot]:
-    paper = tables_paper.plots() if (RESULTS / "paper_figures.json").is_file() else []
-    return [plot for world in found for plot in plots_of(world)] + paper
+    drawn = [plot for world in found for plot in plots_of(world)]
+    further = {"reported_grid.json": tables_grid, "paper_figures.json": tables_paper}
+    for file, module in further.items():
+        if (RESULTS / file).is_file():
+            drawn += module.plots()
+    return drawn
 
 
 def _counted(count: str) -> str:

@@ -129,7 +129,8 @@ GRIDS: dict[str, Grid] = {
         "steps": ratios(50, 100, 200),
         "margin": ratios(0.5, 5.0, 50.0),
     },
-    "ssr": {"ridge": ratios(1e-4, 1e-3, 1e-2)},
+    # Wide from the start: with few tokens its score has a second, lower top at a small ridge.
+    "ssr": {"ridge": ratios(1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
     "custom-diffusion": {"ridge": ratios(1e-8, 1e-7, 1e-6)},
     "iteris-subspace": {"ridge": ratios(1e-6, 1e-5, 1e-4)},
 }

@@ -16,12 +16,14 @@ from pathlib import Path
 import tables_language
 import tables_machine
 import tables_pictures
+import tables_protocol
 from outputs import ROOT
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {
     **tables_pictures.TABLES,
     **tables_language.TABLES,
     **tables_machine.TABLES,
+    **tables_protocol.TABLES,
 }
 PAGES = (
     ROOT / "README.md",

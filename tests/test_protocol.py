@@ -26,7 +26,16 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import reported_concepts  # noqa: E402
-from protocol.plan import METHODS, Unit, sets_of, styled_pairs, units  # noqa: E402
+import reported_grid  # noqa: E402
+from protocol.plan import (  # noqa: E402
+    METHODS,
+    REGIMES,
+    Unit,
+    collected,
+    sets_of,
+    styled_pairs,
+    units,
+)
 from protocol.runs import Runs  # noqa: E402
 from protocol.settings import Chosen  # noqa: E402
 from protocol.table import Table, stat  # noqa: E402
@@ -110,6 +119,26 @@ def test_a_plan_repeats_nothing_and_begins_with_what_all_others_need():
         (2, 2),
     }
     assert {unit.trained for unit in more if unit.method == "base"} == {0}
+
+
+def test_the_grid_s_ends_are_runs_of_the_tables():
+    subjects = [f"s{i}" for i in range(10)]
+    plan = reported_grid.plan(subjects, 1, 1)
+    assert len({unit.key for unit in plan}) == len(plan) == 20 + 5 * 3 * (5 + 2 + 1)
+    of_tables = {unit.key for unit in units(subjects, (), (2, 5, 10), reported_grid.CHOSEN)}
+    assert {u.key for u in plan if u.regime in REGIMES} <= of_tables
+    assert [u.method for u in plan[:20]] == ["single"] * 10 + ["base"] * 10
+    order = list(dict.fromkeys(u.regime for u in plan[20:]))
+    assert [reported_grid.GRID[point] for point in reported_grid.GRID] == order
+    assert collected("6x1") == {"samples": 6, "timesteps": 1}
+
+
+def test_a_point_between_has_the_settings_of_the_nearer_end(tmp_path):
+    chosen = Chosen(tmp_path / "settings.json", {})
+    chosen.keep("ssr", 5, "few", {"ridge": 1e-4})
+    chosen.keep("ssr", 5, "default", {"ridge": 1e-2})
+    assert chosen("ssr", 5, "2x2") == chosen("ssr", 5, "6x1") == {"ridge": 1e-4}
+    assert chosen("ssr", 5, "12x4") == {"ridge": 1e-2}
 
 
 def test_settings_are_kept_by_number_and_regime(tmp_path):
@@ -281,8 +310,6 @@ def test_the_reported_concepts_are_what_the_rule_gives():
 @pytest.mark.parametrize("token", list(toybox.concepts(reported_concepts.ROOT)))
 def test_a_reported_concept_has_its_files(token):
     concept = toybox.concepts(reported_concepts.ROOT)[token]
-    if not concept.lora.exists():
-        pytest.skip("not trained yet")
     assert len(concept.references) == 6
     assert concept.lora.stat().st_size < 300_000
     assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()

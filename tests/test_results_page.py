@@ -14,6 +14,8 @@ import markdown_tables
 import result_plots
 import result_worlds
 import results_page
+import tables_grid
+import tables_protocol
 
 
 def value(mean: float, se: float | None = 0.01, **more) -> dict:
@@ -92,3 +94,66 @@ def test_an_interval_of_the_file_goes_before_one_by_its_error(found):
     bars = plot.figures["groups"]["3"]
     assert bars["iteris"]["interval"] == [0.7, 0.95]
     assert bars["ssr"]["interval"] == pytest.approx([0.7 - 0.0196, 0.7 + 0.0196])
+
+
+def lead(mean: float, over: str = "ssr") -> dict:
+    return {"over": over, "image": value(mean, 0.02, n=3), "text": value(-mean, None, n=3)}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in (markdown_tables, results_page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_grid_s_table_has_what_is_measured_of_it(results):
+    rows = {name: row(0.8, 0.7, 0.1) for name in ("single", "base", "iteris", "ssr")}
+    for some in rows.values():
+        for column in ("image", "text"):
+            some[column]["interval"] = None
+    grid = {
+        "grid": {"1 x 1": {"2": rows, "10": rows}, "50 x 4": {"2": {"single": rows["single"]}}},
+        "leads": {"1 x 1": {"2": lead(-0.05)}, "50 x 4": {}},
+    }
+    (results / "reported_grid.json").write_text(json.dumps(grid))
+    text = results_page.page([])
+    assert "| 2 | 1 x 1 | .800 ± .010 |  | .800 ± .010 | -.050 ± .020 | .700 ± .010 |" in text
+    assert "| 10 | 1 x 1 | .800 ± .010 |  | .800 ± .010 |  | .700 ± .010 |" in text
+    assert "50 x 4 |" not in text
+    groups = [plot.figures["groups"] for plot in tables_grid.plots()]
+    assert [list(some) for some in groups] == [["1 x 1\nK = 2", "1 x 1\nK = 10"]] * 2
+
+
+def test_the_protocol_s_tables_have_what_is_measured(results):
+    first, second = row(0.8, 0.6, 0.2), row(0.7, 0.65, 0.1)
+    for some in (first, second):
+        some |= {"rank": 16.0, "bytes": 2.0**20}
+    data = {
+        "regimes": {"default": {"2": {"iteris": first}, "10": {"iteris": first, "ssr": second}}},
+        "leads": {"default": {"10": lead(0.1)}},
+        "settings": {
+            "ssr": {
+                "default": {
+                    "2": {"settings": {"ridge": 1e-4}, "searched": True},
+                    "10": {"settings": {"ridge": 1e-2}, "searched": False},
+                }
+            }
+        },
+    }
+    (results / "reported.json").write_text(json.dumps(data))
+    made = {name: make() for name, make in tables_protocol.TABLES.items()}
+    assert made["reported image default"][2:] == [
+        "| **iteris** | .800 ± .010 | .800 ± .010 |",
+        "| ssr |  | .700 ± .010 |",
+    ]
+    assert made["reported leads"][2] == (
+        "| 50 prompts, four timesteps | 10 | ssr | +.100 ± .020 | -.100 | 3 |"
+    )
+    assert made["reported cost"][2:] == [
+        "| **iteris** | 3.0 | 3.0 | 16 | 1.00 |",
+        "| ssr |  | 3.0 | 16 | 1.00 |",
+    ]
+    assert made["reported settings"][2:] == [
+        "| ssr | 50 prompts, four timesteps | ridge 0.0001 |  |"
+    ]

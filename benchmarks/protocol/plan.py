@@ -16,6 +16,19 @@ REGIMES: Mapping[str, Mapping[str, Any]] = {
 }
 """What is collected for a merge: our defaults; one prompt at one timestep a LoRA, as SSR-Merge."""
 
+BETWEEN: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "2x2": ({"samples": 2, "timesteps": 2}, "few"),
+    "6x1": ({"samples": 6, "timesteps": 1}, "few"),
+    "12x4": ({"samples": 12, "timesteps": 4}, "default"),
+}
+"""What is collected between the two, and of which of them rivals have their settings."""
+
+
+def collected(regime: str) -> Mapping[str, Any]:
+    """What a regime, or one between, says of the calibration."""
+    return REGIMES[regime] if regime in REGIMES else BETWEEN[regime][0]
+
+
 SINGLE, BASE, OURS = "single", "base", "iteris"
 METHODS = (
     SINGLE,

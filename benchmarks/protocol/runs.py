@@ -15,7 +15,7 @@ from PIL import Image
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.merge import MergeResult
 
-from .plan import BASE, REGIMES, SINGLE, Unit
+from .plan import BASE, SINGLE, Unit, collected
 from .world import Wanted, World
 
 Entry = dict[str, Any]
@@ -83,7 +83,7 @@ class Runs:
             unit.method,
             settings=unit.settings,
             calibration=Calibration.from_mapping(
-                {**self.world.calibration, **REGIMES[unit.regime], "seed": unit.replicate}
+                {**self.world.calibration, **collected(unit.regime), "seed": unit.replicate}
             ),
         )
         seconds = time.process_time() - began

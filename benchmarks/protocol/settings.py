@@ -9,7 +9,7 @@ from typing import Any
 
 from iteris_core.saving import atomically
 
-from .plan import OURS, uses_data
+from .plan import BETWEEN, OURS, uses_data
 
 
 class Chosen:
@@ -39,4 +39,5 @@ class Chosen:
 
 def _of(method: str, regime: str) -> str:
     """A method that only looks at weights has one result, whatever the regime."""
-    return regime if uses_data(method) else "default"
+    searched = BETWEEN[regime][1] if regime in BETWEEN else regime
+    return searched if uses_data(method) else "default"
