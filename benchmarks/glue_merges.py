@@ -92,22 +92,21 @@ def bench_of(part: str) -> TimedBench:
     )
 
 
-def tune(bench: Bench) -> dict[str, Any]:
-    """Best settings of each rival at five and at two tasks, one draw of the texts."""
+def tune(bench: Bench, counts: Sequence[int]) -> None:
+    """Best settings of each rival at numbers of tasks, one draw of the texts."""
     some = {5: [ALL], 2: PAIRS_TO_TUNE_BY}
 
     def score(method: str, k: int, settings: Mapping[str, Any]) -> float:
         rows = [bench.row(names, method, settings, samples=SAMPLES) for names in some[k]]
         return fmean(fmean(row.values()) for row in rows)
 
-    found: dict[str, Any] = {}
-    for k, name in itertools.product(some, RIVALS):
+    found = read(result_file("glue_tuning.json"))
+    for k, name in itertools.product(counts, RIVALS):
         kind = RIVALS[name]
         settings = tuned(kind, k, score)
         best = {"settings": settings, "mean": round(score(kind, k, settings), 4)}
         found.setdefault(str(k), {})[name] = best
         write(result_file("glue_tuning.json"), found)
-    return found
 
 
 def settings_of(method: str, k: int) -> tuple[str, dict[str, Any]]:
@@ -187,29 +186,32 @@ def seconds() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", type=int, nargs="*", help="numbers of tasks; both without one")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    bench = bench_of("valid" if arguments.tune else "test")
+    bench = bench_of("test" if arguments.tune is None else "valid")
     bench.until = time.monotonic() + 60 * arguments.minutes
     try:
-        if arguments.tune:
-            tune(bench)
+        if arguments.tune is not None:
+            tune(bench, arguments.tune or (5, 2))
             return
         alone = {name: bench.alone(name) for name in ALL}
         _keep(("alone",), alone)
         _keep(("without",), {t: v["without"] for t, v in read(ADAPTERS / "training.json").items()})
-        named = [*RIVALS, *OURS]
-        merged(bench, [ALL], named, SAMPLES)
-        merged(bench, [ALL], [m for m in named if m in SEES_TEXTS], FEW)
-        merged(bench, PAIRS, [m for m in named if m != "iteris-paper"], SAMPLES)
+        five, pairs = [ALL], PAIRS
+        named = [*RIVALS, "iteris"]
+        seeing = [name for name in named if name in SEES_TEXTS]
+        merged(bench, five, named, SAMPLES)
+        merged(bench, five, seeing, FEW)
+        merged(bench, pairs, named, SAMPLES)
+        merged(bench, five, [*named, "iteris-paper"], SAMPLES)
         with_and_without(bench)
-        merged(bench, PAIRS, ["regmean", "regmean++", "ssr", "iteris"], FEW)
+        merged(bench, pairs, seeing, FEW)
     except Late:
         print("The minutes are over; the next run goes on.")
     finally:
-        if not arguments.tune:
+        if arguments.tune is None:
             _keep(("seconds",), seconds())
 
 
