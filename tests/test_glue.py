@@ -97,6 +97,8 @@ def test_sentiment_is_what_was_rated_far_from_zero():
 
 
 def test_the_loras_were_trained_on_the_texts_that_are_made():
+    if not TRAINING.is_file():
+        pytest.skip("no LoRA is trained: python benchmarks/glue_loras.py")
     if not (glue_texts.CACHE / "package").is_dir():
         pytest.skip("WordNet is not in build/glue: python benchmarks/glue_texts.py")
     said = json.loads(TRAINING.read_text())
@@ -130,6 +132,8 @@ def test_two_tasks_merge_and_are_scored(tmp_path, monkeypatch, words):
     import glue_loras
     from language import Bench
 
+    if not glue_loras.ADAPTERS.is_dir():
+        pytest.skip("no LoRA is trained: python benchmarks/glue_loras.py")
     for name, parts in texts_of(words).items():
         for part, rows in parts.items():
             with gzip.open(tmp_path / f"{name}.{part}.jsonl.gz", "wt") as file:
