@@ -115,6 +115,10 @@ def settings_of(method: str, k: int) -> tuple[str, dict[str, Any]]:
     return RIVALS[method], read(result_file("glue_tuning.json"))[str(k)][method]["settings"]
 
 
+def _has_settings(method: str, k: int) -> bool:
+    return method in OURS or method in read(result_file("glue_tuning.json")).get(str(k), {})
+
+
 def merged(
     bench: Bench, some: Sequence[tuple[str, ...]], methods: Sequence[str], samples: int
 ) -> None:
@@ -124,7 +128,7 @@ def merged(
     for seed in range(DRAWS):
         for method in methods:
             sees = method in SEES_TEXTS
-            if seed and not sees:
+            if (seed and not sees) or not _has_settings(method, len(some[0])):
                 continue
             kind, settings = settings_of(method, len(some[0]))
             count = samples if sees else SAMPLES
