@@ -25,7 +25,7 @@ from glue_loras import ADAPTERS, TASKS, quality, read_texts
 from glue_texts import CACHE
 from language import Bench, rounded
 from outputs import read, result_file, write
-from rivals import tuned
+from rivals import methods, tuned
 
 from iteris_core.score.statistics import over_seeds
 
@@ -39,8 +39,11 @@ RIVALS = {
     "regmean++": "regmean++",
     "ssr": "ssr",
 }
-PAPER = {"align": "adapter", "schedule": "jacobi", "iterations": 10, "balance": "adapter"}
-OURS: dict[str, dict[str, Any]] = {"iteris": {}, "iteris-paper": {**PAPER, "ridge": 1e-7}}
+OURS = {
+    name: settings
+    for name, (_, settings) in methods(iterations=10, ridge=1e-7).items()
+    if name in ("iteris", "iteris-paper")
+}
 SEES_TEXTS = ("regmean", "regmean++", "ssr", "iteris", "iteris-paper")
 ALL = tuple(TASKS)
 PAIRS = [*itertools.combinations(ALL, 2)]
@@ -120,13 +123,13 @@ def _has_settings(method: str, k: int) -> bool:
 
 
 def merged(
-    bench: Bench, some: Sequence[tuple[str, ...]], methods: Sequence[str], samples: int
+    bench: Bench, some: Sequence[tuple[str, ...]], names: Sequence[str], samples: int
 ) -> None:
     """Each method's mean over the merges that a task takes part in, and their sum; as many draws
     as there was time for."""
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(DRAWS):
-        for method in methods:
+        for method in names:
             sees = method in SEES_TEXTS
             if (seed and not sees) or not _has_settings(method, len(some[0])):
                 continue
@@ -135,7 +138,7 @@ def merged(
             rows = {c: bench.row(c, kind, settings, samples=count, seed=seed) for c in some}
             means = {t: fmean(row[t] for c, row in rows.items() if t in c) for t in ALL}
             found.setdefault(method, []).append(means)
-            so_far = {name: _means(draws) for name, draws in found.items()}
+            so_far = {method: _means(draws) for method, draws in found.items()}
             _keep(("merged", str(len(some[0])), str(samples)), so_far)
 
 
@@ -180,7 +183,8 @@ def with_and_without(bench: Bench) -> None:
 def seconds() -> dict[str, float]:
     """Processor seconds of a merge of all five from fifty texts each."""
     of: dict[str, list[float]] = {}
-    for line in (CACHE / "seconds.jsonl").read_text(encoding="utf-8").splitlines():
+    file = CACHE / "seconds.jsonl"
+    for line in [] if not file.is_file() else file.read_text(encoding="utf-8").splitlines():
         method, k, samples, settings, taken = json.loads(line)
         if (k, samples) == (len(ALL), SAMPLES):
             paper = method == "iteris" and settings == OURS["iteris-paper"]
