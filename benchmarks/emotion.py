@@ -166,6 +166,22 @@ def train(
 ) -> float:
     """Train one LoRA and head on the first of ``parts``, write them in float16, return macro F1 on
     the second."""
+    inner = fit(task, *read_texts(task, parts[0], data), folder, rank=rank, rate=rate)
+    texts, labels = read_texts(task, parts[1], data)
+    found = predict(inner, inner.classifier, load_tokenizer(), texts)
+    return macro_f1(labels, found, len(task.labels))
+
+
+def fit(
+    task: Emotion,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    folder: Path,
+    *,
+    rank: int,
+    rate: float,
+) -> Any:
+    """The encoder with a LoRA and a head, trained on ``texts`` and written in float16."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -178,7 +194,6 @@ def train(
         modules_to_save=["classifier"],
     )
     model = get_peft_model(load_encoder(len(task.labels)), config)
-    texts, labels = read_texts(task, parts[0], data)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
     total = task.epochs * -(-len(texts) // 32)
@@ -205,9 +220,7 @@ def train(
         )
     model.eval()
     _save_half(model, folder / task.name.lower())
-    texts, labels = read_texts(task, parts[1], data)
-    inner = model.get_base_model()
-    return macro_f1(labels, predict(inner, inner.classifier, tokenizer, texts), len(task.labels))
+    return model.get_base_model()
 
 
 def _save_half(model: Any, folder: Path) -> None:

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +25,7 @@ from emotion import (
     ADAPTERS,
     TASKS,
     TEXTS,
+    Emotion,
     batches,
     load_encoder,
     load_head,
@@ -34,7 +35,7 @@ from emotion import (
     read_texts,
 )
 from outputs import read, result_file, write
-from rivals import methods
+from rivals import Methods, methods
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
@@ -51,9 +52,14 @@ METHODS = {**methods(iterations=10, ridge=1e-7), "iteris-shrink": ("iteris", SHR
 (`language_tuning.py`)."""
 
 
+def f1(task: Emotion, truth: Sequence[int], found: Sequence[int]) -> float:
+    return macro_f1(truth, found, len(task.labels))
+
+
 class Bench:
     """The encoder, its LoRAs and heads, and the texts; ``parts``: those that merges see, and those
-    that they are scored on. What was computed is kept in ``cache``."""
+    that they are scored on. What was computed is kept in ``cache``. A row may name a method by its
+    name in ``methods``."""
 
     def __init__(
         self,
@@ -61,6 +67,11 @@ class Bench:
         adapters: Path = ADAPTERS,
         parts: tuple[str, str] = ("train", "test"),
         cache: Path = CACHE,
+        *,
+        tasks: Mapping[str, Emotion] = TASKS,
+        read: Callable[[Emotion, str, Path], tuple[list[str], list[int]]] = read_texts,
+        metric: Callable[[Emotion, Sequence[int], Sequence[int]], float] = f1,
+        methods: Methods = METHODS,
     ) -> None:
         self.model = load_encoder()
         self.tokenizer = load_tokenizer()
@@ -69,14 +80,15 @@ class Bench:
         self.heads = {}
         self.pool: dict[str, list[str]] = {}
         self.texts: dict[str, tuple[list[str], list[int]]] = {}
-        for task in TASKS.values():
+        self.tasks, self.metric, self.methods = tasks, metric, methods
+        for task in tasks.values():
             folder = adapters / task.name.lower()
             if not folder.exists():
                 continue
             self.loras[task.name] = self.host.read_lora(folder)
             self.heads[task.name] = load_head(task, adapters).bfloat16()
-            self.pool[task.name] = read_texts(task, parts[0], data)[0]
-            self.texts[task.name] = read_texts(task, parts[1], data)
+            self.pool[task.name] = read(task, parts[0], data)[0]
+            self.texts[task.name] = read(task, parts[1], data)
         self.scored = copy.deepcopy(self.model).bfloat16()  # a quarter of the time
         self.cache = cache
         self.rows = _read_cache(cache)
@@ -106,7 +118,7 @@ class Bench:
         return found.lora
 
     def score(self, lora: Lora, names: Sequence[str]) -> dict[str, float]:
-        """Macro F1 of each task with its own head on the encoder with ``lora`` in its weights."""
+        """How good each task is with its own head on the encoder with ``lora`` in its weights."""
         plain = dict(self.model.named_modules())
         scored = dict(self.scored.named_modules())
         changes = {site.removeprefix("model."): change for site, change in lora.sites.items()}
@@ -116,7 +128,7 @@ class Bench:
         for name in names:
             texts, labels = self.texts[name]
             guessed = predict(self.scored, self.heads[name], self.tokenizer, texts)
-            found[name] = macro_f1(labels, guessed, len(TASKS[name].labels))
+            found[name] = self.metric(self.tasks[name], labels, guessed)
         for name in changes:
             scored[name].weight.data.copy_(plain[name].weight.data)
         return found
@@ -130,8 +142,8 @@ class Bench:
         samples: int = SAMPLES,
         seed: int = 0,
     ) -> dict[str, float]:
-        """F1 of each task after a merge of ``names``; from the cache if it is there."""
-        kind, own = METHODS.get(method, (method, {}))
+        """How good each task is after a merge of ``names``; from the cache if it is there."""
+        kind, own = self.methods.get(method, (method, {}))
         settings = {**own, **(settings or {})}
         key = json.dumps([list(names), kind, settings, samples, seed], sort_keys=True)
         if key not in self.rows:

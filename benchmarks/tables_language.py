@@ -22,6 +22,15 @@ METHODS = {
     "iteris": "**IterIS**, defaults",
     "iteris-shrink": "IterIS, `shrink=0.5`",
 }
+GLUE_TASKS = ("entailment", "paraphrase", "acceptability", "topic", "sentiment")
+GLUE_METHODS = {
+    **METHODS,
+    "alone": "each LoRA alone",
+    "without": "its head, without a LoRA",
+    "dare": "DARE",
+    "regmean": "RegMean",
+    "regmean++": "RegMean++",
+}
 IN_TUNING = {"average": "linear", "regmean": "RegMean", "ssr": "SSR", "iteris": "IterIS"}
 
 
@@ -87,6 +96,52 @@ def weighting() -> list[str]:
     return lines(("weighting", *(n.replace("adapter", "adapter (eq. 8)") for n in ours)), rows)
 
 
+def glue(tasks: int, samples: int) -> list[str]:
+    """The best sum first; what no merge is, before."""
+    data = load("glue.json")
+    merged = data["merged"][str(tasks)][str(samples)]
+    rows = [
+        (
+            GLUE_METHODS[name],
+            *(short(f"{data[name][task]:.3f}") for task in GLUE_TASKS),
+            short(f"{sum(data[name].values()):.3f}"),
+        )
+        for name in ("alone", "without")
+    ]
+    for name in sorted(merged, key=lambda name: -merged[name]["sum"]["mean"]):
+        of_tasks = (short(f"{merged[name]['tasks'][task]:.3f}") for task in GLUE_TASKS)
+        rows.append((GLUE_METHODS[name], *of_tasks, cell(merged[name]["sum"])))
+    return lines(("method", *GLUE_TASKS, "sum"), rows)
+
+
+def glue_without(what: str) -> list[str]:
+    """The paper's tables 9 and 10: two figures a pair."""
+    data = load("glue.json")[what]
+    labels = {"paper": "Algorithm 1", "defaults": "IterIS, defaults"}
+    rows = []
+    for name, pairs in data.items():
+        kind, _, how = name.partition(", ")
+        pair = (", ".join(f"{v:.3f}" for v in found.values()) for found in pairs.values())
+        rows.append((f"{labels[kind]}, {how} {what}", *map(short, pair)))
+    return lines(("settings", *next(iter(data.values()))), rows)
+
+
+def glue_settings() -> list[str]:
+    """What the rivals were given."""
+    found = load("glue_tuning.json")
+    rows = [
+        (
+            GLUE_METHODS[name],
+            *(
+                ", ".join(f"`{n}={v}`" for n, v in found[k][name]["settings"].items()) or "none"
+                for k in ("2", "5")
+            ),
+        )
+        for name in found["5"]
+    ]
+    return lines(("method", "two tasks", "five tasks"), rows)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "captions": captions,
     "emotions": emotions,
@@ -97,4 +152,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "emotions, ridge": ridge,
     "emotions, samples": lambda: _ablation("samples", "samples a task, defaults"),
     "emotions, weighting": weighting,
+    "glue, five": lambda: glue(5, 50),
+    "glue, five from few": lambda: glue(5, 5),
+    "glue, pairs": lambda: glue(2, 50),
+    "glue, pairs from few": lambda: glue(2, 5),
+    "glue, ridge": lambda: glue_without("ridge"),
+    "glue, balance": lambda: glue_without("balance"),
+    "glue, settings": glue_settings,
 }
