@@ -10,6 +10,7 @@ from markdown_tables import lines, load, short
 GROWTH = ("loras", "rank", "samples", "samples in 128 MiB")
 FLOORS = {
     "floor sd15-50": "SD 1.5 at full size, two LoRAs, 50 prompts each at 256 pixels",
+    "floor sd15": "the same with 16 prompts each",
     "floor t5": "T5-base, two tasks, 50 texts of 128 tokens",
     "floor toybox": "toybox, two concepts, 50 prompts at four timesteps",
 }
