@@ -9,6 +9,7 @@ const SETTINGS = {
   'Comfy.Workflow.ShowMissingNodesWarning': true,
   'Comfy.Minimap.Visible': false, // it would cover nodes on the picture
   'Comfy.VueNodes.Enabled': false,
+  'LiteGraph.Canvas.MinFontSizeForLOD': 0, // text is drawn however far out
 };
 
 // `work(page, errors)` with the page open and no graph in it that anybody wants.

@@ -1,19 +1,38 @@
-// node graph_pictures.js PORT NAME …: pictures of graphs as they open, workflows/NAME.jpg, for those
-// whose models are not there to draw one. Of a ComfyUI that runs on that port.
+// node graph_pictures.js PORT NAME[=FILE] …: pictures of graphs as they open, workflows/NAME.jpg, for
+// those whose models are not there to draw one; with =FILE, wider, of a graph that was run. Of a
+// ComfyUI that runs on that port.
 const fs = require('fs');
-const path = require('path');
+const { join } = require('path');
 const { withPage } = require('./browser.js');
 
 const [port, ...names] = process.argv.slice(2);
-const FOLDER = path.join(__dirname, '..', '..', 'workflows');
-const [LEFT, TOP, WIDTH, MARGIN] = [90, 150, 1100, 10]; // clear of the front end's own bars
+const FOLDER = join(__dirname, '..', '..', 'workflows');
+const [LEFT, TOP, MARGIN] = [90, 150, 10]; // clear of the front end's own bars
+const [WIDTH, WIDE] = [1100, 1500];
+
+async function run(page) {
+  // What is computed already would say nothing on its node.
+  const body = JSON.stringify({ unload_models: true, free_memory: true });
+  await fetch(`http://127.0.0.1:${port}/free`, { method: 'POST', body });
+  await page.waitForTimeout(2000);
+  await page.evaluate(() => window.app.queuePrompt(0, 1));
+  let waiting = 1;
+  while (waiting) {
+    await page.waitForTimeout(3000);
+    const queue = await (await fetch(`http://127.0.0.1:${port}/queue`)).json();
+    waiting = queue.queue_running.length + queue.queue_pending.length;
+  }
+}
 
 withPage(`http://127.0.0.1:${port}`, async (page) => {
-  for (const name of names) {
-    const file = path.join(FOLDER, `${name}.json`);
+  for (const asked of names) {
+    const [name, result] = asked.split('=');
+    const width = result ? WIDE : WIDTH;
+    const file = join(FOLDER, `${name}.json`);
     const data = JSON.parse(fs.readFileSync(file));
     await page.evaluate(([d, n]) => window.app.loadGraphData(d, true, true, n), [data, name]);
     await page.waitForTimeout(2000);
+    if (result) await run(page);
     const boxes = data.groups.map((group) => group.bounding);
     const left = Math.min(...boxes.map(([x]) => x)) - MARGIN;
     const top = Math.min(...boxes.map(([, y]) => y)) - MARGIN;
@@ -25,11 +44,12 @@ withPage(`http://127.0.0.1:${port}`, async (page) => {
       Object.assign(ds, { scale });
       ds.offset = [(sx - box.left) / scale - l, (sy - box.top) / scale - t];
       window.app.canvas.setDirty(true, true);
-    }, [left, top, WIDTH / (right - left), LEFT, TOP]);
+    }, [left, top, width / (right - left), LEFT, TOP]);
     await page.waitForTimeout(1500);
-    const height = Math.round(((bottom - top) * WIDTH) / (right - left));
-    const clip = { x: LEFT, y: TOP, width: WIDTH, height };
-    await page.screenshot({ path: file.replace('.json', '.jpg'), type: 'jpeg', quality: 78, clip });
+    const height = Math.round(((bottom - top) * width) / (right - left));
+    const clip = { x: LEFT, y: TOP, width, height };
+    const path = result || file.replace('.json', '.jpg');
+    await page.screenshot({ path, type: 'jpeg', quality: 78, clip });
   }
 }).catch((error) => {
   console.error(error);
