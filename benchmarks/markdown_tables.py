@@ -36,5 +36,11 @@ def short(text: str) -> str:
     return re.sub(r"\b0\.", ".", text)
 
 
+def signed(value: Mapping[str, Any]) -> str:
+    """A difference with its standard error, where it has one."""
+    error = value["se"]
+    return short(f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

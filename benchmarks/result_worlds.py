@@ -102,16 +102,17 @@ _TOYBOX = (
 )
 _FURTHER = {
     "reported": (
-        "The toybox, concepts on which nothing was chosen",
-        "Ten more concepts, drawn by a rule before any was trained; all defaults and all rivals' "
-        "settings were chosen on the ten above.",
+        "Ten further concepts",
+        "Ten more concepts of the toybox, drawn by a rule before any was trained; all defaults and "
+        "all rivals' settings were chosen on the ten above.",
     ),
     "emoji": (
         "Emoji",
         "A second world, whose pictures artists drew.",
     ),
 }
-_REGIMES = {"default": "", "few": ", one prompt and one timestep a LoRA"}
+_REGIMES = {"default": "", "few": ", one prompt"}
+"""One prompt at one timestep a LoRA, as SSR-Merge."""
 
 
 def _with_kept(groups: Groups) -> Groups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from markdown_tables import cell, lines, load, short
+from markdown_tables import cell, lines, load, signed
 from result_plots import Plot, bars
 
 METHODS = ("iteris", "regmean++", "ssr")
@@ -75,7 +75,7 @@ def _table(data: Mapping[str, Any]) -> str:
             size,
             point,
             *(cell(some.get(name, {}).get("image")) for name in METHODS),
-            _ahead(lead),
+            signed(lead["image"]) if lead else "",
             *(cell(some.get(name, {}).get("text")) for name in ("base", *METHODS)),
         )
         for size, point, some, lead in _rows(data)
@@ -83,11 +83,3 @@ def _table(data: Mapping[str, Any]) -> str:
     names = [f"image: {METHODS[0]}", *METHODS[1:]]
     head = ("concepts", "prompts x timesteps", *names, "ahead", "text: no LoRA", *METHODS)
     return "\n".join(lines(head, rows))
-
-
-def _ahead(lead: Mapping[str, Any] | None) -> str:
-    if not lead:
-        return ""
-    error = lead["image"]["se"]
-    said = f"{lead['image']['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
-    return short(said)

@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import cell, lines, load, short
+from markdown_tables import cell, lines, load, signed
 
 REGIMES = {"default": "50 prompts, four timesteps", "few": "one prompt, one timestep"}
 
@@ -40,18 +40,13 @@ def leads(file: str) -> list[str]:
             REGIMES[regime],
             size,
             lead["over"],
-            *(_signed(lead[column]) for column in ("image", "text")),
+            *(signed(lead[column]) for column in ("image", "text")),
             str(lead["image"]["n"]),
         )
         for regime, some in load(file)["leads"].items()
         for size, lead in sorted(some.items(), key=lambda entry: int(entry[0]))
     ]
     return lines(("collected", "concepts", "best of the others", "image", "text", "sets"), rows)
-
-
-def _signed(value: Mapping[str, Any]) -> str:
-    error = value["se"]
-    return short(f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
 
 
 def cost(file: str) -> list[str]:

@@ -161,7 +161,7 @@ class FakeWorld:
     """Concepts whose likeness is a number of the LoRA and the concept."""
 
     subjects, styles, sizes = ("s0", "s1", "s2", "s3"), ("flat",), (2, 4)
-    trained, collapse_below = 1, (0.5, 0.8)
+    trained, calls, collapse_below = 1, 4, (0.5, 0.8)
 
     def __init__(self, host):
         self.host = host
@@ -245,6 +245,24 @@ def test_what_a_file_of_results_holds(fake, tmp_path):
     assert figures["styles"]["few"]["single"]["subject, image"]["mean"] == pytest.approx(0.8)
 
 
+def test_k_lora_draws_a_subject_in_a_style_with_both_files(fake, tmp_path, monkeypatch):
+    switching, draw = [], fake.draw
+
+    def drawn(lora, wanted):
+        switching.append(len(fake.host.denoiser._forward_pre_hooks))
+        return draw(lora, wanted)
+
+    monkeypatch.setattr(fake, "draw", drawn)
+    plan = plan_of(fake, methods=("k-lora",))
+    assert [unit.names for unit in plan] == [("s0", "flat")]
+    runs = Runs(fake, tmp_path / "runs.jsonl")
+    assert runs.run(plan)
+    assert switching == [1]
+    assert not fake.host.denoiser._forward_pre_hooks
+    figures = Table(plan, runs.known, fake.collapse_below).figures()
+    assert set(figures["styles"]["few"]) == set(figures["styles"]["default"]) == {"k-lora"}
+
+
 def test_a_run_that_was_stopped_goes_on(fake, tmp_path):
     plan = plan_of(fake, methods=("single", "average"))
     first = Runs(fake, tmp_path / "runs.jsonl")
@@ -294,7 +312,7 @@ def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
 
 
 def test_every_method_is_in_the_plan():
-    assert {method.name for method in all_methods()} == set(METHODS) - {"single", "base"}
+    assert {method.name for method in all_methods()} == set(METHODS) - {"single", "base", "k-lora"}
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():

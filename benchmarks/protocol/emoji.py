@@ -40,6 +40,7 @@ class EmojiWorld:
 
     sizes = (2, 3, 5, 7, 9)
     trained = 1
+    calls = 2 * world()["sampling"]["steps"]
 
     def __init__(self, *, tuning: bool = False) -> None:
         self.pipeline = emoji.load_pipeline()

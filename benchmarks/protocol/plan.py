@@ -30,12 +30,15 @@ def collected(regime: str) -> Mapping[str, Any]:
 
 
 SINGLE, BASE, OURS = "single", "base", "iteris"
+SWITCHED = "k-lora"
+"""Both LoRAs' files, of which each layer has one at each step: of a subject with a style only."""
 METHODS = (
     SINGLE,
     BASE,
     OURS,
     "ssr",
     "regmean++",
+    SWITCHED,
     "regmean",
     "ties",
     "dare-linear",
@@ -110,7 +113,7 @@ def uses_data(method: str) -> bool:
     """Whether regimes differ for it: a method that only looks at weights has one result."""
     from iteris_core.methods import find_method
 
-    return method not in (SINGLE, BASE) and find_method(method).needs_host
+    return method not in (SINGLE, BASE, SWITCHED) and find_method(method).needs_host
 
 
 def units(
@@ -131,7 +134,7 @@ def units(
             yield from (
                 Unit(method, (name,), replicate=replicate, trained=which) for name in subjects
             )
-        else:
+        elif method != SWITCHED:
             for regime in regimes if uses_data(method) else regimes[:1]:
                 for size in sizes:
                     own = settings(method, size, regime)

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from klora import KLora, k_lora
 from PIL import Image
 
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.merge import MergeResult
 
-from .plan import BASE, SINGLE, Unit, collected
+from .plan import BASE, SINGLE, SWITCHED, Unit, collected
 from .world import Wanted, World
 
 Entry = dict[str, Any]
@@ -58,6 +59,8 @@ class Runs:
         """Merge, draw and judge."""
         if unit.method == SINGLE and unit.styled:
             return self._each_alone(unit)
+        if unit.method == SWITCHED:
+            return self._switched(unit)
         lora, entry = self._merged(unit)
         if unit.styled:
             wanted = self.world.styled(*unit.names, unit.replicate + 1)
@@ -134,6 +137,15 @@ class Runs:
                 for (shown, of_subject, text), (_, of_style, _) in zip(*parts, strict=True)
             ]
         }
+
+    def _switched(self, unit: Unit) -> Entry:
+        """Of a subject with a style by K-LoRA: no merge, and both files."""
+        first, second = (c.lora for c in self.world.concepts(unit.names, unit.trained))
+        host = self.world.host
+        pair = KLora(first, second)
+        wanted = self.world.styled(*unit.names, unit.replicate + 1)
+        with k_lora(pair, host.sites(), host.denoiser, self.world.calls):
+            return {"styled": self._styled(None, wanted)}
 
     def _one(self, image: Image.Image | None, name: str) -> dict[str, float] | None:
         if image is None:

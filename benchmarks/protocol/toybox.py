@@ -41,6 +41,7 @@ class ToyboxWorld:
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
         self.calibration: dict[str, Any] = {"templates": TEMPLATES}
+        self.calls = int(self._loaded.settings["steps"])
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
         known = self._loaded.concepts

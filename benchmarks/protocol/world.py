@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from iteris_core import Concept, Lora
-from iteris_core.hosts.protocol import Host
+from iteris_core.hosts.diffusers import DiffusersHost
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,17 @@ class World(Protocol):
     """Concepts with LoRAs and references, a pipeline that draws them, and judges of pictures.
 
     Concepts go by their names. ``trained`` is how many LoRAs each concept has, of other training
-    seeds; ``collapse_below`` are the likenesses under which a subject counts as lost, the first
-    one in the tables, chosen on concepts that are not reported.
+    seeds; ``calls`` is how often the denoiser is called for a picture; ``collapse_below`` are the
+    likenesses under which a subject counts as lost, the first one in the tables, chosen on concepts
+    that are not reported.
     """
 
-    host: Host
+    host: DiffusersHost
     subjects: Sequence[str]
     styles: Sequence[str]
     sizes: Sequence[int]
     trained: int
+    calls: int
     collapse_below: Sequence[float]
     calibration: Mapping[str, Any]
 

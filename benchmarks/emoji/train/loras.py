@@ -31,7 +31,7 @@ from .lora_files import TARGETS, save_diffusers, save_kohya, share_downs
 from .place import Place
 
 log = logging.getLogger(__name__)
-STEPS, BATCH, PEAK, REFERENCES = 500, 8, 1e-3, 6
+STEPS, STYLE_STEPS, BATCH, PEAK, REFERENCES = 500, 2000, 8, 1e-3, 6
 SUBJECT_PICTURES, STYLE_PICTURES = 24, 72
 TOLERANCE = 0.02
 """A file is float16: a change read back may differ by this share of its largest entry."""
@@ -78,6 +78,20 @@ def examples(
     return pictures, captions
 
 
+def hand(entry: dict[str, Any], shown: dict[str, list[Image.Image]]) -> list[Image.Image]:
+    """Six things that the base knows, of different kinds, each alone, by a style's artist."""
+    rng = np.random.default_rng(entry["seed"])
+    artist = list(world()["artists"]).index(entry["artist"])
+    kinds = {known["kind"]: name for name, known in world()["names"].items()}
+    names = [kinds[kind] for kind in sorted(kinds)][:REFERENCES]
+    backgrounds = list(draw.BACKGROUNDS)
+    scenes = [
+        draw.place_one(name, artist, backgrounds[i % len(backgrounds)], rng)
+        for i, name in enumerate(names)
+    ]
+    return [draw.draw(scene, shown, rng) for scene in scenes]
+
+
 def train(place: Place) -> dict:
     """Train every LoRA (or `place.only` those named) that has no file yet."""
     shown = drawings(place.cache)
@@ -90,16 +104,19 @@ def train(place: Place) -> dict:
     return seconds
 
 
-def train_one(entry: dict[str, Any], place: Place, path: Path, shown, steps: int = STEPS) -> float:
-    """Train one LoRA into `path`; returns the seconds it took."""
+def train_one(
+    entry: dict[str, Any], place: Place, path: Path, shown, steps: int | None = None
+) -> float:
+    """Train one LoRA into `path`, for as many steps as its kind takes; returns the seconds."""
+    steps = steps or (STEPS if "name" in entry else STYLE_STEPS)
     began = time.time()
     pipeline = load(place.weights / "base")
     pictures, captions = examples(entry, shown)
-    if "name" in entry:
-        folder = place.weights.parent / "references" / entry["token"]
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures[:REFERENCES]):
-            picture.save(folder / f"{i + 1}.png", optimize=True)
+    folder = place.weights.parent / "references" / entry["token"]
+    folder.mkdir(parents=True, exist_ok=True)
+    shows = pictures if "name" in entry else hand(entry, shown)
+    for i, picture in enumerate(shows[:REFERENCES]):
+        picture.save(folder / f"{i + 1}.png", optimize=True)
     config = add_adapter(pipeline, entry)
     loss = fit(pipeline, pictures, captions, entry, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
