@@ -3,7 +3,7 @@
 import logging
 import sys
 
-_OLDEST = (3, 11)
+_OLDEST = (3, 10)
 
 
 def _lacking() -> str:

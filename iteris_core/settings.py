@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import SettingsError
 
@@ -21,6 +21,7 @@ _KEY = "setting"
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _T = TypeVar("_T")
+_Kind = TypeVar("_Kind", bound="Settings")
 
 
 def setting(default: _T, help: str, **limits: Any) -> _T:
@@ -181,7 +182,7 @@ class Settings:
         return translated
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+    def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
         return cls(**cls.canonical(values))
 
 

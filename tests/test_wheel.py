@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("iteris_core", "toybox")

@@ -23,6 +23,7 @@ _FLOATS = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
+_PIECE = 2**20
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -83,8 +84,11 @@ def all_finite(tensor: Tensor) -> bool:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:

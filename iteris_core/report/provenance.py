@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def merge_metadata(
         ),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": " + ".join(names),
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "modelspec.merged_from": ", ".join(names),
         "modelspec.description": f"Merged by IterIS ({report.method}).",
     }

@@ -21,6 +21,7 @@ import comfy.model_detection
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 from safetensors.torch import load_file, save_file
 
 UNET = {
@@ -55,6 +56,8 @@ CONFIGS = {
         "depth": 19, "depth_single_blocks": 38, "guidance_embed": True,
     },
 }  # fmt: skip
+if "txt_ids_dims" not in FluxParams.__dataclass_fields__:  # an older ComfyUI
+    del CONFIGS["flux"]["txt_ids_dims"]
 
 _OF_FLUX_2 = (".to_qkv_mlp_proj.weight", ".attn.to_out.weight")
 

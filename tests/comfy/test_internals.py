@@ -114,10 +114,10 @@ def test_an_old_python_is_told_so(
 ) -> None:
     import folder_paths  # noqa: F401
 
-    monkeypatch.setattr(sys, "version_info", (3, 10, 14, "final", 0))
+    monkeypatch.setattr(sys, "version_info", (3, 9, 21, "final", 0))
     again()
     assert sys.modules["custom-nodes/iteris-once-more"].__all__ == []
-    assert "needs Python 3.11 or newer" in caplog.text
+    assert "needs Python 3.10 or newer" in caplog.text
 
 
 def test_they_are_taken_in_one_module() -> None:

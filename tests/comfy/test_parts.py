@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
+    import tomli as tomllib
 
 
 def module(pack: ModuleType, name: str) -> Any:

@@ -27,7 +27,7 @@ def sent(library: None) -> Iterator[list[tuple[int, int, Any]]]:
 def previews(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     import comfy.cli_args
 
-    method = comfy.cli_args.LatentPreviewMethod.from_string(name)
+    method = comfy.cli_args.LatentPreviewMethod(name)
     monkeypatch.setattr(comfy.cli_args.args, "preview_method", method)
 
 

@@ -9,9 +9,6 @@ from .parts import model_of_class
 
 
 def config(**other: Any) -> dict[str, Any]:
-    from comfy.ldm.flux.model import FluxParams
-
-    later = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     return {
         "image_model": "flux",
         "in_channels": 16,
@@ -28,7 +25,7 @@ def config(**other: Any) -> dict[str, Any]:
         "patch_size": 2,
         "qkv_bias": True,
         "guidance_embed": True,
-        **later,
+        "txt_ids_dims": [],
         **other,
     }
 
