@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported bench-glue toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported bench-glue bench-emoji toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -62,6 +62,10 @@ bench-quality: .venv
 # Goes on where it stopped; SECONDS=500 stops it by itself.
 bench-reported: .venv
 	$(RUN) benchmarks/reported.py $(if $(SECONDS),--seconds $(SECONDS))
+
+# As bench-reported, on the world of emoji; QUICK=1 in less than a quarter of an hour.
+bench-emoji: .venv/emoji
+	$(RUN) benchmarks/emoji_tables.py $(if $(SECONDS),--seconds $(SECONDS))
 
 # Needs npm and pip's network once; each step goes on where it stopped.
 bench-glue: .venv/language
