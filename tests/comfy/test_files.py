@@ -73,7 +73,7 @@ def test_changes_are_the_same_site_by_site(kind, tmp_path):
         "sd3": (".transformer_blocks.0.", ".transformer_blocks.23."),
         "flux": ("r.transformer_blocks.18.attn", ".single_transformer_blocks.37.", "k.18.norm"),
     }
-    chosen = [s for s in sites if s.startswith("text") and ".1." in s]
+    chosen = [s for s in sites if s.startswith("text") and (".layers.1." in s or ".block.1." in s)]
     chosen += [s for s in sites if any(f".{block}" in s or block in s for block in blocks[kind])]
     chosen += [s for s in sites if "norm_out" in s or s == "transformer.proj_out"]
     lora = make(kind, dict.fromkeys(chosen))
