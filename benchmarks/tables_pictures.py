@@ -25,6 +25,13 @@ FRONT = {
 IN_LANGUAGE = {"single": "alone", "average": "linear"}
 """What a method is called in ``language.json``."""
 
+FEW_OTHERS = {
+    "former": "the former ridge",
+    "regmean++": "RegMean++",
+    "ssr": "SSR-Merge",
+    "base": "no LoRA",
+}
+
 Row = Mapping[str, Mapping[str, float]]
 
 
@@ -172,12 +179,31 @@ def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def few_prompts(column: str) -> list[str]:
+    """One column of ``few_prompts.json``, and how far the default is ahead of each other method."""
+    rows: list[list[str]] = []
+    for concepts, points in load("few_prompts.json")["found"].items():
+        for point, at in points.items():
+            mine, leads = at["rows"]["iteris"][column], at["leads"]
+            ahead = [_signed(leads[name][column]) for name in FEW_OTHERS]
+            rows.append([concepts, point, str(at["merges"]), cell(mine), *ahead])
+    return lines(
+        ("concepts", "prompts x timesteps", "merges", "**IterIS**", *FEW_OTHERS.values()), rows
+    )
+
+
+def _signed(entry: Mapping[str, float | None]) -> str:
+    error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
+    return short(f"{entry['mean']:+.3f}{error}")
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "leads": leads,
     **{f"quality {size}": partial(quality, size) for size in SIZES},
     "equal time": equal_time,
     "ablations": ablations,
+    **{f"few prompts {column}": partial(few_prompts, column) for column in ("image", "text")},
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
     "toybox": toybox,

@@ -21,7 +21,11 @@ from iteris_core.solve.choose import POLICY, Policy
 
 def test_the_ridge_is_by_the_samples_that_ran():
     assert POLICY.ridge_for(50) == POLICY.ridge_for(400) == 1e-6
-    assert POLICY.ridge_for(25) == pytest.approx(4e-6)
+    assert POLICY.ridge_for(25) == pytest.approx(3.2e-5)
+    assert POLICY.ridge_for(1) == POLICY.ridge_for(6) == 1e-2
+    assert Policy(ridge=0.1).ridge_for(1) == 0.1
+    assert POLICY.pull_for(49) == "size"
+    assert POLICY.pull_for(50) == "mean"
     assert POLICY.saliency_for(2) == 0
     assert POLICY.saliency_for(4) == 0.5
     assert POLICY.repair_inputs_for(2, True) == 0.5

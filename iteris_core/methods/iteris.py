@@ -66,10 +66,19 @@ def _solved(job: Job, settings: IterisSettings) -> Solutions:
 
 def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]) -> Reducing:
     dtype: torch.dtype = getattr(torch, settings.precision)
-    ridge = settings.ridge
+    ridge, pull = settings.ridge, settings.pull
     if ridge is None:
-        ridge = job.policy.ridge_for(stage.samples or job.calibration.samples)
-    fit = Fit(job.weights, ridge, settings.weighting, shrink=settings.shrink, rank=settings.rank)
+        samples = stage.samples or job.calibration.samples
+        ridge = job.policy.ridge_for(samples)
+        pull = pull or job.policy.pull_for(samples)
+    fit = Fit(
+        job.weights,
+        ridge,
+        settings.weighting,
+        shrink=settings.shrink,
+        rank=settings.rank,
+        pull=pull or "mean",
+    )
     # Repair sites are many inputs wide, and nobody reads their residuals.
     repairing = replace(fit, dtype=dtype, residuals=False)
     inputs = {site: chosen for site, chosen in job.repairs.items() if chosen is not None}

@@ -49,6 +49,12 @@ class IterisSettings(Settings):
         most=0.5,
         step=1e-7,
     )
+    pull: Literal["mean", "size"] | None = setting(
+        None,
+        "What the ridge draws a layer toward: the weighted mean of the LoRAs, as in the paper, or "
+        "that mean made as large as the LoRAs are (size), since a mean of unlike changes is small.",
+        none="mean; with fewer than 50 prompts, where the ridge is chosen as well, size",
+    )
     shrink: float = setting(
         1.0,
         "What off-diagonal entries of the moments are multiplied by; less than 1 where a concept "

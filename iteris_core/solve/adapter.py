@@ -1,8 +1,8 @@
 """The paper's objective: the merged change gives what each LoRA's change gave, T_i = X_i ΔW_iᵀ.
 
-The ridge on the right is α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7). The solution is exactly low rank:
-``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i = X_iᵀX̃_i + ridge: Σ r_i right-hand
-sides, no dense ΔW and no SVD. An equivalent without the factors is
+The ridge on the right is τ α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7, where τ is 1). The solution is exactly low
+rank: ``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i = X_iᵀX̃_i + ridge: Σ r_i
+right-hand sides, no dense ΔW and no SVD. An equivalent without the factors is
 ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
 """
 
@@ -59,11 +59,12 @@ class _LowRankTargets(MomentReduction):
         lower, jitter = factor.cholesky.lower.double(), factor.cholesky.jitter
         _, width = changes.shape
         rows = torch.empty(changes.rank, width, dtype=torch.float64, device=lower.device)
-        free = rows
+        free, toward = rows, fit.pull_of(changes)
         for concept, change in changes.present.items():
             cross, down = self._cross(concept), change.down.double()
             value, weight = lambdas[concept], fit.weights[concept]
-            pull = value * fit.ridge * frobenius(cross) + jitter * weight / sum(fit.weights)
+            pull = value * toward * fit.ridge * frobenius(cross)
+            pull += jitter * weight / sum(fit.weights)
             own = (1 - fit.shrink) * cross.diagonal().to(down) * value + pull
             product, free = free[: change.rank], free[change.rank :]
             torch.mul(down, own, out=product)

@@ -15,7 +15,7 @@ from ..lora import SiteChanges
 from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
-from .problem import Bytes, Fit, Objective, Opening, Reduction, Work
+from .problem import Bytes, Fit, Objective, Opening, Pull, Reduction, Work
 from .rows import OutputRows
 
 
@@ -30,10 +30,11 @@ class Policy:
     of ``sample_rows`` rows of a concept. Of a row of a picture ``least_row_tokens`` tokens count,
     or what gives every concept ``tokens_an_input`` for each of a site's inputs. With fewer prompts
     a concept than ``enough_samples`` a fit follows its sample, so that the ``ridge`` grows with the
-    square of what is missing. Two concepts in pictures, which hardly compete, are repaired by
-    ``repair_share`` of a feed-forward's hidden units. Of the ways to run a sweep one that takes
-    less memory is preferred to another where it seems ``way_gain`` times quicker, since more rows
-    run at once: the seconds of a forward or two are measured no better.
+    ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls to the mean at the changes'
+    own size. Two concepts in pictures, which hardly compete, are repaired by ``repair_share`` of a
+    feed-forward's hidden units. Of the ways to run a sweep one that takes less memory is preferred
+    to another where it seems ``way_gain`` times quicker, since more rows run at once: the seconds
+    of a forward or two are measured no better.
     """
 
     rows_gain: float = 3.0
@@ -46,6 +47,8 @@ class Policy:
     least_row_tokens: int = 128
     tokens_an_input: int = 32
     ridge: float = 1e-6
+    ridge_power: float = 5.0
+    most_ridge: float = 1e-2
     enough_samples: int = 50
     repair_share: float = 0.5
     way_gain: float = 1.2
@@ -136,7 +139,12 @@ class Policy:
     def ridge_for(self, samples: int) -> float:
         """α for so many samples a concept that run."""
         few = max(1.0, self.enough_samples / samples)
-        return self.ridge * few**2
+        return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
+
+    def pull_for(self, samples: int) -> Pull:
+        """For so many samples a concept that run: where they are few the pull decides much of a
+        merge, and the mean of unlike changes is too small."""
+        return "size" if samples < self.enough_samples else "mean"
 
     def saliency_for(self, loras: int) -> float:
         """How much more places count where a LoRA acts: two concepts hardly compete."""
@@ -147,8 +155,11 @@ class Policy:
         return self.repair_share if pictures and loras == 2 else 1.0
 
     def __post_init__(self) -> None:
-        if self.ridge < 0 or self.enough_samples < 1:
-            raise SettingsError("A policy's ridge must be 0 or more, its enough_samples 1 or more.")
+        if self.ridge < 0 or self.enough_samples < 1 or self.ridge_power < 0 or self.most_ridge < 0:
+            raise SettingsError(
+                "A policy's ridge, ridge_power and most_ridge must be 0 or more, its "
+                "enough_samples 1 or more."
+            )
 
 
 POLICY = Policy()

@@ -90,12 +90,13 @@ class OutputMoments(MomentReduction):
         """DᵀK, (directions, in)."""
         lower = factor.cholesky.lower
         right = torch.zeros(self.targets[0].shape, dtype=lower.dtype, device=lower.device)
+        toward = fit.pull_of(changes)
         for concept, (target, value) in enumerate(zip(self.targets, lambdas, strict=True)):
             for rows in pieces(target):
                 right[rows].add_(target[rows].to(right.device), alpha=value * fit.shrink)
             change = changes[concept]
             if change is not None:
-                pull = fit.ridge * factor.norms[concept]
+                pull = toward * fit.ridge * factor.norms[concept]
                 pull = pull + (1 - fit.shrink) * self.inputs.own[concept].diagonal().to(right)
                 up = self.directions.within(change.up.to(right))
                 right.addmm_(up, change.down.to(right) * pull, alpha=value)

@@ -2,15 +2,17 @@
 
 With rows as tokens, a site's change solves (paper, eqs. 5 to 8)
 
-    M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I),   K = Σ λ_i (T_iᵀX̃_i + ridge · ΔW_i),   ΔW = K M⁻¹,
+    M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I),   K = Σ λ_i (T_iᵀX̃_i + ρ_i τ ΔW_i),   ΔW = K M⁻¹,
 
 where ρ_i = α ‖X̃_iᵀX̃_i‖_F, X̃_i are the inputs that the merged model sees on concept i's samples, and
-T_i is what its outputs there are to be. What the tokens are reduced to, and how that is solved, is
+T_i is what its outputs there are to be. In directions that no input has ΔW is τ times the mean of
+the ΔW_i by λ_i ρ_i; the paper's τ is 1. What the tokens are reduced to, and how that is solved, is
 a :class:`Reduction`; there is one file for each.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,21 +27,24 @@ from ..lora import LowRank, Rank, SiteChanges
 
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
+Pull = Literal["mean", "size"]
 
 
 @dataclass(frozen=True)
 class Fit:
     """How the regression of a site is posed.
 
-    ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from:
-    1 / ‖X_i ΔW_iᵀ‖² times ‖ΔW_i‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖²
-    (``full``), or 1 (``none``). ``ridge`` is α of eq. 7. Where tokens are few a second pull, per
-    feature, keeps the fit from following the sample: with ``shrink`` s the off-diagonal entries of
-    X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and T_iᵀX̃_i becomes
-    s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s times each feature's own energy,
-    toward ΔW_i. ``rank`` is the largest of the result, or the share of output energy to keep (None:
-    Σ r_i). ``dtype`` is what the normal equations are solved in where that is enough; else it is
-    float64. ``residuals`` says whether the solution tells how far it is from the targets.
+    ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from: 1
+    / ‖X_i ΔW_iᵀ‖² times ‖ΔW_i‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖²
+    (``full``), or 1 (``none``). ``ridge`` is α of eq. 7. ``pull`` says what τ is: 1 (``mean``), or
+    what gives the mean the size of the changes (``size``, see :meth:`pull_of`). Where tokens are
+    few a second pull, per feature, keeps the fit from following the sample: with ``shrink`` s the
+    off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and T_iᵀX̃_i
+    becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s times each feature's
+    own energy, toward ΔW_i. ``rank`` is the largest of the result, or the share of output energy to
+    keep (None: Σ r_i). ``dtype`` is what the normal equations are solved in where that is enough;
+    else it is float64. ``residuals`` says whether the solution tells how far it is from the
+    targets.
     """
 
     weights: Sequence[float]
@@ -49,11 +54,28 @@ class Fit:
     rank: Rank | None = None
     dtype: torch.dtype = torch.float64
     residuals: bool = True
+    pull: Pull = "mean"
 
     def rank_of(self, changes: SiteChanges) -> int:
         """The largest rank that the change of a site may have."""
         rank = self.rank if isinstance(self.rank, int) else changes.rank
         return min(rank, *changes.shape)
+
+    def pull_of(self, changes: SiteChanges) -> float:
+        """τ of a site: with ``size`` (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius.
+
+        The mean of changes that have nothing to do with each other is √N times smaller than each of
+        them, and that of like ones is as large, so that τ is √N there and 1 here; never more than
+        √N, and 1 where the mean is zero.
+        """
+        if self.pull == "mean":
+            return 1.0
+        mean = changes.mean(self.weights, torch.float64).squared_norm()
+        if mean <= 0:
+            return 1.0
+        squares = {i: change.squared_norm() for i, change in changes.present.items()}
+        own = sum(self.weights[i] * square for i, square in squares.items()) / sum(self.weights)
+        return math.sqrt(min(own / mean, len(changes)))
 
     def lambdas(self, values: Sequence[float]) -> list[float]:
         """λ_i times the concepts' weights, so that the largest is 1; the weights where all are 0.

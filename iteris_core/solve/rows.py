@@ -113,7 +113,8 @@ def _solved(
     if pull <= 0:  # no input energy at all: any change fits, so take the mean
         mean = changes.mean(fit.weights, torch.float64)
         return (*cut_factors(mean, most), math.inf)
-    center = concatenate(changes.weighted([value / pull for value in pulls]))
+    toward = fit.pull_of(changes)
+    center = concatenate(changes.weighted([toward * value / pull for value in pulls]))
     rows = torch.cat([x * math.sqrt(v) for x, v in zip(inputs, lambdas, strict=True)])
     wanted = torch.cat([t * math.sqrt(v) for t, v in zip(targets, lambdas, strict=True)])
     gram = rows @ rows.mT

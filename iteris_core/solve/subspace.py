@@ -59,7 +59,7 @@ class Subspace(Reduction):
         right = torch.zeros_like(left)
         counts = self._counts.tolist()
         values = token_values(counts) if fit.weighting == "tokens" else [1.0] * len(counts)
-        rows = rows_of(self.changes)
+        rows, toward = rows_of(self.changes), fit.pull_of(self.changes)
         for concept, (own, value) in enumerate(zip(self._own, values, strict=True)):
             value *= fit.weights[concept]
             pull = value * fit.ridge * float(own.double().norm())
@@ -68,7 +68,7 @@ class Subspace(Reduction):
             if concept in rows:
                 part = rows[concept]
                 right[part] += value * self._cross[concept].double()
-                right[part, part].diagonal().add_(pull)
+                right[part, part].diagonal().add_(toward * pull)
         router = right @ torch.linalg.pinv(left, hermitian=True, rtol=1e-12)
         return routed(self._stacked, router)
 
