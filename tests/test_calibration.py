@@ -5,6 +5,7 @@ import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
 from iteris_core.concepts import KINDS, TEMPLATES, Words, concept_prompts, words_of
+from iteris_core.hosts.rows import row_texts
 
 
 def prompts(concept, **kwargs):
@@ -100,3 +101,23 @@ def test_every_kind_has_templates_of_its_own(kind):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(SettingsError, match="kind must be one of subject, style"):
         Concept(None, trigger="sks", kind="photo")
+
+
+def said(rows):
+    return [rows.texts[row] for row in rows.text_rows]
+
+
+def test_no_concept_has_only_empty_prompts():
+    """With a row or two a concept, a fifth of them would have none of its words."""
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        assert said(row_texts([0, 1, 2], ["a", "b", "c"], 1, 0.5, generator)) == ["a", "b", "c"]
+        rows = row_texts([0, 0, 1, 1], ["a", "b", "c", "d"], 2, 0.9, generator)
+        assert set(said(rows)[:4]) & {"a", "b"}
+        assert set(said(rows)[4:]) & {"c", "d"}
+
+
+def test_a_share_of_the_rows_has_the_empty_prompt():
+    generator = torch.Generator().manual_seed(0)
+    rows = said(row_texts([0] * 500, ["a"] * 500, 2, 0.2, generator))
+    assert rows.count("") / len(rows) == pytest.approx(0.2, abs=0.04)

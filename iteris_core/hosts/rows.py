@@ -83,10 +83,15 @@ def row_texts(
     empty_share: float,
     generator: torch.Generator,
 ) -> TextRows:
-    """The texts of ``count`` rows for each sample; a share of them gets the empty prompt."""
+    """The texts of ``count`` rows for each sample; a share of them gets the empty prompt, but never
+    all of a concept's."""
     row_owners = [owner for owner in owners for _ in range(count)]
     row_prompts = [prompt for prompt in prompts for _ in range(count)]
     empty = torch.rand(len(row_owners), generator=generator) < empty_share
+    for owner in dict.fromkeys(row_owners):
+        own = [row for row, of in enumerate(row_owners) if of == owner]
+        if bool(empty[own].all()):
+            empty[own[0]] = False
     for row in empty.nonzero().flatten().tolist():
         row_prompts[row] = ""
     return TextRows.of(row_owners, row_prompts)
