@@ -151,4 +151,5 @@ def test_two_tasks_merge_and_are_scored(tmp_path, monkeypatch, words):
     )
     found = bench.row(("paraphrase", "acceptability"), "iteris", samples=2)
     assert set(found) == set(tasks)
-    assert all(0 <= value <= 1 for value in found.values())
+    assert 0 <= found["paraphrase"] <= 1
+    assert -1 <= found["acceptability"] <= 1  # Matthews
