@@ -135,12 +135,12 @@ def units(
                 Unit(method, (name,), replicate=replicate, trained=which) for name in subjects
             )
         elif method != SWITCHED:
-            for regime in regimes if uses_data(method) else regimes[:1]:
+            for regime in regimes if uses_data(method) else ("default",):
                 for size in sizes:
                     own = settings(method, size, regime)
                     for names in sets_of(subjects, size, replicate):
                         yield Unit(method, names, regime, replicate, own, trained=which)
         for pair in styled_pairs(subjects, styles, replicate):
-            for regime in regimes if uses_data(method) else regimes[:1]:
+            for regime in regimes if uses_data(method) else ("default",):
                 own = {} if method in (SINGLE, BASE) else settings(method, 2, regime)
                 yield Unit(method, pair, regime, replicate, own, True, which)
