@@ -23,8 +23,9 @@ ITERIS = (
     "rank", "repair", "repair_inputs", "schedule", "iterations", "tolerance", "objective",
     "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
 )  # fmt: skip
-"""Without those that ComfyUI cannot follow (it keeps no gradients), and without the number of rows
-in a forward, which the memory decides."""
+"""Without those that ComfyUI cannot follow (it keeps no gradients), without the number of rows in a
+forward, which the memory decides, and without what the ridge draws to, which the number of samples
+does."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",
     "scale": "Other methods: what the merged change is multiplied by.",

@@ -284,7 +284,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     shown = {i.id: i.tooltip for i in module(pack, "nodes.settings_node")._all_inputs()}
     assert "0: the method's own (ties 0.2, dare-linear 0.5" in shown["density"]
     declared = set(core.settings.declared_settings(core.IterisSettings))
-    not_here = {"micro_batch", "polish_steps", "polish_rate"}
+    not_here = {"micro_batch", "polish_steps", "polish_rate", "pull"}
     assert declared - set(shown) == not_here
 
 
