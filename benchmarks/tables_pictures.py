@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import heldout_cases
-from markdown_tables import cell, lines, load, short
+from markdown_tables import cell, lines, load, short, signed
 from outputs import ROOT
 
 COLUMNS = ("mean", "image", "text", "judge", "pair")
@@ -185,16 +185,11 @@ def few_prompts(column: str) -> list[str]:
     for concepts, points in load("few_prompts.json")["found"].items():
         for point, at in points.items():
             mine, leads = at["rows"]["iteris"][column], at["leads"]
-            ahead = [_signed(leads[name][column]) for name in FEW_OTHERS]
+            ahead = [signed(leads[name][column]) for name in FEW_OTHERS]
             rows.append([concepts, point, str(at["merges"]), cell(mine), *ahead])
     return lines(
         ("concepts", "prompts x timesteps", "merges", "**IterIS**", *FEW_OTHERS.values()), rows
     )
-
-
-def _signed(entry: Mapping[str, float | None]) -> str:
-    error = "" if entry["se"] is None else f" ± {entry['se']:.3f}"
-    return short(f"{entry['mean']:+.3f}{error}")
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {

@@ -104,11 +104,9 @@ def train(place: Place) -> dict:
     return seconds
 
 
-def train_one(
-    entry: dict[str, Any], place: Place, path: Path, shown, steps: int | None = None
-) -> float:
+def train_one(entry: dict[str, Any], place: Place, path: Path, shown) -> float:
     """Train one LoRA into `path`, for as many steps as its kind takes; returns the seconds."""
-    steps = steps or (STEPS if "name" in entry else STYLE_STEPS)
+    steps = STEPS if "name" in entry else STYLE_STEPS
     began = time.time()
     pipeline = load(place.weights / "base")
     pictures, captions = examples(entry, shown)
