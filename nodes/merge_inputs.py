@@ -13,11 +13,11 @@ from ..iteris_core.presets import PRESETS, PresetName
 from ..iteris_core.settings import Settings, declared_settings
 from .schema import MergeSettings, concepts_input, strength_input
 
-_NONE: Mapping[str, float] = {"saliency": -1}
+_NONE: Mapping[str, float | str] = {"saliency": -1, "pull": "auto"}
 """What stands for none, which no number can be there, where 0 has a meaning of its own."""
 
 
-def none_of(name: str) -> float:
+def none_of(name: str) -> float | str:
     return _NONE.get(name, 0)
 
 
@@ -25,12 +25,12 @@ def setting_input(owner: type[Settings], name: str, *, optional: bool = True) ->
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
     none = none_of(name)
-    tooltip = f"{declared.help} {none:g}: {declared.none}." if declared.none else declared.help
+    tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
     if declared.kind is bool:
         return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=optional)
     if declared.kind is str:
-        choices = list(declared.choices)
+        choices = [none, *declared.choices] if declared.optional else list(declared.choices)
         return io.Combo.Input(
             name, options=choices, default=default, tooltip=tooltip, optional=optional
         )

@@ -23,9 +23,10 @@ ITERIS = (
     "rank", "repair", "repair_inputs", "schedule", "iterations", "tolerance", "objective",
     "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
 )  # fmt: skip
-"""Without those that ComfyUI cannot follow (it keeps no gradients), without the number of rows in a
-forward, which the memory decides, and without what the ridge draws to, which the number of samples
-does."""
+"""Without those that ComfyUI cannot follow (it keeps no gradients), and without the number of rows
+in a forward, which the memory decides."""
+LATER = ("pull",)
+"""Behind all others on the node, since saved graphs have inputs by their places."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",
     "scale": "Other methods: what the merged change is multiplied by.",
@@ -58,7 +59,7 @@ class Asked:
             kind = find_method(method).settings
             given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
             return {n: v for n, v in given.items() if v and find_setting(kind, n) is not None}
-        values = {name: self.values[name] for name in ITERIS if name in self.values}
+        values = {name: self.values[name] for name in (*ITERIS, *LATER) if name in self.values}
         settings = {**preset_settings(self.preset, method), **changed(IterisSettings, values)}
         settings.pop("polish_steps", None)
         return settings

@@ -283,8 +283,10 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
     shown = {i.id: i.tooltip for i in module(pack, "nodes.settings_node")._all_inputs()}
     assert "0: the method's own (ties 0.2, dare-linear 0.5" in shown["density"]
+    assert settings("iteris", pull="size")["pull"] == "size"
+    assert "pull" not in settings("iteris", pull="auto")
     declared = set(core.settings.declared_settings(core.IterisSettings))
-    not_here = {"micro_batch", "polish_steps", "polish_rate", "pull"}
+    not_here = {"micro_batch", "polish_steps", "polish_rate"}
     assert declared - set(shown) == not_here
 
 
