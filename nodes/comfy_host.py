@@ -33,7 +33,7 @@ from .comfy_denoiser import Denoiser
 from .comfy_lora import ComfySites
 from .comfy_preview import Show
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
-from .comfy_runtime import halving
+from .comfy_runtime import halving, training
 from .comfy_sampling import Denoised, make_latents
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
@@ -203,7 +203,8 @@ class ComfyHost:
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(
             "ComfyUI loads weights in inference mode, which keeps no gradients, so a merge cannot "
-            "be polished there; set polish_steps to 0."
+            "be polished through the whole model there; set polish_steps to 0, and block_steps "
+            "instead."
         )
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
@@ -281,6 +282,7 @@ class ComfyHost:
             places=True,
             kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
+            gradients=training,
         )
 
     def room(self, wanted: int) -> int:

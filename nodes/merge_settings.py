@@ -23,9 +23,9 @@ ITERIS = (
     "rank", "repair", "repair_inputs", "schedule", "iterations", "tolerance", "objective",
     "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
 )  # fmt: skip
-"""Without those that ComfyUI cannot follow (it keeps no gradients), and without the number of rows
-in a forward, which the memory decides."""
-LATER = ("pull",)
+"""Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
+rows in a forward, which the memory decides, and without the rate of the polish."""
+LATER = ("pull", "block_steps")
 """Behind all others on the node, since saved graphs have inputs by their places."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",
@@ -60,9 +60,7 @@ class Asked:
             given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
             return {n: v for n, v in given.items() if v and find_setting(kind, n) is not None}
         values = {name: self.values[name] for name in (*ITERIS, *LATER) if name in self.values}
-        settings = {**preset_settings(self.preset, method), **changed(IterisSettings, values)}
-        settings.pop("polish_steps", None)
-        return settings
+        return {**preset_settings(self.preset, method), **changed(IterisSettings, values)}
 
     @property
     def memory_budget(self) -> int | Literal["free"]:
@@ -90,17 +88,12 @@ class Asked:
 
     def note(self, method: str) -> str:
         """What a report has to say of the inputs."""
-        note = ""
-        if preset_settings(self.preset, method).get("polish_steps"):
-            note += (
-                f"\n  Without the polish of the preset {self.preset}: ComfyUI keeps no gradients."
-            )
-        if self._fast:
-            note += (
-                f"\n  Without empty prompts: by its name {self._fast} draws in few steps, without "
-                "guidance. If you use guidance, set empty_prompts to yes."
-            )
-        return note
+        if not self._fast:
+            return ""
+        return (
+            f"\n  Without empty prompts: by its name {self._fast} draws in few steps, without "
+            "guidance. If you use guidance, set empty_prompts to yes."
+        )
 
     @property
     def _fast(self) -> str:

@@ -7,7 +7,7 @@ write a class with the members of :class:`Host`; nothing else has to change.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,8 @@ class Stage:
     memory is measured (None: that with the most tokens by ``mask``, or the first).
     ``samples`` is how many samples of a concept the rows are made from, of the concept with the
     fewest (None: as many as the calibration says). ``rows`` are which of the samples' rows these
-    are, where several stages share them (None: all).
+    are, where several stages share them (None: all). ``gradients()`` is what a host wants entered
+    where a part of the model is going to be differentiated.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     lengths: Sequence[int] | None = None
     samples: int | None = None
     rows: Sequence[int] | None = None
+    gradients: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Host(Protocol):

@@ -97,10 +97,21 @@ class IterisSettings(Settings):
         above=0,
         high=1,
     )
+    block_steps: int = setting(
+        0,
+        "Adam steps on what each block gives, block by block after the closed form: gradients, but "
+        "never through the whole model, and no data. 120 are worth their time for many concepts, "
+        "alike ones, or a low rank.",
+        low=0,
+        most=1000,
+    )
+    block_rate: float = setting(
+        0.05, "Learning rate of those steps, relative to the size of what is trained.", above=0
+    )
     polish_steps: int = setting(
         0,
-        "Adam steps on the final output after the closed form: gradients, but no data. ComfyUI "
-        "keeps no gradients, so not there.",
+        "Adam steps on the final output after the closed form: gradients through the whole model, "
+        "but no data. Not in ComfyUI.",
         low=0,
     )
     polish_rate: float = setting(5e-4, "Learning rate of the polish.", above=0)

@@ -104,7 +104,8 @@ def recipe(
 
 def is_ordered(report: MergeReport) -> bool:
     """Whether the merged components stand in the order of their output energy."""
-    return report.settings.get("objective") == "output" and not report.settings.get("polish_steps")
+    polished = any(report.settings.get(name) for name in ("polish_steps", "block_steps"))
+    return report.settings.get("objective") == "output" and not polished
 
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:

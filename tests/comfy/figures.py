@@ -44,7 +44,7 @@ class Trial:
             samples=len(PROMPTS), timesteps=2, denoising_steps=3, latent_size=reduced.side
         )
 
-    def merge(self, count: int, rows: int = 32) -> Any:
+    def merge(self, count: int, rows: int = 32, **settings: Any) -> Any:
         """Of the first ``count`` LoRAs; ``rows`` is the most in a forward."""
         concepts = self.concepts(count)
         return self.merging.merge_on(
@@ -52,7 +52,7 @@ class Trial:
             self.clip,
             concepts,
             "iteris",
-            self.reduced.settings,
+            {**self.reduced.settings, **settings},
             self.calibration,
             rows=rows,
             **self.options(),

@@ -259,10 +259,9 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
         "adapter", "adapter", "jacobi",
     )  # fmt: skip
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
-    assert "polish_steps" not in settings(preset="best")
-    assert "Without the polish" in asked("best").note("iteris")
-    assert not asked("fast").note("iteris")
-    assert not asked("best").note("ties")
+    assert settings(preset="best")["block_steps"] == 120
+    assert settings(preset="best", block_steps=30)["block_steps"] == 30
+    assert not asked("best").note("iteris")
     assert asked(values=usual).calibration.latent_size is None
     assert asked("fast", values=usual).calibration.samples == 12
     assert asked("fast", 30, values=usual).calibration.samples == 30
@@ -286,7 +285,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("iteris", pull="size")["pull"] == "size"
     assert "pull" not in settings("iteris", pull="auto")
     declared = set(core.settings.declared_settings(core.IterisSettings))
-    not_here = {"micro_batch", "polish_steps", "polish_rate"}
+    not_here = {"micro_batch", "block_rate", "polish_steps", "polish_rate"}
     assert declared - set(shown) == not_here
 
 

@@ -1,0 +1,142 @@
+"""Parts of a model that run on their own: what enters them, and what each LoRA alone gives there.
+
+A segment is a module with a good part of a stage's sites, such as a block of a transformer or a
+level of a UNet. It is run again and again on what entered it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from .levels import Found
+from .lockstep import Lockstep
+from .micro_batch import MicroBatch
+
+SHARE = 0.5
+"""A segment has at most so much of a stage's sites, so that gradients never go back through the
+whole model."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``sites`` in execution order."""
+
+    module: nn.Module
+    sites: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor in host memory, and the device that it is needed on."""
+
+    tensor: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One micro-batch of merged rows through a segment, in host memory.
+
+    ``given`` are its arguments, (args, kwargs); ``wanted`` is the first tensor that it gives under
+    each row's own LoRA, (rows, …), and ``found`` what it gave on the merged rows.
+    """
+
+    owners: Sequence[int]
+    rows: Sequence[int]
+    given: Any
+    wanted: Tensor
+    found: Tensor
+
+    @property
+    def bytes(self) -> int:
+        given = (leaf for leaf in _pytree.tree_leaves(self.given) if isinstance(leaf, _Kept))
+        return self.wanted.nbytes + self.found.nbytes + sum(leaf.tensor.nbytes for leaf in given)
+
+    def arguments(self) -> Any:
+        """Copies of ``given`` where they were, which the segment may change in place."""
+
+        def ready(leaf: Any) -> Any:
+            return leaf.tensor.to(leaf.device, copy=True) if isinstance(leaf, _Kept) else leaf
+
+        return _pytree.tree_map(ready, self.given)
+
+
+class _Passed(BaseException):
+    """Leaves a forward once the segment has been passed."""
+
+
+def segments_of(found: Found) -> list[Segment]:
+    """The largest modules that are called once and have two sites or more, and at most
+    :data:`SHARE` of all; in execution order. A site that is in none is in no segment."""
+    count: dict[nn.Module, int] = {}
+    for site in found.sites:
+        for module in found.inside[site]:
+            count[module] = count.get(module, 0) + 1
+    most = SHARE * len(found.sites)
+    parts: dict[nn.Module, list[str]] = {}
+    for site in found.sites:
+        for module in found.inside[site]:
+            if 2 <= count[module] <= most and found.calls[module] == 1:
+                parts.setdefault(module, []).append(site)
+                break
+    return [Segment(module, sites) for module, sites in parts.items()]
+
+
+def pass_through(
+    segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int]
+) -> Passage:
+    """Run ``batch``, of two copies, up to the end of the segment."""
+    seen: dict[str, Any] = {}
+    count = len(batch.owners)
+
+    def half(leaf: Any) -> Any:
+        return _merged_half(leaf, count) if isinstance(leaf, Tensor) else leaf
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["given"] = _pytree.tree_map(half, (args, kwargs))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        seen["output"] = first_tensor(output).detach().cpu()
+        raise _Passed
+
+    handles = [
+        segment.module.register_forward_pre_hook(enter, with_kwargs=True),
+        segment.module.register_forward_hook(leave),
+    ]
+    try:
+        lockstep.run(batch)
+    except _Passed:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    output = seen["output"]
+    return Passage(batch.owners, rows, seen["given"], output[:count], output[count:])
+
+
+def first_tensor(output: Any) -> Tensor:
+    return next(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _merged_half(leaf: Tensor, count: int) -> _Kept:
+    """Of what has a row for each of both copies those of the merged."""
+    some = leaf.detach()
+    if some.ndim and some.shape[0] == 2 * count:
+        some = some[count:]
+    return _Kept(some.to("cpu", copy=True), leaf.device)
+
+
+@contextmanager
+def plain_weights(module: nn.Module) -> Generator[Mapping[str, Tensor]]:
+    """Copies of those weights of the module that were loaded in inference mode, which gradients
+    cannot pass; for :func:`torch.func.functional_call`. Gradients can be had within."""
+    with torch.inference_mode(False), torch.enable_grad():
+        named = [*module.named_parameters(), *module.named_buffers()]
+        yield {name: value.detach().clone() for name, value in named if value.is_inference()}

@@ -1,0 +1,57 @@
+"""The square root of a layer's input moments and its inverse, without an (in, in) matrix.
+
+A step of gradient descent on a change D of (rank, in) moves most where inputs are large, and hardly
+where they are small, however much the outputs depend on it. On P = D M^½, with M the moments of the
+inputs, every direction counts by what it does to the outputs: the natural gradient as far as inputs
+go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import full_precision
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """M = XᵀX / tr(XᵀX) · in + floor I of tokens X, (tokens, in), so that M's eigenvalues have a
+    mean of 1 + ``floor``.
+
+    ``directions`` are the eigenvectors of XᵀX that are not zero, (k, in), and ``roots`` the square
+    roots of M's eigenvalues there, (k,); in all others that root is √floor. float32.
+    """
+
+    directions: Tensor
+    roots: Tensor
+    floor: float
+
+    @classmethod
+    def of(cls, tokens: Tensor, floor: float) -> Whitening:
+        """Of (tokens, in); finite. Tokens that are all zero give √floor everywhere."""
+        tokens = tokens.double()
+        count, width = tokens.shape
+        with full_precision(tokens.device):
+            gram = tokens.mT @ tokens if width <= count else tokens @ tokens.mT
+            values, vectors = torch.linalg.eigh(gram)
+            kept = values > 1e-10 * values[-1]
+            values, vectors = values[kept], vectors[:, kept]
+            if width > count:
+                vectors = tokens.mT @ vectors / values.sqrt()
+        values = values * (width / float(values.sum())) if len(values) else values
+        return cls(vectors.mT.float(), (values + floor).sqrt().float(), floor)
+
+    def root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^½."""
+        return self._times(rows, self.roots, self.floor**0.5)
+
+    def inverse_root(self, rows: Tensor) -> Tensor:
+        """``rows`` (…, in) times M^-½."""
+        return self._times(rows, 1 / self.roots, self.floor**-0.5)
+
+    def _times(self, rows: Tensor, values: Tensor, elsewhere: float) -> Tensor:
+        within = rows @ self.directions.mT
+        return rows * elsewhere + (within * (values - elsewhere)) @ self.directions

@@ -1,0 +1,327 @@
+"""Adam steps on one part of the model after the other: gradients, but never through the model.
+
+The closed form fits every layer by itself. What a block makes of its layers' errors, such as the
+softmax of an attention of those of its queries and keys, no layer sees. Here the merged factors of
+a segment (:mod:`..activations.segments`) are trained together on
+
+    Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
+
+in execution order, on inputs that passed the segments before. The factors are trained where inputs
+are white (:mod:`..linalg.whitening`). A segment whose rows that were held back do not gain stays as
+it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..activations.lockstep import Lockstep
+from ..activations.meter import is_out_of_memory
+from ..activations.micro_batch import MicroBatch
+from ..activations.segments import (
+    Passage,
+    Segment,
+    first_tensor,
+    pass_through,
+    plain_weights,
+    segments_of,
+)
+from ..activations.site import site_of
+from ..errors import IterisError, brief
+from ..hosts.protocol import Stage
+from ..linalg.whitening import Whitening
+from ..lora import LowRank
+from ..passes.batches import Batching, chunks, micro_batches
+from ..passes.job import Job
+from ..passes.ways import find
+
+_log = logging.getLogger(__name__)
+WHAT = "polishing blocks"
+ROWS, ROWS_EACH = 256, 64
+"""So many rows pass every segment, and so many of each concept where they are many."""
+AT_ONCE = 16
+CHECKED = 8
+"""So many micro-batches tell whether a segment gained."""
+MOST_BYTES = 4 << 30
+"""Of host memory for what enters a segment; fewer rows are taken where they are larger."""
+FLOOR = 1e-3
+TOKENS = 4096
+"""So many tell the moments of a site's inputs."""
+_SAME = 1e-2
+_STEP = 3.0  # forwards: one, and twice as much for the gradients
+
+
+def expect_block_polish(job: Job, steps: int) -> None:
+    """Tell the job's outlook of it: of several segments each takes part of a forward."""
+    job.outlook.later(WHAT, _STEP * steps * AT_ONCE + 2 * 3 * _row_count(job))
+
+
+def polish_blocks(
+    job: Job, merged: Mapping[str, LowRank], steps: int, rate: float
+) -> dict[str, LowRank]:
+    """``steps`` Adam steps for every segment; a factor's learning rate is ``rate`` times the root
+    mean square of its entries, and falls to zero."""
+    with job.lockstep() as lockstep:
+        samples = job.samples(lockstep)
+        lockstep.merged = dict(merged)
+        for stage in job.host.stages(samples, set(job.changes)):
+            if stage.sites and not stage.feeds:
+                _Polish(job, lockstep, stage, steps, rate).run()
+            if stage.feeds:
+                batching = Batching(AT_ONCE)
+                for batch in micro_batches(stage, 2, None, batching):
+                    lockstep.run(batch)
+        changes = lockstep.merged
+    dtypes = {site: change.up.dtype for site, change in merged.items()}
+    return {site: changes[site].to(dtypes[site]) for site in merged}
+
+
+def _row_count(job: Job) -> int:
+    return max(ROWS, ROWS_EACH * len(job.concepts))
+
+
+class _NoGradients(IterisError):
+    """The segment has an operation that cannot be differentiated."""
+
+
+@dataclass
+class _Polish:
+    """The polish of one stage."""
+
+    job: Job
+    lockstep: Lockstep
+    stage: Stage
+    steps: int
+    rate: float
+
+    def run(self) -> None:
+        segments = segments_of(find(self.stage, self.lockstep))
+        for number, segment in enumerate(segments):
+            before = {site: self.lockstep.merged[site] for site in segment.sites}
+            at_once = AT_ONCE
+            while True:
+                try:
+                    gained = self._polish(segment, at_once, number, len(segments))
+                    break
+                except _NoGradients as error:
+                    gained = False
+                    self._note(segment, f"since it cannot be differentiated ({error})")
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    gained = False
+                self.lockstep.merged |= before
+                at_once //= 2
+                if not at_once:
+                    self._note(segment, "for want of memory")
+                    break
+            if not gained:
+                self.lockstep.merged |= before
+
+    def _note(self, segment: Segment, why: str) -> None:
+        first, *_, last = segment.sites
+        self.job.ran.notes.append(f"{first} to {last} are not polished, {why}")
+
+    def _polish(self, segment: Segment, at_once: int, number: int, count: int) -> bool:
+        """Whether the segment came nearer to what it is to give."""
+        passages = self._passages(segment, at_once)
+        checked = passages[:CHECKED]
+        modules = self.job.host.sites()
+        with self.stage.gradients(), plain_weights(segment.module) as weights:
+            runner = _Runner(self.lockstep, segment, weights)
+            if not runner.repeats(passages[0]):
+                _log.debug("%s gives something else when it is run alone", segment.sites[0])
+                return False
+            factors = _Factors.of(runner, modules, passages)
+            before = self._error(runner, checked)
+            adam = torch.optim.Adam(factors.groups(self.rate), betas=(0.9, 0.99))
+            schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._warm)
+            scale = 0.01 * (before / sum(p.wanted.numel() for p in checked)) ** -0.5
+            for step in range(self.steps):
+                pick = int(torch.randint(len(passages), (), generator=self.job.generator))
+                with torch.enable_grad():
+                    factors.put(self.lockstep)
+                    loss = self._loss(runner, passages[pick]) * scale
+                    gradients = _gradients(loss, factors.all)
+                for factor, gradient in zip(factors.all, gradients, strict=True):
+                    factor.grad = gradient
+                adam.step()
+                schedule.step()
+                done = number * self.steps + step + 1
+                self.job.tick(WHAT, done, count * self.steps)
+            factors.put(self.lockstep, final=True)
+            return self._error(runner, checked) < before
+
+    def _warm(self, step: int) -> float:
+        return min(1.0, (step + 1) / 10) * (1 - step / self.steps)
+
+    def _passages(self, segment: Segment, at_once: int) -> list[Passage]:
+        """Rows of all concepts alike, in any order, as many as host memory holds."""
+        passages: list[Passage] = []
+        taken = 0
+        for rows in chunks(self._rows(), self.stage.kinds, at_once):
+            owners = [self.stage.owners[row] for row in rows]
+            batch = MicroBatch(lambda rows=rows: self.stage.run(rows, 2), owners, 2)
+            passages.append(pass_through(segment, self.lockstep, batch, rows))
+            taken += passages[-1].bytes
+            if taken + passages[-1].bytes > MOST_BYTES and len(passages) > 3:
+                break
+        return passages
+
+    def _rows(self) -> list[int]:
+        order = torch.randperm(len(self.stage.owners), generator=self.job.generator).tolist()
+        each = _row_count(self.job) // len(self.job.concepts)
+        left = dict.fromkeys(self.stage.owners, each)
+        rows: list[int] = []
+        for row in order:
+            left[self.stage.owners[row]] -= 1
+            if left[self.stage.owners[row]] >= 0:
+                rows.append(row)
+        return rows
+
+    def _loss(self, runner: _Runner, passage: Passage) -> Tensor:
+        output = runner(passage).float()
+        errors = (output - passage.wanted.to(output.device).float()).square()
+        mask = self._mask(runner.segment, passage, errors)
+        if mask is not None:
+            errors = errors * mask
+        by_row = errors.flatten(1).sum(1)
+        return (by_row * by_row.new_tensor(self._weights(passage))).sum()
+
+    def _weights(self, passage: Passage) -> list[float]:
+        return [self.job.weights[owner] for owner in passage.owners]
+
+    def _mask(self, segment: Segment, passage: Passage, errors: Tensor) -> Tensor | None:
+        """1 where a token counts, where the segment gives tokens."""
+        if self.stage.mask is None or errors.ndim != 3:
+            return None
+        mask = self.stage.mask(segment.sites[-1], passage.rows)
+        if mask is None or mask.shape != errors.shape[:2]:
+            return None
+        return mask.to(errors.device)[..., None]
+
+    def _error(self, runner: _Runner, passages: Sequence[Passage]) -> float:
+        with torch.no_grad():
+            return sum(float(self._loss(runner, passage)) for passage in passages)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs a segment on merged rows alone."""
+
+    lockstep: Lockstep
+    segment: Segment
+    weights: Mapping[str, Tensor]
+
+    def __call__(self, passage: Passage) -> Tensor:
+        outputs: list[Tensor] = []
+        args, kwargs = passage.arguments()
+
+        def run() -> None:
+            output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
+            outputs.append(first_tensor(output))
+
+        batch = MicroBatch(run, passage.owners, 1, merged_only=True)
+        self.lockstep.run(batch, grad=torch.is_grad_enabled())
+        return outputs[0]
+
+    def repeats(self, passage: Passage) -> bool:
+        """Whether it gives what it gave within the model."""
+        with torch.no_grad():
+            output = self(passage).float().cpu()
+        found = passage.found.float()
+        return output.shape == found.shape and float((output - found).norm()) <= _SAME * float(
+            found.norm()
+        )
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Up factors, and down factors where inputs are white, by site; float32 leaves."""
+
+    ups: Mapping[str, Tensor]
+    downs: Mapping[str, Tensor]
+    whitenings: Mapping[str, Whitening]
+    kernels: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, runner: _Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
+    ) -> _Factors:
+        ups: dict[str, Tensor] = {}
+        downs: dict[str, Tensor] = {}
+        tokens = _tokens(runner, modules, passages)
+        whitenings = {site: Whitening.of(torch.cat(some), FLOOR) for site, some in tokens.items()}
+        merged = runner.lockstep.merged
+        for site, whitening in whitenings.items():
+            change = merged[site].to(torch.float32, whitening.roots.device)
+            up, across = torch.linalg.qr(change.up)
+            left, values, right = torch.linalg.svd(
+                across @ whitening.root(change.down), full_matrices=False
+            )
+            root = values.sqrt()
+            ups[site] = (up @ left * root).detach().requires_grad_()
+            downs[site] = (root[:, None] * right).detach().requires_grad_()
+        kernels = {site: merged[site].kernel for site in whitenings}
+        return cls(ups, downs, whitenings, kernels)
+
+    @property
+    def all(self) -> list[Tensor]:
+        return [*self.ups.values(), *self.downs.values()]
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
+            for factor in self.all
+        ]
+
+    def put(self, lockstep: Lockstep, *, final: bool = False) -> None:
+        """As merged changes; ``final``: without their gradients."""
+        for site, whitening in self.whitenings.items():
+            up, down = self.ups[site], whitening.inverse_root(self.downs[site])
+            if final:
+                up, down = up.detach(), down.detach()
+            lockstep.merged[site] = LowRank(up, down, self.kernels[site])
+
+
+def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(loss, factors)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise _NoGradients(brief(error)) from error
+
+
+def _tokens(
+    runner: _Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
+) -> dict[str, list[Tensor]]:
+    """Some of the inputs of every site of the segment."""
+    tokens: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    handles = []
+    for site in runner.segment.sites:
+
+        def note(module: nn.Module, args: tuple[Any, ...], site: str = site) -> None:
+            shown = site_of(site, module).tokens(args[0].detach())
+            # At random: tokens of a row come in turn, and every so manieth are not like the others.
+            some = torch.randperm(len(shown), generator=generator)[: -(-TOKENS // len(passages))]
+            tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
+
+        handles.append(modules[site].register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            for passage in passages:
+                runner(passage)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens

@@ -1,0 +1,65 @@
+"""ComfyUI's models polished block by block: their weights were loaded in inference mode."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from figures import Trial
+from kit import Kit
+from reduced_models import ARCHITECTURES
+
+FAST = ("SD 1.5", "FLUX.1", "Z-Image")
+NAMES = [
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name, reduced in ARCHITECTURES.items()
+    if not reduced.experts
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_are_found_and_polished(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    reduced = ARCHITECTURES[name]
+    reduced.skip_if_later()
+    polish = importlib.import_module(f"{pack.__name__}.iteris_core.methods.block_polish")
+    trial = Trial(pack, reduced, tmp_path)
+    polished: list[bool] = []
+    trains = hasattr(importlib.import_module("comfy.model_management"), "in_training")
+    whole = polish._Polish._polish
+
+    def noted(*asked: object) -> bool:
+        gained = whole(*asked)
+        polished.append(gained)
+        return gained
+
+    monkeypatch.setattr(polish._Polish, "_polish", noted)
+    with torch.inference_mode():
+        plain = trial.merge(2).lora.sites
+        result = trial.merge(2, block_steps=5)
+    found = result.lora.sites
+    moved = [site for site, change in plain.items() if not torch.equal(change.up, found[site].up)]
+    why = str(result.report.notes.get("sites", ""))
+    if "cannot be differentiated" in why:  # fused operations, before there was a mode for training
+        assert not trains
+    else:
+        assert any(polished)
+    assert bool(moved) == any(polished)
+    assert all(bool(change.up.isfinite().all()) for change in found.values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trial.model.model.modules())
+
+
+def test_the_model_is_as_it_was(kit: Kit) -> None:
+    before = kit.outputs()
+    settings = {"block_steps": 3}
+    with torch.inference_mode():
+        result = kit.merging.merge_on(
+            kit.model, kit.clip, kit.concepts(), "iteris", settings, kit.calibration
+        )
+    assert result.lora.sites
+    assert kit.hooks() == 0
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))

@@ -1,0 +1,250 @@
+"""Polish block by block: every part comes closer to what it gives under each LoRA, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import ModuleHost, changed, dense_changes
+from pipelines import PIPELINES, write_lora
+from tiny import random_lora
+from torch import nn
+
+from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core.activations.levels import Found
+from iteris_core.activations.segments import segments_of
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.linalg.whitening import Whitening
+from iteris_core.lora_files.experts import joined_experts
+from iteris_core.methods import block_polish
+
+WIDTH = 12
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        attended = (self.q(x) @ self.k(x).mT / scale).softmax(-1) @ self.v(x)
+        return x + self.out(attended)
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Attention() for _ in range(3))
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, scale=0.3)  # a sharp attention, which no layer's own error tells of
+        return self.last(x)
+
+
+SITES = [f"blocks.{i}.{name}" for i in range(3) for name in ("q", "k", "v", "out")] + ["last"]
+
+
+class BlocksHost(ModuleHost):
+    def sites(self):
+        return {name: self.model.get_submodule(name) for name in SITES}
+
+
+def loras_of(count: int = 3) -> list[Lora]:
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        changes = {
+            site: LowRank(
+                torch.randn(WIDTH, 2, generator=generator, dtype=torch.float64),
+                torch.randn(2, WIDTH, generator=generator, dtype=torch.float64) * 0.03,
+            )
+            for site in SITES
+        }
+        found.append(Lora(changes, f"lora-{seed}"))
+    return found
+
+
+def data_of(count: int = 3) -> list[torch.Tensor]:
+    """24 rows of 12 tokens of each concept, around a mean of its own."""
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(9 + seed)
+        rows = torch.randn(24, 12, WIDTH, generator=generator, dtype=torch.float64)
+        found.append(rows + 2 * torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+    return found
+
+
+def merged(model: nn.Module, data, loras, **settings):
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    return merge_loras(BlocksHost(model, data), concepts, settings=settings)
+
+
+def said(result) -> str:
+    return str(result.report.notes)
+
+
+def errors(lora: Lora, loras, data) -> float:
+    """Σ over concepts of ‖merged(x) − own(x)‖² / ‖own(x) − base(x)‖², with weights changed."""
+    total = 0.0
+    with torch.no_grad():
+        for one, x in zip(loras, data, strict=True):
+            wanted = changed(Blocks(), dense_changes(one))(x)
+            found = changed(Blocks(), dense_changes(lora))(x)
+            total += float((found - wanted).norm() ** 2 / (wanted - Blocks()(x)).norm() ** 2)
+    return total
+
+
+@pytest.mark.parametrize("count", [40, 7])  # more tokens than inputs, and fewer
+def test_whitening_is_the_root_of_the_moments(count):
+    tokens = torch.randn(count, 10, dtype=torch.float64) * torch.logspace(-2, 1, 10)
+    gram = tokens.mT @ tokens
+    moments = gram * 10 / gram.trace() + 1e-3 * torch.eye(10, dtype=torch.float64)
+    found = Whitening.of(tokens, 1e-3)
+    rows = torch.randn(3, 10)
+    root = found.root(torch.eye(10))
+    assert torch.allclose(root @ root, moments.float(), atol=1e-5)
+    assert torch.allclose(found.inverse_root(found.root(rows)), rows, atol=1e-4)
+
+
+def test_whitening_of_nothing_is_the_floor():
+    found = Whitening.of(torch.zeros(5, 4), 0.25)
+    assert torch.equal(found.root(torch.eye(4)), 0.5 * torch.eye(4))
+
+
+def test_segments_are_the_largest_parts_below_half_of_the_sites():
+    model = Blocks()
+    inside = {
+        site: (model, model.get_submodule(site.rpartition(".")[0]), model.get_submodule(site))
+        for site in SITES[:-1]
+    } | {"last": (model, model.last)}
+    calls = dict.fromkeys(model.modules(), 1)
+    found = Found(SITES, set(), inside, calls)
+    segments = segments_of(found)
+    assert [segment.module for segment in segments] == list(model.blocks)
+    assert [list(segment.sites) for segment in segments] == [SITES[i : i + 4] for i in (0, 4, 8)]
+    calls[model.blocks[1]] = 2  # what is called twice is no segment
+    assert [segment.module for segment in segments_of(found)] == [model.blocks[0], model.blocks[2]]
+
+
+def test_polish_lowers_the_error_and_leaves_the_base_as_it_was():
+    loras, data, model = loras_of(), data_of(), Blocks()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = merged(model, data, loras)
+    polished = merged(model, data, loras, block_steps=100)
+    assert errors(polished.lora, loras, data) < 0.8 * errors(plain.lora, loras, data)
+    assert polished.lora.ranks == {6}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    for site, change in polished.lora.sites.items():
+        assert not change.up.requires_grad
+        assert not change.down.requires_grad
+        assert change.up.dtype == plain.lora.sites[site].up.dtype
+    assert torch.equal(polished.lora.sites["last"].up, plain.lora.sites["last"].up)
+
+
+def test_polish_is_the_same_again_and_never_ends_worse():
+    loras, data = loras_of(), data_of()
+    first, second = (merged(Blocks(), data, loras, block_steps=10).lora for _ in range(2))
+    plain = merged(Blocks(), data, loras).lora
+    wild = merged(Blocks(), data, loras, block_steps=10, block_rate=1e4).lora
+    for site in SITES:
+        assert torch.equal(first.sites[site].up, second.sites[site].up)
+        assert torch.equal(wild.sites[site].up, plain.sites[site].up)
+
+
+def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
+    loras, data = loras_of(), data_of()
+    whole, sizes = block_polish._Runner.__call__, set()
+
+    def scarce(self, passage):
+        sizes.add(len(passage.rows))
+        if len(passage.rows) > 4 or self.segment.sites[0] == "blocks.1.q":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, passage)
+
+    monkeypatch.setattr(block_polish._Runner, "__call__", scarce)
+    result = merged(Blocks(), data, loras, block_steps=5)
+    plain = merged(Blocks(), data, loras).lora
+    assert sizes == {16, 8, 4, 2, 1}
+    assert torch.equal(result.lora.sites["blocks.1.q"].up, plain.sites["blocks.1.q"].up)
+    assert not torch.equal(result.lora.sites["blocks.0.q"].up, plain.sites["blocks.0.q"].up)
+    assert "blocks.1.q to blocks.1.out are not polished, for want of memory" in said(result)
+
+
+class Unknown(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("no autograd formula was registered")
+
+
+def test_what_cannot_be_differentiated_stays_and_is_said():
+    loras, data, model = loras_of(), data_of(), Blocks()
+    model.blocks[2].out.register_forward_hook(lambda *given: Unknown.apply(given[-1]))
+    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 5))
+    for site, change in plain.lora.sites.items():
+        same = torch.equal(change.up, result.lora.sites[site].up)
+        assert same == (not site.startswith(("blocks.0", "blocks.1")))
+    assert "blocks.2.q to blocks.2.out are not polished, since it cannot" in said(result)
+
+
+def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
+    concepts = [Concept(random_lora(host, s), prompts=["a dog", "a cat"]) for s in (1, 2)]
+    calibration = Calibration(samples=4, timesteps=2, latents="noise")
+    seen: list[tuple[int, int]] = []
+
+    def on_progress(progress):
+        if progress.what == block_polish.WHAT:
+            seen.append((progress.done, progress.total))
+
+    settings = {"block_steps": 3}
+    merge_loras(host, concepts, settings=settings, calibration=calibration, on_progress=on_progress)
+    total = seen[0][1]
+    assert [done for done, _ in seen] == list(range(1, total + 1))
+    seen.clear()
+    with pytest.raises(MergeCancelled):
+        merge_loras(
+            host,
+            concepts,
+            settings=settings,
+            calibration=calibration,
+            on_progress=on_progress,
+            should_stop=lambda: len(seen) == 2,
+        )
+    assert all(p.grad is None for p in host.pipeline.unet.parameters())
+    assert all(not m._forward_pre_hooks for m in host.pipeline.unet.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts", "FLUX.1", "Qwen-Image"])
+def test_polish_of_other_architectures(name, tmp_path):
+    """Their blocks are found, give alone what they gave within the model, and come closer."""
+    reduced = PIPELINES[name]()
+    host = DiffusersHost(reduced.pipeline, **reduced.call)
+    loras = [
+        host.read_lora(write_lora(tmp_path / f"{seed}.safetensors", reduced.pipeline, seed))
+        for seed in (1, 2)
+    ]
+    if host.experts:
+        loras = [joined_experts(lora, lora, host.experts) for lora in loras]
+    concepts = [Concept(lora, prompts=list(reduced.prompts)) for lora in loras]
+    calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
+    plain, polished = (
+        merge_loras(host, concepts, settings={"block_steps": steps}, calibration=calibration)
+        for steps in (0, 10)
+    )
+    moved = [
+        site
+        for site, change in plain.lora.sites.items()
+        if not torch.equal(change.up, polished.lora.sites[site].up)
+    ]
+    assert moved
+    assert all(change.up.isfinite().all() for change in polished.lora.sites.values())
