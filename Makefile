@@ -63,7 +63,7 @@ bench-quality: .venv
 bench-reported: .venv
 	$(RUN) benchmarks/reported.py $(if $(SECONDS),--seconds $(SECONDS))
 
-# As bench-reported, on the world of emoji; QUICK=1: few methods at two sizes.
+# As bench-reported, on the world of emoji; QUICK=1: few methods at two subjects, and no styles.
 bench-emoji: .venv/emoji
 	$(RUN) benchmarks/emoji_tables.py $(if $(SECONDS),--seconds $(SECONDS))
 

@@ -28,4 +28,4 @@ if __name__ == "__main__":
         sys.argv.remove("--tune")
         search_settings("emoji", tuning_world, CHOSEN, __doc__)
     else:
-        Tables("emoji", EmojiWorld, CHOSEN).main(__doc__)
+        Tables("emoji", EmojiWorld, CHOSEN, quick_sizes=(2,)).main(__doc__)

@@ -15,6 +15,7 @@ combinations occur; 600 steps for all.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ FIRST_NUMBER = 100
 """From which the concepts are counted: pictures and training have other seeds than the toybox's."""
 
 
-def chosen() -> list[dict[str, Any]]:
-    """The entries of world.json."""
-    rng = np.random.default_rng(SEED)
-    known = {**toybox.concepts(), **toybox.pivotal_concepts()}.values()
+def chosen(
+    words: Sequence[str], seed: int, known: Iterable[toybox.Concept]
+) -> list[dict[str, Any]]:
+    """The entries of world.json, a class for each of the base's rare tokens; ``known`` are the
+    concepts that none of them may be like."""
+    rng = np.random.default_rng(seed)
     taken = {(c.class_word, frozenset((c.color1, c.color2))) for c in known}
     entries: list[dict[str, Any]] = []
-    for index, (token, concept) in enumerate(toybox.concepts().items()):
-        word = concept.class_word
+    for index, (token, word) in enumerate(zip(toybox.concepts(), words, strict=True)):
         patterns = [p for p in patterns_of(word) if p != "rim"]
         while True:
             pattern = str(rng.choice(patterns))
@@ -60,13 +62,21 @@ def chosen() -> list[dict[str, Any]]:
     return entries
 
 
-def main() -> None:
-    entries = ",\n    ".join(json.dumps(entry) for entry in chosen())
-    ROOT.mkdir(exist_ok=True)
-    (ROOT / "world.json").write_text(
-        f'{{\n  "first_number": {FIRST_NUMBER},\n  "concepts": [\n    {entries}\n  ]\n}}\n'
+def write_world(root: Path, first_number: int, entries: Sequence[Mapping[str, Any]]) -> None:
+    """``first_number`` is that from which the concepts are counted: pictures and training have
+    seeds by it."""
+    lines = ",\n    ".join(json.dumps(entry) for entry in entries)
+    root.mkdir(exist_ok=True)
+    (root / "world.json").write_text(
+        f'{{\n  "first_number": {first_number},\n  "concepts": [\n    {lines}\n  ]\n}}\n'
     )
 
 
+def reported() -> list[dict[str, Any]]:
+    own = toybox.concepts()
+    known = [*own.values(), *toybox.pivotal_concepts().values()]
+    return chosen([concept.class_word for concept in own.values()], SEED, known)
+
+
 if __name__ == "__main__":
-    main()
+    write_world(ROOT, FIRST_NUMBER, reported())

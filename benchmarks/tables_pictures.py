@@ -192,6 +192,30 @@ def few_prompts(column: str) -> list[str]:
     )
 
 
+MEASURES = ("image", "judge", "text")
+
+
+def block_polish() -> list[str]:
+    """Each case's methods, and by how much they are ahead of its first one."""
+    rows: list[list[str]] = []
+    for case, found in load("block_polish.json").items():
+        bounds = (("base", found["base"]), ("each LoRA alone", found["single"]))
+        rows += [[case, name, *(short(f"{of[m]:.3f}") for m in MEASURES)] for name, of in bounds]
+        first = next(iter(found["methods"]))
+        for name, of in found["methods"].items():
+            ahead = of["less the first"]
+            leads = ["", ""] if name == first else [signed(ahead[m]) for m in ("image", "judge")]
+            means = [short(f"{of[m]:.3f}") for m in MEASURES]
+            rows.append(
+                [case, name, *means, short(f"{of['kept']:.2f}"), *leads, f"{of['seconds']:.0f}"]
+            )
+    width = len(MEASURES) + 6
+    return lines(
+        ("", "", *MEASURES, "kept", "image gained", "judge gained", "seconds"),
+        [[*row, *[""] * (width - len(row))] for row in rows],
+    )
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "leads": leads,
@@ -201,6 +225,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **{f"few prompts {column}": partial(few_prompts, column) for column in ("image", "text")},
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
+    "block polish": block_polish,
     "toybox": toybox,
     "toybox concepts": toybox_concepts,
 }

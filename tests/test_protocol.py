@@ -25,6 +25,7 @@ from iteris_core.score.measures import (
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import alike_concepts  # noqa: E402
 import reported_concepts  # noqa: E402
 import reported_grid  # noqa: E402
 from protocol.plan import (  # noqa: E402
@@ -316,21 +317,28 @@ def test_every_method_is_in_the_plan():
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():
-    world = json.loads((reported_concepts.ROOT / "world.json").read_text())
-    assert world["concepts"] == reported_concepts.chosen()
-    classes = [entry["class_word"] for entry in world["concepts"]]
+    for root, entries in (
+        (reported_concepts.ROOT, reported_concepts.reported()),
+        (alike_concepts.ROOT, alike_concepts.alike()),
+    ):
+        assert json.loads((root / "world.json").read_text())["concepts"] == entries
+    classes = [entry["class_word"] for entry in reported_concepts.reported()]
     assert classes.count("star") >= 3
     assert classes.count("circle") >= 2
     own = {c.thing for c in (toybox.concepts() | toybox.pivotal_concepts()).values()}
-    assert not own & {c.thing for c in toybox.concepts(reported_concepts.ROOT).values()}
+    reported, alike = (
+        {c.thing for c in toybox.concepts(root).values()}
+        for root in (reported_concepts.ROOT, alike_concepts.ROOT)
+    )
+    assert len(own | reported | alike) == len(own) + len(reported) + len(alike)
 
 
-@pytest.mark.parametrize("token", list(toybox.concepts(reported_concepts.ROOT)))
-def test_a_reported_concept_has_its_files(token):
-    concept = toybox.concepts(reported_concepts.ROOT)[token]
-    assert len(concept.references) == 6
-    assert concept.lora.stat().st_size < 300_000
-    assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()
+@pytest.mark.parametrize("root", [reported_concepts.ROOT, alike_concepts.ROOT])
+def test_reported_concepts_have_their_files(root):
+    for token, concept in toybox.concepts(root).items():
+        assert len(concept.references) == 6
+        assert concept.lora.stat().st_size < 300_000
+        assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()
 
 
 @pytest.mark.slow

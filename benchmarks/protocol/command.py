@@ -18,8 +18,8 @@ from .world import World
 
 @dataclass(frozen=True)
 class Tables:
-    """``name``.json is made of ``name``_runs.jsonl; QUICK=1 takes few methods and sizes, and has
-    its own of both."""
+    """``name``.json is made of ``name``_runs.jsonl; QUICK=1 takes few methods and sizes and no
+    styles, and has its own of both."""
 
     name: str
     world: Callable[[], World]
@@ -41,7 +41,7 @@ class Tables:
         runs = Runs(world, result_file(f"{self.name}_runs.jsonl"))
         wanted = units(
             world.subjects,
-            world.styles,
+            () if QUICK else world.styles,
             [int(size) for size in asked.sizes] or world.sizes,
             self.chosen,
             methods=asked.methods or METHODS,

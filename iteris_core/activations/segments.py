@@ -6,7 +6,7 @@ level of a UNet. It is run again and again on what entered it once.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from .blocks import tensors, unwritten
 from .levels import Found
 from .lockstep import Lockstep
 from .micro_batch import MicroBatch
@@ -44,20 +45,21 @@ class _Kept:
 class Passage:
     """One micro-batch of merged rows through a segment, in host memory.
 
-    ``given`` are its arguments, (args, kwargs); ``wanted`` is the first tensor that it gives under
-    each row's own LoRA, (rows, …), and ``found`` what it gave on the merged rows.
+    ``given`` are its arguments, (args, kwargs); ``wanted`` are the tensors that it gives under each
+    row's own LoRA, (rows, …), and ``found`` those that it gave on the merged rows.
     """
 
     owners: Sequence[int]
     rows: Sequence[int]
     given: Any
-    wanted: Tensor
-    found: Tensor
+    wanted: Sequence[Tensor]
+    found: Sequence[Tensor]
 
     @property
     def bytes(self) -> int:
         given = (leaf for leaf in _pytree.tree_leaves(self.given) if isinstance(leaf, _Kept))
-        return self.wanted.nbytes + self.found.nbytes + sum(leaf.tensor.nbytes for leaf in given)
+        tensors = [*self.wanted, *self.found, *(leaf.tensor for leaf in given)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def arguments(self) -> Any:
         """Copies of ``given`` where they were, which the segment may change in place."""
@@ -89,21 +91,64 @@ def segments_of(found: Found) -> list[Segment]:
     return [Segment(module, sites) for module, sites in parts.items()]
 
 
+@dataclass(frozen=True)
+class ByRow:
+    """What of a segment has an entry for every row: its arguments, by their paths, and the tensors
+    that it gives, by their numbers."""
+
+    given: Set[str]
+    outputs: Sequence[int]
+
+    @classmethod
+    def of(cls, segment: Segment, lockstep: Lockstep, batch: MicroBatch) -> ByRow:
+        """``batch`` has one row, in two copies: what else is of that length would have two tokens,
+        say."""
+        given, outputs = _passed(segment, lockstep, batch)
+        return cls(
+            {path for path, leaf in tensors(given).items() if leaf.ndim and leaf.shape[0] == 2},
+            [i for i, leaf in enumerate(outputs) if leaf.ndim and leaf.shape[0] == 2],
+        )
+
+    def outputs_of(self, output: Any) -> list[Tensor]:
+        every = _tensors_of(output)
+        return [every[number] for number in self.outputs]
+
+
 def pass_through(
-    segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int]
+    segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int], by_row: ByRow
 ) -> Passage:
     """Run ``batch``, of two copies, up to the end of the segment."""
-    seen: dict[str, Any] = {}
     count = len(batch.owners)
+    given, output = _passed(segment, lockstep, batch)
 
-    def half(leaf: Any) -> Any:
-        return _merged_half(leaf, count) if isinstance(leaf, Tensor) else leaf
+    def kept(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        some = leaf[count:] if _pytree.keystr(path) in by_row.given else leaf
+        return _Kept(some.to("cpu", copy=True), leaf.device)
+
+    outputs = by_row.outputs_of(output)
+    return Passage(
+        batch.owners,
+        rows,
+        _pytree.tree_map_with_path(kept, given),
+        [leaf[:count] for leaf in outputs],
+        [leaf[count:] for leaf in outputs],
+    )
+
+
+def _passed(
+    segment: Segment, lockstep: Lockstep, batch: MicroBatch
+) -> tuple[Any, Sequence[Tensor]]:
+    """Copies of the arguments, and in host memory the tensors that it gives."""
+    seen: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen["given"] = _pytree.tree_map(half, (args, kwargs))
+        given = args, kwargs
+        seen["given"] = unwritten(tensors(given).keys(), *given)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        seen["output"] = first_tensor(output).detach().cpu()
+        seen["outputs"] = [leaf.detach().cpu() for leaf in _tensors_of(output)]
         raise _Passed
 
     handles = [
@@ -117,20 +162,11 @@ def pass_through(
     finally:
         for handle in handles:
             handle.remove()
-    output = seen["output"]
-    return Passage(batch.owners, rows, seen["given"], output[:count], output[count:])
+    return seen["given"], seen["outputs"]
 
 
-def first_tensor(output: Any) -> Tensor:
-    return next(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-def _merged_half(leaf: Tensor, count: int) -> _Kept:
-    """Of what has a row for each of both copies those of the merged."""
-    some = leaf.detach()
-    if some.ndim and some.shape[0] == 2 * count:
-        some = some[count:]
-    return _Kept(some.to("cpu", copy=True), leaf.device)
+def _tensors_of(output: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

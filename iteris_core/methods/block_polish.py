@@ -14,7 +14,7 @@ it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,9 @@ from ..activations.lockstep import Lockstep
 from ..activations.meter import is_out_of_memory
 from ..activations.micro_batch import MicroBatch
 from ..activations.segments import (
+    ByRow,
     Passage,
     Segment,
-    first_tensor,
     pass_through,
     plain_weights,
     segments_of,
@@ -132,19 +132,22 @@ class _Polish:
 
     def _polish(self, segment: Segment, at_once: int, number: int, count: int) -> bool:
         """Whether the segment came nearer to what it is to give."""
-        passages = self._passages(segment, at_once)
+        rows = self._rows()
+        by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
+        passages = self._passages(segment, rows, at_once, by_row)
         checked = passages[:CHECKED]
         modules = self.job.host.sites()
         with self.stage.gradients(), plain_weights(segment.module) as weights:
-            runner = _Runner(self.lockstep, segment, weights)
-            if not runner.repeats(passages[0]):
-                _log.debug("%s gives something else when it is run alone", segment.sites[0])
+            runner = _Runner(self.lockstep, segment, weights, by_row)
+            tokens = _tokens(runner, modules, passages)
+            if tokens is None:
+                self._note(segment, "since by themselves they give something else")
                 return False
-            factors = _Factors.of(runner, modules, passages)
+            factors = _Factors.of(self.lockstep.merged, tokens)
             before = self._error(runner, checked)
             adam = torch.optim.Adam(factors.groups(self.rate), betas=(0.9, 0.99))
             schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._warm)
-            scale = 0.01 * (before / sum(p.wanted.numel() for p in checked)) ** -0.5
+            scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5
             for step in range(self.steps):
                 pick = int(torch.randint(len(passages), (), generator=self.job.generator))
                 with torch.enable_grad():
@@ -163,20 +166,26 @@ class _Polish:
     def _warm(self, step: int) -> float:
         return min(1.0, (step + 1) / 10) * (1 - step / self.steps)
 
-    def _passages(self, segment: Segment, at_once: int) -> list[Passage]:
-        """Rows of all concepts alike, in any order, as many as host memory holds."""
+    def _passages(
+        self, segment: Segment, chosen: Sequence[int], at_once: int, by_row: ByRow
+    ) -> list[Passage]:
+        """As many as host memory holds."""
         passages: list[Passage] = []
         taken = 0
-        for rows in chunks(self._rows(), self.stage.kinds, at_once):
-            owners = [self.stage.owners[row] for row in rows]
-            batch = MicroBatch(lambda rows=rows: self.stage.run(rows, 2), owners, 2)
-            passages.append(pass_through(segment, self.lockstep, batch, rows))
+        for rows in chunks(chosen, self.stage.kinds, at_once):
+            batch = self._batch(rows)
+            passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
             taken += passages[-1].bytes
             if taken + passages[-1].bytes > MOST_BYTES and len(passages) > 3:
                 break
         return passages
 
+    def _batch(self, rows: Sequence[int]) -> MicroBatch:
+        owners = [self.stage.owners[row] for row in rows]
+        return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2)
+
     def _rows(self) -> list[int]:
+        """As many of every concept, in any order."""
         order = torch.randperm(len(self.stage.owners), generator=self.job.generator).tolist()
         each = _row_count(self.job) // len(self.job.concepts)
         left = dict.fromkeys(self.stage.owners, each)
@@ -188,13 +197,13 @@ class _Polish:
         return rows
 
     def _loss(self, runner: _Runner, passage: Passage) -> Tensor:
-        output = runner(passage).float()
-        errors = (output - passage.wanted.to(output.device).float()).square()
-        mask = self._mask(runner.segment, passage, errors)
-        if mask is not None:
-            errors = errors * mask
-        by_row = errors.flatten(1).sum(1)
-        return (by_row * by_row.new_tensor(self._weights(passage))).sum()
+        by_row: list[Tensor] = []
+        for output, wanted in zip(runner(passage), passage.wanted, strict=True):
+            errors = (output.float() - wanted.to(output.device).float()).square()
+            mask = self._mask(runner.segment, passage, errors)
+            by_row.append((errors if mask is None else errors * mask).flatten(1).sum(1))
+        total = torch.stack(by_row).sum(0)
+        return (total * total.new_tensor(self._weights(passage))).sum()
 
     def _weights(self, passage: Passage) -> list[float]:
         return [self.job.weights[owner] for owner in passage.owners]
@@ -220,27 +229,19 @@ class _Runner:
     lockstep: Lockstep
     segment: Segment
     weights: Mapping[str, Tensor]
+    by_row: ByRow
 
-    def __call__(self, passage: Passage) -> Tensor:
+    def __call__(self, passage: Passage) -> Sequence[Tensor]:
         outputs: list[Tensor] = []
         args, kwargs = passage.arguments()
 
         def run() -> None:
             output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
-            outputs.append(first_tensor(output))
+            outputs.extend(self.by_row.outputs_of(output))
 
         batch = MicroBatch(run, passage.owners, 1, merged_only=True)
         self.lockstep.run(batch, grad=torch.is_grad_enabled())
-        return outputs[0]
-
-    def repeats(self, passage: Passage) -> bool:
-        """Whether it gives what it gave within the model."""
-        with torch.no_grad():
-            output = self(passage).float().cpu()
-        found = passage.found.float()
-        return output.shape == found.shape and float((output - found).norm()) <= _SAME * float(
-            found.norm()
-        )
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -253,14 +254,11 @@ class _Factors:
     kernels: Mapping[str, Any]
 
     @classmethod
-    def of(
-        cls, runner: _Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
-    ) -> _Factors:
+    def of(cls, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor]) -> _Factors:
+        """Of the ``merged`` changes of those sites whose inputs are given, (tokens, in)."""
         ups: dict[str, Tensor] = {}
         downs: dict[str, Tensor] = {}
-        tokens = _tokens(runner, modules, passages)
-        whitenings = {site: Whitening.of(torch.cat(some), FLOOR) for site, some in tokens.items()}
-        merged = runner.lockstep.merged
+        whitenings = {site: Whitening.of(some, FLOOR) for site, some in tokens.items()}
         for site, whitening in whitenings.items():
             change = merged[site].to(torch.float32, whitening.roots.device)
             up, across = torch.linalg.qr(change.up)
@@ -294,7 +292,7 @@ class _Factors:
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     try:
-        return torch.autograd.grad(loss, factors)
+        return torch.autograd.grad(loss, factors, allow_unused=True, materialize_grads=True)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -303,25 +301,41 @@ def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _tokens(
     runner: _Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
-) -> dict[str, list[Tensor]]:
-    """Some of the inputs of every site of the segment."""
+) -> dict[str, Tensor] | None:
+    """Some of the inputs of every site of the segment, (tokens, in); None where it does not give
+    by itself what it gave within the model."""
     tokens: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    handles = []
-    for site in runner.segment.sites:
+    each = -(-TOKENS // len(passages))
 
-        def note(module: nn.Module, args: tuple[Any, ...], site: str = site) -> None:
+    def noting(site: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             shown = site_of(site, module).tokens(args[0].detach())
             # At random: tokens of a row come in turn, and every so manieth are not like the others.
-            some = torch.randperm(len(shown), generator=generator)[: -(-TOKENS // len(passages))]
+            some = torch.randperm(len(shown), generator=generator)[:each]
             tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
 
-        handles.append(modules[site].register_forward_pre_hook(note))
+        return note
+
+    handles = [modules[s].register_forward_pre_hook(noting(s)) for s in runner.segment.sites]
     try:
         with torch.no_grad():
-            for passage in passages:
-                runner(passage)
+            if not all(_alike(runner(passage), passage.found) for passage in passages):
+                return None
+    except Exception as error:  # a row's share of an argument may not be told from another
+        if is_out_of_memory(error):
+            raise
+        _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    return tokens
+    return {site: torch.cat(some) for site, some in tokens.items()}
+
+
+def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return bool(others) and all(
+        one.shape == other.shape
+        and float((one.float().cpu() - other.float()).norm()) <= _SAME * float(other.float().norm())
+        for one, other in zip(some, others, strict=True)
+    )

@@ -40,7 +40,7 @@ def test_blocks_are_found_and_polished(
     monkeypatch.setattr(polish._Polish, "_polish", noted)
     with torch.inference_mode():
         plain = trial.merge(2).lora.sites
-        result = trial.merge(2, block_steps=5)
+        result = trial.merge(2, block_steps=15)
     found = result.lora.sites
     moved = [site for site, change in plain.items() if not torch.equal(change.up, found[site].up)]
     why = str(result.report.notes.get("sites", ""))

@@ -1,0 +1,148 @@
+"""Polish block by block, on concepts that nothing was chosen on: alike ones, and ten at a low rank.
+
+``python benchmarks/block_polish.py`` writes ``benchmarks/results/block_polish.json``, case by case,
+and goes on where it stopped; ``--seconds`` stops it by itself. Per case the means of ``image``,
+``judge`` and ``text`` over all pictures of its sets, the same less the default's on the same
+pictures with the standard error over concepts, the share of likeness above the base that is
+``kept`` of each LoRA alone, and the seconds of this process's processor time that merges took.
+
+``alike`` are five circles and five squares (``alike_concepts.py``): of each class the first three,
+the last three, and all five. ``ten`` are the concepts of ``reported_concepts.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from outputs import QUICK, read, result_file, write
+from protocol.toybox import ToyboxWorld
+
+from iteris_core import Calibration, Lora, merge_loras
+
+ROOT = Path(__file__).parent
+FILE = result_file("block_polish.json")
+SEEDS = range(1, 3) if QUICK else range(1, 9)
+STEPS = 120
+
+
+@dataclass(frozen=True)
+class Case:
+    """``methods`` by the name that tables have; the first one is what the others are held to."""
+
+    world: Path
+    sets: Sequence[Sequence[int]]
+    methods: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = field(default_factory=lambda: SEEDS)
+
+
+BOTH = {"default": {}, f"{STEPS} steps a block": {"block_steps": STEPS}}
+CASES: Mapping[str, Case] = {
+    "ten at rank 8": Case(
+        ROOT / "reported",
+        [tuple(range(1, 11))],
+        {
+            "rank 8": {"rank": 8},
+            f"rank 8, {STEPS} steps a block": {"rank": 8, "block_steps": STEPS},
+        },
+    ),
+    "ten": Case(ROOT / "reported", [tuple(range(1, 11))], BOTH),
+    "three alike": Case(ROOT / "alike", [(1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)], BOTH),
+    "five alike": Case(ROOT / "alike", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], BOTH),
+}
+
+
+class Bench:
+    def __init__(self, root: Path, seeds: Sequence[int]) -> None:
+        self.world, self.seeds = ToyboxWorld(root), seeds
+
+    def scores(self, name: str, lora: Lora | None) -> dict[str, list[float]]:
+        """Of one concept's pictures, two for each seed."""
+        wanted = [w for seed in self.seeds for w in self.world.alone(name, seed)]
+        images = self.world.draw(lora, wanted)
+        judged = self.world.likeness(images, [name] * len(images))
+        return {
+            **{judge: list(values) for judge, values in judged.items()},
+            "text": list(self.world.text_alignment(images, wanted)),
+        }
+
+    def of_sets(self, sets: Sequence[Sequence[str]], settings: Mapping[str, Any]) -> Any:
+        """Every concept of every set, and the seconds that the merges took."""
+        found: list[dict[str, list[float]]] = []
+        seconds: list[float] = []
+        for names in sets:
+            began = time.process_time()
+            lora = merge_loras(
+                self.world.host,
+                self.world.concepts(names, 0),
+                settings=settings,
+                calibration=Calibration.from_mapping({**self.world.calibration, "seed": 0}),
+            ).lora
+            seconds.append(time.process_time() - began)
+            found += [self.scores(name, lora) for name in names]
+        return found, seconds
+
+
+def measured(case: Case) -> dict[str, Any]:
+    bench = Bench(case.world, case.seeds)
+    sets = [[f"sks{number}" for number in numbers] for numbers in case.sets]
+    names = [name for some in sets for name in some]
+    loras = {c.name: c.lora for c in bench.world.concepts(sorted(set(names)), 0)}
+    alone = {name: bench.scores(name, lora) for name, lora in loras.items()}
+    base = {name: bench.scores(name, None) for name in loras}
+    single, plain = ([of[name] for name in names] for of in (alone, base))
+    methods = {name: bench.of_sets(sets, settings) for name, settings in case.methods.items()}
+    first, _ = next(iter(methods.values()))
+    low, high = _means(plain)["image"], _means(single)["image"]
+    return {
+        "sets": [list(numbers) for numbers in case.sets],
+        "pictures": sum(len(of["image"]) for of in single),
+        "single": _means(single),
+        "base": _means(plain),
+        "methods": {
+            name: {
+                **_means(found),
+                "kept": (_means(found)["image"] - low) / (high - low),
+                "less the first": {m: _difference(found, first, m) for m in found[0]},
+                "seconds": fmean(seconds),
+            }
+            for name, (found, seconds) in methods.items()
+        },
+    }
+
+
+def _means(found: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    return {measure: fmean(fmean(of[measure]) for of in found) for measure in found[0]}
+
+
+def _difference(
+    ours: Sequence[Mapping[str, Sequence[float]]],
+    theirs: Sequence[Mapping[str, Sequence[float]]],
+    measure: str,
+) -> dict[str, float]:
+    """Mean and standard error over the concepts of all sets."""
+    values = [fmean(a[measure]) - fmean(b[measure]) for a, b in zip(ours, theirs, strict=True)]
+    return {"mean": fmean(values), "se": stdev(values) / len(values) ** 0.5}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
+    parser.add_argument("--again", nargs="*", default=(), choices=CASES)
+    asked = parser.parse_args()
+    until = time.monotonic() + asked.seconds
+    for name, case in CASES.items():
+        data = read(FILE)
+        if (name in data and name not in asked.again) or time.monotonic() > until:
+            continue
+        write(FILE, {**data, name: measured(case)})
+        print(name, "measured", flush=True)
+
+
+if __name__ == "__main__":
+    main()
