@@ -7,12 +7,13 @@ a segment (:mod:`..activations.segments`) are trained together on
     Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
 
 in execution order, on inputs that passed the segments before. The factors are trained where inputs
-are white (:mod:`..linalg.whitening`). A segment whose rows that were held back do not gain stays as
-it was.
+are white (:mod:`..linalg.whitening`). A segment that does not come nearer to what it is to give
+stays as it was.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,41 +101,45 @@ class _Polish:
     stage: Stage
     steps: int
     rate: float
+    at_once: int = AT_ONCE
 
     def run(self) -> None:
         segments = segments_of(find(self.stage, self.lockstep))
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
-            at_once = AT_ONCE
-            while True:
-                try:
-                    gained = self._polish(segment, at_once, number, len(segments))
-                    break
-                except _NoGradients as error:
-                    gained = False
-                    self._note(segment, f"since it cannot be differentiated ({error})")
-                    break
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    gained = False
+            if not self._within_memory(segment, number, len(segments)):
                 self.lockstep.merged |= before
-                at_once //= 2
-                if not at_once:
-                    self._note(segment, "for want of memory")
-                    break
-            if not gained:
-                self.lockstep.merged |= before
+
+    def _within_memory(self, segment: Segment, number: int, count: int) -> bool:
+        """:meth:`_polish`, with half as many rows at once as often as memory runs out."""
+        before = {site: self.lockstep.merged[site] for site in segment.sites}
+        while True:
+            try:
+                return self._polish(segment, number, count)
+            except _NoGradients as error:
+                self._note(segment, f"since it cannot be differentiated ({error})")
+                return False
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.lockstep.merged |= before
+            gc.collect()  # frames that the error has left
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.at_once == 1:
+                self._note(segment, "for want of memory")
+                return False
+            self.at_once //= 2
 
     def _note(self, segment: Segment, why: str) -> None:
         first, *_, last = segment.sites
         self.job.ran.notes.append(f"{first} to {last} are not polished, {why}")
 
-    def _polish(self, segment: Segment, at_once: int, number: int, count: int) -> bool:
+    def _polish(self, segment: Segment, number: int, count: int) -> bool:
         """Whether the segment came nearer to what it is to give."""
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        passages = self._passages(segment, rows, at_once, by_row)
+        passages = self._passages(segment, rows, by_row)
         checked = passages[:CHECKED]
         modules = self.job.host.sites()
         with self.stage.gradients(), plain_weights(segment.module) as weights:
@@ -166,13 +171,11 @@ class _Polish:
     def _warm(self, step: int) -> float:
         return min(1.0, (step + 1) / 10) * (1 - step / self.steps)
 
-    def _passages(
-        self, segment: Segment, chosen: Sequence[int], at_once: int, by_row: ByRow
-    ) -> list[Passage]:
+    def _passages(self, segment: Segment, chosen: Sequence[int], by_row: ByRow) -> list[Passage]:
         """As many as host memory holds."""
         passages: list[Passage] = []
         taken = 0
-        for rows in chunks(chosen, self.stage.kinds, at_once):
+        for rows in chunks(chosen, self.stage.kinds, self.at_once):
             batch = self._batch(rows)
             passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
             taken += passages[-1].bytes
