@@ -195,6 +195,7 @@ def test_every_step_of_a_merge_is_told(host):
         ("iteris", {"schedule": "jacobi", "iterations": 3}),
         ("iteris", {"objective": "adapter"}),
         ("iteris", {"polish_steps": 3}),
+        ("iteris", {"block_steps": 3}),
         ("custom-diffusion", {}),
         ("ties", {}),
     ],
