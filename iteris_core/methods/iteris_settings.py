@@ -100,8 +100,8 @@ class IterisSettings(Settings):
     block_steps: int = setting(
         0,
         "Adam steps on what each block gives, block by block after the closed form: gradients, but "
-        "never through the whole model, and no data. 120 are worth their time for many concepts, "
-        "alike ones, or a low rank.",
+        "never through the whole model, and no data. 120 are worth their time for many concepts "
+        "or a low rank.",
         low=0,
         most=1000,
     )
