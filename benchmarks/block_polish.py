@@ -7,7 +7,8 @@ pictures with the standard error over concepts, the share of likeness above the 
 ``kept`` of each LoRA alone, and the seconds of this process's processor time that merges took.
 
 ``alike`` are five circles and five squares (``alike_concepts.py``): of each class the first three,
-the last three, and all five. ``ten`` are the concepts of ``reported_concepts.py``.
+``ten`` are the concepts of ``reported_concepts.py``; in pairs and in fives they have the
+preset ``best``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from outputs import QUICK, read, result_file, write
 from protocol.toybox import ToyboxWorld
 
-from iteris_core import Calibration, Lora, merge_loras
+from iteris_core import Lora, merge_loras
 
 ROOT = Path(__file__).parent
 FILE = result_file("block_polish.json")
@@ -33,37 +34,40 @@ STEPS = 120
 
 @dataclass(frozen=True)
 class Case:
-    """``methods`` by the name that tables have; the first one is what the others are held to."""
+    """``methods`` are what a merge is given, by the name that tables have; the first one is what
+    the others are held to."""
 
     world: Path
     sets: Sequence[Sequence[int]]
     methods: Mapping[str, Mapping[str, Any]]
-    seeds: Sequence[int] = field(default_factory=lambda: SEEDS)
 
 
-BOTH = {"default": {}, f"{STEPS} steps a block": {"block_steps": STEPS}}
+BOTH = {"default": {}, f"{STEPS} steps a block": {"settings": {"block_steps": STEPS}}}
+PRESETS = {"default": {}, "best": {"preset": "best"}}
 CASES: Mapping[str, Case] = {
     "ten at rank 8": Case(
         ROOT / "reported",
         [tuple(range(1, 11))],
         {
-            "rank 8": {"rank": 8},
-            f"rank 8, {STEPS} steps a block": {"rank": 8, "block_steps": STEPS},
+            "rank 8": {"settings": {"rank": 8}},
+            f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, "block_steps": STEPS}},
         },
     ),
     "ten": Case(ROOT / "reported", [tuple(range(1, 11))], BOTH),
     "three alike": Case(ROOT / "alike", [(1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)], BOTH),
     "five alike": Case(ROOT / "alike", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], BOTH),
+    "pairs, presets": Case(ROOT / "reported", [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], PRESETS),
+    "fives, presets": Case(ROOT / "reported", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], PRESETS),
 }
 
 
 class Bench:
-    def __init__(self, root: Path, seeds: Sequence[int]) -> None:
-        self.world, self.seeds = ToyboxWorld(root), seeds
+    def __init__(self, root: Path) -> None:
+        self.world = ToyboxWorld(root)
 
     def scores(self, name: str, lora: Lora | None) -> dict[str, list[float]]:
         """Of one concept's pictures, two for each seed."""
-        wanted = [w for seed in self.seeds for w in self.world.alone(name, seed)]
+        wanted = [w for seed in SEEDS for w in self.world.alone(name, seed)]
         images = self.world.draw(lora, wanted)
         judged = self.world.likeness(images, [name] * len(images))
         return {
@@ -71,7 +75,7 @@ class Bench:
             "text": list(self.world.text_alignment(images, wanted)),
         }
 
-    def of_sets(self, sets: Sequence[Sequence[str]], settings: Mapping[str, Any]) -> Any:
+    def of_sets(self, sets: Sequence[Sequence[str]], given: Mapping[str, Any]) -> Any:
         """Every concept of every set, and the seconds that the merges took."""
         found: list[dict[str, list[float]]] = []
         seconds: list[float] = []
@@ -80,8 +84,8 @@ class Bench:
             lora = merge_loras(
                 self.world.host,
                 self.world.concepts(names, 0),
-                settings=settings,
-                calibration=Calibration.from_mapping({**self.world.calibration, "seed": 0}),
+                calibration={**self.world.calibration, "seed": 0},
+                **given,
             ).lora
             seconds.append(time.process_time() - began)
             found += [self.scores(name, lora) for name in names]
@@ -89,14 +93,14 @@ class Bench:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    bench = Bench(case.world, case.seeds)
+    bench = Bench(case.world)
     sets = [[f"sks{number}" for number in numbers] for numbers in case.sets]
     names = [name for some in sets for name in some]
     loras = {c.name: c.lora for c in bench.world.concepts(sorted(set(names)), 0)}
     alone = {name: bench.scores(name, lora) for name, lora in loras.items()}
     base = {name: bench.scores(name, None) for name in loras}
     single, plain = ([of[name] for name in names] for of in (alone, base))
-    methods = {name: bench.of_sets(sets, settings) for name, settings in case.methods.items()}
+    methods = {name: bench.of_sets(sets, given) for name, given in case.methods.items()}
     first, _ = next(iter(methods.values()))
     low, high = _means(plain)["image"], _means(single)["image"]
     return {

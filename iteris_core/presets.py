@@ -1,6 +1,7 @@
 """Presets: tables of settings by name, over which single ones go.
 
-What they cost and give was measured on the toybox: ``benchmarks/README.md``, "Ablations".
+What they cost and give was measured on the toybox: ``benchmarks/README.md``, "Ablations" and
+"Polish block by block".
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class CompareMerges(io.ComfyNode):
             if name != _BASE:
                 result = merged(model, clip, specs, name, asked, node_id)
                 drawn = apply_lora(model, clip, as_lora_model(result))
-                reports.append(result.report.summary() + asked.note(name))
+                reports.append(result.report.summary() + asked.note)
             models.append(drawn[0])
             clips.append(drawn[1])
         report = "\n".join(reports)

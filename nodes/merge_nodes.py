@@ -183,7 +183,7 @@ def _merge(
     called = how_to_call(bundled(result.lora.embeddings))
     if words := _words(result):
         called = f"\n  Trigger words: {words}{called}"
-    report = result.report.summary() + scaled + asked.note(method) + called
+    report = result.report.summary() + scaled + asked.note + called
     show_text(report, node_id)
     return result, report
 

@@ -86,7 +86,8 @@ class Asked:
             "memory_budget": self.memory_budget,
         }
 
-    def note(self, method: str) -> str:
+    @property
+    def note(self) -> str:
         """What a report has to say of the inputs."""
         if not self._fast:
             return ""

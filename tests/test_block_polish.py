@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import ModuleHost, changed, dense_changes
-from pipelines import PIPELINES, write_lora
+from pipelines import PIPELINES, two_concepts
 from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
 from iteris_core.activations.levels import Found
 from iteris_core.activations.segments import segments_of
-from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.whitening import Whitening
-from iteris_core.lora_files.experts import joined_experts
 from iteris_core.methods import block_polish
 
 WIDTH = 12
@@ -176,6 +174,13 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
     assert "blocks.1.q to blocks.1.out are not polished, for want of memory" in said(result)
 
 
+def test_where_nothing_is_wrong_nothing_is_done():
+    nothing = Lora({s: LowRank(c.up * 0, c.down) for s, c in loras_of()[0].sites.items()}, "none")
+    result = merged(Blocks(), data_of(2), [nothing, nothing], block_steps=3)
+    assert all(not change.dense().any() for change in result.lora.sites.values())
+    assert not result.report.notes
+
+
 class Unknown(torch.autograd.Function):
     @staticmethod
     def forward(context, x):
@@ -227,15 +232,7 @@ def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
 @pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts", "FLUX.1", "Qwen-Image"])
 def test_polish_of_other_architectures(name, tmp_path):
     """Their blocks are found, give alone what they gave within the model, and come closer."""
-    reduced = PIPELINES[name]()
-    host = DiffusersHost(reduced.pipeline, **reduced.call)
-    loras = [
-        host.read_lora(write_lora(tmp_path / f"{seed}.safetensors", reduced.pipeline, seed))
-        for seed in (1, 2)
-    ]
-    if host.experts:
-        loras = [joined_experts(lora, lora, host.experts) for lora in loras]
-    concepts = [Concept(lora, prompts=list(reduced.prompts)) for lora in loras]
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
     calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
     plain, polished = (
         merge_loras(host, concepts, settings={"block_steps": steps}, calibration=calibration)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import ModuleHost, Net, changed, dense_changes, make_data, make_lora
-from pipelines import PIPELINES, write_lora
+from pipelines import PIPELINES, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, MergeCancelled, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.lora_files.experts import joined_experts
 from iteris_core.methods.polish import _LastStages
+from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 
 
@@ -85,16 +84,8 @@ def test_polish_through_text_encoder_and_denoiser_can_be_cancelled(host):
 @pytest.mark.parametrize("name", ["Z-Image", "Wan 2.2 with two experts"])
 def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
     """Texts of several lengths in lists, and two denoisers, each with its own rows."""
-    reduced = PIPELINES[name]()
-    host = DiffusersHost(reduced.pipeline, **reduced.call)
-    loras = [
-        host.read_lora(write_lora(tmp_path / f"{seed}.safetensors", reduced.pipeline, seed))
-        for seed in (1, 2)
-    ]
-    if host.experts:
-        loras = [joined_experts(lora, lora, host.experts) for lora in loras]
-    concepts = [Concept(lora, prompts=list(reduced.prompts)) for lora in loras]
-    changes = {site: [lora.sites[site] for lora in loras] for site in loras[0].sites}
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
+    changes = changes_of(concepts)
     calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
     job = Job(host, concepts, changes, calibration, torch.Generator(), lambda *_: None)
     with job.lockstep() as lockstep:

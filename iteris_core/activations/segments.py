@@ -6,7 +6,7 @@ level of a UNet. It is run again and again on what entered it once.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .blocks import tensors, unwritten
+from .blocks import tensors
 from .levels import Found
 from .lockstep import Lockstep
 from .micro_batch import MicroBatch
@@ -103,7 +103,7 @@ class ByRow:
     def of(cls, segment: Segment, lockstep: Lockstep, batch: MicroBatch) -> ByRow:
         """``batch`` has one row, in two copies: what else is of that length would have two tokens,
         say."""
-        given, outputs = _passed(segment, lockstep, batch)
+        given, outputs = _passed(segment, lockstep, batch, lambda path, leaf: leaf)
         return cls(
             {path for path, leaf in tensors(given).items() if leaf.ndim and leaf.shape[0] == 2},
             [i for i, leaf in enumerate(outputs) if leaf.ndim and leaf.shape[0] == 2],
@@ -119,7 +119,6 @@ def pass_through(
 ) -> Passage:
     """Run ``batch``, of two copies, up to the end of the segment."""
     count = len(batch.owners)
-    given, output = _passed(segment, lockstep, batch)
 
     def kept(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -127,25 +126,26 @@ def pass_through(
         some = leaf[count:] if _pytree.keystr(path) in by_row.given else leaf
         return _Kept(some.to("cpu", copy=True), leaf.device)
 
+    given, output = _passed(segment, lockstep, batch, kept)
     outputs = by_row.outputs_of(output)
     return Passage(
         batch.owners,
         rows,
-        _pytree.tree_map_with_path(kept, given),
+        given,
         [leaf[:count] for leaf in outputs],
         [leaf[count:] for leaf in outputs],
     )
 
 
 def _passed(
-    segment: Segment, lockstep: Lockstep, batch: MicroBatch
+    segment: Segment, lockstep: Lockstep, batch: MicroBatch, kept: Callable[[Any, Any], Any]
 ) -> tuple[Any, Sequence[Tensor]]:
-    """Copies of the arguments, and in host memory the tensors that it gives."""
+    """What is ``kept`` of the arguments by their paths, which the segment may change in place, and
+    in host memory the tensors that it gives."""
     seen: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = args, kwargs
-        seen["given"] = unwritten(tensors(given).keys(), *given)
+        seen["given"] = _pytree.tree_map_with_path(kept, (args, kwargs))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         seen["outputs"] = [leaf.detach().cpu() for leaf in _tensors_of(output)]

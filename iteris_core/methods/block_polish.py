@@ -107,29 +107,29 @@ class _Polish:
         segments = segments_of(find(self.stage, self.lockstep))
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
-            if not self._within_memory(segment, number, len(segments)):
+            while (gained := self._tried(segment, number, len(segments))) is None:
+                self.lockstep.merged |= before
+            if not gained:
                 self.lockstep.merged |= before
 
-    def _within_memory(self, segment: Segment, number: int, count: int) -> bool:
-        """:meth:`_polish`, with half as many rows at once as often as memory runs out."""
-        before = {site: self.lockstep.merged[site] for site in segment.sites}
-        while True:
-            try:
-                return self._polish(segment, number, count)
-            except _NoGradients as error:
-                self._note(segment, f"since it cannot be differentiated ({error})")
-                return False
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.lockstep.merged |= before
-            gc.collect()  # frames that the error has left
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if self.at_once == 1:
-                self._note(segment, "for want of memory")
-                return False
-            self.at_once //= 2
+    def _tried(self, segment: Segment, number: int, count: int) -> bool | None:
+        """:meth:`_polish`; None: with fewer rows at once, since memory ran out."""
+        try:
+            return self._polish(segment, number, count)
+        except _NoGradients as error:
+            self._note(segment, f"since it cannot be differentiated ({error})")
+            return False
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        gc.collect()  # frames that the error has left
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.at_once == 1:
+            self._note(segment, "for want of memory")
+            return False
+        self.at_once //= 2
+        return None
 
     def _note(self, segment: Segment, why: str) -> None:
         first, *_, last = segment.sites
@@ -150,6 +150,8 @@ class _Polish:
                 return False
             factors = _Factors.of(self.lockstep.merged, tokens)
             before = self._error(runner, checked)
+            if not before:
+                return False
             adam = torch.optim.Adam(factors.groups(self.rate), betas=(0.9, 0.99))
             schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._warm)
             scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5

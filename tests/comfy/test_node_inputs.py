@@ -44,7 +44,7 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     assert found == files
     asked = module(kit, "merge_settings").Asked
     assert asked(files=found).distilled is distilled
-    assert (files[0] in asked(files=found).note("iteris")) == bool(distilled)
+    assert (files[0] in asked(files=found).note) == bool(distilled)
     assert asked(files=found, values={"empty_prompts": "yes"}).distilled is False
     assert asked(files=found, values={"empty_prompts": "no"}).distilled is True
 

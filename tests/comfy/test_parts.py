@@ -261,7 +261,7 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
     assert settings(preset="best")["block_steps"] == 120
     assert settings(preset="best", block_steps=30)["block_steps"] == 30
-    assert not asked("best").note("iteris")
+    assert not asked("best").note
     assert asked(values=usual).calibration.latent_size is None
     assert asked("fast", values=usual).calibration.samples == 12
     assert asked("fast", 30, values=usual).calibration.samples == 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .flux import FLUX
-from .loras import applied, loaded, lora_tensors, write_lora
+from .loras import applied, loaded, lora_tensors, two_concepts, write_lora
 from .pictures import PICTURES
 from .reduced import PROMPTS, Reduced, draw, seeded
 from .stable_diffusion import STABLE_DIFFUSION
@@ -23,5 +23,6 @@ __all__ = [
     "draw",
     "loaded",
     "lora_tensors",
+    "two_concepts",
     "write_lora",
 ]

@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iteris_core import Lora
+from iteris_core import Concept, Lora
+from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.diffusers_lora import loaded_components, pipeline_sites
+from iteris_core.lora_files.experts import joined_experts
+
+from .reduced import Reduced
 
 PARTS = re.compile(r"attn|attention|\.ff|ffn|feed_forward|mlp|\.fc[12]$", re.IGNORECASE)
 
@@ -42,6 +46,16 @@ def write_lora(path: str | Path, pipeline: Any, seed: int = 1, rank: int = 2) ->
     """A random LoRA of the pipeline's denoiser and of the text encoders that it is loaded with."""
     save_file(lora_tensors(pipeline, seed, rank), path)
     return Path(path)
+
+
+def two_concepts(reduced: Reduced, folder: Path) -> tuple[DiffusersHost, list[Concept]]:
+    """A host of the pipeline, and two random LoRAs with its prompts; of each expert the same."""
+    host = DiffusersHost(reduced.pipeline, **reduced.call)
+    files = [write_lora(folder / f"{seed}.safetensors", reduced.pipeline, seed) for seed in (1, 2)]
+    loras = [host.read_lora(file) for file in files]
+    if host.experts:
+        loras = [joined_experts(lora, lora, host.experts) for lora in loras]
+    return host, [Concept(lora, prompts=list(reduced.prompts)) for lora in loras]
 
 
 @contextmanager
