@@ -42,7 +42,9 @@ class Case:
     methods: Mapping[str, Mapping[str, Any]]
 
 
-BOTH = {"default": {}, f"{STEPS} steps a block": {"settings": {"block_steps": STEPS}}}
+BLOCKS = {"block_steps": STEPS, "block_pairs": 0.0}
+"""Without pictures of two, which ``two_in_one.py`` measures."""
+BOTH = {"default": {}, f"{STEPS} steps a block": {"settings": BLOCKS}}
 PRESETS = {"default": {}, "best": {"preset": "best"}}
 CASES: Mapping[str, Case] = {
     "ten at rank 8": Case(
@@ -50,7 +52,7 @@ CASES: Mapping[str, Case] = {
         [tuple(range(1, 11))],
         {
             "rank 8": {"settings": {"rank": 8}},
-            f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, "block_steps": STEPS}},
+            f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, **BLOCKS}},
         },
     ),
     "ten": Case(ROOT / "reported", [tuple(range(1, 11))], BOTH),

@@ -30,6 +30,8 @@ KINDS: Mapping[PromptKind, tuple[str, ...]] = {
     "video": _templates("video"),
 }
 """Templates by what a concept is: a thing, a look of everything, booru tags, or a movement."""
+PAIR_TEMPLATES = _templates("pairs")
+"""Of two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
 
@@ -141,6 +143,7 @@ class Calibration(Settings):
         None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
     templates: Sequence[str] = TEMPLATES
+    """With "{}" where the concept goes; those with two are of two concepts side by side."""
     seed: int = setting(
         0,
         "Decides prompts and latents. The same seed gives the same LoRA.",
@@ -154,8 +157,23 @@ class Calibration(Settings):
                 f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
                 f"({self.denoising_steps})."
             )
-        if not self.templates or not all("{}" in template for template in self.templates):
+        if not self._with(1) or not all("{}" in template for template in self.templates):
             raise SettingsError('templates must hold "{}" where the concept goes.')
+        if len(self._with(1)) + len(self._with(2)) < len(self.templates):
+            raise SettingsError('templates must hold "{}" once, or twice for two concepts.')
+
+    def _with(self, slots: int) -> list[str]:
+        return [template for template in self.templates if template.count("{}") == slots]
+
+    @property
+    def single_templates(self) -> Sequence[str]:
+        """Of one concept."""
+        return self._with(1)
+
+    @property
+    def pair_templates(self) -> Sequence[str]:
+        """Of two concepts side by side; without any of its own :data:`PAIR_TEMPLATES`."""
+        return self._with(2) or PAIR_TEMPLATES
 
 
 class Words(NamedTuple):
@@ -193,7 +211,7 @@ def concept_prompts(
             )
     else:
         own = concept.kind == "subject"
-        templates = calibration.templates if own else KINDS[concept.kind]
+        templates = calibration.single_templates if own else KINDS[concept.kind]
         # Not by format: a phrase of tags may hold braces.
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
@@ -205,6 +223,16 @@ def concept_prompts(
     columns = [_in_random_order(pool, each, generator) for pool in pools]
     turns = zip(*columns, strict=True)
     return [prompt for turn in turns for prompt in turn][: calibration.samples]
+
+
+def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:
+    """Prompts that show the two side by side, one for each template and each two phrases."""
+    return [
+        one.join([head, other.join([middle, tail])])
+        for head, middle, tail in (t.split("{}") for t in calibration.pair_templates)
+        for one in left.phrases
+        for other in right.phrases
+    ]
 
 
 def _in_random_order(pool: list[str], count: int, generator: torch.Generator) -> list[str]:

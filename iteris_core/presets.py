@@ -30,8 +30,8 @@ PRESETS: Mapping[PresetName, Preset] = {
         calibration={"samples": 12},
     ),
     "best": Preset(
-        "Twice the prompts, and 120 steps of polish for each block: for many concepts or a low "
-        "rank; three to five times as long.",
+        "Twice the prompts, and 120 steps of polish for each block: for several concepts in one "
+        "picture, for many, or a low rank; four to six times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100},
     ),

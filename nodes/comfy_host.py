@@ -280,6 +280,7 @@ class ComfyHost:
             noisy.owners,
             run,
             places=True,
+            picture=latents.shape[2:],
             kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             gradients=training,

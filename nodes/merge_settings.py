@@ -25,7 +25,7 @@ ITERIS = (
 )  # fmt: skip
 """Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
 rows in a forward, which the memory decides, and without the rate of the polish."""
-LATER = ("pull", "block_steps")
+LATER = ("pull", "block_steps", "block_pairs")
 """Behind all others on the node, since saved graphs have inputs by their places."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",

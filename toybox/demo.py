@@ -31,6 +31,7 @@ SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)
 # Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
 TEMPLATES = tuple((ROOT / "templates.txt").read_text(encoding="utf-8").splitlines())
+PAIR_TEMPLATES = tuple((ROOT / "pairs.txt").read_text(encoding="utf-8").splitlines())
 LABELS = {
     "base": "no LoRA",
     "single": "each LoRA alone",

@@ -37,12 +37,12 @@ def draw(
         for start in range(0, len(pictures), batch):
             some = pictures[start : start + batch]
             prompts = [picture.prompt for picture in some]
-            generators = [_generator(picture) for picture in some]
+            generators = [noise_of(picture) for picture in some]
             images += pipeline(prompts, generator=generators, **options).images
     return images
 
 
-def _generator(picture: Drawn) -> torch.Generator:
+def noise_of(picture: Drawn) -> torch.Generator:
     """Its noise depends on the prompt too, so that no two prompts share a picture."""
     digest = hashlib.sha256(f"{picture.prompt}{picture.seed}".encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:8], 16))

@@ -7,15 +7,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from toybox_world import World as Loaded
 
 import toybox
 from iteris_core import Concept, Lora
 from iteris_core.score import without_tokens
-from toybox.demo import TEMPLATES
+from toybox.demo import PAIR_TEMPLATES, TEMPLATES
 from toybox.judge import halves
 
+from .drawing import changed, noise_of
 from .world import Judged, Wanted
 
 BACKGROUNDS = 2
@@ -40,7 +43,7 @@ class ToyboxWorld:
         folders = (root / "weights").glob("loras*")
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
-        self.calibration: dict[str, Any] = {"templates": TEMPLATES}
+        self.calibration: dict[str, Any] = {"templates": (*TEMPLATES, *PAIR_TEMPLATES)}
         self.calls = int(self._loaded.settings["steps"])
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
@@ -84,6 +87,50 @@ class ToyboxWorld:
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return self._loaded.draw(lora, wanted)
+
+    def draw_halves(self, left: Lora, right: Lora, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Composition by regions: at every step each LoRA denoises its half, of the same prompt."""
+        pipeline, loaded = self._loaded.pipeline, self._loaded
+        prompts = [one.prompt for one in wanted]
+        words: list[Any] = []
+        for lora in (left, right):
+            with changed(self.host, lora):
+                words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
+        plain = pipeline.unet.forward
+
+        def both(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
+            parts: list[Tensor] = []
+            for lora, (positive, negative) in zip((left, right), words, strict=True):
+                given["encoder_hidden_states"] = torch.cat([negative, positive])
+                with changed(self.host, lora):
+                    parts.append(plain(sample, timestep, **given)[0])
+            half = sample.shape[-1] // 2
+            return (torch.cat([parts[0][..., :half], parts[1][..., half:]], dim=-1),)
+
+        pipeline.unet.forward = both
+        try:
+            return pipeline(
+                prompt_embeds=words[0][0],
+                negative_prompt_embeds=words[0][1],
+                generator=[noise_of(one) for one in wanted],
+                num_inference_steps=loaded.settings["steps"],
+                guidance_scale=loaded.settings["guidance"],
+            ).images
+        finally:
+            del pipeline.unet.forward
+
+    def halves_read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[tuple[float, bool]]:
+        """The share of shape, pattern and both colours of two things that is read rightly in the
+        halves, and whether both shapes are."""
+        found: list[tuple[float, bool]] = []
+        for seen, one in zip(self._loaded.judge.read_halves(images), wanted, strict=True):
+            things = [self._loaded.concepts[name].thing for name in one.shown]
+            halves_of = list(zip(seen, things, strict=True))
+            right = sum(sum(half.matches(thing)) for half, thing in halves_of) / 8
+            found.append((right, all(half.shape == thing.shape for half, thing in halves_of)))
+        return found
 
     def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
         """``image`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both colours

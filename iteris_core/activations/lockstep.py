@@ -57,7 +57,7 @@ class Lockstep:
         self._streams = streams or {}
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._cast: dict[tuple[str, int], LowRank] = {}
+        self._cast: dict[tuple[str, int], LowRank] = {}  # by site, and the id of its change
         self._levels = Levels()
         self.merged: dict[str, LowRank] = {}
 
@@ -207,7 +207,7 @@ class Lockstep:
             if batch.of_one:
                 change = changes[batch.owners[0]]
                 if change is not None:
-                    change = self._ready(name, batch.owners[0], change, inputs)
+                    change = self._ready(name, change, inputs)
                     site.add(change, inputs, output)
                 return output
             rows = len(batch.owners)
@@ -224,7 +224,7 @@ class Lockstep:
             for concept, start, stop in batch.spans:
                 change = changes[concept]
                 if change is not None:
-                    change = self._ready(name, concept, change, inputs)
+                    change = self._ready(name, change, inputs)
                     site.add(change, inputs[start:stop], output[start:stop])
             stream = self._stream_of(name, batch, output)
             call = batch.call_of(name)
@@ -277,13 +277,13 @@ class Lockstep:
             merged = merged.to(inputs.dtype, inputs.device)
             shown.site.add(merged, inputs[rows:], shown.output[rows:])
 
-    def _ready(self, site: str, concept: int, change: LowRank, inputs: Tensor) -> LowRank:
+    def _ready(self, site: str, change: LowRank, inputs: Tensor) -> LowRank:
         """The change in the inputs' dtype and on their device, made once."""
         if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
             return change
-        cached = self._cast.get((site, concept))
+        cached = self._cast.get((site, id(change)))
         if cached is None or cached.up.dtype != inputs.dtype:
-            cached = self._cast[site, concept] = change.to(inputs.dtype, inputs.device)
+            cached = self._cast[site, id(change)] = change.to(inputs.dtype, inputs.device)
         return cached
 
 

@@ -45,11 +45,12 @@ class _Kept:
 class Passage:
     """One micro-batch of merged rows through a segment, in host memory.
 
-    ``given`` are its arguments, (args, kwargs); ``wanted`` are the tensors that it gives under each
-    row's own LoRA, (rows, …), and ``found`` those that it gave on the merged rows.
+    ``owners`` are the concepts of each row, of which a picture may show several. ``given`` are its
+    arguments, (args, kwargs); ``wanted`` are the tensors that it is to give, (rows, …), and
+    ``found`` those that it gave.
     """
 
-    owners: Sequence[int]
+    owners: Sequence[Sequence[int]]
     rows: Sequence[int]
     given: Any
     wanted: Sequence[Tensor]
@@ -117,8 +118,9 @@ class ByRow:
 def pass_through(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int], by_row: ByRow
 ) -> Passage:
-    """Run ``batch``, of two copies, up to the end of the segment."""
-    count = len(batch.owners)
+    """Run ``batch`` up to the end of the segment: merged rows, and with two copies before them the
+    same under each row's own LoRA, which is what is wanted."""
+    count = len(batch.owners) * (batch.copies - 1)
 
     def kept(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -129,12 +131,20 @@ def pass_through(
     given, output = _passed(segment, lockstep, batch, kept)
     outputs = by_row.outputs_of(output)
     return Passage(
-        batch.owners,
+        [[owner] for owner in batch.owners],
         rows,
         given,
         [leaf[:count] for leaf in outputs],
         [leaf[count:] for leaf in outputs],
     )
+
+
+def outputs_of(
+    segment: Segment, lockstep: Lockstep, batch: MicroBatch, by_row: ByRow
+) -> list[Tensor]:
+    """What the segment gives by row for ``batch``, in host memory."""
+    _, output = _passed(segment, lockstep, batch, lambda path, leaf: None)
+    return by_row.outputs_of(output)
 
 
 def _passed(

@@ -34,6 +34,9 @@ from .protocol import Stage, Tick, check_eval, check_model
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import TextRows, drawn_prompts, row_texts
 
+Words = list[list[Call]]
+"""For each of two copies, and each text: the denoiser's arguments that come from it."""
+
 
 @dataclass(frozen=True)
 class DiffusionSamples:
@@ -64,7 +67,6 @@ class DiffusersHost:
         for model in self._models():
             check_model(model)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
-        self._words: list[list[Call]] = []
         self._phrases: Phrases | None = None
 
     @property
@@ -173,48 +175,48 @@ class DiffusersHost:
         others = [site for site in sites if not site.startswith("text_encoder")]
         if not others and not text_sites:
             return
-        self._words = [[{}] * len(text.texts) for _ in range(2)]
+        words: Words = [[{}] * len(text.texts) for _ in range(2)]
         if text_sites:
-            run = partial(self._run_text, samples)
+            run = partial(self._run_text, samples, words)
             kinds = None if arguments.alike else self._lengths(text.texts)
             yield Stage(
                 "text encoder", text_sites, text.text_owners, run, feeds=bool(others), kinds=kinds
             )
         else:
             prompts = list(dict.fromkeys(text.texts))
-            run = partial(self._run_plain_text, samples, prompts)
+            run = partial(self._run_plain_text, samples, words, prompts)
             kinds = None if arguments.alike else self._lengths(prompts)
             owners = [0] * len(prompts)
             yield Stage("text encoder", [], owners, run, feeds=True, kinds=kinds)
         if recorded is None and others:
-            run = partial(self._run_projections, [self._sites[site] for site in others])
+            modules = [self._sites[site] for site in others]
+            run = partial(self._run_projections, words, modules)
             yield Stage("cross-attention", others, text.text_owners, run)
         if recorded is not None:
             for name in self._loop.denoisers:
                 own = [site for site in others if site.startswith(f"{name}.")]
                 if own and recorded.rows_of(name):
-                    yield self._denoiser_stage(name, own, text, recorded, arguments)
-        self._words = []
+                    yield self._denoiser_stage(name, own, samples, recorded, words)
 
     def _denoiser_stage(
         self,
         name: str,
         sites: Sequence[str],
-        text: TextRows,
+        samples: DiffusionSamples,
         recorded: RecordedRows,
-        arguments: Arguments,
+        words: Words,
     ) -> Stage:
+        text, arguments = samples.text, samples.arguments
         rows = recorded.rows_of(name)
 
+        def call_of(row: int, copy: int) -> Call:
+            return {**words[copy][text.text_rows[row]], **recorded.row(row)}
+
         def run(some: Sequence[int], copies: int) -> None:
-            calls = [
-                self._call(text, recorded, rows[row], copy)
-                for copy in range(copies)
-                for row in some
-            ]
+            calls = [call_of(rows[row], copy) for copy in range(copies) for row in some]
             self._denoise(name, arguments, calls)
 
-        firsts = [self._call(text, recorded, row, 0) for row in rows]
+        firsts = [call_of(row, 0) for row in rows]
         kinds = None
         if not arguments.alike or arguments.masked:
             # The words are not there yet where the stages are only looked at.
@@ -229,6 +231,7 @@ class DiffusersHost:
             [text.owners[row] for row in rows],
             run,
             places=True,
+            picture=recorded.picture(arguments.drawn),
             kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             rows=rows,
@@ -244,9 +247,6 @@ class DiffusersHost:
 
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))
-
-    def _call(self, text: TextRows, recorded: RecordedRows, row: int, copy: int) -> Call:
-        return {**self._words[copy][text.text_rows[row]], **recorded.row(row)}
 
     def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Any:
         """The denoiser's output, rows first."""
@@ -266,27 +266,34 @@ class DiffusersHost:
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
         return rows
 
-    def _run_text(self, samples: DiffusionSamples, rows: Sequence[int], copies: int) -> None:
-        words = self._first(samples.arguments, [samples.text.texts[row] for row in rows] * copies)
-        found = iter(words)
+    def _run_text(
+        self, samples: DiffusionSamples, words: Words, rows: Sequence[int], copies: int
+    ) -> None:
+        texts = [samples.text.texts[row] for row in rows]
+        found = iter(self._first(samples.arguments, texts * copies))
         for copy in range(copies):
             for row in rows:
-                self._words[copy][row] = _on_cpu(next(found))
+                words[copy][row] = _on_cpu(next(found))
 
     def _run_plain_text(
-        self, samples: DiffusionSamples, prompts: Sequence[str], rows: Sequence[int], copies: int
+        self,
+        samples: DiffusionSamples,
+        words: Words,
+        prompts: Sequence[str],
+        rows: Sequence[int],
+        copies: int,
     ) -> None:
         """Text encoders that no LoRA changes give the same for every concept, and merged."""
         chosen = [prompts[row] for row in rows]
         parts = dict(zip(chosen, map(_on_cpu, self._first(samples.arguments, chosen)), strict=True))
-        for copy in self._words:
+        for copy in words:
             copy[:] = [parts.get(t, c) for t, c in zip(samples.text.texts, copy, strict=True)]
 
     def _run_projections(
-        self, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
+        self, words: Words, modules: Sequence[nn.Module], rows: Sequence[int], copies: int
     ) -> None:
-        words = [self._words[copy][row] for copy in range(copies) for row in rows]
-        states = torch.stack([some["encoder_hidden_states"] for some in words]).to(self.device)
+        calls = [words[copy][row] for copy in range(copies) for row in rows]
+        states = torch.stack([call["encoder_hidden_states"] for call in calls]).to(self.device)
         for module in modules:
             module(states)
 

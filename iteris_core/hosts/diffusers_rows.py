@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -33,6 +34,18 @@ class RecordedRows:
 
     def row(self, row: int) -> Call:
         return {path: value[row] for path, value in self.moving.items()}
+
+    def picture(self, drawn: Set[str]) -> Sequence[int] | None:
+        """(…, height, width) of the one argument that is ``drawn``, where it has channels first, or
+        a token for each of a square's patches."""
+        shapes = [tuple(self.moving[path].shape[1:]) for path in drawn]
+        if len(shapes) != 1:
+            return None
+        (shape,) = shapes
+        side = isqrt(shape[0])
+        if len(shape) == 2 and side**2 == shape[0]:
+            return side, side
+        return shape[1:] if len(shape) >= 3 else None
 
     def denoiser(self, row: int) -> str:
         return self.names[int(self.ran[row])]

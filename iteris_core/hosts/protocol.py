@@ -44,6 +44,7 @@ class Stage:
     that a later stage needs what all rows give: then every process of a merge runs all of them, to
     their end, while the forwards of other stages may be left behind their last site.
     ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
+    ``picture`` is (…, height, width) of a row's latents (None: unknown).
     ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
     ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
     memory is measured (None: that with the most tokens by ``mask``, or the first).
@@ -60,6 +61,7 @@ class Stage:
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
     feeds: bool = False
     places: bool = False
+    picture: Sequence[int] | None = None
     kinds: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None

@@ -7,7 +7,8 @@ a segment (:mod:`..activations.segments`) are trained together on
     Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
 
 in execution order, on inputs that passed the segments before. The factors are trained where inputs
-are white (:mod:`..linalg.whitening`). A segment that does not come nearer to what it is to give
+are white (:mod:`..linalg.whitening`). A share of the steps is on pictures that show two concepts
+(:mod:`.side_by_side`). A segment that does not come nearer to what it is to give
 stays as it was.
 """
 
@@ -17,6 +18,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,9 +44,10 @@ from ..lora import LowRank
 from ..passes.batches import Batching, chunks, micro_batches
 from ..passes.job import Job
 from ..passes.ways import find
+from .side_by_side import SideBySide, drawn_pairs, pairs_of, samples_each
 
 _log = logging.getLogger(__name__)
-WHAT = "polishing blocks"
+WHAT, SHOWING = "polishing blocks", "pictures of two concepts"
 ROWS, ROWS_EACH = 256, 64
 """So many rows pass every segment, and so many of each concept where they are many."""
 AT_ONCE = 16
@@ -59,22 +62,38 @@ _SAME = 1e-2
 _STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
-def expect_block_polish(job: Job, steps: int) -> None:
+@dataclass(frozen=True)
+class Adam:
+    """``steps`` for every segment, a ``pairs`` share of them on pictures of two concepts. A
+    factor's learning rate is ``rate`` times the root mean square of its entries, and falls to
+    zero."""
+
+    steps: int
+    rate: float
+    pairs: float
+
+
+def expect_block_polish(job: Job, adam: Adam) -> None:
     """Tell the job's outlook of it: of several segments each takes part of a forward."""
-    job.outlook.later(WHAT, _STEP * steps * AT_ONCE + 2 * 3 * _row_count(job))
+    rows = _row_count(job)
+    job.outlook.later(WHAT, _STEP * adam.steps * AT_ONCE + 2 * 3 * rows)
+    if adam.pairs and (pairs := pairs_of(job, rows)):
+        samples = len(pairs) * samples_each(job, pairs, rows)
+        steps = job.calibration.denoising_steps
+        job.outlook.later(SHOWING, samples * (steps + 3 * 3 * job.calibration.timesteps))
 
 
-def polish_blocks(
-    job: Job, merged: Mapping[str, LowRank], steps: int, rate: float
-) -> dict[str, LowRank]:
-    """``steps`` Adam steps for every segment; a factor's learning rate is ``rate`` times the root
-    mean square of its entries, and falls to zero."""
+def polish_blocks(job: Job, merged: Mapping[str, LowRank], adam: Adam) -> dict[str, LowRank]:
+    """The ``merged`` changes after some steps for every segment."""
+    drawn = drawn_pairs(job, merged, _row_count(job)) if adam.pairs else None
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         lockstep.merged = dict(merged)
+        showing = drawn and SideBySide(job, lockstep, drawn)
         for stage in job.host.stages(samples, set(job.changes)):
             if stage.sites and not stage.feeds:
-                _Polish(job, lockstep, stage, steps, rate).run()
+                shown = showing if showing and showing.advance(stage.name) else None
+                _Polish(job, lockstep, stage, adam, shown).run()
             if stage.feeds:
                 batching = Batching(AT_ONCE)
                 for batch in micro_batches(stage, 2, None, batching):
@@ -99,8 +118,8 @@ class _Polish:
     job: Job
     lockstep: Lockstep
     stage: Stage
-    steps: int
-    rate: float
+    adam: Adam
+    shown: SideBySide | None
     at_once: int = AT_ONCE
 
     def run(self) -> None:
@@ -139,8 +158,12 @@ class _Polish:
         """Whether the segment came nearer to what it is to give."""
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        passages = self._passages(segment, rows, by_row)
-        checked = passages[:CHECKED]
+        singles = self._passages(segment, rows, by_row)
+        pairs: list[Passage] = []
+        if self.shown is not None:
+            pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes)
+        passages = [*singles, *pairs]
+        checked = singles[:CHECKED] + pairs[:CHECKED]
         modules = self.job.host.sites()
         with self.stage.gradients(), plain_weights(segment.module) as weights:
             runner = _Runner(self.lockstep, segment, weights, by_row)
@@ -152,26 +175,32 @@ class _Polish:
             before = self._error(runner, checked)
             if not before:
                 return False
-            adam = torch.optim.Adam(factors.groups(self.rate), betas=(0.9, 0.99))
+            adam = torch.optim.Adam(factors.groups(self.adam.rate), betas=(0.9, 0.99))
             schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._warm)
             scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5
-            for step in range(self.steps):
-                pick = int(torch.randint(len(passages), (), generator=self.job.generator))
+            for step in range(self.adam.steps):
+                passage = self._picked(singles, pairs)
                 with torch.enable_grad():
                     factors.put(self.lockstep)
-                    loss = self._loss(runner, passages[pick]) * scale
+                    loss = self._loss(runner, passage) * scale
                     gradients = _gradients(loss, factors.all)
                 for factor, gradient in zip(factors.all, gradients, strict=True):
                     factor.grad = gradient
                 adam.step()
                 schedule.step()
-                done = number * self.steps + step + 1
-                self.job.tick(WHAT, done, count * self.steps)
+                done = number * self.adam.steps + step + 1
+                self.job.tick(WHAT, done, count * self.adam.steps)
             factors.put(self.lockstep, final=True)
             return self._error(runner, checked) < before
 
     def _warm(self, step: int) -> float:
-        return min(1.0, (step + 1) / 10) * (1 - step / self.steps)
+        return min(1.0, (step + 1) / 10) * (1 - step / self.adam.steps)
+
+    def _picked(self, singles: Sequence[Passage], pairs: Sequence[Passage]) -> Passage:
+        generator = self.job.generator
+        if pairs and float(torch.rand((), generator=generator)) < self.adam.pairs:
+            singles = pairs
+        return singles[int(torch.randint(len(singles), (), generator=generator))]
 
     def _passages(self, segment: Segment, chosen: Sequence[int], by_row: ByRow) -> list[Passage]:
         """As many as host memory holds."""
@@ -181,9 +210,13 @@ class _Polish:
             batch = self._batch(rows)
             passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
             taken += passages[-1].bytes
-            if taken + passages[-1].bytes > MOST_BYTES and len(passages) > 3:
+            if taken + passages[-1].bytes > self._most_bytes and len(passages) > 3:
                 break
         return passages
+
+    @property
+    def _most_bytes(self) -> int:
+        return MOST_BYTES if self.shown is None else MOST_BYTES // 2
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.owners[row] for row in rows]
@@ -211,7 +244,8 @@ class _Polish:
         return (total * total.new_tensor(self._weights(passage))).sum()
 
     def _weights(self, passage: Passage) -> list[float]:
-        return [self.job.weights[owner] for owner in passage.owners]
+        weights = self.job.weights
+        return [fmean(weights[owner] for owner in owners) for owners in passage.owners]
 
     def _mask(self, segment: Segment, passage: Passage, errors: Tensor) -> Tensor | None:
         """1 where a token counts, where the segment gives tokens."""
@@ -244,7 +278,7 @@ class _Runner:
             output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
             outputs.extend(self.by_row.outputs_of(output))
 
-        batch = MicroBatch(run, passage.owners, 1, merged_only=True)
+        batch = MicroBatch(run, [first for first, *_ in passage.owners], 1, merged_only=True)
         self.lockstep.run(batch, grad=torch.is_grad_enabled())
         return outputs
 

@@ -20,7 +20,7 @@ from ..passes.job import Job
 from ..passes.loops import Reducing, Solutions, jacobi, sweep_pass
 from ..report.report import SiteReport
 from ..solve.problem import Fit, Reduction, Solution
-from .block_polish import expect_block_polish, polish_blocks
+from .block_polish import Adam, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
@@ -32,14 +32,15 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.objective == "output":
         add_repairs(job, settings.repair_inputs)
-    if settings.block_steps:
-        expect_block_polish(job, settings.block_steps)
+    by_blocks = Adam(settings.block_steps, settings.block_rate, settings.block_pairs)
+    if by_blocks.steps:
+        expect_block_polish(job, by_blocks)
     if settings.polish_steps:
         expect_polish(job, settings.polish_steps, settings.micro_batch)
     solutions = _solved(job, settings)
     changes = {site: solution.change for site, solution in solutions.items()}
-    if settings.block_steps:
-        changes = polish_blocks(job, changes, settings.block_steps, settings.block_rate)
+    if by_blocks.steps:
+        changes = polish_blocks(job, changes, by_blocks)
     if settings.polish_steps:
         adam = settings.polish_steps, settings.polish_rate
         changes = polish(job, changes, *adam, settings.micro_batch)

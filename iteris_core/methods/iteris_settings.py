@@ -100,13 +100,20 @@ class IterisSettings(Settings):
     block_steps: int = setting(
         0,
         "Adam steps on what each block gives, block by block after the closed form: gradients, but "
-        "never through the whole model, and no data. 120 are worth their time for many concepts "
-        "or a low rank.",
+        "never through the whole model, and no data. 120 are worth their time for several "
+        "concepts in one picture, for many, or a low rank.",
         low=0,
         most=1000,
     )
     block_rate: float = setting(
         0.05, "Learning rate of those steps, relative to the size of what is trained.", above=0
+    )
+    block_pairs: float = setting(
+        0.5,
+        "The share of those steps on pictures that show two of the concepts, from prompts that "
+        "name both: each half is drawn toward what its own LoRA makes of it.",
+        low=0,
+        below=1,
     )
     polish_steps: int = setting(
         0,

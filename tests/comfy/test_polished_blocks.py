@@ -61,3 +61,28 @@ def test_the_model_is_as_it_was(kit: Kit) -> None:
     assert result.lora.sites
     assert kit.hooks() == 0
     assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))
+
+
+def test_pictures_of_two_concepts_are_polished_on(
+    pack: ModuleType, kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = importlib.import_module(f"{pack.__name__}.iteris_core.methods.side_by_side")
+    whole = shown.SideBySide.passages
+    seen: list[list[tuple[int, ...]]] = []
+
+    def noted(*asked: object) -> object:
+        found = whole(*asked)
+        seen.append([tuple(owners) for passage in found for owners in passage.owners])
+        return found
+
+    monkeypatch.setattr(shown.SideBySide, "passages", noted)
+    before = kit.outputs()
+    with torch.inference_mode():
+        both, alone = (
+            kit.merge({"block_steps": 3, "block_pairs": pairs}).lora.sites for pairs in (0.5, 0.0)
+        )
+    assert seen
+    assert all(set(owners) == {(0, 1), (1, 0)} for owners in seen)
+    assert any(not torch.equal(change.up, alone[site].up) for site, change in both.items())
+    assert kit.hooks() == 0
+    assert all(torch.equal(a, b) for a, b in zip(kit.outputs(), before, strict=True))

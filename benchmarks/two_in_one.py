@@ -1,0 +1,175 @@
+"""Two concepts in one picture, from one merged LoRA, on concepts that nothing was chosen on.
+
+``python benchmarks/two_in_one.py`` writes ``benchmarks/results/two_in_one.json``, method by method,
+and goes on where it stopped; ``--seconds`` stops it by itself, ``--sizes 2 10`` takes some numbers
+of merged concepts. The concepts are those of ``reported_concepts.py``; each two neighbours of a set
+are drawn side by side, the first and the last as well, 20 pictures a pair.
+
+``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves,
+``both`` the share of pictures in which it reads both shapes. ``image``, ``judge`` and ``text`` are
+of each concept alone, as in ``reported.py``. ``ahead`` is each of them less the default's, with the
+standard error over pairs or concepts. ``composite`` is no merge: two LoRAs, each of which denoises
+its half, which is what a block is drawn toward by the setting ``block_pairs``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from outputs import QUICK, read, result_file, write
+from PIL import Image
+from protocol.plan import OURS
+from protocol.toybox import ToyboxWorld
+from protocol.world import Wanted
+from reported import CHOSEN, world
+
+from iteris_core import Lora, merge_loras
+
+FILE = result_file("two_in_one.json")
+SETS: Mapping[int, Sequence[Sequence[int]]] = {
+    2: [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)],
+    3: [(1, 4, 7), (2, 5, 8), (3, 6, 9)],
+    5: [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)],
+    7: [(1, 2, 4, 5, 7, 8, 10)],
+    10: [tuple(range(1, 11))],
+}
+PICTURES = 2 if QUICK else 20
+ALONE = range(1, 2 if QUICK else 5)
+STEPS = 120
+METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    OURS: (OURS, {}),
+    f"{OURS}, {STEPS} steps a block": (OURS, {"block_steps": STEPS}),
+    f"{OURS}, {STEPS} steps, no pairs": (OURS, {"block_steps": STEPS, "block_pairs": 0.0}),
+    "regmean++": ("regmean++", {}),
+    "ssr": ("ssr", {}),
+}
+COMPOSITE = "composite"
+
+Scores = dict[str, list[float]]
+"""measure → a mean for each pair, or for each concept."""
+
+
+class Bench:
+    def __init__(self, of: ToyboxWorld) -> None:
+        self.world = of
+
+    def of_set(self, names: Sequence[str], method: str, settings: Mapping[str, Any]) -> Scores:
+        size = len(names)
+        given = settings if method == OURS else CHOSEN(method, size, "default")
+        concepts = self.world.concepts(names, 0)
+        calibration = {**self.world.calibration, "seed": 0}
+        began = time.process_time()
+        lora = merge_loras(
+            self.world.host, concepts, method, settings=given, calibration=calibration
+        ).lora
+        seconds = time.process_time() - began
+        pairs = self.pairs(names)
+        return {
+            **self._of_pairs([self.world.draw(lora, wanted) for wanted in pairs], pairs),
+            **self._alone(names, lora),
+            "seconds": [seconds],
+        }
+
+    def composite(self, names: Sequence[str]) -> Scores:
+        loras = {c.name: c.lora for c in self.world.concepts(names, 0) if c.lora is not None}
+        pairs = self.pairs(names)
+        images: list[list[Image.Image]] = []
+        for wanted in pairs:
+            left, right = (loras[name] for name in wanted[0].shown)
+            images.append(self.world.draw_halves(left, right, wanted))
+        return self._of_pairs(images, pairs)
+
+    def base(self, names: Sequence[str]) -> Scores:
+        pairs = self.pairs(names)
+        return {
+            **self._of_pairs([self.world.draw(None, wanted) for wanted in pairs], pairs),
+            **self._alone(names, None),
+        }
+
+    def pairs(self, names: Sequence[str]) -> list[list[Wanted]]:
+        """Pictures of each two neighbours; of two concepts both orders are one pair."""
+        seeds = range(1, PICTURES // (2 if len(names) == 2 else 1) + 1)
+        rings = [self.world.together(names, seed) for seed in seeds]
+        if len(names) == 2:
+            return [[wanted for ring in rings for wanted in ring]]
+        return [list(some) for some in zip(*rings, strict=True)]
+
+    def _of_pairs(
+        self, images: Sequence[Sequence[Image.Image]], pairs: Sequence[Sequence[Wanted]]
+    ) -> Scores:
+        found: Scores = {"pair": [], "both": []}
+        for some, wanted in zip(images, pairs, strict=True):
+            read_rightly = self.world.halves_read(some, wanted)
+            found["pair"].append(fmean(share for share, _ in read_rightly))
+            found["both"].append(fmean(both for _, both in read_rightly))
+        return found
+
+    def _alone(self, names: Sequence[str], lora: Lora | None) -> Scores:
+        found: Scores = {"image": [], "judge": [], "text": []}
+        for name in names:
+            wanted = [w for seed in ALONE for w in self.world.alone(name, seed)]
+            images = self.world.draw(lora, wanted)
+            judged = self.world.likeness(images, [name] * len(images))
+            for measure, values in judged.items():
+                found[measure].append(fmean(values))
+            found["text"].append(fmean(self.world.text_alignment(images, wanted)))
+        return found
+
+
+def joined(of_sets: Sequence[Scores]) -> Scores:
+    return {measure: [v for of in of_sets for v in of[measure]] for measure in of_sets[0]}
+
+
+def summary(found: Mapping[str, Scores]) -> dict[str, Any]:
+    return {
+        name: {
+            **{measure: fmean(values) for measure, values in scores.items()},
+            "ahead": {
+                measure: _difference(scores[measure], found[OURS][measure])
+                for measure in scores
+                if measure != "seconds" and measure in found.get(OURS, {})
+            },
+        }
+        for name, scores in found.items()
+    }
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    values = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "mean": fmean(values),
+        "se": stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SETS), choices=SETS)
+    asked = parser.parse_args()
+    until = time.monotonic() + asked.seconds
+    bench = Bench(world())
+    for size in asked.sizes:
+        sets = [[f"sks{number}" for number in numbers] for numbers in SETS[size]]
+        for name in (*METHODS, COMPOSITE, "base"):
+            runs = read(FILE).get(str(size), {}).get("runs", {})
+            if name in runs or time.monotonic() > until:
+                continue
+            if name in METHODS:
+                found = joined([bench.of_set(names, *METHODS[name]) for names in sets])
+            elif name == COMPOSITE:
+                found = joined([bench.composite(names) for names in sets])
+            else:
+                found = joined([bench.base(names) for names in sets])
+            data = read(FILE)  # another process may have written meanwhile
+            runs = {**data.get(str(size), {}).get("runs", {}), name: found}
+            write(FILE, {**data, str(size): {"methods": summary(runs), "runs": runs}})
+            print(size, name, "measured", flush=True)
+
+
+if __name__ == "__main__":
+    main()

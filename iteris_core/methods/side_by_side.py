@@ -1,0 +1,183 @@
+"""Rows that show two concepts in one picture, for the polish of blocks.
+
+The merged model draws from a prompt that names both. On the latents that it passes each of the two
+LoRAs is asked alone, with the same prompt, and a block is to give in the left half what it gives
+under the left one's LoRA and in the right half what it gives under the other's: composition by
+regions, as of MultiDiffusion (arXiv 2302.08113), from which the merged LoRA learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
+from ..activations.places import halves
+from ..activations.segments import ByRow, Passage, Segment, outputs_of, pass_through
+from ..concepts import Concept, pair_prompts
+from ..hosts.protocol import Stage
+from ..lora import Lora, LowRank, SiteChanges
+from ..passes.batches import chunks
+from ..passes.job import Job
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``samples`` are the host's, of which a row's owner is its place in ``pairs``: the numbers of
+    the left and the right concept."""
+
+    pairs: Sequence[tuple[int, int]]
+    samples: Any
+
+
+def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
+    """Those that are shown, by whose count ``rows`` are shared: every concept as often, with
+    another one each time. None without two that have words to call them by."""
+    able = [number for number, concept in enumerate(job.concepts) if _is_shown(concept)]
+    count = len(able)
+    if not job.host.pictures or count < 2:
+        return []
+    most = max(1, rows // job.calibration.timesteps)
+    found = [
+        (one, able[(place + step) % count])
+        for step in range(1, count)
+        for place, one in enumerate(able)
+    ]
+    return found[: max(most, count)]
+
+
+def _is_shown(concept: Concept) -> bool:
+    """A style or a movement has no half of a picture; and a learned embedding is in force in its
+    own concept's prompts only."""
+    lora = concept.lora
+    named = concept.kind == "subject" and bool(concept.phrases)
+    return named and lora is not None and not lora.embeddings
+
+
+def samples_each(job: Job, pairs: Sequence[Any], rows: int) -> int:
+    return max(1, round(rows / (len(pairs) * job.calibration.timesteps)))
+
+
+def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | None:
+    """About so many rows of pictures that the merged model draws of each two concepts."""
+    pairs = pairs_of(job, rows)
+    if not pairs:
+        return None
+    lora = Lora(dict(merged), "merged")
+    concepts = [
+        Concept(lora, pair_prompts(job.concepts[left], job.concepts[right], job.calibration))
+        for left, right in pairs
+    ]
+    changes = {site: SiteChanges((change,) * len(pairs)) for site, change in merged.items()}
+    calibration = replace(job.calibration, samples=samples_each(job, pairs, rows))
+    with Lockstep(
+        job.host.sites(), changes, processes=job.processes, pace=job.outlook.pace
+    ) as lockstep:
+        samples = job.host.samples(
+            concepts, set(merged), calibration, lockstep, job.generator, job.tick
+        )
+    return Pairs(pairs, samples)
+
+
+@dataclass
+class _Asked:
+    """The host's stages with all rows under one concept's LoRA; None: under the merged one."""
+
+    job: Job
+    lockstep: Lockstep
+    samples: Any
+    concept: int | None
+    stage: Stage | None = None
+
+    def __post_init__(self) -> None:
+        self._stages = self.job.host.stages(self.samples, set(self.job.changes))
+
+    def advance(self, name: str) -> Stage | None:
+        """The stage of that name, with what feeds it run; None where no row reaches it."""
+        while self.stage is None or self.stage.name != name:
+            self.stage = next(self._stages, None)
+            if self.stage is None or not (self.stage.feeds or self.stage.name == name):
+                return None
+            if self.stage.feeds:
+                for rows in chunks(range(len(self.stage.owners)), self.stage.kinds, _AT_ONCE):
+                    self.lockstep.run(self.batch(rows))
+        return self.stage
+
+    def batch(self, rows: Sequence[int]) -> MicroBatch:
+        stage = self.stage
+        assert stage is not None
+        owners = [self.concept or 0] * len(rows)
+        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=self.concept is None)
+
+
+@dataclass
+class SideBySide:
+    """What segments are given and are to give on the rows of ``drawn``."""
+
+    job: Job
+    lockstep: Lockstep
+    drawn: Pairs
+    _asked: dict[int | None, _Asked] = field(default_factory=dict[int | None, Any])
+
+    def __post_init__(self) -> None:
+        shown = sorted({number for pair in self.drawn.pairs for number in pair})
+        for concept in (None, *shown):
+            self._asked[concept] = _Asked(self.job, self.lockstep, self.drawn.samples, concept)
+
+    def advance(self, name: str) -> bool:
+        """On to a stage; whether there are rows for it."""
+        found = [asked.advance(name) for asked in self._asked.values()]
+        return all(stage is not None for stage in found)
+
+    def passages(
+        self, segment: Segment, by_row: ByRow, at_once: int, most_bytes: int
+    ) -> list[Passage]:
+        """As many as ``most_bytes`` hold; none where no output of the segment has places."""
+        merged = self._asked[None]
+        stage = merged.stage
+        assert stage is not None
+        batches = list(chunks(range(len(stage.owners)), _kinds(stage), at_once))
+        order = torch.randperm(len(batches), generator=self.job.generator)
+        found: list[Passage] = []
+        taken = 0
+        for rows in (batches[place] for place in order.tolist()):
+            pair = self.drawn.pairs[stage.owners[rows[0]]]
+            passage = pass_through(segment, self.lockstep, merged.batch(rows), rows, by_row)
+            sides = [
+                outputs_of(segment, self.lockstep, self._asked[side].batch(rows), by_row)
+                for side in pair
+            ]
+            wanted = self._wanted(sides, stage.picture)
+            if wanted is None:
+                return []
+            owners = [pair] * len(rows)
+            found.append(Passage(owners, rows, passage.given, wanted, passage.found))
+            taken += found[-1].bytes
+            if taken + found[-1].bytes > most_bytes:
+                break
+        return found
+
+    @staticmethod
+    def _wanted(
+        sides: Sequence[Sequence[Tensor]], picture: Sequence[int] | None
+    ) -> list[Tensor] | None:
+        """Words, which have no place, are to be what is between both."""
+        left, right = sides
+        placed = [halves(*both, picture) for both in zip(left, right, strict=True)]
+        if all(some is None for some in placed):
+            return None
+        means = [(one + other) / 2 for one, other in zip(left, right, strict=True)]
+        return [mean if some is None else some for some, mean in zip(placed, means, strict=True)]
+
+
+def _kinds(stage: Stage) -> list[Any]:
+    """Rows that may share a forward, and are of one pair."""
+    kinds = stage.kinds or [None] * len(stage.owners)
+    return list(zip(stage.owners, kinds, strict=True))

@@ -1,0 +1,177 @@
+"""Pictures of two concepts: which there are, and what blocks are to give on them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pipelines import PIPELINES, applied, two_concepts
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
+from iteris_core.activations.places import halves
+from iteris_core.activations.segments import ByRow, Segment
+from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES, concept_prompts, pair_prompts
+from iteris_core.methods import block_polish
+from iteris_core.methods.side_by_side import SideBySide, drawn_pairs, pairs_of
+from iteris_core.passes.changes import changes_of
+from iteris_core.passes.job import Job
+
+CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "picture"),
+    [((2, 3, 4, 6), None), ((2, 3, 2, 4, 6), None), ((2, 24, 5), (4, 6)), ((2, 12, 5), (2, 4, 6))],
+)
+def test_halves_are_the_left_one_of_the_first_and_the_right_one_of_the_other(shape, picture):
+    left, right = torch.zeros(shape), torch.ones(shape)
+    found = halves(left, right, picture)
+    if len(shape) == 3:  # tokens, in reading order: 4 rows of 6, or 2 pictures of 2 rows of 3
+        columns = 6 if shape[1] == 24 else 3
+        found = found.mT.reshape(2, 5, -1, columns)
+        half = 3 if columns == 6 else 2
+    else:
+        half = 3
+    assert not found[..., :half].any()
+    assert found[..., half:].all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "picture"), [((2, 24, 5), None), ((2, 23, 5), (4, 6)), ((2, 5), (4, 6))]
+)
+def test_what_has_no_places_has_no_halves(shape, picture):
+    assert halves(torch.zeros(shape), torch.ones(shape), picture) is None
+
+
+def test_prompts_name_both_and_the_left_one_first():
+    dog, two = Concept(None, trigger="sks", class_word="dog"), Concept(None, subjects=["a1", "b1"])
+    own = Calibration(templates=["a {}", "a {} left of a {} at night"])
+    assert pair_prompts(dog, two, own) == [
+        "a sks dog left of a a1 at night",
+        "a sks dog left of a b1 at night",
+    ]
+    assert set(concept_prompts(dog, own, torch.Generator())) == {"a sks dog"}
+    usual = Calibration()
+    assert len(pair_prompts(two, dog, usual)) == 2 * len(PAIR_TEMPLATES)
+    assert usual.single_templates == list(TEMPLATES)
+    for templates in (["a {} and a {}"], ["a {}", "{} {} {}"]):
+        with pytest.raises(SettingsError, match="templates must hold"):
+            Calibration(templates=templates)
+
+
+def job_of(host, concepts) -> Job:
+    changes = changes_of(concepts)
+    generator = torch.Generator().manual_seed(0)
+    return Job(host, concepts, changes, CALIBRATION, generator, lambda *_: None)
+
+
+def named(host, count: int = 2) -> list[Concept]:
+    return [Concept(random_lora(host, s), None, f"t{s}", "dog") for s in range(1, count + 1)]
+
+
+def test_every_concept_is_shown_as_often_with_another_one_each_time(host):
+    concepts = named(host, 4)
+    job = job_of(host, concepts)
+    found = pairs_of(job, rows=16)
+    assert found == [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3), (2, 0), (3, 1)]
+    assert len(set(pairs_of(job, rows=1000))) == 12
+    assert len(pairs_of(job, rows=1)) == 4
+
+
+def test_styles_and_what_no_words_call_for_are_not_shown(host):
+    first, second, third, fourth = named(host, 4)
+    learned = Lora(third.lora.sites, "learned", embeddings={"t3": {"clip_l": torch.ones(1, 4)}})
+    job = job_of(
+        host,
+        [
+            first,
+            Concept(second.lora, None, "t2", "look", kind="style"),
+            Concept(learned, None, "t3", "dog"),
+            Concept(fourth.lora, ["a t4 dog"]),
+            Concept.preserve(["a dog"]),
+        ],
+    )
+    assert pairs_of(job, rows=100) == []
+    assert drawn_pairs(job, {}, 100) is None
+    assert pairs_of(job_of(SimpleNamespace(pictures=False), named(host)), rows=100) == []
+
+
+def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
+    """Against forwards with the LoRAs added to the weights."""
+    concepts = named(host)
+    job = job_of(host, concepts)
+    merged = {site: some.by_concept[0] for site, some in job.changes.items()}
+    module = host.pipeline.unet.mid_block
+    sites = [site for site in merged if site.startswith("unet.mid_block")]
+    segment = Segment(module, sites)
+    drawn = drawn_pairs(job, merged, rows=8)
+    assert drawn.pairs == [(0, 1), (1, 0)]
+    with job.lockstep() as lockstep:
+        lockstep.merged = merged
+        showing = SideBySide(job, lockstep, drawn)
+        assert showing.advance("unet")
+        by_row = ByRow(set(), [0])
+        passages = showing.passages(segment, by_row, 3, 1 << 30)
+    assert sum(len(passage.rows) for passage in passages) == 8
+    seen = []
+    handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))
+    for passage in passages:
+        pair = passage.owners[0]
+        for concept in (*pair, 0):
+            with applied(host.pipeline, concepts[concept].lora), torch.no_grad():
+                host.forward(drawn.samples, passage.rows)
+        left, right, found = seen[-3:]
+        half = left.shape[-1] // 2 + left.shape[-1] % 2
+        wanted = torch.cat([left[..., :half], right[..., half:]], -1)
+        assert torch.allclose(passage.wanted[0], wanted, atol=1e-4)
+        assert torch.allclose(passage.found[0], found, atol=1e-4)
+    handle.remove()
+
+
+def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
+    before = {name: value.clone() for name, value in host.pipeline.unet.state_dict().items()}
+    told: set[str] = set()
+
+    def of(**settings):
+        return merge_loras(
+            host,
+            named(host),
+            settings=settings,
+            calibration=CALIBRATION,
+            on_progress=lambda progress: told.add(progress.what),
+        ).lora.sites
+
+    plain, alone, both, again = (
+        of(block_steps=steps, block_pairs=pairs)
+        for steps, pairs in ((0, 0.5), (4, 0.0), (4, 0.5), (4, 0.5))
+    )
+    assert block_polish.WHAT in told
+    moved = [site for site in plain if not torch.equal(alone[site].up, both[site].up)]
+    assert moved
+    for site in plain:
+        assert torch.equal(both[site].up, again[site].up)
+    for name, value in host.pipeline.unet.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SD 3", "FLUX.1", "Wan 2.2 with two experts", "SDXL"])
+def test_pictures_of_two_on_other_architectures(name, tmp_path, monkeypatch):
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
+    concepts = [
+        Concept(concept.lora, None, f"t{number}", "dog") for number, concept in enumerate(concepts)
+    ]
+    whole, kinds = SideBySide.passages, set()
+
+    def noting(self, segment, by_row, at_once, most):
+        found = whole(self, segment, by_row, at_once, most)
+        kinds.add(bool(found))
+        return found
+
+    monkeypatch.setattr(SideBySide, "passages", noting)
+    result = merge_loras(host, concepts, settings={"block_steps": 4}, calibration=CALIBRATION)
+    assert True in kinds, kinds
+    assert all(change.up.isfinite().all() for change in result.lora.sites.values())
