@@ -14,7 +14,7 @@ from iteris_core.activations.places import halves
 from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES, concept_prompts, pair_prompts
 from iteris_core.methods import block_polish
-from iteris_core.methods.side_by_side import SideBySide, drawn_pairs, pairs_of
+from iteris_core.methods.side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 
@@ -96,6 +96,18 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
     assert pairs_of(job, rows=100) == []
     assert drawn_pairs(job, {}, 100) is None
     assert pairs_of(job_of(SimpleNamespace(pictures=False), named(host)), rows=100) == []
+    result = merge_loras(
+        host, [first, Concept(fourth.lora, ["a dog"])], settings={"block_steps": 2},
+        calibration=CALIBRATION,
+    )  # fmt: skip
+    assert "without pictures of two concepts, which need" in str(result.report.notes)
+
+
+def test_where_places_are_not_known_it_is_said(host, monkeypatch):
+    monkeypatch.setattr("iteris_core.methods.side_by_side.halves", lambda *_: None)
+    settings = {"block_steps": 2}
+    result = merge_loras(host, named(host), settings=settings, calibration=CALIBRATION)
+    assert "since it is not known where in a picture" in str(result.report.notes)
 
 
 def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
@@ -113,7 +125,7 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
         showing = SideBySide(job, lockstep, drawn)
         assert showing.advance("unet")
         by_row = ByRow(set(), [0])
-        passages = showing.passages(segment, by_row, 3, 1 << 30)
+        passages = showing.passages(segment, by_row, 3, 1 << 30, lambda: None)
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))
@@ -147,7 +159,7 @@ def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
         of(block_steps=steps, block_pairs=pairs)
         for steps, pairs in ((0, 0.5), (4, 0.0), (4, 0.5), (4, 0.5))
     )
-    assert block_polish.WHAT in told
+    assert {block_polish.WHAT, SHOWING} <= told
     moved = [site for site in plain if not torch.equal(alone[site].up, both[site].up)]
     assert moved
     for site in plain:
@@ -166,8 +178,8 @@ def test_pictures_of_two_on_other_architectures(name, tmp_path, monkeypatch):
     ]
     whole, kinds = SideBySide.passages, set()
 
-    def noting(self, segment, by_row, at_once, most):
-        found = whole(self, segment, by_row, at_once, most)
+    def noting(self, *asked):
+        found = whole(self, *asked)
         kinds.add(bool(found))
         return found
 

@@ -44,10 +44,10 @@ from ..lora import LowRank
 from ..passes.batches import Batching, chunks, micro_batches
 from ..passes.job import Job
 from ..passes.ways import find
-from .side_by_side import SideBySide, drawn_pairs, pairs_of, samples_each
+from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
 
 _log = logging.getLogger(__name__)
-WHAT, SHOWING = "polishing blocks", "pictures of two concepts"
+WHAT = "polishing blocks"
 ROWS, ROWS_EACH = 256, 64
 """So many rows pass every segment, and so many of each concept where they are many."""
 AT_ONCE = 16
@@ -76,16 +76,22 @@ class Adam:
 def expect_block_polish(job: Job, adam: Adam) -> None:
     """Tell the job's outlook of it: of several segments each takes part of a forward."""
     rows = _row_count(job)
-    job.outlook.later(WHAT, _STEP * adam.steps * AT_ONCE + 2 * 3 * rows)
+    forwards = _STEP * adam.steps * AT_ONCE + 2 * 3 * rows
     if adam.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
-        steps = job.calibration.denoising_steps
-        job.outlook.later(SHOWING, samples * (steps + 3 * 3 * job.calibration.timesteps))
+        job.outlook.later(SHOWING, samples * job.calibration.denoising_steps)
+        forwards += samples * job.calibration.timesteps * 3 * 3
+    job.outlook.later(WHAT, forwards)
 
 
 def polish_blocks(job: Job, merged: Mapping[str, LowRank], adam: Adam) -> dict[str, LowRank]:
     """The ``merged`` changes after some steps for every segment."""
     drawn = drawn_pairs(job, merged, _row_count(job)) if adam.pairs else None
+    if adam.pairs and drawn is None and job.host.pictures and job.loras > 1:
+        job.ran.notes.append(
+            "blocks are polished without pictures of two concepts, which need two that are things, "
+            "have a trigger or a class word, and no embedding of their own"
+        )
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         lockstep.merged = dict(merged)
@@ -121,6 +127,7 @@ class _Polish:
     adam: Adam
     shown: SideBySide | None
     at_once: int = AT_ONCE
+    paired: bool = False
 
     def run(self) -> None:
         segments = segments_of(find(self.stage, self.lockstep))
@@ -130,6 +137,11 @@ class _Polish:
                 self.lockstep.merged |= before
             if not gained:
                 self.lockstep.merged |= before
+        if segments and self.shown is not None and not self.paired:
+            self.job.ran.notes.append(
+                f"the {self.stage.name}'s blocks are polished without pictures of two concepts, "
+                "since it is not known where in a picture what they give belongs"
+            )
 
     def _tried(self, segment: Segment, number: int, count: int) -> bool | None:
         """:meth:`_polish`; None: with fewer rows at once, since memory ran out."""
@@ -156,12 +168,17 @@ class _Polish:
 
     def _polish(self, segment: Segment, number: int, count: int) -> bool:
         """Whether the segment came nearer to what it is to give."""
+
+        def tick(done: int = 0) -> None:
+            self.job.tick(WHAT, number * self.adam.steps + done, count * self.adam.steps)
+
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        singles = self._passages(segment, rows, by_row)
+        singles = self._passages(segment, rows, by_row, tick)
         pairs: list[Passage] = []
         if self.shown is not None:
-            pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes)
+            pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes, tick)
+            self.paired |= bool(pairs)
         passages = [*singles, *pairs]
         checked = singles[:CHECKED] + pairs[:CHECKED]
         modules = self.job.host.sites()
@@ -188,8 +205,7 @@ class _Polish:
                     factor.grad = gradient
                 adam.step()
                 schedule.step()
-                done = number * self.adam.steps + step + 1
-                self.job.tick(WHAT, done, count * self.adam.steps)
+                tick(step + 1)
             factors.put(self.lockstep, final=True)
             return self._error(runner, checked) < before
 
@@ -202,11 +218,14 @@ class _Polish:
             singles = pairs
         return singles[int(torch.randint(len(singles), (), generator=generator))]
 
-    def _passages(self, segment: Segment, chosen: Sequence[int], by_row: ByRow) -> list[Passage]:
+    def _passages(
+        self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]
+    ) -> list[Passage]:
         """As many as host memory holds."""
         passages: list[Passage] = []
         taken = 0
         for rows in chunks(chosen, self.stage.kinds, self.at_once):
+            tick()
             batch = self._batch(rows)
             passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
             taken += passages[-1].bytes

@@ -8,7 +8,7 @@ regions, as of MultiDiffusion (arXiv 2302.08113), from which the merged LoRA lea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..activations.micro_batch import MicroBatch
 from ..activations.places import halves
 from ..activations.segments import ByRow, Passage, Segment, outputs_of, pass_through
 from ..concepts import Concept, pair_prompts
-from ..hosts.protocol import Stage
+from ..hosts.protocol import DENOISING, Stage
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import chunks
 from ..passes.job import Job
 
+SHOWING = "drawing two concepts"
 _AT_ONCE = 16
 
 
@@ -77,11 +78,14 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
     ]
     changes = {site: SiteChanges((change,) * len(pairs)) for site, change in merged.items()}
     calibration = replace(job.calibration, samples=samples_each(job, pairs, rows))
-    with Lockstep(
-        job.host.sites(), changes, processes=job.processes, pace=job.outlook.pace
-    ) as lockstep:
+
+    def tick(what: str, done: int, total: int) -> None:
+        job.tick(SHOWING if what == DENOISING else what, done, total)
+
+    modules, pace = job.host.sites(), job.outlook.pace
+    with Lockstep(modules, changes, processes=job.processes, pace=pace) as lockstep:
         samples = job.host.samples(
-            concepts, set(merged), calibration, lockstep, job.generator, job.tick
+            concepts, set(merged), calibration, lockstep, job.generator, tick
         )
     return Pairs(pairs, samples)
 
@@ -137,9 +141,15 @@ class SideBySide:
         return all(stage is not None for stage in found)
 
     def passages(
-        self, segment: Segment, by_row: ByRow, at_once: int, most_bytes: int
+        self,
+        segment: Segment,
+        by_row: ByRow,
+        at_once: int,
+        most_bytes: int,
+        tick: Callable[[], None],
     ) -> list[Passage]:
-        """As many as ``most_bytes`` hold; none where no output of the segment has places."""
+        """As many as ``most_bytes`` hold; none where no output of the segment has places. ``tick``
+        is called before every one, and may raise."""
         merged = self._asked[None]
         stage = merged.stage
         assert stage is not None
@@ -148,6 +158,7 @@ class SideBySide:
         found: list[Passage] = []
         taken = 0
         for rows in (batches[place] for place in order.tolist()):
+            tick()
             pair = self.drawn.pairs[stage.owners[rows[0]]]
             passage = pass_through(segment, self.lockstep, merged.batch(rows), rows, by_row)
             sides = [
