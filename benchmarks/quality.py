@@ -28,7 +28,7 @@ from toybox_world import COLUMNS, SEEDS, World
 
 from iteris_core import Calibration, Concept, MergeReport, merge_loras
 from iteris_core.score.statistics import Stat, over_seeds
-from toybox.demo import TEMPLATES
+from toybox.demo import PAIR_TEMPLATES, TEMPLATES
 
 CACHE = Path("build/quality.jsonl")
 
@@ -177,7 +177,7 @@ class Suite:
             concepts,
             method,
             settings=settings,
-            calibration=Calibration(**{"templates": TEMPLATES, **calibration}),
+            calibration=Calibration(**{"templates": (*TEMPLATES, *PAIR_TEMPLATES), **calibration}),
         )
         return world.score(pictures, world.draw(result.lora, pictures)), result.report
 

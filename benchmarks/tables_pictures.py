@@ -216,6 +216,23 @@ def block_polish() -> list[str]:
     )
 
 
+_LEADS = ("pair", "image", "judge", "text")
+
+
+def two_in_one() -> list[str]:
+    """By number of merged concepts what each method draws, and by how much it is ahead of ours."""
+    rows: list[list[str]] = []
+    for size, found in sorted(load("two_in_one.json").items(), key=lambda item: int(item[0])):
+        for name, of in found["methods"].items():
+            ahead = of["ahead"]
+            leads = [signed(ahead[m]) if m in ahead and name != "iteris" else "" for m in _LEADS]
+            means = [short(f"{of[m]:.3f}") if m in of else "" for m in ("pair", "both", *MEASURES)]
+            seconds = f"{of['seconds']:.0f}" if "seconds" in of else ""
+            rows.append([size, name, *means, *leads, seconds])
+    gained = [f"{measure} gained" for measure in _LEADS]
+    return lines(("concepts", "", "pair", "both", *MEASURES, *gained, "seconds"), rows)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "leads": leads,
@@ -226,6 +243,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
     "block polish": block_polish,
+    "two in one": two_in_one,
     "toybox": toybox,
     "toybox concepts": toybox_concepts,
 }

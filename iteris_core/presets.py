@@ -31,7 +31,7 @@ PRESETS: Mapping[PresetName, Preset] = {
     ),
     "best": Preset(
         "Twice the prompts, and 120 steps of polish for each block: for several concepts in one "
-        "picture, for many, or a low rank; four to six times as long.",
+        "picture, for many, or a low rank; four to seven times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100},
     ),

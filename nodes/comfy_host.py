@@ -30,10 +30,11 @@ from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import References, kind, size
 from .comfy_denoiser import Denoiser
+from .comfy_gradients import training
 from .comfy_lora import ComfySites
 from .comfy_preview import Show
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
-from .comfy_runtime import halving, training
+from .comfy_runtime import halving
 from .comfy_sampling import Denoised, make_latents
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER

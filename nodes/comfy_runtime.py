@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -53,19 +52,6 @@ def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
                 ) from error
         rows //= 2
         memory.soft_empty_cache()
-
-
-@contextmanager
-def training() -> Generator[None]:
-    """Within it ComfyUI takes operations that can be differentiated, where it has such a mode."""
-    if not hasattr(memory, "in_training"):
-        yield
-        return
-    before, memory.in_training = memory.in_training, True
-    try:
-        yield
-    finally:
-        memory.in_training = before
 
 
 class NodeProgress:

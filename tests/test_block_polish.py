@@ -181,6 +181,29 @@ def test_where_nothing_is_wrong_nothing_is_done():
     assert not result.report.notes
 
 
+class InPlace(Attention):
+    def forward(self, x: torch.Tensor, scale: float = 4.0) -> torch.Tensor:
+        x = x + 0.0
+        normed = torch.nn.functional.layer_norm(x, x.shape[-1:])
+        x += super().forward(normed, scale)  # what its normalisation keeps for its gradient
+        normed = torch.nn.functional.layer_norm(x, x.shape[-1:])
+        x += normed
+        return x
+
+
+def test_what_a_block_changes_in_place_has_gradients():
+    loras, data, model = loras_of(), data_of(), Blocks()
+    model.blocks = nn.ModuleList(InPlace() for _ in range(3)).double()
+    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 5))
+    moved = [
+        site
+        for site, change in plain.lora.sites.items()
+        if not torch.equal(change.up, result.lora.sites[site].up)
+    ]
+    assert set(moved) == set(SITES[:-1])
+    assert not result.report.notes
+
+
 class Unknown(torch.autograd.Function):
     @staticmethod
     def forward(context, x):

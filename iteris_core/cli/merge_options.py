@@ -73,7 +73,9 @@ PreserveWeight = Annotated[
 ]
 Templates = Annotated[
     Path | None,
-    option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
+    option(
+        "A text file of prompt templates, with {} for the concept, or for two", panel=CALIBRATION
+    ),
 ]
 Samples = Annotated[int | None, calibration_option("samples")]
 Timesteps = Annotated[int | None, calibration_option("timesteps")]

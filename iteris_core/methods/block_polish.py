@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -128,6 +129,7 @@ class _Polish:
     shown: SideBySide | None
     at_once: int = AT_ONCE
     paired: bool = False
+    in_place: bool = False
 
     def run(self) -> None:
         segments = segments_of(find(self.stage, self.lockstep))
@@ -144,10 +146,14 @@ class _Polish:
             )
 
     def _tried(self, segment: Segment, number: int, count: int) -> bool | None:
-        """:meth:`_polish`; None: with fewer rows at once, since memory ran out."""
+        """:meth:`_polish`; None: once more, with fewer rows at once, since memory ran out, or with
+        copies of what the segment changes in place."""
         try:
             return self._polish(segment, number, count)
         except _NoGradients as error:
+            if "inplace" in str(error) and not self.in_place:
+                self.in_place = True
+                return None
             self._note(segment, f"since it cannot be differentiated ({error})")
             return False
         except Exception as error:
@@ -197,7 +203,7 @@ class _Polish:
             scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5
             for step in range(self.adam.steps):
                 passage = self._picked(singles, pairs)
-                with torch.enable_grad():
+                with torch.enable_grad(), self._mutations():
                     factors.put(self.lockstep)
                     loss = self._loss(runner, passage) * scale
                     gradients = _gradients(loss, factors.all)
@@ -208,6 +214,11 @@ class _Polish:
                 tick(step + 1)
             factors.put(self.lockstep, final=True)
             return self._error(runner, checked) < before
+
+    def _mutations(self) -> AbstractContextManager[Any]:
+        if self.in_place:
+            return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return nullcontext()
 
     def _warm(self, step: int) -> float:
         return min(1.0, (step + 1) / 10) * (1 - step / self.adam.steps)

@@ -44,11 +44,27 @@ def test_blocks_are_found_and_polished(
     found = result.lora.sites
     moved = [site for site, change in plain.items() if not torch.equal(change.up, found[site].up)]
     why = str(result.report.notes.get("sites", ""))
-    # Fused and in-place operations have no gradients, such as those of FLUX's blocks; said by name.
-    assert any(polished) or "cannot be differentiated" in why
+    assert "cannot be differentiated" not in why
+    assert any(polished) or "by themselves they give something else" in why
     assert bool(moved) == any(polished)
     assert all(bool(change.up.isfinite().all()) for change in found.values())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in trial.model.model.modules())
+
+
+def test_fused_operations_have_gradients_while_blocks_are_polished(pack: ModuleType) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen")
+    training = importlib.import_module(f"{pack.__name__}.nodes.comfy_gradients").training
+    angles = torch.randn(1, 1, 8, 8)
+    cos, sin = angles.cos(), angles.sin()
+    turns = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    x = torch.randn(1, 2, 8, 16, requires_grad=True)
+    fused = kitchen.apply_rope1(x.detach(), turns)
+    with training():
+        plain, _ = kitchen.apply_rope(x, x, turns)
+    assert torch.allclose(plain, fused, atol=1e-5)
+    plain.square().sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 2 * x, atol=1e-4)  # a turn keeps lengths
 
 
 def test_the_model_is_as_it_was(kit: Kit) -> None:
