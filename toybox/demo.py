@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from iteris_core import Concept, merge_loras
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.progress import OnProgress, Progress
 from iteris_core.score import ClipScorer, without_tokens
@@ -38,9 +38,8 @@ LABELS = {
     "sum": "all at once",
     "average": "average",
     "iteris": "IterIS",
-    "polished": "IterIS, polished",
 }
-MERGED = ("iteris", "polished", "average", "sum")
+MERGED = ("iteris", "average", "sum")
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,10 @@ def _merge(output: Path, size: str, tokens: Sequence[str], on_progress: OnProgre
     def of_size(progress: Progress) -> None:
         on_progress(replace(progress, what=f"{size} concepts: {progress.what}"))
 
-    calibration = {"templates": (*TEMPLATES, *PAIR_TEMPLATES)}
-    result = merge_loras(host, chosen, calibration=calibration, on_progress=of_size)
-    result.save(output / f"merged-{size}.safetensors", overwrite=True)
-    polished = merge_loras(
-        host, chosen, settings={"block_steps": 60}, calibration=calibration, on_progress=of_size
+    result = merge_loras(
+        host, chosen, calibration=Calibration(templates=TEMPLATES), on_progress=of_size
     )
-    polished.save(output / f"polished-{size}.safetensors", overwrite=True)
+    result.save(output / f"merged-{size}.safetensors", overwrite=True)
     average = merge_loras(None, chosen, "average")
     average.save(output / f"average-{size}.safetensors", overwrite=True)
     return result.report.summary()
@@ -149,7 +145,6 @@ def _draw(
         loras = {
             "base": [],
             "iteris": [(output / f"merged-{size}.safetensors", 1.0)],
-            "polished": [(output / f"polished-{size}.safetensors", 1.0)],
             "average": [(output / f"average-{size}.safetensors", 1.0)],
             "sum": [(world[t].lora, 1.0) for t in SETS[size]],
         }[name]
