@@ -105,7 +105,7 @@ def test_one_iteration_less_is_not_enough():
 
     solves = 1 + iterations_bound(found)
     assert moved(solves) > 1e-3
-    assert moved(solves + 1) < 1e-9
+    assert moved(solves + 1) < 1e-6  # rounding, as large as a processor's order of sums makes it
     assert len(SITES) > solves
 
 
