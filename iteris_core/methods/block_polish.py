@@ -225,9 +225,9 @@ class _Polish:
 
     def _picked(self, singles: Sequence[Passage], pairs: Sequence[Passage]) -> Passage:
         generator = self.job.generator
-        if pairs and float(torch.rand((), generator=generator)) < self.adam.pairs:
-            singles = pairs
-        return singles[int(torch.randint(len(singles), (), generator=generator))]
+        paired = pairs and float(torch.rand((), generator=generator)) < self.adam.pairs
+        some = pairs if paired else singles
+        return some[int(torch.randint(len(some), (), generator=generator))]
 
     def _passages(
         self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]

@@ -111,12 +111,10 @@ class _Asked:
                 return None
             if self.stage.feeds:
                 for rows in chunks(range(len(self.stage.owners)), self.stage.kinds, _AT_ONCE):
-                    self.lockstep.run(self.batch(rows))
+                    self.lockstep.run(self.batch(self.stage, rows))
         return self.stage
 
-    def batch(self, rows: Sequence[int]) -> MicroBatch:
-        stage = self.stage
-        assert stage is not None
+    def batch(self, stage: Stage, rows: Sequence[int]) -> MicroBatch:
         owners = [self.concept or 0] * len(rows)
         return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=self.concept is None)
 
@@ -129,6 +127,7 @@ class SideBySide:
     lockstep: Lockstep
     drawn: Pairs
     _asked: dict[int | None, _Asked] = field(default_factory=dict[int | None, Any])
+    _stages: dict[int | None, Stage] = field(default_factory=dict[int | None, Any])
 
     def __post_init__(self) -> None:
         shown = sorted({number for pair in self.drawn.pairs for number in pair})
@@ -137,8 +136,9 @@ class SideBySide:
 
     def advance(self, name: str) -> bool:
         """On to a stage; whether there are rows for it."""
-        found = [asked.advance(name) for asked in self._asked.values()]
-        return all(stage is not None for stage in found)
+        found = {concept: asked.advance(name) for concept, asked in self._asked.items()}
+        self._stages = {concept: stage for concept, stage in found.items() if stage is not None}
+        return len(self._stages) == len(found)
 
     def passages(
         self,
@@ -150,9 +150,7 @@ class SideBySide:
     ) -> list[Passage]:
         """As many as ``most_bytes`` hold; none where no output of the segment has places. ``tick``
         is called before every one, and may raise."""
-        merged = self._asked[None]
-        stage = merged.stage
-        assert stage is not None
+        stage = self._stages[None]
         batches = list(chunks(range(len(stage.owners)), _kinds(stage), at_once))
         order = torch.randperm(len(batches), generator=self.job.generator)
         found: list[Passage] = []
@@ -160,20 +158,21 @@ class SideBySide:
         for rows in (batches[place] for place in order.tolist()):
             tick()
             pair = self.drawn.pairs[stage.owners[rows[0]]]
-            passage = pass_through(segment, self.lockstep, merged.batch(rows), rows, by_row)
+            passage = pass_through(segment, self.lockstep, self._batch(None, rows), rows, by_row)
             sides = [
-                outputs_of(segment, self.lockstep, self._asked[side].batch(rows), by_row)
-                for side in pair
+                outputs_of(segment, self.lockstep, self._batch(side, rows), by_row) for side in pair
             ]
             wanted = self._wanted(sides, stage.picture)
             if wanted is None:
                 return []
-            owners = [pair] * len(rows)
-            found.append(Passage(owners, rows, passage.given, wanted, passage.found))
+            found.append(replace(passage, owners=[pair] * len(rows), wanted=wanted))
             taken += found[-1].bytes
             if taken + found[-1].bytes > most_bytes:
                 break
         return found
+
+    def _batch(self, concept: int | None, rows: Sequence[int]) -> MicroBatch:
+        return self._asked[concept].batch(self._stages[concept], rows)
 
     @staticmethod
     def _wanted(
@@ -184,8 +183,10 @@ class SideBySide:
         placed = [halves(*both, picture) for both in zip(left, right, strict=True)]
         if all(some is None for some in placed):
             return None
-        means = [(one + other) / 2 for one, other in zip(left, right, strict=True)]
-        return [mean if some is None else some for some, mean in zip(placed, means, strict=True)]
+        return [
+            (one + other) / 2 if some is None else some
+            for some, one, other in zip(placed, left, right, strict=True)
+        ]
 
 
 def _kinds(stage: Stage) -> list[Any]:
