@@ -129,16 +129,18 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))
+    assert any(len(set(passage.owners)) == 2 for passage in passages)  # pairs share a forward
     for passage in passages:
-        pair = passage.owners[0]
-        for concept in (*pair, 0):
+        given = []
+        for concept in (0, 1):
             with applied(host.pipeline, concepts[concept].lora), torch.no_grad():
                 host.forward(drawn.samples, passage.rows)
-        left, right, found = seen[-3:]
-        half = left.shape[-1] // 2 + left.shape[-1] % 2
-        wanted = torch.cat([left[..., :half], right[..., half:]], -1)
-        assert torch.allclose(passage.wanted[0], wanted, atol=1e-4)
-        assert torch.allclose(passage.found[0], found, atol=1e-4)
+            given.append(seen[-1])
+        half = given[0].shape[-1] // 2 + given[0].shape[-1] % 2
+        for row, (left, right) in enumerate(passage.owners):
+            wanted = torch.cat([given[left][row, ..., :half], given[right][row, ..., half:]], -1)
+            assert torch.allclose(passage.wanted[0][row], wanted, atol=1e-4)
+        assert torch.allclose(passage.found[0], given[0], atol=1e-4)
     handle.remove()
 
 

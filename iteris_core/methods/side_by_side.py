@@ -90,18 +90,22 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
     return Pairs(pairs, samples)
 
 
+_Side = int | None
+"""0 or 1, the left or the right one's LoRA; None, the merged one."""
+
+
 @dataclass
 class _Asked:
-    """The host's stages with all rows under one concept's LoRA; None: under the merged one."""
+    """The host's stages with every row under the LoRA of one side of its picture."""
 
     job: Job
     lockstep: Lockstep
-    samples: Any
-    concept: int | None
+    drawn: Pairs
+    side: _Side
     stage: Stage | None = None
 
     def __post_init__(self) -> None:
-        self._stages = self.job.host.stages(self.samples, set(self.job.changes))
+        self._stages = self.job.host.stages(self.drawn.samples, set(self.job.changes))
 
     def advance(self, name: str) -> Stage | None:
         """The stage of that name, with what feeds it run; None where no row reaches it."""
@@ -115,8 +119,9 @@ class _Asked:
         return self.stage
 
     def batch(self, stage: Stage, rows: Sequence[int]) -> MicroBatch:
-        owners = [self.concept or 0] * len(rows)
-        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=self.concept is None)
+        pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
+        owners = [pair[self.side or 0] for pair in pairs]
+        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=self.side is None)
 
 
 @dataclass
@@ -126,18 +131,17 @@ class SideBySide:
     job: Job
     lockstep: Lockstep
     drawn: Pairs
-    _asked: dict[int | None, _Asked] = field(default_factory=dict[int | None, Any])
-    _stages: dict[int | None, Stage] = field(default_factory=dict[int | None, Any])
+    _asked: dict[_Side, _Asked] = field(default_factory=dict[_Side, Any])
+    _stages: dict[_Side, Stage] = field(default_factory=dict[_Side, Any])
 
     def __post_init__(self) -> None:
-        shown = sorted({number for pair in self.drawn.pairs for number in pair})
-        for concept in (None, *shown):
-            self._asked[concept] = _Asked(self.job, self.lockstep, self.drawn.samples, concept)
+        for side in (None, 0, 1):
+            self._asked[side] = _Asked(self.job, self.lockstep, self.drawn, side)
 
     def advance(self, name: str) -> bool:
         """On to a stage; whether there are rows for it."""
-        found = {concept: asked.advance(name) for concept, asked in self._asked.items()}
-        self._stages = {concept: stage for concept, stage in found.items() if stage is not None}
+        found = {side: asked.advance(name) for side, asked in self._asked.items()}
+        self._stages = {side: stage for side, stage in found.items() if stage is not None}
         return len(self._stages) == len(found)
 
     def passages(
@@ -148,48 +152,41 @@ class SideBySide:
         most_bytes: int,
         tick: Callable[[], None],
     ) -> list[Passage]:
-        """As many as ``most_bytes`` hold; none where no output of the segment has places. ``tick``
-        is called before every one, and may raise."""
+        """As many as ``most_bytes`` hold, each of several pairs; none where no output of the
+        segment has places. ``tick`` is called before every one, and may raise."""
         stage = self._stages[None]
-        batches = list(chunks(range(len(stage.owners)), _kinds(stage), at_once))
-        order = torch.randperm(len(batches), generator=self.job.generator)
+        order = torch.randperm(len(stage.owners), generator=self.job.generator).tolist()
         found: list[Passage] = []
         taken = 0
-        for rows in (batches[place] for place in order.tolist()):
+        for rows in chunks(order, stage.kinds, at_once):
             tick()
-            pair = self.drawn.pairs[stage.owners[rows[0]]]
+            pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
             passage = pass_through(segment, self.lockstep, self._batch(None, rows), rows, by_row)
-            sides = [
-                outputs_of(segment, self.lockstep, self._batch(side, rows), by_row) for side in pair
-            ]
-            wanted = self._wanted(sides, stage.picture)
+            left, right = (
+                outputs_of(segment, self.lockstep, self._batch(side, rows), by_row)
+                for side in (0, 1)
+            )
+            wanted = _wanted(left, right, stage.picture)
             if wanted is None:
                 return []
-            found.append(replace(passage, owners=[pair] * len(rows), wanted=wanted))
+            found.append(replace(passage, owners=pairs, wanted=wanted))
             taken += found[-1].bytes
             if taken + found[-1].bytes > most_bytes:
                 break
         return found
 
-    def _batch(self, concept: int | None, rows: Sequence[int]) -> MicroBatch:
-        return self._asked[concept].batch(self._stages[concept], rows)
-
-    @staticmethod
-    def _wanted(
-        sides: Sequence[Sequence[Tensor]], picture: Sequence[int] | None
-    ) -> list[Tensor] | None:
-        """Words, which have no place, are to be what is between both."""
-        left, right = sides
-        placed = [halves(*both, picture) for both in zip(left, right, strict=True)]
-        if all(some is None for some in placed):
-            return None
-        return [
-            (one + other) / 2 if some is None else some
-            for some, one, other in zip(placed, left, right, strict=True)
-        ]
+    def _batch(self, side: _Side, rows: Sequence[int]) -> MicroBatch:
+        return self._asked[side].batch(self._stages[side], rows)
 
 
-def _kinds(stage: Stage) -> list[Any]:
-    """Rows that may share a forward, and are of one pair."""
-    kinds = stage.kinds or [None] * len(stage.owners)
-    return list(zip(stage.owners, kinds, strict=True))
+def _wanted(
+    left: Sequence[Tensor], right: Sequence[Tensor], picture: Sequence[int] | None
+) -> list[Tensor] | None:
+    """Words, which have no place, are to be what is between both."""
+    placed = [halves(*both, picture) for both in zip(left, right, strict=True)]
+    if all(some is None for some in placed):
+        return None
+    return [
+        (one + other) / 2 if some is None else some
+        for some, one, other in zip(placed, left, right, strict=True)
+    ]
