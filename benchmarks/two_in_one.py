@@ -2,8 +2,9 @@
 
 ``python benchmarks/two_in_one.py`` writes ``benchmarks/results/two_in_one.json``, method by method,
 and goes on where it stopped; ``--seconds`` stops it by itself, ``--sizes 2 10`` takes some numbers
-of merged concepts. The concepts are those of ``reported_concepts.py``; each two neighbours of a set
-are drawn side by side, the first and the last as well, 20 pictures a pair.
+of merged concepts and ``--methods`` some rows. The concepts are those of ``reported_concepts.py``;
+each two neighbours of a set are drawn side by side, the first and the last as well, 20 pictures a
+pair.
 
 ``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves,
 ``both`` the share of pictures in which it reads both shapes. ``image``, ``judge`` and ``text`` are
@@ -48,6 +49,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ssr": ("ssr", {}),
 }
 COMPOSITE = "composite"
+ROWS = (*METHODS, COMPOSITE, "base")
 
 Scores = dict[str, list[float]]
 """measure → a mean for each pair, or for each concept."""
@@ -150,12 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SETS), choices=SETS)
+    parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=ROWS)
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
     bench = Bench(world())
     for size in asked.sizes:
         sets = [[f"sks{number}" for number in numbers] for numbers in SETS[size]]
-        for name in (*METHODS, COMPOSITE, "base"):
+        for name in asked.methods:
             runs = read(FILE).get(str(size), {}).get("runs", {})
             if name in runs or time.monotonic() > until:
                 continue

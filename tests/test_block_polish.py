@@ -13,7 +13,7 @@ from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, mer
 from iteris_core.activations.levels import Found
 from iteris_core.activations.segments import segments_of
 from iteris_core.linalg.whitening import Whitening
-from iteris_core.methods import block_polish
+from iteris_core.methods import block_factors, block_polish
 
 WIDTH = 12
 
@@ -157,7 +157,7 @@ def test_polish_is_the_same_again_and_never_ends_worse():
 
 def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
     loras, data = loras_of(), data_of()
-    whole, sizes = block_polish._Runner.__call__, set()
+    whole, sizes = block_factors.Runner.__call__, set()
 
     def scarce(self, passage):
         sizes.add(len(passage.rows))
@@ -165,7 +165,7 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, passage)
 
-    monkeypatch.setattr(block_polish._Runner, "__call__", scarce)
+    monkeypatch.setattr(block_factors.Runner, "__call__", scarce)
     result = merged(Blocks(), data, loras, block_steps=5)
     plain = merged(Blocks(), data, loras).lora
     assert sizes == {16, 8, 4, 2, 1}
@@ -194,7 +194,7 @@ class InPlace(Attention):
 def test_what_a_block_changes_in_place_has_gradients():
     loras, data, model = loras_of(), data_of(), Blocks()
     model.blocks = nn.ModuleList(InPlace() for _ in range(3)).double()
-    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 5))
+    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
     moved = [
         site
         for site, change in plain.lora.sites.items()
@@ -217,7 +217,7 @@ class Unknown(torch.autograd.Function):
 def test_what_cannot_be_differentiated_stays_and_is_said():
     loras, data, model = loras_of(), data_of(), Blocks()
     model.blocks[2].out.register_forward_hook(lambda *given: Unknown.apply(given[-1]))
-    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 5))
+    plain, result = (merged(model, data, loras, block_steps=steps) for steps in (0, 20))
     for site, change in plain.lora.sites.items():
         same = torch.equal(change.up, result.lora.sites[site].up)
         assert same == (not site.startswith(("blocks.0", "blocks.1")))

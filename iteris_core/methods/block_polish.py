@@ -6,16 +6,14 @@ a segment (:mod:`..activations.segments`) are trained together on
 
     Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
 
-in execution order, on inputs that passed the segments before. The factors are trained where inputs
-are white (:mod:`..linalg.whitening`). A share of the steps is on pictures that show two concepts
-(:mod:`.side_by_side`). A segment that does not come nearer to what it is to give
-stays as it was.
+in execution order, on inputs that passed the segments before (:mod:`.block_factors`). A share of
+the steps is on pictures that show two concepts (:mod:`.side_by_side`). A segment that does not come
+nearer to what it is to give stays as it was.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_out_of_memory
@@ -37,17 +34,14 @@ from ..activations.segments import (
     plain_weights,
     segments_of,
 )
-from ..activations.site import site_of
-from ..errors import IterisError, brief
 from ..hosts.protocol import Stage
-from ..linalg.whitening import Whitening
 from ..lora import LowRank
 from ..passes.batches import Batching, chunks, micro_batches
 from ..passes.job import Job
 from ..passes.ways import find
+from .block_factors import Factors, NoGradients, Runner, gradients_of, tokens_of
 from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
 
-_log = logging.getLogger(__name__)
 WHAT = "polishing blocks"
 ROWS, ROWS_EACH = 256, 64
 """So many rows pass every segment, and so many of each concept where they are many."""
@@ -56,10 +50,6 @@ CHECKED = 8
 """So many micro-batches tell whether a segment gained."""
 MOST_BYTES = 4 << 30
 """Of host memory for what enters a segment; fewer rows are taken where they are larger."""
-FLOOR = 1e-3
-TOKENS = 4096
-"""So many tell the moments of a site's inputs."""
-_SAME = 1e-2
 _STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
@@ -114,10 +104,6 @@ def _row_count(job: Job) -> int:
     return max(ROWS, ROWS_EACH * len(job.concepts))
 
 
-class _NoGradients(IterisError):
-    """The segment has an operation that cannot be differentiated."""
-
-
 @dataclass
 class _Polish:
     """The polish of one stage."""
@@ -150,7 +136,7 @@ class _Polish:
         copies of what the segment changes in place."""
         try:
             return self._polish(segment, number, count)
-        except _NoGradients as error:
+        except NoGradients as error:
             if "inplace" in str(error) and not self.in_place:
                 self.in_place = True
                 return None
@@ -189,12 +175,12 @@ class _Polish:
         checked = singles[:CHECKED] + pairs[:CHECKED]
         modules = self.job.host.sites()
         with self.stage.gradients(), plain_weights(segment.module) as weights:
-            runner = _Runner(self.lockstep, segment, weights, by_row)
-            tokens = _tokens(runner, modules, passages)
+            runner = Runner(self.lockstep, segment, weights, by_row)
+            tokens = tokens_of(runner, modules, passages)
             if tokens is None:
                 self._note(segment, "since by themselves they give something else")
                 return False
-            factors = _Factors.of(self.lockstep.merged, tokens)
+            factors = Factors.of(self.lockstep.merged, tokens)
             before = self._error(runner, checked)
             if not before:
                 return False
@@ -206,7 +192,7 @@ class _Polish:
                 with torch.enable_grad(), self._mutations():
                     factors.put(self.lockstep)
                     loss = self._loss(runner, passage) * scale
-                    gradients = _gradients(loss, factors.all)
+                    gradients = gradients_of(loss, factors.all)
                 for factor, gradient in zip(factors.all, gradients, strict=True):
                     factor.grad = gradient
                 adam.step()
@@ -264,7 +250,7 @@ class _Polish:
                 rows.append(row)
         return rows
 
-    def _loss(self, runner: _Runner, passage: Passage) -> Tensor:
+    def _loss(self, runner: Runner, passage: Passage) -> Tensor:
         by_row: list[Tensor] = []
         for output, wanted in zip(runner(passage), passage.wanted, strict=True):
             errors = (output.float() - wanted.to(output.device).float()).square()
@@ -286,125 +272,6 @@ class _Polish:
             return None
         return mask.to(errors.device)[..., None]
 
-    def _error(self, runner: _Runner, passages: Sequence[Passage]) -> float:
+    def _error(self, runner: Runner, passages: Sequence[Passage]) -> float:
         with torch.no_grad():
             return sum(float(self._loss(runner, passage)) for passage in passages)
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """Runs a segment on merged rows alone."""
-
-    lockstep: Lockstep
-    segment: Segment
-    weights: Mapping[str, Tensor]
-    by_row: ByRow
-
-    def __call__(self, passage: Passage) -> Sequence[Tensor]:
-        outputs: list[Tensor] = []
-        args, kwargs = passage.arguments()
-
-        def run() -> None:
-            output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
-            outputs.extend(self.by_row.outputs_of(output))
-
-        batch = MicroBatch(run, [first for first, *_ in passage.owners], 1, merged_only=True)
-        self.lockstep.run(batch, grad=torch.is_grad_enabled())
-        return outputs
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """Up factors, and down factors where inputs are white, by site; float32 leaves."""
-
-    ups: Mapping[str, Tensor]
-    downs: Mapping[str, Tensor]
-    whitenings: Mapping[str, Whitening]
-    kernels: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor]) -> _Factors:
-        """Of the ``merged`` changes of those sites whose inputs are given, (tokens, in)."""
-        ups: dict[str, Tensor] = {}
-        downs: dict[str, Tensor] = {}
-        whitenings = {site: Whitening.of(some, FLOOR) for site, some in tokens.items()}
-        for site, whitening in whitenings.items():
-            change = merged[site].to(torch.float32, whitening.roots.device)
-            up, across = torch.linalg.qr(change.up)
-            left, values, right = torch.linalg.svd(
-                across @ whitening.root(change.down), full_matrices=False
-            )
-            root = values.sqrt()
-            ups[site] = (up @ left * root).detach().requires_grad_()
-            downs[site] = (root[:, None] * right).detach().requires_grad_()
-        kernels = {site: merged[site].kernel for site in whitenings}
-        return cls(ups, downs, whitenings, kernels)
-
-    @property
-    def all(self) -> list[Tensor]:
-        return [*self.ups.values(), *self.downs.values()]
-
-    def groups(self, rate: float) -> list[dict[str, Any]]:
-        return [
-            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
-            for factor in self.all
-        ]
-
-    def put(self, lockstep: Lockstep, *, final: bool = False) -> None:
-        """As merged changes; ``final``: without their gradients."""
-        for site, whitening in self.whitenings.items():
-            up, down = self.ups[site], whitening.inverse_root(self.downs[site])
-            if final:
-                up, down = up.detach(), down.detach()
-            lockstep.merged[site] = LowRank(up, down, self.kernels[site])
-
-
-def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    try:
-        return torch.autograd.grad(loss, factors, allow_unused=True, materialize_grads=True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise _NoGradients(brief(error)) from error
-
-
-def _tokens(
-    runner: _Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
-) -> dict[str, Tensor] | None:
-    """Some of the inputs of every site of the segment, (tokens, in); None where it does not give
-    by itself what it gave within the model."""
-    tokens: dict[str, list[Tensor]] = {}
-    generator = torch.Generator().manual_seed(0)
-    each = -(-TOKENS // len(passages))
-
-    def noting(site: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            shown = site_of(site, module).tokens(args[0].detach())
-            # At random: tokens of a row come in turn, and every so manieth are not like the others.
-            some = torch.randperm(len(shown), generator=generator)[:each]
-            tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
-
-        return note
-
-    handles = [modules[s].register_forward_pre_hook(noting(s)) for s in runner.segment.sites]
-    try:
-        with torch.no_grad():
-            if not all(_alike(runner(passage), passage.found) for passage in passages):
-                return None
-    except Exception as error:  # a row's share of an argument may not be told from another
-        if is_out_of_memory(error):
-            raise
-        _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {site: torch.cat(some) for site, some in tokens.items()}
-
-
-def _alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return bool(others) and all(
-        one.shape == other.shape
-        and float((one.float().cpu() - other.float()).norm()) <= _SAME * float(other.float().norm())
-        for one, other in zip(some, others, strict=True)
-    )

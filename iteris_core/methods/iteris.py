@@ -32,7 +32,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.objective == "output":
         add_repairs(job, settings.repair_inputs)
-    by_blocks = Adam(settings.block_steps, settings.block_rate, settings.block_pairs)
+    steps = round(settings.block_steps * max(job.loras, 2) / 2)
+    by_blocks = Adam(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
         expect_block_polish(job, by_blocks)
     if settings.polish_steps:
@@ -74,9 +75,9 @@ def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
-        samples = stage.samples or job.calibration.samples
-        ridge = job.policy.ridge_for(samples)
-        pull = pull or job.policy.pull_for(samples)
+        ran = stage.samples or job.calibration.samples, job.calibration.timesteps, job.loras
+        ridge = job.policy.ridge_for(*ran)
+        pull = pull or job.policy.pull_for(*ran)
     fit = Fit(
         job.weights,
         ridge,

@@ -43,7 +43,8 @@ class IterisSettings(Settings):
         None,
         "How strongly a layer is drawn toward the plain LoRAs (the paper's eq. 7). Above 0.001 it "
         "gives most of the merge away.",
-        none="by the number of prompts of a concept that ran: 1e-6 from 50 on, more below",
+        none="by the number of prompts that ran: 1e-6 from 50 for each of two LoRAs, 20 of five or "
+        "10 of ten on; below, more",
         low=0,
         below=1,
         most=0.5,
@@ -53,7 +54,7 @@ class IterisSettings(Settings):
         None,
         "What the ridge draws a layer toward: the weighted mean of the LoRAs, as in the paper, or "
         "that mean made as large as the LoRAs are (size), since a mean of unlike changes is small.",
-        none="mean; with fewer than 50 prompts, where the ridge is chosen as well, size",
+        none="mean; with so few prompts that the ridge, chosen as well, is larger, size",
     )
     shrink: float = setting(
         1.0,
@@ -100,8 +101,8 @@ class IterisSettings(Settings):
     block_steps: int = setting(
         0,
         "Adam steps on what each block gives, block by block after the closed form: gradients, but "
-        "never through the whole model, and no data. 120 are worth their time for several "
-        "concepts in one picture, for many, or a low rank.",
+        "never through the whole model, and no data. For two LoRAs; for more, in proportion. "
+        "120 are worth their time for several concepts in one picture, for many, or a low rank.",
         low=0,
         most=1000,
     )

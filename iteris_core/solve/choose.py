@@ -23,18 +23,20 @@ from .rows import OutputRows
 class Policy:
     """Thresholds, and the choices that are made by them.
 
-    Rows stand for themselves where that takes ``rows_gain`` times fewer operations than moments.
-    TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of the output
-    where it has more than ``small_target`` entries and that takes ``directions_gain`` times fewer
-    operations; they are found from ``tokens_a_direction`` tokens for each, of pictures' from those
-    of ``sample_rows`` rows of a concept. Of a row of a picture ``least_row_tokens`` tokens count,
-    or what gives every concept ``tokens_an_input`` for each of a site's inputs. With fewer prompts
-    a concept than ``enough_samples`` a fit follows its sample, so that the ``ridge`` grows with the
-    ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls to the mean at the changes'
-    own size. Two concepts in pictures, which hardly compete, are repaired by ``repair_share`` of a
-    feed-forward's hidden units. Of the ways to run a sweep one that takes less memory is preferred
-    to another where it seems ``way_gain`` times quicker, since more rows run at once: the seconds
-    of a forward or two are measured no better.
+    Rows stand for themselves where that takes ``rows_gain`` times fewer operations than
+    moments. TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of
+    the output where it has more than ``small_target`` entries and that takes
+    ``directions_gain`` times fewer operations; they are found from ``tokens_a_direction``
+    tokens for each, of pictures' from those of ``sample_rows`` rows of a concept. Of a row of a
+    picture ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input``
+    for each of a site's inputs. With fewer prompts than ``enough_samples`` for each of two
+    LoRAs, or fewer in proportion for each of more, a fit follows its sample, so that the
+    ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge`` (of two
+    LoRAs), and pulls to the mean at the changes' own size. Two concepts in pictures, which
+    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units. Of the
+    ways to run a sweep one that takes less memory is preferred to another where it seems
+    ``way_gain`` times quicker, since more rows run at once: the seconds of a forward or two are
+    measured no better.
     """
 
     rows_gain: float = 3.0
@@ -136,15 +138,24 @@ class Policy:
         """How many tokens of each of a concept's ``rows`` are enough for ``width`` inputs."""
         return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
 
-    def ridge_for(self, samples: int) -> float:
-        """α for so many samples a concept that run."""
-        few = max(1.0, self.enough_samples / samples)
-        return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
+    def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
+        """α for so many samples of each of so many LoRAs that run."""
+        few = max(1.0, self.enough_samples / self._worth(samples, timesteps, loras))
+        # The more LoRAs, the less of each is in the mean that it pulls to.
+        most = self.most_ridge * (2 / max(loras, 2)) ** 2
+        return max(self.ridge, min(self.ridge * few**self.ridge_power, most))
 
-    def pull_for(self, samples: int) -> Pull:
-        """For so many samples a concept that run: where they are few the pull decides much of a
-        merge, and the mean of unlike changes is too small."""
-        return "size" if samples < self.enough_samples else "mean"
+    def pull_for(self, samples: int, timesteps: int, loras: int) -> Pull:
+        """For so many samples of each of so many LoRAs that run: where they are few the pull
+        decides much of a merge, and the mean of unlike changes is too small."""
+        few = self._worth(samples, timesteps, loras) < self.enough_samples
+        return "size" if few else "mean"
+
+    @staticmethod
+    def _worth(samples: int, timesteps: int, loras: int) -> float:
+        """Samples of each of two LoRAs at four timesteps: a site is fitted to the rows of all
+        LoRAs, and rows of one sample are much alike."""
+        return samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
 
     def saliency_for(self, loras: int) -> float:
         """How much more places count where a LoRA acts: two concepts hardly compete."""
