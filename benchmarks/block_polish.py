@@ -18,13 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from outputs import QUICK, read, result_file, write
 from protocol.toybox import ToyboxWorld
 
 from iteris_core import Lora, merge_loras
+from iteris_core.score.statistics import over_compositions
 
 ROOT = Path(__file__).parent
 FILE = result_file("block_polish.json")
@@ -42,9 +43,15 @@ class Case:
     methods: Mapping[str, Mapping[str, Any]]
 
 
-BLOCKS = {"block_steps": STEPS, "block_pairs": 0.0}
-"""Without pictures of two, which ``two_in_one.py`` measures."""
-BOTH = {"default": {}, f"{STEPS} steps a block": {"settings": BLOCKS}}
+def blocks(loras: int) -> Mapping[str, Any]:
+    """``STEPS`` in all, without pictures of two, which ``two_in_one.py`` measures."""
+    return {"block_steps": round(STEPS * 2 / loras), "block_pairs": 0.0}
+
+
+def both(loras: int) -> Mapping[str, Mapping[str, Any]]:
+    return {"default": {}, f"{STEPS} steps a block": {"settings": blocks(loras)}}
+
+
 PRESETS = {"default": {}, "best": {"preset": "best"}}
 CASES: Mapping[str, Case] = {
     "ten at rank 8": Case(
@@ -52,12 +59,12 @@ CASES: Mapping[str, Case] = {
         [tuple(range(1, 11))],
         {
             "rank 8": {"settings": {"rank": 8}},
-            f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, **BLOCKS}},
+            f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, **blocks(10)}},
         },
     ),
-    "ten": Case(ROOT / "reported", [tuple(range(1, 11))], BOTH),
-    "three alike": Case(ROOT / "alike", [(1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)], BOTH),
-    "five alike": Case(ROOT / "alike", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], BOTH),
+    "ten": Case(ROOT / "reported", [tuple(range(1, 11))], both(10)),
+    "three alike": Case(ROOT / "alike", [(1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)], both(3)),
+    "five alike": Case(ROOT / "alike", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], both(5)),
     "pairs, presets": Case(ROOT / "reported", [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], PRESETS),
     "fives, presets": Case(ROOT / "reported", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], PRESETS),
 }
@@ -130,10 +137,10 @@ def _difference(
     ours: Sequence[Mapping[str, Sequence[float]]],
     theirs: Sequence[Mapping[str, Sequence[float]]],
     measure: str,
-) -> dict[str, float]:
-    """Mean and standard error over the concepts of all sets."""
+) -> dict[str, float | None]:
+    """Over the concepts of all sets."""
     values = [fmean(a[measure]) - fmean(b[measure]) for a, b in zip(ours, theirs, strict=True)]
-    return {"mean": fmean(values), "se": stdev(values) / len(values) ** 0.5}
+    return over_compositions(values).to_dict()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How a merge of few prompts is pulled: today's rule, the former one and the two nearest rivals.
+"""How a merge of few prompts is pulled: today's rule, former ones and the two nearest rivals.
 
 ``python benchmarks/few_prompts.py`` writes ``benchmarks/results/few_prompts.json``, of the
 toybox's own ten concepts, on which rules are chosen (those that are reported are
@@ -25,7 +25,7 @@ FILE = result_file("few_prompts.json")
 PICTURES = 1
 """The seed of the pictures"""
 COLUMNS = ("image", "text", "judge")
-POINTS = {"1 x 1": (1, 1), "2 x 2": (2, 2), "6 x 1": (6, 1)}
+POINTS = {"1 x 1": (1, 1), "2 x 2": (2, 2), "6 x 1": (6, 1), "12 x 4": (12, 4)}
 """Prompts x timesteps"""
 SETS: Mapping[int, Sequence[tuple[int, ...]]] = {
     2: ((3, 5), (8, 9), (1, 4), (2, 6), (7, 10)),
@@ -34,16 +34,24 @@ SETS: Mapping[int, Sequence[tuple[int, ...]]] = {
 }
 CASES: Mapping[int, Mapping[str, Sequence[int]]] = {
     2: {"1 x 1": (0, 1), "2 x 2": (0,), "6 x 1": (0,)},
-    5: {"1 x 1": (0,), "2 x 2": (0,), "6 x 1": (0,)},
-    10: {"1 x 1": (0,)},
+    5: dict.fromkeys(POINTS, (0,)),
+    10: dict.fromkeys(POINTS, (0,)),
 }
 """Concepts → point → seeds of the samples"""
-METHODS = ("iteris", "former", "regmean++", "ssr")
+BY_ONE = "by one"
+"""The rule by the prompts of one LoRA, however many there are: of two it is today's."""
+METHODS = ("iteris", BY_ONE, "former", "regmean++", "ssr")
+
+
+def methods(concepts: int) -> list[str]:
+    return [method for method in METHODS if method != BY_ONE or concepts > 2]
 
 
 def settings(method: str, concepts: int, point: str) -> tuple[str, dict[str, Any]]:
     """The method's name, and its settings: the rivals' as they were found on these concepts."""
     prompts, _ = POINTS[point]
+    if method == BY_ONE:
+        return "iteris", {"ridge": min(1e-6 * (50 / prompts) ** 5, 1e-2), "pull": "size"}
     if method == "former":  # the ridge went with the square of the prompts, toward the mean
         return "iteris", {"ridge": 1e-6 * (50 / prompts) ** 2, "pull": "mean"}
     if method == "regmean++":
@@ -112,7 +120,7 @@ def figures(bench: Bench, concepts: int, point: str, seeds: Sequence[int]) -> di
     """``rows``: method → column → mean and standard error over merges; ``leads``: how far the
     default is ahead of the other, merge by merge; ``merges`` counts them."""
     merges = [(numbers, seed) for numbers in SETS[concepts] for seed in seeds]
-    found = {m: [bench.merged(m, n, point, seed) for n, seed in merges] for m in METHODS}
+    found = {m: [bench.merged(m, n, point, seed) for n, seed in merges] for m in methods(concepts)}
     bounds = {name: [bench.bound(name, n) for n, _ in merges] for name in ("single", "base")}
     ours = found["iteris"]
     leads = {

@@ -26,6 +26,7 @@ IN_LANGUAGE = {"single": "alone", "average": "linear"}
 """What a method is called in ``language.json``."""
 
 FEW_OTHERS = {
+    "by one": "by one LoRA's prompts",
     "former": "the former ridge",
     "regmean++": "RegMean++",
     "ssr": "SSR-Merge",
@@ -185,7 +186,7 @@ def few_prompts(column: str) -> list[str]:
     for concepts, points in load("few_prompts.json")["found"].items():
         for point, at in points.items():
             mine, leads = at["rows"]["iteris"][column], at["leads"]
-            ahead = [signed(leads[name][column]) for name in FEW_OTHERS]
+            ahead = [signed(leads[n][column]) if n in leads else "" for n in FEW_OTHERS]
             rows.append([concepts, point, str(at["merges"]), cell(mine), *ahead])
     return lines(
         ("concepts", "prompts x timesteps", "merges", "**IterIS**", *FEW_OTHERS.values()), rows

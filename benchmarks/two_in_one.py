@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from outputs import QUICK, read, result_file, write
@@ -29,6 +29,7 @@ from protocol.world import Wanted
 from reported import CHOSEN, world
 
 from iteris_core import Lora, merge_loras
+from iteris_core.score.statistics import over_compositions
 
 FILE = result_file("two_in_one.json")
 SETS: Mapping[int, Sequence[Sequence[int]]] = {
@@ -40,11 +41,11 @@ SETS: Mapping[int, Sequence[Sequence[int]]] = {
 }
 PICTURES = 2 if QUICK else 20
 ALONE = range(1, 2 if QUICK else 5)
-STEPS = 120
+POLISH = {"block_steps": 120}
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     OURS: (OURS, {}),
-    f"{OURS}, {STEPS} steps a block": (OURS, {"block_steps": STEPS}),
-    f"{OURS}, {STEPS} steps, no pairs": (OURS, {"block_steps": STEPS, "block_pairs": 0.0}),
+    f"{OURS}, polished": (OURS, POLISH),
+    f"{OURS}, no pairs": (OURS, {**POLISH, "block_pairs": 0.0}),
     "regmean++": ("regmean++", {}),
     "ssr": ("ssr", {}),
 }
@@ -140,12 +141,8 @@ def summary(found: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "mean": fmean(values),
-        "se": stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0,
-    }
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
+    return over_compositions([a - b for a, b in zip(ours, theirs, strict=True)]).to_dict()
 
 
 def main() -> None:

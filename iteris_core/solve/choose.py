@@ -31,12 +31,12 @@ class Policy:
     picture ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input``
     for each of a site's inputs. With fewer prompts than ``enough_samples`` for each of two
     LoRAs, or fewer in proportion for each of more, a fit follows its sample, so that the
-    ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge`` (of two
-    LoRAs), and pulls to the mean at the changes' own size. Two concepts in pictures, which
-    hardly compete, are repaired by ``repair_share`` of a feed-forward's hidden units. Of the
-    ways to run a sweep one that takes less memory is preferred to another where it seems
-    ``way_gain`` times quicker, since more rows run at once: the seconds of a forward or two are
-    measured no better.
+    ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls
+    to the mean at the changes' own size. Two concepts in pictures, which hardly compete, are
+    repaired by ``repair_share`` of a feed-forward's hidden units. Of the ways to run a sweep
+    one that takes less memory is preferred to another where it seems ``way_gain`` times
+    quicker, since more rows run at once: the seconds of a forward or two are measured no
+    better.
     """
 
     rows_gain: float = 3.0
@@ -141,9 +141,7 @@ class Policy:
     def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
         """α for so many samples of each of so many LoRAs that run."""
         few = max(1.0, self.enough_samples / self._worth(samples, timesteps, loras))
-        # The more LoRAs, the less of each is in the mean that it pulls to.
-        most = self.most_ridge * (2 / max(loras, 2)) ** 2
-        return max(self.ridge, min(self.ridge * few**self.ridge_power, most))
+        return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
 
     def pull_for(self, samples: int, timesteps: int, loras: int) -> Pull:
         """For so many samples of each of so many LoRAs that run: where they are few the pull
