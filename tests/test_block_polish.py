@@ -204,6 +204,34 @@ def test_what_a_block_changes_in_place_has_gradients():
     assert not result.report.notes
 
 
+class Masked(Attention):
+    def forward(self, x, scale=4.0, mask=None):
+        given = super().forward(x, scale)
+        return given if mask is None else x + mask * (given - x)
+
+
+class Padded(Blocks):
+    """Brings its blocks a mask by row, but not where there is one row alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(3)).double()
+
+    def forward(self, x):
+        mask = (x[:, :1, :1] > 0).to(x) if len(x) > 2 else None
+        for block in self.blocks:
+            x = block(x, scale=0.3, mask=mask)
+        return self.last(x)
+
+
+def test_what_one_row_alone_does_not_bring_is_told_by_its_length():
+    loras, data = loras_of(), data_of()
+    plain, result = (merged(Padded(), data, loras, block_steps=steps) for steps in (0, 20))
+    assert not result.report.notes
+    for site in SITES[:-1]:
+        assert not torch.equal(plain.lora.sites[site].up, result.lora.sites[site].up)
+
+
 class Unknown(torch.autograd.Function):
     @staticmethod
     def forward(context, x):

@@ -95,20 +95,32 @@ def segments_of(found: Found) -> list[Segment]:
 @dataclass(frozen=True)
 class ByRow:
     """What of a segment has an entry for every row: its arguments, by their paths, and the tensors
-    that it gives, by their numbers."""
+    that it gives, by their numbers. ``others`` are the paths of those that have none."""
 
     given: Set[str]
     outputs: Sequence[int]
+    others: Set[str] = frozenset()
 
     @classmethod
     def of(cls, segment: Segment, lockstep: Lockstep, batch: MicroBatch) -> ByRow:
         """``batch`` has one row, in two copies: what else is of that length would have two tokens,
         say."""
         given, outputs = _passed(segment, lockstep, batch, lambda path, leaf: leaf)
+        found = {
+            path: bool(leaf.ndim) and leaf.shape[0] == 2 for path, leaf in tensors(given).items()
+        }
         return cls(
-            {path for path, leaf in tensors(given).items() if leaf.ndim and leaf.shape[0] == 2},
+            {path for path, by_row in found.items() if by_row},
             [i for i, leaf in enumerate(outputs) if leaf.ndim and leaf.shape[0] == 2],
+            {path for path, by_row in found.items() if not by_row},
         )
+
+    def has(self, path: str, leaf: Tensor, rows: int) -> bool:
+        """Whether an argument of so many rows has an entry for each; what one row alone did not
+        bring, such as the mask of shorter ones, is told by its length."""
+        if path in self.given or path in self.others:
+            return path in self.given
+        return bool(leaf.ndim) and leaf.shape[0] == rows
 
     def outputs_of(self, output: Any) -> list[Tensor]:
         every = _tensors_of(output)
@@ -121,11 +133,12 @@ def pass_through(
     """Run ``batch`` up to the end of the segment: merged rows, and with two copies before them the
     same under each row's own LoRA, which is what is wanted."""
     count = len(batch.owners) * (batch.copies - 1)
+    rows_run = len(batch.owners) * batch.copies
 
     def kept(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        some = leaf[count:] if _pytree.keystr(path) in by_row.given else leaf
+        some = leaf[count:] if by_row.has(_pytree.keystr(path), leaf, rows_run) else leaf
         return _Kept(some.to("cpu", copy=True), leaf.device)
 
     given, output = _passed(segment, lockstep, batch, kept)
