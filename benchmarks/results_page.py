@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tables_grid
+import tables_pairs
 import tables_paper
 from markdown_tables import cell, lines, short
 from outputs import RESULTS, ROOT
@@ -42,6 +43,8 @@ def page(found: list[World]) -> str:
             parts.append(f"![{_alternative(world, column)}](images/{plot.name})\n")
         for count, methods in world.groups.items():
             parts += [f"### {world.title}: {_counted(count)}\n", _table(world, methods)]
+    if (RESULTS / tables_pairs.FILE).is_file():
+        parts += [tables_pairs.section()]
     if (RESULTS / "reported_grid.json").is_file():
         parts += [tables_grid.section()]
     if (IMAGES / "results-methods.png").is_file():
@@ -58,7 +61,7 @@ _PICTURES = """\
 
 Two concepts of the toybox merged, every row from the same noise, the first picture of each prompt:
 `python benchmarks/side_by_side.py`. Of two concepts IterIS and RegMean++ are alike to the eye, and in
-one picture every method mixes them.
+one picture every method mixes them without a polish.
 """  # noqa: E501
 
 
@@ -133,7 +136,11 @@ def _shown(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def plots(found: list[World]) -> list[Plot]:
     drawn = [plot for world in found for plot in plots_of(world)]
-    further = {"reported_grid.json": tables_grid, "paper_figures.json": tables_paper}
+    further = {
+        tables_pairs.FILE: tables_pairs,
+        "reported_grid.json": tables_grid,
+        "paper_figures.json": tables_paper,
+    }
     for file, module in further.items():
         if (RESULTS / file).is_file():
             drawn += module.plots()

@@ -42,9 +42,10 @@ SETS: Mapping[int, Sequence[Sequence[int]]] = {
 PICTURES = 2 if QUICK else 20
 ALONE = range(1, 2 if QUICK else 5)
 POLISH = {"block_steps": 120}
+POLISHED = f"{OURS}, polished"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     OURS: (OURS, {}),
-    f"{OURS}, polished": (OURS, POLISH),
+    POLISHED: (OURS, POLISH),
     f"{OURS}, no pairs": (OURS, {**POLISH, "block_pairs": 0.0}),
     "regmean++": ("regmean++", {}),
     "ssr": ("ssr", {}),

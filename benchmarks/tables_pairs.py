@@ -1,0 +1,80 @@
+"""Two concepts in one picture in ``docs/results.md``, by :mod:`two_in_one`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from markdown_tables import cell, lines, load, short, signed
+from result_plots import INTERVAL, Plot, bars
+
+from iteris_core.score.statistics import over_compositions
+
+FILE = "two_in_one.json"
+OURS, POLISHED, COMPOSITE = "iteris", "iteris, polished", "composite"
+RIVALS = ("regmean++", "ssr")
+ACROSS = {COMPOSITE: "each LoRA in its half", "base": "no LoRA"}
+_PLOT = "results-two-in-one.svg"
+
+Pairs = Mapping[str, Sequence[float]]
+"""method → the share of attributes that is right, pair by pair"""
+
+
+def section() -> str:
+    return f"""\
+## Two concepts in one picture
+
+From one merged LoRA, of the ten concepts on which nothing was chosen, each two neighbours of a
+merge side by side, 20 pictures a pair: the share of shapes, patterns and colours that is read
+rightly in the halves. *polished* is the setting `block_steps=120`, which the preset `best` has.
+{ACROSS[COMPOSITE].capitalize()} is no merge: two LoRAs, each of which denoises its half of the
+picture. *ahead* is by how much *polished* is ahead of the better of the rivals, pair by pair. More,
+and what it costs: `python benchmarks/two_in_one.py`,
+[benchmarks](../benchmarks/README.md#two-concepts-in-one-picture).
+
+![The share of attributes that is right, by the number of concepts merged.](images/{_PLOT})
+
+{_table()}
+"""
+
+
+def plots() -> list[Plot]:
+    shown = (OURS, POLISHED, *RIVALS, *ACROSS)
+    groups = {
+        size: {name: _bar(pairs[name]) for name in shown if name in pairs}
+        for size, pairs in _sizes()
+    }
+    return [bars(_PLOT, groups, "share of attributes right", ACROSS)]
+
+
+def _sizes() -> Iterator[tuple[str, Pairs]]:
+    for size, found in sorted(load(FILE).items(), key=lambda item: int(item[0])):
+        yield size, {name: scores["pair"] for name, scores in found["runs"].items()}
+
+
+def _bar(values: Sequence[float]) -> dict[str, Any]:
+    found = over_compositions(values)
+    return {
+        "mean": found.mean,
+        "interval": [found.mean + k * found.se for k in (-INTERVAL, INTERVAL)],
+    }
+
+
+def _table() -> str:
+    rows: list[Sequence[str]] = []
+    for size, pairs in _sizes():
+        ours, composite = pairs[POLISHED], fmean(pairs[COMPOSITE])
+        best = max(RIVALS, key=lambda name: fmean(pairs[name]))
+        ahead = [one - other for one, other in zip(ours, pairs[best], strict=True)]
+        shown = (OURS, POLISHED, *RIVALS, COMPOSITE, "base")
+        rows.append(
+            (
+                size,
+                *(cell(over_compositions(pairs[name]).to_dict()) for name in shown),
+                signed(over_compositions(ahead).to_dict()),
+                short(f"{fmean(ours) / composite:.2f}"),
+            )
+        )
+    names = (OURS, "polished", *RIVALS, *ACROSS.values())
+    return "\n".join(lines(("concepts", *names, "ahead", "of each in its half"), rows))
