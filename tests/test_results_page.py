@@ -15,6 +15,7 @@ import result_plots
 import result_worlds
 import results_page
 import tables_grid
+import tables_pairs
 import tables_protocol
 
 
@@ -111,7 +112,7 @@ def test_the_grid_s_table_has_what_is_measured_of_it(results):
     rows = {name: row(0.8, 0.7, 0.1) for name in ("single", "base", "iteris", "ssr")}
     for some in rows.values():
         for column in ("image", "text"):
-            some[column]["interval"] = None
+            some[column] |= {"interval": None, "n": 1}
     grid = {
         "grid": {"1 x 1": {"2": rows, "10": rows}, "50 x 4": {"2": {"single": rows["single"]}}},
         "leads": {"1 x 1": {"2": lead(-0.05)}, "50 x 4": {}},
@@ -122,7 +123,26 @@ def test_the_grid_s_table_has_what_is_measured_of_it(results):
     assert "| 10 | 1 x 1 | .800 ± .010 |  | .800 ± .010 |  | .700 ± .010 |" in text
     assert "50 x 4 |" not in text
     groups = [plot.figures["groups"] for plot in tables_grid.plots()]
-    assert [list(some) for some in groups] == [["1 x 1\nK = 2", "1 x 1\nK = 10"]] * 2
+    assert [list(some) for some in groups] == [["1 x 1"]] * 2
+
+
+def test_two_in_one_picture_is_held_against_the_better_rival(results):
+    shares = {
+        "iteris": [0.4, 0.5],
+        "iteris, polished": [0.6, 0.7],
+        "regmean++": [0.5, 0.4],
+        "ssr": [0.3, 0.3],
+        "composite": [0.8, 0.8],
+        "base": [0.3, 0.2],
+    }
+    runs = {name: {"pair": values} for name, values in shares.items()}
+    (results / tables_pairs.FILE).write_text(json.dumps({"2": {"runs": runs}}))
+    text = results_page.page([])
+    assert "| .250 ± .050 | +.200 ± .100 | .81 |" in text  # RegMean++ by .1 and .3, of .8
+    [plot] = tables_pairs.plots()
+    bar = plot.figures["groups"]["2"]["iteris, polished"]
+    assert bar["mean"] == pytest.approx(0.65)
+    assert bar["interval"] == pytest.approx([0.65 - 1.96 * 0.05, 0.65 + 1.96 * 0.05])
 
 
 def test_the_protocol_s_tables_have_what_is_measured(results):
