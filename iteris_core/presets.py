@@ -30,8 +30,9 @@ PRESETS: Mapping[PresetName, Preset] = {
         calibration={"samples": 12},
     ),
     "best": Preset(
-        "Twice the prompts, and 120 steps of polish for each block: for several concepts in one "
-        "picture, for many, or a low rank; four to seven times as long.",
+        "Twice the prompts, and 120 steps of polish for each block, in proportion more with more "
+        "than two LoRAs: for several concepts in one picture, for many, or a low rank; six to "
+        "seven times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100},
     ),
