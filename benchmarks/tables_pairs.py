@@ -15,6 +15,7 @@ FILE = "two_in_one.json"
 OURS, POLISHED, COMPOSITE = "iteris", "iteris, polished", "composite"
 RIVALS = ("regmean++", "ssr")
 ACROSS = {COMPOSITE: "each LoRA in its half", "base": "no LoRA"}
+_SHOWN = (OURS, POLISHED, *RIVALS, *ACROSS)
 _PLOT = "results-two-in-one.svg"
 
 Pairs = Mapping[str, Sequence[float]]
@@ -40,9 +41,8 @@ and what it costs: `python benchmarks/two_in_one.py`,
 
 
 def plots() -> list[Plot]:
-    shown = (OURS, POLISHED, *RIVALS, *ACROSS)
     groups = {
-        size: {name: _bar(pairs[name]) for name in shown if name in pairs}
+        size: {name: _bar(pairs[name]) for name in _SHOWN if name in pairs}
         for size, pairs in _sizes()
     }
     return [bars(_PLOT, groups, "share of attributes right", ACROSS)]
@@ -67,11 +67,10 @@ def _table() -> str:
         ours, composite = pairs[POLISHED], fmean(pairs[COMPOSITE])
         best = max(RIVALS, key=lambda name: fmean(pairs[name]))
         ahead = [one - other for one, other in zip(ours, pairs[best], strict=True)]
-        shown = (OURS, POLISHED, *RIVALS, COMPOSITE, "base")
         rows.append(
             (
                 size,
-                *(cell(over_compositions(pairs[name]).to_dict()) for name in shown),
+                *(cell(over_compositions(pairs[name]).to_dict()) for name in _SHOWN),
                 signed(over_compositions(ahead).to_dict()),
                 short(f"{fmean(ours) / composite:.2f}"),
             )

@@ -124,7 +124,7 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
         lockstep.merged = merged
         showing = SideBySide(job, lockstep, drawn)
         assert showing.advance("unet")
-        by_row = ByRow(set(), [0])
+        by_row = ByRow({}, [0])
         passages = showing.passages(segment, by_row, 3, 1 << 30, lambda: None)
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []

@@ -6,7 +6,7 @@ level of a UNet. It is run again and again on what entered it once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,33 +94,26 @@ def segments_of(found: Found) -> list[Segment]:
 
 @dataclass(frozen=True)
 class ByRow:
-    """What of a segment has an entry for every row: its arguments, by their paths, and the tensors
-    that it gives, by their numbers. ``others`` are the paths of those that have none."""
+    """What of a segment has an entry for every row: whether an argument has, by its path, and the
+    numbers of the tensors that it gives."""
 
-    given: Set[str]
+    given: Mapping[str, bool]
     outputs: Sequence[int]
-    others: Set[str] = frozenset()
 
     @classmethod
     def of(cls, segment: Segment, lockstep: Lockstep, batch: MicroBatch) -> ByRow:
         """``batch`` has one row, in two copies: what else is of that length would have two tokens,
         say."""
         given, outputs = _passed(segment, lockstep, batch, lambda path, leaf: leaf)
-        found = {
-            path: bool(leaf.ndim) and leaf.shape[0] == 2 for path, leaf in tensors(given).items()
-        }
         return cls(
-            {path for path, by_row in found.items() if by_row},
-            [i for i, leaf in enumerate(outputs) if leaf.ndim and leaf.shape[0] == 2],
-            {path for path, by_row in found.items() if not by_row},
+            {path: _has_length(leaf, 2) for path, leaf in tensors(given).items()},
+            [i for i, leaf in enumerate(outputs) if _has_length(leaf, 2)],
         )
 
     def has(self, path: str, leaf: Tensor, rows: int) -> bool:
         """Whether an argument of so many rows has an entry for each; what one row alone did not
         bring, such as the mask of shorter ones, is told by its length."""
-        if path in self.given or path in self.others:
-            return path in self.given
-        return bool(leaf.ndim) and leaf.shape[0] == rows
+        return self.given.get(path, _has_length(leaf, rows))
 
     def outputs_of(self, output: Any) -> list[Tensor]:
         every = _tensors_of(output)
@@ -133,12 +126,12 @@ def pass_through(
     """Run ``batch`` up to the end of the segment: merged rows, and with two copies before them the
     same under each row's own LoRA, which is what is wanted."""
     count = len(batch.owners) * (batch.copies - 1)
-    rows_run = len(batch.owners) * batch.copies
+    every = len(batch.owners) * batch.copies
 
     def kept(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        some = leaf[count:] if by_row.has(_pytree.keystr(path), leaf, rows_run) else leaf
+        some = leaf[count:] if by_row.has(_pytree.keystr(path), leaf, every) else leaf
         return _Kept(some.to("cpu", copy=True), leaf.device)
 
     given, output = _passed(segment, lockstep, batch, kept)
@@ -186,6 +179,10 @@ def _passed(
         for handle in handles:
             handle.remove()
     return seen["given"], seen["outputs"]
+
+
+def _has_length(leaf: Tensor, length: int) -> bool:
+    return bool(leaf.ndim) and leaf.shape[0] == length
 
 
 def _tensors_of(output: Any) -> list[Tensor]:
