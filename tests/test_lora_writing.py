@@ -209,9 +209,10 @@ def test_diffusers_converts_a_kohya_file_for_the_real_flux(tmp_path):
     theirs = FluxPipeline.lora_state_dict(load_file(path))
     denoiser = {k.partition(".lora_")[0] for k in theirs if k.startswith("transformer.")}
     assert denoiser == {site for site in sites if site.startswith("transformer.")}
-    for site in denoiser:
-        x = torch.randn(base.shapes[site][1], 2, generator=generator)
-        found = theirs[f"{site}.lora_B.weight"] @ (theirs[f"{site}.lora_A.weight"] @ x)
-        wanted = changes[site].up @ (changes[site].down @ x)
+    for site in sorted(denoiser):
+        x = torch.randn(base.shapes[site][1], 64, dtype=torch.float64, generator=generator)
+        up, down = (theirs[f"{site}.lora_{side}.weight"].double() for side in "BA")
+        found = up @ (down @ x)
+        wanted = changes[site].up.double() @ (changes[site].down.double() @ x)
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5, site
     assert len(theirs) == 2 * len(sites)
