@@ -43,15 +43,19 @@ def page(found: list[World]) -> str:
             parts.append(f"![{_alternative(world, column)}](images/{plot.name})\n")
         for count, methods in world.groups.items():
             parts += [f"### {world.title}: {_counted(count)}\n", _table(world, methods)]
-    if (RESULTS / tables_pairs.FILE).is_file():
-        parts += [tables_pairs.section()]
-    if (RESULTS / "reported_grid.json").is_file():
-        parts += [tables_grid.section()]
     if (IMAGES / "results-methods.png").is_file():
         parts += [_PICTURES]
-    if (RESULTS / "paper_figures.json").is_file():
-        parts += [tables_paper.section()]
-    return "\n".join(parts)
+    return "\n".join([*parts, *(module.section() for module in _further())])
+
+
+def _further() -> list[Any]:
+    """What has a section and plots of its own, where it was measured."""
+    files = {
+        tables_pairs.FILE: tables_pairs,
+        "reported_grid.json": tables_grid,
+        "paper_figures.json": tables_paper,
+    }
+    return [module for file, module in files.items() if (RESULTS / file).is_file()]
 
 
 _PICTURES = """\
@@ -136,15 +140,7 @@ def _shown(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def plots(found: list[World]) -> list[Plot]:
     drawn = [plot for world in found for plot in plots_of(world)]
-    further = {
-        tables_pairs.FILE: tables_pairs,
-        "reported_grid.json": tables_grid,
-        "paper_figures.json": tables_paper,
-    }
-    for file, module in further.items():
-        if (RESULTS / file).is_file():
-            drawn += module.plots()
-    return drawn
+    return drawn + [plot for module in _further() for plot in module.plots()]
 
 
 def _counted(count: str) -> str:

@@ -14,7 +14,7 @@ from iteris_core.activations.places import halves
 from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES, concept_prompts, pair_prompts
 from iteris_core.methods import block_polish
-from iteris_core.methods.side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of
+from iteris_core.methods.side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 
@@ -122,10 +122,9 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     assert drawn.pairs == [(0, 1), (1, 0)]
     with job.lockstep() as lockstep:
         lockstep.merged = merged
-        showing = SideBySide(job, lockstep, drawn)
-        assert showing.advance("unet")
+        shown = PairStages(job, lockstep, drawn).advance("unet")
         by_row = ByRow({}, [0])
-        passages = showing.passages(segment, by_row, 3, 1 << 30, lambda: None)
+        passages = shown.passages(segment, by_row, 3, 1 << 30, lambda: None)
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))

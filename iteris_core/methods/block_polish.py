@@ -40,7 +40,7 @@ from ..passes.batches import Batching, chunks, micro_batches
 from ..passes.job import Job
 from ..passes.ways import find
 from .block_factors import Factors, NoGradients, Runner, gradients_of, tokens_of
-from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
+from .side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of, samples_each
 
 WHAT = "polishing blocks"
 ROWS, ROWS_EACH = 256, 64
@@ -86,10 +86,10 @@ def polish_blocks(job: Job, merged: Mapping[str, LowRank], adam: Adam) -> dict[s
     with job.lockstep() as lockstep:
         samples = job.samples(lockstep)
         lockstep.merged = dict(merged)
-        showing = drawn and SideBySide(job, lockstep, drawn)
+        showing = drawn and PairStages(job, lockstep, drawn)
         for stage in job.host.stages(samples, set(job.changes)):
             if stage.sites and not stage.feeds:
-                shown = showing if showing and showing.advance(stage.name) else None
+                shown = showing and showing.advance(stage.name)
                 _Polish(job, lockstep, stage, adam, shown).run()
             if stage.feeds:
                 batching = Batching(AT_ONCE)

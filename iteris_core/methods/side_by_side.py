@@ -8,8 +8,8 @@ regions, as of MultiDiffusion (arXiv 2302.08113), from which the merged LoRA lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,51 +98,38 @@ _Side = int | None
 class _Asked:
     """The host's stages with every row under the LoRA of one side of its picture."""
 
-    job: Job
     lockstep: Lockstep
     drawn: Pairs
     side: _Side
+    stages: Iterator[Stage]
     stage: Stage | None = None
-
-    def __post_init__(self) -> None:
-        self._stages = self.job.host.stages(self.drawn.samples, set(self.job.changes))
 
     def advance(self, name: str) -> Stage | None:
         """The stage of that name, with what feeds it run; None where no row reaches it."""
         while self.stage is None or self.stage.name != name:
-            self.stage = next(self._stages, None)
+            self.stage = next(self.stages, None)
             if self.stage is None or not (self.stage.feeds or self.stage.name == name):
                 return None
             if self.stage.feeds:
                 for rows in chunks(range(len(self.stage.owners)), self.stage.kinds, _AT_ONCE):
-                    self.lockstep.run(self.batch(self.stage, rows))
+                    self.lockstep.run(_batch(self.drawn, self.side, self.stage, rows))
         return self.stage
 
-    def batch(self, stage: Stage, rows: Sequence[int]) -> MicroBatch:
-        pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
-        owners = [pair[self.side or 0] for pair in pairs]
-        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=self.side is None)
+
+def _batch(drawn: Pairs, side: _Side, stage: Stage, rows: Sequence[int]) -> MicroBatch:
+    pairs = [drawn.pairs[stage.owners[row]] for row in rows]
+    owners = [pair[side or 0] for pair in pairs]
+    return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=side is None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SideBySide:
-    """What segments are given and are to give on the rows of ``drawn``."""
+    """What segments of a stage are given and are to give on the rows of ``drawn``."""
 
     job: Job
     lockstep: Lockstep
     drawn: Pairs
-    _asked: dict[_Side, _Asked] = field(default_factory=dict[_Side, Any])
-    _stages: dict[_Side, Stage] = field(default_factory=dict[_Side, Any])
-
-    def __post_init__(self) -> None:
-        for side in (None, 0, 1):
-            self._asked[side] = _Asked(self.job, self.lockstep, self.drawn, side)
-
-    def advance(self, name: str) -> bool:
-        """On to a stage; whether there are rows for it."""
-        found = {side: asked.advance(name) for side, asked in self._asked.items()}
-        self._stages = {side: stage for side, stage in found.items() if stage is not None}
-        return len(self._stages) == len(found)
+    stages: Mapping[_Side, Stage]
 
     def passages(
         self,
@@ -154,29 +141,45 @@ class SideBySide:
     ) -> list[Passage]:
         """As many as ``most_bytes`` hold, each of several pairs; none where no output of the
         segment has places. ``tick`` is called before every one, and may raise."""
-        stage = self._stages[None]
+        stage = self.stages[None]
         order = torch.randperm(len(stage.owners), generator=self.job.generator).tolist()
         found: list[Passage] = []
         taken = 0
         for rows in chunks(order, stage.kinds, at_once):
             tick()
-            pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
-            passage = pass_through(segment, self.lockstep, self._batch(None, rows), rows, by_row)
-            left, right = (
-                outputs_of(segment, self.lockstep, self._batch(side, rows), by_row)
-                for side in (0, 1)
+            merged, *sides = (
+                _batch(self.drawn, side, self.stages[side], rows) for side in (None, 0, 1)
             )
+            passage = pass_through(segment, self.lockstep, merged, rows, by_row)
+            left, right = (outputs_of(segment, self.lockstep, one, by_row) for one in sides)
             wanted = _wanted(left, right, stage.picture)
             if wanted is None:
                 return []
+            pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
             found.append(replace(passage, owners=pairs, wanted=wanted))
             taken += found[-1].bytes
             if taken + found[-1].bytes > most_bytes:
                 break
         return found
 
-    def _batch(self, side: _Side, rows: Sequence[int]) -> MicroBatch:
-        return self._asked[side].batch(self._stages[side], rows)
+
+class PairStages:
+    """The pictures of ``drawn``, which pass the host's stages beside the rows of one concept."""
+
+    def __init__(self, job: Job, lockstep: Lockstep, drawn: Pairs) -> None:
+        self._job, self._lockstep, self._drawn = job, lockstep, drawn
+        self._asked = [
+            _Asked(lockstep, drawn, side, job.host.stages(drawn.samples, set(job.changes)))
+            for side in (None, 0, 1)
+        ]
+
+    def advance(self, name: str) -> SideBySide | None:
+        """On to the stage of that name; None where no row reaches it."""
+        found = {asked.side: asked.advance(name) for asked in self._asked}
+        stages = {side: stage for side, stage in found.items() if stage is not None}
+        if len(stages) < len(found):
+            return None
+        return SideBySide(self._job, self._lockstep, self._drawn, stages)
 
 
 def _wanted(
