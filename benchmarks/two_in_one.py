@@ -41,14 +41,15 @@ SETS: Mapping[int, Sequence[Sequence[int]]] = {
 }
 PICTURES = 2 if QUICK else 20
 ALONE = range(1, 2 if QUICK else 5)
+RIVALS = ("regmean++", "ssr", "regmean", "ties", "dare-ties", "task-arithmetic")
+"""Of all methods of others in ``quality.json`` the best in such pictures, at any size."""
 POLISH = {"block_steps": 120}
 POLISHED = f"{OURS}, polished"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     OURS: (OURS, {}),
     POLISHED: (OURS, POLISH),
     f"{OURS}, no pairs": (OURS, {**POLISH, "block_pairs": 0.0}),
-    "regmean++": ("regmean++", {}),
-    "ssr": ("ssr", {}),
+    **{rival: (rival, {}) for rival in RIVALS},
 }
 COMPOSITE = "composite"
 ROWS = (*METHODS, COMPOSITE, "base")
