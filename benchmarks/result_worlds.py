@@ -42,9 +42,9 @@ OURS = "iteris"
 
 @dataclass(frozen=True)
 class Against:
-    """Ours and the best of the others: ``ahead`` is by how much ours is better, ``error`` the
-    standard error of a difference of two means that share nothing, which is too large: methods
-    draw from the same noise."""
+    """Ours and the best of the others: ``ahead`` is by how much ours is better, ``error`` its
+    standard error, set by set; where only means are known that of two which share nothing, which is
+    too large: methods draw from the same noise."""
 
     count: str
     column: str
@@ -86,8 +86,10 @@ class World:
                 name, theirs, error = rivals[0]
                 ours = methods[OURS][column]
                 ahead = (ours["mean"] - theirs) * (-1 if column in LOW else 1)
-                both = math.hypot(ours["se"] or 0.0, error or 0.0)
-                yield Against(count, column, name, theirs, ours["mean"], ahead, both)
+                paired = methods[name].get("behind", {}).get(column, {}).get("se")
+                if paired is None:
+                    paired = math.hypot(ours["se"] or 0.0, error or 0.0)
+                yield Against(count, column, name, theirs, ours["mean"], ahead, paired)
 
     def shown(self) -> list[str]:
         """Methods of the plots, ours first."""

@@ -19,6 +19,11 @@ from .plan import BASE, OURS, SINGLE, Unit, uses_data
 from .runs import Entry
 
 Figures = dict[str, Any]
+Place = tuple[int, tuple[str, ...]]
+"""A replicate and the names of a set."""
+Entries = Mapping[Place, Entry]
+Values = dict[str, dict[Place, float]]
+"""column → set → value"""
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
       2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
       2.052, 2.048, 2.045)  # fmt: skip
@@ -44,9 +49,9 @@ class Table:
         self._below = collapse_below
         self._alone: dict[tuple[str, int, str], list[Any]] = {}
         """(single or base, replicate, subject) → rows of its pictures"""
-        self._merges: dict[tuple[str, int, str], dict[tuple[int, tuple[str, ...]], Entry]] = {}
+        self._merges: dict[tuple[str, int, str], dict[Place, Entry]] = {}
         """(regime, how many, method) → (replicate, names) → what was measured"""
-        self._styled: dict[str, dict[str, dict[tuple[int, tuple[str, ...]], Entry]]] = {}
+        self._styled: dict[str, dict[str, dict[Place, Entry]]] = {}
         for unit in units:
             entry = known.get(unit.key)
             if entry is None:
@@ -72,48 +77,50 @@ class Table:
         leads: Figures = {}
         for regime, size in dict.fromkeys((r, k) for r, k, _ in sorted(self._merges)):
             methods = {m: e for (r, k, m), e in self._merges.items() if (r, k) == (regime, size)}
-            rows = {method: self._row(entries) for method, entries in methods.items()}
-            every = {place for entries in methods.values() for place in entries}
-            for name in (SINGLE, BASE):
-                row = self._reference_row(name, sorted(every))
-                if row:
-                    rows = {name: row, **rows}
-            regimes.setdefault(regime, {})[str(size)] = rows
-            together.setdefault(regime, {})[str(size)] = {
-                method: self._together_row(entries) for method, entries in methods.items()
-            }
-            lead = _lead(methods, rows)
+            rows = self._rows(methods, self._of_each)
+            for method, entries in methods.items():
+                rows[method]["scr_at"] = self._collapsed(entries)
+                for cost in ("seconds", "rank", "bytes"):
+                    rows[method][cost] = fmean(entry[cost] for entry in entries.values())
+            lead = _lead(rows)
+            every = sorted({place for entries in methods.values() for place in entries})
+            regimes.setdefault(regime, {})[str(size)] = {**self._references(every), **rows}
+            together.setdefault(regime, {})[str(size)] = self._rows(methods, self._of_several)
             if lead:
                 leads.setdefault(regime, {})[str(size)] = lead
         styles = {
-            regime: {method: self._styled_row(entries) for method, entries in methods.items()}
-            for regime, methods in self._styled.items()
+            regime: self._rows(methods, self._of_styled) for regime, methods in self._styled.items()
         }
         return {"regimes": regimes, "leads": leads, "together": together, "styles": styles}
 
-    def _row(self, entries: Mapping[tuple[int, tuple[str, ...]], Entry]) -> Figures:
-        row = self._columns([entry["alone"] for entry in entries.values()])
-        shares: list[float] = []
-        kept: list[float] = []
-        for (replicate, names), entry in entries.items():
-            image = _image(entry["alone"])
-            single, base = (self._gathered(name, replicate, names) for name in (SINGLE, BASE))
-            if single:
-                shares.append(share_of_alone(image, _image(single)))
-            if single and base and _image(single) > _image(base):
-                kept.append(likeness_kept(image, _image(single), _image(base)))
-        if shares:
-            row["share"] = stat(shares)
-        if kept:
-            row["kept"] = stat(kept)
-        for cost in ("seconds", "rank", "bytes"):
-            row[cost] = fmean(entry[cost] for entry in entries.values())
-        return row
+    def _rows(self, methods: Mapping[str, Entries], of: Callable[[Entries], Values]) -> Figures:
+        """method → column → figures; ``behind`` is how far a method is behind ours, set by set:
+        all draw the same prompts from the same noise, so that differences vary less."""
+        values = {method: of(entries) for method, entries in methods.items()}
+        rows: Figures = {
+            method: {column: stat(list(some.values())) for column, some in columns.items()}
+            for method, columns in values.items()
+        }
+        for method in values.keys() - {OURS} if OURS in values else ():
+            rows[method]["behind"] = _differences(values[OURS], values[method])
+        return rows
 
-    def _reference_row(self, name: str, places: Sequence[tuple[int, tuple[str, ...]]]) -> Figures:
-        rows = [self._gathered(name, replicate, names) for replicate, names in places]
-        rows = [row for row in rows if row]
-        return self._columns(rows) if rows else {}
+    def _references(self, places: Sequence[Place]) -> Figures:
+        """Each LoRA alone and the base, on the sets of the merges."""
+        found: Figures = {}
+        for name in (SINGLE, BASE):
+            rows = {
+                place: {"alone": gathered}
+                for place in places
+                if (gathered := self._gathered(name, *place))
+            }
+            if rows:
+                columns = self._of_pictures(rows)
+                found[name] = {
+                    **{column: stat(list(some.values())) for column, some in columns.items()},
+                    "scr_at": self._collapsed(rows),
+                }
+        return found
 
     def _gathered(self, name: str, replicate: int, names: Sequence[str]) -> list[Any]:
         """The pictures of each of ``names`` by its own LoRA or by the base; empty unless all are
@@ -121,89 +128,96 @@ class Table:
         rows = [self._alone.get((name, replicate, subject)) for subject in names]
         return [row for some in rows for row in some or ()] if all(rows) else []
 
-    def _columns(self, sets: Sequence[Sequence[Any]]) -> Figures:
+    def _of_each(self, entries: Entries) -> Values:
+        """Of pictures of one concept each."""
+        shares: dict[Place, float] = {}
+        kept: dict[Place, float] = {}
+        for place, entry in entries.items():
+            image = _image(entry["alone"])
+            single, base = (self._gathered(name, *place) for name in (SINGLE, BASE))
+            if single:
+                shares[place] = share_of_alone(image, _image(single))
+            if single and base and _image(single) > _image(base):
+                kept[place] = likeness_kept(image, _image(single), _image(base))
+        found = {**self._of_pictures(entries), "share": shares, "kept": kept}
+        return {column: some for column, some in found.items() if some}
+
+    def _of_pictures(self, entries: Entries) -> Values:
         """Of each set's pictures [name, {judge: likeness}, text]."""
-        judges = list(sets[0][0][1])
-        row: Figures = {
-            judge: stat([fmean(picture[1][judge] for picture in some) for some in sets])
-            for judge in judges
+        sets = {place: entry["alone"] for place, entry in entries.items()}
+        judges = list(next(iter(sets.values()))[0][1])
+        return {
+            **{
+                judge: {place: fmean(p[1][judge] for p in some) for place, some in sets.items()}
+                for judge in judges
+            },
+            "text": {place: fmean(p[2] for p in some) for place, some in sets.items()},
+            "scr": {place: self._rate(some, self._below[0]) for place, some in sets.items()},
         }
-        row["text"] = stat([fmean(picture[2] for picture in some) for some in sets])
-        rates = {
-            below: stat([collapse_rate([p[1]["image"] for p in some], below) for some in sets])
+
+    def _collapsed(self, entries: Entries) -> dict[str, float]:
+        return {
+            f"{below:g}": fmean(self._rate(entry["alone"], below) for entry in entries.values())
             for below in self._below
         }
-        row["scr"] = rates[self._below[0]]
-        row["scr_at"] = {f"{below:g}": rate["mean"] for below, rate in rates.items()}
-        return row
 
-    def _together_row(self, entries: Mapping[tuple[int, tuple[str, ...]], Entry]) -> Figures:
-        sets = [entry["together"] for entry in entries.values()]
-        judged = [
-            [[found and found["image"] for found in picture[1]] for picture in some]
-            for some in sets
-        ]
-        found = [several_in_one(some) for some in judged]
-        lost = [
-            collapse_rate([value or 0.0 for picture in some for value in picture], self._below[0])
-            for some in judged
-        ]
-        return {
-            "image": stat([likeness for likeness, _ in found]),
-            "success": stat([success for _, success in found]),
-            "scr": stat(lost),
-            "text": stat([fmean(picture[2] for picture in some) for some in sets]),
-        }
+    @staticmethod
+    def _rate(pictures: Sequence[Any], below: float) -> float:
+        return collapse_rate([picture[1]["image"] for picture in pictures], below)
 
-    def _styled_row(self, entries: Mapping[tuple[int, tuple[str, ...]], Entry]) -> Figures:
+    def _of_several(self, entries: Entries) -> Values:
+        """Of pictures of several concepts; one that is not found counts nothing."""
+        found: Values = {"image": {}, "success": {}, "scr": {}, "text": {}}
+        for place, entry in entries.items():
+            some = entry["together"]
+            judged = [[seen and seen["image"] for seen in picture[1]] for picture in some]
+            found["image"][place], found["success"][place] = several_in_one(judged)
+            found["scr"][place] = collapse_rate(
+                [value or 0.0 for picture in judged for value in picture], self._below[0]
+            )
+            found["text"][place] = fmean(picture[2] for picture in some)
+        return found
+
+    def _of_styled(self, entries: Entries) -> Values:
         """S_harm of all judges' scores of subject and style, and each of them."""
-        pairs = [entry["styled"] for entry in entries.values()]
-        judges = list(pairs[0][0][1][0])
-        row: Figures = {
-            "s_harm": stat(
-                [
-                    fmean(
-                        harmonic_score([of[judge] for of in picture[1] for judge in judges])
-                        for picture in some
-                    )
-                    for some in pairs
-                ]
+        pairs = {place: entry["styled"] for place, entry in entries.items()}
+        judges = list(next(iter(pairs.values()))[0][1][0])
+
+        def scored(of: Callable[[Any], float]) -> dict[Place, float]:
+            return {place: fmean(of(picture) for picture in some) for place, some in pairs.items()}
+
+        found: Values = {
+            "s_harm": scored(
+                lambda picture: harmonic_score([of[j] for of in picture[1] for j in judges])
             ),
-            "text": stat([fmean(picture[2] for picture in some) for some in pairs]),
+            "text": scored(lambda picture: picture[2]),
         }
-        for place, what in enumerate(("subject", "style")):
+        for number, what in enumerate(("subject", "style")):
             for judge in judges:
-                row[f"{what}, {judge}"] = stat(
-                    [fmean(picture[1][place][judge] for picture in some) for some in pairs]
+                found[f"{what}, {judge}"] = scored(
+                    lambda picture, number=number, judge=judge: picture[1][number][judge]
                 )
-        return row
+        return found
 
 
 def _image(rows: Sequence[Any]) -> float:
     return fmean(row[1]["image"] for row in rows)
 
 
-def _lead(
-    methods: Mapping[str, Mapping[tuple[int, tuple[str, ...]], Entry]],
-    rows: Mapping[str, Figures],
-) -> Figures:
-    """How far ours is ahead of the best of the others in likeness, set by set: all methods draw
-    the same prompts from the same noise, so that differences vary less than the figures."""
-    rivals = [m for m in methods if m != OURS]
-    if OURS not in methods or not rivals:
+def _differences(ours: Values, theirs: Values) -> Figures:
+    found: Figures = {}
+    for column in ours:
+        common = [p for p in ours[column] if p in theirs.get(column, {})]
+        if common:
+            found[column] = stat([ours[column][p] - theirs[column][p] for p in common])
+    return found
+
+
+def _lead(rows: Mapping[str, Figures]) -> Figures:
+    """How far ours is ahead of the best of the others in likeness."""
+    rivals = [method for method in rows if rows[method].get("behind")]
+    if not rivals:
         return {}
-    best = max(rivals, key=lambda m: rows[m]["image"]["mean"])
-    common = [place for place in methods[OURS] if place in methods[best]]
-    if not common:
-        return {}
-    columns: dict[str, Callable[[Entry], float]] = {
-        "image": lambda entry: _image(entry["alone"]),
-        "text": lambda entry: fmean(row[2] for row in entry["alone"]),
-    }
-    return {
-        "over": best,
-        **{
-            column: stat([of(methods[OURS][p]) - of(methods[best][p]) for p in common])
-            for column, of in columns.items()
-        },
-    }
+    best = max(rivals, key=lambda method: rows[method]["image"]["mean"])
+    behind = rows[best]["behind"]
+    return {"over": best, "image": behind["image"], "text": behind["text"]}
