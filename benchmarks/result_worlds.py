@@ -44,7 +44,7 @@ OURS = "iteris"
 class Against:
     """Ours and the best of the others: ``ahead`` is by how much ours is better, ``error`` its
     standard error, set by set; where only means are known that of two which share nothing, which is
-    too large: methods draw from the same noise."""
+    too large: methods draw from the same noise. ``ours`` is of the sets that both have."""
 
     count: str
     column: str
@@ -67,29 +67,27 @@ class World:
         rows = [row for methods in self.groups.values() for row in methods.values()]
         return [column for column in COLUMNS if any(column in row for row in rows)]
 
-    def rivals(self, count: str, column: str) -> list[tuple[str, float, float | None]]:
-        """Methods of others, the best first: name, mean and standard error."""
-        found = [
-            (name, row[column]["mean"], row[column]["se"])
-            for name, row in self.groups[count].items()
-            if column in row and name not in NOT_RIVALS and not name.startswith(OURS)
-        ]
-        return sorted(found, key=lambda entry: entry[1], reverse=column not in LOW)
-
     def compared(self) -> Iterator[Against]:
         """Ours and the best of the others, count by count and column by column."""
         for count, methods in self.groups.items():
             for column in self.columns:
-                rivals = self.rivals(count, column)
-                if not rivals or column not in methods[OURS]:
-                    continue
-                name, theirs, error = rivals[0]
-                ours = methods[OURS][column]
-                ahead = (ours["mean"] - theirs) * (-1 if column in LOW else 1)
-                paired = methods[name].get("behind", {}).get(column, {}).get("se")
-                if paired is None:
-                    paired = math.hypot(ours["se"] or 0.0, error or 0.0)
-                yield Against(count, column, name, theirs, ours["mean"], ahead, paired)
+                rivals = [
+                    self._against(count, column, name)
+                    for name, row in methods.items()
+                    if column in row and name not in NOT_RIVALS and not name.startswith(OURS)
+                ]
+                if rivals and column in methods[OURS]:
+                    yield min(rivals, key=lambda against: against.ahead)
+
+    def _against(self, count: str, column: str, name: str) -> Against:
+        """On the sets that both have, where they are told."""
+        ours, theirs = (self.groups[count][method][column] for method in (OURS, name))
+        paired = self.groups[count][name].get("behind", {}).get(column)
+        mean, error = ours["mean"], math.hypot(ours["se"] or 0.0, theirs["se"] or 0.0)
+        if paired is not None:
+            mean, error = theirs["mean"] + paired["mean"], paired["se"] or 0.0
+        ahead = (mean - theirs["mean"]) * (-1 if column in LOW else 1)
+        return Against(count, column, name, theirs["mean"], mean, ahead, error)
 
     def shown(self) -> list[str]:
         """Methods of the plots, ours first."""

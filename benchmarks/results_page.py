@@ -74,7 +74,7 @@ def _lost(found: list[World]) -> Iterator[str]:
         "On texts RegMean, SSR-Merge and the plain mean are ahead\n"
         "([language](../benchmarks/LANGUAGE.md)); SSR-Merge is quicker\n"
         "([speed](../benchmarks/README.md#speed-and-memory)). In pictures, every mean in which a\n"
-        "method of others is ahead:\n"
+        "method of others is ahead, on the sets on which both were measured:\n"
     )
     compared = [(world, entry) for world in found for entry in world.compared()]
     yield _against([pair for pair in compared if pair[1].ahead < 0])
