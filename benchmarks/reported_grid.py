@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from outputs import QUICK, result_file, write
-from protocol.plan import BASE, OURS, SINGLE, Unit, units
+from protocol.plan import BASE, OURS, REPLICATES, SINGLE, Unit, units
 from protocol.runs import Runs
 from protocol.table import Table
 from reported import CHOSEN, world
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin nothing after these"
     )
-    parser.add_argument("--replicates", type=int, default=1)
+    parser.add_argument("--replicates", type=int, default=1 if QUICK else REPLICATES)
     asked = parser.parse_args()
     toybox = world()
     runs = Runs(toybox, result_file("reported_runs.jsonl"))

@@ -21,12 +21,12 @@ def section() -> str:
     return f"""\
 ## How few prompts are enough
 
-The ten concepts on which nothing was chosen again, by prompts x timesteps a LoRA, with one draw of
-the prompts: `python benchmarks/reported_grid.py`. *ahead* is by how much IterIS is ahead of the
-better of the two in image alignment, set by set; there are five sets of two, two of five and one of
-ten, and intervals where there are three or more. Between the ends of the grid RegMean++ and
-SSR-Merge have the settings of the nearer end. Behind are one prompt and two by two, at two and ten
-concepts.
+The ten concepts on which nothing was chosen again, by prompts x timesteps a LoRA:
+`python benchmarks/reported_grid.py`, three replicates, each with LoRAs and prompts of other seeds.
+*ahead* is by how much IterIS is ahead of the better of the two in image alignment, set by set; in
+each replicate there are five sets of two, two of five and one of ten. Between the ends of the grid
+RegMean++ and SSR-Merge have the settings of the nearer end. Behind are two by two at two concepts,
+by two standard errors, and one prompt at ten, by less than one.
 
 {shown}
 

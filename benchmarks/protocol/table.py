@@ -214,10 +214,10 @@ def _differences(ours: Values, theirs: Values) -> Figures:
 
 
 def _lead(rows: Mapping[str, Figures]) -> Figures:
-    """How far ours is ahead of the best of the others in likeness."""
+    """How far ours is ahead of the best of the others in likeness, on the sets that both have."""
     rivals = [method for method in rows if rows[method].get("behind")]
     if not rivals:
         return {}
-    best = max(rivals, key=lambda method: rows[method]["image"]["mean"])
+    best = min(rivals, key=lambda method: rows[method]["behind"]["image"]["mean"])
     behind = rows[best]["behind"]
     return {"over": best, "image": behind["image"], "text": behind["text"]}
