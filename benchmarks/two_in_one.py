@@ -42,7 +42,8 @@ SETS: Mapping[int, Sequence[Sequence[int]]] = {
 PICTURES = 2 if QUICK else 20
 ALONE = range(1, 2 if QUICK else 5)
 RIVALS = ("regmean++", "ssr", "regmean", "ties", "dare-ties", "task-arithmetic")
-"""Of all methods of others in ``quality.json`` the best in such pictures, at any size."""
+"""SSR-Merge, and those of others that are among the three best in such pictures in ``quality.json``
+with two or with five concepts."""
 POLISH = {"block_steps": 120}
 POLISHED = f"{OURS}, polished"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
