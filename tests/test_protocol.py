@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
-from statistics import stdev
 
 import pytest
 import torch
@@ -44,7 +42,6 @@ from protocol.settings import Chosen  # noqa: E402
 from protocol.table import Table, stat  # noqa: E402
 from protocol.tuning import Tuning  # noqa: E402
 from protocol.world import Wanted  # noqa: E402
-from result_worlds import World  # noqa: E402
 
 
 def test_a_mean_hides_what_the_collapse_rate_shows():
@@ -247,35 +244,6 @@ def test_what_a_file_of_results_holds(fake, tmp_path):
     styled = figures["styles"]["few"]["iteris"]
     assert styled["s_harm"]["mean"] == pytest.approx(4 / (2 / 0.4 + 2 / 0.2))
     assert figures["styles"]["few"]["single"]["subject, image"]["mean"] == pytest.approx(0.8)
-
-
-def test_methods_are_compared_on_the_sets_that_both_have():
-    likeness = {"iteris": (0.9, 0.8, 0.1), "average": (0.7, 0.5), "ties": (0.6, 0.6, 0.05)}
-    known, plan = {}, []
-    for method, values in likeness.items():
-        for replicate, value in enumerate(values):
-            unit = Unit(method, ("s0", "s1"), replicate=replicate)
-            alone = [["s0", {"image": value}, 0.7]]
-            together = [["s0", [{"image": value}, None], 0.7]]
-            known[unit.key] = {
-                "alone": alone, "together": [together[0]], "seconds": 1.0, "rank": 8, "bytes": 1000,
-            }  # fmt: skip
-            plan.append(unit)
-    rows = Table(plan, known, (0.5,)).figures()["regimes"]["default"]["2"]
-    assert "behind" not in rows["iteris"]
-    behind = rows["average"]["behind"]["image"]
-    assert (behind["mean"], behind["se"], behind["n"]) == pytest.approx((0.25, 0.05, 2))
-    # By means over all sets the average, of which the third is missing, would be level with ours.
-    world = World("fake", "Fake", "", {"2": rows})
-    image = next(against for against in world.compared() if against.column == "image")
-    assert image.method == "ties"
-    assert (image.theirs, image.ours) == pytest.approx((1.25 / 3, 0.6))
-    assert (image.ahead, image.error) == pytest.approx((0.55 / 3, stdev((0.3, 0.2, 0.05)) / 3**0.5))
-    plain = {name: {"image": row["image"]} for name, row in rows.items()}
-    image = next(World("fake", "Fake", "", {"2": plain}).compared())
-    assert image.method == "average"
-    assert image.ahead == pytest.approx(0)
-    assert image.error == pytest.approx(math.hypot(plain["iteris"]["image"]["se"], 0.1))
 
 
 def test_k_lora_draws_a_subject_in_a_style_with_both_files(fake, tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 
@@ -17,6 +19,8 @@ import results_page
 import tables_grid
 import tables_pairs
 import tables_protocol
+from protocol.plan import Unit
+from protocol.table import Table
 
 
 def value(mean: float, se: float | None = 0.01, **more) -> dict:
@@ -177,3 +181,32 @@ def test_the_protocol_s_tables_have_what_is_measured(results):
     assert made["reported settings"][2:] == [
         "| ssr | 50 prompts, four timesteps | ridge 0.0001 |  |"
     ]
+
+
+def test_methods_are_compared_on_the_sets_that_both_have():
+    likeness = {"iteris": (0.9, 0.8, 0.1), "average": (0.7, 0.5), "ties": (0.6, 0.6, 0.05)}
+    known, plan = {}, []
+    for method, values in likeness.items():
+        for replicate, value in enumerate(values):
+            unit = Unit(method, ("s0", "s1"), replicate=replicate)
+            known[unit.key] = {
+                "alone": [["s0", {"image": value}, 0.7]],
+                "together": [[["s0", "s1"], [{"image": value}, None], 0.7]],
+                **{"seconds": 1.0, "rank": 8, "bytes": 1000},
+            }
+            plan.append(unit)
+    rows = Table(plan, known, (0.5,)).figures()["regimes"]["default"]["2"]
+    assert "behind" not in rows["iteris"]
+    behind = rows["average"]["behind"]["image"]
+    assert (behind["mean"], behind["se"], behind["n"]) == pytest.approx((0.25, 0.05, 2))
+    # By means over all sets the average, of which the third is missing, would be level with ours.
+    world = result_worlds.World("fake", "Fake", "", {"2": rows})
+    image = next(against for against in world.compared() if against.column == "image")
+    assert image.method == "ties"
+    assert (image.theirs, image.ours) == pytest.approx((1.25 / 3, 0.6))
+    assert (image.ahead, image.error) == pytest.approx((0.55 / 3, stdev((0.3, 0.2, 0.05)) / 3**0.5))
+    plain = {name: {"image": row["image"]} for name, row in rows.items()}
+    image = next(result_worlds.World("fake", "Fake", "", {"2": plain}).compared())
+    assert image.method == "average"
+    assert image.ahead == pytest.approx(0)
+    assert image.error == pytest.approx(math.hypot(plain["iteris"]["image"]["se"], 0.1))

@@ -101,8 +101,9 @@ class Table:
             method: {column: stat(list(some.values())) for column, some in columns.items()}
             for method, columns in values.items()
         }
-        for method in values.keys() - {OURS} if OURS in values else ():
-            rows[method]["behind"] = _differences(values[OURS], values[method])
+        ours = values.pop(OURS, {})
+        for method, theirs in values.items() if ours else ():
+            rows[method]["behind"] = _differences(ours, theirs)
         return rows
 
     def _references(self, places: Sequence[Place]) -> Figures:
