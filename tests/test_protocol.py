@@ -33,6 +33,7 @@ from protocol.plan import (  # noqa: E402
     REGIMES,
     Unit,
     collected,
+    merged_by,
     sets_of,
     styled_pairs,
     units,
@@ -313,7 +314,8 @@ def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
 
 
 def test_every_method_is_in_the_plan():
-    assert {method.name for method in all_methods()} == set(METHODS) - {"single", "base", "k-lora"}
+    planned = {merged_by(method) for method in METHODS} - {"single", "base", "k-lora"}
+    assert {method.name for method in all_methods()} == planned
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():

@@ -9,7 +9,7 @@ from typing import Any
 
 from outputs import BUILD, QUICK, result_file, write
 
-from .plan import METHODS, OURS, REGIMES, REPLICATES, Unit, units, uses_data
+from .plan import METHODS, OURS, REGIMES, REPLICATES, Unit, regimes_of, units
 from .runs import Runs
 from .settings import Chosen
 from .table import Table
@@ -83,7 +83,7 @@ class Tables:
                     }
                     for size in world.sizes
                 }
-                for regime in (REGIMES if uses_data(method) else ("default",))
+                for regime in regimes_of(method, tuple(REGIMES))
             }
             for method in dict.fromkeys(unit.method for unit in done)
             if any(self.chosen(method, size, regime) for size in world.sizes for regime in REGIMES)

@@ -30,6 +30,10 @@ def collected(regime: str) -> Mapping[str, Any]:
 
 
 SINGLE, BASE, OURS = "single", "base", "iteris"
+POLISHED = "iteris-polished"
+OWN: Mapping[str, Mapping[str, Any]] = {OURS: {}, POLISHED: {"block_steps": 120}}
+"""Ours, with its defaults, and with the steps of the preset ``best`` on as many prompts. These take
+long and follow what was collected: of 50 prompts only."""
 SWITCHED = "k-lora"
 """Both LoRAs' files, of which each layer has one at each step: of a subject with a style only."""
 METHODS = (
@@ -38,6 +42,7 @@ METHODS = (
     OURS,
     "ssr",
     "regmean++",
+    POLISHED,
     SWITCHED,
     "regmean",
     "ties",
@@ -113,7 +118,17 @@ def uses_data(method: str) -> bool:
     """Whether regimes differ for it: a method that only looks at weights has one result."""
     from iteris_core.methods import find_method
 
-    return method not in (SINGLE, BASE, SWITCHED) and find_method(method).needs_host
+    return method not in (SINGLE, BASE, SWITCHED) and find_method(merged_by(method)).needs_host
+
+
+def merged_by(method: str) -> str:
+    """The registered method of a row."""
+    return OURS if method in OWN else method
+
+
+def regimes_of(method: str, regimes: Sequence[str]) -> Sequence[str]:
+    """Those in which it is measured."""
+    return regimes if uses_data(method) and method != POLISHED else ("default",)
 
 
 def units(
@@ -135,12 +150,12 @@ def units(
                 Unit(method, (name,), replicate=replicate, trained=which) for name in subjects
             )
         elif method != SWITCHED:
-            for regime in regimes if uses_data(method) else ("default",):
+            for regime in regimes_of(method, regimes):
                 for size in sizes:
                     own = settings(method, size, regime)
                     for names in sets_of(subjects, size, replicate):
                         yield Unit(method, names, regime, replicate, own, trained=which)
         for pair in styled_pairs(subjects, styles, replicate):
-            for regime in regimes if uses_data(method) else ("default",):
+            for regime in regimes_of(method, regimes):
                 own = {} if method in (SINGLE, BASE) else settings(method, 2, regime)
                 yield Unit(method, pair, regime, replicate, own, True, which)

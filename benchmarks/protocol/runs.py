@@ -16,7 +16,7 @@ from PIL import Image
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.merge import MergeResult
 
-from .plan import BASE, SINGLE, SWITCHED, Unit, collected
+from .plan import BASE, SINGLE, SWITCHED, Unit, collected, merged_by
 from .world import Wanted, World
 
 Entry = dict[str, Any]
@@ -83,7 +83,7 @@ class Runs:
         result = merge_loras(
             self.world.host,
             concepts,
-            unit.method,
+            merged_by(unit.method),
             settings=unit.settings,
             calibration=Calibration.from_mapping(
                 {**self.world.calibration, **collected(unit.regime), "seed": unit.replicate}

@@ -9,20 +9,20 @@ from typing import Any
 
 from iteris_core.saving import atomically
 
-from .plan import BETWEEN, OURS, uses_data
+from .plan import BETWEEN, OWN, uses_data
 
 
 class Chosen:
     """What a search found; with more LoRAs than any search had, what it found with the most, and
-    ``otherwise`` by method where none has been yet. Ours has its defaults always."""
+    ``otherwise`` by method where none has been yet. Ours has its own always."""
 
     def __init__(self, file: Path, otherwise: Mapping[str, Mapping[str, Any]]) -> None:
         self.file, self._otherwise = file, otherwise
         self._found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     def __call__(self, method: str, size: int, regime: str) -> Mapping[str, Any]:
-        if method == OURS:
-            return {}
+        if method in OWN:
+            return OWN[method]
         found = self._found.get(method, {}).get(_of(method, regime), {})
         most = max(map(int, found), default=size)
         return found.get(str(min(size, most)), self._otherwise.get(method, {}))

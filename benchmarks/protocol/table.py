@@ -15,7 +15,7 @@ from iteris_core.score.measures import (
     share_of_alone,
 )
 
-from .plan import BASE, OURS, SINGLE, Unit, uses_data
+from .plan import BASE, OURS, OWN, SINGLE, Unit, uses_data
 from .runs import Entry
 
 Figures = dict[str, Any]
@@ -216,7 +216,7 @@ def _differences(ours: Values, theirs: Values) -> Figures:
 
 def _lead(rows: Mapping[str, Figures]) -> Figures:
     """How far ours is ahead of the best of the others in likeness, on the sets that both have."""
-    rivals = [method for method in rows if rows[method].get("behind")]
+    rivals = [method for method in rows if rows[method].get("behind") and method not in OWN]
     if not rivals:
         return {}
     best = min(rivals, key=lambda method: rows[method]["behind"]["image"]["mean"])
