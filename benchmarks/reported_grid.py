@@ -44,12 +44,9 @@ def plan(subjects: Sequence[str], replicates: int, trained: int) -> list[Unit]:
 
 
 def figures(found: Table) -> dict[str, Any]:
-    """``grid`` and ``leads``: prompts x timesteps → concepts → the rows of the protocol."""
-    known = found.figures()
-    return {
-        part: {point: known[name].get(regime, {}) for point, regime in GRID.items()}
-        for part, name in (("grid", "regimes"), ("leads", "leads"))
-    }
+    """``grid``: prompts x timesteps → concepts → the rows of the protocol."""
+    known = found.figures()["regimes"]
+    return {"grid": {point: known.get(regime, {}) for point, regime in GRID.items()}}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from markdown_tables import cell, lines, load, signed
 from result_plots import Plot, bars
+from tables_protocol import nearest
 
 METHODS = ("iteris", "regmean++", "ssr")
 ACROSS = {"single": "each LoRA alone", "base": "no LoRA"}
@@ -45,7 +46,7 @@ def plots() -> list[Plot]:
                     for name in (*METHODS, *ACROSS)
                     if name in rows
                 }
-                for at, point, rows, _ in _rows(data)
+                for at, point, rows in _rows(data)
                 if at == size
             },
             f"image alignment, {size} concepts",
@@ -69,13 +70,13 @@ def _sizes(data: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(size for size, *_ in _rows(data)))
 
 
-def _rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any], Any]]:
-    """Size, point of the grid, its rows and the lead."""
+def _rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Size, point of the grid and its rows."""
     sizes = dict.fromkeys(size for some in data["grid"].values() for size in some)
     for size in sorted(sizes, key=int):
         for point, some in data["grid"].items():
             if "iteris" in some.get(size, {}):
-                yield size, point, some[size], data["leads"][point].get(size)
+                yield size, point, some[size]
 
 
 def _table(data: Mapping[str, Any]) -> str:
@@ -84,10 +85,10 @@ def _table(data: Mapping[str, Any]) -> str:
             size,
             point,
             *(cell(some.get(name, {}).get("image")) for name in METHODS),
-            signed(lead["image"]) if lead else "",
+            signed(lead[1]["image"]) if (lead := nearest(some)) else "",
             *(cell(some.get(name, {}).get("text")) for name in ("base", *METHODS)),
         )
-        for size, point, some, lead in _rows(data)
+        for size, point, some in _rows(data)
     ]
     names = [f"image: {METHODS[0]}", *METHODS[1:]]
     head = ("concepts", "prompts x timesteps", *names, "ahead", "text: no LoRA", *METHODS)

@@ -239,9 +239,7 @@ def test_what_a_file_of_results_holds(fake, tmp_path):
     together = figures["together"]["few"]["2"]["iteris"]
     assert together["image"]["mean"] == pytest.approx(0.2)
     assert together["success"]["mean"] == 0
-    lead = figures["leads"]["few"]["4"]
-    assert lead["over"] == "average"
-    assert lead["image"]["mean"] == 0
+    assert figures["regimes"]["few"]["4"]["average"]["behind"]["image"]["mean"] == 0
     styled = figures["styles"]["few"]["iteris"]
     assert styled["s_harm"]["mean"] == pytest.approx(4 / (2 / 0.4 + 2 / 0.2))
     assert figures["styles"]["few"]["single"]["subject, image"]["mean"] == pytest.approx(0.8)

@@ -101,8 +101,8 @@ def test_an_interval_of_the_file_goes_before_one_by_its_error(found):
     assert bars["ssr"]["interval"] == pytest.approx([0.7 - 0.0196, 0.7 + 0.0196])
 
 
-def lead(mean: float, over: str = "ssr") -> dict:
-    return {"over": over, "image": value(mean, 0.02, n=3), "text": value(-mean, None, n=3)}
+def behind(ahead: float) -> dict:
+    return {"image": value(ahead, 0.02, n=3), "text": value(-ahead, None, n=3)}
 
 
 @pytest.fixture
@@ -117,11 +117,9 @@ def test_the_grid_s_table_has_what_is_measured_of_it(results):
     for some in rows.values():
         for column in ("image", "text"):
             some[column] |= {"interval": None, "n": 1}
-    grid = {
-        "grid": {"1 x 1": {"2": rows, "10": rows}, "50 x 4": {"2": {"single": rows["single"]}}},
-        "leads": {"1 x 1": {"2": lead(-0.05)}, "50 x 4": {}},
-    }
-    (results / "reported_grid.json").write_text(json.dumps(grid))
+    near = {**rows, "ssr": rows["ssr"] | {"behind": behind(-0.05)}}
+    grid = {"1 x 1": {"2": near, "10": rows}, "50 x 4": {"2": {"single": rows["single"]}}}
+    (results / "reported_grid.json").write_text(json.dumps({"grid": grid}))
     text = results_page.page([])
     assert "| 2 | 1 x 1 | .800 ± .010 |  | .800 ± .010 | -.050 ± .020 | .700 ± .010 |" in text
     assert "| 10 | 1 x 1 | .800 ± .010 |  | .800 ± .010 |  | .700 ± .010 |" in text
@@ -150,12 +148,18 @@ def test_two_in_one_picture_is_held_against_the_better_rival(results):
 
 
 def test_the_protocol_s_tables_have_what_is_measured(results):
-    first, second = row(0.8, 0.6, 0.2), row(0.7, 0.65, 0.1)
+    first, second = row(0.8, 0.6, 0.2), row(0.7, 0.65, 0.1) | {"behind": behind(0.1)}
     for some in (first, second):
         some |= {"rank": 16.0, "bytes": 2.0**20}
+    rows = {
+        "iteris": first,
+        "iteris-polished": first | {"behind": behind(-0.1)},
+        "ssr": second,
+        "ties": first | {"behind": behind(0.2)},
+    }
+    ten = {name: rows[name] for name in ("iteris", "ssr")}
     data = {
-        "regimes": {"default": {"2": {"iteris": first}, "10": {"iteris": first, "ssr": second}}},
-        "leads": {"default": {"10": lead(0.1)}},
+        "regimes": {"default": {"2": {"iteris": first}, "10": ten}},
         "settings": {
             "ssr": {
                 "default": {
@@ -166,6 +170,8 @@ def test_the_protocol_s_tables_have_what_is_measured(results):
         },
     }
     (results / "reported.json").write_text(json.dumps(data))
+    assert tables_protocol.nearest(rows) == ("ssr", behind(0.1))
+    assert tables_protocol.nearest({"iteris": first}) is None
     made = {name: make() for name, make in tables_protocol.TABLES.items()}
     assert made["reported image default"][2:] == [
         "| **iteris** | .800 ± .010 | .800 ± .010 |",

@@ -15,7 +15,7 @@ from iteris_core.score.measures import (
     share_of_alone,
 )
 
-from .plan import BASE, OURS, OWN, SINGLE, Unit, uses_data
+from .plan import BASE, OURS, SINGLE, Unit, uses_data
 from .runs import Entry
 
 Figures = dict[str, Any]
@@ -71,10 +71,9 @@ class Table:
                 self._alone[unit.method, unit.replicate, unit.names[0]] = entry["alone"]
 
     def figures(self) -> Figures:
-        """``regimes``, ``together``, ``leads`` and ``styles``, as the results' files hold them."""
+        """``regimes``, ``together`` and ``styles``, as the results' files hold them."""
         regimes: Figures = {}
         together: Figures = {}
-        leads: Figures = {}
         for regime, size in dict.fromkeys((r, k) for r, k, _ in sorted(self._merges)):
             methods = {m: e for (r, k, m), e in self._merges.items() if (r, k) == (regime, size)}
             rows = self._rows(methods, self._of_each)
@@ -82,16 +81,13 @@ class Table:
                 rows[method]["scr_at"] = self._collapsed(entries)
                 for cost in ("seconds", "rank", "bytes"):
                     rows[method][cost] = fmean(entry[cost] for entry in entries.values())
-            lead = _lead(rows)
             every = sorted({place for entries in methods.values() for place in entries})
             regimes.setdefault(regime, {})[str(size)] = {**self._references(every), **rows}
             together.setdefault(regime, {})[str(size)] = self._rows(methods, self._of_several)
-            if lead:
-                leads.setdefault(regime, {})[str(size)] = lead
         styles = {
             regime: self._rows(methods, self._of_styled) for regime, methods in self._styled.items()
         }
-        return {"regimes": regimes, "leads": leads, "together": together, "styles": styles}
+        return {"regimes": regimes, "together": together, "styles": styles}
 
     def _rows(self, methods: Mapping[str, Entries], of: Callable[[Entries], Values]) -> Figures:
         """method → column → figures; ``behind`` is how far a method is behind ours, set by set:
@@ -212,13 +208,3 @@ def _differences(ours: Values, theirs: Values) -> Figures:
         if common:
             found[column] = stat([ours[column][p] - theirs[column][p] for p in common])
     return found
-
-
-def _lead(rows: Mapping[str, Figures]) -> Figures:
-    """How far ours is ahead of the best of the others in likeness, on the sets that both have."""
-    rivals = [method for method in rows if rows[method].get("behind") and method not in OWN]
-    if not rivals:
-        return {}
-    best = min(rivals, key=lambda method: rows[method]["behind"]["image"]["mean"])
-    behind = rows[best]["behind"]
-    return {"over": best, "image": behind["image"], "text": behind["text"]}
