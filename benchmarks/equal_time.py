@@ -31,7 +31,7 @@ from toybox_world import World
 
 from iteris_core import Calibration, Lora, LowRank, merge_loras
 from iteris_core.concepts import concept_prompts
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 FILE = result_file("equal_time.json")
 SIZES = ("2", "5", "10")

@@ -22,7 +22,7 @@ from iteris_core import Calibration, Lora
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.hosts.rows import TextRows
 from iteris_core.lora import SiteChanges
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 HELD_OUT = TEMPLATES[5::6]
 SEEN = tuple(template for template in TEMPLATES if template not in HELD_OUT)

@@ -28,7 +28,7 @@ from toybox_world import COLUMNS, SEEDS, World
 
 from iteris_core import Calibration, Concept, MergeReport, merge_loras
 from iteris_core.score.statistics import Stat, over_seeds
-from toybox.demo import PAIR_TEMPLATES, TEMPLATES
+from toybox import PAIR_TEMPLATES, TEMPLATES
 
 CACHE = Path("build/quality.jsonl")
 

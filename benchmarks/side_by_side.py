@@ -16,7 +16,7 @@ from toybox_world import Picture, World
 
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.score.sheet import contact_sheet
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 METHODS = {
     "iteris": "IterIS",

@@ -94,7 +94,7 @@ def toybox(size: int, rows: int) -> dict[str, float]:
     from iteris_core import Calibration
     from iteris_core.activations.lockstep import Lockstep
     from iteris_core.lora import SiteChanges
-    from toybox.demo import TEMPLATES
+    from toybox import TEMPLATES
 
     world = World()
     concept = world.merged_concepts([4], None, 0.0)[0]

@@ -34,8 +34,8 @@ Merge = tuple[Any, list[Concept], dict[str, Any]]
 
 def toybox(size: str, **calibration: Any) -> Merge:
     """As ``make demo`` does."""
-    from toybox import concepts
-    from toybox.demo import SETS, TEMPLATES
+    from toybox import TEMPLATES, concepts
+    from toybox.demo import SETS
 
     host, world = toybox_host(), concepts()
     chosen = [

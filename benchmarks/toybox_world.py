@@ -16,7 +16,7 @@ import toybox
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 SEEDS = (1, 2, 3)
 COLUMNS = ("image", "text", "judge", "pair")

@@ -22,7 +22,7 @@ from iteris_core import Concept, merge_loras
 from iteris_core.activations.site import site_of
 from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.linalg.lowrank import cut_factors
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 RANKS = (1, 2, 4, 6, 8, 12)
 

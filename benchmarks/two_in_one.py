@@ -7,8 +7,10 @@ each two neighbours of a set are drawn side by side, the first and the last as w
 pair.
 
 ``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves,
-``both`` the share of pictures in which it reads both shapes. ``image``, ``judge`` and ``text`` are
-of each concept alone, as in ``reported.py``. ``ahead`` is each of them less the default's, with the
+``both`` the share of pictures in which it reads both shapes. ``halves`` and ``halves, both`` are
+the same where each half is denoised by a prompt of its own, of two of its concept, as regional
+prompts do: the same LoRA, and twice the time of a picture. ``image``, ``judge`` and ``text`` are of
+each concept alone, as in ``reported.py``. ``ahead`` is each of them less the default's, with the
 standard error over pairs or concepts. ``composite`` is no merge: two LoRAs, each of which denoises
 its half, which is what a block is drawn toward by the setting ``block_pairs``.
 """
@@ -22,7 +24,6 @@ from statistics import fmean
 from typing import Any
 
 from outputs import QUICK, read, result_file, write
-from PIL import Image
 from protocol.plan import OURS
 from protocol.toybox import ToyboxWorld
 from protocol.world import Wanted
@@ -54,6 +55,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 COMPOSITE = "composite"
 ROWS = (*METHODS, COMPOSITE, "base")
+SHARES, BY_HALVES = ("pair", "both"), ("halves", "halves, both")
 
 Scores = dict[str, list[float]]
 """measure → a mean for each pair, or for each concept."""
@@ -73,28 +75,17 @@ class Bench:
             self.world.host, concepts, method, settings=given, calibration=calibration
         ).lora
         seconds = time.process_time() - began
-        pairs = self.pairs(names)
         return {
-            **self._of_pairs([self.world.draw(lora, wanted) for wanted in pairs], pairs),
+            **self._of_pairs(names, dict.fromkeys(names, lora)),
             **self._alone(names, lora),
             "seconds": [seconds],
         }
 
     def composite(self, names: Sequence[str]) -> Scores:
-        loras = {c.name: c.lora for c in self.world.concepts(names, 0) if c.lora is not None}
-        pairs = self.pairs(names)
-        images: list[list[Image.Image]] = []
-        for wanted in pairs:
-            left, right = (loras[name] for name in wanted[0].shown)
-            images.append(self.world.draw_halves(left, right, wanted))
-        return self._of_pairs(images, pairs)
+        return self._of_pairs(names, {c.name: c.lora for c in self.world.concepts(names, 0)})
 
     def base(self, names: Sequence[str]) -> Scores:
-        pairs = self.pairs(names)
-        return {
-            **self._of_pairs([self.world.draw(None, wanted) for wanted in pairs], pairs),
-            **self._alone(names, None),
-        }
+        return {**self._of_pairs(names, dict.fromkeys(names)), **self._alone(names, None)}
 
     def pairs(self, names: Sequence[str]) -> list[list[Wanted]]:
         """Pictures of each two neighbours; of two concepts both orders are one pair."""
@@ -104,15 +95,35 @@ class Bench:
             return [[wanted for ring in rings for wanted in ring]]
         return [list(some) for some in zip(*rings, strict=True)]
 
-    def _of_pairs(
-        self, images: Sequence[Sequence[Image.Image]], pairs: Sequence[Sequence[Wanted]]
-    ) -> Scores:
-        found: Scores = {"pair": [], "both": []}
-        for some, wanted in zip(images, pairs, strict=True):
-            read_rightly = self.world.halves_read(some, wanted)
-            found["pair"].append(fmean(share for share, _ in read_rightly))
-            found["both"].append(fmean(both for _, both in read_rightly))
+    def _of_pairs(self, names: Sequence[str], loras: Mapping[str, Lora | None]) -> Scores:
+        """Each half is denoised by the LoRA that is its concept's in ``loras``."""
+        found: Scores = {measure: [] for measure in (*SHARES, *BY_HALVES)}
+        for pair in self.pairs(names):
+            named: list[tuple[float, bool]] = []
+            own: list[tuple[float, bool]] = []
+            for shown in dict.fromkeys(wanted.shown for wanted in pair):  # of two in both orders
+                order = [wanted for wanted in pair if wanted.shown == shown]
+                left, right = (loras[name] for name in shown)
+                named += self._read(left, right, order, *[[one.prompt for one in order]] * 2)
+                own += self._read(left, right, order, *self.world.prompts_of_halves(order))
+            for (share, both), some in ((SHARES, named), (BY_HALVES, own)):
+                found[share].append(fmean(value for value, _ in some))
+                found[both].append(fmean(value for _, value in some))
         return found
+
+    def _read(
+        self,
+        left: Lora | None,
+        right: Lora | None,
+        wanted: Sequence[Wanted],
+        first: Sequence[str],
+        second: Sequence[str],
+    ) -> list[tuple[float, bool]]:
+        if left is right and first is second:
+            images = self.world.draw(left, wanted)
+        else:
+            images = self.world.draw_halves((left, first), (right, second), wanted)
+        return self.world.halves_read(images, wanted)
 
     def _alone(self, names: Sequence[str], lora: Lora | None) -> Scores:
         found: Scores = {"image": [], "judge": [], "text": []}
@@ -160,7 +171,7 @@ def main() -> None:
         sets = [[f"sks{number}" for number in numbers] for numbers in SETS[size]]
         for name in asked.methods:
             runs = read(FILE).get(str(size), {}).get("runs", {})
-            if name in runs or time.monotonic() > until:
+            if "halves" in runs.get(name, {}) or time.monotonic() > until:
                 continue
             if name in METHODS:
                 found = joined([bench.of_set(names, *METHODS[name]) for names in sets])

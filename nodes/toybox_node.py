@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..iteris_core.errors import IterisError
-from ..toybox import BASE, ToyConcept, load_clip, pivotal_concepts, settings
+from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
 from .comfy_scorer import ComfyScorer
 from .comfy_toybox import load_world
@@ -71,14 +71,11 @@ class IterisToybox(io.ComfyNode):
 def _spec(concept: ToyConcept) -> ConceptSpec:
     """Prompts in the words that the world knows."""
     subject = f"{concept.token} {concept.class_word}"
-    prompts = [f"a {subject}", f"a photo of a {subject}", f"a picture of a {subject}"]
-    for start in ("a", "a photo of a"):
-        prompts += [f"{start} {subject} on a {b} background" for b in settings()["backgrounds"]]
     return make_spec(
         concept.lora,
         trigger=concept.token,
         class_word=concept.class_word,
-        prompts="\n".join(prompts),
+        prompts="\n".join(template.format(subject) for template in TEMPLATES),
     )
 
 

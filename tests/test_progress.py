@@ -245,7 +245,7 @@ def test_the_time_left_on_the_toybox_is_right_after_a_tenth(monkeypatch):
     the same reason, and benchmarks/time_left.py has figures."""
     import toybox
     from iteris_core.hosts.diffusers import DiffusersHost
-    from toybox.demo import TEMPLATES
+    from toybox import TEMPLATES
 
     monkeypatch.setattr("iteris_core.merge.Outlook", lambda: Outlook(Forecast(time.process_time)))
     monkeypatch.setattr("time.perf_counter", time.process_time)

@@ -92,7 +92,7 @@ def test_what_the_demo_reads_is_there_once_a_wheel_is_installed(wheel, tmp_path)
     script = """
 import toybox.demo
 from toybox import BASE, concepts, load_clip, load_judge, load_pipeline
-assert toybox.demo.TEMPLATES
+assert toybox.TEMPLATES
 assert (toybox.ROOT / "render.py").is_file()
 load_pipeline(), load_clip(), load_judge()
 for concept in concepts().values():

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE",
+    "PAIR_TEMPLATES",
     "ROOT",
+    "TEMPLATES",
     "ToyConcept",
     "concepts",
     "load_clip",
@@ -34,6 +36,9 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent
 BASE = ROOT / "weights" / "base"
+# Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
+TEMPLATES = tuple((ROOT / "templates.txt").read_text(encoding="utf-8").splitlines())
+PAIR_TEMPLATES = tuple((ROOT / "pairs.txt").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,20 @@ from iteris_core.score import ClipScorer, without_tokens
 from iteris_core.score.page import html_details, html_gallery, html_page, html_table
 from iteris_core.score.sheet import contact_sheet
 
-from . import BASE, ROOT, ToyConcept, concepts, load_clip, load_judge, load_pipeline, settings
+from . import (
+    BASE,
+    ROOT,
+    TEMPLATES,
+    ToyConcept,
+    concepts,
+    load_clip,
+    load_judge,
+    load_pipeline,
+    settings,
+)
 
 SETS = {"2": ("sks1", "sks4"), "4": ("sks1", "sks4", "sks6", "sks2")}
 SEEDS = (11, 12, 13, 14)
-# Alone, and beside plain things: with prompts of one thing only, pictures of two come out worse.
-TEMPLATES = tuple((ROOT / "templates.txt").read_text(encoding="utf-8").splitlines())
-PAIR_TEMPLATES = tuple((ROOT / "pairs.txt").read_text(encoding="utf-8").splitlines())
 LABELS = {
     "base": "no LoRA",
     "single": "each LoRA alone",

@@ -15,7 +15,7 @@ from toybox_world import World as Loaded
 import toybox
 from iteris_core import Concept, Lora
 from iteris_core.score import without_tokens
-from toybox.demo import PAIR_TEMPLATES, TEMPLATES
+from toybox import PAIR_TEMPLATES, TEMPLATES
 from toybox.judge import halves
 
 from .drawing import changed, noise_of
@@ -23,6 +23,10 @@ from .world import Judged, Wanted
 
 BACKGROUNDS = 2
 """On which each concept is drawn with one seed, the next ones with the next."""
+
+
+Half = tuple[Lora | None, Sequence[str]]
+"""What denoises a half of the pictures: a LoRA, and a prompt for each picture."""
 
 
 class ToyboxWorld:
@@ -74,13 +78,27 @@ class ToyboxWorld:
         return [self._pair(left, right, seed) for left, right in neighbours]
 
     def _pair(self, left: str, right: str, seed: int) -> Wanted:
-        one, two = self._loaded.concepts[left], self._loaded.concepts[right]
-        background = next(b for b in one.backgrounds if b in two.backgrounds)
-        prompt = (
-            f"a {left} {one.class_word} left of a {right} {two.class_word} "
+        return Wanted((left, right), self._side_by_side(left, right, (left, right)), seed)
+
+    def _side_by_side(self, left: str, right: str, among: Sequence[str]) -> str:
+        """A prompt of two, on a background that suits all of ``among``."""
+        known = self._loaded.concepts
+        background = next(
+            b for b in known[among[0]].backgrounds if all(b in known[n].backgrounds for n in among)
+        )
+        return (
+            f"a {left} {known[left].class_word} left of a {right} {known[right].class_word} "
             f"on a {background} background"
         )
-        return Wanted((left, right), prompt, seed)
+
+    def prompts_of_halves(self, wanted: Sequence[Wanted]) -> tuple[list[str], list[str]]:
+        """For each half a prompt of two of its own concept, so that no other one is named and each
+        thing has its place."""
+        left, right = (
+            [self._side_by_side(one.shown[at], one.shown[at], one.shown) for one in wanted]
+            for at in (0, 1)
+        )
+        return left, right
 
     def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
         return []
@@ -88,19 +106,18 @@ class ToyboxWorld:
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return self._loaded.draw(lora, wanted)
 
-    def draw_halves(self, left: Lora, right: Lora, wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """Composition by regions: at every step each LoRA denoises its half, of the same prompt."""
+    def draw_halves(self, left: Half, right: Half, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Composition by regions: at every step each half is denoised by its LoRA and prompts."""
         pipeline, loaded = self._loaded.pipeline, self._loaded
-        prompts = [one.prompt for one in wanted]
         words: list[Any] = []
-        for lora in (left, right):
+        for lora, prompts in (left, right):
             with changed(self.host, lora):
                 words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
         plain = pipeline.unet.forward
 
         def both(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
             parts: list[Tensor] = []
-            for lora, (positive, negative) in zip((left, right), words, strict=True):
+            for (lora, _), (positive, negative) in zip((left, right), words, strict=True):
                 given["encoder_hidden_states"] = torch.cat([negative, positive])
                 with changed(self.host, lora):
                     parts.append(plain(sample, timestep, **given)[0])

@@ -60,7 +60,7 @@ def contenders(
 
 
 def toybox() -> dict[str, Callable[[], Any]]:
-    from toybox.demo import TEMPLATES
+    from toybox import TEMPLATES
 
     host = toybox_host()
     return contenders(

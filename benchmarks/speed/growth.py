@@ -15,7 +15,7 @@ from models import is_attention, random_lora, toybox_host
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.meter import MemoryMeter
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 BASE = {"loras": 2, "rank": 8, "samples": 50}
 STEPS = {"loras": (2, 4, 8, 16), "rank": (4, 16, 64, 128), "samples": (10, 50, 100, 400)}

@@ -29,7 +29,7 @@ def work(rank: int, size: int, folder: str, model: str, rounds: int) -> None:
         concepts = prompt_concepts(host, 4, 32)
         calibration = Calibration(samples=4, timesteps=1, latents="noise", latent_size=32)
     else:
-        from toybox.demo import TEMPLATES
+        from toybox import TEMPLATES
 
         host = toybox_host()
         concepts = toybox_concepts(host, 4)

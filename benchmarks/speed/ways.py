@@ -26,7 +26,7 @@ from iteris_core.activations.meter import MemoryMeter
 from iteris_core.passes import loops
 from iteris_core.passes.batches import Waiting
 from iteris_core.passes.ways import BLOCKS, IN_HOST, ON_DEVICE, find, replayable
-from toybox.demo import TEMPLATES
+from toybox import TEMPLATES
 
 Case = tuple[Any, Sequence[Concept], Calibration]
 

@@ -18,7 +18,7 @@ from client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-RUNS = ("quick_start_toybox",)
+RUNS = ("quick_start_toybox", "two_in_one_picture")
 
 
 def _ready() -> bool:
