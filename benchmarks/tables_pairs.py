@@ -15,14 +15,15 @@ FILE = "two_in_one.json"
 OURS, POLISHED, COMPOSITE = "iteris", "iteris, polished", "composite"
 ACROSS = {COMPOSITE: "each LoRA in its half", "base": "no LoRA"}
 _DRAWN = (OURS, POLISHED, "regmean++", "ssr", "regmean", *ACROSS)
-_PLOT = "results-two-in-one.svg"
+_PLOTS = {"pair": "results-two-in-one.svg", "halves": "results-two-by-halves.svg"}
+"""By measure: with one prompt that names both, with a prompt for each half."""
 
 Pairs = Mapping[str, Sequence[float]]
 """method → the share of attributes that is right, pair by pair"""
 
 
 def section() -> str:
-    *rivals, last = _rivals(next(pairs for _, pairs in _sizes()))
+    *rivals, last = _rivals(next(pairs for _, pairs in _sizes("pair")))
     return f"""\
 ## Two concepts in one picture
 
@@ -30,27 +31,45 @@ From one merged LoRA, of the ten concepts on which nothing was chosen, each two 
 merge side by side, 20 pictures a pair: the share of shapes, patterns and colours that is read
 rightly in the halves. *polished* is the setting `block_steps=120`, which the preset `best` has.
 Each LoRA in its half is no merge: two LoRAs, each of which denoises its half of the picture.
-*ahead* is by how much *polished* is ahead of the best of the others, pair by pair; they are
+*ahead* is by how much a merge is ahead of the best of the others, pair by pair; they are
 {", ".join(rivals)} and {last}. More, and what it costs: `python benchmarks/two_in_one.py`,
 [benchmarks](../benchmarks/README.md#two-concepts-in-one-picture).
 
-![The share of attributes that is right, by the number of concepts merged.](images/{_PLOT})
+With **one prompt that names both**:
 
-{_table()}
+![The share of attributes that is right, by concepts merged.](images/{_PLOTS["pair"]})
+
+{_table("pair")}
+
+With **a prompt for each half**, of two of its own concept, and the same merged LoRA in both, as
+regional prompts and masks do (the graph `two_in_one_picture`); a picture takes twice the time. So
+measured are of the others RegMean++, and with two merged all but one:
+
+![The share of attributes that is right by halves, by concepts merged.](images/{_PLOTS["halves"]})
+
+{_table("halves")}
 """
 
 
 def plots() -> list[Plot]:
+    return [_plot(measure) for measure in _PLOTS if any(_sizes(measure))]
+
+
+def _plot(measure: str) -> Plot:
     groups = {
         size: {name: _bar(pairs[name]) for name in _DRAWN if name in pairs}
-        for size, pairs in _sizes()
+        for size, pairs in _sizes(measure)
     }
-    return [bars(_PLOT, groups, "share of attributes right", ACROSS)]
+    return bars(_PLOTS[measure], groups, "share of attributes right", ACROSS)
 
 
-def _sizes() -> Iterator[tuple[str, Pairs]]:
+def _sizes(measure: str) -> Iterator[tuple[str, Pairs]]:
+    """Of as many methods as have the measure, where ours and its bounds do."""
     for size, found in sorted(load(FILE).items(), key=lambda item: int(item[0])):
-        yield size, {name: scores["pair"] for name, scores in found["runs"].items()}
+        runs = found["runs"].items()
+        pairs = {name: scores[measure] for name, scores in runs if measure in scores}
+        if {OURS, POLISHED, *ACROSS} <= pairs.keys():
+            yield size, pairs
 
 
 def _rivals(pairs: Pairs) -> list[str]:
@@ -65,12 +84,10 @@ def _bar(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _table() -> str:
+def _table(measure: str) -> str:
     rows: list[Sequence[str]] = []
-    for size, pairs in _sizes():
-        ours, composite = pairs[POLISHED], fmean(pairs[COMPOSITE])
+    for size, pairs in _sizes(measure):
         best = max(_rivals(pairs), key=lambda name: fmean(pairs[name]))
-        ahead = [one - other for one, other in zip(ours, pairs[best], strict=True)]
         shown = {name: cell(over_compositions(pairs[name]).to_dict()) for name in pairs}
         rows.append(
             (
@@ -79,9 +96,19 @@ def _table() -> str:
                 shown[POLISHED],
                 f"{best} {shown[best]}",
                 *(shown[name] for name in ACROSS),
-                signed(over_compositions(ahead).to_dict()),
-                short(f"{fmean(ours) / composite:.2f}"),
+                *(_ahead(pairs[name], pairs[best]) for name in (OURS, POLISHED)),
+                *(
+                    short(f"{fmean(pairs[name]) / fmean(pairs[COMPOSITE]):.2f}")
+                    for name in (OURS, POLISHED)
+                ),
             )
         )
     names = (OURS, "polished", "best of the others", *ACROSS.values())
-    return "\n".join(lines(("concepts", *names, "ahead", "of each in its half"), rows))
+    told = ("ahead", "of each in its half")
+    head = ("concepts", *names, *(f"{name}{more}" for name in told for more in ("", ", polished")))
+    return "\n".join(lines(head, rows))
+
+
+def _ahead(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    return signed(over_compositions(differences).to_dict())

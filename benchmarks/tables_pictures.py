@@ -217,7 +217,8 @@ def block_polish() -> list[str]:
     )
 
 
-_LEADS = ("pair", "image", "judge", "text")
+_PAIRS = ("pair", "both", "halves")
+_LEADS = ("pair", "halves", "image", "judge", "text")
 
 
 def two_in_one() -> list[str]:
@@ -227,11 +228,11 @@ def two_in_one() -> list[str]:
         for name, of in found["methods"].items():
             ahead = of["ahead"]
             leads = [signed(ahead[m]) if m in ahead and name != "iteris" else "" for m in _LEADS]
-            means = [short(f"{of[m]:.3f}") if m in of else "" for m in ("pair", "both", *MEASURES)]
+            means = [short(f"{of[m]:.3f}") if m in of else "" for m in (*_PAIRS, *MEASURES)]
             seconds = f"{of['seconds']:.0f}" if "seconds" in of else ""
             rows.append([size, name, *means, *leads, seconds])
     gained = [f"{measure} gained" for measure in _LEADS]
-    return lines(("concepts", "", "pair", "both", *MEASURES, *gained, "seconds"), rows)
+    return lines(("concepts", "", *_PAIRS, *MEASURES, *gained, "seconds"), rows)
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
