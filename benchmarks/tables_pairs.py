@@ -43,7 +43,8 @@ With **one prompt that names both**:
 
 With **a prompt for each half**, of two of its own concept, and the same merged LoRA in both, as
 regional prompts and masks do (the graph `two_in_one_picture`); a picture takes twice the time. So
-measured are of the others RegMean++, and with two merged all but one:
+measured are of the others RegMean++, but with ten merged RegMean and SSR-Merge, and with two all
+but one:
 
 ![The share of attributes that is right by halves, by concepts merged.](images/{_PLOTS["halves"]})
 
