@@ -119,7 +119,7 @@ class Bench:
         first: Sequence[str],
         second: Sequence[str],
     ) -> list[tuple[float, bool]]:
-        if left is right and first is second:
+        if left is right and first == second:
             images = self.world.draw(left, wanted)
         else:
             images = self.world.draw_halves((left, first), (right, second), wanted)

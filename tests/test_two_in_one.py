@@ -67,8 +67,12 @@ def test_each_half_is_its_own_concept_s_in_both_orders(names):
     assert sum(len(wanted) for _, _, wanted in world.drawn) == pairs * 2 * two_in_one.PICTURES
 
 
-def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background():
-    world = ToyboxWorld()
+@pytest.fixture(scope="module")
+def world():
+    return ToyboxWorld()
+
+
+def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background(world):
     (first, second) = world.together(("sks1", "sks4"), 1)
     left, right = world.prompts_of_halves([first, second])
     background = first.prompt.partition(" on a ")[2]
@@ -77,8 +81,7 @@ def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background():
     assert (left[1], right[1]) == (right[0], left[0])
 
 
-def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture():
-    world = ToyboxWorld()
+def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture(world):
     (wanted, _) = world.together(("sks1", "sks4"), 1)
     (concept,) = world.concepts(("sks1",), 0)
     (whole,) = world.draw(concept.lora, [wanted])
