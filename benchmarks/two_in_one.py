@@ -1,38 +1,44 @@
-"""Two concepts in one picture, from one merged LoRA, on concepts that nothing was chosen on.
+"""Two concepts in one picture, and three, from one merged LoRA, on concepts that nothing was
+chosen on.
 
 ``python benchmarks/two_in_one.py`` writes ``benchmarks/results/two_in_one.json``, method by method,
 and goes on where it stopped; ``--seconds`` stops it by itself, ``--sizes 2 10`` takes some numbers
 of merged concepts and ``--methods`` some rows. The concepts are those of ``reported_concepts.py``;
 each two neighbours of a set are drawn side by side, the first and the last as well, 20 pictures a
-pair.
+pair. ``--world emoji`` has the emoji's subjects, into ``two_in_one_emoji.json``.
 
-``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves,
-``both`` the share of pictures in which it reads both shapes. ``halves`` and ``halves, both`` are
-the same where each half is denoised by a prompt of its own, of two of its concept, as regional
-prompts do: the same LoRA, and twice the time of a picture. ``image``, ``judge`` and ``text`` are of
-each concept alone, as in ``reported.py``. ``ahead`` is each of them less the default's, with the
-standard error over pairs or concepts. ``composite`` is no merge: two LoRAs, each of which denoises
-its half, which is what a block is drawn toward by the setting ``block_pairs``.
+``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves
+(of emoji, of subjects that are found in theirs), ``both`` the share of pictures in which it reads
+both shapes. ``halves`` and ``halves, both`` are the same where each half is denoised by a prompt of
+its own, of two of its concept, as regional prompts do: the same LoRA, and twice the time of a
+picture. ``three`` and ``three, all`` are of three neighbours in a row, half a picture wide each,
+denoised in the same way from windows of two (``protocol/in_a_row.py``); as many pictures a row.
+``image``, ``judge`` and ``text`` are of each concept alone, as in ``reported.py``.
+``ahead`` is each of them less the default's, with the standard error over pairs or concepts.
+``composite`` is no merge: LoRAs, each of which denoises its region, which is what a block is drawn
+toward by the setting ``block_pairs``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import emoji_tables
+import reported
 from outputs import QUICK, read, result_file, write
+from protocol.emoji import EmojiWorld
 from protocol.plan import OURS
-from protocol.toybox import ToyboxWorld
-from protocol.world import Wanted
-from reported import CHOSEN, world
+from protocol.settings import Chosen
+from protocol.world import RowWorld, Wanted
 
 from iteris_core import Lora, merge_loras
 from iteris_core.score.statistics import over_compositions
 
-FILE = result_file("two_in_one.json")
 SETS: Mapping[int, Sequence[Sequence[int]]] = {
     2: [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)],
     3: [(1, 4, 7), (2, 5, 8), (3, 6, 9)],
@@ -55,79 +61,109 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 COMPOSITE = "composite"
 ROWS = (*METHODS, COMPOSITE, "base")
-SHARES, BY_HALVES = ("pair", "both"), ("halves", "halves, both")
 
 Scores = dict[str, list[float]]
-"""measure → a mean for each pair, or for each concept."""
+"""measure → a mean for each pair or triple, or for each concept."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A world, the settings that its rivals have, where the table goes, and what is measured."""
+
+    world: Callable[[], RowWorld]
+    chosen: Chosen
+    file: str
+    kinds: Sequence[str]
+
+
+WORLDS = {
+    "toybox": Case(
+        reported.world, reported.CHOSEN, "two_in_one.json", ("pair", "halves", "three", "alone")
+    ),
+    "emoji": Case(EmojiWorld, emoji_tables.CHOSEN, "two_in_one_emoji.json", ("pair", "halves")),
+}
 
 
 class Bench:
-    def __init__(self, of: ToyboxWorld) -> None:
-        self.world = of
+    def __init__(self, world: RowWorld, chosen: Chosen) -> None:
+        self.world, self._chosen = world, chosen
 
-    def of_set(self, names: Sequence[str], method: str, settings: Mapping[str, Any]) -> Scores:
-        size = len(names)
-        given = settings if method == OURS else CHOSEN(method, size, "default")
-        concepts = self.world.concepts(names, 0)
-        calibration = {**self.world.calibration, "seed": 0}
+    def measured(self, row: str, names: Sequence[str], kinds: Sequence[str]) -> Scores:
+        """What ``kinds`` say of a merge of ``names``, or of one of the two bounds."""
+        if row == COMPOSITE:
+            own: dict[str, Lora | None] = {c.name: c.lora for c in self.world.concepts(names, 0)}
+            return self._scores(own, [kind for kind in kinds if kind != "alone"])
+        if row not in METHODS:
+            return self._scores(dict.fromkeys(names), kinds)
         began = time.process_time()
-        lora = merge_loras(
-            self.world.host, concepts, method, settings=given, calibration=calibration
-        ).lora
+        lora = self._merged(names, *METHODS[row])
         seconds = time.process_time() - began
-        return {
-            **self._of_pairs(names, dict.fromkeys(names, lora)),
-            **self._alone(names, lora),
-            "seconds": [seconds],
-        }
+        return {**self._scores(dict.fromkeys(names, lora), kinds), "seconds": [seconds]}
 
-    def composite(self, names: Sequence[str]) -> Scores:
-        return self._of_pairs(names, {c.name: c.lora for c in self.world.concepts(names, 0)})
+    def _merged(self, names: Sequence[str], method: str, settings: Mapping[str, Any]) -> Lora:
+        given = settings if method == OURS else self._chosen(method, len(names), "default")
+        return merge_loras(
+            self.world.host,
+            self.world.concepts(names, 0),
+            method,
+            settings=given,
+            calibration={**self.world.calibration, "seed": 0},
+        ).lora
 
-    def base(self, names: Sequence[str]) -> Scores:
-        return {**self._of_pairs(names, dict.fromkeys(names)), **self._alone(names, None)}
-
-    def pairs(self, names: Sequence[str]) -> list[list[Wanted]]:
-        """Pictures of each two neighbours; of two concepts both orders are one pair."""
-        seeds = range(1, PICTURES // (2 if len(names) == 2 else 1) + 1)
-        rings = [self.world.together(names, seed) for seed in seeds]
-        if len(names) == 2:
-            return [[wanted for ring in rings for wanted in ring]]
-        return [list(some) for some in zip(*rings, strict=True)]
-
-    def _of_pairs(self, names: Sequence[str], loras: Mapping[str, Lora | None]) -> Scores:
-        """Each half is denoised by the LoRA that is its concept's in ``loras``."""
-        found: Scores = {measure: [] for measure in (*SHARES, *BY_HALVES)}
-        for pair in self.pairs(names):
-            named: list[tuple[float, bool]] = []
-            own: list[tuple[float, bool]] = []
-            for shown in dict.fromkeys(wanted.shown for wanted in pair):  # of two in both orders
-                order = [wanted for wanted in pair if wanted.shown == shown]
-                left, right = (loras[name] for name in shown)
-                named += self._read(left, right, order, *[[one.prompt for one in order]] * 2)
-                own += self._read(left, right, order, *self.world.prompts_of_halves(order))
-            for (share, both), some in ((SHARES, named), (BY_HALVES, own)):
-                found[share].append(fmean(value for value, _ in some))
-                found[both].append(fmean(value for _, value in some))
+    def _scores(self, loras: Mapping[str, Lora | None], kinds: Sequence[str]) -> Scores:
+        """Each region is denoised by the LoRA that is its concept's in ``loras``."""
+        found: Scores = {}
+        for kind in kinds:
+            if kind == "alone":
+                found |= self._alone(loras)
+            elif kind == "pair":
+                found |= self._in_a_row(kind, "both", loras, 2, named=True)
+            elif kind == "halves":
+                found |= self._in_a_row(kind, "halves, both", loras, 2)
+            elif len(loras) > 2:
+                found |= self._in_a_row(kind, "three, all", loras, 3)
         return found
 
-    def _read(
-        self,
-        left: Lora | None,
-        right: Lora | None,
-        wanted: Sequence[Wanted],
-        first: Sequence[str],
-        second: Sequence[str],
-    ) -> list[tuple[float, bool]]:
-        if left is right and first == second:
-            images = self.world.draw(left, wanted)
-        else:
-            images = self.world.draw_halves((left, first), (right, second), wanted)
-        return self.world.halves_read(images, wanted)
+    def rows(self, names: Sequence[str], count: int) -> list[list[Wanted]]:
+        """Pictures of ``count`` neighbours, so that each two are in one row; of as many concepts
+        all orders are one."""
+        orders = count if len(names) == count else 1
+        seeds = range(1, -(-PICTURES // orders) + 1)
+        rings = [self.world.rows(names, count, seed) for seed in seeds]
+        if orders > 1:
+            return [[wanted for ring in rings for wanted in ring][:PICTURES]]
+        return [list(some) for some in zip(*rings, strict=True)][:: count - 1]
 
-    def _alone(self, names: Sequence[str], lora: Lora | None) -> Scores:
+    def _in_a_row(
+        self,
+        share: str,
+        complete: str,
+        loras: Mapping[str, Lora | None],
+        count: int,
+        *,
+        named: bool = False,
+    ) -> Scores:
+        """Of rows of ``count``: with one prompt that names all (``named``), or by regions."""
+        found: Scores = {share: [], complete: []}
+        for row in self.rows(list(loras), count):
+            values: list[tuple[float, bool]] = []
+            for shown in dict.fromkeys(wanted.shown for wanted in row):
+                order = [wanted for wanted in row if wanted.shown == shown]
+                own = [loras[name] for name in shown]
+                if named and all(lora is own[0] for lora in own):
+                    images = self.world.draw(own[0], order)
+                else:
+                    prompts = [[one.prompt for one in order]] * count
+                    regions = prompts if named else self.world.prompts_of_regions(order)
+                    images = self.world.draw_row(list(zip(own, regions, strict=True)), order)
+                values += self.world.row_read(images, order)
+            found[share].append(fmean(value for value, _ in values))
+            found[complete].append(fmean(value for _, value in values))
+        return found
+
+    def _alone(self, loras: Mapping[str, Lora | None]) -> Scores:
         found: Scores = {"image": [], "judge": [], "text": []}
-        for name in names:
+        for name, lora in loras.items():
             wanted = [w for seed in ALONE for w in self.world.alone(name, seed)]
             images = self.world.draw(lora, wanted)
             judged = self.world.likeness(images, [name] * len(images))
@@ -135,6 +171,18 @@ class Bench:
                 found[measure].append(fmean(values))
             found["text"].append(fmean(self.world.text_alignment(images, wanted)))
         return found
+
+
+_FIRST = {"alone": "image"}
+"""By kind the measure that tells that it has been measured; else its own."""
+
+
+def missing(kinds: Sequence[str], row: str, size: int, run: Mapping[str, Any]) -> list[str]:
+    """Of ``kinds`` what is not in ``run`` yet and can be measured of such a row."""
+    impossible = {"alone"} if row == COMPOSITE else set[str]()
+    if size < 3:
+        impossible.add("three")
+    return [k for k in kinds if k not in impossible and _FIRST.get(k, k) not in run]
 
 
 def joined(of_sets: Sequence[Scores]) -> Scores:
@@ -161,28 +209,29 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", default="toybox", choices=WORLDS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SETS), choices=SETS)
     parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=ROWS)
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
-    bench = Bench(world())
+    case = WORLDS[asked.world]
+    file = result_file(case.file)
+    world = case.world()
+    bench = Bench(world, case.chosen)
     for size in asked.sizes:
-        sets = [[f"sks{number}" for number in numbers] for numbers in SETS[size]]
+        sets = [[world.subjects[number - 1] for number in numbers] for numbers in SETS[size]]
         for name in asked.methods:
-            runs = read(FILE).get(str(size), {}).get("runs", {})
-            if "halves" in runs.get(name, {}) or time.monotonic() > until:
+            run = read(file).get(str(size), {}).get("runs", {}).get(name, {})
+            kinds = missing(case.kinds, name, size, run)
+            if not kinds or time.monotonic() > until:
                 continue
-            if name in METHODS:
-                found = joined([bench.of_set(names, *METHODS[name]) for names in sets])
-            elif name == COMPOSITE:
-                found = joined([bench.composite(names) for names in sets])
-            else:
-                found = joined([bench.base(names) for names in sets])
-            data = read(FILE)  # another process may have written meanwhile
-            runs = {**data.get(str(size), {}).get("runs", {}), name: found}
-            write(FILE, {**data, str(size): {"methods": summary(runs), "runs": runs}})
-            print(size, name, "measured", flush=True)
+            found = joined([bench.measured(name, names, kinds) for names in sets])
+            data = read(file)  # another process may have written meanwhile
+            runs = data.get(str(size), {}).get("runs", {})
+            runs = {**runs, name: {**run, **found}}
+            write(file, {**data, str(size): {"methods": summary(runs), "runs": runs}})
+            print(size, name, *kinds, "measured", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import two_in_one
+from protocol.in_a_row import by_windows, ring
 from protocol.toybox import ToyboxWorld
 from protocol.world import Wanted
 
-NAMES = ("sks1", "sks4", "sks6")
+NAMES = ("sks1", "sks4", "sks6", "sks7", "sks8")
 
 
-class Halves:
+class Rows:
     """Draws nothing, and keeps what was to be drawn. Two of a picture's attributes are right, or
-    all where both halves have a prompt of their own."""
+    all where regions have a prompt of their own."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple] = []
@@ -27,44 +30,73 @@ class Halves:
     def concepts(self, names, trained):
         return [SimpleNamespace(name=name, lora=f"LoRA of {name}") for name in names]
 
-    def together(self, names, seed):
-        return [
-            Wanted(pair, " and ".join(pair), seed)
-            for pair in zip(names, [*names[1:], names[0]], strict=True)
-        ]
+    def rows(self, names, count, seed):
+        return [Wanted(shown, " and ".join(shown), seed) for shown in ring(names, count)]
 
-    def prompts_of_halves(self, wanted):
-        return tuple([f"two of {one.shown[at]}" for one in wanted] for at in (0, 1))
+    def prompts_of_regions(self, wanted):
+        regions = range(len(wanted[0].shown))
+        return [[f"two of {one.shown[at]}" for one in wanted] for at in regions]
 
-    def draw_halves(self, left, right, wanted):
-        self.drawn.append((left, right, wanted))
-        return [left[1][0] != right[1][0]] * len(wanted)
+    def draw_row(self, parts, wanted):
+        self.drawn.append((parts, wanted))
+        return [parts[0][1] != parts[1][1]] * len(wanted)
 
     def draw(self, lora, wanted):
-        raise AssertionError("a composition is drawn by halves")
+        raise AssertionError("a composition is drawn by regions")
 
-    def halves_read(self, images, wanted):
+    def row_read(self, images, wanted):
         return [(1.0 if own else 0.25, own) for own in images]
 
 
-@pytest.mark.parametrize("names", [NAMES[:2], NAMES])
-def test_each_half_is_its_own_concept_s_in_both_orders(names):
-    world = Halves()
-    found = two_in_one.Bench(world).composite(names)
-    pairs = 1 if len(names) == 2 else 3
-    assert found == {
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES[:3], NAMES])
+def test_each_region_is_its_own_concept_s_in_all_orders(names):
+    world = Rows()
+    bench = two_in_one.Bench(world, lambda *_: {})
+    found = bench.measured("composite", names, ("pair", "halves", "three", "alone"))
+    pairs = 1 if len(names) == 2 else len(names)
+    triples = {2: 0, 3: 1, 5: 3}[len(names)]
+    expected = {
         "pair": [0.25] * pairs,
         "both": [0.0] * pairs,
         "halves": [1.0] * pairs,
         "halves, both": [1.0] * pairs,
     }
-    for left, right, wanted in world.drawn:
+    if triples:
+        expected |= {"three": [1.0] * triples, "three, all": [1.0] * triples}
+    assert found == expected
+    for parts, wanted in world.drawn:
         (shown,) = {one.shown for one in wanted}
-        assert (left[0], right[0]) == tuple(f"LoRA of {name}" for name in shown)
-        assert left[1][0] in (" and ".join(shown), f"two of {shown[0]}")
-    orders = {wanted[0].shown for _, _, wanted in world.drawn}
-    assert orders == {one.shown for one in world.together(names, 1)}
-    assert sum(len(wanted) for _, _, wanted in world.drawn) == pairs * 2 * two_in_one.PICTURES
+        assert [lora for lora, _ in parts] == [f"LoRA of {name}" for name in shown]
+        named = [{" and ".join(shown), f"two of {name}"} for name in shown]
+        assert all(set(prompts) < of for (_, prompts), of in zip(parts, named, strict=True))
+    for count, drawn in ((2, pairs * 2), (3, triples)):
+        rows = [wanted for _, wanted in world.drawn if len(wanted[0].shown) == count]
+        assert sum(map(len, rows)) == drawn * two_in_one.PICTURES
+    together = {pair for _, wanted in world.drawn for pair in itertools.pairwise(wanted[0].shown)}
+    assert together == set(ring(names, 2))
+
+
+def test_what_is_measured_is_not_measured_again():
+    kinds = ("pair", "halves", "three", "alone")
+    assert two_in_one.missing(kinds, "iteris", 2, {"pair": []}) == ["halves", "alone"]
+    assert two_in_one.missing(kinds, "iteris", 3, {"image": [], "pair": []}) == ["halves", "three"]
+    assert two_in_one.missing(kinds, "composite", 3, {"three": []}) == ["pair", "halves"]
+
+
+def test_two_windows_of_one_region_are_averaged():
+    sample = torch.arange(12.0).reshape(1, 1, 12)
+    seen: list[tuple[int, list[float]]] = []
+
+    def denoise(region, window):
+        seen.append((region, window.flatten().tolist()))
+        return window * 0 + 10 * region + len(seen)
+
+    found = by_windows(sample, 2, 6, denoise)
+    first, second = list(map(float, range(6))), list(map(float, range(3, 9)))
+    assert seen[:3] == [(0, first), (1, first), (1, second)]
+    # Calls are counted from one: of the second region they are the second and the third.
+    regions = (1, (12 + 13) / 2, (24 + 25) / 2, 36)
+    assert found.flatten().tolist() == [value for value in regions for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +106,7 @@ def world():
 
 def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background(world):
     (first, second) = world.together(("sks1", "sks4"), 1)
-    left, right = world.prompts_of_halves([first, second])
+    left, right = world.prompts_of_regions([first, second])
     background = first.prompt.partition(" on a ")[2]
     assert left[0] == f"a sks1 star left of a sks1 star on a {background}"
     assert right[0] == f"a sks4 circle left of a sks4 circle on a {background}"
@@ -86,8 +118,8 @@ def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture(world):
     (concept,) = world.concepts(("sks1",), 0)
     (whole,) = world.draw(concept.lora, [wanted])
     half = (concept.lora, [wanted.prompt])
-    (halves,) = world.draw_halves(half, half, [wanted])
+    (halves,) = world.draw_row([half, half], [wanted])
     assert max(abs(a - b) for a, b in zip(whole.tobytes(), halves.tobytes(), strict=True)) <= 1
     (base,) = world.draw(None, [wanted])
-    (mixed,) = world.draw_halves(half, (None, [wanted.prompt]), [wanted])
+    (mixed,) = world.draw_row([half, (None, [wanted.prompt])], [wanted])
     assert mixed.tobytes() not in (whole.tobytes(), base.tobytes())

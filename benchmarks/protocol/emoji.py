@@ -11,17 +11,20 @@ from typing import Any
 
 import emoji
 import torch
-from emoji.draw import BACKGROUNDS, article
+from emoji.draw import BACKGROUNDS, SIZE, article
 from emoji.features import Features
 from emoji.sources import world
+from emoji.tokenizer import LENGTH
 from PIL import Image
+from torch import Tensor
 
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
 from toybox.judge import halves
 
-from .drawing import draw
+from .drawing import changed, draw, noise_of
+from .in_a_row import Part, by_windows, ring
 from .world import Judged, Wanted
 
 REPORTED = 10
@@ -78,18 +81,20 @@ class EmojiWorld:
     def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
         """Each two neighbours side by side, the first and the last as well: the base draws no more
         than two things."""
-        if len(names) < 2:
-            return []
-        background = _backgrounds(seed)[0]
-        return [
-            Wanted(
-                (left, right),
-                f"a {self._subjects[left].prompt} left of a {self._subjects[right].prompt} "
-                f"on a {background} background",
-                seed,
-            )
-            for left, right in zip(names, [*names[1:], names[0]], strict=True)
-        ]
+        return self.rows(names, 2, seed) if len(names) > 1 else []
+
+    def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
+        """Each ``count`` neighbours side by side, those across the end as well."""
+        return [Wanted(shown, self._in_a_row(shown, seed), seed) for shown in ring(names, count)]
+
+    def _in_a_row(self, shown: Sequence[str], seed: int) -> str:
+        things = " left of ".join(f"a {self._subjects[name].prompt}" for name in shown)
+        return f"{things} on a {_backgrounds(seed)[0]} background"
+
+    def prompts_of_regions(self, wanted: Sequence[Wanted]) -> list[list[str]]:
+        """For each region a prompt of two of its own subject."""
+        regions = range(len(wanted[0].shown))
+        return [[self._in_a_row([one.shown[at]] * 2, one.seed) for one in wanted] for at in regions]
 
     def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
         what, words = self._subjects[subject].prompt, self._styles[style].words
@@ -100,6 +105,68 @@ class EmojiWorld:
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return draw(self.pipeline, self.host, lora, wanted)
+
+    def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Composition by regions: at every step each is denoised by its LoRA and prompts."""
+        pipeline = self.pipeline
+        words = [self._encoded(*part) for part in parts]
+        plain = pipeline.transformer.forward
+        tokens = SIZE // (2 * pipeline.vae_scale_factor)  # of two by two latents, along a side
+
+        def whole(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> Any:
+            guided = int(not torch.equal(encoder_hidden_states, words[0][0][0]))
+
+            def denoise(part: int, window: Tensor) -> Tensor:
+                embedded, pooled, places = words[part][guided]
+                with changed(self.host, parts[part][0]):
+                    predicted = plain(
+                        window.flatten(1, 2),
+                        encoder_hidden_states=embedded,
+                        **{
+                            **given,
+                            "pooled_projections": pooled,
+                            "txt_ids": places,
+                            "img_ids": _first(given["img_ids"], tokens),
+                        },
+                    )[0]
+                return predicted.unflatten(1, (tokens, tokens))
+
+            grid = hidden_states.unflatten(1, (tokens, -1))
+            return (by_windows(grid, 2, tokens, denoise).flatten(1, 2),)
+
+        pipeline.transformer.forward = whole
+        try:
+            (embedded, pooled, _), (away, pooled_away, _) = words[0]
+            return pipeline(
+                prompt_embeds=embedded,
+                pooled_prompt_embeds=pooled,
+                negative_prompt=None,
+                negative_prompt_embeds=away,
+                negative_pooled_prompt_embeds=pooled_away,
+                generator=[noise_of(one) for one in wanted],
+                width=SIZE * len(parts) // 2,
+            ).images
+        finally:
+            del pipeline.transformer.forward
+
+    def _encoded(self, lora: Lora | None, prompts: Sequence[str]) -> tuple[Any, Any]:
+        """The prompts, and those that guide away from them, as the LoRA's encoders say them."""
+        with changed(self.host, lora), torch.no_grad():
+            one, other = (
+                self.pipeline.encode_prompt(some, None, max_sequence_length=LENGTH)
+                for some in (list(prompts), [""] * len(prompts))
+            )
+        return one, other
+
+    def row_read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[tuple[float, bool]]:
+        """The share of the subjects that are found in their regions, and whether all are."""
+        found: list[tuple[float, bool]] = []
+        for image, one in zip(images, wanted, strict=True):
+            seen = [self._likest(_region(image, at)) == name for at, name in enumerate(one.shown)]
+            found.append((fmean(seen), all(seen)))
+        return found
 
     def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
         """``image`` by features that saw none of these pictures, ``clip`` by the world's CLIP."""
@@ -144,6 +211,18 @@ class EmojiWorld:
         return max(
             self._subjects, key=lambda name: float((self._embedded("image", name) @ vector).mean())
         )
+
+
+def _region(image: Image.Image, at: int) -> Image.Image:
+    """The square in which the base draws a thing of a row, as large as a picture of one thing."""
+    half = SIZE // 2
+    square = image.crop((half * at, half // 2, half * (at + 1), half // 2 + half))
+    return square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def _first(places: Tensor, side: int) -> Tensor:
+    """Of the places of a row's tokens those of its first window."""
+    return places[(places[:, 1] < side) & (places[:, 2] < side)]
 
 
 def templates() -> tuple[str, ...]:

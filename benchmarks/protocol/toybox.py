@@ -16,17 +16,15 @@ import toybox
 from iteris_core import Concept, Lora
 from iteris_core.score import without_tokens
 from toybox import PAIR_TEMPLATES, TEMPLATES
+from toybox.draw import SIZE
 from toybox.judge import halves
 
 from .drawing import changed, noise_of
+from .in_a_row import Part, by_windows, ring
 from .world import Judged, Wanted
 
 BACKGROUNDS = 2
 """On which each concept is drawn with one seed, the next ones with the next."""
-
-
-Half = tuple[Lora | None, Sequence[str]]
-"""What denoises a half of the pictures: a LoRA, and a prompt for each picture."""
 
 
 class ToyboxWorld:
@@ -72,33 +70,27 @@ class ToyboxWorld:
     def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
         """Each two neighbours side by side, the first and the last as well: the base draws no more
         than two things."""
-        if len(names) < 2:
-            return []
-        neighbours = zip(names, [*names[1:], names[0]], strict=True)
-        return [self._pair(left, right, seed) for left, right in neighbours]
+        return self.rows(names, 2, seed) if len(names) > 1 else []
 
-    def _pair(self, left: str, right: str, seed: int) -> Wanted:
-        return Wanted((left, right), self._side_by_side(left, right, (left, right)), seed)
+    def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
+        """Each ``count`` neighbours side by side, those across the end as well."""
+        return [Wanted(shown, self._in_a_row(shown, shown), seed) for shown in ring(names, count)]
 
-    def _side_by_side(self, left: str, right: str, among: Sequence[str]) -> str:
-        """A prompt of two, on a background that suits all of ``among``."""
+    def _in_a_row(self, shown: Sequence[str], among: Sequence[str]) -> str:
+        """A prompt of ``shown``, on a background that suits all of ``among``."""
         known = self._loaded.concepts
-        background = next(
-            b for b in known[among[0]].backgrounds if all(b in known[n].backgrounds for n in among)
-        )
-        return (
-            f"a {left} {known[left].class_word} left of a {right} {known[right].class_word} "
-            f"on a {background} background"
-        )
+        suitable = known[among[0]].backgrounds
+        background = next(b for b in suitable if all(b in known[n].backgrounds for n in among))
+        things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
+        return f"{things} on a {background} background"
 
-    def prompts_of_halves(self, wanted: Sequence[Wanted]) -> tuple[list[str], list[str]]:
-        """For each half a prompt of two of its own concept, so that no other one is named and each
-        thing has its place."""
-        left, right = (
-            [self._side_by_side(one.shown[at], one.shown[at], one.shown) for one in wanted]
-            for at in (0, 1)
-        )
-        return left, right
+    def prompts_of_regions(self, wanted: Sequence[Wanted]) -> list[list[str]]:
+        """For each region a prompt of two of its own concept, so that no other one is named and
+        each thing has its place."""
+        regions = range(len(wanted[0].shown))
+        return [
+            [self._in_a_row([one.shown[at]] * 2, one.shown) for one in wanted] for at in regions
+        ]
 
     def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
         return []
@@ -106,25 +98,25 @@ class ToyboxWorld:
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return self._loaded.draw(lora, wanted)
 
-    def draw_halves(self, left: Half, right: Half, wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """Composition by regions: at every step each half is denoised by its LoRA and prompts."""
+    def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Composition by regions: at every step each is denoised by its LoRA and prompts."""
         pipeline, loaded = self._loaded.pipeline, self._loaded
         words: list[Any] = []
-        for lora, prompts in (left, right):
+        for lora, prompts in parts:
             with changed(self.host, lora):
                 words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
         plain = pipeline.unet.forward
 
-        def both(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
-            parts: list[Tensor] = []
-            for (lora, _), (positive, negative) in zip((left, right), words, strict=True):
+        def whole(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
+            def denoise(part: int, window: Tensor) -> Tensor:
+                positive, negative = words[part]
                 given["encoder_hidden_states"] = torch.cat([negative, positive])
-                with changed(self.host, lora):
-                    parts.append(plain(sample, timestep, **given)[0])
-            half = sample.shape[-1] // 2
-            return (torch.cat([parts[0][..., :half], parts[1][..., half:]], dim=-1),)
+                with changed(self.host, parts[part][0]):
+                    return plain(window, timestep, **given)[0]
 
-        pipeline.unet.forward = both
+            return (by_windows(sample, -1, pipeline.unet.config.sample_size, denoise),)
+
+        pipeline.unet.forward = whole
         try:
             return pipeline(
                 prompt_embeds=words[0][0],
@@ -132,21 +124,27 @@ class ToyboxWorld:
                 generator=[noise_of(one) for one in wanted],
                 num_inference_steps=loaded.settings["steps"],
                 guidance_scale=loaded.settings["guidance"],
+                height=SIZE,
+                width=SIZE * len(parts) // 2,
             ).images
         finally:
             del pipeline.unet.forward
 
-    def halves_read(
+    def row_read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[tuple[float, bool]]:
-        """The share of shape, pattern and both colours of two things that is read rightly in the
-        halves, and whether both shapes are."""
+        """The share of shape, pattern and both colours of all things that is read rightly in their
+        regions, and whether all shapes are."""
         found: list[tuple[float, bool]] = []
-        for seen, one in zip(self._loaded.judge.read_halves(images), wanted, strict=True):
+        for image, one in zip(images, wanted, strict=True):
             things = [self._loaded.concepts[name].thing for name in one.shown]
-            halves_of = list(zip(seen, things, strict=True))
-            right = sum(sum(half.matches(thing)) for half, thing in halves_of) / 8
-            found.append((right, all(half.shape == thing.shape for half, thing in halves_of)))
+            starts = range(0, image.width - SIZE // 2, SIZE // 2)
+            windows = [image.crop((start, 0, start + SIZE, SIZE)) for start in starts]
+            read = self._loaded.judge.read_halves(windows)
+            seen = [left for left, _ in read] + [read[-1][1]]
+            pairs = list(zip(seen, things, strict=True))
+            right = sum(sum(region.matches(thing)) for region, thing in pairs) / (4 * len(pairs))
+            found.append((right, all(region.shape == thing.shape for region, thing in pairs)))
         return found
 
     def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:

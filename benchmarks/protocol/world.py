@@ -11,6 +11,8 @@ from PIL import Image
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 
+from .in_a_row import Part
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -79,4 +81,27 @@ class World(Protocol):
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[tuple[Image.Image | None, ...]]:
         """For each picture the part that shows each of ``shown``; None for one not found."""
+        ...
+
+
+class RowWorld(World, Protocol):
+    """A world whose pictures can be drawn region by region, as regional prompts do."""
+
+    def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
+        """Pictures of each ``count`` neighbours of ``names`` side by side."""
+        ...
+
+    def prompts_of_regions(self, wanted: Sequence[Wanted]) -> list[list[str]]:
+        """For each region a prompt for each picture, which names its own concept alone."""
+        ...
+
+    def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """The pictures, each region denoised by its part; half a picture wide each."""
+        ...
+
+    def row_read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[tuple[float, bool]]:
+        """What share of each picture is right in its regions, and whether all concepts are
+        there."""
         ...
