@@ -7,15 +7,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import emoji
 import two_in_one
-from protocol.in_a_row import by_windows, ring
+from emoji.draw import SIZE
+from emoji.tokenizer import LENGTH
+from protocol.drawing import draw
+from protocol.in_a_row import by_windows, flux, ring
 from protocol.toybox import ToyboxWorld
 from protocol.world import Wanted
+
+from iteris_core.hosts.diffusers import DiffusersHost
 
 NAMES = ("sks1", "sks4", "sks6", "sks7", "sks8")
 
@@ -123,3 +130,24 @@ def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture(world):
     (base,) = world.draw(None, [wanted])
     (mixed,) = world.draw_row([half, (None, [wanted.prompt])], [wanted])
     assert mixed.tobytes() not in (whole.tobytes(), base.tobytes())
+
+
+def test_regions_of_one_prompt_are_the_whole_picture_of_a_transformer_too():
+    pipeline = emoji.load_pipeline()
+    host = DiffusersHost(pipeline)
+    lora = host.read_lora(emoji.subjects()["sks1"].lora)
+    wanted = [Wanted((), "a sks1 face left of a frog on a blue background", 1)]
+    (whole,) = draw(pipeline, host, lora, wanted, **STEPS)
+    part = (lora, [wanted[0].prompt])
+    (halves,) = flux(pipeline, host, [part, part], wanted, SIZE, LENGTH, **STEPS)
+    assert max(abs(a - b) for a, b in zip(whole.tobytes(), halves.tobytes(), strict=True)) <= 1
+    other = (None, ["a red heart left of a red heart on a blue background"])
+    (mixed,) = flux(pipeline, host, [part, other], wanted, SIZE, LENGTH, **STEPS)
+    kept, moved = (np.abs(np.int16(mixed) - np.int16(whole))[:, at].mean() for at in _HALVES)
+    assert moved > 2 * kept
+    (three,) = flux(pipeline, host, [part, part, other], wanted, SIZE, LENGTH, **STEPS)
+    assert three.size == (SIZE * 3 // 2, SIZE)
+
+
+STEPS = {"num_inference_steps": 4}
+_HALVES = (slice(SIZE // 2), slice(SIZE // 2, SIZE))

@@ -16,15 +16,14 @@ from emoji.features import Features
 from emoji.sources import world
 from emoji.tokenizer import LENGTH
 from PIL import Image
-from torch import Tensor
 
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
 from toybox.judge import halves
 
-from .drawing import changed, draw, noise_of
-from .in_a_row import Part, by_windows, ring
+from .drawing import draw
+from .in_a_row import Part, flux, ring
 from .world import Judged, Wanted
 
 REPORTED = 10
@@ -108,55 +107,7 @@ class EmojiWorld:
 
     def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
         """Composition by regions: at every step each is denoised by its LoRA and prompts."""
-        pipeline = self.pipeline
-        words = [self._encoded(*part) for part in parts]
-        plain = pipeline.transformer.forward
-        tokens = SIZE // (2 * pipeline.vae_scale_factor)  # of two by two latents, along a side
-
-        def whole(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> Any:
-            guided = int(not torch.equal(encoder_hidden_states, words[0][0][0]))
-
-            def denoise(part: int, window: Tensor) -> Tensor:
-                embedded, pooled, places = words[part][guided]
-                with changed(self.host, parts[part][0]):
-                    predicted = plain(
-                        window.flatten(1, 2),
-                        encoder_hidden_states=embedded,
-                        **{
-                            **given,
-                            "pooled_projections": pooled,
-                            "txt_ids": places,
-                            "img_ids": _first(given["img_ids"], tokens),
-                        },
-                    )[0]
-                return predicted.unflatten(1, (tokens, tokens))
-
-            grid = hidden_states.unflatten(1, (tokens, -1))
-            return (by_windows(grid, 2, tokens, denoise).flatten(1, 2),)
-
-        pipeline.transformer.forward = whole
-        try:
-            (embedded, pooled, _), (away, pooled_away, _) = words[0]
-            return pipeline(
-                prompt_embeds=embedded,
-                pooled_prompt_embeds=pooled,
-                negative_prompt=None,
-                negative_prompt_embeds=away,
-                negative_pooled_prompt_embeds=pooled_away,
-                generator=[noise_of(one) for one in wanted],
-                width=SIZE * len(parts) // 2,
-            ).images
-        finally:
-            del pipeline.transformer.forward
-
-    def _encoded(self, lora: Lora | None, prompts: Sequence[str]) -> tuple[Any, Any]:
-        """The prompts, and those that guide away from them, as the LoRA's encoders say them."""
-        with changed(self.host, lora), torch.no_grad():
-            one, other = (
-                self.pipeline.encode_prompt(some, None, max_sequence_length=LENGTH)
-                for some in (list(prompts), [""] * len(prompts))
-            )
-        return one, other
+        return flux(self.pipeline, self.host, parts, wanted, SIZE, LENGTH)
 
     def row_read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
@@ -218,11 +169,6 @@ def _region(image: Image.Image, at: int) -> Image.Image:
     half = SIZE // 2
     square = image.crop((half * at, half // 2, half * (at + 1), half // 2 + half))
     return square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-
-
-def _first(places: Tensor, side: int) -> Tensor:
-    """Of the places of a row's tokens those of its first window."""
-    return places[(places[:, 1] < side) & (places[:, 2] < side)]
 
 
 def templates() -> tuple[str, ...]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from iteris_core import Lora
+from iteris_core.hosts.protocol import Host
+
+from .drawing import Drawn, changed, noise_of
 
 Part = tuple[Lora | None, Sequence[str]]
 """What denoises a region of the pictures: a LoRA, and a prompt for each picture."""
@@ -39,3 +45,101 @@ def ring(names: Sequence[str], count: int) -> list[tuple[str, ...]]:
     """Each ``count`` neighbours, those across the end as well."""
     twice = [*names, *names]
     return [tuple(twice[start : start + count]) for start in range(len(names))]
+
+
+def stable_diffusion(
+    pipeline: Any,
+    host: Host,
+    parts: Sequence[Part],
+    pictures: Sequence[Drawn],
+    size: int,
+    **options: Any,
+) -> list[Image.Image]:
+    """Pictures ``size`` pixels high, half as wide for each of ``parts``, which denoise their
+    regions at every step, each with its LoRA and prompts; ``options`` are the pipeline's own."""
+    words: list[Any] = []
+    for lora, prompts in parts:
+        with changed(host, lora):
+            words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
+    plain = pipeline.unet.forward
+
+    def whole(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
+        def denoise(part: int, window: Tensor) -> Tensor:
+            positive, negative = words[part]
+            given["encoder_hidden_states"] = torch.cat([negative, positive])
+            with changed(host, parts[part][0]):
+                return plain(window, timestep, **given)[0]
+
+        return (by_windows(sample, -1, pipeline.unet.config.sample_size, denoise),)
+
+    with _forward(pipeline.unet, whole):
+        return pipeline(
+            prompt_embeds=words[0][0],
+            negative_prompt_embeds=words[0][1],
+            generator=[noise_of(one) for one in pictures],
+            height=size,
+            width=size * len(parts) // 2,
+            **options,
+        ).images
+
+
+def flux(
+    pipeline: Any,
+    host: Host,
+    parts: Sequence[Part],
+    pictures: Sequence[Drawn],
+    size: int,
+    length: int,
+    **options: Any,
+) -> list[Image.Image]:
+    """As :func:`stable_diffusion`, of a pipeline of FLUX with guidance by a second forward and
+    captions of ``length`` tokens."""
+    words: list[Any] = []
+    for lora, prompts in parts:
+        with changed(host, lora), torch.no_grad():
+            words.append(
+                [
+                    pipeline.encode_prompt(some, None, max_sequence_length=length)
+                    for some in (list(prompts), [""] * len(prompts))
+                ]
+            )
+    plain = pipeline.transformer.forward
+    tokens = size // (2 * pipeline.vae_scale_factor)  # of two by two latents, along a side
+
+    def whole(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
+        away = not torch.equal(encoder_hidden_states, words[0][0][0])
+        places = given["img_ids"]
+        given["img_ids"] = places[(places[:, 1] < tokens) & (places[:, 2] < tokens)]
+
+        def denoise(part: int, window: Tensor) -> Tensor:
+            embedded, given["pooled_projections"], given["txt_ids"] = words[part][away]
+            with changed(host, parts[part][0]):
+                (predicted,) = plain(window.flatten(1, 2), encoder_hidden_states=embedded, **given)
+            return predicted.unflatten(1, (tokens, tokens))
+
+        grid = hidden_states.unflatten(1, (tokens, -1))
+        return (by_windows(grid, 2, tokens, denoise).flatten(1, 2),)
+
+    (embedded, pooled, _), (away, pooled_away, _) = words[0]
+    with _forward(pipeline.transformer, whole):
+        return pipeline(
+            prompt_embeds=embedded,
+            pooled_prompt_embeds=pooled,
+            negative_prompt=None,
+            negative_prompt_embeds=away,
+            negative_pooled_prompt_embeds=pooled_away,
+            generator=[noise_of(one) for one in pictures],
+            height=size,
+            width=size * len(parts) // 2,
+            **options,
+        ).images
+
+
+@contextmanager
+def _forward(denoiser: Any, other: Callable[..., Any]) -> Generator[None]:
+    """``denoiser`` called as ``other``."""
+    denoiser.forward = other
+    try:
+        yield
+    finally:
+        del denoiser.forward

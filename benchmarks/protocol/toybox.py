@@ -7,9 +7,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 from toybox_world import World as Loaded
 
 import toybox
@@ -19,8 +17,7 @@ from toybox import PAIR_TEMPLATES, TEMPLATES
 from toybox.draw import SIZE
 from toybox.judge import halves
 
-from .drawing import changed, noise_of
-from .in_a_row import Part, by_windows, ring
+from .in_a_row import Part, ring, stable_diffusion
 from .world import Judged, Wanted
 
 BACKGROUNDS = 2
@@ -100,35 +97,15 @@ class ToyboxWorld:
 
     def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
         """Composition by regions: at every step each is denoised by its LoRA and prompts."""
-        pipeline, loaded = self._loaded.pipeline, self._loaded
-        words: list[Any] = []
-        for lora, prompts in parts:
-            with changed(self.host, lora):
-                words.append(pipeline.encode_prompt(prompts, pipeline.device, 1, True))
-        plain = pipeline.unet.forward
-
-        def whole(sample: Tensor, timestep: Any, **given: Any) -> tuple[Tensor]:
-            def denoise(part: int, window: Tensor) -> Tensor:
-                positive, negative = words[part]
-                given["encoder_hidden_states"] = torch.cat([negative, positive])
-                with changed(self.host, parts[part][0]):
-                    return plain(window, timestep, **given)[0]
-
-            return (by_windows(sample, -1, pipeline.unet.config.sample_size, denoise),)
-
-        pipeline.unet.forward = whole
-        try:
-            return pipeline(
-                prompt_embeds=words[0][0],
-                negative_prompt_embeds=words[0][1],
-                generator=[noise_of(one) for one in wanted],
-                num_inference_steps=loaded.settings["steps"],
-                guidance_scale=loaded.settings["guidance"],
-                height=SIZE,
-                width=SIZE * len(parts) // 2,
-            ).images
-        finally:
-            del pipeline.unet.forward
+        return stable_diffusion(
+            self._loaded.pipeline,
+            self.host,
+            parts,
+            wanted,
+            SIZE,
+            num_inference_steps=self.calls,
+            guidance_scale=self._loaded.settings["guidance"],
+        )
 
     def row_read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
