@@ -29,27 +29,36 @@ from iteris_core.score.statistics import over_compositions
 
 ROOT = Path(__file__).parent
 FILE = result_file("block_polish.json")
-SEEDS = range(1, 3) if QUICK else range(1, 9)
+SEEDS = 2 if QUICK else 8
 STEPS = 120
+MORE = 300
+"""Of alike concepts: with as many, three stars and three pairs of the toybox's own are as good as
+with each LoRA alone, and with ``STEPS`` not quite."""
 
 
 @dataclass(frozen=True)
 class Case:
     """``methods`` are what a merge is given, by the name that tables have; the first one is what
-    the others are held to."""
+    the others are held to. Of each concept there are two pictures for each of ``seeds``."""
 
     world: Path
     sets: Sequence[Sequence[int]]
     methods: Mapping[str, Mapping[str, Any]]
+    seeds: int = SEEDS
 
 
-def blocks(loras: int) -> Mapping[str, Any]:
-    """``STEPS`` in all, without pictures of two, which ``two_in_one.py`` measures."""
-    return {"block_steps": round(STEPS * 2 / loras), "block_pairs": 0.0}
+def blocks(loras: int, steps: int = STEPS) -> Mapping[str, Any]:
+    """``steps`` in all, without pictures of two, which ``two_in_one.py`` measures."""
+    return {"block_steps": round(steps * 2 / loras), "block_pairs": 0.0}
 
 
-def both(loras: int) -> Mapping[str, Mapping[str, Any]]:
-    return {"default": {}, f"{STEPS} steps a block": {"settings": blocks(loras)}}
+def polished(loras: int, *counts: int) -> Mapping[str, Mapping[str, Any]]:
+    with_steps = {f"{n} steps a block": {"settings": blocks(loras, n)} for n in counts}
+    return {"default": {}, **with_steps}
+
+
+def alike(*sets: Sequence[int]) -> Case:
+    return Case(ROOT / "alike", sets, polished(len(sets[0]), STEPS, MORE), SEEDS * 3 // 2)
 
 
 PRESETS = {"default": {}, "best": {"preset": "best"}}
@@ -62,21 +71,21 @@ CASES: Mapping[str, Case] = {
             f"rank 8, {STEPS} steps a block": {"settings": {"rank": 8, **blocks(10)}},
         },
     ),
-    "ten": Case(ROOT / "reported", [tuple(range(1, 11))], both(10)),
-    "three alike": Case(ROOT / "alike", [(1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)], both(3)),
-    "five alike": Case(ROOT / "alike", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], both(5)),
+    "ten": Case(ROOT / "reported", [tuple(range(1, 11))], polished(10, STEPS)),
+    "three alike": alike((1, 2, 3), (3, 4, 5), (6, 7, 8), (8, 9, 10)),
+    "five alike": alike((1, 2, 3, 4, 5), (6, 7, 8, 9, 10)),
     "pairs, presets": Case(ROOT / "reported", [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)], PRESETS),
     "fives, presets": Case(ROOT / "reported", [(1, 2, 3, 4, 5), (6, 7, 8, 9, 10)], PRESETS),
 }
 
 
 class Bench:
-    def __init__(self, root: Path) -> None:
-        self.world = ToyboxWorld(root)
+    def __init__(self, root: Path, seeds: int) -> None:
+        self.world, self._seeds = ToyboxWorld(root), range(1, seeds + 1)
 
     def scores(self, name: str, lora: Lora | None) -> dict[str, list[float]]:
         """Of one concept's pictures, two for each seed."""
-        wanted = [w for seed in SEEDS for w in self.world.alone(name, seed)]
+        wanted = [w for seed in self._seeds for w in self.world.alone(name, seed)]
         images = self.world.draw(lora, wanted)
         judged = self.world.likeness(images, [name] * len(images))
         return {
@@ -102,7 +111,7 @@ class Bench:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    bench = Bench(case.world)
+    bench = Bench(case.world, case.seeds)
     sets = [[f"sks{number}" for number in numbers] for numbers in case.sets]
     names = [name for some in sets for name in some]
     loras = {c.name: c.lora for c in bench.world.concepts(sorted(set(names)), 0)}

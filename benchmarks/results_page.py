@@ -24,13 +24,15 @@ IMAGES = ROOT / "docs" / "images"
 DRAWN = ("image", "share", "judge", "pair", "success", "s_harm", "text")
 """Columns with a plot."""
 ACROSS = {"single": "each LoRA alone", "base": "no LoRA"}
+FEWEST = 3
+"""Sets of which an interval is drawn."""
 
 _HEAD = """\
 # Results
 
 This page is made from `benchmarks/results/` by `python benchmarks/results_page.py --write`. What
 the columns are, and how it was measured: [benchmarks](../benchmarks/README.md). Means with standard
-errors; in the plots lines at the bars are intervals of 95 %.
+errors; in the plots lines at the bars are intervals of 95 %, where there are three sets at least.
 """
 
 
@@ -132,7 +134,10 @@ def plots_of(world: World) -> list[Plot]:
 
 
 def _shown(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bar shows: its height, and the ends of its interval."""
+    """What a bar shows: its height, and the ends of its interval; of two sets an interval says
+    nothing, and is wider than the plot."""
+    if value.get("n", FEWEST) < FEWEST:
+        return {"mean": value["mean"], "interval": [value["mean"]] * 2}
     wide = INTERVAL * (value["se"] or 0.0)
     ends = value.get("interval") or [value["mean"] - wide, value["mean"] + wide]
     return {"mean": value["mean"], "interval": ends}

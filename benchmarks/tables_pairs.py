@@ -1,4 +1,4 @@
-"""Two concepts in one picture in ``docs/results.md``, by :mod:`two_in_one`."""
+"""Two concepts in one picture, and three, in ``docs/results.md``, by :mod:`two_in_one`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ FILE = "two_in_one.json"
 OURS, POLISHED, COMPOSITE = "iteris", "iteris, polished", "composite"
 ACROSS = {COMPOSITE: "each LoRA in its half", "base": "no LoRA"}
 _DRAWN = (OURS, POLISHED, "regmean++", "ssr", "regmean", *ACROSS)
-_PLOTS = {"pair": "results-two-in-one.svg", "halves": "results-two-by-halves.svg"}
-"""By measure: with one prompt that names both, with a prompt for each half."""
+_PLOTS = {
+    "pair": "results-two-in-one.svg",
+    "halves": "results-two-by-halves.svg",
+    "three": "results-three-in-one.svg",
+}
+"""By measure: with one prompt that names both, with a prompt for each half, for each of three."""
 
 Pairs = Mapping[str, Sequence[float]]
 """method → the share of attributes that is right, pair by pair"""
@@ -49,6 +53,15 @@ but one:
 ![The share of attributes that is right by halves, by concepts merged.](images/{_PLOTS["halves"]})
 
 {_table("halves")}
+
+**Three in a row**, a picture half as wide again, with a prompt for each third: the merged LoRA
+denoises windows as wide as its own pictures, each of two neighbours, and what two windows say of
+one thing is averaged (MultiDiffusion). The base draws no more than two things where one prompt
+names three. So measured are of the others RegMean++, RegMean and SSR-Merge:
+
+![The share of attributes that is right in rows of three.](images/{_PLOTS["three"]})
+
+{_table("three")}
 """
 
 

@@ -101,6 +101,16 @@ def test_an_interval_of_the_file_goes_before_one_by_its_error(found):
     assert bars["ssr"]["interval"] == pytest.approx([0.7 - 0.0196, 0.7 + 0.0196])
 
 
+def test_two_sets_have_no_interval(found):
+    of = found[0].groups["3"]["iteris"]["image"]
+    of |= {"interval": [0.1, 1.5], "n": 2}
+    [plot, *_] = results_page.plots_of(found[0])
+    assert plot.figures["groups"]["3"]["iteris"]["interval"] == [of["mean"]] * 2
+    of["n"] = 3
+    [plot, *_] = results_page.plots_of(found[0])
+    assert plot.figures["groups"]["3"]["iteris"]["interval"] == [0.1, 1.5]
+
+
 def behind(ahead: float) -> dict:
     return {"image": value(ahead, 0.02, n=3), "text": value(-ahead, None, n=3)}
 
