@@ -217,22 +217,24 @@ def block_polish() -> list[str]:
     )
 
 
-_PAIRS = ("pair", "both", "halves")
-_LEADS = ("pair", "halves", "image", "judge", "text")
+_ROWS = ("pair", "both", "halves", "three")
+_LEADS = ("pair", "halves", "three", "image", "judge", "text")
 
 
-def two_in_one() -> list[str]:
+def two_in_one(file: str) -> list[str]:
     """By number of merged concepts what each method draws, and by how much it is ahead of ours."""
     rows: list[list[str]] = []
-    for size, found in sorted(load("two_in_one.json").items(), key=lambda item: int(item[0])):
-        for name, of in found["methods"].items():
-            ahead = of["ahead"]
-            leads = [signed(ahead[m]) if m in ahead and name != "iteris" else "" for m in _LEADS]
-            means = [short(f"{of[m]:.3f}") if m in of else "" for m in (*_PAIRS, *MEASURES)]
+    found = sorted(load(file).items(), key=lambda item: int(item[0]))
+    known = {measure for _, of in found for row in of["methods"].values() for measure in row}
+    shown, leads = ([m for m in some if m in known] for some in ((*_ROWS, *MEASURES), _LEADS))
+    for size, some in found:
+        for name, of in some["methods"].items():
+            ahead = of["ahead"] if name != "iteris" else {}
+            means = [short(f"{of[m]:.3f}") if m in of else "" for m in shown]
+            gained = [signed(ahead[m]) if m in ahead else "" for m in leads]
             seconds = f"{of['seconds']:.0f}" if "seconds" in of else ""
-            rows.append([size, name, *means, *leads, seconds])
-    gained = [f"{measure} gained" for measure in _LEADS]
-    return lines(("concepts", "", *_PAIRS, *MEASURES, *gained, "seconds"), rows)
+            rows.append([size, name, *means, *gained, seconds])
+    return lines(("concepts", "", *shown, *(f"{m} gained" for m in leads), "seconds"), rows)
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -245,7 +247,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
     "block polish": block_polish,
-    "two in one": two_in_one,
+    "two in one": partial(two_in_one, "two_in_one.json"),
+    "two emoji in one": partial(two_in_one, "two_in_one_emoji.json"),
     "toybox": toybox,
     "toybox concepts": toybox_concepts,
 }
