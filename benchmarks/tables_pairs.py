@@ -13,7 +13,7 @@ from iteris_core.score.statistics import over_compositions
 
 FILE = "two_in_one.json"
 OURS, POLISHED, COMPOSITE = "iteris", "iteris, polished", "composite"
-ACROSS = {COMPOSITE: "each LoRA in its half", "base": "no LoRA"}
+ACROSS = {COMPOSITE: "each LoRA in its place", "base": "no LoRA"}
 _DRAWN = (OURS, POLISHED, "regmean++", "ssr", "regmean", *ACROSS)
 _PLOTS = {
     "pair": "results-two-in-one.svg",
@@ -34,7 +34,7 @@ def section() -> str:
 From one merged LoRA, of the ten concepts on which nothing was chosen, each two neighbours of a
 merge side by side, 20 pictures a pair: the share of shapes, patterns and colours that is read
 rightly in the halves. *polished* is the setting `block_steps=120`, which the preset `best` has.
-Each LoRA in its half is no merge: two LoRAs, each of which denoises its half of the picture.
+Each LoRA in its place is no merge: two LoRAs, each of which denoises its half of the picture.
 *ahead* is by how much a merge is ahead of the best of the others, pair by pair; they are
 {", ".join(rivals)} and {last}. More, and what it costs: `python benchmarks/two_in_one.py`,
 [benchmarks](../benchmarks/README.md#two-concepts-in-one-picture).
@@ -47,8 +47,7 @@ With **one prompt that names both**:
 
 With **a prompt for each half**, of two of its own concept, and the same merged LoRA in both, as
 regional prompts and masks do (the graph `two_in_one_picture`); a picture takes twice the time. So
-measured are of the others RegMean++, but with ten merged RegMean and SSR-Merge, and with two all
-but one:
+measured are of the others RegMean++, RegMean and SSR-Merge, and with two all but one:
 
 ![The share of attributes that is right by halves, by concepts merged.](images/{_PLOTS["halves"]})
 
@@ -57,7 +56,7 @@ but one:
 **Three in a row**, a picture half as wide again, with a prompt for each third: the merged LoRA
 denoises windows as wide as its own pictures, each of two neighbours, and what two windows say of
 one thing is averaged (MultiDiffusion). The base draws no more than two things where one prompt
-names three. So measured are of the others RegMean++, RegMean and SSR-Merge:
+names three. So measured are of the others RegMean++, RegMean and SSR-Merge, seven are not:
 
 ![The share of attributes that is right in rows of three.](images/{_PLOTS["three"]})
 
@@ -118,7 +117,7 @@ def _table(measure: str) -> str:
             )
         )
     names = (OURS, "polished", "best of the others", *ACROSS.values())
-    told = ("ahead", "of each in its half")
+    told = ("ahead", "of each in its place")
     head = ("concepts", *names, *(f"{name}{more}" for name in told for more in ("", ", polished")))
     return "\n".join(lines(head, rows))
 
