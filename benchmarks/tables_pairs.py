@@ -56,7 +56,7 @@ measured are of the others RegMean++, RegMean and SSR-Merge, and with two all bu
 **Three in a row**, a picture half as wide again, with a prompt for each third: the merged LoRA
 denoises windows as wide as its own pictures, each of two neighbours, and what two windows say of
 one thing is averaged (MultiDiffusion). The base draws no more than two things where one prompt
-names three. So measured are of the others RegMean++, RegMean and SSR-Merge, seven are not:
+names three. So measured are of the others RegMean++, RegMean and SSR-Merge:
 
 ![The share of attributes that is right in rows of three.](images/{_PLOTS["three"]})
 
