@@ -6,9 +6,9 @@ and goes on where it stopped; ``--seconds`` stops it by itself. Per case the mea
 pictures with the standard error over concepts, the share of likeness above the base that is
 ``kept`` of each LoRA alone, and the seconds of this process's processor time that merges took.
 
-``alike`` are five circles and five squares (``alike_concepts.py``): of each class the first three,
-``ten`` are the concepts of ``reported_concepts.py``; in pairs and in fives they have the
-preset ``best``.
+``alike`` are five circles and five squares (``alike_concepts.py``), of each class the first and the
+last three or all five; ``ten`` are the concepts of ``reported_concepts.py``; in pairs and in fives
+they have the preset ``best``.
 """
 
 from __future__ import annotations

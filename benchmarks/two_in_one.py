@@ -62,6 +62,25 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 COMPOSITE = "composite"
 ROWS = (*METHODS, COMPOSITE, "base")
 
+
+@dataclass(frozen=True)
+class InARow:
+    """Pictures of ``count`` neighbours, from one prompt that names all (``named``) or by regions,
+    and what the share of them in which all are there is called."""
+
+    complete: str
+    count: int
+    named: bool = False
+
+
+ALONE_TOO = "alone"
+KINDS: Mapping[str, InARow] = {
+    "pair": InARow("both", 2, named=True),
+    "halves": InARow("halves, both", 2),
+    "three": InARow("three, all", 3),
+}
+"""What is drawn, by its measure; ``ALONE_TOO`` are pictures of each concept by itself."""
+
 Scores = dict[str, list[float]]
 """measure → a mean for each pair or triple, or for each concept."""
 
@@ -77,9 +96,7 @@ class Case:
 
 
 WORLDS = {
-    "toybox": Case(
-        reported.world, reported.CHOSEN, "two_in_one.json", ("pair", "halves", "three", "alone")
-    ),
+    "toybox": Case(reported.world, reported.CHOSEN, "two_in_one.json", (*KINDS, ALONE_TOO)),
     "emoji": Case(EmojiWorld, emoji_tables.CHOSEN, "two_in_one_emoji.json", ("pair", "halves")),
 }
 
@@ -89,10 +106,11 @@ class Bench:
         self.world, self._chosen = world, chosen
 
     def measured(self, row: str, names: Sequence[str], kinds: Sequence[str]) -> Scores:
-        """What ``kinds`` say of a merge of ``names``, or of one of the two bounds."""
+        """What ``kinds``, of those that are :func:`missing`, say of a merge of ``names``, or of one
+        of the two bounds."""
         if row == COMPOSITE:
             own: dict[str, Lora | None] = {c.name: c.lora for c in self.world.concepts(names, 0)}
-            return self._scores(own, [kind for kind in kinds if kind != "alone"])
+            return self._scores(own, kinds)
         if row not in METHODS:
             return self._scores(dict.fromkeys(names), kinds)
         began = time.process_time()
@@ -114,14 +132,7 @@ class Bench:
         """Each region is denoised by the LoRA that is its concept's in ``loras``."""
         found: Scores = {}
         for kind in kinds:
-            if kind == "alone":
-                found |= self._alone(loras)
-            elif kind == "pair":
-                found |= self._in_a_row(kind, "both", loras, 2, named=True)
-            elif kind == "halves":
-                found |= self._in_a_row(kind, "halves, both", loras, 2)
-            elif len(loras) > 2:
-                found |= self._in_a_row(kind, "three, all", loras, 3)
+            found |= self._alone(loras) if kind == ALONE_TOO else self._in_a_row(kind, loras)
         return found
 
     def rows(self, names: Sequence[str], count: int) -> list[list[Wanted]]:
@@ -134,31 +145,23 @@ class Bench:
             return [[wanted for ring in rings for wanted in ring][:PICTURES]]
         return [list(some) for some in zip(*rings, strict=True)][:: count - 1]
 
-    def _in_a_row(
-        self,
-        share: str,
-        complete: str,
-        loras: Mapping[str, Lora | None],
-        count: int,
-        *,
-        named: bool = False,
-    ) -> Scores:
-        """Of rows of ``count``: with one prompt that names all (``named``), or by regions."""
-        found: Scores = {share: [], complete: []}
-        for row in self.rows(list(loras), count):
+    def _in_a_row(self, share: str, loras: Mapping[str, Lora | None]) -> Scores:
+        kind = KINDS[share]
+        found: Scores = {share: [], kind.complete: []}
+        for row in self.rows(list(loras), kind.count):
             values: list[tuple[float, bool]] = []
             for shown in dict.fromkeys(wanted.shown for wanted in row):
                 order = [wanted for wanted in row if wanted.shown == shown]
                 own = [loras[name] for name in shown]
-                if named and all(lora is own[0] for lora in own):
+                if kind.named and all(lora is own[0] for lora in own):
                     images = self.world.draw(own[0], order)
                 else:
-                    prompts = [[one.prompt for one in order]] * count
-                    regions = prompts if named else self.world.prompts_of_regions(order)
+                    named = [[one.prompt for one in order]] * kind.count
+                    regions = named if kind.named else self.world.prompts_of_regions(order)
                     images = self.world.draw_row(list(zip(own, regions, strict=True)), order)
                 values += self.world.row_read(images, order)
             found[share].append(fmean(value for value, _ in values))
-            found[complete].append(fmean(value for _, value in values))
+            found[kind.complete].append(fmean(value for _, value in values))
         return found
 
     def _alone(self, loras: Mapping[str, Lora | None]) -> Scores:
@@ -173,16 +176,11 @@ class Bench:
         return found
 
 
-_FIRST = {"alone": "image"}
-"""By kind the measure that tells that it has been measured; else its own."""
-
-
 def missing(kinds: Sequence[str], row: str, size: int, run: Mapping[str, Any]) -> list[str]:
     """Of ``kinds`` what is not in ``run`` yet and can be measured of such a row."""
-    impossible = {"alone"} if row == COMPOSITE else set[str]()
-    if size < 3:
-        impossible.add("three")
-    return [k for k in kinds if k not in impossible and _FIRST.get(k, k) not in run]
+    possible = [k for k in kinds if k in KINDS and KINDS[k].count <= size and k not in run]
+    alone = ALONE_TOO in kinds and row != COMPOSITE and "image" not in run
+    return possible + [ALONE_TOO] * alone
 
 
 def joined(of_sets: Sequence[Scores]) -> Scores:

@@ -107,12 +107,12 @@ def flux(
     tokens = size // (2 * pipeline.vae_scale_factor)  # of two by two latents, along a side
 
     def whole(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
-        away = not torch.equal(encoder_hidden_states, words[0][0][0])
+        guiding = not torch.equal(encoder_hidden_states, words[0][0][0])
         places = given["img_ids"]
         given["img_ids"] = places[(places[:, 1] < tokens) & (places[:, 2] < tokens)]
 
         def denoise(part: int, window: Tensor) -> Tensor:
-            embedded, given["pooled_projections"], given["txt_ids"] = words[part][away]
+            embedded, given["pooled_projections"], given["txt_ids"] = words[part][guiding]
             with changed(host, parts[part][0]):
                 (predicted,) = plain(window.flatten(1, 2), encoder_hidden_states=embedded, **given)
             return predicted.unflatten(1, (tokens, tokens))
