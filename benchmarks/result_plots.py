@@ -20,8 +20,9 @@ COLORS = {
     "ssr": "#15803d",
     "average": "#a3a3a3",
     "sum": "#525252",
+    "chain-of-merges": "#7c3aed",
 }
-OTHERS = ("#7c3aed", "#0891b2", "#be185d", "#854d0e", "#4d7c0f", "#334155")
+OTHERS = ("#0891b2", "#be185d", "#854d0e", "#4d7c0f", "#334155")
 INTERVAL = 1.96
 """Standard errors on either side: 95 % of a normal distribution."""
 

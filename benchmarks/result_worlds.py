@@ -34,7 +34,7 @@ COLUMNS = {
 }
 LOW = ("scr",)
 """Columns of which less is better."""
-PEERS = ("regmean++", "regmean", "ssr", "average", "sum")
+PEERS = ("chain-of-merges", "regmean++", "regmean", "ssr", "average", "sum")
 """What is drawn beside ours, and whatever else is ahead of these."""
 NOT_RIVALS = ("single", "base")
 OURS = "iteris"
