@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-
-from .errors import IterisError, SettingsError
+from .errors import SettingsError
 from .lora import Lora
 from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
@@ -142,6 +140,20 @@ class Calibration(Settings):
     frames: int | None = setting(
         None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
+    contexts: float = setting(
+        0.5,
+        "Share of a concept's rows whose prompt carries further words before or behind its own, so "
+        "that the merge holds on prompts that are not among these.",
+        low=0,
+        high=1,
+    )
+    generic: float = setting(
+        0.2,
+        "What prompts that name no concept count, beside a concept's 1: there the base stays as it "
+        "is, and words that are in no other prompt are held by them. 0 leaves them out.",
+        low=0,
+        most=10,
+    )
     templates: Sequence[str] = TEMPLATES
     """With "{}" where the concept goes; those with two are of two concepts side by side."""
     seed: int = setting(
@@ -195,49 +207,3 @@ def words_in(phrases: Sequence[str]) -> Words:
         return Words(subjects=tuple(phrases))
     trigger, _, class_word = "".join(phrases).partition(" ")
     return Words(trigger, class_word.strip())
-
-
-def concept_prompts(
-    concept: Concept, calibration: Calibration, generator: torch.Generator
-) -> list[str]:
-    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer; of
-    several phrases each in turn."""
-    if concept.prompts is not None:
-        pools = [[str(prompt) for prompt in concept.prompts]]
-        if not pools[0]:
-            raise IterisError(
-                f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
-                "and a class word to make them from."
-            )
-    else:
-        own = concept.kind == "subject"
-        templates = calibration.single_templates if own else KINDS[concept.kind]
-        # Not by format: a phrase of tags may hold braces.
-        pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
-    if not pools:
-        raise IterisError(
-            f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
-            "features cannot be collected without knowing how to call for it."
-        )
-    each = -(-calibration.samples // len(pools))
-    columns = [_in_random_order(pool, each, generator) for pool in pools]
-    turns = zip(*columns, strict=True)
-    return [prompt for turn in turns for prompt in turn][: calibration.samples]
-
-
-def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:
-    """Prompts that show the two side by side, one for each template and each two phrases."""
-    return [
-        one.join([head, other.join([middle, tail])])
-        for head, middle, tail in (t.split("{}") for t in calibration.pair_templates)
-        for one in left.phrases
-        for other in right.phrases
-    ]
-
-
-def _in_random_order(pool: list[str], count: int, generator: torch.Generator) -> list[str]:
-    prompts: list[str] = []
-    while len(prompts) < count:
-        order = torch.randperm(len(pool), generator=generator).tolist()
-        prompts += [pool[index] for index in order]
-    return prompts[:count]

@@ -97,7 +97,7 @@ def merge_loras(
         generator = torch.Generator().manual_seed(calibration.seed)
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
-    learned: list[tuple[str, list[str]]] = []
+    noted: list[tuple[str, list[str]]] = []
     outlook = Outlook()
 
     def tick(what: str, done: int, total: int) -> None:
@@ -110,10 +110,16 @@ def merge_loras(
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        changes = changes_of(concepts)
+        generic = host.generic(concepts, calibration)
+        calibrated = concepts if generic is None else [*concepts, generic]
+        if generic is not None:
+            noted.append((generic.name, [_generic_note(generic)]))
+        changes = changes_of(calibrated)
         check_sites(host, changes)
         sweep = getattr(settings, "schedule", "") == "sweep"
-        found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
+        found = unmergeable_sites(
+            host, calibrated, changes, calibration, tick, outlook, sweep=sweep
+        )
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
@@ -121,7 +127,7 @@ def merge_loras(
             raise IterisError(dry.complaint(found, concepts))
         job = Job(
             host,
-            concepts,
+            calibrated,
             kept,
             calibration,
             generator,
@@ -132,12 +138,12 @@ def merge_loras(
             ran=ran,
             outlook=outlook,
         )
-        calls = [calls_of(concept, host.learned) for concept in concepts]
+        calls = [calls_of(concept, host.learned) for concept in calibrated]
         with host.teach(calls) as in_force:
-            learned = _learned(concepts, calls, in_force)
+            noted += _learned(calibrated, calls, in_force)
             merged = dict(chosen.merge(job, settings))
         if found:
-            merged |= _means(concepts, changes, found) if unmergeable == "mean" else {}
+            merged |= _means(calibrated, changes, found) if unmergeable == "mean" else {}
             what = "have the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
             ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
     else:
@@ -149,13 +155,13 @@ def merge_loras(
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    for name, more in (*learned, ("sites", ran.notes), ("embeddings", joined.warnings)):
+    for name, more in (*noted, ("sites", ran.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method,
         concepts=[concept.name for concept in concepts],
-        sites={site: report for site, (_, report) in merged.items()},
+        sites={site: report.of_first(len(concepts)) for site, (_, report) in merged.items()},
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
@@ -167,7 +173,7 @@ def merge_loras(
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
         "merged",
-        merge_metadata(concepts, report, joined, calls),
+        merge_metadata(concepts, report, joined, calls[: len(concepts)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
@@ -178,9 +184,17 @@ def _means(
     concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
 ) -> dict[str, tuple[LowRank, SiteReport]]:
     """The mean of the LoRAs' changes at ``sites``, fitted to nothing."""
-    weights = [concept.weight for concept in concepts]
+    weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: changes[s].mean(weights, changes[s].like.up.dtype) for s in sites}
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
+
+
+def _generic_note(generic: Concept) -> str:
+    prompts = len(set(generic.prompts or ()))
+    return (
+        f"{prompts} prompts that name no concept keep the base as it is, at weight "
+        f"{generic.weight:g} (generic)"
+    )
 
 
 def _learned(

@@ -65,6 +65,10 @@ def preview_merge(
     changes = changes_of(concepts)
     if not chosen.needs_host:
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
+    generic = host.generic(concepts, calibration)
+    if generic is not None:
+        concepts = [*concepts, generic]
+        changes = changes_of(concepts)
     check_sites(host, changes)
 
     outlook = Outlook()
@@ -105,7 +109,7 @@ def preview_merge(
             raise IterisError(f"{method} makes no plan of its memory.")
     loras = sum(concept.lora is not None for concept in concepts)
     steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
-    denoised = len(concepts) * calibration.samples * steps if loras else 0
+    denoised = loras * calibration.samples * steps
     if calibration.latents == "noise" or not any(_denoises(site) for site in kept):
         denoised = 0
     complaint = dry.complaint(found, concepts, refused=False) if found else ""

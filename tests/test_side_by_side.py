@@ -12,7 +12,8 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
 from iteris_core.activations.places import halves
 from iteris_core.activations.segments import ByRow, Segment
-from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES, concept_prompts, pair_prompts
+from iteris_core.calibration_prompts import concept_prompts, pair_prompts
+from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
 from iteris_core.methods import block_polish
 from iteris_core.methods.side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of
 from iteris_core.passes.changes import changes_of

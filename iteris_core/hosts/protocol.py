@@ -102,6 +102,11 @@ class Host(Protocol):
         the concepts ``owners``, if they are given."""
         ...
 
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        """What holds the base where no concept is called for, merged as one more concept without a
+        LoRA: prompts, or inputs; None where there is none, or ``calibration.generic`` is 0."""
+        ...
+
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
         """The model's final output for rows of ``samples``, rows first; differentiable."""
         ...

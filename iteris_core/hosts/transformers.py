@@ -115,6 +115,9 @@ class TransformersHost:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
 
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        return None
+
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams = residual_streams(self.model, self._sites, text.WIRINGS)
         return in_changed_parts(streams, sites)

@@ -19,7 +19,8 @@ from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..activations.places import halves
 from ..activations.segments import ByRow, Passage, Segment, outputs_of, pass_through
-from ..concepts import Concept, pair_prompts
+from ..calibration_prompts import pair_prompts
+from ..concepts import Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import chunks
@@ -77,7 +78,7 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
         for left, right in pairs
     ]
     changes = {site: SiteChanges((change,) * len(pairs)) for site, change in merged.items()}
-    calibration = replace(job.calibration, samples=samples_each(job, pairs, rows))
+    calibration = replace(job.calibration, samples=samples_each(job, pairs, rows), contexts=0.0)
 
     def tick(what: str, done: int, total: int) -> None:
         job.tick(SHOWING if what == DENOISING else what, done, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..solve.problem import Solution
@@ -34,6 +34,15 @@ class SiteReport:
         """What ``solution`` says of its site, without the change itself."""
         values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
         return cls(values.pop("change").rank, **values, repair=repair)
+
+    def of_first(self, concepts: int) -> SiteReport:
+        """The same without what stands behind the first ``concepts``: generic prompts."""
+        return replace(
+            self,
+            weighting=self.weighting[:concepts],
+            before=self.before[:concepts],
+            after=self.after[:concepts],
+        )
 
 
 @dataclass(frozen=True)
