@@ -142,15 +142,15 @@ class Calibration(Settings):
     )
     contexts: float = setting(
         0.5,
-        "Share of a concept's rows whose prompt carries further words before or behind its own, so "
-        "that the merge holds on prompts that are not among these.",
+        "Share of a concept's rows whose prompt has further words before or after its own, so that "
+        "the merge also holds on prompts that are not among them.",
         low=0,
         high=1,
     )
     generic: float = setting(
         0.2,
-        "What prompts that name no concept count, beside a concept's 1: there the base stays as it "
-        "is, and words that are in no other prompt are held by them. 0 leaves them out.",
+        "Weight of prompts that name no concept, next to a concept's 1. They keep the base model as "
+        "it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
         low=0,
         most=10,
     )
