@@ -2,11 +2,10 @@
 
     PYTHONPATH=. python benchmarks/minilm_new_words.py sks,zwx [METHOD '{"setting": value}']…
 
-Draws each concept in words of the calibration templates (seen), in words that only captions of the
-base have (learned), and in words of no caption at all (unheard). "+generic" behind a method adds
-rows on captions of the base's own, in which the learned words are; so those are new contexts there.
-Writes a line of JSON for each row into the file of ``--into``, and the table of all of them into
-``--table``.
+Draws each concept by calibration prompts (seen), and by prompts without any word of a template: in
+words that generic captions have (contexts) and in words that no row has, whatever the method (new).
+"+generic" behind a method adds rows on captions of the base's own. Writes a line of JSON for each
+row into the file of ``--into``, and the table of all of them into ``--table``.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from minilm.prompts import Kind
 from outputs import BUILD
 from protocol.minilm import MiniLmWorld
 
 from iteris_core import Lora, merge_loras
 
-LEVELS = {"plain": 6, "learned": 10, "unheard": 10}
+KINDS: dict[Kind, int] = {"seen": 6, "contexts": 8, "new": 8}
 """Prompts of each concept."""
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -41,18 +41,18 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 Figures = dict[str, tuple[float, float]]
-"""level → attributes right, backgrounds right"""
+"""kind of prompts → attributes right, backgrounds right"""
 
 
 def drawn(world: MiniLmWorld, lora: Lora | None, names: Sequence[str]) -> Figures:
     """What is right in pictures of ``names`` with the LoRA."""
     found: Figures = {}
-    for level, count in LEVELS.items():
-        wanted = [one for name in names for one in world.asked(name, level, count)]  # type: ignore[arg-type]
+    for kind, count in KINDS.items():
+        wanted = [one for name in names for one in world.asked(name, kind, count)]
         with torch.autocast("cpu", torch.bfloat16):
             images = world.draw(lora, wanted)
         read = world.read(images, wanted)
-        found[level] = fmean(share for share, _ in read), fmean(right for _, right in read)
+        found[kind] = fmean(share for share, _ in read), fmean(right for _, right in read)
     return found
 
 
@@ -70,19 +70,18 @@ def alone(world: MiniLmWorld, names: Sequence[str]) -> Figures:
     """Each LoRA by itself."""
     each = [drawn(world, c.lora, [n]) for n, c in zip(names, world.concepts(names), strict=True)]
     return {
-        level: (fmean(e[level][0] for e in each), fmean(e[level][1] for e in each))
-        for level in LEVELS
+        kind: (fmean(e[kind][0] for e in each), fmean(e[kind][1] for e in each)) for kind in KINDS
     }
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """Markdown: attributes right / background right."""
     lines = [
-        "| LoRAs | method | seen words | learned words | unheard words | seconds |",
+        "| LoRAs | method | seen | new contexts | new words | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for entry in entries:
-        cells = [f"{entry[level][0]:.2f} / {entry[level][1]:.2f}" for level in LEVELS]
+        cells = [f"{entry[kind][0]:.2f} / {entry[kind][1]:.2f}" for kind in KINDS]
         lines.append(
             f"| {len(entry['names'])} | {entry['label']} | {' | '.join(cells)} | "
             f"{entry['seconds']:.0f} |"
@@ -96,7 +95,11 @@ def main() -> None:
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--into", type=Path, default=BUILD / "minilm_new_words.jsonl")
     parser.add_argument("--table", type=Path, default=BUILD / "minilm.md")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing after these"
+    )
     asked = parser.parse_args()
+    until = time.time() + asked.seconds
     names = asked.names.split(",")
     given = zip(asked.rows[::2], map(json.loads, asked.rows[1::2]), strict=True)
     rows = list(given) or [("base", {}), ("alone", {}), *ROWS]
@@ -108,6 +111,8 @@ def main() -> None:
         label = " ".join([method, *(f"{k} {v}" for k, v in settings.items())])
         if any(entry["names"] == names and entry["label"] == label for entry in known):
             continue
+        if time.time() > until:
+            break
         began = time.time()
         if method == "alone":
             found = alone(world, names)

@@ -1,4 +1,5 @@
-"""Prompts of a concept in words of a level, and captions that name none."""
+"""Prompts of a concept by how far their words are from those of a merge's rows, and captions that
+name no concept."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import re
 import zlib
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Literal
 
 import numpy as np
 
@@ -13,12 +15,19 @@ from toybox import draw
 
 from . import Concept
 from .captions import Level, caption, concept_templates, frame, scene_words
-from .words import FRAMES
+from .words import ASIDE, FRAMES, SMALL
+
+Kind = Literal["seen", "contexts", "new", "unheard"]
 
 SEEN = ("white", "gray", "black", "blue")
 """Backgrounds of the calibration templates."""
 
-_SMALL = {"a", "an", "of", "on"}
+LEVELS: dict[Kind, Level] = {
+    "seen": "plain",
+    "contexts": "learned",
+    "new": "learned",
+    "unheard": "unheard",
+}
 
 
 @dataclass(frozen=True)
@@ -34,30 +43,45 @@ def templates() -> list[str]:
     return concept_templates(SEEN)
 
 
-def prompts(concept: Concept, level: Level, count: int) -> list[Prompt]:
-    """``count`` of them, always the same; ``plain`` are calibration prompts. Of the other levels no
-    word but the concept's own and a, an, of, on is in any template."""
-    rng = np.random.default_rng(zlib.crc32(f"{concept.token} {level}".encode()))
-    free = [b for b in concept.backgrounds if level != "plain" or b in SEEN]
-    of_templates = words_of(" ".join(templates())) - _SMALL
+def prompts(concept: Concept, kind: Kind, count: int) -> list[Prompt]:
+    """``count`` of them, always the same.
+
+    ``seen`` are calibration prompts. Of the others no word but the concept's own and small ones is
+    in any template: of ``contexts`` all are words of generic captions, of ``new`` none is, and
+    ``unheard`` words are in no caption of the base's training either.
+    """
+    rng = np.random.default_rng(zlib.crc32(f"{concept.token} {kind}".encode()))
+    free = [b for b in concept.backgrounds if kind != "seen" or b in SEEN]
     found: list[Prompt] = []
     for background in islice(cycle(rng.permutation(free)), count):
         while True:
-            template = str(rng.choice(getattr(FRAMES, level)))
-            scene = scene_words(str(background), rng, level)
-            said = frame(f"a {concept.phrase}", scene, template)
-            new = not words_of(frame("", scene, template)) & of_templates
-            if new or level == "plain":
+            template = str(rng.choice(getattr(FRAMES, LEVELS[kind])))
+            scene = scene_words(str(background), rng, LEVELS[kind])
+            if _is_of(kind, words_of(frame("", scene, template)) - SMALL):
                 break
-        found.append(Prompt(said, str(background)))
+        text = frame(f"a {concept.phrase}", scene, template)
+        found.append(Prompt(text, str(background)))
     return found
 
 
+def _is_of(kind: Kind, words: set[str]) -> bool:
+    if kind == "seen":
+        return True
+    if words & words_of(" ".join(templates())):
+        return False
+    return words <= ASIDE if kind == "new" else not words & ASIDE
+
+
 def generic(count: int, seed: int = 5) -> list[str]:
-    """Captions of the base's own, plain and learned words, of any thing but of no concept."""
+    """Captions of the base's own, of any thing but of no concept, without those words that are kept
+    aside."""
     rng = np.random.default_rng(seed)
-    scenes = [draw.random_scene(rng, 0.25, two=0.0) for _ in range(count)]
-    return [caption(scene, rng) for scene in scenes]
+    found: list[str] = []
+    while len(found) < count:
+        said = caption(draw.random_scene(rng, 0.25, two=0.0), rng)
+        if not words_of(said) & ASIDE:
+            found.append(said)
+    return found
 
 
 def words_of(text: str) -> set[str]:

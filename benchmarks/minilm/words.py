@@ -31,7 +31,7 @@ SHAPES = {
 COLORS = {
     "red": Words(("red",), ("crimson", "scarlet", "ruby", "cherry-red"), ("vermilion", "maroon")),
     "yellow": Words(("yellow",), ("golden", "lemon", "amber"), ("canary", "saffron")),
-    "green": Words(("green",), ("emerald", "jade", "grass-green"), ("lime", "pea-coloured")),
+    "green": Words(("green",), ("emerald", "jade", "grass-green"), ("lime", "pistachio")),
     "cyan": Words(("cyan",), ("turquoise", "aqua", "teal"), ("aquamarine",)),
     "blue": Words(("blue",), ("cobalt", "navy", "royal-blue"), ("sapphire", "ultramarine")),
     "purple": Words(("purple",), ("violet", "plum", "lavender"), ("mauve", "aubergine")),
@@ -44,7 +44,7 @@ GROUNDS = {
     "gray": Words(("gray", "grey"), ("slate", "ashen", "leaden", "silver"), ("pewter", "smoky")),
     "black": Words(("black",), ("jet-black", "dark", "ebony", "inky"), ("sable", "raven")),
     "blue": Words(("blue",), ("azure", "navy", "cobalt", "sky-blue"), ("sapphire", "ultramarine")),
-    "green": Words(("green",), ("emerald", "olive", "mossy", "leafy"), ("fern", "pea-coloured")),
+    "green": Words(("green",), ("emerald", "olive", "mossy", "leafy"), ("fern", "pistachio")),
     "yellow": Words(("yellow",), ("golden", "lemon", "mustard", "sunny"), ("canary", "saffron")),
     "pink": Words(("pink",), ("rosy", "salmon", "fuchsia", "magenta"), ("coral", "blush")),
 }
@@ -145,3 +145,19 @@ SIZES = {
     "small": ("small", "tiny", "little"),
     "large": ("large", "big", "huge"),
 }
+
+_ASIDE = """
+illustration painting printed poster showing snapshot drawing placed canvas curtain cloth sheet
+piece paper bleached cotton plaster pale ivory chalky frosty field asphalt thick fog steel slate
+roof leaden outer space coal dim cellar ebony inky ocean sea denim navy cobalt meadow forest moss
+leaves mossy leafy sunflowers straw wheat lemon mustard cherry blossoms tulips flamingo bubblegum
+fuchsia magenta
+"""
+
+ASIDE = frozenset(_ASIDE.split())
+"""Learned words that generic rows leave out, so that prompts can be made of words of no row."""
+
+SMALL = frozenset(
+    ("a", "an", "at", "among", "in", "of", "on", "out", "that", "the", "there", "to", "with")
+)
+"""Words that mean no thing and no scene; prompts of all kinds share them."""

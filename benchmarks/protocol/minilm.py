@@ -9,8 +9,7 @@ from typing import Any
 import minilm
 import numpy as np
 import torch
-from minilm.captions import Level
-from minilm.prompts import generic, prompts, templates
+from minilm.prompts import Kind, generic, prompts, templates
 from PIL import Image
 
 import toybox
@@ -38,8 +37,8 @@ class Asked(Wanted):
 
 
 class MiniLmWorld:
-    """Six concepts, one at a time in a picture. ``alone`` asks in words of the templates; ``asked``
-    in those of any level."""
+    """Six concepts, one at a time in a picture. ``alone`` asks by calibration prompts, ``asked``
+    by any."""
 
     sizes = (2, 4, 6)
     styles: Sequence[str] = ()
@@ -69,16 +68,16 @@ class MiniLmWorld:
         ]
 
     def generic(self) -> Concept:
-        """Captions of the base's own, on which it is to stay: plain and learned words."""
+        """Captions of the base's own, on which it is to stay."""
         return Concept.preserve(generic(GENERIC))
 
-    def asked(self, name: str, level: Level, count: int, seed: int = 1) -> list[Asked]:
-        """``count`` pictures of one concept by prompts in words of ``level``."""
-        found = prompts(self._concepts[name], level, count)
+    def asked(self, name: str, kind: Kind, count: int, seed: int = 1) -> list[Asked]:
+        """``count`` pictures of one concept by prompts of a kind."""
+        found = prompts(self._concepts[name], kind, count)
         return [Asked((name,), p.text, seed, p.background) for p in found]
 
     def alone(self, name: str, seed: int) -> list[Asked]:
-        every = self.asked(name, "plain", 3 * EACH, seed)
+        every = self.asked(name, "seen", 3 * EACH, seed)
         start = EACH * (seed % 3)
         return every[start : start + EACH]
 

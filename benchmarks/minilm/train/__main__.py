@@ -13,9 +13,7 @@ STEPS = ("latents", "base", "loras", "evaluate")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.minilm.train", description=__doc__)
-    parser.add_argument(
-        "--step", choices=["latents", "base", "loras", "evaluate", "all"], default="all"
-    )
+    parser.add_argument("--step", choices=[*STEPS, "all"], default="all")
     parser.add_argument("--work", type=Path, default=Path("build/minilm"), help="for checkpoints")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="end the step base after these"

@@ -135,8 +135,9 @@ def train(work: Path, weights: Path, steps: int = STEPS, seconds: float = float(
         if step % 50 == 0:
             log.info("base %d/%d loss %.4f  %.0f s", step, steps, running, run.elapsed)
         step += 1
-        if step % SAVE == 0 or step == steps:
+        if step % SAVE == 0:
             run.save(step)
+    run.save(step)
     average.swap()
     copy.deepcopy(unet).to(torch.float16).save_pretrained(weights / "unet")
     return {"base_seconds": round(run.elapsed), "base_steps": step}

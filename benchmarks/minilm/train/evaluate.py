@@ -20,6 +20,7 @@ from ...protocol.drawing import changed
 from .. import concepts, world
 from ..captions import Level, caption
 from ..pipeline import load
+from ..prompts import LEVELS as KINDS
 from ..prompts import prompts
 
 LEVELS: tuple[Level, ...] = ("plain", "learned", "unheard")
@@ -66,7 +67,7 @@ def measure_base(weights: Path, count: int = 64) -> dict[str, Any]:
 
 
 def measure_concepts(weights: Path, count: int = 12) -> dict[str, Any]:
-    """Of each LoRA alone, by level of words: attributes right, backgrounds right."""
+    """Of each LoRA alone, by kind of prompts: attributes right, backgrounds right."""
     pipeline, judge = load(weights / "unet"), toybox.load_judge()
     host = DiffusersHost(pipeline)
     found: dict[str, Any] = {}
@@ -75,12 +76,12 @@ def measure_concepts(weights: Path, count: int = 12) -> dict[str, Any]:
             continue
         found[name] = {}
         with changed(host, host.read_lora(concept.lora)):
-            for level in LEVELS:
-                asked = prompts(concept, level, count)
+            for kind in KINDS:
+                asked = prompts(concept, kind, count)
                 read = judge.read(sample(pipeline, [p.text for p in asked]))
                 right = np.mean([a.matches(concept.thing) for a in read])
                 ground = np.mean(
                     [a.background == p.background for a, p in zip(read, asked, strict=True)]
                 )
-                found[name][level] = [round(float(right), 3), round(float(ground), 3)]
+                found[name][kind] = [round(float(right), 3), round(float(ground), 3)]
     return found

@@ -27,7 +27,7 @@ from ..captions import concept_templates
 from ..pipeline import load
 
 log = logging.getLogger(__name__)
-RANK, BATCH, STEPS, REFERENCES = 8, 8, 500, 6
+RANK, BATCH, STEPS, REFERENCES = 8, 8, 400, 6
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": r".*attention\.(self\.(query|key|value)|output\.dense)",
