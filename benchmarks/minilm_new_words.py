@@ -25,7 +25,7 @@ from protocol.minilm import MiniLmWorld
 
 from iteris_core import Lora, merge_loras
 
-KINDS: dict[Kind, int] = {"seen": 6, "contexts": 8, "new": 8}
+KINDS: dict[Kind, int] = {"seen": 4, "contexts": 6, "new": 8}
 """Prompts of each concept."""
 
 ROWS: list[tuple[str, dict[str, Any]]] = [

@@ -24,11 +24,12 @@ UNET = ROOT / "weights" / "unet"
 @dataclass(frozen=True)
 class Concept:
     """A shape with a pattern that no caption of the base names, behind a word that MiniLM reads as
-    pieces of words."""
+    pieces of words; ``steps`` are those of its training."""
 
     token: str
     class_word: str
     thing: Thing
+    steps: int
     lora: Path
 
     @property
@@ -55,6 +56,7 @@ def concepts() -> dict[str, Concept]:
             entry["token"],
             entry["class_word"],
             Thing(entry["class_word"], entry["color1"], entry["pattern"], entry["color2"]),
+            entry["steps"],
             ROOT / "weights" / "loras" / f"{entry['token']}.safetensors",
         )
         for entry in world()["concepts"]

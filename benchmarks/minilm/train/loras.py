@@ -27,7 +27,7 @@ from ..captions import concept_templates
 from ..pipeline import load
 
 log = logging.getLogger(__name__)
-RANK, BATCH, STEPS, REFERENCES = 8, 8, 400, 6
+RANK, BATCH, REFERENCES = 8, 8, 6
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": r".*attention\.(self\.(query|key|value)|output\.dense)",
@@ -54,10 +54,10 @@ def train_one(concept: Concept, number: int, weights: Path) -> int:
     latents, tokens = references(pipeline, concept, 600 + 10 * number)
     groups = [{"params": parameters[name], "lr": PEAKS[name]} for name in TARGETS]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = one_cycle(optimizer, [PEAKS[name] for name in TARGETS], STEPS)
+    schedule = one_cycle(optimizer, [PEAKS[name] for name in TARGETS], concept.steps)
     alphas = pipeline.scheduler.alphas_cumprod
     generator, running = torch.Generator().manual_seed(61 + number), 0.0
-    for step in range(STEPS):
+    for step in range(concept.steps):
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         said = torch.randint(tokens.shape[1], (BATCH,), generator=generator)
         t = torch.randint(1000, (BATCH,), generator=generator)
