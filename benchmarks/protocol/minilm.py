@@ -37,10 +37,10 @@ class Asked(Wanted):
 
 
 class MiniLmWorld:
-    """Six concepts, one at a time in a picture. ``alone`` asks by calibration prompts, ``asked``
+    """Four concepts, one at a time in a picture. ``alone`` asks by calibration prompts, ``asked``
     by any."""
 
-    sizes = (2, 4, 6)
+    sizes = (2, 4)
     styles: Sequence[str] = ()
     trained = 1
     calls = 2 * minilm.world()["sampling"]["steps"]
