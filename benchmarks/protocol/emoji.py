@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import emoji
+import numpy as np
 import torch
 from emoji.draw import BACKGROUNDS, SIZE, article
 from emoji.features import Features
@@ -24,7 +25,7 @@ from toybox.judge import halves
 
 from .drawing import draw
 from .in_a_row import Part, flux, ring
-from .world import Judged, Wanted
+from .world import FIGURES, KINDS, Judged, Wanted
 
 REPORTED = 10
 """The last ten subjects are reported, as many as SSR-Merge's paper has; the search for the rivals'
@@ -32,6 +33,15 @@ settings has the ones before."""
 
 EACH = 2
 """Backgrounds on which each is drawn with one seed, the next ones with the next."""
+
+SEEN, NEW = tuple(BACKGROUNDS)[:4], tuple(BACKGROUNDS)[4:]
+"""Backgrounds that the half of the templates has, and those that it does not have."""
+
+SPREAD, PLAIN = 4, 8
+"""Seeds of one prompt, and prompts without a trigger."""
+
+_NEAR = 40.0
+"""How far, in levels of 255, a picture's edge may lie from a background's own colour."""
 
 _BESIDE = ("ladybug", "frog", "koala", "snail")
 
@@ -41,6 +51,7 @@ class EmojiWorld:
     artist's, which lie where the subjects' references do."""
 
     sizes = (2, 3, 5, 7, 9)
+    kinds = KINDS
     trained = 1
     calls = 2 * world()["sampling"]["steps"]
 
@@ -53,6 +64,8 @@ class EmojiWorld:
         self.styles = () if tuning else tuple(self._styles)
         self.collapse_below = (_halfway(every[:-REPORTED]),)
         self.calibration: dict[str, Any] = {"templates": templates()}
+        known = ("a {}", "{}", *(f"a {{}} on a {background} background" for background in SEEN))
+        self.half: dict[str, Any] = {"templates": known}
         self._judges = {"image": Features(), "clip": ClipScorer(*emoji.load_clip())}
         self._references: dict[tuple[str, str], torch.Tensor] = {}
         self._loras: dict[str, Lora] = {}
@@ -95,6 +108,21 @@ class EmojiWorld:
         regions = range(len(wanted[0].shown))
         return [[self._in_a_row([one.shown[at]] * 2, one.seed) for one in wanted] for at in regions]
 
+    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
+        if kind == "no trigger":
+            things = np.random.default_rng(seed).permutation(list(world()["names"]))
+            return [
+                Wanted((), f"{article(str(thing))} on a {b} background", seed, b)
+                for thing, b in zip(things[:PLAIN], cycle(BACKGROUNDS), strict=False)
+            ]
+        backgrounds = {"seen": SEEN, "new words": NEW, "spread": NEW[:1]}[kind]
+        return [
+            Wanted((name,), f"a {self._subjects[name].prompt} on a {b} background", one, b)
+            for name in names
+            for b in backgrounds
+            for one in range(100 * seed, 100 * seed + (SPREAD if kind == "spread" else 1))
+        ]
+
     def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
         what, words = self._subjects[subject].prompt, self._styles[style].words
         return [
@@ -128,6 +156,23 @@ class EmojiWorld:
             ]
             for judge, scorer in self._judges.items()
         }
+
+    def read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[Mapping[str, float]]:
+        """``judge``: 1 where the picture is more like the subject's references than like any other
+        subject's, by the features that saw none of these pictures."""
+        scenes = [float(_scene(i) == w.scene) for i, w in zip(images, wanted, strict=True)]
+        if not wanted[0].shown:
+            return [{"scene": scene} for scene in scenes]
+        names = [w.shown[0] for w in wanted]
+        likeness = self.likeness(images, names)["image"]
+        judged = [float(self._likest(i) == n) for i, n in zip(images, names, strict=True)]
+        columns = (likeness, judged, self.text_alignment(images, wanted), scenes)
+        return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
+
+    def embedded(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return self._judges["clip"].embed_images(images)
 
     def _embedded(self, judge: str, name: str) -> torch.Tensor:
         if (judge, name) not in self._references:
@@ -169,6 +214,17 @@ def _region(image: Image.Image, at: int) -> Image.Image:
     half = SIZE // 2
     square = image.crop((half * at, half // 2, half * (at + 1), half // 2 + half))
     return square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def _scene(image: Image.Image) -> str:
+    """The background whose colour the outermost two pixels have: things stand in the middle."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    inner = np.zeros(pixels.shape[:2], dtype=bool)
+    inner[2:-2, 2:-2] = True
+    edge = np.median(pixels[~inner], axis=0)
+    away = {name: float(np.linalg.norm(edge - colour)) for name, colour in BACKGROUNDS.items()}
+    nearest = min(away, key=lambda name: away[name])
+    return nearest if away[nearest] < _NEAR else "none"
 
 
 def templates() -> tuple[str, ...]:

@@ -72,6 +72,11 @@ class Runs:
             entry["together"] = self._together(lora, several)
         return entry
 
+    def calibration(self, unit: Unit) -> Calibration:
+        return Calibration.from_mapping(
+            {**self.world.calibration, **collected(unit.regime), "seed": unit.replicate}
+        )
+
     def _merged(self, unit: Unit) -> tuple[Lora | None, Entry]:
         if unit.method == BASE:
             return None, {}
@@ -85,9 +90,7 @@ class Runs:
             concepts,
             merged_by(unit.method),
             settings=unit.settings,
-            calibration=Calibration.from_mapping(
-                {**self.world.calibration, **collected(unit.regime), "seed": unit.replicate}
-            ),
+            calibration=self.calibration(unit),
         )
         seconds = time.process_time() - began
         return result.lora, {

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 from toybox_world import World as Loaded
 
 import toybox
 from iteris_core import Concept, Lora
 from iteris_core.score import without_tokens
 from toybox import PAIR_TEMPLATES, TEMPLATES
-from toybox.draw import SIZE
+from toybox.draw import BACKGROUNDS as SCENES
+from toybox.draw import SIZE, compose, describe, random_thing
 from toybox.judge import halves
 
 from .in_a_row import Part, ring, stable_diffusion
-from .world import Judged, Wanted
+from .world import FIGURES, KINDS, Judged, Wanted
 
 BACKGROUNDS = 2
 """On which each concept is drawn with one seed, the next ones with the next."""
+
+SEEN, NEW = ("white", "gray", "black"), ("blue", "green", "yellow", "pink")
+"""Backgrounds that the half of the templates has, and those that it does not have."""
+
+EACH, SPREAD, PLAIN = 2, 4, 12
+"""Pictures for each prompt with new words, seeds of one prompt, and prompts without a trigger."""
 
 
 class ToyboxWorld:
@@ -29,6 +38,7 @@ class ToyboxWorld:
 
     sizes = (2, 3, 5, 7, 10)
     styles: Sequence[str] = ()
+    kinds = KINDS
     collapse_below = (0.62, 0.55, 0.7)
     """Of the toybox's own concepts the base has .49 and each LoRA alone .75 (quality.json): a
     subject that is nearer to what the base draws than to itself is lost."""
@@ -43,6 +53,8 @@ class ToyboxWorld:
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
         self.calibration: dict[str, Any] = {"templates": (*TEMPLATES, *PAIR_TEMPLATES)}
+        plain = ("a {}", "a photo of a {}", "a picture of a {}")
+        self.half = {"templates": (*plain, *(compose(("{}",), b) for b in SEEN))}
         self.calls = int(self._loaded.settings["steps"])
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
@@ -88,6 +100,19 @@ class ToyboxWorld:
         return [
             [self._in_a_row([one.shown[at]] * 2, one.shown) for one in wanted] for at in regions
         ]
+
+    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
+        if kind == "no trigger":
+            return plain_prompts(PLAIN, seed)
+        wanted: list[Wanted] = []
+        for name in names:
+            concept = self._loaded.concepts[name]
+            free = [b for b in concept.backgrounds if b in (SEEN if kind == "seen" else NEW)]
+            seeds = seeds_of(kind, seed)
+            for background in free[:1] if kind == "spread" else free:
+                prompt = compose((f"{name} {concept.class_word}",), background)
+                wanted += [Wanted((name,), prompt, one, background) for one in seeds]
+        return wanted
 
     def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
         return []
@@ -139,6 +164,21 @@ class ToyboxWorld:
             ],
         }
 
+    def read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[Mapping[str, float]]:
+        read = self._loaded.judge.read(images)
+        scenes = [float(r.background == w.scene) for r, w in zip(read, wanted, strict=True)]
+        if not wanted[0].shown:
+            return [{"scene": scene} for scene in scenes]
+        judged = self.likeness(images, [w.shown[0] for w in wanted])
+        texts = self.text_alignment(images, wanted)
+        columns = (judged["image"], judged["judge"], texts, scenes)
+        return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
+
+    def embedded(self, images: Sequence[Image.Image]) -> Tensor:
+        return self._loaded.scorer.embed_images(images)
+
     def text_alignment(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> Sequence[float]:
@@ -161,3 +201,16 @@ class ToyboxWorld:
                 )
             )
         return found
+
+
+def seeds_of(kind: str, seed: int) -> list[int]:
+    """Of a picture's noise: one for each seen prompt, and others for every replicate."""
+    count = {"seen": 1, "spread": SPREAD}.get(kind, EACH)
+    return [seed * 100 + number for number in range(count)]
+
+
+def plain_prompts(count: int, seed: int) -> list[Wanted]:
+    """Prompts of plain things, as the base's own captions are, on all backgrounds in turn."""
+    rng = np.random.default_rng(seed)
+    backgrounds = list(islice(cycle(SCENES), count))
+    return [Wanted((), compose((describe(random_thing(rng, b)),), b), seed, b) for b in backgrounds]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -16,16 +17,23 @@ from .in_a_row import Part
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture to draw: what it should show, from left to right, or a subject and its style."""
+    """A picture to draw: what it should show, from left to right, or a subject and its style; and
+    the background that its prompt requests, as :meth:`UnseenWorld.scenes` reads it."""
 
     shown: tuple[str, ...]
     prompt: str
     seed: int
+    scene: str = ""
 
 
 Judged = Mapping[str, Sequence[float]]
 """judge → a likeness for each picture, from 0 to 1. The first judge is the one that tables call
 ``image``; the others stand beside it under their own names."""
+
+
+KINDS = ("seen", "new words", "no trigger", "spread")
+FIGURES = ("likeness", "judge", "text", "scene")
+"""Of :class:`UnseenWorld`: kinds of prompt, and figures of a picture that shows a concept."""
 
 
 class World(Protocol):
@@ -81,6 +89,36 @@ class World(Protocol):
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[tuple[Image.Image | None, ...]]:
         """For each picture the part that shows each of ``shown``; None for one not found."""
+        ...
+
+
+class UnseenWorld(World, Protocol):
+    """A world that is calibrated on half of its templates and drawn on prompts of the other half.
+
+    ``half`` holds the fields of that calibration. ``kinds`` are kinds of prompt. ``seen``: from
+    templates that calibration rows have. ``new words``: no word but trigger and class is in any
+    row's template. ``no trigger``: prompts of the base's own. ``spread``: several seeds of one
+    prompt with new words.
+    """
+
+    half: Mapping[str, Any]
+    kinds: Sequence[str]
+
+    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
+        """Pictures of each of ``names`` by prompts of that kind. ``no trigger`` shows none of
+        them, and has the same prompts whatever the names are."""
+        ...
+
+    def read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[Mapping[str, float]]:
+        """Figures of each picture, from 0 to 1. ``scene``: whether the background is the requested
+        one. Where a concept is shown, ``likeness`` to its references, ``judge``, how much of it
+        another instrument recognises, and ``text``."""
+        ...
+
+    def embedded(self, images: Sequence[Image.Image]) -> Tensor:
+        """(picture, feature): unit vectors by the world's CLIP."""
         ...
 
 

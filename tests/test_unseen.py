@@ -1,0 +1,205 @@
+"""Prompts that no calibration row had: the statistics, the plan, and a run of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import random_lora
+
+from iteris_core import Concept
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import unseen
+from protocol.plan import BASE, SINGLE
+from protocol.unseen import (
+    Plan,
+    UnseenRuns,
+    Variant,
+    against,
+    figures,
+    joined,
+    pixels,
+    row,
+    rows_of_size,
+    verdict,
+)
+from protocol.world import KINDS, Wanted
+
+
+def test_a_verdict_is_what_the_interval_leaves_out():
+    assert verdict((0.01, 0.2)) == verdict((-0.2, -0.01), less=True) == "first"
+    assert verdict((-0.2, -0.01)) == verdict((0.01, 0.2), less=True) == "behind"
+    assert verdict((-0.1, 0.2)) == verdict((0.0, 0.2)) == "level"
+    assert verdict(None) == "unknown"
+
+
+def test_differences_are_paired_by_set():
+    """Sets differ by far more than the methods do in each of them."""
+    sets = [(0, ("a", "b")), (0, ("c", "d")), (1, ("a", "c"))]
+    ours = dict(zip(sets, (0.1, 0.5, 0.9), strict=True))
+    theirs = dict(zip(sets, (0.08, 0.47, 0.88), strict=True)) | {(1, ("b", "d")): 0.0}
+    found = against(ours, theirs, less=False)
+    assert found["n"] == 3
+    assert found["mean"] == pytest.approx(0.07 / 3)
+    # Student's t of two degrees of freedom, 4.303, times the standard error .01 / 3.
+    assert found["interval"][1] - found["mean"] == pytest.approx(4.303 * 0.01 / 3, rel=1e-3)
+    assert found["verdict"] == "first"
+    assert against(ours, theirs, less=True)["verdict"] == "behind"
+    assert against(ours, {sets[0]: 0.0}, less=False)["verdict"] == "unknown"
+
+
+def test_a_variant_has_fields_of_its_method_and_of_the_calibration():
+    found = Variant.parsed("ssr@searched:ridge=1e-4:samples=20:latents=noise")
+    assert (found.method, found.searched) == ("ssr", True)
+    assert found.settings == {"ridge": 1e-4}
+    assert found.calibration == {"samples": 20, "latents": "noise"}
+    trial = found.trial(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0, "micro_batch": 8})
+    assert trial.settings == {"ridge": 1e-4, "micro_batch": 8}
+    plain = Variant.parsed("ssr").trial(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0})
+    assert plain.settings == {}
+    assert plain.key != trial.key
+    with pytest.raises(ValueError, match="@searched"):
+        Variant.parsed("ssr@best")
+
+
+def of(likeness: float, distance: float) -> dict:
+    return {
+        "new words": [["a", {"likeness": likeness, "scene": 1.0}]],
+        "spread": [["a", {"share": distance}]],
+    }
+
+
+def test_a_row_has_what_is_kept_of_each_lora_alone():
+    found = row(of(0.6, 0.03), of(0.8, 0.04), of(0.4, 0.4), ("new words", "spread"))
+    assert found["new words"]["likeness kept"] == pytest.approx(0.5)
+    assert found["spread"]["share"] == pytest.approx(0.75)
+    unlearned = row(of(0.6, 0.03), of(0.42, 0.04), of(0.4, 0.4), ("new words",))
+    assert "likeness kept" not in unlearned["new words"]
+    both = joined([of(0.8, 0.1), of(0.4, 0.3)], ("new words", "spread"))
+    assert [len(rows) for rows in both.values()] == [2, 2]
+
+
+def test_pixels():
+    black, white = (Image.new("RGB", (4, 4), colour) for colour in ("black", "white"))
+    assert pixels(black, white) == 1
+    assert pixels(white, white) == 0
+
+
+class FakeWorld:
+    """Concepts whose likeness is a number of the LoRA."""
+
+    subjects, styles, sizes, kinds = ("s0", "s1", "s2", "s3"), (), (2,), KINDS
+    trained, calls, collapse_below = 1, 4, (0.5,)
+
+    def __init__(self, host):
+        self.host = host
+        self.calibration = {"templates": ("a {} in a picture",)}
+        self.half = {"templates": ("a {}",), "samples": 2, "timesteps": 1, "denoising_steps": 2}
+        self.loras = {name: random_lora(host, seed) for seed, name in enumerate(self.subjects)}
+        self.drawn: list[str] = []
+
+    def concepts(self, names, trained):
+        return [Concept(self.loras[name], trigger=name, class_word="cat") for name in names]
+
+    def prompted(self, kind, names, seed):
+        if kind == "no trigger":
+            return [Wanted((), "a dog", seed, "white")]
+        seeds = range(3 if kind == "spread" else 1)
+        return [Wanted((n,), f"a {n} cat, {kind}", s, "white") for n in names for s in seeds]
+
+    def draw(self, lora, wanted):
+        own = any(lora is known for known in self.loras.values())
+        grey = 0 if lora is None else 200 if own else 100
+        self.drawn += [w.prompt for w in wanted]
+        return [Image.new("RGB", (4, 4), (grey + 10 * w.seed,) * 3) for w in wanted]
+
+    def read(self, images, wanted):
+        values = [image.getpixel((0, 0))[0] / 250 for image in images]
+        if not wanted[0].shown:
+            return [{"scene": 1.0} for _ in values]
+        return [{"likeness": v, "judge": v, "text": 0.7, "scene": 1.0} for v in values]
+
+    def embedded(self, images):
+        angles = [image.getpixel((0, 0))[0] / 250 for image in images]
+        return torch.tensor([[np.cos(a), np.sin(a)] for a in angles])
+
+
+def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
+    world = FakeWorld(host)
+    variants = [Variant.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
+    plan = Plan(world, variants, [2], 1, lambda *_: {})
+    alone = UnseenRuns(world, tmp_path / "alone.jsonl")
+    merged = UnseenRuns(world, tmp_path / "runs.jsonl")
+    assert alone.run(plan.references())
+    assert len(alone.known) == 2 * 4
+    assert merged.run(trial for _, trial in plan.merges())
+    drawn = len(world.drawn)
+    again = UnseenRuns(world, tmp_path / "runs.jsonl")
+    assert again.run(trial for _, trial in plan.merges())
+    assert len(world.drawn) == drawn
+    found = json.loads(json.dumps(figures(rows_of_size(plan, 2, alone, again), "iteris")))
+    assert list(found["rows"]) == [SINGLE, BASE, "iteris", "average", "iteris:samples=1"]
+    new = found["rows"]["iteris"]["new words"]
+    assert new["likeness kept"]["mean"] == pytest.approx(0.5)
+    assert new["likeness kept"]["n"] == 2
+    assert found["rows"][BASE]["no trigger"]["likeness"]["mean"] == pytest.approx(1)
+    assert found["rows"][BASE]["no trigger"]["pixels"]["mean"] == 0
+    assert found["rows"]["iteris"]["no trigger"]["pixels"]["mean"] == pytest.approx(100 / 255)
+    assert found["rows"]["iteris"]["spread"]["share of pixels"]["mean"] == pytest.approx(1)
+    assert found["against"][BASE]["new words"]["likeness"]["verdict"] == "first"
+    assert found["against"][BASE]["no trigger"]["pixels"]["verdict"] == "behind"
+    assert found["against"][SINGLE]["seen"]["judge"]["verdict"] == "behind"
+    assert found["against"]["average"]["seen"]["judge"]["verdict"] == "level"
+    assert "spread" not in found["against"]["average"]
+
+
+def test_merges_are_calibrated_on_the_half(host, tmp_path):
+    world = FakeWorld(host)
+    runs = UnseenRuns(world, tmp_path / "runs.jsonl")
+    trial = Variant.parsed("iteris:samples=9").trial(("s0", "s1"), 3, 0, lambda *_: {})
+    found = runs.calibration(trial)
+    assert (found.templates, found.samples, found.seed) == (("a {}",), 9, 3)
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+@pytest.mark.slow
+def test_the_toybox_on_new_words(tmp_path):
+    world = unseen.WORLDS["toybox"][0]()
+    known = set().union(*(words(template) for template in world.half["templates"]))
+    for name in world.subjects:
+        (concept,) = world.concepts([name], 0)
+        for kind in ("new words", "spread"):
+            for wanted in world.prompted(kind, [name], 1):
+                new = words(wanted.prompt) - known - {name, concept.class_word}
+                assert new == {wanted.scene}
+        seen = {wanted.prompt for wanted in world.prompted("seen", [name], 1)}
+        assert all(words(prompt) <= known | {name, concept.class_word} for prompt in seen)
+    plain = world.prompted("no trigger", world.subjects, 1)
+    assert not any(words(wanted.prompt) & set(world.subjects) for wanted in plain)
+
+    quick = [Variant.parsed(label) for label in ("iteris:samples=4:timesteps=1", "average")]
+    plan = Plan(world, quick, [2], 1, unseen.settings_of("reported"), per_size=1)
+    alone = UnseenRuns(world, tmp_path / "alone.jsonl")
+    merged = UnseenRuns(world, tmp_path / "runs.jsonl")
+    assert alone.run(plan.references())
+    assert merged.run(trial for _, trial in plan.merges())
+    data = unseen.results(plan, alone, merged)
+    rows = data["sizes"]["2"]["rows"]
+    for kind in ("seen", "new words"):
+        assert rows[SINGLE][kind]["judge"]["mean"] > 0.9
+        assert rows[SINGLE][kind]["scene"]["mean"] > 0.9
+        assert rows[BASE][kind]["likeness"]["mean"] < rows[SINGLE][kind]["likeness"]["mean"] - 0.1
+    assert rows["average"]["no trigger"]["scene"]["mean"] > 0.9
+    printed = "\n".join(unseen.tables(data))
+    assert "| average | 1 |" in printed
