@@ -20,7 +20,9 @@ from iteris_core.passes import budget, fallback, loops, ways
 from iteris_core.solve.choose import POLICY, Policy
 
 CPU = torch.device("cpu")
-CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
+CALIBRATION = Calibration(
+    samples=6, timesteps=3, denoising_steps=3, latents="noise", contexts=0.0, generic=0.0
+)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import minilm
@@ -27,13 +26,6 @@ EACH = 4
 
 GENERIC = 150
 _REFERENCES = 6
-
-
-@dataclass(frozen=True)
-class Asked(Wanted):
-    """A picture with the background that its prompt means."""
-
-    background: str
 
 
 class MiniLmWorld:
@@ -71,12 +63,12 @@ class MiniLmWorld:
         """Captions of the base's own, on which it is to stay."""
         return Concept.preserve(generic(GENERIC))
 
-    def asked(self, name: str, kind: Kind, count: int, seed: int = 1) -> list[Asked]:
+    def asked(self, name: str, kind: Kind, count: int, seed: int = 1) -> list[Wanted]:
         """``count`` pictures of one concept by prompts of a kind."""
         found = prompts(self._concepts[name], kind, count)
-        return [Asked((name,), p.text, seed, p.background) for p in found]
+        return [Wanted((name,), p.text, seed, p.background) for p in found]
 
-    def alone(self, name: str, seed: int) -> list[Asked]:
+    def alone(self, name: str, seed: int) -> list[Wanted]:
         every = self.asked(name, "seen", 3 * EACH, seed)
         start = EACH * (seed % 3)
         return every[start : start + EACH]
@@ -100,14 +92,14 @@ class MiniLmWorld:
         )
 
     def read(
-        self, images: Sequence[Image.Image], wanted: Sequence[Asked]
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[tuple[float, bool]]:
         """Of each picture the share of shape, pattern and both colours that is read rightly, and
         whether the background is what was asked for."""
         return [
             (
                 sum(seen.matches(self._concepts[one.shown[0]].thing)) / 4,
-                seen.background == one.background,
+                seen.background == one.scene,
             )
             for seen, one in zip(self.judge.read(images), wanted, strict=True)
         ]
