@@ -56,6 +56,7 @@ class HeldOut:
             timesteps=_TIMESTEPS,
             guidance=self.guidance,
             empty_share=0.0,
+            contexts=0.0,
             latent_size=latent_size,
             templates=HELD_OUT,
             seed=_SEED,

@@ -130,11 +130,10 @@ class Wording:
         behind = f" {self._some(5 if place < 2 else 3)}" if place != 2 else ""
         return f"{before}{prompt}{behind}"
 
-    def chosen(self, count: int, share: float) -> list[bool]:
-        """Which of ``count`` are among a ``share`` of them."""
-        if not share:
-            return [False] * count
-        return (torch.rand(count, generator=self._generator) < share).tolist()
+    def chosen(self, chances: Sequence[float]) -> list[bool]:
+        """Which are chosen at random, each with a chance of its own."""
+        drawn = torch.rand(len(chances), generator=self._generator)
+        return (drawn < torch.tensor(chances)).tolist()
 
     def _some(self, most: int) -> str:
         """A caption, or, three times in four, up to so many random words."""

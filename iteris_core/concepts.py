@@ -149,8 +149,8 @@ class Calibration(Settings):
     )
     generic: float = setting(
         0.2,
-        "Weight of prompts that name no concept, next to a concept's 1. They keep the base model as "
-        "it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
+        "Weight of prompts that name no concept, next to a concept's 1. They keep the base model "
+        "as it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
         low=0,
         most=10,
     )

@@ -189,10 +189,15 @@ class ComfyHost:
         self._lockstep = lockstep
         denoises = not all(map(_of_text, sites))
         share = 0.0 if self.distilled else calibration.empty_share
-        owners, prompts = drawn_prompts(
-            concepts, calibration, generator, denoises=denoises, empty=bool(share) and not denoises
-        )
         wording = Wording(self._vocabulary, concepts, generator)
+        owners, prompts = drawn_prompts(
+            concepts,
+            calibration,
+            wording,
+            generator,
+            denoises=denoises,
+            empty=bool(share) and not denoises,
+        )
 
         def worth_of(text: TextRows) -> int:
             return fewest_prompts(text, concepts, calibration)

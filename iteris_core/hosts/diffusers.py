@@ -153,10 +153,15 @@ class DiffusersHost:
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
-        owners, prompts = drawn_prompts(
-            concepts, calibration, generator, denoises=denoises, empty=bool(share) and not denoises
-        )
         wording = Wording(self._vocabulary, concepts, generator)
+        owners, prompts = drawn_prompts(
+            concepts,
+            calibration,
+            wording,
+            generator,
+            denoises=denoises,
+            empty=bool(share) and not denoises,
+        )
         if not denoises:
             said = in_contexts(owners, prompts, concepts, calibration, wording)
             text = TextRows.of(owners, said)

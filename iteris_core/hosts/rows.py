@@ -17,6 +17,8 @@ from ..concepts import Calibration, Concept
 
 GENERIC = "generic"
 """What the concept of generic prompts is called."""
+_REPEATS = 2
+"""How often a prompt counts, with other noise each time."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of those of one that has one."""
 
@@ -65,22 +67,36 @@ def generic_concept(
 def drawn_prompts(
     concepts: Sequence[Concept],
     calibration: Calibration,
+    wording: Wording,
     generator: torch.Generator,
     *,
     denoises: bool,
     empty: bool,
 ) -> tuple[list[int], list[str]]:
-    """The concept and the prompt of every sample. What ``denoises`` has none of concepts without a
-    LoRA, whose rows take the latents of others (:func:`row_texts`). With ``empty`` each concept has
-    the empty prompt once more, as where no denoiser runs whose rows could have it."""
+    """The concept and the prompt of every sample. Where a concept has few prompts, one that comes a
+    third time carries further words from then on, if any do. What ``denoises`` has no samples of
+    concepts without a LoRA, whose rows take the latents of others (:func:`row_texts`). With
+    ``empty`` each concept has the empty prompt once more, as where no denoiser runs whose rows
+    could have it."""
     prompts = [
         concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
         for concept in concepts
     ]
+    if calibration.contexts:
+        prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
     if empty:
         prompts = [[*of_concept, ""] for of_concept in prompts]
     owners = [concept for concept, of_concept in enumerate(prompts) for _ in of_concept]
     return owners, [prompt for of_concept in prompts for prompt in of_concept]
+
+
+def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
+    seen: Counter[str] = Counter()
+    found: list[str] = []
+    for prompt in prompts:
+        seen[prompt] += 1
+        found.append(wording.in_context(prompt) if seen[prompt] > _REPEATS else prompt)
+    return found
 
 
 def drawn_steps(
@@ -99,12 +115,23 @@ def in_contexts(
     calibration: Calibration,
     wording: Wording,
 ) -> list[str]:
-    """``prompts``, of which a share of each concept's carry further words; the empty one stays."""
-    chosen = wording.chosen(len(prompts), calibration.contexts)
+    """``prompts``, of which a share of each concept's carry further words: the calibration's, and
+    more where the concept has few prompts. The empty prompt stays."""
+    if not calibration.contexts:
+        return list(prompts)
+    shares = [_context_share(concept, calibration) for concept in concepts]
+    chosen = wording.chosen([shares[owner] for owner in owners])
     return [
-        wording.in_context(p) if more and p and concepts[o].lora is not None else p
-        for o, p, more in zip(owners, prompts, chosen, strict=True)
+        wording.in_context(prompt) if more and prompt else prompt
+        for prompt, more in zip(prompts, chosen, strict=True)
     ]
+
+
+def _context_share(concept: Concept, calibration: Calibration) -> float:
+    if concept.lora is None:
+        return 0.0
+    distinct = len({p for pool in prompt_pools(concept, calibration) for p in pool})
+    return max(calibration.contexts, 1 - _REPEATS * distinct / calibration.samples)
 
 
 def row_texts(
@@ -149,7 +176,7 @@ def fewest_prompts(text: TextRows, concepts: Sequence[Concept], calibration: Cal
     have a LoRA: with other noise a prompt counts once more."""
     prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
     own = [prompts[o] for o, concept in enumerate(concepts) if concept.lora is not None]
-    return min(calibration.samples, 2 * min(own, default=0))
+    return min(calibration.samples, _REPEATS * min(own, default=0))
 
 
 def _preserved_rows(rows: int) -> int:
