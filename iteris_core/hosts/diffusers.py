@@ -232,6 +232,7 @@ class DiffusersHost:
             run,
             places=True,
             picture=recorded.picture(arguments.drawn),
+            patches=recorded.patches(arguments.drawn, self._loop.denoisers[name]),
             kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             rows=rows,

@@ -45,6 +45,8 @@ class Stage:
     their end, while the forwards of other stages may be left behind their last site.
     ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
     ``picture`` is (…, height, width) of a row's latents (None: unknown).
+    ``patches`` are the sides of a token's patch, in latents: a transformer has one, a UNet one for
+    each level.
     ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
     ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
     memory is measured (None: that with the most tokens by ``mask``, or the first).
@@ -62,6 +64,7 @@ class Stage:
     feeds: bool = False
     places: bool = False
     picture: Sequence[int] | None = None
+    patches: Sequence[int] = (1, 2, 4, 8)
     kinds: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None
