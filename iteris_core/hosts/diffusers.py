@@ -112,6 +112,7 @@ class DiffusersHost:
                 yield self._phrases.in_force
         finally:
             self._phrases = None
+            self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """What the pipeline is given for each concept's prompt."""
