@@ -112,7 +112,7 @@ def merge_loras(
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         changes = changes_of(concepts)
         check_sites(host, changes)
-        sweep = getattr(settings, "schedule", "") == "sweep"
+        sweep = chosen.sweeps(settings)
         found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
