@@ -7,8 +7,10 @@ import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
+from iteris_core.linalg.lowrank import cut_factors
 from iteris_core.methods.registry import all_methods
 from iteris_core.preview import preview_merge
+from iteris_core.report.provenance import cut_lora, is_ordered
 
 SITES = ("q", "up")
 
@@ -71,6 +73,18 @@ def test_or_it_has_the_mean(model, why):
     assert f"{why}; they have the mean" in result.report.summary()
     one, two = (concept.lora.sites["up"].dense() for concept in some)
     torch.testing.assert_close(result.lora.sites["up"].dense(), (one + 2 * two) / 3)
+
+
+def test_a_mean_is_cut_to_a_rank_at_its_best():
+    """As with the rank of the node that saves a LoRA."""
+    host = PictureHost(Half(), make_data())
+    result = merge_loras(host, concepts(), unmergeable="mean")
+    assert is_ordered(result.report)
+    whole = result.lora.sites["up"]
+    cut = cut_lora(result.lora, 2, ordered=True).sites["up"]
+    best = cut_factors(whole, 2)[0]
+    assert cut.rank == 2
+    torch.testing.assert_close(cut.dense(), best.dense())
 
 
 def test_nothing_is_left_of_it():

@@ -21,6 +21,7 @@ from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
 from iteris_core.errors import IterisError
+from iteris_core.linalg.lowrank import at_rank, cut_factors
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.registry import all_methods
 from iteris_core.solve.router import Router
@@ -97,6 +98,14 @@ def test_every_method_merges_under_autocast(method):
     with torch.autocast("cpu", torch.bfloat16):
         lora = merge_loras(host, concepts, method).lora
     assert difference(lora, dense_changes(plain)) < 0.1
+
+
+def test_a_site_without_inputs_is_cut_to_a_rank_at_its_best():
+    data = [torch.zeros(2, 12, 12, dtype=torch.float64) for _ in range(2)]
+    whole = merge([make_lora(1), make_lora(2)], data).lora.sites["q"]
+    assert whole.rank == 4
+    first = at_rank(whole, 2, ordered=True)
+    torch.testing.assert_close(first.dense(), cut_factors(whole, 2)[0].dense())
 
 
 @pytest.mark.parametrize("kind", [Router, Subspace])
