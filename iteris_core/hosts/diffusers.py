@@ -24,6 +24,7 @@ from ..architectures.sites import in_changed_parts, residual_streams
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from .checkpointing import without_checkpointing
 from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
@@ -147,6 +148,10 @@ class DiffusersHost:
         return DiffusionSamples(text, arguments, recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
+        with without_checkpointing(self._models()):
+            return self._forward(samples, rows)
+
+    def _forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
         if recorded is None:  # rows are those of the texts
@@ -237,6 +242,7 @@ class DiffusersHost:
             kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             rows=rows,
+            gradients=partial(without_checkpointing, self._models()),
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
