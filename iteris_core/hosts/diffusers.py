@@ -31,7 +31,7 @@ from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import Calls
 from .learned_tokens import Phrases, in_force
-from .protocol import Stage, Tick, check_eval, check_model
+from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import TextRows, drawn_prompts, row_texts
 
@@ -131,7 +131,7 @@ class DiffusersHost:
         tick: Tick,
     ) -> DiffusionSamples:
         for model in self._models():
-            check_eval(model)
+            check_ready(model)
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0

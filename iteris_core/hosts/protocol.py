@@ -145,8 +145,10 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_eval(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where dropout would make every forward another."""
+def check_ready(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where dropout would make every forward another, and where adapters
+    were put on the model since :func:`check_model`."""
+    check_model(model)
     if model.training:
         raise IterisError(
             f"{type(model).__name__} is in training mode, in which dropout makes what it gives "

@@ -1,0 +1,27 @@
+"""A base that is no longer as it was when its host was made, or that cannot wait, is refused."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, inject_adapter_in_model
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.errors import IterisError
+
+
+def merge(host, method: str = "iteris"):
+    concepts = [Concept(random_lora(host, seed), prompts=["a dog"]) for seed in (1, 2)]
+    calibration = Calibration(samples=2, timesteps=1, denoising_steps=1)
+    return merge_loras(host, concepts, method, calibration=calibration)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_adapters_that_were_put_on_later_are_refused(host, component):
+    lora = random_lora(host, 1)
+    concepts = [Concept(lora, prompts=["a dog"])]
+    targets = ["to_q"] if component == "unet" else ["q_proj"]
+    config = LoraConfig(target_modules=targets)
+    inject_adapter_in_model(config, getattr(host.pipeline, component))
+    with pytest.raises(IterisError, match="has adapters loaded"):
+        merge_loras(host, concepts)
