@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import random_lora
 
@@ -25,3 +26,27 @@ def test_adapters_that_were_put_on_later_are_refused(host, component):
     inject_adapter_in_model(config, getattr(host.pipeline, component))
     with pytest.raises(IterisError, match="has adapters loaded"):
         merge_loras(host, concepts)
+
+
+def grouped(host, kind: str) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        host.pipeline.unet, onload_device=cpu, offload_device=cpu, offload_type=kind, **more
+    )
+
+
+def test_offload_in_groups_of_blocks_is_refused(host):
+    grouped(host, "block_level")
+    with pytest.raises(IterisError, match=r'groups of blocks.*offload_type="leaf_level"'):
+        merge(host)
+
+
+def test_offload_layer_by_layer_is_taken(host):
+    plain = merge(host).lora
+    grouped(host, "leaf_level")
+    found = merge(host).lora
+    for site, change in plain.sites.items():
+        assert torch.equal(change.up, found.sites[site].up)

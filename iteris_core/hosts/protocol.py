@@ -146,11 +146,24 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where dropout would make every forward another, and where adapters
-    were put on the model since :func:`check_model`."""
+    """Raise :class:`IterisError` where dropout would make every forward another, where adapters
+    were put on the model since :func:`check_model`, and where diffusers offloads it by blocks:
+    while a row waits in a block, another one that leaves it takes the weights off the device."""
     check_model(model)
+    if any(_in_blocks(module) for module in model.modules()):
+        raise IterisError(
+            f"{type(model).__name__} is offloaded in groups of blocks, whose weights leave the "
+            'device while rows wait in a block; offload it with offload_type="leaf_level", or by '
+            "enable_model_cpu_offload()."
+        )
     if model.training:
         raise IterisError(
             f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
             "random; call its eval() first."
         )
+
+
+def _in_blocks(module: Any) -> bool:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    config = getattr(hooks.get("group_offloading"), "config", None)
+    return getattr(config, "offload_type", None) == "block_level"  # an enumeration of strings
