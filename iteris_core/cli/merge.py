@@ -35,8 +35,8 @@ from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
 from .options import given, read_lines
 from .pictures import open_picture
-from .recipe import check_cut, cut_again, read_recipe
-from .saving import check_merge, lines_of_embeddings, save_lora, save_or_keep
+from .recipe import cut_again, read_recipe
+from .saving import lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
 _ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "preserve_weight")
@@ -111,7 +111,6 @@ def merge(
             _refuse("--from; --concept names the LoRAs' files itself.", loras=loras)
         method, pairs = method or "iteris", setting or []
         asked = ask(file, base, method, concept or [], loras, pairs, sampling, unmergeable)
-        check_cut(asked.cut or {})
     base, adapter = asked.base, asked.adapter
     if preserve is not None:
         _refuse(_ONLY.format(base), preserve=preserve if adapter else None)
@@ -153,9 +152,7 @@ def merge(
         call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
         host = DiffusersHost(load_base(base, device, dtype=base_dtype, offload=offload), **call)
         reading = ReadOptions(allow_partial, energy)
-        concepts = read_concepts(asked.concepts, host, reading, rename or [])
-        check_merge(concepts, output, layout, overwrite=overwrite)
-        return host, concepts
+        return host, read_concepts(asked.concepts, host, reading, rename or [])
 
     how: dict[str, Any] = {
         "method": asked.method.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -80,34 +79,26 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     folders = [*([loras] if loras is not None else []), path.parent, Path()]
     after: dict[str, Any] = dict(found["cut"])
     if "strength" in found:
-        after["strength"] = found["strength"]
-    check_cut(after)
+        after["strength"] = _number(found["strength"])
     found["cut"] = after
     return Recipe(**{name: found[name] for name in _KINDS}, folders=folders)
 
 
 def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
     """``result`` at the strength and the rank to which the file was brought after its merge."""
-    result = replace(result, lora=scaled_lora(result.lora, cut.get("strength", 1.0)))
+    result = replace(result, lora=scaled_lora(result.lora, _number(cut.get("strength", 1.0))))
     if "rank" not in cut:
         return result
-    return replace(result, lora=cut_lora(result.lora, cut["rank"], ordered=cut["ordered"]))
+    rank, ordered = cut.get("rank"), cut.get("ordered")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
+        raise IterisError(f"The recipe has a broken cut {dict(cut)}.")
+    return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
 
 
-def check_cut(cut: Mapping[str, Any]) -> None:
-    """Raise :class:`IterisError` where :func:`cut_again` could not follow ``cut``, before any work
-    is done."""
-    strength = cut.get("strength", 1.0)
-    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not is_number or not math.isfinite(strength):
-        raise IterisError(f"The recipe has a broken strength {strength!r}; give a finite number.")
-    rank, ordered = cut.get("rank", 1), cut.get("ordered", None if "rank" in cut else True)
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not whole or not isinstance(ordered, bool) or cut.keys() - {"rank", "ordered", "strength"}:
-        raise IterisError(
-            f"The recipe has a broken cut {dict(cut)}; it takes rank (1 or more) with ordered "
-            "(true or false), and strength (a number)."
-        )
+def _number(strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise IterisError(f"The recipe has a broken strength {strength!r}.")
+    return strength
 
 
 def concepts_of(recipe: Recipe) -> list[ConceptOption]:

@@ -8,43 +8,23 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..concepts import Concept
 from ..errors import SaveError
 from ..lora import Lora
-from ..lora_files import Layout, check_writable, write_loras
+from ..lora_files import Layout, write_loras
 from ..lora_files.embeddings import embedding_targets
 from ..lora_files.experts import expert_files, second_of, split_experts
 from ..lora_files.metadata import trigger_phrases
-from ..report.provenance import join_embeddings
 
 
 def save_lora(
     lora: Lora, path: Path, *, layout: Layout | None, dtype: str, overwrite: bool
 ) -> list[Path]:
     """Write a LoRA to ``path``, or that of two experts to a file each."""
-    return write_loras(_files(lora, path), layout=layout, dtype=dtype, overwrite=overwrite)
-
-
-def _files(lora: Lora, path: Path) -> dict[Path, Lora]:
     denoiser = lora.base.architecture.denoiser if lora.base is not None else ""
+    parts = {path: lora}
     if any(site.startswith(f"{second_of(denoiser)}.") for site in lora.sites):
-        return dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
-    return {path: lora}
-
-
-def check_merge(
-    concepts: Sequence[Concept], path: Path, layout: Layout | None, *, overwrite: bool
-) -> None:
-    """Raise :class:`IterisError` where the merge of ``concepts`` could not be written to ``path``:
-    a site has no name in ``layout``, or a file of an embedding exists."""
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    merged = Lora(
-        {site: change for lora in loras for site, change in lora.sites.items()},
-        base=next((lora.base for lora in loras if lora.base is not None), None),
-        embeddings=join_embeddings(concepts).embeddings,
-    )
-    for file, part in _files(merged, path).items():
-        check_writable(part, file, layout, overwrite=overwrite)
+        parts = dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
+    return write_loras(parts, layout=layout, dtype=dtype, overwrite=overwrite)
 
 
 def save_or_keep(path: Path, write: Callable[[Path], Sequence[Path]]) -> Sequence[Path]:

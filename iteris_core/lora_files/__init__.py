@@ -8,15 +8,7 @@ leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
 from .aliases import BaseModel, base_model, released_base
 from .read import ReadOptions, read_lora_file
 from .tensors import read_tensors
-from .write import (
-    DTYPES,
-    Layout,
-    check_target,
-    check_writable,
-    to_tensors,
-    write_lora,
-    write_loras,
-)
+from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
 __all__ = [
     "DTYPES",
@@ -25,7 +17,6 @@ __all__ = [
     "ReadOptions",
     "base_model",
     "check_target",
-    "check_writable",
     "read_lora_file",
     "read_tensors",
     "released_base",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -167,30 +167,16 @@ def check_target(path: Path, layout: str | None, dtype: str, overwrite: bool) ->
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
-def check_writable(lora: Lora, path: Path, layout: Layout | None, *, overwrite: bool) -> None:
-    """Raise :class:`IterisError` where a merge on the sites and with the embeddings of ``lora``
-    could not be written to ``path``, whatever its values are."""
-    if (layout or _own_layout(lora)) == "kohya":
-        _kohya_names(lora.base or _unknown_base(lora), lora.sites.keys())
-    embedding_targets(path, list(lora.embeddings), overwrite)
-
-
-def _kohya_names(base: BaseModel, sites: Set[str]) -> dict[str, Alias]:
-    """The names to write for ``sites``."""
-    names = {n: a for n, a in base.written.items() if any(piece.site in sites for piece in a)}
-    missing = sites - {piece.site for alias in names.values() for piece in alias}
+def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Modules under the names to write, fused where those are."""
+    names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
+    missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
     if missing:
         raise IterisError(
             f"Site {min(missing)} has no name in kohya layout for a base of "
             f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
             "which says what base it has."
         )
-    return names
-
-
-def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Modules under the names to write, fused where those are."""
-    names = _kohya_names(base, stored.keys())
     components: dict[str, dict[str, Factors]] = {}
     for name, alias in names.items():
         component = alias[0].site.partition(".")[0]
