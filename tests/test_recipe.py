@@ -24,10 +24,10 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import rename_embeddings
+from iteris_core.cli.concept_options import parse_concept, read_concepts, rename_embeddings
 from iteris_core.cli.recipe import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.lora_files import read_lora_file
+from iteris_core.lora_files import ReadOptions, read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.report.provenance import with_cut, with_run
@@ -481,3 +481,14 @@ def test_no_path_of_this_machine_goes_into_a_file(base, name, tmp_path, monkeypa
     folder = write_adapter(simple("a"), tmp_path / "adapter", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == name
+
+
+def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
+    host = DiffusersHost(make_pipeline())
+    lora = replace(random_lora(host, 1), embeddings={"<toy>": {"clip_l": torch.ones(1, 32)}})
+    option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
+    (concept,) = read_concepts([option], host, ReadOptions(), ["one:<toy>=bear"])
+    assert list(concept.lora.embeddings) == ["bear"]
+    for text in ("tyo=bear", "two:<toy>=bear"):
+        with pytest.raises(IterisError, match=r"fits no embedding .* which bring one:<toy>"):
+            read_concepts([option], host, ReadOptions(), [text])
