@@ -9,6 +9,7 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.errors import IterisError
+from iteris_core.hosts.diffusers import DiffusersHost
 
 
 def merge(host, method: str = "iteris"):
@@ -50,3 +51,15 @@ def test_offload_layer_by_layer_is_taken(host):
     found = merge(host).lora
     for site, change in plain.sites.items():
         assert torch.equal(change.up, found.sites[site].up)
+
+
+def test_a_compiled_denoiser_is_called_so(pipeline):
+    pipeline.unet = torch.compile(pipeline.unet)
+    with pytest.raises(IterisError, match="UNet2DConditionModel is compiled"):
+        DiffusersHost(pipeline)
+
+
+def test_a_block_that_is_compiled_later_is_refused(host):
+    host.pipeline.unet.mid_block.compile()
+    with pytest.raises(IterisError, match="UNet2DConditionModel is compiled"):
+        merge(host)

@@ -18,6 +18,7 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
 from ..lora_files.aliases import file_names
 from .diffusers_converters import by_loader
+from .protocol import check_uncompiled
 
 COMPONENTS = (
     *("unet", "transformer", "transformer_2"),
@@ -26,11 +27,13 @@ COMPONENTS = (
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules of every component of the pipeline that a LoRA may change."""
+    """Linear and Conv2d modules of every component of the pipeline that a LoRA may change. Raises
+    :class:`IterisError` where a component is compiled."""
     sites: dict[str, nn.Module] = {}
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
         if isinstance(model, nn.Module):
+            check_uncompiled(model)
             sites |= named_sites(name, model)
     return sites
 

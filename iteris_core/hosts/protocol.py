@@ -137,11 +137,24 @@ class Host(Protocol):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where peft's layers stand in place of the model's own."""
+    """Raise :class:`IterisError` where peft's layers stand in place of the model's own, and as
+    :func:`check_uncompiled` does."""
+    check_uncompiled(model)
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise IterisError(
             f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
             "Take them off (pipeline.unload_lora_weights() or model.unload()), or load it anew."
+        )
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raise :class:`IterisError` for what torch.compile has made: it does not see hooks that come
+    later."""
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise IterisError(
+            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and "
+            "a merge needs the model as it is; merge on a pipeline that is loaded anew, and compile "
+            "behind the merge."
         )
 
 
