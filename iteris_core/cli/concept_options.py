@@ -209,11 +209,8 @@ def read_concepts(
     concepts = [_read(option, host, reading, renames) for option in options]
     for text in renames:
         if not any(_has_new_name(text, concept.lora) for concept in concepts):
-            brought = [
-                f"{concept.lora.name}:{name}"
-                for concept in concepts
-                for name in (concept.lora.embeddings if concept.lora is not None else ())
-            ]
+            loras = [concept.lora for concept in concepts if concept.lora is not None]
+            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
             raise IterisError(
                 f"--rename {text!r} fits no embedding of these LoRAs, which bring "
                 f"{', '.join(brought) or 'none'}."

@@ -153,8 +153,8 @@ def check_uncompiled(model: nn.Module) -> None:
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise IterisError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and "
-            "a merge needs the model as it is; merge on a pipeline that is loaded anew, and compile "
-            "behind the merge."
+            "a merge needs the model as it is; merge on a pipeline that is loaded anew, and "
+            "compile behind the merge."
         )
 
 
