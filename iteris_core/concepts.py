@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,14 @@ class Concept:
             raise SettingsError(
                 f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
             )
-        if not self.weight >= 0:
-            raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
+        if not 0 <= self.weight < math.inf:
+            raise SettingsError(
+                f"{self.name}: weight must be 0 or more and finite, not {self.weight}."
+            )
+        for name in ("strength", "text_strength"):
+            strength = getattr(self, name)
+            if strength is not None and not math.isfinite(strength):
+                raise SettingsError(f"{self.name}: {name} must be finite, not {strength}.")
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:

@@ -16,6 +16,7 @@ from .concepts import Calibration, Concept
 from .errors import IterisError, MergeCancelled, SettingsError
 from .hosts.learned import Calls, calls_of
 from .hosts.protocol import Host
+from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
@@ -116,7 +117,7 @@ def merge_loras(
             noted.append((generic.name, [_generic_note(generic)]))
         changes = changes_of(calibrated)
         check_sites(host, changes)
-        sweep = getattr(settings, "schedule", "") == "sweep"
+        sweep = chosen.sweeps(settings)
         found = unmergeable_sites(
             host, calibrated, changes, calibration, tick, outlook, sweep=sweep
         )
@@ -183,9 +184,11 @@ def merge_loras(
 def _means(
     concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
 ) -> dict[str, tuple[LowRank, SiteReport]]:
-    """The mean of the LoRAs' changes at ``sites``, fitted to nothing."""
+    """The mean of the LoRAs' changes at ``sites``, fitted to nothing; its components in the order
+    of their energy, so that a later cut to a rank keeps the best ones."""
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: changes[s].mean(weights, changes[s].like.up.dtype) for s in sites}
+    means = {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 

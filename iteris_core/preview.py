@@ -77,7 +77,7 @@ def preview_merge(
         if on_progress is not None:
             on_progress(outlook.forecast.tick(what, done, total))
 
-    sweep = getattr(chosen_settings, "schedule", "") == "sweep"
+    sweep = chosen.sweeps(chosen_settings)
     found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
     kept = {site: some for site, some in changes.items() if site not in found}
     plan: list[str] = []

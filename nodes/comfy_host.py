@@ -318,6 +318,7 @@ class ComfyHost:
             run,
             places=True,
             picture=latents.shape[2:],
+            patches=denoiser.patches,
             kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             gradients=training,

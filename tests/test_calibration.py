@@ -90,9 +90,17 @@ def test_settings_out_of_range_are_errors(settings):
         Calibration(**settings)
 
 
-def test_a_negative_weight_is_an_error():
-    with pytest.raises(SettingsError, match="weight must be 0 or more"):
-        Concept(None, prompts=["a"], weight=-1)
+@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
+def test_a_weight_that_cannot_be_is_an_error(weight):
+    with pytest.raises(SettingsError, match="weight must be 0 or more and finite"):
+        Concept(None, prompts=["a"], weight=weight)
+
+
+@pytest.mark.parametrize("name", ["strength", "text_strength"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_strength_that_is_not_finite_is_an_error(name, value):
+    with pytest.raises(SettingsError, match=f"sks: {name} must be finite"):
+        Concept(None, trigger="sks", **{name: value})
 
 
 @pytest.mark.parametrize("kind", ["subject", "style", "tags", "video"])

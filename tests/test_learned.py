@@ -59,6 +59,8 @@ BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
         (BOTH, {"trigger": "", "subjects": ["toy dog", "<cat> cat"]}, {"toy", "<cat>"}, []),
         (BOTH, {"trigger": "toy"}, {"toy"}, ["<cat>"]),
         (BOTH, {"trigger": "sks"}, set(), ["toy", "<cat>"]),  # which of them, nothing says
+        (BOTH | {"<>": ONE["toy"]}, {"trigger": "toy <cat>"}, {"toy", "<cat>"}, ["<>"]),
+        (BOTH | {"  ": ONE["toy"]}, {"trigger": "toy  <cat>"}, {"toy", "<cat>"}, ["  "]),
     ],
 )
 def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):

@@ -83,3 +83,11 @@ def test_plots_are_drawn(tmp_path):
     average = merge_loras(None, [Concept(make_lora(1))], "average").report
     with pytest.raises(IterisError, match="measures no output errors"):
         plot_residuals(average)
+
+
+def test_what_was_not_measured_is_null_in_json():
+    """Of a method that only looks at weights there is no condition and no error."""
+    report = merge_loras(None, [Concept(make_lora(seed)) for seed in (1, 2)], "sum").report
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["sites"]["q"]["condition"] is None
+    assert data["residuals"]["lora-1"] == {"before": None, "after": None}

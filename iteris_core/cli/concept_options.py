@@ -204,8 +204,24 @@ def read_concepts(
     renames: Sequence[str] = (),
 ) -> list[Concept]:
     """The concepts with their LoRAs. Where nothing says how to call for one, its file's metadata
-    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own."""
-    return [_read(option, host, reading, renames) for option in options]
+    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
+    each has to fit an embedding."""
+    concepts = [_read(option, host, reading, renames) for option in options]
+    for text in renames:
+        if not any(_has_new_name(text, concept.lora) for concept in concepts):
+            loras = [concept.lora for concept in concepts if concept.lora is not None]
+            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
+            raise IterisError(
+                f"--rename {text!r} fits no embedding of these LoRAs, which bring "
+                f"{', '.join(brought) or 'none'}."
+            )
+    return concepts
+
+
+def _has_new_name(rename: str, lora: Lora | None) -> bool:
+    left, _, new = rename.partition("=")
+    owner = left.rpartition(":")[0]
+    return lora is not None and new in lora.embeddings and owner in ("", lora.name)
 
 
 def _read(

@@ -25,13 +25,14 @@ from ..calibration_prompts import Wording, whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from .checkpointing import without_checkpointing
 from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import Calls
 from .learned_tokens import Phrases, in_force
-from .protocol import Stage, Tick, check_eval, check_model
+from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import (
     TextRows,
@@ -132,6 +133,7 @@ class DiffusersHost:
                 yield self._phrases.in_force
         finally:
             self._phrases = None
+            self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """What the pipeline is given for each concept's prompt."""
@@ -149,7 +151,7 @@ class DiffusersHost:
         tick: Tick,
     ) -> DiffusionSamples:
         for model in self._models():
-            check_eval(model)
+            check_ready(model)
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
@@ -184,6 +186,10 @@ class DiffusersHost:
         return DiffusionSamples(text, arguments, worth, recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
+        with without_checkpointing(self._models()):
+            return self._forward(samples, rows)
+
+    def _forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
         if recorded is None:  # rows are those of the texts
@@ -278,10 +284,12 @@ class DiffusersHost:
             run,
             places=True,
             picture=recorded.picture(arguments.drawn),
+            patches=recorded.patches(arguments.drawn, self._loop.denoisers[name]),
             kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             samples=samples.worth,
             rows=rows,
+            gradients=partial(without_checkpointing, self._models()),
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:

@@ -121,6 +121,7 @@ class MergeReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN and no infinity: None stands for what was not measured."""
         data = asdict(self)
         data["sentence"] = self.sentence()
         data["converged"] = self.converged
@@ -128,7 +129,7 @@ class MergeReport:
             name: {"before": before, "after": after}
             for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
         }
-        return data
+        return _in_json(data)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -158,6 +159,16 @@ class MergeReport:
             lines += [f"  {name}: {note}" for note in notes]
         sentence = self.sentence()
         return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _in_json(one) for key, one in value.items()}  # pyright: ignore
+    if isinstance(value, (list, tuple)):
+        return [_in_json(one) for one in value]  # pyright: ignore
+    return value
 
 
 def block_of(site: str) -> str:
