@@ -61,6 +61,22 @@ class Concept:
     kind: PromptKind = "subject"
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, str | Path):
+            raise SettingsError(
+                f"Concept({str(self.lora)!r}): a concept has a LoRA, not the name of a file; give "
+                f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
+            )
+        for name in ("prompts", "subjects"):
+            if isinstance(getattr(self, name), str):
+                raise SettingsError(
+                    f"{self.name}: {name} must be a list of texts, not one text; give "
+                    f"{name}=[{getattr(self, name)!r}]."
+                )
+        for name in ("strength", "text_strength", "weight"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number or (value is None and name == "text_strength")):
+                raise SettingsError(f"{self.name}: {name} must be a number, not {value!r}.")
         if self.kind not in KINDS:
             raise SettingsError(
                 f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,12 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
     return value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def read_lines(path: Path) -> list[str]:
