@@ -126,8 +126,8 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     strength = ":".join(words.split(":")[2:])
     if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
         raise IterisError(
-            f"--concept {text!r}: the strength must be a number such as 0.8, or two such as 0.8/0.5 "
-            f"(the model's and the text encoders'), not {strength!r}."
+            f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
+            f"0.8/0.5 (the model's and the text encoders'), not {strength!r}."
         )
     parts = _SHORT.fullmatch(text)
     if parts is not None:

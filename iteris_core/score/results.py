@@ -3,52 +3,85 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
 
+from ..errors import IterisError, SaveError, brief
 from ..saving import atomically
 from .compare import Comparison
 from .page import html_details, html_gallery, html_page, html_table, png_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
 
+_FIGURES = "comparison.json"
 _LEAD = (
-    "<p>image: mean CLIP cosine to the reference pictures of a concept. text: CLIP cosine to the "
-    "prompt without its rare tokens. mean: half of each. {} A heading sorts.</p>"
+    "<p>image: mean CLIP cosine to the reference pictures of a concept, on the prompts that name "
+    "it and no other (or, without such, on all that name it). text: CLIP cosine to the prompt "
+    "without its rare tokens. mean: half of each. {} A heading sorts.</p>"
 )
 
 
 def mean_rows(comparisons: Sequence[Comparison]) -> Rows:
     """method → column → value: of one composition its own, over its seeds; of several the means
-    over them, with each composition's concepts taken together."""
+    over them, with each composition's concepts, and its LoRAs alone, taken together."""
     if len(comparisons) == 1:
         return comparisons[0].rows
+    together = [_together(comparison) for comparison in comparisons]
     found: dict[str, dict[str, Stat]] = {}
-    for method in comparisons[0].rows:
-        rows = [_together(comparison.rows[method]) for comparison in comparisons]
+    for method in together[0]:
+        rows = [rows[method] for rows in together if method in rows]
         found[method] = {
             column: over_compositions([row[column] for row in rows]) for column in rows[0]
         }
     return found
 
 
-def _together(row: Mapping[str, Stat]) -> dict[str, float]:
-    """``image 1``, ``image 2``, … as one ``image``."""
-    groups: dict[str, list[float]] = {}
-    for column, stat in row.items():
-        name, _, number = column.rpartition(" ")
-        groups.setdefault(name if number.isdigit() else column, []).append(stat.mean)
-    return {name: fmean(values) for name, values in groups.items()}
+def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """``image sks``, ``image zwx``, … as one ``image``, and so the rows ``alone sks``, …"""
+
+    def common(name: str) -> str:
+        first, _, label = name.partition(" ")
+        return first if label in comparison.concepts else name
+
+    values: dict[str, dict[str, list[float]]] = {}
+    for method, row in comparison.rows.items():
+        groups = values.setdefault(common(method), {})
+        for column, stat in row.items():
+            groups.setdefault(common(column), []).append(stat.mean)
+    return {
+        method: {column: fmean(some) for column, some in groups.items()}
+        for method, groups in values.items()
+    }
+
+
+def check_results_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where :func:`write_results` could not write, or would replace the
+    results of another comparison, before any work is done. Nothing is made."""
+    if folder.exists() and not folder.is_dir():
+        raise IterisError(f"{folder} is a file; give a folder for the results.")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise SaveError(f"{folder} cannot be made: {there} is no folder that can be written to.")
+    if not overwrite and (folder / _FIGURES).exists():
+        raise IterisError(
+            f"{folder} has the results of a comparison; give another folder, or --overwrite."
+        )
 
 
 def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     """comparison.json, .csv, .md, index.html and a sheet of each composition, all of them or none;
     returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{folder} cannot be made ({brief(error)}); give another folder.") from (
+            error
+        )
     rows = mean_rows(comparisons)
     names = [" + ".join(comparison.concepts) for comparison in comparisons]
     sheets = {
@@ -64,7 +97,7 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
         ],
     }
     files = {
-        "comparison.json": json.dumps(data, indent=1).encode(),
+        _FIGURES: json.dumps(data, indent=1).encode(),
         "comparison.csv": csv_table(rows).encode(),
         "comparison.md": markdown_table(rows).encode(),
         "index.html": _page(rows, comparisons, names).encode(),
@@ -85,7 +118,7 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _first(comparison: Comparison) -> dict[str, list[Image.Image]]:
+def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
     """method → the picture of every prompt's first seed."""
     every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
     return {name: list(some[::every]) for name, some in comparison.pictures.items()}
