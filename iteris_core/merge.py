@@ -95,6 +95,8 @@ def merge_loras(
     settings, calibration = settings_over(preset, method, settings, calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
+    _check_types(host, concepts)
+    left_out = [concept.name for concept in concepts if not concept.counts]
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
     learned: list[tuple[str, list[str]]] = []
@@ -149,7 +151,9 @@ def merge_loras(
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    for name, more in (*learned, ("sites", ran.notes), ("embeddings", joined.warnings)):
+    zero = [(name, ["left out of the merge: its strength or weight is 0"]) for name in left_out]
+    more_notes = (*zero, *learned, ("sites", ran.notes), ("embeddings", joined.warnings))
+    for name, more in more_notes:
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -163,6 +167,7 @@ def merge_loras(
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
+        preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
@@ -172,6 +177,21 @@ def merge_loras(
         embeddings=joined.embeddings,
     )
     return MergeResult(lora, report)
+
+
+def _check_types(host: Any, concepts: Any) -> None:
+    """Raise :class:`SettingsError` for what callers pass in the place of a host and concepts."""
+    if host is not None and not callable(getattr(host, "stages", None)):
+        raise SettingsError(
+            f"host must run the base model, and {type(host).__name__} is no host; pass "
+            "DiffusersHost(pipeline) or TransformersHost(model)."
+        )
+    others = [one for one in concepts if not isinstance(one, Concept)]
+    if others:
+        raise SettingsError(
+            f"concepts must be a list of Concept, not of {type(others[0]).__name__}; pass "
+            "[Concept(host.read_lora(file), trigger=…), …]."
+        )
 
 
 def _means(
