@@ -162,7 +162,10 @@ def check_target(path: Path, layout: str | None, dtype: str, overwrite: bool) ->
     if path.suffix != ".safetensors":
         raise IterisError(f"{path} must end in .safetensors.")
     if path.exists() and not overwrite:
-        raise IterisError(f"{path} exists already; choose another name or allow overwriting.")
+        raise IterisError(
+            f"{path} exists already; choose another name, or overwrite it (--overwrite, "
+            "overwrite=True)."
+        )
     if not path.parent.is_dir():
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
