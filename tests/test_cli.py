@@ -249,14 +249,14 @@ def test_no_prompts_and_nothing_to_make_them_from(world, tmp_path, monkeypatch, 
     arguments = merge_arguments(world, out=out, extra=[f"--concept={world}/lora1.safetensors::"])
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "neither prompts nor a trigger" in err
+    assert "has no trigger word" in err
     preserve = tmp_path / "empty.txt"
     preserve.write_text("\n")
     files = [world / "lora1.safetensors"]
     arguments = merge_arguments(world, *files, out=out, extra=[f"--preserve={preserve}"])
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "empty prompt list" in err
+    assert "list of prompts is empty" in err
     assert not out.exists()
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
+import sys
+import tempfile
 
-from iteris_core import Concept, IterisError, Lora
+import pytest
+import torch
+from command_line import make_world, run
+from safetensors.torch import load_file, save_file
+from tiny import make_pipeline, random_lora
+
+from iteris_core import Concept, IterisError, Lora, merge_loras, write_lora
 from iteris_core.cli.concept_options import parse_concept
+from iteris_core.cli.options import read_lines
+from iteris_core.errors import OutOfMemory
+from iteris_core.hosts.diffusers import DiffusersHost
 
 
 @pytest.mark.parametrize(
@@ -43,3 +54,240 @@ def test_a_blank_before_a_key_does_not_make_it_a_part_of_the_class():
 def test_a_concept_of_the_wrong_types_is_refused(values, message):
     with pytest.raises(IterisError, match=message):
         Concept(**{"lora": Lora({}), "trigger": "sks", **values})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def merge(world, out, *extra, words="s1:dog"):
+    one = f"--concept={world}/lora1.safetensors:{words}"
+    return ["merge", world / "base", "-o", out, "--device=cpu", one, *extra]
+
+
+def no_base(monkeypatch):
+    """From now on loading a base fails the test."""
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--concept={tmp}/none.safetensors:a:b"], "none.safetensors does not exist"),
+        (["--concept={tmp}/pointer.safetensors:a:b"], "is a Git LFS pointer"),
+        (["--concept={tmp}/page.safetensors:a:b"], "is a web page"),
+        (["--concept={tmp}/lora.safetensors"], "lora.safetensors has no trigger word"),
+        (["--samples=0"], "samples must be at least 1"),
+        (["--set=rank=-1"], "rank must be at least 1"),
+        (["--templates={tmp}/lines.txt"], "templates must hold"),
+        (["--plot={tmp}/plot.xyz"], "the name must end in one of .png"),
+        (["--preserve={tmp}/latin.txt"], "latin.txt is no text in UTF-8 (byte 3)"),
+        (["--preserve={tmp}/zeros.txt"], "zeros.txt is no text file"),
+        (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
+         "or overwrite it (--overwrite"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found_before_the_base_is_loaded(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    no_base(monkeypatch)
+    shutil.copy(world / "lora1.safetensors", tmp_path / "lora.safetensors")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><title>Log in</title>")
+    (tmp_path / "lines.txt").write_text("a photo\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "zeros.txt").write_bytes(b"a\0b\n")
+    more = [text.format(tmp=tmp_path) for text in extra]
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("data", [
+    "\ufeffa cat\nÄ\n".encode(), "a cat\nÄ\n".encode("utf-16"), "a cat\r\n\r\nÄ".encode(),
+])  # fmt: skip
+def test_lines_are_read_without_marks_of_their_encoding(tmp_path, data):
+    (tmp_path / "lines.txt").write_bytes(data)
+    assert read_lines(tmp_path / "lines.txt") == ["a cat", "Ä"]
+
+
+def test_a_lora_is_not_overwritten_by_its_own_merge(world, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(world, tmp_path / "copy")
+    before = (folder / "lora1.safetensors").read_bytes()
+    out = tmp_path / "copy" / ".." / "copy" / "lora1.safetensors"
+    code, _, err = run(monkeypatch, capsys, *merge(folder, out, "--overwrite", "--method=average"))
+    assert code == 2
+    assert "is one of the LoRAs to merge, which would be lost" in err
+    assert (folder / "lora1.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("{tmp}/none", "does not exist: there is no such folder or file"),
+        ("none.safetensors", "does not exist"),
+        ("owner/none", "There is no folder or file of that name here"),
+        ("{tmp}", "has no model_index.json"),
+    ],
+)
+def test_a_base_that_is_not_there(world, tmp_path, monkeypatch, capsys, base, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = merge(world, tmp_path / "out.safetensors")
+    arguments[1] = base.format(tmp=tmp_path)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is no device of torch")],
+)
+def test_a_device_that_is_not_there_is_not_blamed_on_the_base(
+    world, tmp_path, monkeypatch, capsys, device, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    no_base(monkeypatch)
+    arguments = merge(world, tmp_path / "out.safetensors", f"--device={device}")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def huge(world, folder):
+    """The first LoRA with values that float16 does not hold."""
+    tensors = load_file(world / "lora1.safetensors")
+    large = {k: t.float() * 1e6 if "lora_up" in k else t.float() for k, t in tensors.items()}
+    key = next(key for key in large if "lora_up" in key)
+    large[key][0, 0] = 1e15
+    save_file(large, folder / "huge.safetensors")
+    return folder / "huge.safetensors"
+
+
+def test_a_merge_too_large_for_half_precision_is_written_as_float32(
+    world, tmp_path, monkeypatch, capsys
+):
+    out, file = tmp_path / "out.safetensors", huge(world, tmp_path)
+    extra = [f"--concept={file}:s2:cat", "--method=sum"]
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
+    assert code == 0, err
+    assert "Written as float32, not float16" in err
+    assert f"Wrote {out}" in text
+    assert {t.dtype for t in load_file(out).values()} == {torch.float32}
+    with pytest.raises(IterisError, match="too large for float16; write float32"):
+        write_lora(DiffusersHost(make_pipeline()).read_lora(out), tmp_path / "half.safetensors")
+
+
+def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypatch, capsys):
+    """Whatever refuses to write it: here a file of that name, made during the merge."""
+    out = tmp_path / "out.safetensors"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = sys.modules["iteris_core.cli.merge"]
+
+    def run_merge(*some):
+        out.write_text("mine")
+        return original(*some)
+
+    original = command.run_merge
+    monkeypatch.setattr(command, "run_merge", run_merge)
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
+    assert code == 2
+    assert "exists already" in err
+    kept = err.partition("The merge is not lost: it is in ")[2].strip().rstrip(".")
+    assert len(load_file(kept)) > 30
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--concept={lora2}:s1:cat"], "has the trigger of {lora1}, 's1'"),
+        (
+            ["--concept={lora2}:s2:cat:0"],
+            "{lora2} is left out of the merge: its strength",
+        ),
+        (["--concept={lora2},trigger=s2,prompts={lines}"], "None of the 2 prompts of {lora2} has"),
+    ],
+)
+def test_what_is_probably_not_meant_is_said_before_the_merge(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    def stop(*_):
+        raise IterisError("stop here")
+
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "run_merge", stop)
+    (tmp_path / "lines.txt").write_text("a house\na cat\n")
+    names = {
+        "lora1": world / "lora1.safetensors", "lora2": world / "lora2.safetensors",
+        "lines": tmp_path / "lines.txt",
+    }  # fmt: skip
+    more = [text.format(**names) for text in extra]
+    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
+    assert "stop here" in err
+    assert message.format(**names) in err
+
+
+def test_nothing_to_merge(world, tmp_path, monkeypatch, capsys):
+    arguments = merge(world, tmp_path / "out.safetensors", words="s1:dog:0")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "every concept has strength or weight 0" in err
+
+
+def test_a_concept_of_strength_0_is_in_the_notes(world):
+    host = DiffusersHost(make_pipeline())
+    concepts = [Concept(random_lora(host, 1), trigger="a")]
+    zero = Concept(random_lora(host, 2), trigger="b", strength=0)
+    report = merge_loras(host, [*concepts, zero], "average").report
+    assert report.notes["b"] == ["left out of the merge: its strength or weight is 0"]
+    assert "b: left out of the merge" in report.summary()
+
+
+def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "merge.yaml").write_text("base: x\nsettings:\n  rank: 2\n  rank: 3\n")
+    code, _, err = run(monkeypatch, capsys, "merge", tmp_path / "merge.yaml")
+    assert code == 2
+    assert "the key 'rank' is there twice" in err
+
+
+def test_a_pipeline_is_no_host_and_a_lora_no_concept():
+    pipeline = make_pipeline()
+    lora = random_lora(DiffusersHost(pipeline), 1)
+    with pytest.raises(IterisError, match="Pipeline is no host; pass DiffusersHost"):
+        merge_loras(pipeline, [Concept(lora, trigger="a")])
+    with pytest.raises(IterisError, match="list of Concept, not of Lora"):
+        merge_loras(DiffusersHost(pipeline), [lora])
+
+
+def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
+    weights = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
+    save_file(weights, tmp_path / "model.safetensors")
+    extra = f"--concept={tmp_path}/model.safetensors:a:b"
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", extra))
+    assert code == 2
+    assert "This is a whole model (a checkpoint), not a LoRA" in err
+
+
+def test_memory_that_runs_out_in_the_first_prompt_is_named(monkeypatch):
+    host = DiffusersHost(make_pipeline())
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 TB")
+
+    monkeypatch.setattr(host._loop, "first_call", full)
+    concepts = [Concept(random_lora(host, 1), trigger="a")]
+    with pytest.raises(OutOfMemory, match=r"ran its first prompt .* Lower latent"):
+        merge_loras(host, concepts)
+
+
+def test_the_inner_probe_does_not_warn_of_a_long_prompt(caplog):
+    pipeline = make_pipeline()
+    assert len("two cats and a dog" * 16) > pipeline.tokenizer.model_max_length
+    host = DiffusersHost(pipeline)
+    concepts = [Concept(random_lora(host, 1), trigger="a")]
+    calibration = {"samples": 1, "timesteps": 1, "latents": "noise"}
+    merge_loras(host, concepts, calibration=calibration)
+    assert "Token indices" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from ..activations.meter import is_out_of_memory
 from ..activations.processes import ALONE, Processes
 from ..concepts import Concept
-from ..errors import IterisError, brief
+from ..errors import IterisError, OutOfMemory, brief
 from ..hosts.protocol import Host
+from ..lora_files import check_file
 from ..merge import MergeResult, merge_loras
 from ..progress import OnProgress, Progress
 
@@ -60,6 +63,42 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """Raise :class:`IterisError` for a device that is not here, before anything is loaded."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise IterisError(
+            f"--device {device!r} is no device of torch; say cpu, cuda, cuda:1, …"
+        ) from error
+    backend = getattr(torch, kind, None)
+    available = getattr(backend, "is_available", None)
+    if kind == "mps":
+        available = torch.backends.mps.is_available
+    if available is not None and not available():
+        raise IterisError(
+            f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
+            "--device out for the best that there is, or say cpu; iteris doctor shows what is here."
+        )
+
+
+def check_base(base: str) -> None:
+    """Raise :class:`IterisError` for a local base of diffusers that cannot be one."""
+    path = Path(base)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise IterisError(
+            f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
+            "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
+        )
+    if path.is_file() and path.suffix == ".safetensors":
+        check_file(path)
+    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise IterisError(
+            f"The base {base!r} does not exist: there is no such folder or file, and a name on the "
+            "hub is OWNER/NAME."
+        )
+
+
 def load_base(
     base: str,
     device: str | None,
@@ -77,11 +116,16 @@ def load_base(
         StableDiffusionPipeline,
     )
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from ..hosts.diffusers_lora import single_file_pipeline
 
-    diffusers_logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     device = device or best_device()
+    check_device(device)
+    check_base(base)
     with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
             of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
@@ -112,16 +156,16 @@ def loading(base: str, what: str) -> Generator[None]:
     except IterisError:
         raise
     except Exception as error:  # the libraries raise many kinds; the message is what helps
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"Memory ran out while the base {base!r} was loaded ({brief(error)}); try "
+                "--offload model, --base-dtype bfloat16, or a device with more memory."
+            ) from error
+        here = "" if Path(base).exists() else " There is no folder or file of that name here."
         raise IterisError(
-            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a {what} or "
-            "a hub name."
+            f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
+            f"{what} or a hub name."
         ) from error
-
-
-def check_folder_of(path: Path | None) -> None:
-    """Raise :class:`IterisError` where a file could not be written, before any work is done."""
-    if path is not None and not path.parent.is_dir():
-        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
 @contextmanager
@@ -169,6 +213,7 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     """This process's part in one merge over those that ``accelerate launch`` or ``torchrun`` have
     started, and its device."""
     device = device or best_device()
+    check_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE, device
         return

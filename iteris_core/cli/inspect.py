@@ -18,7 +18,8 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
 from ..saving import atomically
-from .common import check_folder_of, load_base, option
+from .checks import check_plot
+from .common import load_base, option
 
 
 def inspect(
@@ -30,7 +31,7 @@ def inspect(
     plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
-    check_folder_of(plot)
+    check_plot(plot)
     known = _base_from(base) if base is not None else None
     found = [_read(path, known) for path in files]
     loras = [lora for lora, _ in found]

@@ -9,25 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from ..concepts import PRESERVE_WEIGHT, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, ReadOptions, check_target
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
+from ..merge import settings_over
 from ..report.provenance import with_run
 from ..saving import atomically
 from . import merge_options as options
-from .adapters import check_adapter, load_adapters
+from .adapters import load_adapters
 from .asked import ask, ask_again, with_preserved
+from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
 from .common import (
     BaseDtype,
     Device,
     Memory,
     Offload,
     bytes_of,
-    check_folder_of,
+    check_base,
+    console,
     load_base,
     run_merge,
 )
@@ -35,8 +39,8 @@ from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
 from .options import given, read_lines
 from .pictures import open_picture
-from .recipe import cut_again, read_recipe
-from .saving import lines_of_embeddings, save_lora, save_or_keep
+from .recipe import check_cut, cut_again, read_recipe
+from .saving import check_embeddings, lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
 _ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "preserve_weight")
@@ -126,8 +130,7 @@ def merge(
         _refuse(only, base_dtype=base_dtype, offload=offload, mask_image=mask_image)
         _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
         check_folder(output)
-        for one in asked.concepts:
-            check_adapter(one)
+        check_adapters(asked.concepts)
     else:
         _refuse(
             f"models of transformers; {base} is no folder with a config.json, and no --concept is "
@@ -136,12 +139,20 @@ def merge(
             model_class=model_class,
         )
         check_target(output, layout, dtype, overwrite)
-        check_folder_of(plot)
+        check_plot(plot)
+        check_base(base)
+        check_concepts(asked.concepts, run_base=asked.method.needs_host)
         if not asked.method.needs_host:
             name = asked.method.name
             _refuse(f"methods that run the base; {name} looks at weights only.", plot=plot)
-    for path in expert_files(output) if any(one.low for one in asked.concepts) else ():
+    experts = expert_files(output) if any(one.low for one in asked.concepts) else ()
+    for path in experts:
         check_target(path, layout, dtype, overwrite)
+    check_apart([output, *experts], asked.concepts)
+    check_cut(asked.cut or {})
+    settings_over(preset or "default", asked.method.name, asked.settings, asked.calibration)
+    for line in warnings_of(asked.concepts):
+        console.print(escape(line), style="yellow", highlight=False)
 
     def load(device: str) -> tuple[Host, list[Concept]]:
         if adapter:
@@ -152,7 +163,9 @@ def merge(
         call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
         host = DiffusersHost(load_base(base, device, dtype=base_dtype, offload=offload), **call)
         reading = ReadOptions(allow_partial, energy)
-        return host, read_concepts(asked.concepts, host, reading, rename or [])
+        concepts = read_concepts(asked.concepts, host, reading, rename or [])
+        check_embeddings(concepts, output, layout, overwrite=overwrite)
+        return host, concepts
 
     how: dict[str, Any] = {
         "method": asked.method.name,
@@ -171,27 +184,29 @@ def merge(
         result = cut_again(asked.cut or {}, result)
     merged = result.lora
 
-    def write(path: Path) -> Sequence[Path]:
+    def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
         if adapter:
             folder = write_adapter(merged, path, base=base, dtype=DTYPES[dtype])
             return [folder / "adapter_model.safetensors"]
         return save_lora(merged, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    paths = save_or_keep(output, write)
+    paths = save_or_keep(output, write, layout, dtype)
+    if as_json:
+        more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
+        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
+    else:
+        typer.echo(result.report.summary())
+        for path in paths:
+            typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+        for line in lines_of_embeddings(result.lora, paths[0]):
+            typer.echo(line)
     if plot is not None:
         from ..report.plots import plot_residuals
 
         with atomically(plot) as unfinished:
             plot_residuals(result.report).savefig(unfinished)
-    if as_json:
-        more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
-        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
-        return
-    typer.echo(result.report.summary())
-    for path in paths:
-        typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
-    for line in lines_of_embeddings(result.lora, paths[0]):
-        typer.echo(line)
+        if not as_json:
+            typer.echo(f"Wrote {plot}.")
 
 
 def _refuse(why: str, **options: Any) -> None:

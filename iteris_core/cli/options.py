@@ -118,7 +118,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, without blanks around them and without empty ones."""
     if not path.is_file():
         raise IterisError(f"{path} does not exist or is not a file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise IterisError(
+            f"{path} is no text in UTF-8 (byte {error.start}); save it again as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise IterisError(f"{path} is no text file: it has bytes of 0 in it.")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]
