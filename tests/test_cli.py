@@ -219,7 +219,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(
     [
         (["--set=rank=-4"], "rank must be at least 1, not -4"),
         (["--set=align=both"], "align must be one of"),
-        (["--set=ranks=4"], "names are"),
+        (["--set=rnak=4"], "there is no setting 'rnak'; did you mean 'rank'?"),
         (["--set=micro_batch=abc"], "micro_batch must be a whole number, at least 1, not 'abc'"),
         (["--set=micro_batch=2.5"], "micro_batch must be a whole number"),
         (["--set=repair=maybe"], "repair must be true or false, not 'maybe'"),

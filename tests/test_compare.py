@@ -19,6 +19,7 @@ import iteris_core.score.drawing as drawing_module
 import toybox
 from iteris_core import Concept, IterisError, Lora, Progress
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.presets import PRESETS
 from iteris_core.score.judged import fill_prompts, judged_prompts
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
 from iteris_core.score.told import DRAWING, Told
@@ -226,13 +227,25 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     assert how["ties"]["settings"] == {"density": 0.3, "rank": 2}
     assert how["regmean"]["settings"] == {"rank": 2, "shrink": 0.5}
     calibration = how["ties"]["calibration"]
-    assert (calibration.samples, calibration.timesteps, calibration.latent_size) == (3, 1, 4)
-    assert (calibration.templates, calibration.seed) == (["a picture of {}"], 5)
+    assert calibration == {
+        "samples": 3, "timesteps": 1, "latent_size": 4, "templates": ["a picture of {}"], "seed": 5,
+    }  # fmt: skip
     assert {h["preset"] for h in how.values()} == {"fast"}
     assert {h["memory_budget"] for h in how.values()} == {1 << 29}
     assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
     assert (drawn[0][1].size, drawn[0][1].guidance, drawn[0][1].seed) == ((16, 8), 3, 5)
     assert "dino s1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
+
+
+def test_a_preset_counts_for_the_calibration_too(world, monkeypatch, capsys, references, tmp_path):
+    """It was lost: all methods were compared on the default's prompts and steps."""
+    out = tmp_path / "out"
+    arguments = compare(world, references, out, "--methods=iteris", "--preset=fast")
+    arguments.remove("--samples=3")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    made = json.loads((out / "comparison.json").read_text())["calibration"]
+    assert made == {**made, **PRESETS["fast"].calibration}
 
 
 def test_shares_of_each_lora_alone_and_how_many_are_lost(
@@ -281,9 +294,11 @@ def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_pat
         ("--together=3", "3 of 2 concepts cannot be merged together"),
         ("--scheduler=magic", "There is no scheduler 'magic'"),
         ("--size=63", "must be multiples of 8, such as 64x64"),
+        ("--samples=0", "samples must be at least 1"),
+        ("--concept=none.safetensors:a:b", "none.safetensors does not exist"),
         ("--size=big", "--size 'big' is not a number of pixels"),
-        ("--set=magic=1", "write NAME=VALUE"),
-        ("--set=iteris.magic=1", "write NAME=VALUE"),
+        ("--set=magic=1", "there is no setting 'magic'"),
+        ("--set=iteris.rnak=1", "there is no setting 'rnak'; did you mean 'rank'?"),
         ("--set=iteris.rank=-1", "rank must be at least 1"),
         ("--methods=magic", "There is no method"),
         ("--clip-weights=none.pt", "open_clip cannot load"),
@@ -293,6 +308,8 @@ def test_what_is_wrong_is_one_line(
     world, monkeypatch, capsys, references, tmp_path, option, message
 ):
     arguments = compare(world, references, tmp_path / "out", option)
+    if option.startswith("--concept"):
+        arguments.append(f"--refs={references}")
     if option.startswith("--clip-weights"):
         arguments[arguments.index(CLIP)] = "--clip=ViT-B-32"
     code, _, err = run(monkeypatch, capsys, *arguments)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import tempfile
 
 import pytest
 import torch
-from command_line import make_world, run
+from command_line import make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Concept, IterisError, Lora, merge_loras, write_lora
+from iteris_core import __main__ as program
 from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.options import read_lines
 from iteris_core.errors import OutOfMemory
@@ -291,3 +293,70 @@ def test_the_inner_probe_does_not_warn_of_a_long_prompt(caplog):
     calibration = {"samples": 1, "timesteps": 1, "latents": "noise"}
     merge_loras(host, concepts, calibration=calibration)
     assert "Token indices" not in caplog.text
+
+
+def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
+    """All of them would go into the file: 31 MB of metadata for a million."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(100_000)))
+    out = tmp_path / "out.safetensors"
+    code, _, err = run(
+        monkeypatch, capsys, *merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}")
+    )
+    assert code == 0, err
+    assert "has 100000 prompts: 2000 of them, evenly spread, are used" in err
+    prompts = recipe_of(out)["concepts"][0]["prompts"]
+    assert len(prompts) == 2000
+    assert prompts[-1] == "a s1 dog, 99950"
+
+
+def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
+    assert code == 2
+    assert "name it: --base BASE" in err
+    files = [world / f"lora{number}.safetensors" for number in (1, 2)]
+    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
+    assert code == 0, err
+    assert "the share of their outputs that they contend for" in " ".join(text.split())
+
+
+MISSING = """
+import sys
+sys.modules[{name!r}] = None
+sys.argv = ["iteris", *{arguments!r}]
+from iteris_core.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("torch", "torch is not installed; get it by: pip install 'comfyui-iteris[cli]'"),
+     ("typer", "typer is not installed")],
+)  # fmt: skip
+def test_without_its_extra_the_command_says_how_to_get_it(name, message):
+    script = MISSING.format(name=name, arguments=["merge", "--help"])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"iteris: {message}" or message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stop_while_it_loads_is_one_line(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iteris_core.cli.main", stop)
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "iteris: stopped.\n"
+
+
+def test_every_name_of_the_package_is_there():
+    import iteris_core
+
+    assert set(iteris_core.__all__) <= set(dir(iteris_core))
+    assert all(getattr(iteris_core, name) is not None for name in iteris_core.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Merger'"):
+        iteris_core.Merger  # noqa: B018

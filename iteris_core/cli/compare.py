@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import IterisError
 from ..lora_files import ReadOptions
+from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
 from ..progress import OnProgress, Progress
+from .checks import check_concepts, warnings_of
 from .common import (
     CALIBRATION,
     PICTURES,
@@ -139,6 +142,9 @@ def compare(
     settings, calibration = parse_by_method(kinds, setting or [])
     lines = read_lines(templates) if templates else None
     calibration |= given(samples=samples, latent_size=latent_size, templates=lines)
+    calibration = {"seed": seed, **calibration}
+    for name in kinds:
+        settings_over(preset or "default", name, settings[name], calibration)
     options = [parse_concept(text) for text in concept]
     if len(refs) != len(options):
         raise IterisError(
@@ -148,6 +154,9 @@ def compare(
     drawing = Drawing(
         images_per_prompt, steps, guidance, seed, scheduler=scheduler, size=_size(size)
     )
+    check_concepts(options, run_base=True)
+    for line in warnings_of(options):
+        console.print(escape(line), style="yellow", highlight=False)
     check_results_folder(output, overwrite=overwrite)
     references = [open_images(folder)[1] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
@@ -179,7 +188,7 @@ def compare(
                 scorer,
                 templates=wanted,
                 drawing=drawing,
-                calibration=Calibration.from_mapping({"seed": seed, **calibration}),
+                calibration=calibration,
                 settings=settings,
                 preset=preset or "default",
                 memory_budget=bytes_of(memory),

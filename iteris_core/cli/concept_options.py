@@ -15,7 +15,7 @@ from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.experts import joined_experts
-from .options import did_you_mean, read_lines
+from .options import did_you_mean, read_prompts
 
 Find = Callable[[str], Path]
 """Where the file is that is named so."""
@@ -170,7 +170,7 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
     if isinstance(prompts, str) and find is not None:
-        prompts = read_lines(find(prompts))
+        prompts = read_prompts(find(prompts))
     if samples is not None:
         samples = Path(samples) if find is None else find(_text(samples, f"{where}: samples"))
     if not isinstance(reading or {}, Mapping):

@@ -37,7 +37,7 @@ from .common import (
 )
 from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
-from .options import given, read_lines
+from .options import given, read_lines, read_prompts
 from .pictures import open_picture
 from .recipe import check_cut, cut_again, read_recipe
 from .saving import check_embeddings, lines_of_embeddings, save_lora, save_or_keep
@@ -118,7 +118,7 @@ def merge(
     base, adapter = asked.base, asked.adapter
     if preserve is not None:
         _refuse(_ONLY.format(base), preserve=preserve if adapter else None)
-        asked = with_preserved(asked, read_lines(preserve), preserve_weight)
+        asked = with_preserved(asked, read_prompts(preserve), preserve_weight)
     if output.suffix in SUFFIXES:
         others = given_options(context, output.parent, [*_ASKED, *sampling])
         write_merge_file(output, asked.to_merge_file(output, others), overwrite=overwrite)

@@ -17,7 +17,7 @@ from ..errors import IterisError, brief
 from ..saving import atomically
 from ..settings import Settings
 from .concept_options import ConceptOption, concept_of, first_name, parse_concept
-from .options import check_settings
+from .options import check_settings, did_you_mean
 from .recipe import found_in
 
 SUFFIXES = (".yaml", ".yml")
@@ -181,7 +181,8 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         parameter = parameters.get(str(key))
         if parameter is None:
             known = ", ".join([*_OWN, *parameters])
-            raise IterisError(f"{file.path}: there is no key {key!r}; the keys are {known}.")
+            guess = did_you_mean(str(key), [*_OWN, *parameters])
+            raise IterisError(f"{file.path}: there is no key {key!r}{guess} The keys are {known}.")
         if value is None:
             continue
         try:

@@ -12,7 +12,10 @@ from ..errors import IterisError, SettingsError
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
-from .common import CALIBRATION, option
+from .common import CALIBRATION, console, option
+
+MOST_PROMPTS = 2000
+"""Of one file; far more than are drawn for a concept."""
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -61,9 +64,14 @@ def parse_settings(
     for pair in pairs:
         name, equals, text = pair.partition("=")
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
-        if not equals or owner is None:
-            names = ", ".join([*declared_settings(kind), *declared_settings(Calibration)])
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {names}.")
+        known = [*declared_settings(kind), *declared_settings(Calibration)]
+        if not equals:
+            raise IterisError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
+        if owner is None:
+            raise IterisError(
+                f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} "
+                "iteris methods METHOD lists those of a method."
+            )
         values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
     return values
 
@@ -95,8 +103,11 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     error says of them."""
     for name in values:
         if find_setting(kind, name) is None:
-            names = ", ".join(declared_settings(kind))
-            raise IterisError(f"{where}: there is no setting {name!r}; the names are: {names}.")
+            guess = did_you_mean(str(name), declared_settings(kind))
+            raise IterisError(
+                f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
+                "of a method."
+            )
     return {name: _value(kind, name, value, where) for name, value in values.items()}
 
 
@@ -115,6 +126,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of prompts; of very many some, evenly spread, since every prompt that a
+    merge may draw goes into the metadata of its file."""
+    lines = read_lines(path)
+    if len(lines) <= MOST_PROMPTS:
+        return lines
+    chosen = [lines[index * len(lines) // MOST_PROMPTS] for index in range(MOST_PROMPTS)]
+    console.print(
+        f"{path} has {len(lines)} prompts: {MOST_PROMPTS} of them, evenly spread, are used.",
+        style="yellow", markup=False, highlight=False,
+    )  # fmt: skip
+    return chosen
 
 
 def read_lines(path: Path) -> list[str]:

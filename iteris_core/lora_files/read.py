@@ -250,7 +250,10 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
             "to merge the rest of it, allow a partial reading (--allow-partial)."
         )
     else:
-        advice = "Nothing is skipped silently; to merge the rest of it, allow a partial reading (--allow-partial)."
+        advice = (
+            "Nothing is skipped silently; to merge the rest of it, allow a partial reading "
+            "(--allow-partial)."
+        )
     return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
 
 

@@ -54,7 +54,7 @@ def compare_methods(
     *,
     templates: Sequence[str] = PROMPT_LISTS["composition"],
     drawing: Drawing | None = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     preset: PresetName = "default",
     memory_budget: int | Literal["free"] | None = "free",
