@@ -99,6 +99,22 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, c
     }  # fmt: skip
 
 
+def test_a_plan_merges_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan"))
+    assert code == 0, err
+    assert "unet: 6 rows" in text
+    assert "Nothing was merged or written." in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quiet_merge_says_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--method=average", "--quiet"))
+    assert (code, text, err) == (0, "", "")
+    assert out.is_file()
+
+
 def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
     import iteris_core.hosts.diffusers as diffusers_host
 

@@ -22,6 +22,7 @@ from ..errors import IterisError, OutOfMemory, brief
 from ..hosts.protocol import Host
 from ..lora_files import check_file
 from ..merge import MergeResult, merge_loras
+from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
 
 console = Console(stderr=True)
@@ -35,6 +36,7 @@ def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> A
 
 BASE, CALIBRATION, READING = "Base", "Calibration: on what features are collected", "LoRA files"
 RESULT, TEXT_MODELS, PICTURES = "Result", "Models of transformers", "Pictures"
+METHOD, AGAIN = "Method and settings", "Again, from a file"
 """Headings of the help."""
 
 Device = Annotated[str | None, option("cpu, cuda, …; the best by default", panel=BASE)]
@@ -227,20 +229,38 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
         state.destroy_process_group()
 
 
+Load = Callable[[str], tuple[Host, Sequence[Concept]]]
+"""The base on a device, and the concepts with their LoRAs."""
+
+
 def run_merge(
-    device: str | None,
-    load: Callable[[str], tuple[Host, Sequence[Concept]]],
-    options: Mapping[str, Any],
+    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> MergeResult | None:
     """Merge what ``load(device)`` gives, with :func:`..merge.merge_loras`'s ``options``. Of several
     processes the first is to write the result; the others get None."""
     with (
         processes(device) as (group, own_device),
-        progress_bars(shown=group.rank == 0) as on_progress,
+        progress_bars(shown=group.rank == 0 and not quiet) as on_progress,
     ):
-        on_progress(Progress("loading the base", 0, 1))
-        host, concepts = load(own_device)
-        on_progress(Progress("loading the base", 1, 1))
+        host, concepts = _loaded(load, own_device, on_progress)
         result = merge_loras(host, concepts, on_progress=on_progress, processes=group, **options)
         group.wait()
     return None if group.rank else result
+
+
+def foresee(
+    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
+) -> Preview:
+    """What such a merge would do; nothing is merged."""
+    options = {name: value for name, value in options.items() if name != "unmergeable"}
+    with progress_bars(shown=not quiet) as on_progress:
+        host, concepts = _loaded(load, device or best_device(), on_progress)
+        return preview_merge(host, concepts, on_progress=on_progress, **options)
+
+
+def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
+    check_device(device)
+    on_progress(Progress("loading the base", 0, 1))
+    found = load(device)
+    on_progress(Progress("loading the base", 1, 1))
+    return found

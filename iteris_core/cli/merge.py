@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,13 @@ from .checks import check_adapters, check_apart, check_concepts, check_plot, war
 from .common import (
     BaseDtype,
     Device,
+    Load,
     Memory,
     Offload,
     bytes_of,
     check_base,
     console,
+    foresee,
     load_base,
     run_merge,
 )
@@ -43,7 +45,17 @@ from .recipe import check_cut, cut_again, read_recipe
 from .saving import check_embeddings, lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
-_ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "preserve_weight")
+_ASKED = (
+    "base",
+    "output",
+    "overwrite",
+    "plan",
+    "quiet",
+    "from_file",
+    "loras",
+    "preserve",
+    "preserve_weight",
+)
 """What a merge file has in other words, or for itself."""
 
 
@@ -52,13 +64,16 @@ def merge(
     output: options.Output,
     base: options.Base = None,
     concept: options.Concepts = None,
-    from_file: options.From = None,
-    loras: options.Loras = None,
+    preset: options.Preset = None,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    quiet: options.Quiet = False,
     method: options.MethodName = None,
     setting: options.Set = None,
-    preset: options.Preset = None,
     preserve: options.Preserve = None,
     preserve_weight: options.PreserveWeight = PRESERVE_WEIGHT,
+    from_file: options.From = None,
+    loras: options.Loras = None,
     templates: options.Templates = None,
     samples: options.Samples = None,
     timesteps: options.Timesteps = None,
@@ -83,7 +98,6 @@ def merge(
     unmergeable: options.UnmergeableSites = None,
     energy: options.Energy = 0.999,
     rename: options.Rename = None,
-    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     plot: options.Plot = None,
 ) -> None:
@@ -175,7 +189,10 @@ def merge(
         "unmergeable": asked.unmergeable,
         "memory_budget": bytes_of(memory),
     }
-    result = run_merge(device, load, how)
+    if plan:
+        _show_plan(device, load, how, quiet=quiet)
+        return
+    result = run_merge(device, load, how, quiet=quiet)
     if result is None:
         return
     if not adapter:
@@ -194,7 +211,7 @@ def merge(
     if as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
-    else:
+    elif not quiet:
         typer.echo(result.report.summary())
         for path in paths:
             typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
@@ -205,8 +222,26 @@ def merge(
 
         with atomically(plot) as unfinished:
             plot_residuals(result.report).savefig(unfinished)
-        if not as_json:
+        if not as_json and not quiet:
             typer.echo(f"Wrote {plot}.")
+
+
+def _show_plan(
+    device: str | None,
+    load: Load,
+    how: Mapping[str, Any],
+    *,
+    quiet: bool,
+) -> None:
+    """What :func:`..preview.preview_merge` foresees of the merge."""
+    preview = foresee(device, load, how, quiet=quiet)
+    for line in preview.plan:
+        typer.echo(line)
+    if preview.denoised:
+        typer.echo(f"{preview.denoised} forwards of one row come before, in which samples denoise.")
+    if preview.complaint:
+        typer.echo(f"Cannot be merged by features: {preview.complaint}.")
+    typer.echo("Nothing was merged or written.")
 
 
 def _refuse(why: str, **options: Any) -> None:

@@ -23,11 +23,8 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
 
 CONCEPT_HELP = (
-    "FILE, FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, such as 0.8, or 0.8/0.5 for "
-    "model/text encoders; HIGH+LOW for FILE where the base has two experts; on a model of "
-    "transformers FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH. Behind it ,KEY=VALUE: trigger, class, "
-    "strength, text_strength, weight (what the concept counts), prompts (a text file of its own "
-    "prompts), samples. Give it once per LoRA"
+    "A LoRA and what calls for it, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
+    "are below"
 )
 
 
