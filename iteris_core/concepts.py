@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,12 @@ PAIR_TEMPLATES = _templates("pairs")
 """Of two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
+
+
+class LoraReader(Protocol):
+    """The part of a host that reads LoRA files."""
+
+    def read_lora(self, path: str | Path) -> Lora: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,19 @@ class Concept:
             )
         if not self.weight >= 0:
             raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
+
+    @classmethod
+    def from_file(cls, host: LoraReader, path: str | Path, **values: Any) -> Concept:
+        """The LoRA in a file, read for the base model of ``host``.
+
+        ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
+        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it.
+        Raises :class:`LoraFileError` for a file that cannot be read.
+        """
+        lora = host.read_lora(path)
+        if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
+            values = {**words_of(lora.metadata)._asdict(), **values}
+        return cls(lora, **values)
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:

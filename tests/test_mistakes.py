@@ -13,7 +13,7 @@ from command_line import make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, merge_loras, write_lora
+from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras, write_lora
 from iteris_core import __main__ as program
 from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.options import read_lines
@@ -360,3 +360,34 @@ def test_every_name_of_the_package_is_there():
     assert all(getattr(iteris_core, name) is not None for name in iteris_core.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Merger'"):
         iteris_core.Merger  # noqa: B018
+
+
+def test_a_repr_is_one_line_and_a_dtype_is_torchs_too(world, tmp_path):
+    host = DiffusersHost(make_pipeline())
+    concept = Concept.from_file(host, world / "lora1.safetensors", trigger="a", strength=0.5)
+    assert (concept.name, concept.strength) == ("a", 0.5)
+    assert len(repr(concept)) < 400
+    assert "rank 4" in repr(concept)
+    assert repr(LowRank(torch.ones(3, 2), torch.ones(2, 4))) == (
+        "<LowRank 3 x 4, rank 2, torch.float32>"
+    )
+    result = merge_loras(None, [concept], "average")
+    path = result.save(tmp_path / "out.safetensors", dtype=torch.bfloat16)
+    up = next(tensor for key, tensor in load_file(path).items() if "lora_up" in key)
+    assert up.dtype == torch.bfloat16
+    # What the merge noted calls for its concept.
+    assert Concept.from_file(host, path).trigger == "a"
+    with pytest.raises(IterisError, match=r"dtype must be one of .*, not 'int8'"):
+        result.save(tmp_path / "int.safetensors", dtype=torch.int8)
+
+
+def test_a_merge_is_loaded_without_a_file_of_the_users(world):
+    pipeline = make_pipeline()
+    host = DiffusersHost(pipeline)
+    concept = Concept.from_file(host, world / "lora1.safetensors", trigger="a")
+    merge_loras(None, [concept], "average").load_into(pipeline, "merged")
+    assert pipeline.get_active_adapters() == ["merged"]
+    sites = concept.lora.sites.items()
+    site, change = next((site, change) for site, change in sites if site.startswith("unet."))
+    layer = pipeline.unet.get_submodule(site.removeprefix("unet."))
+    torch.testing.assert_close(layer.get_delta_weight("merged"), change.dense())
