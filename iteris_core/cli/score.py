@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import IterisError
-from .common import Device, best_device, option
+from .common import Device, best_device, check_device, option
 from .options import read_lines
 from .pictures import open_images
 
@@ -42,6 +42,7 @@ def score(
     files, pictures = open_images(*images)
     columns: dict[str, Any] = {}
     device = device or best_device()
+    check_device(device)
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if refs is not None:
         _, references = open_images(refs)

@@ -90,18 +90,17 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
 
 @contextmanager
 def _long_prompt_unreported() -> Generator[None]:
-    """:data:`_LONG` may have more tokens than a tokenizer takes: transformers' warning would be of
+    """:data:`_LONG` may have more tokens than a text encoder takes: what the libraries warn of is
     no prompt of the user's."""
-    logger = logging.getLogger("transformers.tokenization_utils_base")
-
-    def other(record: logging.LogRecord) -> bool:
-        return "Token indices sequence length" not in record.getMessage()
-
-    logger.addFilter(other)
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.ERROR))
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:

@@ -247,8 +247,11 @@ def _too_much(needs: Sequence[Need], room: Room, fewest: int) -> OutOfMemory:
 
 
 def _size(count: float) -> str:
-    """Bytes in GiB, or in MiB where they are few."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"
+    """Bytes in the largest unit of which there is a tenth at least."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
 
 
 def _most_that_fits(fits: Callable[[int], bool], least: int, most: int) -> int | None:
