@@ -21,6 +21,8 @@ from iteris_core import Concept, IterisError, Lora, Progress
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.presets import PRESETS
 from iteris_core.score.judged import fill_prompts, judged_prompts
+from iteris_core.score.page import html_table
+from iteris_core.score.results import _in_order
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
 from iteris_core.score.told import DRAWING, Told
 
@@ -180,6 +182,7 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     page = (out / "index.html").read_text()
     assert 'alt="iteris: a s1 dog and a s2 dog"' in page
     assert page.count("<img ") == 3 * 2
+    assert page.count(" data-best") == 5  # of average and iteris, in every column
     assert "schedule=sweep" in page
     assert not re.search(r"(src|href)=.https?:", page)
     code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
@@ -264,6 +267,21 @@ def test_shares_of_each_lora_alone_and_how_many_are_lost(
     assert "share" not in rows["alone s1"]
     assert "image s2" not in rows["alone s1"]
     assert {row["collapsed"]["mean"] for row in rows.values()} == {1.0}
+    page = (out / "index.html").read_text()
+    assert " data-best" not in page  # a single merge has nobody to be better than
+
+
+def test_each_lora_alone_is_shown_beside_iteris():
+    given = ["alone s1", "base", "alone s2", "iteris", "sum"]
+    assert _in_order(given) == ["base", "iteris", "alone s1", "alone s2", "sum"]
+    assert _in_order(["alone s1", "sum"]) == ["alone s1", "sum"]
+
+
+def test_the_best_of_a_column_is_marked():
+    rows = {"base": [0.9, 0.9], "sum": [0.2, 0.1], "iteris": [0.5, 0.3]}
+    table = html_table(["image", "collapsed"], rows, apart=["base"], low=["collapsed"])
+    marked = re.findall(r'data-value="([\d.]+)" data-best', table)
+    assert marked == ["0.1", "0.5"]
 
 
 def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_path):

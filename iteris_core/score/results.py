@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
@@ -17,12 +17,16 @@ from .compare import Comparison
 from .page import html_details, html_gallery, html_page, html_table, png_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
+from .told import ALONE, BASE
 
+OWN = "iteris"
+"""The row that pages set off."""
 _FIGURES = "comparison.json"
 _LEAD = (
     "<p>image: mean CLIP cosine to the reference pictures of a concept, on the prompts that name "
     "it and no other (or, without such, on all that name it). text: CLIP cosine to the prompt "
-    "without its rare tokens. mean: half of each. {} A heading sorts.</p>"
+    "without its rare tokens. mean: half of each. The best merge of each column is marked; no LoRA "
+    "and each LoRA alone are there to compare with. {} A heading sorts.</p>"
 )
 
 
@@ -118,10 +122,22 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
     }
 
 
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As given, but each LoRA alone directly behind iteris, which is to be held against it."""
+    given = list(names)
+    alone = [name for name in given if name.partition(" ")[0] == ALONE]
+    if OWN not in given:
+        return given
+    others = [name for name in given if name not in alone]
+    place = others.index(OWN) + 1
+    return [*others[:place], *alone, *others[place:]]
+
+
 def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
     """method → the picture of every prompt's first seed."""
     every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
-    return {name: list(some[::every]) for name, some in comparison.pictures.items()}
+    pictures = comparison.pictures
+    return {name: list(pictures[name][::every]) for name in _in_order(pictures)}
 
 
 def _sheet(comparison: Comparison, title: str) -> Image.Image:
@@ -135,9 +151,7 @@ def _page(rows: Rows, comparisons: Sequence[Comparison], names: Sequence[str]) -
     parts = [("", _LEAD.format(f"Means ± standard errors over {over}.") + _table(rows, "Scores"))]
     for comparison, name in zip(comparisons, names, strict=True):
         body = _table(comparison.rows, f"Scores of {name}") if several else ""
-        body += html_gallery(
-            _first(comparison), comparison.prompts, f"Pictures of {name}", "iteris"
-        )
+        body += html_gallery(_first(comparison), comparison.prompts, f"Pictures of {name}", OWN)
         parts.append((name, body))
     parts.append(("", html_details("How this was made", _made(comparisons[0]))))
     return html_page("LoRA merge methods compared", parts)
@@ -155,5 +169,6 @@ def _made(comparison: Comparison) -> str:
 
 def _table(rows: Rows, caption: str) -> str:
     columns = columns_of(rows)
-    cells = {name: [row.get(column) for column in columns] for name, row in rows.items()}
-    return html_table(columns, cells, own="iteris", caption=caption)
+    cells = {name: [rows[name].get(column) for column in columns] for name in _in_order(rows)}
+    apart = [name for name in rows if name.partition(" ")[0] in (ALONE, BASE)]
+    return html_table(columns, cells, OWN, caption, apart=apart, low=["collapsed"])
