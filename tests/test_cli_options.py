@@ -83,7 +83,7 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, c
         seen.update(how, device=device)
         raise cli.IterisError("stop here")
 
-    def run_merge(device, load, how):
+    def run_merge(device, load, how, *, quiet):
         seen.update(memory=how["memory_budget"])
         load(device)
 

@@ -190,9 +190,9 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     command = sys.modules["iteris_core.cli.merge"]
 
-    def run_merge(*some):
+    def run_merge(*some, **how):
         out.write_text("mine")
-        return original(*some)
+        return original(*some, **how)
 
     original = command.run_merge
     monkeypatch.setattr(command, "run_merge", run_merge)
@@ -218,7 +218,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
 def test_what_is_probably_not_meant_is_said_before_the_merge(
     world, tmp_path, monkeypatch, capsys, extra, message
 ):
-    def stop(*_):
+    def stop(*_, **__):
         raise IterisError("stop here")
 
     monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "run_merge", stop)

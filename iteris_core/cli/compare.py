@@ -20,6 +20,7 @@ from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
 from ..progress import OnProgress, Progress
+from .base import best_device, load_base
 from .checks import check_concepts, warnings_of
 from .common import (
     CALIBRATION,
@@ -28,10 +29,8 @@ from .common import (
     Device,
     Memory,
     Offload,
-    best_device,
     bytes_of,
     console,
-    load_base,
     option,
     progress_bars,
 )

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..activations.meter import free_memory
-from .common import best_device, option
+from .base import best_device
+from .common import option
 
 PACKAGE = "comfyui-iteris"
 NEEDS = {

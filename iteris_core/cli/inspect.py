@@ -19,8 +19,9 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
 from ..saving import atomically
+from .base import load_base
 from .checks import check_plot
-from .common import load_base, option
+from .common import option
 
 _COLUMNS = (
     "0: apart; 1: the same. Row spaces: what two LoRAs read of a layer's inputs. Column spaces: "

@@ -23,20 +23,9 @@ from ..saving import atomically
 from . import merge_options as options
 from .adapters import load_adapters
 from .asked import ask, ask_again, with_preserved
+from .base import check_base, load_base
 from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
-from .common import (
-    BaseDtype,
-    Device,
-    Load,
-    Memory,
-    Offload,
-    bytes_of,
-    check_base,
-    console,
-    foresee,
-    load_base,
-    run_merge,
-)
+from .common import BaseDtype, Device, Load, Memory, Offload, bytes_of, console, foresee, run_merge
 from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
 from .options import given, read_lines, read_prompts

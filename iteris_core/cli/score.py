@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import IterisError
-from .common import Device, best_device, check_device, option
+from .base import best_device, check_device
+from .common import Device, option
 from .options import read_lines
 from .pictures import open_images
 
