@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .errors import SettingsError
 from .lora import Lora
@@ -35,6 +35,12 @@ PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
 
 
+class LoraReader(Protocol):
+    """The part of a host that reads LoRA files."""
+
+    def read_lora(self, path: str | Path) -> Lora: ...
+
+
 @dataclass(frozen=True)
 class Concept:
     """One LoRA and how to call for what it knows.
@@ -60,6 +66,22 @@ class Concept:
     kind: PromptKind = "subject"
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, str | Path):
+            raise SettingsError(
+                f"Concept({str(self.lora)!r}): a concept has a LoRA, not the name of a file; give "
+                f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
+            )
+        for name in ("prompts", "subjects"):
+            if isinstance(getattr(self, name), str):
+                raise SettingsError(
+                    f"{self.name}: {name} must be a list of texts, not one text; give "
+                    f"{name}=[{getattr(self, name)!r}]."
+                )
+        for name in ("strength", "text_strength", "weight"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number or (value is None and name == "text_strength")):
+                raise SettingsError(f"{self.name}: {name} must be a number, not {value!r}.")
         if self.kind not in KINDS:
             raise SettingsError(
                 f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
@@ -72,6 +94,19 @@ class Concept:
             strength = getattr(self, name)
             if strength is not None and not math.isfinite(strength):
                 raise SettingsError(f"{self.name}: {name} must be finite, not {strength}.")
+
+    @classmethod
+    def from_file(cls, host: LoraReader, path: str | Path, **values: Any) -> Concept:
+        """The LoRA in a file, read for the base model of ``host``.
+
+        ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
+        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it.
+        Raises :class:`LoraFileError` for a file that cannot be read.
+        """
+        lora = host.read_lora(path)
+        if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
+            values = {**words_of(lora.metadata)._asdict(), **values}
+        return cls(lora, **values)
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -48,11 +49,21 @@ class MergeResult:
         path: str | Path,
         *,
         layout: Layout | None = None,
-        dtype: str = "float16",
+        dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
         """Write the merged LoRA; see :func:`.lora_files.write_lora`."""
         return write_lora(self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+
+    def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
+        """Load the merged LoRA into a pipeline of diffusers, as it would load its file.
+
+        ``pipeline.unload_lora_weights()`` takes it off again. Embeddings that came with the LoRAs
+        are not loaded; save the LoRA for them.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / "merged.safetensors", dtype="float32")
+            pipeline.load_lora_weights(str(path), adapter_name=adapter_name)
 
 
 def merge_loras(
@@ -73,29 +84,41 @@ def merge_loras(
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
-    ``host`` runs the base model; a method that only looks at weights takes None. ``settings``
-    and ``calibration`` are mappings of names to values, which go over those of ``preset``
-    (:data:`.presets.PRESETS`), or the whole dataclass. ``generator`` (on the CPU) decides
-    prompts and latents; without one it is seeded by ``calibration.seed``. ``on_progress`` is told
-    at every step how far the merge is and about how long it still takes, as a
-    :class:`.progress.Progress`. ``should_stop`` is asked at every step; when it says yes
-    :class:`MergeCancelled` is raised. With ``processes`` several
-    processes that call this alike share the rows and end with the same result. ``memory_budget``
-    is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
-    run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
-    holds the thresholds by which ways of solving are chosen. Sites whose features cannot be
-    collected, which a short pass finds before anything is made, are refused; or, as
-    ``unmergeable`` says, the merge goes on without them, or with the ``"mean"`` of the LoRAs'
-    changes there, and the report lists them. The base model is bit-identical afterwards, whatever
-    happens.
+    The base model is bit-identical afterwards, whatever happens.
 
-    Raises :class:`IterisError` for input that cannot be merged.
+    :param host: runs the base model, such as ``DiffusersHost(pipeline)``; None for a method that
+        looks at weights only.
+    :param concepts: what is merged, each a :class:`Concept`; those of strength or weight 0 are
+        left out.
+    :param method: a name of :func:`.methods.all_methods`.
+    :param preset: a name of :data:`.presets.PRESETS`, over which ``settings`` and ``calibration``
+        go.
+    :param settings: of the method, by name, or its whole dataclass, which leaves nothing of the
+        preset.
+    :param calibration: how features are collected, by name, or a whole :class:`Calibration`.
+    :param generator: of the CPU; draws prompts and latents. None: seeded by ``calibration.seed``.
+    :param on_progress: is called at every step with a :class:`.progress.Progress`.
+    :param should_stop: is called at every step; where it returns true :class:`MergeCancelled` is
+        raised.
+    :param processes: several processes that call this alike share the rows and get one result.
+    :param memory_budget: bytes that the merge may take beyond the model (``"free"``: what is free;
+        None: no limit). It decides how many rows run at once and, if it must, how many run at all,
+        which the report's plan shows.
+    :param policy: the thresholds by which ways of solving are chosen.
+    :param unmergeable: what becomes of sites whose features cannot be collected, which a short
+        pass finds first: ``"refuse"`` the merge, ``"skip"`` them, or give them the ``"mean"`` of
+        the LoRAs' changes; the report lists them.
+    :returns: the merged LoRA and a report of every site.
+    :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
+        of range.
     """
     started = time.perf_counter()
     chosen = find_method(method)
     settings, calibration = settings_over(preset, method, settings, calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
+    _check_types(host, concepts)
+    left_out = [concept.name for concept in concepts if not concept.counts]
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
     noted: list[tuple[str, list[str]]] = []
@@ -156,7 +179,9 @@ def merge_loras(
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    for name, more in (*noted, ("sites", ran.notes), ("embeddings", joined.warnings)):
+    zero = [(name, ["left out of the merge: its strength or weight is 0"]) for name in left_out]
+    more_notes = (*zero, *noted, ("sites", ran.notes), ("embeddings", joined.warnings))
+    for name, more in more_notes:
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
@@ -170,6 +195,7 @@ def merge_loras(
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
+        preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
@@ -179,6 +205,21 @@ def merge_loras(
         embeddings=joined.embeddings,
     )
     return MergeResult(lora, report)
+
+
+def _check_types(host: Any, concepts: Any) -> None:
+    """Raise :class:`SettingsError` for what callers pass in the place of a host and concepts."""
+    if host is not None and not callable(getattr(host, "stages", None)):
+        raise SettingsError(
+            f"host must run the base model, and {type(host).__name__} is no host; pass "
+            "DiffusersHost(pipeline) or TransformersHost(model)."
+        )
+    others = [one for one in concepts if not isinstance(one, Concept)]
+    if others:
+        raise SettingsError(
+            f"concepts must be a list of Concept, not of {type(others[0]).__name__}; pass "
+            "[Concept(host.read_lora(file), trigger=…), …]."
+        )
 
 
 def _means(
