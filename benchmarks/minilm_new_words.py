@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/minilm_new_words.py sks,zwx [METHOD '{"setting": value}']…
 
+Fields of the calibration are settings here as well, such as "contexts" and "generic".
 Draws each concept by calibration prompts (seen), and by prompts without any word of a template: in
 words that generic captions have (contexts) and in words that no row has, whatever the method (new).
 "+generic" behind a method adds rows on captions of the base's own. Writes a line of JSON for each
@@ -23,7 +24,7 @@ from minilm.prompts import Kind
 from outputs import BUILD
 from protocol.minilm import MiniLmWorld
 
-from iteris_core import Lora, merge_loras
+from iteris_core import Calibration, Lora, merge_loras
 
 KINDS: dict[Kind, int] = {"seen": 6, "contexts": 10, "new": 14}
 """Prompts of each concept."""
@@ -64,7 +65,9 @@ def merged(world: MiniLmWorld, names: Sequence[str], method: str, settings: Any)
     if more is not None:
         concepts.append(world.generic())
     host = None if method in ("average", "sum") else world.host
-    calibration = {**world.calibration, "seed": 0}
+    own = {name: settings[name] for name in settings if name in Calibration.__dataclass_fields__}
+    settings = {name: value for name, value in settings.items() if name not in own}
+    calibration = {**world.calibration, "seed": 0, **own}
     return merge_loras(host, concepts, method, settings=settings, calibration=calibration).lora
 
 
