@@ -44,7 +44,9 @@ def main() -> None:
             "base": evaluate.measure_base(weights),
             "alone": evaluate.measure_concepts(weights),
         }
-        (Path(__file__).parents[1] / "quality.json").write_text(json.dumps(figures, indent=1))
+        (Path(__file__).parents[1] / "quality.json").write_text(
+            json.dumps(figures, indent=1) + "\n"
+        )
         logging.info("evaluate: %s", figures)
 
 
