@@ -237,7 +237,7 @@ def _generic_note(generic: Concept) -> str:
     prompts = len(set(generic.prompts or ()))
     return (
         f"{prompts} prompts that name no concept keep the base as it is, at weight "
-        f"{generic.weight:g} (generic)"
+        f"{generic.weight:g}"
     )
 
 

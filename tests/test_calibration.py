@@ -187,6 +187,8 @@ def test_generic_prompts_name_no_concept():
     assert again.prompts == concept.prompts
     assert generic_concept(PAIR, Calibration(generic=0), WORDS) is None
     assert generic_concept(PAIR[:1], Calibration(), WORDS) is None  # nothing to tell apart
+    everywhere = Concept(Lora({}), prompts=["a dog", "the sea"])
+    assert generic_concept([*PAIR, everywhere], Calibration(), WORDS) is None
 
 
 def test_captions_are_of_words_that_the_text_encoder_knows():

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibration_prompts import Wording, concept_prompts, in_random_order, prompt_pools
+from ..calibration_prompts import (
+    Wording,
+    calling_words,
+    concept_prompts,
+    in_random_order,
+    prompt_pools,
+)
 from ..concepts import Calibration, Concept
 
 GENERIC = "generic"
@@ -55,8 +61,11 @@ def generic_concept(
     concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
 ) -> Concept | None:
     """The concept of generic prompts, on which the base is to stay as it is; None where the
-    calibration wants none, or there is nothing to tell apart."""
-    if not calibration.generic or sum(concept.lora is not None for concept in concepts) < 2:
+    calibration wants none, where one LoRA is alone, or where no word calls for one of them, so that
+    it is to act on every prompt."""
+    loras = [concept for concept in concepts if concept.lora is not None]
+    called = all(calling_words([concept]) for concept in loras)
+    if not calibration.generic or len(loras) < 2 or not called:
         return None
     wording = Wording(vocabulary, concepts, torch.Generator().manual_seed(calibration.seed))
     count = _preserved_rows(calibration.samples * calibration.timesteps)
