@@ -40,7 +40,9 @@ def check_adapters(concepts: Sequence[ConceptOption]) -> None:
     for option in concepts:
         folder = check_adapter(option)
         if not (folder / "adapter_config.json").is_file():
-            raise IterisError(f"{folder} is no adapter of peft: it has no adapter_config.json.")
+            raise IterisError(
+                f"{folder} is no adapter folder of peft: it has no adapter_config.json."
+            )
         if option.samples is None:
             continue
         if option.samples.suffix == ".safetensors":

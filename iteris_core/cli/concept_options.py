@@ -167,6 +167,8 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
             )
     given = {key: value for key, value in values.items() if value is not None}
     numbers = {key: _number(given[key], f"{where}: {key}") for key in _NUMBERS if key in given}
+    if numbers.get("weight", 0) < 0:
+        raise IterisError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
     if isinstance(prompts, str) and find is not None:
