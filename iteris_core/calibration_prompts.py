@@ -27,6 +27,7 @@ _MARKS = ("▁", "Ġ")
 vocabularies write it; those of CLIP that end a word end with ``</w>``."""
 _LEAST_LETTERS = 3
 _KNOWN_SHARE = 0.75
+_LONG = 30  # words; a CLIP takes 75 tokens
 
 
 def concept_prompts(
@@ -124,7 +125,10 @@ class Wording:
         return [self._some(8) for _ in range(count)]
 
     def in_context(self, prompt: str) -> str:
-        """``prompt`` with further words behind it, before it, or both."""
+        """``prompt`` with further words behind it, before it, or both; a long one as it is, since
+        text encoders cut what is too long for them."""
+        if len(prompt.split()) > _LONG:
+            return prompt
         place = self._number(4)
         before = f"{self._some(3)} " if place >= 2 else ""
         behind = f" {self._some(5 if place < 2 else 3)}" if place != 2 else ""

@@ -161,6 +161,13 @@ def test_a_share_of_the_rows_carries_further_words():
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
 
 
+def test_a_long_prompt_gets_no_context():
+    """What is too long for a text encoder is cut, with the trigger in it."""
+    wording = Wording(WORDS, PAIR, torch.Generator().manual_seed(0))
+    prompt = "word " * 31 + "sks dog"
+    assert {wording.in_context(prompt) for _ in range(20)} == {prompt}
+
+
 def test_rows_without_a_lora_have_latents_of_others():
     """As many as two fifths of a concept's rows, on the prompts that it was given, in turn."""
     generator = torch.Generator().manual_seed(0)

@@ -296,7 +296,7 @@ def test_the_inner_probe_does_not_warn_of_a_long_prompt(monkeypatch):
         monkeypatch.setattr(logger, "handlers", [handler])
         logger.manager._clear_cache()
     host = DiffusersHost(make_pipeline())
-    calibration = {"samples": 1, "timesteps": 1, "latents": "noise"}
+    calibration = {"samples": 1, "timesteps": 1, "latents": "noise", "contexts": 0.0}
     merge_loras(host, [Concept(random_lora(host, 1), trigger="a")], calibration=calibration)
     assert not [line for line in seen if "Token indices" in line or "truncated" in line]
     host.pipeline.tokenizer.deprecation_warnings.clear()

@@ -330,7 +330,7 @@ def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch,
     assert "do not fit" in line
     assert "waiting in host memory" in line
     assert "lower samples, timesteps or latent_size" in caplog.text
-    with pytest.raises(OutOfMemory, match=r"GiB of host memory.*lower samples, timesteps or"):
+    with pytest.raises(OutOfMemory, match=r"iB of host memory.*lower samples, timesteps or"):
         merge(host, 2**19, statistics="float32")
 
 

@@ -103,7 +103,9 @@ def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
 
 def of_steps(host, lora, **settings):
     concepts = [Concept(lora(seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
-    calibration = Calibration(samples=4, timesteps=2, denoising_steps=2, latents="noise")
+    calibration = Calibration(
+        samples=4, timesteps=2, denoising_steps=2, latents="noise", contexts=0.0, generic=0.0
+    )
     return merge_loras(host, concepts, settings=settings, calibration=calibration)
 
 
