@@ -2,11 +2,10 @@
 
     PYTHONPATH=. python benchmarks/minilm_new_words.py sks,zwx [METHOD '{"setting": value}']…
 
-Fields of the calibration are settings here as well, such as "contexts" and "generic".
-Draws each concept by calibration prompts (seen), and by prompts without any word of a template: in
-words that generic captions have (contexts) and in words that no row has, whatever the method (new).
-"+generic" behind a method adds rows on captions of the base's own. Writes a line of JSON for each
-row into the file of ``--into``, and the table of all of them into ``--table``.
+Fields of the calibration count as settings, such as "contexts" and "generic". The script draws each
+concept by calibration prompts (seen) and by prompts without any word of a template: in words that
+the generic captions have (contexts), and in words that no row has (new). It adds a line of JSON for
+each row to ``results/minilm_new_words.jsonl``, and skips rows that are there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from minilm.prompts import Kind
-from outputs import BUILD
+from outputs import result_file
 from protocol.minilm import MiniLmWorld
 
 from iteris_core import Calibration, Lora, merge_loras
@@ -29,18 +28,20 @@ from iteris_core import Calibration, Lora, merge_loras
 KINDS: dict[Kind, int] = {"seen": 6, "contexts": 10, "new": 14}
 """Prompts of each concept."""
 
+OFF = {"contexts": 0, "generic": 0}
 ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("base", {}),
+    ("alone", {}),
     ("iteris", {}),
-    ("iteris", {"ridge": 1e-5}),
     ("iteris", {"ridge": 1e-4}),
-    ("iteris", {"ridge": 1e-3}),
-    ("iteris+generic", {}),
-    ("iteris+generic", {"ridge": 1e-5}),
-    ("iteris+generic", {"ridge": 1e-4}),
+    ("iteris", OFF),
+    ("iteris", {"ridge": 1e-4, **OFF}),
     ("regmean++", {}),
+    ("regmean++", OFF),
+    ("ssr", {}),
+    ("ssr", OFF),
     ("average", {}),
     ("sum", {}),
-    ("ssr", {}),
 ]
 
 Figures = dict[str, tuple[float, float]]
@@ -60,10 +61,7 @@ def drawn(world: MiniLmWorld, lora: Lora | None, names: Sequence[str]) -> Figure
 
 
 def merged(world: MiniLmWorld, names: Sequence[str], method: str, settings: Any) -> Lora:
-    method, _, more = method.partition("+generic") if "+generic" in method else (method, "", None)
     concepts = world.concepts(names)
-    if more is not None:
-        concepts.append(world.generic())
     host = None if method in ("average", "sum") else world.host
     own = {name: settings[name] for name in settings if name in Calibration.__dataclass_fields__}
     settings = {name: value for name, value in settings.items() if name not in own}
@@ -79,27 +77,11 @@ def alone(world: MiniLmWorld, names: Sequence[str]) -> Figures:
     }
 
 
-def table(entries: Sequence[dict[str, Any]]) -> str:
-    """Markdown: attributes right / background right."""
-    lines = [
-        "| LoRAs | method | seen | new contexts | new words | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in entries:
-        cells = [f"{entry[kind][0]:.2f} / {entry[kind][1]:.2f}" for kind in KINDS]
-        lines.append(
-            f"| {len(entry['names'])} | {entry['label']} | {' | '.join(cells)} | "
-            f"{entry['seconds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names")
     parser.add_argument("rows", nargs="*")
-    parser.add_argument("--into", type=Path, default=BUILD / "minilm_new_words.jsonl")
-    parser.add_argument("--table", type=Path, default=BUILD / "minilm.md")
+    parser.add_argument("--into", type=Path, default=result_file("minilm_new_words.jsonl"))
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin nothing after these"
     )
@@ -107,7 +89,7 @@ def main() -> None:
     until = time.time() + asked.seconds
     names = asked.names.split(",")
     given = zip(asked.rows[::2], map(json.loads, asked.rows[1::2]), strict=True)
-    rows = list(given) or [("base", {}), ("alone", {}), *ROWS]
+    rows = list(given) or ROWS
     world = MiniLmWorld()
     known: list[dict[str, Any]] = []
     if asked.into.exists():
@@ -128,8 +110,7 @@ def main() -> None:
         known.append(entry)
         with asked.into.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        asked.table.write_text(table(known))
-        print(table([entry]).splitlines()[-1], flush=True)
+        print(json.dumps(entry), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import minilm
 import numpy as np
 import torch
-from minilm.prompts import Kind, generic, prompts, templates
+from minilm.prompts import Kind, prompts, templates
 from PIL import Image
 
 import toybox
@@ -58,10 +58,6 @@ class MiniLmWorld:
             Concept(self._loras[n], trigger=n, class_word=self._concepts[n].class_word)
             for n in names
         ]
-
-    def generic(self) -> Concept:
-        """Captions of the base's own, on which it is to stay."""
-        return Concept.preserve(generic(GENERIC))
 
     def asked(self, name: str, kind: Kind, count: int, seed: int = 1) -> list[Wanted]:
         """``count`` pictures of one concept by prompts of a kind."""
