@@ -30,7 +30,7 @@ from quality import SETS, TUNED, Scores, row_of
 from toybox_world import World
 
 from iteris_core import Calibration, Lora, LowRank, merge_loras
-from iteris_core.concepts import concept_prompts
+from iteris_core.calibration_prompts import concept_prompts
 from toybox import TEMPLATES
 
 FILE = result_file("equal_time.json")

@@ -56,6 +56,7 @@ class HeldOut:
             timesteps=_TIMESTEPS,
             guidance=self.guidance,
             empty_share=0.0,
+            contexts=0.0,
             latent_size=latent_size,
             templates=HELD_OUT,
             seed=_SEED,
@@ -67,15 +68,15 @@ class HeldOut:
             )
         owners = torch.tensor(self.samples.text.owners)
         self.rows = [(owners == c).nonzero().flatten().tolist() for c in range(len(concepts))]
-        self.base = [self._outputs(None, rows) for rows in self.rows]
+        self.base = [self.outputs(None, rows) for rows in self.rows]
         self.own = [
-            self._outputs(lora, rows) for lora, rows in zip(self.loras, self.rows, strict=True)
+            self.outputs(lora, rows) for lora, rows in zip(self.loras, self.rows, strict=True)
         ]
 
     def errors(self, merged: Lora) -> dict[str, float]:
         found: dict[str, list[float]] = {"guided": [], "prompt": [], "empty": []}
         for rows, own, base in zip(self.rows, self.own, self.base, strict=True):
-            ours = self._outputs(merged, rows)
+            ours = self.outputs(merged, rows)
             for name, errors in found.items():
                 target, start, got = (self._read(some, name) for some in (own, base, ours))
                 error = (got - target).square().sum() / (start - target).square().sum()
@@ -87,7 +88,7 @@ class HeldOut:
             return outputs.empty + self.guidance * (outputs.prompt - outputs.empty)
         return outputs.prompt if name == "prompt" else outputs.empty
 
-    def _outputs(self, lora: Lora | None, rows: Sequence[int]) -> Outputs:
+    def outputs(self, lora: Lora | None, rows: Sequence[int]) -> Outputs:
         """With the changes on the weights, which are put back bit for bit."""
         text = self.samples.text
         nothing = TextRows.of(text.owners, [""] * len(text.owners))

@@ -15,6 +15,11 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def load_rows(name: str) -> list[dict[str, Any]]:
+    """A file of ``results/`` with a row in each line."""
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> list[str]:
     """A table, of whose columns the last ``right`` are aligned to the right."""
     rule = "|" + "---|" * (len(head) - right) + "---:|" * right

@@ -33,6 +33,10 @@ _HEAD = """\
 This page is made from `benchmarks/results/` by `python benchmarks/results_page.py --write`. What
 the columns are, and how it was measured: [benchmarks](../benchmarks/README.md). Means with standard
 errors; in the plots lines at the bars are intervals of 95 %, where there are three sets at least.
+
+Every table here was drawn on prompts of which the calibration had each, with the merge that was the
+default before (`contexts=0, generic=0`). On prompts that no row had that merge breaks the picture;
+today's default holds ([figures](decisions.md#prompts-that-no-row-had)).
 """
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import heldout_cases
-from markdown_tables import cell, lines, load, short, signed
+from markdown_tables import cell, lines, load, load_rows, short, signed
 from outputs import ROOT
 
 COLUMNS = ("mean", "image", "text", "judge", "pair")
@@ -193,6 +193,22 @@ def few_prompts(column: str) -> list[str]:
     )
 
 
+_NEW_WORDS = {"alone": "each alone", "iteris": "**IterIS**", "regmean++": "RegMean++"}
+
+
+def minilm() -> list[str]:
+    """Attributes and backgrounds that are right, of all LoRAs of a merge."""
+    kinds = ("seen", "contexts", "new")
+    rows: list[list[str]] = []
+    for entry in load_rows("minilm_new_words.jsonl"):
+        method, _, settings = entry["label"].partition(" ")
+        name = " ".join([_NEW_WORDS.get(method, method), settings]).strip()
+        cells = [short(f"{entry[kind][0]:.2f} / {entry[kind][1]:.2f}") for kind in kinds]
+        rows.append([str(len(entry["names"])), name, *cells])
+    order = sorted(rows, key=lambda row: int(row[0]))
+    return lines(("LoRAs", "", "seen", "new contexts", "new words"), order)
+
+
 MEASURES = ("image", "judge", "text")
 
 
@@ -246,6 +262,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **{f"few prompts {column}": partial(few_prompts, column) for column in ("image", "text")},
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
+    "minilm": minilm,
     "block polish": block_polish,
     "two in one": partial(two_in_one, "two_in_one.json"),
     "two emoji in one": partial(two_in_one, "two_in_one_emoji.json"),

@@ -20,7 +20,7 @@ from typing import Any
 def merge_one(job: dict[str, Any]) -> dict[str, Any]:
     """One merge in a worker; the report is written beside the file, last."""
     from iteris_core import merge_loras
-    from iteris_core.cli.common import load_base
+    from iteris_core.cli.base import load_base
     from iteris_core.cli.concept_options import parse_concept, read_concepts
     from iteris_core.hosts.diffusers import DiffusersHost
     from iteris_core.lora_files import ReadOptions

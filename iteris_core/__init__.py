@@ -1,18 +1,53 @@
 """IterIS: merge several LoRAs into one by least squares on what the merged model really sees."""
 
-from .concepts import Calibration, Concept
-from .errors import IterisError, LoraFileError, MergeCancelled, SettingsError, SolveError
-from .lora import Lora, LowRank
-from .lora_files import write_lora
-from .merge import MergeResult, merge_loras
-from .methods import all_methods
-from .methods.iteris_settings import IterisSettings
-from .progress import Progress
-from .report.report import MergeReport
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .concepts import Calibration, Concept
+    from .errors import IterisError, LoraFileError, MergeCancelled, SettingsError, SolveError
+    from .hosts.diffusers import DiffusersHost
+    from .hosts.transformers import TransformersHost
+    from .lora import Lora, LowRank
+    from .lora_files import write_lora
+    from .lora_files.peft_folder import read_heads, write_adapter
+    from .merge import MergeResult, merge_loras
+    from .methods import all_methods
+    from .methods.iteris_settings import IterisSettings
+    from .progress import Progress
+    from .report.report import MergeReport
+
+_HOMES = {
+    "Calibration": "concepts",
+    "Concept": "concepts",
+    "DiffusersHost": "hosts.diffusers",
+    "IterisError": "errors",
+    "IterisSettings": "methods.iteris_settings",
+    "Lora": "lora",
+    "LoraFileError": "errors",
+    "LowRank": "lora",
+    "MergeCancelled": "errors",
+    "MergeReport": "report.report",
+    "MergeResult": "merge",
+    "Progress": "progress",
+    "SettingsError": "errors",
+    "SolveError": "errors",
+    "TransformersHost": "hosts.transformers",
+    "all_methods": "methods",
+    "merge_loras": "merge",
+    "read_heads": "lora_files.peft_folder",
+    "write_adapter": "lora_files.peft_folder",
+    "write_lora": "lora_files",
+}
+"""Name → its module, imported at the name's first use: torch takes seconds, diffusers and
+transformers more, and without them the command line still reports what is missing."""
 
 __all__ = [
     "Calibration",
     "Concept",
+    "DiffusersHost",
     "IterisError",
     "IterisSettings",
     "Lora",
@@ -24,7 +59,22 @@ __all__ = [
     "Progress",
     "SettingsError",
     "SolveError",
+    "TransformersHost",
     "all_methods",
     "merge_loras",
+    "read_heads",
+    "write_adapter",
     "write_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

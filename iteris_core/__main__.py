@@ -1,3 +1,34 @@
-from .cli import main
+"""The program ``iteris``: :mod:`.cli`, with one line for what stops it while it is loaded."""
 
-main()
+from __future__ import annotations
+
+import sys
+
+_EXTRAS = {"open_clip": "score", "matplotlib": ""}
+"""Module → the extra of this package that brings it; the others come with ``cli``."""
+_OWN = ("iteris_core", "toybox")
+
+
+def main() -> None:
+    try:
+        from .cli import main as run  # takes seconds: torch comes with it
+
+        run()
+    except KeyboardInterrupt:
+        _stop("stopped.", 130)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if not name or name in _OWN:
+            raise
+        extra = _EXTRAS.get(name, "cli")
+        package = f"'comfyui-iteris[{extra}]'" if extra else name
+        _stop(f"{name} is not installed; get it by: pip install {package}", 2)
+
+
+def _stop(what: str, status: int) -> None:
+    sys.stderr.write(f"iteris: {what}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
-
-from .errors import IterisError, SettingsError
+from .errors import SettingsError
 from .lora import Lora
 from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
@@ -34,6 +33,12 @@ PAIR_TEMPLATES = _templates("pairs")
 """Of two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
+
+
+class LoraReader(Protocol):
+    """The part of a host that reads LoRA files."""
+
+    def read_lora(self, path: str | Path) -> Lora: ...
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,47 @@ class Concept:
     kind: PromptKind = "subject"
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, str | Path):
+            raise SettingsError(
+                f"Concept({str(self.lora)!r}): a concept has a LoRA, not the name of a file; give "
+                f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
+            )
+        for name in ("prompts", "subjects"):
+            if isinstance(getattr(self, name), str):
+                raise SettingsError(
+                    f"{self.name}: {name} must be a list of texts, not one text; give "
+                    f"{name}=[{getattr(self, name)!r}]."
+                )
+        for name in ("strength", "text_strength", "weight"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number or (value is None and name == "text_strength")):
+                raise SettingsError(f"{self.name}: {name} must be a number, not {value!r}.")
         if self.kind not in KINDS:
             raise SettingsError(
                 f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
             )
-        if not self.weight >= 0:
-            raise SettingsError(f"{self.name}: weight must be 0 or more, not {self.weight}.")
+        if not 0 <= self.weight < math.inf:
+            raise SettingsError(
+                f"{self.name}: weight must be 0 or more and finite, not {self.weight}."
+            )
+        for name in ("strength", "text_strength"):
+            strength = getattr(self, name)
+            if strength is not None and not math.isfinite(strength):
+                raise SettingsError(f"{self.name}: {name} must be finite, not {strength}.")
+
+    @classmethod
+    def from_file(cls, host: LoraReader, path: str | Path, **values: Any) -> Concept:
+        """The LoRA in a file, read for the base model of ``host``.
+
+        ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
+        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it.
+        Raises :class:`LoraFileError` for a file that cannot be read.
+        """
+        lora = host.read_lora(path)
+        if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
+            values = {**words_of(lora.metadata)._asdict(), **values}
+        return cls(lora, **values)
 
     @classmethod
     def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
@@ -142,6 +182,20 @@ class Calibration(Settings):
     frames: int | None = setting(
         None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
+    contexts: float = setting(
+        0.5,
+        "Share of a concept's rows whose prompt has further words before or after its own, so that "
+        "the merge also holds on prompts that are not among them.",
+        low=0,
+        high=1,
+    )
+    generic: float = setting(
+        0.2,
+        "Weight of prompts that name no concept, next to a concept's 1. They keep the base model "
+        "as it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
+        low=0,
+        most=10,
+    )
     templates: Sequence[str] = TEMPLATES
     """With "{}" where the concept goes; those with two are of two concepts side by side."""
     seed: int = setting(
@@ -195,49 +249,3 @@ def words_in(phrases: Sequence[str]) -> Words:
         return Words(subjects=tuple(phrases))
     trigger, _, class_word = "".join(phrases).partition(" ")
     return Words(trigger, class_word.strip())
-
-
-def concept_prompts(
-    concept: Concept, calibration: Calibration, generator: torch.Generator
-) -> list[str]:
-    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer; of
-    several phrases each in turn."""
-    if concept.prompts is not None:
-        pools = [[str(prompt) for prompt in concept.prompts]]
-        if not pools[0]:
-            raise IterisError(
-                f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
-                "and a class word to make them from."
-            )
-    else:
-        own = concept.kind == "subject"
-        templates = calibration.single_templates if own else KINDS[concept.kind]
-        # Not by format: a phrase of tags may hold braces.
-        pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
-    if not pools:
-        raise IterisError(
-            f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
-            "features cannot be collected without knowing how to call for it."
-        )
-    each = -(-calibration.samples // len(pools))
-    columns = [_in_random_order(pool, each, generator) for pool in pools]
-    turns = zip(*columns, strict=True)
-    return [prompt for turn in turns for prompt in turn][: calibration.samples]
-
-
-def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:
-    """Prompts that show the two side by side, one for each template and each two phrases."""
-    return [
-        one.join([head, other.join([middle, tail])])
-        for head, middle, tail in (t.split("{}") for t in calibration.pair_templates)
-        for one in left.phrases
-        for other in right.phrases
-    ]
-
-
-def _in_random_order(pool: list[str], count: int, generator: torch.Generator) -> list[str]:
-    prompts: list[str] = []
-    while len(prompts) < count:
-        order = torch.randperm(len(pool), generator=generator).tolist()
-        prompts += [pool[index] for index in order]
-    return prompts[:count]

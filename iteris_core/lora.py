@@ -35,6 +35,11 @@ class LowRank:
                 "product; pass up as (out, rank) and down as (rank, in)."
             )
 
+    def __repr__(self) -> str:
+        out, wide = self.shape
+        kernel = "" if self.kernel is None else f", kernel {self.kernel}"
+        return f"<LowRank {out} x {wide}, rank {self.rank}{kernel}, {self.up.dtype}>"
+
     @property
     def rank(self) -> int:
         return self.up.shape[1]
@@ -91,6 +96,12 @@ class Lora:
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     reading: Mapping[str, object] = field(default_factory=dict[str, object])
+
+    def __repr__(self) -> str:
+        kept = sorted(self.ranks)
+        rank = "" if not kept else f", rank {kept[0]}" + (f" to {kept[-1]}" if kept[1:] else "")
+        more = f", embeddings {', '.join(self.embeddings)}" if self.embeddings else ""
+        return f"<Lora {self.name!r}: {len(self.sites)} sites{rank}{more}>"
 
     @property
     def ranks(self) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from .concepts import Calibration, Concept
 from .errors import IterisError, MergeCancelled, SettingsError
 from .hosts.learned import Calls, calls_of
 from .hosts.protocol import Host
+from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import find_method
@@ -47,11 +49,21 @@ class MergeResult:
         path: str | Path,
         *,
         layout: Layout | None = None,
-        dtype: str = "float16",
+        dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
         """Write the merged LoRA; see :func:`.lora_files.write_lora`."""
         return write_lora(self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+
+    def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
+        """Load the merged LoRA into a pipeline of diffusers, as it would load its file.
+
+        ``pipeline.unload_lora_weights()`` takes it off again. Embeddings that came with the LoRAs
+        are not loaded; save the LoRA for them.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / "merged.safetensors", dtype="float32")
+            pipeline.load_lora_weights(str(path), adapter_name=adapter_name)
 
 
 def merge_loras(
@@ -72,32 +84,44 @@ def merge_loras(
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
-    ``host`` runs the base model; a method that only looks at weights takes None. ``settings``
-    and ``calibration`` are mappings of names to values, which go over those of ``preset``
-    (:data:`.presets.PRESETS`), or the whole dataclass. ``generator`` (on the CPU) decides
-    prompts and latents; without one it is seeded by ``calibration.seed``. ``on_progress`` is told
-    at every step how far the merge is and about how long it still takes, as a
-    :class:`.progress.Progress`. ``should_stop`` is asked at every step; when it says yes
-    :class:`MergeCancelled` is raised. With ``processes`` several
-    processes that call this alike share the rows and end with the same result. ``memory_budget``
-    is what the merge may take beyond the model, in bytes (None: no limit); it decides how many rows
-    run at once and, if it must, how many run at all, which the report's plan tells. ``policy``
-    holds the thresholds by which ways of solving are chosen. Sites whose features cannot be
-    collected, which a short pass finds before anything is made, are refused; or, as
-    ``unmergeable`` says, the merge goes on without them, or with the ``"mean"`` of the LoRAs'
-    changes there, and the report lists them. The base model is bit-identical afterwards, whatever
-    happens.
+    The base model is bit-identical afterwards, whatever happens.
 
-    Raises :class:`IterisError` for input that cannot be merged.
+    :param host: runs the base model, such as ``DiffusersHost(pipeline)``; None for a method that
+        looks at weights only.
+    :param concepts: what is merged, each a :class:`Concept`; those of strength or weight 0 are
+        left out.
+    :param method: a name of :func:`.methods.all_methods`.
+    :param preset: a name of :data:`.presets.PRESETS`, over which ``settings`` and ``calibration``
+        go.
+    :param settings: of the method, by name, or its whole dataclass, which leaves nothing of the
+        preset.
+    :param calibration: how features are collected, by name, or a whole :class:`Calibration`.
+    :param generator: of the CPU; draws prompts and latents. None: seeded by ``calibration.seed``.
+    :param on_progress: is called at every step with a :class:`.progress.Progress`.
+    :param should_stop: is called at every step; where it returns true :class:`MergeCancelled` is
+        raised.
+    :param processes: several processes that call this alike share the rows and get one result.
+    :param memory_budget: bytes that the merge may take beyond the model (``"free"``: what is free;
+        None: no limit). It decides how many rows run at once and, if it must, how many run at all,
+        which the report's plan shows.
+    :param policy: the thresholds by which ways of solving are chosen.
+    :param unmergeable: what becomes of sites whose features cannot be collected, which a short
+        pass finds first: ``"refuse"`` the merge, ``"skip"`` them, or give them the ``"mean"`` of
+        the LoRAs' changes; the report lists them.
+    :returns: the merged LoRA and a report of every site.
+    :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
+        of range.
     """
     started = time.perf_counter()
     chosen = find_method(method)
     settings, calibration = settings_over(preset, method, settings, calibration)
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
+    _check_types(host, concepts)
+    left_out = [concept.name for concept in concepts if not concept.counts]
     concepts = [concept for concept in concepts if concept.counts]
     ran = Ran()
-    learned: list[tuple[str, list[str]]] = []
+    noted: list[tuple[str, list[str]]] = []
     outlook = Outlook()
 
     def tick(what: str, done: int, total: int) -> None:
@@ -110,10 +134,16 @@ def merge_loras(
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        changes = changes_of(concepts)
+        generic = host.generic(concepts, calibration)
+        calibrated = concepts if generic is None else [*concepts, generic]
+        if generic is not None:
+            noted.append((generic.name, [_generic_note(generic)]))
+        changes = changes_of(calibrated)
         check_sites(host, changes)
-        sweep = getattr(settings, "schedule", "") == "sweep"
-        found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
+        sweep = chosen.sweeps(settings)
+        found = unmergeable_sites(
+            host, calibrated, changes, calibration, tick, outlook, sweep=sweep
+        )
         if found and unmergeable == "refuse":
             raise IterisError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
@@ -121,7 +151,7 @@ def merge_loras(
             raise IterisError(dry.complaint(found, concepts))
         job = Job(
             host,
-            concepts,
+            calibrated,
             kept,
             calibration,
             generator,
@@ -132,12 +162,12 @@ def merge_loras(
             ran=ran,
             outlook=outlook,
         )
-        calls = [calls_of(concept, host.learned) for concept in concepts]
+        calls = [calls_of(concept, host.learned) for concept in calibrated]
         with host.teach(calls) as in_force:
-            learned = _learned(concepts, calls, in_force)
+            noted += _learned(calibrated, calls, in_force)
             merged = dict(chosen.merge(job, settings))
         if found:
-            merged |= _means(concepts, changes, found) if unmergeable == "mean" else {}
+            merged |= _means(calibrated, changes, found) if unmergeable == "mean" else {}
             what = "have the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
             ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
     else:
@@ -149,13 +179,15 @@ def merge_loras(
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    for name, more in (*learned, ("sites", ran.notes), ("embeddings", joined.warnings)):
+    zero = [(name, ["left out of the merge: its strength or weight is 0"]) for name in left_out]
+    more_notes = (*zero, *noted, ("sites", ran.notes), ("embeddings", joined.warnings))
+    for name, more in more_notes:
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method,
         concepts=[concept.name for concept in concepts],
-        sites={site: report for site, (_, report) in merged.items()},
+        sites={site: report.of_first(len(concepts)) for site, (_, report) in merged.items()},
         seconds=time.perf_counter() - started,
         settings=asdict(settings),
         calibration=asdict(calibration) if chosen.needs_host else {},
@@ -163,24 +195,50 @@ def merge_loras(
         rows=ran.rows,
         plan=ran.plan,
         convergence=ran.convergence,
+        preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
         {site: change for site, (change, _) in merged.items()},
         "merged",
-        merge_metadata(concepts, report, joined, calls),
+        merge_metadata(concepts, report, joined, calls[: len(concepts)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
     return MergeResult(lora, report)
 
 
+def _check_types(host: Any, concepts: Any) -> None:
+    """Raise :class:`SettingsError` for what callers pass in the place of a host and concepts."""
+    if host is not None and not callable(getattr(host, "stages", None)):
+        raise SettingsError(
+            f"host must run the base model, and {type(host).__name__} is no host; pass "
+            "DiffusersHost(pipeline) or TransformersHost(model)."
+        )
+    others = [one for one in concepts if not isinstance(one, Concept)]
+    if others:
+        raise SettingsError(
+            f"concepts must be a list of Concept, not of {type(others[0]).__name__}; pass "
+            "[Concept(host.read_lora(file), trigger=…), …]."
+        )
+
+
 def _means(
     concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
 ) -> dict[str, tuple[LowRank, SiteReport]]:
-    """The mean of the LoRAs' changes at ``sites``, fitted to nothing."""
-    weights = [concept.weight for concept in concepts]
+    """The mean of the LoRAs' changes at ``sites``, fitted to nothing; its components in the order
+    of their energy, so that a later cut to a rank keeps the best ones."""
+    weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: changes[s].mean(weights, changes[s].like.up.dtype) for s in sites}
+    means = {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
+
+
+def _generic_note(generic: Concept) -> str:
+    prompts = len(set(generic.prompts or ()))
+    return (
+        f"{prompts} prompts that name no concept keep the base as it is, at weight "
+        f"{generic.weight:g}"
+    )
 
 
 def _learned(

@@ -65,6 +65,10 @@ def preview_merge(
     changes = changes_of(concepts)
     if not chosen.needs_host:
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
+    generic = host.generic(concepts, calibration)
+    if generic is not None:
+        concepts = [*concepts, generic]
+        changes = changes_of(concepts)
     check_sites(host, changes)
 
     outlook = Outlook()
@@ -73,7 +77,7 @@ def preview_merge(
         if on_progress is not None:
             on_progress(outlook.forecast.tick(what, done, total))
 
-    sweep = getattr(chosen_settings, "schedule", "") == "sweep"
+    sweep = chosen.sweeps(chosen_settings)
     found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
     kept = {site: some for site, some in changes.items() if site not in found}
     plan: list[str] = []
@@ -105,7 +109,7 @@ def preview_merge(
             raise IterisError(f"{method} makes no plan of its memory.")
     loras = sum(concept.lora is not None for concept in concepts)
     steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
-    denoised = len(concepts) * calibration.samples * steps if loras else 0
+    denoised = loras * calibration.samples * steps
     if calibration.latents == "noise" or not any(_denoises(site) for site in kept):
         denoised = 0
     complaint = dry.complaint(found, concepts, refused=False) if found else ""

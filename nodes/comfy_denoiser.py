@@ -19,7 +19,7 @@ from ..iteris_core.concepts import Calibration
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory
 from .comfy_sampling import run_uncompiled
-from .comfy_sizes import latent_shape
+from .comfy_sizes import latent_shape, patches_of
 from .comfy_text import Conditioning
 
 _ONE = "positive"
@@ -102,6 +102,10 @@ class Denoiser:
         if latent is None:
             return latent_shape(self.model, calibration)
         return tuple(comfy.sample.fix_empty_latent_channels(self.model, latent).shape)
+
+    @property
+    def patches(self) -> list[int]:
+        return patches_of(self.model)
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """What a denoising begins with beside noise, (1, …): the LATENT that is connected."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
+from ..iteris_core.calibration_prompts import Wording, whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.hosts.protocol import Stage, Tick
-from ..iteris_core.hosts.rows import TextRows, drawn_prompts
+from ..iteris_core.hosts.rows import (
+    TextRows,
+    drawn_prompts,
+    fewest_prompts,
+    generic_concept,
+    in_contexts,
+    row_texts,
+)
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
@@ -180,11 +189,29 @@ class ComfyHost:
         self._lockstep = lockstep
         denoises = not all(map(_of_text, sites))
         share = 0.0 if self.distilled else calibration.empty_share
-        empty = bool(share) and not denoises
-        owners, prompts = drawn_prompts(concepts, calibration, generator, empty)
+        wording = Wording(self._vocabulary, concepts, generator)
+        owners, prompts = drawn_prompts(
+            concepts,
+            calibration,
+            wording,
+            generator,
+            denoises=denoises,
+            empty=bool(share) and not denoises,
+        )
+
+        def worth_of(text: TextRows) -> int:
+            return fewest_prompts(text, concepts, calibration)
+
+        def texts_of(count: int) -> TextRows:
+            return row_texts(
+                owners, prompts, count, share, concepts, calibration, wording, generator
+            )
+
         if not denoises:
-            text = TextRows.of(owners, prompts)
-            return ComfySamples(text, self._texts.tokenize(text.text_owners, text.texts))
+            said = in_contexts(owners, prompts, concepts, calibration, wording)
+            text = TextRows.of(owners, said)
+            tokens = self._texts.tokenize(text.text_owners, text.texts)
+            return ComfySamples(text, tokens, worth_of(text))
         found = make_latents(
             self._denoisers,
             self.boundary,
@@ -199,7 +226,14 @@ class ComfyHost:
             self._denoised,
             self._show,
         )
-        return comfy_samples(owners, prompts, found, share, generator, self._texts.tokenize)
+        return comfy_samples(found, texts_of, self._texts.tokenize, worth_of)
+
+    @property
+    def _vocabulary(self) -> list[str]:
+        return whole_words(self._texts.vocabulary())
+
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        return generic_concept(concepts, calibration, self._vocabulary)
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(
@@ -235,6 +269,7 @@ class ComfyHost:
                     feeds=bool(samples.noisy),
                     kinds=batch.lengths,
                     lengths=batch.lengths,
+                    samples=samples.worth,
                 )
             else:
                 batch.run_all(self._batch)
@@ -247,7 +282,8 @@ class ComfyHost:
         ]
         for number, noisy in enumerate(samples.noisy):
             if names := self._sites_of(number, sites):
-                yield self._stage(number, names, noisy, conditionings)
+                stage = self._stage(number, names, noisy, conditionings)
+                yield replace(stage, samples=samples.worth)
 
     def _stage(
         self,
@@ -282,6 +318,7 @@ class ComfyHost:
             run,
             places=True,
             picture=latents.shape[2:],
+            patches=denoiser.patches,
             kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             gradients=training,

@@ -63,7 +63,7 @@ class Speaking:
 def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
     """A copy of ``clip`` that has embeddings behind ``embedding:NAME``, before those of
     models/embeddings, and the names of those that one of its text encoders takes."""
-    takers = [_Taker.of(tokenizer) for tokenizer in _tokenizers(clip.tokenizer)]
+    takers = [_Taker.of(tokenizer) for tokenizer in tokenizers(clip.tokenizer)]
     known = {name for name, parts in embeddings.items() if _give(takers, name, parts)}
     own = copy.copy(clip)
     own.tokenizer = _copied(clip.tokenizer, {id(t.tokenizer): t.known for t in takers}, known)
@@ -91,12 +91,12 @@ def _give(takers: Sequence[_Taker], name: str, parts: Parts) -> bool:
     return bool(found)
 
 
-def _tokenizers(tokenizer: Any) -> list[Any]:
+def tokenizers(tokenizer: Any) -> list[Any]:
     """The tokenizers of a composite (SDXL, FLUX, …), or the one itself."""
     if isinstance(tokenizer, comfy.sd1_clip.SDTokenizer):
         return [tokenizer]
     return [
-        one for part in vars(tokenizer).values() if _is_tokenizer(part) for one in _tokenizers(part)
+        one for part in vars(tokenizer).values() if _is_tokenizer(part) for one in tokenizers(part)
     ]
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..iteris_core.hosts.rows import TextRows, noisy_rows
+from ..iteris_core.hosts.rows import TextRows
 from .comfy_sampling import Kept
 
 
@@ -28,42 +27,37 @@ class DenoiserRows:
 
 @dataclass(frozen=True)
 class ComfySamples:
-    """``tokens`` are those of every text; ``noisy`` is of each denoiser, and empty where no site
-    needs one."""
+    """``tokens`` are those of every text, ``worth`` is how many samples of a concept the rows are
+    worth; ``noisy`` is of each denoiser, and empty where no site needs one."""
 
     text: TextRows
     tokens: Sequence[Any]
+    worth: int
     noisy: Sequence[DenoiserRows] = ()
 
 
 def comfy_samples(
-    owners: Sequence[int],
-    prompts: Sequence[str],
     found: Sequence[Kept],
-    empty_share: float,
-    generator: torch.Generator,
+    texts_of: Callable[[int], TextRows],
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
+    worth_of: Callable[[TextRows], int],
 ) -> ComfySamples:
-    """A row for each latent that a denoiser was given for the samples of ``owners`` and
-    ``prompts``; a share of them gets the empty prompt."""
-    parts = [
-        noisy_rows(owners, prompts, kept.latents, kept.sigmas, empty_share, generator)
-        for kept in found
-    ]
-    rows = [(part, row) for part, _ in parts for row in range(len(part.owners))]
+    """A row for each latent that a denoiser was given, and those that ``texts_of(latents of a
+    sample)`` adds on the same latents."""
+    parts = [texts_of(kept.sigmas.shape[1]) for kept in found]
     text = TextRows.of(
-        [part.owners[row] for part, row in rows],
-        [part.texts[part.text_rows[row]] for part, row in rows],
+        [owner for part in parts for owner in part.owners],
+        [part.texts[row] for part in parts for row in part.text_rows],
     )
     which = iter(text.text_rows)
     noisy = [
         DenoiserRows(
             part.owners,
             list(islice(which, len(part.owners))),
-            noisy.latents,
-            noisy.times,
+            kept.latents.flatten(0, 1)[list(part.latent_rows)],
+            kept.sigmas.flatten()[list(part.latent_rows)],
             kept.schedule,
         )
-        for (part, noisy), kept in zip(parts, found, strict=True)
+        for part, kept in zip(parts, found, strict=True)
     ]
-    return ComfySamples(text, tokenize(text.text_owners, text.texts), noisy)
+    return ComfySamples(text, tokenize(text.text_owners, text.texts), worth_of(text), noisy)

@@ -50,6 +50,12 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def patches_of(model: Any) -> list[int]:
+    """The sides, in latents, of what a token of this MODEL covers, ascending: one of a
+    transformer, several of a UNet."""
+    return sorted(set(_levels(model.model.diffusion_model))) or [_patch(model)]
+
+
 def _scale(model: Any) -> int:
     return _told(model, "spacial_downscale_ratio", _SCALES, 8)
 

@@ -22,7 +22,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
-from .comfy_learned import Speaking
+from .comfy_learned import Speaking, tokenizers
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 
@@ -77,6 +77,12 @@ class TextEncoders:
             texts = [[t if isinstance(t, int) else -1 for t, *_ in some] for some in sections]
             counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in texts))
         return counts
+
+    def vocabulary(self) -> Sequence[str]:
+        """The pieces of the first tokenizer's vocabulary; none where it does not tell them."""
+        found = next(iter(tokenizers(self._clip.tokenizer)), None)
+        known = getattr(found, "inv_vocab", {})
+        return [piece for piece in known.values() if isinstance(piece, str)]
 
     def learned(self, prompt: str) -> set[str]:
         """The names behind ``embedding:`` in a prompt whose files ComfyUI finds."""

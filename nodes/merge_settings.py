@@ -26,6 +26,7 @@ ITERIS = (
 """Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
 rows in a forward, which the memory decides, and without the rate of the polish."""
 LATER = ("pull", "block_steps", "block_pairs")
+CALIBRATION_LATER = ("contexts", "generic")
 """Behind all others on the node, since saved graphs have inputs by their places."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",
@@ -49,7 +50,8 @@ class Asked:
     @property
     def calibration(self) -> Calibration:
         """What the inputs say over what the preset says."""
-        values = {name: self.values[name] for name in CALIBRATION if name in self.values}
+        names = (*CALIBRATION, *CALIBRATION_LATER)
+        values = {name: self.values[name] for name in names if name in self.values}
         given = changed(Calibration, {"samples": self.samples, "seed": self.seed, **values})
         return Calibration.from_mapping({**PRESETS[self.preset].calibration, **given})
 

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
-from iteris_core.concepts import KINDS, TEMPLATES, Words, concept_prompts, words_of
-from iteris_core.hosts.rows import row_texts
+from iteris_core.calibration_prompts import (
+    CAPTIONS,
+    Wording,
+    calling_words,
+    concept_prompts,
+    whole_words,
+)
+from iteris_core.concepts import KINDS, TEMPLATES, Words, words_of
+from iteris_core.hosts.rows import TextRows, fewest_prompts, generic_concept, row_texts
 
 
 def prompts(concept, **kwargs):
@@ -83,9 +90,17 @@ def test_settings_out_of_range_are_errors(settings):
         Calibration(**settings)
 
 
-def test_a_negative_weight_is_an_error():
-    with pytest.raises(SettingsError, match="weight must be 0 or more"):
-        Concept(None, prompts=["a"], weight=-1)
+@pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
+def test_a_weight_that_cannot_be_is_an_error(weight):
+    with pytest.raises(SettingsError, match="weight must be 0 or more and finite"):
+        Concept(None, prompts=["a"], weight=weight)
+
+
+@pytest.mark.parametrize("name", ["strength", "text_strength"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_strength_that_is_not_finite_is_an_error(name, value):
+    with pytest.raises(SettingsError, match=f"sks: {name} must be finite"):
+        Concept(None, trigger="sks", **{name: value})
 
 
 @pytest.mark.parametrize("kind", ["subject", "style", "tags", "video"])
@@ -103,21 +118,128 @@ def test_an_unknown_kind_is_refused():
         Concept(None, trigger="sks", kind="photo")
 
 
+WORDS = ["apple", "bridge", "cloud", "sks", "zwx"]
+PAIR = [
+    Concept(Lora({}), trigger="sks", class_word="dog"),
+    Concept(Lora({}), trigger="zwx", class_word="cat"),
+]
+
+
 def said(rows):
     return [rows.texts[row] for row in rows.text_rows]
+
+
+def texts(owners, prompts, count, empty, generator, concepts=None, contexts=0.0):
+    """Rows of concepts with LoRAs, as many as there are owners."""
+    concepts = concepts or [Concept(Lora({}), trigger=f"t{owner}") for owner in set(owners)]
+    calibration, wording = Calibration(contexts=contexts), Wording(WORDS, concepts, generator)
+    return row_texts(owners, prompts, count, empty, concepts, calibration, wording, generator)
 
 
 def test_no_concept_has_only_empty_prompts():
     """With a row or two a concept, a fifth of them would have none of its words."""
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
-        assert said(row_texts([0, 1, 2], ["a", "b", "c"], 1, 0.5, generator)) == ["a", "b", "c"]
-        rows = row_texts([0, 0, 1, 1], ["a", "b", "c", "d"], 2, 0.9, generator)
+        assert said(texts([0, 1, 2], ["a", "b", "c"], 1, 0.5, generator)) == ["a", "b", "c"]
+        rows = texts([0, 0, 1, 1], ["a", "b", "c", "d"], 2, 0.9, generator)
         assert set(said(rows)[:4]) & {"a", "b"}
         assert set(said(rows)[4:]) & {"c", "d"}
 
 
 def test_a_share_of_the_rows_has_the_empty_prompt():
     generator = torch.Generator().manual_seed(0)
-    rows = said(row_texts([0] * 500, ["a"] * 500, 2, 0.2, generator))
+    rows = said(texts([0] * 500, ["a"] * 500, 2, 0.2, generator))
     assert rows.count("") / len(rows) == pytest.approx(0.2, abs=0.04)
+
+
+def test_a_share_of_the_rows_carries_further_words():
+    generator = torch.Generator().manual_seed(0)
+    rows = said(texts([0] * 400, ["a sks dog"] * 400, 1, 0.2, generator, PAIR[:1], contexts=0.5))
+    more = [text for text in rows if text not in ("", "a sks dog")]
+    assert len(more) / sum(map(bool, rows)) == pytest.approx(0.5, abs=0.06)
+    assert len(set(more)) > 100
+    assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
+
+
+def test_a_long_prompt_gets_no_context():
+    """What is too long for a text encoder is cut, with the trigger in it."""
+    wording = Wording(WORDS, PAIR, torch.Generator().manual_seed(0))
+    prompt = "word " * 31 + "sks dog"
+    assert {wording.in_context(prompt) for _ in range(20)} == {prompt}
+
+
+def test_rows_without_a_lora_have_latents_of_others():
+    """As many as two fifths of a concept's rows, on the prompts that it was given, in turn."""
+    generator = torch.Generator().manual_seed(0)
+    concepts = [PAIR[0], Concept.preserve(["x", "y", "z"]), PAIR[1]]
+    rows = texts([0] * 5 + [2] * 5, ["a sks dog"] * 5 + ["a zwx cat"] * 5, 3, 0.0, generator,
+                 concepts)  # fmt: skip
+    assert list(rows.owners) == [0] * 15 + [1] * 6 + [2] * 15
+    assert sorted(said(rows)[15:21]) == ["x", "x", "y", "y", "z", "z"]
+    own = [
+        latent for latent, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner != 1
+    ]
+    assert own == list(range(30))
+    assert all(0 <= latent < 30 for latent in rows.latent_rows)
+
+
+def test_generic_prompts_name_no_concept():
+    concept = generic_concept(PAIR, Calibration(), [*WORDS, "garden"])
+    assert concept is not None
+    assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 80)
+    words = {word for prompt in concept.prompts for word in prompt.split()}
+    assert {"apple", "bridge", "cloud", "garden"} <= words
+    assert not words & {"sks", "zwx"}
+    again = generic_concept(PAIR, Calibration(), [*WORDS, "garden"])
+    assert again.prompts == concept.prompts
+    assert generic_concept(PAIR, Calibration(generic=0), WORDS) is None
+    assert generic_concept(PAIR[:1], Calibration(), WORDS) is None  # nothing to tell apart
+    everywhere = Concept(Lora({}), prompts=["a dog", "the sea"])
+    assert generic_concept([*PAIR, everywhere], Calibration(), WORDS) is None
+
+
+def test_captions_are_of_words_that_the_text_encoder_knows():
+    assert Wording([], PAIR, torch.Generator()).generic(3)  # no vocabulary: any caption
+    known = {word for caption in CAPTIONS[:5] for word in caption.replace(",", "").split()}
+    wording = Wording(sorted(known), PAIR, torch.Generator().manual_seed(0))
+    captions = set(wording.generic(300)) & set(CAPTIONS)
+    assert set(CAPTIONS[:5]) <= captions
+    assert len(captions) < 20
+    nothing = Wording(["apple"], PAIR, torch.Generator().manual_seed(0)).generic(50)
+    assert {word for prompt in nothing for word in prompt.split()} == {"apple"}
+
+
+@pytest.mark.parametrize(
+    ("concept", "words"),
+    [
+        (Concept(Lora({}), trigger="sks man", class_word="dog"), {"sks", "man"}),
+        (Concept(Lora({}), class_word="dog"), {"dog"}),
+        (Concept(Lora({}), subjects=["sks dog", "zwx cat"]), {"sks", "dog", "zwx", "cat"}),
+        (Concept(Lora({}), prompts=["a red Ohwx hat", "the ohwx hat"]), {"ohwx", "hat"}),
+        (Concept.preserve(["a dog"]), set()),
+    ],
+)
+def test_words_that_call_for_a_concept(concept, words):
+    assert calling_words([concept]) == words
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["dog</w>", "ca", "cat</w>", "x</w>", "7up</w>", "<|endoftext|>"],
+        ["▁Dog", "s", "▁cat", "▁", "▁a"],
+        ["Ġdog", "ogs", "Ġcat", "Ġ12"],
+        ["dog", "##s", "cat", "[CLS]", "be"],
+    ],
+)
+def test_whole_words_of_a_vocabulary(pieces):
+    assert whole_words(pieces) == ["cat", "dog"]
+
+
+def test_what_samples_are_worth():
+    """A prompt counts twice, with other noise each time; prompts of no concept do not count."""
+    concepts = [*PAIR, Concept.preserve(["x"])]
+    owners = [0] * 6 + [1] * 6 + [2]
+    rows = TextRows.of(owners, ["a", "b", "c", "d", "e", ""] + ["f", "g"] * 3 + ["x"])
+    assert fewest_prompts(rows, concepts, Calibration(samples=50)) == 4
+    assert fewest_prompts(rows, concepts, Calibration(samples=3)) == 3

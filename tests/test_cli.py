@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tiny import make_pipeline, random_lora
 
 from iteris_core import cli, write_lora
 from iteris_core.cli.concept_options import parse_concept
+from iteris_core.cli.help import EXAMPLES
 from iteris_core.hosts.diffusers import DiffusersHost
 
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -219,7 +221,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(
     [
         (["--set=rank=-4"], "rank must be at least 1, not -4"),
         (["--set=align=both"], "align must be one of"),
-        (["--set=ranks=4"], "names are"),
+        (["--set=rnak=4"], "there is no setting 'rnak'; did you mean 'rank'?"),
         (["--set=micro_batch=abc"], "micro_batch must be a whole number, at least 1, not 'abc'"),
         (["--set=micro_batch=2.5"], "micro_batch must be a whole number"),
         (["--set=repair=maybe"], "repair must be true or false, not 'maybe'"),
@@ -249,14 +251,14 @@ def test_no_prompts_and_nothing_to_make_them_from(world, tmp_path, monkeypatch, 
     arguments = merge_arguments(world, out=out, extra=[f"--concept={world}/lora1.safetensors::"])
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "neither prompts nor a trigger" in err
+    assert "has no trigger word" in err
     preserve = tmp_path / "empty.txt"
     preserve.write_text("\n")
     files = [world / "lora1.safetensors"]
     arguments = merge_arguments(world, *files, out=out, extra=[f"--preserve={preserve}"])
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "empty prompt list" in err
+    assert "list of prompts is empty" in err
     assert not out.exists()
 
 
@@ -320,6 +322,35 @@ def test_help_of_every_command(monkeypatch, capsys, command):
     for parameter in COMMANDS[command].params:
         assert parameter.help, parameter.name
         assert all(option in text for option in parameter.opts if option.startswith("--"))
+
+
+@pytest.mark.parametrize("command", sorted(EXAMPLES))
+def test_the_examples_of_the_help_are_command_lines(monkeypatch, capsys, command, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merge.yaml").write_text("base: x\n")
+    for line in EXAMPLES[command]:
+        program, name, *arguments = shlex.split(line)
+        assert (program, name) == ("iteris", command)
+        assert COMMANDS[name].make_context(name, arguments).params
+
+
+def test_the_help_begins_with_what_is_used_every_day(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, text, _ = run(monkeypatch, capsys, "merge", "-h")
+    assert code == 0
+    lines = text.splitlines()
+    assert len(lines) < 140
+    assert max(map(len, lines)) <= 80
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:4] == ["Examples:", "Arguments:", "Options:", "A concept:"]
+    assert ",kind=style" in text
+    assert "<" not in text
+
+
+def test_the_version(monkeypatch, capsys):
+    code, text, _ = run(monkeypatch, capsys, "--version")
+    assert code == 0
+    assert text.startswith("iteris ")
 
 
 def test_one_method_in_full(monkeypatch, capsys):

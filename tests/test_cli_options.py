@@ -37,6 +37,8 @@ CALIBRATION = [
     ("--denoising-steps=3", "denoising_steps", 3),
     ("--guidance=2.5", "guidance", 2.5),
     ("--empty-share=0.5", "empty_share", 0.5),
+    ("--contexts=0.25", "contexts", 0.25),
+    ("--generic=0", "generic", 0.0),
     ("--latent-size=4", "latent_size", 4),
     ("--frames=5", "frames", 5),
     ("--seed=7", "seed", 7),
@@ -83,7 +85,7 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, c
         seen.update(how, device=device)
         raise cli.IterisError("stop here")
 
-    def run_merge(device, load, how):
+    def run_merge(device, load, how, *, quiet):
         seen.update(memory=how["memory_budget"])
         load(device)
 
@@ -97,6 +99,22 @@ def test_options_of_the_base_reach_what_loads_it(world, tmp_path, monkeypatch, c
     assert seen == {
         "device": "cuda", "dtype": "bfloat16", "offload": "sequential", "memory": 2 << 30,
     }  # fmt: skip
+
+
+def test_a_plan_merges_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--plan"))
+    assert code == 0, err
+    assert "unet: 7 rows" in text
+    assert "Nothing was merged or written." in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quiet_merge_says_nothing(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.safetensors"
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, "--method=average", "--quiet"))
+    assert (code, text, err) == (0, "", "")
+    assert out.is_file()
 
 
 def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
@@ -127,7 +145,7 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
     ("concept", "message"),
     [
         ("{lora},weight=much", "weight must be a number, not 'much'"),
-        ("{lora},weight=-1", "weight must be 0 or more"),
+        ("{lora}:sks:cat,weight=-1", "weight must be 0 or more"),
         ("{lora},strength=nan", "strength must be a number"),
         ("{lora}:sks:cat,trigger=x", "gives trigger twice"),
         ("{lora},weight=1,weight=2", "says one thing twice"),

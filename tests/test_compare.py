@@ -9,14 +9,20 @@ import shutil
 import sys
 
 import pytest
+import torch
 from command_line import make_world, run
 from PIL import Image
+from tiny import make_pipeline, random_lora
 
 import iteris_core.score.compare as compare_module
 import iteris_core.score.drawing as drawing_module
 import toybox
 from iteris_core import Concept, IterisError, Lora, Progress
-from iteris_core.score.compare import fill_prompts
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.presets import PRESETS
+from iteris_core.score.judged import fill_prompts, judged_prompts
+from iteris_core.score.page import html_table
+from iteris_core.score.results import _in_order
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
 from iteris_core.score.told import DRAWING, Told
 
@@ -53,8 +59,63 @@ def test_prompts_are_filled():
         "a sks cat and a zwx dog outside",
         "a zwx dog left of a sks cat",
     ]
+    assert fill_prompts(["a {each} outside"], concepts) == [
+        "a sks cat outside",
+        "a zwx dog outside",
+    ]
     with pytest.raises(IterisError, match="placeholder"):
         fill_prompts(["a {3}"], concepts)
+
+
+def test_a_concept_is_judged_on_the_prompts_that_name_it_alone():
+    concepts = [Concept(Lora({}), trigger=name, class_word="cat") for name in ("sks", "zwx")]
+    templates = ["{all}", "a {1} left of a {2}", "a photo of a {each}", "a sks cat asleep", "rain"]
+    assert judged_prompts(templates, concepts) == [[2, 4], [3]]
+    assert judged_prompts(["{all}", "{1}"], concepts) == [[1], [0]]
+    with pytest.raises(IterisError, match=r"No prompt names concept 2 \('zwx cat'\)"):
+        judged_prompts(["a {1}"], concepts)
+
+
+class Colours:
+    """A scorer in whose eyes a picture is its colour, and a text nothing."""
+
+    def embed_images(self, pictures):
+        colours = [torch.tensor(picture.getpixel((0, 0))) / 255.0 for picture in pictures]
+        return torch.stack(colours)
+
+    def embed_texts(self, texts):
+        return torch.zeros(len(texts), 3)
+
+
+def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
+    """A method that draws each concept well, and both in one picture as neither, has likeness 1."""
+    host = DiffusersHost(make_pipeline())
+    concepts = [
+        Concept(random_lora(host, seed), trigger=f"s{seed}", class_word="dog") for seed in (1, 2)
+    ]
+    drawn = []
+
+    def draw(pipeline, wanted, *_):
+        drawn.append([prompt for prompt, _ in wanted])
+        colours = {"a s1 dog": "#f00", "a s2 dog": "#0f0"}
+        return [Image.new("RGB", (8, 8), colours.get(prompt, "#00f")) for prompt, _ in wanted]
+
+    monkeypatch.setattr(compare_module, "draw", draw)
+    rows = []
+    found = compare_module.compare_methods(
+        host.pipeline, host, concepts,
+        [[Image.new("RGB", (8, 8), "#f00")], [Image.new("RGB", (8, 8), "#0f0")]],
+        ["alone", "average"], Colours(), templates=["{all}", "a {each}"],
+        drawing=drawing_module.Drawing(images_per_prompt=2), on_row=rows.append,
+    )  # fmt: skip
+    assert found.rows["average"]["image s1"].mean == 1
+    assert found.rows["average"]["image s2"].mean == 1
+    assert found.rows["average"]["share"].mean == 1
+    assert drawn[0] == ["a s1 dog"] * 2
+    assert [picture is None for picture in found.pictures["alone s1"]] == [True] * 2 + [
+        False
+    ] * 2 + [True] * 2
+    assert [list(row.rows) for row in rows][:2] == [["alone s1"], ["alone s1", "alone s2"]]
 
 
 def test_the_time_left_is_that_of_all_methods():
@@ -108,8 +169,8 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     data = json.loads((out / "comparison.json").read_text())
     assert list(data["methods"]) == ["base", "average", "iteris"]
     row = data["methods"]["iteris"]
-    assert {"image 1", "image 2", "text", "text, tokens kept", "mean"} <= set(row)
-    assert row["image 1"]["se"] is not None
+    assert {"image s1", "image s2", "text", "text, tokens kept", "mean"} <= set(row)
+    assert row["image s1"]["se"] is not None
     assert data["prompts"][0] == "a s1 dog and a s2 dog"
     assert [c["concepts"] for c in data["compositions"]] == [["s1", "s2"]]
     assert {p.name for p in out.iterdir()} == {
@@ -121,6 +182,7 @@ def test_compare_from_files_to_a_page(world, monkeypatch, capsys, references, tm
     page = (out / "index.html").read_text()
     assert 'alt="iteris: a s1 dog and a s2 dog"' in page
     assert page.count("<img ") == 3 * 2
+    assert page.count(" data-best") == 5  # of average and iteris, in every column
     assert "schedule=sweep" in page
     assert not re.search(r"(src|href)=.https?:", page)
     code, _, err = run(monkeypatch, capsys, *arguments[:-2], "--methods=base")
@@ -168,13 +230,25 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     assert how["ties"]["settings"] == {"density": 0.3, "rank": 2}
     assert how["regmean"]["settings"] == {"rank": 2, "shrink": 0.5}
     calibration = how["ties"]["calibration"]
-    assert (calibration.samples, calibration.timesteps, calibration.latent_size) == (3, 1, 4)
-    assert (calibration.templates, calibration.seed) == (["a picture of {}"], 5)
+    assert calibration == {
+        "samples": 3, "timesteps": 1, "latent_size": 4, "templates": ["a picture of {}"], "seed": 5,
+    }  # fmt: skip
     assert {h["preset"] for h in how.values()} == {"fast"}
     assert {h["memory_budget"] for h in how.values()} == {1 << 29}
     assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
     assert (drawn[0][1].size, drawn[0][1].guidance, drawn[0][1].seed) == ((16, 8), 3, 5)
-    assert "dino 1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
+    assert "dino s1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
+
+
+def test_a_preset_counts_for_the_calibration_too(world, monkeypatch, capsys, references, tmp_path):
+    """It was lost: all methods were compared on the default's prompts and steps."""
+    out = tmp_path / "out"
+    arguments = compare(world, references, out, "--methods=iteris", "--preset=fast")
+    arguments.remove("--samples=3")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    made = json.loads((out / "comparison.json").read_text())["calibration"]
+    assert made == {**made, **PRESETS["fast"].calibration}
 
 
 def test_shares_of_each_lora_alone_and_how_many_are_lost(
@@ -186,12 +260,28 @@ def test_shares_of_each_lora_alone_and_how_many_are_lost(
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 0, err
     rows = json.loads((out / "comparison.json").read_text())["methods"]
-    assert list(rows) == ["alone 1", "alone 2", "base", "average"]
+    assert list(rows) == ["alone s1", "alone s2", "base", "average"]
     of = [rows["average"][f"image {i}"]["mean"] / rows[f"alone {i}"][f"image {i}"]["mean"]
-          for i in (1, 2)]  # fmt: skip
+          for i in ("s1", "s2")]  # fmt: skip
     assert rows["average"]["share"]["mean"] == pytest.approx(sum(of) / 2)
-    assert "share" not in rows["alone 1"]
+    assert "share" not in rows["alone s1"]
+    assert "image s2" not in rows["alone s1"]
     assert {row["collapsed"]["mean"] for row in rows.values()} == {1.0}
+    page = (out / "index.html").read_text()
+    assert " data-best" not in page  # a single merge has nobody to be better than
+
+
+def test_each_lora_alone_is_shown_beside_iteris():
+    given = ["alone s1", "base", "alone s2", "iteris", "sum"]
+    assert _in_order(given) == ["base", "iteris", "alone s1", "alone s2", "sum"]
+    assert _in_order(["alone s1", "sum"]) == ["alone s1", "sum"]
+
+
+def test_the_best_of_a_column_is_marked():
+    rows = {"base": [0.9, 0.9], "sum": [0.2, 0.1], "iteris": [0.5, 0.3]}
+    table = html_table(["image", "collapsed"], rows, apart=["base"], low=["collapsed"])
+    marked = re.findall(r'data-value="([\d.]+)" data-best', table)
+    assert marked == ["0.1", "0.5"]
 
 
 def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_path):
@@ -202,8 +292,10 @@ def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_pat
     data = json.loads((out / "comparison.json").read_text())
     each = data["compositions"]
     assert [c["concepts"] for c in each] == [["s1", "s2"], ["s1", "s3"], ["s2", "s3"]]
-    images = [(c["methods"]["sum"]["image 1"]["mean"] + c["methods"]["sum"]["image 2"]["mean"]) / 2
-              for c in each]  # fmt: skip
+    images = [
+        sum(c["methods"]["sum"][f"image {name}"]["mean"] for name in c["concepts"]) / 2
+        for c in each
+    ]
     stat = data["methods"]["sum"]["image"]
     assert stat["mean"] == pytest.approx(sum(images) / 3)
     spread = sum((value - stat["mean"]) ** 2 for value in images) / 2
@@ -219,9 +311,12 @@ def test_means_over_compositions(world, monkeypatch, capsys, references, tmp_pat
     [
         ("--together=3", "3 of 2 concepts cannot be merged together"),
         ("--scheduler=magic", "There is no scheduler 'magic'"),
+        ("--size=63", "must be multiples of 8, such as 64x64"),
+        ("--samples=0", "samples must be at least 1"),
+        ("--concept=none.safetensors:a:b", "none.safetensors does not exist"),
         ("--size=big", "--size 'big' is not a number of pixels"),
-        ("--set=magic=1", "write NAME=VALUE"),
-        ("--set=iteris.magic=1", "write NAME=VALUE"),
+        ("--set=magic=1", "there is no setting 'magic'"),
+        ("--set=iteris.rnak=1", "there is no setting 'rnak'; did you mean 'rank'?"),
         ("--set=iteris.rank=-1", "rank must be at least 1"),
         ("--methods=magic", "There is no method"),
         ("--clip-weights=none.pt", "open_clip cannot load"),
@@ -231,6 +326,8 @@ def test_what_is_wrong_is_one_line(
     world, monkeypatch, capsys, references, tmp_path, option, message
 ):
     arguments = compare(world, references, tmp_path / "out", option)
+    if option.startswith("--concept"):
+        arguments.append(f"--refs={references}")
     if option.startswith("--clip-weights"):
         arguments[arguments.index(CLIP)] = "--clip=ViT-B-32"
     code, _, err = run(monkeypatch, capsys, *arguments)
@@ -238,6 +335,43 @@ def test_what_is_wrong_is_one_line(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_finished_is_kept(world, monkeypatch, capsys, references, tmp_path):
+    """Ctrl-C in the second method leaves the first; and no other comparison is replaced."""
+    out, merge = tmp_path / "out", compare_module.merge_loras
+
+    def merge_loras(host, concepts, method, **how):
+        if method == "average":
+            raise KeyboardInterrupt
+        return merge(host, concepts, method, **how)
+
+    monkeypatch.setattr(compare_module, "merge_loras", merge_loras)
+    arguments = compare(world, references, out, "--methods=sum,average")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code != 0
+    assert "has what was finished: sum" in err
+    assert list(json.loads((out / "comparison.json").read_text())["methods"]) == ["sum"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "has the results of a comparison; give another folder, or --overwrite" in err
+    monkeypatch.setattr(compare_module, "merge_loras", merge)
+    code, _, err = run(monkeypatch, capsys, *arguments, "--overwrite")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    world, monkeypatch, capsys, references, tmp_path, place
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys.modules["iteris_core.cli.compare"], "load_base", pytest.fail)
+    arguments = compare(world, references, tmp_path / place)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "file" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_offload_reaches_the_base(world, monkeypatch, capsys, references, tmp_path):

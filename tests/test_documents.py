@@ -111,7 +111,7 @@ def test_code_is_code_and_names_exist(page):
 @pytest.mark.parametrize("page", USED, ids=lambda page: page.name)
 def test_every_option_that_is_named_is_one(page):
     known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
-    known |= {"--help", "--install-completion", "--markdown"}
+    known |= {"--help", "--install-completion", "--markdown", "--version"}
     others = {"--multi_gpu", "--nproc-per-node"}  # of accelerate and torchrun
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", page.read_text()))
     assert not named - known - others
@@ -126,6 +126,21 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_pages_of_the_site_link_to_nothing_outside_of_it():
+    """``make docs`` fails for such a link."""
+    found = re.search(
+        r"^PAGES := \$\(wildcard (.*)\)", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    pages = {path for pattern in found[1].split() for path in ROOT.glob(pattern)}
+    assert len(pages) > 30
+    for page in pages:
+        for target in re.findall(
+            r"\]\(([^)\s]+)\)", page.read_text() if page.suffix == ".md" else ""
+        ):
+            if not target.startswith(("http", "#")):
+                assert (page.parent / target.partition("#")[0]).resolve() in pages, (page, target)
 
 
 def test_every_page_is_in_the_site():

@@ -1,10 +1,16 @@
 """What cannot be merged is found before anything is made: refused, left out, or averaged."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from oracle import ModuleHost, Net, hooks_on, make_data, make_lora
 
 from iteris_core import Calibration, Concept, IterisError, merge_loras
+from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.methods.registry import all_methods
+from iteris_core.preview import preview_merge
+from iteris_core.report.provenance import cut_lora, is_ordered
 
 SITES = ("q", "up")
 
@@ -69,7 +75,55 @@ def test_or_it_has_the_mean(model, why):
     torch.testing.assert_close(result.lora.sites["up"].dense(), (one + 2 * two) / 3)
 
 
+def test_a_mean_is_cut_to_a_rank_at_its_best():
+    """As with the rank of the node that saves a LoRA."""
+    host = PictureHost(Half(), make_data())
+    result = merge_loras(host, concepts(), unmergeable="mean")
+    assert is_ordered(result.report)
+    whole = result.lora.sites["up"]
+    cut = cut_lora(result.lora, 2, ordered=True).sites["up"]
+    best = cut_factors(whole, 2)[0]
+    assert cut.rank == 2
+    torch.testing.assert_close(cut.dense(), best.dense())
+
+
 def test_nothing_is_left_of_it():
     some = [Concept(make_lora(1, sites=("up",)), prompts=["unused"])]
     with pytest.raises(IterisError, match="is reached by no forward"):
         merge_loras(PictureHost(Half(), make_data()), some, unmergeable="skip")
+
+
+class Twice(Net):
+    """``up`` is called two times in a forward."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x) + self.up(-x)
+
+
+@pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
+def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
+    """Those that sweep refuse a repeated site beforehand, and no others do."""
+    swept = []
+
+    def noting(job, *arguments):
+        swept.append(job)
+        raise IterisError("swept")
+
+    for name in ("iteris", "loraclr", "registry"):
+        monkeypatch.setattr(f"iteris_core.methods.{name}.sweep_pass", noting)
+    with suppress(IterisError):
+        merge_loras(PictureHost(Net(), make_data()), concepts(), method)
+    sweeps, said = bool(swept), ""
+    try:
+        merge_loras(PictureHost(Twice(), make_data()), concepts(), method)
+    except IterisError as error:
+        said = str(error)
+    assert ("up (in lora-1, lora-2): it is called more than once" in said) == sweeps
+
+
+def test_the_preview_of_a_method_that_sweeps_finds_a_repeated_site():
+    found = preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean++")
+    assert set(found.unmergeable) == {"up"}
+    found = preview_merge(PictureHost(Twice(), make_data()), concepts(), "regmean")
+    assert not found.unmergeable

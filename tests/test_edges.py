@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
 from iteris_core.errors import IterisError
+from iteris_core.linalg.lowrank import at_rank, cut_factors
+from iteris_core.lora import SiteChanges
+from iteris_core.methods.registry import all_methods
+from iteris_core.solve.router import Router
+from iteris_core.solve.subspace import Subspace
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
@@ -76,6 +82,49 @@ def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
+def test_every_method_merges_under_autocast(method):
+    model = Net().float()
+    sites = ("q", "up")
+    loras = [make_lora(seed, sites=sites) for seed in (1, 2)]
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    host = ModuleHost(model, [rows.float() for rows in make_data()])
+    if method == "custom-diffusion":
+        pytest.skip("it merges cross-attention alone")
+    plain = merge_loras(host, concepts, method).lora
+    with torch.autocast("cpu", torch.bfloat16):
+        lora = merge_loras(host, concepts, method).lora
+    assert difference(lora, dense_changes(plain)) < 0.1
+
+
+def test_a_site_without_inputs_is_cut_to_a_rank_at_its_best():
+    data = [torch.zeros(2, 12, 12, dtype=torch.float64) for _ in range(2)]
+    whole = merge([make_lora(1), make_lora(2)], data).lora.sites["q"]
+    assert whole.rank == 4
+    first = at_rank(whole, 2, ordered=True)
+    torch.testing.assert_close(first.dense(), cut_factors(whole, 2)[0].dense())
+
+
+@pytest.mark.parametrize("kind", [Router, Subspace])
+def test_autocast_does_not_reach_the_small_moments(kind):
+    generator = torch.Generator().manual_seed(0)
+    changes = SiteChanges(
+        tuple(LowRank(torch.ones(48, 4), torch.randn(4, 48, generator=generator)) for _ in range(2))
+    )
+    tokens = torch.randn(64, 48, generator=generator)
+
+    def sums():
+        reduction = kind(changes, torch.device("cpu"))
+        for concept in range(2):
+            reduction.add(SimpleNamespace(concept=concept, merged=tokens, reference=tokens))
+        return reduction.sums()
+
+    wanted = sums()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sums()
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 

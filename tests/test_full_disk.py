@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_pipeline, random_lora
@@ -156,11 +157,13 @@ def test_the_command_says_so_where_no_disk_takes_it(world, tmp_path, monkeypatch
 def test_a_plot_that_does_not_fit_is_one_line_and_the_lora_is_there(
     world, small_disk, tmp_path, monkeypatch, capsys
 ):
-    out, plot = tmp_path / "merged.safetensors", small_disk / "plot.png"
+    out, plot, lines = tmp_path / "merged.safetensors", small_disk / "plot.png", []
     (small_disk / "full").write_bytes(bytes(60 << 10))
     more = ["--method=iteris", "--samples=2", "--timesteps=1", "--latents=noise", "--device=cpu"]
+    monkeypatch.setattr(typer, "echo", lines.append)
     code, said = command(world, out, monkeypatch, capsys, *more, f"--plot={plot}")
     assert code == 2
+    assert f"Wrote {out}" in "".join(map(str, lines))
     assert f"{plot} cannot be written (No space left on device" in said
     assert files_in(small_disk) == ["full"]
     assert len(load_file(out)) > 30

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from oracle import hooks_on
@@ -208,3 +212,29 @@ def test_a_forward_that_takes_another_path_is_refused():
         ):
             lockstep.sweep([batch_of(model, x, copies=2)], lambda site: lockstep.changes[site][0])
     assert hooks_on(model) == 0
+
+
+def test_modules_of_other_threads_are_not_watched():
+    """Each thread is in the middle of a module of its own when the other one goes on."""
+    arrived, left = threading.Barrier(2), threading.Barrier(2)
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            arrived.wait(5)
+            left.wait(5)
+            return x
+
+    def watch(_):
+        model = nn.Sequential(nn.Linear(8, 8), Waits(), nn.Linear(8, 8))
+        sites = {"first": model[0], "last": model[2]}
+        changes = {site: SiteChanges((None,)) for site in sites}
+
+        def make(observer):
+            return MicroBatch(lambda: model(torch.ones(1, 8)), [0], 1, observer)
+
+        with Lockstep(sites, changes) as lockstep:
+            found = watched(lockstep, make)
+        return found.calls == Counter(model.modules()), found.inside["last"] == (model,)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(watch, range(2))) == [(True, True)] * 2

@@ -9,8 +9,8 @@ import torch
 from bases import tiny, tiny_base
 from safetensors.torch import save_file
 
-from iteris_core import LoraFileError, write_lora
-from iteris_core.hosts.diffusers_lora import pipeline_sites
+from iteris_core import IterisError, LoraFileError, write_lora
+from iteris_core.hosts.diffusers_lora import pipeline_sites, read_lora
 from iteris_core.lora_files import ReadOptions, read_lora_file
 
 lycoris_modules = pytest.importorskip("lycoris.modules", reason="needs lycoris-lora")
@@ -152,6 +152,48 @@ def test_dora_of_peft(site, tmp_path):
     lora = read(tmp_path, {k: v.contiguous() for k, v in tensors.items()})
     error = float((lora.sites[site].dense() - wanted.flatten(1)).norm() / wanted.norm())
     assert error < 1e-5
+
+
+def dora_file(tmp_path):
+    tensors, wanted = train("locon", LINEAR, lora_dim=4, alpha=2, weight_decompose=True)
+    path = tmp_path / "lora.safetensors"
+    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path)
+    return path, wanted
+
+
+def test_dora_on_a_base_of_eight_bits_is_refused(tmp_path):
+    """bitsandbytes keeps int8 weights of the full shape, and their scales beside them."""
+    path, _ = dora_file(tmp_path)
+    pipeline = copy.copy(tiny("sd1"))
+    pipeline.unet = copy.deepcopy(pipeline.unet)
+    site = pipeline_sites(pipeline)[LINEAR]
+    packed = (site.weight * 127 / site.weight.abs().max()).round().to(torch.int8)
+    site.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but that is quantised"):
+        read_lora(pipeline, pipeline_sites(pipeline), path)
+
+
+def test_dora_on_a_base_that_is_offloaded(tmp_path):
+    from accelerate import cpu_offload
+
+    path, wanted = dora_file(tmp_path)
+    pipeline = copy.copy(tiny("sd1"))
+    pipeline.unet = copy.deepcopy(pipeline.unet)
+    cpu_offload(pipeline.unet, torch.device("cpu"))
+    sites = pipeline_sites(pipeline)
+    assert sites[LINEAR].weight.is_meta
+    lora = read_lora(pipeline, sites, path, EXACT)
+    error = float((lora.sites[LINEAR].dense() - wanted).norm() / wanted.norm())
+    assert error < 1e-5
+    assert sites[LINEAR].weight.is_meta
+
+
+def test_dora_on_a_base_without_values_is_refused(tmp_path):
+    path, _ = dora_file(tmp_path)
+    pipeline = copy.copy(tiny("sd1"))
+    pipeline.unet = copy.deepcopy(pipeline.unet).to("meta")
+    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but that is on the device 'meta'"):
+        read_lora(pipeline, pipeline_sites(pipeline), path)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])

@@ -167,7 +167,7 @@ def test_every_option_of_merge_is_a_key():
 BAD = [
     ("[1, 2]", "the file must be a mapping"),
     ("base: [", "is no YAML"),
-    ({"bass": "x"}, "there is no key 'bass'"),
+    ({"bass": "x"}, "there is no key 'bass'; did you mean 'base'?"),
     ({"concepts": "lora1.safetensors"}, "concepts must be a list"),
     ({"concepts": [3]}, "concept 1 must be FILE:TRIGGER:CLASS or a mapping"),
     ({"concepts": [{"lora": "x"}]}, "concept 1: there is no key 'lora'"),
@@ -179,7 +179,7 @@ BAD = [
     ({"concepts": [{"file": "lora1.safetensors", "prompts": 3}]}, "prompts must be a list"),
     ({"concepts": [{"file": "lora1.safetensors", "reading": 3}]}, "reading must be a mapping"),
     ({"concepts": [{"file": "none.safetensors"}]}, "is in none of the folders"),
-    ({"settings": {"ranks": 3}}, "settings: there is no setting 'ranks'"),
+    ({"settings": {"ranks": 3}}, "settings: there is no setting 'ranks'; did you mean 'rank'?"),
     ({"settings": {"rank": -3}}, "settings: rank must be at least 1"),
     ({"settings": [3]}, "settings must be a mapping"),
     ({"calibration": {"samples": "many"}}, "calibration: samples must be a whole number"),

@@ -9,7 +9,9 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.choice import TokenChoice
+from iteris_core.errors import SolveError
 from iteris_core.hosts.protocol import Stage
+from iteris_core.linalg.cholesky import factorise
 from iteris_core.lora import LowRank
 from iteris_core.passes.batches import Batching, micro_batches
 from iteris_core.solve.choose import POLICY
@@ -139,3 +141,16 @@ def test_fewer_tokens_change_little_and_micro_batches_nothing(host):
     assert 1e-6 < gap(some, every) < 0.5
     assert gap(merge(row_tokens=10_000), every) < 1e-6
     assert gap(merge(row_tokens=32, micro_batch=5), some) < 1e-3
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_equations_that_are_not_finite_are_an_error(value):
+    with pytest.raises(SolveError, match="not finite"):
+        factorise(
+            lambda matrix: matrix.fill_diagonal_(value),
+            lambda vector: vector,
+            4,
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+            step=1e-12,
+        )

@@ -20,7 +20,9 @@ from iteris_core.passes import budget, fallback, loops, ways
 from iteris_core.solve.choose import POLICY, Policy
 
 CPU = torch.device("cpu")
-CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
+CALIBRATION = Calibration(
+    samples=6, timesteps=3, denoising_steps=3, latents="noise", contexts=0.0, generic=0.0
+)
 
 
 @pytest.fixture
@@ -328,7 +330,7 @@ def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch,
     assert "do not fit" in line
     assert "waiting in host memory" in line
     assert "lower samples, timesteps or latent_size" in caplog.text
-    with pytest.raises(OutOfMemory, match=r"GiB of host memory.*lower samples, timesteps or"):
+    with pytest.raises(OutOfMemory, match=r"iB of host memory.*lower samples, timesteps or"):
         merge(host, 2**19, statistics="float32")
 
 

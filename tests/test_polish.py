@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bases import make_sdxl
 from oracle import ModuleHost, Net, changed, dense_changes, make_data, make_lora
 from pipelines import PIPELINES, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, MergeCancelled, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.methods.polish import _LastStages
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
@@ -97,3 +99,50 @@ def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
         alone = torch.cat([stages.outputs([row], merged=False) for row in rows])
         base = stages.outputs(rows, merged=True)
     assert float((together - alone).norm()) < 1e-4 * float((together - base).norm())
+
+
+def of_steps(host, lora, **settings):
+    concepts = [Concept(lora(seed), prompts=["a dog", "a cat"]) for seed in (1, 2)]
+    calibration = Calibration(
+        samples=4, timesteps=2, denoising_steps=2, latents="noise", contexts=0.0, generic=0.0
+    )
+    return merge_loras(host, concepts, settings=settings, calibration=calibration)
+
+
+def test_polish_where_a_text_encoders_last_layer_reaches_nothing():
+    host = DiffusersHost(make_sdxl())
+    plain, polished = (
+        of_steps(host, lambda seed: random_lora(host, seed), polish_steps=steps) for steps in (0, 3)
+    )
+    moved = {
+        site
+        for site, change in plain.lora.sites.items()
+        if not torch.equal(change.dense(), polished.lora.sites[site].dense())
+    }
+    assert any(site.startswith("unet.") for site in moved)
+    assert any(site.startswith("text_encoder.") for site in moved)
+    assert not any(".layers.1." in site for site in moved if site.startswith("text_encoder."))
+
+
+def test_polish_of_keys_and_values_alone_does_nothing_and_says_so(host):
+    def lora(seed):
+        return random_lora(host, seed, select=lambda s: s.endswith(("attn2.to_k", "attn2.to_v")))
+
+    plain, polished = (of_steps(host, lora, polish_steps=s, repair=False) for s in (0, 3))
+    for site, change in plain.lora.sites.items():
+        assert torch.equal(change.up, polished.lora.sites[site].up)
+    assert "polish_steps do nothing" in str(polished.report.notes)
+
+
+@pytest.mark.parametrize("settings", [{"polish_steps": 3}, {"block_steps": 3, "block_pairs": 0.0}])
+def test_gradient_checkpointing_changes_nothing(pipeline, settings):
+    def lora(seed):
+        return random_lora(DiffusersHost(pipeline), seed)
+
+    plain = of_steps(DiffusersHost(pipeline), lora, **settings)
+    pipeline.unet.enable_gradient_checkpointing()
+    found = of_steps(DiffusersHost(pipeline), lora, **settings)
+    assert pipeline.unet.is_gradient_checkpointing
+    assert found.report.notes == plain.report.notes
+    for site, change in plain.lora.sites.items():
+        assert torch.equal(change.up, found.lora.sites[site].up), site

@@ -24,12 +24,13 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import rename_embeddings
+from iteris_core.cli.concept_options import parse_concept, read_concepts, rename_embeddings
 from iteris_core.cli.recipe import find_file
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.lora_files import read_lora_file
+from iteris_core.lora_files import ReadOptions, read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
-from iteris_core.report.provenance import with_cut
+from iteris_core.lora_files.peft_folder import write_adapter
+from iteris_core.report.provenance import with_cut, with_run
 
 
 def metadata_of(path):
@@ -455,3 +456,39 @@ def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsy
     )
     assert code == 2
     assert "--preset is not for --from" in err
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("stabilityai/sdxl", "stabilityai/sdxl"),
+        ("gpt2", "gpt2"),
+        ("/home/me/t5", "t5"),
+        ("../../home/me/t5", "t5"),
+        ("./t5", "t5"),
+        ("~/models/t5", "t5"),
+        ("~nobody-of-that-name/t5", "t5"),
+        ("C:\\Users\\me\\t5", "t5"),
+        ("models/here/t5", "t5"),
+        ("here/t5", "t5"),
+    ],
+)
+def test_no_path_of_this_machine_goes_into_a_file(base, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "t5").mkdir(parents=True)
+    metadata = with_run({"iteris": json.dumps({"method": "sum"})}, base, "refuse")
+    assert json.loads(metadata["iteris"])["base"] == name
+    folder = write_adapter(simple("a"), tmp_path / "adapter", base=base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name
+
+
+def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
+    host = DiffusersHost(make_pipeline())
+    lora = replace(random_lora(host, 1), embeddings={"<toy>": {"clip_l": torch.ones(1, 32)}})
+    option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
+    (concept,) = read_concepts([option], host, ReadOptions(), ["one:<toy>=bear"])
+    assert list(concept.lora.embeddings) == ["bear"]
+    for text in ("tyo=bear", "two:<toy>=bear"):
+        with pytest.raises(IterisError, match=r"fits no embedding .* which bring one:<toy>"):
+            read_concepts([option], host, ReadOptions(), [text])

@@ -43,19 +43,26 @@ def test_a_report_says_what_happened_in_words_and_as_data():
     for before, after in found.residuals():
         assert 0 < after < before
     assert "Merged 2 concepts with iteris: 7 sites" in found.summary()
-    assert "disagree most in" in found.sentence()
+    assert found.verdict() in found.summary()
+    assert data["verdict"] == found.verdict()
+    assert "%" not in found.summary()
 
 
-def test_the_sentence_names_the_worst_block_and_concept():
+def test_the_verdict_names_the_lora_that_is_kept_least():
     sites = {
         "unet.down_blocks.0.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.1, 0.2)),
         "unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 1.0), (0.5, 0.9)),
     }
     found = MergeReport("iteris", ["cat", "dog"], sites, 1.0)
-    assert found.sentence() == (
-        "dog and cat disagree most in up_blocks.1; dog keeps least: its output error is 65% of its "
-        "change, that of the mean of the LoRAs 100%."
+    assert found.verdict() == (
+        "Closer to what every LoRA does than the mean of the LoRAs is; least so for dog."
     )
+    worse = {"unet.up_blocks.1.a": SiteReport(1, (0.5, 0.5), (1.0, 0.5), (0.1, 0.6))}
+    assert replace(found, sites=worse).verdict().startswith("NOT CLOSER to dog than the mean")
+    # What is preserved has no change of its own that an error could be a part of.
+    kept = replace(found, sites=worse, preserved=["dog"])
+    assert kept.verdict() == "Closer to what cat does than the mean of the LoRAs is."
+    assert MergeReport("iteris", ["cat"], {}, 1.0).verdict() == ""
     assert found.blocks()["up_blocks.1"] == [(1.0, 0.5), (1.0, 0.9)]
 
 
@@ -83,3 +90,11 @@ def test_plots_are_drawn(tmp_path):
     average = merge_loras(None, [Concept(make_lora(1))], "average").report
     with pytest.raises(IterisError, match="measures no output errors"):
         plot_residuals(average)
+
+
+def test_what_was_not_measured_is_null_in_json():
+    """Of a method that only looks at weights there is no condition and no error."""
+    report = merge_loras(None, [Concept(make_lora(seed)) for seed in (1, 2)], "sum").report
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["sites"]["q"]["condition"] is None
+    assert data["residuals"]["lora-1"] == {"before": None, "after": None}

@@ -111,8 +111,12 @@ def test_wrong_text_is_an_error_that_says_all(pair):
 def test_calibration_is_set_in_the_same_way():
     values = parse_settings(IterisSettings, ["repair=False", "guidance=2.5", "denoising_steps=20"])
     assert values == ({"repair": False}, {"guidance": 2.5, "denoising_steps": 20})
-    with pytest.raises(IterisError, match=r"names are objective, .*guidance"):
+    with pytest.raises(IterisError, match=r"no setting 'guidence'; did you mean 'guidance'\?"):
+        parse_settings(IterisSettings, ["guidence=1"])
+    with pytest.raises(IterisError, match=r"no setting 'magic'\. iteris methods METHOD lists"):
         parse_settings(IterisSettings, ["magic=1"])
+    with pytest.raises(IterisError, match="write NAME=VALUE"):
+        parse_settings(IterisSettings, ["rank"])
 
 
 def test_former_names_and_values_of_iteris():

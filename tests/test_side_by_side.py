@@ -12,9 +12,19 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
 from iteris_core.activations.places import halves
 from iteris_core.activations.segments import ByRow, Segment
-from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES, concept_prompts, pair_prompts
+from iteris_core.calibration_prompts import concept_prompts, pair_prompts
+from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
+from iteris_core.hosts.diffusers_size import patches_of
+from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
-from iteris_core.methods.side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of
+from iteris_core.methods.side_by_side import (
+    SHOWING,
+    PairStages,
+    SideBySide,
+    _wanted,
+    drawn_pairs,
+    pairs_of,
+)
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 
@@ -27,7 +37,7 @@ CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3)
 )
 def test_halves_are_the_left_one_of_the_first_and_the_right_one_of_the_other(shape, picture):
     left, right = torch.zeros(shape), torch.ones(shape)
-    found = halves(left, right, picture)
+    found = halves(left, right, picture, (1, 2))
     if len(shape) == 3:  # tokens, in reading order: 4 rows of 6, or 2 pictures of 2 rows of 3
         columns = 6 if shape[1] == 24 else 3
         found = found.mT.reshape(2, 5, -1, columns)
@@ -39,10 +49,11 @@ def test_halves_are_the_left_one_of_the_first_and_the_right_one_of_the_other(sha
 
 
 @pytest.mark.parametrize(
-    ("shape", "picture"), [((2, 24, 5), None), ((2, 23, 5), (4, 6)), ((2, 5), (4, 6))]
+    ("shape", "picture"),
+    [((2, 24, 5), None), ((2, 23, 5), (4, 6)), ((2, 6, 5), (4, 6)), ((2, 5), (4, 6))],
 )
 def test_what_has_no_places_has_no_halves(shape, picture):
-    assert halves(torch.zeros(shape), torch.ones(shape), picture) is None
+    assert halves(torch.zeros(shape), torch.ones(shape), picture, (1,)) is None
 
 
 def test_prompts_name_both_and_the_left_one_first():
@@ -168,6 +179,39 @@ def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
     for name, value in host.pipeline.unet.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(not m._forward_hooks for m in host.pipeline.unet.modules())
+
+
+def words_beside(count: int):
+    """What a block is to give that gives 64 tokens of a picture of 8 × 8 and ``count`` of words."""
+    stage = Stage("denoiser", [], [0], lambda *_: None, picture=(8, 8), patches=(1,))
+    left, right = ([torch.full((1, n, 3), side) for n in (64, count)] for side in (0.0, 1.0))
+    return _wanted(left, right, stage)
+
+
+def test_words_are_no_places_where_they_are_as_many_as_a_coarser_picture_would_have():
+    picture, words = words_beside(16)
+    assert sorted(set(picture.flatten().tolist())) == [0, 1]
+    assert torch.equal(words, torch.full((1, 16, 3), 0.5))
+
+
+def test_words_as_many_as_the_picture_has_tokens_leave_no_places_known():
+    assert words_beside(64) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "patches"), [("FLUX.1", 4, [1]), ("SD 3", 8, [1]), ("Z-Image", 8, [2])]
+)
+def test_a_stage_knows_how_much_of_a_picture_a_token_covers(name, picture, patches, tmp_path):
+    host, concepts = two_concepts(PIPELINES[name](), tmp_path)
+    with job_of(host, concepts).lockstep() as lockstep:
+        samples = job_of(host, concepts).samples(lockstep)
+        stages = list(host.stages(samples, set(changes_of(concepts))))
+    assert list(stages[-1].picture)[-1] == picture
+    assert list(stages[-1].patches) == patches
+
+
+def test_of_a_unet_each_level_has_its_own(host):
+    assert patches_of(host.pipeline.unet) == [1, 2]
 
 
 @pytest.mark.slow

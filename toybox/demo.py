@@ -276,7 +276,8 @@ def _page(
     for size, rows in scores.items():
         values = {LABELS[name]: [row.get(c) for c in columns] for name, row in rows.items()}
         title = f"{size} concepts in one LoRA"
-        body = html_table(columns, values, own=LABELS["iteris"], caption=f"Scores: {title}")
+        apart = [LABELS["base"], LABELS["single"]]
+        body = html_table(columns, values, LABELS["iteris"], f"Scores: {title}", apart=apart)
         body += html_gallery(*shown[size], caption=f"Pictures: {title}", own=LABELS["iteris"])
         parts.append((title, body + html_details("What the merge says", notes[size])))
     return html_page("IterIS on the toybox", parts)

@@ -8,6 +8,7 @@ arguments it changes in place.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -108,12 +109,18 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def modules(self) -> Generator[None]:
+        """Notes the modules that this thread calls: the hooks are those of the whole process, in
+        which other merges may run."""
+        mine = threading.get_ident()
+
         def enter(module: nn.Module, _: Any) -> None:
-            self.found.calls[module] += 1
-            self._inside.append(module)
+            if threading.get_ident() == mine:
+                self.found.calls[module] += 1
+                self._inside.append(module)
 
         def leave(*_: Any) -> None:
-            self._inside.pop()
+            if threading.get_ident() == mine:
+                self._inside.pop()
 
         handles = [
             register_module_forward_pre_hook(enter),

@@ -11,7 +11,7 @@ from ..concepts import Concept
 from ..errors import IterisError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_tensors
-from .common import loading
+from .base import loading
 from .concept_options import ConceptOption
 from .options import read_lines
 

@@ -1,11 +1,10 @@
-"""What the commands share: options, the base, progress, and the run of a merge."""
+"""What the commands share: options, progress, and the run of a merge."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,10 +15,11 @@ from rich.progress import Progress as Bars
 
 from ..activations.processes import ALONE, Processes
 from ..concepts import Concept
-from ..errors import IterisError, brief
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
+from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
+from .base import best_device, check_device
 
 console = Console(stderr=True)
 
@@ -32,6 +32,7 @@ def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> A
 
 BASE, CALIBRATION, READING = "Base", "Calibration: on what features are collected", "LoRA files"
 RESULT, TEXT_MODELS, PICTURES = "Result", "Models of transformers", "Pictures"
+METHOD, AGAIN = "Method and settings", "Again, from a file"
 """Headings of the help."""
 
 Device = Annotated[str | None, option("cpu, cuda, …; the best by default", panel=BASE)]
@@ -54,74 +55,6 @@ Memory = Annotated[
 
 def bytes_of(memory: float | None) -> int | Literal["free"]:
     return "free" if memory is None else round(memory * 2**30)
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_base(
-    base: str,
-    device: str | None,
-    config: Path | None = None,
-    dtype: str | None = None,
-    offload: str | None = None,
-) -> Any:
-    """The pipeline in a folder or of a hub name, or of a single file by what is in it.
-
-    ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
-    part) for a single file; without it diffusers takes that of the released model from the hub.
-    """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
-        StableDiffusionPipeline,
-    )
-    from diffusers.utils import logging as diffusers_logging
-
-    from ..hosts.diffusers_lora import single_file_pipeline
-
-    diffusers_logging.set_verbosity_error()
-    device = device or best_device()
-    with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
-        if base.endswith(".safetensors"):
-            of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
-            where = {} if config is None else {"config": str(config)}
-            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
-        if dtype is None and device == "cpu":
-            dtype = "float32"
-        half = "float16" if hasattr(pipeline, "unet") else "bfloat16"
-        pipeline.to(dtype=getattr(torch, dtype or half))
-        if offload == "model":
-            pipeline.enable_model_cpu_offload(device=device)
-        elif offload == "sequential":
-            pipeline.enable_sequential_cpu_offload(device=device)
-        else:
-            pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@contextmanager
-def loading(base: str, what: str) -> Generator[None]:
-    """What a library raises becomes an :class:`IterisError` that asks for a folder with ``what``
-    or a hub name."""
-    try:
-        yield
-    except IterisError:
-        raise
-    except Exception as error:  # the libraries raise many kinds; the message is what helps
-        raise IterisError(
-            f"The base {base!r} cannot be loaded ({brief(error)}); give a folder with a {what} or "
-            "a hub name."
-        ) from error
-
-
-def check_folder_of(path: Path | None) -> None:
-    """Raise :class:`IterisError` where a file could not be written, before any work is done."""
-    if path is not None and not path.parent.is_dir():
-        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 
 
 @contextmanager
@@ -169,6 +102,7 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     """This process's part in one merge over those that ``accelerate launch`` or ``torchrun`` have
     started, and its device."""
     device = device or best_device()
+    check_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE, device
         return
@@ -182,20 +116,38 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
         state.destroy_process_group()
 
 
+Load = Callable[[str], tuple[Host, Sequence[Concept]]]
+"""The base on a device, and the concepts with their LoRAs."""
+
+
 def run_merge(
-    device: str | None,
-    load: Callable[[str], tuple[Host, Sequence[Concept]]],
-    options: Mapping[str, Any],
+    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> MergeResult | None:
     """Merge what ``load(device)`` gives, with :func:`..merge.merge_loras`'s ``options``. Of several
     processes the first is to write the result; the others get None."""
     with (
         processes(device) as (group, own_device),
-        progress_bars(shown=group.rank == 0) as on_progress,
+        progress_bars(shown=group.rank == 0 and not quiet) as on_progress,
     ):
-        on_progress(Progress("loading the base", 0, 1))
-        host, concepts = load(own_device)
-        on_progress(Progress("loading the base", 1, 1))
+        host, concepts = _loaded(load, own_device, on_progress)
         result = merge_loras(host, concepts, on_progress=on_progress, processes=group, **options)
         group.wait()
     return None if group.rank else result
+
+
+def foresee(
+    device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
+) -> Preview:
+    """What such a merge would do; nothing is merged."""
+    options = {name: value for name, value in options.items() if name != "unmergeable"}
+    with progress_bars(shown=not quiet) as on_progress:
+        host, concepts = _loaded(load, device or best_device(), on_progress)
+        return preview_merge(host, concepts, on_progress=on_progress, **options)
+
+
+def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
+    check_device(device)
+    on_progress(Progress("loading the base", 0, 1))
+    found = load(device)
+    on_progress(Progress("loading the base", 1, 1))
+    return found

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..concepts import Calibration, Concept
+from ..concepts import Concept
 from ..errors import IterisError
 from ..lora_files import ReadOptions
+from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
 from ..progress import OnProgress, Progress
+from .base import best_device, load_base
+from .checks import check_concepts, warnings_of
 from .common import (
     CALIBRATION,
     PICTURES,
@@ -24,9 +29,8 @@ from .common import (
     Device,
     Memory,
     Offload,
-    best_device,
     bytes_of,
-    load_base,
+    console,
     option,
     progress_bars,
 )
@@ -73,8 +77,9 @@ def compare(
     prompts: Annotated[
         str,
         option(
-            "composition, objects, animals, or a text file of prompts with {all}, or {1}, "
-            "{2} …, for the concepts",
+            "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
+            "{2} …, for the concepts. A concept's likeness is measured on the prompts that name it "
+            "alone",
             panel=PICTURES,
         ),
     ] = "composition",
@@ -112,6 +117,9 @@ def compare(
     offload: Offload = None,
     memory: Memory = None,
     seed: Annotated[int, option("Of calibration and pictures")] = 0,
+    overwrite: Annotated[
+        bool, option("Replace the results of another comparison", "--overwrite")
+    ] = False,
 ) -> None:
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
@@ -119,13 +127,13 @@ def compare(
     from ..score.compare import (
         ALONE,
         BASE,
-        PROMPT_LISTS,
         Comparison,
         compare_compositions,
         compare_methods,
     )
     from ..score.drawing import Drawing, scheduler_of
-    from ..score.results import mean_rows, write_results
+    from ..score.judged import PROMPT_LISTS
+    from ..score.results import check_results_folder, mean_rows, write_results
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -133,6 +141,9 @@ def compare(
     settings, calibration = parse_by_method(kinds, setting or [])
     lines = read_lines(templates) if templates else None
     calibration |= given(samples=samples, latent_size=latent_size, templates=lines)
+    calibration = {"seed": seed, **calibration}
+    for name in kinds:
+        settings_over(preset or "default", name, settings[name], calibration)
     options = [parse_concept(text) for text in concept]
     if len(refs) != len(options):
         raise IterisError(
@@ -142,10 +153,15 @@ def compare(
     drawing = Drawing(
         images_per_prompt, steps, guidance, seed, scheduler=scheduler, size=_size(size)
     )
+    check_concepts(options, run_base=True)
+    for line in warnings_of(options):
+        console.print(escape(line), style="yellow", highlight=False)
+    check_results_folder(output, overwrite=overwrite)
     references = [open_images(folder)[1] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
     device = device or best_device()
-    with progress_bars() as on_progress:
+    done: list[Comparison] = []
+    with progress_bars() as on_progress, _said_where_it_stopped(output, done):
         pipeline = load_base(base, device, dtype=base_dtype, offload=offload)
         if scheduler is not None:
             scheduler_of(pipeline, scheduler)  # a wrong name is told before anything is merged
@@ -156,6 +172,12 @@ def compare(
 
         def one(some: Sequence[Concept], pictures: Sequence[Any], name: str) -> Comparison:
             several = len(some) < len(concepts)
+            before = list(done)
+
+            def keep(comparison: Comparison) -> None:
+                done[:] = [*before, comparison]
+                write_results(done, output)
+
             return compare_methods(
                 pipeline,
                 host,
@@ -165,19 +187,32 @@ def compare(
                 scorer,
                 templates=wanted,
                 drawing=drawing,
-                calibration=Calibration.from_mapping({"seed": seed, **calibration}),
+                calibration=calibration,
                 settings=settings,
                 preset=preset or "default",
                 memory_budget=bytes_of(memory),
                 dino=other,
                 collapse_below=collapse_below,
                 on_progress=partial(_named, on_progress, name) if several else on_progress,
+                on_row=keep,
             )
 
         comparisons = compare_compositions(concepts, references, together, one)
     written = write_results(comparisons, output)
     typer.echo(markdown_table(mean_rows(comparisons)))
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
+
+
+@contextmanager
+def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]:
+    """Whatever stops the comparison, say that the finished rows are kept in ``output``."""
+    try:
+        yield
+    except BaseException:
+        if done:
+            rows = ", ".join(done[-1].rows)
+            console.print(f"Stopped early; {output} has what was finished: {rows}.", style="yellow")
+        raise
 
 
 def _named(on_progress: OnProgress, name: str, progress: Progress) -> None:
@@ -190,5 +225,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if found is None or "0" in found.groups():
         raise IterisError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
-    width, height = found.groups()
-    return int(width), int(height or width)
+    width, height = int(found[1]), int(found[2] or found[1])
+    if width % 8 or height % 8:
+        nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
+        raise IterisError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
+    return width, height

@@ -15,7 +15,7 @@ from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.experts import joined_experts
-from .options import read_lines
+from .options import did_you_mean, read_prompts
 
 Find = Callable[[str], Path]
 """Where the file is that is named so."""
@@ -27,7 +27,8 @@ _WORDS = ("trigger", "class", "kind")
 _NUMBERS = ("strength", "text_strength", "weight")
 KEYS = ("file", *_WORDS, *_NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
 """What a mapping may say of a concept; the last three are what a recipe records."""
-_KEY = re.compile(f",(?=(?:{'|'.join(KEYS[:-3])})=)")
+_KEY = re.compile(rf",\s*(?=(?:{'|'.join(KEYS[:-3])})=)")
+_UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
     ``adapter`` of peft FOLDER:SAMPLES[:STRENGTH]."""
     where = f"--concept {text!r}"
     head, *pairs = _KEY.split(f",{text}")
+    _refuse_unknown_keys(where, [head.removeprefix(","), *pairs])
     split = [pair.partition("=") for pair in pairs]
     values: dict[str, Any] = {key: value for key, _, value in split}
     if len(values) < len(pairs):
@@ -107,14 +109,31 @@ def first_name(text: str) -> str:
     return _KEY.split(text)[0].removeprefix("file=").partition(":")[0]
 
 
+def _refuse_unknown_keys(where: str, parts: Sequence[str]) -> None:
+    """Raise for ``,KEY=`` with a KEY that no concept has: it would become a part of the words."""
+    for found in filter(None, map(_UNKNOWN_KEY.search, parts)):
+        key, known = found[1], KEYS[:-3]
+        raise IterisError(
+            f"{where}: there is no key {key!r}{did_you_mean(key, known)} The keys are "
+            f"{', '.join(known)}. Words that have a comma and an = go into a merge file."
+        )
+
+
 def _short(text: str, alone: bool) -> dict[str, Any]:
     if text.endswith(".safetensors"):
         return {"file": text}
+    _, named, words = text.rpartition(".safetensors:")
+    strength = ":".join(words.split(":")[2:])
+    if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
+        raise IterisError(
+            f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
+            f"0.8/0.5 (the model's and the text encoders'), not {strength!r}."
+        )
     parts = _SHORT.fullmatch(text)
     if parts is not None:
         keys = ("file", *_WORDS[:2], "strength", "text_strength")
         return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
-    if alone:
+    if alone and not named:
         return {"file": text}
     raise IterisError(
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
@@ -142,14 +161,18 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     are no file, as in a recipe, which may be anybody's."""
     for key in values:
         if key not in KEYS:
-            known = ", ".join(KEYS)
-            raise IterisError(f"{where}: there is no key {key!r}; those of a concept are {known}.")
+            raise IterisError(
+                f"{where}: there is no key {key!r}{did_you_mean(str(key), KEYS)} The keys of a "
+                f"concept are {', '.join(KEYS)}."
+            )
     given = {key: value for key, value in values.items() if value is not None}
     numbers = {key: _number(given[key], f"{where}: {key}") for key in _NUMBERS if key in given}
+    if numbers.get("weight", 0) < 0:
+        raise IterisError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
     if isinstance(prompts, str) and find is not None:
-        prompts = read_lines(find(prompts))
+        prompts = read_prompts(find(prompts))
     if samples is not None:
         samples = Path(samples) if find is None else find(_text(samples, f"{where}: samples"))
     if not isinstance(reading or {}, Mapping):
@@ -204,8 +227,24 @@ def read_concepts(
     renames: Sequence[str] = (),
 ) -> list[Concept]:
     """The concepts with their LoRAs. Where nothing says how to call for one, its file's metadata
-    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own."""
-    return [_read(option, host, reading, renames) for option in options]
+    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
+    each has to fit an embedding."""
+    concepts = [_read(option, host, reading, renames) for option in options]
+    for text in renames:
+        if not any(_has_new_name(text, concept.lora) for concept in concepts):
+            loras = [concept.lora for concept in concepts if concept.lora is not None]
+            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
+            raise IterisError(
+                f"--rename {text!r} fits no embedding of these LoRAs, which bring "
+                f"{', '.join(brought) or 'none'}."
+            )
+    return concepts
+
+
+def _has_new_name(rename: str, lora: Lora | None) -> bool:
+    left, _, new = rename.partition("=")
+    owner = left.rpartition(":")[0]
+    return lora is not None and new in lora.embeddings and owner in ("", lora.name)
 
 
 def _read(

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..activations.meter import free_memory
-from .common import best_device, option
+from .base import best_device
+from .common import option
 
 PACKAGE = "comfyui-iteris"
 NEEDS = {
@@ -58,7 +59,7 @@ class Finding:
 def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False) -> None:
     """Show versions, the device and its free memory, and what is missing for what."""
     wanted = _wanted()
-    findings = [Finding(n, _version(n), wanted.get(n.lower()), why) for n, why in NEEDS.items()]
+    findings = [Finding(n, version_of(n), wanted.get(n.lower()), why) for n, why in NEEDS.items()]
     trouble = {one.name: one.trouble for one in findings if one.trouble}
     facts = _facts()
     if as_json:
@@ -80,7 +81,7 @@ def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")
 def _facts() -> dict[str, Any]:
     device = torch.device(best_device())
     found: dict[str, Any] = {
-        "iteris": _version(PACKAGE) or "from a checkout",
+        "iteris": version_of(PACKAGE) or "from a checkout",
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -106,7 +107,7 @@ def _table(facts: dict[str, Any], findings: list[Finding]) -> Table:
     return table
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -14,11 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ..architectures import architecture_of_file
+from ..errors import LoraFileError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
 from ..saving import atomically
-from .common import check_folder_of, load_base, option
+from .base import load_base
+from .checks import check_plot
+from .common import option
+
+_COLUMNS = (
+    "0: apart; 1: the same. Row spaces: what two LoRAs read of a layer's inputs. Column spaces: "
+    "what they write to. Conflict: the share of their outputs that they contend for."
+)
 
 
 def inspect(
@@ -30,7 +38,7 @@ def inspect(
     plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
-    check_folder_of(plot)
+    check_plot(plot)
     known = _base_from(base) if base is not None else None
     found = [_read(path, known) for path in files]
     loras = [lora for lora, _ in found]
@@ -61,11 +69,16 @@ def _base_from(name: str) -> BaseModel:
 
 def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
     tensors, metadata = read_tensors(path)
+    other = ""
     if base is None:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         base = released_base(architecture_of_file(shapes, metadata).name)
+        other = " For a base of another shape than the released ones, name it: --base BASE."
     options = ReadOptions(allow_partial=True, magnitudes=False)
-    lora = read_lora_file(path, base, options=options)
+    try:
+        lora = read_lora_file(path, base, options=options)
+    except LoraFileError as error:
+        raise LoraFileError(f"{error}{other}") from error
     return lora, describe(lora, tensors)
 
 
@@ -98,6 +111,7 @@ def _counts(counts: Mapping[Any, int]) -> str:
 def _pairs_table(pairs: Sequence[Interference]) -> Table:
     table = Table("pair", "block", "row spaces", "column spaces", "conflict")
     table.title, table.title_justify = "Interference", "left"
+    table.caption, table.caption_justify = _COLUMNS, "left"
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
         for index, (block, figures) in enumerate(pair.rated.items()):

@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from ..concepts import PRESERVE_WEIGHT, Concept
 from ..errors import IterisError
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, ReadOptions, check_target
+from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
+from ..merge import settings_over
 from ..report.provenance import with_run
 from ..saving import atomically
 from . import merge_options as options
-from .adapters import check_adapter, load_adapters
+from .adapters import load_adapters
 from .asked import ask, ask_again, with_preserved
-from .common import (
-    BaseDtype,
-    Device,
-    Memory,
-    Offload,
-    bytes_of,
-    check_folder_of,
-    load_base,
-    run_merge,
-)
+from .base import check_base, load_base
+from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
+from .common import BaseDtype, Device, Load, Memory, Offload, bytes_of, console, foresee, run_merge
 from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
-from .options import given, read_lines
+from .options import given, read_lines, read_prompts
 from .pictures import open_picture
-from .recipe import cut_again, read_recipe
-from .saving import lines_of_embeddings, save_lora, save_or_keep
+from .recipe import check_cut, cut_again, read_recipe
+from .saving import check_embeddings, lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
-_ASKED = ("base", "output", "overwrite", "from_file", "loras", "preserve", "preserve_weight")
+_ASKED = (
+    "base",
+    "output",
+    "overwrite",
+    "plan",
+    "quiet",
+    "from_file",
+    "loras",
+    "preserve",
+    "preserve_weight",
+)
 """What a merge file has in other words, or for itself."""
 
 
@@ -48,13 +53,16 @@ def merge(
     output: options.Output,
     base: options.Base = None,
     concept: options.Concepts = None,
-    from_file: options.From = None,
-    loras: options.Loras = None,
+    preset: options.Preset = None,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    quiet: options.Quiet = False,
     method: options.MethodName = None,
     setting: options.Set = None,
-    preset: options.Preset = None,
     preserve: options.Preserve = None,
     preserve_weight: options.PreserveWeight = PRESERVE_WEIGHT,
+    from_file: options.From = None,
+    loras: options.Loras = None,
     templates: options.Templates = None,
     samples: options.Samples = None,
     timesteps: options.Timesteps = None,
@@ -62,6 +70,8 @@ def merge(
     denoising_steps: options.DenoisingSteps = None,
     guidance: options.Guidance = None,
     empty_share: options.EmptyShare = None,
+    contexts: options.Contexts = None,
+    generic: options.Generic = None,
     latent_size: options.LatentSize = None,
     frames: options.Frames = None,
     seed: options.Seed = None,
@@ -79,7 +89,6 @@ def merge(
     unmergeable: options.UnmergeableSites = None,
     energy: options.Energy = 0.999,
     rename: options.Rename = None,
-    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
     plot: options.Plot = None,
 ) -> None:
@@ -92,6 +101,8 @@ def merge(
         denoising_steps=denoising_steps,
         guidance=guidance,
         empty_share=empty_share,
+        contexts=contexts,
+        generic=generic,
         latent_size=latent_size,
         frames=frames,
         seed=seed,
@@ -114,7 +125,7 @@ def merge(
     base, adapter = asked.base, asked.adapter
     if preserve is not None:
         _refuse(_ONLY.format(base), preserve=preserve if adapter else None)
-        asked = with_preserved(asked, read_lines(preserve), preserve_weight)
+        asked = with_preserved(asked, read_prompts(preserve), preserve_weight)
     if output.suffix in SUFFIXES:
         others = given_options(context, output.parent, [*_ASKED, *sampling])
         write_merge_file(output, asked.to_merge_file(output, others), overwrite=overwrite)
@@ -126,8 +137,7 @@ def merge(
         _refuse(only, base_dtype=base_dtype, offload=offload, mask_image=mask_image)
         _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
         check_folder(output)
-        for one in asked.concepts:
-            check_adapter(one)
+        check_adapters(asked.concepts)
     else:
         _refuse(
             f"models of transformers; {base} is no folder with a config.json, and no --concept is "
@@ -136,12 +146,20 @@ def merge(
             model_class=model_class,
         )
         check_target(output, layout, dtype, overwrite)
-        check_folder_of(plot)
+        check_plot(plot)
+        check_base(base)
+        check_concepts(asked.concepts, run_base=asked.method.needs_host)
         if not asked.method.needs_host:
             name = asked.method.name
             _refuse(f"methods that run the base; {name} looks at weights only.", plot=plot)
-    for path in expert_files(output) if any(one.low for one in asked.concepts) else ():
+    experts = expert_files(output) if any(one.low for one in asked.concepts) else ()
+    for path in experts:
         check_target(path, layout, dtype, overwrite)
+    check_apart([output, *experts], asked.concepts)
+    check_cut(asked.cut or {})
+    settings_over(preset or "default", asked.method.name, asked.settings, asked.calibration)
+    for line in warnings_of(asked.concepts):
+        console.print(escape(line), style="yellow", highlight=False)
 
     def load(device: str) -> tuple[Host, list[Concept]]:
         if adapter:
@@ -152,7 +170,9 @@ def merge(
         call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
         host = DiffusersHost(load_base(base, device, dtype=base_dtype, offload=offload), **call)
         reading = ReadOptions(allow_partial, energy)
-        return host, read_concepts(asked.concepts, host, reading, rename or [])
+        concepts = read_concepts(asked.concepts, host, reading, rename or [])
+        check_embeddings(concepts, output, layout, overwrite=overwrite)
+        return host, concepts
 
     how: dict[str, Any] = {
         "method": asked.method.name,
@@ -162,7 +182,10 @@ def merge(
         "unmergeable": asked.unmergeable,
         "memory_budget": bytes_of(memory),
     }
-    result = run_merge(device, load, how)
+    if plan:
+        _show_plan(device, load, how, quiet=quiet)
+        return
+    result = run_merge(device, load, how, quiet=quiet)
     if result is None:
         return
     if not adapter:
@@ -171,27 +194,47 @@ def merge(
         result = cut_again(asked.cut or {}, result)
     merged = result.lora
 
-    def write(path: Path) -> Sequence[Path]:
+    def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
         if adapter:
             folder = write_adapter(merged, path, base=base, dtype=DTYPES[dtype])
             return [folder / "adapter_model.safetensors"]
         return save_lora(merged, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    paths = save_or_keep(output, write)
+    paths = save_or_keep(output, write, layout, dtype)
+    if as_json:
+        more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
+        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
+    elif not quiet:
+        typer.echo(result.report.summary())
+        for path in paths:
+            typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+        for line in lines_of_embeddings(result.lora, paths[0]):
+            typer.echo(line)
     if plot is not None:
         from ..report.plots import plot_residuals
 
         with atomically(plot) as unfinished:
             plot_residuals(result.report).savefig(unfinished)
-    if as_json:
-        more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
-        typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
-        return
-    typer.echo(result.report.summary())
-    for path in paths:
-        typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
-    for line in lines_of_embeddings(result.lora, paths[0]):
+        if not as_json and not quiet:
+            typer.echo(f"Wrote {plot}.")
+
+
+def _show_plan(
+    device: str | None,
+    load: Load,
+    how: Mapping[str, Any],
+    *,
+    quiet: bool,
+) -> None:
+    """What :func:`..preview.preview_merge` foresees of the merge."""
+    preview = foresee(device, load, how, quiet=quiet)
+    for line in preview.plan:
         typer.echo(line)
+    if preview.denoised:
+        typer.echo(f"{preview.denoised} forwards of one row come before, in which samples denoise.")
+    if preview.complaint:
+        typer.echo(f"Cannot be merged by features: {preview.complaint}.")
+    typer.echo("Nothing was merged or written.")
 
 
 def _refuse(why: str, **options: Any) -> None:

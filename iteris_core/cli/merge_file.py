@@ -17,7 +17,7 @@ from ..errors import IterisError, brief
 from ..saving import atomically
 from ..settings import Settings
 from .concept_options import ConceptOption, concept_of, first_name, parse_concept
-from .options import check_settings
+from .options import check_settings, did_you_mean
 from .recipe import found_in
 
 SUFFIXES = (".yaml", ".yml")
@@ -104,7 +104,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
 def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
     """Write ``data`` as YAML, in its order."""
     if path.exists() and not overwrite:
-        raise IterisError(f"{path} exists already; choose another name or give --overwrite.")
+        raise IterisError(f"{path} exists already; choose another name, or give --overwrite.")
     if not path.parent.is_dir():
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
     text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
@@ -132,9 +132,23 @@ def relative_name(path: Path, folder: Path) -> str:
     return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
 
 
+class _Loader(yaml.SafeLoader):
+    """Of safe YAML, what gives each key once: of two the later one would count silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep=deep)
+
+
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise IterisError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -167,7 +181,8 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         parameter = parameters.get(str(key))
         if parameter is None:
             known = ", ".join([*_OWN, *parameters])
-            raise IterisError(f"{file.path}: there is no key {key!r}; the keys are {known}.")
+            guess = did_you_mean(str(key), [*_OWN, *parameters])
+            raise IterisError(f"{file.path}: there is no key {key!r}{guess} The keys are {known}.")
         if value is None:
             continue
         try:

@@ -9,9 +9,8 @@ import typer
 
 from ..lora_files import Layout
 from ..merge import Unmergeable
-from ..methods import all_methods
 from ..presets import PresetName
-from .common import BASE, CALIBRATION, READING, RESULT, TEXT_MODELS, option
+from .common import AGAIN, BASE, CALIBRATION, METHOD, READING, RESULT, TEXT_MODELS, option
 from .merge_file import use_merge_file
 from .options import (
     CONCEPT_HELP,
@@ -26,8 +25,8 @@ from .options import (
 Output = Annotated[
     Path,
     option(
-        "The .safetensors to write (transformers: a folder); a .yaml writes what is asked for "
-        "as a merge file instead, and merges nothing",
+        "The .safetensors to write (transformers: a folder). A .yaml: write these options as a "
+        "merge file, and merge nothing",
         "--output",
         "-o",
     ),
@@ -36,7 +35,7 @@ Base = Annotated[
     str | None,
     typer.Argument(
         help="A pipeline of diffusers (a folder, a .safetensors, a hub name), a model of "
-        "transformers, or a merge file (.yaml), in which every option is a key",
+        "transformers, or a merge file (.yaml), in which every option is a key.",
         is_eager=True,
         callback=use_merge_file,
     ),
@@ -44,17 +43,25 @@ Base = Annotated[
 Concepts = Annotated[list[str] | None, option(CONCEPT_HELP)]
 From = Annotated[
     Path | None,
-    option("Run the merge again that wrote this file; BASE is looked for beside it", "--from"),
+    option(
+        "Run the merge again that wrote this file; BASE is looked for beside it",
+        "--from",
+        panel=AGAIN,
+    ),
 ]
 Loras = Annotated[
     Path | None,
-    option("With --from or a merge file: the folder of the LoRAs, if they are not beside it"),
+    option(
+        "With --from or a merge file: the folder of the LoRAs, if they are not beside it",
+        panel=AGAIN,
+    ),
 ]
 MethodName = Annotated[
     str | None,
     option(
-        f"{', '.join(m.name for m in all_methods())}; iteris by default",
+        "iteris by default; iteris methods lists the others",
         autocompletion=method_names,
+        panel=METHOD,
     ),
 ]
 Set = Annotated[
@@ -64,12 +71,15 @@ Set = Annotated[
         "iteris methods lists all",
         "--set",
         autocompletion=setting_names,
+        panel=METHOD,
     ),
 ]
 Preset = Annotated[PresetName | None, option(PRESET_HELP)]
-Preserve = Annotated[Path | None, option("A text file of prompts on which the base is to stay")]
+Preserve = Annotated[
+    Path | None, option("A text file of prompts on which the base is to stay", panel=METHOD)
+]
 PreserveWeight = Annotated[
-    float, option("What --preserve counts; much of it weakens the concepts", min=0)
+    float, option("What --preserve counts; much of it weakens the concepts", panel=METHOD, min=0)
 ]
 Templates = Annotated[
     Path | None,
@@ -83,6 +93,8 @@ LatentsOf = Annotated[Latents | None, calibration_option("latents")]
 DenoisingSteps = Annotated[int | None, calibration_option("denoising_steps")]
 Guidance = Annotated[float | None, calibration_option("guidance")]
 EmptyShare = Annotated[float | None, calibration_option("empty_share")]
+Contexts = Annotated[float | None, calibration_option("contexts")]
+Generic = Annotated[float | None, calibration_option("generic")]
 LatentSize = Annotated[int | None, calibration_option("latent_size")]
 Frames = Annotated[int | None, calibration_option("frames")]
 Seed = Annotated[int | None, calibration_option("seed")]
@@ -123,6 +135,14 @@ Energy = Annotated[
 Rename = Annotated[
     list[str] | None, option("LORA:NAME=NEW: another name for an embedding", panel=READING)
 ]
-Overwrite = Annotated[bool, option("Replace an existing output file", "--overwrite", panel=RESULT)]
+Overwrite = Annotated[bool, option("Replace an existing output file", "--overwrite")]
+Plan = Annotated[
+    bool,
+    option("Check everything, show how the merge would keep to the memory, and stop", "--plan"),
+]
+Quiet = Annotated[
+    bool,
+    option("Show nothing but what is wrong", "--quiet", "-q"),
+]
 Json = Annotated[bool, option("Print the report as JSON", "--json", panel=RESULT)]
 Plot = Annotated[Path | None, option("A PNG of the output errors per block", panel=RESULT)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,10 @@ from ..errors import IterisError, SettingsError
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
-from .common import CALIBRATION, option
+from .common import CALIBRATION, console, option
+
+MOST_PROMPTS = 2000
+"""Of one file; far more than are drawn for a concept."""
 
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -19,11 +23,8 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
 
 CONCEPT_HELP = (
-    "FILE, FILE:TRIGGER:CLASS or FILE:TRIGGER:CLASS:STRENGTH, such as 0.8, or 0.8/0.5 for "
-    "model/text encoders; HIGH+LOW for FILE where the base has two experts; on a model of "
-    "transformers FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH. Behind it ,KEY=VALUE: trigger, class, "
-    "strength, text_strength, weight (what the concept counts), prompts (a text file of its own "
-    "prompts), samples. Give it once per LoRA"
+    "A LoRA and what calls for it, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
+    "are below"
 )
 
 
@@ -60,9 +61,14 @@ def parse_settings(
     for pair in pairs:
         name, equals, text = pair.partition("=")
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
-        if not equals or owner is None:
-            names = ", ".join([*declared_settings(kind), *declared_settings(Calibration)])
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE; names are {names}.")
+        known = [*declared_settings(kind), *declared_settings(Calibration)]
+        if not equals:
+            raise IterisError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
+        if owner is None:
+            raise IterisError(
+                f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} "
+                "iteris methods METHOD lists those of a method."
+            )
         values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
     return values
 
@@ -94,8 +100,11 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     error says of them."""
     for name in values:
         if find_setting(kind, name) is None:
-            names = ", ".join(declared_settings(kind))
-            raise IterisError(f"{where}: there is no setting {name!r}; the names are: {names}.")
+            guess = did_you_mean(str(name), declared_settings(kind))
+            raise IterisError(
+                f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
+                "of a method."
+            )
     return {name: _value(kind, name, value, where) for name, value in values.items()}
 
 
@@ -110,8 +119,38 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     return value
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of prompts; of very many some, evenly spread, since every prompt that a
+    merge may draw goes into the metadata of its file."""
+    lines = read_lines(path)
+    if len(lines) <= MOST_PROMPTS:
+        return lines
+    chosen = [lines[index * len(lines) // MOST_PROMPTS] for index in range(MOST_PROMPTS)]
+    console.print(
+        f"{path} has {len(lines)} prompts: {MOST_PROMPTS} of them, evenly spread, are used.",
+        style="yellow", markup=False, highlight=False,
+    )  # fmt: skip
+    return chosen
+
+
 def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8, without blanks around them and without empty ones."""
     if not path.is_file():
         raise IterisError(f"{path} does not exist or is not a file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise IterisError(
+            f"{path} is no text in UTF-8 (byte {error.start}); save it again as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise IterisError(f"{path} is no text file: it has bytes of 0 in it.")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]

@@ -84,15 +84,25 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     return Recipe(**{name: found[name] for name in _KINDS}, folders=folders)
 
 
+def check_cut(cut: Mapping[str, Any]) -> None:
+    """Raise :class:`IterisError` for a cut that :func:`cut_again` could not make."""
+    _number(cut.get("strength", 1.0))
+    rank, ordered = cut.get("rank", 1), cut.get("ordered", True)
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    if not whole or not isinstance(ordered, bool) or ("rank" in cut) != ("ordered" in cut):
+        raise IterisError(
+            f"The cut {dict(cut)} is broken: rank must be a whole number of at least 1, with "
+            "ordered, true or false, beside it."
+        )
+
+
 def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
     """``result`` at the strength and the rank to which the file was brought after its merge."""
-    result = replace(result, lora=scaled_lora(result.lora, _number(cut.get("strength", 1.0))))
+    check_cut(cut)
+    result = replace(result, lora=scaled_lora(result.lora, cut.get("strength", 1.0)))
     if "rank" not in cut:
         return result
-    rank, ordered = cut.get("rank"), cut.get("ordered")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(ordered, bool):
-        raise IterisError(f"The recipe has a broken cut {dict(cut)}.")
-    return replace(result, lora=cut_lora(result.lora, rank, ordered=ordered))
+    return replace(result, lora=cut_lora(result.lora, cut["rank"], ordered=cut["ordered"]))
 
 
 def _number(strength: Any) -> float:

@@ -8,12 +8,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import SaveError
+from rich.markup import escape
+
+from ..concepts import Concept
+from ..errors import IterisError, SaveError
 from ..lora import Lora
 from ..lora_files import Layout, write_loras
 from ..lora_files.embeddings import embedding_targets
 from ..lora_files.experts import expert_files, second_of, split_experts
 from ..lora_files.metadata import trigger_phrases
+from ..report.provenance import join_embeddings
+from .common import console
 
 
 def save_lora(
@@ -27,21 +32,59 @@ def save_lora(
     return write_loras(parts, layout=layout, dtype=dtype, overwrite=overwrite)
 
 
-def save_or_keep(path: Path, write: Callable[[Path], Sequence[Path]]) -> Sequence[Path]:
-    """What ``write`` writes, given ``path``. Where it cannot, it is given that name in the system's
-    folder for temporary files, so that hours of merging are not lost, and the error says so."""
+def check_embeddings(
+    concepts: Sequence[Concept], output: Path, layout: Layout | None, *, overwrite: bool
+) -> None:
+    """Raise :class:`IterisError` before the merge where its embeddings have no place beside
+    ``output``, or its base no names in ``layout``."""
+    embedding_targets(output, list(join_embeddings(concepts).embeddings), overwrite)
+    for concept in concepts:
+        base = concept.lora.base if concept.lora is not None else None
+        if layout == "kohya" and base is not None and not base.written:
+            raise IterisError(
+                f"A base of {base.architecture.title} has no names in kohya layout; leave --layout "
+                "out, or say peft."
+            )
+
+
+Write = Callable[[Path, Layout | None, str], Sequence[Path]]
+"""``write(path, layout, dtype)`` returns what it wrote."""
+
+
+def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) -> Sequence[Path]:
+    """What ``write`` writes, so that hours of merging are not lost.
+
+    Where the values do not fit ``dtype`` they are written as float32. Where ``path`` or ``layout``
+    cannot be written at all, the merge goes into the system's folder for temporary files, in the
+    base's own layout as float32, and the error says where it is.
+    """
     try:
-        return write(path)
+        return write(path, layout, dtype)
     except SaveError as error:
-        folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
-        try:
-            folder.mkdir()
-            kept = write(folder / path.name)
-        except (SaveError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)
-            raise error from None
-        names = " and ".join(map(str, kept))
-        raise SaveError(f"{error} The merge is not lost: it is in {names}.") from error
+        raise _kept(path, write, error) from error
+    except IterisError as error:
+        if dtype == "float32":
+            raise _kept(path, write, error) from error
+        first = error
+    try:
+        paths = write(path, layout, "float32")
+    except IterisError as error:
+        raise _kept(path, write, error) from first
+    console.print(f"Written as float32, not {dtype}: {escape(str(first))}", style="yellow")
+    return paths
+
+
+def _kept(path: Path, write: Write, error: IterisError) -> IterisError:
+    """``error`` with where the merge is instead, if it could be written at all."""
+    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
+    try:
+        folder.mkdir()
+        kept = write(folder / path.name, None, "float32")
+    except (IterisError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return error
+    names = " and ".join(map(str, kept))
+    return type(error)(f"{error} The merge is not lost: it is in {names}.")
 
 
 def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:

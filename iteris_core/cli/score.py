@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import IterisError
-from .common import Device, best_device, option
+from .base import best_device, check_device
+from .common import Device, option
 from .options import read_lines
 from .pictures import open_images
 
@@ -42,6 +43,7 @@ def score(
     files, pictures = open_images(*images)
     columns: dict[str, Any] = {}
     device = device or best_device()
+    check_device(device)
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if refs is not None:
         _, references = open_images(refs)

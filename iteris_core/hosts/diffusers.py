@@ -21,18 +21,27 @@ from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
 from ..architectures.sites import in_changed_parts, residual_streams
+from ..calibration_prompts import Wording, whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
+from .checkpointing import without_checkpointing
 from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import Calls
 from .learned_tokens import Phrases, in_force
-from .protocol import Stage, Tick, check_eval, check_model
+from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
-from .rows import TextRows, drawn_prompts, row_texts
+from .rows import (
+    TextRows,
+    drawn_prompts,
+    fewest_prompts,
+    generic_concept,
+    in_contexts,
+    row_texts,
+)
 
 Words = list[list[Call]]
 """For each of two copies, and each text: the denoiser's arguments that come from it."""
@@ -40,10 +49,12 @@ Words = list[list[Call]]
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """``recorded`` is None where no site needs the denoiser to run."""
+    """``worth`` is how many samples of a concept the rows are worth. ``recorded`` is None where no
+    site needs the denoiser to run."""
 
     text: TextRows
     arguments: Arguments
+    worth: int
     recorded: RecordedRows | None = None
 
 
@@ -100,6 +111,16 @@ class DiffusersHost:
         found = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
         return [len(ids) for ids in found.input_ids]
 
+    @property
+    def _vocabulary(self) -> list[str]:
+        """The whole words of its first tokenizer, if that tells them."""
+        parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
+        found = next((part for part in parts if hasattr(part, "get_vocab")), None)
+        return [] if found is None else whole_words(found.get_vocab())
+
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        return generic_concept(concepts, calibration, self._vocabulary)
+
     def learned(self, prompt: str) -> Set[str]:
         tokenizer = self.pipeline.tokenizer
         added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
@@ -112,6 +133,7 @@ class DiffusersHost:
                 yield self._phrases.in_force
         finally:
             self._phrases = None
+            self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """What the pipeline is given for each concept's prompt."""
@@ -129,31 +151,54 @@ class DiffusersHost:
         tick: Tick,
     ) -> DiffusionSamples:
         for model in self._models():
-            check_eval(model)
+            check_ready(model)
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
+        wording = Wording(self._vocabulary, concepts, generator)
         owners, prompts = drawn_prompts(
-            concepts, calibration, generator, empty=bool(share) and not denoises
+            concepts,
+            calibration,
+            wording,
+            generator,
+            denoises=denoises,
+            empty=bool(share) and not denoises,
         )
         if not denoises:
-            return DiffusionSamples(TextRows.of(owners, prompts), arguments)
+            said = in_contexts(owners, prompts, concepts, calibration, wording)
+            text = TextRows.of(owners, said)
+            return DiffusionSamples(text, arguments, fewest_prompts(text, concepts, calibration))
         said = self._said(owners, prompts)
         recorded = record_rows(
             self._loop, arguments, owners, said, calibration, lockstep, generator, tick
         )
-        text = row_texts(owners, prompts, recorded.each, share, generator)
-        return DiffusionSamples(text, arguments, recorded)
+        text = row_texts(
+            owners,
+            prompts,
+            recorded.each,
+            share,
+            concepts,
+            calibration,
+            wording,
+            generator,
+        )
+        worth = fewest_prompts(text, concepts, calibration)
+        return DiffusionSamples(text, arguments, worth, recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
+        with without_checkpointing(self._models()):
+            return self._forward(samples, rows)
+
+    def _forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
         if recorded is None:  # rows are those of the texts
             words = self._first(samples.arguments, [said[row] for row in rows])
             return torch.stack([some["encoder_hidden_states"] for some in words])
         words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
-        calls = [{**some, **recorded.row(row)} for some, row in zip(words, rows, strict=True)]
-        return self._denoise(recorded.denoiser(rows[0]), samples.arguments, calls)
+        latents = [text.latent_rows[row] for row in rows]
+        calls = [{**some, **recorded.row(row)} for some, row in zip(words, latents, strict=True)]
+        return self._denoise(recorded.denoiser(latents[0]), samples.arguments, calls)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
@@ -180,7 +225,13 @@ class DiffusersHost:
             run = partial(self._run_text, samples, words)
             kinds = None if arguments.alike else self._lengths(text.texts)
             yield Stage(
-                "text encoder", text_sites, text.text_owners, run, feeds=bool(others), kinds=kinds
+                "text encoder",
+                text_sites,
+                text.text_owners,
+                run,
+                feeds=bool(others),
+                kinds=kinds,
+                samples=samples.worth,
             )
         else:
             prompts = list(dict.fromkeys(text.texts))
@@ -191,7 +242,7 @@ class DiffusersHost:
         if recorded is None and others:
             modules = [self._sites[site] for site in others]
             run = partial(self._run_projections, words, modules)
-            yield Stage("cross-attention", others, text.text_owners, run)
+            yield Stage("cross-attention", others, text.text_owners, run, samples=samples.worth)
         if recorded is not None:
             for name in self._loop.denoisers:
                 own = [site for site in others if site.startswith(f"{name}.")]
@@ -207,10 +258,11 @@ class DiffusersHost:
         words: Words,
     ) -> Stage:
         text, arguments = samples.text, samples.arguments
-        rows = recorded.rows_of(name)
+        ran = set(recorded.rows_of(name))
+        rows = [row for row, latent in enumerate(text.latent_rows) if latent in ran]
 
         def call_of(row: int, copy: int) -> Call:
-            return {**words[copy][text.text_rows[row]], **recorded.row(row)}
+            return {**words[copy][text.text_rows[row]], **recorded.row(text.latent_rows[row])}
 
         def run(some: Sequence[int], copies: int) -> None:
             calls = [call_of(rows[row], copy) for copy in range(copies) for row in some]
@@ -232,9 +284,12 @@ class DiffusersHost:
             run,
             places=True,
             picture=recorded.picture(arguments.drawn),
+            patches=recorded.patches(arguments.drawn, self._loop.denoisers[name]),
             kinds=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
+            samples=samples.worth,
             rows=rows,
+            gradients=partial(without_checkpointing, self._models()),
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:

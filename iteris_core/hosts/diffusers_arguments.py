@@ -7,15 +7,18 @@ words is found by running the pipeline a few times to its first steps, never fro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..activations.meter import is_out_of_memory
 from ..concepts import Calibration
-from ..errors import IterisError, brief
+from ..errors import IterisError, OutOfMemory, brief
 from .diffusers_loop import PipelineLoop
 from .diffusers_size import asked_size
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
@@ -67,17 +70,37 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
     given.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _long_prompt_unreported():
             return _study(loop, calibration, denoises=denoises)
     except IterisError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"Memory ran out when {type(loop.pipeline).__name__} ran its first prompt "
+                f"({brief(error)}). Lower latent_size or frames, or close what else takes memory."
+            ) from error
         needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
         also = f" (it asks for {', '.join(needed)})" if needed else ""
         raise IterisError(
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Give the host what it needs beside them, such as image=…"
         ) from error
+
+
+@contextmanager
+def _long_prompt_unreported() -> Generator[None]:
+    """:data:`_LONG` may have more tokens than a text encoder takes: what the libraries warn of is
+    no prompt of the user's."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, logging.ERROR))
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:

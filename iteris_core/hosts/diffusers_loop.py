@@ -116,8 +116,13 @@ class PipelineLoop:
             if not self._open:
                 for name, value in self._before.items():
                     setattr(pipeline, name, value)
-                if getattr(pipeline, "_all_hooks", None):
-                    pipeline.maybe_free_model_hooks()
+                self.free()
+
+    def free(self) -> None:
+        """Take models off the device that the pipeline offloads as a whole: one that is called
+        outside of its loop stays there."""
+        if getattr(self.pipeline, "_all_hooks", None):
+            self.pipeline.maybe_free_model_hooks()
 
     def first_call(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
 from ..lora_files.aliases import file_names
 from .diffusers_converters import by_loader
+from .protocol import check_uncompiled
 
 COMPONENTS = (
     *("unet", "transformer", "transformer_2"),
@@ -25,11 +27,13 @@ COMPONENTS = (
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules of every component of the pipeline that a LoRA may change."""
+    """Linear and Conv2d modules of every component of the pipeline that a LoRA may change. Raises
+    :class:`IterisError` where a component is compiled."""
     sites: dict[str, nn.Module] = {}
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
         if isinstance(model, nn.Module):
+            check_uncompiled(model)
             sites |= named_sites(name, model)
     return sites
 
@@ -97,13 +101,7 @@ def read_lora(
     """
 
     def weight(site: str) -> Tensor:
-        stored = sites[site].weight
-        if not isinstance(stored, Tensor) or tuple(stored.shape) != weight_shape(sites[site]):
-            raise IterisError(
-                f"{path} is a DoRA, which needs the base model's weight of {site}, but that is "
-                "quantised; load the base unquantised to read this file."
-            )
-        return stored.to(torch.float32)
+        return _base_weight(sites[site], site, path)
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
     own = base.architecture in architectures()
@@ -113,6 +111,34 @@ def read_lora(
         return tensors if own else by_loader(pipeline, path, base, tensors, allow_partial=partial)
 
     return read_lora_file(path, base, weight, options, convert)
+
+
+def _base_weight(module: Any, site: str, path: Path) -> Tensor:
+    """The weight of ``module`` in float32, also where accelerate's hooks keep it elsewhere."""
+    with _in_memory(module):
+        stored = module.weight
+        plain = isinstance(stored, Tensor) and stored.is_floating_point()
+        if not plain or tuple(stored.shape) != weight_shape(module):
+            raise IterisError(
+                f"{path} is a DoRA, which needs the base model's weight of {site}, but that is "
+                "quantised; load the base unquantised to read this file."
+            )
+        if stored.is_meta:
+            raise IterisError(
+                f"{path} is a DoRA, which needs the base model's weight of {site}, but that is on "
+                "the device 'meta' and holds no values; read this file before the base is "
+                "offloaded, or load the base without offload."
+            )
+        return stored.to(torch.float32)
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """While it is entered, a weight that accelerate took off the device is on the CPU."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module, torch.device("cpu"))
 
 
 def single_file_pipeline(path: Path, config: Path | None = None) -> Any:

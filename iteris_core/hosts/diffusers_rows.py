@@ -15,6 +15,7 @@ from ..activations.micro_batch import MicroBatch
 from ..concepts import Calibration
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import Enough, PipelineLoop
+from .diffusers_size import patches_of
 from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps
@@ -46,6 +47,11 @@ class RecordedRows:
         if len(shape) == 2 and side**2 == shape[0]:
             return side, side
         return shape[1:] if len(shape) >= 3 else None
+
+    def patches(self, drawn: Set[str], denoiser: Any) -> Sequence[int]:
+        """Sides of a token's patch, in the units of :meth:`picture`: packed latents are tokens."""
+        packed = any(self.moving[path].ndim == 3 for path in drawn)
+        return (1,) if packed else patches_of(denoiser)
 
     def denoiser(self, row: int) -> str:
         return self.names[int(self.ran[row])]

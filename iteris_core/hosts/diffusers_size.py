@@ -85,16 +85,25 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
     return latents.shape[-2] * latents.shape[-1] / _patch(denoiser) ** 2
 
 
+def patches_of(denoiser: Any) -> list[int]:
+    """The sides, in latents, of what a token of ``denoiser`` covers, ascending: one of a
+    transformer, several of a UNet."""
+    return sorted(set(_levels(denoiser))) or [_patch(denoiser)]
+
+
+def _levels(denoiser: Any) -> list[int]:
+    """How many latents a side of a token covers in each transformer block of a UNet."""
+    if "block_out_channels" not in denoiser.config:
+        return []
+    return [
+        2 ** _level(name, len(denoiser.config.block_out_channels))
+        for name, module in denoiser.named_modules()
+        if type(module).__name__ == "BasicTransformerBlock"
+    ]
+
+
 def _patch(denoiser: Any) -> int:
-    levels = (
-        [
-            2 ** _level(name, len(denoiser.config.block_out_channels))
-            for name, module in denoiser.named_modules()
-            if type(module).__name__ == "BasicTransformerBlock"
-        ]
-        if "block_out_channels" in denoiser.config
-        else []
-    )
+    levels = _levels(denoiser)
     if levels:
         return middle_patch(levels)
     patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1

@@ -175,7 +175,8 @@ def _spellings(name: str) -> list[str]:
     """The words that call for an embedding of that name, in lower case."""
     core = name.strip("<>").lower()
     found = [name.lower(), f"<{core}>", core, f"embedding:{name.lower()}", f"embedding:{core}"]
-    return list(dict.fromkeys(found))
+    # Of a name such as "<>" no word is left: it would stand in every gap.
+    return [word for word in dict.fromkeys(found) if word.removeprefix("embedding:").strip()]
 
 
 def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:

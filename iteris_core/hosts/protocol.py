@@ -45,6 +45,8 @@ class Stage:
     their end, while the forwards of other stages may be left behind their last site.
     ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
     ``picture`` is (…, height, width) of a row's latents (None: unknown).
+    ``patches`` are the sides of a token's patch, in latents: a transformer has one, a UNet one for
+    each level.
     ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
     ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
     memory is measured (None: that with the most tokens by ``mask``, or the first).
@@ -62,6 +64,7 @@ class Stage:
     feeds: bool = False
     places: bool = False
     picture: Sequence[int] | None = None
+    patches: Sequence[int] = (1, 2, 4, 8)
     kinds: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None
@@ -102,6 +105,11 @@ class Host(Protocol):
         the concepts ``owners``, if they are given."""
         ...
 
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        """What holds the base where no concept is called for, merged as one more concept without a
+        LoRA: prompts, or inputs; None where there is none, or ``calibration.generic`` is 0."""
+        ...
+
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
         """The model's final output for rows of ``samples``, rows first; differentiable."""
         ...
@@ -134,7 +142,9 @@ class Host(Protocol):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where peft's layers stand in place of the model's own."""
+    """Raise :class:`IterisError` where peft's layers stand in place of the model's own, and as
+    :func:`check_uncompiled` does."""
+    check_uncompiled(model)
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise IterisError(
             f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
@@ -142,10 +152,36 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_eval(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where dropout would make every forward another."""
+def check_uncompiled(model: nn.Module) -> None:
+    """Raise :class:`IterisError` for what torch.compile has made: it does not see hooks that come
+    later."""
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise IterisError(
+            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and "
+            "a merge needs the model as it is; merge on a pipeline that is loaded anew, and "
+            "compile behind the merge."
+        )
+
+
+def check_ready(model: nn.Module) -> None:
+    """Raise :class:`IterisError` where dropout would make every forward another, where adapters
+    were put on the model since :func:`check_model`, and where diffusers offloads it by blocks:
+    while a row waits in a block, another one that leaves it takes the weights off the device."""
+    check_model(model)
+    if any(_in_blocks(module) for module in model.modules()):
+        raise IterisError(
+            f"{type(model).__name__} is offloaded in groups of blocks, whose weights leave the "
+            'device while rows wait in a block; offload it with offload_type="leaf_level", or by '
+            "enable_model_cpu_offload()."
+        )
     if model.training:
         raise IterisError(
             f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
             "random; call its eval() first."
         )
+
+
+def _in_blocks(module: Any) -> bool:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    config = getattr(hooks.get("group_offloading"), "config", None)
+    return getattr(config, "offload_type", None) == "block_level"  # an enumeration of strings

@@ -5,52 +5,107 @@ The host of diffusers and that of ComfyUI make the same ones from the same seed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..concepts import Calibration, Concept, concept_prompts
+from ..calibration_prompts import (
+    Wording,
+    calling_words,
+    concept_prompts,
+    in_random_order,
+    prompt_pools,
+)
+from ..concepts import Calibration, Concept
+
+GENERIC = "generic"
+"""What the concept of generic prompts is called."""
+_REPEATS = 2
+"""How often a prompt counts, with other noise each time."""
+_PRESERVED_ROWS = 0.4
+"""Rows of a concept without a LoRA, as a share of those of one that has one."""
 
 
 @dataclass(frozen=True)
 class TextRows:
     """Rows sorted by concept. ``text_owners`` and ``texts`` list the distinct (concept, prompt)
-    pairs, and ``text_rows`` says which of them each row uses; ``owners`` is the concept of each."""
+    pairs, and ``text_rows`` says which of them each row uses; ``owners`` is the concept of each,
+    and ``latent_rows`` the number of the latent that it has: those of concepts without a LoRA have
+    latents of others."""
 
     owners: Sequence[int]
     text_rows: Sequence[int]
     text_owners: Sequence[int]
     texts: Sequence[str]
+    latent_rows: Sequence[int]
 
     @staticmethod
-    def of(owners: Sequence[int], prompts: Sequence[str]) -> TextRows:
+    def of(
+        owners: Sequence[int], prompts: Sequence[str], latent_rows: Sequence[int] | None = None
+    ) -> TextRows:
         keys = list(zip(owners, prompts, strict=True))
         pairs = {pair: index for index, pair in enumerate(dict.fromkeys(keys))}
         return TextRows(
-            owners, [pairs[key] for key in keys], [o for o, _ in pairs], [p for _, p in pairs]
+            owners,
+            [pairs[key] for key in keys],
+            [o for o, _ in pairs],
+            [p for _, p in pairs],
+            range(len(owners)) if latent_rows is None else latent_rows,
         )
 
 
-@dataclass(frozen=True)
-class NoisyRows:
-    """What the denoiser sees: ``latents`` (rows, …), as it takes them, and their times (rows,)."""
-
-    latents: Tensor
-    times: Tensor
+def generic_concept(
+    concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
+) -> Concept | None:
+    """The concept of generic prompts, on which the base is to stay as it is; None where the
+    calibration wants none, where one LoRA is alone, or where no word calls for one of them, so that
+    it is to act on every prompt."""
+    loras = [concept for concept in concepts if concept.lora is not None]
+    called = all(calling_words([concept]) for concept in loras)
+    if not calibration.generic or len(loras) < 2 or not called:
+        return None
+    wording = Wording(vocabulary, concepts, torch.Generator().manual_seed(calibration.seed))
+    count = _preserved_rows(calibration.samples * calibration.timesteps)
+    prompts = wording.generic(count)
+    return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
 
 
 def drawn_prompts(
-    concepts: Sequence[Concept], calibration: Calibration, generator: torch.Generator, empty: bool
+    concepts: Sequence[Concept],
+    calibration: Calibration,
+    wording: Wording,
+    generator: torch.Generator,
+    *,
+    denoises: bool,
+    empty: bool,
 ) -> tuple[list[int], list[str]]:
-    """The concept and the prompt of every sample; with ``empty`` each concept has the empty prompt
-    once more, as where no denoiser runs whose rows could have it."""
-    prompts = [concept_prompts(concept, calibration, generator) for concept in concepts]
+    """The concept and the prompt of every sample. Where a concept has few prompts, one that comes a
+    third time carries further words from then on, if any do. What ``denoises`` has no samples of
+    concepts without a LoRA, whose rows take the latents of others (:func:`row_texts`). With
+    ``empty`` each concept has the empty prompt once more, as where no denoiser runs whose rows
+    could have it."""
+    prompts = [
+        concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
+        for concept in concepts
+    ]
+    if calibration.contexts:
+        prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
     if empty:
         prompts = [[*of_concept, ""] for of_concept in prompts]
     owners = [concept for concept, of_concept in enumerate(prompts) for _ in of_concept]
     return owners, [prompt for of_concept in prompts for prompt in of_concept]
+
+
+def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
+    seen: Counter[str] = Counter()
+    found: list[str] = []
+    for prompt in prompts:
+        seen[prompt] += 1
+        found.append(wording.in_context(prompt) if seen[prompt] > _REPEATS else prompt)
+    return found
 
 
 def drawn_steps(
@@ -62,18 +117,30 @@ def drawn_steps(
     return torch.stack([pick[: calibration.timesteps] for pick in picks]).sort(dim=1)[0]
 
 
-def noisy_rows(
+def in_contexts(
     owners: Sequence[int],
     prompts: Sequence[str],
-    latents: Tensor,
-    times: Tensor,
-    empty_share: float,
-    generator: torch.Generator,
-) -> tuple[TextRows, NoisyRows]:
-    """A row for each of a sample's ``latents``, (samples, T, …), and ``times``, (samples, T); a
-    share of them gets the empty prompt, since guidance runs on it too."""
-    text = row_texts(owners, prompts, times.shape[1], empty_share, generator)
-    return text, NoisyRows(latents.flatten(0, 1), times.flatten())
+    concepts: Sequence[Concept],
+    calibration: Calibration,
+    wording: Wording,
+) -> list[str]:
+    """``prompts``, of which a share of each concept's carry further words: the calibration's, and
+    more where the concept has few prompts. The empty prompt stays."""
+    if not calibration.contexts:
+        return list(prompts)
+    shares = [_context_share(concept, calibration) for concept in concepts]
+    chosen = wording.chosen([shares[owner] for owner in owners])
+    return [
+        wording.in_context(prompt) if more and prompt else prompt
+        for prompt, more in zip(prompts, chosen, strict=True)
+    ]
+
+
+def _context_share(concept: Concept, calibration: Calibration) -> float:
+    if concept.lora is None:
+        return 0.0
+    distinct = len({p for pool in prompt_pools(concept, calibration) for p in pool})
+    return max(calibration.contexts, 1 - _REPEATS * distinct / calibration.samples)
 
 
 def row_texts(
@@ -81,10 +148,15 @@ def row_texts(
     prompts: Sequence[str],
     count: int,
     empty_share: float,
+    concepts: Sequence[Concept],
+    calibration: Calibration,
+    wording: Wording,
     generator: torch.Generator,
 ) -> TextRows:
-    """The texts of ``count`` rows for each sample; a share of them gets the empty prompt, but never
-    all of a concept's."""
+    """The texts of ``count`` rows for each sample, and of rows of the ``concepts`` without a LoRA
+    on some of the same latents: what the denoiser sees of noise hardly depends on the prompt. A
+    share of the samples' rows gets the empty prompt, since guidance runs on it, but never all of a
+    concept's; a share of the others carries further words."""
     row_owners = [owner for owner in owners for _ in range(count)]
     row_prompts = [prompt for prompt in prompts for _ in range(count)]
     empty = torch.rand(len(row_owners), generator=generator) < empty_share
@@ -94,4 +166,27 @@ def row_texts(
             empty[own[0]] = False
     for row in empty.nonzero().flatten().tolist():
         row_prompts[row] = ""
-    return TextRows.of(row_owners, row_prompts)
+    row_prompts = in_contexts(row_owners, row_prompts, concepts, calibration, wording)
+    rows = list(zip(row_owners, row_prompts, range(len(row_owners)), strict=True))
+    most = max(row_owners.count(owner) for owner in set(row_owners))
+    for owner, concept in enumerate(concepts):
+        if concept.lora is None:
+            wanted = _preserved_rows(most)
+            pool = [p for of_phrase in prompt_pools(concept, calibration) for p in of_phrase]
+            said = in_random_order(pool, wanted, generator)
+            latents = torch.randint(len(row_owners), (wanted,), generator=generator).tolist()
+            rows += [(owner, p, latent) for p, latent in zip(said, latents, strict=True)]
+    rows.sort(key=lambda row: row[0])
+    return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
+
+
+def fewest_prompts(text: TextRows, concepts: Sequence[Concept], calibration: Calibration) -> int:
+    """What the samples of the concept with the fewest distinct prompts are worth, of those that
+    have a LoRA: with other noise a prompt counts once more."""
+    prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
+    own = [prompts[o] for o, concept in enumerate(concepts) if concept.lora is not None]
+    return min(calibration.samples, _REPEATS * min(own, default=0))
+
+
+def _preserved_rows(rows: int) -> int:
+    return max(1, round(_PRESERVED_ROWS * rows))

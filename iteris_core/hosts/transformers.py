@@ -24,7 +24,7 @@ from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
 from .learned import Calls, nothing_taught
-from .protocol import Stage, Tick, check_eval, check_model
+from .protocol import Stage, Tick, check_model, check_ready
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
@@ -110,10 +110,13 @@ class TransformersHost:
             mine = rows_of(concept, calibration.samples, decodes=self._encodes_and_decodes)
             owners += [index] * len(mine)
             rows += mine
-        check_eval(self.model)
+        check_ready(self.model)
         if self._generate is not None:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
+
+    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
+        return None
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams = residual_streams(self.model, self._sites, text.WIRINGS)

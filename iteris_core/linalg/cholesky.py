@@ -10,6 +10,7 @@ of the identity on top that lets a factorisation through. Where nothing is singu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..errors import SolveError
 
 _ERROR = 0.1  # of a probe's solution; more is too few digits for single precision
+_NOT_FINITE = "the normal equations are not finite; lower the concepts' weights."
 CANNOT = "the normal equations cannot be factorised; raise `ridge`."
 
 
@@ -57,6 +59,8 @@ def factorise(
     trace = float(matrix.diagonal().sum())
     if trace <= 0:
         return None
+    if not math.isfinite(trace):
+        raise SolveError(_NOT_FINITE)
     # In place: LAPACK's order of entries is that of the transpose, and M is symmetric.
     info = torch.zeros((), dtype=torch.int32, device=device)
     lower, _ = torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))

@@ -109,7 +109,10 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
         middle = "" if len(names) == 1 else f"_{own}"
         target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
         if target.exists() and not overwrite:
-            raise IterisError(f"{target} exists already; choose another name or allow overwriting.")
+            raise IterisError(
+                f"{target} exists already; choose another name, or overwrite it (--overwrite, "
+                "overwrite=True)."
+            )
         targets[name] = target
     return targets
 

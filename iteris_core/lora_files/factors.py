@@ -76,6 +76,7 @@ def _rounded(site: str, change: LowRank, dtype: torch.dtype) -> Factors:
     )
     if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
         raise IterisError(
-            f"Site {site}: values do not fit {dtype}; write bfloat16 or float32 instead."
+            f"Site {site}: values are too large for {str(dtype).removeprefix('torch.')}; write "
+            'float32 (--dtype float32, dtype="float32").'
         )
     return stored

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 
@@ -88,3 +91,15 @@ def merge_tag_frequency(inputs: Sequence[Mapping[str, str]]) -> dict[str, dict[s
             for tag, count in tags.items():
                 table[tag] = table.get(tag, 0) + count
     return merged
+
+
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def public_name(base: str) -> str:
+    """``base`` as a file may name it: a name on the hub, or the last part of a path. A folder of
+    this machine says nothing elsewhere, and tells where somebody keeps things."""
+    path = Path(os.path.expanduser(base))  # as it is where there is no such user
+    if base and path.exists():
+        return path.resolve().name
+    return base if _ON_THE_HUB.fullmatch(base) else PureWindowsPath(base).name

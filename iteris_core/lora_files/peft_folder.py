@@ -19,6 +19,7 @@ from ..saving import atomically
 from .aliases import BaseModel
 from .alphas import lora_config
 from .factors import Factors
+from .metadata import public_name
 from .read import ReadOptions, lora_of
 from .tensors import read_tensors, save_tensors
 
@@ -139,8 +140,7 @@ def write_adapter(
     ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",
-        # A folder of this machine says nothing elsewhere, and tells where somebody keeps things.
-        "base_model_name_or_path": Path(base).name if Path(base).is_absolute() else base,
+        "base_model_name_or_path": public_name(base),
         # peft's patterns fit ends of names unless they say otherwise.
         **lora_config({name: (rank, rank) for name, rank in ranks.items()}, "^"),
         "inference_mode": True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _NO_MODULE = "matches no module of the base model"
 
 Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a LoRA is a DoRA."""
+
+_LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
 
 _TOO_LARGE = 1e30  # of an entry of a change: sums of several are to fit float32
 
@@ -234,16 +237,30 @@ def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
 
 def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
     first = "; ".join(list(left_out.values())[:3])
-    if understood == 0:
+    if understood == 0 and _is_whole_model(left_out):
+        advice = (
+            "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "
+            "extract one from the model first."
+        )
+    elif understood == 0:
         advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif all(text.endswith(_NO_MODULE) for text in left_out.values()):
         advice = (
             "This LoRA was made for another base model, or for one with more parts than yours; "
-            "to merge the rest of it, allow a partial reading."
+            "to merge the rest of it, allow a partial reading (--allow-partial)."
         )
     else:
-        advice = "Nothing is skipped silently; to merge the rest of it, allow a partial reading."
+        advice = (
+            "Nothing is skipped silently; to merge the rest of it, allow a partial reading "
+            "(--allow-partial)."
+        )
     return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
+
+
+def _is_whole_model(keys: Iterable[str]) -> bool:
+    """Whether the keys are weights and biases, with nothing that a LoRA's have in their names."""
+    plain = [not _LORA_PART.search(key.lower()) for key in keys]
+    return len(plain) > 8 and all(plain)
 
 
 def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight) -> Tensor:

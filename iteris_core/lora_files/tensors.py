@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,26 +29,42 @@ _PIECE = 2**20
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
+def check_file(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, of which only the header is read. Raises
+    :class:`LoraFileError` for what is no whole safetensors file, as :func:`read_tensors` does."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, in their own dtypes, and the metadata of a safetensors file.
 
     Raises :class:`LoraFileError` for what is not a whole safetensors file, for NaN or Inf, and for
     dtypes that are no numbers (packed 4-bit, complex, …).
     """
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise LoraFileError(f"{path} holds no tensors; it is not a LoRA file.")
+    for key, tensor in tensors.items():
+        _check_numbers(path, key, tensor)
+    return tensors, metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    """The file, opened by safetensors; what is another kind of file is refused unopened."""
     if not path.is_file():
         raise LoraFileError(f"{path} does not exist or is not a file; check the path.")
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(64)
     # A safetensors file begins with a length, whose first bytes may be these too, and then JSON.
-    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
-        raise LoraFileError(
-            f"{path} is a pickled PyTorch file, which could run code when it is opened; "
-            "convert it to safetensors where you trust its source."
-        )
+    if head[8:9] != b"{":
+        _refuse_other_kinds(path, head)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         if "allocate memory" in str(error):
             raise OutOfMemory(
@@ -55,11 +73,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraFileError(
             f"{path} is not a whole safetensors file ({error}); download or save it again."
         ) from error
-    if not tensors:
-        raise LoraFileError(f"{path} holds no tensors; it is not a LoRA file.")
-    for key, tensor in tensors.items():
-        _check_numbers(path, key, tensor)
-    return tensors, metadata
+
+
+def _refuse_other_kinds(path: Path, head: bytes) -> None:
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        raise LoraFileError(
+            f"{path} is a pickled PyTorch file, which could run code when it is opened; "
+            "convert it to safetensors where you trust its source."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise LoraFileError(
+            f"{path} is a Git LFS pointer, a few lines of text in the place of the real file; run "
+            "git lfs pull, or download the file itself."
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise LoraFileError(
+            f"{path} is a web page, not a safetensors file; the download may have asked for a "
+            "login. Download the file again."
+        )
 
 
 def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:

@@ -55,7 +55,7 @@ def write_lora(
     path: str | Path,
     *,
     layout: Layout | None = None,
-    dtype: str = "float16",
+    dtype: str | torch.dtype = "float16",
     overwrite: bool = False,
 ) -> Path:
     """Write ``lora`` and return the path; the file appears under its name only when it is whole.
@@ -72,7 +72,7 @@ def write_loras(
     loras: Mapping[Path, Lora],
     *,
     layout: Layout | None = None,
-    dtype: str = "float16",
+    dtype: str | torch.dtype = "float16",
     overwrite: bool = False,
 ) -> list[Path]:
     """Write each as :func:`write_lora` does, with its embeddings: all of these files, or none."""
@@ -91,7 +91,7 @@ def write_loras(
 
 
 def to_tensors(
-    lora: Lora, *, layout: Layout | None = None, dtype: str = "float16"
+    lora: Lora, *, layout: Layout | None = None, dtype: str | torch.dtype = "float16"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) as :func:`write_lora` writes them, without the embeddings.
 
@@ -101,7 +101,7 @@ def to_tensors(
     if not lora.sites:
         raise IterisError("The merged LoRA changes no site; there is nothing to write.")
     base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
-    stored = store_all(lora, DTYPES[dtype], base.architecture.one_alpha)
+    stored = store_all(lora, DTYPES[name_of(dtype)], base.architecture.one_alpha)
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
@@ -153,16 +153,26 @@ def _warn_of_unread(lora: Lora, layout: Layout) -> None:
         )  # fmt: skip
 
 
-def check_target(path: Path, layout: str | None, dtype: str, overwrite: bool) -> None:
+def name_of(dtype: str | torch.dtype) -> str:
+    """float16 of torch.float16 as of "float16". Raises :class:`IterisError` for another one."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
+    return name
+
+
+def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overwrite: bool) -> None:
     """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
-    if dtype not in DTYPES:
-        raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    name_of(dtype)
     if layout not in (None, "kohya", "peft"):
         raise IterisError(f'layout must be "kohya" or "peft", not {layout!r}.')
     if path.suffix != ".safetensors":
         raise IterisError(f"{path} must end in .safetensors.")
     if path.exists() and not overwrite:
-        raise IterisError(f"{path} exists already; choose another name or allow overwriting.")
+        raise IterisError(
+            f"{path} exists already; choose another name, or overwrite it (--overwrite, "
+            "overwrite=True)."
+        )
     if not path.parent.is_dir():
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
 

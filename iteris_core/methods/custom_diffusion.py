@@ -49,8 +49,9 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
             "changes any; use another method."
         )
     merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    weights = [0.0 if c.lora is None else c.weight for c in job.concepts]
     for site, changes in job.changes.items():
-        change, _ = average(AtSite(changes, job.weights, job.generator), LinearSettings())
+        change, _ = average(AtSite(changes, weights, job.generator), LinearSettings())
         merged[site] = change, SiteReport(change.rank)
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
@@ -113,7 +114,7 @@ def _texts(
     """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
     texts = _Texts()
     reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
-    calibration = replace(job.calibration, empty_share=0.0)
+    calibration = replace(job.calibration, empty_share=0.0, contexts=0.0)
     with job.lockstep() as lockstep:
         samples = job.host.samples(
             concepts, reached, calibration, lockstep, job.generator, job.tick

@@ -56,7 +56,7 @@ class LoraclrSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_model("loraclr", LoraclrSettings)
+@on_model("loraclr", LoraclrSettings, sweeps=lambda settings: True)
 def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
     fit = Fit(job.weights, 0.0, "none", rank=settings.rank)
@@ -113,6 +113,10 @@ class _Pairs(Reduction):
         return [self._grams, self._crossed, self._apart, self._count]
 
     def solve(self, fit: Fit) -> Solution:
+        with full_precision(self._grams.device):
+            return self._descended(fit)
+
+    def _descended(self, fit: Fit) -> Solution:
         settings = self._settings
         changes = self.changes.to(torch.float32, self._grams.device)
         own = torch.stack(
@@ -127,8 +131,7 @@ class _Pairs(Reduction):
         best, best_loss = merged.clone(), math.inf
         adam = torch.optim.AdamW([merged], lr=settings.rate, weight_decay=_DECAY)
         for _ in range(settings.steps):
-            with full_precision(own.device):
-                loss, merged.grad = self._loss(merged, own, shares, error)
+            loss, merged.grad = self._loss(merged, own, shares, error)
             if not math.isfinite(loss):
                 raise SolveError(NOT_FINITE)
             if loss < best_loss:

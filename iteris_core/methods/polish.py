@@ -21,6 +21,10 @@ from ..passes.job import Job
 
 _CHECK_EVERY = 25
 _POLISHING, _TARGETS = "polishing", "outputs of each LoRA alone"
+_NOTHING = (
+    "polish_steps do nothing: for LoRAs that change cross-attention keys and values alone the "
+    "merge runs no forward to the model's output"
+)
 _STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
@@ -63,7 +67,15 @@ def polish(
             pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
             with torch.enable_grad():
                 value = loss(rows[pick].tolist(), grad=True)
-                gradients = torch.autograd.grad(value, factors)
+                # Of some sites nothing reaches the output, such as a text encoder's last layers.
+                gradients = (
+                    torch.autograd.grad(value, factors, allow_unused=True)
+                    if value.requires_grad
+                    else [None] * len(factors)
+                )
+            if all(gradient is None for gradient in gradients):
+                job.ran.notes.append(_NOTHING)
+                return dict(merged)
             for factor, gradient in zip(factors, gradients, strict=True):
                 factor.grad = gradient
             optimizer.step()

@@ -40,17 +40,29 @@ def micro_batch_setting() -> int:
 
 
 Merged = Mapping[str, tuple[LowRank, SiteReport]]
+Sweeps = Callable[[Any], bool]
+
+
+def _never(settings: Any) -> bool:
+    return False
+
+
+def _always(settings: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
 class Method:
-    """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`."""
+    """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`.
+    ``sweeps(settings)`` says whether forwards wait at every site until it is solved: then each has
+    to reach all sites, and once."""
 
     name: str
     merge: Callable[[Any, Any], Merged]
     settings: type[Settings]
     needs_host: bool
     summary: str
+    sweeps: Sweeps
 
 
 _METHODS: dict[str, Method] = {}
@@ -121,16 +133,20 @@ def on_activations(
             solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
             return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
 
-        return _registered(name, merge, settings, True, function)
+        sweeps = _always if merged_inputs else _never
+        return _registered(name, merge, settings, True, function, sweeps)
 
     return register
 
 
-def on_model(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> {site: (change, report)}``."""
+def on_model(
+    name: str, settings: type[Settings], *, sweeps: Sweeps = _never
+) -> Callable[[Function], Function]:
+    """Register ``function(job, settings) -> {site: (change, report)}``. One that calls
+    :func:`..passes.loops.sweep_pass` declares by ``sweeps`` with which settings it does."""
 
     def register(function: Function) -> Function:
-        return _registered(name, function, settings, True, function)
+        return _registered(name, function, settings, True, function, sweeps)
 
     return register
 
@@ -147,10 +163,15 @@ def all_methods() -> list[Method]:
 
 
 def _registered(
-    name: str, merge: Any, settings: type[Settings], needs_host: bool, function: Function
+    name: str,
+    merge: Any,
+    settings: type[Settings],
+    needs_host: bool,
+    function: Function,
+    sweeps: Sweeps = _never,
 ) -> Function:
     if name in _METHODS:
         raise ValueError(f"There is a method {name!r} already.")
     summary = (function.__doc__ or "").strip().splitlines()[0]
-    _METHODS[name] = Method(name, merge, settings, needs_host, summary)
+    _METHODS[name] = Method(name, merge, settings, needs_host, summary, sweeps)
     return function

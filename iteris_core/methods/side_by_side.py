@@ -19,7 +19,8 @@ from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..activations.places import halves
 from ..activations.segments import ByRow, Passage, Segment, outputs_of, pass_through
-from ..concepts import Concept, pair_prompts
+from ..calibration_prompts import pair_prompts
+from ..concepts import Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import chunks
@@ -77,7 +78,7 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
         for left, right in pairs
     ]
     changes = {site: SiteChanges((change,) * len(pairs)) for site, change in merged.items()}
-    calibration = replace(job.calibration, samples=samples_each(job, pairs, rows))
+    calibration = replace(job.calibration, samples=samples_each(job, pairs, rows), contexts=0.0)
 
     def tick(what: str, done: int, total: int) -> None:
         job.tick(SHOWING if what == DENOISING else what, done, total)
@@ -152,7 +153,7 @@ class SideBySide:
             )
             passage = pass_through(segment, self.lockstep, merged, rows, by_row)
             left, right = (outputs_of(segment, self.lockstep, one, by_row) for one in sides)
-            wanted = _wanted(left, right, stage.picture)
+            wanted = _wanted(left, right, stage)
             if wanted is None:
                 return []
             pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
@@ -182,12 +183,12 @@ class PairStages:
         return SideBySide(self._job, self._lockstep, self._drawn, stages)
 
 
-def _wanted(
-    left: Sequence[Tensor], right: Sequence[Tensor], picture: Sequence[int] | None
-) -> list[Tensor] | None:
-    """Words, which have no place, are to be what is between both."""
-    placed = [halves(*both, picture) for both in zip(left, right, strict=True)]
-    if all(some is None for some in placed):
+def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:
+    """Words, which have no place, are to be what is between both. None where no output has places,
+    and where two outputs have as many tokens as the picture: one of them may be the words."""
+    placed = [halves(*both, stage.picture, stage.patches) for both in zip(left, right, strict=True)]
+    fitting = [some for some in placed if some is not None]
+    if not fitting or sum(some.ndim == 3 for some in fitting) > 1:
         return None
     return [
         (one + other) / 2 if some is None else some

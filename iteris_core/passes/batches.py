@@ -112,10 +112,9 @@ def limit_of(
         return None
     if limit != "enough":
         return lambda width: limit
-    by_concept = Counter(stage.owners)
-    rows = min(by_concept.values())
+    rows = max(Counter(stage.owners).values())  # those without a LoRA have fewer
     if count is not None:
-        rows = max(min(rows, count // len(by_concept)), 1)
+        rows = max(min(rows, rows * count // len(stage.owners)), 1)
     return lambda width: policy.row_tokens(width, rows)
 
 
@@ -149,11 +148,11 @@ def _of(
 
 
 def fewer(stage: Stage, count: int) -> Stage:
-    """``count`` rows of ``stage`` at most, as many of each concept, of all steps and of as many of
-    its samples as can be."""
-    by_concept = _by_concept(stage)
-    share = count // len(by_concept)
-    return _selected(stage, [row for rows in by_concept for row in _evenly(rows, share)])
+    """``count`` rows of ``stage`` at most, the same share of each concept's, of all steps and of as
+    many of its samples as can be."""
+    total = len(stage.owners)
+    kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
+    return _selected(stage, [row for rows in kept for row in rows])
 
 
 def _by_concept(stage: Stage) -> list[list[int]]:

@@ -235,15 +235,23 @@ def _too_much(needs: Sequence[Need], room: Room, fewest: int) -> OutOfMemory:
     tried = ""
     if need.parked is not None:
         tried = (
-            f", with rows waiting in {need.host_bytes(fewest, 0) / 2**30:.2f} GiB of host memory, "
-            f"of which {room.host / 2**30:.2f} GiB are free"
+            f", with rows waiting in {_size(need.host_bytes(fewest, 0))} of host memory, of which "
+            f"{_size(room.host)} are free"
         )
     what = "all rows, which later stages need" if need.stage.feeds else "a row for each concept"
     return OutOfMemory(
-        f"The {need.stage.name} needs at least {least(need) / 2**30:.2f} GiB beyond the model for "
-        f"{what}{tried}, and {room.device / 2**30:.2f} GiB may be used; lower samples, timesteps "
+        f"The {need.stage.name} needs at least {_size(least(need))} beyond the model for "
+        f"{what}{tried}, and {_size(room.device)} may be used; lower samples, timesteps "
         "or latent_size, or allow more memory."
     )
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit of which there is a tenth at least."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
 
 
 def _most_that_fits(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -22,9 +22,9 @@ from ..hosts.protocol import Host, Stage, Tick
 from .outlook import Outlook
 
 UNREACHED = "is reached by no forward"
-PARTLY = 'is reached by some of the prompts only, which only schedule="jacobi" takes'
+PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
 MIXED = "gets the rows of a batch mixed or split"
-REPEATED = 'is called more than once in a forward, which only schedule="jacobi" takes'
+REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 
 
 def unmergeable(

@@ -132,7 +132,7 @@ def _expect(
         passes,
         job.processes.size,
     )
-    job.outlook.expect(plans, len(job.concepts), job.calibration)
+    job.outlook.expect(plans, job.loras, job.calibration)
 
 
 def _planned(

@@ -99,16 +99,17 @@ class Measure:
         """What a row costs that waits on the device, or in ``place``, at the end of each of the
         ``levels`` (None: at every site).
 
-        Changes are cast to the model's dtype when a site is first reached, and stay so: no row
-        holds them, so that a run in which that happened is not the one that counts.
+        The first run casts changes to the model's dtype, and brings weights that are offloaded as
+        a whole model. Both stay on the device and no row holds them: a run that leaves something
+        behind does not count.
         """
-        row, before = _longest(self.stage), self.lockstep.cast_bytes
+        row = _longest(self.stage)
 
         def run(rows: Sequence[int], *, metered: bool = True) -> _Run:
             return _Run(self, rows, levels, place, metered=metered)
 
         one = run([row])
-        if self.lockstep.cast_bytes != before:
+        if one.left:
             one = run([row])
         two = run([row, row])
         seconds = one.seconds, two.seconds
@@ -189,6 +190,12 @@ class _Run:
             wait_for(self.device)
             self.seconds = time.perf_counter() - started
             self.steps.append(Step("", running=self._meter.peak))
+        self._level.clear()
+
+    @property
+    def left(self) -> int:
+        """Bytes that the forward made and that are alive still."""
+        return self._meter.live
 
     def observe(self, shown: Observation) -> None:
         """What the solve of a site will read is kept until then, as in a sweep."""

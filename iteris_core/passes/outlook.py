@@ -7,6 +7,7 @@ machine. :class:`..progress.Forecast` corrects both by what is measured as the r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,22 +60,23 @@ class Outlook:
     def saw(self, stage: Stage, concepts: Sequence[Concept], calibration: Calibration) -> None:
         """A short pass saw ``stage`` on one sample of each of the ``concepts`` at every step, which
         tells about how many rows it is going to have."""
+        seen = Counter(stage.owners)
         if stage.places:
-            steps = len(stage.owners) / len(concepts) / calibration.denoising_steps
-            each = [round(calibration.samples * calibration.timesteps * steps)] * len(concepts)
+            more = calibration.samples * calibration.timesteps / calibration.denoising_steps
+            each = [round(seen[owner] * more) for owner in range(len(concepts))]
         else:
             each = [_texts(concept, calibration) for concept in concepts]
         owners = [owner for owner, count in enumerate(each) for _ in range(count)]
-        self._seen.setdefault(stage.name, replace(stage, owners=owners))
+        self._seen.setdefault(stage.name, replace(stage, owners=owners, samples=None))
 
-    def expect(self, plans: Plans, concepts: int, calibration: Calibration) -> None:
-        """Before samples are made: those, and the stages that were seen."""
+    def expect(self, plans: Plans, loras: int, calibration: Calibration) -> None:
+        """Before samples are made: those of so many ``loras``, and the stages that were seen."""
         self._plans = plans
         if not self._seen:
             self.forecast.expect(_STAGES, {"": 1.0}, known=False)
         places = [stage for stage in self._seen.values() if stage.places]
         if places and calibration.latents == "denoising":
-            forwards = concepts * calibration.samples * calibration.denoising_steps
+            forwards = loras * calibration.samples * calibration.denoising_steps
             forwards *= 2 if calibration.guidance > 1 else 1
             a_row = sum(self._a_row(self._sites(stage)) for stage in places) / len(places)
             self.forecast.expect(DENOISING, {"": forwards / plans.processes * a_row})
@@ -235,8 +237,12 @@ def _part(site: str) -> str:
 
 
 def _texts(concept: Concept, calibration: Calibration) -> int:
-    """How many prompts of a concept differ, the empty one among them."""
+    """About how many prompts of a concept differ, the empty one among them."""
     pool = len(calibration.templates) * len(concept.phrases)
     if concept.prompts is not None:
         pool = len(set(map(str, concept.prompts)))
-    return min(calibration.samples, pool) + (calibration.empty_share > 0)
+    if concept.lora is None:
+        return pool
+    of_rows = calibration.samples * calibration.timesteps * (1 - calibration.empty_share)
+    plain = min(calibration.samples, pool)
+    return round(plain + calibration.contexts * of_rows) + (calibration.empty_share > 0)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..concepts import Concept
 from ..hosts.learned import Calls
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
-from ..lora_files.metadata import merge_tag_frequency, parse_object
+from ..lora_files.metadata import merge_tag_frequency, parse_object, public_name
 from ..lora_files.purposes import Purpose, purpose_of
 from .report import MergeReport
 
@@ -140,11 +139,8 @@ def with_run(metadata: Mapping[str, str], base: str, unmergeable: str) -> dict[s
     """The metadata of a merged LoRA with what it was merged on in its recipe: a name on the hub, or
     the last part of a path, since no path of this machine goes into a file."""
     recipe = parse_object(metadata.get("iteris"))
-    name = Path(base).resolve().name if Path(base).exists() else base
-    return {
-        **metadata,
-        "iteris": json.dumps({**recipe, "base": name, "unmergeable": unmergeable}),
-    }
+    run = {"base": public_name(base), "unmergeable": unmergeable}
+    return {**metadata, "iteris": json.dumps({**recipe, **run})}
 
 
 def _versions() -> dict[str, str]:

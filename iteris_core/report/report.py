@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..solve.problem import Solution
@@ -35,6 +35,15 @@ class SiteReport:
         values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
         return cls(values.pop("change").rank, **values, repair=repair)
 
+    def of_first(self, concepts: int) -> SiteReport:
+        """The same without what stands behind the first ``concepts``: generic prompts."""
+        return replace(
+            self,
+            weighting=self.weighting[:concepts],
+            before=self.before[:concepts],
+            after=self.after[:concepts],
+        )
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -42,7 +51,8 @@ class MergeReport:
     each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
     was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
     concept what was left out or extracted when its file was read, and which names it shares;
-    ``plan`` how each stage kept to the memory."""
+    ``plan`` how each stage kept to the memory; ``preserved`` the concepts without a LoRA, on which
+    the base was to stay as it is."""
 
     method: str
     concepts: Sequence[str]
@@ -54,6 +64,7 @@ class MergeReport:
     rows: int = 0
     convergence: Sequence[float] = ()
     plan: Sequence[str] = ()
+    preserved: Sequence[str] = ()
 
     @property
     def converged(self) -> bool | None:
@@ -84,19 +95,31 @@ class MergeReport:
             for i in range(len(self.concepts))
         ]
 
-    def sentence(self) -> str:
-        """Where the concepts disagree most, and which of them keeps least."""
-        blocks = self.blocks()
-        if not blocks or len(self.concepts) < 2:
+    def verdict(self) -> str:
+        """Whether the merge is closer to each LoRA's own outputs than the mean of the LoRAs is,
+        and to which least; empty where that was not measured.
+
+        How much of a likeness is kept cannot be told from errors of layers (docs/decisions.md).
+        """
+        pairs = zip(self.concepts, self.residuals(), strict=True)
+        left = {
+            n: after / before
+            for n, (before, after) in pairs
+            if before > 0 and n not in self.preserved
+        }
+        left = {name: share for name, share in left.items() if not math.isnan(share)}
+        if not left:
             return ""
-        worst = max(blocks, key=lambda block: sum(after for _, after in blocks[block]))
-        errors = self.residuals()
-        order = sorted(range(len(errors)), key=lambda i: -errors[i][1])
-        first, second = (self.concepts[i] for i in order[:2])
-        before, after = errors[order[0]]
-        return (
-            f"{first} and {second} disagree most in {worst}; {first} keeps least: its output "
-            f"error is {after:.0%} of its change, that of the mean of the LoRAs {before:.0%}."
+        farther = [name for name, share in left.items() if share >= 1]
+        if farther:
+            return (
+                f"NOT CLOSER to {', '.join(farther)} than the mean of the LoRAs is. Look at "
+                "pictures of it (iteris compare); give it more prompts or a larger weight."
+            )
+        least = max(left, key=lambda name: left[name])
+        which = "every LoRA" if len(left) > 1 else least
+        return f"Closer to what {which} does than the mean of the LoRAs is" + (
+            f"; least so for {least}." if len(left) > 1 else "."
         )
 
     def _convergence(self) -> str:
@@ -112,14 +135,15 @@ class MergeReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN and no infinity: None stands for what was not measured."""
         data = asdict(self)
-        data["sentence"] = self.sentence()
+        data["verdict"] = self.verdict()
         data["converged"] = self.converged
         data["residuals"] = {
             name: {"before": before, "after": after}
             for name, (before, after) in zip(self.concepts, self.residuals(), strict=True)
         }
-        return data
+        return _in_json(data)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -138,17 +162,22 @@ class MergeReport:
             for line in self.plan
             if "do not fit" in line
         ]
-        for name, (before, after) in zip(self.concepts, self.residuals(), strict=True):
-            if not math.isnan(after):
-                lines.append(
-                    f"  {name}: output error {after:.0%} of its change (the mean: {before:.0%})"
-                )
         if self.converged is not None:
             lines.append(f"  {self._convergence()}")
         for name, notes in self.notes.items():
             lines += [f"  {name}: {note}" for note in notes]
-        sentence = self.sentence()
-        return "\n".join([*lines, f"  {sentence}"] if sentence else lines)
+        verdict = self.verdict()
+        return "\n".join([*lines, f"  {verdict}"] if verdict else lines)
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _in_json(one) for key, one in value.items()}  # pyright: ignore
+    if isinstance(value, (list, tuple)):
+        return [_in_json(one) for one in value]  # pyright: ignore
+    return value
 
 
 def block_of(site: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import IterisError
+from ..errors import IterisError, brief
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
 from .told import DRAWING
@@ -48,13 +48,18 @@ def draw(
     with _scheduled(pipeline, drawing.scheduler):
         for start in range(0, len(wanted), drawing.batch):
             some = wanted[start : start + drawing.batch]
-            images += pipeline(
-                [prompt for prompt, _ in some],
-                num_inference_steps=drawing.steps,
-                guidance_scale=drawing.guidance,
-                generator=[torch.Generator().manual_seed(seed) for _, seed in some],
-                **size,
-            ).images
+            try:
+                images += pipeline(
+                    [prompt for prompt, _ in some],
+                    num_inference_steps=drawing.steps,
+                    guidance_scale=drawing.guidance,
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+                    **size,
+                ).images
+            except ValueError as error:  # how pipelines refuse a size, a number of steps, …
+                raise IterisError(
+                    f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
+                ) from error
             on_progress(forecast.tick(DRAWING, len(images), len(wanted)))
     return images
 

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -24,8 +24,17 @@ def html_table(
     rows: Mapping[str, Sequence[Stat | float | None]],
     own: str = "",
     caption: str = "Scores",
+    apart: Collection[str] = (),
+    low: Collection[str] = (),
 ) -> str:
-    """A sortable table of three-digit figures, standard errors behind ±; row ``own`` is set off."""
+    """A sortable table of three-digit figures, standard errors behind ±; row ``own`` is set off.
+
+    The best of each column is marked, the least of those in ``low``; rows ``apart``, such as
+    without any LoRA, are not in the running.
+    """
+    best = {
+        index: _best(index, rows, apart, low=column in low) for index, column in enumerate(columns)
+    }
     head = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{html.escape(name)}</button></th>'
         for name in ("method", *columns)
@@ -33,7 +42,9 @@ def html_table(
     body: list[str] = []
     for name, values in rows.items():
         mark = ' class="own"' if name == own else ""
-        cells = "".join(_cell(value) for value in values)
+        cells = "".join(
+            _cell(value, best=name == best[index]) for index, value in enumerate(values)
+        )
         body.append(f'<tr{mark}><th scope="row">{html.escape(name)}</th>{cells}</tr>')
     return _scrolled(
         f'<table class="scores">{_caption(caption)}<thead><tr>{head}</tr></thead>'
@@ -42,13 +53,32 @@ def html_table(
     )
 
 
-def _cell(value: Stat | float | None) -> str:
+def _best(
+    column: int,
+    rows: Mapping[str, Sequence[Stat | float | None]],
+    apart: Collection[str],
+    *,
+    low: bool,
+) -> str | None:
+    """The row with the best figure of a column; None where fewer than two are in the running."""
+    figures = {
+        name: value.mean if isinstance(value, Stat) else value
+        for name, values in rows.items()
+        if name not in apart and (value := values[column]) is not None
+    }
+    if len(figures) < 2:
+        return None
+    return (min if low else max)(figures, key=lambda name: figures[name])
+
+
+def _cell(value: Stat | float | None, *, best: bool) -> str:
     if value is None:
         return '<td><span class="unseen">none</span></td>'
     mean, error = (value.mean, value.se) if isinstance(value, Stat) else (value, math.nan)
     more = "" if math.isnan(error) else f" <small>± {error:.3f}</small>"
     share = min(max(mean, 0.0), 1.0)
-    return f'<td data-value="{mean}" style="--share:{share:.3f}">{mean:.3f}{more}</td>'
+    mark, said = (" data-best", '<span class="unseen"> best</span>') if best else ("", "")
+    return f'<td data-value="{mean}"{mark} style="--share:{share:.3f}">{mean:.3f}{more}{said}</td>'
 
 
 def html_gallery(

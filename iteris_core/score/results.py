@@ -3,52 +3,89 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
 
+from ..errors import IterisError, SaveError, brief
 from ..saving import atomically
 from .compare import Comparison
 from .page import html_details, html_gallery, html_page, html_table, png_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
+from .told import ALONE, BASE
 
+OWN = "iteris"
+"""The row that pages set off."""
+_FIGURES = "comparison.json"
 _LEAD = (
-    "<p>image: mean CLIP cosine to the reference pictures of a concept. text: CLIP cosine to the "
-    "prompt without its rare tokens. mean: half of each. {} A heading sorts.</p>"
+    "<p>image: mean CLIP cosine to the reference pictures of a concept, on the prompts that name "
+    "it and no other (or, without such, on all that name it). text: CLIP cosine to the prompt "
+    "without its rare tokens. mean: half of each. The best merge of each column is marked; no LoRA "
+    "and each LoRA alone are there to compare with. {} A heading sorts.</p>"
 )
 
 
 def mean_rows(comparisons: Sequence[Comparison]) -> Rows:
     """method → column → value: of one composition its own, over its seeds; of several the means
-    over them, with each composition's concepts taken together."""
+    over them, with each composition's concepts, and its LoRAs alone, taken together."""
     if len(comparisons) == 1:
         return comparisons[0].rows
+    together = [_together(comparison) for comparison in comparisons]
     found: dict[str, dict[str, Stat]] = {}
-    for method in comparisons[0].rows:
-        rows = [_together(comparison.rows[method]) for comparison in comparisons]
+    for method in together[0]:
+        rows = [rows[method] for rows in together if method in rows]
         found[method] = {
             column: over_compositions([row[column] for row in rows]) for column in rows[0]
         }
     return found
 
 
-def _together(row: Mapping[str, Stat]) -> dict[str, float]:
-    """``image 1``, ``image 2``, … as one ``image``."""
-    groups: dict[str, list[float]] = {}
-    for column, stat in row.items():
-        name, _, number = column.rpartition(" ")
-        groups.setdefault(name if number.isdigit() else column, []).append(stat.mean)
-    return {name: fmean(values) for name, values in groups.items()}
+def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
+    """``image sks``, ``image zwx``, … as one ``image``, and so the rows ``alone sks``, …"""
+
+    def common(name: str) -> str:
+        first, _, label = name.partition(" ")
+        return first if label in comparison.concepts else name
+
+    values: dict[str, dict[str, list[float]]] = {}
+    for method, row in comparison.rows.items():
+        groups = values.setdefault(common(method), {})
+        for column, stat in row.items():
+            groups.setdefault(common(column), []).append(stat.mean)
+    return {
+        method: {column: fmean(some) for column, some in groups.items()}
+        for method, groups in values.items()
+    }
+
+
+def check_results_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where :func:`write_results` could not write, or would replace the
+    results of another comparison, before any work is done. Nothing is made."""
+    if folder.exists() and not folder.is_dir():
+        raise IterisError(f"{folder} is a file; give a folder for the results.")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise SaveError(f"{folder} cannot be made: {there} is no folder that can be written to.")
+    if not overwrite and (folder / _FIGURES).exists():
+        raise IterisError(
+            f"{folder} has the results of a comparison; give another folder, or --overwrite."
+        )
 
 
 def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
     """comparison.json, .csv, .md, index.html and a sheet of each composition, all of them or none;
     returns what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{folder} cannot be made ({brief(error)}); give another folder.") from (
+            error
+        )
     rows = mean_rows(comparisons)
     names = [" + ".join(comparison.concepts) for comparison in comparisons]
     sheets = {
@@ -64,7 +101,7 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
         ],
     }
     files = {
-        "comparison.json": json.dumps(data, indent=1).encode(),
+        _FIGURES: json.dumps(data, indent=1).encode(),
         "comparison.csv": csv_table(rows).encode(),
         "comparison.md": markdown_table(rows).encode(),
         "index.html": _page(rows, comparisons, names).encode(),
@@ -85,10 +122,22 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _first(comparison: Comparison) -> dict[str, list[Image.Image]]:
+def _in_order(names: Iterable[str]) -> list[str]:
+    """As given, but each LoRA alone directly behind iteris, which is to be held against it."""
+    given = list(names)
+    alone = [name for name in given if name.partition(" ")[0] == ALONE]
+    if OWN not in given:
+        return given
+    others = [name for name in given if name not in alone]
+    place = others.index(OWN) + 1
+    return [*others[:place], *alone, *others[place:]]
+
+
+def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
     """method → the picture of every prompt's first seed."""
     every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
-    return {name: list(some[::every]) for name, some in comparison.pictures.items()}
+    pictures = comparison.pictures
+    return {name: list(pictures[name][::every]) for name in _in_order(pictures)}
 
 
 def _sheet(comparison: Comparison, title: str) -> Image.Image:
@@ -102,9 +151,7 @@ def _page(rows: Rows, comparisons: Sequence[Comparison], names: Sequence[str]) -
     parts = [("", _LEAD.format(f"Means ± standard errors over {over}.") + _table(rows, "Scores"))]
     for comparison, name in zip(comparisons, names, strict=True):
         body = _table(comparison.rows, f"Scores of {name}") if several else ""
-        body += html_gallery(
-            _first(comparison), comparison.prompts, f"Pictures of {name}", "iteris"
-        )
+        body += html_gallery(_first(comparison), comparison.prompts, f"Pictures of {name}", OWN)
         parts.append((name, body))
     parts.append(("", html_details("How this was made", _made(comparisons[0]))))
     return html_page("LoRA merge methods compared", parts)
@@ -122,5 +169,6 @@ def _made(comparison: Comparison) -> str:
 
 def _table(rows: Rows, caption: str) -> str:
     columns = columns_of(rows)
-    cells = {name: [row.get(column) for column in columns] for name, row in rows.items()}
-    return html_table(columns, cells, own="iteris", caption=caption)
+    cells = {name: [rows[name].get(column) for column in columns] for name in _in_order(rows)}
+    apart = [name for name in rows if name.partition(" ")[0] in (ALONE, BASE)]
+    return html_table(columns, cells, OWN, caption, apart=apart, low=["collapsed"])

@@ -56,7 +56,7 @@ class MomentReduction(Reduction):
         factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
         if factor is None:
             mean = changes.mean(fit.weights, torch.float64)
-            change, lost = cut_factors(mean, rank) if mean.rank > rank else (mean, 0.0)
+            change, lost = cut_factors(mean, rank)
         else:
             with full_precision(device):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linalg.precision import full_precision
 from ..linalg.rates import factor, product
 from ..lora import LowRank, SiteChanges
 from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens, Work
@@ -36,9 +37,10 @@ class Router(Reduction):
         if rows is None or len(self._rows) < 2:
             return
         reference = tokens.reference.float()
-        z = reference @ self._down.mT
-        self._gram.addmm_(z.mT, z)
-        self._guide[rows].addmm_(z[:, rows].mT, z)
+        with full_precision(self._gram.device):
+            z = reference @ self._down.mT
+            self._gram.addmm_(z.mT, z)
+            self._guide[rows].addmm_(z[:, rows].mT, z)
         self._count += len(reference)
 
     def sums(self) -> list[Tensor]:

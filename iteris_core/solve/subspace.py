@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linalg.precision import full_precision
 from ..linalg.rates import product, spectrum
 from ..lora import SiteChanges
 from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens, Work
@@ -41,6 +42,10 @@ class Subspace(Reduction):
         return cls(opening.changes, opening.device)
 
     def add(self, tokens: Tokens) -> None:
+        with full_precision(self._down.device):
+            self._add(tokens)
+
+    def _add(self, tokens: Tokens) -> None:
         merged = tokens.merged.float() @ self._down.mT
         self._own[tokens.concept].addmm_(merged.mT, merged)
         self._counts[tokens.concept] += len(merged)

@@ -96,7 +96,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     # These take out drift, a small difference of two large streams that round on their own, more so
     # with every layer of the text encoder.
     drift = ("fc2", "out_proj")
-    apart = {s: e for s, e in errors.items() if e >= (1e-3 if s.endswith(drift) else 1e-4)}
+    apart = {s: e for s, e in errors.items() if e >= (2e-3 if s.endswith(drift) else 1e-4)}
     assert not apart, "\n".join(f"{s} {e:.1e}" for s, e in apart.items())
 
 

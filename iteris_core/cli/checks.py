@@ -1,0 +1,112 @@
+"""What can be checked before a base is loaded: files, words, settings, and where results go."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..concepts import Words, words_of
+from ..errors import IterisError
+from ..lora_files import check_file
+from .adapters import check_adapter
+from .concept_options import ConceptOption
+from .options import read_lines
+
+_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+
+def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None:
+    """Raise :class:`IterisError` for a LoRA file that is missing or none, and, where a method is to
+    ``run_base``, for a concept that nothing says how to call for."""
+    if concepts and all(map(_left_out, concepts)):
+        raise IterisError("There is nothing to merge: every concept has strength or weight 0.")
+    for option in concepts:
+        metadata = [check_file(file) for file in option.files]
+        words = option.trigger or option.class_word or option.subjects
+        if option.prompts is not None and not option.prompts:
+            raise IterisError(f"{_name(option)}: its list of prompts is empty.")
+        if not run_base or words or option.prompts is not None or not metadata:
+            continue
+        if words_of(metadata[0]) == Words():
+            raise IterisError(
+                f"{option.file} has no trigger word, and its metadata name none. Give one "
+                f"({option.file}:TRIGGER:CLASS), or prompts that call for it (,prompts=FILE)."
+            )
+
+
+def check_adapters(concepts: Sequence[ConceptOption]) -> None:
+    """The same for adapters of peft, and for their samples."""
+    for option in concepts:
+        folder = check_adapter(option)
+        if not (folder / "adapter_config.json").is_file():
+            raise IterisError(
+                f"{folder} is no adapter folder of peft: it has no adapter_config.json."
+            )
+        if option.samples is None:
+            continue
+        if option.samples.suffix == ".safetensors":
+            check_file(option.samples)
+        elif not read_lines(option.samples):
+            raise IterisError(f"{option.samples} has no samples; write one a line.")
+
+
+def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptOption]) -> None:
+    """Raise :class:`IterisError` where a result would be written over one of the LoRAs."""
+    for option in concepts:
+        for file in option.files:
+            for output in outputs:
+                if output.exists() and file.exists() and output.samefile(file):
+                    raise IterisError(
+                        f"{output} is one of the LoRAs to merge, which would be lost; choose "
+                        "another name for the result."
+                    )
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise :class:`IterisError` where a picture could not be drawn or written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in _PLOTS:
+        raise IterisError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
+    if not path.parent.is_dir():
+        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise IterisError("--plot needs matplotlib: pip install matplotlib")
+
+
+def warnings_of(concepts: Sequence[ConceptOption]) -> Iterator[str]:
+    """What is probably not meant, in a sentence each."""
+    known: dict[str, str] = {}
+    for option in concepts:
+        name = _name(option)
+        if _left_out(option):
+            what = "strength" if option.weight else "weight"
+            yield f"{name} is left out of the merge: its {what} is 0."
+            continue
+        trigger = " ".join(option.trigger.lower().split())
+        if option.file is None or not trigger:
+            continue
+        if trigger in known:
+            yield (
+                f"{name} has the trigger of {known[trigger]}, {option.trigger!r}: one prompt "
+                "cannot tell them apart. Give other class words, or train one of them with another "
+                "trigger."
+            )
+        known.setdefault(trigger, name)
+        prompts = option.prompts or []
+        if prompts and not any(trigger in prompt.lower() for prompt in prompts):
+            yield (
+                f"None of the {len(prompts)} prompts of {name} has its trigger {option.trigger!r}: "
+                "the merge fits what they show, which may not be the concept."
+            )
+
+
+def _left_out(option: ConceptOption) -> bool:
+    return not option.weight or (
+        option.file is not None and not option.strength and not option.text_strength
+    )
+
+
+def _name(option: ConceptOption) -> str:
+    return str(option.file) if option.file is not None else option.trigger

@@ -1,0 +1,81 @@
+"""The help of the commands: plain text in groups, with examples in front, for 80 columns."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from typer.core import TyperCommand
+
+_TYPES = {
+    **{"<path>": "FILE", "<list[path]>": "FILE", "<str>": "TEXT", "<list[str]>": "TEXT"},
+    **{"<int>": "N", "<float>": "X", "<float range>": "X", "<int range>": "N"},
+}
+"""What typer calls a type, and what the help calls it."""
+
+EXAMPLES = {
+    "merge": (
+        "iteris merge BASE --concept cat.safetensors:sks:cat "
+        "--concept dog.safetensors:zwx:dog -o both.safetensors",
+        "iteris merge merge.yaml --preset best -o both.safetensors",
+    ),
+    "compare": (
+        "iteris compare BASE -o results --methods base,alone,average,iteris "
+        "--concept cat.safetensors:sks:cat --refs pictures/cat "
+        "--concept dog.safetensors:zwx:dog --refs pictures/dog",
+    ),
+    "inspect": ("iteris inspect cat.safetensors dog.safetensors",),
+    "score": ("iteris score pictures --refs references --prompts prompts.txt",),
+}
+"""Command → lines that it begins with; a test holds them against the options."""
+
+CONCEPT = (
+    ("FILE", "a LoRA whose metadata say what calls for it"),
+    ("FILE:TRIGGER:CLASS", 'cat.safetensors:sks:cat is called for by "sks cat"'),
+    ("FILE:TRIGGER:CLASS:0.8", "as loaded at strength 0.8; 0.8/0.5: model and text encoders"),
+    ("HIGH+LOW:TRIGGER:CLASS", "two files, for a base with two experts"),
+    ("FOLDER:SAMPLES", "an adapter of peft, for a model of transformers; :0.8 behind it"),
+    (",weight=2", "how much it counts in the merge (1)"),
+    (",prompts=FILE", "its own prompts, one a line, in the place of templates"),
+    (",kind=style", "templates for a style; also tags, video (subject)"),
+    (",trigger= ,class= ,strength= ,text_strength= ,samples=", "the same by name"),
+)
+"""The forms of ``--concept``, and what may stand behind them."""
+
+
+class Command(TyperCommand):
+    """A command whose help is plain text, under the headings that its options name."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        examples = EXAMPLES.get(self.name or "", ())
+        if examples:
+            with formatter.section("Examples"):
+                for line in examples:
+                    formatter.write_text(line)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            argument = parameter.param_type_name == "argument"
+            heading = getattr(parameter, "rich_help_panel", None)
+            heading = heading or ("Arguments" if argument else "Options")
+            groups.setdefault(heading, []).append((_plain(record[0]), record[1]))
+        for heading in sorted(groups, key=_order):
+            with formatter.section(heading):
+                formatter.write_dl(groups[heading], col_max=24)
+            if heading == "Options" and any("--concept" in names for names, _ in groups[heading]):
+                with formatter.section("A concept"):
+                    formatter.write_dl(CONCEPT, col_max=24)
+
+
+def _order(heading: str) -> int:
+    """Arguments, the everyday options, and then the other groups in their own order."""
+    return {"Arguments": 0, "Options": 1}.get(heading, 2)
+
+
+def _plain(names: str) -> str:
+    """Names of an option with its type in a word; choices stay, without brackets."""
+    return re.sub(r"<[^<>]+>", lambda found: _TYPES.get(found[0], found[0][1:-1]), names)

@@ -1,0 +1,94 @@
+"""Prompts of a comparison, and on which of them each concept is judged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..concepts import Concept
+from ..errors import IterisError
+
+PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(
+        (Path(__file__).parents[1] / "prompts" / f"{name}.txt").read_text("utf-8").splitlines()
+    )
+    for name in ("composition", "objects", "animals")
+}
+"""Our own, in the manner of the lists of DreamBooth (contexts, outfits, properties) and of
+CustomConcept101 (compositions), whose own list is for research only."""
+
+
+def each_expanded(templates: Sequence[str], count: int) -> list[str]:
+    """A template with ``{each}`` becomes one for each of ``count`` concepts, with ``{1}``, ``{2}``
+    and so on in its place."""
+    expanded: list[str] = []
+    for template in templates:
+        numbers = range(1, count + 1) if "{each}" in template else [0]
+        expanded += [template.replace("{each}", f"{{{number}}}") for number in numbers]
+    return expanded
+
+
+def fill_prompts(
+    templates: Sequence[str],
+    concepts: Sequence[Concept],
+    say: Callable[[int, str], str] = lambda _, subject: subject,
+) -> list[str]:
+    """``{1}``, ``{2}`` … stand for the concepts, ``{all}`` for "sks1 cat and sks2 dog", ``{each}``
+    for one prompt a concept; each concept's words are what ``say(concept, words)`` makes of
+    them."""
+    subjects = [say(index, concept.subject) for index, concept in enumerate(concepts)]
+    prompts: list[str] = []
+    for template in each_expanded(templates, len(concepts)):
+        prompt = template.replace("{all}", " and ".join(f"a {subject}" for subject in subjects))
+        for index, subject in enumerate(subjects, 1):
+            prompt = prompt.replace(f"{{{index}}}", subject)
+        if "{" in prompt:
+            raise IterisError(
+                f"Prompt {template!r} has a placeholder that is not {{all}}, {{each}} or {{1}} to "
+                f"{{{len(subjects)}}}."
+            )
+        prompts.append(prompt)
+    if not prompts:
+        raise IterisError("There are no prompts to draw.")
+    return prompts
+
+
+def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> list[list[int]]:
+    """For each concept the prompts (indices of :func:`fill_prompts`) on which its likeness is
+    measured: those that name it and no other concept, or, without such, all that name it.
+
+    A picture of two concepts resembles the references of neither, however well it shows both.
+    Raises :class:`IterisError` for a concept that no prompt names.
+    """
+    named = [_named(text, concepts) for text in each_expanded(templates, len(concepts))]
+    judged: list[list[int]] = []
+    for index, concept in enumerate(concepts):
+        naming = [number for number, some in enumerate(named) if index in some]
+        if not naming:
+            raise IterisError(
+                f"No prompt names concept {index + 1} ({concept.subject!r}), so that its likeness "
+                f"cannot be measured; add one with {{{index + 1}}}, {{each}} or {{all}}."
+            )
+        judged.append([number for number in naming if len(named[number]) == 1] or naming)
+    return judged
+
+
+def _named(template: str, concepts: Sequence[Concept]) -> set[int]:
+    """The concepts that a template names, by placeholder or by its own words."""
+    return {
+        index
+        for index, concept in enumerate(concepts)
+        if "{all}" in template
+        or f"{{{index + 1}}}" in template
+        or any(re.search(rf"(?<!\w){re.escape(p)}(?!\w)", template) for p in concept.phrases)
+    }
+
+
+def labels_of(concepts: Sequence[Concept]) -> list[str]:
+    """The concepts' names, for columns and rows; a number behind those that several have."""
+    names = [concept.name for concept in concepts]
+    return [
+        f"{name} ({index})" if names.count(name) > 1 else name
+        for index, name in enumerate(names, 1)
+    ]

@@ -1,0 +1,101 @@
+"""Scores of one row of a comparison: of each picture, and their means over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .measures import collapse_rate, share_of_alone
+from .scorers import ClipScorer, DinoScorer, without_tokens
+from .statistics import Stat, over_seeds
+from .told import ALONE
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Scores of the pictures of one row. ``judged[i]`` are the prompts on which concept i is."""
+
+    prompts: Sequence[str]
+    triggers: Sequence[str]
+    labels: Sequence[str]
+    judged: Sequence[Sequence[int]]
+    embedded: Sequence[Tensor]
+    references: Sequence[Sequence[Image.Image]]
+    scorer: ClipScorer
+    dino: DinoScorer | None
+    collapse_below: float | None
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image],
+        drawn: Sequence[int],
+        merged: Sequence[int],
+        seeds: int,
+    ) -> dict[str, Tensor]:
+        """Column → a value for each of ``images``, which are of the prompts ``drawn`` × ``seeds``;
+        NaN where a picture says nothing of a column."""
+        numbers = [index for index in drawn for _ in range(seeds)]
+        wanted = [self.prompts[index] for index in numbers]
+        vectors = self.scorer.embed_images(images)
+        columns: dict[str, Tensor] = {}
+        for index in merged:
+            values = (vectors @ self.embedded[index].mT).mean(dim=1)
+            columns[f"image {self.labels[index]}"] = self._where_judged(index, values, numbers)
+        likeness = torch.stack(list(columns.values()))
+        plain = [without_tokens(prompt, self.triggers) for prompt in wanted]
+        text = (vectors * self.scorer.embed_texts(plain)).sum(dim=1)
+        columns["text"] = text
+        columns["text, tokens kept"] = (vectors * self.scorer.embed_texts(wanted)).sum(dim=1)
+        columns["mean"] = (likeness.nanmean(dim=0) + text) / 2
+        if self.dino is not None:
+            for index in merged:
+                values = self.dino.image_alignment(images, self.references[index])
+                columns[f"dino {self.labels[index]}"] = self._where_judged(index, values, numbers)
+        if self.collapse_below is not None:
+            columns["collapsed"] = torch.tensor(
+                [_collapsed(some, self.collapse_below) for some in likeness.mT.tolist()]
+            )
+        return columns
+
+    def _where_judged(self, concept: int, values: Tensor, numbers: Sequence[int]) -> Tensor:
+        judged = torch.tensor([number in self.judged[concept] for number in numbers])
+        return values.masked_fill(~judged, math.nan)
+
+
+def _collapsed(likeness: Sequence[float], below: float) -> float:
+    """The share of concepts that are lost in one picture, of those that are judged in it."""
+    judged = [value for value in likeness if not math.isnan(value)]
+    return collapse_rate(judged, below) if judged else math.nan
+
+
+def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) -> None:
+    """What each row has of each concept's likeness where its LoRA is alone, on the same prompts;
+    nothing until every LoRA was drawn alone."""
+    alone: dict[str, float] = {}
+    for label in labels:
+        if f"{ALONE} {label}" not in columns:
+            return
+        alone[label] = float(columns[f"{ALONE} {label}"][f"image {label}"].nanmean())
+    for row, values in columns.items():
+        if not row.startswith(f"{ALONE} "):
+            shares = [
+                values[f"image {label}"] * share_of_alone(1.0, most)
+                for label, most in alone.items()
+            ]
+            values["share"] = torch.stack(shares).nanmean(dim=0)
+
+
+def stats_of(columns: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Stat]:
+    """Column → mean and standard error of what the pictures, prompts × ``seeds``, say of it."""
+    found: dict[str, Stat] = {}
+    for column, values in columns.items():
+        every = zip(values.tolist(), [*seeds] * (len(values) // len(seeds)), strict=True)
+        known = [(value, seed) for value, seed in every if not math.isnan(value)]
+        if known:
+            found[column] = over_seeds([value for value, _ in known], [seed for _, seed in known])
+    return found

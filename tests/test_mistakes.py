@@ -1,0 +1,402 @@
+"""What a user gets wrong on the command line or in Python is one clear line, before any work."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from command_line import make_world, recipe_of, run
+from safetensors.torch import load_file, save_file
+from tiny import make_pipeline, random_lora
+
+from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras, write_lora
+from iteris_core import __main__ as program
+from iteris_core.cli.concept_options import parse_concept
+from iteris_core.cli.options import read_lines
+from iteris_core.errors import OutOfMemory
+from iteris_core.hosts.diffusers import DiffusersHost
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.safetensors:sks:star,wieght=2", "no key 'wieght'; did you mean 'weight'"),
+        ("a.safetensors:sks:star,weight=2,colour=red", "no key 'colour'. The keys are"),
+        ("file=a.safetensors,trigger=sks,clas=cat", "no key 'clas'; did you mean 'class'"),
+        ("a.safetensors:sks:star:abc", "strength must be a number .*, not 'abc'"),
+        ("a.safetensors:sks:star:nan", "strength must be a number .*, not 'nan'"),
+        ("a.safetensors:sks:star:1:2", "strength must be a number .*, not '1:2'"),
+        ("a.safetensors:sks,weight=2", "is not FILE:TRIGGER:CLASS"),
+    ],
+)
+def test_a_slip_in_a_concept_is_named(text, message):
+    with pytest.raises(IterisError, match=message):
+        parse_concept(text)
+
+
+def test_a_blank_before_a_key_does_not_make_it_a_part_of_the_class():
+    option = parse_concept("a.safetensors:sks:star, weight=2")
+    assert (option.class_word, option.weight) == ("star", 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompts": "a sks star"}, r"sks: prompts must be a list .*=\['a sks star'\]"),
+        ({"subjects": "sks star"}, "sks: subjects must be a list"),
+        ({"strength": "1"}, "sks: strength must be a number, not '1'"),
+        ({"weight": None}, "sks: weight must be a number, not None"),
+        ({"lora": "cat.safetensors"}, r"host.read_lora\('cat.safetensors'\)"),
+    ],
+)
+def test_a_concept_of_the_wrong_types_is_refused(values, message):
+    with pytest.raises(IterisError, match=message):
+        Concept(**{"lora": Lora({}), "trigger": "sks", **values})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def merge(world, out, *extra, words="s1:dog"):
+    one = f"--concept={world}/lora1.safetensors:{words}"
+    return ["merge", world / "base", "-o", out, "--device=cpu", one, *extra]
+
+
+def no_base(monkeypatch):
+    """From now on loading a base fails the test."""
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "load_base", pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--concept={tmp}/none.safetensors:a:b"], "none.safetensors does not exist"),
+        (["--concept={tmp}/pointer.safetensors:a:b"], "is a Git LFS pointer"),
+        (["--concept={tmp}/page.safetensors:a:b"], "is a web page"),
+        (["--concept={tmp}/lora.safetensors"], "lora.safetensors has no trigger word"),
+        (["--samples=0"], "samples must be at least 1"),
+        (["--set=rank=-1"], "rank must be at least 1"),
+        (["--templates={tmp}/lines.txt"], "templates must hold"),
+        (["--plot={tmp}/plot.xyz"], "the name must end in one of .png"),
+        (["--preserve={tmp}/latin.txt"], "latin.txt is no text in UTF-8 (byte 3)"),
+        (["--preserve={tmp}/zeros.txt"], "zeros.txt is no text file"),
+        (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
+         "or overwrite it (--overwrite"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found_before_the_base_is_loaded(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    no_base(monkeypatch)
+    shutil.copy(world / "lora1.safetensors", tmp_path / "lora.safetensors")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><title>Log in</title>")
+    (tmp_path / "lines.txt").write_text("a photo\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "zeros.txt").write_bytes(b"a\0b\n")
+    more = [text.format(tmp=tmp_path) for text in extra]
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("data", [
+    "\ufeffa cat\nÄ\n".encode(), "a cat\nÄ\n".encode("utf-16"), "a cat\r\n\r\nÄ".encode(),
+])  # fmt: skip
+def test_lines_are_read_without_marks_of_their_encoding(tmp_path, data):
+    (tmp_path / "lines.txt").write_bytes(data)
+    assert read_lines(tmp_path / "lines.txt") == ["a cat", "Ä"]
+
+
+def test_a_lora_is_not_overwritten_by_its_own_merge(world, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(world, tmp_path / "copy")
+    before = (folder / "lora1.safetensors").read_bytes()
+    out = tmp_path / "copy" / ".." / "copy" / "lora1.safetensors"
+    code, _, err = run(monkeypatch, capsys, *merge(folder, out, "--overwrite", "--method=average"))
+    assert code == 2
+    assert "is one of the LoRAs to merge, which would be lost" in err
+    assert (folder / "lora1.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("{tmp}/none", "does not exist: there is no such folder or file"),
+        ("none.safetensors", "does not exist"),
+        ("owner/none", "There is no folder or file of that name here"),
+        ("{tmp}", "has no model_index.json"),
+    ],
+)
+def test_a_base_that_is_not_there(world, tmp_path, monkeypatch, capsys, base, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = merge(world, tmp_path / "out.safetensors")
+    arguments[1] = base.format(tmp=tmp_path)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is no device of torch")],
+)
+def test_a_device_that_is_not_there_is_not_blamed_on_the_base(
+    world, tmp_path, monkeypatch, capsys, device, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    no_base(monkeypatch)
+    arguments = merge(world, tmp_path / "out.safetensors", f"--device={device}")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert message in err
+
+
+def huge(world, folder):
+    """The first LoRA with values that float16 does not hold."""
+    tensors = load_file(world / "lora1.safetensors")
+    large = {k: t.float() * 1e6 if "lora_up" in k else t.float() for k, t in tensors.items()}
+    key = next(key for key in large if "lora_up" in key)
+    large[key][0, 0] = 1e15
+    save_file(large, folder / "huge.safetensors")
+    return folder / "huge.safetensors"
+
+
+def test_a_merge_too_large_for_half_precision_is_written_as_float32(
+    world, tmp_path, monkeypatch, capsys
+):
+    out, file = tmp_path / "out.safetensors", huge(world, tmp_path)
+    extra = [f"--concept={file}:s2:cat", "--method=sum"]
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, *extra))
+    assert code == 0, err
+    assert "Written as float32, not float16" in err
+    assert f"Wrote {out}" in text
+    assert {t.dtype for t in load_file(out).values()} == {torch.float32}
+    with pytest.raises(IterisError, match="too large for float16; write float32"):
+        write_lora(DiffusersHost(make_pipeline()).read_lora(out), tmp_path / "half.safetensors")
+
+
+def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypatch, capsys):
+    """Whatever refuses to write it: here a file of that name, made during the merge."""
+    out = tmp_path / "out.safetensors"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command = sys.modules["iteris_core.cli.merge"]
+
+    def run_merge(*some, **how):
+        out.write_text("mine")
+        return original(*some, **how)
+
+    original = command.run_merge
+    monkeypatch.setattr(command, "run_merge", run_merge)
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
+    assert code == 2
+    assert "exists already" in err
+    kept = err.partition("The merge is not lost: it is in ")[2].strip().rstrip(".")
+    assert len(load_file(kept)) > 30
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--concept={lora2}:s1:cat"], "has the trigger of {lora1}, 's1'"),
+        (
+            ["--concept={lora2}:s2:cat:0"],
+            "{lora2} is left out of the merge: its strength",
+        ),
+        (["--concept={lora2},trigger=s2,prompts={lines}"], "None of the 2 prompts of {lora2} has"),
+    ],
+)
+def test_what_is_probably_not_meant_is_said_before_the_merge(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    def stop(*_, **__):
+        raise IterisError("stop here")
+
+    monkeypatch.setattr(sys.modules["iteris_core.cli.merge"], "run_merge", stop)
+    (tmp_path / "lines.txt").write_text("a house\na cat\n")
+    names = {
+        "lora1": world / "lora1.safetensors", "lora2": world / "lora2.safetensors",
+        "lines": tmp_path / "lines.txt",
+    }  # fmt: skip
+    more = [text.format(**names) for text in extra]
+    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
+    assert "stop here" in err
+    assert message.format(**names) in err
+
+
+def test_nothing_to_merge(world, tmp_path, monkeypatch, capsys):
+    arguments = merge(world, tmp_path / "out.safetensors", words="s1:dog:0")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "every concept has strength or weight 0" in err
+
+
+def test_a_concept_of_strength_0_is_in_the_notes(world):
+    host = DiffusersHost(make_pipeline())
+    concepts = [Concept(random_lora(host, 1), trigger="a")]
+    zero = Concept(random_lora(host, 2), trigger="b", strength=0)
+    report = merge_loras(host, [*concepts, zero], "average").report
+    assert report.notes["b"] == ["left out of the merge: its strength or weight is 0"]
+    assert "b: left out of the merge" in report.summary()
+
+
+def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "merge.yaml").write_text("base: x\nsettings:\n  rank: 2\n  rank: 3\n")
+    code, _, err = run(monkeypatch, capsys, "merge", tmp_path / "merge.yaml")
+    assert code == 2
+    assert "the key 'rank' is there twice" in err
+
+
+def test_a_pipeline_is_no_host_and_a_lora_no_concept():
+    pipeline = make_pipeline()
+    lora = random_lora(DiffusersHost(pipeline), 1)
+    with pytest.raises(IterisError, match="Pipeline is no host; pass DiffusersHost"):
+        merge_loras(pipeline, [Concept(lora, trigger="a")])
+    with pytest.raises(IterisError, match="list of Concept, not of Lora"):
+        merge_loras(DiffusersHost(pipeline), [lora])
+
+
+def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
+    weights = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
+    save_file(weights, tmp_path / "model.safetensors")
+    extra = f"--concept={tmp_path}/model.safetensors:a:b"
+    code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", extra))
+    assert code == 2
+    assert "This is a whole model (a checkpoint), not a LoRA" in err
+
+
+def test_memory_that_runs_out_in_the_first_prompt_is_named(monkeypatch):
+    host = DiffusersHost(make_pipeline())
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 TB")
+
+    monkeypatch.setattr(host._loop, "first_call", full)
+    concepts = [Concept(random_lora(host, 1), trigger="a")]
+    with pytest.raises(OutOfMemory, match=r"ran its first prompt .* Lower latent"):
+        merge_loras(host, concepts)
+
+
+def test_the_inner_probe_does_not_warn_of_a_long_prompt(monkeypatch):
+    """Every merge on the toybox warned of indexing errors, for a prompt that is not the user's."""
+    loggers, seen = [logging.getLogger(name) for name in ("transformers", "diffusers")], []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.WARNING)
+        monkeypatch.setattr(logger, "handlers", [handler])
+        logger.manager._clear_cache()
+    host = DiffusersHost(make_pipeline())
+    calibration = {"samples": 1, "timesteps": 1, "latents": "noise", "contexts": 0.0}
+    merge_loras(host, [Concept(random_lora(host, 1), trigger="a")], calibration=calibration)
+    assert not [line for line in seen if "Token indices" in line or "truncated" in line]
+    host.pipeline.tokenizer.deprecation_warnings.clear()
+    host.pipeline.tokenizer("a" * 99)
+    assert "Token indices" in "".join(seen)  # of other prompts it still warns
+
+
+def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
+    """All of them would go into the file: 31 MB of metadata for a million."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(f"a s1 dog, {number}\n" for number in range(100_000)))
+    out = tmp_path / "out.safetensors"
+    code, _, err = run(
+        monkeypatch, capsys, *merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}")
+    )
+    assert code == 0, err
+    assert "has 100000 prompts: 2000 of them, evenly spread, are used" in err
+    prompts = recipe_of(out)["concepts"][0]["prompts"]
+    assert len(prompts) == 2000
+    assert prompts[-1] == "a s1 dog, 99950"
+
+
+def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
+    assert code == 2
+    assert "name it: --base BASE" in err
+    files = [world / f"lora{number}.safetensors" for number in (1, 2)]
+    code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
+    assert code == 0, err
+    assert "the share of their outputs that they contend for" in " ".join(text.split())
+
+
+MISSING = """
+import sys
+sys.modules[{name!r}] = None
+sys.argv = ["iteris", *{arguments!r}]
+from iteris_core.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("torch", "torch is not installed; get it by: pip install 'comfyui-iteris[cli]'"),
+     ("typer", "typer is not installed")],
+)  # fmt: skip
+def test_without_its_extra_the_command_says_how_to_get_it(name, message):
+    script = MISSING.format(name=name, arguments=["merge", "--help"])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"iteris: {message}" or message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stop_while_it_loads_is_one_line(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iteris_core.cli.main", stop)
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "iteris: stopped.\n"
+
+
+def test_every_name_of_the_package_is_there():
+    import iteris_core
+
+    assert set(iteris_core.__all__) <= set(dir(iteris_core))
+    assert all(getattr(iteris_core, name) is not None for name in iteris_core.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Merger'"):
+        iteris_core.Merger  # noqa: B018
+
+
+def test_a_repr_is_one_line_and_a_dtype_is_torchs_too(world, tmp_path):
+    host = DiffusersHost(make_pipeline())
+    concept = Concept.from_file(host, world / "lora1.safetensors", trigger="a", strength=0.5)
+    assert (concept.name, concept.strength) == ("a", 0.5)
+    assert len(repr(concept)) < 400
+    assert "rank 4" in repr(concept)
+    assert repr(LowRank(torch.ones(3, 2), torch.ones(2, 4))) == (
+        "<LowRank 3 x 4, rank 2, torch.float32>"
+    )
+    result = merge_loras(None, [concept], "average")
+    path = result.save(tmp_path / "out.safetensors", dtype=torch.bfloat16)
+    up = next(tensor for key, tensor in load_file(path).items() if "lora_up" in key)
+    assert up.dtype == torch.bfloat16
+    # What the merge noted calls for its concept.
+    assert Concept.from_file(host, path).trigger == "a"
+    with pytest.raises(IterisError, match=r"dtype must be one of .*, not 'int8'"):
+        result.save(tmp_path / "int.safetensors", dtype=torch.int8)
+
+
+def test_a_merge_is_loaded_without_a_file_of_the_users(world):
+    pipeline = make_pipeline()
+    host = DiffusersHost(pipeline)
+    concept = Concept.from_file(host, world / "lora1.safetensors", trigger="a")
+    merge_loras(None, [concept], "average").load_into(pipeline, "merged")
+    assert pipeline.get_active_adapters() == ["merged"]
+    sites = concept.lora.sites.items()
+    site, change = next((site, change) for site, change in sites if site.startswith("unet."))
+    layer = pipeline.unet.get_submodule(site.removeprefix("unet."))
+    torch.testing.assert_close(layer.get_delta_weight("merged"), change.dense())

@@ -1,0 +1,102 @@
+"""Products in full precision, whatever PyTorch was set to, and its settings as they were."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from oracle import ModuleHost, Net, make_data, make_lora
+
+from iteris_core import Concept, merge_loras
+from iteris_core.linalg.precision import full_precision
+
+CPU = torch.device("cpu")
+MATMUL = torch.backends.cuda.matmul
+pytestmark = pytest.mark.skipif(
+    not hasattr(MATMUL, "fp32_precision"), reason="PyTorch before 2.9 has one setting"
+)
+
+
+def settings() -> list[str]:
+    found = [
+        torch.backends.fp32_precision,
+        MATMUL.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+    ]
+    with suppress(RuntimeError):  # the one value, while it and those of the backends agree
+        found.append(torch.get_float32_matmul_precision())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for owner in (torch.backends, MATMUL, torch.backends.mkldnn.matmul):
+        owner.fp32_precision = "none"
+
+
+def by_backend(precision: str) -> None:
+    MATMUL.fp32_precision = precision
+
+
+def of_all(precision: str) -> None:
+    torch.backends.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("put", "value"),
+    [
+        (by_backend, "tf32"),
+        (by_backend, "ieee"),
+        (of_all, "tf32"),
+        (torch.set_float32_matmul_precision, "high"),
+        (torch.set_float32_matmul_precision, "medium"),
+        (torch.set_float32_matmul_precision, "highest"),
+    ],
+)
+def test_settings_are_full_within_and_as_they_were_behind(put, value):
+    put(value)
+    before = settings()
+    with full_precision(CPU), full_precision(CPU):
+        assert {MATMUL.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision} <= {
+            *("none", "ieee")
+        }
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert settings() == before
+
+
+def test_what_follows_the_setting_of_all_backends_still_does():
+    torch.backends.fp32_precision = "tf32"
+    with full_precision(CPU):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert MATMUL.fp32_precision == "ieee"
+
+
+def test_a_merge_runs_under_the_newer_setting():
+    MATMUL.fp32_precision = "tf32"
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    merge_loras(ModuleHost(Net(), make_data()), concepts)
+    assert MATMUL.fp32_precision == "tf32"
+
+
+def test_of_two_threads_the_last_one_puts_the_setting_back():
+    torch.set_float32_matmul_precision("high")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_precision(CPU):
+            inside.set()
+            go_on.wait(5)
+
+    thread = threading.Thread(target=other)
+    with full_precision(CPU):
+        thread.start()
+        assert inside.wait(5)
+    assert torch.get_float32_matmul_precision() == "highest"
+    go_on.set()
+    thread.join()
+    assert torch.get_float32_matmul_precision() == "high"
