@@ -112,7 +112,7 @@ def main() -> None:
     merged = runs_kind(world, result_file(f"{name}_runs.jsonl"))
     whole = alone.run(plan.references(), until - time.monotonic())
     whole = whole and merged.run((t for _, t in plan.merges()), until - time.monotonic())
-    data = results(plan, alone, merged)
+    data = rounded(results(plan, alone, merged))
     write(result_file(f"{name}.json"), data)
     print("\n".join(tables(data)))
     if not whole:
@@ -141,6 +141,15 @@ def results(plan: Plan, alone: UnseenRuns, merged: UnseenRuns) -> dict[str, Any]
             str(size): figures(rows_of_size(plan, size, alone, merged), ours) for size in plan.sizes
         },
     }
+
+
+def rounded(found: Any) -> Any:
+    """All numbers to four digits behind the point."""
+    if isinstance(found, Mapping):
+        return {name: rounded(of) for name, of in found.items()}
+    if isinstance(found, list | tuple):
+        return [rounded(of) for of in found]
+    return round(found, 4) if isinstance(found, float) else found
 
 
 def tables(data: Mapping[str, Any]) -> Iterator[str]:

@@ -164,7 +164,10 @@ class UnseenRuns(Runs):
                 {**figures, "likeness": cosine, "pixels": pixels(image, other)}
                 for figures, cosine, image, other in zip(read, cosines, images, base, strict=True)
             ]
-        return [[" ".join(w.shown), figures] for w, figures in zip(wanted, read, strict=True)]
+        return [
+            [" ".join(w.shown), {name: round(value, 4) for name, value in figures.items()}]
+            for w, figures in zip(wanted, read, strict=True)
+        ]
 
     def _spread(
         self, images: Sequence[Image.Image], names: Sequence[str], one: str
