@@ -180,17 +180,20 @@ class StyledRuns(UnseenRuns):
     def measure(self, unit: Unit) -> Entry:
         if unit.method != SINGLE:
             return super().measure(unit)
-        subject, style = (
-            {kind: self._of(concept.lora, kind, unit) for kind in self.world.kinds}
-            for concept in self.world.concepts(unit.names, unit.trained)
+        of_subject, of_style = (
+            {kind: self._of(concept.lora, kind, unit) for kind in ("styled", own, "no trigger")}
+            for concept, own in zip(
+                self.world.concepts(unit.names, unit.trained), ("subject", "style"), strict=True
+            )
         )
         return {
             "styled": [
-                _each_alone(*rows) for rows in zip(subject["styled"], style["styled"], strict=True)
+                _each_alone(*rows)
+                for rows in zip(of_subject["styled"], of_style["styled"], strict=True)
             ],
-            "subject": subject["subject"],
-            "style": style["style"],
-            "no trigger": subject["no trigger"] + style["no trigger"],
+            "subject": of_subject["subject"],
+            "style": of_style["style"],
+            "no trigger": of_subject["no trigger"] + of_style["no trigger"],
         }
 
 
