@@ -32,7 +32,7 @@ ROWS = 50
 PLAIN, EACH = 6, 2
 """Prompts without a trigger, and pictures for each other prompt."""
 
-READABLE = 0.9
+READABLE = 0.8
 """Share of drawn pictures in a style from which an attribute of the thing must be read rightly to
 count there: a sketch has no colours."""
 

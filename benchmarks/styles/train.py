@@ -32,7 +32,7 @@ from toybox.train.loras import adapter_parameters, add_adapters, fit, rate, save
 
 from . import PLAIN, ROOT, Style, styles
 from .looks import LOOKS, SWAPS
-from .reader import ATTRIBUTES, READ, STYLES, Reader, ReaderNet
+from .reader import ATTRIBUTES, READ, STYLES, TELLING, Reader, ReaderNet
 from .reader import load as load_reader
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ WEIGHTS = ROOT / "weights"
 PICTURES, STEPS, SEED = 40, 1000, 700
 ALPHAS, LAYOUTS = (4, 16), ("kohya", "diffusers")
 POOL, READER_STEPS, BATCH, PEAK = 4900, 2500, 64, 2e-3
-SCENES = tuple(draw.BACKGROUNDS)
 
 
 def train_lora(style: Style, number: int) -> None:
@@ -148,24 +147,20 @@ def train_reader(path: Path) -> None:
 
 def read_rightly(reader: Reader, count: int = 1050) -> dict[str, dict[str, float]]:
     """style → what is read → the share that is right, of unseen pictures as the autoencoder draws
-    them."""
+    them, on backgrounds that tell all styles apart."""
     pictures, scenes = drawn(count, 4_711)
     read = reader.read(rebuilt(pictures, 4_711), [scene.background for scene in scenes])
-    right = np.array(
-        [
-            [seen.style == style_of(number), *seen.matches(scene.placed[0].thing).values()]
-            for number, (seen, scene) in enumerate(zip(read, scenes, strict=True))
-        ]
-    )
+    right: dict[str, list[list[bool]]] = {style: [] for style in STYLES}
+    for number, (seen, scene) in enumerate(zip(read, scenes, strict=True)):
+        if scene.background in TELLING:
+            style = style_of(number)
+            matches = seen.matches(scene.placed[0].thing)
+            right[style].append([seen.style == style, *(matches[name] for name in ATTRIBUTES)])
     return {
         style: dict(
-            zip(
-                ("style", *ATTRIBUTES),
-                right[i :: len(STYLES)].mean(0).round(4).tolist(),
-                strict=True,
-            )
+            zip(("style", *ATTRIBUTES), np.mean(rows, axis=0).round(4).tolist(), strict=True)
         )
-        for i, style in enumerate(STYLES)
+        for style, rows in right.items()
     }
 
 
@@ -175,7 +170,7 @@ def style_shares(reader: Reader, count: int = 42) -> dict[str, dict[str, float]]
     found: dict[str, dict[str, float]] = {}
     for style in styles().values():
         rng = np.random.default_rng(5)
-        scenes = [SCENES[i % len(SCENES)] for i in range(count)]
+        scenes = [TELLING[i % len(TELLING)] for i in range(count)]
         things = [draw.describe(draw.random_thing(rng, scene)) for scene in scenes]
         prompts = [
             f"{draw.compose((thing,), scene)} {style.words}"
@@ -186,7 +181,7 @@ def style_shares(reader: Reader, count: int = 42) -> dict[str, dict[str, float]]
             if when == "with":
                 pipeline.load_lora_weights(str(style.lora.parent), weight_name=style.lora.name)
             read = reader.read(sample(pipeline, prompts, 5), scenes)
-            shares[when] = float(np.mean([r.style == style.name for r in read]))
+            shares[when] = round(float(np.mean([r.style == style.name for r in read])), 4)
         pipeline.unload_lora_weights()
         found[style.name] = shares
         log.info("%s: %s", style.name, shares)
