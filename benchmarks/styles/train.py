@@ -1,8 +1,7 @@
 """`python -m benchmarks.styles.train`: makes the weights of the styles and measures them.
 
 `--step loras` trains a LoRA for each style (`--only NAME …`), `reader` the instrument, `evaluate`
-writes `weights/quality.json`. Each skips the files that are there. About a minute a LoRA, and five
-for the reader, on one core.
+writes `weights/quality.json`. The first two skip the weights that are there.
 """
 
 from __future__ import annotations
