@@ -1,4 +1,6 @@
-"""The toybox's subjects with the styles of ``benchmarks/styles``, in prompts that no row had."""
+"""The toybox's subjects with the styles of ``benchmarks/styles``, on backgrounds that no row had.
+
+Their colours are not new words: things in a style's rows have them."""
 
 from __future__ import annotations
 
