@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import heldout_cases
@@ -209,6 +210,18 @@ def minilm() -> list[str]:
     return lines(("LoRAs", "", "seen", "new contexts", "new words"), order)
 
 
+def contexts() -> list[str]:
+    """The denoiser's error, seen and new, of each set and in the mean."""
+    rows: list[list[str]] = []
+    data = load("contexts.json")
+    for name, sets in data.items():
+        pairs = list(sets.values())
+        mean = [fmean(pair[i] for pair in pairs) for i in (0, 1)]
+        cells = [short(f"{seen:.3f} / {new:.3f}") for seen, new in [*pairs, mean]]
+        rows.append([short(name), *cells])
+    return lines(("contexts", *next(iter(data.values())), "mean"), rows, right=4)
+
+
 MEASURES = ("image", "judge", "text")
 
 
@@ -263,6 +276,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **{f"held out {part}": partial(held_out, part) for part in heldout_cases.PARTS},
     "truncation": truncation,
     "minilm": minilm,
+    "contexts": contexts,
     "block polish": block_polish,
     "two in one": partial(two_in_one, "two_in_one.json"),
     "two emoji in one": partial(two_in_one, "two_in_one_emoji.json"),

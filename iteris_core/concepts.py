@@ -183,7 +183,7 @@ class Calibration(Settings):
         None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
     contexts: float = setting(
-        0.5,
+        0.25,
         "Share of a concept's rows whose prompt has further words before or after its own, so that "
         "the merge also holds on prompts that are not among them.",
         low=0,

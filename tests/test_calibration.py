@@ -12,7 +12,13 @@ from iteris_core.calibration_prompts import (
     whole_words,
 )
 from iteris_core.concepts import KINDS, TEMPLATES, Words, words_of
-from iteris_core.hosts.rows import TextRows, fewest_prompts, generic_concept, row_texts
+from iteris_core.hosts.rows import (
+    TextRows,
+    drawn_prompts,
+    fewest_prompts,
+    generic_concept,
+    row_texts,
+)
 
 
 def prompts(concept, **kwargs):
@@ -159,6 +165,34 @@ def test_a_share_of_the_rows_carries_further_words():
     assert len(more) / sum(map(bool, rows)) == pytest.approx(0.5, abs=0.06)
     assert len(set(more)) > 100
     assert all("a sks dog" in text and text.count("sks") == 1 for text in more)
+
+
+def test_few_own_prompts_carry_further_words_more_often():
+    """Eight samples read a prompt as it is; without contexts all do."""
+    generator = torch.Generator().manual_seed(0)
+    few = [Concept(Lora({}), prompts=["a sks dog", "the sks dog"])]
+
+    def share(contexts):
+        rows = said(texts([0] * 400, few[0].prompts * 200, 1, 0.0, generator, few, contexts))
+        return sum(text not in few[0].prompts for text in rows) / len(rows)
+
+    assert share(0.25) == pytest.approx(1 - 8 * 2 / 50, abs=0.06)
+    assert share(0.9) == pytest.approx(0.9, abs=0.06)
+    assert share(0.0) == 0
+
+
+def test_a_prompt_that_comes_often_is_denoised_with_further_words():
+    """From the seventeenth time on: latents of one prompt are of one kind."""
+    one = [Concept(Lora({}), prompts=["a sks dog"])]
+    generator = torch.Generator().manual_seed(0)
+    wording = Wording(WORDS, one, generator)
+
+    def drawn(**values):
+        calibration = Calibration(samples=50, **values)
+        return drawn_prompts(one, calibration, wording, generator, denoises=True, empty=False)[1]
+
+    assert [prompt == "a sks dog" for prompt in drawn()] == [True] * 16 + [False] * 34
+    assert set(drawn(contexts=0.0)) == {"a sks dog"}
 
 
 def test_a_long_prompt_gets_no_context():

@@ -25,6 +25,10 @@ GENERIC = "generic"
 """What the concept of generic prompts is called."""
 _REPEATS = 2
 """How often a prompt counts, with other noise each time."""
+_DENOISED_ALIKE = 16
+_READ_ALIKE = 8
+"""How many samples of a concept denoise the same prompt, and how many have rows that read it as it
+is; the others carry further words."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of those of one that has one."""
 
@@ -82,8 +86,8 @@ def drawn_prompts(
     denoises: bool,
     empty: bool,
 ) -> tuple[list[int], list[str]]:
-    """The concept and the prompt of every sample. Where a concept has few prompts, one that comes a
-    third time carries further words from then on, if any do. What ``denoises`` has no samples of
+    """The concept and the prompt of every sample. A prompt that comes more than 16 times, where a
+    concept has very few, carries further words from then on. What ``denoises`` has no samples of
     concepts without a LoRA, whose rows take the latents of others (:func:`row_texts`). With
     ``empty`` each concept has the empty prompt once more, as where no denoiser runs whose rows
     could have it."""
@@ -104,7 +108,7 @@ def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
     found: list[str] = []
     for prompt in prompts:
         seen[prompt] += 1
-        found.append(wording.in_context(prompt) if seen[prompt] > _REPEATS else prompt)
+        found.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
     return found
 
 
@@ -140,7 +144,7 @@ def _context_share(concept: Concept, calibration: Calibration) -> float:
     if concept.lora is None:
         return 0.0
     distinct = len({p for pool in prompt_pools(concept, calibration) for p in pool})
-    return max(calibration.contexts, 1 - _REPEATS * distinct / calibration.samples)
+    return max(calibration.contexts, 1 - _READ_ALIKE * distinct / calibration.samples)
 
 
 def row_texts(
