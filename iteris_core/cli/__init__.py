@@ -15,6 +15,7 @@ from .compare import compare
 from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
 from .help import Command
+from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_HELP,
 )
-for command in (merge, inspect, compare, score, methods, demo, doctor):
+for command in (merge, init, inspect, compare, score, methods, demo, doctor):
     app.command(cls=Command, context_settings=_HELP)(command)
 
 

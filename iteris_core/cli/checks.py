@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..concepts import Words, words_of
 from ..errors import IterisError
 from ..lora_files import check_file
+from ..lora_files.sidecars import find_phrases
 from .adapters import check_adapter
 from .concept_options import ConceptOption
 from .options import read_lines
@@ -26,11 +26,12 @@ def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None
         words = option.trigger or option.class_word or option.subjects
         if option.prompts is not None and not option.prompts:
             raise IterisError(f"{_name(option)}: its list of prompts is empty.")
-        if not run_base or words or option.prompts is not None or not metadata:
+        if not run_base or words or option.prompts is not None or option.file is None:
             continue
-        if words_of(metadata[0]) == Words():
+        if not find_phrases(option.file, metadata[0]).phrases:
             raise IterisError(
-                f"{option.file} has no trigger word, and its metadata name none. Give one "
+                f"{option.file} has no trigger word: neither its metadata nor a note beside it "
+                "names one. Give one "
                 f"({option.file}:TRIGGER:CLASS), or prompts that call for it (,prompts=FILE)."
             )
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..concepts import PRESERVE_WEIGHT, Concept, PromptKind, Words, words_of
+from ..concepts import PRESERVE_WEIGHT, Concept, PromptKind, Words, words_in
 from ..errors import IterisError
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.experts import joined_experts
+from ..lora_files.sidecars import find_phrases
 from .options import did_you_mean, read_prompts
 
 Find = Callable[[str], Path]
@@ -227,8 +228,11 @@ def read_concepts(
     renames: Sequence[str] = (),
 ) -> list[Concept]:
     """The concepts with their LoRAs. Where nothing says how to call for one, its file's metadata
-    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
-    each has to fit an embedding."""
+    do, or the notes beside it.
+
+    ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
+    each has to fit an embedding.
+    """
     concepts = [_read(option, host, reading, renames) for option in options]
     for text in renames:
         if not any(_has_new_name(text, concept.lora) for concept in concepts):
@@ -254,7 +258,7 @@ def _read(
     if option.file is not None:
         lora = _lora(host, option.files, _reading(option, reading))
         if words == Words() and option.prompts is None:
-            words = words_of(lora.metadata)
+            words = words_in(find_phrases(option.file, lora.metadata).phrases)
         again = [str(text) for text in option.reading.get("rename") or ()]
         lora = rename_embeddings(lora, [*again, *renames])
     return Concept(

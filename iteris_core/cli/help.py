@@ -24,6 +24,7 @@ EXAMPLES = {
         "--concept cat.safetensors:sks:cat --refs pictures/cat "
         "--concept dog.safetensors:zwx:dog --refs pictures/dog",
     ),
+    "init": ("iteris init loras", "iteris init loras --base models/sdxl -o people.yaml --yes"),
     "inspect": ("iteris inspect cat.safetensors dog.safetensors",),
     "score": ("iteris score pictures --refs references --prompts prompts.txt",),
 }
@@ -62,6 +63,7 @@ class Command(TyperCommand):
             argument = parameter.param_type_name == "argument"
             heading = getattr(parameter, "rich_help_panel", None)
             heading = heading or ("Arguments" if argument else "Options")
+            heading = "Help" if parameter.name == "help" and self.name == "merge" else heading
             groups.setdefault(heading, []).append((_plain(record[0]), record[1]))
         for heading in sorted(groups, key=_order):
             with formatter.section(heading):

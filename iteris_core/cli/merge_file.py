@@ -103,11 +103,23 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
 
 def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
     """Write ``data`` as YAML, in its order."""
+    check_merge_file(path, overwrite=overwrite)
+    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+    write_merge_text(path, text)
+
+
+def check_merge_file(path: Path, *, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where no merge file can be written to ``path``."""
+    if path.suffix not in SUFFIXES:
+        raise IterisError(f"{path}: the name of a merge file must end in {' or '.join(SUFFIXES)}.")
     if path.exists() and not overwrite:
         raise IterisError(f"{path} exists already; choose another name, or give --overwrite.")
     if not path.parent.is_dir():
         raise IterisError(f"The folder {path.parent} does not exist; make it first.")
-    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+
+
+def write_merge_text(path: Path, text: str) -> None:
+    """Write a merge file, which begins with the command that runs it."""
     with atomically(path) as unfinished:
         unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
 
