@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class IterisError(Exception):
     """Bad input or an impossible request.
@@ -37,3 +40,9 @@ class MergeCancelled(IterisError):
 def brief(error: BaseException) -> str:
     """A library's message on one line, cut to 300 characters; its kind where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else "."

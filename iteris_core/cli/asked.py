@@ -88,6 +88,10 @@ def ask(
     unmergeable: Unmergeable | None,
 ) -> Asked:
     """What the command line says, over what the merge file does."""
+    if not concepts and not file.concepts and file.path is not None:
+        raise IterisError(
+            f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
+        )
     if not concepts and not file.concepts:
         raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
     if base is None:

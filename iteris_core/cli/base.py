@@ -12,7 +12,7 @@ import torch
 
 from ..activations.meter import is_out_of_memory
 from ..errors import IterisError, OutOfMemory, brief
-from ..lora_files import check_file
+from ..lora_files import is_lora, read_header
 
 
 def best_device() -> str:
@@ -46,8 +46,16 @@ def check_base(base: str) -> None:
             f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
             "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
         )
-    if path.is_file() and path.suffix == ".safetensors":
-        check_file(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise IterisError(
+            f"The base {base!r} is no .safetensors. Give a folder with a pipeline of diffusers, a "
+            ".safetensors checkpoint or a hub name; files of other kinds are not opened."
+        )
+    if path.is_file() and is_lora(read_header(path)[0]):
+        raise IterisError(
+            f"The base {base!r} is a LoRA, not a model. BASE is what the LoRAs are merged on; give "
+            "this file with --concept."
+        )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise IterisError(
             f"The base {base!r} does not exist: there is no such folder or file, and a name on the "

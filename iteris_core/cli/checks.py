@@ -6,13 +6,15 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import IterisError
-from ..lora_files import check_file
+from ..errors import IterisError, LoraFileError
+from ..lora_files import check_file, is_lora, read_header
 from ..lora_files.sidecars import find_phrases
 from .adapters import check_adapter
 from .concept_options import ConceptOption
 from .options import read_lines
 
+_FEW = 8
+"""Tensors that a file of embeddings may have; a model has more."""
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
@@ -22,7 +24,11 @@ def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None
     if concepts and all(map(_left_out, concepts)):
         raise IterisError("There is nothing to merge: every concept has strength or weight 0.")
     for option in concepts:
-        metadata = [check_file(file) for file in option.files]
+        metadata = [_check_lora(file) for file in option.files]
+        if option.samples is not None:
+            raise IterisError(
+                f"{_name(option)}: samples are for models of transformers; give prompts."
+            )
         words = option.trigger or option.class_word or option.subjects
         if option.prompts is not None and not option.prompts:
             raise IterisError(f"{_name(option)}: its list of prompts is empty.")
@@ -34,6 +40,20 @@ def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None
                 "names one. Give one "
                 f"({option.file}:TRIGGER:CLASS), or prompts that call for it (,prompts=FILE)."
             )
+
+
+def _check_lora(file: Path) -> dict[str, str]:
+    """The metadata of a LoRA file. Raises :class:`LoraFileError` for another kind of file."""
+    shapes, metadata = read_header(file)
+    if not shapes:
+        raise LoraFileError(f"{file} holds no tensors; it is not a LoRA file.")
+    if not is_lora(shapes):
+        what = "a whole model (a checkpoint)" if len(shapes) > _FEW else "another kind of file"
+        raise LoraFileError(
+            f"{file} is {what}, not a LoRA: its first tensor is {min(shapes)}. Give the LoRA's own "
+            "file."
+        )
+    return metadata
 
 
 def check_adapters(concepts: Sequence[ConceptOption]) -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..concepts import PRESERVE_WEIGHT, Concept, PromptKind, Words, words_in
-from ..errors import IterisError
+from ..concepts import KINDS, PRESERVE_WEIGHT, Concept, PromptKind, Words, words_in
+from ..errors import IterisError, did_you_mean
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.experts import joined_experts
 from ..lora_files.sidecars import find_phrases
-from .options import did_you_mean, read_prompts
+from .options import read_prompts
 
 Find = Callable[[str], Path]
 """Where the file is that is named so."""
@@ -171,6 +171,10 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     if numbers.get("weight", 0) < 0:
         raise IterisError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
+    if texts["kind"] and texts["kind"] not in KINDS:
+        raise IterisError(
+            f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
+        )
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
     if isinstance(prompts, str) and find is not None:
         prompts = read_prompts(find(prompts))
@@ -290,16 +294,23 @@ def _lora(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
     return joined_experts(high, others[0], experts)
 
 
+def check_renames(renames: Sequence[str]) -> None:
+    """Raise :class:`IterisError` for what is no ``[LORA:]NAME=NEW``."""
+    for text in renames:
+        left, equals, new = text.partition("=")
+        if not equals or not new or not left.rpartition(":")[2]:
+            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+
+
 def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
     if not renames:
         return lora
+    check_renames(renames)
     names = {name: name for name in lora.embeddings}
     for text in renames:
-        left, equals, new = text.partition("=")
+        left, _, new = text.partition("=")
         owner, colon, old = left.rpartition(":")
-        if not equals or not new or not old:
-            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
         if old in names and (not colon or owner == lora.name):
             names[old] = new
     if len(set(names.values())) < len(names):

@@ -12,9 +12,8 @@ from ..architectures import architecture_of_file
 from ..architectures.record import said_base
 from ..concepts import words_in
 from ..errors import IterisError, LoraFileError
-from ..lora_files import read_header
+from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
-from ..lora_files.parts import split_key
 from ..lora_files.sidecars import find_phrases
 from .concept_options import ConceptOption
 
@@ -85,7 +84,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
 def _look_at(file: Path) -> FoundLora | str:
     """The LoRA in ``file``, or what the file is instead."""
     shapes, metadata = read_header(file)
-    if not any(split_key(key, ()) for key in shapes):
+    if not is_lora(shapes):
         return "no LoRA"
     if "method" in parse_object(metadata.get("iteris")):
         return "a merge that iteris wrote"

@@ -13,11 +13,11 @@ import typer
 import yaml
 
 from ..concepts import Calibration
-from ..errors import IterisError, brief
+from ..errors import IterisError, brief, did_you_mean
 from ..saving import atomically
 from ..settings import Settings
 from .concept_options import ConceptOption, concept_of, first_name, parse_concept
-from .options import check_settings, did_you_mean
+from .options import check_settings
 from .recipe import found_in
 
 SUFFIXES = (".yaml", ".yml")
@@ -159,6 +159,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise IterisError(f"{path} does not exist or is not a file; check the path.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..concepts import Calibration
-from ..errors import IterisError, SettingsError
+from ..errors import IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
 from .common import CALIBRATION, console, option
 
@@ -20,7 +18,11 @@ MOST_PROMPTS = 2000
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
-PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
+PRESET_HELP = (
+    "fast: a quarter of the prompts. best: for several concepts in one picture, many LoRAs or a "
+    "low rank; six to seven times as long. paper: the paper's Algorithm 1 to the letter. More: "
+    "iteris methods"
+)
 
 CONCEPT_HELP = (
     "A LoRA and what calls for it, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
@@ -62,13 +64,10 @@ def parse_settings(
         name, equals, text = pair.partition("=")
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
         known = [*declared_settings(kind), *declared_settings(Calibration)]
-        if not equals:
+        if not equals or not text.strip():
             raise IterisError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
         if owner is None:
-            raise IterisError(
-                f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} "
-                "iteris methods METHOD lists those of a method."
-            )
+            raise _unknown(pair, name, known)
         values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
     return values
 
@@ -90,9 +89,26 @@ def parse_by_method(
         owners = [one for one, kind in kinds.items() if find_setting(kind, name)]
         for one in owners:
             values[one] |= parse_settings(kinds[one], [pair])[0]
-        if not owners:
-            calibration |= parse_settings(Settings, [pair])[1]
+        if owners or find_setting(Calibration, name):
+            calibration |= {} if owners else parse_settings(Settings, [pair])[1]
+        elif dot:
+            raise IterisError(
+                f"--set {pair!r}: {method!r} is not among the methods to compare, which are "
+                f"{', '.join(kinds)}."
+            )
+        else:
+            known = [
+                one for kind in (*kinds.values(), Calibration) for one in declared_settings(kind)
+            ]
+            raise _unknown(pair, name, known)
     return values, calibration
+
+
+def _unknown(pair: str, name: str, known: Sequence[str]) -> IterisError:
+    return IterisError(
+        f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods "
+        "METHOD lists those of a method."
+    )
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -117,12 +133,6 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
     return value
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
-    near = get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def read_prompts(path: Path) -> list[str]:

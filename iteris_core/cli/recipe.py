@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -89,10 +90,16 @@ def check_cut(cut: Mapping[str, Any]) -> None:
     _number(cut.get("strength", 1.0))
     rank, ordered = cut.get("rank", 1), cut.get("ordered", True)
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not whole or not isinstance(ordered, bool) or ("rank" in cut) != ("ordered" in cut):
+    unknown = cut.keys() - {"rank", "ordered", "strength"}
+    if (
+        unknown
+        or not whole
+        or not isinstance(ordered, bool)
+        or ("rank" in cut) != ("ordered" in cut)
+    ):
         raise IterisError(
-            f"The cut {dict(cut)} is broken: rank must be a whole number of at least 1, with "
-            "ordered, true or false, beside it."
+            f"The cut {dict(cut)} is broken: it takes rank, a whole number of at least 1, with "
+            "ordered, true or false, beside it; and strength, a number."
         )
 
 
@@ -106,8 +113,9 @@ def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
 
 
 def _number(strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise IterisError(f"The recipe has a broken strength {strength!r}.")
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not math.isfinite(strength):
+        raise IterisError(f"The recipe has a broken strength {strength!r}; give a finite number.")
     return strength
 
 

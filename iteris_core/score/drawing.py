@@ -65,7 +65,12 @@ def draw(
 
 
 def scheduler_of(pipeline: Any, name: str) -> Any:
-    """A scheduler of the class ``name`` with the pipeline's own configuration. Raises
+    """A scheduler of the class ``name`` with the pipeline's own configuration."""
+    return find_scheduler(name).from_config(pipeline.scheduler.config)
+
+
+def find_scheduler(name: str) -> Any:
+    """The class of diffusers, which ``name`` may give without its ending. Raises
     :class:`IterisError` for what is none."""
     import diffusers
 
@@ -75,7 +80,7 @@ def scheduler_of(pipeline: Any, name: str) -> Any:
     if found is None:
         names = ", ".join(n.removesuffix("Scheduler") for n in known)
         raise IterisError(f"There is no scheduler {name!r} in diffusers; the names are {names}.")
-    return getattr(diffusers, found).from_config(pipeline.scheduler.config)
+    return getattr(diffusers, found)
 
 
 @contextmanager
