@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
     code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
     assert code == 2
     assert "exists already" in err
-    kept = err.partition("The merge is not lost: it is in ")[2].strip().rstrip(".")
+    kept = err.partition("The merge is not lost: it is in ")[2].partition(". [")[0]
     assert len(load_file(kept)) > 30
     assert out.read_text() == "mine"
 
@@ -440,6 +441,7 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("iteris: ")
+    assert re.search(r" \[IT-\d\d\]\n$", err)
     assert filled(message, mess) in err
     assert len(err) < 1500
     assert contents(Path(mess["tmp"]), Path(mess["world"]), tmp_path) == kept

@@ -9,11 +9,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from ..errors import IterisError
+from ..errors import KINDS, IterisError, UsageError, kind_of
 from .common import console
 from .compare import compare
 from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
+from .explain import explain
 from .help import Command, Group
 from .init import init
 from .inspect import inspect
@@ -23,10 +24,10 @@ from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
-for command in (merge, init, inspect, compare, score, methods, demo, doctor):
+for command in (merge, init, inspect, compare, score, methods, explain, demo, doctor):
     app.command(cls=Command, context_settings=_HELP)(command)
 
-UsageError: Any = typer.BadParameter.__base__
+_TyperError: Any = typer.BadParameter.__base__
 """What typer raises for an unknown option, a missing one or a value of the wrong kind."""
 
 
@@ -55,12 +56,12 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except IterisError as error:
-        _stop(str(error))
-    except UsageError as error:
+        _stop(str(error), kind_of(error).code)
+    except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
         message = error.format_message()
         end = "" if message.endswith((".", "?")) else "."
-        _stop(f"{message}{end} All options: {where} -h")
+        _stop(f"{message}{end} All options: {where} -h", KINDS[UsageError].code)
     except typer.Abort:
         _stop("stopped; nothing was written.")
     except OSError as error:
@@ -69,6 +70,8 @@ def main() -> None:
         _stop(f"{error.filename}: {error.strerror}.")
 
 
-def _stop(what: str) -> NoReturn:
+def _stop(what: str, code: str = "") -> NoReturn:
+    """End with ``what`` on one line; ``iteris explain CODE`` says more of it."""
+    what = f"{what} [{code}]" if code else what
     console.print(f"[bold red]iteris:[/] {escape(what)}", highlight=False, soft_wrap=True)
     sys.exit(2)

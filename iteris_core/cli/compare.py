@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..concepts import Concept
-from ..errors import IterisError
+from ..errors import UsageError
 from ..lora_files import ReadOptions
 from ..merge import settings_over
 from ..methods import find_method
@@ -139,7 +139,7 @@ def compare(
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
-        raise IterisError("--methods has no name; give some, such as base,alone,average,iteris.")
+        raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
     settings, calibration = parse_by_method(kinds, setting or [])
     lines = read_lines(templates) if templates else None
@@ -149,7 +149,7 @@ def compare(
         settings_over(preset or "default", name, settings[name], calibration)
     options = [parse_concept(text) for text in concept]
     if len(refs) != len(options):
-        raise IterisError(
+        raise UsageError(
             f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
             f"{len(options)}."
         )
@@ -230,9 +230,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if found is None or "0" in found.groups():
-        raise IterisError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
+        raise UsageError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
     width, height = int(found[1]), int(found[2] or found[1])
     if width % 8 or height % 8:
         nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
-        raise IterisError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
+        raise UsageError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
     return width, height

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..concepts import KINDS, PRESERVE_WEIGHT, Concept, PromptKind, Words, words_in
-from ..errors import IterisError, did_you_mean
+from ..errors import ConceptError, UsageError, did_you_mean
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
@@ -94,13 +94,13 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
     split = [pair.partition("=") for pair in pairs]
     values: dict[str, Any] = {key: value for key, _, value in split}
     if len(values) < len(pairs):
-        raise IterisError(f"{where} says one thing twice; a key is given once.")
+        raise ConceptError(f"{where} says one thing twice; a key is given once.")
     head = head.removeprefix(",")
     if head:
         in_front = _adapter(head) if adapter else _short(head, bool(pairs))
         twice = sorted(in_front.keys() & values.keys())
         if twice:
-            raise IterisError(f"{where} gives {', '.join(twice)} twice; leave one out.")
+            raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
         values = {**in_front, **values}
     return concept_of(values, where, find)
 
@@ -114,7 +114,7 @@ def _refuse_unknown_keys(where: str, parts: Sequence[str]) -> None:
     """Raise for ``,KEY=`` with a KEY that no concept has: it would become a part of the words."""
     for found in filter(None, map(_UNKNOWN_KEY.search, parts)):
         key, known = found[1], KEYS[:-3]
-        raise IterisError(
+        raise ConceptError(
             f"{where}: there is no key {key!r}{did_you_mean(key, known)} The keys are "
             f"{', '.join(known)}. Words that have a comma and an = go into a merge file."
         )
@@ -126,7 +126,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     _, named, words = text.rpartition(".safetensors:")
     strength = ":".join(words.split(":")[2:])
     if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
-        raise IterisError(
+        raise ConceptError(
             f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
             f"0.8/0.5 (the model's and the text encoders'), not {strength!r}."
         )
@@ -136,7 +136,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
     if alone and not named:
         return {"file": text}
-    raise IterisError(
+    raise ConceptError(
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
         "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
         "cat.safetensors:sks:cat:0.8/0.5, with ,weight=2 or ,prompts=cat.txt behind it; or FILE "
@@ -148,7 +148,7 @@ def _adapter(text: str) -> dict[str, Any]:
     folder, _, rest = text.partition(":")
     samples, _, strength = rest.partition(":")
     if not re.fullmatch(_NUMBER, strength or "1"):
-        raise IterisError(
+        raise ConceptError(
             f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
             "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
             ".safetensors with the model's inputs."
@@ -162,17 +162,17 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     are no file, as in a recipe, which may be anybody's."""
     for key in values:
         if key not in KEYS:
-            raise IterisError(
+            raise ConceptError(
                 f"{where}: there is no key {key!r}{did_you_mean(str(key), KEYS)} The keys of a "
                 f"concept are {', '.join(KEYS)}."
             )
     given = {key: value for key, value in values.items() if value is not None}
     numbers = {key: _number(given[key], f"{where}: {key}") for key in _NUMBERS if key in given}
     if numbers.get("weight", 0) < 0:
-        raise IterisError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
+        raise ConceptError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
     if texts["kind"] and texts["kind"] not in KINDS:
-        raise IterisError(
+        raise ConceptError(
             f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
         )
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
@@ -181,11 +181,11 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     if samples is not None:
         samples = Path(samples) if find is None else find(_text(samples, f"{where}: samples"))
     if not isinstance(reading or {}, Mapping):
-        raise IterisError(f"{where}: reading must be a mapping, not {reading!r}.")
+        raise ConceptError(f"{where}: reading must be a mapping, not {reading!r}.")
     file, low = split_files(texts["file"]) if texts["file"] else (None, None)
     if file is None:
         if prompts is None:
-            raise IterisError(f"{where} has neither a file nor prompts for the base to stay on.")
+            raise ConceptError(f"{where} has neither a file nor prompts for the base to stay on.")
         numbers = {"weight": PRESERVE_WEIGHT, **numbers}
         texts["trigger"] = texts["trigger"] or "preserve"
     return ConceptOption(
@@ -209,19 +209,19 @@ def _number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise IterisError(f"{name} must be a number, not {value!r}.")
+        raise ConceptError(f"{name} must be a number, not {value!r}.")
     return number
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise IterisError(f"{name} must be text, not {value!r}.")
+        raise ConceptError(f"{name} must be text, not {value!r}.")
     return str(value)
 
 
 def _texts(values: Any, name: str) -> list[str]:
     if not isinstance(values, list | tuple):
-        raise IterisError(f"{name} must be a list, not {values!r}.")
+        raise ConceptError(f"{name} must be a list, not {values!r}.")
     return [_text(value, name) for value in values]
 
 
@@ -242,7 +242,7 @@ def read_concepts(
         if not any(_has_new_name(text, concept.lora) for concept in concepts):
             loras = [concept.lora for concept in concepts if concept.lora is not None]
             brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
-            raise IterisError(
+            raise UsageError(
                 f"--rename {text!r} fits no embedding of these LoRAs, which bring "
                 f"{', '.join(brought) or 'none'}."
             )
@@ -290,7 +290,7 @@ def _lora(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
         return high
     experts = getattr(host, "experts", None)
     if not experts:
-        raise IterisError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
+        raise ConceptError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
     return joined_experts(high, others[0], experts)
 
 
@@ -299,7 +299,7 @@ def check_renames(renames: Sequence[str]) -> None:
     for text in renames:
         left, equals, new = text.partition("=")
         if not equals or not new or not left.rpartition(":")[2]:
-            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+            raise UsageError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
 
 
 def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
@@ -314,6 +314,6 @@ def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
         if old in names and (not colon or owner == lora.name):
             names[old] = new
     if len(set(names.values())) < len(names):
-        raise IterisError(f"{lora.name}: two embeddings would have one name: {names}.")
+        raise UsageError(f"{lora.name}: two embeddings would have one name: {names}.")
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
     return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

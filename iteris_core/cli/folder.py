@@ -11,7 +11,7 @@ from pathlib import Path
 from ..architectures import architecture_of_file
 from ..architectures.record import said_base
 from ..concepts import words_in
-from ..errors import IterisError, LoraFileError
+from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
 from ..lora_files.sidecars import find_phrases
@@ -57,7 +57,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     Raises :class:`IterisError` where there is no LoRA.
     """
     if not folder.is_dir():
-        raise IterisError(f"{folder} is no folder; give the folder with your LoRAs.")
+        raise InputFileError(f"{folder} is no folder; give the folder with your LoRAs.")
     files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     found: list[FoundLora] = []
     left_out: dict[str, str] = {}
@@ -73,7 +73,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
             found.append(one)
     if not found:
         seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
-        raise IterisError(f"{folder} has no LoRA in it ({seen}).")
+        raise InputFileError(f"{folder} has no LoRA in it ({seen}).")
     family = Counter(one.family for one in found).most_common(1)[0][0]
     for one in found:
         if one.family != family:

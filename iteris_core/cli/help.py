@@ -24,6 +24,7 @@ EXAMPLES = {
         "--concept cat.safetensors:sks:cat --refs pictures/cat "
         "--concept dog.safetensors:zwx:dog --refs pictures/dog",
     ),
+    "explain": ("iteris explain IT-09",),
     "init": ("iteris init loras", "iteris init loras --base models/sdxl -o people.yaml --yes"),
     "inspect": ("iteris inspect cat.safetensors dog.safetensors",),
     "score": ("iteris score pictures --refs references --prompts prompts.txt",),

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from ..concepts import words_in
-from ..errors import IterisError
+from ..errors import UsageError
 from ..presets import PRESETS
 from .common import console, option
 from .folder import FoundLora, base_near, loras_in
@@ -75,7 +75,7 @@ def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
             one = replace(one, option=option, source="words as you typed them")
         kept.append(one)
     if not kept:
-        raise IterisError("Every LoRA was left out; nothing was written.")
+        raise UsageError("Every LoRA was left out; nothing was written.")
     return base, kept
 
 

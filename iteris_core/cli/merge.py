@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..concepts import PRESERVE_WEIGHT, Concept
-from ..errors import IterisError
+from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
@@ -110,9 +110,9 @@ def merge(
     )
     if from_file is not None:
         if concept or file.concepts:
-            raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
+            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
         for name in given(preset=preset, method=method):
-            raise IterisError(
+            raise UsageError(
                 f"--{name} is not for --from, which has all settings; change single ones by --set."
             )
         recipe = read_recipe(from_file, loras)
@@ -241,4 +241,4 @@ def _show_plan(
 def _refuse(why: str, **options: Any) -> None:
     """Raise for the first of ``options`` that was given: it is for ``why``."""
     for name in given(**options):
-        raise IterisError(f"--{name.replace('_', '-')} is for {why}")
+        raise UsageError(f"--{name.replace('_', '-')} is for {why}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..concepts import Calibration
-from ..errors import IterisError, SettingsError, did_you_mean
+from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
 from ..settings import Settings, declared_settings, find_setting
 from .common import CALIBRATION, console, option
@@ -64,8 +64,8 @@ def parse_settings(
         name, equals, text = pair.partition("=")
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
         known = [*declared_settings(kind), *declared_settings(Calibration)]
-        if not equals or not text.strip():
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
+        if not equals:
+            raise SettingsError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
         if owner is None:
             raise _unknown(pair, name, known)
         values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
@@ -92,7 +92,7 @@ def parse_by_method(
         if owners or find_setting(Calibration, name):
             calibration |= {} if owners else parse_settings(Settings, [pair])[1]
         elif dot:
-            raise IterisError(
+            raise SettingsError(
                 f"--set {pair!r}: {method!r} is not among the methods to compare, which are "
                 f"{', '.join(kinds)}."
             )
@@ -105,7 +105,7 @@ def parse_by_method(
 
 
 def _unknown(pair: str, name: str, known: Sequence[str]) -> IterisError:
-    return IterisError(
+    return SettingsError(
         f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods "
         "METHOD lists those of a method."
     )
@@ -117,7 +117,7 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     for name in values:
         if find_setting(kind, name) is None:
             guess = did_you_mean(str(name), declared_settings(kind))
-            raise IterisError(
+            raise SettingsError(
                 f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
                 "of a method."
             )
@@ -152,15 +152,15 @@ def read_prompts(path: Path) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without blanks around them and without empty ones."""
     if not path.is_file():
-        raise IterisError(f"{path} does not exist or is not a file.")
+        raise InputFileError(f"{path} does not exist or is not a file.")
     data = path.read_bytes()
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise IterisError(
+        raise InputFileError(
             f"{path} is no text in UTF-8 (byte {error.start}); save it again as UTF-8."
         ) from error
     if "\0" in text:
-        raise IterisError(f"{path} is no text file: it has bytes of 0 in it.")
+        raise InputFileError(f"{path} is no text file: it has bytes of 0 in it.")
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]

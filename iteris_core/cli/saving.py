@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from ..concepts import Concept
-from ..errors import IterisError, SaveError
+from ..errors import IterisError, OutputError, SaveError
 from ..lora import Lora
 from ..lora_files import Layout, write_loras
 from ..lora_files.embeddings import embedding_targets
@@ -52,7 +52,7 @@ def check_embeddings(
     embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
     for base in (lora.base for lora in loras):
         if layout == "kohya" and base is not None and not base.written:
-            raise IterisError(
+            raise OutputError(
                 f"A base of {base.architecture.title} has no names in kohya layout; leave --layout "
                 "out, or say peft."
             )

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..errors import ScoreError
 from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
@@ -156,7 +156,7 @@ def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[st
 def check_together(together: int | None, count: int) -> None:
     """Raise :class:`IterisError` where so many of ``count`` concepts cannot be merged."""
     if together is not None and not 1 <= together <= count:
-        raise IterisError(f"{together} of {count} concepts cannot be merged together.")
+        raise ScoreError(f"{together} of {count} concepts cannot be merged together.")
 
 
 def compare_compositions(
