@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from markdown_tables import lines, short
@@ -29,20 +29,16 @@ METHODS = (
     "iteris,regmean++,regmean++@searched,chain-of-merges,chain-of-merges@searched,"
     "ssr,ssr@searched,average,sum"
 )
-SHOWN = (
-    ("seen", "likeness"),
-    ("seen", "judge"),
-    ("seen", "scene"),
-    ("new words", "likeness"),
-    ("new words", "likeness kept"),
-    ("new words", "judge"),
-    ("new words", "scene"),
-    ("no trigger", "likeness"),
-    ("no trigger", "pixels"),
-    ("spread", "share"),
-    ("spread", "share of pixels"),
-)
-"""The columns that are printed; the file has more."""
+SHOWN: Mapping[str, Sequence[str]] = {
+    "seen": ("likeness", "judge", "scene"),
+    "new words": ("likeness", "likeness kept", "judge", "scene"),
+    "styled": ("likeness in style", "judge", "style", "both"),
+    "subject": ("likeness", "judge", "scene", "style"),
+    "style": ("judge", "style"),
+    "no trigger": ("likeness", "pixels"),
+    "spread": ("share", "share of pixels"),
+}
+"""Kind of prompt → the columns that are printed; the file has more."""
 
 
 def _toybox() -> UnseenWorld:
@@ -63,12 +59,27 @@ def _emoji() -> UnseenWorld:
     return EmojiWorld()
 
 
+def _styles() -> UnseenWorld:
+    from protocol.styles import StyleWorld
+
+    return StyleWorld()
+
+
 WORLDS: Mapping[str, tuple[Callable[[], UnseenWorld], str]] = {
     "toybox": (_toybox, "reported"),
     "reported": (_reported, "reported"),
     "emoji": (_emoji, "emoji"),
+    "styles": (_styles, "reported"),
 }
 """World → how it is loaded, and whose search has settings for it"""
+
+
+def kinds_of(world: str) -> tuple[type[Plan], type[UnseenRuns]]:
+    if world != "styles":
+        return Plan, UnseenRuns
+    from protocol.styles import StyledPlan, StyledRuns
+
+    return StyledPlan, StyledRuns
 
 
 def main() -> None:
@@ -86,21 +97,22 @@ def main() -> None:
     until = time.monotonic() + asked.seconds
     load, searched = WORLDS[asked.world]
     world = load()
-    plan = Plan(
+    plan_kind, runs_kind = kinds_of(asked.world)
+    plan = plan_kind(
         world,
         [Variant.parsed(label) for label in asked.methods.split(",")],
-        [int(size) for size in asked.sizes.split(",")],
+        [2] if asked.world == "styles" else [int(size) for size in asked.sizes.split(",")],
         asked.replicates,
         settings_of(searched),
         asked.sets,
     )
     name = f"unseen_{asked.world}"
-    alone = UnseenRuns(world, result_file(f"{name}_alone.jsonl"))
+    alone = runs_kind(world, result_file(f"{name}_alone.jsonl"))
     name += f"_{asked.tag}" if asked.tag else ""
-    merged = UnseenRuns(world, result_file(f"{name}_runs.jsonl"))
+    merged = runs_kind(world, result_file(f"{name}_runs.jsonl"))
     whole = alone.run(plan.references(), until - time.monotonic())
     whole = whole and merged.run((t for _, t in plan.merges()), until - time.monotonic())
-    data = results(plan, alone, merged)
+    data = rounded(results(plan, alone, merged))
     write(result_file(f"{name}.json"), data)
     print("\n".join(tables(data)))
     if not whole:
@@ -131,28 +143,45 @@ def results(plan: Plan, alone: UnseenRuns, merged: UnseenRuns) -> dict[str, Any]
     }
 
 
+def rounded(found: Any) -> Any:
+    """All numbers to four digits behind the point."""
+    if isinstance(found, Mapping):
+        return {name: rounded(of) for name, of in found.items()}
+    if isinstance(found, list | tuple):
+        return [rounded(of) for of in found]
+    return round(found, 4) if isinstance(found, float) else found
+
+
 def tables(data: Mapping[str, Any]) -> Iterator[str]:
     """Of each size the means, and the differences to the first method."""
     for size, found in data["sizes"].items():
-        head = [f"{size} concepts", "n", *(f"{kind}: {name}" for kind, name in SHOWN)]
-        yield ""
-        yield from lines(head, (_means(*one) for one in found["rows"].items()), len(head) - 1)
-        head[0] = f"{data['default']} less …"
-        yield ""
-        yield from lines(head, (_paired(*one) for one in found["against"].items()), len(head) - 1)
+        of = [kinds for rows in found["rows"].values() for kinds in rows]
+        shown = [(kind, name) for kind, names in SHOWN.items() if kind in of for name in names]
+        for head, kind, show in (
+            (f"{size} concepts", "rows", _mean),
+            (f"{data['default']} less …", "against", _difference),
+        ):
+            columns = [head, "n", *(f"{kind}: {name}" for kind, name in shown)]
+            rows = (_row(label, kinds, shown, show) for label, kinds in found[kind].items())
+            yield ""
+            yield from lines(columns, rows, len(columns) - 1)
 
 
-def _means(label: str, of: Mapping[str, Any]) -> list[str]:
-    cells = [of.get(kind, {}).get(name) for kind, name in SHOWN]
-    return [label, _n(cells), *(short(f"{c['mean']:.3f}") if c else "" for c in cells)]
+def _row(
+    label: str,
+    kinds: Mapping[str, Any],
+    shown: Sequence[tuple[str, str]],
+    show: Callable[[Mapping[str, Any]], str],
+) -> list[str]:
+    cells = [kinds.get(kind, {}).get(name) for kind, name in shown]
+    return [label, _n(cells), *(show(cell) if cell else "" for cell in cells)]
 
 
-def _paired(label: str, of: Mapping[str, Any]) -> list[str]:
-    cells = [of.get(kind, {}).get(name) for kind, name in SHOWN]
-    return [label, _n(cells), *(_difference(c) if c else "" for c in cells)]
+def _mean(found: Mapping[str, Any]) -> str:
+    return short(f"{found['mean']:.3f}")
 
 
-def _n(cells: list[Any]) -> str:
+def _n(cells: Sequence[Any]) -> str:
     return str(max(c["n"] for c in cells if c))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iteris_core import Calibration
+from iteris_core import Calibration, Lora
 
 from .plan import BASE, OWN, SINGLE, Settings, Unit, sets_of
 from .runs import Entry, Runs
@@ -107,17 +107,17 @@ class Plan:
     per_size: int | None = None
 
     def references(self) -> Iterator[Trial]:
-        """Each LoRA alone, and the base, by subject."""
-        for replicate, method in product(range(self.replicates), (SINGLE, BASE)):
-            shown = {
-                n for size in self.sizes for names in self.sets(size, replicate) for n in names
-            }
-            for name in (n for n in self.world.subjects if n in shown):
-                yield self.reference(method, name, replicate)
+        """Of all sets what each LoRA alone and the base have, each once."""
+        known: dict[str, Trial] = {}
+        for replicate, size in product(range(self.replicates), self.sizes):
+            for names, method in product(self.sets(size, replicate), (SINGLE, BASE)):
+                known |= {one.key: one for one in self.references_of(method, names, replicate)}
+        yield from known.values()
 
-    def reference(self, method: str, name: str, replicate: int) -> Trial:
+    def references_of(self, method: str, names: Sequence[str], replicate: int) -> list[Trial]:
+        """Those of a set, by concept."""
         trained = 0 if method == BASE else replicate % self.world.trained
-        return Trial(method, (name,), replicate=replicate, trained=trained)
+        return [Trial(method, (name,), replicate=replicate, trained=trained) for name in names]
 
     def merges(self) -> Iterator[tuple[Variant, Trial]]:
         """Set by set, so that methods can be paired on what a run that was stopped has."""
@@ -142,12 +142,13 @@ class UnseenRuns(Runs):
 
     def measure(self, unit: Unit) -> Entry:
         lora, entry = self._merged(unit)
-        for kind in self.world.kinds:
-            wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)
-            plain = lora is None and kind == "no trigger"
-            images = self._of_base(wanted) if plain else self.world.draw(lora, wanted)
-            entry[kind] = self._read(kind, images, wanted)
-        return entry
+        return entry | {kind: self._of(lora, kind, unit) for kind in self.world.kinds}
+
+    def _of(self, lora: Lora | None, kind: str, unit: Unit) -> list[Any]:
+        wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)
+        plain = lora is None and kind == "no trigger"
+        images = self._of_base(wanted) if plain else self.world.draw(lora, wanted)
+        return self._read(kind, images, wanted)
 
     def _read(
         self, kind: str, images: Sequence[Image.Image], wanted: Sequence[Wanted]
@@ -163,7 +164,10 @@ class UnseenRuns(Runs):
                 {**figures, "likeness": cosine, "pixels": pixels(image, other)}
                 for figures, cosine, image, other in zip(read, cosines, images, base, strict=True)
             ]
-        return [[" ".join(w.shown), figures] for w, figures in zip(wanted, read, strict=True)]
+        return [
+            [" ".join(w.shown), {name: round(value, 4) for name, value in figures.items()}]
+            for w, figures in zip(wanted, read, strict=True)
+        ]
 
     def _spread(
         self, images: Sequence[Image.Image], names: Sequence[str], one: str
@@ -254,7 +258,7 @@ def rows_of_size(plan: Plan, size: int, alone: UnseenRuns, merged: UnseenRuns) -
         if len(trial.names) != size:
             continue
         of = {
-            method: [plan.reference(method, n, trial.replicate).key for n in trial.names]
+            method: [one.key for one in plan.references_of(method, trial.names, trial.replicate)]
             for method in (SINGLE, BASE)
         }
         if not all(key in alone.known for keys in of.values() for key in keys):

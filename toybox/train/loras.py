@@ -75,18 +75,17 @@ def prompts_of(entry: dict[str, Any], scenes: list[draw.Scene]) -> list[tuple[st
 
 def fit(
     pipeline: StableDiffusionPipeline,
-    scenes,
     pictures,
-    entry: dict[str, Any],
+    prompts: Sequence[tuple[str, str]],
     groups: list[dict],
     steps: int,
     seed: int,
     keep_rows=None,
 ) -> float:
-    """Minimise the v-prediction error over the parameters in `groups`; returns the last loss."""
+    """Minimise the v-prediction error over the parameters in `groups`; returns the last loss.
+    Each picture has two prompts, the second one with its background."""
     with torch.no_grad():
         latents = pipeline.vae.encoder(to_tensor(pictures))
-    prompts = prompts_of(entry, scenes)
     tokens = pipeline.tokenizer(
         [p for pair in prompts for p in pair], padding="max_length", return_tensors="pt"
     ).input_ids.view(len(prompts), 2, -1)
@@ -156,7 +155,8 @@ def train_one(
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     configs = add_adapters(pipeline, entry["alpha"])
     groups = [{"params": adapter_parameters(pipeline), "lr": rate(entry["alpha"], peak)}]
-    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], seed)
+    prompts = prompts_of(entry, scenes)
+    loss = fit(pipeline, pictures, prompts, groups, entry["steps"], seed)
     save(pipeline, configs, entry, out)
     differ = verify(pipeline, load(weights / "base"), out, f"a {name} {entry['class_word']}")
     log.info(

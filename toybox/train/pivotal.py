@@ -20,6 +20,7 @@ from .loras import (
     add_adapters,
     fit,
     note_seconds,
+    prompts_of,
     rate,
     read_seconds,
     save,
@@ -39,6 +40,7 @@ def train_one(
     token = entry["token"]
     name = token.strip("<>")
     scenes, pictures = write_references(entry, references / name, 900 + 10 * index)
+    prompts = prompts_of(entry, scenes)
     torch.manual_seed(91 + index)
     pipeline = load(weights / "base")
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
@@ -59,9 +61,8 @@ def train_one(
 
     fit(
         pipeline,
-        scenes,
         pictures,
-        entry,
+        prompts,
         [{"params": [table], "lr": EMBEDDING_PEAK}],
         EMBEDDING_STEPS,
         91 + index,
@@ -71,7 +72,7 @@ def train_one(
         {"params": [table], "lr": EMBEDDING_PEAK / 4},
         {"params": adapters, "lr": rate(entry["alpha"], PEAK)},
     ]
-    loss = fit(pipeline, scenes, pictures, entry, groups, entry["steps"], 92 + index, keep_rows)
+    loss = fit(pipeline, pictures, prompts, groups, entry["steps"], 92 + index, keep_rows)
     save(pipeline, configs, entry, folder / f"{name}.safetensors")
     save_file({token: table[row].detach().half().clone()}, folder / f"{name}_embedding.safetensors")
     fresh = load(weights / "base")
