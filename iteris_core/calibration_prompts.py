@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .concepts import KINDS, Calibration, Concept
-from .errors import IterisError
+from .errors import ConceptError
 
 CAPTIONS = tuple(
     (Path(__file__).parent / "prompts" / "generic.txt").read_text(encoding="utf-8").splitlines()
@@ -48,7 +48,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
     if concept.prompts is not None:
         pools = [[str(prompt) for prompt in concept.prompts]]
         if not pools[0]:
-            raise IterisError(
+            raise ConceptError(
                 f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
                 "and a class word to make them from."
             )
@@ -58,7 +58,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
         # Not by format: a phrase of tags may hold braces.
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
-        raise IterisError(
+        raise ConceptError(
             f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
             "features cannot be collected without knowing how to call for it."
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import IterisError, SettingsError
+from .errors import MismatchError, SettingsError
 
 if TYPE_CHECKING:
     from .lora_files.aliases import BaseModel
@@ -30,7 +30,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
-            raise IterisError(
+            raise MismatchError(
                 f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} do not form a "
                 "product; pass up as (out, rank) and down as (rank, in)."
             )
@@ -111,11 +111,11 @@ class Lora:
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
     if not changes:
-        raise IterisError("There is nothing to add up: pass at least one change.")
+        raise MismatchError("There is nothing to add up: pass at least one change.")
     first = changes[0]
     if any(change.shape != first.shape or change.kernel != first.kernel for change in changes):
         shapes = [change.shape for change in changes]
-        raise IterisError(f"Changes of one site differ in shape: {shapes}. Same base model?")
+        raise MismatchError(f"Changes of one site differ in shape: {shapes}. Same base model?")
     up = torch.cat([change.up for change in changes], dim=1)
     down = torch.cat([change.down for change in changes], dim=0)
     return LowRank(up, down, first.kernel)

@@ -14,7 +14,7 @@ import torch
 
 from .activations.processes import ALONE, Processes
 from .concepts import Calibration, Concept
-from .errors import IterisError, MergeCancelled, SettingsError
+from .errors import MergeCancelled, SettingsError, SiteError
 from .hosts.learned import Calls, calls_of
 from .hosts.protocol import Host
 from .linalg.lowrank import cut_factors
@@ -145,10 +145,10 @@ def merge_loras(
             host, calibrated, changes, calibration, tick, outlook, sweep=sweep
         )
         if found and unmergeable == "refuse":
-            raise IterisError(dry.complaint(found, concepts))
+            raise SiteError(dry.complaint(found, concepts))
         kept = {site: some for site, some in changes.items() if site not in found}
         if not kept:
-            raise IterisError(dry.complaint(found, concepts))
+            raise SiteError(dry.complaint(found, concepts))
         job = Job(
             host,
             calibrated,

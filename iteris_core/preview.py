@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from .concepts import Calibration, Concept
-from .errors import IterisError
+from .errors import UsageError
 from .hosts.learned import calls_of
 from .hosts.protocol import Host
 from .lora import SiteChanges
@@ -106,7 +106,7 @@ def preview_merge(
                 chosen.merge(job, chosen_settings)
             except _Planned:
                 continue
-            raise IterisError(f"{method} makes no plan of its memory.")
+            raise UsageError(f"{method} makes no plan of its memory.")
     loras = sum(concept.lora is not None for concept in concepts)
     steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
     denoised = loras * calibration.samples * steps

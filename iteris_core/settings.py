@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import SettingsError
+from .errors import SettingsError, did_you_mean
 
 _KEY = "setting"
 _TRUE = ("true", "yes", "on", "1")
@@ -171,8 +171,8 @@ class Settings:
             declared = find_setting(cls, given)
             name = given if declared is None else declared.name
             if name not in known:
-                names = ", ".join(known)
-                raise SettingsError(f"There is no setting {given!r}; the names are: {names}.")
+                guess, names = did_you_mean(given, known), ", ".join(known)
+                raise SettingsError(f"There is no setting {given!r}{guess} The names are: {names}.")
             if name in translated:
                 raise SettingsError(f"{given} is {name}, which is given too; leave one out.")
             if declared is not None:

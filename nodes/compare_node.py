@@ -68,7 +68,7 @@ class CompareMerges(io.ComfyNode):
         concepts: Any,
         methods: str,
         clip: Any = None,
-        samples: int = 50,
+        samples: int = 0,
         seed: int = 0,
         preset: PresetName = "default",
         conditioning: Any = None,

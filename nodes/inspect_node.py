@@ -68,7 +68,7 @@ class InspectLoras(io.ComfyNode):
         clip: Any = None,
         method: str = "iteris",
         preset: PresetName = "default",
-        samples: int = 50,
+        samples: int = 0,
         seed: int = 0,
         conditioning: Any = None,
         latent: Any = None,

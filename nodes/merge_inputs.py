@@ -81,7 +81,23 @@ def method_input() -> Any:
 
 
 def sampling_inputs() -> list[Any]:
-    return [setting_input(Calibration, name) for name in ("samples", "seed")]
+    return [_samples_input(), setting_input(Calibration, "seed")]
+
+
+def _samples_input() -> Any:
+    """0 leaves the number to the preset, so that an explicit one counts, whatever it is."""
+    declared = declared_settings(Calibration)["samples"]
+    numbers = {p: PRESETS[p].calibration.get("samples", declared.default) for p in PRESETS}
+    shown = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
+    return io.Int.Input(
+        "samples",
+        default=0,
+        min=0,
+        max=declared.most,
+        tooltip=f"{declared.help} 0: by the preset ({shown}).",
+        optional=True,
+        control_after_generate=False,
+    )
 
 
 def preset_input() -> Any:

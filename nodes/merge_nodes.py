@@ -171,7 +171,7 @@ def _merge(
     strength: float = values.get("strength", 1.0)
     asked = Asked(
         preset,
-        values.get("samples", 50),
+        values.get("samples", 0),
         values.get("seed", 0),
         values.get("settings") or {},
         files,

@@ -38,10 +38,10 @@ _DEFAULT_METHOD = "iteris"
 @dataclass(frozen=True)
 class Asked:
     """``values`` are those of IterIS Settings, by name; ``files`` the names of those behind MODEL,
-    which may say that it is run without guidance."""
+    which may say that it is run without guidance; ``samples`` 0 is the preset's number."""
 
     preset: PresetName = "default"
-    samples: int = 50
+    samples: int = 0
     seed: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
     files: Sequence[str] = ()
@@ -52,7 +52,8 @@ class Asked:
         """What the inputs say over what the preset says."""
         names = (*CALIBRATION, *CALIBRATION_LATER)
         values = {name: self.values[name] for name in names if name in self.values}
-        given = changed(Calibration, {"samples": self.samples, "seed": self.seed, **values})
+        given = changed(Calibration, {"seed": self.seed, **values})
+        given |= {"samples": self.samples} if self.samples else {}
         return Calibration.from_mapping({**PRESETS[self.preset].calibration, **given})
 
     def settings(self, method: str) -> dict[str, Any]:

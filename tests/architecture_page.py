@@ -16,8 +16,8 @@ from architecture_results import FILE
 HEAD = """\
 # Architectures that were tested
 
-Each line is a test on real classes at reduced widths with random weights, in float32, with prompts
-of unlike lengths, the empty one and one of more than 77 tokens among them; nothing else is
+Each line is a test on real classes at reduced widths with random weights, in float32. Its prompts
+are of unlike lengths; the empty one and one of more than 77 tokens are among them. Nothing else is
 promised. The tests write the figures into `benchmarks/results/architectures.json`, and this page is
 made from it: `python tests/architecture_page.py > docs/architectures.md`.
 
@@ -42,8 +42,8 @@ TITLES = {
     "diffusers": (
         "diffusers",
         "`tests/test_pipelines.py`. LoRA files in peft's and diffusers' layout are read for all of "
-        "them; in other layouts by tables of ours for Stable Diffusion and FLUX.1, and through the "
-        "pipeline's own converter for the others, as far as it loses nothing of the file.",
+        "them. Files in other layouts are read by tables of ours for Stable Diffusion and FLUX.1, "
+        "and for the others through the pipeline's own converter, as far as it loses nothing.",
     ),
 }
 

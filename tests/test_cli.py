@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shlex
 import struct
 import subprocess
@@ -339,10 +340,15 @@ def test_the_help_begins_with_what_is_used_every_day(monkeypatch, capsys):
     code, text, _ = run(monkeypatch, capsys, "merge", "-h")
     assert code == 0
     lines = text.splitlines()
-    assert len(lines) < 140
+    assert len(lines) < 145
     assert max(map(len, lines)) <= 80
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings[:4] == ["Examples:", "Arguments:", "Options:", "A concept:"]
+    assert headings[-1] == "Help:"
+    everyday = text.partition("\nOptions:")[2].partition("\nA concept:")[0]
+    assert re.findall(r"^  (?:-\w, )?(--[\w-]+)", everyday, re.MULTILINE) == [
+        "--output", "--concept", "--preset", "--overwrite", "--plan",
+    ]  # fmt: skip
     assert ",kind=style" in text
     assert "<" not in text
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import make_world, recipe_of, run
+from mistake_cases import CASES
+from mistakes import arguments_of, contents, filled, make_mess
 from safetensors.torch import load_file, save_file
 from tiny import make_pipeline, random_lora
 
-from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras, write_lora
+from iteris_core import Concept, IterisError, Lora, LowRank, cli, merge_loras, write_lora
 from iteris_core import __main__ as program
+from iteris_core.architectures import Architecture
 from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.options import read_lines
+from iteris_core.cli.saving import check_embeddings
 from iteris_core.errors import OutOfMemory
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora_files import BaseModel
+from iteris_core.score import ClipScorer
 
 
 @pytest.mark.parametrize(
@@ -199,7 +207,7 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
     code, _, err = run(monkeypatch, capsys, *merge(world, out, "--method=average"))
     assert code == 2
     assert "exists already" in err
-    kept = err.partition("The merge is not lost: it is in ")[2].strip().rstrip(".")
+    kept = err.partition("The merge is not lost: it is in ")[2].partition(". [")[0]
     assert len(load_file(kept)) > 30
     assert out.read_text() == "mine"
 
@@ -271,7 +279,7 @@ def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
     extra = f"--concept={tmp_path}/model.safetensors:a:b"
     code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", extra))
     assert code == 2
-    assert "This is a whole model (a checkpoint), not a LoRA" in err
+    assert "is a whole model (a checkpoint), not a LoRA" in err
 
 
 def test_memory_that_runs_out_in_the_first_prompt_is_named(monkeypatch):
@@ -400,3 +408,56 @@ def test_a_merge_is_loaded_without_a_file_of_the_users(world):
     site, change = next((site, change) for site, change in sites if site.startswith("unet."))
     layer = pipeline.unet.get_submodule(site.removeprefix("unet."))
     torch.testing.assert_close(layer.get_delta_weight("merged"), change.dense())
+
+
+@pytest.fixture(scope="module")
+def mess(tmp_path_factory):
+    return make_mess(tmp_path_factory.mktemp("mess"))
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in ("merge", "compare", "inspect"):
+        command = sys.modules[f"iteris_core.cli.{module}"]
+        monkeypatch.setattr(command, "load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    monkeypatch.setattr(sys.modules["iteris_core.cli.adapters"], "_load", pytest.fail)
+    monkeypatch.setattr(ClipScorer, "load", pytest.fail)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize(("case", "message"), CASES, ids=[case for case, _ in CASES])
+def test_a_mistake_is_one_line_and_nothing_is_lost(
+    mess, tmp_path, monkeypatch, capsys, case, message
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments_of(case, mess, tmp_path)
+    kept = contents(Path(mess["tmp"]), Path(mess["world"]), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["iteris", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("iteris: ")
+    assert re.search(r" \[IT-\d\d\]\n$", err)
+    assert filled(message, mess) in err
+    assert len(err) < 1500
+    assert contents(Path(mess["tmp"]), Path(mess["world"]), tmp_path) == kept
+
+
+def test_there_are_two_hundred_cases_and_none_twice():
+    assert len(CASES) == len({case for case, _ in CASES}) > 200
+
+
+def test_the_embedding_of_two_experts_has_its_place_before_the_merge(tmp_path):
+    """It goes beside the file for high noise, not beside a file that is never written."""
+    sites = dict.fromkeys(("net.a", "net_2.a"), LowRank(torch.ones(2, 1), torch.ones(1, 2)))
+    base = BaseModel(Architecture("x", "X", denoiser="net"), {}, {}, {})
+    lora = Lora(sites, base=base, embeddings={"<toy>": {"clip_l": torch.ones(1, 2)}})
+    out = tmp_path / "out.safetensors"
+    check_embeddings([Concept(lora, trigger="a")], out, None, overwrite=False)
+    (tmp_path / "out_high_noise_emb.safetensors").write_text("mine")
+    with pytest.raises(IterisError, match="out_high_noise_emb"):
+        check_embeddings([Concept(lora, trigger="a")], out, None, overwrite=False)

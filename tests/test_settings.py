@@ -56,7 +56,7 @@ class Example(Settings):
         ({"rows": "some"}, r"rows must be .* \(or all, or none\)"),
         ({"word": "three"}, "word must be one of one, two, none, not 'three'"),
         ({"word": None}, "word must be one of"),
-        ({"other": 1}, "no setting 'other'; the names are: on, count"),
+        ({"other": 1}, "no setting 'other'. The names are: on, count"),
         ({"on": True, "enabled": True}, "leave one out"),
     ],
 )

@@ -16,7 +16,7 @@ const NOW = {
   IterisCompareMerges: ['methods', 'samples', 'seed', 'preset'],
 };
 const USUAL = {
-  preset: 'default', samples: 50, seed: 0, strength: 1, method: 'iteris', boundary: 0.875,
+  preset: 'default', samples: 0, seed: 0, strength: 1, method: 'iteris', boundary: 0.875,
 };
 const [STRENGTH, CLIP_STRENGTH, SAME] = [3, 7, -11]; // of IterIS Concept
 export const SETTINGS = {

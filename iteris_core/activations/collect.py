@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import IterisError
+from ..errors import SiteError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
 from ..solve.moments import MomentReduction
@@ -56,7 +56,7 @@ class Collector(ABC):
     def observe(self, shown: Observation) -> None:
         group = self._order.setdefault((shown.name, shown.call), shown.group)
         if group != shown.group:
-            raise IterisError(
+            raise SiteError(
                 f"The micro-batches took different paths through the model at site {shown.name}; "
                 "use one micro-batch."
             )
@@ -189,7 +189,7 @@ class SweepCollector(Collector):
 
     def _keep(self, shown: Observation) -> None:
         if shown.call:
-            raise IterisError(
+            raise SiteError(
                 f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
                 'at its first call; merge with schedule="jacobi", which counts all of them.'
             )

@@ -20,7 +20,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from ..errors import IterisError
+from ..errors import SiteError
 from ..lora import LowRank, SiteChanges
 from .blocks import Levels, Shown, replay_hook
 from .micro_batch import MicroBatch, Pending
@@ -157,7 +157,7 @@ class Lockstep:
                     if all(ended):
                         return
                     if any(ended) or any(site != arrived[0] for site in arrived):
-                        raise IterisError(
+                        raise SiteError(
                             f"The micro-batches took different paths through the model ({arrived}),"
                             " so they cannot be merged in one sweep; use one micro-batch or "
                             'schedule="jacobi".'
@@ -184,7 +184,7 @@ class Lockstep:
         module = self._streams.get(name)
         stream = batch.streams.pop(module, None) if module is not None else None
         if stream is not None and stream.shape != outputs.shape:
-            raise IterisError(
+            raise SiteError(
                 f"Site {name} gives {tuple(outputs.shape)}, which cannot be added to its residual "
                 f"stream {tuple(stream.shape)}; merge with repair=false."
             )
@@ -212,7 +212,7 @@ class Lockstep:
                 return output
             rows = len(batch.owners)
             if inputs.shape[0] != rows * batch.copies:
-                raise IterisError(
+                raise SiteError(
                     f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
@@ -304,7 +304,7 @@ def _pausing(outside: Modes) -> Callable[[str], None]:
     def pause(site: str) -> None:
         mine = Modes.now()
         if mine.inference != outside.inference:
-            raise IterisError(
+            raise SiteError(
                 f"Site {site} is called in another inference mode of torch than the merge, which "
                 "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
                 'merge with schedule="jacobi".'

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from ..errors import IterisError
+from ..errors import SiteError
 from .choice import TokenChoice
 from .saliency import Saliency
 from .site import Site
@@ -104,7 +104,7 @@ class MicroBatch:
         """Until the sites of ``level`` are solved, which have to be those that were reached."""
         reached, self.reached = self.reached, []
         if reached != list(level):
-            raise IterisError(
+            raise SiteError(
                 f"A micro-batch took another path through the model (it reached {reached}, where "
                 f"{list(level)} were to be solved), so it cannot be merged in one sweep; use one "
                 'micro-batch or schedule="jacobi".'

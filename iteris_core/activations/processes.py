@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ..errors import IterisError
+from ..errors import DeviceError
 
 _SMALL = 1 << 16  # entries; tensors up to this size travel together
 
@@ -33,7 +33,7 @@ class Processes:
     def mine(self, count: int) -> Sequence[int]:
         """This process's of ``count`` rows. Raises :class:`IterisError` if a process gets none."""
         if count < self.size:
-            raise IterisError(
+            raise DeviceError(
                 f"{count} rows cannot be shared by {self.size} processes; start fewer, or take "
                 "more samples."
             )
@@ -110,6 +110,6 @@ def _still_there() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise IterisError(
+        raise DeviceError(
             "Another process of this merge has ended, so it cannot go on; nothing was written."
         ) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..architectures.sites import weight_shape
-from ..errors import IterisError
+from ..errors import SiteError
 from ..lora import LowRank
 
 
@@ -118,14 +118,14 @@ def site_of(name: str, module: nn.Module) -> Site:
     try:
         shape = weight_shape(module)
     except AttributeError as error:
-        raise IterisError(
+        raise SiteError(
             f"Site {name} is a {type(module).__name__}, which is no linear layer and no "
             "convolution; leave it out of the LoRA."
         ) from error
     if not isinstance(module, nn.Conv2d):
         return LinearSite(shape)
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise IterisError(
+        raise SiteError(
             f"Site {name} is a grouped or specially padded convolution, which cannot be merged; "
             "leave it out of the LoRA."
         )

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 
-from ..errors import IterisError, LoraFileError
+from ..errors import LoraFileError, UsageError
 from .pieces import Shapes
 from .record import Architecture
 
@@ -34,7 +34,7 @@ def register(*added: Architecture) -> None:
     names = [known.name for known in (*_registered, *added)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise IterisError(f"There is an architecture {twice[0]} already; choose another name.")
+        raise UsageError(f"There is an architecture {twice[0]} already; choose another name.")
     _registered = (*_registered, *added)
 
 
@@ -49,7 +49,7 @@ def architecture(name: str) -> Architecture:
         if known.name == name:
             return known
     names = ", ".join(known.name for known in _registered)
-    raise IterisError(f"There is no architecture {name!r}; known are {names}.")
+    raise UsageError(f"There is no architecture {name!r}; known are {names}.")
 
 
 def architecture_of_sites(shapes: Shapes) -> Architecture | None:

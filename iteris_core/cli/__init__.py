@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
 
-from ..errors import IterisError
+from ..errors import KINDS, IterisError, UsageError, kind_of
 from .common import console
 from .compare import compare
 from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
-from .help import Command
+from .explain import explain
+from .help import Command, Group
+from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings=_HELP,
-)
-for command in (merge, inspect, compare, score, methods, demo, doctor):
+app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
+for command in (merge, init, inspect, compare, score, methods, explain, demo, doctor):
     app.command(cls=Command, context_settings=_HELP)(command)
+
+_TyperError: Any = typer.BadParameter.__base__
+"""What typer raises for an unknown option, a missing one or a value of the wrong kind."""
 
 
 def _version(wanted: bool) -> None:
@@ -36,21 +37,41 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def program(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
     """Merge several LoRAs into one by least squares on what the merged model really sees."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
-    """Run the command line; an :class:`IterisError` is one line and exit status 2."""
+    """Run the command line; what the user can mend is one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except IterisError as error:
-        console.print(f"[bold red]iteris:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _stop(str(error), kind_of(error).code)
+    except _TyperError as error:
+        where = error.ctx.command_path if error.ctx is not None else "iteris"
+        message = error.format_message()
+        end = "" if message.endswith((".", "?")) else "."
+        _stop(f"{message}{end} All options: {where} -h", KINDS[UsageError].code)
+    except typer.Abort:
+        _stop("stopped; nothing was written.")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _stop(f"{error.filename}: {error.strerror}.")
+
+
+def _stop(what: str, code: str = "") -> NoReturn:
+    """End with ``what`` on one line; ``iteris explain CODE`` says more of it."""
+    what = f"{what} [{code}]" if code else what
+    console.print(f"[bold red]iteris:[/] {escape(what)}", highlight=False, soft_wrap=True)
+    sys.exit(2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..concepts import Concept
-from ..errors import IterisError, brief
+from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_tensors
 from .base import loading
@@ -72,12 +72,12 @@ def check_adapter(option: ConceptOption) -> Path:
     """The folder of an adapter. Raises :class:`IterisError` for what only LoRA files have."""
     name = option.file or "a concept"
     if option.file is None or option.samples is None:
-        raise IterisError(
+        raise ConceptError(
             f"{name} is not FOLDER:SAMPLES, such as adapters/joy:joy.txt; SAMPLES is a text file "
             "with one sample a line, or a .safetensors with the model's inputs."
         )
     if option.prompts is not None or option.class_word or option.text_strength is not None:
-        raise IterisError(
+        raise ConceptError(
             f"{name}: prompts, class and text_strength are for diffusion bases; an adapter of a "
             "model of transformers has samples, strength and weight."
         )
@@ -95,9 +95,9 @@ def _load(base: str, model_class: str | None, adapter: Path) -> Any:
             name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
         if kind is None and model_class:
-            raise IterisError(f"--model-class {name}: transformers has no class of that name.")
+            raise UsageError(f"--model-class {name}: transformers has no class of that name.")
         if kind is None:
-            raise IterisError(
+            raise BaseError(
                 f"The adapter {adapter} is for {name}, which is no class of transformers. Give one "
                 "whose modules have the same names, such as --model-class "
                 "AutoModelForSequenceClassification, or merge from Python with "
@@ -121,7 +121,7 @@ def _load_tokenizer(base: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base)
     except Exception as error:
-        raise IterisError(
+        raise BaseError(
             f"The base {base!r} has no tokenizer ({brief(error)}); give samples as .safetensors."
         ) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..concepts import Calibration
-from ..errors import IterisError
+from ..errors import UsageError
 from ..merge import Unmergeable
 from ..methods import find_method
 from ..methods.registry import Method
@@ -88,10 +88,14 @@ def ask(
     unmergeable: Unmergeable | None,
 ) -> Asked:
     """What the command line says, over what the merge file does."""
+    if not concepts and not file.concepts and file.path is not None:
+        raise UsageError(
+            f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
+        )
     if not concepts and not file.concepts:
-        raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
+        raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
     if base is None:
-        raise IterisError("Name the base: BASE on the command line, or base: in the merge file.")
+        raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
     chosen = find_method(method)
     settings, of_file = file.checked(chosen.settings)
     more, sampling = parse_settings(chosen.settings, pairs)

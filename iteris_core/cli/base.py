@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..activations.meter import is_out_of_memory
-from ..errors import IterisError, OutOfMemory, brief
-from ..lora_files import check_file
+from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
+from ..lora_files import is_lora, read_header
 
 
 def best_device() -> str:
@@ -24,7 +24,7 @@ def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise IterisError(
+        raise DeviceError(
             f"--device {device!r} is no device of torch; say cpu, cuda, cuda:1, …"
         ) from error
     backend = getattr(torch, kind, None)
@@ -32,7 +32,7 @@ def check_device(device: str) -> None:
     if kind == "mps":
         available = torch.backends.mps.is_available
     if available is not None and not available():
-        raise IterisError(
+        raise DeviceError(
             f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
             "--device out for the best that there is, or say cpu; iteris doctor shows what is here."
         )
@@ -42,14 +42,22 @@ def check_base(base: str) -> None:
     """Raise :class:`IterisError` for a local base of diffusers that cannot be one."""
     path = Path(base)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise IterisError(
+        raise BaseError(
             f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
             "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
         )
-    if path.is_file() and path.suffix == ".safetensors":
-        check_file(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise BaseError(
+            f"The base {base!r} is no .safetensors. Give a folder with a pipeline of diffusers, a "
+            ".safetensors checkpoint or a hub name; files of other kinds are not opened."
+        )
+    if path.is_file() and is_lora(read_header(path)[0]):
+        raise BaseError(
+            f"The base {base!r} is a LoRA, not a model. BASE is what the LoRAs are merged on; give "
+            "this file with --concept."
+        )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        raise IterisError(
+        raise BaseError(
             f"The base {base!r} does not exist: there is no such folder or file, and a name on the "
             "hub is OWNER/NAME."
         )
@@ -118,7 +126,7 @@ def loading(base: str, what: str) -> Generator[None]:
                 "--offload model, --base-dtype bfloat16, or a device with more memory."
             ) from error
         here = "" if Path(base).exists() else " There is no folder or file of that name here."
-        raise IterisError(
+        raise BaseError(
             f"The base {base!r} cannot be loaded ({brief(error)}).{here} Give a folder with a "
             f"{what} or a hub name."
         ) from error

@@ -6,13 +6,15 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..concepts import Words, words_of
-from ..errors import IterisError
-from ..lora_files import check_file
+from ..errors import ConceptError, LoraFileError, OutputError
+from ..lora_files import check_file, is_lora, read_header
+from ..lora_files.sidecars import find_phrases
 from .adapters import check_adapter
 from .concept_options import ConceptOption
 from .options import read_lines
 
+_FEW = 8
+"""Tensors that a file of embeddings may have; a model has more."""
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
@@ -20,19 +22,38 @@ def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None
     """Raise :class:`IterisError` for a LoRA file that is missing or none, and, where a method is to
     ``run_base``, for a concept that nothing says how to call for."""
     if concepts and all(map(_left_out, concepts)):
-        raise IterisError("There is nothing to merge: every concept has strength or weight 0.")
+        raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     for option in concepts:
-        metadata = [check_file(file) for file in option.files]
+        metadata = [_check_lora(file) for file in option.files]
+        if option.samples is not None:
+            raise ConceptError(
+                f"{_name(option)}: samples are for models of transformers; give prompts."
+            )
         words = option.trigger or option.class_word or option.subjects
         if option.prompts is not None and not option.prompts:
-            raise IterisError(f"{_name(option)}: its list of prompts is empty.")
-        if not run_base or words or option.prompts is not None or not metadata:
+            raise ConceptError(f"{_name(option)}: its list of prompts is empty.")
+        if not run_base or words or option.prompts is not None or option.file is None:
             continue
-        if words_of(metadata[0]) == Words():
-            raise IterisError(
-                f"{option.file} has no trigger word, and its metadata name none. Give one "
+        if not find_phrases(option.file, metadata[0]).phrases:
+            raise ConceptError(
+                f"{option.file} has no trigger word: neither its metadata nor a note beside it "
+                "names one. Give one "
                 f"({option.file}:TRIGGER:CLASS), or prompts that call for it (,prompts=FILE)."
             )
+
+
+def _check_lora(file: Path) -> dict[str, str]:
+    """The metadata of a LoRA file. Raises :class:`LoraFileError` for another kind of file."""
+    shapes, metadata = read_header(file)
+    if not shapes:
+        raise LoraFileError(f"{file} holds no tensors; it is not a LoRA file.")
+    if not is_lora(shapes):
+        what = "a whole model (a checkpoint)" if len(shapes) > _FEW else "another kind of file"
+        raise LoraFileError(
+            f"{file} is {what}, not a LoRA: its first tensor is {min(shapes)}. Give the LoRA's own "
+            "file."
+        )
+    return metadata
 
 
 def check_adapters(concepts: Sequence[ConceptOption]) -> None:
@@ -40,7 +61,7 @@ def check_adapters(concepts: Sequence[ConceptOption]) -> None:
     for option in concepts:
         folder = check_adapter(option)
         if not (folder / "adapter_config.json").is_file():
-            raise IterisError(
+            raise ConceptError(
                 f"{folder} is no adapter folder of peft: it has no adapter_config.json."
             )
         if option.samples is None:
@@ -48,7 +69,7 @@ def check_adapters(concepts: Sequence[ConceptOption]) -> None:
         if option.samples.suffix == ".safetensors":
             check_file(option.samples)
         elif not read_lines(option.samples):
-            raise IterisError(f"{option.samples} has no samples; write one a line.")
+            raise ConceptError(f"{option.samples} has no samples; write one a line.")
 
 
 def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptOption]) -> None:
@@ -57,7 +78,7 @@ def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptOption]) -> N
         for file in option.files:
             for output in outputs:
                 if output.exists() and file.exists() and output.samefile(file):
-                    raise IterisError(
+                    raise OutputError(
                         f"{output} is one of the LoRAs to merge, which would be lost; choose "
                         "another name for the result."
                     )
@@ -68,11 +89,11 @@ def check_plot(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in _PLOTS:
-        raise IterisError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
+        raise OutputError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
     if not path.parent.is_dir():
-        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise IterisError("--plot needs matplotlib: pip install matplotlib")
+        raise OutputError("--plot needs matplotlib: pip install matplotlib")
 
 
 def warnings_of(concepts: Sequence[ConceptOption]) -> Iterator[str]:

@@ -14,13 +14,13 @@ import typer
 from rich.markup import escape
 
 from ..concepts import Concept
-from ..errors import IterisError
+from ..errors import UsageError
 from ..lora_files import ReadOptions
 from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
 from ..progress import OnProgress, Progress
-from .base import best_device, load_base
+from .base import best_device, check_base, load_base
 from .checks import check_concepts, warnings_of
 from .common import (
     CALIBRATION,
@@ -128,15 +128,18 @@ def compare(
         ALONE,
         BASE,
         Comparison,
+        check_together,
         compare_compositions,
         compare_methods,
     )
-    from ..score.drawing import Drawing, scheduler_of
-    from ..score.judged import PROMPT_LISTS
+    from ..score.drawing import Drawing, find_scheduler
+    from ..score.judged import PROMPT_LISTS, fill_prompts
     from ..score.results import check_results_folder, mean_rows, write_results
     from ..score.statistics import markdown_table
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
     settings, calibration = parse_by_method(kinds, setting or [])
     lines = read_lines(templates) if templates else None
@@ -146,7 +149,7 @@ def compare(
         settings_over(preset or "default", name, settings[name], calibration)
     options = [parse_concept(text) for text in concept]
     if len(refs) != len(options):
-        raise IterisError(
+        raise UsageError(
             f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
             f"{len(options)}."
         )
@@ -159,12 +162,15 @@ def compare(
     check_results_folder(output, overwrite=overwrite)
     references = [open_images(folder)[1] for folder in refs]
     wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
+    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in options])
+    check_together(together, len(options))
+    if scheduler is not None:
+        find_scheduler(scheduler)
+    check_base(base)
     device = device or best_device()
     done: list[Comparison] = []
     with progress_bars() as on_progress, _said_where_it_stopped(output, done):
         pipeline = load_base(base, device, dtype=base_dtype, offload=offload)
-        if scheduler is not None:
-            scheduler_of(pipeline, scheduler)  # a wrong name is told before anything is merged
         host = DiffusersHost(pipeline)
         concepts = read_concepts(options, host, ReadOptions())
         scorer = ClipScorer.load(clip, clip_weights, device=device)
@@ -224,9 +230,9 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
     if found is None or "0" in found.groups():
-        raise IterisError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
+        raise UsageError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
     width, height = int(found[1]), int(found[2] or found[1])
     if width % 8 or height % 8:
         nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
-        raise IterisError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
+        raise UsageError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")
     return width, height

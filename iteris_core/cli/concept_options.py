@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..concepts import PRESERVE_WEIGHT, Concept, PromptKind, Words, words_of
-from ..errors import IterisError
+from ..concepts import KINDS, PRESERVE_WEIGHT, Concept, PromptKind, Words, words_in
+from ..errors import ConceptError, UsageError, did_you_mean
 from ..hosts.protocol import Host
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.experts import joined_experts
-from .options import did_you_mean, read_prompts
+from ..lora_files.sidecars import find_phrases
+from .options import read_prompts
 
 Find = Callable[[str], Path]
 """Where the file is that is named so."""
@@ -93,13 +94,13 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
     split = [pair.partition("=") for pair in pairs]
     values: dict[str, Any] = {key: value for key, _, value in split}
     if len(values) < len(pairs):
-        raise IterisError(f"{where} says one thing twice; a key is given once.")
+        raise ConceptError(f"{where} says one thing twice; a key is given once.")
     head = head.removeprefix(",")
     if head:
         in_front = _adapter(head) if adapter else _short(head, bool(pairs))
         twice = sorted(in_front.keys() & values.keys())
         if twice:
-            raise IterisError(f"{where} gives {', '.join(twice)} twice; leave one out.")
+            raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
         values = {**in_front, **values}
     return concept_of(values, where, find)
 
@@ -113,7 +114,7 @@ def _refuse_unknown_keys(where: str, parts: Sequence[str]) -> None:
     """Raise for ``,KEY=`` with a KEY that no concept has: it would become a part of the words."""
     for found in filter(None, map(_UNKNOWN_KEY.search, parts)):
         key, known = found[1], KEYS[:-3]
-        raise IterisError(
+        raise ConceptError(
             f"{where}: there is no key {key!r}{did_you_mean(key, known)} The keys are "
             f"{', '.join(known)}. Words that have a comma and an = go into a merge file."
         )
@@ -125,7 +126,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     _, named, words = text.rpartition(".safetensors:")
     strength = ":".join(words.split(":")[2:])
     if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
-        raise IterisError(
+        raise ConceptError(
             f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
             f"0.8/0.5 (the model's and the text encoders'), not {strength!r}."
         )
@@ -135,7 +136,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         return {k: value for k, value in zip(keys, parts.groups(), strict=True) if value}
     if alone and not named:
         return {"file": text}
-    raise IterisError(
+    raise ConceptError(
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
         "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
         "cat.safetensors:sks:cat:0.8/0.5, with ,weight=2 or ,prompts=cat.txt behind it; or FILE "
@@ -147,7 +148,7 @@ def _adapter(text: str) -> dict[str, Any]:
     folder, _, rest = text.partition(":")
     samples, _, strength = rest.partition(":")
     if not re.fullmatch(_NUMBER, strength or "1"):
-        raise IterisError(
+        raise ConceptError(
             f"--concept {text!r} is not FOLDER:SAMPLES or FOLDER:SAMPLES:STRENGTH, such as "
             "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
             ".safetensors with the model's inputs."
@@ -161,26 +162,30 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find | None = Path) 
     are no file, as in a recipe, which may be anybody's."""
     for key in values:
         if key not in KEYS:
-            raise IterisError(
+            raise ConceptError(
                 f"{where}: there is no key {key!r}{did_you_mean(str(key), KEYS)} The keys of a "
                 f"concept are {', '.join(KEYS)}."
             )
     given = {key: value for key, value in values.items() if value is not None}
     numbers = {key: _number(given[key], f"{where}: {key}") for key in _NUMBERS if key in given}
     if numbers.get("weight", 0) < 0:
-        raise IterisError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
+        raise ConceptError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
     texts = {key: _text(given.get(key, ""), f"{where}: {key}") for key in ("file", *_WORDS)}
+    if texts["kind"] and texts["kind"] not in KINDS:
+        raise ConceptError(
+            f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
+        )
     prompts, samples, reading = (given.get(key) for key in ("prompts", "samples", "reading"))
     if isinstance(prompts, str) and find is not None:
         prompts = read_prompts(find(prompts))
     if samples is not None:
         samples = Path(samples) if find is None else find(_text(samples, f"{where}: samples"))
     if not isinstance(reading or {}, Mapping):
-        raise IterisError(f"{where}: reading must be a mapping, not {reading!r}.")
+        raise ConceptError(f"{where}: reading must be a mapping, not {reading!r}.")
     file, low = split_files(texts["file"]) if texts["file"] else (None, None)
     if file is None:
         if prompts is None:
-            raise IterisError(f"{where} has neither a file nor prompts for the base to stay on.")
+            raise ConceptError(f"{where} has neither a file nor prompts for the base to stay on.")
         numbers = {"weight": PRESERVE_WEIGHT, **numbers}
         texts["trigger"] = texts["trigger"] or "preserve"
     return ConceptOption(
@@ -204,19 +209,19 @@ def _number(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise IterisError(f"{name} must be a number, not {value!r}.")
+        raise ConceptError(f"{name} must be a number, not {value!r}.")
     return number
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise IterisError(f"{name} must be text, not {value!r}.")
+        raise ConceptError(f"{name} must be text, not {value!r}.")
     return str(value)
 
 
 def _texts(values: Any, name: str) -> list[str]:
     if not isinstance(values, list | tuple):
-        raise IterisError(f"{name} must be a list, not {values!r}.")
+        raise ConceptError(f"{name} must be a list, not {values!r}.")
     return [_text(value, name) for value in values]
 
 
@@ -227,14 +232,17 @@ def read_concepts(
     renames: Sequence[str] = (),
 ) -> list[Concept]:
     """The concepts with their LoRAs. Where nothing says how to call for one, its file's metadata
-    do. ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
-    each has to fit an embedding."""
+    do, or the notes beside it.
+
+    ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own, and
+    each has to fit an embedding.
+    """
     concepts = [_read(option, host, reading, renames) for option in options]
     for text in renames:
         if not any(_has_new_name(text, concept.lora) for concept in concepts):
             loras = [concept.lora for concept in concepts if concept.lora is not None]
             brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
-            raise IterisError(
+            raise UsageError(
                 f"--rename {text!r} fits no embedding of these LoRAs, which bring "
                 f"{', '.join(brought) or 'none'}."
             )
@@ -254,7 +262,7 @@ def _read(
     if option.file is not None:
         lora = _lora(host, option.files, _reading(option, reading))
         if words == Words() and option.prompts is None:
-            words = words_of(lora.metadata)
+            words = words_in(find_phrases(option.file, lora.metadata).phrases)
         again = [str(text) for text in option.reading.get("rename") or ()]
         lora = rename_embeddings(lora, [*again, *renames])
     return Concept(
@@ -282,23 +290,30 @@ def _lora(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
         return high
     experts = getattr(host, "experts", None)
     if not experts:
-        raise IterisError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
+        raise ConceptError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
     return joined_experts(high, others[0], experts)
+
+
+def check_renames(renames: Sequence[str]) -> None:
+    """Raise :class:`IterisError` for what is no ``[LORA:]NAME=NEW``."""
+    for text in renames:
+        left, equals, new = text.partition("=")
+        if not equals or not new or not left.rpartition(":")[2]:
+            raise UsageError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
 
 
 def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
     if not renames:
         return lora
+    check_renames(renames)
     names = {name: name for name in lora.embeddings}
     for text in renames:
-        left, equals, new = text.partition("=")
+        left, _, new = text.partition("=")
         owner, colon, old = left.rpartition(":")
-        if not equals or not new or not old:
-            raise IterisError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
         if old in names and (not colon or owner == lora.name):
             names[old] = new
     if len(set(names.values())) < len(names):
-        raise IterisError(f"{lora.name}: two embeddings would have one name: {names}.")
+        raise UsageError(f"{lora.name}: two embeddings would have one name: {names}.")
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
     return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
-from ..errors import IterisError
+from ..errors import UsageError
 from .common import option, progress_bars
 
 
@@ -19,7 +19,7 @@ def demo(
     try:
         toybox_demo: Any = importlib.import_module("toybox.demo")
     except ModuleNotFoundError as error:
-        raise IterisError(
+        raise UsageError(
             "The toybox is not installed; run this from a checkout of the project."
         ) from error
     with progress_bars() as on_progress:

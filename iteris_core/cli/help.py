@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 _TYPES = {
     **{"<path>": "FILE", "<list[path]>": "FILE", "<str>": "TEXT", "<list[str]>": "TEXT"},
@@ -24,6 +24,8 @@ EXAMPLES = {
         "--concept cat.safetensors:sks:cat --refs pictures/cat "
         "--concept dog.safetensors:zwx:dog --refs pictures/dog",
     ),
+    "explain": ("iteris explain IT-09",),
+    "init": ("iteris init loras", "iteris init loras --base models/sdxl -o people.yaml --yes"),
     "inspect": ("iteris inspect cat.safetensors dog.safetensors",),
     "score": ("iteris score pictures --refs references --prompts prompts.txt",),
 }
@@ -54,21 +56,43 @@ class Command(TyperCommand):
             with formatter.section("Examples"):
                 for line in examples:
                     formatter.write_text(line)
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is None:
-                continue
-            argument = parameter.param_type_name == "argument"
-            heading = getattr(parameter, "rich_help_panel", None)
-            heading = heading or ("Arguments" if argument else "Options")
-            groups.setdefault(heading, []).append((_plain(record[0]), record[1]))
+        groups = _groups(self, ctx)
         for heading in sorted(groups, key=_order):
             with formatter.section(heading):
                 formatter.write_dl(groups[heading], col_max=24)
             if heading == "Options" and any("--concept" in names for names, _ in groups[heading]):
                 with formatter.section("A concept"):
                     formatter.write_dl(CONCEPT, col_max=24)
+
+
+class Group(TyperGroup):
+    """The program, whose help is plain text too."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands])
+        for heading, options in _groups(self, ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl(options, col_max=24)
+
+
+def _groups(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+    """Heading → the names and the help of its parameters."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is None:
+            continue
+        argument = parameter.param_type_name == "argument"
+        heading = getattr(parameter, "rich_help_panel", None)
+        heading = heading or ("Arguments" if argument else "Options")
+        heading = "Help" if parameter.name == "help" and command.name == "merge" else heading
+        names = parameter.metavar if argument and parameter.metavar else _plain(record[0])
+        groups.setdefault(heading, []).append((names, record[1]))
+    return groups
 
 
 def _order(heading: str) -> int:
@@ -78,4 +102,5 @@ def _order(heading: str) -> int:
 
 def _plain(names: str) -> str:
     """Names of an option with its type in a word; choices stay, without brackets."""
+    names = names.replace(" <bool>", "")
     return re.sub(r"<[^<>]+>", lambda found: _TYPES.get(found[0], found[0][1:-1]), names)

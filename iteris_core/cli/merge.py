@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from ..concepts import PRESERVE_WEIGHT, Concept
-from ..errors import IterisError
+from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
@@ -26,7 +26,7 @@ from .asked import ask, ask_again, with_preserved
 from .base import check_base, load_base
 from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
 from .common import BaseDtype, Device, Load, Memory, Offload, bytes_of, console, foresee, run_merge
-from .concept_options import read_concepts
+from .concept_options import check_renames, read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
 from .options import given, read_lines, read_prompts
 from .pictures import open_picture
@@ -110,9 +110,9 @@ def merge(
     )
     if from_file is not None:
         if concept or file.concepts:
-            raise IterisError("Give the LoRAs with --concept, or a merged file with --from.")
+            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
         for name in given(preset=preset, method=method):
-            raise IterisError(
+            raise UsageError(
                 f"--{name} is not for --from, which has all settings; change single ones by --set."
             )
         recipe = read_recipe(from_file, loras)
@@ -157,6 +157,10 @@ def merge(
         check_target(path, layout, dtype, overwrite)
     check_apart([output, *experts], asked.concepts)
     check_cut(asked.cut or {})
+    check_renames(rename or [])
+    reading = ReadOptions(allow_partial, energy)
+    pictures = {"image": image, "mask_image": mask_image}
+    call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
     settings_over(preset or "default", asked.method.name, asked.settings, asked.calibration)
     for line in warnings_of(asked.concepts):
         console.print(escape(line), style="yellow", highlight=False)
@@ -166,10 +170,7 @@ def merge(
             return load_adapters(base, asked.concepts, model_class, generate, device)
         from ..hosts.diffusers import DiffusersHost
 
-        pictures = {"image": image, "mask_image": mask_image}
-        call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
         host = DiffusersHost(load_base(base, device, dtype=base_dtype, offload=offload), **call)
-        reading = ReadOptions(allow_partial, energy)
         concepts = read_concepts(asked.concepts, host, reading, rename or [])
         check_embeddings(concepts, output, layout, overwrite=overwrite)
         return host, concepts
@@ -240,4 +241,4 @@ def _show_plan(
 def _refuse(why: str, **options: Any) -> None:
     """Raise for the first of ``options`` that was given: it is for ``why``."""
     for name in given(**options):
-        raise IterisError(f"--{name.replace('_', '-')} is for {why}")
+        raise UsageError(f"--{name.replace('_', '-')} is for {why}")

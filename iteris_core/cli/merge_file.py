@@ -13,11 +13,11 @@ import typer
 import yaml
 
 from ..concepts import Calibration
-from ..errors import IterisError, brief
+from ..errors import MergeFileError, OutputError, brief, did_you_mean
 from ..saving import atomically
 from ..settings import Settings
 from .concept_options import ConceptOption, concept_of, first_name, parse_concept
-from .options import check_settings, did_you_mean
+from .options import check_settings
 from .recipe import found_in
 
 SUFFIXES = (".yaml", ".yml")
@@ -70,7 +70,7 @@ class MergeFile:
             elif isinstance(entry, Mapping):
                 option = concept_of(entry, where, self.find)
             else:
-                raise IterisError(
+                raise MergeFileError(
                     f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}."
                 )
             options.append(found_in(folders, option))
@@ -91,7 +91,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     data = _load(path)
     concepts = data.get("concepts") or []
     if not isinstance(concepts, list):
-        raise IterisError(f"{path}: concepts must be a list, not {concepts!r}.")
+        raise MergeFileError(f"{path}: concepts must be a list, not {concepts!r}.")
     parts = {name: _mapping(path, name, data.get(name)) for name in ("settings", "calibration")}
     file = MergeFile(path, concepts, **parts, cut=_mapping(path, "cut", data.get("cut")))
     context.obj = file
@@ -103,11 +103,23 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
 
 def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
     """Write ``data`` as YAML, in its order."""
-    if path.exists() and not overwrite:
-        raise IterisError(f"{path} exists already; choose another name, or give --overwrite.")
-    if not path.parent.is_dir():
-        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+    check_merge_file(path, overwrite=overwrite)
     text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
+    write_merge_text(path, text)
+
+
+def check_merge_file(path: Path, *, overwrite: bool) -> None:
+    """Raise :class:`IterisError` where no merge file can be written to ``path``."""
+    if path.suffix not in SUFFIXES:
+        raise OutputError(f"{path}: the name of a merge file must end in {' or '.join(SUFFIXES)}.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another name, or give --overwrite.")
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
+
+
+def write_merge_text(path: Path, text: str) -> None:
+    """Write a merge file, which begins with the command that runs it."""
     with atomically(path) as unfinished:
         unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
 
@@ -147,18 +159,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise MergeFileError(f"{path} does not exist or is not a file; check the path.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
-        raise IterisError(f"{path} cannot be read ({brief(error)}).") from error
+        raise MergeFileError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise IterisError(f"{path} is no YAML: {brief(error)}") from error
+        raise MergeFileError(f"{path} is no YAML: {brief(error)}") from error
     return _mapping(path, "the file", data)
 
 
 def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
     if value is not None and not isinstance(value, dict):
-        raise IterisError(f"{path}: {name} must be a mapping of names to values, not {value!r}.")
+        raise MergeFileError(f"{path}: {name} must be a mapping of names to values, not {value!r}.")
     return value or {}
 
 
@@ -182,13 +196,15 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         if parameter is None:
             known = ", ".join([*_OWN, *parameters])
             guess = did_you_mean(str(key), [*_OWN, *parameters])
-            raise IterisError(f"{file.path}: there is no key {key!r}{guess} The keys are {known}.")
+            raise MergeFileError(
+                f"{file.path}: there is no key {key!r}{guess} The keys are {known}."
+            )
         if value is None:
             continue
         try:
             converted = parameter.process_value(context, _as_given(value))
         except typer.BadParameter as error:
-            raise IterisError(f"{file.path}: {key}: {error.message}") from error
+            raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
         if isinstance(converted, Path):
             converted = _path(file, parameter.name, converted)
         found[parameter.name] = converted
@@ -209,5 +225,5 @@ def _path(file: MergeFile, name: str, path: Path) -> Path:
 
 def _texts(path: Path | None, key: str, value: Any) -> list[str]:
     if not isinstance(value, list):
-        raise IterisError(f"{path}: {key} must be a list of text, not {value!r}.")
+        raise MergeFileError(f"{path}: {key} must be a list of text, not {value!r}.")
     return [str(one) for one in value]

@@ -36,6 +36,7 @@ Base = Annotated[
     typer.Argument(
         help="A pipeline of diffusers (a folder, a .safetensors, a hub name), a model of "
         "transformers, or a merge file (.yaml), in which every option is a key.",
+        metavar="BASE",
         is_eager=True,
         callback=use_merge_file,
     ),
@@ -142,7 +143,7 @@ Plan = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    option("Show nothing but what is wrong", "--quiet", "-q"),
+    option("Show nothing but what is wrong", "--quiet", "-q", panel=RESULT),
 ]
 Json = Annotated[bool, option("Print the report as JSON", "--json", panel=RESULT)]
 Plot = Annotated[Path | None, option("A PNG of the output errors per block", panel=RESULT)]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..concepts import Calibration
-from ..errors import IterisError, SettingsError
+from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..presets import PRESETS
 from ..settings import Settings, declared_settings, find_setting
 from .common import CALIBRATION, console, option
 
@@ -20,7 +18,11 @@ MOST_PROMPTS = 2000
 Latents = Literal["denoising", "noise"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
-PRESET_HELP = " ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
+PRESET_HELP = (
+    "fast: a quarter of the prompts. best: for several concepts in one picture, many LoRAs or a "
+    "low rank; six to seven times as long. paper: the paper's Algorithm 1 to the letter. More: "
+    "iteris methods"
+)
 
 CONCEPT_HELP = (
     "A LoRA and what calls for it, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
@@ -63,12 +65,9 @@ def parse_settings(
         owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
         known = [*declared_settings(kind), *declared_settings(Calibration)]
         if not equals:
-            raise IterisError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
+            raise SettingsError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
         if owner is None:
-            raise IterisError(
-                f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} "
-                "iteris methods METHOD lists those of a method."
-            )
+            raise _unknown(pair, name, known)
         values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
     return values
 
@@ -90,9 +89,26 @@ def parse_by_method(
         owners = [one for one, kind in kinds.items() if find_setting(kind, name)]
         for one in owners:
             values[one] |= parse_settings(kinds[one], [pair])[0]
-        if not owners:
-            calibration |= parse_settings(Settings, [pair])[1]
+        if owners or find_setting(Calibration, name):
+            calibration |= {} if owners else parse_settings(Settings, [pair])[1]
+        elif dot:
+            raise SettingsError(
+                f"--set {pair!r}: {method!r} is not among the methods to compare, which are "
+                f"{', '.join(kinds)}."
+            )
+        else:
+            known = [
+                one for kind in (*kinds.values(), Calibration) for one in declared_settings(kind)
+            ]
+            raise _unknown(pair, name, known)
     return values, calibration
+
+
+def _unknown(pair: str, name: str, known: Sequence[str]) -> IterisError:
+    return SettingsError(
+        f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods "
+        "METHOD lists those of a method."
+    )
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     for name in values:
         if find_setting(kind, name) is None:
             guess = did_you_mean(str(name), declared_settings(kind))
-            raise IterisError(
+            raise SettingsError(
                 f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
                 "of a method."
             )
@@ -117,12 +133,6 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
     return value
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
-    near = get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -142,15 +152,15 @@ def read_prompts(path: Path) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file in UTF-8, without blanks around them and without empty ones."""
     if not path.is_file():
-        raise IterisError(f"{path} does not exist or is not a file.")
+        raise InputFileError(f"{path} does not exist or is not a file.")
     data = path.read_bytes()
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise IterisError(
+        raise InputFileError(
             f"{path} is no text in UTF-8 (byte {error.start}); save it again as UTF-8."
         ) from error
     if "\0" in text:
-        raise IterisError(f"{path} is no text file: it has bytes of 0 in it.")
+        raise InputFileError(f"{path} is no text file: it has bytes of 0 in it.")
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]

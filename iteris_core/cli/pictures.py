@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import IterisError, brief
+from ..errors import InputFileError, brief
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -18,7 +18,9 @@ def open_picture(path: Path) -> Any:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except OSError as error:  # of Pillow's too
-        raise IterisError(f"{path} is not a picture that can be read ({brief(error)}).") from error
+        raise InputFileError(
+            f"{path} is not a picture that can be read ({brief(error)})."
+        ) from error
 
 
 def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
@@ -29,6 +31,6 @@ def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
         files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
         if not files:
             kinds = ", ".join(_IMAGES)
-            raise IterisError(f"{path} is no picture and no folder with pictures ({kinds}).")
+            raise InputFileError(f"{path} is no picture and no folder with pictures ({kinds}).")
         found += files
     return found, [open_picture(file) for file in found]

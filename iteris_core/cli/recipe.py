@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, get_args
 
-from ..errors import IterisError, SettingsError
+from ..errors import IterisError, RecipeError, SettingsError
 from ..lora_files import read_tensors
 from ..lora_files.metadata import parse_object
 from ..lora_files.tensors import file_digest
@@ -48,7 +49,7 @@ class Recipe:
             if (folder / self.base).exists():
                 return str(folder / self.base)
         was = f"It was merged on {self.base}, which is not here" if self.base else "It names none"
-        raise IterisError(f"There is no base to merge on. {was}; say BASE in front of --from.")
+        raise RecipeError(f"There is no base to merge on. {was}; say BASE in front of --from.")
 
     def over(
         self,
@@ -61,7 +62,7 @@ class Recipe:
             return {**kind.canonical(getattr(self, what)), **kind.canonical(given)}
         except SettingsError as error:
             are = "is" if what == "calibration" else "are"
-            raise IterisError(f"The recipe's {what} {are} not of this version: {error}") from error
+            raise RecipeError(f"The recipe's {what} {are} not of this version: {error}") from error
 
 
 def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
@@ -72,7 +73,7 @@ def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     whole = all(isinstance(found.get(name), kind) for name, kind in _KINDS.items())
     whole = whole and found["unmergeable"] in get_args(Unmergeable)
     if not whole or not all(isinstance(concept, dict) for concept in found["concepts"]):
-        raise IterisError(
+        raise RecipeError(
             f"{path} has no whole recipe of a merge in its metadata; it was not written by iteris "
             "merge, or another tool saved it without its metadata."
         )
@@ -89,10 +90,16 @@ def check_cut(cut: Mapping[str, Any]) -> None:
     _number(cut.get("strength", 1.0))
     rank, ordered = cut.get("rank", 1), cut.get("ordered", True)
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not whole or not isinstance(ordered, bool) or ("rank" in cut) != ("ordered" in cut):
-        raise IterisError(
-            f"The cut {dict(cut)} is broken: rank must be a whole number of at least 1, with "
-            "ordered, true or false, beside it."
+    unknown = cut.keys() - {"rank", "ordered", "strength"}
+    if (
+        unknown
+        or not whole
+        or not isinstance(ordered, bool)
+        or ("rank" in cut) != ("ordered" in cut)
+    ):
+        raise RecipeError(
+            f"The cut {dict(cut)} is broken: it takes rank, a whole number of at least 1, with "
+            "ordered, true or false, beside it; and strength, a number."
         )
 
 
@@ -106,8 +113,9 @@ def cut_again(cut: Mapping[str, Any], result: MergeResult) -> MergeResult:
 
 
 def _number(strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
-        raise IterisError(f"The recipe has a broken strength {strength!r}.")
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not number or not math.isfinite(strength):
+        raise RecipeError(f"The recipe has a broken strength {strength!r}; give a finite number.")
     return strength
 
 
@@ -119,7 +127,7 @@ def concepts_of(recipe: Recipe) -> list[ConceptOption]:
             known = {key: value for key, value in entry.items() if key in KEYS}
             option = concept_of(known, "it", find=None)
         except IterisError as error:
-            raise IterisError(f"The recipe has a broken concept {dict(entry)}: {error}") from error
+            raise RecipeError(f"The recipe has a broken concept {dict(entry)}: {error}") from error
         found.append(found_in(recipe.folders, option))
     return found
 
@@ -142,8 +150,8 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
         if not digest or (path.is_file() and file_digest(path) == digest):
             return path
     if present:
-        raise IterisError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
+        raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
     places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise IterisError(
+    raise RecipeError(
         f"{name} is in none of the folders {places}; say with --loras in which folder it is."
     )

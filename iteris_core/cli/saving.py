@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from ..concepts import Concept
-from ..errors import IterisError, SaveError
+from ..errors import IterisError, OutputError, SaveError
 from ..lora import Lora
 from ..lora_files import Layout, write_loras
 from ..lora_files.embeddings import embedding_targets
@@ -25,11 +25,21 @@ def save_lora(
     lora: Lora, path: Path, *, layout: Layout | None, dtype: str, overwrite: bool
 ) -> list[Path]:
     """Write a LoRA to ``path``, or that of two experts to a file each."""
-    denoiser = lora.base.architecture.denoiser if lora.base is not None else ""
+    denoiser = _denoiser(lora)
     parts = {path: lora}
-    if any(site.startswith(f"{second_of(denoiser)}.") for site in lora.sites):
+    if _has_second(lora):
         parts = dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
     return write_loras(parts, layout=layout, dtype=dtype, overwrite=overwrite)
+
+
+def _denoiser(lora: Lora) -> str:
+    return lora.base.architecture.denoiser if lora.base is not None else ""
+
+
+def _has_second(lora: Lora) -> bool:
+    """Whether the LoRA is of two experts, which get a file each."""
+    second = f"{second_of(_denoiser(lora))}."
+    return any(site.startswith(second) for site in lora.sites)
 
 
 def check_embeddings(
@@ -37,11 +47,12 @@ def check_embeddings(
 ) -> None:
     """Raise :class:`IterisError` before the merge where its embeddings have no place beside
     ``output``, or its base no names in ``layout``."""
-    embedding_targets(output, list(join_embeddings(concepts).embeddings), overwrite)
-    for concept in concepts:
-        base = concept.lora.base if concept.lora is not None else None
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    beside = expert_files(output)[0] if any(map(_has_second, loras)) else output
+    embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
+    for base in (lora.base for lora in loras):
         if layout == "kohya" and base is not None and not base.written:
-            raise IterisError(
+            raise OutputError(
                 f"A base of {base.architecture.title} has no names in kohya layout; leave --layout "
                 "out, or say peft."
             )

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import IterisError
+from ..errors import UsageError
 from .base import best_device, check_device
 from .common import Device, option
 from .options import read_lines
@@ -39,20 +39,25 @@ def score(
     from ..score import ClipScorer, DinoScorer, clip_score
 
     if refs is None and prompts is None:
-        raise IterisError("There is nothing to score against: give --refs, --prompts or both.")
+        raise UsageError("There is nothing to score against: give --refs, --prompts or both.")
     files, pictures = open_images(*images)
+    references = open_images(refs)[1] if refs is not None else None
+    lines = read_lines(prompts) if prompts is not None else None
+    if lines is not None and len(lines) not in (1, len(pictures)):
+        raise UsageError(
+            f"{prompts} has {len(lines)} prompts for {len(pictures)} pictures; write one a "
+            "picture, or one for all."
+        )
     columns: dict[str, Any] = {}
     device = device or best_device()
     check_device(device)
     scorer = ClipScorer.load(clip, clip_weights, device=device)
-    if refs is not None:
-        _, references = open_images(refs)
+    if references is not None:
         columns["image"] = scorer.image_alignment(pictures, references)
         if dino is not None:
             other = DinoScorer.load(dino, device=device)
             columns["dino"] = other.image_alignment(pictures, references)
-    if prompts is not None:
-        lines = read_lines(prompts)
+    if lines is not None:
         lines = lines * len(pictures) if len(lines) == 1 else lines
         columns["text"] = scorer.text_alignment(pictures, lines)
         columns["clipscore"] = clip_score(columns["text"])

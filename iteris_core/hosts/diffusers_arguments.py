@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..activations.meter import is_out_of_memory
 from ..concepts import Calibration
-from ..errors import IterisError, OutOfMemory, brief
+from ..errors import BaseError, IterisError, OutOfMemory, brief
 from .diffusers_loop import PipelineLoop
 from .diffusers_size import asked_size
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
@@ -82,7 +82,7 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
             ) from error
         needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
         also = f" (it asks for {', '.join(needed)})" if needed else ""
-        raise IterisError(
+        raise BaseError(
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
             f"{brief(error)}. Give the host what it needs beside them, such as image=…"
         ) from error
@@ -116,7 +116,7 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
     timed, steps, given = _steps(loop, calibration, size) if denoises else (set[str](), 1, None)
     timed = frozenset(timed - drawn)
     if denoises and not (drawn and timed):
-        raise IterisError(
+        raise BaseError(
             f"{type(loop.pipeline).__name__} has a denoiser whose noise or time cannot be "
             "told from its arguments; it cannot be merged on here."
         )

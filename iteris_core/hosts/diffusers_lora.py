@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
 from ..architectures.sites import named_sites, weight_shape
-from ..errors import IterisError
+from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
 from ..lora_files.aliases import file_names
@@ -49,7 +49,7 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):
         titles = ", ".join(known.title for known in architectures())
-        raise IterisError(
+        raise BaseError(
             f"{type(pipeline).__name__} has no unet or transformer that LoRAs can be merged on "
             f"here; known are {titles}, and pipelines that diffusers loads LoRAs into."
         )
@@ -86,7 +86,7 @@ def check_parts(pipeline: Any, kind: Architecture) -> None:
         needed = part in (kind.denoiser, "scheduler", "text_encoder", "tokenizer")
         optional = getattr(type(pipeline), "_optional_components", ())
         if needed and value is None and part not in optional:
-            raise IterisError(f"{name} has no {part}. Load the whole pipeline.")
+            raise BaseError(f"{name} has no {part}. Load the whole pipeline.")
 
 
 def read_lora(
@@ -119,12 +119,12 @@ def _base_weight(module: Any, site: str, path: Path) -> Tensor:
         stored = module.weight
         plain = isinstance(stored, Tensor) and stored.is_floating_point()
         if not plain or tuple(stored.shape) != weight_shape(module):
-            raise IterisError(
+            raise BaseError(
                 f"{path} is a DoRA, which needs the base model's weight of {site}, but that is "
                 "quantised; load the base unquantised to read this file."
             )
         if stored.is_meta:
-            raise IterisError(
+            raise BaseError(
                 f"{path} is a DoRA, which needs the base model's weight of {site}, but that is on "
                 "the device 'meta' and holds no values; read this file before the base is "
                 "offloaded, or load the base without offload."
@@ -167,7 +167,7 @@ def single_file_pipeline(path: Path, config: Path | None = None) -> Any:
     configured: Any = DiffusionPipeline.load_config(where)
     found = getattr(diffusers, configured.get("_class_name", ""), None)
     if not hasattr(found, "from_single_file") or not hasattr(found, "load_lora_weights"):
-        raise IterisError(
+        raise BaseError(
             f"{path} is a checkpoint of the kind {model_type!r}, from which diffusers loads no "
             "pipeline that LoRAs can be merged on; give a folder with the whole pipeline."
         )

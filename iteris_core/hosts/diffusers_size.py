@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..concepts import Calibration
-from ..errors import IterisError
+from ..errors import BaseError
 from .diffusers_loop import PipelineLoop
 from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch
 
@@ -54,7 +54,7 @@ def _asked(
     pipeline, kept = loop.pipeline, list[Any]()
     prepare = getattr(pipeline, "prepare_latents", None)
     if prepare is None:
-        raise IterisError(
+        raise BaseError(
             f"{type(pipeline).__name__} makes its latents in a way that is not known here."
         )
     names = inspect.signature(prepare)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..errors import ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import Calls
@@ -146,7 +146,7 @@ def check_model(model: nn.Module) -> None:
     :func:`check_uncompiled` does."""
     check_uncompiled(model)
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
-        raise IterisError(
+        raise ModelStateError(
             f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
             "Take them off (pipeline.unload_lora_weights() or model.unload()), or load it anew."
         )
@@ -156,7 +156,7 @@ def check_uncompiled(model: nn.Module) -> None:
     """Raise :class:`IterisError` for what torch.compile has made: it does not see hooks that come
     later."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise IterisError(
+        raise ModelStateError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and "
             "a merge needs the model as it is; merge on a pipeline that is loaded anew, and "
             "compile behind the merge."
@@ -169,13 +169,13 @@ def check_ready(model: nn.Module) -> None:
     while a row waits in a block, another one that leaves it takes the weights off the device."""
     check_model(model)
     if any(_in_blocks(module) for module in model.modules()):
-        raise IterisError(
+        raise ModelStateError(
             f"{type(model).__name__} is offloaded in groups of blocks, whose weights leave the "
             'device while rows wait in a block; offload it with offload_type="leaf_level", or by '
             "enable_model_cpu_offload()."
         )
     if model.training:
-        raise IterisError(
+        raise ModelStateError(
             f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
             "random; call its eval() first."
         )

@@ -19,7 +19,7 @@ from ..activations.micro_batch import MicroBatch
 from ..architectures import text
 from ..architectures.sites import in_changed_parts, residual_streams, weight_shape
 from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
@@ -55,7 +55,7 @@ class TransformersHost:
         from transformers.pytorch_utils import Conv1D
 
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise IterisError(f"{type(model).__name__} is no model of transformers.")
+            raise BaseError(f"{type(model).__name__} is no model of transformers.")
         check_model(model)
         self.model: Any = model
         self._generate = dict(generate) if generate is not None else None
@@ -87,7 +87,7 @@ class TransformersHost:
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
-        raise IterisError("This method works from prompts, which a transformers host has not.")
+        raise BaseError("This method works from prompts, which a transformers host has not.")
 
     def learned(self, prompt: str) -> Set[str]:
         return set()
@@ -155,7 +155,7 @@ class TransformersHost:
                 if mask is not None and found.ndim == 3 and found.shape[:2] == mask.shape:
                     found = found * mask[..., None].to(found)
                 return found
-        raise IterisError(f"{type(self.model).__name__} gives no logits and no hidden state.")
+        raise BaseError(f"{type(self.model).__name__} gives no logits and no hidden state.")
 
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
         """What keeps a decoder from making logits of every token, which no site needs."""
@@ -214,5 +214,5 @@ class TransformersHost:
 
         lockstep.run(MicroBatch(run, [owner], 1))
         if found[0].shape[1] < 2:
-            raise IterisError("The model generated nothing; look at the arguments of generate.")
+            raise BaseError("The model generated nothing; look at the arguments of generate.")
         return found[0].cpu()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..concepts import Concept
-from ..errors import IterisError, SettingsError
+from ..errors import ConceptError, SettingsError
 
 Row = Mapping[str, Tensor]
 """Keyword arguments of the model's forward, with a batch dimension of 1"""
@@ -25,7 +25,7 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
     """
     inputs: Any = concept.inputs
     if inputs is None:
-        raise IterisError(
+        raise ConceptError(
             f"Concept {concept.name!r} has no inputs; a transformers host needs batches of keyword "
             "arguments (Concept(inputs=…))."
         )
@@ -52,7 +52,7 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
         if len(rows) >= limit:
             break
     if not rows:
-        raise IterisError(f"Concept {concept.name!r} has no samples: its inputs are empty.")
+        raise ConceptError(f"Concept {concept.name!r} has no samples: its inputs are empty.")
     return rows[:limit]
 
 

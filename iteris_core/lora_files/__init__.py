@@ -6,8 +6,9 @@ leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
 """
 
 from .aliases import BaseModel, base_model, released_base
+from .parts import is_lora
 from .read import ReadOptions, read_lora_file
-from .tensors import check_file, read_tensors
+from .tensors import check_file, read_header, read_tensors
 from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "base_model",
     "check_file",
     "check_target",
+    "is_lora",
+    "read_header",
     "read_lora_file",
     "read_tensors",
     "released_base",

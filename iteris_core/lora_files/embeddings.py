@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import IterisError, LoraFileError
+from ..errors import LoraFileError, OutputError
 from .metadata import parse_object
 from .tensors import read_tensors
 
@@ -109,7 +109,7 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
         middle = "" if len(names) == 1 else f"_{own}"
         target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
         if target.exists() and not overwrite:
-            raise IterisError(
+            raise OutputError(
                 f"{target} exists already; choose another name, or overwrite it (--overwrite, "
                 "overwrite=True)."
             )

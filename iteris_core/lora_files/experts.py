@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import IterisError
+from ..errors import LoraFileError
 from ..lora import Lora
 from .embeddings import without_embeddings
 
@@ -42,7 +42,7 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
     second = as_second(low, denoiser)
     for lora, sites in ((high, high.sites), (low, second.sites)):
         if not sites:
-            raise IterisError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
+            raise LoraFileError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
     return replace(
         high,
         sites={**high.sites, **second.sites},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import IterisError
+from ..errors import OutputError
 from ..lora import Lora, LowRank
 
 
@@ -75,7 +75,7 @@ def _rounded(site: str, change: LowRank, dtype: torch.dtype) -> Factors:
         change.kernel,
     )
     if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):
-        raise IterisError(
+        raise OutputError(
             f"Site {site}: values are too large for {str(dtype).removeprefix('torch.')}; write "
             'float32 (--dtype float32, dtype="float32").'
         )

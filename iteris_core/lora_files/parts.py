@@ -65,6 +65,11 @@ def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
     return next((split for split in splits if split[0] in modules), splits[0] if splits else None)
 
 
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether one of a file's ``keys`` ends like a part of a module's change: no model has such."""
+    return any(split_key(key, ()) is not None or refusal(key) is not None for key in keys)
+
+
 def refusal(key: str) -> str | None:
     """What ``key`` stands for if no low-rank change can say it."""
     return next((what for leaves, what in REFUSED.items() if key.endswith(leaves)), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..architectures import Architecture
 from ..architectures.pieces import Shapes, whole
-from ..errors import IterisError, LoraFileError
+from ..errors import LoraFileError, OutputError
 from ..lora import Lora
 from ..saving import atomically
 from .aliases import BaseModel
@@ -118,7 +118,7 @@ def check_folder(folder: str | Path) -> Path:
     """Raise :class:`IterisError` if :func:`write_adapter` cannot write there."""
     folder = Path(folder)
     if folder.exists():
-        raise IterisError(f"{folder} exists already; choose another name.")
+        raise OutputError(f"{folder} exists already; choose another name.")
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.pieces import Alias, Piece, file_rows
-from ..errors import IterisError, LoraFileError, SettingsError
+from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, concatenate
 from .aliases import BaseModel
@@ -174,7 +174,7 @@ def _part_of(
     if not bool(up.any()) or not bool(down.any()):
         return None
     if not (all_finite(up) and all_finite(down)):
-        raise IterisError(
+        raise LoraFileError(
             f"Site {piece.site}: scale and factors multiply to more than float32 holds."
         )
     around = (0, 0, piece.start, shape[0] - piece.start - piece.length)

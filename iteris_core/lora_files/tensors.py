@@ -36,6 +36,14 @@ def check_file(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of every tensor, by key, and the metadata of a safetensors file, of which only the
+    header is read. Raises :class:`LoraFileError` as :func:`check_file` does."""
+    with _opened(path) as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return shapes, dict(file.metadata() or {})
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, in their own dtypes, and the metadata of a safetensors file.
 

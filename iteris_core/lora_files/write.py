@@ -30,7 +30,7 @@ from torch import Tensor
 from ..architectures import architecture
 from ..architectures.pieces import Alias, file_rows
 from ..architectures.text import text_component
-from ..errors import IterisError
+from ..errors import OutputError
 from ..lora import Lora
 from ..saving import atomically
 from .aliases import BaseModel, base_model
@@ -99,7 +99,7 @@ def to_tensors(
     site has no name in ``layout``.
     """
     if not lora.sites:
-        raise IterisError("The merged LoRA changes no site; there is nothing to write.")
+        raise OutputError("The merged LoRA changes no site; there is nothing to write.")
     base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
     stored = store_all(lora, DTYPES[name_of(dtype)], base.architecture.one_alpha)
     metadata = {key: str(value) for key, value in lora.metadata.items()}
@@ -157,7 +157,7 @@ def name_of(dtype: str | torch.dtype) -> str:
     """float16 of torch.float16 as of "float16". Raises :class:`IterisError` for another one."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise IterisError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
+        raise OutputError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
     return name
 
 
@@ -165,16 +165,16 @@ def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overw
     """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
     name_of(dtype)
     if layout not in (None, "kohya", "peft"):
-        raise IterisError(f'layout must be "kohya" or "peft", not {layout!r}.')
+        raise OutputError(f'layout must be "kohya" or "peft", not {layout!r}.')
     if path.suffix != ".safetensors":
-        raise IterisError(f"{path} must end in .safetensors.")
+        raise OutputError(f"{path} must end in .safetensors.")
     if path.exists() and not overwrite:
-        raise IterisError(
+        raise OutputError(
             f"{path} exists already; choose another name, or overwrite it (--overwrite, "
             "overwrite=True)."
         )
     if not path.parent.is_dir():
-        raise IterisError(f"The folder {path.parent} does not exist; make it first.")
+        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
 
 
 def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -182,7 +182,7 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
     names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
     missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
     if missing:
-        raise IterisError(
+        raise OutputError(
             f"Site {min(missing)} has no name in kohya layout for a base of "
             f'{base.architecture.title}; write layout="peft", or read the LoRAs through a host, '
             "which says what base it has."
@@ -206,7 +206,7 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     present = [piece for piece in alias if piece.site in stored]
     parts = [stored[piece.site] for piece in present]
     if len({part.scale for part in parts}) > 1:
-        raise IterisError(
+        raise OutputError(
             f"{name}: its parts {', '.join(p.site for p in present)} have different scales that "
             "half precision cannot hold; write float32."
         )

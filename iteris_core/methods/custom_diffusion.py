@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..activations.tokens import Observation
 from ..concepts import Concept
-from ..errors import IterisError
+from ..errors import MismatchError
 from ..linalg.lowrank import cut_matrix
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import Batching, micro_batches
@@ -44,7 +44,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
     """Constrained least squares on cross-attention keys and values (CVPR 2023)."""
     targets = [site for site in job.changes if site.endswith(("attn2.to_k", "attn2.to_v"))]
     if not targets:
-        raise IterisError(
+        raise MismatchError(
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
-from ..errors import IterisError
+from ..errors import MismatchError
 from ..lora import LowRank
 from ..passes.batches import chunks
 from ..passes.job import Job
@@ -103,7 +103,7 @@ class _LastStages:
         self.samples = job.samples(lockstep)
         stages = list(job.host.stages(self.samples, set(job.changes)))
         if not stages:
-            raise IterisError("There is nothing to polish: no stage of the model is reached.")
+            raise MismatchError("There is nothing to polish: no stage of the model is reached.")
         last = [stage for stage in stages if not stage.feeds] or stages[-1:]
         found: dict[int, tuple[int, Hashable]] = {}
         for stage in last:

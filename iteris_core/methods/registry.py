@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import SettingsError
+from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import Batching
 from ..passes.job import Job, WeightJob
@@ -154,7 +154,8 @@ def on_model(
 def find_method(name: str) -> Method:
     method = _METHODS.get(name)
     if method is None:
-        raise SettingsError(f"There is no method {name!r}; there are: {', '.join(_METHODS)}.")
+        guess = did_you_mean(name, _METHODS)
+        raise SettingsError(f"There is no method {name!r}{guess} There are: {', '.join(_METHODS)}.")
     return method
 
 

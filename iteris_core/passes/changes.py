@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..errors import MismatchError
 from ..hosts.protocol import Host, Tick
 from ..lora import LowRank, SiteChanges
 from . import dry
@@ -16,10 +16,10 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     """Every concept's change of every site that any of them changes, at its strength."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
-        raise IterisError("There is no LoRA to merge: every concept is empty or at strength 0.")
+        raise MismatchError("There is no LoRA to merge: every concept is empty or at strength 0.")
     kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
-        raise IterisError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
+        raise MismatchError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
     sites = {site: None for lora in loras for site in lora.sites}
     changes: dict[str, SiteChanges] = {}
     for site in sites:
@@ -28,13 +28,13 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
             continue
         shapes = {change.shape for change in at_site.present.values()}
         if len(shapes) > 1:
-            raise IterisError(
+            raise MismatchError(
                 f"Site {site} has changes of different shapes {sorted(shapes)}; the LoRAs were "
                 "made for different base models."
             )
         changes[site] = at_site
     if not changes:
-        raise IterisError(
+        raise MismatchError(
             "The LoRAs change no site at all; are the files empty, or the strengths where they "
             "have sites 0?"
         )
@@ -53,7 +53,7 @@ def check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
     known = host.sites()
     missing = [site for site in changes if site not in known]
     if missing:
-        raise IterisError(
+        raise MismatchError(
             f"{len(missing)} of {len(changes)} sites are not in the base model, such as "
             f"{', '.join(missing[:3])}; the LoRAs were made for another base model."
         )

@@ -20,7 +20,7 @@ from ..activations.host_memory import HostMemory
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..activations.parking import Parking
-from ..errors import IterisError, SolveError
+from ..errors import SiteError, SolveError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Begin, Bytes, Reduction, Solution, Work
@@ -310,7 +310,7 @@ def _collector(job: Job, reducing: Reducing, kind: type[_Kind], **more: Any) -> 
 def _complete(job: Job, solutions: Solutions) -> Solutions:
     missed = sorted(set(job.changes) - set(solutions))
     if missed:
-        raise IterisError(
+        raise SiteError(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import IterisError
+from ..errors import UsageError
 from .inspection import Interference
 from .report import MergeReport
 
@@ -17,7 +17,7 @@ def plot_residuals(report: MergeReport) -> Any:
     """
     blocks = report.blocks()
     if not blocks:
-        raise IterisError(f"Method {report.method!r} measures no output errors; nothing to plot.")
+        raise UsageError(f"Method {report.method!r} measures no output errors; nothing to plot.")
     maps = {
         title: [[pair[part] for pair in row] for row in blocks.values()]
         for part, title in enumerate(("mean of the LoRAs", "merged"))
@@ -29,7 +29,7 @@ def plot_residuals(report: MergeReport) -> Any:
 def plot_interference(pairs: Sequence[Interference]) -> Any:
     """Heat maps, block × pair, of what :class:`Interference` holds, as a matplotlib Figure."""
     if not pairs:
-        raise IterisError("Interference needs two LoRA files; there is nothing to plot for one.")
+        raise UsageError("Interference needs two LoRA files; there is nothing to plot for one.")
     blocks = list(dict.fromkeys(block for pair in pairs for block in pair.rated))
     maps = {
         title: [[pair.rated.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Calibration, Concept
-from ..errors import IterisError
+from ..errors import ScoreError
 from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
@@ -153,6 +153,12 @@ def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[st
     return rows
 
 
+def check_together(together: int | None, count: int) -> None:
+    """Raise :class:`IterisError` where so many of ``count`` concepts cannot be merged."""
+    if together is not None and not 1 <= together <= count:
+        raise ScoreError(f"{together} of {count} concepts cannot be merged together.")
+
+
 def compare_compositions(
     concepts: Sequence[Concept],
     references: Sequence[Sequence[Image.Image]],
@@ -161,9 +167,8 @@ def compare_compositions(
 ) -> list[Comparison]:
     """``compare(concepts, references, name)`` for every ``together`` of the concepts, as in the
     paper's table 1; None takes all of them at once."""
+    check_together(together, len(concepts))
     together = len(concepts) if together is None else together
-    if not 1 <= together <= len(concepts):
-        raise IterisError(f"{together} of {len(concepts)} concepts cannot be merged together.")
     pairs = list(zip(concepts, references, strict=True))
     found: list[Comparison] = []
     for some in combinations(pairs, together):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import IterisError, brief
+from ..errors import ScoreError, brief
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
 from .told import DRAWING
@@ -57,7 +57,7 @@ def draw(
                     **size,
                 ).images
             except ValueError as error:  # how pipelines refuse a size, a number of steps, …
-                raise IterisError(
+                raise ScoreError(
                     f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
                 ) from error
             on_progress(forecast.tick(DRAWING, len(images), len(wanted)))
@@ -65,7 +65,12 @@ def draw(
 
 
 def scheduler_of(pipeline: Any, name: str) -> Any:
-    """A scheduler of the class ``name`` with the pipeline's own configuration. Raises
+    """A scheduler of the class ``name`` with the pipeline's own configuration."""
+    return find_scheduler(name).from_config(pipeline.scheduler.config)
+
+
+def find_scheduler(name: str) -> Any:
+    """The class of diffusers, which ``name`` may give without its ending. Raises
     :class:`IterisError` for what is none."""
     import diffusers
 
@@ -74,8 +79,8 @@ def scheduler_of(pipeline: Any, name: str) -> Any:
     found = next((n for n in known if n.lower() == whole.lower()), None)
     if found is None:
         names = ", ".join(n.removesuffix("Scheduler") for n in known)
-        raise IterisError(f"There is no scheduler {name!r} in diffusers; the names are {names}.")
-    return getattr(diffusers, found).from_config(pipeline.scheduler.config)
+        raise ScoreError(f"There is no scheduler {name!r} in diffusers; the names are {names}.")
+    return getattr(diffusers, found)
 
 
 @contextmanager

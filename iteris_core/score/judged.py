@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..concepts import Concept
-from ..errors import IterisError
+from ..errors import ScoreError
 
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
     name: tuple(
@@ -44,13 +44,13 @@ def fill_prompts(
         for index, subject in enumerate(subjects, 1):
             prompt = prompt.replace(f"{{{index}}}", subject)
         if "{" in prompt:
-            raise IterisError(
+            raise ScoreError(
                 f"Prompt {template!r} has a placeholder that is not {{all}}, {{each}} or {{1}} to "
                 f"{{{len(subjects)}}}."
             )
         prompts.append(prompt)
     if not prompts:
-        raise IterisError("There are no prompts to draw.")
+        raise ScoreError("There are no prompts to draw.")
     return prompts
 
 
@@ -66,7 +66,7 @@ def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> lis
     for index, concept in enumerate(concepts):
         naming = [number for number, some in enumerate(named) if index in some]
         if not naming:
-            raise IterisError(
+            raise ScoreError(
                 f"No prompt names concept {index + 1} ({concept.subject!r}), so that its likeness "
                 f"cannot be measured; add one with {{{index + 1}}}, {{each}} or {{all}}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, harmonic_mean
 
-from ..errors import IterisError
+from ..errors import ScoreError
 
 
 def collapse_rate(likeness: Sequence[float], below: float) -> float:
@@ -15,21 +15,21 @@ def collapse_rate(likeness: Sequence[float], below: float) -> float:
     subject in one picture, and one that was not found in its picture counts as lost by likeness 0.
     """
     if not likeness:
-        raise IterisError("A collapse rate needs at least one subject's likeness.")
+        raise ScoreError("A collapse rate needs at least one subject's likeness.")
     return fmean(value < below for value in likeness)
 
 
 def share_of_alone(merged: float, alone: float) -> float:
     """The likeness that a merge reaches as a share of what each LoRA reaches alone."""
     if not alone > 0:
-        raise IterisError(f"A share needs a likeness of the LoRAs alone above 0, not {alone}.")
+        raise ScoreError(f"A share needs a likeness of the LoRAs alone above 0, not {alone}.")
     return merged / alone
 
 
 def likeness_kept(merged: float, alone: float, base: float) -> float:
     """The same share above what the base model draws without any LoRA; negative below it."""
     if not alone > base:
-        raise IterisError(
+        raise ScoreError(
             f"The LoRAs alone are no more like their references ({alone:.3f}) than the base model "
             f"is ({base:.3f}), so that there is nothing to keep."
         )
@@ -43,7 +43,7 @@ def harmonic_score(scores: Sequence[float]) -> float:
     cosine counts as 0.
     """
     if not scores:
-        raise IterisError("A harmonic mean needs at least one score.")
+        raise ScoreError("A harmonic mean needs at least one score.")
     return harmonic_mean([max(score, 0.0) for score in scores])
 
 
@@ -56,6 +56,6 @@ def several_in_one(
     that was not found, and counts 0. A success is a picture in which every subject was found.
     """
     if not pictures or not all(pictures):
-        raise IterisError("Several subjects in one picture need pictures with subjects.")
+        raise ScoreError("Several subjects in one picture need pictures with subjects.")
     values = [value or 0.0 for picture in pictures for value in picture]
     return fmean(values), fmean(all(v is not None for v in picture) for picture in pictures)

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from PIL import Image
 
-from ..errors import IterisError, SaveError, brief
+from ..errors import OutputError, SaveError, brief
 from ..saving import atomically
 from .compare import Comparison
 from .page import html_details, html_gallery, html_page, html_table, png_bytes
@@ -67,12 +67,12 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise :class:`IterisError` where :func:`write_results` could not write, or would replace the
     results of another comparison, before any work is done. Nothing is made."""
     if folder.exists() and not folder.is_dir():
-        raise IterisError(f"{folder} is a file; give a folder for the results.")
+        raise OutputError(f"{folder} is a file; give a folder for the results.")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise SaveError(f"{folder} cannot be made: {there} is no folder that can be written to.")
     if not overwrite and (folder / _FIGURES).exists():
-        raise IterisError(
+        raise OutputError(
             f"{folder} has the results of a comparison; give another folder, or --overwrite."
         )
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import IterisError, brief
+from ..errors import ScoreError, brief
 
 
 class ImageScorer:
@@ -40,7 +40,7 @@ class ImageScorer:
     ) -> Tensor:
         """(images,): each picture's mean cosine to the reference pictures of a concept."""
         if not images or not references:
-            raise IterisError("Image alignment needs at least one picture and one reference.")
+            raise ScoreError("Image alignment needs at least one picture and one reference.")
         return (self.embed_images(images) @ self.embed_images(references).mT).mean(dim=1)
 
 
@@ -78,7 +78,7 @@ class ClipScorer(ImageScorer):
                 architecture, pretrained=pretrained
             )
         except Exception as error:  # the library raises many kinds; the message is what helps
-            raise IterisError(
+            raise ScoreError(
                 f"open_clip cannot load {architecture!r} with weights {pretrained!r} "
                 f"({brief(error)}); the weights must be of that architecture, in open_clip's names."
             ) from error
@@ -97,7 +97,7 @@ class ClipScorer(ImageScorer):
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """(images,): the cosine of each picture to its prompt."""
         if len(images) != len(prompts) or not images:
-            raise IterisError(
+            raise ScoreError(
                 f"Text alignment needs one prompt per picture, not {len(prompts)} for "
                 f"{len(images)}."
             )
@@ -125,7 +125,7 @@ class DinoScorer(ImageScorer):
             processor = AutoImageProcessor.from_pretrained(name)
             model = AutoModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise IterisError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
+            raise ScoreError(f"The DINO model {name!r} cannot be loaded ({brief(error)}).") from (
                 error
             )
         return cls(model, processor, device=device)

@@ -265,6 +265,8 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
     assert asked(values=usual).calibration.latent_size is None
     assert asked("fast", values=usual).calibration.samples == 12
     assert asked("fast", 30, values=usual).calibration.samples == 30
+    assert asked("fast", 50, values=usual).calibration.samples == 50  # and 0 is the preset's
+    assert asked("best", 0, values=usual).calibration.samples == 100
 
 
 def test_the_settings_of_other_methods(pack: ModuleType) -> None:

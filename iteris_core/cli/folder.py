@@ -1,0 +1,128 @@
+"""The LoRAs in a folder: which files are one, for which base model, and what calls for them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..architectures import architecture_of_file
+from ..architectures.record import said_base
+from ..concepts import words_in
+from ..errors import InputFileError, LoraFileError
+from ..lora_files import is_lora, read_header
+from ..lora_files.metadata import parse_object
+from ..lora_files.sidecars import find_phrases
+from .concept_options import ConceptOption
+
+UNKNOWN = "an unknown base model"
+
+_HUB = {
+    "SD 1.x": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SDXL": "stabilityai/stable-diffusion-xl-base-1.0",
+    "FLUX.1": "black-forest-labs/FLUX.1-dev",
+}
+"""Family → the base that most of its LoRAs are trained on; SD 2 and SD 3 have several."""
+_SOURCES = {
+    "file": "words from the file's metadata",
+    "captions": "words guessed from the captions in the file's metadata",
+    "": "NO TRIGGER WORDS FOUND: type them, or give prompts: FILE",
+}
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source`` says
+    in a few words where the trigger words come from."""
+
+    option: ConceptOption
+    family: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        return " + ".join(file.name for file in self.option.files)
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        one = f"{self.option.trigger} {self.option.class_word}".strip()
+        return self.option.subjects or ([one] if one else [])
+
+
+def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
+    """The LoRAs of the commonest family in ``folder``, by name, and why other files are left out.
+
+    Raises :class:`IterisError` where there is no LoRA.
+    """
+    if not folder.is_dir():
+        raise InputFileError(f"{folder} is no folder; give the folder with your LoRAs.")
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    found: list[FoundLora] = []
+    left_out: dict[str, str] = {}
+    for file in files:
+        try:
+            one = _look_at(file)
+        except LoraFileError as error:
+            left_out[file.name] = str(error)
+            continue
+        if isinstance(one, str):
+            left_out[file.name] = one
+        else:
+            found.append(one)
+    if not found:
+        seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
+        raise InputFileError(f"{folder} has no LoRA in it ({seen}).")
+    family = Counter(one.family for one in found).most_common(1)[0][0]
+    for one in found:
+        if one.family != family:
+            left_out[one.name] = f"made for {one.family}, the others for {family}"
+    return _pairs([one for one in found if one.family == family]), left_out
+
+
+def _look_at(file: Path) -> FoundLora | str:
+    """The LoRA in ``file``, or what the file is instead."""
+    shapes, metadata = read_header(file)
+    if not is_lora(shapes):
+        return "no LoRA"
+    if "method" in parse_object(metadata.get("iteris")):
+        return "a merge that iteris wrote"
+    try:
+        family = architecture_of_file(shapes, metadata).title
+    except LoraFileError:
+        family = said_base(metadata) or UNKNOWN
+    phrases, source = find_phrases(file, metadata)
+    option = ConceptOption(file, *words_in(phrases)[:2], subjects=words_in(phrases).subjects)
+    return FoundLora(option, family, _SOURCES.get(source, f"words from {file.stem}{source}"))
+
+
+def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
+    """``loras`` with the two files of a model with two experts as one."""
+    by_name = {one.name: one for one in loras}
+    low_of = {name: re.sub("(?i)high", _low, name) for name in by_name}
+    lows = {low for name, low in low_of.items() if low != name and low in by_name}
+    joined: list[FoundLora] = []
+    for name, one in by_name.items():
+        if low_of[name] in lows and name not in lows:
+            low = by_name[low_of[name]].option.file
+            joined.append(replace(one, option=replace(one.option, low=low)))
+        elif name not in lows:
+            joined.append(one)
+    return joined
+
+
+def _low(high: re.Match[str]) -> str:
+    return {"HIGH": "LOW", "High": "Low"}.get(high[0], "low")
+
+
+def base_near(folder: Path, family: str) -> tuple[str, str]:
+    """The base for LoRAs of ``family``, and how it was found: a pipeline of diffusers that lies in
+    ``folder`` or beside it, or the released model; empty where neither is clear."""
+    near = [folder, folder.absolute().parent]
+    found = sorted({path.parent for place in near for path in place.glob("*/model_index.json")})
+    if len(found) == 1:
+        return str(found[0]), "the pipeline beside the LoRAs"
+    if family in _HUB:
+        return _HUB[family], f"the usual base of {family} LoRAs, from the hub"
+    return "", f"none found; name one for LoRAs of {family}"

@@ -1,0 +1,113 @@
+"""``iteris init``"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from ..concepts import words_in
+from ..errors import UsageError
+from ..presets import PRESETS
+from .common import console, option
+from .folder import FoundLora, base_near, loras_in
+from .merge_file import check_merge_file, relative_name, write_merge_text
+
+_LEAVE_OUT = "-"
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="A folder of LoRAs", metavar="FOLDER")],
+    output: Annotated[Path, option("The merge file to write", "--output", "-o")] = Path(
+        "merge.yaml"
+    ),
+    base: Annotated[
+        str | None,
+        option("The base model, if it is not the pipeline beside the LoRAs or the usual one"),
+    ] = None,
+    yes: Annotated[bool, option("Ask nothing; take what is found", "--yes", "-y")] = False,
+    overwrite: Annotated[bool, option("Replace an existing merge file", "--overwrite")] = False,
+) -> None:
+    """Write a merge file from a folder of LoRAs.
+
+    Trigger words come from the files' metadata and from the notes that download helpers leave
+    beside them; the base model is guessed from the names in the files. In a terminal every guess is
+    shown first, to be accepted or changed.
+    """
+    loras, left_out = loras_in(folder)
+    check_merge_file(output, overwrite=overwrite)
+    found, how = (base, "") if base is not None else base_near(folder, loras[0].family)
+    if not yes and sys.stdin.isatty():
+        found, loras = _ask(found, loras)
+        how = how if found else "none given"
+    write_merge_text(output, _text(output, found, how, loras))
+    for name, why in left_out.items():
+        console.print(f"Left out: {name} ({why}).", style="yellow", markup=False, highlight=False)
+    typer.echo(f"Wrote {output}: {len(loras)} LoRAs for {loras[0].family}.")
+    todo = [f"base: ({how})"] if not found else []
+    todo += [f"trigger: of {one.name}" for one in loras if not one.phrases]
+    if todo:
+        typer.echo(f"Fill in {', '.join(todo)}. Then merge: iteris merge {output}")
+    else:
+        typer.echo(f"Look at the words in it, then merge: iteris merge {output}")
+
+
+def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
+    """``base`` and the trigger words as the user accepts or changes them."""
+    typer.echo(f"{len(loras)} LoRAs for {loras[0].family}. Enter accepts what is in brackets.")
+    base = typer.prompt("Base model", default=base or None)
+    typer.echo(f"What calls for each LoRA in a prompt, such as: sks cat ({_LEAVE_OUT} leaves out)")
+    kept: list[FoundLora] = []
+    for one in loras:
+        known = ", ".join(one.phrases)
+        answer = str(typer.prompt(one.name, default=known, show_default=bool(known))).strip()
+        if answer == _LEAVE_OUT:
+            continue
+        if answer != known:
+            phrases = [phrase.strip() for phrase in answer.split(",") if phrase.strip()]
+            trigger, class_word, subjects = words_in(phrases)
+            option = replace(one.option, trigger=trigger, class_word=class_word, subjects=subjects)
+            one = replace(one, option=option, source="words as you typed them")
+        kept.append(one)
+    if not kept:
+        raise UsageError("Every LoRA was left out; nothing was written.")
+    return base, kept
+
+
+def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
+    """The merge file, with what was guessed in comments."""
+    folder = output.parent
+
+    def name(path: Path) -> str:
+        return relative_name(path, folder)
+
+    where = name(Path(base)) if base else None
+    lines = [
+        f"base: {_scalar(where)}" + (f"  # {how}" if how else ""),
+        f"output: {_free_name(folder)}",
+        f"preset: default  # or {', '.join(name for name in PRESETS if name != 'default')}",
+        "concepts:",
+    ]
+    for one in loras:
+        entry = one.option.to_dict(name)
+        if not one.phrases:
+            entry["trigger"] = ""
+        lines.append(f"  # {one.source}")
+        dumped = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=1000)
+        lines += [f"  {line}" for line in dumped.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(text: str | None) -> str:
+    return "" if text is None else yaml.safe_dump(text, width=1000).splitlines()[0]
+
+
+def _free_name(folder: Path) -> str:
+    """A name for the merged LoRA that no file in ``folder`` has."""
+    names = ["merged.safetensors", *(f"merged-{number}.safetensors" for number in range(2, 1000))]
+    return next(name for name in names if not (folder / name).exists())

@@ -1,0 +1,747 @@
+"""What a new user gets wrong, and what the program answers: nothing is loaded for any of them.
+
+``M``, ``B`` and ``C`` stand for the beginnings in ``mistakes.FORMS``; ``Y |…`` is a merge file.
+Names in braces are files of :func:`mistakes.make_mess`. A comment is a group.
+"""
+
+# ruff: noqa: E501
+CASES = [
+    # program
+    ("mrge", "No such command 'mrge'. Did you mean 'merge'?"),
+    ("--verson", "No such option: --verson (Possible options"),
+    ("merge", "Missing option '--output' / '-o'."),
+    ("merge {base}", "Missing option '--output' / '-o'."),
+    ("merge {base} -o", "Option '-o' requires an argument."),
+    ("merge {base} --out x.safetensors", "No such option: --out (Possible options"),
+    (
+        "merge {base} -o {out} --smaples 3 --concept {one}",
+        "No such option: --smaples (Possible options",
+    ),
+    ("merge {base} -o {out}", "Give the LoRAs with --concept, or a merged file with --from"),
+    ("merge {base} {base} -o {out}", "Got unexpected extra argument(s) ({base})"),
+    ("methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
+    ("methods --md", "No such option: --md."),
+    ("doctor now", "Got unexpected extra argument(s) (now)"),
+    ("demo --out x", "No such option: --out (Possible options"),
+    # base
+    (
+        "merge {tmp}/none -o {out} --concept {one}:s1:dog",
+        "The base '{tmp}/none' does not exist: there is no such folder or file, and a name on the hub",
+    ),
+    (
+        "merge none -o {out} --concept {one}:s1:dog",
+        "The base 'none' does not exist: there is no such folder or file, and a name on the hub is",
+    ),
+    (
+        "merge none.safetensors -o {out} --concept {one}:s1:dog",
+        "The base 'none.safetensors' does not exist",
+    ),
+    (
+        "merge {tmp} -o {out} --concept {one}:s1:dog",
+        "The base '{tmp}' cannot be loaded: the folder has no model_index.json",
+    ),
+    (
+        "merge {empty} -o {out} --concept {one}:s1:dog",
+        "The base '{empty}' cannot be loaded: the folder has no model_index.json",
+    ),
+    (
+        "merge {tmp}/lines.txt -o {out} --concept {one}:s1:dog",
+        "The base '{tmp}/lines.txt' is no .safetensors",
+    ),
+    (
+        "merge {tmp}/pointer.safetensors -o {out} --concept {one}:s1:dog",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+    ),
+    (
+        "merge {tmp}/page.safetensors -o {out} --concept {one}:s1:dog",
+        "{tmp}/page.safetensors is a web page, not a safetensors file",
+    ),
+    (
+        "merge {tmp}/pickle.ckpt -o {out} --concept {one}:s1:dog",
+        "The base '{tmp}/pickle.ckpt' is no .safetensors",
+    ),
+    (
+        "merge {tmp}/cut.safetensors -o {out} --concept {one}:s1:dog",
+        "{tmp}/cut.safetensors is not a whole safetensors file",
+    ),
+    (
+        "merge a/b/c -o {out} --concept {one}:s1:dog",
+        "The base 'a/b/c' does not exist: there is no such folder or file, and a name on the hub is",
+    ),
+    ("merge {one} -o {out} --concept {one}:s1:dog", "The base '{one}' is a LoRA, not a model"),
+    # the LoRA files
+    (
+        "B --concept {tmp}/none.safetensors:a:b",
+        "{tmp}/none.safetensors does not exist or is not a file",
+    ),
+    ("B --concept {tmp}:a:b", "{tmp} does not exist or is not a file; check the path"),
+    (
+        "B --concept {tmp}/pointer.safetensors:a:b",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+    ),
+    (
+        "B --concept {tmp}/page.safetensors:a:b",
+        "{tmp}/page.safetensors is a web page, not a safetensors file",
+    ),
+    (
+        "B --concept {tmp}/pickle.safetensors:a:b",
+        "{tmp}/pickle.safetensors is a pickled PyTorch file, which could run code when it is opened",
+    ),
+    (
+        "B --concept {tmp}/zip.safetensors:a:b",
+        "{tmp}/zip.safetensors is a pickled PyTorch file, which could run code when it is opened",
+    ),
+    (
+        "B --concept {tmp}/cut.safetensors:a:b",
+        "{tmp}/cut.safetensors is not a whole safetensors file",
+    ),
+    (
+        "B --concept {tmp}/letter.safetensors:a:b",
+        "{tmp}/letter.safetensors is not a whole safetensors file",
+    ),
+    (
+        "B --concept {tmp}/huge.safetensors:a:b",
+        "{tmp}/huge.safetensors is not a whole safetensors file",
+    ),
+    (
+        "B --concept {tmp}/zero.safetensors:a:b",
+        "{tmp}/zero.safetensors is not a whole safetensors file",
+    ),
+    ("B --concept {tmp}/none.pt:a:b", "{tmp}/none.pt does not exist or is not a file"),
+    (
+        "B --concept {tmp}/pickle.ckpt:a:b",
+        "{tmp}/pickle.ckpt is a pickled PyTorch file, which could run code when it is opened",
+    ),
+    (
+        "B --concept {tmp}/model.safetensors:a:b",
+        "{lora} is a whole model (a checkpoint), not a LoRA",
+    ),
+    ("B --concept {tmp}/nothing.safetensors:a:b", "{tmp}/nothing.safetensors holds no tensors"),
+    (
+        "B --concept {tmp}/emb.safetensors:a:b",
+        "{tmp}/emb.safetensors is another kind of file, not a LoRA",
+    ),
+    # concepts
+    ("B --concept", "Option '--concept' requires an argument"),
+    ('B --concept ""', "--concept '' has neither a file nor prompts for the base to stay on"),
+    ("B --concept :", "--concept ':' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
+    ("B --concept ::", "--concept '::' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
+    (
+        "B --concept {one}",
+        "{one} has no trigger word: neither its metadata nor a note beside it names one",
+    ),
+    (
+        "B --concept {one}:s1",
+        "--concept '{one}:s1' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or",
+    ),
+    (
+        "B --concept {one}:s1:dog:abc",
+        "--concept '{one}:s1:dog:abc': the strength must be a number such as 0.8, or two such as 0.8/0.5",
+    ),
+    (
+        "B --concept {one}:s1:dog:nan",
+        "--concept '{one}:s1:dog:nan': the strength must be a number such as 0.8, or two such as 0.8/0.5",
+    ),
+    (
+        "B --concept {one}:s1:dog:inf",
+        "--concept '{one}:s1:dog:inf': the strength must be a number such as 0.8, or two such as 0.8/0.5",
+    ),
+    (
+        "B --concept {one}:s1:dog:1:2",
+        "--concept '{one}:s1:dog:1:2': the strength must be a number such as 0.8, or two such as 0.8/0.5",
+    ),
+    (
+        "B --concept {one}:s1:dog:1/2/3",
+        "--concept '{one}:s1:dog:1/2/3': the strength must be a number such as 0.8, or two such as",
+    ),
+    (
+        "B --concept {one}:s1:dog:1/x",
+        "--concept '{one}:s1:dog:1/x': the strength must be a number such as 0.8, or two such as 0.8/0.5",
+    ),
+    (
+        "B --concept {one}:s1:dog:0",
+        "There is nothing to merge: every concept has strength or weight 0",
+    ),
+    (
+        "B --concept {one}:s1:dog,weight=0",
+        "There is nothing to merge: every concept has strength or weight 0",
+    ),
+    (
+        "B --concept {one}:s1:dog,weight=-1",
+        "--concept '{one}:s1:dog,weight=-1': weight must be 0 or more, not -1",
+    ),
+    (
+        "B --concept {one}:s1:dog,weight=nan",
+        "--concept '{one}:s1:dog,weight=nan': weight must be a number, not 'nan'",
+    ),
+    (
+        "B --concept {one}:s1:dog,weight=inf",
+        "--concept '{one}:s1:dog,weight=inf': weight must be a number, not 'inf'",
+    ),
+    (
+        "B --concept {one}:s1:dog,weight=",
+        "--concept '{one}:s1:dog,weight=': weight must be a number, not ''",
+    ),
+    ("B --concept {one}:s1:dog,wieght=2", "there is no key 'wieght'; did you mean 'weight'"),
+    ("B --concept {one}:s1:dog,strenght=2", "there is no key 'strenght'; did you mean 'strength'"),
+    (
+        "B --concept {one}:s1:dog,weight=1,weight=2",
+        "--concept '{one}:s1:dog,weight=1,weight=2' says one thing twice",
+    ),
+    (
+        "B --concept {one}:s1:dog,trigger=x",
+        "--concept '{one}:s1:dog,trigger=x' gives trigger twice",
+    ),
+    (
+        "B --concept {one}:s1:dog,kind=stile",
+        "--concept '{one}:s1:dog,kind=stile': kind must be one of subject, style, tags, video, not",
+    ),
+    ("B --concept {one}:s1:dog,prompts=none.txt", "none.txt does not exist or is not a file"),
+    ("B --concept {one}:s1:dog,prompts={tmp}", "{tmp} does not exist or is not a file."),
+    (
+        "B --concept {one}:s1:dog,prompts={tmp}/latin.txt",
+        "{tmp}/latin.txt is no text in UTF-8 (byte 3)",
+    ),
+    (
+        "B --concept {one}:s1:dog,prompts={tmp}/zeros.txt",
+        "{tmp}/zeros.txt is no text file: it has bytes of 0 in it",
+    ),
+    ("B --concept {one}:s1:dog,prompts={tmp}/empty.txt", "{one}: its list of prompts is empty."),
+    ("B --concept {one}:s1:dog,prompts={tmp}/blank.txt", "{one}: its list of prompts is empty."),
+    (
+        "B --concept {one}:s1:dog,samples={tmp}/lines.txt",
+        "{one}: samples are for models of transformers",
+    ),
+    ("B --concept {one}:s1:dog,text_strength=much", "--concept '{one}:s1:dog,text_strength=much'"),
+    (
+        "B --concept trigger=sks",
+        "--concept 'trigger=sks' has neither a file nor prompts for the base to stay on",
+    ),
+    (
+        "B --concept file=,trigger=sks",
+        "--concept 'file=,trigger=sks' has neither a file nor prompts for the base to stay on",
+    ),
+    (
+        "B --concept {tmp}/adapter:{tmp}/lines.txt",
+        "--concept '{tmp}/adapter:{tmp}/lines.txt' is not FILE:TRIGGER:CLASS,",
+    ),
+    (
+        "B --concept https://civitai.com/models/1:s1:dog",
+        "https:/civitai.com/models/1 does not exist or is not a file",
+    ),
+    ("B --concept s1:dog:{one}", "s1🐶{one} does not exist or is not a file"),
+    (
+        'B --concept "{one} s1 dog"',
+        "--concept '{one} s1 dog' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or",
+    ),
+    # settings
+    ("M --set rank", "--set 'rank': write NAME=VALUE, such as rank=16"),
+    ("M --set rnak=3", "there is no setting 'rnak'; did you mean 'rank'"),
+    ("M --set rank=0", "--set 'rank=0': rank must be at least 1, not 0"),
+    ("M --set rank=-1", "--set 'rank=-1': rank must be at least 1, not -1"),
+    ("M --set rank=1.5", "--set 'rank=1.5': rank must be a whole number, at least 1, not 1.5"),
+    ("M --set rank=abc", "--set 'rank=abc': rank must be a whole number, at least 1, not 'abc'"),
+    ("M --set rank=true", "--set 'rank=true': rank must be a whole number, at least 1, not 'true'"),
+    (
+        "M --set =3",
+        "--set '=3': there is no setting ''. iteris methods METHOD lists those of a method",
+    ),
+    ("M --set smaples=3", "there is no setting 'smaples'; did you mean 'samples'"),
+    ("M --set samples=0", "--set 'samples=0': samples must be at least 1, not 0"),
+    (
+        "M --set samples=many",
+        "--set 'samples=many': samples must be a whole number, at least 1, not 'many'",
+    ),
+    (
+        "M --set samples=1e9",
+        "--set 'samples=1e9': samples must be a whole number, at least 1, not '1e9'",
+    ),
+    ("M --set timesteps=0", "--set 'timesteps=0': timesteps must be at least 1, not 0"),
+    ("M --set timesteps=9 --set denoising_steps=3", "timesteps (9) cannot exceed denoising_steps"),
+    ("M --set guidance=nan", "--set 'guidance=nan': guidance must be at least 0, not nan"),
+    ("M --set guidance=-1", "--set 'guidance=-1': guidance must be at least 0, not -1.0"),
+    ("M --set contexts=2", "--set 'contexts=2': contexts must be in [0, 1], not 2.0"),
+    ("M --set generic=-0.1", "--set 'generic=-0.1': generic must be at least 0, not -0.1"),
+    ("M --set empty_share=1", "--set 'empty_share=1': empty_share must be in [0, 1), not 1.0"),
+    (
+        "M --set latents=noisy",
+        "--set 'latents=noisy': latents must be one of denoising, noise, not 'noisy'",
+    ),
+    (
+        "M --set objective=otuput",
+        "--set 'objective=otuput': objective must be one of output, adapter, not 'otuput'",
+    ),
+    (
+        "M --set balance=x",
+        "--set 'balance=x': balance must be one of tokens, adapter, full, none, not 'x'",
+    ),
+    ("M --set ridge=-1", "--set 'ridge=-1': ridge must be in [0, 1), not -1.0"),
+    (
+        "M --set schedule=jakobi",
+        "--set 'schedule=jakobi': schedule must be one of sweep, jacobi, not 'jakobi'",
+    ),
+    ("M --set iterations=0", "--set 'iterations=0': iterations must be at least 1, not 0"),
+    ("M --set tolerance=x", "--set 'tolerance=x': tolerance must be in"),
+    ("M --set shrink=2", "--set 'shrink=2': shrink must be in (0, 1], not 2.0"),
+    ("M --set repair=maybe", "--set 'repair=maybe': repair must be true or false, not 'maybe'"),
+    ("M --set block_steps=-5", "--set 'block_steps=-5': block_steps must be at least 0, not -5"),
+    ("M --set ties.density=0.3", "--set 'ties.density=0.3': there is no setting 'ties.density'"),
+    ("M --method ties --set density=2", "--set 'density=2': density must be in (0, 1], not 2.0"),
+    (
+        "M --method ties --set rank=abc",
+        "--set 'rank=abc': rank must be a whole number, at least 1, not 'abc'",
+    ),
+    ("M --method iterris", "There is no method 'iterris'; did you mean 'iteris'"),
+    (
+        "M --preset bst",
+        "Invalid value for '--preset': Value error, 'bst' is not one of 'default', 'fast', 'best',",
+    ),
+    (
+        'M --preset ""',
+        "Invalid value for '--preset': Value error, '' is not one of 'default', 'fast', 'best', 'paper'",
+    ),
+    ("M --samples 0", "samples must be at least 1, not 0."),
+    ("M --samples -5", "samples must be at least 1, not -5."),
+    (
+        "M --samples many",
+        "Invalid value for '--samples': Input should be a valid integer, unable to parse string as an",
+    ),
+    ("M --timesteps 11", "timesteps (11) cannot exceed denoising_steps"),
+    ("M --timesteps 5 --denoising-steps 3", "timesteps (5) cannot exceed denoising_steps"),
+    (
+        "M --latents none",
+        "Invalid value for '--latents': Value error, 'none' is not one of 'denoising', 'noise'",
+    ),
+    (
+        "M --guidance x",
+        "Invalid value for '--guidance': Input should be a valid number, unable to parse string as a",
+    ),
+    ("M --empty-share 1", "empty_share must be in [0, 1), not 1.0"),
+    ("M --contexts -1", "contexts must be in [0, 1], not -1.0."),
+    ("M --latent-size 0", "latent_size must be at least 1, not 0 (or none)"),
+    ("M --frames 0", "frames must be at least 1, not 0 (or none)"),
+    (
+        "M --seed x",
+        "Invalid value for '--seed': Input should be a valid integer, unable to parse string as an",
+    ),
+    ("M --templates {tmp}/none.txt", "{tmp}/none.txt does not exist or is not a file"),
+    ("M --templates {tmp}/lines.txt", 'templates must hold "{}" where the concept goes'),
+    ("M --templates {tmp}/three.txt", 'templates must hold "{}" where the concept goes'),
+    ("M --templates {tmp}/empty.txt", 'templates must hold "{}" where the concept goes'),
+    ("M --templates {tmp}/latin.txt", "{tmp}/latin.txt is no text in UTF-8 (byte 3)"),
+    ("M --preserve {tmp}/none.txt", "{tmp}/none.txt does not exist or is not a file"),
+    ("M --preserve {tmp}/latin.txt", "{tmp}/latin.txt is no text in UTF-8 (byte 3)"),
+    ("M --preserve {tmp}/zeros.txt", "{tmp}/zeros.txt is no text file: it has bytes of 0 in it"),
+    ("M --preserve {tmp}/empty.txt", "preserve: its list of prompts is empty"),
+    (
+        "M --preserve {tmp}/lines.txt --preserve-weight -1",
+        "Invalid value for '--preserve-weight': Input should be greater than or equal to 0",
+    ),
+    (
+        "M --preserve {tmp}/lines.txt --preserve-weight nan",
+        "Invalid value for '--preserve-weight': Input should be greater than or equal to 0",
+    ),
+    (
+        "M --preserve-weight x",
+        "Invalid value for '--preserve-weight': Input should be a valid number, unable to parse string",
+    ),
+    ("M --energy 0", "energy must be above 0 and at most 1, not 0.0"),
+    ("M --energy 2", "energy must be above 0 and at most 1, not 2.0"),
+    ("M --energy nan", "energy must be above 0 and at most 1, not nan"),
+    (
+        "M --energy x",
+        "Invalid value for '--energy': Input should be a valid number, unable to parse string as a",
+    ),
+    ("M --rename x", "--rename 'x' is not LORA:NAME=NEW or NAME=NEW"),
+    ("M --rename =y", "--rename '=y' is not LORA:NAME=NEW or NAME=NEW"),
+    (
+        "M --unmergeable ignore",
+        "Invalid value for '--unmergeable': Value error, 'ignore' is not one of 'refuse', 'skip', 'mean'",
+    ),
+    (
+        "M --dtype int8",
+        "Invalid value for '--dtype': Value error, 'int8' is not one of 'float16', 'bfloat16', 'float32'",
+    ),
+    (
+        "M --layout diffusers",
+        "Invalid value for '--layout': Value error, 'diffusers' is not one of 'kohya', 'peft'",
+    ),
+    ("M --memory -1", "Invalid value for '--memory': Input should be greater than or equal to 0"),
+    (
+        "M --memory x",
+        "Invalid value for '--memory': Input should be a valid number, unable to parse string as a",
+    ),
+    ("M --memory nan", "Invalid value for '--memory': Input should be greater than or equal to 0"),
+    ("M --device gpu", "--device 'gpu' is no device of torch; say cpu, cuda, cuda:1, …"),
+    ("M --device cuda", "finds no cuda device here"),
+    ("M --device cuda:7", "finds no cuda device here"),
+    (
+        "M --base-dtype int8",
+        "Invalid value for '--base-dtype': Value error, 'int8' is not one of 'float16', 'bfloat16',",
+    ),
+    (
+        "M --offload all",
+        "Invalid value for '--offload': Value error, 'all' is not one of 'model', 'sequential'",
+    ),
+    ("M --generate 8", "--generate is for models of transformers"),
+    ("M --model-class AutoModel", "--model-class is for models of transformers"),
+    ("M --image {tmp}/none.png", "{tmp}/none.png is not a picture that can be read"),
+    ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a picture that can be read"),
+    ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a picture that can be read"),
+    ("M --loras {tmp}", "--loras is for --from; --concept names the LoRAs' files itself"),
+    (
+        "M --plot {tmp}/plot.xyz",
+        "--plot {tmp}/plot.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
+    ),
+    ("M --plot {tmp}/none/plot.png", "The folder {tmp}/none does not exist; make it first"),
+    (
+        "M --plot {tmp}",
+        "--plot {tmp}: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
+    ),
+    ("M --method average --plot {tmp}/plot.png", "--plot is for methods that run the base"),
+    # outputs
+    ("M -o {tmp}", "{tmp} must end in .safetensors."),
+    ("M -o out", "out must end in .safetensors."),
+    ("M -o out.safetensor", "out.safetensor must end in .safetensors"),
+    ("M -o {tmp}/none/out.safetensors", "The folder {tmp}/none does not exist; make it first"),
+    ("M -o {one}", "{one} exists already; choose another name, or overwrite it"),
+    ("M -o {one} --overwrite", "{one} is one of the LoRAs to merge, which would be lost"),
+    ("M -o {tmp}/lines.txt/out.safetensors", "The folder {tmp}/lines.txt does not exist"),
+    ("M -o {lora}", "{lora} exists already; choose another name, or overwrite it"),
+    ("M -o {lora}.ckpt", "{lora}.ckpt must end in .safetensors."),
+    ('M -o ""', ". must end in .safetensors."),
+    ("M -o {tmp}/none/merge.yaml", "The folder {tmp}/none does not exist; make it first"),
+    # from
+    ("merge --from", "Option '--from' requires an argument."),
+    ("merge --from none.safetensors -o {out}", "none.safetensors does not exist or is not a file"),
+    (
+        "merge {base} --from {tmp}/none.safetensors -o {out}",
+        "{tmp}/none.safetensors does not exist or is not a file",
+    ),
+    ("merge {base} --from {one} -o {out}", "{one} has no whole recipe of a merge in its metadata"),
+    (
+        "merge {base} --from {tmp}/cut.safetensors -o {out}",
+        "{tmp}/cut.safetensors is not a whole safetensors file",
+    ),
+    (
+        "merge {base} --from {merged} -o {out}",
+        "lora1.safetensors is in none of the folders {tmp}, .",
+    ),
+    (
+        "merge {base} --from {merged} --loras {tmp}/none -o {out}",
+        "lora1.safetensors is in none of the folders {tmp}/none, {tmp}, .",
+    ),
+    (
+        "merge --from {merged} --loras {world} -o {out}",
+        "There is no base to merge on. It names none",
+    ),
+    (
+        "merge {base} --from {merged} --loras {world} --concept {one} -o {out}",
+        "Give the LoRAs with --concept, or a merged file with --from",
+    ),
+    (
+        "merge {base} --from {merged} --loras {world} --preset fast -o {out}",
+        "--preset is not for --from, which has all settings",
+    ),
+    (
+        "merge {base} --from {merged} --loras {world} --method ties -o {out}",
+        "--method is not for --from, which has all settings",
+    ),
+    (
+        "merge {base} --from {merged} --loras {world} --set rnak=2 -o {out}",
+        "there is no setting 'rnak'; did you mean 'rank'",
+    ),
+    (
+        "merge {base} --from {changed} --loras {tmp}/others -o {out}",
+        "{tmp}/others/lora1.safetensors is not the file that was merged",
+    ),
+    (
+        "merge {base} --from {broken} --loras {world} -o {out}",
+        "{broken} has no whole recipe of a merge in its metadata",
+    ),
+    (
+        "merge {base} --from {nanstrength} --loras {world} -o {out}",
+        "The recipe has a broken strength nan; give a finite number",
+    ),
+    (
+        "merge {base} --from {badcut} --loras {world} -o {out}",
+        "The cut {'rank': 0, 'ordered': True} is broken",
+    ),
+    # merge files
+    ("Y", "merge.yaml has no LoRAs: list them under concepts:, or give them with --concept"),
+    ("Y |- a", "merge.yaml: the file must be a mapping of names to values, not ['a']"),
+    (
+        "Y |base: [",
+        "merge.yaml is no YAML: while parsing a flow node expected the node content, but found",
+    ),
+    (
+        "Y |base: {base}",
+        "merge.yaml has no LoRAs: list them under concepts:, or give them with --concept",
+    ),
+    ("Y |base: {base}\\nconcepts: cat", "merge.yaml: concepts must be a list, not 'cat'"),
+    (
+        "Y |base: {base}\\nconcepts: [3]",
+        "merge.yaml: concept 1 must be FILE:TRIGGER:CLASS or a mapping, not 3",
+    ),
+    (
+        "Y |base: {base}\\nconcepts: [{file: {one}, triger: x}]",
+        "there is no key 'triger'; did you mean 'trigger'",
+    ),
+    (
+        "Y |base: {base}\\nconcepts: [{file: {one}, trigger: [x]}]",
+        "merge.yaml: concept 1: trigger must be text, not ['x']",
+    ),
+    (
+        "Y |base: {base}\\nconcepts: [{trigger: x}]",
+        "merge.yaml: concept 1 has neither a file nor prompts for the base to stay on",
+    ),
+    (
+        "Y |base: {base}\\nconcepts: [none.safetensors:a:b]",
+        "none.safetensors is in none of the folders",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: 3',
+        "merge.yaml: settings must be a mapping of names to values, not 3",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: {rnak: 3}',
+        "there is no setting 'rnak'; did you mean 'rank'",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: {rank: -3}',
+        "merge.yaml: settings: rank must be at least 1, not -3",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncalibration: {samples: 0}',
+        "merge.yaml: calibration: samples must be at least 1, not 0",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncalibration: {templates: a cat}',
+        "merge.yaml: templates must be a list of text, not 'a cat'",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nouput: x.safetensors',
+        "there is no key 'ouput'; did you mean 'output'",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\noutput: [x]',
+        "merge.yaml: output: Input is not a valid path for <class 'pathlib.Path'>",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nplan: perhaps',
+        "merge.yaml: plan: Input should be a valid boolean, unable to interpret input",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsamples: many',
+        "merge.yaml: samples: Input should be a valid integer, unable to parse string as an integer",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nrank: 3',
+        "merge.yaml: there is no key 'rank'",
+    ),
+    (
+        "Y |base: {base}\\nbase: x",
+        "merge.yaml is no YAML: the key 'base' is there twice in \"<unicode string>\", line 2, column",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: 3',
+        "merge.yaml: cut must be a mapping of names to values, not 3",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rnak: 3}',
+        "The cut {'rnak': 3} is broken: it takes rank, a whole number of at least 1, with ordered, true",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rank: 3}',
+        "The cut {'rank': 3} is broken: it takes rank, a whole number of at least 1, with ordered, true",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rank: many, ordered: true}',
+        "The cut {'rank': 'many', 'ordered': True} is broken",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {strength: .nan}',
+        "The recipe has a broken strength nan; give a finite number",
+    ),
+    (
+        'Y |base: 3\\nconcepts: ["{one}:s1:dog"]',
+        "The base '3' does not exist",
+    ),
+    ('Y |base:\\nconcepts: ["{one}:s1:dog"]', "Name the base: BASE on the command line, or base"),
+    (
+        "Y |\\tbase: x",
+        "merge.yaml is no YAML: while scanning for the next token found character '\\t' that cannot",
+    ),
+    ("merge none.yaml -o {out}", "none.yaml does not exist or is not a file"),
+    (
+        "merge {tmp}/latin.yaml -o {out}",
+        "{tmp}/latin.yaml is no YAML: 'utf-8' codec can't decode byte 0xe9 in position 6",
+    ),
+    (
+        "merge {tmp}/zeros.yaml -o {out}",
+        "{tmp}/zeros.yaml is no YAML: unacceptable character #x0000",
+    ),
+    ("merge {tmp}/folder.yaml -o {out}", "{tmp}/folder.yaml does not exist or is not a file"),
+    # transformers
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter",
+        "{tmp}/adapter is not FOLDER:SAMPLES, such as adapters/joy:joy.txt",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:none.txt",
+        "none.txt does not exist or is not a file",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/none:{tmp}/lines.txt",
+        "{tmp}/none is no adapter folder of peft",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/empty.txt",
+        "{empty}.txt has no samples; write one a line",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/latin.txt",
+        "{tmp}/latin.txt is no text in UTF-8 (byte 3)",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/cut.safetensors",
+        "{tmp}/cut.safetensors is not a whole safetensors file",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/lines.txt:much",
+        "--concept '{tmp}/adapter:{tmp}/lines.txt:much' is not FOLDER:SAMPLES or",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/lines.txt,class=x",
+        "{tmp}/adapter: prompts, class and text_strength are for diffusion bases",
+    ),
+    (
+        "merge {tmp}/model -o {empty} --concept {tmp}/adapter:{tmp}/lines.txt --overwrite",
+        "--overwrite is for files; give another folder, or move the old one",
+    ),
+    (
+        "merge {tmp}/model -o {tmp} --concept {tmp}/adapter:{tmp}/lines.txt",
+        "{tmp} exists already; choose another name",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/lines.txt --image {pic}",
+        "--image is for diffusion bases; {tmp}/model is a single model",
+    ),
+    (
+        "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/lines.txt --preserve {tmp}/lines.txt",
+        "--preserve is for diffusion bases; {tmp}/model is a single model",
+    ),
+    # compare
+    ("compare", "Missing argument 'base'."),
+    ("compare {base} -o {results}", "Missing option '--concept'."),
+    ("compare {base} -o {results} --concept {one}:s1:dog", "Missing option '--refs'."),
+    ("C --refs {pics}", "Give --refs once for each --concept, in the same order"),
+    ("C --methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
+    ('C --methods ""', "--methods has no name; give some, such as base,alone,average,iteris"),
+    ("C --methods ,", "--methods has no name; give some, such as base,alone,average,iteris"),
+    ("C --set rnak=3", "there is no setting 'rnak'; did you mean 'rank'"),
+    ("C --set ties.density=3", "'ties' is not among the methods to compare"),
+    ("C --set teis.density=0.3", "'teis' is not among the methods to compare"),
+    ("C --size 63", "--size '63': both sides must be multiples of 8, such as 64x64"),
+    ("C --size 0", "--size '0' is not a number of pixels, or WIDTHxHEIGHT"),
+    ("C --size big", "--size 'big' is not a number of pixels, or WIDTHxHEIGHT"),
+    ("C --size 512x", "--size '512x' is not a number of pixels, or WIDTHxHEIGHT"),
+    ("C --steps 0", "steps must be at least 1, not 0."),
+    (
+        "C --steps x",
+        "Invalid value for '--steps': Input should be a valid integer, unable to parse string as an",
+    ),
+    ("C --images-per-prompt 0", "images_per_prompt must be at least 1, not 0"),
+    ("C --guidance nan", "guidance must be a number, not nan."),
+    ("C --scheduler Nope", "There is no scheduler 'Nope' in diffusers"),
+    ("C --prompts none.txt", "none.txt does not exist or is not a file"),
+    ("C --prompts {tmp}/empty.txt", "There are no prompts to draw."),
+    (
+        "C --prompts {tmp}/nine.txt",
+        "Prompt 'a {9}' has a placeholder that is not {all}, {each} or {1} to {1}",
+    ),
+    ("C --together 5", "5 of 1 concepts cannot be merged together"),
+    ("C --together 0", "0 of 1 concepts cannot be merged together"),
+    (
+        "C --collapse-below x",
+        "Invalid value for '--collapse-below': Input should be a valid number, unable to parse string",
+    ),
+    ("C -o {tmp}/lines.txt", "{tmp}/lines.txt is a file; give a folder for the results"),
+    (
+        "C -o {tmp}/lines.txt/x",
+        "{tmp}/lines.txt/x cannot be made: {tmp}/lines.txt is no folder that can be written to",
+    ),
+    ("C -o {done}", "{done} has the results of a comparison"),
+    ("C --templates {tmp}/lines.txt", 'templates must hold "{}" where the concept goes'),
+    ("C --samples 0", "samples must be at least 1, not 0."),
+    (
+        "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/none",
+        "{tmp}/none is no picture and no folder with pictures",
+    ),
+    (
+        "compare {base} -o {results} --concept {one}:s1:dog --refs {empty}",
+        "{empty} is no picture and no folder with pictures",
+    ),
+    (
+        "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/lines.txt",
+        "{tmp}/lines.txt is not a picture that can be read",
+    ),
+    (
+        "compare {base} -o {results} --concept none.safetensors:s1:dog --refs {pics}",
+        "none.safetensors does not exist or is not a file",
+    ),
+    (
+        "compare {tmp}/none -o {results} --concept {one}:s1:dog --refs {pics}",
+        "The base '{tmp}/none' does not exist: there is no such folder or file, and a name on the hub",
+    ),
+    # score
+    ("score", "Missing argument 'images'."),
+    ("score {pic}", "There is nothing to score against: give --refs, --prompts or both"),
+    ("score none.png --refs {pics}", "none.png is no picture and no folder with pictures"),
+    ("score {pic} --refs none", "none is no picture and no folder with pictures"),
+    ("score {pic} --refs {empty}", "{empty} is no picture and no folder with pictures"),
+    ("score {empty} --refs {pics}", "{empty} is no picture and no folder with pictures"),
+    ("score {tmp}/lines.txt --refs {pics}", "{tmp}/lines.txt is not a picture that can be read"),
+    ("score {pic} --prompts none.txt", "none.txt does not exist or is not a file"),
+    ("score {pic} --prompts {tmp}/empty.txt", "{empty}.txt has 0 prompts for 1 pictures"),
+    (
+        "score {pic} --refs {pics} --device gpu",
+        "--device 'gpu' is no device of torch; say cpu, cuda, cuda:1, …",
+    ),
+    # inspect
+    ("inspect", "Missing argument 'files'."),
+    ("inspect none.safetensors", "none.safetensors does not exist or is not a file"),
+    (
+        "inspect {tmp}/pointer.safetensors",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+    ),
+    (
+        "inspect {tmp}/model.safetensors",
+        "{lora}: 9 of 9 tensors cannot be read: model.diffusion_model.input_blocks.0.weight",
+    ),
+    ("inspect {tmp}/nothing.safetensors", "{tmp}/nothing.safetensors holds no tensors"),
+    ("inspect {tmp}/cut.safetensors", "{tmp}/cut.safetensors is not a whole safetensors file"),
+    ("inspect {tmp}", "{tmp} does not exist or is not a file; check the path"),
+    (
+        "inspect {one} --plot x.xyz",
+        "--plot x.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
+    ),
+    (
+        "inspect {one} --plot {tmp}/none/x.png",
+        "The folder {tmp}/none does not exist; make it first",
+    ),
+    # init
+    ("init", "Missing argument 'FOLDER'."),
+    ("init none", "none is no folder; give the folder with your LoRAs"),
+    ("init {empty}", "{empty} has no LoRA in it (no .safetensors)"),
+    ("init {one}", "{one} is no folder; give the folder with your LoRAs"),
+    ("init {world} -o merge.txt", "merge.txt: the name of a merge file must end in .yaml or .yml"),
+    (
+        "init {world} -o {tmp}/none/merge.yaml",
+        "The folder {tmp}/none does not exist; make it first",
+    ),
+    (
+        "init {world} -o {tmp}/mine.yaml",
+        "{tmp}/mine.yaml exists already; choose another name, or give --overwrite",
+    ),
+]

@@ -1,0 +1,108 @@
+"""The files that the cases in ``mistake_cases.py`` are about, and their command lines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from command_line import make_world
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from iteris_core.lora_files.tensors import file_digest
+
+
+def make_mess(folder: Path) -> dict[str, str]:
+    """What the cases name in braces."""
+    world, tmp = folder / "world", folder / "mess"
+    world.mkdir()
+    tmp.mkdir()
+    make_world(world)
+    one = world / "lora1.safetensors"
+    good = one.read_bytes()
+    texts = {
+        "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\n",
+        "page.safetensors": "<!DOCTYPE html><title>Log in</title>",
+        "letter.safetensors": "this is not a LoRA, it is a letter to you all",
+        "lines.txt": "a photo\na house\n", "empty.txt": "", "blank.txt": " \n\n",
+        "three.txt": "{} {} {}\n", "nine.txt": "a {9}\n", "mine.yaml": "mine",
+    }  # fmt: skip
+    data = {
+        "cut.safetensors": good[: len(good) // 2],
+        "huge.safetensors": struct.pack("<Q", 1 << 62) + b"{}",
+        "zero.safetensors": b"", "zeros.txt": b"a\0b\n", "zeros.yaml": b"a\0b\n",
+        "latin.txt": "caf\xe9\n".encode("latin-1"), "latin.yaml": "b: caf\xe9\n".encode("latin-1"),
+        "pickle.safetensors": b"\x80\x04K\x01.", "pickle.ckpt": b"\x80\x04K\x01.",
+        "zip.safetensors": b"PK\3\4" + bytes(100),
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp / name).write_text(text)
+    for name, content in data.items():
+        (tmp / name).write_bytes(content)
+    for name in ("empty", "folder.yaml", "pics", "done", "adapter", "model", "others"):
+        (tmp / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp / "pics" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp / "pics" / "b.png")
+    (tmp / "done" / "comparison.json").write_text("{}")
+    (tmp / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp / "model" / "config.json").write_text("{}")
+    tensors = load_file(one)
+    whole = {f"model.diffusion_model.input_blocks.{i}.weight": torch.ones(2) for i in range(9)}
+    save_file(whole, tmp / "model.safetensors")
+    save_file({}, tmp / "nothing.safetensors")
+    save_file({"emb_params": torch.ones(1, 32)}, tmp / "emb.safetensors")
+    save_file({k: t * float("nan") for k, t in tensors.items()}, tmp / "nan.safetensors")
+    recipe = {
+        "method": "sum", "settings": {}, "calibration": {},
+        "concepts": [{"file": one.name, "trigger": "s1", "sha256": file_digest(one)}],
+    }  # fmt: skip
+    recipes = {
+        "merged": recipe,
+        "broken": {**recipe, "concepts": 3},
+        "nanstrength": {**recipe, "strength": float("nan")},
+        "badcut": {**recipe, "cut": {"rank": 0, "ordered": True}},
+    }
+    for name, one_recipe in recipes.items():
+        save_file(tensors, tmp / f"{name}.safetensors", {"iteris": json.dumps(one_recipe)})
+    (tmp / "others" / one.name).write_bytes((world / "lora2.safetensors").read_bytes())
+    places = {name: tmp / f"{name}.safetensors" for name in recipes}
+    return {name: str(path) for name, path in {
+        **places, "changed": places["merged"], "world": world, "tmp": tmp, "one": one,
+        "base": world / "base", "empty": tmp / "empty", "pics": tmp / "pics",
+        "pic": tmp / "pics" / "a.png", "done": tmp / "done", "lora": tmp / "model.safetensors",
+    }.items()}  # fmt: skip
+
+
+FORMS = {
+    "M": "merge {base} -o {out} --device cpu --concept {one}:s1:dog",
+    "B": "merge {base} -o {out} --device cpu",
+    "C": "compare {base} -o {results} --device cpu --concept {one}:s1:dog --refs {pics}",
+}
+"""What a case begins with, for short."""
+
+
+def arguments_of(case: str, places: Mapping[str, str], folder: Path) -> list[str]:
+    """The words of the command line; what follows ``Y`` is a merge file."""
+    first, _, rest = case.partition(" ")
+    out = folder / "out.safetensors"
+    names = {**places, "out": str(out), "results": str(folder / "results")}
+    if first == "Y":
+        text = rest.removeprefix("|").replace("\\n", "\n").replace("\\t", "\t")
+        (folder / "merge.yaml").write_text(filled(text, names))
+        return ["merge", str(folder / "merge.yaml"), "-o", str(out)]
+    return [filled(word, names) for word in shlex.split(f"{FORMS.get(first, first)} {rest}")]
+
+
+def filled(text: str, names: Mapping[str, str]) -> str:
+    for name, path in names.items():
+        text = text.replace(f"{{{name}}}", path)
+    return text
+
+
+def contents(*folders: Path) -> dict[Path, bytes]:
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: path.read_bytes() for path in paths if path.is_file()}

@@ -1,0 +1,75 @@
+"""The index of errors: every kind that is raised has an entry, and every entry is raised."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from command_line import run
+
+from iteris_core import errors
+from iteris_core.cli.explain import errors_page
+from iteris_core.errors import KINDS, IterisError, LoraFileError, kind_of
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "errors" / "index.md"
+DECLARED = {
+    name: one
+    for name, one in vars(errors).items()
+    if isinstance(one, type) and issubclass(one, IterisError)
+}
+
+
+def made(folder: str) -> set[str]:
+    """The errors that the code in ``folder`` makes, to raise them."""
+    nodes = [
+        node
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return {func.id for func in calls if isinstance(func, ast.Name)} & DECLARED.keys()
+
+
+def test_every_kind_that_is_raised_has_an_entry_and_every_entry_is_raised():
+    assert {one.__name__ for one in KINDS} == DECLARED.keys()
+    assert made("iteris_core") | made("nodes") == DECLARED.keys()
+    # In the core each says more than that something is wrong.
+    assert "IterisError" not in made("iteris_core")
+
+
+def test_codes_are_unique_and_every_entry_says_what_to_do():
+    codes = [kind.code for kind in KINDS.values()]
+    assert codes == [f"IT-{number:02d}" for number in range(1, len(codes) + 1)]
+    for one, kind in KINDS.items():
+        assert one.__doc__
+        assert kind.remedy.endswith((".", "…"))
+
+
+def test_the_page_is_what_the_index_makes():
+    assert PAGE.read_text() == errors_page()
+    assert errors_page().count("\n## IT-") == len(KINDS)
+
+
+def test_a_message_ends_with_its_code_and_the_code_is_explained(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "inspect", "none.safetensors")
+    assert (code, err[-8:]) == (2, " [IT-08]")
+    for text in ("IT-08", "[it-08]", "8"):
+        code, out, _ = run(monkeypatch, capsys, "explain", text)
+        assert code == 0
+        assert out.startswith("IT-08  A LoRA file cannot be read")
+        assert "--allow-partial leaves out" in out
+    code, out, _ = run(monkeypatch, capsys, "explain")
+    assert len(out.splitlines()) == len(KINDS)
+    code, _, err = run(monkeypatch, capsys, "explain", "IT-99")
+    assert code == 2
+    assert "no error 'IT-99'" in err
+    code, out, _ = run(monkeypatch, capsys, "explain", "--markdown")
+    assert out == PAGE.read_text()
+
+
+def test_a_kind_of_another_package_has_the_entry_of_its_nearest():
+    class Mine(LoraFileError):
+        pass
+
+    assert kind_of(Mine()) is KINDS[LoraFileError]

@@ -1,0 +1,142 @@
+"""``iteris init``: a merge file from a folder of LoRAs, which then runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from command_line import QUICK, make_world, recipe_of, run
+from safetensors.torch import load_file, save_file
+
+from iteris_core.cli.folder import base_near, loras_in
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """``loras`` with what lies about in such folders, and the base beside it."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (tmp_path / "base").symlink_to(world / "base")
+    tensors = load_file(world / "lora1.safetensors")
+    save_file(tensors, folder / "cat.safetensors", {"modelspec.trigger_phrase": "sks cat"})
+    shutil.copy(world / "lora2.safetensors", folder / "dog.safetensors")
+    words = {"trainedWords": ["zwx dog"]}
+    (folder / "dog.civitai.info").write_text(json.dumps(words))
+    save_file({"emb_params": torch.ones(1, 32)}, folder / "toy.safetensors")
+    recipe = {"iteris": json.dumps({"method": "sum", "concepts": []})}
+    save_file(tensors, folder / "both.safetensors", recipe)
+    (folder / "cut.safetensors").write_bytes(b"\0\1\2")
+    site = "transformer.single_transformer_blocks.0.attn.to_q"
+    flux = {f"{site}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(flux, folder / "flux.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return tmp_path
+
+
+def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
+    code, text, err = run(monkeypatch, capsys, "init", "loras")
+    assert code == 0, err
+    assert text.startswith("Wrote merge.yaml: 2 LoRAs for SD 1.x.\nLook at the words")
+    for name, why in {
+        "both": "a merge that iteris wrote", "toy": "no LoRA", "cut": "not a whole safetensors",
+        "flux": "made for FLUX.1, the others for SD 1.x",
+    }.items():  # fmt: skip
+        assert f"Left out: {name}.safetensors ({why}" in err.replace(
+            "loras/cut.safetensors is ", ""
+        )
+    data = yaml.safe_load((place / "merge.yaml").read_text())
+    assert data == {
+        "base": "base", "output": "merged.safetensors", "preset": "default",
+        "concepts": [
+            {"file": "loras/cat.safetensors", "trigger": "sks", "class": "cat"},
+            {"file": "loras/dog.safetensors", "trigger": "zwx", "class": "dog"},
+        ],
+    }  # fmt: skip
+    assert "# words from dog.civitai.info" in (place / "merge.yaml").read_text()
+    code, text, err = run(monkeypatch, capsys, "merge", "merge.yaml", *QUICK)
+    assert code == 0, err
+    assert [c["trigger"] for c in recipe_of("merged.safetensors")["concepts"]] == ["sks", "zwx"]
+    # A second file names another result.
+    assert run(monkeypatch, capsys, "init", "loras", "-o", "again.yaml")[0] == 0
+    assert yaml.safe_load((place / "again.yaml").read_text())["output"] == "merged-2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "none is no folder"),
+        (["empty"], "empty has no LoRA in it (no .safetensors)"),
+        (["loras"], "merge.yaml exists already"),
+        (["loras", "-o", "merge.txt"], "must end in .yaml or .yml"),
+        (["loras", "-o", "none/merge.yaml"], "The folder none does not exist"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(place, monkeypatch, capsys, arguments, message):
+    (place / "empty").mkdir()
+    (place / "merge.yaml").write_text("mine")
+    code, _, err = run(monkeypatch, capsys, "init", *arguments)
+    assert code == 2
+    assert message in err
+    assert (place / "merge.yaml").read_text() == "mine"
+    assert run(monkeypatch, capsys, "init", "loras", "--overwrite")[0] == 0
+
+
+def test_what_is_not_known_is_named_and_the_merge_asks_for_it(place, monkeypatch, capsys):
+    (place / "loras" / "dog.civitai.info").unlink()
+    code, text, err = run(monkeypatch, capsys, "init", "loras", "--yes")
+    assert code == 0, err
+    assert "Fill in trigger: of dog.safetensors." in text
+    assert "# NO TRIGGER WORDS FOUND" in (place / "merge.yaml").read_text()
+    code, _, err = run(monkeypatch, capsys, "merge", "merge.yaml")
+    assert code == 2
+    assert "loras/dog.safetensors has no trigger word" in err
+
+
+def test_in_a_terminal_each_guess_is_accepted_or_changed(place, monkeypatch, capsys):
+    shutil.copy(place / "loras" / "dog.safetensors", place / "loras" / "eel.safetensors")
+    answers = io.StringIO("\nsks tiger\n-\nqqq eel, qqq fish\n")
+    answers.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", answers)
+    code, text, err = run(monkeypatch, capsys, "init", "loras")
+    assert code == 0, err
+    assert "3 LoRAs for SD 1.x" in text
+    data = yaml.safe_load((place / "merge.yaml").read_text())
+    assert data["base"] == "base"
+    assert data["concepts"] == [
+        {"file": "loras/cat.safetensors", "trigger": "sks", "class": "tiger"},
+        {"file": "loras/eel.safetensors", "subjects": ["qqq eel", "qqq fish"]},
+    ]
+
+
+def test_the_base_is_the_pipeline_beside_or_the_usual_one(place, tmp_path):
+    assert base_near(place / "loras", "SDXL")[0] == str(place / "base")
+    (place / "other").symlink_to(place / "base")  # two: neither is clear
+    assert base_near(place / "loras", "SDXL")[0] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert base_near(place / "loras", "SD 3") == ("", "none found; name one for LoRAs of SD 3")
+
+
+def test_two_experts_are_one_concept(tmp_path):
+    keys = [f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight" for part in "AB"]
+    for name in ("cat_high_noise", "cat_low_noise", "highland"):
+        save_file(
+            dict.fromkeys(keys[:1], torch.ones(2, 2)) | {keys[1]: torch.zeros(2, 2)},
+            tmp_path / f"{name}.safetensors",
+            {"modelspec.architecture": "wan2.2"},
+        )
+    loras, left_out = loras_in(tmp_path)
+    assert [one.name for one in loras] == [
+        "cat_high_noise.safetensors + cat_low_noise.safetensors", "highland.safetensors",
+    ]  # fmt: skip
+    assert {one.family for one in loras} == {"wan2.2"}
+    assert not left_out
