@@ -17,6 +17,7 @@ import tables_language
 import tables_machine
 import tables_pictures
 import tables_protocol
+import tables_unseen
 from outputs import ROOT
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {
@@ -24,6 +25,7 @@ TABLES: Mapping[str, Callable[[], list[str]]] = {
     **tables_language.TABLES,
     **tables_machine.TABLES,
     **tables_protocol.TABLES,
+    **tables_unseen.TABLES,
 }
 PAGES = (
     ROOT / "README.md",

@@ -1,0 +1,72 @@
+"""Tables of prompts that no row had, from what ``unseen.py`` writes (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from markdown_tables import lines, load, short
+
+NAMES = {"single": "each LoRA alone", "sum": "sum"}
+NEW_WORDS = (
+    ("seen", "likeness"),
+    ("seen", "judge"),
+    ("new words", "likeness"),
+    ("new words", "judge"),
+    ("new words", "scene"),
+    ("no trigger", "likeness"),
+    ("spread", "share of pixels"),
+)
+STYLED = (
+    ("styled", "judge"),
+    ("styled", "style"),
+    ("styled", "both"),
+    ("subject", "judge"),
+    ("style", "style"),
+    ("no trigger", "likeness"),
+)
+
+
+def unseen(file: str, size: str, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """Means over sets and, in brackets, how far ours is ahead, with the half width of the paired
+    95 % interval; bold where the interval leaves out 0."""
+    data = load(file)
+    found = data["sizes"][size]
+    rows: list[list[str]] = []
+    for label, kinds in found["rows"].items():
+        ahead = found["against"].get(label, {})
+        cells = [_cell(kinds, ahead, kind, name) for kind, name in columns]
+        n = max(figure["n"] for of in kinds.values() for figure in of.values())
+        name = f"**{label}**" if label == data["default"] else NAMES.get(label, label)
+        rows.append([name, str(n), *cells])
+    head = (f"{size} LoRAs", "n", *(f"{kind}: {name}" for kind, name in columns))
+    return lines(head, rows, right=len(columns) + 1)
+
+
+def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: str) -> str:
+    figure, lead = kinds.get(kind, {}).get(name), ahead.get(kind, {}).get(name)
+    if figure is None:
+        return ""
+    mean = short(f"{figure['mean']:.3f}")
+    if lead is None:
+        return mean
+    if lead["interval"] is None:
+        return short(f"{mean} ({lead['mean']:+.3f})")
+    told = short(f"({lead['mean']:+.3f} ± {lead['interval'][1] - lead['mean']:.3f})")
+    return f"{mean} **{told}**" if lead["verdict"] != "level" else f"{mean} {told}"
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "unseen styles": partial(unseen, "unseen_styles.json", "2", STYLED),
+    **{
+        f"unseen toybox before {size}": partial(
+            unseen, "unseen_toybox_before.json", size, NEW_WORDS
+        )
+        for size in ("2", "3", "5")
+    },
+    **{
+        f"unseen reported {size}": partial(unseen, "unseen_reported.json", size, NEW_WORDS)
+        for size in ("3", "5")
+    },
+}
