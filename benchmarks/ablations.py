@@ -40,8 +40,13 @@ class Variant:
         return {**more, **self.settings}
 
 
-PAPER: dict[str, Any] = {"align": "adapter", "balance": "adapter", "ridge": 1e-4, "focus": 0.0}
-"""The paper's objective and its ridge; it has neither repair nor focus."""
+PAPER: dict[str, Any] = {
+    "objective": "adapter",
+    "weighting": "adapter",
+    "ridge": 1e-4,
+    "saliency": 0.0,
+}
+"""The paper's objective and its ridge; it has neither repair nor saliency."""
 
 
 def of(**settings: Any) -> Variant:
@@ -55,14 +60,14 @@ def plain(**settings: Any) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "default": plain(),
-    "focus=0": of(focus=0.0),
-    "ridge=1e-05, focus=0": of(ridge=1e-5, focus=0.0),
+    "saliency=0": of(saliency=0.0),
+    "ridge=1e-05, saliency=0": of(ridge=1e-5, saliency=0.0),
     "repair=false": plain(repair=False),
     **{f"repair_inputs={share:g}": plain(repair_inputs=share) for share in (0.25, 0.5, 1.0)},
-    "align=adapter": plain(align="adapter"),
-    "balance=adapter (eq. 8)": of(balance="adapter"),
-    "balance=full": of(balance="full"),
-    "balance=none": of(balance="none"),
+    "objective=adapter": plain(objective="adapter"),
+    "weighting=adapter (eq. 8)": of(weighting="adapter"),
+    "weighting=full": of(weighting="full"),
+    "weighting=none": of(weighting="none"),
     "paper: adapter, eq. 8, ridge 1e-4": plain(**PAPER),
     **{f"ridge={r:g}": of(ridge=r) for r in (0.0, 1e-7, 1e-5, 1e-4, 1e-2)},
     **{f"samples={n}": Variant({}, {"samples": n}) for n in (6, 12, 25, 100)},
@@ -77,7 +82,7 @@ VARIANTS: dict[str, Variant] = {
         for k in (1, 2, 5, 10)
     },
     **{
-        f"jacobi, {k} iterations": of(schedule="jacobi", iterations=k, ridge=1e-5, focus=0.0)
+        f"jacobi, {k} iterations": of(schedule="jacobi", iterations=k, ridge=1e-5, saliency=0.0)
         for k in (1, 2, 3, 5, 8)
     },
 }

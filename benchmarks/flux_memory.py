@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "width 1536, widest site, 5 LoRAs": {"width": 1536, "loras": 5, **_WIDEST},
     "width 1536, widest site, rank 32": {"width": 1536, "rank": 32, **_WIDEST},
     "width 1536, widest site, adapter": {
-        "width": 1536, "sites": _WIDEST["sites"], "settings": {"align": "adapter"},
+        "width": 1536, "sites": _WIDEST["sites"], "settings": {"objective": "adapter"},
     },
     "width 3072, iteris-subspace": {"method": "iteris-subspace"},
     "width 3072": {},

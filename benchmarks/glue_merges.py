@@ -166,7 +166,7 @@ def with_and_without(bench: Bench) -> None:
     ours, paper = OURS["iteris"], OURS["iteris-paper"]
     for title, pairs, changes in (
         ("ridge", WITHOUT_RIDGE, {"ridge": 0.0}),
-        ("balance", WITHOUT_BALANCE, {"balance": "none"}),
+        ("balance", WITHOUT_BALANCE, {"weighting": "none"}),
     ):
         rows = {
             name: {" / ".join(pair): bench.row(pair, "iteris", settings) for pair in pairs}

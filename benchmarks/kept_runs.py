@@ -1,10 +1,9 @@
 """What was measured of ``iteris`` with other settings on any sets, of the suite's kept runs.
 
-``python benchmarks/kept_runs.py '{"focus": 0.0}'`` prints the means of image, text and both, the
+``python benchmarks/kept_runs.py '{"saliency": 0.0}'`` prints the means of image, text and both, the
 judge's and the pairs', with standard errors over seeds, by the number of concepts, the seconds that
 a merge took then, and the same against the default on the same sets, paired by set and seed.
-Nothing is merged. Settings have the names that they had when the runs were made, which still hold;
-``--calibration`` takes those of the samples.
+Nothing is merged. ``--calibration`` takes the settings of the samples.
 """
 
 from __future__ import annotations

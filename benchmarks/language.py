@@ -226,20 +226,20 @@ def ablations(bench: Bench) -> dict[str, Any]:
     return {
         "samples": {str(n): total({}, n) for n in (12, 25, 50, 100, 200)},
         "objective": {
-            "adapter": total({"align": "adapter"}),
-            "full without repair": total({"repair": False}),
-            "full with repair": total({}),
+            "adapter": total({"objective": "adapter"}),
+            "output without repair": total({"repair": False}),
+            "output with repair": total({}),
         },
         "ridge": {
-            align: {
-                str(ridge): total({"align": align, "ridge": ridge})
+            objective: {
+                str(ridge): total({"objective": objective, "ridge": ridge})
                 for ridge in (0.0, 1e-7, 1e-5, 1e-3, 1e-1)
             }
-            for align in ("full", "adapter")
+            for objective in ("output", "adapter")
         },
-        "balance": {b: total({"balance": b}) for b in ("none", "tokens", "adapter", "full")},
-        "balance of the paper's settings": {
-            b: total({**paper, "balance": b}) for b in ("none", "adapter")
+        "weighting": {b: total({"weighting": b}) for b in ("none", "tokens", "adapter", "full")},
+        "weighting of the paper's settings": {
+            b: total({**paper, "weighting": b}) for b in ("none", "adapter")
         },
         "iterations": {
             str(count - 1): total({**paper, "iterations": count})

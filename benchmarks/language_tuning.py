@@ -27,9 +27,9 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("ssr", {}),
     ("iteris", {}),
     ("iteris", _CLASSIFIERS),
-    ("iteris", {"align": "adapter", "shrink": 0.5}),
-    ("iteris", {"align": "adapter", "shrink": 0.9}),
-    ("iteris", {**_CLASSIFIERS, "balance": "none"}),
+    ("iteris", {"objective": "adapter", "shrink": 0.5}),
+    ("iteris", {"objective": "adapter", "shrink": 0.9}),
+    ("iteris", {**_CLASSIFIERS, "weighting": "none"}),
 ]
 
 

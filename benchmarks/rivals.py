@@ -36,10 +36,10 @@ task arithmetic."""
 def methods(iterations: int, ridge: float) -> Methods:
     """The rivals, our defaults, and Algorithm 1 with the paper's iterations and α of that task."""
     paper = {
-        "align": "adapter",
+        "objective": "adapter",
         "schedule": "jacobi",
         "iterations": iterations,
-        "balance": "adapter",
+        "weighting": "adapter",
         "ridge": ridge,
     }
     return {**RIVALS, "iteris": ("iteris", {}), "iteris-paper": ("iteris", paper)}

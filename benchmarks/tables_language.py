@@ -63,9 +63,7 @@ def emotions() -> list[str]:
 def tuning() -> list[str]:
     rows: list[tuple[str, str]] = []
     for merge in load("language_tuning.json")["merges"]:
-        named = {"align": {"full": "output"}}
-        settings = {n: named.get(n, {}).get(v, v) for n, v in merge["settings"].items()}
-        said = "".join(f", `{name}={value}`" for name, value in settings.items())
+        said = "".join(f", `{name}={value}`" for name, value in merge["settings"].items())
         label = IN_TUNING[merge["method"]] + (said or (", defaults" if said == "" else ""))
         rows.append((label, cell({"mean": merge["sum"], "se": merge["standard_error"]})))
     return lines(("method", "sum of three"), rows)
@@ -78,14 +76,14 @@ def _ablation(name: str, first: str) -> list[str]:
 
 def ridge() -> list[str]:
     data = load("language_ablations.json")["ridge"]
-    labels = {"full": "`output`, sweep, repair", "adapter": "`adapter`, sweep"}
+    labels = {"output": "`output`, sweep, repair", "adapter": "`adapter`, sweep"}
     rows = [(labels[kind], *(f"{v:.3f}" for v in some.values())) for kind, some in data.items()]
-    return lines(("ridge", *(f"{float(value):g}" for value in data["full"])), rows)
+    return lines(("ridge", *(f"{float(value):g}" for value in data["output"])), rows)
 
 
 def weighting() -> list[str]:
     data = load("language_ablations.json")
-    ours, paper = data["balance"], data["balance of the paper's settings"]
+    ours, paper = data["weighting"], data["weighting of the paper's settings"]
     rows = [
         ("`output`, sweep, repair", *(f"{value:.3f}" for value in ours.values())),
         (

@@ -276,5 +276,5 @@ def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind:
     if isinstance(given, kind):
         return given
     if given is None or isinstance(given, Mapping):
-        return kind.from_mapping({**preset, **kind.canonical(given or {})})
+        return kind.from_mapping({**preset, **(given or {})})
     raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")

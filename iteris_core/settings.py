@@ -2,8 +2,7 @@
 
 A setting is a field of a frozen dataclass over :class:`Settings`, declared by :func:`setting` with
 its default, its limits and its help; its type is the field's. The check, the command line's
-``NAME=VALUE``, the inputs of the nodes and the page ``docs/settings.md`` are made from that. Former
-names and values are still read, wherever settings come as a mapping or as text.
+``NAME=VALUE``, the inputs of the nodes and the page ``docs/settings.md`` are made from that.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Setting:
 
     ``none`` says what None stands for. Numbers are at least ``low`` or ``above`` it, at most
     ``high`` or ``below`` it; a form may offer less, up to ``most`` in steps of ``step``. A number
-    that may be whole or not is a count, or a share of ``share``. ``former`` are names that it
-    had, ``former_values`` values. The rest comes from the field.
+    that may be whole or not is a count, or a share of ``share``. The rest comes
+    from the field.
     """
 
     help: str
@@ -48,8 +47,6 @@ class Setting:
     most: float | None = None
     step: float | None = None
     share: str = ""
-    former: tuple[str, ...] = ()
-    former_values: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = ""
     default: Any = None
     types: frozenset[type] = frozenset()
@@ -64,9 +61,8 @@ class Setting:
         """bool, int, float or str (a choice), whichever a form asks for."""
         return next((kind for kind in (bool, int, float) if kind in self.types), str)
 
-    def check(self, value: Any, name: str = "") -> None:
-        """Raise :class:`SettingsError` unless ``value`` is of the right type and within the limits.
-        ``name`` is what the setting was called where the value comes from."""
+    def check(self, value: Any) -> None:
+        """Raise :class:`SettingsError` for a ``value`` of another type or out of the limits."""
         expected = self._type()
         if value is None or isinstance(value, bool):
             right = type(value) in self.types
@@ -81,13 +77,13 @@ class Setting:
         if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
             shown = repr(value) if isinstance(value, str) else value
-            raise SettingsError(f"{name or self.name} must be {expected}, not {shown}{others}.")
+            raise SettingsError(f"{self.name} must be {expected}, not {shown}{others}.")
 
     def parse(self, text: str) -> Any:
         """The value that ``text`` stands for, or the text itself where it stands for none."""
         text = text.strip()
         word = text.lower()
-        if word in self.choices or word in self.former_values:
+        if word in self.choices:
             return word
         if word in ("none", "null", "") and self.optional:
             return None
@@ -163,27 +159,14 @@ class Settings:
             declared.check(getattr(self, declared.name))
 
     @classmethod
-    def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` under today's names; former names and former values are translated."""
-        known = [f.name for f in fields(cls)]
-        translated: dict[str, Any] = {}
-        for given, value in values.items():
-            declared = find_setting(cls, given)
-            name = given if declared is None else declared.name
-            if name not in known:
-                guess, names = did_you_mean(given, known), ", ".join(known)
-                raise SettingsError(f"There is no setting {given!r}{guess} The names are: {names}.")
-            if name in translated:
-                raise SettingsError(f"{given} is {name}, which is given too; leave one out.")
-            if declared is not None:
-                value = declared.former_values.get(str(value), value)
-                declared.check(value, given)
-            translated[name] = value
-        return translated
-
-    @classmethod
     def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
-        return cls(**cls.canonical(values))
+        """Raises :class:`SettingsError` for a name that there is not, or a value out of range."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                guess, names = did_you_mean(name, known), ", ".join(known)
+                raise SettingsError(f"There is no setting {name!r}{guess} The names are: {names}.")
+        return cls(**values)
 
 
 @cache
@@ -201,12 +184,6 @@ def declared_settings(owner: type) -> Mapping[str, Setting]:
         for f in fields(owner)
         if _KEY in f.metadata
     }
-
-
-def find_setting(owner: type, name: str) -> Setting | None:
-    """The setting that is called ``name``, or was."""
-    declared = declared_settings(owner)
-    return declared.get(name) or next((s for s in declared.values() if name in s.former), None)
 
 
 def _parts(hint: Any) -> list[Any]:

@@ -12,22 +12,21 @@ from ..iteris_core.merge import Unmergeable
 from ..iteris_core.methods import find_method
 from ..iteris_core.methods.iteris_settings import IterisSettings
 from ..iteris_core.presets import PRESETS, PresetName, preset_settings
-from ..iteris_core.settings import find_setting
+from ..iteris_core.settings import declared_settings
 from .comfy_conds import References
 from .merge_inputs import changed
 
 CALIBRATION = (
     "timesteps", "latents", "latent_size", "frames", "denoising_steps", "guidance", "empty_share",
+    "contexts", "generic",
 )  # fmt: skip
 ITERIS = (
-    "rank", "repair", "repair_inputs", "schedule", "iterations", "tolerance", "objective",
-    "weighting", "ridge", "shrink", "saliency", "row_tokens", "precision",
+    "rank", "repair", "repair_inputs", "block_steps", "block_pairs", "schedule", "iterations",
+    "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency", "row_tokens",
+    "precision",
 )  # fmt: skip
 """Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
 rows in a forward, which the memory decides, and without the rate of the polish."""
-LATER = ("pull", "block_steps", "block_pairs")
-CALIBRATION_LATER = ("contexts", "generic")
-"""Behind all others on the node, since saved graphs have inputs by their places."""
 RIVALS: Mapping[str, str] = {
     "density": "Other methods: the share of entries that is kept of each LoRA.",
     "scale": "Other methods: what the merged change is multiplied by.",
@@ -50,8 +49,7 @@ class Asked:
     @property
     def calibration(self) -> Calibration:
         """What the inputs say over what the preset says."""
-        names = (*CALIBRATION, *CALIBRATION_LATER)
-        values = {name: self.values[name] for name in names if name in self.values}
+        values = {name: self.values[name] for name in CALIBRATION if name in self.values}
         given = changed(Calibration, {"seed": self.seed, **values})
         given |= {"samples": self.samples} if self.samples else {}
         return Calibration.from_mapping({**PRESETS[self.preset].calibration, **given})
@@ -59,10 +57,10 @@ class Asked:
     def settings(self, method: str) -> dict[str, Any]:
         """Of other methods than ours the rank and :data:`RIVALS`, as far as they have them."""
         if method != _DEFAULT_METHOD:
-            kind = find_method(method).settings
+            known = declared_settings(find_method(method).settings)
             given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
-            return {n: v for n, v in given.items() if v and find_setting(kind, n) is not None}
-        values = {name: self.values[name] for name in (*ITERIS, *LATER) if name in self.values}
+            return {n: v for n, v in given.items() if v and n in known}
+        values = {name: self.values[name] for name in ITERIS if name in self.values}
         return {**preset_settings(self.preset, method), **changed(IterisSettings, values)}
 
     @property

@@ -20,7 +20,7 @@ from ..iteris_core.lora_files.tensors import content_hash
 from ..iteris_core.merge import MergeResult, Unmergeable, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
-from ..iteris_core.settings import find_setting
+from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import POLICY, Policy
 from .comfy_conds import References, Same
 from .comfy_host import BOUNDARY, ComfyHost
@@ -75,7 +75,7 @@ def merge_on(
     that ``method`` does not have are left out; ``policy`` holds the thresholds. Raises
     :class:`IterisError` where it cannot fit.
     """
-    kind = find_method(method).settings
+    known = declared_settings(find_method(method).settings)
     reading = ReadOptions(allow_partial=unmergeable == "skip")
     progress = NodeProgress(node_id)
     given = {**settings, "micro_batch": rows}
@@ -99,7 +99,7 @@ def merge_on(
             host,
             [spec.read(host, reading) for spec in specs],
             method,
-            settings={n: value for n, value in given.items() if find_setting(kind, n)},
+            settings={n: value for n, value in given.items() if n in known},
             calibration=calibration,
             on_progress=progress,
             memory_budget=memory_budget,

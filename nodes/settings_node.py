@@ -13,7 +13,7 @@ from ..iteris_core.methods import all_methods
 from ..iteris_core.methods.iteris_settings import IterisSettings
 from ..iteris_core.settings import declared_settings
 from .merge_inputs import setting_input
-from .merge_settings import CALIBRATION, CALIBRATION_LATER, ITERIS, LATER, RIVALS
+from .merge_settings import CALIBRATION, ITERIS, RIVALS
 from .schema import MergeSettings, schema
 
 
@@ -70,8 +70,6 @@ def _all_inputs() -> Iterable[Any]:
     )
     yield from (setting_input(IterisSettings, name) for name in ITERIS)
     yield from map(rival_input, RIVALS)
-    yield from (setting_input(IterisSettings, name) for name in LATER)
-    yield from (setting_input(Calibration, name) for name in CALIBRATION_LATER)
 
 
 class IterisMergeSettings(io.ComfyNode):

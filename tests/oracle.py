@@ -167,7 +167,17 @@ def balance_weight(kind, change, x, full_output):
 
 @torch.no_grad()
 def jacobi(
-    model, loras, data, *, iterations, align, ridge, balance, rank=None, weights=None, shrink=1.0
+    model,
+    loras,
+    data,
+    *,
+    iterations,
+    objective,
+    ridge,
+    weighting,
+    rank=None,
+    weights=None,
+    shrink=1.0,
 ):
     """Algorithm 1: solve all sites from the last merged model's inputs, ``iterations`` times."""
     deltas = [dense_changes(lora) for lora in loras]
@@ -187,12 +197,12 @@ def jacobi(
                 change = delta.get(site, torch.zeros_like(w0))
                 x, xt = xs[site], mine[site]
                 full = x @ (w0 + change).mT + (0 if module.bias is None else module.bias)
-                lam = weight * balance_weight(balance, change, x, full)
+                lam = weight * balance_weight(weighting, change, x, full)
                 own, cross = xt.mT @ xt, x.mT @ xt
                 eye = torch.eye(len(own), dtype=torch.float64)
                 pull = (1 - shrink) * own.diag().diag() + ridge * own.norm() * eye
                 left += lam * (shrink * own + pull)
-                if align == "adapter":
+                if objective == "adapter":
                     pull = (1 - shrink) * cross.diag().diag() + ridge * cross.norm() * eye
                     right += lam * change @ (shrink * cross + pull)
                 else:

@@ -19,4 +19,4 @@ def merge(loras, data=None, model=None, *, weights=None, strengths=None, **setti
         )
         for i, lora in enumerate(loras)
     ]
-    return merge_loras(host, concepts, settings={"statistics": "float64", **settings})
+    return merge_loras(host, concepts, settings={"precision": "float64", **settings})

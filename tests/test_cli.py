@@ -73,7 +73,7 @@ def test_json_methods_and_settings(world, tmp_path, monkeypatch, capsys):
     preserve = tmp_path / "preserve.txt"
     preserve.write_text("a cat\n\na house\n")
     extra = [
-        "--json", "--set=align=adapter", "--set", "rank=3", "--set=balance=adapter",
+        "--json", "--set=objective=adapter", "--set", "rank=3", "--set=weighting=adapter",
         "--layout=peft", "--dtype=float32", f"--preserve={preserve}",
     ]  # fmt: skip
     code, text, _ = run(monkeypatch, capsys, *merge_arguments(world, *files, out=out, extra=extra))
@@ -221,7 +221,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(
     ("extra", "message"),
     [
         (["--set=rank=-4"], "rank must be at least 1, not -4"),
-        (["--set=align=both"], "align must be one of"),
+        (["--set=objective=both"], "objective must be one of"),
         (["--set=rnak=4"], "there is no setting 'rnak'; did you mean 'rank'?"),
         (["--set=micro_batch=abc"], "micro_batch must be a whole number, at least 1, not 'abc'"),
         (["--set=micro_batch=2.5"], "micro_batch must be a whole number"),
@@ -362,7 +362,7 @@ def test_the_version(monkeypatch, capsys):
 def test_one_method_in_full(monkeypatch, capsys):
     code, text, _ = run(monkeypatch, capsys, "methods", "iteris")
     assert code == 0
-    for word in ("weighting", "balance", "eq. 8", "jacobi"):
+    for word in ("weighting", "eq. 8", "jacobi"):
         assert word in text
 
 

@@ -112,7 +112,7 @@ def test_features_while_generating_and_inputs_from_tensors(tmp_path, monkeypatch
                 {"input_ids": ids, "decoder_input_ids": ids.clone()}, tmp_path / "x.safetensors"
             )
         out = tmp_path / name
-        given = arguments(world, out, *extra, "--set=align=adapter", samples=samples)
+        given = arguments(world, out, *extra, "--set=objective=adapter", samples=samples)
         code, text, error = run(monkeypatch, capsys, *given)
         assert code == 0, error
         assert "Merged 2 concepts with iteris" in text

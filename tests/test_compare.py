@@ -137,7 +137,7 @@ def test_the_time_left_is_that_of_all_methods():
 def test_methods_are_listed(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0
-    for name in ("iteris", "ssr", "ties", "align"):
+    for name in ("iteris", "ssr", "ties", "objective"):
         assert name in out
 
 

@@ -91,11 +91,11 @@ def test_lockstep_rows_are_separate_runs(host, select):
             assert float((ours[rows] - plain).norm() / plain.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_sweep_is_the_converged_iteration_in_both_precisions(host, host64, align):
-    for each, limit, statistics in ((host, 1e-5, "float32"), (host64, 1e-9, "float64")):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_sweep_is_the_converged_iteration_in_both_precisions(host, host64, objective):
+    for each, limit, precision in ((host, 1e-5, "float32"), (host64, 1e-9, "float64")):
         concepts = merged_concepts(each)
-        settings = {"align": align, "statistics": statistics, "micro_batch": 5, "ridge": 1e-4}
+        settings = {"objective": objective, "precision": precision, "micro_batch": 5, "ridge": 1e-4}
         sweep = merge_loras(each, concepts, settings=settings, calibration=CALIBRATION)
         iterated = merge_loras(
             each,
@@ -109,11 +109,11 @@ def test_sweep_is_the_converged_iteration_in_both_precisions(host, host64, align
 def test_all_kinds_of_sites_merge(host64):
     concepts = merged_concepts(host64, select=everything)
     sweep = merge_loras(
-        host64, concepts, settings={"statistics": "float64"}, calibration=CALIBRATION
+        host64, concepts, settings={"precision": "float64"}, calibration=CALIBRATION
     )
     assert any(c.kernel == (3, 3) for c in sweep.lora.sites.values())
     alone = merge_loras(
-        host64, concepts[:1], settings={"statistics": "float64"}, calibration=CALIBRATION
+        host64, concepts[:1], settings={"precision": "float64"}, calibration=CALIBRATION
     )
     assert difference(alone.lora, concepts[0].lora) < 1e-7
 
@@ -121,7 +121,7 @@ def test_all_kinds_of_sites_merge(host64):
 def test_one_denoising_step_is_enough(host64):
     calibration = Calibration(samples=3, timesteps=1, denoising_steps=1, seed=3)
     concepts = merged_concepts(host64)
-    settings = {"statistics": "float64"}
+    settings = {"precision": "float64"}
     alone = merge_loras(host64, concepts[:1], settings=settings, calibration=calibration)
     assert difference(alone.lora, concepts[0].lora) < 1e-7
 
@@ -136,7 +136,7 @@ def test_micro_batches_and_seeds(host64, latents):
         merge_loras(
             host64,
             concepts,
-            settings={"statistics": "float64", "micro_batch": size},
+            settings={"precision": "float64", "micro_batch": size},
             calibration=calibration,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -160,8 +160,8 @@ def count_unet_runs(host):
     return runs, handle
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_text_only_sites_need_no_pass_of_the_denoiser(host64, align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_text_only_sites_need_no_pass_of_the_denoiser(host64, objective):
     def text_only(site):
         return is_attention(site) and (
             site.startswith("text_encoder") or "attn2.to_k" in site or "attn2.to_v" in site
@@ -169,7 +169,7 @@ def test_text_only_sites_need_no_pass_of_the_denoiser(host64, align):
 
     concepts = merged_concepts(host64, select=text_only)
     runs, handle = count_unet_runs(host64)
-    settings = {"statistics": "float64", "align": align, "repair": False}
+    settings = {"precision": "float64", "objective": objective, "repair": False}
     # Every prompt once and none empty, so that both ways weigh the prompts alike.
     calibration = Calibration(
         samples=5, timesteps=2, denoising_steps=4, empty_share=0.0, contexts=0.0, generic=0.0
@@ -331,13 +331,13 @@ def test_a_pipeline_without_a_text_encoder_is_an_error(pipeline):
         DiffusersHost(pipeline)
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_a_rank_by_share_of_energy(host64, align):
-    settings = {"align": align, "statistics": "float64"}
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_a_rank_by_share_of_energy(host64, objective):
+    settings = {"objective": objective, "precision": "float64"}
     concepts = merged_concepts(host64)
     exact = merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION)
     cut = merge_loras(host64, concepts, settings={**settings, "rank": 0.9}, calibration=CALIBRATION)
     assert max(cut.lora.ranks) < max(exact.lora.ranks)
     assert all(site.truncated <= 0.1 + 1e-6 for site in cut.report.sites.values()) or (
-        align == "full"  # where Σ r_i itself cuts something off
+        objective == "output"  # where Σ r_i itself cuts something off
     )

@@ -139,7 +139,7 @@ def test_a_merge_in_directions_is_the_same_for_any_micro_batch(host64, micro_bat
 
     def merge(micro_batch, policy):
         settings = {
-            "statistics": "float64",
+            "precision": "float64",
             "ridge": 1e-3,
             "micro_batch": micro_batch,
             "row_tokens": row_tokens,

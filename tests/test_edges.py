@@ -30,45 +30,47 @@ from iteris_core.solve.subspace import Subspace
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
+@pytest.mark.parametrize("objective", ["adapter", "output"])
 @pytest.mark.parametrize("ridge", [0.0, 1e-5])
-def test_rank_deficient_inputs_have_a_solution(align, ridge):
+def test_rank_deficient_inputs_have_a_solution(objective, ridge):
     data = [torch.ones(2, 12, 12, dtype=torch.float64), -torch.ones(1, 12, 12, dtype=torch.float64)]
-    ours = merge([make_lora(1), make_lora(2)], data, align=align, ridge=ridge)
+    ours = merge([make_lora(1), make_lora(2)], data, objective=objective, ridge=ridge)
     for change in ours.lora.sites.values():
         assert bool(torch.isfinite(change.dense()).all())
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-@pytest.mark.parametrize("balance", ["adapter", "tokens", "full", "none"])
-def test_all_zero_inputs_give_the_mean(align, balance):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+@pytest.mark.parametrize("weighting", ["adapter", "tokens", "full", "none"])
+def test_all_zero_inputs_give_the_mean(objective, weighting):
     data = [torch.zeros(2, 12, 12, dtype=torch.float64) for _ in range(2)]
     loras = [make_lora(1), make_lora(2)]
     model = Net()
     for parameter in model.parameters():
         parameter.data.mul_(parameter.ndim > 1)  # no biases: zeros stay zeros
-    ours = merge(loras, data, model, align=align, balance=balance, rank=WIDE)
+    ours = merge(loras, data, model, objective=objective, weighting=weighting, rank=WIDE)
     first, second = map(dense_changes, loras)
     assert difference(ours.lora, {s: (first[s] + second[s]) / 2 for s in first}) < 1e-9
 
 
 def test_float32_statistics_agree_with_the_converged_iteration():
     loras = [make_lora(1), make_lora(2)]
-    for align in ("adapter", "full"):
-        sweep = merge(loras, align=align, statistics="float32")
-        converged = merge(loras, align=align, statistics="float32", schedule="jacobi", iterations=8)
+    for objective in ("adapter", "output"):
+        sweep = merge(loras, objective=objective, precision="float32")
+        converged = merge(
+            loras, objective=objective, precision="float32", schedule="jacobi", iterations=8
+        )
         assert difference(sweep.lora, dense_changes(converged.lora)) < 1e-5
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_lower_matmul_precision_and_autocast_do_not_reach_the_moments(objective):
     """Under bfloat16 autocast and "medium" products the statistics of given inputs stay exact."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 48, generator=generator)
     change = LowRank(torch.zeros(48, 2), torch.zeros(2, 48))
 
     def collect():
-        if align == "adapter":
+        if objective == "adapter":
             moments = by_adapter([change], [x], [x]).inputs
             return moments.own[0], moments.cross[0]
         reduction = by_moments([change], [x], [2 * x - x])
@@ -235,8 +237,8 @@ def test_changes_of_different_shapes_are_an_error():
         {"rank": -3},
         {"ridge": -1.0},
         {"ridge": float("nan")},
-        {"focus": 1.5},
-        {"align": "both"},
+        {"saliency": 1.5},
+        {"objective": "both"},
         {"micro_batch": 0},
         {"repair_inputs": 0.0},
         {"iterations": 0},

@@ -104,10 +104,10 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     assert unequal > len(acting)
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_schedules_and_micro_batches_agree(host64, align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_schedules_and_micro_batches_agree(host64, objective):
     concepts = concepts_of(host64)
-    common = {"align": align, "statistics": "float64", "ridge": 1e-4, "focus": FOCUS}
+    common = {"objective": objective, "precision": "float64", "ridge": 1e-4, "saliency": FOCUS}
 
     def merge(**settings):
         settings = {**common, **settings}
@@ -116,18 +116,18 @@ def test_schedules_and_micro_batches_agree(host64, align):
     whole = merge(micro_batch=100)
     assert difference(merge(micro_batch=5), whole) < 1e-9
     assert difference(merge(schedule="jacobi", iterations=30), whole) < 1e-8
-    assert difference(merge(focus=0.0), whole) > 1e-4
+    assert difference(merge(saliency=0.0), whole) > 1e-4
 
 
 def test_two_concepts_have_none_unless_it_is_asked_for(host64):
     def merge(count, **settings):
-        settings = {"statistics": "float64", **settings}
+        settings = {"precision": "float64", **settings}
         concepts = concepts_of(host64)[:count]
         return merge_loras(host64, concepts, settings=settings, calibration=CALIBRATION).lora
 
-    assert difference(merge(2), merge(2, focus=0.0)) == 0
-    assert difference(merge(2, focus=0.5), merge(2)) > 1e-4
-    assert difference(merge(3), merge(3, focus=1 - 2 / 3)) == 0
+    assert difference(merge(2), merge(2, saliency=0.0)) == 0
+    assert difference(merge(2, saliency=0.5), merge(2)) > 1e-4
+    assert difference(merge(3), merge(3, saliency=1 - 2 / 3)) == 0
 
 
 def test_prompts_to_preserve_are_no_lora(host64):

@@ -51,18 +51,18 @@ def random_lora(modules, seed, rank=2):
     return Lora(changes, f"lora-{seed}")
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
+@pytest.mark.parametrize("objective", ["adapter", "output"])
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-def test_convolutions_of_one_tensor_give_one_lora_back(align, schedule):
+def test_convolutions_of_one_tensor_give_one_lora_back(objective, schedule):
     generator = torch.Generator().manual_seed(1)
     data = [torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64)]
     host = ForkedHost(Forked(), data)
     lora = random_lora(host.sites(), 3)
     settings = {
-        "align": align,
+        "objective": objective,
         "schedule": schedule,
         "iterations": 2,
-        "statistics": "float64",
+        "precision": "float64",
         "micro_batch": 4,
     }
     merged = merge_loras(host, [Concept(lora, prompts=["unused"])], settings=settings).lora
@@ -98,10 +98,10 @@ def test_saliency_of_one_tensor_in_two_geometries():
     concepts = [Concept(random_lora(host.sites(), s), prompts=["unused"]) for s in (1, 2, 3)]
 
     def merge(**settings):
-        settings = {"statistics": "float64", "repair": False, **settings}
+        settings = {"precision": "float64", "repair": False, **settings}
         return merge_loras(host, concepts, settings=settings).lora.sites
 
-    weighted, alike = merge(focus=0.5), merge(focus=0.0)
+    weighted, alike = merge(saliency=0.5), merge(saliency=0.0)
     assert set(weighted) == set(host.sites())
     for site in ("wide", "strided"):
         assert (weighted[site].dense() - alike[site].dense()).norm() > 1e-3
@@ -120,7 +120,7 @@ def test_one_lora_alone_gives_itself_back_on_a_resnet():
     host = TransformersHost(ResNetModel(config).eval())
     lora = random_lora(host.sites(), 5)
     batch = {"pixel_values": torch.randn(64, 3, 32, 32)}
-    settings = {"statistics": "float64"}
+    settings = {"precision": "float64"}
     merged = merge_loras(host, [Concept(lora, inputs=[batch])], settings=settings).lora
     for site, change in lora.sites.items():
         gap = merged.sites[site].dense() - change.dense()

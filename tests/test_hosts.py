@@ -124,12 +124,12 @@ def test_lockstep_rows_are_separate_runs(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_a_sweep_is_the_converged_iteration(case64, align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_a_sweep_is_the_converged_iteration(case64, objective):
     every = sorted(case64.lora(1).sites)
     some = set(every[:: max(1, len(every) // 7)])
     concepts = two_concepts(case64, some.__contains__)
-    settings = {"align": align, "statistics": "float64", "ridge": 1e-4, "repair": False}
+    settings = {"objective": objective, "precision": "float64", "ridge": 1e-4, "repair": False}
     # A site depends on those before it only, so that as many iterations as sites are enough.
     sweep, iterated = (
         merge_loras(case64.host, concepts, settings=more, calibration=CALIBRATION)
@@ -146,7 +146,7 @@ def test_one_lora_alone_is_given_back(case64):
     alone = merge_loras(
         case64.host,
         [case64.concept(lora)],
-        settings={"statistics": "float64"},
+        settings={"precision": "float64"},
         calibration=CALIBRATION,
     )
     assert difference(alone.lora, lora) < 1e-6

@@ -23,38 +23,46 @@ from iteris_core import Concept, merge_loras
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 
 
-@pytest.mark.parametrize("balance", ["adapter", "tokens", "full", "none"])
+@pytest.mark.parametrize("weighting", ["adapter", "tokens", "full", "none"])
 @pytest.mark.parametrize("iterations", [1, 2, 5])
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_jacobi_is_the_papers_dense_algorithm(align, iterations, balance):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_jacobi_is_the_papers_dense_algorithm(objective, iterations, weighting):
     loras = [make_lora(1), make_lora(2, rank=3)]
     data = make_data(2)
     ours = merge(
         loras,
         data,
-        align=align,
+        objective=objective,
         schedule="jacobi",
         iterations=iterations,
-        balance=balance,
+        weighting=weighting,
         ridge=1e-4,
         rank=WIDE,
     )
     dense = jacobi(
-        Net(), loras, data, iterations=iterations, align=align, ridge=1e-4, balance=balance
+        Net(),
+        loras,
+        data,
+        iterations=iterations,
+        objective=objective,
+        ridge=1e-4,
+        weighting=weighting,
     )
     assert difference(ours.lora, dense) < 1e-9
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_shrink_is_a_pull_by_each_features_energy(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_shrink_is_a_pull_by_each_features_energy(objective):
     loras = [make_lora(1), make_lora(2, rank=3)]
     data = make_data(2)
-    settings = {"align": align, "balance": "tokens", "ridge": 1e-4, "shrink": 0.6}
+    settings = {"objective": objective, "weighting": "tokens", "ridge": 1e-4, "shrink": 0.6}
     ours = merge(loras, data, schedule="jacobi", iterations=3, rank=WIDE, **settings)
     dense = jacobi(Net(), loras, data, iterations=3, **settings)
     assert difference(ours.lora, dense) < 1e-9
     # At the other end no feature speaks for another: a mean of the changes, weighted per feature.
-    ours = merge(loras, data, align=align, shrink=1e-12, ridge=0.0, schedule="jacobi", iterations=1)
+    ours = merge(
+        loras, data, objective=objective, shrink=1e-12, ridge=0.0, schedule="jacobi", iterations=1
+    )
     first = SITES[0]
     energies = [(x.reshape(-1, x.shape[-1]) ** 2).mean(0) for x in data]
     total = sum(lora.sites[first].dense() * e for lora, e in zip(loras, energies, strict=True))
@@ -63,28 +71,28 @@ def test_shrink_is_a_pull_by_each_features_energy(align):
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_sweep_is_the_converged_jacobi_iteration(align, rank):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_sweep_is_the_converged_jacobi_iteration(objective, rank):
     loras = [make_lora(1), make_lora(2, rank=3)]
     data = make_data(2)
-    ours = merge(loras, data, align=align, ridge=1e-4, balance="tokens", rank=rank)
+    ours = merge(loras, data, objective=objective, ridge=1e-4, weighting="tokens", rank=rank)
     dense = jacobi(
         Net(),
         loras,
         data,
         iterations=len(SITES) + 1,
-        align=align,
+        objective=objective,
         ridge=1e-4,
-        balance="tokens",
+        weighting="tokens",
         rank=rank or 5,
     )
     assert difference(ours.lora, dense) < 1e-8
     ours_jacobi = merge(
         loras,
         data,
-        align=align,
+        objective=objective,
         ridge=1e-4,
-        balance="tokens",
+        weighting="tokens",
         rank=rank,
         schedule="jacobi",
         iterations=len(SITES) + 1,
@@ -93,41 +101,41 @@ def test_sweep_is_the_converged_jacobi_iteration(align, rank):
 
 
 def test_adapter_rank_is_the_sum_of_ranks():
-    ours = merge([make_lora(1, rank=2), make_lora(2, rank=3)], align="adapter")
+    ours = merge([make_lora(1, rank=2), make_lora(2, rank=3)], objective="adapter")
     assert ours.lora.ranks == {4, 5}  # the convolution has four outputs
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_one_lora_alone_gives_itself_back(align, schedule):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_one_lora_alone_gives_itself_back(objective, schedule):
     lora = make_lora(1)
-    ours = merge([lora], align=align, schedule=schedule)
+    ours = merge([lora], objective=objective, schedule=schedule)
     assert difference(ours.lora, dense_changes(lora)) < 1e-9
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_the_same_lora_many_times_gives_itself_back(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_the_same_lora_many_times_gives_itself_back(objective):
     lora = make_lora(1)
-    ours = merge([lora, lora, lora], align=align)
+    ours = merge([lora, lora, lora], objective=objective)
     assert difference(ours.lora, dense_changes(lora)) < 1e-9
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_order_does_not_matter(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_order_does_not_matter(objective):
     loras, data = [make_lora(i, rank=i) for i in (1, 2, 3)], make_data(3)
-    first = merge(loras, data, align=align)
+    first = merge(loras, data, objective=objective)
     for order in itertools.islice(itertools.permutations(range(3)), 1, None):
-        other = merge([loras[i] for i in order], [data[i] for i in order], align=align)
+        other = merge([loras[i] for i in order], [data[i] for i in order], objective=objective)
         assert difference(other.lora, dense_changes(first.lora)) < 1e-9
 
 
 @pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_micro_batch_size_does_not_matter(align, schedule):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_micro_batch_size_does_not_matter(objective, schedule):
     loras = [make_lora(1), make_lora(2)]
-    whole = merge(loras, align=align, schedule=schedule, iterations=3, micro_batch=100)
+    whole = merge(loras, objective=objective, schedule=schedule, iterations=3, micro_batch=100)
     for size in (1, 4, 5, 7):
-        part = merge(loras, align=align, schedule=schedule, iterations=3, micro_batch=size)
+        part = merge(loras, objective=objective, schedule=schedule, iterations=3, micro_batch=size)
         assert difference(part.lora, dense_changes(whole.lora)) < 1e-9
 
 
@@ -141,18 +149,18 @@ class Unshared(Net):
             module.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_shared_inputs_change_nothing(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_shared_inputs_change_nothing(objective):
     loras = [make_lora(1), make_lora(2)]
-    shared = merge(loras, align=align, balance="adapter")
-    alone = merge(loras, align=align, balance="adapter", model=Unshared())
+    shared = merge(loras, objective=objective, weighting="adapter")
+    alone = merge(loras, objective=objective, weighting="adapter", model=Unshared())
     assert difference(alone.lora, dense_changes(shared.lora)) < 1e-12
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_strength_zero_removes_a_concept(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_strength_zero_removes_a_concept(objective):
     loras, data = [make_lora(1), make_lora(2), make_lora(3)], make_data(3)
-    without = merge([loras[0], loras[2]], [data[0], data[2]], align=align)
+    without = merge([loras[0], loras[2]], [data[0], data[2]], objective=objective)
 
     class Host(ModuleHost):
         def samples(self, concepts, *args):
@@ -164,7 +172,7 @@ def test_strength_zero_removes_a_concept(align):
         for lora, s in zip(loras, (1, 0, 1), strict=True)
     ]
     ours = merge_loras(
-        Host(Net(), data), concepts, settings={"statistics": "float64", "align": align}
+        Host(Net(), data), concepts, settings={"precision": "float64", "objective": objective}
     )
     assert difference(ours.lora, dense_changes(without.lora)) < 1e-12
 
@@ -176,36 +184,36 @@ def test_strength_scales_the_change():
     assert difference(ours.lora, half) < 1e-9
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_weights_are_factors_of_lambda(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_weights_are_factors_of_lambda(objective):
     loras, data = [make_lora(1), make_lora(2)], make_data(2)
-    ours = merge(loras, data, align=align, weights=[3.0, 0.5], ridge=1e-4, rank=WIDE)
+    ours = merge(loras, data, objective=objective, weights=[3.0, 0.5], ridge=1e-4, rank=WIDE)
     dense = jacobi(
         Net(),
         loras,
         data,
         iterations=len(SITES) + 1,
-        align=align,
+        objective=objective,
         ridge=1e-4,
-        balance="tokens",
+        weighting="tokens",
         weights=[3.0, 0.5],
     )
     assert difference(ours.lora, dense) < 1e-8
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
-def test_sites_in_one_lora_only_count_as_no_change_in_the_other(align):
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_sites_in_one_lora_only_count_as_no_change_in_the_other(objective):
     loras = [make_lora(1, sites=("q", "out", "up")), make_lora(2, sites=("k", "out", "conv"))]
     data = make_data(2)
-    ours = merge(loras, data, align=align, ridge=1e-4, rank=WIDE)
+    ours = merge(loras, data, objective=objective, ridge=1e-4, rank=WIDE)
     dense = jacobi(
         Net(),
         loras,
         data,
         iterations=len(SITES) + 1,
-        align=align,
+        objective=objective,
         ridge=1e-4,
-        balance="tokens",
+        weighting="tokens",
     )
     assert set(ours.lora.sites) == {"q", "k", "out", "up", "conv"}
     assert difference(ours.lora, dense) < 1e-8
@@ -219,9 +227,9 @@ def test_preserved_prompts_hold_the_base_where_it_was():
         [lora, None],
         data,
         iterations=len(SITES) + 1,
-        align="full",
+        objective="output",
         ridge=1e-4,
-        balance="tokens",
+        weighting="tokens",
     )
     assert difference(ours.lora, dense) < 1e-8
     free = merge([lora], [data[0]], ridge=1e-4, rank=WIDE)
@@ -241,8 +249,8 @@ def test_residuals_are_what_the_solution_leaves():
     from oracle import captured_inputs, changed
 
     loras, data, model = [make_lora(1), make_lora(2)], make_data(2), Net()
-    for align in ("adapter", "full"):
-        ours = merge(loras, data, model, align=align)
+    for objective in ("adapter", "output"):
+        ours = merge(loras, data, model, objective=objective)
         merged = dense_changes(ours.lora)
         final = changed(model, merged)
         for index, lora in enumerate(loras):
@@ -251,7 +259,7 @@ def test_residuals_are_what_the_solution_leaves():
             for site, report in ours.report.sites.items():
                 w0 = model.get_submodule(site).weight.detach().flatten(1)
                 change = dense_changes(lora)[site]
-                if align == "adapter":
+                if objective == "adapter":
                     target = reference[site] @ change.mT
                 else:
                     target = reference[site] @ (w0 + change).mT - seen[site] @ w0.mT

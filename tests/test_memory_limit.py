@@ -29,7 +29,7 @@ concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
 
 
 def merge(host):
-    settings = {"statistics": "float64"}
+    settings = {"precision": "float64"}
     return merge_loras(host, concepts, settings=settings, memory_budget=None)
 
 

@@ -25,15 +25,15 @@ class Autocast(Net):
         return self.conv(h.reshape(h.shape[0], 3, 4, -1)).flatten(1)
 
 
-@pytest.mark.parametrize("align", ["adapter", "full"])
+@pytest.mark.parametrize("objective", ["adapter", "output"])
 @pytest.mark.parametrize("micro_batch", [1, 5, 7])
-def test_an_autocast_block_is_the_same_in_any_number_of_micro_batches(align, micro_batch):
+def test_an_autocast_block_is_the_same_in_any_number_of_micro_batches(objective, micro_batch):
     before = Modes.now()
     loras = [
         Lora({s: c.to(torch.float32) for s, c in make_lora(seed).sites.items()}) for seed in (1, 2)
     ]
     data = [rows.float() for rows in make_data(2)]
-    settings = {"align": align, "ridge": 1e-3}
+    settings = {"objective": objective, "ridge": 1e-3}
     whole = merge(loras, data, Autocast().float(), micro_batch=100, **settings)
     parts = merge(loras, data, Autocast().float(), micro_batch=micro_batch, **settings)
     # Processors with units for bfloat16 round by the number of rows.
@@ -102,7 +102,7 @@ def test_one_float32_lora_on_a_bfloat16_base_gives_itself_back(micro_batch):
     merged = merge_loras(
         host,
         [concept],
-        settings={"align": "adapter", "micro_batch": micro_batch},
+        settings={"objective": "adapter", "micro_batch": micro_batch},
         calibration=calibration,
     ).lora
     for site, change in changes.items():
@@ -122,7 +122,7 @@ def test_a_site_that_is_called_twice_is_refused_by_a_sweep_and_whole_in_an_itera
     with pytest.raises(IterisError, match=r"Site q is called more than once.*jacobi"):
         merge([make_lora(1), make_lora(2)], model=Twice())
     one = make_lora(1)
-    found = merge([one], model=Twice(), schedule="jacobi", iterations=1, align="adapter")
+    found = merge([one], model=Twice(), schedule="jacobi", iterations=1, objective="adapter")
     assert difference(found.lora, dense_changes(one)) < 1e-8
     assert set(found.lora.sites) == set(SITES)
     host = ModuleHost(Twice(), make_data(1))

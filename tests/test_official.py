@@ -60,14 +60,14 @@ def gaps(model, loras, samples, *, iterations, pretrained, alpha=1e-7, schedule=
         TransformersHost(model),
         [Concept(lora, inputs=batches) for lora, batches in zip(loras, samples, strict=True)],
         settings={
-            "align": "full" if pretrained else "adapter",
-            "balance": "full" if pretrained else "adapter",
+            "objective": "output" if pretrained else "adapter",
+            "weighting": "full" if pretrained else "adapter",
             "schedule": schedule,
             "iterations": iterations,
             "ridge": alpha,
             "rank": 10_000,
             "repair": False,
-            "statistics": "float64",
+            "precision": "float64",
         },
         calibration=Calibration(samples=1000),
     ).lora

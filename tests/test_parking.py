@@ -238,7 +238,7 @@ def merge(host, memory, policy=POLICY, **settings):
     return merge_loras(
         host,
         two_concepts(host),
-        settings={"statistics": "float64", **settings},
+        settings={"precision": "float64", **settings},
         calibration=CALIBRATION,
         memory_budget=memory,
         policy=policy,
@@ -285,7 +285,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
     monkeypatch.setattr(budget, "plan_stage", kept)
     for mib in (1000, 12, 9, 6, 3):
         with MemoryMeter() as meter:
-            merge(host, mib * 2**20, statistics="float32")
+            merge(host, mib * 2**20, precision="float32")
         made, peak = plans[-1][0], peaks[-1]
         assert made.rows == 36
         assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
@@ -314,7 +314,7 @@ def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size,
     monkeypatch.setattr(budget, "plan_stage", kept)
     for mib in (14, 9) if where == "on the device" else (6, 3):
         with MemoryMeter() as meter:
-            merge(host, mib * 2**20, policy=Policy(sample_rows=4), statistics="float32")
+            merge(host, mib * 2**20, policy=Policy(sample_rows=4), precision="float32")
         made, peak = plans[-1][0], peaks[-1]
         assert size in made.way
         assert where in made.way
@@ -325,13 +325,13 @@ def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch,
     monkeypatch.setattr(ways, "free_memory", lambda device: 4 * 2**20)
     monkeypatch.setattr(ways, "BLOCKS", {})
     with caplog.at_level("WARNING"):
-        result = merge(host, 4 * 2**20, statistics="float32")
+        result = merge(host, 4 * 2**20, precision="float32")
     line = result.report.plan[-1]
     assert "do not fit" in line
     assert "waiting in host memory" in line
     assert "lower samples, timesteps or latent_size" in caplog.text
     with pytest.raises(OutOfMemory, match=r"iB of host memory.*lower samples, timesteps or"):
-        merge(host, 2**19, statistics="float32")
+        merge(host, 2**19, precision="float32")
 
 
 def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_was(
@@ -343,7 +343,7 @@ def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_w
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
     monkeypatch.setattr(loops, "HostMemory", lambda device, limit: HostMemory(device, 20_000))
     with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
-        merge_loras(host, concepts, memory_budget=70_000, settings={"statistics": "float64"})
+        merge_loras(host, concepts, memory_budget=70_000, settings={"precision": "float64"})
     assert "Tried: " in str(caught.value)
     assert "one row at once" in str(caught.value)
     assert "Lower samples or timesteps" in str(caught.value)
@@ -367,7 +367,7 @@ class Card(MemoryMeter):
 
 def merge_on(card: Card, host, **settings):
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    settings = {"statistics": "float64", **settings}
+    settings = {"precision": "float64", **settings}
     with card:
         return merge_loras(host, concepts, settings=settings, memory_budget=None)
 

@@ -74,7 +74,7 @@ class LongNet(Net):
 @pytest.mark.parametrize("method", ["iteris", "jacobi", "regmean"])
 def test_only_rows_of_one_kind_share_a_forward_and_their_number_changes_nothing(method):
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    options = {"statistics": "float64"} if method != "regmean" else {}
+    options = {"precision": "float64"} if method != "regmean" else {}
     if method == "jacobi":
         options |= {"schedule": "jacobi", "iterations": 2}
     name = "regmean" if method == "regmean" else "iteris"
@@ -116,7 +116,7 @@ class TwoStages(ModuleHost):
 
 def test_a_sweep_stops_behind_the_last_site_unless_a_later_stage_needs_the_output():
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    settings = {"statistics": "float64", "micro_batch": 5}
+    settings = {"precision": "float64", "micro_batch": 5}
     alone, feeding = (kind(HeadedNet(), make_data()) for kind in (ModuleHost, TwoStages))
     first, second = (
         merge_loras(host, concepts, settings=settings, memory_budget=None)

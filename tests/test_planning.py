@@ -221,7 +221,7 @@ def test_the_longest_row_is_measured_alone_and_twice():
 
 @pytest.mark.parametrize(("schedule", "share"), [("sweep", 0.8), ("jacobi", 0.6)])
 def test_the_budget_is_kept_and_the_result_is_the_same(host64, schedule, share):
-    settings = {"schedule": schedule, "iterations": 2, "statistics": "float64"}
+    settings = {"schedule": schedule, "iterations": 2, "precision": "float64"}
     with MemoryMeter() as meter:
         free = merge(host64, settings=settings, memory_budget=None)
     unbounded = meter.peak
@@ -245,12 +245,14 @@ def test_a_small_budget_leaves_rows_out_and_says_so(host):
         merge(host, memory_budget=1000)
 
 
-@pytest.mark.parametrize(("align", "exact"), [("full", True), ("full", False), ("adapter", True)])
+@pytest.mark.parametrize(
+    ("objective", "exact"), [("output", True), ("output", False), ("adapter", True)]
+)
 @pytest.mark.parametrize(
     ("out", "width", "count", "rank"),
     [(128, 512, 2, 8), (128, 512, 10, 8), (320, 320, 8, 32), (640, 640, 2, 32), (640, 1280, 2, 16)],
 )
-def test_the_memory_of_a_solve_is_known(out, width, count, rank, align, exact):
+def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exact):
     generator = torch.Generator().manual_seed(0)
     changes, inputs, targets = [], [], []
     for _ in range(count):
@@ -265,7 +267,7 @@ def test_the_memory_of_a_solve_is_known(out, width, count, rank, align, exact):
         residuals=exact,
     )
     site = SiteChanges(tuple(changes))
-    if align == "adapter":
+    if objective == "adapter":
         reduction, asked = by_adapter(changes, inputs, inputs), AdapterMoments.bytes(site, 4)
     else:
         reduction = by_moments(changes, inputs, targets)

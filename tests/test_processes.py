@@ -21,10 +21,10 @@ from iteris_core.solve.choose import POLICY, Policy
 
 CALIBRATION = Calibration(samples=5, timesteps=2, denoising_steps=4)
 METHODS = {
-    "iteris": {"micro_batch": 3, "statistics": "float64"},
-    "iteris, directions": {"micro_batch": 2, "statistics": "float64", "ridge": 1e-3},
-    "iteris, jacobi": {"schedule": "jacobi", "iterations": 3, "statistics": "float64"},
-    "iteris, row tokens": {"row_tokens": 7, "statistics": "float64"},
+    "iteris": {"micro_batch": 3, "precision": "float64"},
+    "iteris, directions": {"micro_batch": 2, "precision": "float64", "ridge": 1e-3},
+    "iteris, jacobi": {"schedule": "jacobi", "iterations": 3, "precision": "float64"},
+    "iteris, row tokens": {"row_tokens": 7, "precision": "float64"},
     "regmean++": {},
     "regmean": {},
     "ssr": {},
@@ -33,7 +33,7 @@ METHODS = {
     "loraclr": {"rate": 1e-2},
     "iteris-subspace": {},
     "custom-diffusion": {},
-    "iteris, a concept each": {"statistics": "float64", "ridge": 1e-3},
+    "iteris, a concept each": {"precision": "float64", "ridge": 1e-3},
 }
 FEW = replace(CALIBRATION, samples=1, timesteps=1, latents="noise", empty_share=0.0)
 
@@ -83,7 +83,7 @@ def test_two_processes_merge_as_one(tmp_path):
             for site, change in sites.items():
                 gap = (found[name][site] - change).norm() / change.norm()
                 # Moments in float32 round differently in two sums than in one.
-                limit = 1e-5 if "statistics" in METHODS[name] else 1e-3
+                limit = 1e-5 if "precision" in METHODS[name] else 1e-3
                 assert gap < limit, (name, rank, site, float(gap))
 
 

@@ -421,7 +421,9 @@ def test_strength_0_leaves_a_component_out(world):
         merge_loras(None, [Concept(lora, strength=0.0, text_strength=0.0)], "sum")
 
 
-def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsys):
+def test_a_recipe_without_a_setting_runs_again_and_an_unknown_one_is_refused(
+    world, tmp_path, monkeypatch, capsys
+):
     first, old, again = (tmp_path / f"{name}.safetensors" for name in ("first", "old", "again"))
     base = ["merge", world / "base", "--device=cpu"]
     files = [f"--concept={world / f'lora{seed}.safetensors'}:s{seed}:dog" for seed in (1, 2)]
@@ -433,9 +435,7 @@ def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsy
     recipe = json.loads(metadata_of(first)["iteris"])
     settings = recipe["settings"]
     assert settings["repair"] is False
-    former = {"objective": "align", "weighting": "balance", "saliency": "focus",
-              "precision": "statistics"}  # fmt: skip
-    recipe["settings"] = {former.get(n, n): v for n, v in settings.items() if n != "tolerance"}
+    recipe["settings"] = {n: v for n, v in settings.items() if n != "tolerance"}
     save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
     code, _, err = run(
         monkeypatch,
@@ -456,6 +456,12 @@ def test_a_recipe_in_former_words_runs_again(world, tmp_path, monkeypatch, capsy
     )
     assert code == 2
     assert "--preset is not for --from" in err
+    recipe["settings"] = {**settings, "align": "adapter"}
+    save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
+    more = [f"--from={old}", f"--loras={world}"]
+    code, _, err = run(monkeypatch, capsys, *base, "-o", tmp_path / "no", *more)
+    assert code == 2
+    assert "settings are not of this version: There is no setting 'align'" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def merge(loras, data, model=None, *, pictures=False, **settings):
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     host = Host(model or Net(), data)
     host.pictures = pictures
-    return merge_loras(host, concepts, settings={"statistics": "float64", **settings})
+    return merge_loras(host, concepts, settings={"precision": "float64", **settings})
 
 
 def seen_at(model, site, data):
@@ -133,7 +133,13 @@ def test_a_sweep_holds_the_streams_as_the_equation_says(count, pictures, share, 
     loras = [make_lora(seed) for seed in range(1, count + 1)]
     data = [rows[:2, :tokens] if tokens == 1 else rows for rows in make_data(count)]
     ours = merge(
-        loras, data, rank=100, ridge=1e-4, balance="tokens", pictures=pictures, repair_inputs=share
+        loras,
+        data,
+        rank=100,
+        ridge=1e-4,
+        weighting="tokens",
+        pictures=pictures,
+        repair_inputs=share,
     )
     assert difference(ours.lora, dense_sweep(loras, data, 1e-4, inputs)) < 1e-8
     assert {s for s, report in ours.report.sites.items() if report.repair} == set(REPAIRS)
@@ -143,9 +149,9 @@ def test_a_sweep_holds_the_streams_as_the_equation_says(count, pictures, share, 
 
 def test_the_sweep_is_the_converged_jacobi_iteration_with_repairs_too():
     loras, data = [make_lora(1), make_lora(2)], make_data()
-    sweep = merge(loras, data, rank=3, ridge=1e-4, balance="tokens", micro_batch=4)
+    sweep = merge(loras, data, rank=3, ridge=1e-4, weighting="tokens", micro_batch=4)
     jacobi = merge(
-        loras, data, rank=3, ridge=1e-4, balance="tokens", schedule="jacobi", iterations=5
+        loras, data, rank=3, ridge=1e-4, weighting="tokens", schedule="jacobi", iterations=5
     )
     dense = {site: change.dense() for site, change in jacobi.lora.sites.items()}
     assert difference(sweep.lora, dense) < 1e-7
@@ -175,7 +181,7 @@ def test_repair_brings_the_final_output_closer():
 def test_one_concept_alone_and_align_adapter_have_no_repair_sites():
     data = make_data()
     assert set(merge([make_lora(1)], data[:1]).lora.sites) == set(LORA_SITES)
-    adapter = merge([make_lora(1), make_lora(2)], data, align="adapter")
+    adapter = merge([make_lora(1), make_lora(2)], data, objective="adapter")
     assert set(adapter.lora.sites) == set(LORA_SITES)
 
 

@@ -27,16 +27,16 @@ def problem(counts=(9, 7), out=OUT, width=WIDTH, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("rank", [None, 4, 0.9])
-@pytest.mark.parametrize("balance", ["tokens", "none"])
+@pytest.mark.parametrize("weighting", ["tokens", "none"])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (300, 320)])
 @pytest.mark.parametrize("absent", [False, True])
-def test_both_give_the_same(shape, balance, rank, absent):
+def test_both_give_the_same(shape, weighting, rank, absent):
     changes, inputs, targets = problem(out=shape[0], width=shape[1])
     if absent:
         changes[1] = None
-    settings = {"weighting": balance, "ridge": 1e-3, "rank": rank}
+    settings = {"weighting": weighting, "ridge": 1e-3, "rank": rank}
     ours = solved(by_rows(changes, inputs, targets), [1.0, 0.5], **settings)
-    wanted = solved(by_moments(changes, inputs, targets, balance), [1.0, 0.5], **settings)
+    wanted = solved(by_moments(changes, inputs, targets, weighting), [1.0, 0.5], **settings)
     searched = (
         shape[0] == 300 and rank == 4
     )  # a flat spectrum: its leading directions are found about
@@ -95,8 +95,8 @@ def test_rows_are_kept_where_they_are_few():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
-@pytest.mark.parametrize("focus", [0.0, 0.5])
-def test_a_merge_by_rows_is_the_merge_by_moments(host64, micro_batch, focus):
+@pytest.mark.parametrize("saliency", [0.0, 0.5])
+def test_a_merge_by_rows_is_the_merge_by_moments(host64, micro_batch, saliency):
     concepts = two_concepts(host64)
     calibration = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
     used = []
@@ -110,10 +110,10 @@ def test_a_merge_by_rows_is_the_merge_by_moments(host64, micro_batch, focus):
         policy = UpTo()
         object.__setattr__(policy, "limit", limit)
         settings = {
-            "statistics": "float64",
+            "precision": "float64",
             "ridge": 1e-3,
             "micro_batch": micro_batch,
-            "focus": focus,
+            "saliency": saliency,
         }
         return merge_loras(
             host64, concepts, settings=settings, calibration=calibration, policy=policy

@@ -1,4 +1,4 @@
-"""Settings declared once: checks, text, former names, presets, and the page that lists them."""
+"""Settings declared once: checks, text, presets, and the page that lists them."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Example(Settings):
-    on: bool = setting(True, "A switch.", former=("enabled",))
+    on: bool = setting(True, "A switch.")
     count: int = setting(3, "A number.", low=1)
     share: float = setting(0.5, "A share.", above=0, high=1)
     most: int | float | None = setting(None, "A rank.", low=1)
     rows: int | Literal["all"] | None = setting(None, "Rows.", low=1)
-    word: Literal["one", "two", "none"] = setting("one", "A word.", former_values={"uno": "one"})
+    word: Literal["one", "two", "none"] = setting("one", "A word.")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"on": 1}, "on must be true or false, not 1"),
-        ({"enabled": "yes"}, "enabled must be true or false, not 'yes'"),
+        ({"on": "yes"}, "on must be true or false, not 'yes'"),
         ({"count": 2.5}, "count must be a whole number, at least 1, not 2.5"),
         ({"count": "abc"}, "count must be a whole number, at least 1, not 'abc'"),
         ({"count": True}, "count must be a whole number, at least 1, not True"),
@@ -57,7 +57,6 @@ class Example(Settings):
         ({"word": "three"}, "word must be one of one, two, none, not 'three'"),
         ({"word": None}, "word must be one of"),
         ({"other": 1}, "no setting 'other'. The names are: on, count"),
-        ({"on": True, "enabled": True}, "leave one out"),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_what_is_allowed(values, message):
@@ -73,7 +72,7 @@ def test_the_constructor_checks_as_a_mapping_does():
     for value in (2.5, "abc", True, 0):
         with pytest.raises(SettingsError, match="micro_batch must be"):
             IterisSettings(micro_batch=value)
-    assert Example.from_mapping({"enabled": False, "word": "uno"}) == Example(on=False)
+    assert Example.from_mapping({"on": False, "word": "one"}) == Example(on=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_the_constructor_checks_as_a_mapping_does():
         ("rows=5", 5),
         ("word=none", "none"),
         ("word=Two", "two"),
-        ("enabled=no", False),
+        ("on=no", False),
     ],
 )
 def test_text_becomes_a_value(pair, value):
@@ -119,11 +118,13 @@ def test_calibration_is_set_in_the_same_way():
         parse_settings(IterisSettings, ["rank"])
 
 
-def test_former_names_and_values_of_iteris():
-    old = {"align": "full", "balance": "adapter", "focus": 0.5, "statistics": "float64"}
-    new = {"objective": "output", "weighting": "adapter", "saliency": 0.5, "precision": "float64"}
-    assert IterisSettings.from_mapping(old) == IterisSettings(**new)
-    assert parse_settings(IterisSettings, ["align=full"])[0] == {"align": "full"}
+@pytest.mark.parametrize("name", ["align", "balance", "focus", "statistics"])
+def test_a_setting_has_one_name(name):
+    """Runs of before the release had these; what is kept of them is rewritten."""
+    with pytest.raises(SettingsError, match=f"no setting '{name}'"):
+        IterisSettings.from_mapping({name: None})
+    with pytest.raises(IterisError, match=f"no setting '{name}'"):
+        parse_settings(IterisSettings, [f"{name}=none"])
 
 
 def test_every_setting_of_every_method_is_declared_and_its_default_is_allowed():
@@ -162,7 +163,7 @@ def test_explicit_settings_go_over_a_preset():
         ModuleHost(Net(), make_data()),
         concepts,
         preset="paper",
-        settings={"iterations": 2, "balance": "none"},
+        settings={"iterations": 2, "weighting": "none"},
         calibration={"samples": 7},
     )
     assert result.report.settings["iterations"] == 2
@@ -184,7 +185,7 @@ def test_the_preset_paper_is_algorithm_1(count):
         settings={"precision": "float64"},
     )
     dense = jacobi(
-        Net(), loras, data, iterations=20, align="adapter", ridge=1e-4, balance="adapter"
+        Net(), loras, data, iterations=20, objective="adapter", ridge=1e-4, weighting="adapter"
     )
     assert difference(result.lora, dense) < 1e-8
     assert not any(site.repair for site in result.report.sites.values())

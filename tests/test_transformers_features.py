@@ -181,7 +181,7 @@ def test_layers_wired_otherwise_have_no_streams():
 
 def test_a_repaired_sweep_is_the_converged_iteration(world):
     kind, host, folders = world
-    settings = {"statistics": "float64", "ridge": 1e-4}
+    settings = {"precision": "float64", "ridge": 1e-4}
     sweep, iterated = (
         merge_loras(
             host,

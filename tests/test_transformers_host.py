@@ -49,7 +49,7 @@ def test_adapters_are_read_as_peft_applies_them(world):
 def test_padding_counts_for_nothing(world, side):
     """The same samples with more padding, and other tokens under it, give the same merge."""
     kind, host, folders = world
-    settings = {"statistics": "float64", "micro_batch": 5}
+    settings = {"precision": "float64", "micro_batch": 5}
 
     def padded(batch):
         ids, mask = batch["input_ids"].clone(), batch["attention_mask"]

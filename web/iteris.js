@@ -1,8 +1,7 @@
 // What the front end does for the nodes, with its own widgets only: rows of IterIS LoRAs that are not
-// in use are hidden, words are filled in, lists know of a LoRA that was saved, and old graphs open.
+// in use are hidden, words are filled in, and lists know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
-import { migrate } from './migrate.js';
 
 const ROWS = 10;
 const NONE = 'none';
@@ -112,13 +111,6 @@ function prepareLoras(node) {
 
 app.registerExtension({
   name: 'iteris',
-  beforeConfigureGraph(graph) {
-    try {
-      migrate(graph);
-    } catch (error) {
-      console.warn('IterIS: an old graph could not be brought up to date', error);
-    }
-  },
   nodeCreated(node) {
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
     // Wide enough for what it will say, before others are put beside it.

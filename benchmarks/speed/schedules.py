@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], tuple[Any, Sequence[Concept], Calibration]]] = {
 def compare(model: str, rounds: int) -> dict[str, Any]:
     """The paper's objective (``adapter``), float64 moments."""
     host, concepts, calibration = MODELS[model]()
-    common = {"align": "adapter", "balance": "adapter", "statistics": "float64", "ridge": 1e-4}
+    common = {"objective": "adapter", "weighting": "adapter", "precision": "float64", "ridge": 1e-4}
     settings = {"sweep": {"schedule": "sweep"}} | {
         f"jacobi {count}": {"schedule": "jacobi", "iterations": count} for count in ITERATIONS
     }

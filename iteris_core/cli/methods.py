@@ -61,7 +61,7 @@ def _rows(owner: type[Settings]) -> list[tuple[str, ...]]:
             one.name,
             one.shown(one.default),
             one.allowed(),
-            one.explained() + (f" Formerly {', '.join(one.former)}." if one.former else ""),
+            one.explained(),
         )
         for one in declared_settings(owner).values()
     ]

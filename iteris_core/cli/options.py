@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..concepts import Calibration
 from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
-from ..settings import Settings, declared_settings, find_setting
+from ..settings import Settings, declared_settings
 from .common import CALIBRATION, console, option
 
 MOST_PROMPTS = 2000
@@ -62,7 +62,7 @@ def parse_settings(
     values: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        owner = next((o for o in (kind, Calibration) if find_setting(o, name)), None)
+        owner = next((o for o in (kind, Calibration) if name in declared_settings(o)), None)
         known = [*declared_settings(kind), *declared_settings(Calibration)]
         if not equals:
             raise SettingsError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
@@ -86,10 +86,10 @@ def parse_by_method(
             values[method] |= parse_settings(kinds[method], [text])[0]
             continue
         name = method if not dot else f"{method}.{rest}"
-        owners = [one for one, kind in kinds.items() if find_setting(kind, name)]
+        owners = [one for one, kind in kinds.items() if name in declared_settings(kind)]
         for one in owners:
             values[one] |= parse_settings(kinds[one], [pair])[0]
-        if owners or find_setting(Calibration, name):
+        if owners or name in declared_settings(Calibration):
             calibration |= {} if owners else parse_settings(Settings, [pair])[1]
         elif dot:
             raise SettingsError(
@@ -115,7 +115,7 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     """``values`` of a file, of which what is text is read as after ``NAME=``; ``where`` is what an
     error says of them."""
     for name in values:
-        if find_setting(kind, name) is None:
+        if name not in declared_settings(kind):
             guess = did_you_mean(str(name), declared_settings(kind))
             raise SettingsError(
                 f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
@@ -125,11 +125,10 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
 
 
 def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    declared = find_setting(kind, name)
-    assert declared is not None
+    declared = declared_settings(kind)[name]
     value = declared.parse(value) if isinstance(value, str) else value
     try:
-        declared.check(declared.former_values.get(str(value), value), name)
+        declared.check(value)
     except SettingsError as error:
         raise SettingsError(f"{where}: {error}") from None
     return value

@@ -18,8 +18,8 @@ from ..report.provenance import cut_lora, scaled_lora
 from ..settings import Settings
 from .concept_options import KEYS, ConceptOption, concept_of
 
-_LATER: Mapping[str, Any] = {"cut": {}, "base": "", "unmergeable": "refuse"}
-"""What older recipes lack."""
+_UNRECORDED: Mapping[str, Any] = {"cut": {}, "base": "", "unmergeable": "refuse"}
+"""What a recipe holds only where the file was cut, or written by ``iteris merge``."""
 _KINDS: Mapping[str, type] = {
     **{"method": str, "settings": dict, "calibration": dict, "concepts": list, "cut": dict},
     **{"base": str, "unmergeable": str},
@@ -57,19 +57,20 @@ class Recipe:
         given: Mapping[str, Any],
         kind: type[Settings],
     ) -> dict[str, Any]:
-        """What is recorded, with what the command line says over it, under today's names."""
+        """What is recorded, with what the command line says over it."""
         try:
-            return {**kind.canonical(getattr(self, what)), **kind.canonical(given)}
+            kind.from_mapping(getattr(self, what))
         except SettingsError as error:
             are = "is" if what == "calibration" else "are"
             raise RecipeError(f"The recipe's {what} {are} not of this version: {error}") from error
+        return {**getattr(self, what), **given}
 
 
 def read_recipe(path: Path, loras: Path | None = None) -> Recipe:
     """The recipe in a merged file, whose LoRAs are in the folder ``loras``, beside the merged file,
     or in the current folder. Raises :class:`IterisError` if there is none or it is broken."""
     _, metadata = read_tensors(path)
-    found: dict[str, Any] = {**_LATER, **parse_object(metadata.get("iteris"))}
+    found: dict[str, Any] = {**_UNRECORDED, **parse_object(metadata.get("iteris"))}
     whole = all(isinstance(found.get(name), kind) for name, kind in _KINDS.items())
     whole = whole and found["unmergeable"] in get_args(Unmergeable)
     if not whole or not all(isinstance(concept, dict) for concept in found["concepts"]):
@@ -141,8 +142,8 @@ def found_in(folders: Sequence[Path], option: ConceptOption) -> ConceptOption:
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
-    """The file in one of ``folders``, by its recorded name or its last part, or where an
-    older recipe with a whole path says that it was; its content must be the same."""
+    """The file in one of ``folders``, by its recorded name or its last part, or under
+    a whole path that it records; its content must be the same."""
     names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
     candidates = [folder / some for folder in folders for some in names]
     present = [path for path in candidates if path.exists()]

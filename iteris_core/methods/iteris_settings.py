@@ -15,8 +15,6 @@ class IterisSettings(Settings):
         "output",
         "What a layer is held against: its whole output under each LoRA, or what each LoRA adds to "
         "it (adapter: the paper's eq. 5).",
-        former=("align",),
-        former_values={"full": "output"},
     )
     schedule: Literal["sweep", "jacobi"] = setting(
         "sweep",
@@ -37,7 +35,6 @@ class IterisSettings(Settings):
         "tokens",
         "What evens out the concepts: the number of tokens, the size of each LoRA's own outputs "
         "(adapter: the paper's eq. 8), the layer's whole output, or nothing.",
-        former=("balance",),
     )
     ridge: float | None = setting(
         None,
@@ -81,11 +78,8 @@ class IterisSettings(Settings):
         none="1 - 2 / LoRAs, since two hardly compete",
         low=0,
         high=1,
-        former=("focus",),
     )
-    precision: Literal["float32", "float64"] = setting(
-        "float32", "dtype of the moments.", former=("statistics",)
-    )
+    precision: Literal["float32", "float64"] = setting("float32", "dtype of the moments.")
     repair: bool = setting(
         True,
         "Also changes layers that no LoRA changes, to take out what the concepts leave of each "

@@ -20,7 +20,6 @@ class IterisSubspaceSettings(Settings):
     weighting: Literal["tokens", "none"] = setting(
         "tokens",
         "What evens out the concepts: the number of tokens, or nothing.",
-        former=("balance",),
     )
     micro_batch: int = micro_batch_setting()
 

@@ -45,7 +45,7 @@ class Kit:
         self.merging._RememberingHost._last = None
         model, clip = kwargs.pop("on", (self.model, self.clip))
         return self.merging.merge_on(
-            model, clip, self.concepts(), "iteris", {"statistics": "float64", **(settings or {})},
+            model, clip, self.concepts(), "iteris", {"precision": "float64", **(settings or {})},
             self.calibration, **kwargs,
         )  # fmt: skip
 

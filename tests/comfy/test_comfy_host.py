@@ -290,7 +290,7 @@ def test_the_memory_that_is_asked_for_is_enough(
         samples=6, timesteps=3, denoising_steps=3, latent_size=latent_size
     )
     with meter:
-        kit.merge({"statistics": "float32"}, rows=rows)
+        kit.merge({"precision": "float32"}, rows=rows)
     peaks.append(meter.peak)
     assert len(asked) >= 4  # texts and denoiser, for the samples and for the merge
     for (needed, before), peak in zip(asked, peaks, strict=True):

@@ -116,46 +116,6 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert (tmp_path / "left.png").stat().st_size > 20_000
 
 
-OLD = {
-    "last_node_id": 3,
-    "last_link_id": 1,
-    "nodes": [
-        {"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "inputs": [],
-         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}],
-         "widgets_values": ["thin.safetensors"]},
-        {"id": 2, "type": "IterisMerge", "pos": [500, 0],
-         "inputs": [{"name": "model", "type": "MODEL", "link": 1}], "outputs": [],
-         "widgets_values": ["ties", 30, 7, "jacobi", 0.0, "tokens", False, 4, 16, "denoising", 0,
-                            "float16", "fast", 2.5, 0, "no", "skip"]},
-        {"id": 3, "type": "IterisConcept", "pos": [0, 400], "inputs": [], "outputs": [],
-         "widgets_values": ["a.safetensors", "sks", "cat", 0.7, 1, "", "none", -11, "none",
-                            "subject"]},
-    ],
-    "links": [[1, 1, 0, 2, 0, "MODEL"]],
-    "version": 0.4,
-}  # fmt: skip
-"""A graph of before there was IterIS Settings, when a clip strength of -11 was the strength."""
-
-
-def test_an_old_graph_opens_with_its_settings(client: Client, tmp_path: Path) -> None:
-    graph = tmp_path / "old.json"
-    graph.write_text(json.dumps(OLD))
-    seen = look(client, graph, tmp_path / "seen.png", "values")
-    assert seen["nodes"] == 4
-    assert seen["missing"] == []
-    assert seen["errors"] == []
-    assert seen["values"]["IterisConcept"]["strength_clip"] == 0.7
-    merge = {"method": "ties", "preset": "fast", "samples": 30, "seed": 7, "strength": 1}
-    assert seen["values"]["IterisMerge"] == merge
-    settings = seen["values"]["IterisSettings"]
-    known = {
-        "schedule": "jacobi", "repair": False, "latent_size": 16, "memory": 2.5,
-        "empty_prompts": "no", "cannot_merge": "skip", "timesteps": 4, "saliency": -1,
-    }  # fmt: skip
-    assert {name: settings[name] for name in known} == known
-    assert seen["linked"] == {"IterisMerge": ["model", "settings"]}
-
-
 def test_help_page_renders(client: Client, tmp_path: Path) -> None:
     seen = look(
         client, ROOT / "workflows" / "quick_start_toybox.json", tmp_path / "help.png",

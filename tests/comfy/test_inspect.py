@@ -40,7 +40,7 @@ def test_one_lora(kit: Kit, inspect: Any) -> None:
 
 def test_the_plan_is_the_merge_s(kit: Kit, inspect: Any) -> None:
     table = inspect(*kit.concepts(), clip=kit.clip)
-    settings = {"statistics": "float32"}
+    settings = {"precision": "float32"}
     result = kit.merge(settings, memory_budget=2**30)
     rows = [line.partition(" at once")[0] for line in result.report.plan]
     assert rows

@@ -52,7 +52,7 @@ class Sides:
             samples=4, timesteps=2, denoising_steps=4, latent_size=8
         )
         # The ridge keeps the solve from magnifying the rounding in which the two libraries differ.
-        self.settings = {"statistics": "float64", "ridge": 1e-4}
+        self.settings = {"precision": "float64", "ridge": 1e-4}
 
     def concepts(self, files: list[Path]) -> list[Any]:
         words = [{"trigger": "sks", "class_word": "cat"}, {"trigger": "zwx", "class_word": "dog"}]

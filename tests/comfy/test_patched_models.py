@@ -103,7 +103,7 @@ def test_another_sampling_makes_latents_again(kit: Kit) -> None:
     wanted = kit.merge(on=(model, kit.clip)).lora
     kit.merge()
     again = kit.merging.merge_on(
-        model, kit.clip, kit.concepts(), "iteris", {"statistics": "float64"}, kit.calibration
+        model, kit.clip, kit.concepts(), "iteris", {"precision": "float64"}, kit.calibration
     )
     assert distance(again.lora, wanted) == 0
 

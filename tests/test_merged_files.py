@@ -1,0 +1,39 @@
+"""A fixed set of merges writes what it wrote before: see :mod:`merged_files`."""
+
+from __future__ import annotations
+
+import json
+
+import merged_files
+import pytest
+import torch
+
+KEPT = json.loads(merged_files.KEPT.read_text())
+FAST = (
+    *("average", "ties", "regmean", "ssr", "iteris, sd1", "iteris, sd3", "iteris, jacobi"),
+    *("iteris, decoder of transformers", "iteris, embeddings", "iteris, experts"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_merge_is_kept():
+    assert list(merged_files.merges()) == list(KEPT["merges"])
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in KEPT["merges"]]
+)
+def test_a_merge_writes_what_it_wrote(name):
+    kept, found = KEPT["merges"][name], merged_files.written(name)
+    assert found.names == kept["names"]
+    for ours, theirs in zip(found.values, kept["values"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-2 * found.values[0])
+    if merged_files.machine() == KEPT["machine"]:
+        assert found.bits == kept["bits"]
