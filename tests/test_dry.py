@@ -110,8 +110,8 @@ def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
         swept.append(job)
         raise IterisError("swept")
 
-    for name in ("iteris", "loraclr", "registry"):
-        monkeypatch.setattr(f"iteris_core.methods.{name}.sweep_pass", noting)
+    for name in ("methods.iteris", "methods.registry", "rivals.loraclr"):
+        monkeypatch.setattr(f"iteris_core.{name}.sweep_pass", noting)
     with suppress(IterisError):
         merge_loras(PictureHost(Net(), make_data()), concepts(), method)
     sweeps, said = bool(swept), ""

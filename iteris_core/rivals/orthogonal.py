@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..lora import LowRank, concatenate
+from ..methods.registry import AtSite, on_weights
 from ..settings import Settings, setting
-from .registry import AtSite, on_weights
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, concatenate
+from ..methods.cuts import cut
+from ..methods.registry import AtSite, on_weights, rank_setting
 from ..settings import Settings, setting
-from .cuts import cut
-from .registry import AtSite, on_weights, rank_setting
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank
+from ..methods.cuts import cut_to
+from ..methods.registry import AtSite, on_weights, rank_setting
+from ..methods.ties import disjoint_mean, keep_largest
 from ..settings import Settings, setting
-from .cuts import cut_to
-from .registry import AtSite, on_weights, rank_setting
-from .ties import disjoint_mean, keep_largest
 
 
 @dataclass(frozen=True)

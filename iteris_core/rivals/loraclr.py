@@ -22,6 +22,8 @@ from ..errors import SolveError
 from ..linalg.precision import full_precision, solve_device
 from ..linalg.rates import product
 from ..lora import SiteChanges
+from ..methods.cuts import cut
+from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import Reducing, sweep_pass
@@ -29,8 +31,6 @@ from ..report.report import SiteReport
 from ..settings import Settings, setting
 from ..solve.inputs import NOT_FINITE
 from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, Work, finite_as
-from .cuts import cut
-from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
 _DECAY = 1e-4  # of AdamW, as in the source
 _LEAST = 1e-12  # under a root, likewise

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, concatenate
+from ..methods.cuts import cut_to
+from ..methods.registry import AtSite, on_weights, rank_setting
 from ..settings import Settings, setting
-from .cuts import cut_to
-from .registry import AtSite, on_weights, rank_setting
 
 _TINY = 1e-12  # added to traces in the source
 

@@ -23,12 +23,12 @@ from ..concepts import Concept
 from ..errors import MismatchError
 from ..linalg.lowrank import cut_matrix
 from ..lora import LowRank, SiteChanges
+from ..methods.linear import LinearSettings, average
+from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
 from ..passes.batches import Batching, micro_batches
 from ..passes.job import Job
 from ..report.report import SiteReport
 from ..settings import Settings, setting
-from .linear import LinearSettings, average
-from .registry import AtSite, Merged, micro_batch_setting, on_model
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
-"""IterIS in the row space of all LoRAs together, see :mod:`..solve.subspace`."""
+"""IterIS in the row space of all LoRAs together, see :mod:`.subspace`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from ..methods.registry import micro_batch_setting, on_activations
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.problem import Fit
-from ..solve.subspace import Subspace
-from .registry import micro_batch_setting, on_activations
+from .subspace import Subspace
 
 
 @dataclass(frozen=True)

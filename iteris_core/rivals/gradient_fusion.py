@@ -21,6 +21,8 @@ from torch import Tensor
 from ..errors import SolveError
 from ..linalg.precision import solve_device
 from ..lora import LowRank
+from ..methods.cuts import cut_to
+from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import Batching
 from ..passes.job import Job
 from ..passes.loops import Reducing, reference_pass
@@ -29,8 +31,6 @@ from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.inputs import NOT_FINITE
 from ..solve.problem import Fit, Reduction, Solution, finite_as
-from .cuts import cut_to
-from .registry import Merged, micro_batch_setting, on_model, rank_setting
 
 _HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code
 _NEVER = 1e-16  # its tolerances there, for both gradient and change

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from ..lora import SiteChanges
+from ..methods.registry import micro_batch_setting, on_activations, rank_setting
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.output import OutputMoments
 from ..solve.problem import Bytes, Fit, Opening, Work
-from .registry import micro_batch_setting, on_activations, rank_setting
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import SettingsError
 from ..lora import LowRank
+from ..methods.cuts import cut
+from ..methods.registry import AtSite, on_weights, rank_setting
+from ..methods.ties import disjoint_mean
 from ..settings import Settings, setting
-from .cuts import cut
-from .registry import AtSite, on_weights, rank_setting
-from .ties import disjoint_mean
 
 
 @dataclass(frozen=True)
