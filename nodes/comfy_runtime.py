@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
-
-from ..iteris_core.errors import OutOfMemory, brief
+from ..iteris_core.activations.meter import is_out_of_memory
+from ..iteris_core.activations.oom_retry import halved, with_less
 from ..iteris_core.progress import Progress
 from .comfy_internals import comfy, memory
 
@@ -21,37 +20,26 @@ _log = logging.getLogger(__name__)
 _Made = TypeVar("_Made")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of any device: CPUs and MPS say it in words only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if hasattr(memory, "is_oom") and memory.is_oom(error):  # clears asynchronous errors of CUDA
-        return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in words or "out of memory" in words
-    )
+def _ran_out(error: Exception) -> bool:
+    # First what clears asynchronous errors of CUDA.
+    return (hasattr(memory, "is_oom") and memory.is_oom(error)) or is_out_of_memory(error)
 
 
 def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
     """What ``make`` gives with so many rows in a forward, or with half as many as often as memory
     runs out."""
-    tried: list[str] = []
-    while True:
-        try:
-            return make(rows)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tried.append(f"{rows} rows" if rows > 1 else "one row")
-            if rows == 1:
-                raise OutOfMemory(
-                    f"Memory ran out while samples were made ({brief(error)}). Tried: "
-                    f"{'; '.join(tried)} in a forward. Lower latent_size or frames (smaller "
-                    "samples), or close what else takes memory. MODEL and CLIP are as they were."
-                ) from error
-        rows //= 2
-        memory.soft_empty_cache()
+
+    def complaint(said: str, tried: Sequence[int]) -> str:
+        rows = "; ".join(f"{some} rows" if some > 1 else "one row" for some in tried)
+        return (
+            f"Memory ran out while samples were made ({said}). Tried: {rows} in a forward. Lower "
+            "latent_size or frames (smaller samples), or close what else takes memory. MODEL and "
+            "CLIP are as they were."
+        )
+
+    return with_less(
+        halved(rows), make, complaint, release=memory.soft_empty_cache, ran_out=_ran_out
+    )[0]
 
 
 class NodeProgress:

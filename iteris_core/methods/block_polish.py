@@ -13,7 +13,6 @@ nearer to what it is to give stays as it was.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_out_of_memory
 from ..activations.micro_batch import MicroBatch
+from ..activations.oom_retry import halved, with_less
 from ..activations.segments import (
     ByRow,
     Passage,
@@ -34,6 +33,7 @@ from ..activations.segments import (
     plain_weights,
     segments_of,
 )
+from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import Batching, chunks, micro_batches
@@ -121,9 +121,7 @@ class _Polish:
         segments = segments_of(find(self.stage, self.lockstep))
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
-            while (gained := self._tried(segment, number, len(segments))) is None:
-                self.lockstep.merged |= before
-            if not gained:
+            if not self._gains(segment, number, len(segments), before):
                 self.lockstep.merged |= before
         if segments and self.shown is not None and not self.paired:
             self.job.ran.notes.append(
@@ -131,28 +129,33 @@ class _Polish:
                 "since it is not known where in a picture what they give belongs"
             )
 
-    def _tried(self, segment: Segment, number: int, count: int) -> bool | None:
-        """:meth:`_polish`; None: once more, with fewer rows at once, since memory ran out, or with
-        copies of what the segment changes in place."""
+    def _gains(
+        self, segment: Segment, number: int, count: int, before: Mapping[str, LowRank]
+    ) -> bool:
+        """:meth:`_polish`; again with fewer rows at once where memory runs out, and with copies of
+        what the segment changes in place."""
+
+        def polish(rows: int) -> bool:
+            self.at_once = rows
+            self.lockstep.merged |= before
+            try:
+                return self._polish(segment, number, count)
+            except NoGradients as error:
+                if self.in_place or "inplace" not in str(error):
+                    raise
+            self.in_place = True
+            return polish(rows)
+
+        def complaint(said: str, tried: Sequence[int]) -> str:
+            return "for want of memory"
+
         try:
-            return self._polish(segment, number, count)
+            return with_less(halved(self.at_once), polish, complaint)[0]
         except NoGradients as error:
-            if "inplace" in str(error) and not self.in_place:
-                self.in_place = True
-                return None
             self._note(segment, f"since it cannot be differentiated ({error})")
-            return False
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        gc.collect()  # frames that the error has left
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if self.at_once == 1:
-            self._note(segment, "for want of memory")
-            return False
-        self.at_once //= 2
-        return None
+        except OutOfMemory as error:
+            self._note(segment, str(error))
+        return False
 
     def _note(self, segment: Segment, why: str) -> None:
         first, *_, last = segment.sites

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
-import torch
-
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
-from ..errors import OutOfMemory, brief
+from ..activations.oom_retry import halved, with_less
 from ..hosts.protocol import Stage
 from .batches import Batching, Waiting
 from .job import Job
@@ -30,24 +27,15 @@ def within_memory(
 ) -> tuple[_Ran, Batching]:
     """What ``run`` gives, and the batching with which it had memory enough: ``fitted``, or one that
     takes less. ``sweep`` is what runs, if that is one."""
-    tried: list[str] = []
-    said = ""  # not the error itself, whose frames hold tensors
-    for batching in chain([fitted], _less(job, stage, fitted, sweep)):
-        try:
-            return run(batching), batching
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tried.append(_attempt(batching))
-            said = brief(error)
-        gc.collect()  # frames that the error has left
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    raise OutOfMemory(
-        f"Memory ran out in the {stage.name} ({said}). Tried: {'; '.join(tried)}. Lower samples or "
-        "timesteps (fewer rows), or latent_size (smaller ones), or close what else takes memory. "
-        "The model is as it was."
-    )
+
+    def complaint(said: str, tried: Sequence[Batching]) -> str:
+        return (
+            f"Memory ran out in the {stage.name} ({said}). Tried: "
+            f"{'; '.join(map(_attempt, tried))}. Lower samples or timesteps (fewer rows), or "
+            "latent_size (smaller ones), or close what else takes memory. The model is as it was."
+        )
+
+    return with_less(chain([fitted], _less(job, stage, fitted, sweep)), run, complaint)
 
 
 def _less(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep | None) -> Iterator[Batching]:
@@ -58,9 +46,7 @@ def _less(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep | None) -> I
         yield from ways
         fitted = ways[-1] if ways else fitted
     rows = min(fitted.rows, len(stage.owners))
-    while rows > 1:
-        rows //= 2
-        yield replace(fitted, rows=rows)
+    yield from (replace(fitted, rows=some) for some in halved(rows) if some < rows)
 
 
 def _other_ways(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep) -> list[Batching]:

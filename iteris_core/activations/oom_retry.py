@@ -1,0 +1,55 @@
+"""Where memory runs out, the same is tried with less of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from ..errors import OutOfMemory, brief
+from .meter import is_out_of_memory
+
+_Way = TypeVar("_Way")
+_Made = TypeVar("_Made")
+
+
+def with_less(
+    ways: Iterable[_Way],
+    run: Callable[[_Way], _Made],
+    complaint: Callable[[str, Sequence[_Way]], str],
+    *,
+    release: Callable[[], None] | None = None,
+    ran_out: Callable[[Exception], bool] = is_out_of_memory,
+) -> tuple[_Made, _Way]:
+    """What ``run`` gives for the first of ``ways`` for which there is memory, and that way.
+
+    ``release`` gives back what an allocator keeps, beside CUDA's; ``ran_out`` knows the errors.
+    Raises :class:`OutOfMemory` with the ``complaint`` of the last error's text and of the ways that
+    were tried.
+    """
+    tried: list[_Way] = []
+    said = ""  # not the error itself, whose frames hold tensors
+    for way in ways:
+        try:
+            return run(way), way
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            tried.append(way)
+            said = brief(error)
+        gc.collect()  # frames that the error has left
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if release is not None:
+            release()
+    raise OutOfMemory(complaint(said, tried))
+
+
+def halved(rows: int) -> Iterator[int]:
+    """``rows``, half as many, and so on down to one."""
+    while rows > 1:
+        yield rows
+        rows //= 2
+    yield 1
