@@ -272,8 +272,8 @@ CASES = [
         "--set 'objective=otuput': objective must be one of output, adapter, not 'otuput'",
     ),
     (
-        "M --set balance=x",
-        "--set 'balance=x': balance must be one of tokens, adapter, full, none, not 'x'",
+        "M --set weighting=x",
+        "--set 'weighting=x': weighting must be one of tokens, adapter, full, none, not 'x'",
     ),
     ("M --set ridge=-1", "--set 'ridge=-1': ridge must be in [0, 1), not -1.0"),
     (

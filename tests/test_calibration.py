@@ -181,6 +181,23 @@ def test_few_own_prompts_carry_further_words_more_often():
     assert share(0.0) == 0
 
 
+def test_from_six_loras_on_half_of_the_rows_carry_further_words():
+    """With a quarter, new words broke the pictures of six."""
+    loras = [Concept(Lora({}), trigger=f"t{i}") for i in range(6)]
+
+    def share(concepts, contexts):
+        generator = torch.Generator().manual_seed(0)
+        owners = [o for o in range(len(concepts)) for _ in range(200)]
+        prompts = [f"a t{owner} dog" for owner in owners]
+        rows = said(texts(owners, prompts, 1, 0.0, generator, concepts, contexts))
+        return sum(text not in prompts for text in rows) / len(rows)
+
+    assert share(loras, 0.25) == pytest.approx(0.5, abs=0.05)
+    assert share(loras[:5], 0.25) == pytest.approx(0.25, abs=0.05)
+    assert share(loras, 0.8) == pytest.approx(0.8, abs=0.05)
+    assert share(loras, 0.0) == 0
+
+
 def test_a_prompt_that_comes_often_is_denoised_with_further_words():
     """From the seventeenth time on: latents of one prompt are of one kind."""
     one = [Concept(Lora({}), prompts=["a sks dog"])]

@@ -29,6 +29,9 @@ _DENOISED_ALIKE = 16
 _READ_ALIKE = 8
 """How many samples of a concept denoise the same prompt, and how many have rows that read it as it
 is; the others carry further words."""
+_MANY = 6
+_CONTEXTS_OF_MANY = 0.5
+"""The share of contexts from so many LoRAs on: with a quarter, new words broke pictures of six."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of those of one that has one."""
 
@@ -129,10 +132,12 @@ def in_contexts(
     wording: Wording,
 ) -> list[str]:
     """``prompts``, of which a share of each concept's carry further words: the calibration's, and
-    more where the concept has few prompts. The empty prompt stays."""
+    more where the concept has few prompts or the LoRAs are many. The empty prompt stays."""
     if not calibration.contexts:
         return list(prompts)
-    shares = [_context_share(concept, calibration) for concept in concepts]
+    many = sum(concept.lora is not None for concept in concepts) >= _MANY
+    least = max(calibration.contexts, _CONTEXTS_OF_MANY if many else 0.0)
+    shares = [_context_share(concept, calibration, least) for concept in concepts]
     chosen = wording.chosen([shares[owner] for owner in owners])
     return [
         wording.in_context(prompt) if more and prompt else prompt
@@ -140,11 +145,11 @@ def in_contexts(
     ]
 
 
-def _context_share(concept: Concept, calibration: Calibration) -> float:
+def _context_share(concept: Concept, calibration: Calibration, least: float) -> float:
     if concept.lora is None:
         return 0.0
     distinct = len({p for pool in prompt_pools(concept, calibration) for p in pool})
-    return max(calibration.contexts, 1 - _READ_ALIKE * distinct / calibration.samples)
+    return max(least, 1 - _READ_ALIKE * distinct / calibration.samples)
 
 
 def row_texts(
