@@ -44,7 +44,13 @@ class Outputs:
 class HeldOut:
     """The rows of one set of concepts at one size of latents, and what each LoRA gives there."""
 
-    def __init__(self, world: World, numbers: Sequence[int], latent_size: int | None) -> None:
+    def __init__(
+        self,
+        world: World,
+        numbers: Sequence[int],
+        latent_size: int | None,
+        templates: Sequence[str] = HELD_OUT,
+    ) -> None:
         self.world = world
         self.guidance = float(world.settings["guidance"])
         concepts = world.merged_concepts(numbers, None, 0.0)
@@ -58,7 +64,7 @@ class HeldOut:
             empty_share=0.0,
             contexts=0.0,
             latent_size=latent_size,
-            templates=HELD_OUT,
+            templates=templates,
             seed=_SEED,
         )
         generator = torch.Generator().manual_seed(_SEED)

@@ -211,15 +211,21 @@ def minilm() -> list[str]:
 
 
 def contexts() -> list[str]:
-    """The denoiser's error, seen and new, of each set and in the mean."""
+    """Seen / new words: the denoiser's error, attributes and backgrounds that are right; the mean
+    of the sets of up to five LoRAs, and the set of six."""
     rows: list[list[str]] = []
-    data = load("contexts.json")
-    for name, sets in data.items():
-        pairs = list(sets.values())
-        mean = [fmean(pair[i] for pair in pairs) for i in (0, 1)]
-        cells = [short(f"{seen:.3f} / {new:.3f}") for seen, new in [*pairs, mean]]
-        rows.append([short(name), *cells])
-    return lines(("contexts", *next(iter(data.values())), "mean"), rows, right=4)
+    for name, sets in load("contexts.json").items():
+        few = [of for numbers, of in sets.items() if len(numbers.split(",")) < 6]
+        six = [of for numbers, of in sets.items() if len(numbers.split(",")) == 6]
+        means = [
+            [fmean(of[kind][i] for of in some) for kind in ("seen", "new")]
+            for some in (few, six)
+            for i in range(3)
+        ]
+        rows.append([short(name), *(short(f"{seen:.3f} / {new:.3f}") for seen, new in means)])
+    columns = ("error", "attributes", "backgrounds")
+    heads = [f"{of}: {column}" for of in ("four and five", "six") for column in columns]
+    return lines(("contexts", *heads), rows, right=6)
 
 
 MEASURES = ("image", "judge", "text")

@@ -28,6 +28,10 @@ _LEAST_LETTERS = 3
 _KNOWN_SHARE = 0.75
 _MARKED = ",.;:!?()\"'"
 _LONG = 30  # words; a CLIP takes 75 tokens
+_SHARE, _SHARE_OF_MANY, _MANY = 0.25, 0.5, 6
+"""The share of contexts, and that from so many LoRAs on: docs/decisions.md, "How many contexts"."""
+_READ_ALIKE = 8
+"""How many samples of a concept have rows that read the same prompt as it is."""
 
 
 def concept_prompts(
@@ -53,8 +57,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
                 "and a class word to make them from."
             )
     else:
-        own = concept.kind == "subject"
-        templates = calibration.single_templates if own else KINDS[concept.kind]
+        templates = _templates(concept, calibration)
         # Not by format: a phrase of tags may hold braces.
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
@@ -63,6 +66,34 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
             "features cannot be collected without knowing how to call for it."
         )
     return pools
+
+
+def distinct_prompts(concept: Concept, calibration: Calibration) -> int:
+    """How many prompts a concept has; 0 where it has inputs instead."""
+    if concept.prompts is not None:
+        return len(set(map(str, concept.prompts)))
+    return len(_templates(concept, calibration)) * len(concept.phrases)
+
+
+def _templates(concept: Concept, calibration: Calibration) -> Sequence[str]:
+    return calibration.single_templates if concept.kind == "subject" else KINDS[concept.kind]
+
+
+def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> list[float]:
+    """The share of each concept's rows that carry further words, 0 of those without a LoRA. Where
+    the calibration leaves it open, many LoRAs and few prompts have more."""
+    many = sum(concept.lora is not None for concept in concepts) >= _MANY
+    least = _SHARE_OF_MANY if many else _SHARE
+
+    def share(concept: Concept) -> float:
+        distinct = distinct_prompts(concept, calibration)
+        if concept.lora is None or not distinct:
+            return 0.0
+        if calibration.contexts is not None:
+            return calibration.contexts
+        return max(least, 1 - _READ_ALIKE * distinct / calibration.samples)
+
+    return [share(concept) for concept in concepts]
 
 
 def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:

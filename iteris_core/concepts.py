@@ -182,10 +182,11 @@ class Calibration(Settings):
     frames: int | None = setting(
         None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
     )
-    contexts: float = setting(
-        0.25,
+    contexts: float | None = setting(
+        None,
         "Share of a concept's rows whose prompt has further words before or after its own, so that "
         "the merge also holds on prompts that are not among them.",
+        none="a quarter, half from six LoRAs on, and more with few prompts",
         low=0,
         high=1,
     )

@@ -13,7 +13,7 @@ from ..iteris_core.presets import PRESETS, PresetName
 from ..iteris_core.settings import Settings, declared_settings
 from .schema import MergeSettings, concepts_input, strength_input
 
-_NONE: Mapping[str, float | str] = {"saliency": -1, "pull": "auto"}
+_NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
 """What stands for none, which no number can be there, where 0 has a meaning of its own."""
 
 

@@ -317,7 +317,7 @@ CASES = [
         "Invalid value for '--guidance': Input should be a valid number, unable to parse string as a",
     ),
     ("M --empty-share 1", "empty_share must be in [0, 1), not 1.0"),
-    ("M --contexts -1", "contexts must be in [0, 1], not -1.0."),
+    ("M --contexts -1", "contexts must be in [0, 1], not -1.0 (or none)."),
     ("M --latent-size 0", "latent_size must be at least 1, not 0 (or none)"),
     ("M --frames 0", "frames must be at least 1, not 0 (or none)"),
     (

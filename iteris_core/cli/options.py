@@ -89,8 +89,10 @@ def parse_by_method(
         owners = [one for one, kind in kinds.items() if name in declared_settings(kind)]
         for one in owners:
             values[one] |= parse_settings(kinds[one], [pair])[0]
-        if owners or name in declared_settings(Calibration):
-            calibration |= {} if owners else parse_settings(Settings, [pair])[1]
+        if owners:
+            continue
+        if name in declared_settings(Calibration):
+            calibration |= parse_settings(Settings, [pair])[1]
         elif dot:
             raise SettingsError(
                 f"--set {pair!r}: {method!r} is not among the methods to compare, which are "

@@ -16,6 +16,7 @@ from ..calibration_prompts import (
     Wording,
     calling_words,
     concept_prompts,
+    context_shares,
     in_random_order,
     prompt_pools,
 )
@@ -26,12 +27,7 @@ GENERIC = "generic"
 _REPEATS = 2
 """How often a prompt counts, with other noise each time."""
 _DENOISED_ALIKE = 16
-_READ_ALIKE = 8
-"""How many samples of a concept denoise the same prompt, and how many have rows that read it as it
-is; the others carry further words."""
-_MANY = 6
-_CONTEXTS_OF_MANY = 0.5
-"""The share of contexts from so many LoRAs on: with a quarter, new words broke pictures of six."""
+"""How many samples of a concept denoise the same prompt as it is."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of those of one that has one."""
 
@@ -98,7 +94,7 @@ def drawn_prompts(
         concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
         for concept in concepts
     ]
-    if calibration.contexts:
+    if calibration.contexts != 0:
         prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
     if empty:
         prompts = [[*of_concept, ""] for of_concept in prompts]
@@ -131,25 +127,15 @@ def in_contexts(
     calibration: Calibration,
     wording: Wording,
 ) -> list[str]:
-    """``prompts``, of which a share of each concept's carry further words: the calibration's, and
-    more where the concept has few prompts or the LoRAs are many. The empty prompt stays."""
-    if not calibration.contexts:
+    """``prompts``, of which :func:`context_shares` carry further words. The empty prompt stays."""
+    if calibration.contexts == 0:
         return list(prompts)
-    many = sum(concept.lora is not None for concept in concepts) >= _MANY
-    least = max(calibration.contexts, _CONTEXTS_OF_MANY if many else 0.0)
-    shares = [_context_share(concept, calibration, least) for concept in concepts]
+    shares = context_shares(concepts, calibration)
     chosen = wording.chosen([shares[owner] for owner in owners])
     return [
         wording.in_context(prompt) if more and prompt else prompt
         for prompt, more in zip(prompts, chosen, strict=True)
     ]
-
-
-def _context_share(concept: Concept, calibration: Calibration, least: float) -> float:
-    if concept.lora is None:
-        return 0.0
-    distinct = len({p for pool in prompt_pools(concept, calibration) for p in pool})
-    return max(least, 1 - _READ_ALIKE * distinct / calibration.samples)
 
 
 def row_texts(

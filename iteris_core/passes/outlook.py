@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..activations.pace import Pace
+from ..calibration_prompts import context_shares, distinct_prompts
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..linalg.precision import solve_device
@@ -65,7 +66,8 @@ class Outlook:
             more = calibration.samples * calibration.timesteps / calibration.denoising_steps
             each = [round(seen[owner] * more) for owner in range(len(concepts))]
         else:
-            each = [_texts(concept, calibration) for concept in concepts]
+            shares = context_shares(concepts, calibration)
+            each = [_texts(*of, calibration) for of in zip(concepts, shares, strict=True)]
         owners = [owner for owner, count in enumerate(each) for _ in range(count)]
         self._seen.setdefault(stage.name, replace(stage, owners=owners, samples=None))
 
@@ -236,13 +238,11 @@ def _part(site: str) -> str:
     return site.partition(".")[0]
 
 
-def _texts(concept: Concept, calibration: Calibration) -> int:
+def _texts(concept: Concept, contexts: float, calibration: Calibration) -> int:
     """About how many prompts of a concept differ, the empty one among them."""
-    pool = len(calibration.templates) * len(concept.phrases)
-    if concept.prompts is not None:
-        pool = len(set(map(str, concept.prompts)))
+    pool = distinct_prompts(concept, calibration)
     if concept.lora is None:
         return pool
     of_rows = calibration.samples * calibration.timesteps * (1 - calibration.empty_share)
     plain = min(calibration.samples, pool)
-    return round(plain + calibration.contexts * of_rows) + (calibration.empty_share > 0)
+    return round(plain + contexts * of_rows) + (calibration.empty_share > 0)
