@@ -321,7 +321,7 @@ def test_the_toybox_with_embeddings(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     text = capsys.readouterr().out
-    assert stop.value.code == 0
+    assert not stop.value.code
     assert "NOT IN FORCE" not in text
     pipeline = toybox.load_pipeline()
     pipeline.load_lora_weights(str(out))
