@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .activations.processes import ALONE, Processes
+from .composites import Composite
 from .concepts import Calibration, Concept
 from .errors import MergeCancelled, SettingsError, SiteError
 from .hosts.learned import Calls, calls_of
@@ -20,7 +21,7 @@ from .hosts.protocol import Host
 from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
-from .methods import find_method
+from .methods import Method, find_method
 from .passes import dry
 from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.job import Job, Ran, WeightJob
@@ -134,10 +135,9 @@ def merge_loras(
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        generic = host.generic(concepts, calibration)
-        calibrated = concepts if generic is None else [*concepts, generic]
-        if generic is not None:
-            noted.append((generic.name, [_generic_note(generic)]))
+        added = added_of(host, concepts, calibration, chosen)
+        calibrated = [*concepts, *added]
+        noted += [(one.name, [_added_note(one)]) for one in added]
         changes = changes_of(calibrated)
         check_sites(host, changes)
         sweep = chosen.sweeps(settings)
@@ -233,12 +233,21 @@ def _means(
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 
-def _generic_note(generic: Concept) -> str:
-    prompts = len(set(generic.prompts or ()))
-    return (
-        f"{prompts} prompts that name no concept keep the base as it is, at weight "
-        f"{generic.weight:g}"
-    )
+def added_of(
+    host: Host, concepts: Sequence[Concept], calibration: Calibration, method: Method
+) -> list[Concept]:
+    """The concepts that ``host`` adds, of a kind that ``method`` takes."""
+    added = host.added(concepts, calibration)
+    return [one for one in added if method.sums or not isinstance(one, Composite)]
+
+
+def _added_note(added: Concept) -> str:
+    count = len(set(added.prompts or ()))
+    if isinstance(added, Composite):
+        what = "that name both have the sum of both LoRAs"
+    else:
+        what = "that name no concept keep the base as it is"
+    return f"{count} prompts {what}, at weight {added.weight:g}"
 
 
 def _learned(

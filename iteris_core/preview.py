@@ -13,7 +13,7 @@ from .errors import UsageError
 from .hosts.learned import calls_of
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import settings_over
+from .merge import added_of, settings_over
 from .methods import find_method
 from .passes import dry
 from .passes.changes import changes_of, check_sites, unmergeable_sites
@@ -65,10 +65,8 @@ def preview_merge(
     changes = changes_of(concepts)
     if not chosen.needs_host:
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
-    generic = host.generic(concepts, calibration)
-    if generic is not None:
-        concepts = [*concepts, generic]
-        changes = changes_of(concepts)
+    concepts = [*concepts, *added_of(host, concepts, calibration, chosen)]
+    changes = changes_of(concepts)
     check_sites(host, changes)
 
     outlook = Outlook()
