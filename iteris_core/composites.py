@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 
 import torch
 
@@ -38,8 +38,8 @@ def composites_of(
     """One of each subject with each style, of so many ``rows``; of many pairs together as many rows
     as one for each LoRA has. Half of the prompts carry further words.
 
-    A style has to be called for by its trigger, class word or subjects. A LoRA that brings
-    embeddings has none: its words mean something under it alone.
+    What calls for a style are its phrases, or the words with which all of its own prompts end. A
+    LoRA that brings embeddings has none: its words mean something under it alone.
     """
     pairs = list(_pairs(concepts)) if calibration.composites else []
     loras = sum(concept.lora is not None for concept in concepts)
@@ -59,8 +59,16 @@ def composites_of(
 def _pairs(concepts: Sequence[Concept]) -> Iterator[tuple[Concept, Concept]]:
     fit = [c for c in concepts if c.lora is not None and not c.lora.embeddings and c.inputs is None]
     subjects = [c for c in fit if c.kind == "subject" and (c.prompts is not None or c.phrases)]
-    styles = [concept for concept in fit if concept.kind == "style" and concept.phrases]
+    styles = [concept for concept in fit if concept.kind == "style" and _words_of(concept)]
     yield from product(subjects, styles)
+
+
+def _words_of(style: Concept) -> Sequence[str]:
+    if style.phrases:
+        return style.phrases
+    backwards = zip(*(str(prompt).split()[::-1] for prompt in style.prompts or ()), strict=False)
+    ending = [some[0] for some in takewhile(lambda some: len(set(some)) == 1, backwards)]
+    return [" ".join(reversed(ending))] if ending else []
 
 
 def _prompts(
@@ -73,7 +81,7 @@ def _prompts(
 ) -> list[str]:
     """The subject's prompts with the style's words behind them, with and without a comma."""
     plain = concept_prompts(subject, calibration, generator)
-    words = style.phrases
+    words = _words_of(style)
     found: list[str] = []
     for number in range(count):
         join = (", ", " ")[number % 2]

@@ -150,7 +150,7 @@ def test_each_subject_meets_each_style_and_many_pairs_share_their_rows():
     [
         ([SUBJECT, STYLE], {"composites": 0}),
         ([SUBJECT, SUBJECT], {}),
-        ([SUBJECT, Concept(Lora({}), prompts=["a house, zwx"], kind="style")], {}),
+        ([SUBJECT, Concept(Lora({}), prompts=["zwx, a house", "zwx, a cat"], kind="style")], {}),
         ([SUBJECT, Concept.preserve(["a", "b"])], {}),
         ([SUBJECT, Concept(Lora({}, embeddings={"e": {}}), trigger="zwx", kind="style")], {}),
     ],
@@ -158,6 +158,13 @@ def test_each_subject_meets_each_style_and_many_pairs_share_their_rows():
 )
 def test_there_is_none(concepts, values):
     assert not made(concepts, **values)
+
+
+def test_a_style_without_a_trigger_is_called_for_as_its_prompts_end():
+    style = Concept(Lora({}), prompts=["a house in zwx style", "a cat in zwx style"], kind="style")
+    (composite,) = made([SUBJECT, style])
+    assert all("in zwx style" in prompt for prompt in composite.prompts)
+    assert any(prompt.endswith("sks dog in zwx style") for prompt in composite.prompts)
 
 
 def test_own_prompts_of_the_subject_stay():
