@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 PYTHON := $(shell command -v $(PYTHON) || command -v python3)
 RUN := .venv/bin/python
+# Tests run in JOBS processes of one thread each, a file's tests in one of them.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported bench-glue bench-emoji toybox emoji docs dist clean
 
@@ -16,10 +19,10 @@ demo: .venv
 	$(RUN) -m iteris_core demo --output build/demo
 
 test: .venv
-	$(RUN) -m pytest
+	$(PYTEST)
 
 test-slow: .venv
-	$(RUN) -m pytest -m 'slow or fuzz'
+	$(PYTEST) -m 'slow or fuzz'
 
 # MATRIX="COMFYUI=PYTHON …": checkouts, each with a Python that has its requirements.
 test-comfy:

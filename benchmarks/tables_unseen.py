@@ -78,6 +78,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     },
     **{
         f"unseen reported {size}": partial(unseen, "unseen_reported.json", size, NEW_WORDS)
-        for size in ("3", "5")
+        for size in ("2", "3", "5", "7", "10")
     },
 }
