@@ -28,6 +28,14 @@ REAL = {
     "wan22_two_experts": "Wan 14B, 17 frames of 832 x 480",
 }
 """The case of ``memory.json`` that a graph's note speaks of."""
+LOADERS = {
+    "CheckpointLoaderSimple": ["checkpoints"],
+    "UNETLoader": ["diffusion_models"],
+    "CLIPLoader": ["text_encoders"],
+    "DualCLIPLoader": ["text_encoders"],
+    "VAELoader": ["vae"],
+}
+"""Where a loader of ComfyUI looks for its files."""
 TITLE = 30
 """The height of a node's title, above its position."""
 
@@ -71,10 +79,10 @@ def test_nothing_stands_below_a_merge(path: Path) -> None:
 
 
 @every_graph
-def test_a_note_says_minutes_and_memory(path: Path) -> None:
+def test_a_note_says_memory_and_minutes_that_were_measured(path: Path) -> None:
     (note,) = (n["widgets_values"][0] for n in read(path)["nodes"] if n["type"] == "MarkdownNote")
     assert "**Memory:**" in note
-    assert "**Minutes:**" in note
+    assert ("**Minutes:**" in note) == (path.stem not in REAL)
     if path.stem not in REAL:
         seconds, peak = TOYBOX[path.stem]["cpu_seconds"], TOYBOX[path.stem]["peak_gib"]
         minutes = f"{seconds / 60:.1f}" if seconds >= 60 else f"less than one ({seconds:.0f} s)"
@@ -91,7 +99,21 @@ def test_a_note_says_minutes_and_memory(path: Path) -> None:
         case["budget_gib"], round(case["peak_gib"], 1), round(case["host_gib"]),
     )  # fmt: skip
     assert "it was not run on a card" in note
-    assert "not measured on a card" in note
+
+
+@every_graph
+def test_a_loader_says_where_its_files_are(path: Path) -> None:
+    """The front end offers to download what ``properties.models`` names."""
+    for node in read(path)["nodes"]:
+        if node["type"] not in LOADERS:
+            continue
+        files = [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
+        offered = node["properties"]["models"]
+        assert [one["name"] for one in offered] == files
+        for one in offered:
+            assert one["url"].startswith("https://huggingface.co/")
+            assert one["url"].endswith(f"/{one['name']}")
+            assert one["directory"] in LOADERS[node["type"]]
 
 
 @every_graph
