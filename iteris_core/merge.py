@@ -14,6 +14,7 @@ import torch
 
 from .activations.processes import ALONE, Processes
 from .concepts import Calibration, Concept
+from .config import Unmergeable
 from .errors import MergeCancelled, SettingsError, SiteError
 from .hosts.learned import Calls, calls_of
 from .hosts.protocol import Host
@@ -33,8 +34,6 @@ from .settings import Settings
 from .solve.choose import POLICY, Policy
 
 _log = logging.getLogger(__name__)
-
-Unmergeable = Literal["refuse", "skip", "mean"]
 
 _S = TypeVar("_S", bound=Settings)
 
