@@ -58,12 +58,8 @@ def main() -> None:
     budget = "free" if options.gib is None else round(options.gib * 2**30)
     meter = core.activations.meter.MemoryMeter()
     with nullcontext() if options.gib is None else meter:
-        report = merging.merge_on(
-            model,
-            clip,
-            merging.MergeConfig(concepts, calibration=calibration),
-            memory_budget=budget,
-        ).report
+        config = merging.MergeConfig(concepts, calibration=calibration, unmergeable="mean")
+        report = merging.merge_on(model, clip, config, memory_budget=budget).report
     found = {
         "sites": len(report.sites),
         "rows": report.rows,
