@@ -85,10 +85,7 @@ class MergeConfig:
             **self.outputs,
             "concepts": [concept.to_dict(name, usual=usual) for concept in self.concepts],
             "settings": dict(self.settings),
-            "calibration": {
-                name: list(value) if name == "templates" else value
-                for name, value in self.calibration.items()
-            },
+            "calibration": dict(self.calibration),
             "cut": dict(self.cut),
         }
         default = {"base": "", "preset": "default", "cut": {}}

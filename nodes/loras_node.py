@@ -148,7 +148,7 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
             f"The prompts of LoRA {number}, {name}, are to be lines, but lines is empty; write one "
             "prompt a line there, or choose another kind of prompts."
         )
-    spec = make_spec(
+    return make_spec(
         lora_path(name),
         prompts=lines if kind == "lines" else "",
         strength=value("strength", 1.0),
@@ -157,7 +157,6 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
         kind=kind,
         phrases=phrases_in(value("words", "")),
     )
-    return spec
 
 
 def words_of(specs: list[ConceptConfig]) -> str:

@@ -51,7 +51,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     config, adapter = requested(file, options)
     output = options.output
     if adapter:
-        _refuse(_ONLY.format(config.base), preserve=options.preserve)
+        _refuse(_ONLY.format(config.base), options, "preserve")
     if output.suffix in SUFFIXES:
         others = given_options(context, output.parent, [*_ASKED, *options.calibration])
         data = merge_file_of(config, output, others, "" if adapter else ".safetensors")
@@ -88,28 +88,20 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` for what a merge of peft's adapters could not do or write."""
-    _refuse(
-        _ONLY.format(config.base),
-        templates=options.templates,
-        plot=options.plot,
-        image=options.image,
-        base_dtype=options.base_dtype,
-        offload=options.offload,
-        mask_image=options.mask_image,
-    )
-    _refuse("files; give another folder, or move the old one.", overwrite=options.overwrite or None)
+    names = ("templates", "plot", "image", "base_dtype", "offload", "mask_image")
+    _refuse(_ONLY.format(config.base), options, *names)
+    _refuse("files; give another folder, or move the old one.", options, "overwrite")
     check_folder(options.output)
     check_adapters(config.concepts)
 
 
 def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` for what a merge on a pipeline could not do or write."""
-    _refuse(
+    only = (
         f"models of transformers; {config.base} is no folder with a config.json, and no --concept "
-        "is an adapter folder of peft.",
-        generate=options.generate,
-        model_class=options.model_class,
+        "is an adapter folder of peft."
     )
+    _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     check_plot(options.plot)
     check_base(config.base)
@@ -117,7 +109,7 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     check_concepts(config.concepts, run_base=runs)
     if not runs:
         why = f"methods that run the base; {config.method} looks at weights only."
-        _refuse(why, plot=options.plot)
+        _refuse(why, options, "plot")
 
 
 def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
@@ -187,7 +179,8 @@ def _show_plan(options: MergeOptions, load: Load, how: Mapping[str, Any]) -> Non
     typer.echo("Nothing was merged or written.")
 
 
-def _refuse(why: str, **options: Any) -> None:
-    """Raise for the first of ``options`` that was given: it is for ``why``."""
-    for name in given(**options):
-        raise UsageError(f"--{name.replace('_', '-')} is for {why}")
+def _refuse(why: str, options: MergeOptions, *names: str) -> None:
+    """Raise for the first of ``names`` that was given: it is for ``why``."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value is not False:
+            raise UsageError(f"--{name.replace('_', '-')} is for {why}")

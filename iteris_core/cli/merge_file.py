@@ -57,16 +57,12 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     path = Path(base)
     data = _load(path)
     file = MergeFile(path, {key: data[key] for key in KEYS[1:] if key in data})
-    MergeConfig.from_dict(file.data, str(path), _unread)  # raises for what is no list or mapping
+    MergeConfig.from_dict(file.data, str(path), lambda entry, where: ConceptConfig())
     context.obj = file
     options = {key: value for key, value in data.items() if key not in KEYS}
     context.default_map = _defaults(context, file, options)
     name = data.get("base")
     return None if name is None else file.place(str(name))
-
-
-def _unread(entry: Any, where: str) -> ConceptConfig:
-    return ConceptConfig()
 
 
 def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -102,6 +102,9 @@ def compare_methods(
         dino,
         config.collapse_below,
     )
+    how: dict[str, Any] = {
+        name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
+    }
     wanted_rows = rows_of(config.methods, labels)
     told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress)
     comparison = Comparison({}, {}, prompts, {}, labels)
@@ -111,7 +114,8 @@ def compare_methods(
             drawn = judged[merged[0]]
         result = None
         if method != BASE:
-            result = _merged(host, [concepts[i] for i in merged], method, name, config, of_method)
+            some, own = [concepts[index] for index in merged], config.settings.get(name)
+            result = merge_loras(host, some, method, settings=own, on_progress=of_method, **how)
             seconds[name], used[name] = result.report.seconds, result.report.settings
             if result.report.calibration:
                 made["calibration"] = result.report.calibration
@@ -132,26 +136,6 @@ def compare_methods(
         )
         on_row(comparison)
     return comparison
-
-
-def _merged(
-    host: Host,
-    concepts: Sequence[Concept],
-    method: str,
-    row: str,
-    config: CompareConfig,
-    on_progress: OnProgress,
-) -> MergeResult:
-    return merge_loras(
-        host,
-        concepts,
-        method,
-        settings=config.settings.get(row),
-        calibration=config.calibration,
-        preset=config.preset,
-        memory_budget=config.memory_budget,
-        on_progress=on_progress,
-    )
 
 
 @contextmanager
