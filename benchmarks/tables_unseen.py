@@ -44,6 +44,16 @@ def unseen(file: str, size: str, columns: Sequence[tuple[str, str]]) -> list[str
     return lines(head, rows, right=len(columns) + 1)
 
 
+def composites() -> list[str]:
+    """What weights of composites and shares of contexts were tried on pairs that no table has."""
+    rows: list[list[str]] = []
+    found = load("composites.json")["rows"]
+    for label, of in found.items():
+        name = NAMES.get(label, label.removeprefix("iteris:").replace("=", " ").replace(":", ", "))
+        rows.append([name, *(short(f"{value:.3f}") for value in of.values())])
+    return lines(("", *next(iter(found.values()))), rows)
+
+
 def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: str) -> str:
     figure, lead = kinds.get(kind, {}).get(name), ahead.get(kind, {}).get(name)
     if figure is None:
@@ -58,6 +68,7 @@ def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: s
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "composites": composites,
     "unseen styles": partial(unseen, "unseen_styles.json", "2", STYLED),
     **{
         f"unseen toybox before {size}": partial(

@@ -29,7 +29,8 @@ _KNOWN_SHARE = 0.75
 _MARKED = ",.;:!?()\"'"
 _LONG = 30  # words; a CLIP takes 75 tokens
 _SHARE, _SHARE_OF_MANY, _MANY = 0.25, 0.5, 6
-"""The share of contexts, and that from so many LoRAs on: docs/decisions.md, "How many contexts"."""
+"""The share of contexts, and that from so many LoRAs on, or of a subject with a style:
+docs/decisions.md, "How many contexts" and "A subject in a style"."""
 _READ_ALIKE = 8
 """How many samples of a concept have rows that read the same prompt as it is."""
 
@@ -81,8 +82,9 @@ def _templates(concept: Concept, calibration: Calibration) -> Sequence[str]:
 
 def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> list[float]:
     """The share of each concept's rows that carry further words, 0 of those without a LoRA. Where
-    the calibration leaves it open, many LoRAs and few prompts have more."""
-    many = sum(concept.lora is not None for concept in concepts) >= _MANY
+    the calibration leaves it open, many LoRAs, subjects with a style, and few prompts have more."""
+    kinds = [concept.kind for concept in concepts if concept.lora is not None]
+    many = len(kinds) >= _MANY or {"subject", "style"} <= set(kinds)
     least = _SHARE_OF_MANY if many else _SHARE
 
     def share(concept: Concept) -> float:

@@ -186,7 +186,7 @@ class Calibration(Settings):
         None,
         "Share of a concept's rows whose prompt has further words before or after its own, so that "
         "the merge also holds on prompts that are not among them.",
-        none="a quarter, half from six LoRAs on, and more with few prompts",
+        none="a quarter, half from six LoRAs on or with a style, and more with few prompts",
         low=0,
         high=1,
     )
@@ -194,6 +194,13 @@ class Calibration(Settings):
         0.2,
         "Weight of prompts that name no concept, next to a concept's 1. They keep the base model "
         "as it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
+        low=0,
+        most=10,
+    )
+    composites: float = setting(
+        0.2,
+        "Weight of prompts that name a subject and a style at once, next to a concept's 1. There "
+        "both LoRAs act. 0 leaves them out.",
         low=0,
         most=10,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -126,10 +126,12 @@ class SiteChanges:
     """The LoRAs' changes of one site, one for each concept.
 
     None stands for a LoRA that leaves the site alone, which is a change of zero. At least one
-    concept has a change, and all have one shape.
+    concept has a change, and all have one shape. The last ``sums`` of them are sums of others:
+    targets of rows, which count neither in the rank nor in the mean.
     """
 
     by_concept: tuple[LowRank | None, ...]
+    sums: int = 0
 
     @staticmethod
     def of(changes: SiteChanges | Sequence[LowRank | None]) -> SiteChanges:
@@ -149,6 +151,12 @@ class SiteChanges:
         """concept → its change, of those that have one, in the order of concepts."""
         return {i: change for i, change in enumerate(self.by_concept) if change is not None}
 
+    @cached_property
+    def own(self) -> dict[int, LowRank]:
+        """Those that are present and are no sums of others."""
+        first = len(self) - self.sums
+        return {i: change for i, change in self.present.items() if i < first}
+
     @property
     def like(self) -> LowRank:
         """The first change, whose dtype, device and kernel a merged change has."""
@@ -162,33 +170,37 @@ class SiteChanges:
     @property
     def rank(self) -> int:
         """Σ r_i"""
+        return sum(change.rank for change in self.own.values())
+
+    @property
+    def listed_rank(self) -> int:
+        """Σ r_i, those of sums among them."""
         return sum(change.rank for change in self.present.values())
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> SiteChanges:
-        return SiteChanges(tuple(c and c.to(dtype, device) for c in self.by_concept))
+        return replace(self, by_concept=tuple(c and c.to(dtype, device) for c in self.by_concept))
 
     def at(self, inputs: Tensor) -> SiteChanges:
         """The changes as those of the chosen ``inputs`` (indices) alone."""
-        return SiteChanges(
-            tuple(
-                c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
-                for c in self.by_concept
-            )
+        chosen = (
+            c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
+            for c in self.by_concept
         )
+        return replace(self, by_concept=tuple(chosen))
 
     def weighted(self, weights: Sequence[float]) -> list[LowRank]:
         """w_i ΔW_i of those that have a change."""
-        return [change.scaled(weights[i]) for i, change in self.present.items()]
+        return [change.scaled(weights[i]) for i, change in self.own.items()]
 
     def stacked(self) -> LowRank:
         """[up_1 … up_N] and [down_1; …; down_N]: the sum of the changes, exactly."""
-        return concatenate(list(self.present.values()))
+        return concatenate(list(self.own.values()))
 
     def mean(self, weights: Sequence[float], dtype: torch.dtype) -> LowRank:
-        """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts."""
-        total = sum(weights)
+        """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts that are no sums of others."""
+        total = sum(weights[: len(self) - self.sums])
         return concatenate(self.to(dtype).weighted([weight / total for weight in weights]))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .activations.processes import ALONE, Processes
+from .composites import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable
 from .errors import MergeCancelled, SettingsError, SiteError
@@ -163,9 +164,7 @@ class _Made:
 def prepare(job: Job, method: Method, settings: Settings) -> dict[str, str]:
     """Give ``job`` the concepts that its host adds, and the changes of the sites whose features can
     be collected. Returns by site why those of the others cannot; they have their changes too."""
-    generic = job.host.generic(job.concepts, job.calibration)
-    if generic is not None:
-        job.concepts = [*job.concepts, generic]
+    job.concepts = [*job.concepts, *_added(job, method)]
     job.changes = changes_of(job.concepts)
     check_sites(job.host, job.changes)
     sweep = method.sweeps(settings)
@@ -177,7 +176,7 @@ def prepare(job: Job, method: Method, settings: Settings) -> dict[str, str]:
 def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
     concepts = job.concepts
     found = prepare(job, method, settings)
-    noted = [(one.name, [_generic_note(one)]) for one in job.concepts[len(concepts) :]]
+    noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
     changes = job.changes
     job.changes = {site: some for site, some in changes.items() if site not in found}
     if (found and unmergeable == "refuse") or not job.changes:
@@ -272,12 +271,19 @@ def _means(
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 
-def _generic_note(generic: Concept) -> str:
-    prompts = len(set(generic.prompts or ()))
-    return (
-        f"{prompts} prompts that name no concept keep the base as it is, at weight "
-        f"{generic.weight:g}"
-    )
+def _added(job: Job, method: Method) -> list[Concept]:
+    """The concepts that the host adds, of a kind that ``method`` takes."""
+    added = job.host.added(job.concepts, job.calibration)
+    return [one for one in added if method.sums or not isinstance(one, Composite)]
+
+
+def _added_note(added: Concept) -> str:
+    count = len(set(added.prompts or ()))
+    if isinstance(added, Composite):
+        what = "that name both have the sum of both LoRAs"
+    else:
+        what = "that name no concept keep the base as it is"
+    return f"{count} prompts {what}, at weight {added.weight:g}"
 
 
 def _learned(

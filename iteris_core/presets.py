@@ -56,7 +56,13 @@ PRESETS: Mapping[PresetName, Preset] = {
             "block_steps": 0,
             "polish_steps": 0,
         },
-        calibration={"samples": 50, "empty_share": 0.0, "contexts": 0.0, "generic": 0.0},
+        calibration={
+            "samples": 50,
+            "empty_share": 0.0,
+            "contexts": 0.0,
+            "generic": 0.0,
+            "composites": 0.0,
+        },
     ),
 }
 

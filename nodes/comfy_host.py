@@ -28,9 +28,9 @@ from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import (
     TextRows,
+    added_concepts,
     drawn_prompts,
     fewest_prompts,
-    generic_concept,
     in_contexts,
     row_texts,
 )
@@ -232,8 +232,8 @@ class ComfyHost:
     def _vocabulary(self) -> list[str]:
         return whole_words(self._texts.vocabulary())
 
-    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
-        return generic_concept(concepts, calibration, self._vocabulary)
+    def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
+        return added_concepts(concepts, calibration, self._vocabulary)
 
     def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         raise IterisError(

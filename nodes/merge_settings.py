@@ -19,7 +19,7 @@ from .merge_inputs import changed
 
 CALIBRATION = (
     "timesteps", "latents", "latent_size", "frames", "denoising_steps", "guidance", "empty_share",
-    "contexts", "generic",
+    "contexts", "generic", "composites",
 )  # fmt: skip
 ITERIS = (
     "rank", "repair", "repair_inputs", "block_steps", "block_pairs", "schedule", "iterations",

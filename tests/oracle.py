@@ -69,8 +69,8 @@ class ModuleHost:
     def teach(self, calls):
         return nothing_taught(calls)
 
-    def generic(self, concepts, calibration):
-        return None
+    def added(self, concepts, calibration):
+        return []
 
     def forward(self, samples, rows):
         return self.model(torch.cat(list(samples))[list(rows)])

@@ -14,9 +14,9 @@ from iteris_core.calibration_prompts import (
 from iteris_core.concepts import KINDS, TEMPLATES, Words, words_of
 from iteris_core.hosts.rows import (
     TextRows,
+    added_concepts,
     drawn_prompts,
     fewest_prompts,
-    generic_concept,
     row_texts,
 )
 
@@ -196,6 +196,9 @@ def test_from_six_loras_on_half_of_the_rows_carry_further_words():
     assert share(loras[:5], None) == pytest.approx(0.25, abs=0.05)
     assert share(loras, 0.25) == pytest.approx(0.25, abs=0.05)
     assert share(loras, 0.0) == 0
+    styled = [loras[0], Concept(Lora({}), trigger="t1", kind="style")]  # also with a style
+    assert share(styled, None) == pytest.approx(0.5, abs=0.05)
+    assert share(styled, 0.25) == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_prompt_that_comes_often_is_denoised_with_further_words():
@@ -235,18 +238,18 @@ def test_rows_without_a_lora_have_latents_of_others():
 
 
 def test_generic_prompts_name_no_concept():
-    concept = generic_concept(PAIR, Calibration(), [*WORDS, "garden"])
+    (concept,) = added_concepts(PAIR, Calibration(), [*WORDS, "garden"])
     assert concept is not None
     assert (concept.lora, concept.weight, len(concept.prompts)) == (None, 0.2, 80)
     words = {word for prompt in concept.prompts for word in prompt.split()}
     assert {"apple", "bridge", "cloud", "garden"} <= words
     assert not words & {"sks", "zwx"}
-    again = generic_concept(PAIR, Calibration(), [*WORDS, "garden"])
+    (again,) = added_concepts(PAIR, Calibration(), [*WORDS, "garden"])
     assert again.prompts == concept.prompts
-    assert generic_concept(PAIR, Calibration(generic=0), WORDS) is None
-    assert generic_concept(PAIR[:1], Calibration(), WORDS) is None  # nothing to tell apart
+    assert not added_concepts(PAIR, Calibration(generic=0), WORDS)
+    assert not added_concepts(PAIR[:1], Calibration(), WORDS)  # nothing to tell apart
     everywhere = Concept(Lora({}), prompts=["a dog", "the sea"])
-    assert generic_concept([*PAIR, everywhere], Calibration(), WORDS) is None
+    assert not added_concepts([*PAIR, everywhere], Calibration(), WORDS)
 
 
 def test_captions_are_of_words_that_the_text_encoder_knows():

@@ -83,7 +83,7 @@ class EmojiWorld:
             prompts = [
                 f"{article(n)} on a {background} background {words}" for background, n in known
             ]
-            return Concept(self._loras[name], prompts, name)
+            return Concept(self._loras[name], prompts, words, kind="style")
         return Concept(self._loras[name], None, name, self._subjects[name].kind)
 
     def alone(self, name: str, seed: int) -> list[Wanted]:

@@ -36,9 +36,9 @@ from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import (
     TextRows,
+    added_concepts,
     drawn_prompts,
     fewest_prompts,
-    generic_concept,
     in_contexts,
     row_texts,
 )
@@ -118,8 +118,8 @@ class DiffusersHost:
         found = next((part for part in parts if hasattr(part, "get_vocab")), None)
         return [] if found is None else whole_words(found.get_vocab())
 
-    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
-        return generic_concept(concepts, calibration, self._vocabulary)
+    def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
+        return added_concepts(concepts, calibration, self._vocabulary)
 
     def learned(self, prompt: str) -> Set[str]:
         tokenizer = self.pipeline.tokenizer

@@ -105,9 +105,10 @@ class Host(Protocol):
         the concepts ``owners``, if they are given."""
         ...
 
-    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
-        """What holds the base where no concept is called for, merged as one more concept without a
-        LoRA: prompts, or inputs; None where there is none, or ``calibration.generic`` is 0."""
+    def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
+        """Further concepts of a merge, without a LoRA of their own: prompts, or inputs, that hold
+        the base where no concept is called for (``calibration.generic``), and behind them
+        composites (``calibration.composites``); none where there are none."""
         ...
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:

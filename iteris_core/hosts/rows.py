@@ -20,6 +20,7 @@ from ..calibration_prompts import (
     in_random_order,
     prompt_pools,
 )
+from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
 
 GENERIC = "generic"
@@ -60,17 +61,28 @@ class TextRows:
         )
 
 
-def generic_concept(
+def added_concepts(
     concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
+) -> list[Concept]:
+    """What a host with prompts adds to the ``concepts`` of a merge: generic prompts, on which the
+    base is to stay as it is, and composites, of which :func:`.composites_of` makes the prompts."""
+    rows = calibration.samples * calibration.timesteps
+    generator = torch.Generator().manual_seed(calibration.seed)
+    wording = Wording(vocabulary, concepts, generator)
+    generic = _generic_concept(concepts, calibration, wording)
+    composites = composites_of(concepts, calibration, wording, generator, _preserved_rows(rows))
+    return [*([] if generic is None else [generic]), *composites]
+
+
+def _generic_concept(
+    concepts: Sequence[Concept], calibration: Calibration, wording: Wording
 ) -> Concept | None:
-    """The concept of generic prompts, on which the base is to stay as it is; None where the
-    calibration wants none, where one LoRA is alone, or where no word calls for one of them, so that
-    it is to act on every prompt."""
+    """None where the calibration wants none, where one LoRA is alone, or where no word calls for
+    one of them, so that it is to act on every prompt."""
     loras = [concept for concept in concepts if concept.lora is not None]
     called = all(calling_words([concept]) for concept in loras)
     if not calibration.generic or len(loras) < 2 or not called:
         return None
-    wording = Wording(vocabulary, concepts, torch.Generator().manual_seed(calibration.seed))
     count = _preserved_rows(calibration.samples * calibration.timesteps)
     prompts = wording.generic(count)
     return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
@@ -149,7 +161,8 @@ def row_texts(
     generator: torch.Generator,
 ) -> TextRows:
     """The texts of ``count`` rows for each sample, and of rows of the ``concepts`` without a LoRA
-    on some of the same latents: what the denoiser sees of noise hardly depends on the prompt. A
+    on some of the same latents (composites: on those of their parts): what the denoiser sees of
+    noise hardly depends on the prompt. A
     share of the samples' rows gets the empty prompt, since guidance runs on it, but never all of a
     concept's; a share of the others carries further words."""
     row_owners = [owner for owner in owners for _ in range(count)]
@@ -166,11 +179,15 @@ def row_texts(
     most = max(row_owners.count(owner) for owner in set(row_owners))
     for owner, concept in enumerate(concepts):
         if concept.lora is None:
-            wanted = _preserved_rows(most)
             pool = [p for of_phrase in prompt_pools(concept, calibration) for p in of_phrase]
+            free = range(len(row_owners))
+            wanted = _preserved_rows(most)
+            if isinstance(concept, Composite):
+                wanted = min(wanted, len(pool))
+                free = [row for row in free if concept.has(concepts[row_owners[row]])]
             said = in_random_order(pool, wanted, generator)
-            latents = torch.randint(len(row_owners), (wanted,), generator=generator).tolist()
-            rows += [(owner, p, latent) for p, latent in zip(said, latents, strict=True)]
+            picks = torch.randint(len(free), (wanted,), generator=generator).tolist()
+            rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
     rows.sort(key=lambda row: row[0])
     return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
 

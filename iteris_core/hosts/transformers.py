@@ -115,8 +115,8 @@ class TransformersHost:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
 
-    def generic(self, concepts: Sequence[Concept], calibration: Calibration) -> Concept | None:
-        return None
+    def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
+        return []
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams = residual_streams(self.model, self._sites, text.WIRINGS)

@@ -27,7 +27,7 @@ from .registry import Merged, on_model
 from .repair import add_repairs, at_all_inputs
 
 
-@on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep")
+@on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep", sums=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     if settings.repair and settings.objective == "output":

@@ -55,7 +55,8 @@ def _always(settings: Any) -> bool:
 class Method:
     """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`.
     ``sweeps(settings)`` says whether forwards wait at every site until it is solved: then each has
-    to reach all sites, and once."""
+    to reach all sites, and once. ``sums`` says whether rows may have the sum of several LoRAs as
+    their target (:class:`..composites.Composite`)."""
 
     name: str
     merge: Callable[[Any, Any], Merged]
@@ -63,6 +64,7 @@ class Method:
     needs_host: bool
     summary: str
     sweeps: Sweeps
+    sums: bool
 
 
 _METHODS: dict[str, Method] = {}
@@ -109,7 +111,12 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
 
 
 def on_activations(
-    name: str, settings: type[Settings], reduction: type[Any], *, merged_inputs: bool
+    name: str,
+    settings: type[Settings],
+    reduction: type[Any],
+    *,
+    merged_inputs: bool,
+    sums: bool = True,
 ) -> Callable[[Function], Function]:
     """Register ``function(job, settings) -> Fit``: what the ``reduction`` of a site's tokens is
     solved with.
@@ -134,19 +141,19 @@ def on_activations(
             return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
 
         sweeps = _always if merged_inputs else _never
-        return _registered(name, merge, settings, True, function, sweeps)
+        return _registered(name, merge, settings, True, function, sweeps, sums)
 
     return register
 
 
 def on_model(
-    name: str, settings: type[Settings], *, sweeps: Sweeps = _never
+    name: str, settings: type[Settings], *, sweeps: Sweeps = _never, sums: bool = False
 ) -> Callable[[Function], Function]:
     """Register ``function(job, settings) -> {site: (change, report)}``. One that calls
     :func:`..passes.loops.sweep_pass` declares by ``sweeps`` with which settings it does."""
 
     def register(function: Function) -> Function:
-        return _registered(name, function, settings, True, function, sweeps)
+        return _registered(name, function, settings, True, function, sweeps, sums)
 
     return register
 
@@ -170,9 +177,10 @@ def _registered(
     needs_host: bool,
     function: Function,
     sweeps: Sweeps = _never,
+    sums: bool = False,
 ) -> Function:
     if name in _METHODS:
         raise ValueError(f"There is a method {name!r} already.")
     summary = (function.__doc__ or "").strip().splitlines()[0]
-    _METHODS[name] = Method(name, merge, settings, needs_host, summary, sweeps)
+    _METHODS[name] = Method(name, merge, settings, needs_host, summary, sweeps, sums)
     return function

@@ -40,7 +40,8 @@ def add_repairs(job: Job, share: float | None = None) -> None:
     job.streams = job.host.streams(set(job.changes))
     ranks = _largest_ranks(job.changes)
     modules = job.host.sites()
-    like = next(iter(job.changes.values())).like.up
+    first = next(iter(job.changes.values()))
+    like, sums = first.like.up, first.sums
     added: dict[str, SiteChanges] = {}
     inputs: dict[str, Tensor | None] = {}
     for name in job.streams:
@@ -50,7 +51,8 @@ def add_repairs(job: Job, share: float | None = None) -> None:
                 tuple(
                     site.zero(rank).to(like.dtype, like.device) if rank else None
                     for rank in ranks[name.partition(".")[0]]
-                )
+                ),
+                sums,
             )
             inputs[name] = _evenly(*site.shape, share)
     job.changes = {**job.changes, **added}

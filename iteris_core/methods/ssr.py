@@ -20,7 +20,7 @@ class SsrSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_activations("ssr", SsrSettings, Router, merged_inputs=False)
+@on_activations("ssr", SsrSettings, Router, merged_inputs=False, sums=False)
 def ssr(job: Job, settings: SsrSettings) -> Fit:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
     return Fit(job.weights, settings.ridge, "none")

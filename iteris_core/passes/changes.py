@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..composites import Composite
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host, Tick
-from ..lora import LowRank, SiteChanges
+from ..lora import LowRank, SiteChanges, concatenate
 from . import dry
 from .outlook import Outlook
 
 
 def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
-    """Every concept's change of every site that any of them changes, at its strength."""
+    """Every concept's change of every site that any of them changes, at its strength; composites
+    come last."""
+    sums = sum(isinstance(concept, Composite) for concept in concepts)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
         raise MismatchError("There is no LoRA to merge: every concept is empty or at strength 0.")
@@ -23,7 +26,7 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     sites = {site: None for lora in loras for site in lora.sites}
     changes: dict[str, SiteChanges] = {}
     for site in sites:
-        at_site = SiteChanges(tuple(_change(concept, site) for concept in concepts))
+        at_site = SiteChanges(tuple(_change(concept, site) for concept in concepts), sums)
         if not at_site.present:
             continue
         shapes = {change.shape for change in at_site.present.values()}
@@ -42,7 +45,11 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
 
 def _change(concept: Concept, site: str) -> LowRank | None:
-    """What the concept's LoRA changes at ``site``, at its strength; None if it changes nothing."""
+    """What the concept's LoRA changes at ``site``, at its strength, or the LoRAs of its parts
+    together; None if that is nothing."""
+    if isinstance(concept, Composite):
+        found = [change for part in concept.parts if (change := _change(part, site)) is not None]
+        return concatenate(found) if found else None
     strength = concept.strength_at(site)
     if concept.lora is None or site not in concept.lora.sites or strength == 0:
         return None

@@ -24,7 +24,7 @@ class IterisSubspaceSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_activations("iteris-subspace", IterisSubspaceSettings, Subspace, merged_inputs=True)
+@on_activations("iteris-subspace", IterisSubspaceSettings, Subspace, merged_inputs=True, sums=False)
 def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> Fit:
     """IterIS in the row space of all LoRAs together: the smallest statistics."""
     return Fit(job.weights, settings.ridge, settings.weighting)

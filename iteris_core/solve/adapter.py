@@ -58,7 +58,7 @@ class _LowRankTargets(MomentReduction):
     ) -> tuple[LowRank, float]:
         lower, jitter = factor.cholesky.lower.double(), factor.cholesky.jitter
         _, width = changes.shape
-        rows = torch.empty(changes.rank, width, dtype=torch.float64, device=lower.device)
+        rows = torch.empty(changes.listed_rank, width, dtype=torch.float64, device=lower.device)
         free, toward = rows, fit.pull_of(changes)
         for concept, change in changes.present.items():
             cross, down = self._cross(concept), change.down.double()
@@ -141,7 +141,7 @@ def _work(
     """Half of X̃ᵀX̃ is made, all of a cross moment, and both once for sites that share them. The
     solve reads every moment once by the LoRAs' factors and once more for the residuals."""
     _, width = changes.shape
-    square, rank, concepts = width**2, changes.rank, len(changes)
+    square, rank, concepts = width**2, changes.listed_rank, len(changes)
     own = 0 if shares else tokens * square * (3 if cross else 1)
     read = 2 * rank * square
     residuals = (2 * concepts + 2) * read if fit.residuals else 0
@@ -161,7 +161,7 @@ def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:
     """``moments`` (in, in) matrices for every concept; the solve has M and a piece of a moment in
     float64, right-hand sides and their solution, and the factors of a cut, of rank Σ r_i."""
     out, width = changes.shape
-    rank = changes.rank
+    rank = changes.listed_rank
     square = width * width
     low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
     solve = 8 * square + min(8 * square, _PIECE) + low

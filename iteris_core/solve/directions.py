@@ -92,7 +92,7 @@ def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int)
     device = tokens.device
     if device.type == "mps":  # it knows no QR
         tokens = tokens.cpu()
-    ups = [change.up.to(tokens) for change in changes.present.values()]
+    ups = [change.up.to(tokens) for change in changes.own.values()]
     ups = [up for up in ups if bool(up.any())]
     parts: list[Tensor] = []
     with full_precision(tokens.device):

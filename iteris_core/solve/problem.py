@@ -73,9 +73,11 @@ class Fit:
         mean = changes.mean(self.weights, torch.float64).squared_norm()
         if mean <= 0:
             return 1.0
-        squares = {i: change.squared_norm() for i, change in changes.present.items()}
-        own = sum(self.weights[i] * square for i, square in squares.items()) / sum(self.weights)
-        return math.sqrt(min(own / mean, len(changes)))
+        count = len(changes) - changes.sums
+        squares = {i: change.squared_norm() for i, change in changes.own.items()}
+        own = sum(self.weights[i] * square for i, square in squares.items())
+        own /= sum(self.weights[:count])
+        return math.sqrt(min(own / mean, count))
 
     def lambdas(self, values: Sequence[float]) -> list[float]:
         """λ_i times the concepts' weights, so that the largest is 1; the weights where all are 0.

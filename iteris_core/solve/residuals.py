@@ -37,7 +37,7 @@ def residuals_of(
         target, crossed = wanted(concept, both)
         scale = target
         if scale <= 0:
-            scale = sum(output_energy(change, own) for change in changes.present.values())
+            scale = sum(output_energy(change, own) for change in changes.own.values())
         weighted = times(both.down, own).split(sizes)
         for rows, down, gram, cross, errors in zip(
             weighted, downs, grams, crossed.split(sizes), (before, after), strict=True

@@ -157,7 +157,7 @@ def _residuals(
     for rows, target in zip(inputs, targets, strict=True):
         left, scale = float((target - _outputs(rows, candidate)).norm()), float(target.norm())
         if scale <= 0:
-            others = [float(_outputs(rows, c).norm()) for c in changes.present.values()]
+            others = [float(_outputs(rows, c).norm()) for c in changes.own.values()]
             scale = math.hypot(*others)
         errors.append(left / scale if scale > 0 else 0.0)
     return tuple(errors)

@@ -79,7 +79,7 @@ class ByAdapter(Weigher):
         return [
             _inverse(change.squared_norm(), self.energy(concept))
             if change is not None
-            else _gain_of_others(concept, changes.present, inputs.own[concept])
+            else _gain_of_others(concept, changes.own, inputs.own[concept])
             for concept, change in enumerate(changes)
         ]
 

@@ -1,0 +1,205 @@
+"""Rows of a subject in a style: their target, prompts and latents, and what they change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import SITES, ModuleHost, Net, difference, jacobi, make_data, make_lora
+
+from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.calibration_prompts import Wording
+from iteris_core.composites import Composite, composites_of
+from iteris_core.hosts.rows import added_concepts, row_texts
+from iteris_core.lora import SiteChanges
+from iteris_core.methods import find_method
+from iteris_core.passes.changes import changes_of
+
+WIDE = 1000  # a rank beyond every site's size: nothing is truncated
+SUBJECT = Concept(Lora({}), trigger="sks", class_word="dog")
+STYLE = Concept(Lora({}), trigger="zwx style", kind="style")
+WORDS = ["apple", "bridge", "cloud"]
+
+
+class StyledHost(ModuleHost):
+    """Adds the composite of its first two concepts, with the last of its data."""
+
+    def __init__(self, data, weight: float) -> None:
+        super().__init__(Net(), data)
+        self.weight = weight
+
+    def added(self, concepts, calibration):
+        return [Composite(None, ["unused"], weight=self.weight, parts=tuple(concepts[:2]))]
+
+
+def merged(loras, data, weight=0.3, method="iteris", strengths=(1.0, 1.0), **settings):
+    concepts = [
+        Concept(lora, prompts=["unused"], strength=strength)
+        for lora, strength in zip(loras, strengths, strict=True)
+    ]
+    settings = {"precision": "float64", **settings} if method == "iteris" else settings
+    return merge_loras(StyledHost(data, weight), concepts, method, settings=settings)
+
+
+def both(one: Lora, two: Lora) -> Lora:
+    """What the two change together, densely."""
+    sites = {}
+    for site in SITES:
+        dense = one.sites[site].dense() + two.sites[site].dense()
+        like = one.sites[site]
+        sites[site] = type(like)(dense, torch.eye(dense.shape[1], dtype=dense.dtype), like.kernel)
+    return Lora(sites)
+
+
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+@pytest.mark.parametrize("weighting", ["adapter", "tokens", "full", "none"])
+def test_a_composite_asks_for_what_both_loras_do(objective, weighting):
+    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
+    settings = {"objective": objective, "weighting": weighting, "ridge": 1e-4}
+    ours = merged(loras, data, schedule="jacobi", iterations=3, rank=WIDE, **settings)
+    weights = [1.0, 1.0, 0.3]
+    dense = jacobi(Net(), [*loras, both(*loras)], data, iterations=3, weights=weights, **settings)
+    assert difference(ours.lora, dense) < 1e-8
+
+
+def test_a_sweep_with_a_composite_is_the_converged_iteration():
+    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
+    settings = {"objective": "output", "weighting": "tokens", "ridge": 1e-4}
+    ours = merged(loras, data, rank=WIDE, repair=False, **settings)
+    iterations, weights = len(SITES) + 1, [1.0, 1.0, 0.3]
+    every = [*loras, both(*loras)]
+    dense = jacobi(Net(), every, data, iterations=iterations, weights=weights, **settings)
+    assert difference(ours.lora, dense) < 1e-8
+
+
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+def test_a_composite_adds_no_rank(objective):
+    ours = merged([make_lora(1), make_lora(2, rank=3)], make_data(3), objective=objective)
+    assert max(ours.lora.ranks) == 5
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean++", "chain-of-merges"])
+def test_rivals_that_take_targets_have_the_same_rows(method):
+    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
+    assert find_method(method).sums
+    with_it, without = (merged(loras, data, weight, method) for weight in (1.0, 1e-9))
+    assert difference(with_it.lora, {s: c.dense() for s, c in without.lora.sites.items()}) > 1e-3
+    assert max(with_it.lora.ranks) == 5
+
+
+def test_methods_in_the_space_of_the_loras_have_no_composites():
+    loras, data = [make_lora(1), make_lora(2, rank=3)], make_data(3)
+    assert not find_method("ssr").sums
+    found = merged(loras, data[:2], 1.0, "ssr")  # no rows of a third concept
+    assert set(found.lora.sites) == set(SITES)
+
+
+def test_the_parts_strengths_count():
+    loras = [make_lora(1), make_lora(2, rank=3)]
+    concepts = [
+        Concept(loras[0], prompts=["a"], strength=0.5),
+        Concept(loras[1], prompts=["b"], strength=-2.0),
+    ]
+    changes = changes_of([*concepts, Composite(None, ["ab"], parts=tuple(concepts))])
+    for site, at in changes.items():
+        wanted = 0.5 * loras[0].sites[site].dense() - 2 * loras[1].sites[site].dense()
+        assert torch.allclose(at[2].dense(), wanted)
+        assert (at.rank, at.listed_rank, set(at.own)) == (5, 10, {0, 1})
+
+
+def test_a_sum_counts_neither_in_the_mean_nor_when_all_are_stacked():
+    one, two = (make_lora(seed).sites["q"] for seed in (1, 2))
+    plain = SiteChanges((one, two))
+    more = SiteChanges((one, two, one.scaled(9.0)), 1)
+    weights = [1.0, 2.0, 5.0]
+    assert torch.equal(more.stacked().dense(), plain.stacked().dense())
+    means = more.mean(weights, torch.float64), plain.mean(weights[:2], torch.float64)
+    assert torch.equal(means[0].dense(), means[1].dense())
+    assert more.to(torch.float32).sums == more.at(torch.tensor([0, 2])).sums == 1
+
+
+def made(concepts, rows=40, **values):
+    generator = torch.Generator().manual_seed(0)
+    wording = Wording(WORDS, concepts, generator)
+    return composites_of(concepts, Calibration(**values), wording, generator, rows)
+
+
+def test_prompts_name_the_subject_and_then_the_style():
+    (composite,) = made([SUBJECT, STYLE])
+    assert composite.weight == Calibration().composites
+    assert composite.name == "sks in zwx style"
+    assert len(composite.prompts) == 40
+    ends = ("sks dog", "zwx style")
+    for prompt in composite.prompts:
+        assert prompt.index(ends[0]) < prompt.index(ends[1])
+    plain = [prompt for prompt in composite.prompts if prompt.endswith(ends[1])]
+    assert 10 < len(plain) < 40  # others have words behind
+
+
+def test_each_subject_meets_each_style_and_many_pairs_share_their_rows():
+    subjects = [Concept(Lora({}), trigger=f"sks{i}") for i in range(4)]
+    styles = [Concept(Lora({}), trigger=f"st{i}", kind="style") for i in range(3)]
+    composites = made([*subjects, *styles])
+    assert {tuple(part.trigger for part in c.parts) for c in composites} == {
+        (s.trigger, t.trigger) for s in subjects for t in styles
+    }
+    assert {len(composite.prompts) for composite in composites} == {40 * 7 // 12}
+
+
+@pytest.mark.parametrize(
+    ("concepts", "values"),
+    [
+        ([SUBJECT, STYLE], {"composites": 0}),
+        ([SUBJECT, SUBJECT], {}),
+        ([SUBJECT, Concept(Lora({}), prompts=["zwx, a house", "zwx, a cat"], kind="style")], {}),
+        ([SUBJECT, Concept.preserve(["a", "b"])], {}),
+        ([SUBJECT, Concept(Lora({}, embeddings={"e": {}}), trigger="zwx", kind="style")], {}),
+    ],
+    ids=["weight 0", "no style", "a style without words", "no LoRA", "embeddings"],
+)
+def test_there_is_none(concepts, values):
+    assert not made(concepts, **values)
+
+
+def test_a_style_without_a_trigger_is_called_for_as_its_prompts_end():
+    style = Concept(Lora({}), prompts=["a house in zwx style", "a cat in zwx style"], kind="style")
+    (composite,) = made([SUBJECT, style])
+    assert all("in zwx style" in prompt for prompt in composite.prompts)
+    assert any(prompt.endswith("sks dog in zwx style") for prompt in composite.prompts)
+
+
+def test_own_prompts_of_the_subject_stay():
+    subject = Concept(Lora({}), prompts=["sks by the sea", "a sks"])
+    (composite,) = made([subject, STYLE])
+    assert all("sks by the sea" in p or "a sks" in p for p in composite.prompts)
+
+
+def test_a_host_with_prompts_adds_generic_ones_and_then_composites():
+    generic, composite = added_concepts([SUBJECT, STYLE], Calibration(), WORDS)
+    assert not isinstance(generic, Composite)
+    assert isinstance(composite, Composite)
+    assert composite.lora is generic.lora is None
+
+
+def test_rows_of_a_composite_have_latents_of_its_parts():
+    other = Concept(Lora({}), trigger="oth")
+    concepts = [SUBJECT, other, STYLE]
+    concepts += made(concepts)[:1]
+    generator = torch.Generator().manual_seed(0)
+    calibration = Calibration(contexts=0.0)
+    owners = [owner for owner in range(3) for _ in range(50)]
+    wording = Wording(WORDS, concepts, generator)
+    rows = row_texts(
+        owners, ["p"] * 150, 1, 0.0, concepts, calibration, wording, generator
+    )  # fmt: skip
+    assert concepts[3].parts == (SUBJECT, STYLE)
+    own = [n for n, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner == 3]
+    assert len(own) == 20  # two fifths of a concept's
+    assert set(own) <= {*range(50), *range(100, 150)}
+    assert any(n < 50 for n in own)
+    assert any(n >= 100 for n in own)
+
+
+def test_the_report_names_them():
+    found = merged([make_lora(1), make_lora(2)], make_data(3)).report
+    assert any("both LoRAs" in note for notes in found.notes.values() for note in notes)
+    assert all(len(site.after) == 2 for site in found.sites.values())
