@@ -48,12 +48,8 @@ def main() -> None:
         model, clip = comfy.sd.load_checkpoint_guess_config(options.checkpoint)[:2]
     before = psutil.Process().memory_info().rss // 2**20
     load = os.getloadavg()[0]
-    calibration = core.Calibration(
-        samples=options.samples,
-        timesteps=options.timesteps,
-        latent_size=options.latent_size,
-        latents=options.latents,
-    )
+    names = ("samples", "timesteps", "latent_size", "latents")
+    calibration = {name: getattr(options, name) for name in names}
     concepts = [
         specs.make_spec(file, trigger=f"sks{number}", class_word="cat")
         for number, file in enumerate(options.loras)
@@ -62,9 +58,8 @@ def main() -> None:
     budget = "free" if options.gib is None else round(options.gib * 2**30)
     meter = core.activations.meter.MemoryMeter()
     with nullcontext() if options.gib is None else meter:
-        report = merging.merge_on(
-            model, clip, concepts, "iteris", {}, calibration, memory_budget=budget
-        ).report
+        config = merging.MergeConfig(concepts, calibration=calibration, unmergeable="mean")
+        report = merging.merge_on(model, clip, config, memory_budget=budget).report
     found = {
         "sites": len(report.sites),
         "rows": report.rows,

@@ -19,28 +19,21 @@ if TYPE_CHECKING:
     from .progress import Progress
     from .report.report import MergeReport
 
-_HOMES = {
-    "Calibration": "concepts",
-    "Concept": "concepts",
-    "DiffusersHost": "hosts.diffusers",
-    "IterisError": "errors",
-    "IterisSettings": "methods.iteris_settings",
-    "Lora": "lora",
-    "LoraFileError": "errors",
-    "LowRank": "lora",
-    "MergeCancelled": "errors",
-    "MergeReport": "report.report",
-    "MergeResult": "merge",
-    "Progress": "progress",
-    "SettingsError": "errors",
-    "SolveError": "errors",
-    "TransformersHost": "hosts.transformers",
-    "all_methods": "methods",
-    "merge_loras": "merge",
-    "read_heads": "lora_files.peft_folder",
-    "write_adapter": "lora_files.peft_folder",
-    "write_lora": "lora_files",
+_MODULES = {
+    "concepts": "Calibration Concept",
+    "errors": "IterisError LoraFileError MergeCancelled SettingsError SolveError",
+    "hosts.diffusers": "DiffusersHost",
+    "hosts.transformers": "TransformersHost",
+    "lora": "Lora LowRank",
+    "lora_files": "write_lora",
+    "lora_files.peft_folder": "read_heads write_adapter",
+    "merge": "MergeResult merge_loras",
+    "methods": "all_methods",
+    "methods.iteris_settings": "IterisSettings",
+    "progress": "Progress",
+    "report.report": "MergeReport",
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 """Name → its module, imported at the name's first use: torch takes seconds, diffusers and
 transformers more, and without them the command line still reports what is missing."""
 

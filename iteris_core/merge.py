@@ -15,9 +15,10 @@ import torch
 from .activations.processes import ALONE, Processes
 from .composites import Composite
 from .concepts import Calibration, Concept
+from .config import Unmergeable
 from .errors import MergeCancelled, SettingsError, SiteError
 from .hosts.learned import Calls, calls_of
-from .hosts.protocol import Host
+from .hosts.protocol import Host, Tick
 from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
@@ -34,8 +35,6 @@ from .settings import Settings
 from .solve.choose import POLICY, Policy
 
 _log = logging.getLogger(__name__)
-
-Unmergeable = Literal["refuse", "skip", "mean"]
 
 _S = TypeVar("_S", bound=Settings)
 
@@ -119,11 +118,27 @@ def merge_loras(
     if generator is None:
         generator = torch.Generator().manual_seed(calibration.seed)
     _check_types(host, concepts)
-    left_out = [concept.name for concept in concepts if not concept.counts]
-    concepts = [concept for concept in concepts if concept.counts]
-    ran = Ran()
-    noted: list[tuple[str, list[str]]] = []
-    outlook = Outlook()
+    counting = [concept for concept in concepts if concept.counts]
+    ran, outlook = Ran(), Outlook()
+    tick = _ticking(outlook, on_progress, should_stop)
+    if chosen.needs_host:
+        if host is None:
+            raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
+        job = Job(host, counting, {}, calibration, generator, tick, processes=processes,
+                  memory_budget=memory_budget, policy=policy, ran=ran, outlook=outlook)  # fmt: skip
+        made = _by_features(job, chosen, settings, unmergeable)
+    else:
+        made = _by_weights(counting, chosen, settings, generator, tick)
+    zero = "left out of the merge: its strength or weight is 0"
+    made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
+    seconds = time.perf_counter() - started
+    return _result(made, chosen, settings, calibration, ran, seconds)
+
+
+def _ticking(
+    outlook: Outlook, on_progress: OnProgress | None, should_stop: Callable[[], bool] | None
+) -> Tick:
+    """Progress with the time that is left, or an end."""
 
     def tick(what: str, done: int, total: int) -> None:
         if should_stop is not None and should_stop():
@@ -132,65 +147,88 @@ def merge_loras(
         if on_progress is not None:
             on_progress(progress)
 
-    if chosen.needs_host:
-        if host is None:
-            raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        added = added_of(host, concepts, calibration, chosen)
-        calibrated = [*concepts, *added]
-        noted += [(one.name, [_added_note(one)]) for one in added]
-        changes = changes_of(calibrated)
-        check_sites(host, changes)
-        sweep = chosen.sweeps(settings)
-        found = unmergeable_sites(
-            host, calibrated, changes, calibration, tick, outlook, sweep=sweep
-        )
-        if found and unmergeable == "refuse":
-            raise SiteError(dry.complaint(found, concepts))
-        kept = {site: some for site, some in changes.items() if site not in found}
-        if not kept:
-            raise SiteError(dry.complaint(found, concepts))
-        job = Job(
-            host,
-            calibrated,
-            kept,
-            calibration,
-            generator,
-            tick,
-            processes=processes,
-            memory_budget=memory_budget,
-            policy=policy,
-            ran=ran,
-            outlook=outlook,
-        )
-        calls = [calls_of(concept, host.learned) for concept in calibrated]
-        with host.teach(calls) as in_force:
-            noted += _learned(calibrated, calls, in_force)
-            merged = dict(chosen.merge(job, settings))
-        if found:
-            merged |= _means(calibrated, changes, found) if unmergeable == "mean" else {}
-            what = "have the mean of the LoRAs" if unmergeable == "mean" else "are LEFT OUT"
-            ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
-    else:
-        # Prompts without a LoRA say nothing to a method that only looks at weights.
-        concepts = [c for c in concepts if c.lora is not None]
-        calls = [calls_of(concept) for concept in concepts]
-        weights = [concept.weight for concept in concepts]
-        merged = chosen.merge(WeightJob(changes_of(concepts), weights, generator, tick), settings)
+    return tick
+
+
+@dataclass(frozen=True)
+class _Made:
+    """By site the merged change and its report; of the ``concepts`` that were merged, and what is
+    to be said of each by name."""
+
+    concepts: Sequence[Concept]
+    merged: Mapping[str, tuple[LowRank, SiteReport]]
+    calls: Sequence[Calls]
+    noted: list[tuple[str, list[str]]]
+
+
+def prepare(job: Job, method: Method, settings: Settings) -> dict[str, str]:
+    """Give ``job`` the concepts that its host adds, and the changes of the sites whose features can
+    be collected. Returns by site why those of the others cannot; they have their changes too."""
+    job.concepts = [*job.concepts, *_added(job, method)]
+    job.changes = changes_of(job.concepts)
+    check_sites(job.host, job.changes)
+    sweep = method.sweeps(settings)
+    return unmergeable_sites(
+        job.host, job.concepts, job.changes, job.calibration, job.tick, job.outlook, sweep=sweep
+    )
+
+
+def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
+    concepts = job.concepts
+    found = prepare(job, method, settings)
+    noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
+    changes = job.changes
+    job.changes = {site: some for site, some in changes.items() if site not in found}
+    if (found and unmergeable == "refuse") or not job.changes:
+        raise SiteError(dry.complaint(found, concepts))
+    calls = [calls_of(concept, job.host.learned) for concept in job.concepts]
+    with job.host.teach(calls) as in_force:
+        noted += _learned(job.concepts, calls, in_force)
+        merged = dict(method.merge(job, settings))
+    if found:
+        mean = unmergeable == "mean"
+        merged |= _means(job.concepts, changes, found) if mean else {}
+        what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
+        job.ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
+    return _Made(concepts, merged, calls[: len(concepts)], noted)
+
+
+def _by_weights(
+    concepts: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    generator: torch.Generator,
+    tick: Tick,
+) -> _Made:
+    """Prompts without a LoRA say nothing to a method that only looks at weights."""
+    concepts = [concept for concept in concepts if concept.lora is not None]
+    weights = [concept.weight for concept in concepts]
+    merged = method.merge(WeightJob(changes_of(concepts), weights, generator, tick), settings)
+    return _Made(concepts, merged, [calls_of(concept) for concept in concepts], [])
+
+
+def _result(
+    made: _Made,
+    method: Method,
+    settings: Settings,
+    calibration: Calibration,
+    ran: Ran,
+    seconds: float,
+) -> MergeResult:
+    concepts = made.concepts
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(concepts)
     notes = notes_of(concepts)
-    zero = [(name, ["left out of the merge: its strength or weight is 0"]) for name in left_out]
-    more_notes = (*zero, *noted, ("sites", ran.notes), ("embeddings", joined.warnings))
-    for name, more in more_notes:
+    for name, more in (*made.noted, ("sites", ran.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
-        method=method,
+        method=method.name,
         concepts=[concept.name for concept in concepts],
-        sites={site: report.of_first(len(concepts)) for site, (_, report) in merged.items()},
-        seconds=time.perf_counter() - started,
+        sites={site: one.of_first(len(concepts)) for site, (_, one) in made.merged.items()},
+        seconds=seconds,
         settings=asdict(settings),
-        calibration=asdict(calibration) if chosen.needs_host else {},
+        calibration=asdict(calibration) if method.needs_host else {},
         notes=notes,
         rows=ran.rows,
         plan=ran.plan,
@@ -198,9 +236,9 @@ def merge_loras(
         preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
-        {site: change for site, (change, _) in merged.items()},
+        {site: change for site, (change, _) in made.merged.items()},
         "merged",
-        merge_metadata(concepts, report, joined, calls[: len(concepts)]),
+        merge_metadata(concepts, report, joined, made.calls),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
@@ -233,11 +271,9 @@ def _means(
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 
 
-def added_of(
-    host: Host, concepts: Sequence[Concept], calibration: Calibration, method: Method
-) -> list[Concept]:
-    """The concepts that ``host`` adds, of a kind that ``method`` takes."""
-    added = host.added(concepts, calibration)
+def _added(job: Job, method: Method) -> list[Concept]:
+    """The concepts that the host adds, of a kind that ``method`` takes."""
+    added = job.host.added(job.concepts, job.calibration)
     return [one for one in added if method.sums or not isinstance(one, Composite)]
 
 

@@ -13,10 +13,10 @@ from .errors import UsageError
 from .hosts.learned import calls_of
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import added_of, settings_over
+from .merge import prepare, settings_over
 from .methods import find_method
 from .passes import dry
-from .passes.changes import changes_of, check_sites, unmergeable_sites
+from .passes.changes import changes_of
 from .passes.job import Job
 from .passes.outlook import Outlook
 from .presets import PresetName
@@ -62,22 +62,20 @@ def preview_merge(
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
     concepts = [concept for concept in concepts if concept.counts]
-    changes = changes_of(concepts)
     if not chosen.needs_host:
+        changes_of(concepts)  # raises where there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
-    concepts = [*concepts, *added_of(host, concepts, calibration, chosen)]
-    changes = changes_of(concepts)
-    check_sites(host, changes)
-
     outlook = Outlook()
 
     def tick(what: str, done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(outlook.forecast.tick(what, done, total))
 
-    sweep = chosen.sweeps(chosen_settings)
-    found = unmergeable_sites(host, concepts, changes, calibration, tick, outlook, sweep=sweep)
-    kept = {site: some for site, some in changes.items() if site not in found}
+    generator = torch.Generator().manual_seed(calibration.seed)
+    job = Job(host, concepts, {}, calibration, generator, tick, outlook=outlook)
+    found = prepare(job, chosen, chosen_settings)
+    concepts = job.concepts
+    kept = {site: some for site, some in job.changes.items() if site not in found}
     plan: list[str] = []
     calls = [calls_of(concept, host.learned) for concept in concepts]
 

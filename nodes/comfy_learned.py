@@ -14,60 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..iteris_core.hosts.learned import Call, Calls, Parts, placeholder, taking
+from ..iteris_core.hosts.learned import Calls, Parts, Phrases, taking
 from .comfy_internals import comfy
 
 
 class Speaking:
     """A CLIP whose tokenizers have the embeddings in force for which ``calls`` call, one of each
-    concept; ``in_force`` are their names. Two concepts may bring one name."""
+    concept; ``in_force`` are their names."""
 
     def __init__(self, clip: Any, calls: Sequence[Calls] = ()) -> None:
-        self._calls = calls
-        self._marks = {
-            (owner, word): placeholder(index)
-            for index, (owner, word) in enumerate(
-                (owner, word) for owner, some in enumerate(calls) for word in some.words
-            )
-        }
-        embeddings = {
-            mark: {
-                part: calls[owner].words[word].of(vectors)
-                for part, vectors in calls[owner].embeddings[calls[owner].words[word].name].items()
-            }
-            for (owner, word), mark in self._marks.items()
-        }
-        self._clip, known = with_embeddings(clip, embeddings) if embeddings else (clip, set())
-        self._marks = {at: mark for at, mark in self._marks.items() if mark in known}
-        self.in_force: list[Set[str]] = [
-            {call.name for word, call in some.words.items() if (owner, word) in self._marks}
-            for owner, some in enumerate(calls)
-        ]
+        self._phrases = Phrases(calls)
+        takers = _takers(clip) if any(one.words for one in calls) else []
+        names = self._phrases.take(lambda mark, parts: _give(takers, mark, parts))
+        self._clip = _knowing(clip, takers, set(names)) if names else clip
+        self.in_force = self._phrases.in_force
 
     def tokenize(self, owner: int, prompt: str) -> Any:
         """Tokens of a concept's prompt, as ComfyUI makes them to draw."""
-        return self._clip.tokenize(self._said(owner, prompt))
-
-    def _said(self, owner: int, prompt: str) -> str:
-        if owner >= len(self._calls):
-            return prompt
-
-        def say(word: str, _: Call) -> str:
-            mark = self._marks.get((owner, word.lower()))
-            return word if mark is None else f" embedding:{mark} "
-
-        said = self._calls[owner].replaced(prompt, say)
-        return prompt if said == prompt else said.replace("  embedding:", " embedding:")
+        said = self._phrases(owner, prompt, lambda mark: f" embedding:{mark} ")
+        same = said == prompt
+        return self._clip.tokenize(prompt if same else said.replace("  embedding:", " embedding:"))
 
 
 def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
     """A copy of ``clip`` that has embeddings behind ``embedding:NAME``, before those of
     models/embeddings, and the names of those that one of its text encoders takes."""
-    takers = [_Taker.of(tokenizer) for tokenizer in tokenizers(clip.tokenizer)]
+    takers = _takers(clip)
     known = {name for name, parts in embeddings.items() if _give(takers, name, parts)}
+    return _knowing(clip, takers, known), known
+
+
+def _takers(clip: Any) -> list[_Taker]:
+    return [_Taker.of(tokenizer) for tokenizer in tokenizers(clip.tokenizer)]
+
+
+def _knowing(clip: Any, takers: Sequence[_Taker], names: Set[str]) -> Any:
+    """A copy of ``clip`` whose tokenizers know what its ``takers`` were given."""
     own = copy.copy(clip)
-    own.tokenizer = _copied(clip.tokenizer, {id(t.tokenizer): t.known for t in takers}, known)
-    return own, known
+    own.tokenizer = _copied(clip.tokenizer, {id(t.tokenizer): t.known for t in takers}, names)
+    return own
 
 
 @dataclass

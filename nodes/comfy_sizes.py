@@ -7,10 +7,15 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.hosts.sizes import FRAMES, default_size, middle_patch
+from ..iteris_core.hosts.sizes import (
+    FRAMES,
+    default_size,
+    middle_patch,
+    token_sides,
+    unet_levels,
+)
 from .comfy_internals import comfy
 
 _SCALES = {
@@ -51,9 +56,8 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
 
 
 def patches_of(model: Any) -> list[int]:
-    """The sides, in latents, of what a token of this MODEL covers, ascending: one of a
-    transformer, several of a UNet."""
-    return sorted(set(_levels(model.model.diffusion_model))) or [_patch(model)]
+    """See :func:`..iteris_core.hosts.sizes.token_sides`."""
+    return token_sides(_levels(model.model.diffusion_model), _patch(model))
 
 
 def _scale(model: Any) -> int:
@@ -84,20 +88,7 @@ def _patch(model: Any) -> int:
     return 1
 
 
-def _levels(network: nn.Module) -> list[int]:
-    """Of each transformer block of a UNet how many latents a side of its tokens covers."""
-    parts: Any = comfy.ldm.modules.diffusionmodules.openaimodel
-    if not isinstance(network, parts.UNetModel):
+def _levels(network: Any) -> list[int]:
+    if not isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):
         return []
-    found: list[int] = []
-    level = 1
-    block: nn.Module
-    for block in (*network.input_blocks, network.middle_block, *network.output_blocks):
-        for module in block.modules():
-            if isinstance(module, comfy.ldm.modules.attention.BasicTransformerBlock):
-                found.append(level)
-            elif isinstance(module, parts.Downsample):
-                level *= 2
-            elif isinstance(module, parts.Upsample):
-                level //= 2
-    return found
+    return unet_levels((*network.input_blocks, network.middle_block, *network.output_blocks))

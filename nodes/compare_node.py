@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..iteris_core.errors import IterisError
 from ..iteris_core.methods import all_methods, find_method
-from ..iteris_core.presets import PresetName
-from .comfy_conds import References
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, model_inputs, preset_input, sampling_inputs
-from .merge_settings import Asked
+from .merge_settings import Request
 from .merging import as_lora_model
 from .remembered import merged
 from .schema import schema
@@ -68,12 +65,7 @@ class CompareMerges(io.ComfyNode):
         concepts: Any,
         methods: str,
         clip: Any = None,
-        samples: int = 0,
-        seed: int = 0,
-        preset: PresetName = "default",
-        conditioning: Any = None,
-        latent: Any = None,
-        settings: Mapping[str, Any] | None = None,
+        **values: Any,
     ) -> io.NodeOutput:
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
@@ -81,17 +73,15 @@ class CompareMerges(io.ComfyNode):
         for name in names:
             if name != _BASE:
                 find_method(name)
-        references = References.of(conditioning, latent)
-        files = files_behind(cls.hidden, "model")
-        asked = Asked(preset, samples, seed, settings or {}, files, references)
+        request = Request.of(values, files_behind(cls.hidden, "model"))
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
         models, clips, reports = [], [], []
         for name in names:
             drawn = model, clip
             if name != _BASE:
-                result = merged(model, clip, specs, name, asked, node_id)
+                result = merged(model, clip, request.config(specs, name), request, node_id)
                 drawn = apply_lora(model, clip, as_lora_model(result))
-                reports.append(result.report.summary() + asked.note)
+                reports.append(result.report.summary() + request.note)
             models.append(drawn[0])
             clips.append(drawn[1])
         report = "\n".join(reports)

@@ -8,9 +8,10 @@ from typing import Any, get_args
 import folder_paths
 from comfy_api.latest import io
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind
 from ..iteris_core.errors import IterisError
-from .concept_specs import ConceptSpec, changed, make_spec, prompt_lines
+from .concept_specs import changed, make_spec, prompt_lines
 from .lora_stacks import NONE, lora_path, specs_of
 from .schema import (
     LoraStack,
@@ -123,7 +124,7 @@ class IterisConcept(io.ComfyNode):
             class_word=class_word,
             prompts=prompts,
             strength=strength,
-            clip_strength=strength_clip,
+            text_strength=strength_clip,
             weight=weight,
             low=None if lora_low == NONE else lora_path(lora_low),
             # A prompt names it by its path below models/embeddings.
@@ -190,5 +191,5 @@ class PreservePrompts(io.ComfyNode):
         lines = prompt_lines(prompts)
         if not lines:
             raise IterisError("Preserve Prompts is empty; write one prompt a line.")
-        spec = ConceptSpec(None, lines, trigger="preserve", weight=weight)
+        spec = ConceptConfig(None, lines, trigger="preserve", weight=weight)
         return io.NodeOutput((*specs_of(concepts), spec))

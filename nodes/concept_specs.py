@@ -5,18 +5,19 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from ..iteris_core.concepts import Concept, PromptKind, words_in
+from ..iteris_core.concept_config import ConceptConfig
+from ..iteris_core.concepts import Concept, PromptKind
 from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import joined_experts
-from ..iteris_core.lora_files.sidecars import find_phrases, sidecars
+from ..iteris_core.lora_files.sidecars import sidecars
 
 DENOISER = "unet"
 """What the sites of a MODEL begin with."""
@@ -37,63 +38,14 @@ class Reader(Protocol):
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora: ...
 
 
-@dataclass(frozen=True)
-class ConceptSpec:
-    """A :class:`Concept` with a file instead of a LoRA; ``file=None`` keeps the base as it is.
-
-    ``low`` is the file for the model for low noise, of models with two experts.
-    ``clip_strength`` is that of its part in the text encoders (None: the same as ``strength``).
-    ``changed`` is :func:`changed` of the file: a rewritten one is another concept. ``source`` says
-    where the words come from, as :class:`..lora_files.sidecars.Found` does.
-    """
-
-    file: Path | None
-    prompts: tuple[str, ...] | None = None
-    trigger: str = ""
-    class_word: str = ""
-    strength: float = 1.0
-    weight: float = 1.0
-    changed: int = 0
-    clip_strength: float | None = None
-    subjects: tuple[str, ...] = ()
-    low: Path | None = None
-    kind: PromptKind = "subject"
-    source: str = ""
-
-    def read(self, reader: Reader, options: ReadOptions | None = None) -> Concept:
-        # At 0 a file may be of another text encoder, or there may be none.
-        clip = self.strength if self.clip_strength is None else self.clip_strength
-        lora = reader.read_lora(self.file, options, text=clip != 0) if self.file else None
-        if lora is not None and self.low is not None:
-            lora = joined_experts(lora, reader.read_low(self.low, options), DENOISER)
-        return self.concept(lora)
-
-    def concept(self, lora: Lora | None = None) -> Concept:
-        return Concept(
-            lora,
-            self.prompts,
-            self.trigger,
-            self.class_word,
-            self.strength,
-            self.weight,
-            text_strength=self.clip_strength,
-            subjects=self.subjects,
-            kind=self.kind,
-        )
-
-    @property
-    def phrases(self) -> Sequence[str]:
-        return self.concept().phrases
-
-    @property
-    def of_rows(self) -> ConceptSpec:
-        """What rows depend on: weights only count in the solve."""
-        return replace(self, weight=float(self.weight > 0), source="")
-
-    def called(self, phrases: Sequence[str], source: str) -> ConceptSpec:
-        """The same concept, called for by ``phrases``."""
-        words = words_in(phrases)
-        return replace(self, **words._asdict(), source=source)
+def read(spec: ConceptConfig, reader: Reader, options: ReadOptions | None = None) -> Concept:
+    """The concept with its LoRA."""
+    # At 0 a file may be of another text encoder, or there may be none.
+    text = spec.strength if spec.text_strength is None else spec.text_strength
+    lora = reader.read_lora(spec.file, options, text=text != 0) if spec.file else None
+    if lora is not None and spec.low is not None:
+        lora = joined_experts(lora, reader.read_low(spec.low, options), DENOISER)
+    return spec.concept(lora)
 
 
 def make_spec(
@@ -103,38 +55,34 @@ def make_spec(
     class_word: str = "",
     prompts: str = "",
     strength: float = 1.0,
-    clip_strength: float | None = None,
+    text_strength: float | None = None,
     weight: float = 1.0,
     embedding: str = "",
     low: Path | None = None,
     kind: Kind = "subject",
     phrases: Sequence[str] = (),
-) -> ConceptSpec:
+) -> ConceptConfig:
     """Without ``phrases``, trigger or class word they are taken from the file or from beside it; an
     embedding stands for the trigger, of a file with several phrases for all of them."""
-    trigger, class_word, source = trigger.strip(), class_word.strip(), "you"
     lines = _prompts_beside(file) if kind == "file" else prompt_lines(prompts)
-    subjects: tuple[str, ...] = ()
-    if not (trigger or class_word):
-        if not phrases:
-            phrases, source = find_phrases(file, read_metadata(file))
-        trigger, class_word, subjects = words_in(phrases)
-    if embedding:
-        trigger, subjects = f"embedding:{embedding}", ()
-    spec = ConceptSpec(
+    spec = ConceptConfig(
         file,
-        None,
-        trigger,
-        class_word,
-        strength,
-        weight,
-        max(changed(one) for one in (file, low) if one is not None),
-        clip_strength,
-        subjects,
-        low,
-        kind if kind not in ("lines", "file") else "subject",
-        source,
+        trigger=trigger.strip(),
+        class_word=class_word.strip(),
+        kind=kind if kind not in ("lines", "file") else "subject",
+        strength=strength,
+        text_strength=text_strength,
+        weight=weight,
+        low=low,
+        source="you",
+        changed=max(changed(one) for one in (file, low) if one is not None),
     )
+    if not spec.phrases:
+        spec = (
+            spec.called(phrases, "you") if phrases else spec.with_found_words(read_metadata(file))
+        )
+    if embedding:
+        spec = replace(spec, trigger=f"embedding:{embedding}", subjects=())
     return replace(spec, prompts=filled(lines, spec.phrases, file) or None)
 
 

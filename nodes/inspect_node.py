@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.latest import io
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Concept
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
-from ..iteris_core.presets import PresetName
 from ..iteris_core.preview import preview_merge
 from ..iteris_core.report.inspection import Interference, describe, interference, numbered, to_table
 from ..iteris_core.report.plots import plot_interference
-from .comfy_conds import References
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
-from .concept_specs import ConceptSpec
+from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
-from .merge_settings import Asked
+from .merge_settings import Request
 from .pictures import figure_image, text_image
 from .schema import schema
 
@@ -67,19 +67,15 @@ class InspectLoras(io.ComfyNode):
         concepts: Any,
         clip: Any = None,
         method: str = "iteris",
-        preset: PresetName = "default",
-        samples: int = 0,
-        seed: int = 0,
-        conditioning: Any = None,
-        latent: Any = None,
-        settings: Mapping[str, Any] | None = None,
+        **values: Any,
     ) -> io.NodeOutput:
-        node_id, files = cls.hidden.unique_id, files_behind(cls.hidden, "model")
-        references = References.of(conditioning, latent)
-        asked = Asked(preset, samples, seed, settings or {}, files, references)
+        node_id = cls.hidden.unique_id
+        request = Request.of(values, files_behind(cls.hidden, "model"))
         specs = specs_of(concepts)
-        with ComfyHost(model, clip, references=references, distilled=asked.distilled) as host:
-            found = [spec.read(host, ReadOptions(allow_partial=True)) for spec in specs]
+        with ComfyHost(
+            model, clip, references=request.references, distilled=request.distilled
+        ) as host:
+            found = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
             loras = [concept.lora for concept in found if concept.lora is not None]
             if not loras:
                 raise IterisError("There is no LoRA to look into; connect one or more.")
@@ -90,7 +86,9 @@ class InspectLoras(io.ComfyNode):
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
             lines += _alike(pairs) + _words(specs, found)
-            lines += _plan(host, found, method, asked, node_id)
+            lines += _plan(
+                host, found, request.config(specs, method), request.memory_budget, node_id
+            )
         table = "\n".join(lines)
         show_text(table, node_id)
         return io.NodeOutput(_plot(pairs), table)
@@ -112,7 +110,7 @@ def _alike(pairs: Sequence[Interference]) -> list[str]:
     ]
 
 
-def _words(specs: Sequence[ConceptSpec], found: Sequence[Concept]) -> list[str]:
+def _words(specs: Sequence[ConceptConfig], found: Sequence[Concept]) -> list[str]:
     return [
         f"{concept.name}: no trigger words and no prompts are known; a merge needs them."
         for spec, concept in zip(specs, found, strict=True)
@@ -121,18 +119,23 @@ def _words(specs: Sequence[ConceptSpec], found: Sequence[Concept]) -> list[str]:
 
 
 def _plan(
-    host: ComfyHost, concepts: Sequence[Concept], method: str, asked: Asked, node_id: str | None
+    host: ComfyHost,
+    concepts: Sequence[Concept],
+    config: MergeConfig,
+    memory: int | Literal["free"],
+    node_id: str | None,
 ) -> list[str]:
     """What a merge would take, or what would stop it."""
     try:
         preview = preview_merge(
             host,
             concepts,
-            method,
-            settings=asked.settings(method),
-            calibration=asked.calibration,
+            config.method,
+            preset=config.preset,
+            settings=config.settings,
+            calibration=config.calibration,
             on_progress=NodeProgress(node_id),
-            memory_budget=asked.memory_budget,
+            memory_budget=memory,
         )
     except IterisError as error:
         return [f"A merge would stop: {error}"]

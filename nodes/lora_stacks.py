@@ -8,8 +8,9 @@ from typing import Any
 
 import folder_paths
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
-from .concept_specs import ConceptSpec, make_spec, phrases_in
+from .concept_specs import make_spec, phrases_in
 
 NONE = "none"
 
@@ -23,13 +24,13 @@ def lora_path(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
-def specs_of(value: Any) -> tuple[ConceptSpec, ...]:
+def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
     """Concepts as they are, and every LoRA of a LORA_STACK with the words that are known of it."""
-    made = (one if isinstance(one, ConceptSpec) else _spec(one) for one in value or ())
+    made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in value or ())
     return tuple(spec for spec in made if spec is not None)
 
 
-def with_words(specs: Sequence[ConceptSpec], text: str) -> tuple[ConceptSpec, ...]:
+def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig, ...]:
     """``specs`` with the trigger words of another node: one phrase for each LoRA in order, or
     those that no other LoRA knows for the one that knows none."""
     phrases = phrases_in(text)
@@ -55,7 +56,7 @@ def with_words(specs: Sequence[ConceptSpec], text: str) -> tuple[ConceptSpec, ..
     return tuple(found)
 
 
-def _spec(entry: Any) -> ConceptSpec | None:
+def _spec(entry: Any) -> ConceptConfig | None:
     """An entry of a stack: (name, strength[, clip strength]), or a dictionary that says the same;
     None for one that is off or names nothing."""
     if isinstance(entry, Mapping):
@@ -77,7 +78,7 @@ def _spec(entry: Any) -> ConceptSpec | None:
     except (TypeError, ValueError) as error:
         raise _unreadable(entry) from error
     strength = 1.0 if strengths[0] is None else strengths[0]
-    return make_spec(_found(str(name)), strength=strength, clip_strength=strengths[1])
+    return make_spec(_found(str(name)), strength=strength, text_strength=strengths[1])
 
 
 def _found(name: str) -> Path:

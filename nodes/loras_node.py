@@ -7,9 +7,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
-from .concept_specs import KINDS, ConceptSpec, changed, make_spec, phrases_in
+from .concept_specs import KINDS, changed, make_spec, phrases_in
 from .lora_stacks import NONE, lora_path, specs_of, with_words
 from .schema import concepts_input, concepts_output, schema, strength_input, weight_input
 
@@ -135,7 +136,7 @@ class IterisLoras(io.ComfyNode):
         return [changed(lora_path(name)) for name in names if name not in (None, NONE)]
 
 
-def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptSpec | None:
+def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None:
     def value(name: str, default: Any) -> Any:
         return rows.get(f"{name}_{number}", default)
 
@@ -147,30 +148,29 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptSpec | None:
             f"The prompts of LoRA {number}, {name}, are to be lines, but lines is empty; write one "
             "prompt a line there, or choose another kind of prompts."
         )
-    spec = make_spec(
+    return make_spec(
         lora_path(name),
         prompts=lines if kind == "lines" else "",
         strength=value("strength", 1.0),
-        clip_strength=value("clip", 1.0),
+        text_strength=value("clip", 1.0),
         weight=value("weight", 1.0),
         kind=kind,
         phrases=phrases_in(value("words", "")),
     )
-    return spec
 
 
-def words_of(specs: list[ConceptSpec]) -> str:
+def words_of(specs: list[ConceptConfig]) -> str:
     """The words of all LoRAs, as a prompt has them."""
     phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
     return ", ".join(dict.fromkeys(phrases))
 
 
-def _line(spec: ConceptSpec) -> str:
+def _line(spec: ConceptConfig) -> str:
     """What a node shows of a concept."""
     if spec.file is None:
         return "base: as it is"
     said = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
-    clip = spec.strength if spec.clip_strength is None else spec.clip_strength
+    clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
     source = _SOURCES.get(spec.source, f" (from {spec.source})")
     return f"{spec.file.stem} at {strengths}: {said}{source}"

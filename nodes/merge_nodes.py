@@ -10,10 +10,8 @@ from comfy_api.latest import io
 
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.merge import MergeResult
-from ..iteris_core.presets import PresetName
 from ..iteris_core.report.plots import plot_residuals
 from ..iteris_core.report.provenance import scaled_lora
-from .comfy_conds import References
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
@@ -27,7 +25,7 @@ from .merge_inputs import (
     preset_input,
     sampling_inputs,
 )
-from .merge_settings import Asked
+from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models
 from .pictures import figure_image, text_image
 from .remembered import merged
@@ -167,23 +165,16 @@ def _merge(
 ) -> tuple[MergeResult, str]:
     """The merge that the inputs' ``values`` ask for, and what the node says of it."""
     method: str = values.get("method", "iteris")
-    preset: PresetName = values.get("preset", "default")
     strength: float = values.get("strength", 1.0)
-    asked = Asked(
-        preset,
-        values.get("samples", 0),
-        values.get("seed", 0),
-        values.get("settings") or {},
-        files,
-        References.of(values.get("conditioning"), values.get("latent")),
-    )
-    result = merged(model, clip, specs_of(concepts), method, asked, node_id, **experts)
+    request = Request.of(values, files)
+    config = request.config(specs_of(concepts), method)
+    result = merged(model, clip, config, request, node_id, **experts)
     result = replace(result, lora=scaled_lora(result.lora, strength))
     scaled = "" if strength == 1 else f"\n  At {strength:g} of its strength, in the file as well."
     called = how_to_call(bundled(result.lora.embeddings))
     if words := _words(result):
         called = f"\n  Trigger words: {words}{called}"
-    report = result.report.summary() + scaled + asked.note + called
+    report = result.report.summary() + scaled + request.note + called
     show_text(report, node_id)
     return result, report
 

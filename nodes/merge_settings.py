@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Calibration
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.lora_files.purposes import is_fast
-from ..iteris_core.merge import Unmergeable
 from ..iteris_core.methods import find_method
 from ..iteris_core.methods.iteris_settings import IterisSettings
-from ..iteris_core.presets import PRESETS, PresetName, preset_settings
+from ..iteris_core.presets import PresetName
 from ..iteris_core.settings import declared_settings
 from .comfy_conds import References
 from .merge_inputs import changed
@@ -35,7 +36,7 @@ _DEFAULT_METHOD = "iteris"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """``values`` are those of IterIS Settings, by name; ``files`` the names of those behind MODEL,
     which may say that it is run without guidance; ``samples`` 0 is the preset's number."""
 
@@ -46,22 +47,35 @@ class Asked:
     files: Sequence[str] = ()
     references: References = field(default_factory=References)
 
-    @property
-    def calibration(self) -> Calibration:
-        """What the inputs say over what the preset says."""
-        values = {name: self.values[name] for name in CALIBRATION if name in self.values}
-        given = changed(Calibration, {"seed": self.seed, **values})
-        given |= {"samples": self.samples} if self.samples else {}
-        return Calibration.from_mapping({**PRESETS[self.preset].calibration, **given})
+    @classmethod
+    def of(cls, values: Mapping[str, Any], files: Sequence[str]) -> Request:
+        """What the inputs of a node say, by name; what is not there is as it is by default."""
+        own = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
+        references = References.of(values.get("conditioning"), values.get("latent"))
+        return cls(**own, values=values.get("settings") or {}, files=files, references=references)
 
-    def settings(self, method: str) -> dict[str, Any]:
+    def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
+        """What the inputs say over the preset."""
+        values = {name: self.values[name] for name in CALIBRATION if name in self.values}
+        calibration = changed(Calibration, {"seed": self.seed, **values})
+        calibration |= {"samples": self.samples} if self.samples else {}
+        return MergeConfig(
+            tuple(concepts),
+            method,
+            self.preset,
+            self._settings(method),
+            calibration,
+            self.values.get("cannot_merge", "refuse"),
+        )
+
+    def _settings(self, method: str) -> dict[str, Any]:
         """Of other methods than ours the rank and :data:`RIVALS`, as far as they have them."""
         if method != _DEFAULT_METHOD:
             known = declared_settings(find_method(method).settings)
             given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
             return {n: v for n, v in given.items() if v and n in known}
         values = {name: self.values[name] for name in ITERIS if name in self.values}
-        return {**preset_settings(self.preset, method), **changed(IterisSettings, values)}
+        return changed(IterisSettings, values)
 
     @property
     def memory_budget(self) -> int | Literal["free"]:
@@ -69,23 +83,14 @@ class Asked:
         return round(memory * 2**30) if memory else "free"
 
     @property
-    def unmergeable(self) -> Unmergeable:
-        return self.values.get("cannot_merge", "refuse")
-
-    @property
     def distilled(self) -> bool | None:
         known = {"yes": False, "no": True}
         return True if self._fast else known.get(self.values.get("empty_prompts", "auto"))
 
     @property
-    def options(self) -> dict[str, Any]:
-        """How the base is run, for :func:`.merging.merge_on`."""
-        return {
-            "references": self.references,
-            "distilled": self.distilled,
-            "unmergeable": self.unmergeable,
-            "memory_budget": self.memory_budget,
-        }
+    def base(self) -> dict[str, Any]:
+        """How :class:`.comfy_host.ComfyHost` runs the model."""
+        return {"references": self.references, "distilled": self.distilled}
 
     @property
     def note(self) -> str:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict
+from collections.abc import Set
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Calibration
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
-from ..iteris_core.merge import MergeResult, Unmergeable, merge_loras
+from ..iteris_core.merge import MergeResult, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import POLICY, Policy
-from .comfy_conds import References, Same
-from .comfy_host import BOUNDARY, ComfyHost
+from .comfy_conds import Same
+from .comfy_host import ComfyHost
 from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
 from .comfy_sampling import Denoised
-from .concept_specs import DENOISER, ConceptSpec
+from .concept_specs import DENOISER, read
 
 _ROWS = 32
 _log = logging.getLogger(__name__)
@@ -54,59 +56,48 @@ class LoraModel(dict[str, Tensor]):
 def merge_on(
     model: Any,
     clip: Any,
-    specs: Sequence[ConceptSpec],
-    method: str,
-    settings: Mapping[str, Any],
-    calibration: Calibration,
+    config: MergeConfig,
     node_id: str | None = None,
+    *,
     rows: int = _ROWS,
     memory_budget: int | Literal["free"] = "free",
     policy: Policy = POLICY,
-    low: Any = None,
-    boundary: float = BOUNDARY,
-    references: References | None = None,
-    distilled: bool | None = None,
-    unmergeable: Unmergeable = "mean",
+    **base: Any,
 ) -> MergeResult:
     """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
 
     ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
     says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
-    that ``method`` does not have are left out; ``policy`` holds the thresholds. Raises
-    :class:`IterisError` where it cannot fit.
+    that the method does not have are left out; ``policy`` holds the thresholds; ``base`` is how
+    :class:`.comfy_host.ComfyHost` runs the model. Raises :class:`IterisError` where it cannot fit.
     """
-    known = declared_settings(find_method(method).settings)
-    reading = ReadOptions(allow_partial=unmergeable == "skip")
+    known = declared_settings(find_method(config.method).settings)
+    reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     progress = NodeProgress(node_id)
-    given = {**settings, "micro_batch": rows}
+    given = {**config.settings, "micro_batch": rows}
     # Inference tensors have no version, by which sites that share an input are found.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        _RememberingHost(
-            model,
-            clip,
-            rows,
-            low=low,
-            boundary=boundary,
-            references=references,
-            distilled=distilled,
-            show=progress.preview,
-        ) as host,
+        _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
     ):
-        host.recipe = tuple(spec.of_rows for spec in specs)
+        host.recipe = tuple(
+            replace(concept, weight=float(concept.weight > 0), source="")
+            for concept in config.concepts
+        )  # what rows depend on: weights only count in the solve
         result = merge_loras(
             host,
-            [spec.read(host, reading) for spec in specs],
-            method,
+            [read(concept, host, reading) for concept in config.concepts],
+            config.method,
+            preset=config.preset,
             settings={n: value for n, value in given.items() if n in known},
-            calibration=calibration,
+            calibration=config.calibration,
             on_progress=progress,
             memory_budget=memory_budget,
             policy=policy,
-            unmergeable=unmergeable,
+            unmergeable=config.unmergeable,
         )
-    _log.info("IterIS: merged with %s on %d rows", method, result.report.rows)
+    _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)
     return result
 
 
@@ -135,7 +126,7 @@ class _RememberingHost(ComfyHost):
 
     _last: tuple[Any, ComfySamples] | None = None
     _begun: tuple[Any, Denoised] | None = None
-    recipe: tuple[ConceptSpec, ...] = ()
+    recipe: tuple[ConceptConfig, ...] = ()
 
     def samples(
         self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any

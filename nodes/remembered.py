@@ -3,14 +3,13 @@ does not make them again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from ..iteris_core.config import MergeConfig
 from ..iteris_core.lora import Lora
 from ..iteris_core.merge import MergeResult
 from .comfy_conds import Same
-from .concept_specs import ConceptSpec
-from .merge_settings import Asked
+from .merge_settings import Request
 from .merging import merge_on
 
 _MOST = 2 * 2**30
@@ -22,28 +21,24 @@ _kept: list[tuple[Any, MergeResult]] = []
 def merged(
     model: Any,
     clip: Any,
-    specs: Sequence[ConceptSpec],
-    method: str,
-    asked: Asked,
+    config: MergeConfig,
+    request: Request,
     node_id: str | None,
     **experts: Any,
 ) -> MergeResult:
     """The merge that is asked for, made unless it was; ``experts`` as :func:`.merging.merge_on`."""
     parts = [part for part in (model, clip, experts.get("low")) if part is not None]
-    calibration, settings = asked.calibration, asked.settings(method)
     key = (
         [Same(part, _forget) for part in parts],
         [getattr(part, "patcher", part).patches_uuid for part in parts],
-        asked.references.key(_forget),
-        (tuple(specs), method, settings, calibration, experts.get("boundary")),
-        (asked.distilled, asked.unmergeable, asked.memory_budget),
+        request.references.key(_forget),
+        (config, experts.get("boundary"), request.distilled, request.memory_budget),
     )
     for kept, result in _kept:
         if kept == key:
             return result
-    result = merge_on(
-        model, clip, specs, method, settings, calibration, node_id, **asked.options, **experts
-    )
+    memory, base = request.memory_budget, {**request.base, **experts}
+    result = merge_on(model, clip, config, node_id, memory_budget=memory, **base)
     _kept.insert(0, (key, result))
     while sum(_bytes(kept.lora) for _, kept in _kept) > _MOST and len(_kept) > 1:
         _kept.pop()

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.merge import Unmergeable
+from ..iteris_core.config import Unmergeable
 from ..iteris_core.methods import all_methods
 from ..iteris_core.methods.iteris_settings import IterisSettings
 from ..iteris_core.settings import declared_settings

@@ -5,12 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import io
 from PIL import Image
 
+from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
 from .comfy_scorer import ComfyScorer
 from .comfy_toybox import load_world
-from .concept_specs import ConceptSpec, make_spec
+from .concept_specs import make_spec
 from .pictures import to_image
 from .schema import Concepts, Scorer, schema
 
@@ -68,7 +69,7 @@ class IterisToybox(io.ComfyNode):
         )
 
 
-def _spec(concept: ToyConcept) -> ConceptSpec:
+def _spec(concept: ToyConcept) -> ConceptConfig:
     """Prompts in the words that the world knows."""
     subject = f"{concept.token} {concept.class_word}"
     return make_spec(

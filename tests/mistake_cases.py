@@ -461,7 +461,7 @@ CASES = [
     ),
     (
         "merge {base} --from {nanstrength} --loras {world} -o {out}",
-        "The recipe has a broken strength nan; give a finite number",
+        "and strength, a finite number",
     ),
     (
         "merge {base} --from {badcut} --loras {world} -o {out}",
@@ -517,7 +517,7 @@ CASES = [
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncalibration: {templates: a cat}',
-        "merge.yaml: templates must be a list of text, not 'a cat'",
+        "merge.yaml: calibration: templates must be a list of text, not 'a cat'",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nouput: x.safetensors',
@@ -561,7 +561,7 @@ CASES = [
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {strength: .nan}',
-        "The recipe has a broken strength nan; give a finite number",
+        "and strength, a finite number",
     ),
     (
         'Y |base: 3\\nconcepts: ["{one}:s1:dog"]',

@@ -105,8 +105,11 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
     found = compare_module.compare_methods(
         host.pipeline, host, concepts,
         [[Image.new("RGB", (8, 8), "#f00")], [Image.new("RGB", (8, 8), "#0f0")]],
-        ["alone", "average"], Colours(), templates=["{all}", "a {each}"],
-        drawing=drawing_module.Drawing(images_per_prompt=2), on_row=rows.append,
+        compare_module.CompareConfig(
+            ["alone", "average"], ["{all}", "a {each}"],
+            drawing_module.Drawing(images_per_prompt=2),
+        ),
+        Colours(), on_row=rows.append,
     )  # fmt: skip
     assert found.rows["average"]["image s1"].mean == 1
     assert found.rows["average"]["image s2"].mean == 1

@@ -293,8 +293,8 @@ def test_methods_are_compared_with_them_in_force(pipeline, monkeypatch):
     monkeypatch.setattr(compare, "draw", draw)
     found = compare.compare_methods(
         pipeline, host, [concept(ONE, "toy", "dog", lora)], [[Image.new("RGB", (8, 8))]],
-        ["base", "sum"], Scorer(), templates=["a {1}"],
-        drawing=compare.Drawing(images_per_prompt=1),
+        compare.CompareConfig(["base", "sum"], ["a {1}"], compare.Drawing(images_per_prompt=1)),
+        Scorer(),
     )  # fmt: skip
     assert found.prompts == ["a toy dog"]
     hand = copy.deepcopy(pipeline)

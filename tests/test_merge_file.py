@@ -13,7 +13,8 @@ from command_line import QUICK, make_world, recipe_of, run
 from safetensors.torch import load_file, save_file
 
 from iteris_core import cli
-from iteris_core.cli.merge_file import _OWN, _parameters
+from iteris_core.cli.merge_file import _parameters
+from iteris_core.config import KEYS
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_command_line_becomes_a_merge_file(place, monkeypatch, capsys):
 def test_every_option_of_merge_is_a_key():
     command = typer.main.get_command(cli.app).commands["merge"]
     context = typer.Context(command)
-    keys = {*_parameters(context), *_OWN}
+    keys = {*_parameters(context), *KEYS}
     names = {max(p.opts, key=len).removeprefix("--").replace("-", "_") for p in command.params}
     # --concept is concepts, --set is settings and calibration.
     assert names - {"help", "set", "concept"} <= keys

@@ -24,8 +24,8 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import parse_concept, read_concepts, rename_embeddings
-from iteris_core.cli.recipe import find_file
+from iteris_core.cli.concept_options import find_file, parse_concept, read_concepts
+from iteris_core.concept_config import rename_embeddings
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import ReadOptions, read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
@@ -194,10 +194,13 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
         ({"method": "magic"}, "There is no method"),
         ({"settings": {"magic": 1}}, "magic"),
-        ({"calibration": {"magic": 1}}, "calibration is not of this version"),
+        (
+            {"calibration": {"magic": 1}},
+            "calibration: there is no setting 'magic'",
+        ),
         ({"concepts": "none"}, "no whole recipe"),
         ({"cut": 8}, "no whole recipe"),
-        ({"strength": "much"}, "broken strength"),
+        ({"strength": "much"}, "The cut {'strength': 'much'} is broken"),
     ):
         path = tmp_path / "recipe.safetensors"
         text = json.dumps({**recipe, **change})
@@ -461,7 +464,7 @@ def test_a_recipe_without_a_setting_runs_again_and_an_unknown_one_is_refused(
     more = [f"--from={old}", f"--loras={world}"]
     code, _, err = run(monkeypatch, capsys, *base, "-o", tmp_path / "no", *more)
     assert code == 2
-    assert "settings are not of this version: There is no setting 'align'" in " ".join(err.split())
+    assert "old.safetensors: settings: there is no setting 'align'" in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

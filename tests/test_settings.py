@@ -21,7 +21,7 @@ from iteris_core import (
 )
 from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.methods import settings_page
-from iteris_core.cli.options import Dtype, Latents, parse_settings
+from iteris_core.cli.options import Dtype, parse_settings
 from iteris_core.lora_files import DTYPES
 from iteris_core.presets import PRESETS, preset_settings
 from iteris_core.settings import Settings, declared_settings, setting
@@ -144,7 +144,6 @@ def test_the_page_of_settings_is_up_to_date():
 
 
 def test_choices_that_typer_needs_as_types():
-    assert get_args(Latents) == declared_settings(Calibration)["latents"].choices
     assert set(get_args(Dtype)) == set(DTYPES)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..concept_config import ConceptConfig
 from ..concepts import Concept
 from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_tensors
 from .base import loading
-from .concept_options import ConceptOption
 from .options import read_lines
 
 _AUTO = {
@@ -36,7 +36,7 @@ def is_model(base: str, folders: Sequence[str]) -> bool:
 
 def load_adapters(
     base: str,
-    adapters: Sequence[ConceptOption],
+    adapters: Sequence[ConceptConfig],
     model_class: str | None,
     generate: int | None,
     device: str,
@@ -68,7 +68,7 @@ def load_adapters(
     ]
 
 
-def check_adapter(option: ConceptOption) -> Path:
+def check_adapter(option: ConceptConfig) -> Path:
     """The folder of an adapter. Raises :class:`IterisError` for what only LoRA files have."""
     name = option.file or "a concept"
     if option.file is None or option.samples is None:

@@ -6,11 +6,10 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..concept_config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, OutputError
 from ..lora_files import check_file, is_lora, read_header
-from ..lora_files.sidecars import find_phrases
 from .adapters import check_adapter
-from .concept_options import ConceptOption
 from .options import read_lines
 
 _FEW = 8
@@ -18,23 +17,22 @@ _FEW = 8
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_concepts(concepts: Sequence[ConceptOption], *, run_base: bool) -> None:
+def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None:
     """Raise :class:`IterisError` for a LoRA file that is missing or none, and, where a method is to
     ``run_base``, for a concept that nothing says how to call for."""
-    if concepts and all(map(_left_out, concepts)):
+    if concepts and not any(option.counts for option in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     for option in concepts:
         metadata = [_check_lora(file) for file in option.files]
         if option.samples is not None:
             raise ConceptError(
-                f"{_name(option)}: samples are for models of transformers; give prompts."
+                f"{option.name}: samples are for models of transformers; give prompts."
             )
-        words = option.trigger or option.class_word or option.subjects
         if option.prompts is not None and not option.prompts:
-            raise ConceptError(f"{_name(option)}: its list of prompts is empty.")
-        if not run_base or words or option.prompts is not None or option.file is None:
+            raise ConceptError(f"{option.name}: its list of prompts is empty.")
+        if not run_base or option.prompts is not None or option.file is None:
             continue
-        if not find_phrases(option.file, metadata[0]).phrases:
+        if not option.with_found_words(metadata[0]).phrases:
             raise ConceptError(
                 f"{option.file} has no trigger word: neither its metadata nor a note beside it "
                 "names one. Give one "
@@ -56,7 +54,7 @@ def _check_lora(file: Path) -> dict[str, str]:
     return metadata
 
 
-def check_adapters(concepts: Sequence[ConceptOption]) -> None:
+def check_adapters(concepts: Sequence[ConceptConfig]) -> None:
     """The same for adapters of peft, and for their samples."""
     for option in concepts:
         folder = check_adapter(option)
@@ -72,7 +70,7 @@ def check_adapters(concepts: Sequence[ConceptOption]) -> None:
             raise ConceptError(f"{option.samples} has no samples; write one a line.")
 
 
-def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptOption]) -> None:
+def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
     """Raise :class:`IterisError` where a result would be written over one of the LoRAs."""
     for option in concepts:
         for file in option.files:
@@ -96,12 +94,12 @@ def check_plot(path: Path | None) -> None:
         raise OutputError("--plot needs matplotlib: pip install matplotlib")
 
 
-def warnings_of(concepts: Sequence[ConceptOption]) -> Iterator[str]:
+def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
     """What is probably not meant, in a sentence each."""
     known: dict[str, str] = {}
     for option in concepts:
-        name = _name(option)
-        if _left_out(option):
+        name = option.name
+        if not option.counts:
             what = "strength" if option.weight else "weight"
             yield f"{name} is left out of the merge: its {what} is 0."
             continue
@@ -121,13 +119,3 @@ def warnings_of(concepts: Sequence[ConceptOption]) -> Iterator[str]:
                 f"None of the {len(prompts)} prompts of {name} has its trigger {option.trigger!r}: "
                 "the merge fits what they show, which may not be the concept."
             )
-
-
-def _left_out(option: ConceptOption) -> bool:
-    return not option.weight or (
-        option.file is not None and not option.strength and not option.text_strength
-    )
-
-
-def _name(option: ConceptOption) -> str:
-    return str(option.file) if option.file is not None else option.trigger

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..concept_config import ConceptConfig
 from ..concepts import Concept
 from ..errors import UsageError
 from ..lora_files import ReadOptions
@@ -20,6 +21,19 @@ from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
 from ..progress import OnProgress, Progress
+from ..score.compare import (
+    ALONE,
+    BASE,
+    CompareConfig,
+    Comparison,
+    check_together,
+    compare_compositions,
+    compare_methods,
+)
+from ..score.drawing import Drawing, find_scheduler
+from ..score.judged import PROMPT_LISTS, fill_prompts
+from ..score.results import check_results_folder, mean_rows, write_results
+from ..score.statistics import markdown_table
 from .base import best_device, check_base, load_base
 from .checks import check_concepts, warnings_of
 from .common import (
@@ -31,7 +45,6 @@ from .common import (
     Offload,
     bytes_of,
     console,
-    option,
     progress_bars,
 )
 from .concept_options import parse_concept, read_concepts
@@ -39,7 +52,9 @@ from .options import (
     CONCEPT_HELP,
     PRESET_HELP,
     calibration_option,
+    command,
     given,
+    given_by,
     parse_by_method,
     read_lines,
     setting_names,
@@ -48,133 +63,84 @@ from .pictures import open_images
 from .score import ClipName, ClipWeights, DinoName
 
 
-def compare(
-    base: Annotated[str, typer.Argument(help="A pipeline of diffusers, as for merge")],
-    output: Annotated[Path, option("A folder for the results", "--output", "-o")],
-    concept: Annotated[list[str], option(CONCEPT_HELP)],
-    refs: Annotated[list[Path], option("A folder of pictures for each --concept")],
-    methods: Annotated[
-        str,
-        option(
-            "Names with commas between; base for no LoRA, alone for each LoRA by itself, of which "
-            "the others have their share"
-        ),
-    ] = "base,sum,average,iteris",
-    setting: Annotated[
-        list[str] | None,
-        option(
-            "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: of one method, of all "
-            "that have it, or of the calibration",
-            "--set",
-            autocompletion=setting_names,
-        ),
-    ] = None,
-    preset: Annotated[PresetName | None, option(PRESET_HELP)] = None,
-    together: Annotated[
-        int | None,
-        option("Merge every so many of the concepts, and give means over these compositions"),
-    ] = None,
-    prompts: Annotated[
-        str,
-        option(
-            "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
-            "{2} …, for the concepts. A concept's likeness is measured on the prompts that name it "
-            "alone",
-            panel=PICTURES,
-        ),
-    ] = "composition",
-    images_per_prompt: Annotated[int, option("Seeds per prompt", panel=PICTURES)] = 4,
-    steps: Annotated[int, option("Denoising steps of the pictures", panel=PICTURES)] = 25,
-    guidance: Annotated[float, option("Guidance scale of the pictures", panel=PICTURES)] = 7.5,
-    scheduler: Annotated[
-        str | None,
-        option(
-            "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        option("Of the pictures in pixels: 512, or 768x512 for width x height", panel=PICTURES),
-    ] = None,
-    templates: Annotated[
-        Path | None,
-        option("A text file of prompt templates, with {} for the concept", panel=CALIBRATION),
-    ] = None,
-    samples: Annotated[int | None, calibration_option("samples")] = None,
-    latent_size: Annotated[int | None, calibration_option("latent_size")] = None,
-    collapse_below: Annotated[
-        float | None,
-        option(
-            "Adds the share of concepts and pictures whose image alignment is under this",
-            panel=PICTURES,
-        ),
-    ] = None,
-    clip: ClipName = "ViT-L-14",
-    clip_weights: ClipWeights = None,
-    dino: DinoName = None,
-    device: Device = None,
-    base_dtype: BaseDtype = None,
-    offload: Offload = None,
-    memory: Memory = None,
-    seed: Annotated[int, option("Of calibration and pictures")] = 0,
-    overwrite: Annotated[
-        bool, option("Replace the results of another comparison", "--overwrite")
-    ] = False,
-) -> None:
+@dataclass(frozen=True)
+class CompareOptions:
+    """A field for each option, named like it."""
+
+    base: Annotated[str, typer.Argument(help="A pipeline of diffusers, as for merge")]
+    output: Path = given_by("A folder for the results", "--output", "-o", default=MISSING)
+    concept: list[str] = given_by(CONCEPT_HELP, default=MISSING)
+    refs: list[Path] = given_by("A folder of pictures for each --concept", default=MISSING)
+    methods: str = given_by(
+        "Names with commas between; base for no LoRA, alone for each LoRA by itself, of which "
+        "the others have their share",
+        default="base,sum,average,iteris",
+    )
+    setting: list[str] | None = given_by(
+        "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: of one method, of all "
+        "that have it, or of the calibration",
+        "--set",
+        autocompletion=setting_names,
+    )
+    preset: PresetName | None = given_by(PRESET_HELP)
+    together: int | None = given_by(
+        "Merge every so many of the concepts, and give means over these compositions"
+    )
+    prompts: str = given_by(
+        "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
+        "{2} …, for the concepts. A concept's likeness is measured on the prompts that name it "
+        "alone",
+        panel=PICTURES,
+        default="composition",
+    )
+    images_per_prompt: int = given_by("Seeds per prompt", panel=PICTURES, default=4)
+    steps: int = given_by("Denoising steps of the pictures", panel=PICTURES, default=25)
+    guidance: float = given_by("Guidance scale of the pictures", panel=PICTURES, default=7.5)
+    scheduler: str | None = given_by(
+        "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
+    )
+    size: str | None = given_by(
+        "Of the pictures in pixels: 512, or 768x512 for width x height", panel=PICTURES
+    )
+    templates: Path | None = given_by(
+        "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
+    )
+    samples: Annotated[int | None, calibration_option("samples")] = None
+    latent_size: Annotated[int | None, calibration_option("latent_size")] = None
+    collapse_below: float | None = given_by(
+        "Adds the share of concepts and pictures whose image alignment is under this",
+        panel=PICTURES,
+    )
+    clip: ClipName = "ViT-L-14"
+    clip_weights: ClipWeights = None
+    dino: DinoName = None
+    device: Device = None
+    base_dtype: BaseDtype = None
+    offload: Offload = None
+    memory: Memory = None
+    seed: int = given_by("Of calibration and pictures", default=0)
+    overwrite: bool = given_by(
+        "Replace the results of another comparison", "--overwrite", default=False
+    )
+
+
+@command(CompareOptions)
+def compare(context: typer.Context, options: CompareOptions) -> None:
     """Merge with several methods, draw the same prompts, score and show them side by side."""
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
-    from ..score.compare import (
-        ALONE,
-        BASE,
-        Comparison,
-        check_together,
-        compare_compositions,
-        compare_methods,
-    )
-    from ..score.drawing import Drawing, find_scheduler
-    from ..score.judged import PROMPT_LISTS, fill_prompts
-    from ..score.results import check_results_folder, mean_rows, write_results
-    from ..score.statistics import markdown_table
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
-    kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
-    settings, calibration = parse_by_method(kinds, setting or [])
-    lines = read_lines(templates) if templates else None
-    calibration |= given(samples=samples, latent_size=latent_size, templates=lines)
-    calibration = {"seed": seed, **calibration}
-    for name in kinds:
-        settings_over(preset or "default", name, settings[name], calibration)
-    options = [parse_concept(text) for text in concept]
-    if len(refs) != len(options):
-        raise UsageError(
-            f"Give --refs once for each --concept, in the same order: there are {len(refs)} for "
-            f"{len(options)}."
-        )
-    drawing = Drawing(
-        images_per_prompt, steps, guidance, seed, scheduler=scheduler, size=_size(size)
-    )
-    check_concepts(options, run_base=True)
-    for line in warnings_of(options):
-        console.print(escape(line), style="yellow", highlight=False)
-    check_results_folder(output, overwrite=overwrite)
-    references = [open_images(folder)[1] for folder in refs]
-    wanted = PROMPT_LISTS.get(prompts) or read_lines(Path(prompts))
-    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in options])
-    check_together(together, len(options))
-    if scheduler is not None:
-        find_scheduler(scheduler)
-    check_base(base)
-    device = device or best_device()
+    config, listed, references = _checked(options)
+    device = options.device or best_device()
     done: list[Comparison] = []
-    with progress_bars() as on_progress, _said_where_it_stopped(output, done):
-        pipeline = load_base(base, device, dtype=base_dtype, offload=offload)
+    with progress_bars() as on_progress, _said_where_it_stopped(options.output, done):
+        pipeline = load_base(
+            options.base, device, dtype=options.base_dtype, offload=options.offload
+        )
         host = DiffusersHost(pipeline)
-        concepts = read_concepts(options, host, ReadOptions())
-        scorer = ClipScorer.load(clip, clip_weights, device=device)
-        other = DinoScorer.load(dino, device=device) if dino else None
+        concepts = read_concepts(listed, host, ReadOptions())
+        scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
+        other = DinoScorer.load(options.dino, device=device) if options.dino else None
 
         def one(some: Sequence[Concept], pictures: Sequence[Any], name: str) -> Comparison:
             several = len(some) < len(concepts)
@@ -182,31 +148,72 @@ def compare(
 
             def keep(comparison: Comparison) -> None:
                 done[:] = [*before, comparison]
-                write_results(done, output)
+                write_results(done, options.output)
 
             return compare_methods(
                 pipeline,
                 host,
                 some,
                 pictures,
-                names,
+                config,
                 scorer,
-                templates=wanted,
-                drawing=drawing,
-                calibration=calibration,
-                settings=settings,
-                preset=preset or "default",
-                memory_budget=bytes_of(memory),
                 dino=other,
-                collapse_below=collapse_below,
                 on_progress=partial(_named, on_progress, name) if several else on_progress,
                 on_row=keep,
             )
 
+        together = options.together
         comparisons = compare_compositions(concepts, references, together, one)
-    written = write_results(comparisons, output)
+    written = write_results(comparisons, options.output)
     typer.echo(markdown_table(mean_rows(comparisons)))
-    typer.echo(f"Wrote {', '.join(path.name for path in written)} into {output}.")
+    typer.echo(f"Wrote {', '.join(path.name for path in written)} into {options.output}.")
+
+
+def _checked(
+    options: CompareOptions,
+) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
+    """What is compared, of which concepts, with which pictures. Raises :class:`IterisError` for
+    what is wrong, before a base is loaded."""
+    names = [name.strip() for name in options.methods.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
+    kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
+    settings, calibration = parse_by_method(kinds, options.setting or [])
+    lines = read_lines(options.templates) if options.templates else None
+    more = given(samples=options.samples, latent_size=options.latent_size, templates=lines)
+    calibration = {"seed": options.seed, **calibration, **more}
+    for name in kinds:
+        settings_over(options.preset or "default", name, settings[name], calibration)
+    concepts = [parse_concept(text) for text in options.concept]
+    if len(options.refs) != len(concepts):
+        raise UsageError(
+            "Give --refs once for each --concept, in the same order: there are "
+            f"{len(options.refs)} for {len(concepts)}."
+        )
+    drawing = Drawing(
+        options.images_per_prompt,
+        options.steps,
+        options.guidance,
+        options.seed,
+        scheduler=options.scheduler,
+        size=_size(options.size),
+    )
+    check_concepts(concepts, run_base=True)
+    for line in warnings_of(concepts):
+        console.print(escape(line), style="yellow", highlight=False)
+    check_results_folder(options.output, overwrite=options.overwrite)
+    references = [open_images(folder)[1] for folder in options.refs]
+    wanted = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
+    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in concepts])
+    check_together(options.together, len(concepts))
+    if options.scheduler is not None:
+        find_scheduler(options.scheduler)
+    check_base(options.base)
+    preset, memory = options.preset or "default", bytes_of(options.memory)
+    config = CompareConfig(
+        names, wanted, drawing, settings, calibration, preset, memory, options.collapse_below
+    )
+    return config, concepts, references
 
 
 @contextmanager

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from ..architectures import architecture_of_file
 from ..architectures.record import said_base
-from ..concepts import words_in
+from ..concept_config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
-from ..lora_files.sidecars import find_phrases
-from .concept_options import ConceptOption
 
 UNKNOWN = "an unknown base model"
 
@@ -37,18 +35,13 @@ class FoundLora:
     """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source`` says
     in a few words where the trigger words come from."""
 
-    option: ConceptOption
+    option: ConceptConfig
     family: str
     source: str
 
     @property
     def name(self) -> str:
         return " + ".join(file.name for file in self.option.files)
-
-    @property
-    def phrases(self) -> Sequence[str]:
-        one = f"{self.option.trigger} {self.option.class_word}".strip()
-        return self.option.subjects or ([one] if one else [])
 
 
 def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
@@ -92,9 +85,9 @@ def _look_at(file: Path) -> FoundLora | str:
         family = architecture_of_file(shapes, metadata).title
     except LoraFileError:
         family = said_base(metadata) or UNKNOWN
-    phrases, source = find_phrases(file, metadata)
-    option = ConceptOption(file, *words_in(phrases)[:2], subjects=words_in(phrases).subjects)
-    return FoundLora(option, family, _SOURCES.get(source, f"words from {file.stem}{source}"))
+    option = ConceptConfig(file).with_found_words(metadata)
+    source = _SOURCES.get(option.source, f"words from {file.stem}{option.source}")
+    return FoundLora(option, family, source)
 
 
 def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 import yaml
 
-from ..concepts import words_in
 from ..errors import UsageError
 from ..presets import PRESETS
 from .common import console, option
@@ -50,7 +49,7 @@ def init(
         console.print(f"Left out: {name} ({why}).", style="yellow", markup=False, highlight=False)
     typer.echo(f"Wrote {output}: {len(loras)} LoRAs for {loras[0].family}.")
     todo = [f"base: ({how})"] if not found else []
-    todo += [f"trigger: of {one.name}" for one in loras if not one.phrases]
+    todo += [f"trigger: of {one.name}" for one in loras if not one.option.phrases]
     if todo:
         typer.echo(f"Fill in {', '.join(todo)}. Then merge: iteris merge {output}")
     else:
@@ -64,15 +63,13 @@ def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
     typer.echo(f"What calls for each LoRA in a prompt, such as: sks cat ({_LEAVE_OUT} leaves out)")
     kept: list[FoundLora] = []
     for one in loras:
-        known = ", ".join(one.phrases)
+        known = ", ".join(one.option.phrases)
         answer = str(typer.prompt(one.name, default=known, show_default=bool(known))).strip()
         if answer == _LEAVE_OUT:
             continue
         if answer != known:
             phrases = [phrase.strip() for phrase in answer.split(",") if phrase.strip()]
-            trigger, class_word, subjects = words_in(phrases)
-            option = replace(one.option, trigger=trigger, class_word=class_word, subjects=subjects)
-            one = replace(one, option=option, source="words as you typed them")
+            one = replace(one, option=one.option.called(phrases), source="words as you typed them")
         kept.append(one)
     if not kept:
         raise UsageError("Every LoRA was left out; nothing was written.")
@@ -94,8 +91,8 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
         "concepts:",
     ]
     for one in loras:
-        entry = one.option.to_dict(name)
-        if not one.phrases:
+        entry = one.option.to_dict(name, usual=False)
+        if not one.option.phrases:
             entry["trigger"] = ""
         lines.append(f"  # {one.source}")
         dumped = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=1000)

@@ -11,226 +11,165 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from ..concepts import PRESERVE_WEIGHT, Concept
+from ..concept_config import check_renames
+from ..concepts import Concept
+from ..config import MergeConfig
 from ..errors import UsageError
 from ..hosts.protocol import Host
+from ..lora import Lora
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
-from ..merge import settings_over
-from ..report.provenance import with_run
+from ..merge import MergeResult, settings_over
+from ..methods import find_method
+from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import atomically
-from . import merge_options as options
 from .adapters import load_adapters
-from .asked import ask, ask_again, with_preserved
 from .base import check_base, load_base
 from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
-from .common import BaseDtype, Device, Load, Memory, Offload, bytes_of, console, foresee, run_merge
-from .concept_options import check_renames, read_concepts
+from .common import Load, bytes_of, console, foresee, run_merge
+from .concept_options import read_concepts
 from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
-from .options import given, read_lines, read_prompts
+from .merge_options import MergeOptions
+from .options import command, given
 from .pictures import open_picture
-from .recipe import check_cut, cut_again, read_recipe
+from .request import merge_file_of, requested
 from .saving import check_embeddings, lines_of_embeddings, save_lora, save_or_keep
 
 _ONLY = "diffusion bases; {} is a single model."
 _ASKED = (
-    "base",
-    "output",
-    "overwrite",
-    "plan",
-    "quiet",
-    "from_file",
-    "loras",
-    "preserve",
-    "preserve_weight",
+    *("base", "output", "overwrite", "plan", "quiet", "from_file", "loras", "method", "preset"),
+    *("unmergeable", "preserve", "preserve_weight", "templates"),
 )
 """What a merge file has in other words, or for itself."""
 
 
-def merge(
-    context: typer.Context,
-    output: options.Output,
-    base: options.Base = None,
-    concept: options.Concepts = None,
-    preset: options.Preset = None,
-    overwrite: options.Overwrite = False,
-    plan: options.Plan = False,
-    quiet: options.Quiet = False,
-    method: options.MethodName = None,
-    setting: options.Set = None,
-    preserve: options.Preserve = None,
-    preserve_weight: options.PreserveWeight = PRESERVE_WEIGHT,
-    from_file: options.From = None,
-    loras: options.Loras = None,
-    templates: options.Templates = None,
-    samples: options.Samples = None,
-    timesteps: options.Timesteps = None,
-    latents: options.LatentsOf = None,
-    denoising_steps: options.DenoisingSteps = None,
-    guidance: options.Guidance = None,
-    empty_share: options.EmptyShare = None,
-    contexts: options.Contexts = None,
-    generic: options.Generic = None,
-    composites: options.Composites = None,
-    latent_size: options.LatentSize = None,
-    frames: options.Frames = None,
-    seed: options.Seed = None,
-    generate: options.Generate = None,
-    model_class: options.ModelClass = None,
-    layout: options.FileLayout = None,
-    dtype: options.FileDtype = "float16",
-    image: options.Image = None,
-    mask_image: options.MaskImage = None,
-    device: Device = None,
-    base_dtype: BaseDtype = None,
-    offload: Offload = None,
-    memory: Memory = None,
-    allow_partial: options.AllowPartial = False,
-    unmergeable: options.UnmergeableSites = None,
-    energy: options.Energy = 0.999,
-    rename: options.Rename = None,
-    as_json: options.Json = False,
-    plot: options.Plot = None,
-) -> None:
+@command(MergeOptions)
+def merge(context: typer.Context, options: MergeOptions) -> None:
     """Merge LoRAs on a pipeline of diffusers, or on a model of transformers, and write one."""
-    file = context.obj if isinstance(context.obj, MergeFile) else MergeFile()
-    sampling = given(
-        samples=samples,
-        timesteps=timesteps,
-        latents=latents,
-        denoising_steps=denoising_steps,
-        guidance=guidance,
-        empty_share=empty_share,
-        contexts=contexts,
-        generic=generic,
-        composites=composites,
-        latent_size=latent_size,
-        frames=frames,
-        seed=seed,
-        templates=read_lines(templates) if templates else None,
-    )
-    if from_file is not None:
-        if concept or file.concepts:
-            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
-        for name in given(preset=preset, method=method):
-            raise UsageError(
-                f"--{name} is not for --from, which has all settings; change single ones by --set."
-            )
-        recipe = read_recipe(from_file, loras)
-        asked = ask_again(recipe, base, setting or [], sampling, unmergeable)
-    else:
-        if file.path is None:
-            _refuse("--from; --concept names the LoRAs' files itself.", loras=loras)
-        method, pairs = method or "iteris", setting or []
-        asked = ask(file, base, method, concept or [], loras, pairs, sampling, unmergeable)
-    base, adapter = asked.base, asked.adapter
-    if preserve is not None:
-        _refuse(_ONLY.format(base), preserve=preserve if adapter else None)
-        asked = with_preserved(asked, read_prompts(preserve), preserve_weight)
+    file = context.obj if isinstance(context.obj, MergeFile) else None
+    config, adapter = requested(file, options)
+    output = options.output
+    if adapter:
+        _refuse(_ONLY.format(config.base), options, "preserve")
     if output.suffix in SUFFIXES:
-        others = given_options(context, output.parent, [*_ASKED, *sampling])
-        write_merge_file(output, asked.to_merge_file(output, others), overwrite=overwrite)
+        others = given_options(context, output.parent, [*_ASKED, *options.calibration])
+        data = merge_file_of(config, output, others, "" if adapter else ".safetensors")
+        write_merge_file(output, data, overwrite=options.overwrite)
         typer.echo(f"Wrote {output}; nothing is merged yet. To merge: iteris merge {output}")
         return
-    if adapter:
-        only = _ONLY.format(base)
-        _refuse(only, templates=templates, plot=plot, image=image)
-        _refuse(only, base_dtype=base_dtype, offload=offload, mask_image=mask_image)
-        _refuse("files; give another folder, or move the old one.", overwrite=overwrite or None)
-        check_folder(output)
-        check_adapters(asked.concepts)
-    else:
-        _refuse(
-            f"models of transformers; {base} is no folder with a config.json, and no --concept is "
-            "an adapter folder of peft.",
-            generate=generate,
-            model_class=model_class,
-        )
-        check_target(output, layout, dtype, overwrite)
-        check_plot(plot)
-        check_base(base)
-        check_concepts(asked.concepts, run_base=asked.method.needs_host)
-        if not asked.method.needs_host:
-            name = asked.method.name
-            _refuse(f"methods that run the base; {name} looks at weights only.", plot=plot)
-    experts = expert_files(output) if any(one.low for one in asked.concepts) else ()
+    (_check_adapters if adapter else _check_pipeline)(config, options)
+    experts = expert_files(output) if any(one.low for one in config.concepts) else ()
     for path in experts:
-        check_target(path, layout, dtype, overwrite)
-    check_apart([output, *experts], asked.concepts)
-    check_cut(asked.cut or {})
-    check_renames(rename or [])
-    reading = ReadOptions(allow_partial, energy)
-    pictures = {"image": image, "mask_image": mask_image}
-    call = {name: open_picture(path) for name, path in pictures.items() if path is not None}
-    settings_over(preset or "default", asked.method.name, asked.settings, asked.calibration)
-    for line in warnings_of(asked.concepts):
+        check_target(path, options.layout, options.dtype, options.overwrite)
+    check_apart([output, *experts], config.concepts)
+    check_cut(config.cut)
+    check_renames(options.rename or [])
+    load = _loading(config, adapter, options)
+    settings_over(config.preset, config.method, config.settings, config.calibration)
+    for line in warnings_of(config.concepts):
         console.print(escape(line), style="yellow", highlight=False)
+    how: dict[str, Any] = {
+        "method": config.method,
+        "preset": config.preset,
+        "settings": config.settings,
+        "calibration": config.calibration,
+        "unmergeable": config.unmergeable,
+        "memory_budget": bytes_of(options.memory),
+    }
+    if options.plan:
+        _show_plan(options, load, how)
+        return
+    result = run_merge(options.device, load, how, quiet=options.quiet)
+    if result is not None:
+        lora = result.lora if adapter else _finished(result.lora, config)
+        _write(replace(result, lora=lora), config, adapter, options)
+
+
+def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
+    """Raise :class:`IterisError` for what a merge of peft's adapters could not do or write."""
+    names = ("templates", "plot", "image", "base_dtype", "offload", "mask_image")
+    _refuse(_ONLY.format(config.base), options, *names)
+    _refuse("files; give another folder, or move the old one.", options, "overwrite")
+    check_folder(options.output)
+    check_adapters(config.concepts)
+
+
+def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
+    """Raise :class:`IterisError` for what a merge on a pipeline could not do or write."""
+    only = (
+        f"models of transformers; {config.base} is no folder with a config.json, and no --concept "
+        "is an adapter folder of peft."
+    )
+    _refuse(only, options, "generate", "model_class")
+    check_target(options.output, options.layout, options.dtype, options.overwrite)
+    check_plot(options.plot)
+    check_base(config.base)
+    runs = find_method(config.method).needs_host
+    check_concepts(config.concepts, run_base=runs)
+    if not runs:
+        why = f"methods that run the base; {config.method} looks at weights only."
+        _refuse(why, options, "plot")
+
+
+def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
+    """What loads the base and the LoRAs; pictures for the base are opened at once."""
+    reading = ReadOptions(options.allow_partial, options.energy)
+    pictures = given(image=options.image, mask_image=options.mask_image)
+    call = {name: open_picture(path) for name, path in pictures.items()}
 
     def load(device: str) -> tuple[Host, list[Concept]]:
         if adapter:
-            return load_adapters(base, asked.concepts, model_class, generate, device)
+            model_class, generate = options.model_class, options.generate
+            return load_adapters(config.base, config.concepts, model_class, generate, device)
         from ..hosts.diffusers import DiffusersHost
 
-        host = DiffusersHost(load_base(base, device, dtype=base_dtype, offload=offload), **call)
-        concepts = read_concepts(asked.concepts, host, reading, rename or [])
-        check_embeddings(concepts, output, layout, overwrite=overwrite)
+        pipeline = load_base(config.base, device, dtype=options.base_dtype, offload=options.offload)
+        host = DiffusersHost(pipeline, **call)
+        concepts = read_concepts(config.concepts, host, reading, options.rename or [])
+        check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         return host, concepts
 
-    how: dict[str, Any] = {
-        "method": asked.method.name,
-        "preset": preset or "default",
-        "settings": asked.settings,
-        "calibration": asked.calibration,
-        "unmergeable": asked.unmergeable,
-        "memory_budget": bytes_of(memory),
-    }
-    if plan:
-        _show_plan(device, load, how, quiet=quiet)
-        return
-    result = run_merge(device, load, how, quiet=quiet)
-    if result is None:
-        return
-    if not adapter:
-        metadata = with_run(result.lora.metadata, base, asked.unmergeable)
-        result = replace(result, lora=replace(result.lora, metadata=metadata))
-        result = cut_again(asked.cut or {}, result)
-    merged = result.lora
+    return load
 
+
+def _finished(lora: Lora, config: MergeConfig) -> Lora:
+    """``lora`` with its run in its recipe, cut as the request has it."""
+    metadata = with_run(lora.metadata, config.base, config.unmergeable)
+    return cut_again(config.cut, replace(lora, metadata=metadata))
+
+
+def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: MergeOptions) -> None:
     def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
         if adapter:
-            folder = write_adapter(merged, path, base=base, dtype=DTYPES[dtype])
+            folder = write_adapter(result.lora, path, base=config.base, dtype=DTYPES[dtype])
             return [folder / "adapter_model.safetensors"]
-        return save_lora(merged, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        overwrite = options.overwrite
+        return save_lora(result.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    paths = save_or_keep(output, write, layout, dtype)
-    if as_json:
+    told = not options.as_json and not options.quiet
+    paths = save_or_keep(options.output, write, options.layout, options.dtype)
+    if options.as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
-    elif not quiet:
+    elif told:
         typer.echo(result.report.summary())
         for path in paths:
             typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
         for line in lines_of_embeddings(result.lora, paths[0]):
             typer.echo(line)
-    if plot is not None:
+    if options.plot is not None:
         from ..report.plots import plot_residuals
 
-        with atomically(plot) as unfinished:
+        with atomically(options.plot) as unfinished:
             plot_residuals(result.report).savefig(unfinished)
-        if not as_json and not quiet:
-            typer.echo(f"Wrote {plot}.")
+        if told:
+            typer.echo(f"Wrote {options.plot}.")
 
 
-def _show_plan(
-    device: str | None,
-    load: Load,
-    how: Mapping[str, Any],
-    *,
-    quiet: bool,
-) -> None:
+def _show_plan(options: MergeOptions, load: Load, how: Mapping[str, Any]) -> None:
     """What :func:`..preview.preview_merge` foresees of the merge."""
-    preview = foresee(device, load, how, quiet=quiet)
+    preview = foresee(options.device, load, how, quiet=options.quiet)
     for line in preview.plan:
         typer.echo(line)
     if preview.denoised:
@@ -240,7 +179,8 @@ def _show_plan(
     typer.echo("Nothing was merged or written.")
 
 
-def _refuse(why: str, **options: Any) -> None:
-    """Raise for the first of ``options`` that was given: it is for ``why``."""
-    for name in given(**options):
-        raise UsageError(f"--{name.replace('_', '-')} is for {why}")
+def _refuse(why: str, options: MergeOptions, *names: str) -> None:
+    """Raise for the first of ``names`` that was given: it is for ``why``."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value is not False:
+            raise UsageError(f"--{name.replace('_', '-')} is for {why}")

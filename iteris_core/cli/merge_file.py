@@ -5,41 +5,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
 
-from ..concepts import Calibration
+from ..concept_config import ConceptConfig
+from ..config import KEYS, MergeConfig
 from ..errors import MergeFileError, OutputError, brief, did_you_mean
 from ..saving import atomically
-from ..settings import Settings
-from .concept_options import ConceptOption, concept_of, first_name, parse_concept
-from .options import check_settings
-from .recipe import found_in
+from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
-_OWN = ("base", "concepts", "settings", "calibration", "cut")
-"""Keys that are no option."""
 _TARGETS = ("output", "plot")
 
 
 @dataclass(frozen=True)
 class MergeFile:
-    """What a merge file says beside options, which become defaults of the command line's.
-    ``path=None``: there is none."""
+    """What a merge file says beside its base and options, which become the command line's."""
 
-    path: Path | None = None
-    concepts: Sequence[Any] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    cut: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    path: Path
+    data: Mapping[str, Any]
+
+    @property
+    def entries(self) -> Sequence[Any]:
+        return self.data.get("concepts") or []
 
     def find(self, name: str) -> Path:
         """A file that is named here: beside the merge file, or else from the current folder."""
-        beside = self.path.parent / name if self.path is not None else Path(name)
+        beside = self.path.parent / name
         return beside if beside.exists() else Path(name)
 
     def place(self, base: str) -> str:
@@ -47,38 +43,9 @@ class MergeFile:
         found = self.find(base)
         return str(found) if found.exists() else base
 
-    def checked(self, kind: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings, which are ``kind``'s, and those of the calibration."""
-        calibration = dict(self.calibration)
-        templates = calibration.pop("templates", None)
-        found = check_settings(Calibration, calibration, f"{self.path}: calibration")
-        if templates is not None:
-            found["templates"] = _texts(self.path, "templates", templates)
-        return check_settings(kind, self.settings, f"{self.path}: settings"), found
-
-    def concept_options(self, loras: Path | None, *, adapter: bool) -> list[ConceptOption]:
-        """The concepts, with their files in ``loras``, beside the merge file or in the current
-        folder."""
-        if self.path is None:
-            return []
-        folders = [*([loras] if loras is not None else []), self.path.parent, Path()]
-        options: list[ConceptOption] = []
-        for number, entry in enumerate(self.concepts, 1):
-            where = f"{self.path}: concept {number}"
-            if isinstance(entry, str):
-                option = parse_concept(entry, self.find, adapter=adapter)
-            elif isinstance(entry, Mapping):
-                option = concept_of(entry, where, self.find)
-            else:
-                raise MergeFileError(
-                    f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}."
-                )
-            options.append(found_in(folders, option))
-        return options
-
     def folders(self) -> list[str]:
         """The first thing that each concept names: with adapters of peft, their folders."""
-        named = [e.get("file") if isinstance(e, Mapping) else e for e in self.concepts]
+        named = [e.get("file") if isinstance(e, Mapping) else e for e in self.entries]
         return [str(self.find(first_name(str(name)))) for name in named if name]
 
 
@@ -89,13 +56,10 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
         return base
     path = Path(base)
     data = _load(path)
-    concepts = data.get("concepts") or []
-    if not isinstance(concepts, list):
-        raise MergeFileError(f"{path}: concepts must be a list, not {concepts!r}.")
-    parts = {name: _mapping(path, name, data.get(name)) for name in ("settings", "calibration")}
-    file = MergeFile(path, concepts, **parts, cut=_mapping(path, "cut", data.get("cut")))
+    file = MergeFile(path, {key: data[key] for key in KEYS[1:] if key in data})
+    MergeConfig.from_dict(file.data, str(path), lambda entry, where: ConceptConfig())
     context.obj = file
-    options = {key: value for key, value in data.items() if key not in _OWN}
+    options = {key: value for key, value in data.items() if key not in KEYS}
     context.default_map = _defaults(context, file, options)
     name = data.get("base")
     return None if name is None else file.place(str(name))
@@ -167,13 +131,9 @@ def _load(path: Path) -> dict[Any, Any]:
         raise MergeFileError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise MergeFileError(f"{path} is no YAML: {brief(error)}") from error
-    return _mapping(path, "the file", data)
-
-
-def _mapping(path: Path, name: str, value: Any) -> dict[Any, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise MergeFileError(f"{path}: {name} must be a mapping of names to values, not {value!r}.")
-    return value or {}
+    if data is not None and not isinstance(data, dict):
+        raise MergeFileError(f"{path}: the file must be a mapping of names to values, not {data!r}")
+    return data or {}
 
 
 def _parameters(context: typer.Context) -> dict[str, Any]:
@@ -194,8 +154,8 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
-            known = ", ".join([*_OWN, *parameters])
-            guess = did_you_mean(str(key), [*_OWN, *parameters])
+            known = ", ".join([*KEYS, *parameters])
+            guess = did_you_mean(str(key), [*KEYS, *parameters])
             raise MergeFileError(
                 f"{file.path}: there is no key {key!r}{guess} The keys are {known}."
             )
@@ -219,11 +179,4 @@ def _as_given(value: Any) -> Any:
 
 
 def _path(file: MergeFile, name: str, path: Path) -> Path:
-    assert file.path is not None
     return file.path.parent / path if name in _TARGETS else file.find(str(path))
-
-
-def _texts(path: Path | None, key: str, value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise MergeFileError(f"{path}: {key} must be a list of text, not {value!r}.")
-    return [str(one) for one in value]

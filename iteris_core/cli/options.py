@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
+
+import typer
 
 from ..concepts import Calibration
 from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
@@ -12,10 +16,12 @@ from ..methods import all_methods, find_method
 from ..settings import Settings, declared_settings
 from .common import CALIBRATION, console, option
 
+OPTION = "option"
+"""Under which name a field's metadata have its option."""
 MOST_PROMPTS = 2000
 """Of one file; far more than are drawn for a concept."""
 
-Latents = Literal["denoising", "noise"]
+_O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 PRESET_HELP = (
@@ -49,6 +55,49 @@ def calibration_option(name: str) -> Any:
     return option(f"{declared.explained()} Default: {default}.", panel=CALIBRATION)
 
 
+def given_by(
+    help: str, *names: str, default: Any = None, panel: str | None = None, **more: Any
+) -> Any:
+    """A field of a command's options, given by :func:`.common.option`."""
+    return field(default=default, metadata={OPTION: option(help, *names, panel=panel, **more)})
+
+
+def command(
+    kind: type[_O],
+) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
+    """Makes a function a command of typer, with an option for each field of the dataclass ``kind``,
+    and in the place of its ``calibration`` one for each setting of :class:`Calibration`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    sampling = get_type_hints(Calibration) if "calibration" in hints else {}
+    settings = [name for name in declared_settings(Calibration) if name in sampling]
+    for one in fields(cast(Any, kind)):
+        hint, own = hints[one.name], one.metadata.get(OPTION)
+        if one.name == "calibration":
+            for name in settings:
+                found[name] = Annotated[sampling[name] | None, calibration_option(name)], None
+            continue
+        default = Parameter.empty if one.default is MISSING else one.default
+        found[one.name] = hint if own is None else Annotated[hint, own], default
+    annotations = {"context": typer.Context, **{name: hint for name, (hint, _) in found.items()}}
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
+        for name, (_, default) in {"context": (None, Parameter.empty), **found}.items()
+    ]
+
+    def made(run: Callable[[typer.Context, _O], None]) -> Callable[..., None]:
+        def called(context: typer.Context, **values: Any) -> None:
+            of_calibration = given(**{name: values.pop(name) for name in settings})
+            run(context, kind(**values, **({"calibration": of_calibration} if settings else {})))
+
+        called.__name__, called.__doc__ = run.__name__, run.__doc__
+        called.__annotations__ = annotations
+        vars(called)["__signature__"] = Signature(parameters)
+        return called
+
+    return made
+
+
 def given(**values: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in values.items() if value is not None}
@@ -59,17 +108,8 @@ def parse_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values of ``NAME=VALUE`` pairs: those of the method, whose settings are ``kind``, and
     those of the calibration."""
-    values: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        owner = next((o for o in (kind, Calibration) if name in declared_settings(o)), None)
-        known = [*declared_settings(kind), *declared_settings(Calibration)]
-        if not equals:
-            raise SettingsError(f"--set {pair!r}: write NAME=VALUE, such as rank=16.")
-        if owner is None:
-            raise _unknown(pair, name, known)
-        values[owner is Calibration][name] = _value(owner, name, text, f"--set {pair!r}")
-    return values
+    values, calibration = parse_by_method({"": kind}, pairs)
+    return values[""], calibration
 
 
 def parse_by_method(
@@ -80,36 +120,36 @@ def parse_by_method(
     values: dict[str, dict[str, Any]] = {method: {} for method in kinds}
     calibration: dict[str, Any] = {}
     for pair in pairs:
-        method, dot, rest = pair.partition("=")[0].partition(".")
+        name, equals, text = pair.partition("=")
+        where = f"--set {pair!r}"
+        if not equals:
+            raise SettingsError(f"{where}: write NAME=VALUE, such as rank=16.")
+        method, dot, rest = name.partition(".")
+        among = kinds
         if dot and method in kinds:
-            text = pair.partition(".")[2]
-            values[method] |= parse_settings(kinds[method], [text])[0]
-            continue
-        name = method if not dot else f"{method}.{rest}"
-        owners = [one for one, kind in kinds.items() if name in declared_settings(kind)]
-        for one in owners:
-            values[one] |= parse_settings(kinds[one], [pair])[0]
+            among, name = {method: kinds[method]}, rest
+        owners = {m: kind for m, kind in among.items() if name in declared_settings(kind)}
+        for owner, kind in owners.items():
+            values[owner][name] = _value(kind, name, text, where)
         if owners:
             continue
-        if name in declared_settings(Calibration):
-            calibration |= parse_settings(Settings, [pair])[1]
-        elif dot:
+        if name in declared_settings(Calibration) and among is kinds:
+            calibration[name] = _value(Calibration, name, text, where)
+        elif dot and among is kinds and "" not in kinds:
             raise SettingsError(
-                f"--set {pair!r}: {method!r} is not among the methods to compare, which are "
+                f"{where}: {method!r} is not among the methods to compare, which are "
                 f"{', '.join(kinds)}."
             )
         else:
-            known = [
-                one for kind in (*kinds.values(), Calibration) for one in declared_settings(kind)
-            ]
-            raise _unknown(pair, name, known)
+            known = [n for kind in (*among.values(), Calibration) for n in declared_settings(kind)]
+            raise _unknown(where, name, known)
     return values, calibration
 
 
-def _unknown(pair: str, name: str, known: Sequence[str]) -> IterisError:
+def _unknown(where: str, name: str, known: Iterable[str]) -> IterisError:
     return SettingsError(
-        f"--set {pair!r}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods "
-        "METHOD lists those of a method."
+        f"{where}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods METHOD "
+        "lists those of a method."
     )
 
 
@@ -117,17 +157,17 @@ def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     """``values`` of a file, of which what is text is read as after ``NAME=``; ``where`` is what an
     error says of them."""
     for name in values:
-        if name not in declared_settings(kind):
-            guess = did_you_mean(str(name), declared_settings(kind))
-            raise SettingsError(
-                f"{where}: there is no setting {name!r}{guess} iteris methods METHOD lists those "
-                "of a method."
-            )
+        if name not in kind.__dataclass_fields__:
+            raise _unknown(where, str(name), declared_settings(kind))
     return {name: _value(kind, name, value, where) for name, value in values.items()}
 
 
 def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    declared = declared_settings(kind)[name]
+    declared = declared_settings(kind).get(name)
+    if declared is None:  # templates
+        if not isinstance(value, list):
+            raise SettingsError(f"{where}: {name} must be a list of text, not {value!r}.")
+        return [str(one) for one in cast("list[Any]", value)]
     value = declared.parse(value) if isinstance(value, str) else value
     try:
         declared.check(value)

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..concepts import Calibration
 from ..errors import BaseError
 from .diffusers_loop import PipelineLoop
-from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch
+from .sizes import (
+    FRAMES,
+    MOST_PIXELS,
+    PICTURE_TOKENS,
+    default_size,
+    middle_patch,
+    token_sides,
+    unet_levels,
+)
 
 _SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _FRAME_SCALES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
@@ -86,20 +94,15 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
 
 
 def patches_of(denoiser: Any) -> list[int]:
-    """The sides, in latents, of what a token of ``denoiser`` covers, ascending: one of a
-    transformer, several of a UNet."""
-    return sorted(set(_levels(denoiser))) or [_patch(denoiser)]
+    """See :func:`.sizes.token_sides`."""
+    return token_sides(_levels(denoiser), _patch(denoiser))
 
 
 def _levels(denoiser: Any) -> list[int]:
-    """How many latents a side of a token covers in each transformer block of a UNet."""
     if "block_out_channels" not in denoiser.config:
         return []
-    return [
-        2 ** _level(name, len(denoiser.config.block_out_channels))
-        for name, module in denoiser.named_modules()
-        if type(module).__name__ == "BasicTransformerBlock"
-    ]
+    middle = getattr(denoiser, "mid_block", None)
+    return unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
 
 
 def _patch(denoiser: Any) -> int:
@@ -108,10 +111,3 @@ def _patch(denoiser: Any) -> int:
         return middle_patch(levels)
     patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
     return int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
-
-
-def _level(name: str, levels: int) -> int:
-    """How often a UNet's block has been halved."""
-    side, _, rest = name.partition(".")
-    number = int(rest.partition(".")[0]) if side != "mid_block" else levels - 1
-    return levels - 1 - number if side == "up_blocks" else number

@@ -166,6 +166,42 @@ def placeholder(number: int, start: str = "iterisword") -> str:
     return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
 
 
+class Phrases:
+    """``phrases(owner, prompt)`` is what a tokenizer is to be given for a prompt of a concept, with
+    a mark in the place of each word that calls for an embedding; two concepts may bring one name.
+    ``in_force`` are the names of the embeddings that a text encoder takes, by concept."""
+
+    def __init__(self, calls: Sequence[Calls]) -> None:
+        self._calls = calls
+        self.in_force: list[Set[str]] = [set[str]() for _ in calls]
+        words = [(owner, word) for owner, one in enumerate(calls) for word in one.words]
+        self._of = {at: placeholder(number) for number, at in enumerate(words)}
+
+    def take(self, give: Callable[[str, Parts], bool]) -> dict[str, str]:
+        """Mark → word of those whose vectors ``give(mark, parts)`` finds a text encoder for; the
+        other words stay as they are."""
+        taken: dict[tuple[int, str], str] = {}
+        for (owner, word), mark in self._of.items():
+            call, brought = self._calls[owner].words[word], self._calls[owner].embeddings
+            parts = {part: call.of(vectors) for part, vectors in brought[call.name].items()}
+            if give(mark, parts):
+                taken[owner, word] = mark
+                self.in_force[owner] = {*self.in_force[owner], call.name}
+        self._of = taken
+        return {mark: word for (_, word), mark in taken.items()}
+
+    def __call__(self, owner: int, prompt: str, spell: Callable[[str], str] = str) -> str:
+        """``spell`` says how a mark is written."""
+        if owner >= len(self._calls):
+            return prompt
+
+        def say(word: str, _: Call) -> str:
+            mark = self._of.get((owner, word.lower()))
+            return word if mark is None else spell(mark)
+
+        return self._calls[owner].replaced(prompt, say)
+
+
 def nothing_taught(calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
     """What :meth:`.protocol.Host.teach` is for a host that does not work from prompts."""
     return nullcontext([set() for _ in calls])

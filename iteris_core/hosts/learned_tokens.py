@@ -17,28 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .learned import Call, Calls, placeholder, taking
+from .learned import Calls, Parts, Phrases, placeholder, taking
 
 _TOKEN = "iterisvector"
-
-
-class Phrases:
-    """``phrases(owner, prompt)`` is what the pipeline is to be given for a prompt of a concept;
-    ``in_force`` are the names of the embeddings that are, by concept."""
-
-    def __init__(
-        self, calls: Sequence[Calls], marks: Mapping[tuple[int, str], str], found: list[Set[str]]
-    ) -> None:
-        self._calls, self._marks, self.in_force = calls, marks, found
-
-    def __call__(self, owner: int, prompt: str) -> str:
-        if owner >= len(self._calls):
-            return prompt
-
-        def say(word: str, _: Call) -> str:
-            return self._marks.get((owner, word.lower()), word)
-
-        return self._calls[owner].replaced(prompt, say)
 
 
 @dataclass
@@ -62,22 +43,19 @@ def in_force(pipeline: Any, calls: Sequence[Calls]) -> Generator[Phrases]:
     has no vectors reads the word as it stands there.
     """
     encoders = _encoders(pipeline)
-    marks: dict[tuple[int, str], str] = {}
-    plain: dict[str, str] = {}
-    found: list[Set[str]] = []
-    for owner, of_concept in enumerate(calls):
-        taken: set[str] = set()
-        for word, call in of_concept.words.items():
-            mark = placeholder(len(marks))
-            for encoder, vectors in taking(encoders, of_concept.embeddings[call.name]):
-                encoder.words[mark] = call.of(vectors)
-                marks[owner, word], plain[mark] = mark, word
-                taken.add(call.name)
-        found.append(taken)
+    phrases = Phrases(calls)
+
+    def give(mark: str, parts: Parts) -> bool:
+        found = taking(encoders, parts)
+        for encoder, vectors in found:
+            encoder.words[mark] = vectors
+        return bool(found)
+
+    plain = phrases.take(give)
     with ExitStack() as stack:
-        for encoder in encoders if marks else ():
+        for encoder in encoders if plain else ():
             stack.enter_context(_taught(pipeline, encoder, plain))
-        yield Phrases(calls, marks, found)
+        yield phrases
 
 
 @contextmanager

@@ -8,7 +8,9 @@ UNet at the level where half of its blocks see more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import nn
 
 PICTURE_TOKENS = 1024
 """Those of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of rows
@@ -35,6 +37,28 @@ def default_size(
     step = math.lcm(patch, multiple)
     sides = (max(step, int(side * shrink / step + 1e-6) * step) for side in (height, width))
     return next(sides), next(sides)
+
+
+def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
+    """How many latents a side of a token covers in each transformer block of a UNet, whose
+    ``blocks`` come in the order in which they run."""
+    found: list[int] = []
+    level = 1
+    for module in (module for block in blocks if block is not None for module in block.modules()):
+        kind = type(module).__name__
+        if kind == "BasicTransformerBlock":
+            found.append(level)
+        elif kind.startswith("Downsample"):
+            level *= 2
+        elif kind.startswith("Upsample"):
+            level //= 2
+    return found
+
+
+def token_sides(levels: Sequence[int], patch: int) -> list[int]:
+    """The sides, in latents, of what a token covers, ascending: the ``patch`` of a transformer, or
+    the several ``levels`` of a UNet."""
+    return sorted(set(levels)) or [patch]
 
 
 def middle_patch(levels: Sequence[int]) -> int:

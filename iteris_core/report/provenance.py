@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..concept_config import ConceptConfig
 from ..concepts import Concept
+from ..config import MergeConfig
+from ..errors import RecipeError
 from ..hosts.learned import Calls
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
@@ -74,31 +79,19 @@ def recipe(
 ) -> dict[str, object]:
     """Everything that ``iteris merge --from`` needs to run the same merge again, and the phrases by
     which each concept is ``called`` for afterwards."""
-    return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "method": report.method,
-        "settings": report.settings,
-        "calibration": report.calibration,
-        "concepts": [
-            {
-                "lora": concept.lora.name if concept.lora else None,
-                "file": concept.lora.source if concept.lora else None,
-                "sha256": concept.lora.sha256 if concept.lora else None,
-                "reading": dict(concept.lora.reading) if concept.lora else {},
-                "trigger": concept.trigger,
-                "class": concept.class_word,
-                "prompts": None if concept.prompts is None else list(concept.prompts),
-                "subjects": list(concept.subjects),
-                "strength": concept.strength,
-                "text_strength": concept.text_strength,
-                "weight": concept.weight,
-                "kind": concept.kind,
-                "called": list(phrases),
-            }
-            for concept, phrases in zip(concepts, called, strict=True)
-        ],
-        "notes": report.notes,
-    }
+    config = MergeConfig(
+        [ConceptConfig.of(concept) for concept in concepts],
+        report.method,
+        settings=report.settings,
+        calibration=report.calibration,
+    )
+    recorded = config.to_dict()
+    entries = [
+        {"lora": concept.lora.name if concept.lora else None, **entry, "called": list(phrases)}
+        for concept, entry, phrases in zip(concepts, recorded["concepts"], called, strict=True)
+    ]
+    versions = {"python": platform.python_version(), **_versions()}
+    return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
 
 
 def is_ordered(report: MergeReport) -> bool:
@@ -124,6 +117,29 @@ def scaled_lora(lora: Lora, strength: float) -> Lora:
     if recipe:
         metadata["iteris"] = json.dumps({**recipe, "strength": strength})
     return replace(lora, sites=sites, metadata=metadata)
+
+
+def check_cut(cut: Mapping[str, Any]) -> None:
+    """Raise :class:`RecipeError` for a cut that :func:`cut_again` could not make."""
+    rank, strength = cut.get("rank", 1), cut.get("strength", 1.0)
+    good = (
+        cut.keys() <= {"rank", "ordered", "strength"}
+        and ("rank" in cut) == ("ordered" in cut)
+        and (type(rank) is int and rank >= 1)
+        and type(cut.get("ordered", True)) is bool
+        and (type(strength) in (int, float) and math.isfinite(strength))
+    )
+    if not good:
+        raise RecipeError(
+            f"The cut {dict(cut)} is broken: it takes rank, a whole number of at least 1, with "
+            "ordered, true or false, beside it; and strength, a finite number."
+        )
+
+
+def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
+    """``lora`` at the strength and the rank to which the file was brought after its merge."""
+    lora = scaled_lora(lora, cut.get("strength", 1.0))
+    return cut_lora(lora, cut["rank"], ordered=cut["ordered"]) if "rank" in cut else lora
 
 
 def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:

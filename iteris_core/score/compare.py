@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
@@ -17,7 +16,7 @@ from ..errors import ScoreError
 from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
-from ..merge import merge_loras
+from ..merge import MergeResult, merge_loras
 from ..presets import PresetName
 from ..progress import OnProgress
 from .drawing import Drawing, draw
@@ -44,38 +43,46 @@ class Comparison:
     made: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """``methods`` are merged, with ``settings`` by method over those of the ``preset``; ``base``
+    draws without a LoRA, ``alone`` with each of them by itself, a row for each, from which the
+    other rows have their ``share``. ``templates`` are as :func:`.judged.fill_prompts` takes them.
+    ``collapse_below`` adds the share of concepts and pictures whose image alignment is under
+    it (SCR)."""
+
+    methods: Sequence[str]
+    templates: Sequence[str] = PROMPT_LISTS["composition"]
+    drawing: Drawing = field(default_factory=Drawing)
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Calibration | Mapping[str, Any] = field(default_factory=dict[str, Any])
+    preset: PresetName = "default"
+    memory_budget: int | Literal["free"] | None = "free"
+    collapse_below: float | None = None
+
+
 def compare_methods(
     pipeline: Any,
     host: Host,
     concepts: Sequence[Concept],
     references: Sequence[Sequence[Image.Image]],
-    methods: Sequence[str],
+    config: CompareConfig,
     scorer: ClipScorer,
     *,
-    templates: Sequence[str] = PROMPT_LISTS["composition"],
-    drawing: Drawing | None = None,
-    calibration: Calibration | Mapping[str, Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    preset: PresetName = "default",
-    memory_budget: int | Literal["free"] | None = "free",
     dino: DinoScorer | None = None,
-    collapse_below: float | None = None,
     on_progress: OnProgress = lambda progress: None,
     on_row: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
-    """Merge ``concepts`` with every one of ``methods``, draw the same prompts and score them.
+    """Merge ``concepts`` with every method of ``config``, draw the same prompts and score them.
 
-    ``references[i]`` are pictures of concept i. ``base`` among the methods draws without a LoRA,
-    ``alone`` with each of them by itself, a row for each, from which the other rows have their
-    ``share``; it draws only what its concept is judged on, see :func:`judged_prompts`.
-    ``collapse_below`` adds the share of concepts and pictures whose image alignment is under it
-    (SCR). Every merge goes through a file that the pipeline loads, as a user's would, with the
-    embeddings in force that came with the LoRAs. ``settings`` are by method. ``on_row`` is called
+    ``references[i]`` are pictures of concept i. A LoRA alone draws only what its concept is judged
+    on, see :func:`judged_prompts`. Every merge goes through a file that the pipeline loads, as a
+    user's would, with the embeddings in force that came with the LoRAs. ``on_row`` is called
     with the comparison so far whenever a row of it is finished.
     """
-    drawing = drawing or Drawing()
-    prompts = fill_prompts(templates, concepts)
-    judged = judged_prompts(templates, concepts)
+    drawing = config.drawing
+    prompts = fill_prompts(config.templates, concepts)
+    judged = judged_prompts(config.templates, concepts)
     labels = labels_of(concepts)
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     calls = [calls_of(concept, host.learned) for concept in concepts]
@@ -93,40 +100,30 @@ def compare_methods(
         references,
         scorer,
         dino,
-        collapse_below,
+        config.collapse_below,
     )
-    wanted_rows = rows_of(methods, labels)
+    how: dict[str, Any] = {
+        name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
+    }
+    wanted_rows = rows_of(config.methods, labels)
     told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress)
     comparison = Comparison({}, {}, prompts, {}, labels)
     for name, (method, merged) in wanted_rows.items():
-        of_method = told.of(name)
-        alone = name.startswith(f"{ALONE} ")
-        drawn = judged[merged[0]] if alone else range(len(prompts))
-        with tempfile.TemporaryDirectory() as folder:
-            if method != BASE:
-                result = merge_loras(
-                    host,
-                    [concepts[index] for index in merged],
-                    method,
-                    settings=(settings or {}).get(name),
-                    calibration=calibration,
-                    preset=preset,
-                    memory_budget=memory_budget,
-                    on_progress=of_method,
-                )
-                seconds[name], used[name] = result.report.seconds, result.report.settings
-                if result.report.calibration:
-                    made["calibration"] = result.report.calibration
-                path = result.save(Path(folder) / "merged.safetensors", dtype="float32")
-                pipeline.load_lora_weights(str(path))
-            try:
-                with in_force(pipeline, [] if method == BASE else calls) as phrases:
-                    said = fill_prompts(templates, concepts, phrases)
-                    pairs = [(said[index], seed) for index in drawn for seed in seeds]
-                    images = draw(pipeline, pairs, drawing, of_method)
-            finally:
-                if method != BASE:
-                    pipeline.unload_lora_weights()
+        of_method, drawn = told.of(name), range(len(prompts))
+        if name.startswith(f"{ALONE} "):
+            drawn = judged[merged[0]]
+        result = None
+        if method != BASE:
+            some, own = [concepts[index] for index in merged], config.settings.get(name)
+            result = merge_loras(host, some, method, settings=own, on_progress=of_method, **how)
+            seconds[name], used[name] = result.report.seconds, result.report.settings
+            if result.report.calibration:
+                made["calibration"] = result.report.calibration
+        called = [] if result is None else calls
+        with _loaded(pipeline, result), in_force(pipeline, called) as phrases:
+            said = fill_prompts(config.templates, concepts, phrases)
+            pairs = [(said[index], seed) for index in drawn for seed in seeds]
+            images = draw(pipeline, pairs, drawing, of_method)
         found = iter(images)
         pictures[name] = [
             next(found) if index in drawn else None for index in range(len(prompts)) for _ in seeds
@@ -139,6 +136,19 @@ def compare_methods(
         )
         on_row(comparison)
     return comparison
+
+
+@contextmanager
+def _loaded(pipeline: Any, result: MergeResult | None) -> Generator[None]:
+    """The pipeline with the merged LoRA, and without it afterwards."""
+    if result is None:
+        yield
+        return
+    result.load_into(pipeline)
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
 
 
 def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[str, Sequence[int]]]:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from kit import merge_on
 from reduced_models import RANK, Reduced
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class Trial:
     def merge(self, count: int, rows: int = 32, **settings: Any) -> Any:
         """Of the first ``count`` LoRAs; ``rows`` is the most in a forward."""
         concepts = self.concepts(count)
-        return self.merging.merge_on(
+        return merge_on(
+            self.merging,
             self.model,
             self.clip,
             concepts,

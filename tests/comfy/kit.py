@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,26 @@ EXPERTS = {
     for layer in ("self_attn.q", "self_attn.v", "self_attn.o", "cross_attn.k", "cross_attn.o")
 }
 """What a LoRA of the reduced Wan changes."""
+
+
+def merge_on(
+    merging: Any,
+    model: Any,
+    clip: Any,
+    concepts: Sequence[Any],
+    method: str,
+    settings: dict[str, Any],
+    calibration: Any,
+    *,
+    unmergeable: str = "mean",
+    **options: Any,
+) -> Any:
+    """A merge by ``merging``, the pack's module of that name."""
+    config = merging.MergeConfig(
+        tuple(concepts), method, settings=settings, calibration=asdict(calibration),
+        unmergeable=unmergeable,
+    )  # fmt: skip
+    return merging.merge_on(model, clip, config, **options)
 
 
 class Kit:
@@ -44,10 +66,9 @@ class Kit:
     def merge(self, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         self.merging._RememberingHost._last = None
         model, clip = kwargs.pop("on", (self.model, self.clip))
-        return self.merging.merge_on(
-            model, clip, self.concepts(), "iteris", {"precision": "float64", **(settings or {})},
-            self.calibration, **kwargs,
-        )  # fmt: skip
+        settings = {"precision": "float64", **(settings or {})}
+        on = (self.merging, model, clip)
+        return merge_on(*on, self.concepts(), "iteris", settings, self.calibration, **kwargs)
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What MODEL and CLIP give, through ComfyUI's own sampler."""

@@ -12,7 +12,7 @@ import pytest
 import reduced_models
 import torch
 from client import Client, Graph, node
-from kit import EXPERTS
+from kit import EXPERTS, merge_on
 from safetensors.torch import load_file
 
 BOUNDARY = 0.9
@@ -50,7 +50,8 @@ class Pair:
         )
 
     def merge(self, concepts: list[Any], **options: Any) -> Any:
-        return self.merging.merge_on(
+        return merge_on(
+            self.merging,
             self.high,
             self.clip,
             concepts,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Kit, distance
+from kit import Kit, distance, merge_on
 from thin_models import load_thin
 
 
@@ -31,7 +31,7 @@ def test_micro_batches_change_nothing(kit: Kit) -> None:
     ],
 )
 def test_other_methods_that_run_the_model(kit: Kit, method: str) -> None:
-    result = kit.merging.merge_on(kit.model, kit.clip, kit.concepts(), method, {}, kit.calibration)
+    result = merge_on(kit.merging, kit.model, kit.clip, kit.concepts(), method, {}, kit.calibration)
     assert kit.hooks() == 0
     assert result.lora.sites
 
@@ -192,8 +192,8 @@ def test_rows_that_wait_in_host_memory_change_nothing(
 def test_rank_does_not_denoise_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.merge()
     monkeypatch.setattr(kit.sampling, "denoise", None)
-    result = kit.merging.merge_on(
-        kit.model, kit.clip, kit.concepts(), "iteris", {"rank": 2}, kit.calibration
+    result = merge_on(
+        kit.merging, kit.model, kit.clip, kit.concepts(), "iteris", {"rank": 2}, kit.calibration
     )
     assert result.lora.ranks == {2}
 

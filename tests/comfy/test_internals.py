@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from kit import merge_on
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,8 +94,8 @@ def test_what_needs_it_says_so_and_the_rest_works(
     model, clip = load_thin(models)
     calibration = core.Calibration(samples=1, timesteps=1, latents="noise", latent_size=8)
     with pytest.raises(core.IterisError, match=r"no comfy\.samplers\.calc_cond_batch"):
-        merging.merge_on(model, clip, specs, "iteris", {}, calibration)
-    assert merging.merge_on(model, clip, specs, "average", {}, calibration).lora.sites
+        merge_on(merging, model, clip, specs, "iteris", {}, calibration)
+    assert merge_on(merging, model, clip, specs, "average", {}, calibration).lora.sites
 
 
 def test_an_old_comfyui_is_told_what_it_lacks(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kit import merge_on
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def merged(kit: Any, *specs: Any) -> Any:
     calibration = kit.core.Calibration(
         samples=2, timesteps=1, denoising_steps=2, latents="noise", latent_size=8
     )
-    return kit.merging.merge_on(kit.model, kit.clip, list(specs), "iteris", {}, calibration)
+    return merge_on(kit.merging, kit.model, kit.clip, list(specs), "iteris", {}, calibration)
 
 
 def encoded(clip: Any, prompt: str) -> torch.Tensor:
@@ -129,7 +130,7 @@ def test_the_toybox_with_embeddings(
     model, clip, vae, specs, _, prompts, _ = node.execute("toy-a, <toy-b>").result
     assert [prompt.split()[1] for prompt in prompts] == list(CALLED.values())
     core = module(pack, "iteris_core")
-    result = merging.merge_on(model, clip, specs, "iteris", {}, core.Calibration(latent_size=8))
+    result = merge_on(merging, model, clip, specs, "iteris", {}, core.Calibration(latent_size=8))
     lora = merging.as_lora_model(result)
     model, clip = lora_of.apply_lora(model, clip, lora)
     judge = toybox.load_judge()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Kit
+from kit import Kit, merge_on
 from safetensors.torch import load_file, save_file
 
 
@@ -69,7 +69,7 @@ def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
         words_5="zwx dog",
         prompts_5="style",
     )
-    assert [(s.file.name, s.strength, s.clip_strength, s.weight, s.kind) for s in specs] == [
+    assert [(s.file.name, s.strength, s.text_strength, s.weight, s.kind) for s in specs] == [
         ("a.safetensors", 0.8, 0.0, 2.0, "subject"),
         ("b.safetensors", 1.0, 1.0, 1.0, "style"),
     ]
@@ -151,7 +151,7 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
     stacks = bench.module("lora_stacks")
     assert stacks.specs_of(None) == ()
     specs = stacks.specs_of(STACKS[kind])
-    assert [(spec.file.name, spec.strength, spec.clip_strength) for spec in specs] == [
+    assert [(spec.file.name, spec.strength, spec.text_strength) for spec in specs] == [
         ("a.safetensors", 0.8, 0.0),
         ("b.safetensors", 1.0, 0.5),
     ]
@@ -162,7 +162,7 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
     assert more[:2] == specs
     assert len(more) == 3
     (alone,) = stacks.specs_of([{"name": "b", "strength": 0.3, "clip_strength": None}])
-    assert (alone.strength, alone.clip_strength) == (0.3, None)
+    assert (alone.strength, alone.text_strength) == (0.3, None)
 
 
 def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
@@ -183,7 +183,7 @@ def test_a_stack_at_clip_0_leaves_the_text_encoders_alone(
 ) -> None:
     def components(entry: Any) -> set[str]:
         specs = bench.module("lora_stacks").specs_of([entry])
-        result = kit.merging.merge_on(kit.model, kit.clip, specs, "iteris", {}, kit.calibration)
+        result = merge_on(kit.merging, kit.model, kit.clip, specs, "iteris", {}, kit.calibration)
         return {site.partition(".")[0] for site in result.lora.sites}
 
     assert components(("a.safetensors", 1.0)) == {"text_encoder", "unet"}
@@ -195,7 +195,7 @@ def test_without_a_clip(bench: Bench, kit: Kit) -> None:
 
     def merge(method: str, clip: float) -> Any:
         specs = bench.stack(("a", 1.0, clip), ("b", 0.5, clip))
-        return kit.merging.merge_on(kit.model, None, specs, method, {}, kit.calibration)
+        return merge_on(kit.merging, kit.model, None, specs, method, {}, kit.calibration)
 
     result = merge("average", 0.0)
     assert {site.partition(".")[0] for site in result.lora.sites} == {"unet"}
@@ -217,8 +217,15 @@ def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
 
     def merge(unmergeable: str) -> Any:
         settings, calibration = {"repair": False}, kit.calibration
-        return kit.merging.merge_on(
-            kit.model, kit.clip, specs, "iteris", settings, calibration, unmergeable=unmergeable
+        return merge_on(
+            kit.merging,
+            kit.model,
+            kit.clip,
+            specs,
+            "iteris",
+            settings,
+            calibration,
+            unmergeable=unmergeable,
         )
 
     with pytest.raises(kit.core.IterisError, match=r"norms\.safetensors"):
@@ -226,4 +233,4 @@ def test_a_lora_with_norms_merges_with_skip(bench: Bench, kit: Kit) -> None:
     result = merge("skip")
     assert "left out" in result.report.summary()
     host = kit.host.ComfyHost(kit.model, kit.clip)
-    assert set(specs[1].read(host).lora.sites) <= set(result.lora.sites)
+    assert set(kit.specs.read(specs[1], host).lora.sites) <= set(result.lora.sites)

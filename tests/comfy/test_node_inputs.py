@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kit import Kit
+from kit import Kit, merge_on
 from safetensors.torch import load_file, save_file
 
 GRAPH = {
@@ -42,11 +42,11 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     hidden = SimpleNamespace(prompt=GRAPH, unique_id=node)
     found = module(kit, "comfy_runtime").files_behind(hidden, "model")
     assert found == files
-    asked = module(kit, "merge_settings").Asked
-    assert asked(files=found).distilled is distilled
-    assert (files[0] in asked(files=found).note) == bool(distilled)
-    assert asked(files=found, values={"empty_prompts": "yes"}).distilled is False
-    assert asked(files=found, values={"empty_prompts": "no"}).distilled is True
+    request = module(kit, "merge_settings").Request
+    assert request(files=found).distilled is distilled
+    assert (files[0] in request(files=found).note) == bool(distilled)
+    assert request(files=found, values={"empty_prompts": "yes"}).distilled is False
+    assert request(files=found, values={"empty_prompts": "no"}).distilled is True
 
 
 def test_empty_prompts(kit: Kit) -> None:
@@ -82,8 +82,15 @@ def test_what_the_model_does_not_know_is_left_out_or_refused(kit: Kit) -> None:
     specs = [kit.specs.make_spec(file, trigger="sks", class_word="cat"), kit.concepts()[1]]
 
     def merge(unmergeable: str) -> Any:
-        return kit.merging.merge_on(
-            kit.model, kit.clip, specs, "average", {}, kit.calibration, unmergeable=unmergeable
+        return merge_on(
+            kit.merging,
+            kit.model,
+            kit.clip,
+            specs,
+            "average",
+            {},
+            kit.calibration,
+            unmergeable=unmergeable,
         )
 
     with pytest.raises(kit.core.IterisError, match="attentions_9"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
+from kit import merge_on
 from reduced_pipelines import flux_parts, flux_pipeline, sdxl_pipeline
 from thin_models import thin_pipeline
 
@@ -60,7 +61,8 @@ class Sides:
                 for f, s, w in zip(files, (1.0, 0.7), words, strict=True)]  # fmt: skip
 
     def in_comfyui(self, model: Any, clip: Any, files: list[Path]) -> dict[str, torch.Tensor]:
-        merged = self.merging.merge_on(
+        merged = merge_on(
+            self.merging,
             model,
             clip,
             self.concepts(files),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit import merge_on
 
 try:
     import tomllib
@@ -50,11 +51,12 @@ def test_words_of_a_file(
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "lora.safetensors", metadata)
-    spec = module(pack, "nodes.concept_specs").make_spec(tmp_path / "lora.safetensors")
+    specs = module(pack, "nodes.concept_specs")
+    spec = specs.make_spec(tmp_path / "lora.safetensors")
     assert (spec.trigger, spec.class_word, spec.subjects) == words
     reader = type("Reader", (), {"read_lora": lambda *_, **__: None})()
     phrases = list(words[2]) or [w for w in [f"{words[0]} {words[1]}".strip()] if w]
-    assert list(spec.read(reader).phrases) == phrases
+    assert list(specs.read(spec, reader).phrases) == phrases
 
 
 def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
@@ -221,7 +223,7 @@ def test_the_strength_in_clip_of_a_concept(
             "a.safetensors", strength=0.7, weight=1.0, **values, **given
         ).result
         assert specs[0].strength == 0.7
-        return specs[0].clip_strength
+        return specs[0].text_strength
 
     assert clip_strength() is None  # a graph without it: the same as strength
     assert clip_strength(strength_clip=0.0) == 0.0
@@ -245,11 +247,21 @@ def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
 
 
 def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
-    asked = module(pack, "nodes.merge_settings").Asked
+    request = module(pack, "nodes.merge_settings").Request
+    core = module(pack, "iteris_core")
     usual = {i.id: i.default for i in module(pack, "nodes.settings_node")._all_inputs()}
 
     def settings(method: str = "iteris", preset: str = "default", **values: Any) -> dict[str, Any]:
-        return asked(preset, values={**usual, **values}).settings(method)
+        config = request(preset, values={**usual, **values}).config((), method)
+        resolved = core.merge.settings_over(
+            config.preset, method, config.settings, config.calibration
+        )
+        own = core.methods.find_method(method).settings()
+        return {n: v for n, v in vars(resolved[0]).items() if v != getattr(own, n)}
+
+    def calibration(*given: Any) -> Any:
+        config = request(*given, values=usual).config((), "iteris")
+        return core.merge.settings_over(config.preset, "iteris", {}, config.calibration)[1]
 
     assert settings() == {}
     assert settings(rank=4, ridge=0.1) == {"rank": 4, "ridge": 0.1}
@@ -261,20 +273,20 @@ def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> Non
     assert (paper["repair"], paper["saliency"], paper["ridge"]) == (False, 0.0, 1e-3)
     assert settings(preset="best")["block_steps"] == 120
     assert settings(preset="best", block_steps=30)["block_steps"] == 30
-    assert not asked("best").note
-    assert asked(values=usual).calibration.latent_size is None
-    assert asked("fast", values=usual).calibration.samples == 12
-    assert asked("fast", 30, values=usual).calibration.samples == 30
-    assert asked("fast", 50, values=usual).calibration.samples == 50  # and 0 is the preset's
-    assert asked("best", 0, values=usual).calibration.samples == 100
+    assert not request("best").note
+    assert calibration().latent_size is None
+    assert calibration("fast").samples == 12
+    assert calibration("fast", 30).samples == 30
+    assert calibration("fast", 50).samples == 50  # and 0 is the preset's
+    assert calibration("best", 0).samples == 100
 
 
 def test_the_settings_of_other_methods(pack: ModuleType) -> None:
-    asked = module(pack, "nodes.merge_settings").Asked
+    request = module(pack, "nodes.merge_settings").Request
     core = module(pack, "iteris_core")
 
     def settings(method: str, **values: Any) -> dict[str, Any]:
-        return asked(preset="paper", values=values).settings(method)
+        return request(preset="paper", values=values).config((), method).settings
 
     assert settings("ties", rank=4, density=0.3, scale=0.0, ridge=0.1) == {
         "rank": 4,
@@ -304,7 +316,7 @@ def test_no_path_of_this_machine_is_written(
     outer = models / "outer.safetensors"
     outer.write_bytes((loras / "b.safetensors").read_bytes())
     concepts = [kit.specs.make_spec(file, trigger="sks") for file in (inner, outer)]
-    result = kit.merging.merge_on(kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
+    result = merge_on(kit.merging, kit.model, kit.clip, concepts, "sum", {}, kit.calibration)
     lora = kit.merging.as_lora_model(result)
     recorded = [c["file"] for c in json.loads(lora.metadata["iteris"])["concepts"]]
     assert recorded == ["cats/inner.safetensors", "outer.safetensors"]
@@ -333,7 +345,7 @@ def test_an_embedding_beside_a_lora_has_to_be_called_for(
 
     def summary(trigger: str) -> str:
         spec = kit.specs.make_spec(file, trigger=trigger, class_word="cat")
-        result = kit.merging.merge_on(kit.model, kit.clip, [spec], "iteris", {}, calibration)
+        result = merge_on(kit.merging, kit.model, kit.clip, [spec], "iteris", {}, calibration)
         return result.report.summary()
 
     assert "'sks' calls for its embedding toy" in summary("sks")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Kit, distance
+from kit import Kit, distance, merge_on
 
 
 def hooked(kit: Kit, strength: float, keyframes: Any = None) -> Any:
@@ -102,8 +102,14 @@ def test_another_sampling_makes_latents_again(kit: Kit) -> None:
     (model,) = ModelSamplingDiscrete().patch(kit.model, "v_prediction", False)
     wanted = kit.merge(on=(model, kit.clip)).lora
     kit.merge()
-    again = kit.merging.merge_on(
-        model, kit.clip, kit.concepts(), "iteris", {"precision": "float64"}, kit.calibration
+    again = merge_on(
+        kit.merging,
+        model,
+        kit.clip,
+        kit.concepts(),
+        "iteris",
+        {"precision": "float64"},
+        kit.calibration,
     )
     assert distance(again.lora, wanted) == 0
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from figures import Trial
-from kit import Kit
+from kit import Kit, merge_on
 from reduced_models import ARCHITECTURES
 
 FAST = ("SD 1.5", "FLUX.1", "Z-Image")
@@ -71,8 +71,8 @@ def test_the_model_is_as_it_was(kit: Kit) -> None:
     before = kit.outputs()
     settings = {"block_steps": 3}
     with torch.inference_mode():
-        result = kit.merging.merge_on(
-            kit.model, kit.clip, kit.concepts(), "iteris", settings, kit.calibration
+        result = merge_on(
+            kit.merging, kit.model, kit.clip, kit.concepts(), "iteris", settings, kit.calibration
         )
     assert result.lora.sites
     assert kit.hooks() == 0

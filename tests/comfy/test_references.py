@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
+from kit import merge_on
 from reduced_models import ARCHITECTURES, unets, videos
 
 
@@ -38,7 +39,7 @@ class Bench:
             samples=4, timesteps=2, denoising_steps=3, latent_size=size
         )
         self.merging._RememberingHost._last = None
-        return self.merging.merge_on(*on, concepts, "iteris", {}, calibration, **options)
+        return merge_on(self.merging, *on, concepts, "iteris", {}, calibration, **options)
 
 
 @pytest.fixture

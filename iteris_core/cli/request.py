@@ -1,0 +1,183 @@
+"""The merge that ``iteris merge`` makes: the command line over a merge file, or over the recipe in
+a merged file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from ..concept_config import KEYS as CONCEPT_KEYS
+from ..concept_config import ConceptConfig
+from ..concepts import Calibration
+from ..config import MergeConfig
+from ..errors import IterisError, MergeFileError, RecipeError, SettingsError, UsageError
+from ..lora_files import read_tensors
+from ..lora_files.metadata import parse_object
+from ..methods import find_method
+from ..report.provenance import check_cut
+from .adapters import is_model
+from .concept_options import concept_of, first_name, found_in, parse_concept
+from .merge_file import MergeFile, relative_name
+from .merge_options import MergeOptions
+from .options import check_settings, given, parse_settings, read_lines, read_prompts
+
+_WHOLE = ("method", "settings", "calibration", "concepts")
+"""What every recipe has."""
+_AFTER = ("cut", "strength", "base", "unmergeable")
+"""What it has only where the file was cut or scaled, or written by ``iteris merge``."""
+
+
+def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+    """The merge, and whether its base is a single model of transformers, whose concepts are
+    adapters of peft. Raises :class:`IterisError` for what is missing, unknown or broken."""
+    config, adapter = (_again if options.from_file else _written)(file, options)
+    kind = find_method(config.method).settings
+    settings, calibration = parse_settings(kind, options.setting or [])
+    templates = read_lines(options.templates) if options.templates else None
+    config = replace(
+        config,
+        settings={**config.settings, **settings},
+        calibration={
+            **config.calibration,
+            **calibration,
+            **options.calibration,
+            **given(templates=templates),
+        },
+        unmergeable=options.unmergeable or config.unmergeable,
+        preset=options.preset or config.preset,
+    )
+    if options.preserve is None or adapter:
+        return config, adapter
+    prompts = read_prompts(options.preserve)
+    kept = ConceptConfig(None, prompts, "preserve", weight=options.preserve_weight)
+    return replace(config, concepts=[*config.concepts, kept]), adapter
+
+
+def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+    """The concepts of the command line or of the merge ``file``, and what else that says."""
+    concepts, base = options.concept or [], options.base
+    if not concepts and (file is None or not file.entries):
+        if file is None:
+            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
+        raise UsageError(
+            f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
+        )
+    if file is None and options.loras is not None:
+        raise UsageError("--loras is for --from; --concept names the LoRAs' files itself.")
+    if base is None:
+        raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
+    named = [first_name(text) for text in concepts] or (file.folders() if file else [])
+    adapter = is_model(base, named)
+    config = MergeConfig() if file is None else _of_file(file, concepts, options.loras, adapter)
+    config = replace(config, base=base, method=options.method or config.method)
+    if concepts:
+        parsed = [parse_concept(text, adapter=adapter) for text in concepts]
+        config = replace(config, concepts=parsed)
+    return _checked(config, str(file.path)) if file is not None else config, adapter
+
+
+def _of_file(
+    file: MergeFile, others: Sequence[str], loras: Path | None, adapter: bool
+) -> MergeConfig:
+    """What a merge file says, with its concepts' files found, unless there are ``others``."""
+    folders = _folders(loras, file.path)
+
+    def concept(entry: Any, where: str) -> ConceptConfig:
+        if isinstance(entry, str):
+            one = parse_concept(entry, file.find, adapter=adapter)
+        elif isinstance(entry, Mapping):
+            one = concept_of(entry, where, file.find)
+        else:
+            raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
+        return found_in(folders, one)
+
+    data = {**file.data, "concepts": [] if others else file.entries}
+    return MergeConfig.from_dict(data, str(file.path), concept)
+
+
+def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
+    """What the merged file ``options.from_file`` records. A file may be anybody's: no other file
+    that it names is read, and no base is fetched."""
+    path = options.from_file
+    assert path is not None
+    if options.concept or (file is not None and file.entries):
+        raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
+    for name in given(preset=options.preset, method=options.method):
+        raise UsageError(
+            f"--{name} is not for --from, which has all settings; change single ones by --set."
+        )
+    try:
+        config = _checked(read_recipe(path), str(path))
+    except SettingsError as error:
+        raise RecipeError(f"The recipe is not of this version: {error}") from error
+    folders = _folders(options.loras, path)
+    base = options.base or _base_in(folders, config.base)
+    check_cut(config.cut)
+    concepts = [found_in(folders, concept) for concept in config.concepts]
+    return replace(config, base=base, concepts=concepts), False
+
+
+def read_recipe(path: Path) -> MergeConfig:
+    """The recipe in a merged file. Raises :class:`IterisError` if there is none or it is broken."""
+    recorded = parse_object(read_tensors(path)[1].get("iteris"))
+    missing = [name for name in _WHOLE if recorded.get(name) is None]
+    try:
+        if missing:
+            raise MergeFileError(f"it has no {missing[0]}")
+        data = {name: recorded[name] for name in (*_WHOLE, *_AFTER) if name in recorded}
+        return MergeConfig.from_dict(data, str(path), _recorded)
+    except MergeFileError as error:
+        raise RecipeError(
+            f"{path} has no whole recipe of a merge in its metadata ({error}); it was not written "
+            "by iteris merge, or another tool saved it without its metadata."
+        ) from error
+
+
+def _recorded(entry: Any, where: str) -> ConceptConfig:
+    if not isinstance(entry, Mapping):
+        raise MergeFileError(f"{where} must be a mapping")
+    try:
+        known = {key: value for key, value in entry.items() if key in CONCEPT_KEYS}
+        return ConceptConfig.from_dict(known, "it")
+    except IterisError as error:
+        raise RecipeError(f"The recipe has a broken concept {dict(entry)}: {error}") from error
+
+
+def _checked(config: MergeConfig, where: str) -> MergeConfig:
+    """``config`` of a file, with its settings checked, and what is text among them read as on the
+    command line."""
+    kind = find_method(config.method).settings
+    return replace(
+        config,
+        settings=check_settings(kind, config.settings, f"{where}: settings"),
+        calibration=check_settings(Calibration, config.calibration, f"{where}: calibration"),
+    )
+
+
+def _folders(loras: Path | None, file: Path) -> list[Path]:
+    """Where the files are looked for that ``file`` names."""
+    return [*([] if loras is None else [loras]), file.parent, Path()]
+
+
+def _base_in(folders: Sequence[Path], base: str) -> str:
+    local = base and PureWindowsPath(base).name == base
+    for folder in folders if local else ():
+        if (folder / base).exists():
+            return str(folder / base)
+    was = f"It was merged on {base}, which is not here" if base else "It names none"
+    raise RecipeError(f"There is no base to merge on. {was}; say BASE in front of --from.")
+
+
+def merge_file_of(
+    config: MergeConfig, output: Path, others: Mapping[str, Any], ending: str
+) -> dict[str, Any]:
+    """The merge file ``output`` that asks for ``config``, with ``others`` of its options."""
+
+    def name(path: Path) -> str:
+        return relative_name(path, output.parent)
+
+    outputs = {"output": output.stem + ending, **others}
+    config = replace(config, base=name(Path(config.base)), outputs=outputs)
+    return config.to_dict(name, usual=False)

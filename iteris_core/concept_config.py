@@ -1,0 +1,253 @@
+"""One concept of a merge as it is written down: a file in the place of a LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from .concepts import KINDS, PRESERVE_WEIGHT, Concept, PromptKind, words_in
+from .errors import ConceptError, UsageError, did_you_mean
+from .hosts.protocol import Host
+from .lora import Lora
+from .lora_files import ReadOptions
+from .lora_files.experts import joined_experts
+from .lora_files.sidecars import find_phrases
+
+WORDS = ("trigger", "class", "kind")
+NUMBERS = ("strength", "text_strength", "weight")
+KEYS = ("file", *WORDS, *NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
+"""What a mapping may say of a concept; the last three are what a recipe records."""
+_SHARED = ("prompts", "trigger", "class_word", "subjects", "kind", *NUMBERS)
+"""The fields that :class:`Concept` has too."""
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """A :class:`Concept` with the name of a file in the place of a LoRA.
+
+    ``low`` is the file for the second of two experts; without ``file`` the base is to stay as it
+    is. ``samples`` are what a model of transformers is run on. ``sha256`` (of ``file``, or of both
+    with a plus between) and ``reading`` are what a recipe has recorded. ``source`` says where the
+    words come from, as :class:`.lora_files.sidecars.Found` does. ``changed`` is a time stamp of the
+    files, for who remembers merges: a rewritten file is another concept.
+    """
+
+    file: Path | None = None
+    prompts: Sequence[str] | None = None
+    trigger: str = ""
+    class_word: str = ""
+    subjects: Sequence[str] = ()
+    kind: PromptKind = "subject"
+    strength: float = 1.0
+    text_strength: float | None = None
+    weight: float = 1.0
+    low: Path | None = None
+    samples: Path | None = None
+    sha256: str = ""
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    source: str = ""
+    changed: int = 0
+
+    @classmethod
+    def of(cls, concept: Concept) -> ConceptConfig:
+        """``concept`` with the recorded name, hash and reading of its LoRA's file."""
+        lora = concept.lora or Lora({})
+        file, low = split_files(lora.source) if lora.source else (None, None)
+        shared = {name: getattr(concept, name) for name in _SHARED}
+        return cls(file, low=low, sha256=lora.sha256, reading=dict(lora.reading), **shared)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> ConceptConfig:
+        """The inverse of :meth:`to_dict`. ``where`` is what an error says of ``values``.
+
+        Raises :class:`ConceptError` for an unknown key, or for a value of another kind.
+        """
+        for key in values:
+            if key not in KEYS:
+                raise ConceptError(
+                    f"{where}: there is no key {key!r}{did_you_mean(str(key), KEYS)} The keys of a "
+                    f"concept are {', '.join(KEYS)}."
+                )
+        given = {key: value for key, value in values.items() if value is not None}
+        numbers = {key: number(given[key], f"{where}: {key}") for key in NUMBERS if key in given}
+        if numbers.get("weight", 0) < 0:
+            raise ConceptError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
+        texts = {
+            key: _text(given.get(key, ""), f"{where}: {key}")
+            for key in ("file", *WORDS, "samples", "sha256")
+        }
+        if texts["kind"] and texts["kind"] not in KINDS:
+            raise ConceptError(
+                f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
+            )
+        prompts, reading = given.get("prompts"), given.get("reading", {})
+        if not isinstance(reading, Mapping):
+            raise ConceptError(f"{where}: reading must be a mapping, not {reading!r}.")
+        file, low = split_files(texts["file"]) if texts["file"] else (None, None)
+        if file is None:
+            if prompts is None:
+                raise ConceptError(
+                    f"{where} has neither a file nor prompts for the base to stay on."
+                )
+            numbers = {"weight": PRESERVE_WEIGHT, **numbers}
+            texts["trigger"] = texts["trigger"] or "preserve"
+        return cls(
+            file,
+            None if prompts is None else _texts(prompts, f"{where}: prompts"),
+            texts["trigger"],
+            texts["class"],
+            _texts(given.get("subjects", ()), f"{where}: subjects"),
+            cast(PromptKind, texts["kind"] or "subject"),
+            numbers.get("strength", 1.0),
+            numbers.get("text_strength"),
+            numbers.get("weight", 1.0),
+            low,
+            samples=Path(texts["samples"]) if texts["samples"] else None,
+            sha256=texts["sha256"],
+            reading=reading,
+        )
+
+    def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
+        """All :data:`KEYS`; ``name`` says how a file is written. Without ``usual`` what is as it
+        is by default is left out."""
+        data = {
+            "file": "+".join(map(name, self.files)) or None,
+            "trigger": self.trigger,
+            "class": self.class_word,
+            "kind": self.kind,
+            "strength": self.strength,
+            "text_strength": self.text_strength,
+            "weight": self.weight,
+            "prompts": None if self.prompts is None else list(self.prompts),
+            "samples": None if self.samples is None else name(self.samples),
+            "subjects": list(self.subjects),
+            "sha256": self.sha256,
+            "reading": dict(self.reading),
+        }
+        if usual:
+            return data
+        default = _DEFAULT if self.file else {**_DEFAULT, "weight": None}
+        return {key: value for key, value in data.items() if value != default[key]}
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.file, self.low) if file is not None]
+
+    @property
+    def name(self) -> str:
+        return str(self.file) if self.file is not None else self.trigger
+
+    @property
+    def phrases(self) -> Sequence[str]:
+        """What calls for the concept in a prompt."""
+        return self.concept().phrases
+
+    @property
+    def counts(self) -> bool:
+        """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
+        return self.concept(None if self.file is None else Lora({})).counts
+
+    def concept(self, lora: Lora | None = None) -> Concept:
+        return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
+
+    def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
+        """The same concept, called for by ``phrases``."""
+        return replace(self, **words_in(phrases)._asdict(), source=source)
+
+    def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
+        """The same with the words of the file's ``metadata``, or of the notes beside it, where
+        nothing else says how to call for the concept."""
+        if self.file is None or self.phrases:
+            return self
+        return self.called(*find_phrases(self.file, metadata))
+
+    def read(
+        self, host: Host, reading: ReadOptions | None = None, renames: Sequence[str] = ()
+    ) -> Concept:
+        """The concept with its LoRA.
+
+        ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own.
+        Raises :class:`IterisError` for a file that does not fit ``host``.
+        """
+        if self.file is None:
+            return self.concept()
+        lora = _joined(host, self.files, self._reading(reading or ReadOptions()))
+        again = [str(text) for text in self.reading.get("rename") or ()]
+        named = self if self.prompts is not None else self.with_found_words(lora.metadata)
+        return named.concept(rename_embeddings(lora, [*again, *renames]))
+
+    def _reading(self, reading: ReadOptions) -> ReadOptions:
+        partial = bool(self.reading.get("allow_partial")) or reading.allow_partial
+        energy = self.reading.get("energy", reading.energy)
+        return ReadOptions(partial, number(energy, f"{self.file}: energy"))
+
+
+_DEFAULT = ConceptConfig().to_dict()
+
+
+def split_files(text: str) -> tuple[Path, Path | None]:
+    """FILE, or HIGH+LOW of a model with two experts."""
+    high, plus, low = text.partition(".safetensors+")
+    return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
+
+
+def number(value: Any, name: str) -> float:
+    """``value`` as a finite number, or a :class:`ConceptError`."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConceptError(f"{name} must be a number, not {value!r}.")
+    return found
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ConceptError(f"{name} must be text, not {value!r}.")
+    return str(value)
+
+
+def _texts(values: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple):
+        raise ConceptError(f"{name} must be a list, not {values!r}.")
+    return tuple(_text(value, name) for value in cast(Sequence[Any], values))
+
+
+def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
+    """The LoRA in one file, or in two of a model with two experts: for high noise and for low."""
+    high, *others = [host.read_lora(file, reading) for file in files]
+    if not others:
+        return high
+    experts = getattr(host, "experts", None)
+    if not experts:
+        raise ConceptError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
+    return joined_experts(high, others[0], experts)
+
+
+def check_renames(renames: Sequence[str]) -> None:
+    """Raise :class:`IterisError` for what is no ``[LORA:]NAME=NEW``."""
+    for text in renames:
+        left, equals, new = text.partition("=")
+        if not equals or not new or not left.rpartition(":")[2]:
+            raise UsageError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+
+
+def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
+    """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
+    if not renames:
+        return lora
+    check_renames(renames)
+    names = {name: name for name in lora.embeddings}
+    for text in renames:
+        left, _, new = text.partition("=")
+        owner, colon, old = left.rpartition(":")
+        if old in names and (not colon or owner == lora.name):
+            names[old] = new
+    if len(set(names.values())) < len(names):
+        raise UsageError(f"{lora.name}: two embeddings would have one name: {names}.")
+    renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
+    return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

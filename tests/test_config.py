@@ -1,0 +1,90 @@
+"""A merge is one value, which a merge file, a recipe and the command line write alike."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, IterisError, cli, merge_loras
+from iteris_core.cli.request import read_recipe
+from iteris_core.concept_config import ConceptConfig
+from iteris_core.config import MergeConfig
+from iteris_core.merge import settings_over
+from iteris_core.settings import declared_settings
+
+CONFIG = MergeConfig(
+    (
+        ConceptConfig(
+            Path("high.safetensors"), ("a sks cat",), "sks", "cat", kind="style", strength=0.8,
+            text_strength=0.0, weight=2.0, low=Path("low.safetensors"), sha256="1+2",
+            reading={"energy": 0.5},
+        ),
+        ConceptConfig(Path("joy"), samples=Path("joy.txt"), subjects=("one", "two")),
+        ConceptConfig(None, ("a street",), "preserve", weight=0.2),
+    ),
+    "ties", "fast", {"rank": 3, "density": 0.3}, {"samples": 4, "templates": ["a {}"]}, "skip",
+    "base", {"rank": 2, "ordered": True, "strength": 0.5}, {"layout": "peft"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_a_config_comes_back_from_its_dictionary(usual):
+    data = json.loads(json.dumps(CONFIG.to_dict(usual=usual)))
+    assert MergeConfig.from_dict(data, "it") == CONFIG
+    assert MergeConfig.from_dict(MergeConfig().to_dict(usual=usual), "it") == MergeConfig()
+
+
+def test_without_the_usual_a_dictionary_has_what_a_user_writes():
+    one = ConceptConfig(Path("cat.safetensors"), trigger="sks", class_word="cat")
+    assert one.to_dict(usual=False) == {"file": "cat.safetensors", "trigger": "sks", "class": "cat"}
+    assert MergeConfig([one]).to_dict(usual=False) == {
+        "method": "iteris", "unmergeable": "refuse", "concepts": [one.to_dict(usual=False)],
+        "settings": {}, "calibration": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"settings": [3]}, "it: settings must be a mapping of names to values, not"),
+        ({"concepts": "cat"}, "it: concepts must be a list, not 'cat'"),
+        ({"base": 3}, "it: base must be text, not 3"),
+        ({"unmergeable": "all"}, "it: unmergeable must be one of refuse, skip, mean, not 'all'"),
+        ({"concepts": [{}, {"weight": 1}]}, "it: concept 1 has neither a file nor prompts"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(data, message):
+    with pytest.raises(IterisError, match=message):
+        MergeConfig.from_dict(data, "it")
+
+
+def test_the_recipe_of_a_merge_from_python_is_its_config(host, tmp_path):
+    """The settings that the preset gave stand in it, so that it is the merge without a preset."""
+    concepts = [
+        Concept(replace(random_lora(host, seed), source=f"{seed}.safetensors"), trigger=f"s{seed}",
+                class_word="dog", strength=0.5)
+        for seed in (1, 2)
+    ]  # fmt: skip
+    given = {"timesteps": 1, "latents": "noise", "samples": 3, "denoising_steps": 1}
+    result = merge_loras(host, concepts, preset="fast", settings={"rank": 2}, calibration=given)
+    found = read_recipe(result.save(tmp_path / "merged.safetensors"))
+    settings, calibration = settings_over(
+        found.preset, found.method, found.settings, found.calibration
+    )
+    wanted = settings_over("fast", "iteris", {"rank": 2}, given)
+    assert settings == wanted[0]
+    assert {**vars(calibration), "templates": tuple(calibration.templates)} == vars(wanted[1])
+    assert [(str(one.file), one.trigger, one.strength) for one in found.concepts] == [
+        ("1.safetensors", "s1", 0.5), ("2.safetensors", "s2", 0.5),
+    ]  # fmt: skip
+
+
+def test_every_setting_of_the_calibration_is_an_option():
+    command = typer.main.get_command(cli.app).commands["merge"]
+    names = {parameter.name for parameter in command.params}
+    assert {*declared_settings(Calibration), "templates"} <= names
