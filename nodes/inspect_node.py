@@ -19,6 +19,7 @@ from ..iteris_core.report.plots import plot_interference
 from .comfy_conds import References
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
+from .comfy_state import ready_for_merge
 from .concept_specs import ConceptSpec
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
@@ -78,7 +79,10 @@ class InspectLoras(io.ComfyNode):
         references = References.of(conditioning, latent)
         asked = Asked(preset, samples, seed, settings or {}, files, references)
         specs = specs_of(concepts)
-        with ComfyHost(model, clip, references=references, distilled=asked.distilled) as host:
+        with (
+            ready_for_merge(clip),
+            ComfyHost(model, clip, references=references, distilled=asked.distilled) as host,
+        ):
             found = [spec.read(host, ReadOptions(allow_partial=True)) for spec in specs]
             loras = [concept.lora for concept in found if concept.lora is not None]
             if not loras:

@@ -27,6 +27,7 @@ from .comfy_host import BOUNDARY, ComfyHost
 from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
 from .comfy_sampling import Denoised
+from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER, ConceptSpec
 
 _ROWS = 32
@@ -79,10 +80,8 @@ def merge_on(
     reading = ReadOptions(allow_partial=unmergeable == "skip")
     progress = NodeProgress(node_id)
     given = {**settings, "micro_batch": rows}
-    # Inference tensors have no version, by which sites that share an input are found.
     with (
-        torch.inference_mode(False),
-        torch.no_grad(),
+        ready_for_merge(clip),
         _RememberingHost(
             model,
             clip,
