@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..iteris_core.concepts import Calibration
+from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
-from .comfy_internals import comfy, memory
+from .comfy_internals import comfy, memory, optional
+from .comfy_runtime import free_beside
 from .comfy_sampling import run_uncompiled
 from .comfy_sizes import latent_shape, patches_of
+from .comfy_state import in_full_precision
 from .comfy_text import Conditioning
 
 _ONE = "positive"
@@ -35,6 +39,7 @@ class Denoiser:
         self.model = model
         self.references = references or References()
         self._options: dict[str, Any] | None = None
+        self._collecting = ExitStack()
         self._conds: dict[str, Any] = {}
         self._others: list[Any] = []
         self._first: Inputs | None = None
@@ -52,6 +57,7 @@ class Denoiser:
         )
 
     def close(self) -> None:
+        self._collecting.close()
         if self._options is not None:
             comfy.sampler_helpers.cleanup_models(self._conds, self._others)
             self.model.cleanup()
@@ -78,6 +84,7 @@ class Denoiser:
             )
             options = comfy.model_patcher.create_model_options_clone(model.model_options)
             self._options = options
+            self._collecting.enter_context(in_full_precision(model.model))
             comfy.sampler_helpers.prepare_model_patcher(model, self._conds, options)
             run_uncompiled(options)
             # Patches and wrappers of other nodes look up there how far denoising is.
@@ -94,7 +101,7 @@ class Denoiser:
         with torch.inference_mode():
             models = [model, *self._others, *model.get_nested_additional_models()]
             memory.load_models_gpu(models, memory_required=wanted)
-        return memory.get_free_memory(model.load_device)
+        return free_beside(model)
 
     def shape(self, calibration: Calibration) -> tuple[int, ...]:
         """(1, channels, …) of the latents: as those that are connected, else by the size rule."""
@@ -165,7 +172,20 @@ class Denoiser:
         )[0]
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
-        return comfy.sampler_helpers.convert_cond([self.references.beside(text)])
+        found = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
+        if self._is_dynamic and any(map(_has_hooks, found)):
+            raise ModelStateError(
+                "The CLIP or the CONDITIONING brings hooks for MODEL, which under DynamicVRAM "
+                "run on a copy of the model that a merge does not see; load the LoRA with Load "
+                "LoRA in place of the hook, or start ComfyUI with --disable-dynamic-vram."
+            )
+        return found
+
+    @property
+    def _is_dynamic(self) -> bool:
+        """Whether weights come to the device when they are used."""
+        there = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
+        return there and self.model.is_dynamic()
 
     def _begun(self, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The LATENT that is connected as the model has it, and its mask; on the CPU."""
@@ -175,3 +195,8 @@ class Denoiser:
         if mask is not None:
             mask = comfy.sampler_helpers.prepare_mask(mask, torch.Size(shape), "cpu")
         return latent, mask
+
+
+def _has_hooks(cond: dict[str, Any]) -> bool:
+    control = cond.get("control")
+    return "hooks" in cond or (control is not None and bool(control.get_extra_hooks()))

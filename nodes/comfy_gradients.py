@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from .comfy_internals import memory
+from .comfy_state import switched
 
 _FUSED = "comfy_kitchen"
 
@@ -18,15 +18,8 @@ _FUSED = "comfy_kitchen"
 def training() -> Generator[None]:
     """Within it ComfyUI takes operations that can be differentiated, where it has such a mode, and
     fused ones, which have no formula for their gradients, are made of torch's own."""
-    before = getattr(memory, "in_training", None)
-    if before is not None:
-        memory.in_training = True
-    try:
-        with _Unfused():
-            yield
-    finally:
-        if before is not None:
-            memory.in_training = before
+    with switched("comfy.model_management.in_training", True), _Unfused():
+        yield
 
 
 class _Unfused(TorchFunctionMode):

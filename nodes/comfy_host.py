@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
-from ..iteris_core.activations.meter import usable
+from ..iteris_core.activations.meter import usable, with_spare
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
@@ -325,6 +325,7 @@ class ComfyHost:
         )
 
     def room(self, wanted: int) -> int:
+        wanted = with_spare(wanted)
         # Kept for the iterations of a method that runs its stages again.
         self._wanted[self._running] = wanted
         return usable(self._running.room(wanted))

@@ -60,8 +60,18 @@ METHODS: Mapping[str, Sequence[str]] = {
     "comfy.sd1_clip.SDClipModel": ("encode", "set_clip_options"),
 }  # fmt: skip
 """Of objects that a graph brings; what is gone there can only be told beforehand."""
-_WHERE_THERE = {"comfy.model_management.is_oom"}
-"""Of some versions alone, asked for by ``hasattr``."""
+WHERE_THERE: Mapping[str, str] = {
+    "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
+    "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
+    "comfy.model_management.MAX_PINNED_MEMORY": "the most that ComfyUI pins",
+    "comfy.model_management.TOTAL_PINNED_MEMORY": "what ComfyUI has pinned",
+    "comfy.model_management.in_training": "fused operations are off",
+    "comfy.model_management.is_oom": "knows errors that only mean that memory ran out",
+    "comfy.model_patcher.ModelPatcher.get_free_memory": "counts weights that can be evicted",
+    "comfy.model_patcher.ModelPatcher.is_dynamic": "DynamicVRAM: weights come when they are used",
+    "comfy.model_prefetch.make_prefetch_queue": "weights of the next block come early",
+}
+"""What only some versions have, and what it is there; :func:`optional` looks it up."""
 
 
 def missing() -> list[str]:
@@ -70,6 +80,20 @@ def missing() -> list[str]:
     return [
         f"{path}.{name}" for path, names in tables for name in names if _find(path, name) is None
     ]
+
+
+def optional(path: str) -> Any:
+    """What :data:`WHERE_THERE` names, or None where this ComfyUI lacks it."""
+    if path not in WHERE_THERE:
+        raise AttributeError(f"{path} is not among the names that only some versions have")
+    owner, _, name = path.rpartition(".")
+    return _find(owner, name)
+
+
+def set_optional(path: str, value: Any) -> None:
+    """Put ``value`` in the place of what :func:`optional` gives."""
+    owner, _, name = path.rpartition(".")
+    setattr(_object(owner), name, value)
 
 
 def sentence(names: Sequence[str]) -> str:
@@ -90,8 +114,6 @@ class _Module:
         if any(f"{known}.".startswith(f"{path}.") for known in NAMES):
             return _Module(path)
         found = _find(self._path, name)
-        if path in _WHERE_THERE and found is not None:
-            return found
         if name not in NAMES.get(self._path, ()):
             raise AttributeError(f"{path} is not among the names that are looked up")
         return _stand_in(path) if found is None else found
@@ -114,12 +136,16 @@ def _stand_in(path: str) -> type:
 
 
 def _find(path: str, name: str) -> Any:
-    """The object called ``name`` in a module or class, or None."""
+    """The object called ``name`` in a module, class or object, or None."""
+    return getattr(_object(path), name, None)
+
+
+def _object(path: str) -> Any:
     try:
-        return getattr(importlib.import_module(path), name, None)
+        return importlib.import_module(path)
     except ImportError:
-        module, _, kind = path.rpartition(".")
-        return getattr(_find(module, kind), name, None) if module else None
+        owner, _, name = path.rpartition(".")
+        return _find(owner, name) if owner else None
 
 
 def _version() -> str:

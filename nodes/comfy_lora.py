@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..iteris_core.architectures import Architecture, architecture_of_sites
 from ..iteris_core.architectures.pieces import Alias, Shapes, permuted, whole
 from ..iteris_core.architectures.sites import weight_shape
-from ..iteris_core.errors import IterisError, LoraFileError
+from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
 from ..iteris_core.lora_files.aliases import kohya_names
@@ -38,6 +38,11 @@ class ComfySites:
     """
 
     def __init__(self, model: Any, clip: Any) -> None:
+        if any(map(_is_nunchaku, model.model.modules())):
+            raise BaseError(
+                "MODEL is one of Nunchaku's, whose layers are fused: what they receive cannot be "
+                "seen there. Merge on the model that it was made from, for instance in fp8 or GGUF."
+            )
         self._model, self._clip = model, clip
         stock = _stock_key_map(model, clip)
         self.key_map = _with_missing_names(stock)
@@ -102,6 +107,12 @@ class ComfySites:
         key = self._keys[site]
         patcher = self._model if _in_denoiser(key) else self._clip.patcher
         (weight, convert), *patches = patcher.get_key_patches(key)[key]
+        if not weight.is_floating_point():
+            raise BaseError(
+                f"The LoRA is made of the base's own weight at {site} (a DoRA is), and this base "
+                "has it as bytes of a quantised file (GGUF), which are not read here; load the "
+                "base from a safetensors file."
+            )
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
         return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key).detach()
 
@@ -234,6 +245,11 @@ def _names_to_write(
                 written[name] = alias
                 named.add(site)
     return written
+
+
+def _is_nunchaku(module: nn.Module) -> bool:
+    kind = type(module)
+    return "nunchaku" in f"{kind.__module__}.{kind.__name__}".lower()
 
 
 def _is_site(root: nn.Module, path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ..iteris_core.activations.meter import is_out_of_memory
 from ..iteris_core.activations.oom_retry import halved, with_less
 from ..iteris_core.progress import Progress
-from .comfy_internals import comfy, memory
+from .comfy_internals import comfy, memory, optional
 
 _PLAN = "plan: "  # what the library says before a line of its memory plan
 _WHOLE = 1000  # steps of the bar
@@ -22,7 +22,18 @@ _Made = TypeVar("_Made")
 
 def _ran_out(error: Exception) -> bool:
     # First what clears asynchronous errors of CUDA.
-    return (hasattr(memory, "is_oom") and memory.is_oom(error)) or is_out_of_memory(error)
+    is_oom = optional("comfy.model_management.is_oom")
+    return (is_oom is not None and is_oom(error)) or is_out_of_memory(error)
+
+
+def free_beside(patcher: Any) -> int:
+    """The bytes that ComfyUI could give to what runs on the device of ``patcher``. Under
+    DynamicVRAM weights fill the device and make way when something needs the room: where the
+    patcher knows how many, they count as free."""
+    device = patcher.load_device
+    if optional("comfy.model_patcher.ModelPatcher.get_free_memory") is None:
+        return memory.get_free_memory(device)
+    return patcher.get_free_memory(device)
 
 
 def halving(rows: int, make: Callable[[int], _Made]) -> _Made:

@@ -23,6 +23,7 @@ from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
 from .comfy_learned import Speaking, tokenizers
+from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
 
@@ -133,7 +134,7 @@ class TextEncoders:
         patcher = self._clip.patcher
         with torch.inference_mode():
             memory.load_models_gpu([patcher], memory_required=wanted)
-        return memory.get_free_memory(patcher.load_device)
+        return free_beside(patcher)
 
     def assemble(
         self,

@@ -19,6 +19,7 @@ from ..iteris_core.report.inspection import Interference, describe, interference
 from ..iteris_core.report.plots import plot_interference
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
+from .comfy_state import ready_for_merge
 from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
@@ -72,9 +73,12 @@ class InspectLoras(io.ComfyNode):
         node_id = cls.hidden.unique_id
         request = Request.of(values, files_behind(cls.hidden, "model"))
         specs = specs_of(concepts)
-        with ComfyHost(
-            model, clip, references=request.references, distilled=request.distilled
-        ) as host:
+        with (
+            ready_for_merge(clip),
+            ComfyHost(
+                model, clip, references=request.references, distilled=request.distilled
+            ) as host,
+        ):
             found = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
             loras = [concept.lora for concept in found if concept.lora is not None]
             if not loras:

@@ -29,6 +29,7 @@ from .comfy_host import ComfyHost
 from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
 from .comfy_sampling import Denoised
+from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER, read
 
 _ROWS = 32
@@ -75,10 +76,8 @@ def merge_on(
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     progress = NodeProgress(node_id)
     given = {**config.settings, "micro_batch": rows}
-    # Inference tensors have no version, by which sites that share an input are found.
     with (
-        torch.inference_mode(False),
-        torch.no_grad(),
+        ready_for_merge(clip),
         _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
     ):
         host.recipe = tuple(

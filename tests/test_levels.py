@@ -122,6 +122,44 @@ def test_an_input_that_is_changed_in_place_ends_a_level():
     assert levels.ends["blocks.0.attention.v"] == ("blocks.0.attention.k", "blocks.0.attention.v")
 
 
+class Clamping(nn.Linear):
+    """As a layer in fp8 does it: what is too large for fp8 is cut from the input itself."""
+
+    def forward(self, x):
+        return super().forward(x.clamp_(-0.5, 0.5))
+
+
+def test_g10_layers_that_clamp_their_input_in_place_share_it():
+    """Keys and values of one context. What a layer before them received was not clamped yet, and
+    waits as it was."""
+    model, lockstep = make()
+    groups = {}
+
+    class Groups:
+        def observe(self, shown):
+            groups[shown.name] = shown.group
+
+    attention = model.blocks[0].attention
+    attention.k.__class__ = attention.v.__class__ = Clamping
+    at = "blocks.0.attention."
+    with lockstep:
+        lockstep.run(batch_of(model, torch.randn(1, 3, 8).double(), Groups()))
+        levels = levels_of(model, lockstep, 0)
+        assert groups[at + "k"] == groups[at + "v"] != groups["first"]
+        assert levels.ends[at + "v"] == tuple(at + n for n in "qkv")
+
+
+def test_g10_a_layer_that_clamps_what_another_has_received_ends_a_level():
+    model, lockstep = make()
+    attention = model.blocks[0].attention
+    attention.v.__class__ = Clamping
+    at = "blocks.0.attention."
+    with lockstep:
+        levels = levels_of(model, lockstep, 0)
+    assert levels.ends[at + "k"] == (at + "q", at + "k")
+    assert levels.ends[at + "v"] == (at + "v",)
+
+
 @pytest.mark.parametrize(
     ("most", "wanted"),
     [

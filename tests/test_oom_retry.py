@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from iteris_core.activations.meter import is_out_of_memory
 from iteris_core.activations.oom_retry import halved, with_less
 from iteris_core.errors import OutOfMemory
 
@@ -43,3 +45,9 @@ def test_other_errors_are_passed_on():
     with pytest.raises(ValueError, match="wrong"):
         with_less(halved(8), needs(2, ValueError("wrong")), complaint)
     assert with_less([8, 1], needs(2, ValueError()), complaint, ran_out=lambda _: True) == (-1, 1)
+
+
+def test_g13_an_older_torch_has_cuda_s_error_alone(monkeypatch):
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(ValueError("another error, which is not masked"))

@@ -11,6 +11,8 @@ from tiny import two_concepts
 from torch import nn
 
 from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.activations import host_memory
+from iteris_core.activations.collect import SweepCollector
 from iteris_core.activations.host_memory import HostMemory
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.meter import MemoryMeter
@@ -37,8 +39,15 @@ def places(monkeypatch):
     """The host memories of the sweeps."""
     made: list[HostMemory] = []
 
+    class Recorded(HostMemory):
+        left = -1
+
+        def close(self) -> None:
+            self.left = held(self)
+            super().close()
+
     def make(*args):
-        made.append(HostMemory(*args))
+        made.append(Recorded(*args))
         return made[-1]
 
     monkeypatch.setattr(loops, "HostMemory", make)
@@ -259,7 +268,7 @@ def test_the_result_is_the_same_and_the_plan_is_kept(host64, apart, places, shar
     assert meter.peak <= share * whole + 2**20  # what samples take
     (memory,) = places
     assert memory.taken >= 2**20
-    assert held(memory) == 0
+    assert memory.left == 0
     rows = int(line.split(" at once")[0].split()[-1])
     there = merge(host64, None, micro_batch=rows)
     for site, change in there.lora.sites.items():
@@ -405,6 +414,100 @@ def test_without_a_plan_rows_wait_in_host_memory_when_memory_runs_out(whole, apa
     assert len(places) >= 1
     assert card.peak <= 1.05 * peak  # the last of those that did not fit was refused
     assert hooks_on(host.model) == 0
+
+
+class Offloaded(ModuleHost):
+    """Its first site is of another part of the model, whose weights are not where this part
+    runs."""
+
+    def sites(self):
+        return {"text_encoder.fc": nn.Linear(2, 2, device="meta"), **super().sites()}
+
+
+def test_g5_rows_wait_in_host_memory_whose_other_weights_are_offloaded(whole, monkeypatch, places):
+    monkeypatch.setattr(fallback, "is_apart", lambda device: device == CPU)
+    result, peak = whole
+    card = Card(0.33 * peak)
+    host = Offloaded(Net(), make_data(rows=20))
+    assert same(merge_on(card, host, micro_batch=8), result)
+    assert places
+
+
+class Pinning:
+    """``torch.empty``, of a system that lets ``most`` bytes be pinned."""
+
+    def __init__(self, monkeypatch, most: float) -> None:
+        self.most, self.pinned, self.pageable, self.emptied = most, 0, 0, 0
+        plain = torch.empty
+
+        def empty(size, *, pin_memory=False, **more):
+            if pin_memory and self.pinned + size > self.most:
+                raise RuntimeError("CUDA error: out of memory")
+            self.pinned += size if pin_memory else 0
+            self.pageable += 0 if pin_memory else size
+            return plain(size, **more)
+
+        def give_back() -> None:
+            self.emptied += 1
+
+        monkeypatch.setattr(host_memory.torch, "empty", empty)
+        monkeypatch.setattr(host_memory, "empty_host_cache", give_back)
+        monkeypatch.setattr(host_memory, "_SLAB", 1024)
+        monkeypatch.setattr(host_memory, "wait_for", lambda device: None)
+
+
+def fill(memory: HostMemory, size: int) -> None:
+    for _ in range(size // 1024):
+        memory._piece(900)
+
+
+def test_g7_what_the_system_does_not_pin_is_pageable(monkeypatch):
+    system = Pinning(monkeypatch, 2500)
+    memory = HostMemory(torch.device("cuda"), 5120)
+    fill(memory, 5120)
+    assert (system.pinned, system.pageable) == (2048, 3072)
+    assert memory.taken == 5120
+
+
+def test_g7_no_more_is_pinned_than_an_application_leaves_or_two_fifths_of_all(monkeypatch):
+    system = Pinning(monkeypatch, float("inf"))
+    monkeypatch.setattr(host_memory, "total_memory", lambda: 12_000)
+    fill(HostMemory(torch.device("cuda"), 10240), 10240)
+    assert (system.pinned, system.pageable) == (4096, 6144)
+    system.pinned = system.pageable = 0
+    with host_memory.pinning_at_most(1500):
+        memory = HostMemory(torch.device("cuda"), 10240)
+    fill(memory, 4096)
+    assert (system.pinned, system.pageable) == (1024, 3072)
+
+
+def test_g7_what_was_pinned_is_given_back(monkeypatch):
+    system = Pinning(monkeypatch, float("inf"))
+    memory = HostMemory(torch.device("cuda"), 5120)
+    fill(memory, 2048)
+    memory.close()
+    assert system.emptied == 1
+    assert not memory._slabs
+    HostMemory(torch.device("cuda"), 5120).close()  # nothing was pinned: others' cache stays
+    assert system.emptied == 1
+
+
+def test_g7_a_merge_gives_its_host_memory_back_whatever_happens(host, apart, monkeypatch):
+    closed = []
+    monkeypatch.setattr(HostMemory, "close", lambda memory: closed.append(memory.taken))
+    line = merge(host, 4 * 2**20).report.plan[-1]
+    assert "waiting in host memory" in line
+    assert len(closed) == 2  # the plan's and the sweep's
+    plain = SweepCollector.take
+
+    def fail(collector, site):
+        return 1 / 0 if site.startswith("unet") else plain(collector, site)
+
+    monkeypatch.setattr(SweepCollector, "take", fail)
+    with pytest.raises(ZeroDivisionError):
+        merge(host, 4 * 2**20)
+    assert len(closed) == 4
+    assert all(closed)
 
 
 def test_what_was_tried_is_said_when_nothing_helps(whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from oracle import SITES, ModuleHost, Net, hooks_on, make_data, make_lora
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.errors import IterisError
 from iteris_core.hosts.protocol import Stage
 from iteris_core.passes.batches import fewer
 
@@ -142,3 +144,14 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
         assert len({row // steps for row in mine}) >= 0.85 * min(kept, samples)
         by_step = [sum(row % steps == step for row in mine) for step in range(steps)]
         assert max(by_step) - min(by_step) <= 0.2 * kept
+
+
+def test_g13_without_greenlet_a_sweep_says_so_at_once_and_others_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    host = ModuleHost(Net(), make_data())
+    concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
+    with pytest.raises(IterisError, match=r"pip install greenlet\. Without it.*jacobi"):
+        merge_loras(host, concepts)
+    assert not host.copies_seen
+    settings = {"schedule": "jacobi", "iterations": 1}
+    assert merge_loras(host, concepts, settings=settings).lora.sites

@@ -320,6 +320,7 @@ class Roomy(ModuleHost):
     def room(self, wanted):
         assert self.copies_seen  # a row has been measured
         self.asked.append(wanted)
+        self.forwards_at_last = len(self.copies_seen)
         return min(wanted, self.most)
 
 
@@ -346,7 +347,20 @@ def test_a_budget_is_what_the_host_is_asked_for_at_most():
     merge_on(host, 10**12)
     (wanted,) = host.asked
     merge_on(host, wanted - 1)
-    assert host.asked == [wanted, wanted - 1]
+    assert host.asked[1] == wanted - 1
+
+
+def test_g6_what_a_plan_leaves_is_for_the_model_again():
+    """All rows would take more than there is; what they do take is asked for before they run."""
+    host = Roomy(float("inf"))
+    merge_on(host, "free")
+    (wanted,) = host.asked
+    host = Roomy(0.6 * wanted)
+    merge_on(host, "free")
+    *_, last = host.asked
+    assert host.asked[:-1] == [wanted]
+    assert last < 0.6 * wanted
+    assert host.forwards_at_last < len(host.copies_seen)
 
 
 def test_rows_that_are_left_out_are_warned_of(caplog):

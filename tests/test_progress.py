@@ -13,8 +13,13 @@ from tiny import random_lora, two_concepts
 from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, LowRank, MergeCancelled, Progress, merge_loras
+from iteris_core.activations import pace as pace_module
+from iteris_core.activations.pace import Pace
+from iteris_core.activations.site import LinearSite
+from iteris_core.hosts.protocol import Stage
 from iteris_core.linalg.rates import factor, product, seconds_of, spectrum, together
 from iteris_core.lora import SiteChanges
+from iteris_core.passes.batches import Batching
 from iteris_core.passes.outlook import Outlook
 from iteris_core.progress import Forecast, duration
 from iteris_core.solve.adapter import AdapterMoments
@@ -156,6 +161,60 @@ def test_seconds_are_of_this_machine():
     one = together(product(torch.float32, 1e9), factor(torch.float64, 1e8), spectrum(200))
     assert 1e-4 < seconds_of(one, CPU) < 10
     assert seconds_of(together(one, one), CPU) == pytest.approx(2 * seconds_of(one, CPU))
+
+
+class Lagging:
+    """A device that is asked at once and does the work while it is waited for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.asked = clock, 0.0
+
+    def wait(self, device: torch.device) -> None:
+        self.clock.now += self.asked
+        self.asked = 0.0
+
+
+@pytest.fixture
+def lagging(clock: Clock) -> Lagging:
+    return Lagging(clock)
+
+
+def test_g11_what_a_device_does_is_measured_and_not_the_asking(clock: Clock, lagging: Lagging):
+    pace = Pace(clock, lagging.wait)
+    site = LinearSite((4, 4))
+    lagging.asked = 50.0  # of others
+    pace.begin()
+    for name, seconds in (("a", 3.0), ("b", 5.0)):
+        lagging.asked += seconds
+        pace.note(name, site, torch.zeros(2, 7, 4), torch.zeros(2, 7, 4))
+    assert [pace.reached[name].seconds for name in "ab"] == [3.0, 5.0]
+
+
+def test_g11_after_some_forwards_a_device_is_not_waited_for(monkeypatch, clock, lagging):
+    monkeypatch.setattr(pace_module, "is_apart", lambda device: True)
+    pace = Pace(clock, lagging.wait)
+    for _ in range(30):
+        pace.begin()
+        lagging.asked += 3.0
+        pace.note("a", LinearSite((4, 4)), torch.zeros(2, 7, 4), torch.zeros(2, 7, 4))
+    assert pace.reached["a"].of_row == 1.5
+    assert lagging.asked == 3.0 * (30 - pace_module._WATCHED)
+    pace.restart()
+    pace.begin()
+    assert lagging.asked == 0.0
+
+
+def test_g11_phases_end_when_the_device_has_done_them(clock: Clock, lagging: Lagging):
+    outlook = Outlook(Forecast(clock))
+    outlook.pace = Pace(clock, lagging.wait)
+    stage = Stage("unet", ["a"], [0], lambda rows, copies: None)
+    forwards = ("forwards", "unet")
+    outlook.forecast.expect(forwards, {(0, "a"): 1.0})
+    lagging.asked = 50.0  # of others
+    outlook.begin(stage, Batching(1))
+    lagging.asked = 7.0
+    outlook.reached(stage, "a")
+    assert outlook.forecast._kinds[forwards].took == 7.0
 
 
 def test_every_step_of_a_merge_is_told(host):

@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import OutOfMemory
-from .meter import resize
+from .meter import resize, total_memory
 
 _SLAB = 256 << 20  # bytes of one allocation: a power of two, to which pinned memory is rounded up
 _GRAIN = 512  # bytes, so that every copy is aligned
+_PINNED = 0.4
+"""How much of all host memory may be pinned: Windows pins half of it at most, and what is pinned
+can neither be swapped nor had by another program."""
+_pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
 
 Slot = list[Tensor]
 """Where one storage waits: pieces of slabs, as bytes."""
 
 
+@contextmanager
+def pinning_at_most(size: int | None) -> Generator[None]:
+    """Within it every :class:`HostMemory` that is made pins up to ``size`` bytes, where an
+    application has pinned others (None: no such limit)."""
+    token = _pinnable.set(size)
+    try:
+        yield
+    finally:
+        _pinnable.reset(token)
+
+
 class HostMemory:
-    """At most ``limit`` bytes, taken as they are needed; pinned where ``device`` is of CUDA.
+    """At most ``limit`` bytes, taken as they are needed. Where ``device`` is of CUDA they are
+    pinned, as far as that goes: what cannot be pinned is pageable, which is only slower.
 
     All copies are made on the stream on which the model runs, so that none has to be waited for.
+    :meth:`close` gives all of it back to the system.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self.device, self.limit = device, limit
-        self.taken = self.moved = 0
-        self._pinned = device.type == "cuda"
+        self.taken = self.moved = self.pinned = 0
+        most = _pinnable.get()
+        own = round(_PINNED * total_memory()) if device.type == "cuda" else 0
+        self._pinnable = own if most is None else min(own, most)
         self._slabs: list[_Slab] = []
+
+    def close(self) -> None:
+        """Nothing waits any more; torch would keep what is pinned for as long as it runs."""
+        self._slabs.clear()
+        if self.pinned:
+            wait_for(self.device)
+            empty_host_cache()
 
     def put(self, storage: torch.UntypedStorage) -> Slot:
         """Copy what ``storage`` holds, and resize it to nothing."""
@@ -76,11 +107,22 @@ class HostMemory:
                 f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size, or "
                 "close what else takes memory."
             )
-        self._slabs.append(_Slab(torch.empty(more, dtype=torch.uint8, pin_memory=self._pinned)))
+        self._slabs.append(_Slab(self._allocated(more)))
         self.taken += more
         piece = self._slabs[-1].take(size)
         assert piece is not None
         return piece
+
+    def _allocated(self, size: int) -> Tensor:
+        if self.pinned + size <= self._pinnable:
+            try:
+                memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # the system lets less be pinned than it has
+                self._pinnable = 0
+            else:
+                self.pinned += size
+                return memory
+        return torch.empty(size, dtype=torch.uint8)
 
 
 class _Slab:
@@ -112,12 +154,23 @@ class _Slab:
                 self._gaps.append((begin, stop))
 
 
+def empty_host_cache() -> None:
+    """Give back to the system what torch keeps of pinned memory that nobody uses."""
+    accelerator: Any = getattr(torch, "accelerator", None)
+    empty = getattr(accelerator, "empty_host_cache", None)
+    empty = empty or getattr(torch._C, "_host_emptyCache", None)  # of older ones
+    if empty is not None:
+        empty()
+
+
 def wait_for(device: torch.device) -> None:
     """Until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "xpu":
         torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _some(gap: tuple[int, int]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -26,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .blocks import Block, Levels, tensors, unwritten
 from .lockstep import Lockstep
 from .meter import storage_of
-from .micro_batch import MicroBatch, Observer
-from .tokens import Observation
+from .micro_batch import MicroBatch, Observer, version_of
+from .tokens import Group, Observation
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +42,14 @@ Make = Callable[[Observer | None], MicroBatch]
 @dataclass
 class Found:
     """What the first forward told: ``sites`` in order, those that are ``joined`` to the one that
-    follows, and the modules in which each was called, from the outside in."""
+    follows, and the modules in which each was called, from the outside in. ``device`` is where
+    what they received is."""
 
     sites: list[str] = field(default_factory=list[str])
     joined: set[str] = field(default_factory=set[str])
     inside: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict[str, Any])
     calls: Counter[nn.Module] = field(default_factory=Counter[nn.Module])
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def levels(self, most: int = 0) -> Levels:
         """With blocks that are the largest modules of 2 to ``most`` levels. A level ends where a
@@ -104,7 +107,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.found = Found()
         self._outputs: dict[int, Tensor] = {}
-        self._given: list[tuple[Tensor, int | None]] = []
+        self._given: dict[int, tuple[Tensor, int | None, Group | None]] = {}
         self._inside: list[nn.Module] = []
 
     @contextmanager
@@ -134,7 +137,11 @@ class _Watch(TorchDispatchMode):
 
     def observe(self, shown: Observation) -> None:
         found = self.found
-        changed = any(_version(tensor) != version for tensor, version in self._given)
+        found.device = shown.inputs.device
+        changed = any(
+            version_of(tensor) != version and group != shown.group
+            for tensor, version, group in self._given.values()
+        )
         new = shown.name not in found.inside
         if self._outputs and not changed and new:
             found.joined.add(found.sites[-1])
@@ -144,9 +151,9 @@ class _Watch(TorchDispatchMode):
             found.sites.append(shown.name)
             found.inside[shown.name] = tuple(self._inside)
         self._outputs[shown.outputs.untyped_storage()._cdata] = shown.outputs
-        for tensor in (shown.inputs, shown.stream):
+        for tensor, group in ((shown.inputs, shown.group), (shown.stream, None)):
             if tensor is not None:
-                self._given.append((tensor, _version(tensor)))
+                self._given[id(tensor)] = tensor, version_of(tensor), group
 
     def _begin(self) -> None:
         """Of what was shown something was read or changed: a level ends with the last site."""
@@ -175,7 +182,7 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
         given = unwritten(there.keys(), args, kwargs)
         try:
             again = module(*given[0], **given[1])
-            entered[module] = again, {path: (t, _version(t)) for path, t in there.items()}
+            entered[module] = again, {path: (t, version_of(t)) for path, t in there.items()}
         except Exception:  # only of the trial: a site that fails does so again in the forward
             _log.debug("%s cannot be replayed", type(module).__name__, exc_info=True)
         finally:
@@ -186,7 +193,7 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
             return
         again, there = entered.pop(module)
         written = {
-            path for path, (t, was) in there.items() if t.is_inference() or _version(t) != was
+            path for path, (t, was) in there.items() if t.is_inference() or version_of(t) != was
         }
         if _alike(again, output):
             good[module] = Block(blocks[module].ends, frozenset(written))
@@ -213,10 +220,6 @@ def _alike(one: Any, other: Any) -> bool:
         for a, b in zip(first, second, strict=True)
         if isinstance(a, Tensor) and isinstance(b, Tensor)
     )
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def _storages(tree: Any) -> list[int | None]:

@@ -11,16 +11,17 @@ level of sites; when all have arrived these are solved and they go on, one at a 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError
+from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges
 from .blocks import Levels, Shown, replay_hook
 from .micro_batch import MicroBatch, Pending
@@ -66,6 +67,7 @@ class Lockstep:
             for name in self.changes:
                 module = self._modules[name]
                 hook = self._hook(name, site_of(name, module))
+                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
                 self._handles.append(module.register_forward_hook(hook))
                 if name in self._streams:
                     stream = self._streams[name]
@@ -135,13 +137,14 @@ class Lockstep:
         """Run all micro-batches in step; ``solve(site)`` is called once all have shown it. When
         the ``last`` sites are solved, the forwards are not run to their end. With ``parking``,
         which has to be on, they wait there."""
+        greenlet = greenlets()
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         before = Modes.now()
         try:
             with torch.no_grad():
                 outside = Modes.now()
                 for batch in batches:
-                    batch.pause = _pausing(outside)
+                    batch.pause = _pausing(outside, greenlet.getcurrent)
                     batch.passed.update(self.merged)
                 while True:
                     arrived: list[Any] = []
@@ -179,6 +182,13 @@ class Lockstep:
     def _keep_stream(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._active is not None and self._active.observer is not None:
             self._active.streams[module] = args[0]
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._active is not None and self._active.observer is not None:
+                self._active.enter(name, args[0])
+
+        return hook
 
     def _stream_of(self, name: str, batch: MicroBatch, outputs: Tensor) -> Tensor | None:
         module = self._streams.get(name)
@@ -239,7 +249,7 @@ class Lockstep:
                         rows,
                         batch.copies,
                         batch.spans,
-                        batch.group_of(inputs),
+                        batch.group_of(name, inputs),
                         batch.alive(),
                         call,
                         batch.choice,
@@ -295,7 +305,18 @@ def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
     return mask
 
 
-def _pausing(outside: Modes) -> Callable[[str], None]:
+def greenlets() -> Any:
+    """The package of this name. Raises :class:`UsageError` where it is not installed."""
+    try:
+        return importlib.import_module("greenlet")
+    except ImportError as error:
+        raise UsageError(
+            "A merge in one sweep needs the package greenlet, which this Python lacks: run "
+            f'"{sys.executable}" -m pip install greenlet. Without it there is schedule="jacobi".'
+        ) from error
+
+
+def _pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
     """What hands over to the sweep until a site is solved.
 
     Greenlets share the thread, and with it torch's modes: whoever goes on has those of its own.
@@ -309,7 +330,7 @@ def _pausing(outside: Modes) -> Callable[[str], None]:
                 "cannot be left while a sweep waits there; run the model under torch.no_grad(), or "
                 'merge with schedule="jacobi".'
             )
-        sweep: Any = greenlet.getcurrent().parent
+        sweep = current().parent
         sweep.switch(site)
         mine.restore()
 

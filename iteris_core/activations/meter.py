@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, ClassVar
 
@@ -100,6 +101,11 @@ def usable(free: int) -> int:
     return round((1 - _KEPT_FREE) * free)
 
 
+def with_spare(size: int) -> int:
+    """Bytes of which a plan may count on ``size``."""
+    return math.ceil(size / (1 - _KEPT_FREE))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free, of the device or of the machine; what PyTorch keeps to itself counts."""
     if device.type == "cuda":
@@ -111,6 +117,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory() -> int:
+    """Bytes of memory that the machine has."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def is_apart(device: torch.device) -> bool:
     """Whether the device's memory is another than the host's."""
     return device.type in ("cuda", "xpu")
@@ -118,7 +131,9 @@ def is_apart(device: torch.device) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of any device: CPUs and MPS say it in words only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)):
+    # torch before 2.5 has CUDA's alone.
+    of_device: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    if isinstance(error, (of_device, MemoryError, OutOfMemory)):
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError) and (

@@ -32,6 +32,22 @@ class Pending(NamedTuple):
 
 
 @dataclass
+class _Received:
+    """A tensor that sites have received, the version in which the last of them left it, whether
+    the first of them ``changed`` it itself, and the number of its group."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    changed: bool
+    group: int
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often it was changed in place; inference tensors do not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@dataclass
 class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
@@ -60,7 +76,8 @@ class MicroBatch:
     until: str | None = None
     reached: list[str] = field(default_factory=list[str])
     pending: list[Pending] = field(default_factory=list[Pending])
-    _seen: list[tuple[weakref.ref[Tensor], int, int]] = field(default_factory=list[Any])
+    _seen: list[_Received] = field(default_factory=list[Any])
+    _entered: dict[str, tuple[int, int | None]] = field(default_factory=dict[str, Any])
     _groups: int = 0
     _calls: Counter[str] = field(default_factory=Counter[str])
 
@@ -75,22 +92,33 @@ class MicroBatch:
                 spans.append((owner, row, row + 1))
         return spans
 
-    def group_of(self, tensor: Tensor) -> Group:
-        """What stands for this tensor as it is now.
+    def enter(self, site: str, tensor: Tensor) -> None:
+        """``site`` is called with ``tensor``, which it may change in place."""
+        self._entered[site] = id(tensor), version_of(tensor)
+
+    def group_of(self, site: str, tensor: Tensor) -> Group:
+        """What stands for this tensor as ``site`` has received it.
 
         Sites that receive one tensor object, unchanged in between, are of one group: their tokens
-        are the same, so that moments are made once. Groups are numbered in execution order, which
-        is that of every micro-batch.
+        are the same, so that moments are made once. Layers in fp8 clamp their input in place. Of
+        two in a row that change it themselves the second is taken to change nothing: it does again
+        what the first one did. Groups are numbered in execution order, which is that of every
+        micro-batch.
         """
-        self._seen = [entry for entry in self._seen if entry[0]() is not None]
+        self._seen = [entry for entry in self._seen if entry.tensor() is not None]
+        now = version_of(tensor)
+        called_with, before = self._entered.pop(site, (None, now))
+        changed = called_with == id(tensor) and before != now
         # An inference tensor has no version counter: an in-place change could not be noticed.
-        if not tensor.is_inference():
-            for ref, version, group in self._seen:
-                if ref() is tensor and tensor._version == version:
-                    return self.stage, group
+        if now is not None:
+            for entry in self._seen:
+                same = entry.tensor() is tensor and entry.version == (before if changed else now)
+                if same and (entry.changed or not changed):
+                    entry.version = now
+                    return self.stage, entry.group
         self._groups += 1
-        if not tensor.is_inference():
-            self._seen.append((weakref.ref(tensor), tensor._version, self._groups))
+        if now is not None:
+            self._seen.append(_Received(weakref.ref(tensor), now, changed, self._groups))
         return self.stage, self._groups
 
     def call_of(self, site: str) -> int:
@@ -115,4 +143,4 @@ class MicroBatch:
 
     def alive(self) -> set[Group]:
         """Groups whose tensor may still reach another site."""
-        return {(self.stage, group) for ref, _, group in self._seen if ref() is not None}
+        return {(self.stage, entry.group) for entry in self._seen if entry.tensor() is not None}

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .host_memory import wait_for
+from .meter import is_apart
 from .site import Site
+
+_WATCHED = 8
+"""Forwards in which a device that lags behind is waited for at every site: it has nothing to do
+meanwhile."""
 
 
 @dataclass
@@ -31,13 +37,19 @@ class Reached:
 
 
 class Pace:
-    """Of forwards that do not wait: single sites of a model take very different time, and a row
-    takes less where many run at once. ``device`` is where they ran."""
+    """Of forwards that do not pause: single sites of a model take very different time, and a row
+    takes less where many run at once. ``device`` is where they ran, and ``wait`` returns when it
+    has done what it was asked for: until then only launches would be measured."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        wait: Callable[[torch.device], None] = wait_for,
+    ) -> None:
         self.reached: dict[str, Reached] = {}
         self.device = torch.device("cpu")
-        self._clock = clock
+        self._clock, self._wait = clock, wait
+        self._forwards = 0
         self._last = 0.0
         self._before: dict[str, Reached] = {}
         self._seen: list[tuple[weakref.ref[Tensor], Hashable]] = []
@@ -46,17 +58,28 @@ class Pace:
         """What follows is nearer to what is to come than what was before: it takes its place, site
         by site."""
         self._before, self.reached = {**self._before, **self.reached}, {}
+        self._forwards = 0
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked for."""
+        self._wait(self.device)
 
     def begin(self) -> None:
         """A forward begins."""
+        self._forwards += 1
+        if self._watches(self.device):
+            self.wait()
         self._last = self._clock()
         self._seen.clear()
 
     def note(self, name: str, site: Site, inputs: Tensor, outputs: Tensor) -> None:
         """A forward has come to the end of a site."""
+        self.device = inputs.device
+        if not self._watches(self.device):
+            return
+        self.wait()
         now = self._clock()
         found = self.reached.setdefault(name, Reached())
-        self.device = inputs.device
         found.rows += len(inputs)
         found.seconds += now - self._last
         found.tokens = site.length(outputs)
@@ -74,6 +97,9 @@ class Pace:
             self.note(name, site, args[0], output)
 
         return hook
+
+    def _watches(self, device: torch.device) -> bool:
+        return self._forwards <= _WATCHED or not is_apart(device)
 
     def of(self, name: str) -> Reached | None:
         """How a site was reached last; None if it was not."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -110,12 +111,16 @@ def plan(
         job.host.room(min(wanted, budget))
     room, needs = Room(budget), [need]
     if sweep and wanted > budget:
-        place = None
-        if is_apart(cost.device):
-            room = Room(budget, job.processes.least(free_host(job.processes)))
-            place = HostMemory(cost.device, room.host)
-        needs += other_ways(need, measure, place, batching.policy)
+        with ExitStack() as stack:
+            place = None
+            if is_apart(cost.device):
+                room = Room(budget, job.processes.least(free_host(job.processes)))
+                place = HostMemory(cost.device, room.host)
+                stack.callback(place.close)
+            needs += other_ways(need, measure, place, batching.policy)
     made, stage = plan_stage(needs, room, batching.rows, job.policy.way_gain)
+    if made.bytes < wanted:
+        job.host.room(made.bytes)  # weights that made way for more than this come back
     job.outlook.run_some(stage, lockstep, made.at_once)
     slower = made.seconds / max(need.seconds_of(made.rows, batching.rows), 1e-9)
     seconds = job.outlook.planned(stage, batching, made.seconds, max(slower, 1.0))

@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
+import torch
+
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
 from ..activations.oom_retry import halved, with_less
@@ -54,7 +56,7 @@ def _other_ways(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep) -> li
     ways: list[Batching] = []
     try:
         found = find(stage, sweep)
-        waiting = _in_host(job, fitted)
+        waiting = _in_host(job, fitted, found.device)
         if waiting is not None and fitted.waiting != waiting:
             levels = found.levels() if fitted.levels is None else fitted.levels
             fitted = replace(fitted, waiting=waiting, levels=levels)
@@ -69,11 +71,10 @@ def _other_ways(job: Job, stage: Stage, fitted: Batching, sweep: Lockstep) -> li
     return ways
 
 
-def _in_host(job: Job, fitted: Batching) -> Waiting | None:
+def _in_host(job: Job, fitted: Batching, device: torch.device) -> Waiting | None:
+    """``device`` is where the stage's tensors are; its weights may be offloaded."""
     if fitted.waiting is not None:
         return replace(fitted.waiting, on_device=0)
-    module = next(iter(job.host.sites().values()))
-    device = next(module.parameters()).device
     if not is_apart(device):
         return None
     return Waiting(0, device, free_host(job.processes))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations.blocks import Levels
 from ..activations.collect import StreamCollector, SweepCollector
 from ..activations.host_memory import HostMemory
-from ..activations.lockstep import Lockstep
+from ..activations.lockstep import Lockstep, greenlets
 from ..activations.micro_batch import MicroBatch
 from ..activations.parking import Parking
 from ..errors import SiteError, SolveError
@@ -94,6 +94,7 @@ def reference_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Sol
 
 def sweep_pass(job: Job, reducing_of: ReducingOf, batching: Batching) -> Solutions:
     """Solve every site once, in execution order, on inputs that passed the solved sites before."""
+    greenlets()  # before samples are made
     solutions: Solutions = {}
     _expect(job, reducing_of, batching, sweep=True, copies=2)
     with job.lockstep() as lockstep:
@@ -162,7 +163,7 @@ def _sweep(
     reducing: Reducing,
     solutions: Solutions,
 ) -> None:
-    parking = None
+    place = parking = None
     if fitted.waiting is not None:
         place = HostMemory(fitted.waiting.device, fitted.waiting.host_bytes)
         parking = Parking(place, modules=list(job.host.sites().values()))
@@ -192,7 +193,8 @@ def _sweep(
     last = set[str]() if stage.feeds else set(stage.sites)
     with ExitStack() as stack:
         stack.enter_context(lockstep.in_levels(fitted.levels or Levels()))
-        if fitted.waiting is not None and parking is not None:
+        if fitted.waiting is not None and place is not None and parking is not None:
+            stack.callback(place.close)
             parking.stay = _first(batches, fitted.waiting.on_device)
             stack.enter_context(parking)
         stack.callback(collector.forget)  # else all that it holds would be put back

@@ -135,21 +135,27 @@ class Outlook:
             self.forecast.drop(_STAGES)
             self._expect(stage, replace(self._plans, batching=batching))
             self._expect_later()
+        self.pace.wait()
         self.forecast.mark()
 
     def reached(self, stage: Stage, site: str) -> None:
         """All rows have come to ``site`` since the last of these three."""
-        self.forecast.spent((_FORWARDS, stage.name), (0, site))
+        self._spent((_FORWARDS, stage.name), (0, site))
 
     def reduced(self, stage: Stage, site: str) -> None:
-        self.forecast.spent((_MOMENTS, stage.name), (0, site))
+        self._spent((_MOMENTS, stage.name), (0, site))
 
     def solved(self, stage: Stage, site: str, turn: int = 0) -> None:
-        self.forecast.spent((_SOLVES, stage.name), (turn, site))
+        self._spent((_SOLVES, stage.name), (turn, site))
 
     def ran(self, stage: Stage, done: int, total: int, turn: int = 0) -> None:
         """The last of ``done`` of ``total`` batches has streamed by."""
-        self.forecast.spent((_FORWARDS, stage.name), (turn, ""), 1 / (total - done + 1))
+        self._spent((_FORWARDS, stage.name), (turn, ""), 1 / (total - done + 1))
+
+    def _spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:
+        """Once the device has done it: what was asked for is measured, and not the asking."""
+        self.pace.wait()
+        self.forecast.spent(kind, part, share)
 
     def _is_sampled(self, stage: Stage) -> bool:
         return set(stage.sites) <= self._sampled

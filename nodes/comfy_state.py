@@ -1,0 +1,90 @@
+"""ComfyUI in the state that a merge needs, and back.
+
+Forwards of a merge pause in hooks of the layers while others run. ComfyUI's compiler and CUDA
+graphs record one forward at a time and replay it past the hooks; prefetching keeps the weights of
+the next block on the layers, which all forwards share; fused operations read a layer's weights
+without calling it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..iteris_core.activations.host_memory import pinning_at_most
+from .comfy_internals import optional, set_optional
+
+
+def _no_queue(*_: Any, **__: Any) -> None:
+    """Weights come when a layer is called."""
+
+
+_PRECISE = "_full_precision_mm"
+"""Of ComfyUI's layers of mixed precision: whether they leave their input as it is."""
+SWITCHES: Sequence[tuple[str, Any]] = (
+    ("comfy.cli_args.args.disable_comfy_compiler", True),
+    ("comfy.cli_args.args.disable_cuda_graphs", True),
+    ("comfy.model_prefetch.make_prefetch_queue", _no_queue),
+    ("comfy.model_management.in_training", True),
+)
+"""What is set while a merge runs, where this ComfyUI has it."""
+
+
+@contextmanager
+def ready_for_merge(clip: Any = None) -> Generator[None]:
+    """Within it MODEL and CLIP can be run by a merge; what was set before is put back, whatever
+    happens. Tensors have versions, by which sites that share an input are found, and no
+    gradients. The text encoders of ``clip`` are :func:`in_full_precision`; the denoiser is while
+    its features are collected, and draws as always."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for path, value in SWITCHES:
+            stack.enter_context(switched(path, value))
+        stack.enter_context(pinning_at_most(_pinnable()))
+        if clip is not None:
+            stack.enter_context(in_full_precision(clip.cond_stage_model))
+        yield
+
+
+@contextmanager
+def switched(path: str, value: Any) -> Generator[None]:
+    """Within it what ``path`` names is ``value``, where this ComfyUI has it."""
+    before = optional(path)
+    if before is None:
+        yield
+        return
+    set_optional(path, value)
+    try:
+        yield
+    finally:
+        set_optional(path, before)
+
+
+@contextmanager
+def in_full_precision(network: nn.Module) -> Generator[None]:
+    """Within it layers with quantised weights take their input as it is. On some cards they
+    quantise it as well: a target is a small difference of two outputs, and would be of what that
+    rounds."""
+    quantising = [m for m in network.modules() if getattr(m, _PRECISE, True) is False]
+    for layer in quantising:
+        setattr(layer, _PRECISE, True)
+    try:
+        yield
+    finally:
+        for layer in quantising:
+            setattr(layer, _PRECISE, False)
+
+
+def _pinnable() -> int | None:
+    """Bytes of host memory that may be pinned beside what ComfyUI has pinned; None: it does not
+    say. It pins none where it was started without."""
+    most = optional("comfy.model_management.MAX_PINNED_MEMORY")
+    taken = optional("comfy.model_management.TOTAL_PINNED_MEMORY")
+    if most is None or taken is None:
+        return None
+    return max(int(most) - int(taken), 0)
