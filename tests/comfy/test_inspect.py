@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from typing import Any
 
 import pytest
@@ -42,10 +43,14 @@ def test_the_plan_is_the_merge_s(kit: Kit, inspect: Any) -> None:
     table = inspect(*kit.concepts(), clip=kit.clip)
     settings = {"precision": "float32"}
     result = kit.merge(settings, memory_budget=2**30)
-    rows = [line.partition(" at once")[0] for line in result.report.plan]
-    assert rows
-    for line in rows:
-        assert f"Plan: {line}" in table
+    assert result.report.plan
+    for line in result.report.plan:
+        stage, _, rows = line.partition(": ")
+        found = re.search(rf"Plan: {re.escape(stage)}: (\d+) rows", table)
+        assert found is not None
+        # Which prompts carry further words is drawn again, so that a few more or less differ.
+        apart = 3 if stage.startswith("text encoder") else 0
+        assert abs(int(found[1]) - int(rows.split()[0])) <= apart
     kit.outputs()
     assert kit.hooks() == 0
 
