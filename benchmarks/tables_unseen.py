@@ -77,6 +77,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         for size in ("2", "3", "5")
     },
     **{
+        f"unseen few {size}": partial(unseen, "unseen_reported_few.json", size, NEW_WORDS)
+        for size in ("3", "5")
+    },
+    **{
         f"unseen reported {size}": partial(unseen, "unseen_reported.json", size, NEW_WORDS)
         for size in ("2", "3", "5", "7", "10")
     },
