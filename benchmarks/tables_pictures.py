@@ -14,18 +14,6 @@ from outputs import ROOT
 
 COLUMNS = ("mean", "image", "text", "judge", "pair")
 SIZES = {"2": "7 pairs", "3": "5 triples", "5": "five", "7": "seven", "10": "all ten"}
-FRONT = {
-    "single": "each LoRA alone",
-    "iteris": "**IterIS**",
-    "regmean++": "RegMean++",
-    "regmean": "RegMean",
-    "ssr": "SSR-Merge",
-    "average": "average",
-    "sum": "all loaded at once",
-}
-IN_LANGUAGE = {"single": "alone", "average": "linear"}
-"""What a method is called in ``language.json``."""
-
 FEW_OTHERS = {
     "by one": "by one LoRA's prompts",
     "former": "the former ridge",
@@ -66,18 +54,6 @@ def leads() -> list[str]:
         cells = [f"{lead[c]['mean']:+.4f} ± {lead[c]['se']:.4f}" for c in columns]
         rows.append([SIZES[size], lead["over"], *map(short, cells)])
     return lines(("concepts", "second", *columns), rows)
-
-
-def front() -> list[str]:
-    """The README's: likeness kept, two concepts in one picture, and texts, where we lose."""
-    sets, texts = load("quality.json")["sets"], load("language.json")["sum"]
-    rows: list[list[str]] = []
-    for name, label in FRONT.items():
-        pair, text = sets["2"][name].get("pair"), texts.get(IN_LANGUAGE.get(name, name))
-        shown = [f"{pair['mean']:.0%}" if pair else "", f"{text:.2f}" if text else ""]
-        rows.append([label, *(f"{kept(some, name):.0%}" for some in sets.values()), *shown])
-    head = ("", "two", "three", "five", "seven", "ten", "two in one picture", "texts")
-    return lines(head, rows, right=7)
 
 
 def ablations() -> list[str]:
@@ -273,7 +249,6 @@ def two_in_one(file: str) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "front": front,
     "leads": leads,
     **{f"quality {size}": partial(quality, size) for size in SIZES},
     "equal time": equal_time,

@@ -44,6 +44,32 @@ def unseen(file: str, size: str, columns: Sequence[tuple[str, str]]) -> list[str
     return lines(head, rows, right=len(columns) + 1)
 
 
+FRONT = {
+    "iteris": "**IterIS**",
+    "chain-of-merges": "Chain of Merges",
+    "regmean++:contexts=0:generic=0": "RegMean++",
+    "average": "average",
+    "sum": "all loaded at once",
+}
+
+
+def front() -> list[str]:
+    """The README's: likeness kept on new words, with the half width of its 95 % interval."""
+    sizes = load("unseen_reported.json")["sizes"]
+    order = sorted(sizes, key=int)
+
+    def kept(size: str, label: str) -> Mapping[str, Any]:
+        return sizes[size]["rows"][label]["new words"]["likeness kept"]
+
+    rows = [[name, *(_share(kept(size, label)) for size in order)] for label, name in FRONT.items()]
+    heads = [f"{size} LoRAs (n = {kept(size, 'iteris')['n']})" for size in order]
+    return lines(("", *heads), rows, right=len(order))
+
+
+def _share(figure: Mapping[str, Any]) -> str:
+    return f"{figure['mean']:.0%} ± {100 * (figure['interval'][1] - figure['mean']):.0f}"
+
+
 def composites() -> list[str]:
     """What weights of composites and shares of contexts were tried on pairs that no table has."""
     rows: list[list[str]] = []
@@ -68,6 +94,7 @@ def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: s
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "front": front,
     "composites": composites,
     "unseen styles": partial(unseen, "unseen_styles.json", "2", STYLED),
     **{
