@@ -53,6 +53,13 @@ def _reported() -> UnseenWorld:
     return world()
 
 
+def _twenty() -> UnseenWorld:
+    from protocol.toybox import ToyboxWorld
+    from twenty_concepts import ROOT
+
+    return ToyboxWorld(ROOT)
+
+
 def _emoji() -> UnseenWorld:
     from protocol.emoji import EmojiWorld
 
@@ -68,6 +75,7 @@ def _styles() -> UnseenWorld:
 WORLDS: Mapping[str, tuple[Callable[[], UnseenWorld], str]] = {
     "toybox": (_toybox, "reported"),
     "reported": (_reported, "reported"),
+    "twenty": (_twenty, "reported"),
     "emoji": (_emoji, "emoji"),
     "styles": (_styles, "reported"),
 }
