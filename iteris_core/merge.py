@@ -152,8 +152,8 @@ def _ticking(
 
 @dataclass(frozen=True)
 class _Made:
-    """By site the merged change and its report; of the ``concepts`` that were merged, and what is
-    to be said of each by name."""
+    """By site the merged change and its report; the ``concepts`` that were merged, and notes on
+    each of them by name."""
 
     concepts: Sequence[Concept]
     merged: Mapping[str, tuple[LowRank, SiteReport]]

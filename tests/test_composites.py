@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from oracle import SITES, ModuleHost, Net, difference, jacobi, make_data, make_lora
+from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.calibration_prompts import Wording
@@ -197,6 +200,34 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     assert set(own) <= {*range(50), *range(100, 150)}
     assert any(n < 50 for n in own)
     assert any(n >= 100 for n in own)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"block_steps": 2}, {"polish_steps": 2}, {"schedule": "jacobi", "iterations": 2}],
+    ids=["closed form", "block polish", "polish", "jacobi"],
+)
+def test_a_pipeline_takes_them_in_every_way_of_merging(host, settings):
+    """The file is as thick as without them, and another one."""
+    concepts = [
+        Concept(random_lora(host, 1), trigger="sks", class_word="dog"),
+        Concept(random_lora(host, 2), trigger="zwx style", kind="style"),
+    ]
+    calibration = {"samples": 2, "timesteps": 1, "denoising_steps": 2, "contexts": 0.0}
+    found = [
+        merge_loras(
+            host, concepts, settings=settings, calibration={**calibration, "composites": weight}
+        )
+        for weight in (0.5, 0.0)
+    ]
+    ranks, (one, other) = [merged.lora.ranks for merged in found], [m.lora.sites for m in found]
+    assert ranks[0] == ranks[1]
+    assert one.keys() == other.keys()
+    apart = [
+        float((one[s].dense() - other[s].dense()).norm() / other[s].dense().norm()) for s in one
+    ]
+    assert all(map(math.isfinite, apart))
+    assert max(apart) > 1e-3
 
 
 def test_the_report_names_them():

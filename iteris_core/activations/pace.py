@@ -39,7 +39,7 @@ class Reached:
 class Pace:
     """Of forwards that do not pause: single sites of a model take very different time, and a row
     takes less where many run at once. ``device`` is where they ran, and ``wait`` returns when it
-    has done what it was asked for: until then only launches would be measured."""
+    has finished its work: before that only launches would be measured."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Pace:
         self._forwards = 0
 
     def wait(self) -> None:
-        """Until the device has done what it was asked for."""
+        """Return once the device has finished its work."""
         self._wait(self.device)
 
     def begin(self) -> None:

@@ -153,7 +153,7 @@ class Outlook:
         self._spent((_FORWARDS, stage.name), (turn, ""), 1 / (total - done + 1))
 
     def _spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:
-        """Once the device has done it: what was asked for is measured, and not the asking."""
+        """Record the time once the device has finished, so that work is measured, not launches."""
         self.pace.wait()
         self.forecast.spent(kind, part, share)
 
