@@ -3,9 +3,9 @@
 Nothing but this checkout and its Python packages is needed. In this order, as long as there is time
 (``--minutes``): the rate at which the card multiplies matrices; GPU against CPU on small models;
 SD 1.5 at 512, SDXL, FLUX.1 and Z-Image at 1024 pixels, of full size with random weights, in
-bfloat16 and with a base in float8; ``tests/test_gpu.py``. Each model is merged as the plan has it,
-with all memory and with four fifths of what that took, and in every way that a sweep can be run.
-What there was no time for is listed under ``skipped``.
+bfloat16 and with a base in float8; ``tests/memory/test_gpu.py``. Each model is merged as the plan
+has it, with all memory and with four fifths of what that took, and in every way that a sweep can be
+run. What there was no time for is listed under ``skipped``.
 
 ``share`` is what the forwards of all rows are worth, at the measured rate, of the seconds that a
 merge took. ``python benchmarks/gpu.py --tiny`` (or ``QUICK=1``) does all of it on reduced models,
@@ -48,7 +48,7 @@ from ways import WAYS, difference, forced
 
 GIB = 2**30
 SAMPLES, AT_ONCE, RIDGE = 4, 4, 1e-3
-TESTS_SECONDS = 100  # kept for tests/test_gpu.py
+TESTS_SECONDS = 100  # kept for tests/memory/test_gpu.py
 BASES = {"bfloat16": False, "float8": True}
 ALL, LESS = "planned, all memory", "planned, less memory"
 
@@ -224,8 +224,8 @@ def line(label: str, name: str, entry: dict[str, Any]) -> str:
 
 
 def gpu_tests(bench: Bench) -> str:
-    """The last line of ``tests/test_gpu.py``."""
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q"]
+    """The last line of ``tests/memory/test_gpu.py``."""
+    command = [sys.executable, "-m", "pytest", "tests/memory/test_gpu.py", "-m", "gpu", "-q"]
     try:
         ran = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=max(bench.left(), 1)
@@ -296,7 +296,7 @@ def run(bench: Bench, only: str) -> None:
                 bench.write()
     if bench.device.type == "cuda":
         found["tests"] = gpu_tests(bench)
-        print("tests/test_gpu.py:", found["tests"], flush=True)
+        print("tests/memory/test_gpu.py:", found["tests"], flush=True)
     bench.write()
     print(table(found))
 

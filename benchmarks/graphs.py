@@ -3,7 +3,7 @@
 ``COMFYUI_PATH=… NODE_PATH=… python benchmarks/graphs.py [NAME …]`` with ComfyUI's own Python. Each
 graph is opened in its front end (which needs what ``tests/comfy/test_front_end.py`` says), and what
 that would send runs on a server that has just started. Into ``results/graphs.json``, from which the
-notes of the graphs are (``tests/test_graphs.py``); Linux only.
+notes of the graphs are (``tests/project/test_graphs.py``); Linux only.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _bound(data: dict[str, Any]) -> str:
 The longest chain of the {data["sites"]} sites, found by moving each site's output, says that Algorithm 1 is
 at its fixed point after {data["iterations"]} iterations beyond the first solve. In the last of these the site
 that moves most still moved by {moved[data["iterations"] - 1]:.1e} of its change; in the next, by
-{moved[data["iterations"]]:.1e}. One sweep has the same result. `tests/test_iteration_bound.py` holds the bound
+{moved[data["iterations"]]:.1e}. One sweep has the same result. `tests/benchmarks/test_iteration_bound.py` holds the bound
 on random problems and on the toybox's text encoder.
 """  # noqa: E501
 

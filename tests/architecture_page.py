@@ -41,9 +41,10 @@ TITLES = {
     ),
     "diffusers": (
         "diffusers",
-        "`tests/test_pipelines.py`. LoRA files in peft's and diffusers' layout are read for all of "
-        "them. Files in other layouts are read by tables of ours for Stable Diffusion and FLUX.1, "
-        "and for the others through the pipeline's own converter, as far as it loses nothing.",
+        "`tests/hosts/test_pipelines.py`. LoRA files in peft's and diffusers' layout are read for "
+        "all of them. Files in other layouts are read by tables of ours for Stable Diffusion and "
+        "FLUX.1, and for the others through the pipeline's own converter, as far as it loses "
+        "nothing.",
     ),
 }
 

@@ -9,7 +9,7 @@ import pytest
 from architecture_page import page
 from architecture_results import FILE
 
-PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 LIMITS = {"alone": 1e-3, "rows": 5e-3, "file": 1e-3}
 FOUND = json.loads(FILE.read_text(encoding="utf-8"))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from iteration_bound import depths, iterations_bound  # noqa: E402

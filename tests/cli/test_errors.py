@@ -11,7 +11,7 @@ from iteris_core import errors
 from iteris_core.cli.explain import errors_page
 from iteris_core.errors import KINDS, IterisError, LoraFileError, kind_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors" / "index.md"
 DECLARED = {
     name: one

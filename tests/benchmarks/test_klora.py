@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import random_lora
 
-_FILE = Path(__file__).parent.parent / "benchmarks" / "klora.py"
+_FILE = Path(__file__).parents[2] / "benchmarks" / "klora.py"
 _SPEC = importlib.util.spec_from_file_location("klora", _FILE)
 klora = importlib.util.module_from_spec(_SPEC)
 sys.modules["klora"] = klora

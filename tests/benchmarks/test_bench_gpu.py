@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLACES = "waiting on the device", "waiting in host memory"
 WAYS = [f"{place}{by}" for place in PLACES for by in ("", ", by small blocks", ", by large blocks")]
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 
 from iteris_core import write_lora
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

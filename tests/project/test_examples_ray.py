@@ -14,7 +14,7 @@ from iteris_core import write_lora
 from iteris_core.hosts.diffusers import DiffusersHost
 
 pytest.importorskip("ray", reason="ray is not installed")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "many_merges.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "many_merges.py"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from statistics import stdev
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import markdown_tables
 import result_plots

@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10, for which pytest brings it
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("iteris_core", "toybox")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LIMIT = 35e6

@@ -12,7 +12,7 @@ import pytest
 from iteris_core.methods import all_methods, find_method
 from iteris_core.settings import declared_settings
 
-_FILE = Path(__file__).parent.parent / "benchmarks" / "rivals.py"
+_FILE = Path(__file__).parents[2] / "benchmarks" / "rivals.py"
 _SPEC = importlib.util.spec_from_file_location("rivals", _FILE)
 rivals = importlib.util.module_from_spec(_SPEC)
 sys.modules["rivals"] = rivals

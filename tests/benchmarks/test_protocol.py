@@ -22,7 +22,7 @@ from iteris_core.score.measures import (
     share_of_alone,
 )
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import alike_concepts  # noqa: E402

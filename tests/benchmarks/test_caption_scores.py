@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-_FILE = Path(__file__).parent.parent / "benchmarks" / "caption_scores.py"
+_FILE = Path(__file__).parents[2] / "benchmarks" / "caption_scores.py"
 _SPEC = importlib.util.spec_from_file_location("caption_scores", _FILE)
 scores = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(scores)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from toybox.draw import BACKGROUNDS, COLORS, Placed, Scene, Thing, draw
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import styles
 from protocol.plan import SINGLE

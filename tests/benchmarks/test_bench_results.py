@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SPEED = BENCHMARKS / "speed"
 DATA = json.loads((BENCHMARKS / "results" / "speed.json").read_text())
@@ -24,9 +24,9 @@ import results_page  # noqa: E402
 import tables  # noqa: E402
 
 MADE_ELSEWHERE = {
-    "architectures.md",  # tests/test_architecture_page.py
+    "architectures.md",  # tests/hosts/test_architecture_page.py
     "results.md",  # below
-    "settings.md",  # tests/test_settings.py
+    "settings.md",  # tests/cli/test_settings.py
 }
 NOT_FROM_A_FILE = {
     "| path | what | parameters |",  # toybox/README.md: the sizes of what is there

@@ -16,7 +16,7 @@ from command_line import QUICK, make_world, recipe_of, run
 
 from iteris_core import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USED = [p for p in PAGES if p.name not in ("decisions.md", "releasing.md", "results.md")]
 COMMANDS = typer.main.get_command(cli.app).commands

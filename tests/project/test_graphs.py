@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
 RESULTS = ROOT / "benchmarks" / "results"
 MEMORY = json.loads((RESULTS / "memory.json").read_text("utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LONGEST = 35
 """Words of a sentence, outside of tables and code."""
 PHRASES = re.compile(r"\b(?:is|are|was|were) (?:told|said|asked)\b(?! apart)")

@@ -11,7 +11,7 @@ import torch
 
 from toybox import draw
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import minilm
 from minilm import words

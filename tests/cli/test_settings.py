@@ -26,7 +26,7 @@ from iteris_core.lora_files import DTYPES
 from iteris_core.presets import PRESETS, preset_settings
 from iteris_core.settings import Settings, declared_settings, setting
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

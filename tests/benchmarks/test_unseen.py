@@ -15,7 +15,7 @@ from tiny import random_lora
 
 from iteris_core import Concept
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import unseen
 from protocol.plan import BASE, SINGLE
