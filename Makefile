@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-reported bench-glue bench-emoji toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-glue toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -59,16 +59,11 @@ bench: .venv
 bench-gpu: .venv
 	$(RUN) benchmarks/gpu.py
 
-bench-quality: .venv
-	$(RUN) benchmarks/quality.py
-
 # Goes on where it stopped; SECONDS=500 stops it by itself.
-bench-reported: .venv
-	$(RUN) benchmarks/reported.py $(if $(SECONDS),--seconds $(SECONDS))
-
-# As bench-reported, on the world of emoji; QUICK=1: few methods at two subjects, and no styles.
-bench-emoji: .venv/emoji
-	$(RUN) benchmarks/emoji_tables.py $(if $(SECONDS),--seconds $(SECONDS))
+bench-quality: .venv
+	$(RUN) benchmarks/unseen.py --world reported --sizes 10,7,5,3,2 --sets 4 --replicates 3 \
+		--methods iteris,chain-of-merges,regmean++:contexts=0:generic=0,average,sum \
+		$(if $(SECONDS),--seconds $(SECONDS))
 
 # Needs npm and pip's network once; each step goes on where it stopped.
 bench-glue: .venv/language

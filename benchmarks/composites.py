@@ -14,10 +14,9 @@ from statistics import fmean
 from typing import Any
 
 from outputs import result_file, write
-from protocol.plan import BASE, SINGLE, styled_pairs
+from protocol.plan import BASE, SINGLE, Variant, styled_pairs
 from protocol.styles import StyledPlan, StyledRuns, StyleWorld
-from protocol.unseen import Variant
-from unseen import settings_of
+from worlds import settings_of
 
 PAIRS = 5
 ROWS = (
@@ -68,9 +67,9 @@ def main() -> None:
         alone.run([single, *plan.references_of(BASE, pair, 0)])
         entries.setdefault(SINGLE, []).append(alone.known[single.key])
         for variant in variants:
-            trial = variant.trial(pair, 0, 0, plan.searched)
-            merged.run([trial])
-            entries.setdefault(variant.label, []).append(merged.known[trial.key])
+            unit = variant.unit(pair, 0, 0, plan.searched)
+            merged.run([unit])
+            entries.setdefault(variant.label, []).append(merged.known[unit.key])
     table = {
         label: {
             f"{kind}: {name}": round(

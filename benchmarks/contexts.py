@@ -60,7 +60,7 @@ def main() -> None:
             if key in found.setdefault(name, {}):
                 continue
             calibration = Calibration(templates=TEMPLATES, seed=0, **values)
-            concepts = world.merged_concepts(numbers, None, 0.0)
+            concepts = world.merged_concepts(numbers)
             lora = merge_loras(world.host, concepts, calibration=calibration).lora
             found[name][key] = {
                 kind: [

@@ -53,7 +53,7 @@ class HeldOut:
     ) -> None:
         self.world = world
         self.guidance = float(world.settings["guidance"])
-        concepts = world.merged_concepts(numbers, None, 0.0)
+        concepts = world.merged_concepts(numbers)
         self.loras = [concept.lora for concept in concepts if concept.lora is not None]
         sites = set().union(*(lora.sites for lora in self.loras))
         changes = {s: SiteChanges.of([lora.sites.get(s) for lora in self.loras]) for s in sites}

@@ -51,7 +51,7 @@ def main() -> None:
         for count in (1, 3, 5, 10):
             concepts = [
                 replace(concept, prompts=[p.format(concept.subject) for p in PROMPTS[:count]])
-                for concept in world.merged_concepts(CONCEPTS, None, 0.0)
+                for concept in world.merged_concepts(CONCEPTS)
             ]
             merged = merge_loras(world.host, concepts, calibration=calibration).lora
             table.setdefault(name, {})[str(count)] = errors(held_out, merged)

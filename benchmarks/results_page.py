@@ -1,182 +1,203 @@
-"""``docs/results.md`` and its plots, from ``results/``: where we lose first, then every world.
+"""``docs/results.md`` and its plot, from ``results/``: one screen, each verdict from an interval.
 
-``python benchmarks/results_page.py`` prints the page, ``--write`` writes it and those plots that
-are not of today's figures, ``--check`` fails where page or plots are not what the figures make. The
-pictures of :mod:`side_by_side` are drawn by their own command.
+``python benchmarks/results_page.py`` prints the page, ``--write`` writes it and its plot, and
+``--check`` fails where page or plot are not what the figures make.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tables_grid
-import tables_pairs
-import tables_paper
-from markdown_tables import cell, lines, short
-from outputs import RESULTS, ROOT
-from result_plots import INTERVAL, Plot, bars, renew
-from result_worlds import COLUMNS, LOW, OURS, Against, World, worlds
+from markdown_tables import lines, load, short
+from outputs import ROOT
+from result_plot import Plot, Series
+from tables_unseen import FRONT
 
 PAGE = ROOT / "docs" / "results.md"
-IMAGES = ROOT / "docs" / "images"
-DRAWN = ("image", "share", "judge", "pair", "success", "s_harm", "text")
-"""Columns with a plot."""
-ACROSS = {"single": "each LoRA alone", "base": "no LoRA"}
-FEWEST = 3
-"""Sets of which an interval is drawn."""
+PLOT = ROOT / "docs" / "images" / "results-kept.svg"
+FILE = "unseen_reported.json"
+NEW = "new words"
+MEASURES = {"likeness": "likeness", "judge": "attributes"}
+NAMES = {name: label.strip("*") for name, label in FRONT.items()}
+REFERENCES = ("single", "base")
+COLUMNS = {
+    ("seen", "likeness"): "likeness on calibration prompts",
+    ("seen", "judge"): "attributes on calibration prompts",
+    ("seen", "text"): "text alignment on calibration prompts",
+    (NEW, "likeness"): "likeness",
+    (NEW, "judge"): "attributes",
+    (NEW, "text"): "text alignment",
+    (NEW, "scene"): "backgrounds",
+    ("no trigger", "likeness"): "nearness to the base without a trigger (CLIP)",
+    ("no trigger", "pixels"): "nearness to the base without a trigger (pixels)",
+}
+"""What is compared, by what the page calls it"""
 
 _HEAD = """\
 # Results
 
-This page is made from `benchmarks/results/` by `python benchmarks/results_page.py --write`. What
-the columns are, and how it was measured: [benchmarks](../benchmarks/README.md). Means with standard
-errors; in the plots lines at the bars are intervals of 95 %, where there are three sets at least.
+How much of each LoRA a merge keeps on prompts whose words no calibration prompt had. Ten concepts
+of a small model on which nothing was chosen, three trainings. Methods get the same rows and draw
+from the same noise. This page is made from `benchmarks/results/` by
+`python benchmarks/results_page.py --write`.
 
-Every table here was drawn on prompts of which the calibration had each, with the merge that was the
-default before (`contexts=0, generic=0`). On prompts that no row had that merge breaks the picture;
-today's default holds ([figures](decisions.md#prompts-that-no-row-had)).
+![Likeness kept by the number of merged LoRAs, with 95 % intervals: {summary}.](images/{plot})
+
 """
+_MIDDLE = """
+*First*, *level* and *behind* come from paired 95 % intervals (Student's t over n sets). Differences
+are IterIS less the rival, which is the one with the most likeness in that row.
 
+## Where IterIS is behind
 
-def page(found: list[World]) -> str:
-    parts = [_HEAD, "## Where we lose\n", *_lost(found)]
-    for world in found:
-        parts += [f"## {world.title}\n", f"{world.about}\n"]
-        for plot in plots_of(world):
-            column = plot.name.removesuffix(".svg").rpartition("-")[2]
-            parts.append(f"![{_alternative(world, column)}](images/{plot.name})\n")
-        for count, methods in world.groups.items():
-            parts += [f"### {world.title}: {_counted(count)}\n", _table(world, methods)]
-    if (IMAGES / "results-methods.png").is_file():
-        parts += [_PICTURES]
-    return "\n".join([*parts, *(module.section() for module in _further())])
+"""
+_TAIL = """
+## Pictures
 
+![Six prompts in columns. Rows: without a LoRA, with each LoRA alone, all at once, averaged, and merged with IterIS.](images/demo-sheet.png)
 
-def _further() -> list[Any]:
-    """What has a section and plots of its own, where it was measured."""
-    files = {
-        tables_pairs.FILE: tables_pairs,
-        "reported_grid.json": tables_grid,
-        "paper_figures.json": tables_paper,
-    }
-    return [module for file, module in files.items() if (RESULTS / file).is_file()]
+Four LoRAs of the toybox, by `make demo`.
 
+## What is not measured
 
-_PICTURES = """\
-## The same prompts by every method
+Full-size Stable Diffusion, SDXL or FLUX with trained LoRAs; a graphics card; the judgement of people; strengths other than
+1; LoRAs of rank 64; LoRAs by other trainers. The world is a model of 64 × 64 pictures.
 
-![Prompts in columns; in rows what each concept was learned from, without a LoRA, with its own LoRA alone, and two LoRAs merged by six methods.](images/results-methods.png)
+## All tables
 
-Two concepts of the toybox merged, every row from the same noise, the first picture of each prompt:
-`python benchmarks/side_by_side.py`. Of two concepts IterIS and RegMean++ are alike to the eye, and in
-one picture every method mixes them without a polish.
+[New words, twenty LoRAs, one prompt, styles](../benchmarks/UNSEEN.md) ·
+[texts and captions](../benchmarks/LANGUAGE.md) ·
+[two in one picture, polish, speed and memory](../benchmarks/README.md)
 """  # noqa: E501
 
 
-def _lost(found: list[World]) -> Iterator[str]:
-    yield (
-        "On texts RegMean, SSR-Merge and the plain mean are ahead\n"
-        "([language](../benchmarks/LANGUAGE.md)); SSR-Merge is quicker\n"
-        "([speed](../benchmarks/README.md#speed-and-memory)). In pictures, every mean in which a\n"
-        "method of others is ahead, on the sets on which both were measured:\n"
+def page() -> str:
+    return "".join(
+        (
+            _HEAD.format(plot=PLOT.name, summary=_summary()),
+            "\n".join(verdicts()) + "\n",
+            _MIDDLE,
+            "\n".join(f"- {line}" for line in behind()) + "\n",
+            _TAIL,
+        )
     )
-    compared = [(world, entry) for world in found for entry in world.compared()]
-    yield _against([pair for pair in compared if pair[1].ahead < 0])
-    yield "And those in which IterIS is ahead by less than two standard errors of the difference:\n"
-    yield _against([pair for pair in compared if 0 <= pair[1].ahead < 2 * pair[1].error])
 
 
-def _against(compared: list[tuple[World, Against]]) -> str:
-    rows = [
-        (
-            world.title,
-            entry.count,
-            COLUMNS[entry.column],
-            entry.method,
-            short(f"{entry.theirs:.3f}"),
-            short(f"{entry.ours:.3f}"),
-        )
-        for world, entry in compared
-    ]
-    head = ("world", "concepts", "column", "best of the others", "its mean", "IterIS")
-    return "\n".join(lines(head, rows, right=2)) + "\n"
+def plot() -> Plot:
+    sizes = load(FILE)["sizes"]
+    order = sorted(sizes, key=int)
+    series: list[Series] = []
+    for name, label in NAMES.items():
+        kept = [sizes[size]["rows"][name][NEW]["likeness kept"] for size in order]
+        points = [
+            (int(size), of["mean"], *of["interval"]) for size, of in zip(order, kept, strict=True)
+        ]
+        series.append((label, points))
+    counts = {size: sizes[size]["rows"]["iteris"][NEW]["likeness"]["n"] for size in order}
+    ticks = [(int(size), f"{size}\n(n = {counts[size]})") for size in order]
+    return Plot(series, ticks, ("LoRAs merged", "likeness kept"), floor=-0.2)
 
 
-def _table(world: World, methods: Mapping[str, Mapping[str, Any]]) -> str:
-    first = next(column for column in world.columns if column in DRAWN)
-    order = sorted(methods, key=lambda n: -methods[n].get(first, {"mean": 0.0})["mean"])
-    rows = [
-        (
-            f"**{name}**" if name == OURS else name,
-            *(cell(methods[name].get(column)) for column in world.columns),
-        )
-        for name in order
-    ]
-    return "\n".join(lines(("method", *world.columns), rows)) + "\n"
+def _summary() -> str:
+    sizes = load(FILE)["sizes"]
+    most = max(sizes, key=int)
+    shown = [(NAMES[name], sizes[most]["rows"][name][NEW]["likeness kept"]) for name in NAMES]
+    return f"with {most}, " + ", ".join(f"{label} {of['mean']:.0%}" for label, of in shown)
 
 
-def plots_of(world: World) -> list[Plot]:
-    return [
-        bars(
-            f"results-{world.key}-{column}.svg",
-            {
-                count: {
-                    name: _shown(methods[name][column])
-                    for name in (*world.shown(), *ACROSS)
-                    if column in methods.get(name, {})
-                }
-                for count, methods in world.groups.items()
-            },
-            COLUMNS[column],
-            ACROSS,
-        )
-        for column in DRAWN
-        if column in world.columns
-    ]
+def verdicts() -> list[str]:
+    """A row for each number of LoRAs and each regime: the best rival and the differences."""
+    rows: list[list[str]] = []
+    for size, found in sorted(load(FILE)["sizes"].items(), key=lambda item: int(item[0])):
+        rows.append(_verdict(f"{size} LoRAs", found, "iteris", NEW))
+    rows.append(_verdict("20 LoRAs", load("unseen_twenty.json")["sizes"]["20"], "iteris", NEW))
+    few = load("unseen_reported_few.json")
+    for size, found in sorted(few["sizes"].items(), key=lambda item: int(item[0])):
+        rows.append(_verdict(f"{size}, one prompt, one timestep", found, few["default"], NEW))
+    styles = load("unseen_styles.json")["sizes"]["2"]
+    for kind, name, label in (
+        ("styled", "judge", "subject in a style: the subject"),
+        ("styled", "style", "subject in a style: the style"),
+        ("subject", "judge", "subject without the style"),
+    ):
+        rows.append(_single(label, styles, kind, name))
+    return lines(("on new words", "best rival", *MEASURES.values(), "n"), rows)
 
 
-def _shown(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bar shows: its height, and the ends of its interval; of two sets an interval says
-    nothing, and is wider than the plot."""
-    if value.get("n", FEWEST) < FEWEST:
-        return {"mean": value["mean"], "interval": [value["mean"]] * 2}
-    wide = INTERVAL * (value["se"] or 0.0)
-    ends = value.get("interval") or [value["mean"] - wide, value["mean"] + wide]
-    return {"mean": value["mean"], "interval": ends}
+def _verdict(regime: str, found: Mapping[str, Any], ours: str, kind: str) -> list[str]:
+    rivals = [name for name in found["against"] if name not in REFERENCES]
+    best = max(rivals, key=lambda name: found["rows"][name][kind]["likeness"]["mean"])
+    against = found["against"][best][kind]
+    cells = [difference(against[name]) for name in MEASURES]
+    return [regime, label_of(best), *cells, str(against["likeness"]["n"])]
 
 
-def plots(found: list[World]) -> list[Plot]:
-    drawn = [plot for world in found for plot in plots_of(world)]
-    return drawn + [plot for module in _further() for plot in module.plots()]
+def _single(regime: str, found: Mapping[str, Any], kind: str, name: str) -> list[str]:
+    """Of a figure that only counts attributes; variants of ours are no rivals."""
+    rivals = [r for r in found["against"] if r not in REFERENCES and not r.startswith("iteris")]
+    best = max(rivals, key=lambda rival: found["rows"][rival][kind][name]["mean"])
+    of = found["against"][best][kind][name]
+    return [regime, label_of(best), "", difference(of), str(of["n"])]
 
 
-def _counted(count: str) -> str:
-    return f"{count} concepts" if count.isdigit() else count
+def label_of(method: str) -> str:
+    return NAMES.get(method) or NAMES.get(method.partition(":")[0]) or _plain(method)
 
 
-def _alternative(world: World, column: str) -> str:
-    """What a plot shows, in a sentence."""
-    known = [entry for entry in world.compared() if entry.column == column]
-    said = f"{COLUMNS[column]} by the number of concepts"
-    if known:
-        ends = ", ".join(
-            f"at {entry.count} IterIS {short(f'{entry.ours:.2f}')}, the best of the others "
-            f"{short(f'{entry.theirs:.2f}')}"
-            for entry in dict.fromkeys((known[0], known[-1]))
-        )
-        said += f", {'less' if column in LOW else 'more'} is better: {ends}"
-    return f"{said}."
+def _plain(method: str) -> str:
+    head = method.partition(":")[0]
+    return {"regmean++": "RegMean++", "ssr": "SSR-Merge"}.get(head, head)
+
+
+def difference(of: Mapping[str, Any]) -> str:
+    """A verdict with the paired difference and the half width of its interval."""
+    if of["interval"] is None:
+        return short(f"{of['mean']:+.3f}")
+    return short(f"{of['verdict']} ({of['mean']:+.3f} ± {of['interval'][1] - of['mean']:.3f})")
+
+
+def behind() -> Iterator[str]:
+    """A line for each column in which the interval says so, with the rivals and their numbers."""
+    sizes = load(FILE)["sizes"]
+    for (kind, name), label in COLUMNS.items():
+        found: dict[str, list[str]] = {}
+        for size in sorted(sizes, key=int):
+            for rival, kinds in sizes[size]["against"].items():
+                of = kinds.get(kind, {}).get(name)
+                if rival not in REFERENCES and of and of["verdict"] == "behind":
+                    found.setdefault(label_of(rival), []).append(
+                        short(f"{abs(of['mean']):.3f} at {size}")
+                    )
+        if found:
+            rivals = "; ".join(f"{rival} by {_listed(by)}" for rival, by in found.items())
+            yield f"**{label[0].upper()}{label[1:]}**: {rivals}."
+    sums = load("language.json")["sum"]
+    ahead = [name for name in sums if sums[name] > sums["iteris"] and not name.startswith("iter")]
+    shown = {"regmean": "RegMean", "ssr": "SSR-Merge", "linear": "the average"}
+    rivals = ", ".join(f"{shown[name]} {sums[name]:.3f}" for name in shown if name in ahead)
+    yield (
+        f"**Texts** (four emotion tasks, sum of macro F1): IterIS {sums['iteris']:.3f}, "
+        f"`shrink=0.5` {sums['iteris-shrink']:.3f}; {rivals}."
+    )
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(values)
 
 
 def stale(*, write: bool) -> list[str]:
     """What is not as the figures say."""
-    found = worlds()
-    old = renew(plots(found), IMAGES, write=write)
-    text = page(found)
+    old: list[str] = []
+    drawn = plot()
+    if not drawn.is_at(PLOT):
+        old.append(PLOT.name)
+        if write:
+            drawn.save(PLOT)
+    text = page()
     if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        old.append(str(PAGE.relative_to(ROOT)))
+        old.append(PAGE.name)
         if write:
             PAGE.write_text(text, encoding="utf-8")
     return old
@@ -186,13 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    if not (arguments.write or arguments.check):
-        print(page(worlds()))
+    asked = parser.parse_args()
+    if not (asked.write or asked.check):
+        print(page())
         return
-    old = stale(write=arguments.write)
+    old = stale(write=asked.write)
     print("\n".join(old))
-    raise SystemExit(bool(old) and arguments.check)
+    raise SystemExit(bool(old) and asked.check)
 
 
 if __name__ == "__main__":

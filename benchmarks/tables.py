@@ -15,16 +15,16 @@ from pathlib import Path
 
 import tables_language
 import tables_machine
-import tables_pictures
-import tables_protocol
+import tables_polish
+import tables_toybox
 import tables_unseen
 from outputs import ROOT
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {
-    **tables_pictures.TABLES,
+    **tables_polish.TABLES,
+    **tables_toybox.TABLES,
     **tables_language.TABLES,
     **tables_machine.TABLES,
-    **tables_protocol.TABLES,
     **tables_unseen.TABLES,
 }
 PAGES = (

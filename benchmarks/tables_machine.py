@@ -14,16 +14,6 @@ FLOORS = {
     "floor t5": "T5-base, two tasks, 50 texts of 128 tokens",
     "floor toybox": "toybox, two concepts, 50 prompts at four timesteps",
 }
-FLUX = {
-    "width 3072": ("3072", "all 20 of two blocks"),
-    "width 3072, widest site": ("3072", "widest, 15360 inputs"),
-    "width 1536, widest site": ("1536", "widest, 7680 inputs"),
-    "width 1536, widest site, rank 32": ("1536", "widest"),
-    "width 1536, widest site, 3 LoRAs": ("1536", "widest"),
-    "width 1536, widest site, 5 LoRAs": ("1536", "widest"),
-    "width 1536": ("1536", "all 20 of two blocks"),
-    "width 768": ("768", "all 20 of two blocks"),
-}
 _GIB = 1024
 
 
@@ -67,20 +57,6 @@ def waiting() -> list[str]:
     return lines(("model, half precision", "a sample's two rows wait with", "400 samples"), rows, 2)
 
 
-def flux() -> list[str]:
-    data = load("flux_memory.json")
-    rows = [
-        (
-            *where,
-            str(data[name].get("loras", 2)),
-            str(data[name].get("rank", 16)),
-            short(f"{data[name]['gib_beyond_the_model']:.2f}"),
-        )
-        for name, where in FLUX.items()
-    ]
-    return lines(("width", "sites", "LoRAs", "rank", "GiB beyond the model"), rows)
-
-
 def ratios() -> list[str]:
     rows = [(name, f"{value:.2f}") for name, value in load("speed.json")["ratios"].items()]
     return lines(("ratio", "value"), rows)
@@ -120,7 +96,6 @@ def parts() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": memory,
     "waiting": waiting,
-    "flux": flux,
     "ratios": ratios,
     **{f"growth, {what}": partial(growth, what) for what in GROWTH},
     "floors": floors,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-from markdown_tables import lines, load, short
+from markdown_tables import lines, load, load_rows, short
 
 NAMES = {"single": "each LoRA alone", "sum": "sum"}
 NEW_WORDS = (
@@ -80,6 +81,40 @@ def composites() -> list[str]:
     return lines(("", *next(iter(found.values()))), rows)
 
 
+_NEW_WORDS = {"alone": "each alone", "iteris": "**IterIS**", "regmean++": "RegMean++"}
+
+
+def minilm() -> list[str]:
+    """Attributes and backgrounds that are right, of all LoRAs of a merge."""
+    kinds = ("seen", "contexts", "new")
+    rows: list[list[str]] = []
+    for entry in load_rows("minilm_new_words.jsonl"):
+        method, _, settings = entry["label"].partition(" ")
+        name = " ".join([_NEW_WORDS.get(method, method), settings]).strip()
+        cells = [short(f"{entry[kind][0]:.2f} / {entry[kind][1]:.2f}") for kind in kinds]
+        rows.append([str(len(entry["names"])), name, *cells])
+    order = sorted(rows, key=lambda row: int(row[0]))
+    return lines(("LoRAs", "", "seen", "new contexts", "new words"), order)
+
+
+def contexts() -> list[str]:
+    """Seen / new words: the denoiser's error, attributes and backgrounds that are right; the mean
+    of the sets of up to five LoRAs, and the set of six."""
+    rows: list[list[str]] = []
+    for name, sets in load("contexts.json").items():
+        few = [of for numbers, of in sets.items() if len(numbers.split(",")) < 6]
+        six = [of for numbers, of in sets.items() if len(numbers.split(",")) == 6]
+        means = [
+            [fmean(of[kind][i] for of in some) for kind in ("seen", "new")]
+            for some in (few, six)
+            for i in range(3)
+        ]
+        rows.append([short(name), *(short(f"{seen:.3f} / {new:.3f}") for seen, new in means)])
+    columns = ("error", "attributes", "backgrounds")
+    heads = [f"{of}: {column}" for of in ("four and five", "six") for column in columns]
+    return lines(("contexts", *heads), rows, right=6)
+
+
 def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: str) -> str:
     figure, lead = kinds.get(kind, {}).get(name), ahead.get(kind, {}).get(name)
     if figure is None:
@@ -89,13 +124,15 @@ def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: s
         return mean
     if lead["interval"] is None:
         return short(f"{mean} ({lead['mean']:+.3f})")
-    told = short(f"({lead['mean']:+.3f} ± {lead['interval'][1] - lead['mean']:.3f})")
-    return f"{mean} **{told}**" if lead["verdict"] != "level" else f"{mean} {told}"
+    lead_text = short(f"({lead['mean']:+.3f} ± {lead['interval'][1] - lead['mean']:.3f})")
+    return f"{mean} **{lead_text}**" if lead["verdict"] != "level" else f"{mean} {lead_text}"
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
     "composites": composites,
+    "minilm": minilm,
+    "contexts": contexts,
     "unseen styles": partial(unseen, "unseen_styles.json", "2", STYLED),
     **{
         f"unseen toybox before {size}": partial(

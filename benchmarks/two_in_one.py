@@ -13,7 +13,7 @@ both shapes. ``halves`` and ``halves, both`` are the same where each half is den
 its own, of two of its concept, as regional prompts do: the same LoRA, and twice the time of a
 picture. ``three`` and ``three, all`` are of three neighbours in a row, half a picture wide each,
 denoised in the same way from windows of two (``protocol/in_a_row.py``); as many pictures a row.
-``image``, ``judge`` and ``text`` are of each concept alone, as in ``reported.py``.
+``image``, ``judge`` and ``text`` are of each concept alone.
 ``ahead`` is each of them less the default's, with the standard error over pairs or concepts.
 ``composite`` is no merge: LoRAs, each of which denoises its region, which is what a block is drawn
 toward by the setting ``block_pairs``.
@@ -28,13 +28,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import emoji_tables
-import reported
 from outputs import QUICK, read, result_file, write
-from protocol.emoji import EmojiWorld
-from protocol.plan import OURS
 from protocol.settings import Chosen
 from protocol.world import RowWorld, Wanted
+from worlds import emoji, reported, settings_of
 
 from iteris_core import Lora, merge_loras
 from iteris_core.score.statistics import over_compositions
@@ -46,11 +43,11 @@ SETS: Mapping[int, Sequence[Sequence[int]]] = {
     7: [(1, 2, 4, 5, 7, 8, 10)],
     10: [tuple(range(1, 11))],
 }
+OURS = "iteris"
 PICTURES = 2 if QUICK else 20
 ALONE = range(1, 2 if QUICK else 5)
 RIVALS = ("regmean++", "ssr", "regmean", "ties", "dare-ties", "task-arithmetic")
-"""SSR-Merge, and those of others that are among the three best in such pictures in ``quality.json``
-with two or with five concepts."""
+"""SSR-Merge, and those that were among the three best in such pictures of the toybox's own ten."""
 POLISH = {"block_steps": 120}
 POLISHED = f"{OURS}, polished"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -89,15 +86,15 @@ Scores = dict[str, list[float]]
 class Case:
     """A world, the settings that its rivals have, where the table goes, and what is measured."""
 
-    world: Callable[[], RowWorld]
+    world: Callable[[], Any]
     chosen: Chosen
     file: str
     kinds: Sequence[str]
 
 
 WORLDS = {
-    "toybox": Case(reported.world, reported.CHOSEN, "two_in_one.json", (*KINDS, ALONE_TOO)),
-    "emoji": Case(EmojiWorld, emoji_tables.CHOSEN, "two_in_one_emoji.json", ("pair", "halves")),
+    "toybox": Case(reported, settings_of("reported"), "two_in_one.json", (*KINDS, ALONE_TOO)),
+    "emoji": Case(emoji, settings_of("emoji"), "two_in_one_emoji.json", ("pair", "halves")),
 }
 
 

@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from markdown_tables import lines, short
-from outputs import RESULTS, result_file, write
-from protocol.plan import Settings
-from protocol.settings import Chosen
-from protocol.unseen import Plan, UnseenRuns, Variant, figures, rows_of_size
-from protocol.world import UnseenWorld
-from quality import TUNED
+from outputs import result_file, write
+from protocol.figures import figures, rows_of_size
+from protocol.plan import Plan, Variant
+from protocol.runs import Runs
+from worlds import WORLDS, settings_of
 
 METHODS = (
     "iteris,regmean++,regmean++@searched,chain-of-merges,chain-of-merges@searched,"
@@ -41,50 +40,9 @@ SHOWN: Mapping[str, Sequence[str]] = {
 """Kind of prompt → the columns that are printed; the file has more."""
 
 
-def _toybox() -> UnseenWorld:
-    from protocol.toybox import ToyboxWorld
-
-    return ToyboxWorld()
-
-
-def _reported() -> UnseenWorld:
-    from reported import world
-
-    return world()
-
-
-def _twenty() -> UnseenWorld:
-    from protocol.toybox import ToyboxWorld
-    from twenty_concepts import ROOT
-
-    return ToyboxWorld(ROOT)
-
-
-def _emoji() -> UnseenWorld:
-    from protocol.emoji import EmojiWorld
-
-    return EmojiWorld()
-
-
-def _styles() -> UnseenWorld:
-    from protocol.styles import StyleWorld
-
-    return StyleWorld()
-
-
-WORLDS: Mapping[str, tuple[Callable[[], UnseenWorld], str]] = {
-    "toybox": (_toybox, "reported"),
-    "reported": (_reported, "reported"),
-    "twenty": (_twenty, "reported"),
-    "emoji": (_emoji, "emoji"),
-    "styles": (_styles, "reported"),
-}
-"""World → how it is loaded, and whose search has settings for it"""
-
-
-def kinds_of(world: str) -> tuple[type[Plan], type[UnseenRuns]]:
+def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
     if world != "styles":
-        return Plan, UnseenRuns
+        return Plan, Runs
     from protocol.styles import StyledPlan, StyledRuns
 
     return StyledPlan, StyledRuns
@@ -127,12 +85,7 @@ def main() -> None:
         print("\nstopped by --seconds")
 
 
-def settings_of(search: str) -> Settings:
-    """What a search found on that world, for methods marked ``@searched``."""
-    return Chosen(RESULTS / f"{search}_settings.json", TUNED)
-
-
-def results(plan: Plan, alone: UnseenRuns, merged: UnseenRuns) -> dict[str, Any]:
+def results(plan: Plan, alone: Runs, merged: Runs) -> dict[str, Any]:
     ours = plan.variants[0].label
     return {
         "default": ours,
@@ -140,7 +93,7 @@ def results(plan: Plan, alone: UnseenRuns, merged: UnseenRuns) -> dict[str, Any]
         "replicates": plan.replicates,
         "settings": {
             v.label: {
-                str(size): dict(v.trial(("",) * size, 0, 0, plan.searched).settings)
+                str(size): dict(v.unit(("",) * size, 0, 0, plan.searched).settings)
                 for size in plan.sizes
             }
             for v in plan.variants

@@ -4,7 +4,7 @@
         --lora cat.safetensors:sks:cat --lora dog.safetensors:zwx:dog
 
 A LoRA is FILE:TRIGGER:CLASS, trained on the transformer, CLIP, or both. Moments of the widest sites
-(15360 inputs) take 1 GiB for each LoRA, see benchmarks/FLUX.md.
+(15360 inputs) take 1 GiB for each LoRA.
 """
 
 from __future__ import annotations

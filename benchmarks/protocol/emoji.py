@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,7 +19,6 @@ from PIL import Image
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.score import ClipScorer, without_tokens
-from toybox.judge import halves
 
 from .drawing import draw
 from .in_a_row import Part, flux, ring
@@ -62,7 +59,6 @@ class EmojiWorld:
         every = list(self._subjects)
         self.subjects = tuple(every[:-REPORTED] if tuning else every[-REPORTED:])
         self.styles = () if tuning else tuple(self._styles)
-        self.collapse_below = (_halfway(every[:-REPORTED]),)
         self.calibration: dict[str, Any] = {"templates": templates()}
         known = ("a {}", "{}", *(f"a {{}} on a {background} background" for background in SEEN))
         self.half: dict[str, Any] = {"templates": known}
@@ -90,11 +86,6 @@ class EmojiWorld:
         what = self._subjects[name].prompt
         return [Wanted((name,), f"a {what} on a {b} background", seed) for b in _backgrounds(seed)]
 
-    def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
-        """Each two neighbours side by side, the first and the last as well: the base draws no more
-        than two things."""
-        return self.rows(names, 2, seed) if len(names) > 1 else []
-
     def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
         """Each ``count`` neighbours side by side, those across the end as well."""
         return [Wanted(shown, self._in_a_row(shown, seed), seed) for shown in ring(names, count)]
@@ -121,13 +112,6 @@ class EmojiWorld:
             for name in names
             for b in backgrounds
             for one in range(100 * seed, 100 * seed + (SPREAD if kind == "spread" else 1))
-        ]
-
-    def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
-        what, words = self._subjects[subject].prompt, self._styles[style].words
-        return [
-            Wanted((subject, style), f"a {what} on a {background} background {words}", seed)
-            for background in _backgrounds(seed)
         ]
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
@@ -189,19 +173,6 @@ class EmojiWorld:
         clip = self._judges["clip"]
         return clip.text_alignment(images, plain).tolist()
 
-    def crops(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> list[tuple[Image.Image | None, ...]]:
-        """The halves; a subject is found where the independent features of its half are more like
-        its own references than like those of any other subject of the world."""
-        return [
-            tuple(
-                half if self._likest(half) == name else None
-                for half, name in zip(halves(image), w.shown, strict=True)
-            )
-            for image, w in zip(images, wanted, strict=True)
-        ]
-
     def _likest(self, image: Image.Image) -> str:
         (vector,) = self._judges["image"].embed_images([image])
         return max(
@@ -240,11 +211,3 @@ def templates() -> tuple[str, ...]:
 
 def _backgrounds(seed: int) -> list[str]:
     return list(islice(cycle(BACKGROUNDS), EACH * seed, EACH * (seed + 1)))
-
-
-def _halfway(names: Sequence[str]) -> float:
-    """Between the base and each LoRA alone, of subjects that are not reported."""
-    path = Path(emoji.ROOT) / "weights" / "quality.json"
-    found = [json.loads(path.read_text())["loras"][name] for name in names]
-    means = [fmean(of[f"likeness_{when}"] for of in found) for when in ("with", "without")]
-    return round(fmean(means), 3)

@@ -1,4 +1,4 @@
-"""What is measured: sets of concepts, methods, regimes and replicates, the most telling first."""
+"""What is measured: sets of concepts, methods, and what a method is given."""
 
 from __future__ import annotations
 
@@ -10,65 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from iteris_core import Calibration
+from iteris_core.methods import find_method
+
+from .world import World
+
+SINGLE, BASE, SWITCHED = "single", "base", "k-lora"
+"""No merges: each LoRA alone, no LoRA, and both files of a subject and a style, of which each layer
+has one at each step."""
+
 REGIMES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "few": {"samples": 1, "timesteps": 1},
 }
-"""What is collected for a merge: our defaults; one prompt at one timestep a LoRA, as SSR-Merge."""
-
-BETWEEN: Mapping[str, tuple[Mapping[str, Any], str]] = {
-    "2x2": ({"samples": 2, "timesteps": 2}, "few"),
-    "6x1": ({"samples": 6, "timesteps": 1}, "few"),
-    "12x4": ({"samples": 12, "timesteps": 4}, "default"),
-}
-"""What is collected between the two, and of which of them rivals have their settings."""
-
-
-def collected(regime: str) -> Mapping[str, Any]:
-    """What a regime, or one between, says of the calibration."""
-    return REGIMES[regime] if regime in REGIMES else BETWEEN[regime][0]
-
-
-SINGLE, BASE, OURS = "single", "base", "iteris"
-POLISHED = "iteris-polished"
-OWN: Mapping[str, Mapping[str, Any]] = {OURS: {}, POLISHED: {"block_steps": 120}}
-"""Ours, with its defaults, and with the steps of the preset ``best`` on as many prompts. These take
-long and follow what was collected: of 50 prompts only."""
-SWITCHED = "k-lora"
-"""Both LoRAs' files, of which each layer has one at each step: of a subject with a style only."""
-METHODS = (
-    SINGLE,
-    BASE,
-    OURS,
-    "ssr",
-    "regmean++",
-    POLISHED,
-    SWITCHED,
-    "regmean",
-    "ties",
-    "dare-linear",
-    "average",
-    "task-arithmetic",
-    "knots",
-    "orthogonal",
-    "ace",
-    "chain-of-merges",
-    "wudi",
-    "della",
-    "loraclr",
-    "gradient-fusion",
-    "dare-ties",
-    "custom-diffusion",
-    "della-linear",
-    "sum",
-    "svd",
-    "iteris-subspace",
-)
-"""From the most telling to the least, so that a run which is stopped has the first ones."""
-
-REPLICATES = 3
-"""Each has its own training of the LoRAs, calibration seed, picture seed and sets, so that the
-spread over sets and replicates holds all of them."""
+"""What is collected for a merge: the defaults; one prompt at one timestep a LoRA, as SSR-Merge."""
 
 Settings = Callable[[str, int, str], Mapping[str, Any]]
 """(method, how many are merged, regime) → settings of the method"""
@@ -76,16 +31,15 @@ Settings = Callable[[str, int, str], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Unit:
-    """One merge and its pictures. ``styled`` marks a subject with a style in one picture;
-    ``trained`` is which of the trainings of the LoRAs it has."""
+    """One merge and its pictures. ``trained`` is which of the trainings of the LoRAs it has,
+    ``calibration`` fields of it beside the world's half of its templates."""
 
     method: str
     names: tuple[str, ...]
-    regime: str = "default"
     replicate: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    styled: bool = False
     trained: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def key(self) -> str:
@@ -116,46 +70,88 @@ def styled_pairs(
 
 def uses_data(method: str) -> bool:
     """Whether regimes differ for it: a method that only looks at weights has one result."""
-    from iteris_core.methods import find_method
-
-    return method not in (SINGLE, BASE, SWITCHED) and find_method(merged_by(method)).needs_host
+    return method not in (SINGLE, BASE, SWITCHED) and find_method(method).needs_host
 
 
-def merged_by(method: str) -> str:
-    """The registered method of a row."""
-    return OURS if method in OWN else method
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: a method with settings and fields of the calibration."""
+
+    label: str
+    method: str
+    settings: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    searched: bool = False
+
+    @classmethod
+    def parsed(cls, label: str) -> Variant:
+        """From ``METHOD[@searched][:FIELD=VALUE]…``, each field the method's or the calibration's;
+        ``@searched`` starts from the settings that a search found for the number of LoRAs."""
+        head, *fields = label.split(":")
+        method, _, which = head.partition("@")
+        if which not in ("", "searched"):
+            raise ValueError(f"{label!r}: only @searched may follow a method, not @{which}.")
+        pairs = {name: _value(value) for name, _, value in (f.partition("=") for f in fields)}
+        of_calibration = set(Calibration.__dataclass_fields__)
+        return cls(
+            label,
+            method,
+            {name: value for name, value in pairs.items() if name not in of_calibration},
+            {name: value for name, value in pairs.items() if name in of_calibration},
+            which == "searched",
+        )
+
+    def unit(
+        self, names: tuple[str, ...], replicate: int, trained: int, searched: Settings
+    ) -> Unit:
+        found = searched(self.method, len(names), "default") if self.searched else {}
+        return Unit(
+            self.method,
+            names,
+            replicate=replicate,
+            settings={**found, **self.settings},
+            trained=trained,
+            calibration=self.calibration,
+        )
 
 
-def regimes_of(method: str, regimes: Sequence[str]) -> Sequence[str]:
-    """Those in which it is measured."""
-    return regimes if uses_data(method) and method != POLISHED else ("default",)
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
-def units(
-    subjects: Sequence[str],
-    styles: Sequence[str],
-    sizes: Sequence[int],
-    settings: Settings,
-    *,
-    methods: Sequence[str] = METHODS,
-    regimes: Sequence[str] = tuple(REGIMES),
-    replicates: int = REPLICATES,
-    trained: int = 1,
-) -> Iterator[Unit]:
-    """All that is to be measured, replicate by replicate, and in each method by method."""
-    for replicate, method in product(range(replicates), methods):
-        which = 0 if method == BASE else replicate % trained
-        if method in (SINGLE, BASE):
-            yield from (
-                Unit(method, (name,), replicate=replicate, trained=which) for name in subjects
-            )
-        elif method != SWITCHED:
-            for regime in regimes_of(method, regimes):
-                for size in sizes:
-                    own = settings(method, size, regime)
-                    for names in sets_of(subjects, size, replicate):
-                        yield Unit(method, names, regime, replicate, own, trained=which)
-        for pair in styled_pairs(subjects, styles, replicate):
-            for regime in regimes_of(method, regimes):
-                own = {} if method in (SINGLE, BASE) else settings(method, 2, regime)
-                yield Unit(method, pair, regime, replicate, own, True, which)
+@dataclass(frozen=True)
+class Plan:
+    """The merges of a table: ``per_size`` sets of each size at most in each replicate."""
+
+    world: World
+    variants: Sequence[Variant]
+    sizes: Sequence[int]
+    replicates: int
+    searched: Settings
+    per_size: int | None = None
+
+    def references(self) -> Iterator[Unit]:
+        """Of all sets what each LoRA alone and the base have, each once."""
+        known: dict[str, Unit] = {}
+        for replicate, size in product(range(self.replicates), self.sizes):
+            for names, method in product(self.sets(size, replicate), (SINGLE, BASE)):
+                known |= {one.key: one for one in self.references_of(method, names, replicate)}
+        yield from known.values()
+
+    def references_of(self, method: str, names: Sequence[str], replicate: int) -> list[Unit]:
+        """Those of a set, by concept."""
+        trained = 0 if method == BASE else replicate % self.world.trained
+        return [Unit(method, (name,), replicate=replicate, trained=trained) for name in names]
+
+    def merges(self) -> Iterator[tuple[Variant, Unit]]:
+        """Set by set, so that methods can be paired on what a run that was stopped has."""
+        for replicate, size in product(range(self.replicates), self.sizes):
+            trained = replicate % self.world.trained
+            for names, variant in product(self.sets(size, replicate), self.variants):
+                yield variant, variant.unit(names, replicate, trained, self.searched)
+
+    def sets(self, size: int, replicate: int) -> list[tuple[str, ...]]:
+        return sets_of(self.world.subjects, size, replicate)[: self.per_size]

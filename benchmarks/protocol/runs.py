@@ -1,4 +1,10 @@
-"""Runs the units of a plan on a world, each once, and keeps what came out line by line."""
+"""Runs the units of a plan on a world, each once, and keeps what came out line by line.
+
+Each merge is calibrated on half of its world's templates and drawn on prompts of several kinds
+(:class:`~.world.World`). ``no trigger`` pictures are held against the base's own of the same
+prompts and noise; ``spread`` is how far pictures of one prompt lie apart over seeds, as a share of
+what each LoRA's own pictures do.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +13,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from klora import KLora, k_lora
 from PIL import Image
 
 from iteris_core import Calibration, Lora, merge_loras
 from iteris_core.merge import MergeResult
 
-from .plan import BASE, SINGLE, SWITCHED, Unit, collected, merged_by
+from .plan import BASE, SINGLE, SWITCHED, Unit
 from .world import Wanted, World
 
 Entry = dict[str, Any]
-"""``key`` and ``unit``; ``alone``: [name, {judge: likeness}, text]; ``together`` and ``styled``:
-[names, [{judge: likeness} or None for each], text]; of a merge ``seconds`` of this process's
-processor time, the largest ``rank`` and the ``bytes`` of its file."""
+"""``key``; for each kind of prompt ``[name, figures]`` of each picture, of ``spread`` of each
+concept; of a merge ``seconds`` of this process's processor time, the largest ``rank`` and the
+``bytes`` of its file."""
 
 
 class Runs:
@@ -57,24 +67,16 @@ class Runs:
 
     def measure(self, unit: Unit) -> Entry:
         """Merge, draw and judge."""
-        if unit.method == SINGLE and unit.styled:
-            return self._each_alone(unit)
         if unit.method == SWITCHED:
-            return self._switched(unit)
+            self._of_base(self.world.prompted("no trigger", unit.names, unit.replicate + 1))
+            with self._switched(unit):
+                return {kind: self._of(None, kind, unit) for kind in self.world.kinds}
         lora, entry = self._merged(unit)
-        if unit.styled:
-            wanted = self.world.styled(*unit.names, unit.replicate + 1)
-            return entry | {"styled": self._styled(lora, wanted)}
-        alone = [w for name in unit.names for w in self.world.alone(name, unit.replicate + 1)]
-        entry["alone"] = self._alone(lora, alone)
-        several = self.world.together(unit.names, unit.replicate + 1)
-        if several:
-            entry["together"] = self._together(lora, several)
-        return entry
+        return entry | {kind: self._of(lora, kind, unit) for kind in self.world.kinds}
 
     def calibration(self, unit: Unit) -> Calibration:
         return Calibration.from_mapping(
-            {**self.world.calibration, **collected(unit.regime), "seed": unit.replicate}
+            {**self.world.half, "seed": unit.replicate, **unit.calibration}
         )
 
     def _merged(self, unit: Unit) -> tuple[Lora | None, Entry]:
@@ -88,7 +90,7 @@ class Runs:
         result = merge_loras(
             self.world.host,
             concepts,
-            merged_by(unit.method),
+            unit.method,
             settings=unit.settings,
             calibration=self.calibration(unit),
         )
@@ -99,61 +101,65 @@ class Runs:
             "bytes": _bytes(result),
         }
 
-    def _alone(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Any]:
-        images = self.world.draw(lora, wanted)
-        names = [w.shown[0] for w in wanted]
-        judged = self.world.likeness(images, names)
-        texts = self.world.text_alignment(images, wanted)
-        return [
-            [name, {judge: values[i] for judge, values in judged.items()}, text]
-            for i, (name, text) in enumerate(zip(names, texts, strict=True))
-        ]
-
-    def _together(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Any]:
-        images = self.world.draw(lora, wanted)
-        texts = self.world.text_alignment(images, wanted)
-        cut = self.world.crops(images, wanted)
-        return [
-            [w.shown, [self._one(crop, name) for crop, name in zip(crops, w.shown, strict=True)], t]
-            for w, crops, t in zip(wanted, cut, texts, strict=True)
-        ]
-
-    def _styled(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Any]:
-        images = self.world.draw(lora, wanted)
-        texts = self.world.text_alignment(images, wanted)
-        return [
-            [w.shown, [self._one(image, name) for name in w.shown], text]
-            for w, image, text in zip(wanted, images, texts, strict=True)
-        ]
-
-    def _each_alone(self, unit: Unit) -> Entry:
-        """Of a subject with a style each LoRA by itself: the subject's likeness with the subject's
-        LoRA, the style's with the style's, as what a merge of both would have at best."""
-        wanted = self.world.styled(*unit.names, unit.replicate + 1)
-        parts = [
-            self._styled(concept.lora, wanted)
-            for concept in self.world.concepts(unit.names, unit.trained)
-        ]
-        return {
-            "styled": [
-                [shown, [of_subject[0], of_style[1]], text]
-                for (shown, of_subject, text), (_, of_style, _) in zip(*parts, strict=True)
-            ]
-        }
-
-    def _switched(self, unit: Unit) -> Entry:
+    def _switched(self, unit: Unit) -> AbstractContextManager[None]:
         """Of a subject with a style by K-LoRA: no merge, and both files."""
         first, second = (c.lora for c in self.world.concepts(unit.names, unit.trained))
         host = self.world.host
-        pair = KLora(first, second)
-        wanted = self.world.styled(*unit.names, unit.replicate + 1)
-        with k_lora(pair, host.sites(), host.denoiser, self.world.calls):
-            return {"styled": self._styled(None, wanted)}
+        return k_lora(KLora(first, second), host.sites(), host.denoiser, self.world.calls)
 
-    def _one(self, image: Image.Image | None, name: str) -> dict[str, float] | None:
-        if image is None:
-            return None
-        return {judge: values[0] for judge, values in self.world.likeness([image], [name]).items()}
+    def _of(self, lora: Lora | None, kind: str, unit: Unit) -> list[Any]:
+        wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)
+        plain = unit.method == BASE and kind == "no trigger"
+        images = self._of_base(wanted) if plain else self.world.draw(lora, wanted)
+        return self._read(kind, images, wanted)
+
+    def _read(
+        self, kind: str, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[Any]:
+        if kind == "spread":
+            names = [w.shown[0] for w in wanted]
+            return [[one, self._spread(images, names, one)] for one in dict.fromkeys(names)]
+        read = self.world.read(images, wanted)
+        if kind == "no trigger":
+            base = self._of_base(wanted)
+            cosines = (self.world.embedded(images) * self.world.embedded(base)).sum(1).tolist()
+            read = [
+                {**figures, "likeness": cosine, "pixels": pixels(image, other)}
+                for figures, cosine, image, other in zip(read, cosines, images, base, strict=True)
+            ]
+        return [
+            [" ".join(w.shown), {name: round(value, 4) for name, value in figures.items()}]
+            for w, figures in zip(wanted, read, strict=True)
+        ]
+
+    def _spread(
+        self, images: Sequence[Image.Image], names: Sequence[str], one: str
+    ) -> dict[str, float]:
+        """How far the pictures of ``one`` lie apart on average, by the world's CLIP (one less the
+        cosine) and by pixels."""
+        own = [image for image, name in zip(images, names, strict=True) if name == one]
+        vectors = self.world.embedded(own)
+        pairs = list(combinations(range(len(own)), 2))
+        return {
+            "share": fmean(float(1 - vectors[i] @ vectors[j]) for i, j in pairs),
+            "share of pixels": fmean(pixels(own[i], own[j]) for i, j in pairs),
+        }
+
+    def _of_base(self, wanted: Sequence[Wanted]) -> Sequence[Image.Image]:
+        """The base's own pictures, drawn once."""
+        key = tuple((w.prompt, w.seed) for w in wanted)
+        if self._base_key != key:
+            self._base_key, self._base_images = key, self.world.draw(None, wanted)
+        return self._base_images
+
+    _base_key: tuple[tuple[str, int], ...] = ()
+    _base_images: Sequence[Image.Image] = ()
+
+
+def pixels(image: Image.Image, other: Image.Image) -> float:
+    """The root of the mean squared difference of two pictures' values from 0 to 1."""
+    one, two = (np.asarray(i.convert("RGB"), dtype=float) / 255 for i in (image, other))
+    return float(np.sqrt(((one - two) ** 2).mean()))
 
 
 def _bytes(result: MergeResult) -> int:

@@ -22,10 +22,9 @@ import toybox
 from iteris_core import Concept, Lora
 from toybox.draw import Thing, compose, describe, random_thing
 
-from .plan import SINGLE, Unit, styled_pairs
-from .runs import Entry
+from .plan import SINGLE, Plan, Unit, styled_pairs
+from .runs import Entry, Runs
 from .toybox import NEW, SEEN, ToyboxWorld, plain_prompts
-from .unseen import Plan, Trial, UnseenRuns
 from .world import Wanted
 
 ROWS = 50
@@ -167,15 +166,15 @@ class StyledPlan(Plan):
     """Pairs of a subject with a style. What each LoRA alone and the base have is also of a pair,
     since its prompts are."""
 
-    def references_of(self, method: str, names: Sequence[str], replicate: int) -> list[Trial]:
-        return [Trial(method, tuple(names), replicate=replicate)]
+    def references_of(self, method: str, names: Sequence[str], replicate: int) -> list[Unit]:
+        return [Unit(method, tuple(names), replicate=replicate)]
 
     def sets(self, size: int, replicate: int) -> list[tuple[str, ...]]:
         pairs = styled_pairs(self.world.subjects, self.world.styles, replicate)
         return pairs[: self.per_size]
 
 
-class StyledRuns(UnseenRuns):
+class StyledRuns(Runs):
     """Of each LoRA alone, figures of the subject are with the subject's LoRA and those of the style
     with the style's."""
 

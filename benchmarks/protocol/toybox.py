@@ -18,7 +18,6 @@ from iteris_core.score import without_tokens
 from toybox import PAIR_TEMPLATES, TEMPLATES
 from toybox.draw import BACKGROUNDS as SCENES
 from toybox.draw import SIZE, compose, describe, random_thing
-from toybox.judge import halves
 
 from .in_a_row import Part, ring, stable_diffusion
 from .world import FIGURES, KINDS, Judged, Wanted
@@ -37,11 +36,7 @@ class ToyboxWorld:
     """``root`` is laid out like the toybox; without it the concepts are the toybox's own."""
 
     sizes = (2, 3, 5, 7, 10)
-    styles: Sequence[str] = ()
     kinds = KINDS
-    collapse_below = (0.62, 0.55, 0.7)
-    """Of the toybox's own concepts the base has .49 and each LoRA alone .75 (quality.json): a
-    subject that is nearer to what the base draws than to itself is lost."""
 
     def __init__(self, root: Path = toybox.ROOT) -> None:
         self._loaded = Loaded(root)
@@ -76,11 +71,6 @@ class ToyboxWorld:
             for background in turn
         ]
 
-    def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
-        """Each two neighbours side by side, the first and the last as well: the base draws no more
-        than two things."""
-        return self.rows(names, 2, seed) if len(names) > 1 else []
-
     def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
         """Each ``count`` neighbours side by side, those across the end as well."""
         return [Wanted(shown, self._in_a_row(shown, shown), seed) for shown in ring(names, count)]
@@ -113,9 +103,6 @@ class ToyboxWorld:
                 prompt = compose((f"{name} {concept.class_word}",), background)
                 wanted += [Wanted((name,), prompt, one, background) for one in seeds]
         return wanted
-
-    def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
-        return []
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         return self._loaded.draw(lora, wanted)
@@ -184,23 +171,6 @@ class ToyboxWorld:
     ) -> Sequence[float]:
         plain = [without_tokens(w.prompt, self.subjects) for w in wanted]
         return self._loaded.scorer.text_alignment(images, plain).tolist()
-
-    def crops(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> list[tuple[Image.Image | None, ...]]:
-        """The halves; a subject is found where the judge reads its shape."""
-        cut = [halves(image) for image in images]
-        read = self._loaded.judge.read_halves(images)
-        found: list[tuple[Image.Image | None, ...]] = []
-        for picture, attributes, w in zip(cut, read, wanted, strict=True):
-            words = [self._loaded.concepts[name].class_word for name in w.shown]
-            found.append(
-                tuple(
-                    half if seen.shape == word else None
-                    for half, seen, word in zip(picture, attributes, words, strict=True)
-                )
-            )
-        return found
 
 
 def seeds_of(kind: str, seed: int) -> list[int]:

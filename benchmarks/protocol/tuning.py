@@ -9,7 +9,7 @@ from typing import Any
 
 from rivals import GRIDS, tuned
 
-from .plan import METHODS, REGIMES, Unit, sets_of, uses_data
+from .plan import REGIMES, Unit, sets_of, uses_data
 from .runs import Runs
 from .settings import Chosen
 
@@ -26,7 +26,7 @@ class Tuning:
 
     def search(self, methods: Iterable[str] = (), regimes: Iterable[str] = tuple(REGIMES)) -> bool:
         """Find what is not known yet; whether all is known now."""
-        names = tuple(methods) or [name for name in METHODS if GRIDS.get(name)]
+        names = tuple(methods) or [name for name, grid in GRIDS.items() if grid]
         places = [
             (method, size, regime)
             for size in self._runs.world.sizes
@@ -47,13 +47,16 @@ class Tuning:
 
     def _scorer(self, regime: str) -> Any:
         def score(method: str, size: int, settings: Mapping[str, Any]) -> float:
-            """The mean of likeness and text alignment."""
+            """The mean of likeness and text alignment on new words."""
             sets = sets_of(self._runs.world.subjects, size, 0)[: max(1, SUBJECTS // size)]
-            units = [Unit(method, names, regime, 0, settings) for names in sets]
+            units = [
+                Unit(method, names, settings=settings, calibration=REGIMES[regime])
+                for names in sets
+            ]
             if not self._runs.run(units, self._until - time.monotonic()):
                 raise _OutOfTime
-            pictures = [row for unit in units for row in self._runs.known[unit.key]["alone"]]
-            return fmean((judged["image"] + text) / 2 for _, judged, text in pictures)
+            pictures = [row for unit in units for row in self._runs.known[unit.key]["new words"]]
+            return fmean((found["likeness"] + found["text"]) / 2 for _, found in pictures)
 
         return score
 

@@ -18,7 +18,7 @@ from .in_a_row import Part
 @dataclass(frozen=True)
 class Wanted:
     """A picture to draw: what it should show, from left to right, or a subject and its style; and
-    the background that its prompt requests, as :meth:`UnseenWorld.scenes` reads it."""
+    the background that its prompt requests, as :meth:`World.read` reads it."""
 
     shown: tuple[str, ...]
     prompt: str
@@ -27,86 +27,47 @@ class Wanted:
 
 
 Judged = Mapping[str, Sequence[float]]
-"""judge → a likeness for each picture, from 0 to 1. The first judge is the one that tables call
-``image``; the others stand beside it under their own names."""
+"""judge → a likeness for each picture, from 0 to 1"""
 
 
 KINDS = ("seen", "new words", "no trigger", "spread")
 FIGURES = ("likeness", "judge", "text", "scene")
-"""Of :class:`UnseenWorld`: kinds of prompt, and figures of a picture that shows a concept."""
+"""Kinds of prompt, and figures of a picture that shows a concept."""
 
 
 class World(Protocol):
     """Concepts with LoRAs and references, a pipeline that draws them, and judges of pictures.
 
     Concepts go by their names. ``trained`` is how many LoRAs each concept has, of other training
-    seeds; ``calls`` is how often the denoiser is called for a picture; ``collapse_below`` are the
-    likenesses under which a subject counts as lost, the first one in the tables, chosen on concepts
-    that are not reported.
+    seeds; ``calls`` is how often the denoiser is called for a picture. A merge is calibrated on
+    half of the world's templates and drawn on prompts of the other half: ``half`` holds the fields
+    of that calibration, ``calibration`` those with all templates.
+
+    ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
+    words``: no word but trigger and class is in any row's template. ``no trigger``: prompts of the
+    base's own. ``spread``: several seeds of one prompt with new words.
     """
 
     host: DiffusersHost
     subjects: Sequence[str]
-    styles: Sequence[str]
     sizes: Sequence[int]
     trained: int
     calls: int
-    collapse_below: Sequence[float]
     calibration: Mapping[str, Any]
+    half: Mapping[str, Any]
+    kinds: Sequence[str]
 
     def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
         """What is merged, with the LoRAs of that training."""
         ...
 
-    def alone(self, name: str, seed: int) -> list[Wanted]:
-        """Pictures of one subject, one for each of some prompts."""
-        ...
-
-    def together(self, names: Sequence[str], seed: int) -> list[Wanted]:
-        """Pictures of several subjects of a merge of ``names``; none of a single one."""
-        ...
-
-    def styled(self, subject: str, style: str, seed: int) -> list[Wanted]:
-        """Pictures of the subject in the style."""
+    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
+        """Pictures of each of ``names`` by prompts of that kind. ``no trigger`` shows none of
+        them, and has the same prompts whatever the names are."""
         ...
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
         """The pictures with the LoRA, or of the base model; always the same ones."""
-        ...
-
-    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
-        """Each picture's mean likeness to all references of the concept of its place in
-        ``names``."""
-        ...
-
-    def text_alignment(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> Sequence[float]:
-        """Each picture's alignment to its prompt without rare tokens."""
-        ...
-
-    def crops(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> list[tuple[Image.Image | None, ...]]:
-        """For each picture the part that shows each of ``shown``; None for one not found."""
-        ...
-
-
-class UnseenWorld(World, Protocol):
-    """A world that is calibrated on half of its templates and drawn on prompts of the other half.
-
-    ``half`` holds the fields of that calibration. ``kinds`` are kinds of prompt. ``seen``: from
-    templates that calibration rows have. ``new words``: no word but trigger and class is in any
-    row's template. ``no trigger``: prompts of the base's own. ``spread``: several seeds of one
-    prompt with new words.
-    """
-
-    half: Mapping[str, Any]
-    kinds: Sequence[str]
-
-    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
-        """Pictures of each of ``names`` by prompts of that kind. ``no trigger`` shows none of
-        them, and has the same prompts whatever the names are."""
         ...
 
     def read(
@@ -124,6 +85,21 @@ class UnseenWorld(World, Protocol):
 
 class RowWorld(World, Protocol):
     """A world whose pictures can be drawn region by region, as regional prompts do."""
+
+    def alone(self, name: str, seed: int) -> list[Wanted]:
+        """Pictures of one subject, one for each of some prompts."""
+        ...
+
+    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
+        """Each picture's mean likeness to all references of the concept of its place in
+        ``names``."""
+        ...
+
+    def text_alignment(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> Sequence[float]:
+        """Each picture's alignment to its prompt without rare tokens."""
+        ...
 
     def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
         """Pictures of each ``count`` neighbours of ``names`` side by side."""

@@ -15,8 +15,7 @@ from toybox.draw import BACKGROUNDS, COLORS, Placed, Scene, Thing, draw
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import styles
-from protocol.plan import SINGLE
-from protocol.unseen import Variant
+from protocol.plan import SINGLE, Variant
 from styles.looks import LOOKS, PALETTE, areas
 from styles.reader import STYLES
 

@@ -115,7 +115,7 @@ def world():
 
 
 def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background(world):
-    (first, second) = world.together(("sks1", "sks4"), 1)
+    (first, second) = world.rows(("sks1", "sks4"), 2, 1)
     left, right = world.prompts_of_regions([first, second])
     background = first.prompt.partition(" on a ")[2]
     assert left[0] == f"a sks1 star left of a sks1 star on a {background}"
@@ -124,7 +124,7 @@ def test_a_half_s_prompt_names_its_own_concept_alone_on_the_same_background(worl
 
 
 def test_halves_of_one_prompt_and_one_lora_are_the_whole_picture(world):
-    (wanted, _) = world.together(("sks1", "sks4"), 1)
+    (wanted, _) = world.rows(("sks1", "sks4"), 2, 1)
     (concept,) = world.concepts(("sks1",), 0)
     (whole,) = world.draw(concept.lora, [wanted])
     half = (concept.lora, [wanted.prompt])

@@ -7,31 +7,17 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from new_words import FakeWorld
 from PIL import Image
-from tiny import random_lora
-
-from iteris_core import Concept
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import unseen
-from protocol.plan import BASE, SINGLE
-from protocol.unseen import (
-    Plan,
-    UnseenRuns,
-    Variant,
-    against,
-    figures,
-    joined,
-    pixels,
-    row,
-    rows_of_size,
-    verdict,
-)
-from protocol.world import KINDS, Wanted
+from protocol.figures import against, figures, joined, row, rows_of_size, verdict
+from protocol.plan import BASE, SINGLE, Plan, Variant
+from protocol.runs import Runs, pixels
+from worlds import WORLDS, settings_of
 
 
 def test_a_verdict_is_what_the_interval_leaves_out():
@@ -61,9 +47,9 @@ def test_a_variant_has_fields_of_its_method_and_of_the_calibration():
     assert (found.method, found.searched) == ("ssr", True)
     assert found.settings == {"ridge": 1e-4}
     assert found.calibration == {"samples": 20, "latents": "noise"}
-    trial = found.trial(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0, "micro_batch": 8})
+    trial = found.unit(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0, "micro_batch": 8})
     assert trial.settings == {"ridge": 1e-4, "micro_batch": 8}
-    plain = Variant.parsed("ssr").trial(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0})
+    plain = Variant.parsed("ssr").unit(("a", "b"), 1, 0, lambda *_: {"ridge": 1.0})
     assert plain.settings == {}
     assert plain.key != trial.key
     with pytest.raises(ValueError, match="@searched"):
@@ -93,56 +79,17 @@ def test_pixels():
     assert pixels(white, white) == 0
 
 
-class FakeWorld:
-    """Concepts whose likeness is a number of the LoRA."""
-
-    subjects, styles, sizes, kinds = ("s0", "s1", "s2", "s3"), (), (2,), KINDS
-    trained, calls, collapse_below = 1, 4, (0.5,)
-
-    def __init__(self, host):
-        self.host = host
-        self.calibration = {"templates": ("a {} in a picture",)}
-        self.half = {"templates": ("a {}",), "samples": 2, "timesteps": 1, "denoising_steps": 2}
-        self.loras = {name: random_lora(host, seed) for seed, name in enumerate(self.subjects)}
-        self.drawn: list[str] = []
-
-    def concepts(self, names, trained):
-        return [Concept(self.loras[name], trigger=name, class_word="cat") for name in names]
-
-    def prompted(self, kind, names, seed):
-        if kind == "no trigger":
-            return [Wanted((), "a dog", seed, "white")]
-        seeds = range(3 if kind == "spread" else 1)
-        return [Wanted((n,), f"a {n} cat, {kind}", s, "white") for n in names for s in seeds]
-
-    def draw(self, lora, wanted):
-        own = any(lora is known for known in self.loras.values())
-        grey = 0 if lora is None else 200 if own else 100
-        self.drawn += [w.prompt for w in wanted]
-        return [Image.new("RGB", (4, 4), (grey + 10 * w.seed,) * 3) for w in wanted]
-
-    def read(self, images, wanted):
-        values = [image.getpixel((0, 0))[0] / 250 for image in images]
-        if not wanted[0].shown:
-            return [{"scene": 1.0} for _ in values]
-        return [{"likeness": v, "judge": v, "text": 0.7, "scene": 1.0} for v in values]
-
-    def embedded(self, images):
-        angles = [image.getpixel((0, 0))[0] / 250 for image in images]
-        return torch.tensor([[np.cos(a), np.sin(a)] for a in angles])
-
-
 def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     world = FakeWorld(host)
     variants = [Variant.parsed(label) for label in ("iteris", "average", "iteris:samples=1")]
     plan = Plan(world, variants, [2], 1, lambda *_: {})
-    alone = UnseenRuns(world, tmp_path / "alone.jsonl")
-    merged = UnseenRuns(world, tmp_path / "runs.jsonl")
+    alone = Runs(world, tmp_path / "alone.jsonl")
+    merged = Runs(world, tmp_path / "runs.jsonl")
     assert alone.run(plan.references())
     assert len(alone.known) == 2 * 4
     assert merged.run(trial for _, trial in plan.merges())
     drawn = len(world.drawn)
-    again = UnseenRuns(world, tmp_path / "runs.jsonl")
+    again = Runs(world, tmp_path / "runs.jsonl")
     assert again.run(trial for _, trial in plan.merges())
     assert len(world.drawn) == drawn
     found = json.loads(json.dumps(figures(rows_of_size(plan, 2, alone, again), "iteris")))
@@ -163,8 +110,8 @@ def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
 
 def test_merges_are_calibrated_on_the_half(host, tmp_path):
     world = FakeWorld(host)
-    runs = UnseenRuns(world, tmp_path / "runs.jsonl")
-    trial = Variant.parsed("iteris:samples=9").trial(("s0", "s1"), 3, 0, lambda *_: {})
+    runs = Runs(world, tmp_path / "runs.jsonl")
+    trial = Variant.parsed("iteris:samples=9").unit(("s0", "s1"), 3, 0, lambda *_: {})
     found = runs.calibration(trial)
     assert (found.templates, found.samples, found.seed) == (("a {}",), 9, 3)
 
@@ -175,7 +122,7 @@ def words(text: str) -> set[str]:
 
 @pytest.mark.slow
 def test_the_toybox_on_new_words(tmp_path):
-    world = unseen.WORLDS["toybox"][0]()
+    world = WORLDS["toybox"][0]()
     known = set().union(*(words(template) for template in world.half["templates"]))
     for name in world.subjects:
         (concept,) = world.concepts([name], 0)
@@ -189,9 +136,9 @@ def test_the_toybox_on_new_words(tmp_path):
     assert not any(words(wanted.prompt) & set(world.subjects) for wanted in plain)
 
     quick = [Variant.parsed(label) for label in ("iteris:samples=4:timesteps=1", "average")]
-    plan = Plan(world, quick, [2], 1, unseen.settings_of("reported"), per_size=1)
-    alone = UnseenRuns(world, tmp_path / "alone.jsonl")
-    merged = UnseenRuns(world, tmp_path / "runs.jsonl")
+    plan = Plan(world, quick, [2], 1, settings_of("reported"), per_size=1)
+    alone = Runs(world, tmp_path / "alone.jsonl")
+    merged = Runs(world, tmp_path / "runs.jsonl")
     assert alone.run(plan.references())
     assert merged.run(trial for _, trial in plan.merges())
     data = unseen.results(plan, alone, merged)
