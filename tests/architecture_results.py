@@ -1,7 +1,7 @@
 """Figures of the tests of architectures, for ``benchmarks/results/architectures.json``.
 
-``{"comfyui": {name: {"alone", "rows", "file"}}, "diffusers": {…}, "versions": {…}}``. Nothing is
-written without ``WRITE_RESULTS=1``.
+``{"comfyui": {name: {"alone", "rows", "file"}}, "diffusers": {…}, "versions": {…}, "kinds": {kind:
+{who computes its change: largest error}}}``. Nothing is written without ``WRITE_RESULTS=1``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "architectures.json"
 
@@ -24,9 +25,34 @@ def record(application: str, name: str, version: str, **figures: float | str) ->
     """
     if not os.environ.get("WRITE_RESULTS"):
         return
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    found = _found()
     rounded = {k: v if isinstance(v, str) else float(f"{v:.2g}") for k, v in figures.items()}
     found.setdefault(application, {}).setdefault(name, {}).update(rounded)
     found.setdefault("versions", {})[application] = version
+    _write(found)
+
+
+_LARGEST: dict[tuple[str, str], float] = {}
+
+
+def record_kind(kind: str, oracle: str, error: float) -> None:
+    """Put how far the change of a ``kind`` of LoRA is from what ``oracle``, with its version, makes
+    of the same file, as a share of it: the largest of all cases of a run."""
+    if not os.environ.get("WRITE_RESULTS"):
+        return
+    _LARGEST[kind, oracle] = max(error, _LARGEST.get((kind, oracle), 0.0))
+    found = _found()
+    rows = found.setdefault("kinds", {}).setdefault(kind, {})
+    for other in [o for o in rows if o.partition(" ")[0] == oracle.partition(" ")[0]]:
+        del rows[other]
+    rows[oracle] = float(f"{_LARGEST[kind, oracle]:.2g}")
+    _write(found)
+
+
+def _found() -> dict[str, Any]:
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+
+
+def _write(found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False)
     FILE.write_text(text + "\n", encoding="utf-8")

@@ -74,7 +74,7 @@ def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         base = released_base(architecture_of_file(shapes, metadata).name)
         other = " For a base of another shape than the released ones, name it: --base BASE."
-    options = ReadOptions(allow_partial=True, magnitudes=False)
+    options = ReadOptions(allow_partial=True, of_weight=False)
     try:
         lora = read_lora_file(path, base, options=options)
     except LoraFileError as error:

@@ -120,14 +120,14 @@ def _base_weight(module: Any, site: str, path: Path) -> Tensor:
         plain = isinstance(stored, Tensor) and stored.is_floating_point()
         if not plain or tuple(stored.shape) != weight_shape(module):
             raise BaseError(
-                f"{path} is a DoRA, which needs the base model's weight of {site}, but that is "
-                "quantised; load the base unquantised to read this file."
+                f"{path} is a DoRA, OFT or GLoRA, which needs the base's weight of {site}, "
+                "but that is quantised; load the base unquantised to read this file."
             )
         if stored.is_meta:
             raise BaseError(
-                f"{path} is a DoRA, which needs the base model's weight of {site}, but that is on "
-                "the device 'meta' and holds no values; read this file before the base is "
-                "offloaded, or load the base without offload."
+                f"{path} is a DoRA, OFT or GLoRA, which needs the base's weight of {site}, "
+                "but that is on the device 'meta' and holds no values; read this file before the "
+                "base is offloaded, or load the base without offload."
             )
         return stored.to(torch.float32)
 

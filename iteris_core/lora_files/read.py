@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from ..lora import Lora, LowRank, concatenate
 from .aliases import BaseModel
 from .alphas import adapter_configs, scale_of
 from .embeddings import split_embeddings
+from .formulas import Parts, Rebuilt
+from .of_weight import needs_weight
 from .parts import refusal, split_key
-from .rebuild import Rebuilt, fold_magnitude, rebuild
+from .rebuild import rebuild
 from .tensors import all_finite, file_digest, read_tensors
 
 _NO_MODULE = "matches no module of the base model"
 
 Weight = Callable[[str], Tensor]
-"""The base's weight of a site; asked for only where a LoRA is a DoRA."""
+"""The base's weight of a site; asked for only where a change is made of it (DoRA, OFT, GLoRA)."""
 
 _LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
 
@@ -38,13 +41,14 @@ class ReadOptions:
     """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
 
     ``energy`` is the share of ‖ΔW‖² that is kept of a change that is not low rank by itself (full
-    differences, DoRA, large LoHa and LoKr), when it is made low rank. Without ``magnitudes`` a DoRA
-    is read as if it were none, to look at it without the base model's weights; a note says so.
+    differences, DoRA, OFT, large LoHa and LoKr), when it is made low rank. Without ``of_weight`` a
+    DoRA is read as if it were none, and what is nothing without the base model's weights (OFT,
+    BOFT, GLoRA) is left out, to look at a file without them; a note says so.
     """
 
     allow_partial: bool = False
     energy: float = 0.999
-    magnitudes: bool = True
+    of_weight: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
@@ -102,15 +106,15 @@ def lora_of(
             rank = max(parts["down"].shape[0], 1)
             scale = scale_of(path, configs, alias[0].site, name, rank)
         shape = (file_rows(alias), *base.shapes[alias[0].site][1:])
-        change = rebuild(parts, shape, scale, place)
-        if "magnitude" in parts or "output_magnitude" in parts:
-            if not options.magnitudes:
-                counts["undone"] += 1
-            elif weight is None:
-                raise LoraFileError(f"{place} is a DoRA, which needs the base model's weights.")
-            else:
-                dense = change if isinstance(change, Tensor) else change.dense()
-                change = fold_magnitude(dense, _base_weight(alias, shape, weight), parts, place)
+        if not options.of_weight:
+            if needs_weight(parts):
+                counts["unseen"] += 1
+                continue
+            plain = {name: part for name, part in parts.items() if "magnitude" not in name}
+            counts["undone"] += plain.keys() != parts.keys()
+            parts = plain
+        known = partial(_base_weight, alias, shape, weight, place, parts)
+        change = rebuild(parts, shape, scale, place, known)
         for piece in alias:
             part = _part_of(change, piece, base.shapes[piece.site], options.energy)
             if part is None:
@@ -128,6 +132,7 @@ def lora_of(
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
         "undone": "are DoRA, of which the magnitudes are not looked at",
+        "unseen": "are OFT, BOFT or GLoRA, of which nothing is known without the base's weights",
         "zero": "have a change of exactly zero and are left out: they change nothing",
     }
     return Lora(
@@ -164,6 +169,7 @@ def _part_of(
         dense = piece.of_file(change)
         if not bool(dense.any()):
             return None
+        _check_finite(piece, dense)
         low = extract(dense, energy, kernel)[0]
         up, down = low.up, low.down
     else:
@@ -173,12 +179,16 @@ def _part_of(
             up, down = up[:, used], down[used]
     if not bool(up.any()) or not bool(down.any()):
         return None
-    if not (all_finite(up) and all_finite(down)):
+    _check_finite(piece, up, down)
+    around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
+    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
+
+
+def _check_finite(piece: Piece, *tensors: Tensor) -> None:
+    if not all(map(all_finite, tensors)):
         raise LoraFileError(
             f"Site {piece.site}: scale and factors multiply to more than float32 holds."
         )
-    around = (0, 0, piece.start, shape[0] - piece.start - piece.length)
-    return LowRank(torch.nn.functional.pad(up, around), down, kernel)
 
 
 def _group(
@@ -229,7 +239,7 @@ def _is_nothing(key: str, tensor: Tensor) -> bool:
 def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
     what = refusal(key)
     if what is not None:
-        what = f"is {what}, which a LoRA cannot represent"
+        what = f"is {what}, which is not read as a change of a weight"
     else:
         what = _NO_MODULE if has_leaf else "is of no kind that is known here"
     return f"{key} {tuple(tensor.shape)} {what}"
@@ -263,8 +273,13 @@ def _is_whole_model(keys: Iterable[str]) -> bool:
     return len(plain) > 8 and all(plain)
 
 
-def _base_weight(alias: Alias, shape: tuple[int, ...], weight: Weight) -> Tensor:
+def _base_weight(
+    alias: Alias, shape: tuple[int, ...], weight: Weight | None, place: str, parts: Parts
+) -> Tensor:
     """(out, in·kh·kw) of the file's tensor, float32."""
+    if weight is None:
+        kind = needs_weight(parts) or "a DoRA"
+        raise LoraFileError(f"{place} is {kind}, which needs the base model's weights.")
     full = torch.zeros(shape).flatten(1)
     for piece in alias:
         piece.place(weight(piece.site).detach().to("cpu", torch.float32).flatten(1), full)

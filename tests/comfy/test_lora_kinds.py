@@ -1,5 +1,4 @@
-"""LoCon, LoHa, LoKr, full differences and DoRA: ΔW as our reader has it against what ComfyUI adds
-to the weight itself."""
+"""Every parametrisation: ΔW as our reader has it against what ComfyUI adds to the weight itself."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import reduced_models
 import torch
+from architecture_results import record_kind
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,11 +60,36 @@ KINDS = {
         ) | ALPHA,
     ),
     "lokr": (LINEAR, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 32)) | ALPHA),
-    "lokr in full": (LINEAR, tensors(lokr_w1=(4, 8), lokr_w2=(16, 32))),
+    "lokr with full factors": (LINEAR, tensors(lokr_w1=(4, 8), lokr_w2=(16, 32))),
     "lokr of a convolution": (
         CONV, tensors(lokr_w1=(8, 8), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8 * 9)) | ALPHA,
     ),
     "full difference": (LINEAR, tensors(diff=(64, 256))),
+    "oft": (LINEAR, tensors(oft_blocks=(8, 8, 8))),
+    "oft of a convolution": (CONV, tensors(oft_blocks=(16, 4, 4)) | {"alpha": torch.tensor(0.0)}),
+    "boft": (
+        LINEAR,
+        tensors(oft_blocks=(3, 8, 8, 8), rescale=(64, 1)) | {"alpha": torch.tensor(0.0)},
+    ),
+    "glora": (
+        LINEAR,
+        tensors(
+            a1__weight=(256, 4), a2__weight=(4, 256), b1__weight=(64, 4), b2__weight=(4, 256)
+        ) | ALPHA,
+    ),
+    "glora of a convolution": (
+        CONV,
+        tensors(
+            a1__weight=(64, 2, 1, 1), a2__weight=(2, 64, 1, 1), b1__weight=(64, 2, 1, 1),
+            b2__weight=(2, 64, 3, 3),
+        ) | ALPHA,
+    ),
+    "glora with its halves the other way round": (
+        LINEAR,
+        tensors(
+            a1__weight=(4, 256), a2__weight=(256, 4), b1__weight=(4, 256), b2__weight=(64, 4)
+        ) | ALPHA,
+    ),
 }  # fmt: skip
 
 
@@ -99,7 +124,11 @@ def test_change_is_what_comfyui_adds(
     pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, kind: str
 ) -> None:
     ours, theirs = both(pack, sdxl, tmp_path, *KINDS[kind])
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    error = float((ours - theirs).norm() / theirs.norm())
+    assert error < 1e-5
+    from comfyui_version import __version__
+
+    record_kind(kind.split(" of ")[0].split(" with ")[0], f"ComfyUI {__version__}", error)
 
 
 @pytest.mark.parametrize("site", [LINEAR, CONV])
@@ -126,9 +155,27 @@ def test_dora(pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path, site: str
     assert float((theirs - theirs_again).norm() / theirs_again.norm()) < 1e-5
 
 
+def test_of_oft_lycoris_is_followed_where_comfyui_differs(
+    pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """ComfyUI bounds ‖Q‖ by alpha, which LyCORIS and sd-scripts mean as a share of the outputs,
+    and leaves out the rescale."""
+    blocks = tensors(oft_blocks=(8, 8, 8))
+    plain, _ = both(pack, sdxl, tmp_path, LINEAR, blocks)
+    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | ALPHA)
+    assert torch.equal(ours, plain)  # ‖Q‖ is below 2 · 64
+    assert float((theirs - plain).norm() / plain.norm()) > 0.1
+    scale = 1 + tensors(seed=1, m=(64, 1))["m"].abs()
+    ours, theirs = both(pack, sdxl, tmp_path, LINEAR, blocks | {"rescale": scale})
+    sites: Any = importlib.import_module(f"{pack.__name__}.nodes.comfy_lora").ComfySites(*sdxl)
+    base = sites.modules[f"unet.{LINEAR}"].weight.detach().float()
+    assert torch.allclose(ours, scale * (base + plain) - base, atol=1e-5)
+    assert torch.allclose(theirs, plain, atol=1e-5)
+
+
 def test_what_no_lora_can_say_is_refused(
     pack: ModuleType, sdxl: tuple[Any, Any], tmp_path: Path
 ) -> None:
     core: Any = importlib.import_module(f"{pack.__name__}.iteris_core")
-    with pytest.raises(core.LoraFileError, match="oft"):
-        both(pack, sdxl, tmp_path, LINEAR, tensors(oft_blocks=(8, 8, 8)) | ALPHA)
+    with pytest.raises(core.LoraFileError, match="OFT in a form"):
+        both(pack, sdxl, tmp_path, LINEAR, tensors(oft_diag=(8, 8, 8)) | ALPHA)

@@ -94,7 +94,8 @@ DTYPES = ["F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I
           "C64", "U16", "nonsense"]  # fmt: skip
 LEAVES = ["lora_mid.weight", "hada_w1_a", "hada_t1", "lokr_w1", "lokr_t2", "diff", "dora_scale",
           "diff_b", "oft_blocks", "alpha", "lora_A.weight", "hada_w2_b", "lokr_w2", "lokr_w1_a",
-          "lora_magnitude_vector", "reshape_weight", ""]  # fmt: skip
+          "lora_magnitude_vector", "reshape_weight", "rescale", "a1.weight", "b2.weight",
+          ""]  # fmt: skip
 WORDS = ["../../../tmp/evil", "/etc/passwd", "a" * 5000, "\x00", "unet..weight", "__metadata__x",
          "bundle_emb.../../x.clip_l", "bundle_emb.", "lora_unet_", ".", ""]  # fmt: skip
 TEXTS = [
