@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from .concepts import KINDS, PRESERVE_WEIGHT, Concept, PromptKind, words_in
+from .concepts import KINDS, PRESERVE_WEIGHT, AlwaysOn, Concept, PromptKind, words_in
 from .errors import ConceptError, UsageError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
@@ -16,11 +16,11 @@ from .lora_files import ReadOptions
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
 
-WORDS = ("trigger", "class", "kind")
+WORDS = ("trigger", "class", "kind", "always_on")
 NUMBERS = ("strength", "text_strength", "weight")
 KEYS = ("file", *WORDS, *NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
 """What a mapping may say of a concept; the last three are what a recipe records."""
-_SHARED = ("prompts", "trigger", "class_word", "subjects", "kind", *NUMBERS)
+_SHARED = ("prompts", "trigger", "class_word", "subjects", "kind", "always_on", *NUMBERS)
 """The fields that :class:`Concept` has too."""
 
 
@@ -50,6 +50,7 @@ class ConceptConfig:
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     source: str = ""
     changed: int = 0
+    always_on: AlwaysOn = "no"
 
     @classmethod
     def of(cls, concept: Concept) -> ConceptConfig:
@@ -83,6 +84,11 @@ class ConceptConfig:
             raise ConceptError(
                 f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
             )
+        if texts["always_on"] and texts["always_on"] not in get_args(AlwaysOn):
+            raise ConceptError(
+                f"{where}: always_on must be one of {', '.join(get_args(AlwaysOn))}, not "
+                f"{texts['always_on']!r}."
+            )
         prompts, reading = given.get("prompts"), given.get("reading", {})
         if not isinstance(reading, Mapping):
             raise ConceptError(f"{where}: reading must be a mapping, not {reading!r}.")
@@ -108,6 +114,7 @@ class ConceptConfig:
             samples=Path(texts["samples"]) if texts["samples"] else None,
             sha256=texts["sha256"],
             reading=reading,
+            always_on=cast(AlwaysOn, texts["always_on"] or "no"),
         )
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
@@ -118,6 +125,7 @@ class ConceptConfig:
             "trigger": self.trigger,
             "class": self.class_word,
             "kind": self.kind,
+            "always_on": self.always_on,
             "strength": self.strength,
             "text_strength": self.text_strength,
             "weight": self.weight,
@@ -160,7 +168,7 @@ class ConceptConfig:
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
         """The same with the words of the file's ``metadata``, or of the notes beside it, where
         nothing else says how to call for the concept."""
-        if self.file is None or self.phrases:
+        if self.file is None or self.phrases or self.always_on != "no":
             return self
         return self.called(*find_phrases(self.file, metadata))
 

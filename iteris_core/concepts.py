@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from .errors import SettingsError
 from .lora import Lora
@@ -14,6 +14,7 @@ from .lora_files.metadata import trigger_phrases
 from .settings import Settings, setting
 
 PromptKind = Literal["subject", "style", "tags", "video"]
+AlwaysOn = Literal["no", "include", "outside"]
 
 
 def _templates(name: str) -> tuple[str, ...]:
@@ -51,7 +52,9 @@ class Concept:
     ``text_strength`` that of its part in the text encoders (None: the same). ``weight`` is how much
     the concept counts in the merge. ``inputs``, or what calling it gives, are batches of keyword
     arguments of the model, for hosts that do not work from prompts. ``lora=None`` keeps the base
-    model as it is, see :meth:`preserve`.
+    model as it is, see :meth:`preserve`. ``always_on`` is for a speed LoRA (turbo, lightning): it
+    is on while the others are merged, and its change is a part of the merged LoRA (``include``) or
+    to be loaded beside it (``outside``). Such a LoRA needs no words and no prompts.
     """
 
     lora: Lora | None
@@ -64,6 +67,7 @@ class Concept:
     text_strength: float | None = None
     subjects: Sequence[str] = ()
     kind: PromptKind = "subject"
+    always_on: AlwaysOn = "no"
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, str | Path):
@@ -85,6 +89,11 @@ class Concept:
         if self.kind not in KINDS:
             raise SettingsError(
                 f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
+            )
+        if self.always_on not in get_args(AlwaysOn):
+            raise SettingsError(
+                f"{self.name}: always_on must be one of {', '.join(get_args(AlwaysOn))}, not "
+                f"{self.always_on!r}."
             )
         if not 0 <= self.weight < math.inf:
             raise SettingsError(

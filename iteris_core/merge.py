@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import Method, find_method
 from .passes import dry
+from .passes.always_on import always_on, beside, changes_always, switched_on
 from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.job import Job, Ran, WeightJob
 from .passes.outlook import Outlook
@@ -119,6 +120,7 @@ def merge_loras(
         generator = torch.Generator().manual_seed(calibration.seed)
     _check_types(host, concepts)
     counting = [concept for concept in concepts if concept.counts]
+    always, counting = always_on(counting), always_on(counting, "no")
     ran, outlook = Ran(), Outlook()
     tick = _ticking(outlook, on_progress, should_stop)
     if chosen.needs_host:
@@ -126,13 +128,14 @@ def merge_loras(
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         job = Job(host, counting, {}, calibration, generator, tick, processes=processes,
                   memory_budget=memory_budget, policy=policy, ran=ran, outlook=outlook)  # fmt: skip
-        made = _by_features(job, chosen, settings, unmergeable)
+        with switched_on(host, always):
+            made = _by_features(job, chosen, settings, unmergeable)
     else:
         made = _by_weights(counting, chosen, settings, generator, tick)
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
-    return _result(made, chosen, settings, calibration, ran, seconds)
+    return _result(_with_always(made, always), chosen, settings, calibration, ran, seconds)
 
 
 def _ticking(
@@ -153,12 +156,27 @@ def _ticking(
 @dataclass(frozen=True)
 class _Made:
     """By site the merged change and its report; the ``concepts`` that were merged, and notes on
-    each of them by name."""
+    each of them by name. ``always`` are those that were on all the time."""
 
     concepts: Sequence[Concept]
     merged: Mapping[str, tuple[LowRank, SiteReport]]
     calls: Sequence[Calls]
     noted: list[tuple[str, list[str]]]
+    always: Sequence[Concept] = ()
+
+
+def _with_always(made: _Made, always: Sequence[Concept]) -> _Made:
+    """The same with the changes of those LoRAs that are on all the time and belong in the file."""
+    changes = {site: change for site, (change, _) in made.merged.items()}
+    joined = beside(changes, changes_always(always_on(always, "include")))
+    reports = {site: report for site, (_, report) in made.merged.items()}
+    merged = {
+        site: (change, replace(reports.get(site, SiteReport(0)), rank=change.rank))
+        for site, change in joined.items()
+    }
+    where = {"include": "part of the merged LoRA", "outside": "to be loaded beside the merged LoRA"}
+    noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
+    return replace(made, merged=merged, noted=[*made.noted, *noted], always=always)
 
 
 def prepare(job: Job, method: Method, settings: Settings) -> dict[str, str]:
@@ -215,10 +233,10 @@ def _result(
     ran: Ran,
     seconds: float,
 ) -> MergeResult:
-    concepts = made.concepts
+    concepts, every = made.concepts, [*made.concepts, *made.always]
     loras = [concept.lora for concept in concepts if concept.lora is not None]
-    joined = join_embeddings(concepts)
-    notes = notes_of(concepts)
+    joined = join_embeddings(every)
+    notes = notes_of(every)
     for name, more in (*made.noted, ("sites", ran.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
@@ -238,7 +256,7 @@ def _result(
     lora = Lora(
         {site: change for site, (change, _) in made.merged.items()},
         "merged",
-        merge_metadata(concepts, report, joined, made.calls),
+        merge_metadata(every, report, joined, [*made.calls, *map(calls_of, made.always)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
@@ -258,6 +276,9 @@ def _check_types(host: Any, concepts: Any) -> None:
             f"concepts must be a list of Concept, not of {type(others[0]).__name__}; pass "
             "[Concept(host.read_lora(file), trigger=…), …]."
         )
+    for one in always_on(concepts):
+        if one.lora is None:
+            raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
 
 
 def _means(

@@ -14,13 +14,15 @@ from .hosts.learned import calls_of
 from .hosts.protocol import Host
 from .lora import SiteChanges
 from .merge import prepare, settings_over
-from .methods import find_method
+from .methods import Method, find_method
 from .passes import dry
+from .passes.always_on import always_on, switched_on
 from .passes.changes import changes_of
 from .passes.job import Job
 from .passes.outlook import Outlook
 from .presets import PresetName
 from .progress import OnProgress
+from .settings import Settings
 from .solve.choose import POLICY, Policy
 
 _PLAN = "plan: "
@@ -61,7 +63,8 @@ def preview_merge(
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
-    concepts = [concept for concept in concepts if concept.counts]
+    counting = [concept for concept in concepts if concept.counts]
+    concepts = always_on(counting, "no")
     if not chosen.needs_host:
         changes_of(concepts)  # raises where there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
@@ -72,37 +75,45 @@ def preview_merge(
             on_progress(outlook.forecast.tick(what, done, total))
 
     generator = torch.Generator().manual_seed(calibration.seed)
-    job = Job(host, concepts, {}, calibration, generator, tick, outlook=outlook)
-    found = prepare(job, chosen, chosen_settings)
+    job = Job(host, concepts, {}, calibration, generator, tick, memory_budget=memory_budget,
+              policy=policy, outlook=outlook)  # fmt: skip
+    with switched_on(host, always_on(counting)):
+        return _preview(job, chosen, chosen_settings)
+
+
+def _preview(job: Job, method: Method, settings: Settings) -> Preview:
+    """The same of a job that has nothing but its concepts yet."""
+    host, calibration, outlook = job.host, job.calibration, job.outlook
+    found = prepare(job, method, settings)
     concepts = job.concepts
     kept = {site: some for site, some in job.changes.items() if site not in found}
     plan: list[str] = []
     calls = [calls_of(concept, host.learned) for concept in concepts]
 
     def until_planned(what: str, done: int, total: int) -> None:
-        tick(what, done, total)
+        job.tick(what, done, total)
         if what.startswith(_PLAN):
             plan.append(what.removeprefix(_PLAN))
             raise _Planned
 
     with host.teach(calls):
         for part in _parts(kept):
-            job = Job(
+            planned = Job(
                 host,
                 concepts,
                 part,
                 replace(calibration, latents="noise"),
                 torch.Generator().manual_seed(calibration.seed),
                 until_planned,
-                memory_budget=memory_budget,
-                policy=policy,
+                memory_budget=job.memory_budget,
+                policy=job.policy,
                 outlook=outlook,
             )
             try:
-                chosen.merge(job, chosen_settings)
+                method.merge(planned, settings)
             except _Planned:
                 continue
-            raise UsageError(f"{method} makes no plan of its memory.")
+            raise UsageError(f"{method.name} makes no plan of its memory.")
     loras = sum(concept.lora is not None for concept in concepts)
     steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
     denoised = loras * calibration.samples * steps

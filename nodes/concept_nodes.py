@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind
 from ..iteris_core.errors import IterisError
-from .concept_specs import changed, make_spec, prompt_lines
+from .concept_specs import ALWAYS, Kind, changed, make_spec, prompt_lines
 from .lora_stacks import NONE, lora_path, specs_of
 from .schema import (
     LoraStack,
@@ -92,11 +92,12 @@ class IterisConcept(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=list(get_args(PromptKind)),
+                    options=[*get_args(PromptKind), ALWAYS],
                     default="subject",
                     optional=True,
                     tooltip="What prompts are made for: a person, animal or thing; a style of "
-                    "everything; booru tags; a video.",
+                    "everything; booru tags; a video. always on: a speed LoRA (turbo, lightning), "
+                    "which is on while the others are merged, and part of the merged LoRA.",
                 ),
                 _previous(),
             ],
@@ -115,7 +116,7 @@ class IterisConcept(io.ComfyNode):
         embedding: str,
         strength_clip: float | None = None,
         lora_low: str = NONE,
-        kind: PromptKind = "subject",
+        kind: Kind = "subject",
         concepts: Any = (),
     ) -> io.NodeOutput:
         spec = make_spec(

@@ -22,9 +22,11 @@ from ..iteris_core.lora_files.sidecars import sidecars
 DENOISER = "unet"
 """What the sites of a MODEL begin with."""
 
-Kind = PromptKind | Literal["lines", "file"]
-KINDS = (*get_args(PromptKind), "lines", "file")
-"""Where prompts come from: templates of a kind, lines that the user wrote, or a file of them."""
+ALWAYS = "always on"
+Kind = PromptKind | Literal["lines", "file", "always on"]
+KINDS = (*get_args(PromptKind), "lines", "file", ALWAYS)
+"""Where prompts come from: templates of a kind, lines that the user wrote, or a file of them; a
+speed LoRA has none."""
 
 _PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
@@ -63,20 +65,24 @@ def make_spec(
     phrases: Sequence[str] = (),
 ) -> ConceptConfig:
     """Without ``phrases``, trigger or class word they are taken from the file or from beside it; an
-    embedding stands for the trigger, of a file with several phrases for all of them."""
+    embedding stands for the trigger, of a file with several phrases for all of them. One that is
+    :data:`ALWAYS` on is a part of the merged LoRA."""
     lines = _prompts_beside(file) if kind == "file" else prompt_lines(prompts)
     spec = ConceptConfig(
         file,
         trigger=trigger.strip(),
         class_word=class_word.strip(),
-        kind=kind if kind not in ("lines", "file") else "subject",
+        kind=kind if kind not in ("lines", "file", ALWAYS) else "subject",
         strength=strength,
         text_strength=text_strength,
         weight=weight,
         low=low,
         source="you",
         changed=max(changed(one) for one in (file, low) if one is not None),
+        always_on="include" if kind == ALWAYS else "no",
     )
+    if kind == ALWAYS:
+        return spec
     if not spec.phrases:
         spec = (
             spec.called(phrases, "you") if phrases else spec.with_found_words(read_metadata(file))

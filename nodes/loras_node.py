@@ -60,7 +60,9 @@ def _row(number: int, names: list[str]) -> list[Any]:
             default="subject",
             tooltip="Prompts that it is merged on. subject: a person, animal or thing. style: a "
             "look of everything. tags: booru tags. video: a movement or a video's subject. lines: "
-            "those of lines, below. file: those in NAME.prompts.txt beside NAME.safetensors.",
+            "those of lines, below. file: those in NAME.prompts.txt beside NAME.safetensors. "
+            "always on: a speed LoRA (turbo, lightning), which is on while the others are merged, "
+            "and part of the merged LoRA.",
             **named("prompts"),
         ),
         io.String.Input(
@@ -169,6 +171,8 @@ def _line(spec: ConceptConfig) -> str:
     """What a node shows of a concept."""
     if spec.file is None:
         return "base: as it is"
+    if spec.always_on != "no":
+        return f"{spec.file.stem} at {spec.strength:g}: always on, and part of the merged LoRA"
     said = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"

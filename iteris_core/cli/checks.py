@@ -32,6 +32,8 @@ def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None
             raise ConceptError(f"{option.name}: its list of prompts is empty.")
         if not run_base or option.prompts is not None or option.file is None:
             continue
+        if option.always_on != "no":
+            continue
         if not option.with_found_words(metadata[0]).phrases:
             raise ConceptError(
                 f"{option.file} has no trigger word: neither its metadata nor a note beside it "

@@ -185,10 +185,11 @@ def _checked(
     for name in kinds:
         settings_over(options.preset or "default", name, settings[name], calibration)
     concepts = [parse_concept(text) for text in options.concept]
-    if len(options.refs) != len(concepts):
+    compared = [concept for concept in concepts if concept.always_on == "no"]
+    if len(options.refs) != len(compared):
         raise UsageError(
             "Give --refs once for each --concept, in the same order: there are "
-            f"{len(options.refs)} for {len(concepts)}."
+            f"{len(options.refs)} for {len(compared)}."
         )
     drawing = Drawing(
         options.images_per_prompt,
@@ -204,8 +205,8 @@ def _checked(
     check_results_folder(options.output, overwrite=options.overwrite)
     references = [open_images(folder)[1] for folder in options.refs]
     wanted = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
-    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in concepts])
-    check_together(options.together, len(concepts))
+    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in compared])
+    check_together(options.together, len(compared))
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)

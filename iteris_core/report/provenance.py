@@ -40,7 +40,8 @@ def merge_metadata(
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
     of embeddings), ``modelspec.*`` and the merged ``ss_*`` of the inputs. Phrases call for the
     embeddings by their names in the merged LoRA."""
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
+    inside = [concept for concept in concepts if concept.always_on != "outside"]
+    loras = [concept.lora for concept in inside if concept.lora is not None]
     names = [lora.name for lora in loras]
     called = [
         [of_one.renamed(phrase, own) for phrase in concept.phrases]
@@ -49,7 +50,7 @@ def merge_metadata(
     phrases = [
         phrase
         for concept, some in zip(concepts, called, strict=True)
-        if concept.lora and (concept.trigger or concept.subjects)
+        if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects)
         for phrase in some
     ]
     found = {
@@ -189,15 +190,15 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
 def _of_the_base(concept: Concept) -> list[str]:
     """A LoRA that is no concept; one that is a merge itself may have such a name among others."""
     lora = concept.lora
-    if lora is None or "iteris" in lora.metadata:
+    if lora is None or concept.always_on != "no" or "iteris" in lora.metadata:
         return []
     purpose = purpose_of(lora.source or lora.name, lora.metadata)
     if purpose is None:
         return []
     return [
-        f"by its name this LoRA {_NO_CONCEPT[purpose]}; it is no concept then, and belongs on the "
-        "base before the merge (diffusers: load and fuse it; ComfyUI: Load LoRA on MODEL), where "
-        "all concepts are merged for it"
+        f"by its name this LoRA {_NO_CONCEPT[purpose]}; it is no concept then: say that it is "
+        "always on (always_on=include), so that all concepts are merged with it on and it is a "
+        "part of the file"
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from ..hosts.learned import calls_of
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
+from ..passes.always_on import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
 from .drawing import Drawing, draw
@@ -75,12 +76,15 @@ def compare_methods(
 ) -> Comparison:
     """Merge ``concepts`` with every method of ``config``, draw the same prompts and score them.
 
-    ``references[i]`` are pictures of concept i. A LoRA alone draws only what its concept is judged
+    ``references[i]`` are pictures of concept i. LoRAs that are always on have none: they are a
+    part of every merge, and of each LoRA alone. A LoRA alone draws only what its concept is judged
     on, see :func:`judged_prompts`. Every merge goes through a file that the pipeline loads, as a
     user's would, with the embeddings in force that came with the LoRAs. ``on_row`` is called
     with the comparison so far whenever a row of it is finished.
     """
     drawing = config.drawing
+    always = [replace(one, always_on="include") for one in always_on(concepts)]
+    concepts = always_on(concepts, "no")
     prompts = fill_prompts(config.templates, concepts)
     judged = judged_prompts(config.templates, concepts)
     labels = labels_of(concepts)
@@ -115,7 +119,9 @@ def compare_methods(
         result = None
         if method != BASE:
             some, own = [concepts[index] for index in merged], config.settings.get(name)
-            result = merge_loras(host, some, method, settings=own, on_progress=of_method, **how)
+            result = merge_loras(
+                host, [*some, *always], method, settings=own, on_progress=of_method, **how
+            )
             seconds[name], used[name] = result.report.seconds, result.report.settings
             if result.report.calibration:
                 made["calibration"] = result.report.calibration
@@ -176,12 +182,13 @@ def compare_compositions(
     compare: Callable[[Sequence[Concept], Sequence[Sequence[Image.Image]], str], Comparison],
 ) -> list[Comparison]:
     """``compare(concepts, references, name)`` for every ``together`` of the concepts, as in the
-    paper's table 1; None takes all of them at once."""
+    paper's table 1; None takes all of them at once. LoRAs that are always on are in each."""
+    always, concepts = always_on(concepts), always_on(concepts, "no")
     check_together(together, len(concepts))
     together = len(concepts) if together is None else together
     pairs = list(zip(concepts, references, strict=True))
     found: list[Comparison] = []
     for some in combinations(pairs, together):
         name = " + ".join(concept.name for concept, _ in some)
-        found.append(compare([c for c, _ in some], [r for _, r in some], name))
+        found.append(compare([*(c for c, _ in some), *always], [r for _, r in some], name))
     return found

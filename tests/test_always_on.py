@@ -1,0 +1,136 @@
+"""LoRAs that are on in every forward: as if the base had them, in the file or outside of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import SITES, ModuleHost, Net, difference, make_data, make_lora
+
+from iteris_core import Concept, SettingsError, merge_loras
+from iteris_core.concept_config import KEYS, ConceptConfig
+from iteris_core.errors import ConceptError, MismatchError
+from iteris_core.lora import Lora
+from iteris_core.preview import preview_merge
+
+STRENGTH = 0.7
+
+
+def with_speed(lora: Lora) -> Net:
+    """The base with the LoRA in its weights."""
+    net = Net()
+    for site, change in lora.sites.items():
+        weight = net.get_submodule(site).weight
+        with torch.no_grad():
+            weight += STRENGTH * change.dense().reshape(weight.shape)
+    return net
+
+
+def merged(net, loras, always_on=None, method="iteris", speed=None, **settings):
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    if always_on is not None:
+        concepts.insert(1, Concept(speed, strength=STRENGTH, always_on=always_on, trigger="fast"))
+    if method == "iteris":
+        settings = {"precision": "float64", **settings}
+    return merge_loras(ModuleHost(net, make_data(len(loras))), concepts, method, settings=settings)
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("iteris", {}),
+    ("iteris", {"schedule": "jacobi", "iterations": 3, "objective": "adapter"}),
+    ("iteris", {"block_steps": 3}),
+    ("regmean++", {}),
+])  # fmt: skip
+def test_it_is_as_if_the_base_had_it(method, settings):
+    loras, speed = [make_lora(1), make_lora(2, rank=3)], make_lora(7)
+    wanted = merged(with_speed(speed), loras, method=method, **settings)
+    outside = merged(Net(), loras, "outside", method, speed, **settings)
+    dense = {site: change.dense() for site, change in wanted.lora.sites.items()}
+    assert difference(outside.lora, dense) < 1e-6
+    included = merged(Net(), loras, "include", method, speed, **settings)
+    both = {s: d + STRENGTH * speed.sites[s].dense() if s in speed.sites else d
+            for s, d in dense.items()}  # fmt: skip
+    assert difference(included.lora, both) < 1e-6
+    without = merged(Net(), loras, method=method, **settings)
+    assert difference(without.lora, dense) > 1e-3
+    assert {len(site.before) for site in included.report.sites.values()} <= {0, 2}
+    assert included.report.concepts == wanted.report.concepts
+
+
+def test_sites_of_its_own_are_in_the_file_and_nothing_else_is_touched():
+    speed = make_lora(7)
+    loras = [Lora({s: c for s, c in make_lora(n).sites.items() if s != SITES[0]}) for n in (1, 2)]
+    net = Net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    result = merged(net, loras, "include", speed=speed, repair=False)
+    own = result.lora.sites[SITES[0]]
+    assert torch.allclose(own.dense(), STRENGTH * speed.sites[SITES[0]].dense())
+    assert SITES[0] not in merged(net, loras, "outside", speed=speed, repair=False).lora.sites
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_method_on_weights_has_it_beside_what_it_merges():
+    loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
+    alone, included = (merged(Net(), loras, on, "average", speed) for on in (None, "include"))
+    wanted = {s: c.dense() + STRENGTH * speed.sites[s].dense()
+              for s, c in alone.lora.sites.items()}  # fmt: skip
+    assert difference(included.lora, wanted) < 1e-6
+
+
+def test_a_cut_keeps_it_whole():
+    loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
+    change = merged(Net(), loras, "include", speed=speed).lora.sites["q"]
+    rank = speed.sites["q"].rank
+    kept = change.up[:, :rank] @ change.down[:rank]
+    assert torch.allclose(kept, STRENGTH * speed.sites["q"].dense().to(kept.dtype))
+
+
+def test_the_report_and_the_recipe_say_so():
+    loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
+    speed = Lora(speed.sites, "fast", source="fast.safetensors")
+    for on, note in (("include", "part of the merged"), ("outside", "to be loaded beside")):
+        result = merged(Net(), loras, on, speed=speed)
+        assert note in result.report.notes["fast"][-1]
+        recipe = json.loads(result.lora.metadata["iteris"])
+        assert [c.get("always_on", "no") for c in recipe["concepts"]] == ["no", "no", on]
+        entry = {key: recipe["concepts"][-1][key] for key in KEYS}
+        assert ConceptConfig.from_dict(entry, "x").always_on == on
+        assert ("fast" in result.lora.metadata["modelspec.merged_from"]) == (on == "include")
+        assert "fast" not in result.lora.metadata.get("modelspec.trigger_phrase", "")
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(SettingsError, match="always_on must be one of no, include, outside"):
+        Concept(make_lora(1), always_on="yes")  # pyright: ignore
+    with pytest.raises(SettingsError, match="only a concept with a LoRA can be always on"):
+        merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")
+    with pytest.raises(ConceptError, match="x: always_on must be one of"):
+        ConceptConfig.from_dict({"file": "a.safetensors", "always_on": "yes"}, "x")
+    with pytest.raises(MismatchError, match="There is no LoRA to merge"):
+        merged(Net(), [], "include", speed=make_lora(7))
+    other = Lora({"elsewhere": make_lora(1).sites["q"]})
+    with pytest.raises(MismatchError, match="sites are not in the base"):
+        merged(Net(), [make_lora(1)], "include", speed=other)
+
+
+def test_words_are_not_searched_for():
+    config = ConceptConfig(Path("fast.safetensors"), always_on="include")
+    assert config.with_found_words({"modelspec.trigger_phrase": "sks dog"}).phrases == []
+    assert ConceptConfig.from_dict(config.to_dict(usual=False), "x") == config
+
+
+def test_a_preview_has_it_on():
+    net, seen = Net(), []
+    net.get_submodule("q").register_forward_hook(
+        lambda module, args, output: seen.append(len(module._forward_hooks))
+    )
+    concepts = [
+        Concept(make_lora(1), prompts=["unused"]),
+        Concept(make_lora(7), always_on="include"),
+    ]
+    assert preview_merge(ModuleHost(net, make_data(1)), concepts).plan
+    assert not seen or min(seen) > 1
+    assert len(net.get_submodule("q")._forward_hooks) == 1
