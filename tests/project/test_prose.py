@@ -19,8 +19,6 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "web" / "docs").glob("*.md")),
 ]
-STILL_LONG = {"decisions.md": 71}
-"""Page → how many longer ones it still has; a page is struck here when it has none."""
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -37,7 +35,7 @@ def sentences(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_sentences_are_short(page):
     long = [text for text in sentences(page.read_text()) if len(text.split()) > LONGEST]
-    assert len(long) <= STILL_LONG.get(page.name, 0), "\n".join(long)
+    assert not long, "\n".join(long)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
