@@ -18,6 +18,9 @@ PAGES = [
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "web" / "docs").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*/README.md")),
+    ROOT / "toybox" / "README.md",
 ]
 
 
@@ -25,7 +28,7 @@ def sentences(text: str) -> Iterator[str]:
     """Of running text and lists: no tables, headings, code or links' targets."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"^(?:#|\|).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^ *(?:#|\|).*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "CODE", text)
     for block in re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.) ", text, flags=re.MULTILINE):
