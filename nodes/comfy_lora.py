@@ -108,11 +108,17 @@ class ComfySites:
         patcher = self._model if _in_denoiser(key) else self._clip.patcher
         (weight, convert), *patches = patcher.get_key_patches(key)[key]
         if not weight.is_floating_point():
-            raise BaseError(
-                f"The LoRA is made of the base's own weight at {site} (a DoRA is), and this base "
-                "has it as bytes of a quantised file (GGUF), which are not read here; load the "
-                "base from a safetensors file."
-            )
+            made = getattr(self.modules[site], "get_weight", None)  # as ComfyUI-GGUF's layers have
+            if made is None:
+                raise BaseError(
+                    f"The LoRA is made of the base's own weight at {site} (DoRA, OFT and GLoRA "
+                    "are), and this base has it as bytes of a quantised file (GGUF), which are not "
+                    "read here; load the base from a safetensors file."
+                )
+            whole: Tensor = made(weight, torch.float32)
+            if getattr(weight, "patches", None):  # which are in it then
+                return whole.detach()
+            weight = whole
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
         return comfy.lora.calculate_weight(patches, convert(weight, inplace=True), key).detach()
 
