@@ -18,6 +18,7 @@ from ..errors import LoraFileError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
+from ..report.spikes import told
 from ..saving import atomically
 from .base import load_base
 from .checks import check_plot
@@ -58,6 +59,9 @@ def inspect(
         console.print(_facts_table(fact))
     if pairs:
         console.print(_pairs_table(pairs))
+    for pair in pairs:
+        if pair.spikes:
+            console.print(told(pair.spikes, pair.first, pair.second), highlight=False)
 
 
 def _base_from(name: str) -> BaseModel:

@@ -23,6 +23,7 @@ from ..lora_files.metadata import trigger_words
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
 from .report import block_of
+from .spikes import shared_spikes, told
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class LoraFacts:
 @dataclass(frozen=True)
 class Interference:
     """Two LoRAs: how many sites they share, and the means over the sites of each block, weighted
-    by ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}."""
+    by ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}; ``spikes`` are the sites at which both
+    have the same spike (:mod:`.spikes`)."""
 
     first: str
     second: str
@@ -59,6 +61,7 @@ class Interference:
     columns: float
     conflict: float
     blocks: Mapping[str, tuple[float, float, float]]
+    spikes: Sequence[str] = ()
 
     @property
     def rated(self) -> dict[str, tuple[float, float, float]]:
@@ -121,7 +124,9 @@ def interference(first: Lora, second: Lora) -> Interference:
     means = {block: (s[:3] / s[3].clamp(min=1e-300)).tolist() for block, s in sums.items()}
     rows, columns, conflict = means.pop("", (0.0, 0.0, 0.0))
     blocks = {block: (a, b, c) for block, (a, b, c) in means.items()}
-    return Interference(first.name, second.name, len(shared), rows, columns, conflict, blocks)
+    spikes = shared_spikes(first, second)
+    names = first.name, second.name
+    return Interference(*names, len(shared), rows, columns, conflict, blocks, spikes)
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
@@ -175,4 +180,6 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
                 f"{pair.first} and {pair.second}: overlap {pair.rows:.0%}, most in {worst} "
                 f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
             )
+        if pair.spikes:
+            lines.append(told(pair.spikes, pair.first, pair.second))
     return "\n".join(lines)
