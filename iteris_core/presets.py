@@ -1,8 +1,4 @@
-"""Presets: tables of settings by name, over which single ones go.
-
-What they cost and give was measured on the toybox: ``benchmarks/README.md``, "Ablations" and
-"Polish block by block".
-"""
+"""Presets: tables of settings by name, over which single ones go (``docs/choosing.md``)."""
 
 from __future__ import annotations
 
