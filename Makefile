@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-glue toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-open bench-glue toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -64,6 +64,10 @@ bench-quality: .venv
 	$(RUN) benchmarks/unseen.py --world reported --sizes 10,7,5,3,2 --sets 4 --replicates 3 \
 		--methods iteris,chain-of-merges,regmean++:contexts=0:generic=0,average,sum \
 		$(if $(SECONDS),--seconds $(SECONDS))
+
+# METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped.
+bench-open: .venv
+	$(RUN) benchmarks/open_bench.py $(METHOD) $(if $(SECONDS),--seconds $(SECONDS))
 
 # Needs npm and pip's network once; each step goes on where it stopped.
 bench-glue: .venv/language

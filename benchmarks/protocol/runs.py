@@ -23,8 +23,7 @@ import numpy as np
 from klora import KLora, k_lora
 from PIL import Image
 
-from iteris_core import Calibration, Lora, merge_loras
-from iteris_core.merge import MergeResult
+from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
 
 from .plan import BASE, SINGLE, SWITCHED, Unit
 from .world import Wanted, World
@@ -87,19 +86,19 @@ class Runs:
             (concept,) = concepts
             return concept.lora, {}
         began = time.process_time()
-        result = merge_loras(
+        lora = self.lora_of(unit, concepts)
+        seconds = time.process_time() - began
+        return lora, {"seconds": seconds, "rank": max(lora.ranks), "bytes": _bytes(lora)}
+
+    def lora_of(self, unit: Unit, concepts: Sequence[Concept]) -> Lora:
+        """The merge of ``concepts``."""
+        return merge_loras(
             self.world.host,
             concepts,
             unit.method,
             settings=unit.settings,
             calibration=self.calibration(unit),
-        )
-        seconds = time.process_time() - began
-        return result.lora, {
-            "seconds": seconds,
-            "rank": max(result.lora.ranks),
-            "bytes": _bytes(result),
-        }
+        ).lora
 
     def _switched(self, unit: Unit) -> AbstractContextManager[None]:
         """Of a subject with a style by K-LoRA: no merge, and both files."""
@@ -162,7 +161,7 @@ def pixels(image: Image.Image, other: Image.Image) -> float:
     return float(np.sqrt(((one - two) ** 2).mean()))
 
 
-def _bytes(result: MergeResult) -> int:
+def _bytes(lora: Lora) -> int:
     """The size of the file that a user would get."""
     with tempfile.TemporaryDirectory() as folder:
-        return result.save(Path(folder) / "merged.safetensors").stat().st_size
+        return write_lora(lora, Path(folder) / "merged.safetensors").stat().st_size

@@ -1,0 +1,114 @@
+"""The open benchmark: somebody's method on new words, among those that were measured already.
+
+``python benchmarks/open_bench.py FOLDER`` calls ``merge`` of ``FOLDER/method.py`` with the values
+of ``FOLDER/settings.json`` (``benchmarks/open/README.md``). It writes
+``benchmarks/results/open/NAME.json`` and the page ``build/standings.html``. What is measured is
+kept in ``build/open``, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import standings
+from outputs import BUILD, result_file, write
+from protocol.figures import figures, rows_of_size
+from protocol.plan import Plan, Unit, Variant
+from protocol.runs import Runs
+from protocol.world import World
+from unseen import rounded
+from worlds import WORLDS
+
+from iteris_core import Concept, Lora
+
+SIZES, SETS = (2, 5, 10), 2
+COSTS = ("seconds", "rank", "bytes")
+Merge = Callable[..., Lora]
+
+
+def loaded(folder: Path) -> tuple[Merge, dict[str, Any]]:
+    """The function of a method's folder, and its settings."""
+    file = folder / "method.py"
+    if not file.is_file():
+        raise SystemExit(
+            f"{file} is missing: a method is a folder with method.py (open/README.md)."
+        )
+    spec = importlib.util.spec_from_file_location(f"open_{folder.name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "merge", None)):
+        raise SystemExit(f"{file} has no function merge(host, concepts, calibration, …).")
+    settings = folder / "settings.json"
+    return module.merge, json.loads(settings.read_text()) if settings.is_file() else {}
+
+
+class OpenRuns(Runs):
+    """Merges by somebody's function."""
+
+    def __init__(self, world: World, cache: Path, merge: Merge) -> None:
+        super().__init__(world, cache)
+        self._merge = merge
+
+    def lora_of(self, unit: Unit, concepts: Sequence[Concept]) -> Lora:
+        return self._merge(self.world.host, concepts, self.calibration(unit), **unit.settings)
+
+
+def measured(
+    name: str, plan: Plan, alone: Runs, merged: Runs, until: float = float("inf")
+) -> dict[str, Any]:
+    """By number of LoRAs: means of all figures with intervals over sets, and the costs."""
+    if not alone.run(plan.references(), until - time.monotonic()):
+        raise SystemExit("stopped by --seconds; the next run goes on")
+    if not merged.run((unit for _, unit in plan.merges()), until - time.monotonic()):
+        raise SystemExit("stopped by --seconds; the next run goes on")
+    sizes: dict[str, Any] = {}
+    for size in plan.sizes:
+        of = figures(rows_of_size(plan, size, alone, merged), name)["rows"]
+        units = [unit for _, unit in plan.merges() if len(unit.names) == size]
+        sizes[str(size)] = {
+            "figures": of[name],
+            "costs": costs(merged.known[unit.key] for unit in units),
+        }
+    settings = dict(plan.variants[0].settings)
+    return rounded({"method": name, "settings": settings, "sizes": sizes})
+
+
+def costs(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    every = list(entries)
+    return {cost: fmean(entry[cost] for entry in every) for cost in COSTS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", choices=WORLDS, default="reported")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--sets", type=int, default=SETS, help="of each size, at most")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    asked = parser.parse_args()
+    until = time.monotonic() + asked.seconds
+    merge, settings = loaded(asked.folder)
+    name = asked.folder.resolve().name
+    world = WORLDS[asked.world][0]()
+    variant = Variant(name, name, settings, {})
+    plan = Plan(world, [variant], asked.sizes, 1, lambda *_: {}, asked.sets)
+    alone = Runs(world, result_file(f"unseen_{asked.world}_alone.jsonl"))
+    merged = OpenRuns(world, BUILD / "open" / f"{asked.world}_{name}.jsonl", merge)
+    found = measured(name, plan, alone, merged, until)
+    write(result_file(f"open/{name}.json"), {"world": asked.world, **found})
+    page = BUILD / "standings.html"
+    page.write_text(standings.page(), encoding="utf-8")
+    print(f"{page}: {name} among {len(standings.rows('2')) - 1} others")
+
+
+if __name__ == "__main__":
+    main()
