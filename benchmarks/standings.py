@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -31,8 +32,8 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 )
 COSTS = {"seconds": 1.0, "rank": 1.0, "MiB": 2.0**20}
 _LEAD = """<p>Ten LoRAs on which nothing was chosen, drawn on prompts whose words no calibration
-prompt had. Means with standard errors over sets of LoRAs; where a row has one set, it has none.
-Rows differ in their number of sets. A click on a heading sorts.</p>"""
+prompt had. Means over n sets of LoRAs; ± half of a 95 % interval (Student's t), where there are two
+sets or more. A click on a heading sorts.</p>"""
 
 
 def rows(size: str) -> dict[str, list[Stat | float | None]]:
@@ -40,12 +41,14 @@ def rows(size: str) -> dict[str, list[Stat | float | None]]:
     found: dict[str, list[Stat | float | None]] = {}
     known = load("unseen_reported.json")["sizes"]
     for name, of in known.get(size, {"rows": {}})["rows"].items():
-        found[NAMES.get(name, name)] = [*_cells(of), *_costs(_of_runs(name, int(size)))]
+        label = f"{NAMES.get(name, name)}, n = {_sets(of)}"
+        found[label] = [*_cells(of), *_costs(_of_runs(name, int(size)))]
     for file in sorted((RESULTS / "open").glob("*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         of = entry["sizes"].get(size)
         if of and entry["world"] == "reported":
-            found[entry["method"]] = [*_cells(of["figures"]), *_costs([of["costs"]])]
+            label = f"{entry['method']}, n = {_sets(of['figures'])}"
+            found[label] = [*_cells(of["figures"]), *_costs([of["costs"]])]
     return dict(sorted(found.items(), key=lambda item: -_mean(item[1][1])))
 
 
@@ -53,9 +56,16 @@ def _cells(of: Mapping[str, Any]) -> list[Stat | float | None]:
     cells: list[Stat | float | None] = []
     for _, kind, name in COLUMNS:
         figure = of.get(kind, {}).get(name)
-        error = figure["se"] if figure else None
-        cells.append(None if figure is None else Stat(figure["mean"], error or float("nan")))
+        if figure is None:
+            cells.append(None)
+            continue
+        ends = figure["interval"]
+        cells.append(Stat(figure["mean"], ends[1] - figure["mean"] if ends else math.nan))
     return cells
+
+
+def _sets(of: Mapping[str, Any]) -> int:
+    return of["new words"]["likeness"]["n"]
 
 
 def _of_runs(label: str, size: int) -> list[Mapping[str, Any]]:
@@ -89,7 +99,10 @@ def page() -> str:
     sizes = sorted(load("unseen_reported.json")["sizes"], key=int)
     parts = [("", _LEAD)]
     for size in sizes:
-        table = html_table(heads, rows(size), OURS, f"{size} LoRAs", apart=APART, low=list(COSTS))
+        found = rows(size)
+        ours = next((label for label in found if label.startswith(f"{OURS}, n")), "")
+        apart = [label for label in found if label.partition(", n")[0] in APART]
+        table = html_table(heads, found, ours, f"{size} LoRAs", apart=apart, low=list(COSTS))
         parts.append((f"{size} LoRAs", table))
     return html_page("Merging LoRAs: standings on new words", parts)
 

@@ -67,7 +67,7 @@ def test_the_standings_have_it_among_the_others(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
 
     def figure(mean):
-        return {"mean": mean, "se": None, "n": 1}
+        return {"mean": mean, "interval": [mean - 0.1, mean + 0.1], "n": 3}
 
     def row(mean):
         return {"new words": {"likeness": figure(mean), "likeness kept": figure(mean)}}
@@ -86,10 +86,12 @@ def test_the_standings_have_it_among_the_others(tmp_path, monkeypatch):
     }
     (tmp_path / "open" / "mine.json").write_text(json.dumps(entry))
     found = standings.rows("2")
-    assert list(found) == ["each LoRA alone", "iteris", "mine", "all loaded at once"]
-    assert found["iteris"][-3:] == [8.0, 16, 2.0]
-    assert found["mine"][-3:] == [1.0, 8, 1.0]
-    assert found["all loaded at once"][-3:] == [None] * 3
+    order = ["each LoRA alone", "iteris", "mine", "all loaded at once"]
+    assert list(found) == [f"{name}, n = 3" for name in order]
+    assert found["mine, n = 3"][0].se == pytest.approx(0.1)
+    assert found["iteris, n = 3"][-3:] == [8.0, 16, 2.0]
+    assert found["mine, n = 3"][-3:] == [1.0, 8, 1.0]
+    assert found["all loaded at once, n = 3"][-3:] == [None] * 3
     page = standings.page()
     assert "mine" in page
     assert "likeness kept" in page
