@@ -17,23 +17,15 @@ from torch import Tensor, nn
 
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.meter import usable, with_spare
-from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.architectures import text as text_wirings
 from ..iteris_core.architectures import unet
 from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
-from ..iteris_core.calibration_prompts import Wording, whole_words
+from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
 from ..iteris_core.hosts.protocol import Stage, Tick
-from ..iteris_core.hosts.rows import (
-    TextRows,
-    added_concepts,
-    drawn_prompts,
-    fewest_prompts,
-    in_contexts,
-    row_texts,
-)
+from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
@@ -44,7 +36,7 @@ from .comfy_lora import ComfySites
 from .comfy_preview import Show
 from .comfy_rows import ComfySamples, DenoiserRows, comfy_samples
 from .comfy_runtime import halving
-from .comfy_sampling import Denoised, make_latents
+from .comfy_sampling import Denoised, Kept, Sampling, make_latents
 from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
 
@@ -189,44 +181,25 @@ class ComfyHost:
         self._lockstep = lockstep
         denoises = not all(map(_of_text, sites))
         share = 0.0 if self.distilled else calibration.empty_share
-        wording = Wording(self._vocabulary, concepts, generator)
-        owners, prompts = drawn_prompts(
-            concepts,
-            calibration,
-            wording,
-            generator,
-            denoises=denoises,
-            empty=bool(share) and not denoises,
+        drawn = SamplePrompts.drawn(
+            concepts, calibration, self._vocabulary, generator, share, denoises=denoises
         )
-
-        def worth_of(text: TextRows) -> int:
-            return fewest_prompts(text, concepts, calibration)
-
-        def texts_of(count: int) -> TextRows:
-            return row_texts(
-                owners, prompts, count, share, concepts, calibration, wording, generator
+        found: Sequence[Kept] = ()
+        if denoises:
+            sampling = Sampling(
+                drawn.owners,
+                lambda: self._texts_alone(drawn.owners, drawn.prompts, sites, tick),
+                calibration,
+                1.0 if self.distilled else max(calibration.guidance, 1.0),
+                lockstep,
+                self._batch,
+                generator,
+                tick,
+                self._denoised,
+                self._show,
             )
-
-        if not denoises:
-            said = in_contexts(owners, prompts, concepts, calibration, wording)
-            text = TextRows.of(owners, said)
-            tokens = self._texts.tokenize(text.text_owners, text.texts)
-            return ComfySamples(text, tokens, worth_of(text))
-        found = make_latents(
-            self._denoisers,
-            self.boundary,
-            owners,
-            lambda: self._texts_alone(owners, prompts, sites, tick),
-            calibration,
-            1.0 if self.distilled else max(calibration.guidance, 1.0),
-            lockstep,
-            self._batch,
-            generator,
-            tick,
-            self._denoised,
-            self._show,
-        )
-        return comfy_samples(found, texts_of, self._texts.tokenize, worth_of)
+            found = make_latents(self._denoisers, self.boundary, sampling)
+        return comfy_samples(found, drawn, self._texts.tokenize)
 
     @property
     def _vocabulary(self) -> list[str]:
@@ -272,7 +245,7 @@ class ComfyHost:
                     samples=samples.worth,
                 )
             else:
-                batch.run_all(self._batch)
+                batch.run_all(self._batch, self._lockstep)
         if not samples.noisy:
             return
         conditionings = [
@@ -335,9 +308,9 @@ class ComfyHost:
         return [site for site in sites if not _of_text(site) and site.startswith(LOW) == number]
 
     def _texts_alone(
-        self, owners: list[int], prompts: list[str], sites: Set[str], tick: Tick
-    ) -> tuple[list[Conditioning], list[Conditioning]]:
-        """The conditioning of every row with its own LoRA active, and each concept's empty one."""
+        self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
+    ) -> list[tuple[Conditioning, Conditioning]]:
+        """What each sample is denoised with, its own LoRA active: its text, and the empty one."""
         count = max(owners) + 1
         rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
         pair_owners = rows.text_owners
@@ -345,19 +318,10 @@ class ComfyHost:
         batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
         self._texts.load()
         for batch in batches.values():
-            done = 0
-            for some in batch.batches(self._batch):
-                done += len(some)
-                tick("encoding prompts", done, len(batch.owners))
-                if batch.sites:
-                    own = [batch.owners[row] for row in some]
-                    run = MicroBatch(lambda b=batch, s=some: b.run(s, 1), own, 1)
-                    self._lockstep.run(run)
-                else:
-                    batch.run(some, 1)
+            batch.run_all(self._batch, self._lockstep, tick)
         pairs = self._texts.assemble(pair_owners, tokens, batches, 0, self._lockstep)
         found = [pairs[row] for row in rows.text_rows]
-        return found[: len(owners)], found[len(owners) :]
+        return [(found[row], found[len(owners) + owner]) for row, owner in enumerate(owners)]
 
 
 def _of_text(site: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..iteris_core.hosts.rows import TextRows
+from ..iteris_core.hosts.rows import SamplePrompts, TextRows
 from .comfy_sampling import Kept
 
 
@@ -38,13 +38,12 @@ class ComfySamples:
 
 def comfy_samples(
     found: Sequence[Kept],
-    texts_of: Callable[[int], TextRows],
+    drawn: SamplePrompts,
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
-    worth_of: Callable[[TextRows], int],
 ) -> ComfySamples:
-    """A row for each latent that a denoiser was given, and those that ``texts_of(latents of a
-    sample)`` adds on the same latents."""
-    parts = [texts_of(kept.sigmas.shape[1]) for kept in found]
+    """A row for each latent that a denoiser was given, and those that ``drawn`` adds on the same
+    latents."""
+    parts = [drawn.texts(kept.picks.shape[1]) for kept in found] or [drawn.texts(None)]
     text = TextRows.of(
         [owner for part in parts for owner in part.owners],
         [part.texts[row] for part in parts for row in part.text_rows],
@@ -58,6 +57,6 @@ def comfy_samples(
             kept.sigmas.flatten()[list(part.latent_rows)],
             kept.schedule,
         )
-        for part, kept in zip(parts, found, strict=True)
+        for part, kept in zip(parts, found, strict=False)  # without a denoiser none is found
     ]
-    return ComfySamples(text, tokenize(text.text_owners, text.texts), worth_of(text), noisy)
+    return ComfySamples(text, tokenize(text.text_owners, text.texts), drawn.worth(text), noisy)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _KEY = "iteris"
 
-Texts = Callable[[], tuple[list[Conditioning], list[Conditioning]]]
-"""The conditioning of every sample with its own LoRA active, and each concept's empty one."""
+Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
+"""The conditioning of every sample with its own LoRA active, each with its concept's empty one."""
 
 Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
 """By the number of a denoiser and a sample, what is kept of it and what has become of it: filled
@@ -37,138 +37,119 @@ batch by batch, so that a run that was cancelled, or lacked memory, goes on wher
 
 @dataclass(frozen=True)
 class Kept:
-    """What one denoiser is given: ``latents`` (samples, T, …) on ComfyUI's scale, their ``sigmas``
-    (samples, T), and the ``schedule`` of sigmas that it runs through."""
+    """What one denoiser is given: ``latents`` (samples, T, …) on ComfyUI's scale at the steps
+    ``picks`` (samples, T) of the ``schedule`` of sigmas that it runs through."""
 
     latents: Tensor
-    sigmas: Tensor
+    picks: Tensor
     schedule: Tensor
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Of the latents, (samples, T)."""
+        return self.schedule[self.picks]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are denoised: ``owners`` is the concept of each, ``texts`` its conditioning and
-    ``empties`` that of each concept without a prompt. ``rows`` is how many a forward may have.
-    ``tick(steps)`` is told how many steps of samples are done, and ``show`` is given pictures.
-    Those in ``denoised`` are there already."""
+    """How samples are denoised: ``owners`` is the concept of each, ``rows`` how many a forward may
+    have. ``show`` is given pictures. Samples in ``denoised`` are there already."""
 
     owners: Sequence[int]
-    texts: Sequence[Conditioning]
-    empties: Sequence[Conditioning]
+    texts: Texts
+    calibration: Calibration
     guidance: float
     lockstep: Lockstep
     rows: int
-    tick: Callable[[int], None]
+    generator: torch.Generator
+    tick: Tick
     denoised: Denoised
     show: Show | None = None
 
 
-def make_latents(
-    denoisers: Sequence[Denoiser],
-    boundary: float,
-    owners: Sequence[int],
-    texts_of: Texts,
-    calibration: Calibration,
-    guidance: float,
-    lockstep: Lockstep,
-    rows: int,
-    generator: torch.Generator,
-    tick: Tick,
-    denoised: Denoised,
-    show: Show | None = None,
-) -> list[Kept]:
+def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
     """What each of ``denoisers`` is given: one, or a model's two experts, of which the second goes
     on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
-    first = denoisers[0]
+    first, calibration, count = denoisers[0], sampling.calibration, len(sampling.owners)
     schedule = first.schedule(calibration.denoising_steps)
     parts = _parts(first, schedule, boundary, len(denoisers))
     shape = first.shape(calibration)
-    noise = torch.randn(len(owners), *shape[1:], generator=generator)
+    noise = torch.randn(count, *shape[1:], generator=sampling.generator)
     found: list[Kept] = []
-    picked: list[Tensor] = []
     for part in parts:
-        picks = drawn_steps(len(owners), calibration, len(part) - 1, generator)
-        latents = torch.empty(len(owners), picks.shape[1], *shape[1:])
-        picked.append(picks)
-        found.append(Kept(latents, part[picks], part))
+        picks = drawn_steps(count, calibration, len(part) - 1, sampling.generator)
+        found.append(Kept(torch.empty(*picks.shape, *shape[1:]), picks, part))
     if calibration.latents == "noise":
-        for denoiser, picks, kept in zip(denoisers, picked, found, strict=True):
-            for row, slot in torch.cartesian_prod(*map(torch.arange, picks.shape)).tolist():
-                sigma = kept.schedule[picks[row, slot]]
+        for denoiser, kept in zip(denoisers, found, strict=True):
+            for row, slot in torch.cartesian_prod(*map(torch.arange, kept.picks.shape)).tolist():
+                sigma = kept.sigmas[row, slot]
                 kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
         return found
-    texts, empties = texts_of()
-    total = len(owners) * (len(schedule) - 1)
-
-    def steps_done(done: int) -> None:
-        tick(DENOISING, done, total)
-
-    sampling = Sampling(
-        owners, texts, empties, guidance, lockstep, rows, steps_done, denoised, show
-    )
+    texts = sampling.texts()
     latents = None
-    before = 0
-    for number, (picks, kept) in enumerate(zip(picked, found, strict=True)):
-        latents = denoise(denoisers, number, sampling, noise, latents, picks, kept, before)
-        before += len(owners) * (len(kept.schedule) - 1)
+    before, total = 0, count * (len(schedule) - 1)
+    for number, kept in enumerate(found):
+
+        def steps_done(done: int, before: int = before) -> None:
+            sampling.tick(DENOISING, before + done, total)
+
+        latents = _denoise(denoisers, number, kept, sampling, texts, noise, latents, steps_done)
+        before += count * (len(kept.schedule) - 1)
     return found
 
 
-def denoise(
+def _denoise(
     denoisers: Sequence[Denoiser],
     number: int,
+    kept: Kept,
     sampling: Sampling,
+    texts: Sequence[tuple[Conditioning, Conditioning]],
     noise: Tensor,
     begun: Tensor | None,
-    picks: Tensor,
-    kept: Kept,
-    before: int,
+    steps_done: Callable[[int], None],
 ) -> Tensor:
     """Denoise all samples by one denoiser through ``kept.schedule``, from ``noise`` or from what
-    another has ``begun`` by ``before`` steps; fills ``kept.latents`` at the steps ``picks`` and
-    gives what has become of all, on the scale of a LATENT."""
-    denoiser, shape = denoisers[number], (1, *noise.shape[1:])
+    another has ``begun``; fills ``kept.latents`` and gives what has become of all, on the scale of
+    a LATENT."""
+    denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
     ended = torch.empty_like(noise)
     left = [row for row in range(len(noise)) if (number, row) not in sampling.denoised]
     for row in set(range(len(noise))) - set(left):
         kept.latents[row], ended[row] = sampling.denoised[number, row]
-    before += (len(noise) - len(left)) * (len(kept.schedule) - 1)
     if not left:
         return ended
     denoiser.close()  # sampling prepares the model anew, and gives it back
     denoiser.room(0)  # some models make the inputs with weights of theirs
-    made: dict[int, Inputs] = {}
-    for text in (*sampling.texts, *sampling.empties):  # rows of one prompt share a conditioning
-        if id(text) not in made:
-            made[id(text)] = denoiser.inputs(text, shape)
-    given = [made[id(text)] for text in sampling.texts]
-    without = [made[id(sampling.empties[owner])] for owner in sampling.owners]
-    kinds = [(kind(own), kind(empty)) for own, empty in zip(given, without, strict=True)]
+    own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
+    made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
+    inputs = [[made[id(text)] for text in pair] for pair in texts]
+    kinds = [tuple(map(kind, pair)) for pair in inputs]
     callback = preview_callback(denoiser.model, sampling.show)
+    done = (len(noise) - len(left)) * steps
     for rows in chunks(left, kinds, sampling.rows):
         some = torch.as_tensor(list(rows))
 
-        def keep(step: int, latents: Tensor, some: Tensor = some, before: int = before) -> None:
-            sampling.tick(before + len(some) * step)
-            row, slot = (picks[some] == step).nonzero(as_tuple=True)
+        def keep(step: int, latents: Tensor, some: Tensor = some, done: int = done) -> None:
+            steps_done(done + len(some) * step)
+            row, slot = (kept.picks[some] == step).nonzero(as_tuple=True)
             kept.latents[some[row], slot] = latents[row.to(latents.device)].to("cpu", torch.float32)
 
         guider = RowsGuider(
             denoiser.model,
-            denoiser.references.beside(sampling.texts[rows[0]]),
-            joined([given[row] for row in rows]),
-            joined([without[row] for row in rows]),
+            denoiser.references.beside(texts[rows[0]][0]),
+            *(joined([inputs[row][guided] for row in rows]) for guided in (0, 1)),
             [sampling.owners[row] for row in rows],
             sampling.lockstep,
             keep,
         )
         guider.set_cfg(sampling.guidance)
+        if begun is None:
+            start = noise[some], denoiser.empty(shape).repeat(len(some), *[1] * (noise.ndim - 1))
+        else:
+            start = torch.zeros_like(noise[some]), begun[some]
         with torch.inference_mode():
             ended[some] = guider.sample(
-                noise[some] if begun is None else torch.zeros_like(noise[some]),
-                denoiser.empty(shape).repeat(len(some), *[1] * (noise.ndim - 1))
-                if begun is None
-                else begun[some],
+                *start,
                 _Euler(whole=begun is None),
                 kept.schedule,
                 denoise_mask=denoiser.references.mask,
@@ -177,8 +158,8 @@ def denoise(
             ).to(ended)
         for row in rows:
             sampling.denoised[number, row] = kept.latents[row].clone(), ended[row].clone()
-        before += len(rows) * (len(kept.schedule) - 1)
-    sampling.tick(before)
+        done += len(rows) * steps
+    steps_done(done)
     return ended
 
 

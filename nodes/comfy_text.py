@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
 from ..iteris_core.hosts.learned import Calls
+from ..iteris_core.hosts.protocol import Tick
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
 from .comfy_learned import Speaking, tokenizers
@@ -197,16 +199,22 @@ class TextBatch:
                 at = copy * len(rows) + index
                 self._found[copy][self._keys[row]] = _slice(outputs, at)
 
-    def batches(self, size: int) -> Iterator[Sequence[int]]:
-        """All rows, at most ``size`` at a time, each time of one length."""
-        return chunks(range(len(self.owners)), self.lengths, size)
-
-    def run_all(self, size: int) -> None:
-        """An encoder that no LoRA changes gives the same for everybody."""
+    def run_all(self, size: int, lockstep: Lockstep, tick: Tick | None = None) -> None:
+        """All rows, at most ``size`` at a time, each time of one length, with their own LoRAs.
+        An encoder that no LoRA changes gives the same for everybody."""
+        done = 0
         with torch.no_grad():
-            for rows in self.batches(size):
-                self.run(rows, 1)
-        self._found[1] = self._found[0]
+            for rows in chunks(range(len(self.owners)), self.lengths, size):
+                done += len(rows)
+                if tick is not None:
+                    tick("encoding prompts", done, len(self.owners))
+                if self.sites:
+                    own = [self.owners[row] for row in rows]
+                    lockstep.run(MicroBatch(partial(self.run, rows, 1), own, 1))
+                else:
+                    self.run(rows, 1)
+        if not self.sites:
+            self._found[1] = self._found[0]
 
     def has(self, copy: int) -> bool:
         return bool(self._found[copy]) or not self._keys

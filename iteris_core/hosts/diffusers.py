@@ -21,7 +21,7 @@ from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
 from ..architectures.sites import in_changed_parts, residual_streams
-from ..calibration_prompts import Wording, whole_words
+from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
@@ -34,14 +34,7 @@ from .learned import Calls
 from .learned_tokens import Phrases, in_force
 from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
-from .rows import (
-    TextRows,
-    added_concepts,
-    drawn_prompts,
-    fewest_prompts,
-    in_contexts,
-    row_texts,
-)
+from .rows import SamplePrompts, TextRows, added_concepts
 
 Words = list[list[Call]]
 """For each of two copies, and each text: the denoiser's arguments that come from it."""
@@ -155,35 +148,17 @@ class DiffusersHost:
         denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
-        wording = Wording(self._vocabulary, concepts, generator)
-        owners, prompts = drawn_prompts(
-            concepts,
-            calibration,
-            wording,
-            generator,
-            denoises=denoises,
-            empty=bool(share) and not denoises,
+        drawn = SamplePrompts.drawn(
+            concepts, calibration, self._vocabulary, generator, share, denoises=denoises
         )
-        if not denoises:
-            said = in_contexts(owners, prompts, concepts, calibration, wording)
-            text = TextRows.of(owners, said)
-            return DiffusionSamples(text, arguments, fewest_prompts(text, concepts, calibration))
-        said = self._said(owners, prompts)
-        recorded = record_rows(
-            self._loop, arguments, owners, said, calibration, lockstep, generator, tick
-        )
-        text = row_texts(
-            owners,
-            prompts,
-            recorded.each,
-            share,
-            concepts,
-            calibration,
-            wording,
-            generator,
-        )
-        worth = fewest_prompts(text, concepts, calibration)
-        return DiffusionSamples(text, arguments, worth, recorded)
+        recorded = None
+        if denoises:
+            said = self._said(drawn.owners, drawn.prompts)
+            recorded = record_rows(
+                self._loop, arguments, drawn.owners, said, calibration, lockstep, generator, tick
+            )
+        text = drawn.texts(None if recorded is None else recorded.each)
+        return DiffusionSamples(text, arguments, drawn.worth(text), recorded)
 
     def forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         with without_checkpointing(self._models()):

@@ -88,39 +88,106 @@ def _generic_concept(
     return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
 
 
-def drawn_prompts(
-    concepts: Sequence[Concept],
-    calibration: Calibration,
-    wording: Wording,
-    generator: torch.Generator,
-    *,
-    denoises: bool,
-    empty: bool,
-) -> tuple[list[int], list[str]]:
-    """The concept and the prompt of every sample. A prompt that comes more than 16 times, where a
-    concept has very few, carries further words from then on. What ``denoises`` has no samples of
-    concepts without a LoRA, whose rows take the latents of others (:func:`row_texts`). With
-    ``empty`` each concept has the empty prompt once more, as where no denoiser runs whose rows
-    could have it."""
-    prompts = [
-        concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
-        for concept in concepts
-    ]
-    if calibration.contexts != 0:
-        prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
-    if empty:
-        prompts = [[*of_concept, ""] for of_concept in prompts]
-    owners = [concept for concept, of_concept in enumerate(prompts) for _ in of_concept]
-    return owners, [prompt for of_concept in prompts for prompt in of_concept]
+@dataclass(frozen=True)
+class SamplePrompts:
+    """The prompt and the concept of every sample, ascending, and the texts of the rows that are
+    made from the samples. ``empty_share`` of those rows get the empty prompt, since guidance runs
+    on it."""
 
+    owners: Sequence[int]
+    prompts: Sequence[str]
+    concepts: Sequence[Concept]
+    calibration: Calibration
+    wording: Wording
+    generator: torch.Generator
+    empty_share: float = 0.0
 
-def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
-    seen: Counter[str] = Counter()
-    found: list[str] = []
-    for prompt in prompts:
-        seen[prompt] += 1
-        found.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
-    return found
+    @staticmethod
+    def drawn(
+        concepts: Sequence[Concept],
+        calibration: Calibration,
+        vocabulary: Sequence[str],
+        generator: torch.Generator,
+        empty_share: float,
+        *,
+        denoises: bool,
+    ) -> SamplePrompts:
+        """Prompts at random. A prompt that comes more than 16 times, where a concept has very few,
+        carries further words from then on. Where the host ``denoises``, concepts without a LoRA
+        have no samples: their rows take the latents of others. Elsewhere each concept has the empty
+        prompt once more, if there is an ``empty_share``."""
+        wording = Wording(vocabulary, concepts, generator)
+        prompts = [
+            concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
+            for concept in concepts
+        ]
+        if calibration.contexts != 0:
+            prompts = [_filled_up(of_concept, wording) for of_concept in prompts]
+        if empty_share and not denoises:
+            prompts = [[*of_concept, ""] for of_concept in prompts]
+        return SamplePrompts(
+            [concept for concept, of_concept in enumerate(prompts) for _ in of_concept],
+            [prompt for of_concept in prompts for prompt in of_concept],
+            concepts,
+            calibration,
+            wording,
+            generator,
+            empty_share,
+        )
+
+    def texts(self, count: int | None) -> TextRows:
+        """The texts of ``count`` rows for each sample, of which some get the empty prompt, but
+        never all of a concept's, and some of the others carry further words; and of rows of the
+        concepts without a LoRA on some of the same latents (composites: on those of their parts),
+        since what the denoiser sees of noise hardly depends on the prompt. With None, where no
+        denoiser runs, samples are rows as they are."""
+        if count is None:
+            return TextRows.of(self.owners, self._in_contexts(self.owners, self.prompts))
+        row_owners = [owner for owner in self.owners for _ in range(count)]
+        row_prompts = [prompt for prompt in self.prompts for _ in range(count)]
+        empty = torch.rand(len(row_owners), generator=self.generator) < self.empty_share
+        for owner in dict.fromkeys(row_owners):
+            own = [row for row, of in enumerate(row_owners) if of == owner]
+            if bool(empty[own].all()):
+                empty[own[0]] = False
+        for row in empty.nonzero().flatten().tolist():
+            row_prompts[row] = ""
+        row_prompts = self._in_contexts(row_owners, row_prompts)
+        rows = list(zip(row_owners, row_prompts, range(len(row_owners)), strict=True))
+        most = max(row_owners.count(owner) for owner in set(row_owners))
+        for owner, concept in enumerate(self.concepts):
+            if concept.lora is None:
+                pools = prompt_pools(concept, self.calibration)
+                pool = [prompt for of_phrase in pools for prompt in of_phrase]
+                free = range(len(row_owners))
+                wanted = _preserved_rows(most)
+                if isinstance(concept, Composite):
+                    wanted = min(wanted, len(pool))
+                    free = [row for row in free if concept.has(self.concepts[row_owners[row]])]
+                said = in_random_order(pool, wanted, self.generator)
+                picks = torch.randint(len(free), (wanted,), generator=self.generator).tolist()
+                rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
+        rows.sort(key=lambda row: row[0])
+        return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
+
+    def _in_contexts(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
+        """``prompts``, of which :func:`context_shares` carry further words. The empty prompt
+        stays."""
+        if self.calibration.contexts == 0:
+            return list(prompts)
+        shares = context_shares(self.concepts, self.calibration)
+        chosen = self.wording.chosen([shares[owner] for owner in owners])
+        return [
+            self.wording.in_context(prompt) if more and prompt else prompt
+            for prompt, more in zip(prompts, chosen, strict=True)
+        ]
+
+    def worth(self, text: TextRows) -> int:
+        """How many samples of a concept the rows of ``text`` are worth, of the concept with a LoRA
+        that has the fewest distinct prompts: with other noise a prompt counts once more."""
+        prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
+        own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
+        return min(self.calibration.samples, _REPEATS * min(own, default=0))
 
 
 def drawn_steps(
@@ -132,72 +199,13 @@ def drawn_steps(
     return torch.stack([pick[: calibration.timesteps] for pick in picks]).sort(dim=1)[0]
 
 
-def in_contexts(
-    owners: Sequence[int],
-    prompts: Sequence[str],
-    concepts: Sequence[Concept],
-    calibration: Calibration,
-    wording: Wording,
-) -> list[str]:
-    """``prompts``, of which :func:`context_shares` carry further words. The empty prompt stays."""
-    if calibration.contexts == 0:
-        return list(prompts)
-    shares = context_shares(concepts, calibration)
-    chosen = wording.chosen([shares[owner] for owner in owners])
-    return [
-        wording.in_context(prompt) if more and prompt else prompt
-        for prompt, more in zip(prompts, chosen, strict=True)
-    ]
-
-
-def row_texts(
-    owners: Sequence[int],
-    prompts: Sequence[str],
-    count: int,
-    empty_share: float,
-    concepts: Sequence[Concept],
-    calibration: Calibration,
-    wording: Wording,
-    generator: torch.Generator,
-) -> TextRows:
-    """The texts of ``count`` rows for each sample, and of rows of the ``concepts`` without a LoRA
-    on some of the same latents (composites: on those of their parts): what the denoiser sees of
-    noise hardly depends on the prompt. A
-    share of the samples' rows gets the empty prompt, since guidance runs on it, but never all of a
-    concept's; a share of the others carries further words."""
-    row_owners = [owner for owner in owners for _ in range(count)]
-    row_prompts = [prompt for prompt in prompts for _ in range(count)]
-    empty = torch.rand(len(row_owners), generator=generator) < empty_share
-    for owner in dict.fromkeys(row_owners):
-        own = [row for row, of in enumerate(row_owners) if of == owner]
-        if bool(empty[own].all()):
-            empty[own[0]] = False
-    for row in empty.nonzero().flatten().tolist():
-        row_prompts[row] = ""
-    row_prompts = in_contexts(row_owners, row_prompts, concepts, calibration, wording)
-    rows = list(zip(row_owners, row_prompts, range(len(row_owners)), strict=True))
-    most = max(row_owners.count(owner) for owner in set(row_owners))
-    for owner, concept in enumerate(concepts):
-        if concept.lora is None:
-            pool = [p for of_phrase in prompt_pools(concept, calibration) for p in of_phrase]
-            free = range(len(row_owners))
-            wanted = _preserved_rows(most)
-            if isinstance(concept, Composite):
-                wanted = min(wanted, len(pool))
-                free = [row for row in free if concept.has(concepts[row_owners[row]])]
-            said = in_random_order(pool, wanted, generator)
-            picks = torch.randint(len(free), (wanted,), generator=generator).tolist()
-            rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
-    rows.sort(key=lambda row: row[0])
-    return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
-
-
-def fewest_prompts(text: TextRows, concepts: Sequence[Concept], calibration: Calibration) -> int:
-    """What the samples of the concept with the fewest distinct prompts are worth, of those that
-    have a LoRA: with other noise a prompt counts once more."""
-    prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
-    own = [prompts[o] for o, concept in enumerate(concepts) if concept.lora is not None]
-    return min(calibration.samples, _REPEATS * min(own, default=0))
+def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
+    seen: Counter[str] = Counter()
+    found: list[str] = []
+    for prompt in prompts:
+        seen[prompt] += 1
+        found.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
+    return found
 
 
 def _preserved_rows(rows: int) -> int:

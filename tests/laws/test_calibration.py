@@ -13,11 +13,9 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import KINDS, TEMPLATES, Words, words_of
 from iteris_core.hosts.rows import (
+    SamplePrompts,
     TextRows,
     added_concepts,
-    drawn_prompts,
-    fewest_prompts,
-    row_texts,
 )
 
 
@@ -139,7 +137,8 @@ def texts(owners, prompts, count, empty, generator, concepts=None, contexts=0.0)
     """Rows of concepts with LoRAs, as many as there are owners."""
     concepts = concepts or [Concept(Lora({}), trigger=f"t{owner}") for owner in set(owners)]
     calibration, wording = Calibration(contexts=contexts), Wording(WORDS, concepts, generator)
-    return row_texts(owners, prompts, count, empty, concepts, calibration, wording, generator)
+    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, generator, empty)
+    return drawn.texts(count)
 
 
 def test_no_concept_has_only_empty_prompts():
@@ -205,11 +204,10 @@ def test_a_prompt_that_comes_often_is_denoised_with_further_words():
     """From the seventeenth time on: latents of one prompt are of one kind."""
     one = [Concept(Lora({}), prompts=["a sks dog"])]
     generator = torch.Generator().manual_seed(0)
-    wording = Wording(WORDS, one, generator)
 
     def drawn(**values):
         calibration = Calibration(samples=50, **values)
-        return drawn_prompts(one, calibration, wording, generator, denoises=True, empty=False)[1]
+        return SamplePrompts.drawn(one, calibration, WORDS, generator, 0.2, denoises=True).prompts
 
     assert [prompt == "a sks dog" for prompt in drawn()] == [True] * 16 + [False] * 34
     assert set(drawn(contexts=0.0)) == {"a sks dog"}
@@ -295,5 +293,11 @@ def test_what_samples_are_worth():
     concepts = [*PAIR, Concept.preserve(["x"])]
     owners = [0] * 6 + [1] * 6 + [2]
     rows = TextRows.of(owners, ["a", "b", "c", "d", "e", ""] + ["f", "g"] * 3 + ["x"])
-    assert fewest_prompts(rows, concepts, Calibration(samples=50)) == 4
-    assert fewest_prompts(rows, concepts, Calibration(samples=3)) == 3
+
+    def worth(samples):
+        calibration, generator = Calibration(samples=samples), torch.Generator()
+        wording = Wording(WORDS, concepts, generator)
+        return SamplePrompts([], [], concepts, calibration, wording, generator).worth(rows)
+
+    assert worth(50) == 4
+    assert worth(3) == 3

@@ -12,7 +12,7 @@ from tiny import random_lora
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.calibration_prompts import Wording
 from iteris_core.composites import Composite, composites_of
-from iteris_core.hosts.rows import added_concepts, row_texts
+from iteris_core.hosts.rows import SamplePrompts, added_concepts
 from iteris_core.lora import SiteChanges
 from iteris_core.methods import find_method
 from iteris_core.passes.changes import changes_of
@@ -191,9 +191,8 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     calibration = Calibration(contexts=0.0)
     owners = [owner for owner in range(3) for _ in range(50)]
     wording = Wording(WORDS, concepts, generator)
-    rows = row_texts(
-        owners, ["p"] * 150, 1, 0.0, concepts, calibration, wording, generator
-    )  # fmt: skip
+    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording, generator)
+    rows = drawn.texts(1)
     assert concepts[3].parts == (SUBJECT, STYLE)
     own = [n for n, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner == 3]
     assert len(own) == 20  # two fifths of a concept's
