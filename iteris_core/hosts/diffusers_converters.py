@@ -1,8 +1,8 @@
 """LoRA files under names that only a pipeline's own loader knows, through its converter.
 
-A converter of diffusers may leave keys out without a word. So it first runs on a copy whose rows
-are numbered, and every row has to come out whole. Alphas are folded in before, since converters
-differ in what they make of them.
+A converter of diffusers may leave keys out without a word. So every row of a tensor that goes in
+has to come out whole. Alphas are folded in before, since converters differ in what they make of
+them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from ..lora_files import BaseModel
 from ..lora_files.parts import split_key
 
 Tensors = Mapping[str, Tensor]
-
-_EXACT = 2**24
-"""How many whole numbers float32 holds exactly"""
 
 _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 
@@ -129,24 +126,22 @@ def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _convert(pipeline: Any, tensors: dict[str, Tensor]) -> _Converted:
-    numbered, widths = _numbered(tensors)
-    seen = torch.zeros(len(widths), dtype=torch.bool)
-    for tensor in _loaded(pipeline, numbered).values():
-        rows = _rows(tensor)
-        whole = (rows == rows[:, :1]).all(dim=1)
-        ids = rows[whole, 0].long()
-        ids = ids[(ids > 1) & (ids < len(widths))]
-        seen[ids[widths[ids] == rows.shape[1]]] = True
-    lost: dict[str, Tensor] = {}
-    first = 2
-    for key, tensor in tensors.items():
-        rows = _rows(tensor)
-        # Rows of zeros say nothing and may go.
-        missing = ~seen[first : first + len(rows)] & (rows != 0).any(dim=1)
-        if bool(missing.any()) and _part(key) != "alpha":
-            lost[key] = tensor
-        first += len(rows)
-    return _Converted(_loaded(pipeline, dict(tensors)), lost)
+    converted = _loaded(pipeline, dict(tensors))
+    none = torch.empty(0, dtype=torch.int64)
+    there = torch.cat([none, *map(_fingerprints, converted.values())])
+    factors = {key: tensor for key, tensor in tensors.items() if _part(key) != "alpha"}
+    lost = {k: t for k, t in factors.items() if not torch.isin(_fingerprints(t), there).all()}
+    return _Converted(converted, lost)
+
+
+def _fingerprints(tensor: Tensor) -> Tensor:
+    """(rows,) int64, equal for equal rows; rows of zeros, which say nothing and may go, have
+    none."""
+    rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    factors = torch.randint(2**62, rows.shape[1:], generator=generator)
+    found = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
+    return found[(rows != 0).any(dim=1)]
 
 
 def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,29 +152,6 @@ def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found: Any = type(pipeline).lora_state_dict(tensors, **options)
     state, alphas = found if isinstance(found, tuple) else (found, None)
     return state | {key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()}
-
-
-def _numbered(tensors: Tensors) -> tuple[dict[str, Tensor], Tensor]:
-    """A copy where every row of every tensor is one number, and how wide the row of each number is.
-    Alphas stay; the numbers 0 and 1 are nobody's, since converters put zeros and ones in."""
-    total = 2 + sum(len(_rows(tensor)) for tensor in tensors.values())
-    dtype = torch.float32 if total < _EXACT else torch.float64
-    widths = torch.zeros(total, dtype=torch.long)
-    copy: dict[str, Tensor] = {}
-    first = 2
-    for key, tensor in tensors.items():
-        count, width = _rows(tensor).shape
-        ids = torch.arange(first, first + count, dtype=dtype)
-        is_alpha = _part(key) == "alpha"
-        copy[key] = tensor if is_alpha else ids[:, None].repeat(1, width).reshape(tensor.shape)
-        widths[first : first + count] = width
-        first += count
-    return copy, widths
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(rows, all the rest)"""
-    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
 
 
 def _part(key: str) -> str:
