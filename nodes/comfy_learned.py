@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..iteris_core.hosts.learned import Calls, Parts, Phrases, taking
+from ..iteris_core.hosts.learned import Calls, Encoder, Parts, Phrases, give
 from .comfy_internals import comfy
 
 
@@ -23,10 +22,10 @@ class Speaking:
     concept; ``in_force`` are their names."""
 
     def __init__(self, clip: Any, calls: Sequence[Calls] = ()) -> None:
-        self._phrases = Phrases(calls)
-        takers = _takers(clip) if any(one.words for one in calls) else []
-        names = self._phrases.take(lambda mark, parts: _give(takers, mark, parts))
-        self._clip = _knowing(clip, takers, set(names)) if names else clip
+        encoders = _encoders(clip) if any(one.words for one in calls) else []
+        self._phrases = Phrases(calls, encoders)
+        names = self._phrases.words.keys()
+        self._clip = _knowing(clip, encoders, names) if names else clip
         self.in_force = self._phrases.in_force
 
     def tokenize(self, owner: int, prompt: str) -> Any:
@@ -39,41 +38,21 @@ class Speaking:
 def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
     """A copy of ``clip`` that has embeddings behind ``embedding:NAME``, before those of
     models/embeddings, and the names of those that one of its text encoders takes."""
-    takers = _takers(clip)
-    known = {name for name, parts in embeddings.items() if _give(takers, name, parts)}
-    return _knowing(clip, takers, known), known
+    encoders = _encoders(clip)
+    known = {name for name, parts in embeddings.items() if give(encoders, name, parts)}
+    return _knowing(clip, encoders, known), known
 
 
-def _takers(clip: Any) -> list[_Taker]:
-    return [_Taker.of(tokenizer) for tokenizer in tokenizers(clip.tokenizer)]
+def _encoders(clip: Any) -> list[Encoder]:
+    return [Encoder(t, {t.embedding_key}, t.embedding_size) for t in tokenizers(clip.tokenizer)]
 
 
-def _knowing(clip: Any, takers: Sequence[_Taker], names: Set[str]) -> Any:
-    """A copy of ``clip`` whose tokenizers know what its ``takers`` were given."""
+def _knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:
+    """A copy of ``clip`` whose tokenizers know what its ``encoders`` were given."""
     own = copy.copy(clip)
-    own.tokenizer = _copied(clip.tokenizer, {id(t.tokenizer): t.known for t in takers}, names)
+    vectors = {id(encoder.tokenizer): encoder.vectors for encoder in encoders}
+    own.tokenizer = _copied(clip.tokenizer, vectors, names)
     return own
-
-
-@dataclass
-class _Taker:
-    """A tokenizer, for :func:`taking`; ``known`` are the vectors that it has by name."""
-
-    tokenizer: Any
-    parts: Set[str]
-    width: int
-    known: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> _Taker:
-        return cls(tokenizer, {tokenizer.embedding_key}, tokenizer.embedding_size)
-
-
-def _give(takers: Sequence[_Taker], name: str, parts: Parts) -> bool:
-    found = taking(takers, parts)
-    for taker, vectors in found:
-        taker.known[name] = vectors
-    return bool(found)
 
 
 def tokenizers(tokenizer: Any) -> list[Any]:

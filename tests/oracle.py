@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from iteris_core import Lora, LowRank
 from iteris_core.activations.meter import free_memory, usable
-from iteris_core.hosts.learned import nothing_taught
-from iteris_core.hosts.protocol import Stage
+from iteris_core.hosts.protocol import Host, Stage
 
 
 class Net(nn.Module):
@@ -41,7 +40,7 @@ class Net(nn.Module):
 SITES = ("q", "k", "v", "out", "up", "down", "conv")
 
 
-class ModuleHost:
+class ModuleHost(Host):
     """Host for a module that takes one tensor; ``data[i]`` is concept i's (rows, …)."""
 
     pictures = False
@@ -59,18 +58,6 @@ class ModuleHost:
 
     def samples(self, concepts, sites, calibration, lockstep, generator, tick):
         return self.data
-
-    def token_counts(self, prompts, owners=None):
-        raise AssertionError("not used")
-
-    def learned(self, prompt):
-        return set()
-
-    def teach(self, calls):
-        return nothing_taught(calls)
-
-    def added(self, concepts, calibration):
-        return []
 
     def forward(self, samples, rows):
         return self.model(torch.cat(list(samples))[list(rows)])

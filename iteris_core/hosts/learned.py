@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -139,26 +138,30 @@ def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: se
     return Calls(words, used, loaded, uncalled)
 
 
-class Taker(Protocol):
-    """A text encoder: the names of the parts that are meant for it, and how wide a vector is."""
+@dataclass
+class Encoder:
+    """A text encoder, with the ``tokenizer`` that has this ``name`` beside it. Embeddings have
+    vectors for it under the names of ``parts``, or of its ``width``; ``vectors`` are those that it
+    was given, by the word that stands for them."""
 
+    tokenizer: Any
     parts: Set[str]
     width: int
+    name: str = ""
+    model: Any = None
+    vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-_T = TypeVar("_T", bound=Taker)
-
-
-def taking(encoders: Sequence[_T], parts: Parts) -> list[tuple[_T, Tensor]]:
-    """The text encoders that take vectors of an embedding: by name, else by their width."""
-    found: dict[int, tuple[_T, Tensor]] = {}
+def give(encoders: Sequence[Encoder], word: str, parts: Parts) -> bool:
+    """Give the vectors of an embedding to the text encoders that take them, by name, else by their
+    width, and say whether one does."""
     for part, vectors in parts.items():
         named = [encoder for encoder in encoders if part in encoder.parts]
         anywhere = encoders if part == ANY or len(parts) == 1 else []
         fitting = [e for e in named or anywhere if e.width == vectors.shape[1]]
         for encoder in fitting[:1]:
-            found.setdefault(id(encoder), (encoder, vectors))
-    return list(found.values())
+            encoder.vectors.setdefault(word, vectors)
+    return any(word in encoder.vectors for encoder in encoders)
 
 
 def placeholder(number: int, start: str = "iterisword") -> str:
@@ -169,26 +172,23 @@ def placeholder(number: int, start: str = "iterisword") -> str:
 class Phrases:
     """``phrases(owner, prompt)`` is what a tokenizer is to be given for a prompt of a concept, with
     a mark in the place of each word that calls for an embedding; two concepts may bring one name.
-    ``in_force`` are the names of the embeddings that a text encoder takes, by concept."""
 
-    def __init__(self, calls: Sequence[Calls]) -> None:
+    ``encoders`` are given the vectors, by mark; words of which none takes any stay as they are.
+    ``words`` are the others, by mark, and ``in_force`` the names of their embeddings, by concept.
+    """
+
+    def __init__(self, calls: Sequence[Calls], encoders: Sequence[Encoder]) -> None:
         self._calls = calls
-        self.in_force: list[Set[str]] = [set[str]() for _ in calls]
+        self._marks: dict[tuple[int, str], str] = {}
+        self.in_force: list[set[str]] = [set() for _ in calls]
         words = [(owner, word) for owner, one in enumerate(calls) for word in one.words]
-        self._of = {at: placeholder(number) for number, at in enumerate(words)}
-
-    def take(self, give: Callable[[str, Parts], bool]) -> dict[str, str]:
-        """Mark → word of those whose vectors ``give(mark, parts)`` finds a text encoder for; the
-        other words stay as they are."""
-        taken: dict[tuple[int, str], str] = {}
-        for (owner, word), mark in self._of.items():
-            call, brought = self._calls[owner].words[word], self._calls[owner].embeddings
-            parts = {part: call.of(vectors) for part, vectors in brought[call.name].items()}
-            if give(mark, parts):
-                taken[owner, word] = mark
-                self.in_force[owner] = {*self.in_force[owner], call.name}
-        self._of = taken
-        return {mark: word for (_, word), mark in taken.items()}
+        for number, (owner, word) in enumerate(words):
+            call, mark = calls[owner].words[word], placeholder(number)
+            brought = calls[owner].embeddings[call.name]
+            if give(encoders, mark, {part: call.of(some) for part, some in brought.items()}):
+                self._marks[owner, word] = mark
+                self.in_force[owner].add(call.name)
+        self.words = {mark: word for (_, word), mark in self._marks.items()}
 
     def __call__(self, owner: int, prompt: str, spell: Callable[[str], str] = str) -> str:
         """``spell`` says how a mark is written."""
@@ -196,15 +196,10 @@ class Phrases:
             return prompt
 
         def say(word: str, _: Call) -> str:
-            mark = self._of.get((owner, word.lower()))
+            mark = self._marks.get((owner, word.lower()))
             return word if mark is None else spell(mark)
 
         return self._calls[owner].replaced(prompt, say)
-
-
-def nothing_taught(calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
-    """What :meth:`.protocol.Host.teach` is for a host that does not work from prompts."""
-    return nullcontext([set() for _ in calls])
 
 
 def _spellings(name: str) -> list[str]:

@@ -2,37 +2,25 @@
 
 No weight is resized and nothing of the pipeline's tokenizers or text encoders is changed: while
 this lasts the pipeline has copies of its tokenizers, which know one token more for each vector, and
-hooks on the text encoders' token embeddings answer for those.
+the forwards of the text encoders' token embeddings answer for those.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .learned import Calls, Parts, Phrases, placeholder, taking
+from .learned import Calls, Encoder, Phrases, placeholder
+from .recorded import replaced_forward
 
 _TOKEN = "iterisvector"
-
-
-@dataclass
-class _Encoder:
-    """A text encoder with its tokenizer. ``parts`` are the names under which embeddings have
-    vectors for it; ``words`` → the vectors that are put in their place."""
-
-    tokenizer_name: str
-    tokenizer: Any
-    model: Any
-    parts: Set[str]
-    width: int
-    words: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @contextmanager
@@ -43,29 +31,21 @@ def in_force(pipeline: Any, calls: Sequence[Calls]) -> Generator[Phrases]:
     has no vectors reads the word as it stands there.
     """
     encoders = _encoders(pipeline)
-    phrases = Phrases(calls)
-
-    def give(mark: str, parts: Parts) -> bool:
-        found = taking(encoders, parts)
-        for encoder, vectors in found:
-            encoder.words[mark] = vectors
-        return bool(found)
-
-    plain = phrases.take(give)
+    phrases = Phrases(calls, encoders)
     with ExitStack() as stack:
-        for encoder in encoders if plain else ():
-            stack.enter_context(_taught(pipeline, encoder, plain))
+        for encoder in encoders if phrases.words else ():
+            stack.enter_context(_taught(pipeline, encoder, phrases.words))
         yield phrases
 
 
 @contextmanager
-def _taught(pipeline: Any, encoder: _Encoder, plain: Mapping[str, str]) -> Generator[None]:
+def _taught(pipeline: Any, encoder: Encoder, plain: Mapping[str, str]) -> Generator[None]:
     """The pipeline with a tokenizer that knows the encoder's words, and the encoder with their
     vectors; a word without vectors is read as it is in ``plain``."""
-    tokenizer, name = copy.deepcopy(encoder.tokenizer), encoder.tokenizer_name
+    tokenizer, name = copy.deepcopy(encoder.tokenizer), encoder.name
     said = dict(plain)
     tokens: list[str] = []
-    for mark, vectors in encoder.words.items():
+    for mark, vectors in encoder.vectors.items():
         new = [placeholder(len(tokens) + index, _TOKEN) for index in range(len(vectors))]
         said[mark] = "".join(new)
         tokens += new
@@ -73,21 +53,15 @@ def _taught(pipeline: Any, encoder: _Encoder, plain: Mapping[str, str]) -> Gener
         tokenizer.add_tokens(tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
     tokenizer.__class__ = _reading(type(tokenizer), said)
-    hooks: list[Any] = []
     # Not by setattr, which enters the class of what is set into the pipeline's configuration.
     pipeline.__dict__[name] = tokenizer
-    try:
+    with ExitStack() as stack:
+        stack.callback(pipeline.__dict__.update, {name: encoder.tokenizer})
         if tokens:
-            vectors = torch.cat(list(encoder.words.values()))
+            answer = partial(_answering, torch.tensor(ids), torch.cat([*encoder.vectors.values()]))
             for module in _token_embeddings(encoder.model):
-                answers = _Answers(ids, vectors)
-                hooks.append(module.register_forward_pre_hook(answers.before))
-                hooks.append(module.register_forward_hook(answers.after))
+                stack.enter_context(replaced_forward(module, answer))
         yield
-    finally:
-        pipeline.__dict__[name] = encoder.tokenizer
-        for hook in hooks:
-            hook.remove()
 
 
 def _reading(kind: type, said: Mapping[str, str]) -> type:
@@ -111,35 +85,28 @@ def _reading(kind: type, said: Mapping[str, str]) -> type:
     return taught
 
 
-class _Answers:
-    """Hooks of a token embedding that give ``vectors`` for ``ids``, which it has no rows for."""
+def _answering(
+    ids: Tensor, vectors: Tensor, forward: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """The forward of a token embedding that gives ``vectors`` for ``ids``, which it has no rows
+    for."""
 
-    def __init__(self, ids: Sequence[int], vectors: Tensor) -> None:
-        self._ids, self._vectors = torch.tensor(ids), vectors
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        asked = args[0]
-        own = torch.isin(asked, self._ids.to(asked.device))
+    def answered(tokens: Tensor) -> Tensor:
+        equal = tokens[..., None] == ids.to(tokens.device)
+        own = equal.any(dim=-1)
+        output = forward(tokens.masked_fill(own, 0))
         if not bool(own.any()):
-            return None
-        known = asked.masked_fill(own, 0)
-        known.iteris_asked = asked  # of this call: forwards may run in turns
-        return known, *args[1:]
+            return output
+        output = output.clone()
+        output[own] = vectors.to(output)[equal.long().argmax(dim=-1)[own]]
+        return output
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        asked = getattr(args[0], "iteris_asked", None)
-        if asked is None:
-            return None
-        equal = asked[..., None] == self._ids.to(asked.device)
-        own, which = equal.any(dim=-1), equal.long().argmax(dim=-1)
-        answered = output.clone()
-        answered[own] = self._vectors.to(output)[which[own]]
-        return answered
+    return answered
 
 
-def _encoders(pipeline: Any) -> list[_Encoder]:
+def _encoders(pipeline: Any) -> list[Encoder]:
     """The text encoders of a pipeline whose tokenizers can learn words."""
-    found: list[_Encoder] = []
+    found: list[Encoder] = []
     clips = 0
     for end in ("", "_2", "_3", "_4"):
         tokenizer: Any = getattr(pipeline, f"tokenizer{end}", None)
@@ -154,7 +121,7 @@ def _encoders(pipeline: Any) -> list[_Encoder]:
             parts = {"clip_g"} if clips == 2 else {"clip_l", "clip_h"}
             parts |= {"clip_g"} if end and clips == 1 else set()
         width: int = _token_embeddings(model)[0].weight.shape[-1]
-        found.append(_Encoder(f"tokenizer{end}", tokenizer, model, parts, width))
+        found.append(Encoder(tokenizer, parts, width, f"tokenizer{end}", model))
     return found
 
 

@@ -1,7 +1,8 @@
 """What a base model has to offer so that LoRAs can be merged on it.
 
 A host is thin: it names the sites, reads LoRA files, makes samples and runs forwards. To add one,
-write a class with the members of :class:`Host`; nothing else has to change.
+write a class with the members of :class:`Host`; nothing else has to change. A subclass of it has
+those that are given here as a host without prompts has them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..concepts import Calibration, Concept
-from ..errors import ModelStateError
+from ..errors import BaseError, ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .learned import Calls
@@ -102,14 +103,15 @@ class Host(Protocol):
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
         """How many tokens each prompt has, with start and end but without padding; as prompts of
-        the concepts ``owners``, if they are given."""
-        ...
+        the concepts ``owners``, if they are given. Raises :class:`BaseError` where the host does
+        not work from prompts."""
+        raise BaseError(f"This method needs prompts; {type(self).__name__} has none.")
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         """Further concepts of a merge, without a LoRA of their own: prompts, or inputs, that hold
         the base where no concept is called for (``calibration.generic``), and behind them
         composites (``calibration.composites``); none where there are none."""
-        ...
+        return []
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
         """The model's final output for rows of ``samples``, rows first; differentiable."""
@@ -118,13 +120,12 @@ class Host(Protocol):
     def learned(self, prompt: str) -> Set[str]:
         """The embeddings in a prompt that were added to the text encoders' vocabulary (textual
         inversion), by the names that call for them there."""
-        ...
+        return set()
 
     def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
         """While it is entered, prompts of a concept have the embeddings in force for which they
-        call; it gives the names of those that are, by concept. A host without prompts does
-        nothing: :func:`.learned.nothing_taught`."""
-        ...
+        call; it gives the names of those that are, by concept."""
+        return nullcontext([set() for _ in calls])
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         """Sites whose output is added to a residual stream, each with the module whose input is

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +30,37 @@ _see: ContextVar[See | None] = ContextVar("see", default=None)
 # Every greenlet has a context of its own: forwards that wait for each other do not mix.
 
 
+@contextmanager
+def replaced_forward(
+    module: nn.Module, replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Generator[None]:
+    """While it is entered, ``module`` runs what ``replace`` makes of its forward."""
+    # An own forward is there where something else has put it (offloading).
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = replace(module.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
 class Recorders:
     """On the ``forward`` of denoisers, by name; taken off when the last who opened them is done."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
-        self._before: dict[str, Any] = {}
+        self._on = ExitStack()
         self._open = 0
 
     @contextmanager
     def open(self, see: See) -> Generator[None]:
         """Forwards that are called in here, in this context, go through ``see``."""
         if not self._open:
-            self._put_on()
+            for name, module in self._modules.items():
+                self._on.enter_context(replaced_forward(module, partial(_through, name, module)))
         self._open += 1
         token = _see.set(see)
         try:
@@ -50,21 +69,7 @@ class Recorders:
             _see.reset(token)
             self._open -= 1
             if not self._open:
-                self._take_off()
-
-    def _put_on(self) -> None:
-        for name, module in self._modules.items():
-            # An own forward is there where something else has put it (offloading).
-            self._before[name] = module.__dict__.get("forward")
-            module.__dict__["forward"] = _through(name, module, module.forward)
-
-    def _take_off(self) -> None:
-        for name, module in self._modules.items():
-            before = self._before.pop(name)
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
+                self._on.close()
 
 
 def _through(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.peft_folder import read_adapter
-from .learned import Calls, nothing_taught
-from .protocol import Stage, Tick, check_model, check_ready
+from .protocol import Host, Stage, Tick, check_model, check_ready
 from .transformers_rows import Row, collate, extended, lengths, rows_of
 
 _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
@@ -38,7 +36,7 @@ class ModelSamples:
     rows: Sequence[Row]
 
 
-class TransformersHost:
+class TransformersHost(Host):
     """Merges adapters of a ``PreTrainedModel`` on batches that the user gives (``Concept.inputs``).
 
     Each batch is a mapping of keyword arguments of the model's forward, tensors with rows first.
@@ -84,17 +82,6 @@ class TransformersHost:
         """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
         return read_adapter(Path(path), {s: weight_shape(m) for s, m in self._sites.items()})
 
-    def token_counts(
-        self, prompts: Sequence[str], owners: Sequence[int] | None = None
-    ) -> list[int]:
-        raise BaseError("This method works from prompts, which a transformers host has not.")
-
-    def learned(self, prompt: str) -> Set[str]:
-        return set()
-
-    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
-        return nothing_taught(calls)
-
     def samples(
         self,
         concepts: Sequence[Concept],
@@ -114,9 +101,6 @@ class TransformersHost:
         if self._generate is not None:
             rows = self._continued(rows, owners, lockstep, tick)
         return ModelSamples(owners, rows)
-
-    def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
-        return []
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams = residual_streams(self.model, self._sites, text.WIRINGS)
