@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from ..errors import LoraFileError
 from ..lora import Lora
@@ -17,29 +17,19 @@ from .embeddings import without_embeddings
 
 HIGH, LOW = "high_noise", "low_noise"
 
-_T = TypeVar("_T")
-
 
 def second_of(denoiser: str) -> str:
     """The component's name of the denoiser for low noise."""
     return f"{denoiser}_2"
 
 
-def as_second(lora: Lora, denoiser: str) -> Lora:
-    """``lora``, whose sites are ``denoiser``'s, as one of the second denoiser; whatever it changes
-    elsewhere (text encoders) is left out."""
-    old, new = f"{denoiser}.", f"{second_of(denoiser)}."
-    return replace(
-        lora, sites=_renamed(lora.sites, old, new), scales=_renamed(lora.scales, old, new)
-    )
-
-
 def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
-    """One LoRA of both denoisers; text encoders are those of ``high``.
+    """One LoRA of both denoisers; text encoders are those of ``high``, whatever ``low`` changes
+    there.
 
     Raises :class:`IterisError` where a file has nothing for its denoiser.
     """
-    second = as_second(low, denoiser)
+    second = _renamed(low, f"{denoiser}.", f"{second_of(denoiser)}.")
     for lora, sites in ((high, high.sites), (low, second.sites)):
         if not sites:
             raise LoraFileError(f"{lora.source or lora.name} changes nothing in the {denoiser}.")
@@ -57,19 +47,10 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     """The changes of ``denoiser`` with those of text encoders, and those of the second denoiser
     under the first one's names, as a file has them."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
-    high = replace(
-        lora,
-        sites={site: c for site, c in lora.sites.items() if not site.startswith(second)},
-        scales={site: s for site, s in lora.scales.items() if not site.startswith(second)},
-    )
-    low = replace(
-        lora,
-        sites=_renamed(lora.sites, second, first),
-        scales=_renamed(lora.scales, second, first),
-        metadata=without_embeddings(lora.metadata),
-        embeddings={},
-    )
-    return high, low
+    sites = {site: change for site, change in lora.sites.items() if not site.startswith(second)}
+    metadata = without_embeddings(lora.metadata)
+    low = replace(_renamed(lora, second, first), metadata=metadata, embeddings={})
+    return replace(lora, sites=sites), low
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:
@@ -78,7 +59,10 @@ def expert_files(path: Path) -> tuple[Path, Path]:
     return high, low
 
 
-def _renamed(sites: Mapping[str, _T], old: str, new: str) -> dict[str, _T]:
-    return {
-        new + site.removeprefix(old): value for site, value in sites.items() if site.startswith(old)
-    }
+def _renamed(lora: Lora, old: str, new: str) -> Lora:
+    """The changes of sites that begin with ``old``, which begin with ``new`` then."""
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {new + s.removeprefix(old): v for s, v in values.items() if s.startswith(old)}
+
+    return replace(lora, sites=renamed(lora.sites), scales=renamed(lora.scales))
