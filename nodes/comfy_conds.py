@@ -3,7 +3,6 @@ connected (reference latents, a first frame, a mask, a control), which is the sa
 
 from __future__ import annotations
 
-import math
 import uuid
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..iteris_core.errors import IterisError
+from ..iteris_core.hosts import recorded
 from .comfy_internals import comfy
 from .comfy_text import Conditioning
 
@@ -82,12 +82,17 @@ def kind(inputs: Inputs) -> Hashable:
     """Equal for two texts whose rows may share a forward: they have the same inputs, those of equal
     shapes and the constants among them equal."""
     conds = inputs["model_conds"]
-    return tuple((name, _shape(conds[name])) for name in sorted(conds))
+    rows = {n: 0 for n, c in conds.items() if not isinstance(c, comfy.conds.CONDConstant)}
+    return recorded.kind(_call(inputs), rows, masks=False)
 
 
 def size(inputs: Inputs) -> int:
     """How many numbers the inputs of one row hold."""
-    return sum(math.prod(cond.size()) for cond in inputs["model_conds"].values())
+    return recorded.size(_call(inputs))
+
+
+def _call(inputs: Inputs) -> recorded.Call:
+    return {name: cond.cond for name, cond in inputs["model_conds"].items()}
 
 
 def joined(rows: Sequence[Inputs]) -> Inputs:
@@ -117,15 +122,6 @@ def _equal(one: Any, two: Any) -> bool:
         return len(one) == len(two) and all(map(_equal, one, two))
     tensors = isinstance(one, Tensor) and isinstance(two, Tensor)
     return tensors and one.shape == two.shape and one.device == two.device and torch.equal(one, two)
-
-
-def _shape(cond: Any) -> Hashable:
-    value = cond.cond
-    if isinstance(cond, comfy.conds.CONDConstant):
-        plain = isinstance(value, (bool, int, float, str, type(None)))
-        return type(cond), value if plain else id(value)
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return type(cond), tuple(tuple(part.shape) for part in parts)
 
 
 def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
 from .comfy_sampling import run_uncompiled
-from .comfy_sizes import latent_shape, patches_of
+from .comfy_sizes import latent_shape, token_sides
 from .comfy_state import in_full_precision
 from .comfy_text import Conditioning
 
@@ -112,7 +112,7 @@ class Denoiser:
 
     @property
     def patches(self) -> list[int]:
-        return patches_of(self.model)
+        return sorted(set(token_sides(self.model)))
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """What a denoising begins with beside noise, (1, …): the LATENT that is connected."""

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 
 from ..iteris_core.concepts import Calibration
-from ..iteris_core.hosts.sizes import (
-    FRAMES,
-    default_size,
-    middle_patch,
-    token_sides,
-    unet_levels,
-)
+from ..iteris_core.hosts.sizes import FRAMES, default_size, middle_patch, unet_levels
 from .comfy_internals import comfy
 
 _SCALES = {
@@ -40,12 +34,11 @@ _PICTURES = re.compile("Image|T2I|Anima|Krea")
 
 def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     """(1, channels, [frames,] height, width) of an empty latent of this MODEL."""
-    network = model.model.diffusion_model
     side = calibration.latent_size
     if side is None:
-        levels = _levels(network)
-        patch = middle_patch(levels) if levels else _patch(model)
-        height, width = default_size(_scale(model), patch, multiple=max(levels, default=1))
+        sides = token_sides(model)
+        # What a UNet halves at every level has to stay whole.
+        height, width = default_size(_scale(model), middle_patch(sides), multiple=max(sides))
     else:
         height = width = side
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))
@@ -55,9 +48,20 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def patches_of(model: Any) -> list[int]:
-    """See :func:`..iteris_core.hosts.sizes.token_sides`."""
-    return token_sides(_levels(model.model.diffusion_model), _patch(model))
+def token_sides(model: Any) -> list[int]:
+    """How many latents a side of a token covers, in each transformer block of a UNet, or in all
+    blocks of a transformer."""
+    network = model.model.diffusion_model
+    if isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):
+        blocks = (*network.input_blocks, network.middle_block, *network.output_blocks)
+        if levels := unet_levels(blocks):
+            return levels
+    config = model.model.model_config.unet_config
+    known = getattr(network, "patch_size", None)
+    for patch in (known, config.get("patch_size"), config.get("patch_spatial")):
+        if patch is not None:
+            return [int(patch[-1] if isinstance(patch, (list, tuple)) else patch)]
+    return [1]
 
 
 def _scale(model: Any) -> int:
@@ -74,21 +78,3 @@ def _told(model: Any, name: str, table: dict[str, int], usual: int) -> int:
         return int(getattr(latent_format, name))
     kinds = [kind.__name__ for kind in type(latent_format).__mro__]
     return next((table[kind] for kind in kinds if kind in table), usual)
-
-
-def _patch(model: Any) -> int:
-    """How many latents a side of a token of a transformer covers."""
-    config = model.model.model_config.unet_config
-    known = getattr(model.model.diffusion_model, "patch_size", None)
-    for patch in (known, config.get("patch_size"), config.get("patch_spatial")):
-        if isinstance(patch, (list, tuple)):
-            return int(patch[-1])
-        if patch is not None:
-            return int(patch)
-    return 1
-
-
-def _levels(network: Any) -> list[int]:
-    if not isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):
-        return []
-    return unet_levels((*network.input_blocks, network.middle_block, *network.output_blocks))

@@ -190,30 +190,13 @@ class DiffusersHost:
     def stages(self, samples: DiffusionSamples, sites: Set[str]) -> Iterator[Stage]:
         said = self._said(samples.text.text_owners, samples.text.texts)
         samples = replace(samples, text=replace(samples.text, texts=said))
-        text, recorded, arguments = samples.text, samples.recorded, samples.arguments
+        text, recorded = samples.text, samples.recorded
         text_sites = [site for site in sites if site.startswith("text_encoder")]
         others = [site for site in sites if not site.startswith("text_encoder")]
         if not others and not text_sites:
             return
         words: Words = [[{}] * len(text.texts) for _ in range(2)]
-        if text_sites:
-            run = partial(self._run_text, samples, words)
-            kinds = None if arguments.alike else self._lengths(text.texts)
-            yield Stage(
-                "text encoder",
-                text_sites,
-                text.text_owners,
-                run,
-                feeds=bool(others),
-                kinds=kinds,
-                samples=samples.worth,
-            )
-        else:
-            prompts = list(dict.fromkeys(text.texts))
-            run = partial(self._run_plain_text, samples, words, prompts)
-            kinds = None if arguments.alike else self._lengths(prompts)
-            owners = [0] * len(prompts)
-            yield Stage("text encoder", [], owners, run, feeds=True, kinds=kinds)
+        yield self._text_stage(text_sites, samples, words, feeds=bool(others))
         if recorded is None and others:
             modules = [self._sites[site] for site in others]
             run = partial(self._run_projections, words, modules)
@@ -223,6 +206,35 @@ class DiffusersHost:
                 own = [site for site in others if site.startswith(f"{name}.")]
                 if own and recorded.rows_of(name):
                     yield self._denoiser_stage(name, own, samples, recorded, words)
+
+    def _text_stage(
+        self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
+    ) -> Stage:
+        """Without ``sites`` text encoders give the same for every concept, and merged."""
+        text, arguments = samples.text, samples.arguments
+        where: dict[tuple[int, str], list[int]] = {}
+        for number, (owner, prompt) in enumerate(zip(text.text_owners, text.texts, strict=True)):
+            where.setdefault((owner if sites else 0, prompt), []).append(number)
+        prompts, numbers = [prompt for _, prompt in where], list(where.values())
+
+        def run(rows: Sequence[int], copies: int) -> None:
+            texts = [prompts[row] for row in rows]
+            found = self._first(arguments, texts * (copies if sites else 1))
+            for index, call in enumerate(map(_on_cpu, found)):
+                copy, at = divmod(index, len(rows))
+                for of_copy in words[copy : copy + 1] if sites else words:
+                    for number in numbers[rows[at]]:
+                        of_copy[number] = call
+
+        return Stage(
+            "text encoder",
+            sites,
+            [owner for owner, _ in where],
+            run,
+            feeds=feeds,
+            kinds=None if arguments.alike else self._lengths(prompts),
+            samples=samples.worth,
+        )
 
     def _denoiser_stage(
         self,
@@ -295,29 +307,6 @@ class DiffusersHost:
             for prompt, row in zip(prompts, rows, strict=True):
                 row |= {p: torch.zeros_like(row[p]) for p in arguments.worded if not prompt}
         return rows
-
-    def _run_text(
-        self, samples: DiffusionSamples, words: Words, rows: Sequence[int], copies: int
-    ) -> None:
-        texts = [samples.text.texts[row] for row in rows]
-        found = iter(self._first(samples.arguments, texts * copies))
-        for copy in range(copies):
-            for row in rows:
-                words[copy][row] = _on_cpu(next(found))
-
-    def _run_plain_text(
-        self,
-        samples: DiffusionSamples,
-        words: Words,
-        prompts: Sequence[str],
-        rows: Sequence[int],
-        copies: int,
-    ) -> None:
-        """Text encoders that no LoRA changes give the same for every concept, and merged."""
-        chosen = [prompts[row] for row in rows]
-        parts = dict(zip(chosen, map(_on_cpu, self._first(samples.arguments, chosen)), strict=True))
-        for copy in words:
-            copy[:] = [parts.get(t, c) for t, c in zip(samples.text.texts, copy, strict=True)]
 
     def _run_projections(
         self, words: Words, modules: Sequence[nn.Module], rows: Sequence[int], copies: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import groupby
 from math import isqrt
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..activations.micro_batch import MicroBatch
 from ..concepts import Calibration
 from .diffusers_arguments import Arguments, ones_like
 from .diffusers_loop import Enough, PipelineLoop
-from .diffusers_size import patches_of
+from .diffusers_size import token_sides
 from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps
@@ -51,7 +52,7 @@ class RecordedRows:
     def patches(self, drawn: Set[str], denoiser: Any) -> Sequence[int]:
         """Sides of a token's patch, in the units of :meth:`picture`: packed latents are tokens."""
         packed = any(self.moving[path].ndim == 3 for path in drawn)
-        return (1,) if packed else patches_of(denoiser)
+        return (1,) if packed else sorted(set(token_sides(denoiser)))
 
     def denoiser(self, row: int) -> str:
         return self.names[int(self.ran[row])]
@@ -121,14 +122,9 @@ def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterato
 
 def _runs(rows: Sequence[int], owners: Sequence[int], most: int) -> Iterator[list[int]]:
     """``rows`` of one concept, at most so many at a time."""
-    run: list[int] = []
-    for row in rows:
-        if run and (owners[row] != owners[run[0]] or len(run) == most):
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+    for _, own in groupby(rows, key=owners.__getitem__):
+        some = list(own)
+        yield from (some[start : start + most] for start in range(0, len(some), most))
 
 
 class _Record:

@@ -18,7 +18,6 @@ from .sizes import (
     PICTURE_TOKENS,
     default_size,
     middle_patch,
-    token_sides,
     unet_levels,
 )
 
@@ -90,24 +89,16 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
         scale = next((int(s) for s in names if s), 1)
         return latents.shape[1] / ((frames - 1) // scale + 1)
     denoiser = next(iter(loop.denoisers.values()))
-    return latents.shape[-2] * latents.shape[-1] / _patch(denoiser) ** 2
+    return latents.shape[-2] * latents.shape[-1] / middle_patch(token_sides(denoiser)) ** 2
 
 
-def patches_of(denoiser: Any) -> list[int]:
-    """See :func:`.sizes.token_sides`."""
-    return token_sides(_levels(denoiser), _patch(denoiser))
-
-
-def _levels(denoiser: Any) -> list[int]:
-    if "block_out_channels" not in denoiser.config:
-        return []
-    middle = getattr(denoiser, "mid_block", None)
-    return unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
-
-
-def _patch(denoiser: Any) -> int:
-    levels = _levels(denoiser)
-    if levels:
-        return middle_patch(levels)
+def token_sides(denoiser: Any) -> list[int]:
+    """How many latents a side of a token covers, in each transformer block of a UNet, or in all
+    blocks of a transformer."""
+    if "block_out_channels" in denoiser.config:
+        middle = getattr(denoiser, "mid_block", None)
+        levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))
+        if levels:
+            return levels
     patch = denoiser.config.get("patch_size") or denoiser.config.get("all_patch_size") or 1
-    return int(patch[-1] if isinstance(patch, (list, tuple)) else patch)
+    return [int(patch[-1] if isinstance(patch, (list, tuple)) else patch)]

@@ -55,13 +55,7 @@ def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
     return found
 
 
-def token_sides(levels: Sequence[int], patch: int) -> list[int]:
-    """The sides, in latents, of what a token covers, ascending: the ``patch`` of a transformer, or
-    the several ``levels`` of a UNet."""
-    return sorted(set(levels)) or [patch]
-
-
-def middle_patch(levels: Sequence[int]) -> int:
-    """The ``patch`` of a UNet: ``levels`` has for each transformer block how many latents a side
-    of its tokens covers."""
-    return sorted(levels)[len(levels) // 2] if levels else 1
+def middle_patch(sides: Sequence[int]) -> int:
+    """The ``patch`` of :func:`default_size`; ``sides`` has for each transformer block, or for all,
+    how many latents a side of its tokens covers."""
+    return sorted(sides)[len(sides) // 2]

@@ -14,7 +14,7 @@ from iteris_core.activations.places import halves
 from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
-from iteris_core.hosts.diffusers_size import patches_of
+from iteris_core.hosts.diffusers_size import token_sides
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
 from iteris_core.methods.side_by_side import (
@@ -211,7 +211,7 @@ def test_a_stage_knows_how_much_of_a_picture_a_token_covers(name, picture, patch
 
 
 def test_of_a_unet_each_level_has_its_own(host):
-    assert patches_of(host.pipeline.unet) == [1, 2]
+    assert set(token_sides(host.pipeline.unet)) == {1, 2}
 
 
 @pytest.mark.slow
