@@ -31,8 +31,8 @@ class ConceptConfig:
     ``low`` is the file for the second of two experts; without ``file`` the base is to stay as it
     is. ``samples`` are what a model of transformers is run on. ``sha256`` (of ``file``, or of both
     with a plus between) and ``reading`` are what a recipe has recorded. ``source`` says where the
-    words come from, as :class:`.lora_files.sidecars.Found` does. ``changed`` is a time stamp of the
-    files, for who remembers merges: a rewritten file is another concept.
+    words come from, as :class:`.lora_files.sidecars.FoundPhrases` does. ``changed`` is a time stamp
+    of the files, for who remembers merges: a rewritten file is another concept.
     """
 
     file: Path | None = None

@@ -17,7 +17,7 @@ from .composites import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable
 from .errors import MergeCancelled, SettingsError, SiteError
-from .hosts.learned import Calls, calls_of
+from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.protocol import Host, Tick
 from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
@@ -160,7 +160,7 @@ class _Made:
 
     concepts: Sequence[Concept]
     merged: Mapping[str, tuple[LowRank, SiteReport]]
-    calls: Sequence[Calls]
+    calls: Sequence[EmbeddingTriggers]
     noted: list[tuple[str, list[str]]]
     always: Sequence[Concept] = ()
 
@@ -199,8 +199,8 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     job.changes = {site: some for site, some in changes.items() if site not in found}
     if (found and unmergeable == "refuse") or not job.changes:
         raise SiteError(dry.complaint(found, concepts))
-    calls = [calls_of(concept, job.host.learned) for concept in job.concepts]
-    with job.host.teach(calls) as in_force:
+    calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
+    with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
         merged = dict(method.merge(job, settings))
     if found:
@@ -222,7 +222,7 @@ def _by_weights(
     concepts = [concept for concept in concepts if concept.lora is not None]
     weights = [concept.weight for concept in concepts]
     merged = method.merge(WeightJob(changes_of(concepts), weights, generator, tick), settings)
-    return _Made(concepts, merged, [calls_of(concept) for concept in concepts], [])
+    return _Made(concepts, merged, [embedding_triggers(concept) for concept in concepts], [])
 
 
 def _result(
@@ -308,7 +308,7 @@ def _added_note(added: Concept) -> str:
 
 
 def _learned(
-    concepts: Sequence[Concept], calls: Sequence[Calls], in_force: Sequence[Set[str]]
+    concepts: Sequence[Concept], calls: Sequence[EmbeddingTriggers], in_force: Sequence[Set[str]]
 ) -> list[tuple[str, list[str]]]:
     """By concept, what is to be said of its embeddings. With one of them not in force the LoRA is
     not what it was trained to be, and its features are others: that is said aloud."""

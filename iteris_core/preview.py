@@ -10,7 +10,7 @@ import torch
 
 from .concepts import Calibration, Concept
 from .errors import UsageError
-from .hosts.learned import calls_of
+from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import SiteChanges
 from .merge import prepare, settings_over
@@ -88,7 +88,7 @@ def _preview(job: Job, method: Method, settings: Settings) -> Preview:
     concepts = job.concepts
     kept = {site: some for site, some in job.changes.items() if site not in found}
     plan: list[str] = []
-    calls = [calls_of(concept, host.learned) for concept in concepts]
+    calls = [embedding_triggers(concept, host.learned) for concept in concepts]
 
     def until_planned(what: str, done: int, total: int) -> None:
         job.tick(what, done, total)
@@ -96,7 +96,7 @@ def _preview(job: Job, method: Method, settings: Settings) -> Preview:
             plan.append(what.removeprefix(_PLAN))
             raise _Planned
 
-    with host.teach(calls):
+    with host.activate(calls):
         for part in _parts(kept):
             planned = Job(
                 host,

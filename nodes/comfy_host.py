@@ -23,7 +23,7 @@ from ..iteris_core.architectures.sites import in_changed_parts, residual_streams
 from ..iteris_core.calibration_prompts import whole_words
 from ..iteris_core.concepts import Calibration, Concept
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.learned import Calls
+from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.lora import Lora
@@ -146,8 +146,10 @@ class ComfyHost:
     def learned(self, prompt: str) -> Set[str]:
         return self._texts.learned(prompt)
 
-    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
-        return self._texts.teach(calls)
+    def activate(
+        self, triggers: Sequence[EmbeddingTriggers]
+    ) -> AbstractContextManager[Sequence[Set[str]]]:
+        return self._texts.activate(triggers)
 
     def samples(
         self,

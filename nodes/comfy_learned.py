@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..iteris_core.hosts.learned import Calls, Encoder, Parts, Phrases, give
+from ..iteris_core.hosts.learned import EmbeddingTriggers, Encoder, Parts, Placeholders, give
 from .comfy_internals import comfy
 
 
-class Speaking:
-    """A CLIP whose tokenizers have the embeddings in force for which ``calls`` call, one of each
+class EmbeddingTokenizer:
+    """A CLIP whose tokenizers have the embeddings in force for which ``triggers`` call, one of each
     concept; ``in_force`` are their names."""
 
-    def __init__(self, clip: Any, calls: Sequence[Calls] = ()) -> None:
-        encoders = _encoders(clip) if any(one.words for one in calls) else []
-        self._phrases = Phrases(calls, encoders)
-        names = self._phrases.words.keys()
+    def __init__(self, clip: Any, triggers: Sequence[EmbeddingTriggers] = ()) -> None:
+        encoders = _encoders(clip) if any(one.words for one in triggers) else []
+        self._placeholders = Placeholders(triggers, encoders)
+        names = self._placeholders.words.keys()
         self._clip = _knowing(clip, encoders, names) if names else clip
-        self.in_force = self._phrases.in_force
+        self.in_force = self._placeholders.in_force
 
     def tokenize(self, owner: int, prompt: str) -> Any:
         """Tokens of a concept's prompt, as ComfyUI makes them to draw."""
-        said = self._phrases(owner, prompt, lambda mark: f" embedding:{mark} ")
+        said = self._placeholders(owner, prompt, lambda mark: f" embedding:{mark} ")
         same = said == prompt
         return self._clip.tokenize(prompt if same else said.replace("  embedding:", " embedding:"))
 

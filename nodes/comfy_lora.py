@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.architectures import Architecture, architecture_of_sites
-from ..iteris_core.architectures.pieces import Alias, Shapes, permuted, whole
+from ..iteris_core.architectures.row_mapping import Alias, Shapes, permuted, whole
 from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora

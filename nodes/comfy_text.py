@@ -20,11 +20,11 @@ from torch import Tensor
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
-from ..iteris_core.hosts.learned import Calls
+from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Tick
 from ..iteris_core.passes.batches import chunks
 from .comfy_internals import comfy, memory
-from .comfy_learned import Speaking, tokenizers
+from .comfy_learned import EmbeddingTokenizer, tokenizers
 from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
@@ -40,7 +40,7 @@ class TextEncoders:
                 "CLIP from before Set CLIP Hooks."
             )
         self._clip = clip
-        self._speaking = Speaking(clip)
+        self._tokenizer = EmbeddingTokenizer(clip)
         self._encoders: dict[str, Any] = {
             name: module
             for name, module in clip.cond_stage_model.named_modules()
@@ -57,18 +57,18 @@ class TextEncoders:
             encoder.__dict__.pop("encode", None)
 
     @contextmanager
-    def teach(self, calls: Sequence[Calls]) -> Iterator[Sequence[Set[str]]]:
+    def activate(self, triggers: Sequence[EmbeddingTriggers]) -> Iterator[Sequence[Set[str]]]:
         """Prompts of concepts have the embeddings in force for which they call."""
-        self._speaking = Speaking(self._clip, calls)
+        self._tokenizer = EmbeddingTokenizer(self._clip, triggers)
         try:
-            yield self._speaking.in_force
+            yield self._tokenizer.in_force
         finally:
-            self._speaking = Speaking(self._clip)
+            self._tokenizer = EmbeddingTokenizer(self._clip)
 
     def tokenize(self, owners: Sequence[int], prompts: Sequence[str]) -> list[Any]:
         """Tokens of every prompt of a concept, as ComfyUI makes them to draw: of different lengths,
         where a tokenizer does not pad."""
-        return [self._speaking.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
+        return [self._tokenizer.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
 
     def token_counts(self, prompts: Sequence[str], owners: Sequence[int] | None) -> list[int]:
         counts: list[int] = []

@@ -10,8 +10,8 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 
 from ..errors import LoraFileError, UsageError
-from .pieces import Shapes
 from .record import Architecture
+from .row_mapping import Shapes
 
 __all__ = [
     "Architecture",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from . import mmdit, text
-from .pieces import Alias, Shapes
 from .record import Architecture
+from .row_mapping import Alias, Shapes
 from .sites import Component
 
 _TOP = {

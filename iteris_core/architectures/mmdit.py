@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .pieces import Alias, Shapes, fused, swapped
 from .record import key_width, said_base
+from .row_mapping import Alias, Shapes, fused, swapped
 
 _PREFIX = "transformer."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from .pieces import Alias, Shapes
+from .row_mapping import Alias, Shapes
 from .sites import Component, Wiring
 from .text import is_t5
 

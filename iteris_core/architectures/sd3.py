@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import mmdit, text
-from .pieces import Alias, Shapes, swapped
 from .record import Architecture, said_base
+from .row_mapping import Alias, Shapes, swapped
 from .sites import Component
 
 _TOP = {

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .mmdit import has_single_blocks, has_transformer
-from .pieces import Alias, Shapes, whole
 from .record import Architecture, key_width, said_base
+from .row_mapping import Alias, Shapes, whole
 from .sites import Component, Wiring
 from .text import clip
 

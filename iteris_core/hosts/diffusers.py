@@ -30,8 +30,8 @@ from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
-from .learned import Calls
-from .learned_tokens import Phrases, in_force
+from .learned import EmbeddingTriggers
+from .learned_tokens import Placeholders, in_force
 from .protocol import Stage, Tick, check_model, check_ready
 from .recorded import Call, arguments_of, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
@@ -71,7 +71,7 @@ class DiffusersHost:
         for model in self._models():
             check_model(model)
         self._direct = {site for site in self._sites if self._sees_text_only(site)}
-        self._phrases: Phrases | None = None
+        self._placeholders: Placeholders | None = None
 
     @property
     def denoiser(self) -> Any:
@@ -120,19 +120,19 @@ class DiffusersHost:
         return added & set(tokenizer.tokenize(prompt))
 
     @contextmanager
-    def teach(self, calls: Sequence[Calls]) -> Generator[Sequence[Set[str]]]:
+    def activate(self, triggers: Sequence[EmbeddingTriggers]) -> Generator[Sequence[Set[str]]]:
         try:
-            with in_force(self.pipeline, calls) as self._phrases:
-                yield self._phrases.in_force
+            with in_force(self.pipeline, triggers) as self._placeholders:
+                yield self._placeholders.in_force
         finally:
-            self._phrases = None
+            self._placeholders = None
             self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """What the pipeline is given for each concept's prompt."""
-        if self._phrases is None:
+        if self._placeholders is None:
             return list(prompts)
-        return [self._phrases(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
+        return [self._placeholders(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
 
     def samples(
         self,

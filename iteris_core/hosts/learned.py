@@ -17,7 +17,7 @@ Parts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Call:
+class EmbeddingRef:
     """``name`` is the embedding that a word calls for; ``vector`` which of its vectors (None: all
     of them)."""
 
@@ -30,7 +30,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Calls:
+class EmbeddingTriggers:
     """Of one concept. ``embeddings`` are those that its words call for, ``words`` in lower case.
 
     ``loaded`` are embeddings that the user has put into the text encoders by hand, which stay as
@@ -38,13 +38,13 @@ class Calls:
     is taken for the only embedding, which no prompt names.
     """
 
-    words: Mapping[str, Call] = field(default_factory=dict[str, Call])
+    words: Mapping[str, EmbeddingRef] = field(default_factory=dict[str, EmbeddingRef])
     embeddings: Mapping[str, Parts] = field(default_factory=dict[str, Parts])
     loaded: Sequence[str] = field(default_factory=list[str])
     uncalled: Sequence[str] = field(default_factory=list[str])
     by_trigger: str = ""
 
-    def replaced(self, prompt: str, say: Callable[[str, Call], str]) -> str:
+    def replaced(self, prompt: str, say: Callable[[str, EmbeddingRef], str]) -> str:
         """``prompt`` with what ``say(word, call)`` gives in the place of every word that calls."""
         if not self.words:
             return prompt
@@ -53,12 +53,12 @@ class Calls:
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
         """``phrase`` with the embeddings called by ``names``, as in a merged file."""
 
-        def nothing(word: str, call: Call) -> str:
+        def nothing(word: str, call: EmbeddingRef) -> str:
             return ""
 
         others = self.replaced(phrase, nothing)
 
-        def say(word: str, call: Call) -> str:
+        def say(word: str, call: EmbeddingRef) -> str:
             name = names[call.name]
             if call.vector is not None:
                 return word
@@ -93,7 +93,9 @@ class Calls:
         return found
 
 
-def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()) -> Calls:
+def embedding_triggers(
+    concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()
+) -> EmbeddingTriggers:
     """How the prompts of ``concept`` call for what its file brings: by name, as ``<name>`` or as
     ``embedding:name``; the tokens ``<s0><s1>…`` of pivotal tuning call for the vectors of the only
     embedding; and where no prompt names the only one, the trigger stands for it.
@@ -102,20 +104,22 @@ def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: se
     """
     brought = concept.lora.embeddings if concept.lora is not None else {}
     if not brought:
-        return Calls()
+        return EmbeddingTriggers()
     texts = list(concept.phrases if concept.prompts is None else concept.prompts)
     known = {name for text in texts for name in learned(text)}
     # A class word says what kind of thing it is; a file that is called so as well does not own it.
     kind = {word.lower() for word in concept.class_word.split()}
-    words: dict[str, Call] = {}
+    words: dict[str, EmbeddingRef] = {}
     loaded: list[str] = []
     uncalled: list[str] = []
     for name, parts in brought.items():
         count = max(len(vectors) for vectors in parts.values()) if len(brought) == 1 else 0
-        forms = {word: Call(name) for word in _spellings(name) if word not in kind}
+        forms = {word: EmbeddingRef(name) for word in _spellings(name) if word not in kind}
         if count:
-            forms |= {join.join(f"<s{i}>" for i in range(count)): Call(name) for join in ("", " ")}
-        forms |= {f"<s{i}>": Call(name, i) for i in range(count) if count > 1}
+            forms |= {
+                join.join(f"<s{i}>" for i in range(count)): EmbeddingRef(name) for join in ("", " ")
+            }
+        forms |= {f"<s{i}>": EmbeddingRef(name, i) for i in range(count) if count > 1}
         spelled = _said(forms, texts)
         said = {word: forms[word] for word in spelled}
         core = name.strip("<>").lower()
@@ -132,10 +136,10 @@ def calls_of(concept: Concept, learned: Callable[[str], Set[str]] = lambda _: se
     trigger = "" if trigger.startswith("embedding:") else trigger  # names another
     taken = len(brought) == 1 == len(uncalled) and trigger and _said([trigger], texts)
     if taken and not known:
-        return Calls({trigger: Call(uncalled[0])}, brought, by_trigger=trigger)
+        return EmbeddingTriggers({trigger: EmbeddingRef(uncalled[0])}, brought, by_trigger=trigger)
     called = {call.name for call in words.values()}
     used = {name: parts for name, parts in brought.items() if name in called}
-    return Calls(words, used, loaded, uncalled)
+    return EmbeddingTriggers(words, used, loaded, uncalled)
 
 
 @dataclass
@@ -169,22 +173,23 @@ def placeholder(number: int, start: str = "iterisword") -> str:
     return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
 
 
-class Phrases:
-    """``phrases(owner, prompt)`` is what a tokenizer is to be given for a prompt of a concept, with
-    a mark in the place of each word that calls for an embedding; two concepts may bring one name.
+class Placeholders:
+    """``placeholders(owner, prompt)`` is what a tokenizer is to be given for a prompt of a concept,
+    with a mark in the place of each word that calls for an embedding; two concepts may bring one
+    name.
 
     ``encoders`` are given the vectors, by mark; words of which none takes any stay as they are.
     ``words`` are the others, by mark, and ``in_force`` the names of their embeddings, by concept.
     """
 
-    def __init__(self, calls: Sequence[Calls], encoders: Sequence[Encoder]) -> None:
-        self._calls = calls
+    def __init__(self, triggers: Sequence[EmbeddingTriggers], encoders: Sequence[Encoder]) -> None:
+        self._triggers = triggers
         self._marks: dict[tuple[int, str], str] = {}
-        self.in_force: list[set[str]] = [set() for _ in calls]
-        words = [(owner, word) for owner, one in enumerate(calls) for word in one.words]
+        self.in_force: list[set[str]] = [set() for _ in triggers]
+        words = [(owner, word) for owner, one in enumerate(triggers) for word in one.words]
         for number, (owner, word) in enumerate(words):
-            call, mark = calls[owner].words[word], placeholder(number)
-            brought = calls[owner].embeddings[call.name]
+            call, mark = triggers[owner].words[word], placeholder(number)
+            brought = triggers[owner].embeddings[call.name]
             if give(encoders, mark, {part: call.of(some) for part, some in brought.items()}):
                 self._marks[owner, word] = mark
                 self.in_force[owner].add(call.name)
@@ -192,14 +197,14 @@ class Phrases:
 
     def __call__(self, owner: int, prompt: str, spell: Callable[[str], str] = str) -> str:
         """``spell`` says how a mark is written."""
-        if owner >= len(self._calls):
+        if owner >= len(self._triggers):
             return prompt
 
-        def say(word: str, _: Call) -> str:
+        def say(word: str, _: EmbeddingRef) -> str:
             mark = self._marks.get((owner, word.lower()))
             return word if mark is None else spell(mark)
 
-        return self._calls[owner].replaced(prompt, say)
+        return self._triggers[owner].replaced(prompt, say)
 
 
 def _spellings(name: str) -> list[str]:

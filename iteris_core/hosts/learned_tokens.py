@@ -17,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .learned import Calls, Encoder, Phrases, placeholder
+from .learned import EmbeddingTriggers, Encoder, Placeholders, placeholder
 from .recorded import replaced_forward
 
 _TOKEN = "iterisvector"
 
 
 @contextmanager
-def in_force(pipeline: Any, calls: Sequence[Calls]) -> Generator[Phrases]:
-    """The embeddings that ``calls``, one of each concept, are put in force on ``pipeline``.
+def in_force(pipeline: Any, triggers: Sequence[EmbeddingTriggers]) -> Generator[Placeholders]:
+    """The embeddings that ``triggers``, one of each concept, are put in force on ``pipeline``.
 
     Two concepts may bring one name with different vectors. A text encoder for which an embedding
     has no vectors reads the word as it stands there.
     """
     encoders = _encoders(pipeline)
-    phrases = Phrases(calls, encoders)
+    placeholders = Placeholders(triggers, encoders)
     with ExitStack() as stack:
-        for encoder in encoders if phrases.words else ():
-            stack.enter_context(_taught(pipeline, encoder, phrases.words))
-        yield phrases
+        for encoder in encoders if placeholders.words else ():
+            stack.enter_context(_taught(pipeline, encoder, placeholders.words))
+        yield placeholders
 
 
 @contextmanager

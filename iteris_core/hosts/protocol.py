@@ -21,7 +21,7 @@ from ..concepts import Calibration, Concept
 from ..errors import BaseError, ModelStateError
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .learned import Calls
+from .learned import EmbeddingTriggers
 
 Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
@@ -122,10 +122,12 @@ class Host(Protocol):
         inversion), by the names that call for them there."""
         return set()
 
-    def teach(self, calls: Sequence[Calls]) -> AbstractContextManager[Sequence[Set[str]]]:
+    def activate(
+        self, triggers: Sequence[EmbeddingTriggers]
+    ) -> AbstractContextManager[Sequence[Set[str]]]:
         """While it is entered, prompts of a concept have the embeddings in force for which they
         call; it gives the names of those that are, by concept."""
-        return nullcontext([set() for _ in calls])
+        return nullcontext([set() for _ in triggers])
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         """Sites whose output is added to a residual stream, each with the module whose input is

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..architectures import Architecture, architecture
-from ..architectures.pieces import Alias, Shapes, whole
+from ..architectures.row_mapping import Alias, Shapes, whole
 from ..architectures.sites import named_sites, weight_shape
 from ..architectures.text import is_t5, text_component
 

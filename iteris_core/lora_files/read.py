@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.pieces import Alias, Piece, file_rows
+from ..architectures.row_mapping import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, concatenate

@@ -15,7 +15,7 @@ _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json")
 _NAMES = ("trainedWords", "trigger_words")
 
 
-class Found(NamedTuple):
+class FoundPhrases(NamedTuple):
     """Phrases that call for what a LoRA knows, and where they stand: ``"file"``, the ending of a
     sidecar, ``"captions"`` for what its trainer's notes let guess, or empty."""
 
@@ -23,24 +23,24 @@ class Found(NamedTuple):
     source: str = ""
 
 
-def find_phrases(file: Path, metadata: Mapping[str, str]) -> Found:
+def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
     """What a prompt has to say for the LoRA in ``file``: what its ``metadata`` say outright, else
     what stands beside it, else the best guess from its captions."""
     if noted := noted_phrases(metadata):
-        return Found(tuple(noted), "file")
+        return FoundPhrases(tuple(noted), "file")
     beside = sidecar_phrases(file)
     if beside.phrases:
         return beside
     guessed = trigger_words(metadata)[:1]
-    return Found(tuple(guessed), "captions" if guessed else "")
+    return FoundPhrases(tuple(guessed), "captions" if guessed else "")
 
 
-def sidecar_phrases(file: Path) -> Found:
+def sidecar_phrases(file: Path) -> FoundPhrases:
     """The trigger words in the first file beside ``file`` that has any."""
     for path in sidecars(file):
         if phrases := _phrases(path):
-            return Found(tuple(phrases), _ending(path))
-    return Found()
+            return FoundPhrases(tuple(phrases), _ending(path))
+    return FoundPhrases()
 
 
 def sidecars(file: Path) -> list[Path]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import architecture
-from ..architectures.pieces import Alias, file_rows
+from ..architectures.row_mapping import Alias, file_rows
 from ..architectures.text import text_component
 from ..errors import OutputError
 from ..lora import Lora

@@ -20,7 +20,7 @@ from ..concept_config import ConceptConfig
 from ..concepts import Concept
 from ..config import MergeConfig
 from ..errors import RecipeError
-from ..hosts.learned import Calls
+from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
 from ..lora_files.metadata import merge_tag_frequency, parse_object, public_name
@@ -35,7 +35,10 @@ _PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "sa
 
 
 def merge_metadata(
-    concepts: Sequence[Concept], report: MergeReport, joined: Joined, calls: Sequence[Calls]
+    concepts: Sequence[Concept],
+    report: MergeReport,
+    joined: Joined,
+    calls: Sequence[EmbeddingTriggers],
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
     of embeddings), ``modelspec.*`` and the merged ``ss_*`` of the inputs. Phrases call for the

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..concepts import Calibration, Concept
 from ..errors import ScoreError
-from ..hosts.learned import calls_of
+from ..hosts.learned import embedding_triggers
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
@@ -89,7 +89,7 @@ def compare_methods(
     judged = judged_prompts(config.templates, concepts)
     labels = labels_of(concepts)
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
-    calls = [calls_of(concept, host.learned) for concept in concepts]
+    calls = [embedding_triggers(concept, host.learned) for concept in concepts]
     columns: dict[str, dict[str, Tensor]] = {}
     pictures: dict[str, list[Image.Image | None]] = {}
     seconds: dict[str, float] = {}

@@ -19,7 +19,7 @@ from iteris_core.architectures import (
     architecture_of_sites,
     register,
 )
-from iteris_core.architectures.pieces import fused, permuted
+from iteris_core.architectures.row_mapping import fused, permuted
 from iteris_core.hosts.diffusers_lora import single_file_pipeline
 from iteris_core.lora_files import base_model, read_lora_file, read_tensors, to_tensors
 

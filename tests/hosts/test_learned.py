@@ -17,7 +17,7 @@ from iteris_core import Calibration, Concept, Lora, cli, merge_loras, write_lora
 from iteris_core.concepts import words_of
 from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.learned import calls_of
+from iteris_core.hosts.learned import embedding_triggers
 from iteris_core.hosts.learned_tokens import in_force
 from iteris_core.lora_files.embeddings import bundled, file_name
 from iteris_core.lora_files.tensors import read_tensors
@@ -64,7 +64,7 @@ BOTH = {"toy": ONE["toy"], "<cat>": {"emb_params": vectors(1)}}
     ],
 )
 def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):
-    calls = calls_of(concept(embeddings, **given))
+    calls = embedding_triggers(concept(embeddings, **given))
     assert set(calls.words) == words
     assert calls.uncalled == uncalled
     notes = " ".join(calls.notes({call.name for call in calls.words.values()}))
@@ -73,12 +73,12 @@ def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):
 
 
 def test_words_are_replaced_whole():
-    calls = calls_of(concept(ONE, trigger="toy"))
+    calls = embedding_triggers(concept(ONE, trigger="toy"))
     said = calls.replaced(
         "a toy dog, (Toy:1.2) <toy> toys embedding:a/toy.v2 toy.", lambda w, _: "X"
     )
     assert said == "a X dog, (X:1.2) <toy> toys embedding:a/toy.v2 X."
-    calls = calls_of(concept(TWO, prompts=["<s0><s1>", "<s1>"]))
+    calls = embedding_triggers(concept(TWO, prompts=["<s0><s1>", "<s1>"]))
     assert calls.renamed("a <s0><s1> dog, <s1>", {"toy": "new"}) == "a new dog, <s1>"
     assert calls.renamed("<s0><s1> toy", {"toy": "toy"}) == "<toy> toy"
 
@@ -96,10 +96,10 @@ def encoded(pipeline, *prompts):
 def test_in_force_is_as_loaded_by_hand(pipeline):
     """Two concepts with one name; one of two vectors and one of one."""
     own = [vectors(1, 2), vectors(2)]
-    calls = [calls_of(concept({"e": {"clip_l": v}}, trigger="<e>")) for v in own]
-    with in_force(pipeline, calls) as phrases:
-        assert phrases.in_force == [{"e"}, {"e"}]
-        found = encoded(pipeline, *(phrases(owner, "a <e> dog") for owner in (0, 1)))
+    calls = [embedding_triggers(concept({"e": {"clip_l": v}}, trigger="<e>")) for v in own]
+    with in_force(pipeline, calls) as placeholders:
+        assert placeholders.in_force == [{"e"}, {"e"}]
+        found = encoded(pipeline, *(placeholders(owner, "a <e> dog") for owner in (0, 1)))
         plain = encoded(pipeline, "a <e> dog")
     assert torch.equal(plain, encoded(pipeline, "a <e> dog"))
     hand = copy.deepcopy(pipeline)
@@ -115,9 +115,9 @@ def test_the_pipeline_is_as_it_was(pipeline, fails):
     size, weight = len(tokenizer), pipeline.text_encoder.get_input_embeddings().weight
     before = weight.clone()
     try:
-        with in_force(pipeline, [calls_of(concept(ONE, trigger="toy"))]) as phrases:
+        with in_force(pipeline, [embedding_triggers(concept(ONE, trigger="toy"))]) as placeholders:
             assert pipeline.tokenizer is not tokenizer
-            encoded(pipeline, phrases(0, "a toy"))
+            encoded(pipeline, placeholders(0, "a toy"))
             if fails:
                 raise RuntimeError
     except RuntimeError:
@@ -156,8 +156,10 @@ def test_each_text_encoder_has_its_own_vectors():
 
 
 def in_force_on(pipeline, embeddings):
-    with in_force(pipeline, [calls_of(concept(embeddings, trigger="<e>"))]) as phrases:
-        return encoded(pipeline, phrases(0, "a <e> dog"))
+    with in_force(
+        pipeline, [embedding_triggers(concept(embeddings, trigger="<e>"))]
+    ) as placeholders:
+        return encoded(pipeline, placeholders(0, "a <e> dog"))
 
 
 def small(site: str) -> bool:
