@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import isqrt
 from typing import Any
@@ -76,37 +77,31 @@ def record_rows(
     noise that the first one had."""
     generators = list(_generators(len(prompts), arguments.numbers, generator))
     picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
-    record = _Record(loop, arguments, picks, calibration.latents == "noise")
     mine = lockstep.processes.mine(len(prompts))
     runs = list(_runs(mine, owners, _BATCH if arguments.alike else 1))
     steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last one is not run
-    what = "drawing noise" if record.noise else DENOISING
+    noise = calibration.latents == "noise"
+
+    def report(done: int) -> None:
+        tick("drawing noise" if noise else DENOISING, done, sum(steps))
+
+    record = _Record(loop, arguments, picks, report, noise=noise)
+
+    def denoise(rows: Sequence[int], before: int) -> None:
+        record.begin(rows, before)
+        loop.run(
+            [prompts[row] for row in rows],
+            record.see,
+            steps=calibration.denoising_steps,
+            size=arguments.size,
+            generators=[generators[row] for row in rows],
+            guidance=1.0 if noise else calibration.guidance,
+        )
+
     for number, rows in enumerate(runs):
-        before = sum(steps[:number])
-
-        def see(
-            name: str,
-            call: Call,
-            run: Callable[[], Any],
-            rows: Sequence[int] = rows,
-            before: int = before,
-        ) -> Any:
-            tick(what, before + len(rows) * record.steps, sum(steps))
-            return record.see(rows, name, call, run)
-
-        def denoise(rows: Sequence[int] = rows) -> None:
-            record.begin()
-            loop.run(
-                [prompts[row] for row in rows],
-                see,
-                steps=calibration.denoising_steps,
-                size=arguments.size,
-                generators=[generators[row] for row in rows],
-                guidance=1.0 if record.noise else calibration.guidance,
-            )
-
-        lockstep.run(MicroBatch(denoise, [owners[rows[0]]], 1, of_one=True))
-    tick(what, sum(steps), sum(steps))
+        run = partial(denoise, rows, sum(steps[:number]))
+        lockstep.run(MicroBatch(run, [owners[rows[0]]], 1, of_one=True))
+    report(sum(steps))
     return record.rows(lockstep)
 
 
@@ -128,49 +123,50 @@ def _runs(rows: Sequence[int], owners: Sequence[int], most: int) -> Iterator[lis
 
 
 class _Record:
-    """``picks`` are the steps that are kept, (samples, T), ascending."""
+    """``picks`` are the steps that are kept, (samples, T), ascending; ``report`` is given how many
+    steps of samples are done."""
 
     def __init__(
-        self, loop: PipelineLoop, arguments: Arguments, picks: Tensor, noise: bool
+        self,
+        loop: PipelineLoop,
+        arguments: Arguments,
+        picks: Tensor,
+        report: Callable[[int], None],
+        *,
+        noise: bool,
     ) -> None:
-        self.noise = noise
-        self._arguments, self._picks = arguments, picks
+        self._arguments, self._picks, self._report, self._noise = arguments, picks, report, noise
         self._names = list(loop.denoisers)
         self._kept: dict[str, Tensor] = {}
         self._ran = torch.zeros(picks.shape, dtype=torch.int64)
-        self.begin()
 
-    def begin(self) -> None:
-        """Of a run of the pipeline."""
+    def begin(self, rows: Sequence[int], before: int) -> None:
+        """Begin a run of the pipeline on the samples ``rows``, after so many steps of others."""
+        self._rows, self._before = rows, before
         self._step = -1
         self._time: Call = {}
         self._first: Call = {}
 
-    @property
-    def steps(self) -> int:
-        """How many this run of the pipeline has begun."""
-        return self._step + 1
-
-    def see(self, rows: Sequence[int], name: str, call: Call, run: Callable[[], Any]) -> Any:
-        """Keep one call; ``rows`` are the samples of this run."""
+    def see(self, name: str, call: Call, run: Callable[[], Any]) -> Any:
+        """Keep one call of a denoiser."""
+        rows = list(self._rows)
+        self._report(self._before + len(rows) * (self._step + 1))
         time = {path: call[path] for path in self._arguments.timed}
         # Several calls of one step: with guidance, of which the first entries are as good as all.
         if self._step < 0 or any(differ(time[path], self._time.get(path)) for path in time):
             self._step, self._time = self._step + 1, time
             self._first = self._first or call
-            self._keep(rows, name, call)
-        if self._step >= int(self._picks[list(rows)].max()):
+            self._keep(name, call)
+        if self._step >= int(self._picks[rows].max()):
             raise Enough
-        if self.noise:
-            return ones_like(self._arguments.given, len(rows))
-        return run()
+        return ones_like(self._arguments.given, len(rows)) if self._noise else run()
 
-    def _keep(self, rows: Sequence[int], name: str, call: Call) -> None:
+    def _keep(self, name: str, call: Call) -> None:
         arguments = self._arguments
-        if self.noise:
+        if self._noise:
             call = {**call, **{path: self._first[path] for path in arguments.drawn}}
         moving = {path: call[path] for path in arguments.moving}
-        for index, row in enumerate(rows):
+        for index, row in enumerate(self._rows):
             for slot in (self._picks[row] == self._step).nonzero().flatten().tolist():
                 entry = entries(moving, arguments.batched, index)
                 for path, value in entry.items():
