@@ -22,7 +22,7 @@ CAPTIONS = tuple(
 """Things, places, people, light, cameras, art and tags, in a few languages."""
 
 _MARKS = ("▁", "Ġ")
-"""How pieces of a vocabulary begin with which a word begins, as sentencepiece and byte-level
+"""The marks of a vocabulary's pieces with which a word begins, as sentencepiece and byte-level
 vocabularies write it; those of CLIP that end a word end with ``</w>``."""
 _LEAST_LETTERS = 3
 _KNOWN_SHARE = 0.75
@@ -32,7 +32,7 @@ _SHARE, _SHARE_OF_MANY, _MANY = 0.25, 0.5, 6
 """The share of contexts, and that from so many LoRAs on, or of a subject with a style:
 docs/decisions.md, "How many contexts" and "A subject in a style"."""
 _READ_ALIKE = 8
-"""How many samples of a concept have rows that read the same prompt as it is."""
+"""So many samples of a concept have rows that read the same prompt as it is."""
 
 
 def concept_prompts(
@@ -70,7 +70,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
 
 
 def distinct_prompts(concept: Concept, calibration: Calibration) -> int:
-    """How many prompts a concept has; 0 where it has inputs instead."""
+    """The number of prompts of a concept; 0 where it has inputs instead."""
     if concept.prompts is not None:
         return len(set(map(str, concept.prompts)))
     return len(_templates(concept, calibration)) * len(concept.phrases)
@@ -168,7 +168,7 @@ class Wording:
         return f"{before}{prompt}{behind}"
 
     def chosen(self, chances: Sequence[float]) -> list[bool]:
-        """Which are chosen at random, each with a chance of its own."""
+        """Choose at random, each with a chance of its own."""
         drawn = torch.rand(len(chances), generator=self._generator)
         return (drawn < torch.tensor(chances)).tolist()
 

@@ -153,7 +153,7 @@ class SiteChanges:
 
     @cached_property
     def own(self) -> dict[int, LowRank]:
-        """Those that are present and are no sums of others."""
+        """The changes that are present and are no sums of others."""
         first = len(self) - self.sums
         return {i: change for i, change in self.present.items() if i < first}
 
@@ -220,7 +220,7 @@ def check_rank(rank: Rank | None) -> None:
 
 
 def rank_for(squares: Tensor, rank: Rank) -> int:
-    """How many of the descending ``squares`` (energies) to keep."""
+    """The number of the descending ``squares`` (energies) to keep."""
     if isinstance(rank, int):
         return min(rank, squares.numel())
     total = float(squares.sum())

@@ -1,5 +1,6 @@
-"""What ComfyUI gives a denoiser beside its latents: of each row's own text, and of what the user
-connected (reference latents, a first frame, a mask, a control), which is the same for all rows."""
+"""The inputs that ComfyUI gives a denoiser beside its latents: those of each row's own text, and
+those that the user connected (reference latents, a first frame, a mask, a control), equal for all
+rows."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from .comfy_internals import comfy
 from .comfy_text import Conditioning
 
 Inputs = dict[str, Any]
-"""What ComfyUI makes of a conditioning for one row: a dictionary with ``model_conds``."""
+"""A conditioning as ComfyUI prepares it for one row: a dictionary with ``model_conds``."""
 
 _OF_THE_TEXT = ("pooled_output", "attention_mask", "conditioning_", "t5xxl_", "cross_attn")
-"""How the entries begin that come from text encoders; those of every row are its own text's."""
+"""The first letters of entries that come from text encoders; every row has its own text's."""
 _WHERE_AND_WHEN = frozenset(
     ("area", "mask", "mask_strength", "strength", "set_area_to_bounds", "start_percent",
      "end_percent", "clip_start_percent", "clip_end_percent", "default", "hooks", "model_conds",
@@ -32,8 +33,9 @@ _WHERE_AND_WHEN = frozenset(
 
 @dataclass(frozen=True)
 class References:
-    """What the user connected beside the texts: ``entries`` of a CONDITIONING that go into every
-    row's, a ``latent`` (1, …) that all rows begin with, and the ``mask`` of what is denoised."""
+    """The inputs that the user connected beside the texts: ``entries`` of a CONDITIONING that go
+    into every row's, a ``latent`` (1, …) that all rows begin with, and the ``mask`` of what is
+    denoised."""
 
     entries: Mapping[str, Any] = field(default_factory=dict[str, Any])
     latent: Tensor | None = None
@@ -63,7 +65,7 @@ class References:
 
     @property
     def by_step(self) -> bool:
-        """Whether rows of a forward must be of one step: control nets look at the first row's."""
+        """True if rows of a forward must be of one step: control nets look at the first row's."""
         return "control" in self.entries
 
     def beside(self, text: Conditioning) -> list[Any]:
@@ -87,7 +89,7 @@ def kind(inputs: Inputs) -> Hashable:
 
 
 def size(inputs: Inputs) -> int:
-    """How many numbers the inputs of one row hold."""
+    """The number of elements in the inputs of one row."""
     return recorded.size(_call(inputs))
 
 

@@ -32,7 +32,7 @@ _SPEEDY = ("lcm", "distilled")
 
 
 class Denoiser:
-    """Of one MODEL, with what the user connected beside the texts; :meth:`close` gives it back as
+    """The denoiser of one MODEL, with the user's references; :meth:`close` gives it back as
     ComfyUI expects it."""
 
     def __init__(self, model: Any, references: References | None = None) -> None:
@@ -46,7 +46,7 @@ class Denoiser:
 
     @property
     def distilled(self) -> bool:
-        """Whether the model is run without guidance and never sees the empty prompt, as far as it
+        """True if the model is run without guidance and never sees the empty prompt, as far as it
         tells: it takes guidance as an input, or has a sampling for few steps."""
         config = self.model.model.model_config.unet_config
         kinds = type(self.model.get_model_object("model_sampling")).__mro__
@@ -73,9 +73,9 @@ class Denoiser:
         rows: int,
         wanted: int = 0,
     ) -> None:
-        """What ``CFGGuider`` does before it samples, with the room that ComfyUI wants for ``rows``
-        rows, and at least ``wanted`` bytes. ``shape`` is (…, channels, height, width), ``schedule``
-        the sigmas of a whole denoising."""
+        """Prepare the model as ``CFGGuider`` does before it samples, with the room that ComfyUI
+        wants for ``rows`` rows, and at least ``wanted`` bytes. ``shape`` is (…, channels, height,
+        width), ``schedule`` the sigmas of a whole denoising."""
         model = self.model
         if self._options is None:
             self._conds = {_ONE: self._converted(text)}
@@ -115,7 +115,7 @@ class Denoiser:
         return sorted(set(token_sides(self.model)))
 
     def empty(self, shape: Sequence[int]) -> Tensor:
-        """What a denoising begins with beside noise, (1, …): the LATENT that is connected."""
+        """The latent, (1, …), to which a denoising adds noise: the LATENT that is connected."""
         latent = self.references.latent
         if latent is None:
             return torch.zeros(*shape)
@@ -133,7 +133,7 @@ class Denoiser:
         return sampling.timestep(sigmas).float() / float(sampling.timestep(sampling.sigma_max))
 
     def noised(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """What the denoiser is given at ``sigma``, of noise and the LATENT that is connected."""
+        """The denoiser's input at ``sigma``, of noise and the LATENT that is connected."""
         sampling = self.model.get_model_object("model_sampling")
         latent, mask = self._begun(noise.shape)
         noisy = sampling.noise_scaling(sigma.reshape(1), noise, latent, True)
@@ -145,7 +145,7 @@ class Denoiser:
         return noisy * mask + kept * (1 - mask)
 
     def inputs(self, text: Conditioning, shape: Sequence[int]) -> Inputs:
-        """What ComfyUI gives the denoiser with a latent of ``shape`` (…, channels, height, width)
+        """The inputs from ComfyUI beside a latent of ``shape`` (…, channels, height, width)
         for this text."""
         device, shape = self.model.load_device, (1, *shape[1:])
         latent, mask = self._begun(shape)
@@ -183,7 +183,7 @@ class Denoiser:
 
     @property
     def _is_dynamic(self) -> bool:
-        """Whether weights come to the device when they are used."""
+        """True if weights come to the device when they are used."""
         there = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
         return there and self.model.is_dynamic()
 

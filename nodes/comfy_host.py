@@ -41,7 +41,7 @@ from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
 
 LOW = f"{second_of(DENOISER)}."
-"""How the sites of the model for low noise begin."""
+"""The prefix of sites of the model for low noise."""
 BOUNDARY = 0.875
 """The share of noise at which the model for low noise goes on: Wan 2.2's own, for text to video."""
 
@@ -306,13 +306,13 @@ class ComfyHost:
         return usable(self._running.room(wanted))
 
     def _sites_of(self, number: int, sites: Set[str]) -> list[str]:
-        """Those of ``sites`` that are in a denoiser."""
+        """The ``sites`` of one denoiser."""
         return [site for site in sites if not _of_text(site) and site.startswith(LOW) == number]
 
     def _texts_alone(
         self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
     ) -> list[tuple[Conditioning, Conditioning]]:
-        """What each sample is denoised with, its own LoRA active: its text, and the empty one."""
+        """For each sample its text and the empty one, both with its own LoRA active."""
         count = max(owners) + 1
         rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
         pair_owners = rows.text_owners

@@ -59,7 +59,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "comfy.sd.CLIP": ("encode_from_tokens_scheduled", "tokenize"),
     "comfy.sd1_clip.SDClipModel": ("encode", "set_clip_options"),
 }  # fmt: skip
-"""Of objects that a graph brings; what is gone there can only be told beforehand."""
+"""Methods of objects that a graph brings; only a check beforehand finds one that is gone."""
 WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
@@ -71,7 +71,7 @@ WHERE_THERE: Mapping[str, str] = {
     "comfy.model_patcher.ModelPatcher.is_dynamic": "DynamicVRAM: weights come when they are used",
     "comfy.model_prefetch.make_prefetch_queue": "weights of the next block come early",
 }
-"""What only some versions have, and what it is there; :func:`optional` looks it up."""
+"""Names that only some versions have, and their use; :func:`optional` looks them up."""
 
 
 def missing() -> list[str]:
@@ -83,7 +83,7 @@ def missing() -> list[str]:
 
 
 def optional(path: str) -> Any:
-    """What :data:`WHERE_THERE` names, or None where this ComfyUI lacks it."""
+    """The object that :data:`WHERE_THERE` names, or None where this ComfyUI lacks it."""
     if path not in WHERE_THERE:
         raise AttributeError(f"{path} is not among the names that only some versions have")
     owner, _, name = path.rpartition(".")
@@ -120,7 +120,7 @@ class _Module:
 
 
 class _Gone(type):
-    """Of classes that stand for what is gone: a subclass can be made, and nothing else."""
+    """A class in the place of one that is gone: it can be subclassed, and nothing else."""
 
     def __call__(cls, *_: Any, **__: Any) -> NoReturn:
         raise IterisError(sentence([cls.path]))

@@ -25,12 +25,12 @@ from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
 
 _TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")
-"""How names in LoRA files begin that are text encoders'."""
+"""The beginning of text encoders' names in LoRA files."""
 _NO_SITE = "no weight of a linear layer or a 2D convolution, which alone are merged"
 
 
 class ComfySites:
-    """What a LoRA can change in a MODEL and CLIP.
+    """The weights of a MODEL and CLIP that a LoRA can change.
 
     ``key_map`` is ComfyUI's, name in a LoRA file → weight key (and slice of it), with names added
     that it lacks; ``names`` maps weight keys to sites, ``modules`` sites to modules. ``base`` has
@@ -212,7 +212,7 @@ def _architecture(model: Any, shapes: Shapes) -> Architecture:
 
 
 def _alias(site: str, shapes: Shapes, target: Any) -> Alias | str:
-    """What a name of ComfyUI's key map stands for, or what it would change that no alias can say.
+    """The alias behind a name of ComfyUI's key map, or in words a change that no alias can say.
 
     ``target`` is a weight key, or (key, (dimension, start, length) or None[, function on the
     change]), of which ComfyUI has swaps of the halves of the rows.

@@ -13,7 +13,7 @@ from .comfy_internals import previews
 _log = logging.getLogger(__name__)
 
 Show = Callable[[Any], None]
-"""Is given what a previewer makes of a step."""
+"""Called with a previewer's picture of a step."""
 
 
 def preview_callback(model: Any, show: Show | None) -> Callable[..., None] | None:

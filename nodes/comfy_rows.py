@@ -15,7 +15,7 @@ from .comfy_sampling import Kept
 
 @dataclass(frozen=True)
 class DenoiserRows:
-    """What a denoiser sees: latents on ComfyUI's scale, (rows, …), and their sigmas, of the
+    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas, of the
     ``schedule`` that it runs through; ``text_rows`` says which text each row uses."""
 
     owners: Sequence[int]

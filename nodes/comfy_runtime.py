@@ -37,7 +37,7 @@ def free_beside(patcher: Any) -> int:
 
 
 def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
-    """What ``make`` gives with so many rows in a forward, or with half as many as often as memory
+    """Call ``make`` with so many rows in a forward, and with half as many as often as memory
     runs out."""
 
     def complaint(said: str, tried: Sequence[int]) -> str:

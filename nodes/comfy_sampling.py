@@ -31,13 +31,13 @@ Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
 """The conditioning of every sample with its own LoRA active, each with its concept's empty one."""
 
 Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""By the number of a denoiser and a sample, what is kept of it and what has become of it: filled
+"""(number of a denoiser, sample) → its latents that are kept, and the latent at the end: filled
 batch by batch, so that a run that was cancelled, or lacked memory, goes on where it stopped."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one denoiser is given: ``latents`` (samples, T, …) on ComfyUI's scale at the steps
+    """The inputs of one denoiser: ``latents`` (samples, T, …) on ComfyUI's scale at the steps
     ``picks`` (samples, T) of the ``schedule`` of sigmas that it runs through."""
 
     latents: Tensor
@@ -46,14 +46,14 @@ class Kept:
 
     @property
     def sigmas(self) -> Tensor:
-        """Of the latents, (samples, T)."""
+        """The sigmas of the latents, (samples, T)."""
         return self.schedule[self.picks]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are denoised: ``owners`` is the concept of each, ``rows`` how many a forward may
-    have. ``show`` is given pictures. Samples in ``denoised`` are there already."""
+    """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
+    them. ``show`` is called with pictures. Samples in ``denoised`` are there already."""
 
     owners: Sequence[int]
     texts: Texts
@@ -68,8 +68,8 @@ class Sampling:
 
 
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
-    """What each of ``denoisers`` is given: one, or a model's two experts, of which the second goes
-    on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
+    """The inputs of each of ``denoisers``: of one, or a model's two experts, of which the second
+    goes on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
     first, calibration, count = denoisers[0], sampling.calibration, len(sampling.owners)
     schedule = first.schedule(calibration.denoising_steps)
     parts = _parts(first, schedule, boundary, len(denoisers))

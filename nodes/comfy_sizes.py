@@ -1,5 +1,5 @@
-"""How large the latents of a MODEL are on which features are collected: the rule of all hosts, with
-what ComfyUI tells of the model's patches, levels and compression."""
+"""The size of the latents on which the features of a MODEL are collected: the rule of all hosts,
+with ComfyUI's figures of the model's patches, levels and compression."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
 
 
 def token_sides(model: Any) -> list[int]:
-    """How many latents a side of a token covers, in each transformer block of a UNet, or in all
+    """The latents that a side of a token covers, in each transformer block of a UNet, or in all
     blocks of a transformer."""
     network = model.model.diffusion_model
     if isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):

@@ -24,14 +24,14 @@ def _no_queue(*_: Any, **__: Any) -> None:
 
 
 _PRECISE = "_full_precision_mm"
-"""Of ComfyUI's layers of mixed precision: whether they leave their input as it is."""
+"""A flag of ComfyUI's layers of mixed precision: True if they leave their input as it is."""
 SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.cli_args.args.disable_comfy_compiler", True),
     ("comfy.cli_args.args.disable_cuda_graphs", True),
     ("comfy.model_prefetch.make_prefetch_queue", _no_queue),
     ("comfy.model_management.in_training", True),
 )
-"""What is set while a merge runs, where this ComfyUI has it."""
+"""The values during a merge, of names that this ComfyUI has."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ Conditioning = tuple[Tensor, dict[str, Any]]
 
 
 class TextEncoders:
-    """Of one CLIP; :meth:`close` gives it back as it was."""
+    """The text encoders of one CLIP; :meth:`close` gives it back as it was."""
 
     def __init__(self, clip: Any) -> None:
         if _changes_over_steps(clip):
@@ -93,7 +93,7 @@ class TextEncoders:
         return {name for name in names if self._holds_vectors(f"embedding:{name}")}
 
     def _holds_vectors(self, prompt: str) -> bool:
-        """Whether some token of the prompt is no number, but a vector of an embedding."""
+        """True if some token of the prompt is no number, but a vector of an embedding."""
         found = self._clip.tokenize(prompt).values()
         tokens = [token for sections in found for section in sections for token, *_ in section]
         return any(isinstance(token, Tensor) for token in tokens)
@@ -121,8 +121,8 @@ class TextEncoders:
         return batches
 
     def load(self, wanted: int = 0) -> None:
-        """What ``CLIP.encode_from_tokens`` does before it encodes, with ``wanted`` bytes of room
-        beyond what ComfyUI always leaves."""
+        """Prepare as ``CLIP.encode_from_tokens`` does before it encodes, with ``wanted`` bytes of
+        room beyond what ComfyUI always leaves."""
         model = self._clip.cond_stage_model
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
@@ -266,7 +266,7 @@ def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:
 
 
 def _is_of(key: str, encoder: str) -> bool:
-    """Whether ``key`` of a composite's tokens is for the text encoder of this name: ``l`` for
+    """True if ``key`` of a composite's tokens is for the text encoder of this name: ``l`` for
     ``clip_l``, ``byt5`` for ``byt5_small``, others for their own."""
     return key in (encoder, encoder.removeprefix("clip_")) or encoder.startswith(f"{key}_")
 

@@ -1,4 +1,4 @@
-"""What diffusion transformers with fused modules have in common: SD 3 and FLUX.
+"""Names that diffusion transformers with fused modules share: SD 3 and FLUX.
 
 The original code has one ``qkv`` where diffusers has three modules, and swaps shift and scale where
 diffusers has an ``AdaLayerNormContinuous``.
@@ -37,17 +37,17 @@ def aliases(top: Mapping[str, str], blocks: Blocks, shapes: Shapes) -> dict[str,
 
 
 def has_transformer(shapes: Shapes) -> bool:
-    """Whether a file has the names of diffusers or OneTrainer for a transformer's modules."""
+    """True if a file has the names of diffusers or OneTrainer for a transformer's modules."""
     return any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
 
 
 def has_single_blocks(shapes: Shapes) -> bool:
-    """Whether a file has the blocks that FLUX alone has, under either name."""
+    """True if a file has the blocks that FLUX alone has, under either name."""
     return any("single_blocks" in key or "single_transformer_blocks" in key for key in shapes)
 
 
 def is_flux(shapes: Shapes, metadata: Mapping[str, str]) -> bool:
-    """Whether a file is for FLUX, by its blocks, what it says or its width."""
+    """True if a file is for FLUX, by its blocks, its metadata or its width."""
     return (
         has_single_blocks(shapes)
         or any("double_blocks" in key for key in shapes)

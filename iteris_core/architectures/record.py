@@ -1,4 +1,4 @@
-"""What the project knows of one architecture of base models: one record, one file.
+"""The record of one architecture of base models, of which each file here has one.
 
 To add an architecture put a file into this package that has an :data:`ARCHITECTURE`; nothing else
 changes. Whoever has one outside of it calls :func:`..architectures.register`.
@@ -56,12 +56,12 @@ class Architecture:
     single_files: tuple[str, ...] = ()
 
     def diffusers_reads(self, site: str, layout: str) -> bool:
-        """Whether diffusers (0.42) reads a site's change in a file of ours: of T5 never."""
+        """True if diffusers (0.42) reads a site's change in a file of ours. It never reads T5's."""
         return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
 
 
 def said_base(metadata: Mapping[str, str]) -> str:
-    """What a file's metadata say of its base model."""
+    """The base model that a file's metadata name."""
     return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
 
 

@@ -1,4 +1,4 @@
-"""What a name in a LoRA file stands for: rows of one site, or of several that are fused there."""
+"""The sites behind a name in a LoRA file: rows of one site, or of several that are fused there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Piece:
 
     @property
     def length(self) -> int:
-        """How many rows."""
+        """The number of rows."""
         return sum(stop - start for start, stop in self.rows)
 
     def of_file(self, matrix: Tensor) -> Tensor:
@@ -76,5 +76,5 @@ def permuted(site: str, order: Sequence[int], start: int = 0) -> Alias:
 
 
 def file_rows(alias: Alias) -> int:
-    """How many rows the file's tensor has."""
+    """The number of rows of the file's tensor."""
     return max(stop for piece in alias for _, stop in piece.rows)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 _SCALES = ("residual_multiplier", "residual_scale")
-"""What layers call a factor on what they add to the stream (Granite, MiniCPM)"""
+"""Names of a layer's factor on what it adds to the stream (Granite, MiniCPM)"""
 
 
 def weight_shape(module: Any) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ class Wiring:
     layer: str = ""
 
     def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
-        """Whether ``layer``, whose modules are called ``inner``, is wired so."""
+        """True if ``layer``, whose modules are called ``inner``, is wired so."""
         names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
         parts = {path.partition(".")[0] for pair in self.added.items() for path in pair}
         return (

@@ -37,7 +37,7 @@ WIRINGS = (
         forbids=("attention.LayerNorm", "LayerNorm"),
     ),
 )
-"""Where layers of transformers' models, as which ComfyUI names its own, add to their stream."""
+"""The places where layers of transformers' models add to their stream. ComfyUI uses their names."""
 
 
 def text_component(site: str) -> int | None:
@@ -50,7 +50,7 @@ def text_component(site: str) -> int | None:
 
 
 def is_t5(site: str) -> bool:
-    """Whether a site is one of T5."""
+    """True if a site is one of T5."""
     return text_component(site) is not None and site.partition(".")[2].startswith(
         ("encoder.block.", "shared")
     )

@@ -1,4 +1,4 @@
-"""What UNets have in common: the original (LDM, SGM) code's names, the stream, and the forward."""
+"""UNets: the names of the original code (LDM, SGM), and the residual stream."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class DiffusersHost:
 
     @property
     def experts(self) -> str:
-        """Where there is a second denoiser, for low noise: the name of the first."""
+        """The name of the first denoiser, if there is a second one for low noise; else empty."""
         return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
 
     def _models(self) -> list[nn.Module]:
@@ -129,7 +129,7 @@ class DiffusersHost:
             self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """What the pipeline is given for each concept's prompt."""
+        """The concepts' prompts as the pipeline gets them."""
         if self._placeholders is None:
             return list(prompts)
         return [self._placeholders(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
@@ -280,7 +280,7 @@ class DiffusersHost:
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """How many tokens each prompt has, by every tokenizer."""
+        """The number of tokens of each prompt, by every tokenizer."""
         parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
         counts = [
             map(len, part(text=list(prompts)).input_ids) for part in parts if part is not None
@@ -317,7 +317,7 @@ class DiffusersHost:
             module(states)
 
     def _sees_text_only(self, site: str) -> bool:
-        """Whether a site's input is the text embedding itself, whatever the latents are."""
+        """True if a site's input is the text embedding itself, whatever the latents are."""
         parent_name, _, leaf = site.rpartition(".")
         if leaf not in ("to_k", "to_v") or not parent_name.startswith("unet."):
             return False
@@ -331,7 +331,7 @@ class DiffusersHost:
 
 
 def _on_cpu(call: Call) -> Call:
-    """Also out of lists."""
+    """Move the tensors of ``call`` to the CPU, also those in lists."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,7 +1,7 @@
-"""What the arguments of a pipeline's denoiser are.
+"""The arguments of a pipeline's denoiser.
 
-Which of them have an entry a row, which are drawn, which tell the time and which come from the
-words is found by running the pipeline a few times to its first steps, never from their names.
+Some have an entry a row, some are drawn, some tell the time and some come from the words. The
+module finds these by running the pipeline a few times to its first steps, never from names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAME = 1e-2
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a denoiser's arguments are.
+    """The arguments of a denoiser, by what they depend on.
 
     ``batched`` have an entry a row, those of ``lists`` are no tensors; ``drawn`` follow the noise,
     ``timed`` the step, and of the others ``worded`` the prompt. ``together`` says that the pipeline
@@ -59,7 +59,7 @@ class Arguments:
 
     @property
     def moving(self) -> frozenset[str]:
-        """What is another at every step."""
+        """The arguments that change at every step."""
         return self.drawn | self.timed
 
 

@@ -26,7 +26,7 @@ _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 
 @dataclass(frozen=True)
 class _Converted:
-    """What a converter gives, and the ``lost`` tensors of which it drops something."""
+    """A converter's output, and the ``lost`` tensors of which it drops something."""
 
     tensors: dict[str, Tensor]
     lost: dict[str, Tensor]

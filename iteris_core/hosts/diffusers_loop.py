@@ -42,7 +42,7 @@ class PipelineLoop:
 
     @property
     def _distilled(self) -> bool:
-        """Whether guidance is an input of the model."""
+        """True if guidance is an input of the model."""
         given = any(d.config.get("guidance_embeds") for d in self.denoisers.values())
         return given and "guidance_scale" in self.names
 
@@ -53,7 +53,7 @@ class PipelineLoop:
 
     @property
     def empty_prompts(self) -> bool:
-        """Whether people draw with the empty prompt beside theirs, as the pipeline's default has
+        """True if people draw with the empty prompt beside theirs, as the pipeline's default has
         it; models that are distilled for guidance take its scale as an input instead."""
         scale = self.names.get(self._scale_name)
         if scale is None or self._distilled:

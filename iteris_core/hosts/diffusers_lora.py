@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers is: its class, sites and architecture, and LoRA files for it."""
+"""A pipeline of diffusers: its class, sites and architecture, and LoRA files for it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def loaded_components(pipeline: Any) -> list[str]:
 
 
 def _is_of(pipeline: Any, kind: Architecture) -> bool:
-    """Whether the denoiser is of the class that the record names, if it names one: others have
+    """True if the denoiser is of the class that the record names, if it names one: others have
     sites of the same names (FLUX.2, HunyuanVideo and AuraFlow those of FLUX.1)."""
     known = kind.components.get(kind.denoiser)
     classes = {ancestor.__name__ for ancestor in type(getattr(pipeline, kind.denoiser)).__mro__}

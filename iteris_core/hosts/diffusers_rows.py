@@ -178,7 +178,7 @@ class _Record:
                 self._ran[row, slot] = self._names.index(name)
 
     def rows(self, lockstep: Lockstep) -> RecordedRows:
-        """What all processes have kept."""
+        """The rows that all processes have kept."""
         paths = sorted(self._kept)
         lockstep.processes.add_up([*(self._kept[path] for path in paths), self._ran])
         moving = {path: self._kept[path].flatten(0, 1) for path in paths}

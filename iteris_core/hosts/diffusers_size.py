@@ -1,4 +1,4 @@
-"""How large the pictures are that a pipeline is asked for: the rule of :mod:`.sizes` in pixels."""
+"""The size of the pictures that a pipeline draws: the rule of :mod:`.sizes` in pixels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def asked_size(
 def _asked(
     loop: PipelineLoop, size: Mapping[str, int], prompt: str
 ) -> tuple[dict[str, int], Tensor]:
-    """What the pipeline asks its ``prepare_latents`` for, and the latents that it gets."""
+    """The size that the pipeline passes to its ``prepare_latents``, and the latents it gets."""
     pipeline, kept = loop.pipeline, list[Any]()
     prepare = getattr(pipeline, "prepare_latents", None)
     if prepare is None:
@@ -93,7 +93,7 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
 
 
 def token_sides(denoiser: Any) -> list[int]:
-    """How many latents a side of a token covers, in each transformer block of a UNet, or in all
+    """The latents that a side of a token covers, in each transformer block of a UNet, or in all
     blocks of a transformer."""
     if "block_out_channels" in denoiser.config:
         middle = getattr(denoiser, "mid_block", None)

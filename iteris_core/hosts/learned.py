@@ -1,4 +1,4 @@
-"""Which words of a concept's prompts call for the embeddings that its LoRA file brings."""
+"""The words of a concept's prompts that call for the embeddings of its LoRA file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class EmbeddingRef:
     vector: int | None = None
 
     def of(self, vectors: Tensor) -> Tensor:
-        """Those of ``vectors`` that are called for."""
+        """The part of ``vectors`` that the word calls for."""
         return vectors if self.vector is None else vectors[self.vector : self.vector + 1]
 
 
 @dataclass(frozen=True)
 class EmbeddingTriggers:
-    """Of one concept. ``embeddings`` are those that its words call for, ``words`` in lower case.
+    """The triggers of one concept. ``embeddings`` are those that its words call for, ``words`` in
+    lower case.
 
     ``loaded`` are embeddings that the user has put into the text encoders by hand, which stay as
     they are; ``uncalled`` those for which no prompt calls. ``by_trigger`` is the trigger, where it
@@ -67,7 +68,7 @@ class EmbeddingTriggers:
         return self.replaced(phrase, say)
 
     def notes(self, in_force: Set[str]) -> list[str]:
-        """What is to be said of the embeddings, of which the host has put some ``in_force``."""
+        """Notes for the report; the host has put the embeddings ``in_force`` into force."""
         found: list[str] = []
         for name in in_force:
             words = [word for word, call in self.words.items() if call.name == name]
@@ -96,9 +97,10 @@ class EmbeddingTriggers:
 def embedding_triggers(
     concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()
 ) -> EmbeddingTriggers:
-    """How the prompts of ``concept`` call for what its file brings: by name, as ``<name>`` or as
-    ``embedding:name``; the tokens ``<s0><s1>…`` of pivotal tuning call for the vectors of the only
-    embedding; and where no prompt names the only one, the trigger stands for it.
+    """The ways in which prompts of ``concept`` call for its file's embeddings: by name, as
+    ``<name>`` or as ``embedding:name``; the tokens ``<s0><s1>…`` of pivotal tuning call for the
+    vectors of the only embedding; and where no prompt names the only one, the trigger stands for
+    it.
 
     ``learned`` is the host's: embeddings in a prompt that the text encoders know already.
     """
@@ -216,7 +218,7 @@ def _spellings(name: str) -> list[str]:
 
 
 def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
-    """Those of ``words`` that stand in the texts, as they are spelled there first; where one is
+    """The ``words`` that stand in the texts, as they are spelled there first; where one is
     part of another, the longer one counts."""
     pattern = _any_of(words)
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a base model has to offer so that LoRAs can be merged on it.
+"""The interface between a base model and the merge.
 
 A host is thin: it names the sites, reads LoRA files, makes samples and runs forwards. To add one,
 write a class with the members of :class:`Host`; nothing else has to change. A subclass of it has
@@ -75,7 +75,7 @@ class Stage:
 
 class Host(Protocol):
     pictures: bool
-    """Whether it makes pictures. There two concepts seldom compete for a place; two ways of writing
+    """True if it makes pictures. There two concepts seldom compete for a place; two ways of writing
     do for every word."""
 
     def sites(self) -> Mapping[str, nn.Module]:
@@ -102,8 +102,8 @@ class Host(Protocol):
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
-        """How many tokens each prompt has, with start and end but without padding; as prompts of
-        the concepts ``owners``, if they are given. Raises :class:`BaseError` where the host does
+        """The number of tokens of each prompt, with start and end but without padding; as prompts
+        of the concepts ``owners``, if they are given. Raises :class:`BaseError` where the host does
         not work from prompts."""
         raise BaseError(f"This method needs prompts; {type(self).__name__} has none.")
 

@@ -128,7 +128,7 @@ def _doubled(one: Any, two: Any) -> int | None:
 
 
 def rows_in(call: Call, batched: Axes) -> int:
-    """How many rows ``call`` has."""
+    """The number of rows of ``call``."""
     counts = [_count(call[path], axis) for path, axis in batched.items() if path in call]
     return max(counts, default=1)
 
@@ -178,19 +178,19 @@ def kind(row: Call, batched: Axes, *, masks: bool = True) -> Hashable:
 
 
 def passed(value: Any) -> int | None:
-    """How many entries of a row a mask lets pass; None for what is no mask."""
+    """The number of entries of a row that a mask lets pass; None for what is no mask."""
     if not isinstance(value, Tensor) or not value.ndim or value.is_floating_point():
         return None
     return int(value.sum()) if bool(((value == 0) | (value == 1)).all()) else None
 
 
 def size(row: Call) -> int:
-    """How many numbers the entries of a row hold."""
+    """The number of elements in the entries of a row."""
     return sum(value.numel() for value in row.values() if isinstance(value, Tensor))
 
 
 def differ(one: Any, other: Any, share: float = 0.0) -> bool:
-    """Whether two values of an argument differ, tensors by more than ``share`` of their norm."""
+    """True if two values of an argument differ, tensors by more than ``share`` of their norm."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape:
             return True

@@ -24,11 +24,11 @@ from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
 
 GENERIC = "generic"
-"""What the concept of generic prompts is called."""
+"""The name of the concept of generic prompts."""
 _REPEATS = 2
-"""How often a prompt counts, with other noise each time."""
+"""A prompt counts so often, with other noise each time."""
 _DENOISED_ALIKE = 16
-"""How many samples of a concept denoise the same prompt as it is."""
+"""So many samples of a concept denoise the same prompt as it is."""
 _PRESERVED_ROWS = 0.4
 """Rows of a concept without a LoRA, as a share of those of one that has one."""
 
@@ -64,7 +64,7 @@ class TextRows:
 def added_concepts(
     concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
 ) -> list[Concept]:
-    """What a host with prompts adds to the ``concepts`` of a merge: generic prompts, on which the
+    """The concepts that a host with prompts adds to those of a merge: generic prompts, on which the
     base is to stay as it is, and composites, of which :func:`.composites_of` makes the prompts."""
     rows = calibration.samples * calibration.timesteps
     generator = torch.Generator().manual_seed(calibration.seed)
@@ -183,7 +183,7 @@ class SamplePrompts:
         ]
 
     def worth(self, text: TextRows) -> int:
-        """How many samples of a concept the rows of ``text`` are worth, of the concept with a LoRA
+        """The number of samples of a concept that the rows are worth, for the concept with a LoRA
         that has the fewest distinct prompts: with other noise a prompt counts once more."""
         prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
         own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
@@ -193,7 +193,7 @@ class SamplePrompts:
 def drawn_steps(
     count: int, calibration: Calibration, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """Which of the ``steps`` of a denoising each of ``count`` samples is kept at, ascending,
+    """The ``steps`` of a denoising at which each of ``count`` samples is kept, ascending,
     (count, timesteps)."""
     picks = [torch.randperm(steps, generator=generator) for _ in range(count)]
     return torch.stack([pick[: calibration.timesteps] for pick in picks]).sort(dim=1)[0]

@@ -1,4 +1,4 @@
-"""How large the pictures are on which features are collected: one rule for every host.
+"""The size of the pictures on which features are collected: one rule for every host.
 
 A picture has as many tokens as the least squares want, and never more than the model's own. They
 are counted at the transformer block in the middle of all: of a transformer at its patches, of a
@@ -13,14 +13,14 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 PICTURE_TOKENS = 1024
-"""Those of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of rows
-that is a hundred tokens and more for every input of the widest site."""
+"""The tokens of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of
+rows that is a hundred tokens and more for every input of the widest site."""
 
 MOST_PIXELS = 1024
 """The longest side, where a model compresses so much that fewer tokens are a picture already."""
 
 FRAMES = 9
-"""Of a video, where the calibration says none: two or three frames of latents."""
+"""The frames of a video, unless the calibration says: two or three frames of latents."""
 
 
 def default_size(
@@ -40,7 +40,7 @@ def default_size(
 
 
 def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
-    """How many latents a side of a token covers in each transformer block of a UNet, whose
+    """The latents that a side of a token covers in each transformer block of a UNet, whose
     ``blocks`` come in the order in which they run."""
     found: list[int] = []
     level = 1

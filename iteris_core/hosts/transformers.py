@@ -65,7 +65,7 @@ class TransformersHost(Host):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: accelerate's hooks say it of a model whose weights are elsewhere."""
+        """The device of inputs. accelerate's hooks know it if the weights are elsewhere."""
         hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
         placed = (getattr(hook, "execution_device", None) for hook in hooks)
         found = next((device for device in placed if device is not None), None)
@@ -142,14 +142,15 @@ class TransformersHost(Host):
         raise BaseError(f"{type(self.model).__name__} gives no logits and no hidden state.")
 
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
-        """What keeps a decoder from making logits of every token, which no site needs."""
+        """The argument that keeps a decoder from making logits of every token, which no site
+        needs."""
         names = inspect.signature(self.model.forward).parameters
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         needed = any(self._sites[site] is head for site in sites)
         return {"logits_to_keep": 1} if "logits_to_keep" in names and not needed else {}
 
     def _mask_name(self, site: str) -> str | None:
-        """Which mask counts a site's tokens: a decoder's own, but for what it reads from the
+        """The mask that counts a site's tokens: a decoder's own, but for what it reads from the
         encoder; None where they are parts of pictures."""
         if self._encodes_and_decodes and ".decoder." in site:
             reads_encoder = any(mark in site for mark in _CROSS)

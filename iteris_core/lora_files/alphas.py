@@ -37,8 +37,8 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
 def scale_of(
     path: Path, configs: Mapping[str, Mapping[str, Any]], site: str, name: str, rank: int
 ) -> float | None:
-    """What ``configs``, by component, say of the module that is ``site`` and ``name`` in the file;
-    None where none of them is of its component."""
+    """The scale that ``configs``, by component, give the module that is ``site`` and ``name`` in
+    the file; None where none of them is of its component."""
     for full in (site, name):
         component, _, module = full.partition(".")
         if component in configs:
@@ -98,8 +98,8 @@ def _fits(path: Path, pattern: str, module: str) -> bool:
 
 
 def lora_config(modules: Mapping[str, tuple[int, float]], mark: str) -> dict[str, Any]:
-    """What a LoraConfig says of ``modules``, name → (rank, alpha); ``mark`` goes before names in
-    patterns."""
+    """The fields of a LoraConfig for ``modules``, name → (rank, alpha); ``mark`` goes before names
+    in patterns."""
     ranks = [rank for rank, _ in modules.values()]
     common = max(set(ranks), key=ranks.count)
     return {

@@ -101,8 +101,8 @@ def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str, Path]:
-    """Where the embeddings of the LoRA ``path`` go: beside it, ``<stem>_emb.safetensors`` for one,
-    ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
+    """The files for the embeddings of the LoRA ``path``: beside it, ``<stem>_emb.safetensors`` for
+    one, ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
     diffusers from loading it. Raises :class:`IterisError` where that exists."""
     targets: dict[str, Path] = {}
     for name, own in file_names(names).items():
@@ -153,8 +153,8 @@ def _name_in(file: Path) -> str:
 
 
 def _embeddings_of(file: Path, stem: str) -> Embeddings:
-    """What a file beside a LoRA holds: the parts of one embedding, or, as diffusers saves textual
-    inversion, vectors under the tokens that call for them."""
+    """The content of a file beside a LoRA: the parts of one embedding, or, as diffusers saves
+    textual inversion, vectors under the tokens that call for them."""
     tensors, metadata = read_tensors(file)
     parts = {_part(key): _vectors(file, key, tensor) for key, tensor in tensors.items()}
     name = metadata.get("name")

@@ -54,7 +54,7 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:
-    """Where the LoRAs of both go: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
+    """The files for the LoRAs of both: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
     high, low = (path.with_name(f"{path.stem}_{end}{path.suffix}") for end in (HIGH, LOW))
     return high, low
 

@@ -1,4 +1,4 @@
-"""What the metadata of LoRA files say, read without trusting it: any text may stand there."""
+"""The metadata of LoRA files, read without trust: any text may stand there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse_object(text: str | None) -> dict[str, Any]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """What a LoRA is called for by, as its trainer noted it, best first.
+    """The words that call for a LoRA, as its trainer noted them, best first.
 
     ``modelspec.trigger_phrase``; the triggers of a merge of ours; the names of sd-scripts' dataset
     folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
@@ -39,7 +39,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """What a prompt has to say: :func:`noted_phrases`, or the best word alone."""
+    """The phrases for a prompt: :func:`noted_phrases`, or the best word alone."""
     return noted_phrases(metadata) or trigger_words(metadata)[:1]
 
 

@@ -34,7 +34,7 @@ def is_fast(names: Iterable[str]) -> str:
 
 
 def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
-    """What a LoRA is for, if not for a concept, by its file's ``name`` and what it calls itself."""
+    """The purpose of a LoRA that is no concept, from its file's ``name`` and its metadata."""
     known = [name, *(metadata.get(key, "") for key in _NAMES)]
     texts = [_words(_BASES.sub(" ", text)) for text in known]
     for purpose, words in _WORDS.items():

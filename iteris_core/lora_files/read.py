@@ -90,7 +90,7 @@ def lora_of(
     weight: Weight | None,
     options: ReadOptions,
 ) -> Lora:
-    """What :func:`read_lora_file` makes of the ``tensors`` of a file; ``configs`` are the
+    """The LoRA that :func:`read_lora_file` makes of a file's ``tensors``; ``configs`` are the
     LoraConfigs of its components, where alpha stands if it is not among the tensors."""
     groups, left_out = _group(path, tensors, base)
     if left_out and not (options.allow_partial and groups):
@@ -268,7 +268,7 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
 
 
 def _is_whole_model(keys: Iterable[str]) -> bool:
-    """Whether the keys are weights and biases, with nothing that a LoRA's have in their names."""
+    """True if the keys are weights and biases, with nothing that a LoRA's have in their names."""
     plain = [not _LORA_PART.search(key.lower()) for key in keys]
     return len(plain) > 8 and all(plain)
 

@@ -24,7 +24,7 @@ class FoundPhrases(NamedTuple):
 
 
 def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
-    """What a prompt has to say for the LoRA in ``file``: what its ``metadata`` say outright, else
+    """The phrases that call for the LoRA in ``file``: those its ``metadata`` name outright, else
     what stands beside it, else the best guess from its captions."""
     if noted := noted_phrases(metadata):
         return FoundPhrases(tuple(noted), "file")

@@ -117,7 +117,7 @@ def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: a finite sum says so, in a twentieth of the time."""
+    """True if no element is NaN or infinite. A finite sum shows it in a twentieth of the time."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -131,7 +131,7 @@ def file_digest(path: Path) -> str:
 
 
 def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many tensors of each dtype, without alphas."""
+    """The number of tensors of each dtype, without alphas."""
     names = (str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.numel() > 1)
     return dict(Counter(names).most_common())
 

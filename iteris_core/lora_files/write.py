@@ -132,7 +132,7 @@ def _own_layout(lora: Lora) -> Layout:
 
 
 def _unknown_base(lora: Lora) -> BaseModel:
-    """What gives sites the names of SD 1.x where nothing is known of the base model."""
+    """A base that gives sites the names of SD 1.x, if nothing is known of the real one."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site, change in lora.sites.items():
         kernel = change.kernel or ()
@@ -280,7 +280,7 @@ def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str,
 
 
 def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
-    """What diffusers writes as ``lora_adapter_metadata``: a LoraConfig per component."""
+    """``lora_adapter_metadata`` as diffusers writes it: a LoraConfig for each component."""
     config: dict[str, object] = {}
     for component in sorted({site.partition(".")[0] for site in stored}):
         # transformers 5 took ``text_model.`` out of the module names that peft compares with.
