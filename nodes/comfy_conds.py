@@ -76,8 +76,7 @@ class References:
     def key(self, forget: Callable[[Any], None]) -> Hashable:
         """Equal for references of the same objects, while they are there; ``forget`` is called when
         one of them goes."""
-        parts = [*_leaves(self.entries), ("latent", self.latent), ("mask", self.mask)]
-        return tuple((name, _identity(value, forget)) for name, value in parts)
+        return _identity((self.entries, self.latent, self.mask), forget)
 
 
 def kind(inputs: Inputs) -> Hashable:
@@ -126,20 +125,13 @@ def _equal(one: Any, two: Any) -> bool:
     return tensors and one.shape == two.shape and one.device == two.device and torch.equal(one, two)
 
 
-def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return [(name, value)]
-    return [leaf for key, part in items for leaf in _leaves(part, f"{name}.{key}")]
-
-
 def _identity(value: Any, forget: Callable[[Any], None]) -> Hashable:
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    return Same(value, forget)
+    if isinstance(value, Mapping):
+        return tuple((name, _identity(part, forget)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_identity(part, forget) for part in value)
+    plain = isinstance(value, (bool, int, float, str, type(None)))
+    return value if plain else Same(value, forget)
 
 
 class Same:

@@ -9,7 +9,7 @@ encoders answering from what they gave. Weights on words, pooled outputs and mas
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -161,7 +161,7 @@ class TextEncoders:
         """Text encoders answer with what they gave in their batch."""
         try:
             for batch in batches.values():
-                batch.encoder.encode = _answer(batch, copy, owner, lockstep)
+                batch.encoder.encode = partial(batch.answer, copy, owner, lockstep)
             yield
         finally:
             self.close()
@@ -219,11 +219,20 @@ class TextBatch:
     def has(self, copy: int) -> bool:
         return bool(self._found[copy]) or not self._keys
 
-    def find(self, copy: int, owner: int, sections: list[Any]) -> Any:
+    def answer(self, copy: int, owner: int, lockstep: Lockstep, sections: list[Any]) -> Any:
+        """The outputs of the encoder for token lists of a concept."""
         keys = [(owner if self.sites else -1, _key(section)) for section in sections]
-        if any(key not in self._found[copy] for key in keys):
-            return None
-        return _join([self._found[copy][key] for key in keys])
+        found = self._found[copy]
+        if all(key in found for key in keys):
+            return _join([found[key] for key in keys])
+        outputs: list[Any] = []  # of a composite that changes the tokens on their way
+
+        def run() -> None:
+            outputs.append(self.encoder(sections))
+
+        merged = copy == 1
+        lockstep.run(MicroBatch(run, [owner] * len(sections), 1, merged_only=merged))
+        return outputs[0]
 
 
 def _changes_over_steps(clip: Any) -> bool:
@@ -231,28 +240,6 @@ def _changes_over_steps(clip: Any) -> bool:
     hooks = [hook for group in groups if group is not None for hook in group.hooks]
     scheduled = any(not hook.hook_keyframe.is_empty() for hook in hooks)
     return scheduled or bool(hooks and getattr(clip, "use_clip_schedule", False))
-
-
-def _answer(
-    batch: TextBatch, copy: int, owner: int, lockstep: Lockstep
-) -> Callable[[list[Any]], Any]:
-    def encode(sections: list[Any]) -> Any:
-        found = batch.find(copy, owner, sections)
-        if found is None:  # a composite that changes the tokens on their way
-            outputs: list[Any] = []
-            owners, merged = [owner] * len(sections), copy == 1
-            lockstep.run(
-                MicroBatch(
-                    lambda: outputs.append(batch.encoder(sections)),
-                    owners,
-                    1,
-                    merged_only=merged,
-                )
-            )
-            return outputs[0]
-        return found
-
-    return encode
 
 
 def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:

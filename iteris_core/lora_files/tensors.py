@@ -32,8 +32,7 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 def check_file(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, of which only the header is read. Raises
     :class:`LoraFileError` for what is no whole safetensors file, as :func:`read_tensors` does."""
-    with _opened(path) as file:
-        return dict(file.metadata() or {})
+    return read_header(path)[1]
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
