@@ -47,10 +47,14 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     """The changes of ``denoiser`` with those of text encoders, and those of the second denoiser
     under the first one's names, as a file has them."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
-    sites = {site: change for site, change in lora.sites.items() if not site.startswith(second)}
+
+    def of_first(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {site: value for site, value in values.items() if not site.startswith(second)}
+
+    high = replace(lora, sites=of_first(lora.sites), scales=of_first(lora.scales))
     metadata = without_embeddings(lora.metadata)
     low = replace(_renamed(lora, second, first), metadata=metadata, embeddings={})
-    return replace(lora, sites=sites), low
+    return high, low
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:
