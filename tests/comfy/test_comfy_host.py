@@ -191,7 +191,7 @@ def test_rows_that_wait_in_host_memory_change_nothing(
 
 def test_rank_does_not_denoise_again(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.merge()
-    monkeypatch.setattr(kit.sampling, "denoise", None)
+    monkeypatch.setattr(kit.sampling, "_denoise", None)
     result = merge_on(
         kit.merging, kit.model, kit.clip, kit.concepts(), "iteris", {"rank": 2}, kit.calibration
     )
