@@ -128,13 +128,13 @@ def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def _convert(pipeline: Any, tensors: dict[str, Tensor]) -> _Converted:
     converted = _loaded(pipeline, dict(tensors))
     none = torch.empty(0, dtype=torch.int64)
-    there = torch.cat([none, *map(_fingerprints, converted.values())])
+    there = torch.cat([none, *map(fingerprints, converted.values())])
     factors = {key: tensor for key, tensor in tensors.items() if _part(key) != "alpha"}
-    lost = {k: t for k, t in factors.items() if not torch.isin(_fingerprints(t), there).all()}
+    lost = {k: t for k, t in factors.items() if not torch.isin(fingerprints(t), there).all()}
     return _Converted(converted, lost)
 
 
-def _fingerprints(tensor: Tensor) -> Tensor:
+def fingerprints(tensor: Tensor) -> Tensor:
     """(rows,) int64, equal for equal rows; rows of zeros, which say nothing and may go, have
     none."""
     rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
