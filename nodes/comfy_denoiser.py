@@ -149,7 +149,7 @@ class Denoiser:
         for this text."""
         device, shape = self.model.load_device, (1, *shape[1:])
         latent, mask = self._begun(shape)
-        found = comfy.samplers.process_conds(
+        inputs = comfy.samplers.process_conds(
             self.model.model,
             torch.zeros(shape, device=device),
             {_ONE: self._converted(text)},
@@ -159,8 +159,8 @@ class Denoiser:
             0,
             latent_shapes=[torch.Size(shape)],
         )[_ONE][0]
-        self._first = self._first or found
-        return sharing(found, self._first)
+        self._first = self._first or inputs
+        return sharing(inputs, self._first)
 
     def predict(self, latents: Tensor, sigmas: Tensor, inputs: Sequence[Inputs]) -> Tensor:
         """The denoised latents of every row; one forward, rows in order. All ``inputs`` must be of
@@ -172,14 +172,14 @@ class Denoiser:
         )[0]
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
-        found = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
-        if self._is_dynamic and any(map(_has_hooks, found)):
+        conds = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
+        if self._is_dynamic and any(map(_has_hooks, conds)):
             raise ModelStateError(
                 "The CLIP or the CONDITIONING brings hooks for MODEL, which under DynamicVRAM "
                 "run on a copy of the model that a merge does not see; load the LoRA with Load "
                 "LoRA in place of the hook, or start ComfyUI with --disable-dynamic-vram."
             )
-        return found
+        return conds
 
     @property
     def _is_dynamic(self) -> bool:

@@ -167,9 +167,9 @@ class ComfyHost:
             generator.set_state(before)
             return self._samples(concepts, sites, calibration, lockstep, generator, tick)
 
-        found = halving(self._batch, make)
+        samples = halving(self._batch, make)
         self._denoised = {}
-        return found
+        return samples
 
     def _samples(
         self,
@@ -186,7 +186,7 @@ class ComfyHost:
         drawn = SamplePrompts.drawn(
             concepts, calibration, self._vocabulary, generator, share, denoises=denoises
         )
-        found: Sequence[Kept] = ()
+        kept: Sequence[Kept] = ()
         if denoises:
             sampling = Sampling(
                 drawn.owners,
@@ -200,8 +200,8 @@ class ComfyHost:
                 self._denoised,
                 self._show,
             )
-            found = make_latents(self._denoisers, self.boundary, sampling)
-        return comfy_samples(found, drawn, self._texts.tokenize)
+            kept = make_latents(self._denoisers, self.boundary, sampling)
+        return comfy_samples(kept, drawn, self._texts.tokenize)
 
     @property
     def _vocabulary(self) -> list[str]:
@@ -322,8 +322,8 @@ class ComfyHost:
         for batch in batches.values():
             batch.run_all(self._batch, self._lockstep, tick)
         pairs = self._texts.assemble(pair_owners, tokens, batches, 0, self._lockstep)
-        found = [pairs[row] for row in rows.text_rows]
-        return [(found[row], found[len(owners) + owner]) for row, owner in enumerate(owners)]
+        of_rows = [pairs[row] for row in rows.text_rows]
+        return [(of_rows[row], of_rows[len(owners) + owner]) for row, owner in enumerate(owners)]
 
 
 def _of_text(site: str) -> bool:

@@ -89,8 +89,8 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
         if plain not in names:
             return theirs
         # For a text encoder that it has no vectors for an embedding is nothing, as from a file.
-        found = vectors[id(tokenizer)].get(plain, torch.zeros(0, tokenizer.embedding_size))
-        return found, *theirs[1:-1], " ".join([name[len(plain) :], *rest]).strip()
+        own_vectors = vectors[id(tokenizer)].get(plain, torch.zeros(0, tokenizer.embedding_size))
+        return own_vectors, *theirs[1:-1], " ".join([name[len(plain) :], *rest]).strip()
 
     own._try_get_embedding = find
     return own

@@ -33,5 +33,5 @@ def add_route() -> None:
 
     @routes.get("/iteris/words")
     async def words(request: Any) -> Any:
-        found = await asyncio.to_thread(words_of_lora, request.query.get("lora", ""))
-        return web.json_response(found)
+        answer = await asyncio.to_thread(words_of_lora, request.query.get("lora", ""))
+        return web.json_response(answer)

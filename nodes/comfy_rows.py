@@ -37,13 +37,13 @@ class ComfySamples:
 
 
 def comfy_samples(
-    found: Sequence[Kept],
+    kept_by: Sequence[Kept],
     drawn: SamplePrompts,
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
 ) -> ComfySamples:
     """A row for each latent that a denoiser was given, and those that ``drawn`` adds on the same
     latents."""
-    parts = [drawn.texts(kept.picks.shape[1]) for kept in found] or [drawn.texts(None)]
+    parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
     text = TextRows.of(
         [owner for part in parts for owner in part.owners],
         [part.texts[row] for part in parts for row in part.text_rows],
@@ -57,6 +57,6 @@ def comfy_samples(
             kept.sigmas.flatten()[list(part.latent_rows)],
             kept.schedule,
         )
-        for part, kept in zip(parts, found, strict=False)  # without a denoiser none is found
+        for part, kept in zip(parts, kept_by, strict=False)  # without a denoiser there are none
     ]
     return ComfySamples(text, tokenize(text.text_owners, text.texts), drawn.worth(text), noisy)

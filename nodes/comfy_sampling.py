@@ -75,27 +75,27 @@ def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampl
     parts = _parts(first, schedule, boundary, len(denoisers))
     shape = first.shape(calibration)
     noise = torch.randn(count, *shape[1:], generator=sampling.generator)
-    found: list[Kept] = []
+    made: list[Kept] = []
     for part in parts:
         picks = drawn_steps(count, calibration, len(part) - 1, sampling.generator)
-        found.append(Kept(torch.empty(*picks.shape, *shape[1:]), picks, part))
+        made.append(Kept(torch.empty(*picks.shape, *shape[1:]), picks, part))
     if calibration.latents == "noise":
-        for denoiser, kept in zip(denoisers, found, strict=True):
+        for denoiser, kept in zip(denoisers, made, strict=True):
             for row, slot in torch.cartesian_prod(*map(torch.arange, kept.picks.shape)).tolist():
                 sigma = kept.sigmas[row, slot]
                 kept.latents[row, slot] = denoiser.noised(noise[row : row + 1], sigma)[0]
-        return found
+        return made
     texts = sampling.texts()
     latents = None
     before, total = 0, count * (len(schedule) - 1)
-    for number, kept in enumerate(found):
+    for number, kept in enumerate(made):
 
         def steps_done(done: int, before: int = before) -> None:
             sampling.tick(DENOISING, before + done, total)
 
         latents = _denoise(denoisers, number, kept, sampling, texts, noise, latents, steps_done)
         before += count * (len(kept.schedule) - 1)
-    return found
+    return made
 
 
 def _denoise(
@@ -217,13 +217,13 @@ class RowsGuider(comfy.samplers.CFGGuider):
                 f"A node on MODEL splits the batch: a forward had {len(x)} of "
                 f"{len(self._owners)} rows. Connect the MODEL from before it."
             )
-        found: list[Any] = []
+        outputs: list[Any] = []
 
         def run() -> None:
-            found.append(executor(x, *args, **given))
+            outputs.append(executor(x, *args, **given))
 
         self._lockstep.run(MicroBatch(run, self._owners * copies, 1))
-        return found[0]
+        return outputs[0]
 
 
 class _Euler(comfy.samplers.KSAMPLER):

@@ -46,8 +46,8 @@ class ComfyVisionScorer(ImageScorer):
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         # Pictures may differ in size, which a batch cannot.
-        found = [self._vision.encode_image(to_image([image]))["image_embeds"] for image in images]
-        return torch.cat(found)
+        parts = [self._vision.encode_image(to_image([image]))["image_embeds"] for image in images]
+        return torch.cat(parts)
 
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         raise IterisError(

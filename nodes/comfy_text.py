@@ -73,8 +73,8 @@ class TextEncoders:
     def token_counts(self, prompts: Sequence[str], owners: Sequence[int] | None) -> list[int]:
         counts: list[int] = []
         plain = self._clip.tokenize
-        found = map(plain, prompts) if owners is None else self.tokenize(owners, prompts)
-        for tokens in found:
+        tokenized = map(plain, prompts) if owners is None else self.tokenize(owners, prompts)
+        for tokens in tokenized:
             name, sections = next(iter(tokens.items()))
             end = self._encoder_of(name).special_tokens.get("end")
             texts = [[t if isinstance(t, int) else -1 for t, *_ in some] for some in sections]
@@ -83,8 +83,8 @@ class TextEncoders:
 
     def vocabulary(self) -> Sequence[str]:
         """The pieces of the first tokenizer's vocabulary; none where it does not tell them."""
-        found = next(iter(tokenizers(self._clip.tokenizer)), None)
-        known = getattr(found, "inv_vocab", {})
+        tokenizer = next(iter(tokenizers(self._clip.tokenizer)), None)
+        known = getattr(tokenizer, "inv_vocab", {})
         return [piece for piece in known.values() if isinstance(piece, str)]
 
     def learned(self, prompt: str) -> set[str]:
@@ -94,8 +94,8 @@ class TextEncoders:
 
     def _holds_vectors(self, prompt: str) -> bool:
         """True if some token of the prompt is no number, but a vector of an embedding."""
-        found = self._clip.tokenize(prompt).values()
-        tokens = [token for sections in found for section in sections for token, *_ in section]
+        tokenized = self._clip.tokenize(prompt).values()
+        tokens = [token for sections in tokenized for section in sections for token, *_ in section]
         return any(isinstance(token, Tensor) for token in tokens)
 
     def batches(
@@ -147,12 +147,12 @@ class TextEncoders:
         lockstep: Lockstep,
     ) -> list[Conditioning]:
         """The conditioning of every prompt, from what the text encoders gave."""
-        found: list[Conditioning] = []
+        conditionings: list[Conditioning] = []
         for owner, some in zip(owners, tokens, strict=True):
             with self._serving(batches, copy, owner, lockstep):
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
-            found.append((cond, extra))
-        return found
+            conditionings.append((cond, extra))
+        return conditionings
 
     @contextmanager
     def _serving(
@@ -167,9 +167,9 @@ class TextEncoders:
             self.close()
 
     def _encoder_of(self, name: str) -> Any:
-        for found in (f"clip_{name}", name):
-            if found in self._encoders:
-                return self._encoders[found]
+        for known in (f"clip_{name}", name):
+            if known in self._encoders:
+                return self._encoders[known]
         return next(iter(self._encoders.values()))
 
 
@@ -222,9 +222,9 @@ class TextBatch:
     def answer(self, copy: int, owner: int, lockstep: Lockstep, sections: list[Any]) -> Any:
         """The outputs of the encoder for token lists of a concept."""
         keys = [(owner if self.sites else -1, _key(section)) for section in sections]
-        found = self._found[copy]
-        if all(key in found for key in keys):
-            return _join([found[key] for key in keys])
+        outputs_of = self._found[copy]
+        if all(key in outputs_of for key in keys):
+            return _join([outputs_of[key] for key in keys])
         outputs: list[Any] = []  # of a composite that changes the tokens on their way
 
         def run() -> None:

@@ -101,15 +101,15 @@ class DiffusersHost:
     ) -> list[int]:
         tokenizer = self.pipeline.tokenizer
         texts = list(prompts) if owners is None else self._said(owners, prompts)
-        found = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
-        return [len(ids) for ids in found.input_ids]
+        encoded = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
+        return [len(ids) for ids in encoded.input_ids]
 
     @property
     def _vocabulary(self) -> list[str]:
         """The whole words of its first tokenizer, if that tells them."""
         parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
-        found = next((part for part in parts if hasattr(part, "get_vocab")), None)
-        return [] if found is None else whole_words(found.get_vocab())
+        tokenizer = next((part for part in parts if hasattr(part, "get_vocab")), None)
+        return [] if tokenizer is None else whole_words(tokenizer.get_vocab())
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
@@ -219,8 +219,8 @@ class DiffusersHost:
 
         def run(rows: Sequence[int], copies: int) -> None:
             texts = [prompts[row] for row in rows]
-            found = self._first(arguments, texts * (copies if sites else 1))
-            for index, call in enumerate(map(_on_cpu, found)):
+            calls = self._first(arguments, texts * (copies if sites else 1))
+            for index, call in enumerate(map(_on_cpu, calls)):
                 copy, at = divmod(index, len(rows))
                 for of_copy in words[copy : copy + 1] if sites else words:
                     for number in numbers[rows[at]]:

@@ -20,7 +20,7 @@ from ..activations.meter import is_out_of_memory
 from ..concepts import Calibration
 from ..errors import BaseError, IterisError, OutOfMemory, brief
 from .diffusers_loop import PipelineLoop
-from .diffusers_size import asked_size
+from .diffusers_size import pipeline_size
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
@@ -104,7 +104,7 @@ def _long_prompt_unreported() -> Generator[None]:
 
 
 def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
-    size, numbers = asked_size(loop, calibration, _SHORT)
+    size, numbers = pipeline_size(loop, calibration, _SHORT)
     one, two, together = _one_and_two(loop, size)
     batched = batched_in(one, two)
     if rows_in(one, batched) == 2 and loop.unguided:  # guided at a scale of 1

@@ -44,7 +44,7 @@ def by_loader(
     unknown = _unknown(tensors, base)
     if not unknown:
         return dict(tensors)
-    found: list[_Converted] = []
+    tried: list[_Converted] = []
     error: Exception | None = None
     for spelled in _spellings(_with_alphas_folded(tensors)):
         try:
@@ -54,9 +54,9 @@ def by_loader(
             continue
         if not converted.lost and not _unknown(converted.tensors, base):
             return converted.tensors
-        found.append(converted)
+        tried.append(converted)
     if allow_partial:
-        best = min(found, key=lambda c: len(c.lost) + len(_unknown(c.tensors, base)), default=None)
+        best = min(tried, key=lambda c: len(c.lost) + len(_unknown(c.tensors, base)), default=None)
         if best is None:
             return dict(tensors)
         left_out = {f"{key} (left out by diffusers' loader)": t for key, t in best.lost.items()}
@@ -68,7 +68,7 @@ def by_loader(
             f"{path}: {text[0]} changes a text encoder, of which diffusers' loader of {name} reads "
             "nothing. Allow partial reading (--allow-partial) to merge without it."
         )
-    lost = next((converted.lost for converted in found if converted.lost), None)
+    lost = next((converted.lost for converted in tried if converted.lost), None)
     if lost and len(lost) < len(tensors):
         raise LoraFileError(
             f"{path}: diffusers' loader of {name} would leave out {len(lost)} of {len(tensors)} "
@@ -140,8 +140,8 @@ def fingerprints(tensor: Tensor) -> Tensor:
     rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
     generator = torch.Generator().manual_seed(rows.shape[1])
     factors = torch.randint(2**62, rows.shape[1:], generator=generator)
-    found = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
-    return found[(rows != 0).any(dim=1)]
+    sums = (rows.contiguous().view(torch.int32) * factors).sum(dim=1)  # modulo 2^64
+    return sums[(rows != 0).any(dim=1)]
 
 
 def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,8 +149,8 @@ def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     among them."""
     unet = getattr(pipeline, "unet", None)
     options = {} if unet is None else {"unet_config": unet.config}
-    found: Any = type(pipeline).lora_state_dict(tensors, **options)
-    state, alphas = found if isinstance(found, tuple) else (found, None)
+    loaded: Any = type(pipeline).lora_state_dict(tensors, **options)
+    state, alphas = loaded if isinstance(loaded, tuple) else (loaded, None)
     return state | {key: torch.tensor(float(alpha)) for key, alpha in (alphas or {}).items()}
 
 

@@ -27,9 +27,9 @@ class PipelineLoop:
 
     def __init__(self, pipeline: Any, kind: Architecture, call: Mapping[str, Any]) -> None:
         self.pipeline, self._call = pipeline, call
-        found = {n: getattr(pipeline, n, None) for n in (kind.denoiser, second_of(kind.denoiser))}
+        parts = {n: getattr(pipeline, n, None) for n in (kind.denoiser, second_of(kind.denoiser))}
         self.denoisers: dict[str, Any] = {
-            n: m for n, m in found.items() if isinstance(m, nn.Module)
+            n: m for n, m in parts.items() if isinstance(m, nn.Module)
         }
         # Without ``torch.no_grad``: polishing goes back through the text encoders.
         self._function = inspect.unwrap(type(pipeline).__call__)
@@ -133,12 +133,12 @@ class PipelineLoop:
         pictures: int = 1,
     ) -> Call:
         """The arguments of the denoiser's first call, which is not run."""
-        found: list[Call] = []
+        calls: list[Call] = []
 
         def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
-            found.append(call)
+            calls.append(call)
             raise Enough
 
         generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
         self.run(prompts, see, steps=steps, size=size, generators=generators, pictures=pictures)
-        return found[0]
+        return calls[0]

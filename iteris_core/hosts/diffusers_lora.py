@@ -165,10 +165,10 @@ def single_file_pipeline(path: Path, config: Path | None = None) -> Any:
     source: dict[str, str] = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]
     where = str(config or source["pretrained_model_name_or_path"])
     configured: Any = DiffusionPipeline.load_config(where)
-    found = getattr(diffusers, configured.get("_class_name", ""), None)
-    if not hasattr(found, "from_single_file") or not hasattr(found, "load_lora_weights"):
+    pipeline = getattr(diffusers, configured.get("_class_name", ""), None)
+    if not hasattr(pipeline, "from_single_file") or not hasattr(pipeline, "load_lora_weights"):
         raise BaseError(
             f"{path} is a checkpoint of the kind {model_type!r}, from which diffusers loads no "
             "pipeline that LoRAs can be merged on; give a folder with the whole pipeline."
         )
-    return found
+    return pipeline

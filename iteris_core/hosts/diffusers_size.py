@@ -27,7 +27,7 @@ _PIXEL_STEP = 32
 """Sides in pixels that every pipeline takes are multiples of it."""
 
 
-def asked_size(
+def pipeline_size(
     loop: PipelineLoop, calibration: Calibration, prompt: str
 ) -> tuple[dict[str, int], int]:
     """Height, width and frames to ask a pipeline for, and how many numbers of noise a row has then.
@@ -40,21 +40,21 @@ def asked_size(
     scale = next((s for s in (getattr(loop.pipeline, n, 0) for n in _SCALES) if s), 8)
     if calibration.latent_size is not None:
         size |= dict.fromkeys(("height", "width"), calibration.latent_size * int(scale))
-    asked, latents = _asked(loop, size, prompt)
-    if calibration.latent_size is None and {"height", "width"} <= asked.keys():
-        own = asked["height"], asked["width"]
+    sides, latents = _prepared(loop, size, prompt)
+    if calibration.latent_size is None and {"height", "width"} <= sides.keys():
+        own = sides["height"], sides["width"]
         # The rule, with pixels for latents.
         tokens = _tokens(loop, latents, size.get("num_frames", 1))
         patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
-        sides = default_size(1, patch, own, _PIXEL_STEP)
+        smaller = default_size(1, patch, own, _PIXEL_STEP)
         large = tokens > PICTURE_TOKENS or max(own) > MOST_PIXELS
         if large and "height" in loop.names:
-            size |= dict(zip(("height", "width"), sides, strict=True))
-            _, latents = _asked(loop, size, prompt)
+            size |= dict(zip(("height", "width"), smaller, strict=True))
+            _, latents = _prepared(loop, size, prompt)
     return size, latents[0].numel()
 
 
-def _asked(
+def _prepared(
     loop: PipelineLoop, size: Mapping[str, int], prompt: str
 ) -> tuple[dict[str, int], Tensor]:
     """The size that the pipeline passes to its ``prepare_latents``, and the latents it gets."""
@@ -67,17 +67,17 @@ def _asked(
     names = inspect.signature(prepare)
 
     def keep(*args: Any, **kwargs: Any) -> Any:
-        found = prepare(*args, **kwargs)
-        kept.append((names.bind(*args, **kwargs).arguments, found))
-        return found
+        prepared = prepare(*args, **kwargs)
+        kept.append((names.bind(*args, **kwargs).arguments, prepared))
+        return prepared
 
     pipeline.__dict__["prepare_latents"] = keep
     try:
         loop.first_call([prompt], size)
     finally:
         del pipeline.__dict__["prepare_latents"]
-    arguments, found = kept[0]
-    latents = found if isinstance(found, Tensor) else found[0]
+    arguments, prepared = kept[0]
+    latents = prepared if isinstance(prepared, Tensor) else prepared[0]
     sides = {n: v for n, v in arguments.items() if n in ("height", "width") and v}
     return sides, latents
 

@@ -69,29 +69,29 @@ class EmbeddingTriggers:
 
     def notes(self, in_force: Set[str]) -> list[str]:
         """Notes for the report; the host has put the embeddings ``in_force`` into force."""
-        found: list[str] = []
+        notes: list[str] = []
         for name in in_force:
             words = [word for word, call in self.words.items() if call.name == name]
             said = " or ".join(map(repr, words))
             why = ", which its prompts never name" if self.by_trigger else ""
-            found.append(f"{said} calls for its embedding {name}{why}")
-        found += [f"its embedding {name} is in the base already" for name in self.loaded]
+            notes.append(f"{said} calls for its embedding {name}{why}")
+        notes += [f"its embedding {name} is in the base already" for name in self.loaded]
         odd = [name for name in self.embeddings if name not in in_force]
         if odd:
             widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
-            found.append(
+            notes.append(
                 f"its embedding {', '.join(odd)} is NOT IN FORCE, so this concept is merged "
                 f"without what its trigger has learned: no text encoder of the base takes {widths} "
                 "(text encoder: width of the vectors); the file is for another base model"
             )
         if self.uncalled:
             names = ", ".join(self.uncalled)
-            found.append(
+            notes.append(
                 f"its embedding {names} is NOT IN FORCE, so this concept is merged without what "
                 "its trigger has learned: no prompt calls for it. Say its name in the trigger or "
                 f"the prompts, such as {' or '.join(map(repr, _spellings(self.uncalled[0])[:2]))}"
             )
-        return found
+        return notes
 
 
 def embedding_triggers(
@@ -212,20 +212,20 @@ class Placeholders:
 def _spellings(name: str) -> list[str]:
     """The words that call for an embedding of that name, in lower case."""
     core = name.strip("<>").lower()
-    found = [name.lower(), f"<{core}>", core, f"embedding:{name.lower()}", f"embedding:{core}"]
+    words = [name.lower(), f"<{core}>", core, f"embedding:{name.lower()}", f"embedding:{core}"]
     # Of a name such as "<>" no word is left: it would stand in every gap.
-    return [word for word in dict.fromkeys(found) if word.removeprefix("embedding:").strip()]
+    return [word for word in dict.fromkeys(words) if word.removeprefix("embedding:").strip()]
 
 
 def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
     """The ``words`` that stand in the texts, as they are spelled there first; where one is
     part of another, the longer one counts."""
     pattern = _any_of(words)
-    found: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for text in texts:
         for match in pattern.finditer(text):
-            found.setdefault(match[0].lower(), match[0])
-    return found
+            spellings.setdefault(match[0].lower(), match[0])
+    return spellings
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -106,7 +106,7 @@ def _answering(
 
 def _encoders(pipeline: Any) -> list[Encoder]:
     """The text encoders of a pipeline whose tokenizers can learn words."""
-    found: list[Encoder] = []
+    encoders: list[Encoder] = []
     clips = 0
     for end in ("", "_2", "_3", "_4"):
         tokenizer: Any = getattr(pipeline, f"tokenizer{end}", None)
@@ -121,8 +121,8 @@ def _encoders(pipeline: Any) -> list[Encoder]:
             parts = {"clip_g"} if clips == 2 else {"clip_l", "clip_h"}
             parts |= {"clip_g"} if end and clips == 1 else set()
         width: int = _token_embeddings(model)[0].weight.shape[-1]
-        found.append(Encoder(tokenizer, parts, width, f"tokenizer{end}", model))
-    return found
+        encoders.append(Encoder(tokenizer, parts, width, f"tokenizer{end}", model))
+    return encoders
 
 
 def _token_embeddings(model: Any) -> list[Any]:

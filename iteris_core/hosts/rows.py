@@ -201,11 +201,11 @@ def drawn_steps(
 
 def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:
     seen: Counter[str] = Counter()
-    found: list[str] = []
+    filled: list[str] = []
     for prompt in prompts:
         seen[prompt] += 1
-        found.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
-    return found
+        filled.append(wording.in_context(prompt) if seen[prompt] > _DENOISED_ALIKE else prompt)
+    return filled
 
 
 def _preserved_rows(rows: int) -> int:

@@ -42,17 +42,17 @@ def default_size(
 def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
     """The latents that a side of a token covers in each transformer block of a UNet, whose
     ``blocks`` come in the order in which they run."""
-    found: list[int] = []
+    levels: list[int] = []
     level = 1
     for module in (module for block in blocks if block is not None for module in block.modules()):
         kind = type(module).__name__
         if kind == "BasicTransformerBlock":
-            found.append(level)
+            levels.append(level)
         elif kind.startswith("Downsample"):
             level *= 2
         elif kind.startswith("Upsample"):
             level //= 2
-    return found
+    return levels
 
 
 def middle_patch(sides: Sequence[int]) -> int:

@@ -68,8 +68,8 @@ class TransformersHost(Host):
         """The device of inputs. accelerate's hooks know it if the weights are elsewhere."""
         hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
         placed = (getattr(hook, "execution_device", None) for hook in hooks)
-        found = next((device for device in placed if device is not None), None)
-        return next(self.model.parameters()).device if found is None else torch.device(found)
+        known = next((device for device in placed if device is not None), None)
+        return next(self.model.parameters()).device if known is None else torch.device(known)
 
     @property
     def _encodes_and_decodes(self) -> bool:
@@ -115,10 +115,10 @@ class TransformersHost(Host):
 
         def mask(site: str, rows: Sequence[int]) -> Tensor | None:
             name = self._mask_name(site)
-            found = [samples.rows[row] for row in rows]
-            if name is None or name not in found[0]:
+            chosen = [samples.rows[row] for row in rows]
+            if name is None or name not in chosen[0]:
                 return None
-            return self._batch([{name: row[name]} for row in found], 1)[name].bool()
+            return self._batch([{name: row[name]} for row in chosen], 1)[name].bool()
 
         fewest = min(Counter(samples.owners).values())
         yield Stage("model", sorted(sites), samples.owners, run, mask, samples=fewest)
@@ -132,13 +132,13 @@ class TransformersHost(Host):
         batch = self._batch([samples.rows[row] for row in rows], 1, lengths(samples.rows))
         output = self.model(**batch)
         for name in ("logits", "last_hidden_state"):
-            found = getattr(output, name, None)
-            if found is not None:
+            result = getattr(output, name, None)
+            if result is not None:
                 kind = "decoder_attention_mask" if self._encodes_and_decodes else "attention_mask"
                 mask = batch.get(kind)
-                if mask is not None and found.ndim == 3 and found.shape[:2] == mask.shape:
-                    found = found * mask[..., None].to(found)
-                return found
+                if mask is not None and result.ndim == 3 and result.shape[:2] == mask.shape:
+                    result = result * mask[..., None].to(result)
+                return result
         raise BaseError(f"{type(self.model).__name__} gives no logits and no hidden state.")
 
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
@@ -189,15 +189,15 @@ class TransformersHost(Host):
         return continued
 
     def _generated(self, row: Row, owner: int, lockstep: Lockstep) -> Tensor:
-        found: list[Tensor] = []
+        generated: list[Tensor] = []
         options = {"do_sample": False, "num_beams": 1, **(self._generate or {})}
         # Models write into what they are given (BLIP its start token).
         batch = self._batch([{name: tensor.clone() for name, tensor in row.items()}], 1)
 
         def run() -> None:
-            found.append(self.model.generate(**batch, **options))
+            generated.append(self.model.generate(**batch, **options))
 
         lockstep.run(MicroBatch(run, [owner], 1))
-        if found[0].shape[1] < 2:
+        if generated[0].shape[1] < 2:
             raise BaseError("The model generated nothing; look at the arguments of generate.")
-        return found[0].cpu()
+        return generated[0].cpu()

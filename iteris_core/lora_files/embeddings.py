@@ -44,20 +44,21 @@ def split_embeddings(
 ) -> tuple[Embeddings, dict[str, Tensor], list[str]]:
     """The embeddings of a LoRA file, bundled and beside it; the other tensors; and what is to be
     said of embeddings that ``metadata`` name and that are not there."""
-    found, rest = unbundled(path, tensors)
+    embeddings, rest = unbundled(path, tensors)
     listed = listed_embeddings(metadata)
     for file in _beside(path, listed):
         for name, parts in _embeddings_of(file, path.stem).items():
-            if name in found:
+            if name in embeddings:
                 raise LoraFileError(f"{path} and {file} both hold an embedding {name!r}.")
-            found[name] = parts
-    found = {name: found[name] for name in (*(n for n in listed if n in found), *found)}
-    return found, rest, [_missing(path, name) for name in listed if name not in found]
+            embeddings[name] = parts
+    order = (*(name for name in listed if name in embeddings), *embeddings)
+    embeddings = {name: embeddings[name] for name in order}
+    return embeddings, rest, [_missing(path, name) for name in listed if name not in embeddings]
 
 
 def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, dict[str, Tensor]]:
     """The embeddings among the tensors of the LoRA file ``path``, and the other tensors."""
-    found: Embeddings = {}
+    embeddings: Embeddings = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_MARK):
@@ -66,8 +67,8 @@ def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, di
         name, part = _bundled(key.removeprefix(_MARK))
         if not name or not part:
             raise _no_embedding(path, key, tensor)
-        found.setdefault(name, {})[part] = _vectors(path, key, tensor)
-    return found, rest
+        embeddings.setdefault(name, {})[part] = _vectors(path, key, tensor)
+    return embeddings, rest
 
 
 def listed_embeddings(metadata: Mapping[str, str]) -> list[str]:
@@ -119,14 +120,14 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
     """Each embedding as a file's name, no two the same, as "<cat>" and "cat" would be."""
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for name in names:
         own, count = file_name(name), 1
-        while own in found.values():
+        while own in files.values():
             count += 1
             own = f"{file_name(name)}-{count}"
-        found[name] = own
-    return found
+        files[name] = own
+    return files
 
 
 def file_name(name: str) -> str:
@@ -138,14 +139,14 @@ def _beside(path: Path, listed: Sequence[str]) -> list[Path]:
     """The files of embeddings beside a LoRA: of a merge of ours none that it does not list, which
     would be left there by another merge of that name."""
     files = [path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS]
-    found = {file: _name_in(file) for file in files if file.is_file()}
+    names = {file: _name_in(file) for file in files if file.is_file()}
     for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}_*_emb.safetensors")):
         middle = file.name[len(path.stem) + 1 : -len("_emb.safetensors")]
         of_another = path.with_name(f"{path.stem}_{middle}.safetensors").exists()
         name = "" if of_another else _name_in(file)
         if name and re.fullmatch(rf"{re.escape(file_name(name))}(-\d+)?", middle):
-            found[file] = name
-    return [file for file, name in found.items() if not (listed and name) or name in listed]
+            names[file] = name
+    return [file for file, name in names.items() if not (listed and name) or name in listed]
 
 
 def _name_in(file: Path) -> str:

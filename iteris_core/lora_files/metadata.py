@@ -16,10 +16,10 @@ def parse_object(text: str | None) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
@@ -28,14 +28,14 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     ``modelspec.trigger_phrase``; the triggers of a merge of ours; the names of sd-scripts' dataset
     folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
     """
-    found = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
-    found += [str(concept.get("trigger") or "") for concept in _merged_concepts(metadata)]
+    words = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    words += [str(concept.get("trigger") or "") for concept in _merged_concepts(metadata)]
     for folder in parse_object(metadata.get("ss_dataset_dirs")):
         number, _, name = folder.partition("_")
         if number.isdigit():
-            found.append(name.strip())
-    found += _constant_tags(metadata)
-    return list(dict.fromkeys(word for word in found if word))
+            words.append(name.strip())
+    words += _constant_tags(metadata)
+    return list(dict.fromkeys(word for word in words if word))
 
 
 def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
@@ -64,22 +64,22 @@ def _merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _constant_tags(metadata: Mapping[str, str]) -> list[str]:
     """Per dataset folder, the most frequent tag if no other tag is as frequent."""
-    found: list[str] = []
+    constant: list[str] = []
     for tags in tag_frequency(metadata).values():
         common = Counter(tags).most_common(2)
         if common and (len(common) == 1 or common[0][1] > common[1][1]):
-            found.append(common[0][0].strip())
-    return found
+            constant.append(common[0][0].strip())
+    return constant
 
 
 def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
     """``ss_tag_frequency``: dataset folder → tag → count, without what is malformed."""
-    found: dict[str, dict[str, int]] = {}
+    tables: dict[str, dict[str, int]] = {}
     for folder, tags in parse_object(metadata.get("ss_tag_frequency")).items():
         if isinstance(tags, dict):
             counts = {str(t): n for t, n in tags.items() if type(n) is int and 0 <= n < 1 << 53}
-            found[folder] = counts
-    return found
+            tables[folder] = counts
+    return tables
 
 
 def merge_tag_frequency(inputs: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:

@@ -56,10 +56,10 @@ def _ending(path: Path) -> str:
 
 def _phrases(path: Path) -> list[str]:
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return []
-    tables = [found, found.get("civitai")] if isinstance(found, dict) else []
+    tables = [content, content.get("civitai")] if isinstance(content, dict) else []
     lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
     words = [word for some in lists if isinstance(some, list) for word in some]
     texts = [word.get("word") if isinstance(word, dict) else word for word in words]
