@@ -256,7 +256,7 @@ def _result(
     lora = Lora(
         {site: change for site, (change, _) in made.merged.items()},
         "merged",
-        merge_metadata(every, report, joined, [*made.calls, *map(calls_of, made.always)]),
+        merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, made.always)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )
