@@ -34,7 +34,8 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
     """``specs`` with the trigger words of another node: one phrase for each LoRA in order, or
     those that no other LoRA knows for the one that knows none."""
     phrases = phrases_in(text)
-    loras = [at for at, spec in enumerate(specs) if spec.file is not None]
+    named = [spec.file is not None and spec.always_on == "no" for spec in specs]
+    loras = [at for at, one in enumerate(named) if one]
     if not phrases or not loras:
         return tuple(specs)
     found = list(specs)
