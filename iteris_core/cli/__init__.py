@@ -10,21 +10,39 @@ import typer
 from rich.markup import escape
 
 from ..errors import KINDS, IterisError, UsageError, kind_of
+from .bake import bake
 from .common import console
 from .compare import compare
+from .convert import convert
 from .demo import demo
 from .doctor import PACKAGE, doctor, version_of
 from .explain import explain
+from .extract import extract
 from .help import Command, Group
 from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
+from .resize import resize
 from .score import score
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
-for command in (merge, init, inspect, compare, score, methods, explain, demo, doctor):
+for command in (
+    merge,
+    init,
+    inspect,
+    compare,
+    score,
+    resize,
+    extract,
+    convert,
+    bake,
+    methods,
+    explain,
+    demo,
+    doctor,
+):
     app.command(cls=Command, context_settings=_HELP)(command)
 
 _TyperError: Any = typer.BadParameter.__base__

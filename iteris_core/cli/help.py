@@ -14,6 +14,7 @@ _TYPES = {
 """What typer calls a type, and what the help calls it."""
 
 EXAMPLES = {
+    "bake": ("iteris bake model.safetensors --lora cat.safetensors:0.8 -o model-cat.safetensors",),
     "merge": (
         "iteris merge BASE --concept cat.safetensors:sks:cat "
         "--concept dog.safetensors:zwx:dog -o both.safetensors",
@@ -24,9 +25,15 @@ EXAMPLES = {
         "--concept cat.safetensors:sks:cat --refs pictures/cat "
         "--concept dog.safetensors:zwx:dog --refs pictures/dog",
     ),
+    "convert": ("iteris convert cat.safetensors --layout comfyui -o cat-comfyui.safetensors",),
     "explain": ("iteris explain IT-09",),
+    "extract": ("iteris extract BASE TUNED --rank 32 -o tuned.safetensors",),
     "init": ("iteris init loras", "iteris init loras --base models/sdxl -o people.yaml --yes"),
     "inspect": ("iteris inspect cat.safetensors dog.safetensors",),
+    "resize": (
+        "iteris resize cat.safetensors:sks:cat --base BASE --rank 8 -o cat-8.safetensors",
+        "iteris resize cat.safetensors dog.safetensors --size 20 -o smaller",
+    ),
     "score": ("iteris score pictures --refs references --prompts prompts.txt",),
 }
 """Command → lines that it begins with; a test holds them against the options."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..architectures import architecture_of_file
+from ..architectures.pieces import Shapes
 from ..errors import LoraFileError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
@@ -71,12 +72,16 @@ def _base_from(name: str) -> BaseModel:
     return base_of(pipeline, pipeline_sites(pipeline))
 
 
+def known_base(shapes: Shapes, metadata: Mapping[str, str]) -> BaseModel:
+    """The released model that a LoRA file with tensors of these ``shapes`` is for."""
+    return released_base(architecture_of_file(shapes, metadata).name)
+
+
 def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
     tensors, metadata = read_tensors(path)
     other = ""
     if base is None:
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        base = released_base(architecture_of_file(shapes, metadata).name)
+        base = known_base({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
         other = " For a base of another shape than the released ones, name it: --base BASE."
     options = ReadOptions(allow_partial=True, of_weight=False)
     try:

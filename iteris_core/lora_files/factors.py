@@ -39,9 +39,12 @@ class Factors:
         return up.contiguous(), down.contiguous()
 
 
-def store_all(lora: Lora, dtype: torch.dtype, one_alpha: Container[str]) -> dict[str, Factors]:
+def store_all(
+    lora: Lora, dtype: torch.dtype, one_alpha: Container[str], *, even: bool = False
+) -> dict[str, Factors]:
     """Every site's factors in ``dtype``, by component: exact with scale 1 if they all are, else
-    with the scales that were folded in (one scale in components of ``one_alpha``), else rounded."""
+    with the scales that were folded in (one scale in components of ``one_alpha``), else rounded.
+    With ``even`` what is rounded has one alpha in components of ``one_alpha``."""
     stored: dict[str, Factors] = {}
     for component in {site.partition(".")[0]: None for site in lora.sites}:
         sites = {s: c for s, c in lora.sites.items() if s.startswith(f"{component}.")}
@@ -51,6 +54,11 @@ def store_all(lora: Lora, dtype: torch.dtype, one_alpha: Container[str]) -> dict
         if together and not all(plain.values()):
             scaled = {site: _exactly(c, scales[site], dtype) for site, c in sites.items()}
             plain = scaled if all(scaled.values()) else plain
+        if even and component in one_alpha and not all(plain.values()):
+            alpha = max(change.rank for change in sites.values())
+            if any(change.rank != alpha for change in sites.values()):
+                stored |= {s: _rounded(s, c, dtype, alpha / c.rank) for s, c in sites.items()}
+                continue
         stored |= {site: plain[site] or _rounded(site, c, dtype) for site, c in sites.items()}
     return stored
 
@@ -63,15 +71,17 @@ def _exactly(change: LowRank, scale: float, dtype: torch.dtype) -> Factors | Non
     return stored if exact and torch.equal(stored.down.float(), down) else None
 
 
-def _rounded(site: str, change: LowRank, dtype: torch.dtype) -> Factors:
-    """The change in ``dtype``, up and down brought to one size by a power of two."""
+def _rounded(site: str, change: LowRank, dtype: torch.dtype, scale: float = 1.0) -> Factors:
+    """The change without ``scale`` in ``dtype``, up and down brought to one size by a power of
+    two."""
+    change = change.scaled(1 / scale)
     up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
     largest = float(up.abs().max()), float(down.abs().max())
     shift = round(math.log2(largest[1] / largest[0]) / 2) if min(largest) > 0 else 0
     stored = Factors(
         torch.ldexp(up, torch.tensor(shift)).to(dtype),
         torch.ldexp(down, torch.tensor(-shift)).to(dtype),
-        1.0,
+        scale,
         change.kernel,
     )
     if not bool(torch.isfinite(stored.up).all() and torch.isfinite(stored.down).all()):

@@ -8,8 +8,9 @@ both layouts alpha equals rank wherever that is exact, so that loaders which los
 as well.
 
 In kohya layout a UNet and a CLIP text encoder have one alpha each, since diffusers loses alphas
-that differ from site to site there (``Architecture.one_alpha``): smaller ranks are scaled by a
-power of two or filled up with zeros. And where a text encoder has attention sites without any
+that differ from site to site there (``Architecture.one_alpha``): where factors are rounded anyway
+they are scaled to it; exact ones of a smaller rank are scaled by a power of two or filled up with
+zeros. And where a text encoder has attention sites without any
 ``out_proj`` (in peft layout: no attention) it gets one pair of zero factors for ``out_proj``, since
 diffusers recognises layouts by it. Zeros change nothing.
 """
@@ -101,7 +102,8 @@ def to_tensors(
     if not lora.sites:
         raise OutputError("The merged LoRA changes no site; there is nothing to write.")
     base, layout = lora.base or _unknown_base(lora), layout or _own_layout(lora)
-    stored = store_all(lora, DTYPES[name_of(dtype)], base.architecture.one_alpha)
+    one_alpha = base.architecture.one_alpha
+    stored = store_all(lora, DTYPES[name_of(dtype)], one_alpha, even=layout == "kohya")
     metadata = {key: str(value) for key, value in lora.metadata.items()}
     metadata.pop("lora_adapter_metadata", None)
     tensors: dict[str, Tensor] = {}
@@ -225,6 +227,8 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
 def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
     """The same changes with one alpha."""
     alpha = max(module.rank for module in modules.values())
+    if all(math.isclose(module.scale * module.rank, alpha) for module in modules.values()):
+        return dict(modules)
     even: dict[str, Factors] = {}
     for name, module in modules.items():
         scale, down = module.scale * alpha / module.rank, module.down

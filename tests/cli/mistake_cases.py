@@ -744,4 +744,33 @@ CASES = [
         "init {world} -o {tmp}/mine.yaml",
         "{tmp}/mine.yaml exists already; choose another name, or give --overwrite",
     ),
+    # resize
+    ("resize {one} -o {out}", "Say to what a LoRA is brought by one of rank, size and energy"),
+    ("resize {one} -o {out} --rank 2 --size 3", "by one of rank, size and energy"),
+    ("resize {one} -o {out} --rank 0", "rank must be at least 1, not 0."),
+    ("resize {tmp}/none.safetensors -o {out} --rank 2", "does not exist or is not a file"),
+    ("resize {lora} -o {out} --rank 2", "is a whole model (a checkpoint), not a LoRA"),
+    ("resize {one} {one} -o {tmp}/folder --rank 2", "Two of the files are named lora1.safetensors"),
+    (
+        "resize {one} {merged} -o {out} --rank 2",
+        "is no folder; results of several files go into one.",
+    ),
+    ("resize {one} -o {one} --rank 2", "{one} exists already; choose another name"),
+    ("resize {one} -o {one} --rank 2 --overwrite", "is one of the LoRAs to merge"),
+    ("resize {one} -o {out} --rank 2 --samples 3", "--samples is for a base, which runs"),
+    ("resize {one} -o {out} --rank 2 --base none", "The base 'none' does not exist"),
+    # extract
+    ("extract {base} -o {out} --rank 2", "Missing argument 'TUNED'."),
+    ("extract {base} none -o {out} --rank 2", "The base 'none' does not exist"),
+    ("extract {base} {base} -o {out}", "by one of rank, size and energy"),
+    ("extract {base} {base} -o {out} --rank 2 --prompts {tmp}/blank.txt", "has no prompts"),
+    # convert
+    ("convert {one} -o x.txt", "x.txt must end in .safetensors"),
+    ("convert {lora} -o {out}", "is a whole model (a checkpoint), not a LoRA"),
+    ("convert {one} -o {empty} --layout peft", "{empty} exists already; choose another name"),
+    # bake
+    ("bake {base} --lora {one}:x -o {out}", "is not FILE.safetensors, FILE.safetensors:0.8 or"),
+    ("bake none --lora {one} -o {out}", "The base 'none' does not exist"),
+    ("bake {base} --lora {one} -o {empty}", "{empty} exists already; choose another name"),
+    ("bake {base} --lora {one} -o {out} --dtype fp8", "holds no fp8 with scales"),
 ]

@@ -13,12 +13,14 @@ import pytest
 import typer
 import yaml
 from command_line import QUICK, make_world, recipe_of, run
+from safetensors.torch import load_file, save_file
 
 from iteris_core import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 USED = [p for p in PAGES if p.name not in ("decisions.md", "releasing.md", "results.md")]
+RUN = ("merge", "inspect", "doctor", "methods", "resize", "extract", "convert", "bake")
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
@@ -56,6 +58,10 @@ def place(tmp_path, monkeypatch):
     names = ("cat", "dog", "style")
     for name, source in zip(names, (1, 2, 1), strict=True):
         shutil.copy(folder / f"lora{source}.safetensors", folder / f"{name}.safetensors")
+    shutil.copytree(folder / "base", folder / "tuned")
+    weights = folder / "tuned/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: 1.1 * tensor for key, tensor in tensors.items()}, weights)
     (folder / "loras").mkdir()
     for name in names:
         shutil.copy(folder / f"{name}.safetensors", folder / "loras")
@@ -72,14 +78,15 @@ def test_the_merges_of_the_pages_run(place, monkeypatch, capsys):
     done = []
     for page in USED:
         for words in command_lines(page):
-            if words[0] not in ("merge", "inspect", "doctor", "methods") or "google" in words[1]:
+            if words[0] not in RUN or "google" in words[1]:
                 continue
-            arguments = ["base" if word == "BASE" else word for word in words]
+            bases = {"BASE": "base", "TUNED": "tuned"}
+            arguments = [bases.get(word, word) for word in words]
             if words[-2:] == ["-o", "merge.yaml"]:
                 arguments[-1] = "written.yaml"
-            if words[0] == "merge":
+            if words[0] in ("merge", "extract") or "--base" in words:
                 arguments += [*QUICK, "--overwrite", "--latent-size=4"]
-            if words[0] == "inspect":
+            if words[0] in ("inspect", "convert"):
                 arguments += ["--base", "base"]
             code, _, err = run(monkeypatch, capsys, *arguments)
             assert code == 0, (words, err)

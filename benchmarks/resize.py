@@ -1,0 +1,125 @@
+"""LoRAs at a lower rank: ``python benchmarks/resize.py`` on the toybox's own concepts.
+
+Writes ``benchmarks/results/resize.json`` case by case; what stands there is not measured again.
+Each of five LoRAs of rank 8 is brought to the size of rank 4 and 2, and a merge of all five to that
+of rank 8, 4 and 2. ``error`` is that of the guided denoiser output on prompts of templates that
+nothing was fitted to, ‖f_small − f_whole‖ / ‖f_base − f_whole‖; ``likeness`` is that of pictures to
+the references, on backgrounds that no fitted prompt had. Ways: ``svd`` cuts each layer's weights at
+one rank, as kohya's ``resize_lora.py`` does with a fixed rank; ``weights`` is ours without a base,
+and ``base`` ours with one. ``ratio`` in the summary is the mean error over that of ``svd``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+from held_out import HELD_OUT, HeldOut
+from outputs import QUICK, add, read, result_file, write
+from protocol.toybox import ToyboxWorld
+from toybox_world import World
+
+from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.edit.ranks import Target
+from iteris_core.edit.resize import resize_lora
+from iteris_core.linalg.lowrank import cut_factors
+
+FILE = result_file("resize.json")
+NUMBERS = (1,) if QUICK else (1, 2, 3, 4, 5)
+WAYS = ("svd", "weights", "base")
+LATENTS = 8
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.drawn = ToyboxWorld()
+        self.world: World = self.drawn._loaded
+        self.calibration = {**self.drawn.half, "latent_size": LATENTS}
+        self.new = [text for text in HELD_OUT if text not in self.drawn.half["templates"]]
+        if QUICK:
+            self.calibration |= {"samples": 4, "timesteps": 1, "latents": "noise"}
+
+    def cases(self) -> Iterator[tuple[str, tuple[int, ...], list[int]]]:
+        for number in NUMBERS:
+            yield f"sks{number}", (number,), [4, 2]
+        yield "merge", NUMBERS, [8, 4, 2]
+
+    def concept(self, numbers: tuple[int, ...]) -> Concept:
+        """The LoRA to resize, and what calls for it."""
+        every = self.world.merged_concepts(numbers)
+        if len(every) == 1:
+            return every[0]
+        merged = merge_loras(self.world.host, every, calibration=self.calibration)
+        subjects = [phrase for concept in every for phrase in concept.phrases]
+        return Concept(merged.lora, subjects=subjects)
+
+    def run(self) -> None:
+        for name, numbers, ranks in self.cases():
+            wanted = [f"{name} {rank} {way}" for rank in ranks for way in WAYS]
+            wanted = [key for key in [*wanted, f"{name} whole"] if key not in read(FILE)]
+            if not wanted:
+                continue
+            concept, held_out = (
+                self.concept(numbers),
+                HeldOut(self.world, numbers, LATENTS, self.new),
+            )
+            for key in wanted:
+                small = concept.lora if key.endswith(" whole") else self.small(concept, key)
+                add(FILE, key, self.measured(small, concept.lora, held_out, numbers))
+                print(key, read(FILE)[key], flush=True)
+
+    def small(self, concept: Concept, key: str) -> Lora:
+        _, rank, way = key.split()
+        if way == "svd":
+            sites = {s: cut_factors(c, int(rank))[0] for s, c in concept.lora.sites.items()}
+            return Lora(sites, base=concept.lora.base)
+        host = self.world.host if way == "base" else None
+        calibration = Calibration.from_mapping(self.calibration)
+        return resize_lora(concept, Target(int(rank)), host, calibration=calibration).lora
+
+    def measured(
+        self, small: Lora, whole: Lora, held_out: HeldOut, numbers: tuple[int, ...]
+    ) -> dict[str, float]:
+        errors: list[float] = []
+        for rows, base in zip(held_out.rows, held_out.base, strict=True):
+            target, got = (held_out.outputs(lora, rows) for lora in (whole, small))
+            wanted, start, ours = (held_out._read(o, "guided") for o in (target, base, got))
+            errors.append(float((ours - wanted).norm() / (start - wanted).norm()))
+        names = [f"sks{number}" for number in numbers]
+        prompts = self.drawn.prompted("new words", names, 1)
+        images = self.drawn.draw(small, prompts)
+        read_off = self.drawn.read(images, prompts)
+        numbers_of = sum(c.up.numel() + c.down.numel() for c in small.sites.values())
+        likeness = fmean(one["likeness"] for one in read_off)
+        return {
+            "error": round(fmean(errors), 4),
+            "likeness": round(likeness, 4),
+            "numbers": numbers_of,
+        }
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """By rank and way: the mean error over that of ``svd``, and the likeness."""
+    rows: dict[str, Any] = {}
+    for kind in ("sks", "merge"):
+        for rank in (8, 4, 2):
+            for way in WAYS:
+                of = {k: v for k, v in found.items() if k.startswith(kind) and k.endswith(way)}
+                own = {k.split()[0]: v for k, v in of.items() if k.split()[1] == str(rank)}
+                plain = [found[f"{name} {rank} svd"] for name in own]
+                if own:
+                    error = fmean(v["error"] for v in own.values())
+                    rows[f"{kind} {rank} {way}"] = {
+                        "error": round(error, 4),
+                        "ratio": round(error / fmean(v["error"] for v in plain), 3),
+                        "likeness": round(fmean(v["likeness"] for v in own.values()), 4),
+                    }
+    return rows
+
+
+if __name__ == "__main__":
+    Bench().run()
+    measured = {key: value for key, value in read(FILE).items() if key != "summary"}
+    write(FILE, {**measured, "summary": summary(measured)})
+    print(read(FILE)["summary"])

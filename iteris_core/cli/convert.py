@@ -1,0 +1,101 @@
+"""``iteris convert``"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from ..concept_config import ConceptConfig
+from ..edit.convert import Names, convert_lora, largest_error
+from ..errors import LoraFileError
+from ..lora import Lora
+from ..lora_files import DTYPES, ReadOptions, check_target, read_header, read_lora_file
+from ..lora_files.peft_folder import check_folder
+from ..lora_files.sidecars import find_phrases
+from ..lora_files.tensors import dtypes_of, read_tensors
+from .base import check_base, load_base
+from .checks import check_apart, check_concepts
+from .common import option
+from .inspect import known_base
+from .sizing import Energy, Overwrite, Partial
+
+_DTYPE = Literal["float16", "bfloat16", "float32"]
+
+
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="A LoRA file of any layout and kind", metavar="FILE")
+    ],
+    output: Annotated[
+        Path, option("The .safetensors to write; of peft a folder", "--output", "-o")
+    ],
+    layout: Annotated[Names, option("Whose names the file is to have")] = "kohya",
+    base: Annotated[
+        str | None,
+        option("The base: for a DoRA, and of another shape than SD 1.5, XL, 3 or FLUX"),
+    ] = None,
+    dtype: Annotated[_DTYPE | None, option("Of the file; its own by default")] = None,
+    energy: Energy = 0.999,
+    allow_partial: Partial = False,
+    overwrite: Overwrite = False,
+    as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
+) -> None:
+    """A LoRA under another tool's names; LoHa, LoKr, LoCon and DoRA become a plain LoRA."""
+    if layout == "peft":
+        check_folder(output)
+    else:
+        check_target(output, None, "float16", overwrite)
+    config = ConceptConfig(file)
+    check_concepts([config], run_base=False)
+    check_apart([output], [config])
+    options = ReadOptions(allow_partial, energy)
+    lora = _read(file, base, options)
+    written = dtype or _own_dtype(file)
+    path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
+    notes, error = list(lora.notes), None
+    if layout != "peft" and lora.base is not None:
+        error = largest_error(lora, read_lora_file(path, lora.base))
+    if as_json:
+        told: dict[str, Any] = {"path": str(path), "dtype": written, "error": error, "notes": notes}
+        typer.echo(json.dumps(told))
+        return
+    for note in notes:
+        typer.echo(escape(note))
+    if error is not None:
+        said = "bit by bit what was read" if error == 0 else f"off by {error:.2g} at most"
+        typer.echo(f"Read back: every layer's change is {said}.")
+    typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
+
+
+def _read(file: Path, base: str | None, options: ReadOptions) -> Lora:
+    """The LoRA, with the words that stand beside its file in its metadata."""
+    if base is not None:
+        check_base(base)
+        from ..hosts.diffusers import DiffusersHost
+
+        lora = DiffusersHost(load_base(base, "cpu")).read_lora(file, options)
+    else:
+        shapes, metadata = read_header(file)
+        known = known_base(shapes, metadata)
+        try:
+            lora = read_lora_file(file, known, options=options)
+        except LoraFileError as error:
+            raise LoraFileError(
+                f"{error} For a DoRA, or a base of another shape than the released ones, name the "
+                "base: --base BASE."
+            ) from error
+    found = find_phrases(file, lora.metadata)
+    if found.source in ("", "file"):
+        return lora
+    words = {"modelspec.trigger_phrase": ", ".join(found.phrases)}
+    return replace(lora, metadata={**lora.metadata, **words})
+
+
+def _own_dtype(file: Path) -> str:
+    """The commonest float type of a file, where one is written in it; else float16."""
+    return next((name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES), "float16")

@@ -1,0 +1,111 @@
+"""``iteris extract``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..edit.extract import Extracted, check_alike, extract_lora, other_differences
+from ..edit.ranks import Target
+from ..errors import InputFileError
+from ..lora_files import check_target, read_header
+from .base import best_device, check_base, check_device, load_base
+from .common import progress_bars
+from .options import command, given_by, read_prompts
+from .sizing import Sizing
+
+_DENOISERS = ("unet", "transformer")
+_PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(Sizing):
+    """A field for each option, named like it."""
+
+    base: Annotated[
+        str, typer.Argument(help="What was tuned: a pipeline of diffusers", metavar="BASE")
+    ]
+    tuned: Annotated[
+        str, typer.Argument(help="The fine-tune, of the same architecture", metavar="TUNED")
+    ]
+    prompts: Path | None = given_by(
+        "A text file of prompts that show what was tuned, one a line; captions of ours by default"
+    )
+
+
+@command(ExtractOptions)
+def extract(context: typer.Context, options: ExtractOptions) -> None:
+    """A LoRA of what a fine-tune changes of its base, held against the fine-tune."""
+    target, how = options.target, options.run
+    check_target(options.output, options.layout, options.dtype, options.overwrite)
+    device = options.device or best_device()
+    check_device(device)
+    for base in (options.base, options.tuned):
+        check_base(base)
+    one, two = (_header(Path(base)) for base in (options.base, options.tuned))
+    if one and two:
+        check_alike(one, two)
+    if options.prompts is not None:
+        how["prompts"] = read_prompts(options.prompts)
+        if not how["prompts"]:
+            raise InputFileError(f"{options.prompts} has no prompts; write one a line.")
+    found, left = _extracted(options, target, device, how)
+    _write(found, left, options)
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a denoiser's tensors, from the headers of its files alone; nothing where they
+    are not here."""
+    files = [path] if path.is_file() else []
+    for name in _DENOISERS:
+        files += sorted((path / name).glob("*.safetensors"))
+    shapes = {key: shape for file in files for key, shape in read_header(file)[0].items()}
+    inner = {key: shape for key, shape in shapes.items() if key.startswith(_PREFIX)}
+    return inner or shapes
+
+
+def _extracted(
+    options: ExtractOptions, target: Target, device: str, how: Mapping[str, Any]
+) -> tuple[Extracted, list[str]]:
+    """What was extracted, and the names of what differs and is in no LoRA."""
+    from ..hosts.diffusers import DiffusersHost
+    from ..hosts.diffusers_lora import COMPONENTS, base_of
+
+    pipelines = [
+        load_base(base, device, dtype=options.base_dtype) for base in (options.base, options.tuned)
+    ]
+    base, tuned = map(DiffusersHost, pipelines)
+    with progress_bars(shown=not options.quiet) as on_progress:
+        kind = base_of(pipelines[0], base.sites())
+        found = extract_lora(base, tuned, target, kind, on_progress=on_progress, **how)
+    one, two = (
+        {
+            name: model
+            for name in COMPONENTS
+            if isinstance(model := getattr(pipeline, name, None), torch.nn.Module)
+        }
+        for pipeline in pipelines
+    )
+    return found, sorted(other_differences(one, two))
+
+
+def _write(found: Extracted, left: Sequence[str], options: ExtractOptions) -> None:
+    path = options.save(found.lora, options.output, options.layout)
+    if options.as_json:
+        told = {"path": str(path), "error": found.error, "kept": found.kept,
+                "ranks": found.ranks, "left": list(left)}  # fmt: skip
+        typer.echo(json.dumps(told))
+        return
+    if options.quiet:
+        return
+    typer.echo(found.summary())
+    if left:
+        what = "parameters differ that no LoRA holds (norms, biases, embeddings), such as"
+        typer.echo(f"{len(left)} {what} {left[0]}.")
+    typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")

@@ -1,0 +1,114 @@
+"""``iteris resize``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..concept_config import ConceptConfig
+from ..concepts import Concept
+from ..edit.resize import resize_lora
+from ..errors import OutputError, UsageError
+from ..hosts.protocol import Host
+from ..lora_files import Layout, ReadOptions, check_target
+from ..lora_files.own_names import check_by_own_names, read_by_own_names
+from .base import best_device, check_base, check_device, load_base
+from .checks import check_apart, check_concepts
+from .common import Offload, progress_bars
+from .concept_options import parse_concept
+from .options import command, given_by
+from .sizing import Partial, Sizing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions(Sizing):
+    """A field for each option, named like it."""
+
+    files: Annotated[
+        list[str],
+        typer.Argument(help="LoRA files, each FILE or FILE:TRIGGER:CLASS", metavar="FILE…"),
+    ]
+    base: str | None = given_by(
+        "The base, on which every layer is fitted to what it sees; without it singular values of "
+        "the weights decide"
+    )
+    offload: Offload = None
+    allow_partial: Partial = False
+
+
+@command(ResizeOptions)
+def resize(context: typer.Context, options: ResizeOptions) -> None:
+    """Bring LoRAs to a lower rank, size or share of energy, the ranks shared out over layers."""
+    target, how, reading = options.target, options.run, ReadOptions(options.allow_partial)
+    configs = [
+        parse_concept(text) if ":" in Path(text).name else ConceptConfig(Path(text))
+        for text in options.files
+    ]
+    outputs = _outputs(configs, options.output)
+    for path in outputs:
+        made = options.output.with_name(f"{options.output.name}-{path.name}")
+        known = path if path.parent.is_dir() else made  # of a folder that is to be made
+        check_target(known, options.layout, options.dtype, options.overwrite)
+    check_concepts(configs, run_base=False)
+    check_apart(outputs, configs)
+    host = _host(options, configs)
+    outputs[0].parent.mkdir(exist_ok=True)
+    told: list[dict[str, Any]] = []
+    for config, path in zip(configs, outputs, strict=True):
+        concept, layout = _read(config, host, reading)
+        with progress_bars(shown=not options.quiet) as on_progress:
+            found = resize_lora(concept, target, host, on_progress=on_progress, **how)
+        written = options.save(found.lora, path, options.layout or layout)
+        sizes = [file.stat().st_size / 1e6 for file in (config.files[0], written)]
+        if not options.as_json and not options.quiet:
+            typer.echo(escape(found.summary()))
+            typer.echo(f"Wrote {written} ({sizes[0]:.3g} → {sizes[1]:.3g} MB).")
+        report = {"kept": found.kept, "ranks": found.ranks, "by_weights": list(found.by_weights)}
+        told.append({"path": str(written), "megabytes": sizes, **report})
+    if options.as_json:
+        typer.echo(json.dumps({"files": told}))
+
+
+def _outputs(configs: Sequence[ConceptConfig], output: Path) -> list[Path]:
+    """Where each file's result goes."""
+    if len(configs) == 1 and output.suffix:
+        return [output]
+    if output.suffix or (output.exists() and not output.is_dir()):
+        raise OutputError(f"{output} is no folder; results of several files go into one.")
+    paths = [output / Path(config.name).name for config in configs]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise OutputError(f"Two of the files are named {twice.name}; resize them one at a time.")
+    return paths
+
+
+def _host(options: ResizeOptions, configs: Sequence[ConceptConfig]) -> Host | None:
+    if options.base is None:
+        if options.calibration:
+            name = next(iter(options.calibration)).replace("_", "-")
+            raise UsageError(f"--{name} is for a base, which runs: name it with --base.")
+        for config in configs:
+            check_by_own_names(config.files[0])
+        return None
+    device = options.device or best_device()
+    check_device(device)
+    check_base(options.base)
+    from ..hosts.diffusers import DiffusersHost
+
+    pipeline = load_base(options.base, device, dtype=options.base_dtype, offload=options.offload)
+    return DiffusersHost(pipeline)
+
+
+def _read(
+    config: ConceptConfig, host: Host | None, reading: ReadOptions
+) -> tuple[Concept, Layout | None]:
+    if host is not None:
+        return config.read(host, reading), None
+    lora, layout = read_by_own_names(config.files[0], reading)
+    return config.concept(lora), layout

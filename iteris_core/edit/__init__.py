@@ -1,0 +1,1 @@
+"""What is done with LoRAs beside merging: resize, extract, convert, bake."""

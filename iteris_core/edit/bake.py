@@ -1,0 +1,233 @@
+"""LoRAs added to the weights of a model's files, under the names that these have."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..architectures import Architecture, architecture_of_sites
+from ..architectures.pieces import Alias, Piece, Shapes, whole
+from ..errors import BaseError, OutputError
+from ..lora import LowRank
+from ..lora_files import BaseModel, base_model, read_header
+from ..lora_files.tensors import save_tensors
+from ..saving import atomically
+from .rounding import FP8, rounded, scaled_fp8
+
+_DENOISER = ("model.diffusion_model.", "diffusion_model.", "")
+_TEXTS = (
+    *("cond_stage_model.transformer.", "conditioner.embedders.{}.transformer."),
+    *("text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."),
+)
+_OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.{}.model.")
+"""Before the names of a part in single files: of the denoiser, of text encoders with transformers'
+names, and of those with open_clip's, where {} is their number."""
+_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\.(\w+)")
+_OWN = {"out_proj": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``dtype`` of the written weights (None: each its own); of :data:`.rounding.FP8` those of the
+    denoiser's linear layers have a scale each and all others are float16. ``seed`` rounds up and
+    down by chance (None: to the nearest)."""
+
+    dtype: torch.dtype | None = None
+    seed: int | None = None
+
+
+Places = Mapping[tuple[Path, str], Alias]
+"""File and key of each tensor that is known → the rows of sites that it holds."""
+
+
+def places_in(source: Path, base: BaseModel | None) -> tuple[Places, BaseModel]:
+    """The weights of a single file of ``base``, or of a folder of diffusers, which says itself what
+    its base is."""
+    if source.is_dir() or base is None:
+        return _in_folder(source)
+    shapes, found = read_header(source)[0], dict[str, Alias]()
+    for name, alias in base.architecture.original_names(base.shapes).items():
+        _add(found, shapes, [f"{prefix}{name}.weight" for prefix in _DENOISER], alias)
+    for site in base.shapes:
+        component, _, path = site.partition(".")
+        if component.startswith("text_encoder"):
+            number = int(component.rpartition("_")[2]) - 1 if component[-1].isdigit() else 0
+            keys = [f"{prefix.format(number)}{path}.weight" for prefix in _TEXTS]
+            _add(found, shapes, keys, whole(site, base.shapes))
+            for prefix in _OPEN_CLIP:
+                _add_open_clip(found, shapes, prefix.format(number), site, base.shapes)
+    return {(source, key): alias for key, alias in found.items()}, base
+
+
+def _in_folder(folder: Path) -> tuple[Places, BaseModel]:
+    keys: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if not part.name.startswith(("unet", "transformer", "text_encoder")):
+            continue
+        for file in sorted(part.glob("*.safetensors")):
+            for key, shape in read_header(file)[0].items():
+                name = key.removesuffix(".weight")
+                if name != key and len(shape) in (2, 4):
+                    if part.name.startswith("text") and name.startswith("encoder.layers."):
+                        name = f"text_model.{name}"
+                    keys[f"{part.name}.{name}"], shapes[f"{part.name}.{name}"] = (file, key), shape
+    denoiser = next((name for name in ("unet", "transformer") if (folder / name).is_dir()), "unet")
+    kind = architecture_of_sites(shapes) or Architecture("folder", "diffusers", denoiser=denoiser)
+    return {at: whole(site, shapes) for site, at in keys.items()}, base_model(kind, shapes)
+
+
+def _add(found: dict[str, Alias], shapes: Shapes, keys: list[str], alias: Alias) -> None:
+    key = next((key for key in keys if key in shapes), None)
+    if key is not None:
+        found[key] = (*found.get(key, ()), *alias)
+
+
+def _add_open_clip(
+    found: dict[str, Alias], shapes: Shapes, prefix: str, site: str, sites: Shapes
+) -> None:
+    """q, k and v are one tensor there, one after the other."""
+    match = _LAYER.search(site)
+    if match is None:
+        return
+    layer, leaf = f"{prefix}transformer.resblocks.{match[1]}.", match[3]
+    (piece,) = whole(site, sites)
+    if leaf in _OWN:
+        _add(found, shapes, [f"{layer}{_OWN[leaf]}.weight"], (piece,))
+    elif leaf in ("q_proj", "k_proj", "v_proj"):
+        start = "qkv".index(leaf[0]) * piece.length
+        moved = type(piece)(site, ((start, start + piece.length),))
+        _add(found, shapes, [f"{layer}attn.in_proj_weight"], (moved,))
+
+
+def weight_in(places: Places) -> Callable[[str], Tensor]:
+    """What gives a site's weight, (out, in·kh·kw), float32, out of files whose tensors hold those
+    rows of sites."""
+    held = {piece.site: (at, piece) for at, alias in places.items() for piece in alias}
+
+    def weight(site: str) -> Tensor:
+        if site not in held:
+            raise BaseError(f"The base has no weight of {site}; is the LoRA for another base?")
+        (path, key), piece = held[site]
+        with safe_open(path, framework="pt") as file:
+            return piece.of_file(file.get_tensor(key).float().flatten(1))
+
+    return weight
+
+
+def bake(
+    source: Path,
+    target: Path,
+    changes: Mapping[str, LowRank],
+    places: Places,
+    precision: Precision,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write ``source`` to ``target`` with ``changes`` added in float32; names, metadata and all
+    other tensors and files stay, in their own precision unless ``precision`` says another.
+
+    Raises :class:`OutputError` for a change that has no place there.
+    """
+    missing = sorted(changes.keys() - {piece.site for alias in places.values() for piece in alias})
+    if missing:
+        raise OutputError(
+            f"{len(missing)} of {len(changes)} layers have no place in this model's files, such as "
+            f"{missing[0]}; bake into the base that the LoRA was made for."
+        )
+    with atomically(target) as unfinished:
+        if source.is_dir():
+            shutil.copytree(source, unfinished)
+        for file in dict.fromkeys(file for file, _ in places):
+            own = {key: alias for (other, key), alias in places.items() if other == file}
+            tensors, metadata = _baked(file, changes, own, precision, tick)
+            save_tensors(tensors, unfinished / file.relative_to(source), metadata)
+    return target
+
+
+def _baked(
+    source: Path,
+    changes: Mapping[str, LowRank],
+    places: Mapping[str, Alias],
+    precision: Precision,
+    tick: Callable[[int, int], None],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    seed = precision.seed
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    with safe_open(source, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        keys = list(file.keys())
+        _check_plain(source, keys)
+        for done, key in enumerate(keys, 1):
+            tensor = file.get_tensor(key)
+            own = [piece for piece in places.get(key, ()) if piece.site in changes]
+            moved = _with_changes(source, key, tensor, changes, own) if own else tensor
+            tensors |= _stored(key, moved, tensor.dtype, precision, generator, places)
+            tick(done, len(keys))
+    if any(key.endswith(".scale_weight") for key in tensors):
+        # By two entries ComfyUI multiplies in full precision, on every card alike.
+        prefix = next(p for p in _DENOISER if any(key.startswith(p) for key in tensors))
+        tensors[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=FP8)
+    return tensors, metadata
+
+
+def _check_plain(source: Path, keys: list[str]) -> None:
+    marks = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8")
+    scaled = next((key for key in keys if key.endswith(marks)), None)
+    if scaled is not None:
+        raise BaseError(
+            f"{source} is quantised already (it has {scaled}); bake into the file that is not, and "
+            "say --dtype fp8."
+        )
+
+
+def _with_changes(
+    source: Path,
+    key: str,
+    tensor: Tensor,
+    changes: Mapping[str, LowRank],
+    pieces: Sequence[Piece],
+) -> Tensor:
+    """The tensor in float32 with the changes of its pieces."""
+    if not tensor.is_floating_point():
+        raise BaseError(f"{source}: {key} holds {tensor.dtype}, to which nothing can be added.")
+    flat = tensor.float().flatten(1).clone()
+    for piece in pieces:
+        delta = torch.zeros_like(flat)
+        piece.place(changes[piece.site].dense().float(), delta)
+        flat += delta
+    return flat.reshape(tensor.shape)
+
+
+def _stored(
+    key: str,
+    tensor: Tensor,
+    own: torch.dtype,
+    precision: Precision,
+    generator: torch.Generator | None,
+    places: Mapping[str, Alias],
+) -> dict[str, Tensor]:
+    if not tensor.is_floating_point():
+        return {key: tensor}
+    dtype = precision.dtype or own
+    if dtype == FP8:
+        if _is_fp8_layer(key, tensor, places):
+            stored, scale = scaled_fp8(tensor.float(), generator)
+            return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
+        dtype = torch.float16
+    if dtype == tensor.dtype:
+        return {key: tensor}
+    return {key: rounded(tensor.float(), dtype, generator)}
+
+
+def _is_fp8_layer(key: str, tensor: Tensor, places: Mapping[str, Alias]) -> bool:
+    """A linear layer of the denoiser, of those that are known."""
+    pieces = places.get(key, ())
+    return tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces)

@@ -1,0 +1,99 @@
+"""What the layers of a model see and give while it runs: one second moment for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..concepts import Calibration
+from ..errors import MergeCancelled
+from ..hosts.protocol import Tick
+from ..passes.batches import Batching
+from ..passes.job import Job
+from ..passes.loops import Reducing, reference_pass
+from ..progress import OnProgress, Progress
+from ..solve.inputs import InputMoments
+from ..solve.problem import Bytes, Opening, Reduction, Solution, Tokens
+
+_SPREAD = 0.1
+"""How much of the mean energy of its inputs is added to each of them: a direction that no row
+showed still counts a little. Chosen on two of the toybox's own concepts."""
+
+
+def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
+    """A whole one as it is, or the defaults with what is ``given`` by name."""
+    return given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
+
+
+def ticking(
+    on_progress: OnProgress | None, should_stop: Callable[[], bool] | None, what: str
+) -> Tick:
+    """Progress, or an end; ``what`` is being done."""
+
+    def tick(step: str, done: int, total: int) -> None:
+        if should_stop is not None and should_stop():
+            raise MergeCancelled(f"{what} was cancelled; nothing was changed or written.")
+        if on_progress is not None:
+            on_progress(Progress(step, done, total))
+
+    return tick
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a layer's tokens x: ``root`` is L, (in, in), float64, lower triangular, with
+    L Lᵀ = E[x xᵀ] + 0.1 E‖x‖²/in I; None where all tokens are zero. ``output`` is E‖y‖² of the
+    whole outputs y."""
+
+    root: Tensor | None
+    output: float
+
+
+class _Moments(Reduction):
+    """Σ x xᵀ and Σ ‖y‖² of the one concept's rows."""
+
+    def __init__(self, opening: Opening) -> None:
+        super().__init__(opening.changes)
+        inputs, self._adds = opening.share(InputMoments)
+        self.inputs: InputMoments = inputs
+        self._output = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, tokens: Tokens) -> None:
+        if self._adds:
+            self.inputs.add(0, tokens.merged)
+        output = tokens.output
+        self._output += torch.tensor([float(output.float().square().sum()), len(output)])
+
+    def solve(self, fit: object) -> Solution:
+        return Solution(self.changes.like)
+
+    def seen(self) -> Seen:
+        self.inputs.complete()
+        energy, count = self._output.tolist()
+        moment = self.inputs.own[0].double() / max(count, 1.0)
+        spread, output = _SPREAD * float(moment.diagonal().mean()), energy / max(count, 1.0)
+        if spread <= 0:
+            return Seen(None, output)
+        moment.diagonal().add_(spread)
+        return Seen(torch.linalg.cholesky(moment), output)
+
+
+def look(job: Job, visit: Callable[[str, Seen], None]) -> None:
+    """Run the rows of ``job``, which has one concept, under its LoRA, and ``visit`` every site of
+    its changes with what it saw."""
+
+    def solve(site: str, reduction: Reduction) -> Solution:
+        assert isinstance(reduction, _Moments)
+        visit(site, reduction.seen())
+        return Solution(reduction.changes.like)
+
+    def size(site: str, sweep: bool) -> Bytes:
+        square = job.changes[site].shape[1] ** 2
+        return Bytes(4 * square, 16 * square, 0, 4 * square)
+
+    reducing = Reducing(begin=_Moments, solve=solve, bytes=size)
+    reference_pass(job, lambda _: reducing, Batching(32))

@@ -1,0 +1,134 @@
+"""Ranks shared out over the layers of a LoRA by what each is worth at its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import SettingsError
+from ..linalg.lowrank import cut_factors, cut_matrix
+from ..lora import LowRank
+
+_HEADER = 400
+"""Bytes that the header of a file takes for a module, at most."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of three: ``rank``, the mean rank of a file of the same size, in which all layers have
+    one; ``megabytes`` of the file; or ``energy``, the share kept of what the LoRA adds to the
+    outputs of all layers. Raises :class:`SettingsError` for a number out of range."""
+
+    rank: int | None = None
+    megabytes: float | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.rank, self.megabytes, self.energy) if value is not None]
+        if len(given) != 1:
+            raise SettingsError(
+                "Say to what a LoRA is brought by one of rank, size and energy (--rank 8, --size "
+                "20, --energy 0.95)."
+            )
+        if self.rank is not None and self.rank < 1:
+            raise SettingsError(f"rank must be at least 1, not {self.rank}.")
+        if self.megabytes is not None and not self.megabytes > 0:
+            raise SettingsError(f"size must be above 0 MB, not {self.megabytes}.")
+        if self.energy is not None and not 0 < self.energy < 1:
+            raise SettingsError(f"energy must be between 0 and 1, not {self.energy}.")
+
+
+@dataclass(frozen=True)
+class Components:
+    """``change`` with its components in the order of their energies. ``worths`` are those
+    energies over that of the layer's whole output, descending; ``total`` is the worth of the whole
+    change, which may have more components than these."""
+
+    change: LowRank
+    worths: Tensor
+    total: float
+
+    @staticmethod
+    def of(change: LowRank, root: Tensor | None = None, output: float = 1.0) -> Components:
+        """On inputs with the second moment L Lᵀ, L being ``root``, (in, in); without one every
+        input counts alike. ``output`` is the mean energy of the layer's whole outputs."""
+        ordered = cut_factors(change, min(change.rank, *change.shape), root)[0]
+        return Components._ordered(ordered, root, output, 0.0)
+
+    @staticmethod
+    def of_dense(
+        dense: Tensor,
+        root: Tensor | None,
+        output: float,
+        most: int,
+        kernel: tuple[int, int] | None = None,
+    ) -> Components:
+        """The same of the ``most`` first components of a change in full, (out, in)."""
+        like = LowRank(dense.new_zeros(1, 1).float(), dense.new_zeros(1, 1).float(), kernel)
+        matrix = dense.double()
+        if root is not None:
+            matrix = (matrix @ root.to(matrix)) @ root.to(matrix).mT
+        cut, lost = cut_matrix(matrix, min(most, *dense.shape), root, like=like)
+        return Components._ordered(cut, root, output, lost)
+
+    @staticmethod
+    def _ordered(change: LowRank, root: Tensor | None, output: float, lost: float) -> Components:
+        down = change.down.double()
+        down = down if root is None else down @ root.to(down)
+        energies = change.up.double().square().sum(0) * down.square().sum(1)
+        worths = energies / max(output, 1e-30)
+        return Components(change, worths, float(worths.sum()) / max(1 - lost, 1e-12))
+
+    def at(self, rank: int) -> LowRank:
+        change = self.change
+        return LowRank(change.up[:, :rank], change.down[:rank], change.kernel)
+
+
+def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2) -> dict[str, int]:
+    """Site → its rank, 0 for one that is left out: the components worth most for each number that
+    they take come first, until ``target`` is reached. ``itemsize`` is of a number in the file, in
+    bytes. Raises :class:`SettingsError` where no component fits the size."""
+    costs = {site: sum(one.change.shape) for site, one in sites.items()}
+    every = sorted(
+        (
+            (worth / costs[site], worth, site)
+            for site, one in sites.items()
+            for worth in one.worths.tolist()
+        ),
+        reverse=True,
+    )
+    ranks = dict.fromkeys(sites, 0)
+    if target.energy is not None:
+        missing = target.energy * sum(one.total for one in sites.values())
+        for _, worth, site in every:
+            if missing <= 0:
+                break
+            ranks[site] += 1
+            missing -= worth
+        return ranks
+    if target.rank is not None:
+        left = sum(min(target.rank, one.change.rank) * costs[s] for s, one in sites.items())
+    else:
+        left = int((target.megabytes or 0) * 1e6 - _HEADER * len(sites)) // itemsize
+    closed: set[str] = set()
+    for _, _, site in every:
+        if costs[site] > left:
+            closed.add(site)
+        if site not in closed:
+            ranks[site] += 1
+            left -= costs[site]
+    if not any(ranks.values()):
+        raise SettingsError(
+            f"In {target.megabytes:g} MB there is no place for one component of these layers; "
+            "take a larger size."
+        )
+    return ranks
+
+
+def kept(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:
+    """The share of all worth that ``ranks`` keep."""
+    total = sum(one.total for one in sites.values())
+    some = sum(float(one.worths[: ranks[site]].sum()) for site, one in sites.items())
+    return some / total if total > 0 else 1.0

@@ -1,0 +1,155 @@
+"""``resize_lora``: a LoRA at a lower rank that gives what it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..activations.processes import ALONE
+from ..calibration_prompts import CAPTIONS
+from ..concepts import Calibration, Concept
+from ..errors import MismatchError
+from ..hosts.learned import calls_of
+from ..hosts.protocol import Host
+from ..lora import Lora, LowRank
+from ..passes.batches import Batching
+from ..passes.changes import changes_of, check_sites, unmergeable_sites
+from ..passes.job import Job
+from ..passes.loops import Reducing, sweep_pass
+from ..progress import OnProgress
+from ..solve.choose import POLICY
+from ..solve.problem import Fit
+from .moments import Seen, calibration_of, look, ticking
+from .ranks import Components, Target, kept, share_out
+
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""Metadata that are of the tensors of another file."""
+
+
+@dataclass(frozen=True)
+class Resized:
+    """``ranks`` by site, 0 where it is left out; ``kept`` is the share of the LoRA's worth at the
+    outputs of its layers that they hold; ``by_weights`` are sites whose inputs were not seen."""
+
+    lora: Lora
+    ranks: Mapping[str, int]
+    kept: float
+    by_weights: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        used = [rank for rank in self.ranks.values() if rank]
+        gone = len(self.ranks) - len(used)
+        text = (
+            f"{self.lora.name}: ranks {min(used)} to {max(used)} in {len(used)} layers"
+            + (f", {gone} left out" if gone else "")
+            + f"; {self.kept:.1%} of what it adds to their outputs is kept"
+        )
+        more = f" ({len(self.by_weights)} layers by weights alone)" if self.by_weights else ""
+        return f"{text}{more}."
+
+
+def resize_lora(
+    concept: Concept | Lora,
+    target: Target,
+    host: Host | None = None,
+    *,
+    calibration: Calibration | Mapping[str, Any] | None = None,
+    itemsize: int = 2,
+    on_progress: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    memory_budget: int | Literal["free"] | None = "free",
+) -> Resized:
+    """Bring a LoRA to ``target``, with the ranks shared out over its layers by what each is worth.
+
+    With a ``host`` a component's worth is the energy that it adds to the layer's outputs, over that
+    of the whole outputs, while the model runs on prompts that call for the LoRA; a concept that
+    nothing calls for runs on captions. Then every layer in turn is fitted anew, at its rank, to
+    what the LoRA gives, on inputs that passed the layers before: E‖(W0 + ΔW)x − W0 x̃ − ΔW_r x̃‖² is
+    least. Without a host it is the singular values of the weights, over all layers together.
+
+    ``itemsize`` is of a number in the file, in bytes, for a target in megabytes. The base model is
+    bit-identical afterwards. Raises :class:`IterisError` for a LoRA that does not fit the host.
+    """
+    if isinstance(concept, Lora):
+        concept = Concept(concept)
+    lora = concept.lora
+    if lora is None:
+        raise MismatchError("There is no LoRA to resize: the concept has none.")
+    if host is None:
+        found = {site: Components.of(change) for site, change in lora.sites.items()}
+        ranks = share_out(found, target, itemsize)
+        cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
+        return Resized(_with(lora, cut), ranks, kept(found, ranks))
+    if not concept.phrases and concept.prompts is None and concept.inputs is None:
+        concept = replace(concept, prompts=CAPTIONS)
+
+    tick = ticking(on_progress, should_stop, "Resizing")
+    concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
+    chosen = calibration_of(calibration)
+    generator = torch.Generator().manual_seed(chosen.seed)
+    job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
+              processes=ALONE, memory_budget=memory_budget)  # fmt: skip
+    check_sites(host, job.changes)
+    return _resized(job, lora, target, itemsize)
+
+
+def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
+    host, concept, every = job.host, job.concepts[0], job.changes
+    blind = unmergeable_sites(
+        host, job.concepts, every, job.calibration, job.tick, job.outlook, sweep=True
+    )
+    found: dict[str, Components] = {}
+
+    def visit(site: str, seen: Seen) -> None:
+        found[site] = Components.of(lora.sites[site], seen.root, seen.output)
+
+    with host.teach([calls_of(concept, host.learned)]):
+        job.changes = {site: some for site, some in every.items() if site not in blind}
+        if job.changes:
+            look(job, visit)
+        unseen = {site: Components.of(lora.sites[site]) for site in every if site not in found}
+        found |= _as_worthy(unseen, found)
+        ranks = share_out(found, target, itemsize)
+        cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
+        at = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
+        if any(rank < lora.sites[site].rank for site, rank in ranks.items()):
+            job.changes = {site: every[site] for site in at}
+            cut |= fitted(job, at)
+    return Resized(_with(lora, cut), ranks, kept(found, ranks), tuple(unseen))
+
+
+def _as_worthy(
+    unseen: Mapping[str, Components], found: Mapping[str, Components]
+) -> dict[str, Components]:
+    """Components of sites whose inputs nobody saw, at the mean worth of those of the others."""
+    mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
+    return {
+        site: replace(one, worths=one.worths * (mean / max(one.total, 1e-30)), total=mean)
+        for site, one in unseen.items()
+    }
+
+
+def fitted(job: Job, ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """Every site of the job's changes fitted at its rank to its whole output with them, in a sweep
+    over what passed the sites before."""
+    size = job.calibration.samples, job.calibration.timesteps, 1
+    fit = Fit(job.weights, POLICY.ridge_for(*size), residuals=False)
+    fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
+    reducing = Reducing(
+        begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
+        solve=lambda site, reduction: reduction.solve(fits[site]),
+        bytes=lambda site, sweep: POLICY.bytes(
+            job.changes[site], fits[site], "output", 4, sweep=sweep
+        ),
+    )
+    batching = Batching(32, "enough", job.calibration.seed)
+    solutions = sweep_pass(job, lambda _: reducing, batching)
+    return {site: solution.change for site, solution in solutions.items()}
+
+
+def _with(lora: Lora, sites: Mapping[str, LowRank]) -> Lora:
+    metadata = {key: value for key, value in lora.metadata.items() if key not in STALE}
+    return replace(lora, sites=sites, metadata=metadata, scales={})

@@ -1,0 +1,166 @@
+"""LoRAs in the weights of checkpoints: what is added, the names, and fewer digits."""
+
+from __future__ import annotations
+
+import copy
+
+import layouts
+import pytest
+import torch
+from bases import make_lora, tiny, tiny_base
+from command_line import make_world, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from iteris_core import IterisError
+from iteris_core.architectures.pieces import whole
+from iteris_core.edit.bake import Precision, bake, places_in
+from iteris_core.edit.rounding import FP8, rounded, scaled_fp8
+
+
+def single_file(kind: str = "sd1") -> dict[str, torch.Tensor]:
+    """A checkpoint of the tiny SD 1 under the original code's names, and what nobody looks at."""
+    pipeline, found = tiny(kind), {"first_stage_model.x.weight": torch.ones(3, 3)}
+    for key, value in pipeline.unet.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        if ".norm" not in key and "conv_norm" not in key:
+            try:
+                name = layouts.sgm_name(module, 1)
+            except KeyError:
+                continue
+            found[f"model.diffusion_model.{name}.{leaf}"] = value
+    for key, value in pipeline.text_encoder.state_dict().items():
+        key = key if key.startswith("text_model.") else f"text_model.{key}"
+        found[f"cond_stage_model.transformer.{key}"] = value
+    return {key: value.clone().contiguous() for key, value in found.items()}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(single_file(), path, {"format": "pt", "title": "mine"})
+    return path
+
+
+@pytest.fixture
+def lora(checkpoint):
+    places, _ = places_in(checkpoint, tiny_base("sd1"))
+    placed = {piece.site for alias in places.values() for piece in alias}
+    sites = [s for s in sorted(placed) if ".attn" in s or "self_attn" in s or ".ff." in s]
+    assert len(sites) > 20
+    return make_lora("sd1", sites, size=0.1), places
+
+
+def test_names_stay_and_the_change_is_added(checkpoint, lora, tmp_path):
+    lora, places = lora
+    out = bake(checkpoint, tmp_path / "out.safetensors", lora.sites, places, Precision())
+    before, after = load_file(checkpoint), load_file(out)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    by_site = {alias[0].site: key for (_, key), alias in places.items()}
+    assert changed == {by_site[site] for site in lora.sites}
+    for site, change in lora.sites.items():
+        difference = (after[by_site[site]] - before[by_site[site]]).flatten(1)
+        assert torch.allclose(difference, change.dense(), atol=1e-6), site
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["title"] == "mine"
+
+
+def test_open_clip_has_q_k_and_v_in_one(tmp_path):
+    base = tiny_base("sdxl")
+    layer = "text_encoder_2.text_model.encoder.layers.0."
+    width = base.shapes[f"{layer}self_attn.q_proj"][0]
+    prefix = "conditioner.embedders.1.model.transformer.resblocks.0."
+    fc1 = torch.zeros(base.shapes[f"{layer}mlp.fc1"])
+    tensors = {f"{prefix}attn.in_proj_weight": torch.zeros(3 * width, width),
+               f"{prefix}mlp.c_fc.weight": fc1}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    places = {
+        key: alias for (_, key), alias in places_in(tmp_path / "model.safetensors", base)[0].items()
+    }
+    into = torch.zeros(3 * width, width)
+    for piece in places[f"{prefix}attn.in_proj_weight"]:
+        piece.place(torch.full((width, width), float(1 + "qkv".index(piece.site[-6]))), into)
+    assert into[:, 0].tolist() == [1.0] * width + [2.0] * width + [3.0] * width
+    assert places[f"{prefix}mlp.c_fc.weight"] == whole(f"{layer}mlp.fc1", base.shapes)
+
+
+def test_a_layer_without_a_place_is_named(checkpoint, lora, tmp_path):
+    sites = {**lora[0].sites, "unet.nowhere": next(iter(lora[0].sites.values()))}
+    with pytest.raises(IterisError, match=r"1 of \d+ layers .* such as unet\.nowhere"):
+        bake(checkpoint, tmp_path / "out.safetensors", sites, lora[1], Precision())
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_fp8_with_scales_is_near_and_quantised_files_are_refused(seed, checkpoint, lora, tmp_path):
+    lora, places = lora
+    exact = load_file(bake(checkpoint, tmp_path / "a.safetensors", lora.sites, places,
+                                Precision()))  # fmt: skip
+    out = bake(checkpoint, tmp_path / "b.safetensors", lora.sites, places,
+                    Precision(FP8, seed))  # fmt: skip
+    small = load_file(out)
+    assert small["model.diffusion_model.scaled_fp8"].dtype == FP8
+    scales = [key for key in small if key.endswith(".scale_weight")]
+    assert len(scales) > 10
+    for key in scales:
+        name = key.replace(".scale_weight", ".weight")
+        assert small[name].dtype == FP8
+        error = (small[name].float() * small[key] - exact[name]).norm() / exact[name].norm()
+        assert error < (0.04 if seed is None else 0.06), name
+    text = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    assert small[text].dtype == torch.float16
+    with pytest.raises(IterisError, match="is quantised already"):
+        bake(out, tmp_path / "c.safetensors", lora.sites, places_in(out, tiny_base("sd1"))[0],
+             Precision())  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, FP8])
+def test_rounding_by_chance_keeps_the_mean(dtype):
+    values = torch.cat([torch.randn(200), torch.tensor([0.0, 1.0, -1.0, 1e-5, -3e-3])])
+    draws = torch.stack([
+        rounded(values, dtype, torch.Generator().manual_seed(seed)).float() for seed in range(400)
+    ])  # fmt: skip
+    nearest = rounded(values, dtype, None).float()
+    assert torch.equal(nearest, values.to(dtype).float())
+    info = torch.finfo(dtype)
+    step = info.eps * values.abs().clamp(min=info.smallest_normal)
+    assert ((draws.mean(0) - values).abs() < 0.15 * step).all()
+    assert (draws.unique(dim=0).shape[0]) > 100
+    again = rounded(values, dtype, torch.Generator().manual_seed(0)).float()
+    assert torch.equal(again, draws[0])
+
+
+def test_the_scale_uses_the_whole_range():
+    stored, scale = scaled_fp8(torch.tensor([[0.5, -2.0]]), None)
+    assert stored.float().abs().max() == torch.finfo(FP8).max
+    assert float(scale) == pytest.approx(2 / 448)
+
+
+def test_a_folder_draws_as_with_the_loras_loaded(tmp_path, monkeypatch, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    world = make_world(tmp_path)
+    out = world / "baked"
+    words = ["bake", world / "base", "--lora", f"{world}/lora1.safetensors:0.8/0.5",
+             "--lora", world / "lora2.safetensors", "-o", out]  # fmt: skip
+    code, _, err = run(monkeypatch, capsys, *words)
+    assert code == 0, err
+    baked = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    loaded = StableDiffusionPipeline.from_pretrained(world / "base", safety_checker=None)
+    base = copy.deepcopy(loaded.unet)
+    for number in (1, 2):
+        loaded.load_lora_weights(world / f"lora{number}.safetensors", adapter_name=f"a{number}")
+    loaded.set_adapters(["a1", "a2"], [{"unet": 0.8, "text_encoder": 0.5}, 1.0])
+    tokens = torch.arange(1, 13)[None]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        words_of = [p.text_encoder(tokens).last_hidden_state for p in (baked, loaded)]
+        assert torch.allclose(*words_of, atol=1e-3)
+        one, two, plain = (
+            unet(noise, 300, words_of[0]).sample for unet in (baked.unet, loaded.unet, base)
+        )
+    assert (one - two).norm() < 1e-3 * (plain - two).norm()
+    code, _, err = run(monkeypatch, capsys, *words)
+    assert code == 2
+    assert "exists already" in err

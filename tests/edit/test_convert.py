@@ -1,0 +1,107 @@
+"""LoRAs under the names of other tools, and of other kinds as plain ones."""
+
+from __future__ import annotations
+
+import json
+
+import layouts
+import pytest
+import torch
+from bases import make_lora, tiny_base, trained_sites
+from command_line import make_world, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from iteris_core import IterisError, Lora, LowRank, write_lora
+from iteris_core.edit.convert import comfyui_names, convert_lora, largest_error
+from iteris_core.lora_files import base_model, read_lora_file
+
+
+def lora_for(kind: str) -> Lora:
+    """Exact in half precision, on what has a name in ComfyUI."""
+    known = {piece.site for alias in comfyui_names(tiny_base(kind)).values() for piece in alias}
+    sites = [site for site in trained_sites(kind) if site in known]
+    return make_lora(kind, sites, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("names", ["kohya", "diffusers", "comfyui"])
+def test_under_every_name_it_is_the_same_lora(kind, names, tmp_path):
+    lora = lora_for(kind)
+    if names == "kohya" and kind == "sd3":
+        lora = make_lora(kind, [s for s in lora.sites if "text" not in s], dtype=torch.float16)
+    path = convert_lora(lora, tmp_path / "out.safetensors", names)
+    assert largest_error(lora, read_lora_file(path, tiny_base(kind))) < 1e-6
+    if names != "comfyui":
+        return
+    known = layouts.original(lora, kind)[0]
+    modules = {key.rsplit(".lora", 1)[0] for key in known if key.startswith("diffusion_model.")}
+    written = {key.rsplit(".lora", 1)[0] for key in load_file(path)
+               if key.startswith("diffusion_model.") and "lora" in key}  # fmt: skip
+    assert written == modules
+
+
+def test_a_folder_of_peft_is_loaded_by_peft(pipeline, host, tmp_path):
+    from peft import PeftModel
+
+    lora = make_lora("sd1", [s for s in trained_sites("sd1") if ".attn1.to_" in s])
+    folder = convert_lora(lora, tmp_path / "adapter", "peft")
+    model = PeftModel.from_pretrained(pipeline.unet, folder)
+    for site, change in lora.sites.items():
+        layer = model.base_model.model.get_submodule(site.removeprefix("unet."))
+        assert torch.allclose(layer.get_delta_weight("default"), change.dense(), atol=2e-3)
+    both = make_lora("sd1")
+    with pytest.raises(IterisError, match="write --layout diffusers"):
+        convert_lora(both, tmp_path / "other", "peft")
+
+
+def test_names_that_nobody_knows_are_refused(tmp_path):
+    known = tiny_base("sd1")
+    unknown = base_model(type(known.architecture)("other", "Other"), known.shapes)
+    lora = Lora({"unet.x": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, base=unknown)
+    with pytest.raises(IterisError, match="ComfyUI reads diffusers' too"):
+        convert_lora(lora, tmp_path / "out.safetensors", "comfyui")
+
+
+@pytest.fixture
+def world(tmp_path):
+    return make_world(tmp_path)
+
+
+def test_the_command_keeps_type_metadata_and_words(world, monkeypatch, capsys, host):
+    source, out = world / "lora1.safetensors", world / "out.safetensors"
+    lora = host.read_lora(source)
+    metadata = {"modelspec.trigger_phrase": "s1 dog", "note": "kept"}
+    write_lora(Lora(lora.sites, "one", metadata, base=lora.base), source, dtype="bfloat16",
+               overwrite=True)  # fmt: skip
+    words = ("convert", source, "-o", out, "--layout", "comfyui", "--base", world / "base")
+    code, text, err = run(monkeypatch, capsys, *words, "--json")
+    assert code == 0, err
+    told = json.loads(text)
+    assert told["dtype"] == "bfloat16"
+    assert told["error"] < 1e-6
+    with safe_open(out, "pt") as file:
+        assert file.metadata().items() >= metadata.items()
+    code, _, err = run(monkeypatch, capsys, *words)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_a_loha_becomes_a_plain_lora(world, monkeypatch, capsys, host):
+    site = next(s for s in host.sites() if s.endswith("attn1.to_q"))
+    width = host.sites()[site].weight.shape[0]
+    torch.manual_seed(1)
+    a1, b1, a2, b2 = (torch.randn(*s) for s in ((width, 2), (2, width)) * 2)
+    name = "lora_unet_" + site.removeprefix("unet.").replace(".", "_")
+    parts = {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}
+    tensors = {f"{name}.hada_{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, world / "loha.safetensors")
+    out = world / "plain.safetensors"
+    code, text, err = run(monkeypatch, capsys, "convert", world / "loha.safetensors", "-o", out,
+                          "--base", world / "base", "--dtype", "float32")  # fmt: skip
+    assert code == 0, err
+    assert "Read back" in text
+    saved = load_file(out)
+    up, down = (saved[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
+    scale = float(saved[f"{name}.alpha"]) / len(down)
+    assert torch.allclose(up @ down * scale, (a1 @ b1) * (a2 @ b2), atol=1e-4)

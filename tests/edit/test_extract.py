@@ -1,0 +1,100 @@
+"""A LoRA of what a fine-tune changes: nearer to it than the base, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from command_line import QUICK, run
+from tiny import make_pipeline, random_lora
+
+from iteris_core import Calibration, IterisError
+from iteris_core.edit.extract import differences, extract_lora, other_differences
+from iteris_core.edit.ranks import Target
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.diffusers_lora import base_of
+
+SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
+
+
+@pytest.fixture
+def tuned(pipeline, host):
+    """The pipeline with a change of rank 4 on every attention layer, and a little on all others."""
+    other = copy.deepcopy(pipeline)
+    sites = DiffusersHost(other).sites()
+    torch.manual_seed(5)
+    for site, change in random_lora(host, 7, size=0.4).sites.items():
+        sites[site].weight.data += change.dense().reshape(sites[site].weight.shape)
+    for module in sites.values():
+        module.weight.data += 1e-3 * torch.randn_like(module.weight)
+    other.unet.conv_norm_out.weight.data += 0.1
+    return other
+
+
+def test_what_is_extracted_is_the_fine_tune(pipeline, host, tuned):
+    other = DiffusersHost(tuned)
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    kind = base_of(pipeline, host.sites())
+    errors = {}
+    for rank in (2, 6):
+        found = extract_lora(host, other, Target(rank=rank), kind, calibration=SHORT)
+        errors[rank] = found.error
+        dense = differences(host.sites(), other.sites())
+        assert found.ranks.keys() == dense.keys()
+    assert errors[6] < errors[2] < 1
+    assert errors[6] < 0.5
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.unet.state_dict().items())
+    assert list(other_differences({"unet": pipeline.unet}, {"unet": tuned.unet})) == [
+        "unet.conv_norm_out.weight"
+    ]
+
+
+def test_its_error_is_that_of_the_outputs(pipeline, host, tuned):
+    """On inputs of our own, with the changes on the weights in the place of hooks."""
+    found = extract_lora(host, DiffusersHost(tuned), Target(rank=4), calibration=SHORT)
+    words = pipeline.tokenizer(["a dog in the snow"] * 3, return_tensors="pt").input_ids
+    noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def output(pipe):
+        with torch.no_grad():
+            states = pipe.text_encoder(words).last_hidden_state
+            return pipe.unet(noise, torch.tensor([50, 500, 900]), states).sample
+
+    wanted, base = output(tuned), output(pipeline)
+    for site, change in found.lora.sites.items():
+        weight = host.sites()[site].weight
+        weight.data += change.dense().reshape(weight.shape)
+    ours = output(pipeline)
+    error = float((ours - wanted).norm() / (base - wanted).norm())
+    assert error == pytest.approx(found.error, abs=0.15)
+
+
+def test_equal_models_and_other_architectures_are_refused(pipeline, host):
+    with pytest.raises(IterisError, match="the same weights"):
+        extract_lora(host, DiffusersHost(copy.deepcopy(pipeline)), Target(rank=2))
+    other = copy.deepcopy(pipeline)
+    other.unet.conv_out = torch.nn.Conv2d(32, 5, 3, padding=1)
+    with pytest.raises(IterisError, match=r"unet\.conv_out is \(4, 32, 3, 3\) in the base"):
+        extract_lora(host, DiffusersHost(other), Target(rank=2))
+
+
+def test_the_command(pipeline, tuned, tmp_path, monkeypatch, capsys):
+    pipeline.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    out = tmp_path / "out.safetensors"
+    code, text, err = run(monkeypatch, capsys, "extract", tmp_path / "base", tmp_path / "tuned",
+                          "-o", out, "--rank", 4, "--json", *QUICK, "--latent-size=4")  # fmt: skip
+    assert code == 0, err
+    told = json.loads(text)
+    assert told["error"] < 1
+    assert told["left"] == ["unet.conv_norm_out.weight"]
+    pipeline.load_lora_weights(str(out))
+    smaller = make_pipeline()
+    smaller.unet.conv_in = torch.nn.Conv2d(5, 32, 3, padding=1)
+    smaller.save_pretrained(tmp_path / "smaller")
+    code, _, err = run(monkeypatch, capsys, "extract", tmp_path / "base", tmp_path / "smaller",
+                       "-o", tmp_path / "no.safetensors", "--rank", 4)  # fmt: skip
+    assert code == 2
+    assert "not of one architecture: conv_in.weight" in err

@@ -1,0 +1,212 @@
+"""LoRAs at a lower rank: which components are kept, on what, and in which files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_line import QUICK, make_world, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import random_lora
+
+from iteris_core import Calibration, Concept, IterisError, Lora, write_lora
+from iteris_core.edit.moments import look
+from iteris_core.edit.ranks import Target
+from iteris_core.edit.resize import resize_lora
+from iteris_core.lora_files.own_names import read_by_own_names
+from iteris_core.passes.changes import changes_of
+from iteris_core.passes.job import Job
+
+SHORT = Calibration(samples=3, timesteps=1, latents="noise", latent_size=4)
+
+
+def decaying(host, seed=1, rank=8) -> Lora:
+    """A LoRA whose singular values fall, another way in every site."""
+    lora = random_lora(host, seed, rank)
+    for index, change in enumerate(lora.sites.values()):
+        change.up.mul_(torch.linspace(1, 0.02 * (1 + index % 9), rank) ** (1 + index % 3))
+    return lora
+
+
+def test_without_a_base_the_largest_singular_values_of_all_layers_stay(host):
+    lora = decaying(host)
+    found = resize_lora(lora, Target(rank=3))
+    every = [
+        (float(s**2) / sum(change.shape), site, number)
+        for site, change in lora.sites.items()
+        for number, s in enumerate(torch.linalg.svdvals(change.dense().double()))
+    ]
+    budget = sum(3 * sum(change.shape) for change in lora.sites.values())
+    for value, site, number in sorted(every, reverse=True)[: len(lora.sites)]:
+        assert number < found.ranks[site], value
+    used = sum(rank * sum(lora.sites[site].shape) for site, rank in found.ranks.items())
+    assert 0.95 * budget < used <= budget
+    assert len(set(found.ranks.values())) > 1
+    for site, change in found.lora.sites.items():
+        u, s, v = torch.linalg.svd(lora.sites[site].dense().double())
+        rank = found.ranks[site]
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert torch.allclose(change.dense().double(), best, atol=1e-5)
+
+
+def test_what_layers_see_is_what_passes_through_them(host):
+    concept = Concept(random_lora(host, 1), trigger="s1", class_word="dog")
+    job = Job(host, [concept], changes_of([concept]), SHORT,
+              torch.Generator().manual_seed(0), lambda *_: None)  # fmt: skip
+    site = next(s for s in concept.lora.sites if ".attn1.to_q" in s)
+    shown, found = [], {}
+    handle = host.sites()[site].register_forward_hook(
+        lambda module, args, output: shown.append((args[0], output.clone()))
+    )
+    look(job, lambda name, seen: found.setdefault(name, seen))
+    handle.remove()
+    del shown[:-1]  # what the host tried before
+    assert found.keys() == concept.lora.sites.keys()
+    tokens = torch.cat([x.flatten(0, -2) for x, _ in shown]).double()
+    moment = tokens.mT @ tokens / len(tokens)
+    moment += 0.1 * moment.diagonal().mean() * torch.eye(len(moment))
+    root = found[site].root
+    assert torch.allclose(root @ root.mT, moment, rtol=1e-3, atol=1e-5)
+    own = tokens @ concept.lora.sites[site].dense().double().mT
+    outputs = torch.cat([y.flatten(0, -2) for _, y in shown]).double()
+    energy = (outputs + own).square().sum(1).mean()
+    both = outputs.square().sum(1).mean()
+    assert min(abs(found[site].output - e) / e for e in (energy, both)) < 1e-3
+
+
+def denoised(pipeline, lora: Lora | None, host) -> torch.Tensor:
+    """What the UNet gives on fixed inputs of the text encoder and noise."""
+    generator = torch.Generator().manual_seed(3)
+    changes = changes_of([Concept(lora, trigger="x")]) if lora is not None else {}
+    weights = {}
+    for site, change in changes.items():
+        module = host.sites()[site]
+        weights[site] = module.weight.data.clone()
+        module.weight.data += change[0].dense().reshape(module.weight.shape)
+    with torch.no_grad():
+        words = pipeline.tokenizer(["s1 dog"] * 4, return_tensors="pt").input_ids
+        states = pipeline.text_encoder(words).last_hidden_state
+        noise = torch.randn(4, 4, 8, 8, generator=generator)
+        output = pipeline.unet(noise, torch.tensor([100, 300, 600, 900]), states).sample
+    for site, weight in weights.items():
+        host.sites()[site].weight.data = weight
+    return output
+
+
+def test_a_base_makes_it_better_and_stays_as_it_is(pipeline, host):
+    lora = decaying(host)
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    concept = Concept(lora, trigger="s1", class_word="dog", strength=0.3)
+    by_base = resize_lora(concept, Target(rank=2), host, calibration=SHORT)
+    assert all(torch.equal(v, before[k]) for k, v in pipeline.unet.state_dict().items())
+    whole = denoised(pipeline, lora, host)
+    plain = Lora({
+        site: resize_lora(Lora({site: change}), Target(rank=2)).lora.sites[site]
+        for site, change in lora.sites.items()
+    })  # fmt: skip
+    errors = [
+        float((denoised(pipeline, one, host) - whole).norm()) for one in (by_base.lora, plain)
+    ]
+    assert errors[0] < 0.7 * errors[1], errors
+    size = sum(rank * sum(lora.sites[s].shape) for s, rank in by_base.ranks.items())
+    assert size <= sum(2 * sum(change.shape) for change in lora.sites.values())
+
+
+def test_a_lora_that_nothing_calls_for_runs_on_captions(host):
+    found = resize_lora(decaying(host), Target(energy=0.9), host, calibration=SHORT)
+    assert 0.9 <= found.kept < 0.99
+
+
+def test_a_target_that_keeps_everything_changes_nothing(host):
+    lora = decaying(host)
+    concept = Concept(lora, trigger="s1", class_word="dog")
+    found = resize_lora(concept, Target(rank=8), host, calibration=SHORT)
+    for site, change in found.lora.sites.items():
+        assert torch.allclose(change.dense(), lora.sites[site].dense(), atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [{}, {"rank": 0}, {"energy": 1.0}, {"rank": 2, "energy": 0.5}])
+def test_a_target_out_of_range_is_refused(values):
+    with pytest.raises(IterisError):
+        Target(**values)
+
+
+def test_a_size_in_which_nothing_fits_is_refused(host):
+    with pytest.raises(IterisError, match="no place for one component"):
+        resize_lora(decaying(host), Target(megabytes=1e-6))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_files_keep_their_names_and_load_in_diffusers(layout, pipeline, host, tmp_path):
+    source = tmp_path / "one.safetensors"
+    lora = decaying(host)
+    base = host.read_lora(write_lora(lora, tmp_path / "any.safetensors")).base
+    metadata = {"modelspec.trigger_phrase": "s1 dog", "sshs_model_hash": "stale"}
+    write_lora(Lora(lora.sites, "one", metadata, base=base), source, layout=layout)
+    read, own = read_by_own_names(source)
+    assert own == layout
+    small = resize_lora(read, Target(rank=2)).lora
+    path = write_lora(small, tmp_path / "small.safetensors", layout=layout)
+    assert load_file(path).keys() <= load_file(source).keys()
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "s1 dog"
+        assert "sshs_model_hash" not in file.metadata()
+    wanted = host.read_lora(path).sites
+    pipeline.load_lora_weights(str(path))
+    for site, change in wanted.items():
+        component, _, name = site.partition(".")
+        model = getattr(pipeline, component)  # transformers 5 took text_model out of the names
+        layer = model.get_submodule(name.removeprefix("text_model."))
+        (adapter,) = layer.lora_A
+        scale = layer.scaling[adapter]
+        product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * scale
+        assert torch.allclose(product, change.dense(), atol=2e-3), site
+    uneven = {change.rank for change in wanted.values()}
+    assert len(uneven) > 1
+
+
+def test_the_command_writes_one_file_or_a_folder(world, tmp_path, monkeypatch, capsys):
+    one, two = world / "lora1.safetensors", world / "lora2.safetensors"
+    code, out, err = run(monkeypatch, capsys, "resize", one, "-o", tmp_path / "a.safetensors",
+                         "--rank", 2, "--json")  # fmt: skip
+    assert code == 0, err
+    (told,) = json.loads(out)["files"]
+    assert told["megabytes"][1] < 0.75 * told["megabytes"][0]  # names take much of so small a file
+    megabytes = one.stat().st_size * 0.6 / 1e6
+    code, out, err = run(monkeypatch, capsys, "resize", one, two, "-o", tmp_path,
+                         "--size", megabytes)  # fmt: skip
+    assert code == 0, err
+    for name in ("lora1", "lora2"):
+        size = (tmp_path / f"{name}.safetensors").stat().st_size / 1e6
+        assert 0.6 * megabytes < size <= megabytes, name
+    code, out, err = run(
+        monkeypatch, capsys, "resize", f"{one}:s1:dog", "-o", tmp_path / "b.safetensors",
+        "--base", world / "base", "--energy", 0.8, *QUICK, "--latent-size=4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "of what it adds to their outputs is kept" in out
+
+
+def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, monkeypatch, capsys):
+    tensors = {
+        "lora_unet_x.hada_w1_a": torch.ones(4, 2), "lora_unet_x.hada_w1_b": torch.ones(2, 4),
+        "lora_unet_x.hada_w2_a": torch.ones(4, 2), "lora_unet_x.hada_w2_b": torch.ones(2, 4),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "loha.safetensors")
+    code, _, err = run(monkeypatch, capsys, "resize", tmp_path / "loha.safetensors", "-o",
+                       tmp_path / "out.safetensors", "--rank", 2)  # fmt: skip
+    assert code == 2
+    assert "name the base: --base BASE" in err
+
+
+def test_no_hook_stays_behind(host):
+    resize_lora(decaying(host), Target(rank=2), host, calibration=SHORT)
+    assert not any(module._forward_hooks for module in host.sites().values())
