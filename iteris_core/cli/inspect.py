@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..architectures import architecture_of_file
-from ..architectures.pieces import Shapes
+from ..architectures.row_mapping import Shapes
 from ..errors import LoraFileError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..architectures import Architecture, architecture_of_sites
-from ..architectures.pieces import Alias, Piece, Shapes, whole
+from ..architectures.row_mapping import Alias, Piece, Shapes, whole
 from ..errors import BaseError, OutputError
 from ..lora import LowRank
 from ..lora_files import BaseModel, base_model, read_header

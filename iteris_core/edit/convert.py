@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..architectures.pieces import Alias
+from ..architectures.row_mapping import Alias
 from ..errors import OutputError
 from ..lora import Lora, concatenate
 from ..lora_files import DTYPES, BaseModel, write_loras

@@ -12,7 +12,7 @@ from ..activations.processes import ALONE
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
-from ..hosts.learned import calls_of
+from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
 from ..passes.batches import Batching
@@ -106,7 +106,7 @@ def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
     def visit(site: str, seen: Seen) -> None:
         found[site] = Components.of(lora.sites[site], seen.root, seen.output)
 
-    with host.teach([calls_of(concept, host.learned)]):
+    with host.activate([embedding_triggers(concept, host.learned)]):
         job.changes = {site: some for site, some in every.items() if site not in blind}
         if job.changes:
             look(job, visit)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..architectures import Architecture
-from ..architectures.pieces import Shapes, whole
+from ..architectures.row_mapping import Shapes, whole
 from ..errors import LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel

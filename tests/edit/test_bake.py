@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from iteris_core import IterisError
-from iteris_core.architectures.pieces import whole
+from iteris_core.architectures.row_mapping import whole
 from iteris_core.edit.bake import Precision, bake, places_in
 from iteris_core.edit.rounding import FP8, rounded, scaled_fp8
 
