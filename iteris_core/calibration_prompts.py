@@ -63,8 +63,8 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
         raise ConceptError(
-            f"Concept {concept.name!r} has neither prompts nor a trigger or class word; "
-            "features cannot be collected without knowing how to call for it."
+            f"LoRA {concept.name!r} has no trigger word and no prompts. Type its trigger word: in "
+            "the node under words, in Python as Concept(trigger=…) or Concept(prompts=[…])."
         )
     return pools
 

@@ -151,8 +151,8 @@ def check_model(model: nn.Module) -> None:
     check_uncompiled(model)
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ModelStateError(
-            f"{type(model).__name__} has adapters loaded; a merge needs the base model as it is. "
-            "Take them off (pipeline.unload_lora_weights() or model.unload()), or load it anew."
+            f"{type(model).__name__} has adapters loaded; a merge needs the base model alone. "
+            "Unload them (pipeline.unload_lora_weights() or model.unload()), or load it again."
         )
 
 
@@ -161,9 +161,8 @@ def check_uncompiled(model: nn.Module) -> None:
     later."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ModelStateError(
-            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), and "
-            "a merge needs the model as it is; merge on a pipeline that is loaded anew, and "
-            "compile behind the merge."
+            f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), "
+            "which hides its layers. Load the pipeline again, and compile it after the merge."
         )
 
 
@@ -180,7 +179,7 @@ def check_ready(model: nn.Module) -> None:
         )
     if model.training:
         raise ModelStateError(
-            f"{type(model).__name__} is in training mode, in which dropout makes what it gives "
+            f"{type(model).__name__} is in training mode, in which dropout makes its output "
             "random; call its eval() first."
         )
 

@@ -73,7 +73,7 @@ def test_the_words_of_a_file(metadata, words):
 def test_no_prompts_are_errors():
     with pytest.raises(IterisError, match="empty prompt list"):
         prompts(Concept(None, prompts=[]))
-    with pytest.raises(IterisError, match="neither prompts nor a trigger"):
+    with pytest.raises(IterisError, match="has no trigger word and no prompts"):
         prompts(Concept(Lora({}, "cat")))
 
 
