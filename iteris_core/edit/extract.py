@@ -91,7 +91,7 @@ def extract_lora(
     found = _components(job_on(tuned, nothing.sites), dense, sites, target)
     ranks = share_out(found, target, itemsize)
     cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
-    whole = {name: _whole(dense[name], sites[name]) for name in cut}
+    whole = {name: _whole(dense[name], sites[name]) for name in dense}
     cut |= fitted(job_on(base, whole), {name: ranks[name] for name in cut})
     error = output_error(base, tuned, concept, cut, chosen, tick)
     if not error < 1:

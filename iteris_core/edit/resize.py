@@ -21,7 +21,7 @@ from ..passes.job import Job
 from ..passes.loops import Reducing, sweep_pass
 from ..progress import OnProgress
 from ..solve.choose import POLICY
-from ..solve.problem import Fit
+from ..solve.problem import Fit, Solution
 from .moments import Seen, calibration_of, look, ticking
 from .ranks import Components, Target, kept, share_out
 
@@ -115,8 +115,7 @@ def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
         ranks = share_out(found, target, itemsize)
         cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
         at = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
-        if any(rank < lora.sites[site].rank for site, rank in ranks.items()):
-            job.changes = {site: every[site] for site in at}
+        if at and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
             cut |= fitted(job, at)
     return Resized(_with(lora, cut), ranks, kept(found, ranks), tuple(unseen))
 
@@ -133,21 +132,23 @@ def _as_worthy(
 
 
 def fitted(job: Job, ranks: Mapping[str, int]) -> dict[str, LowRank]:
-    """Every site of the job's changes fitted at its rank to its whole output with them, in a sweep
-    over what passed the sites before."""
+    """The sites in ``ranks`` fitted at these to their whole output with all of the job's changes,
+    in a sweep over what passed the sites before; those that are not there keep no change."""
     size = job.calibration.samples, job.calibration.timesteps, 1
     fit = Fit(job.weights, POLICY.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
     reducing = Reducing(
         begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
-        solve=lambda site, reduction: reduction.solve(fits[site]),
-        bytes=lambda site, sweep: POLICY.bytes(
-            job.changes[site], fits[site], "output", 4, sweep=sweep
+        solve=lambda site, reduction: (
+            reduction.solve(fits[site])
+            if site in fits
+            else Solution(reduction.changes.like.scaled(0))
         ),
+        bytes=lambda site, sweep: POLICY.bytes(job.changes[site], fit, "output", 4, sweep=sweep),
     )
     batching = Batching(32, "enough", job.calibration.seed)
     solutions = sweep_pass(job, lambda _: reducing, batching)
-    return {site: solution.change for site, solution in solutions.items()}
+    return {site: solutions[site].change for site in ranks}
 
 
 def _with(lora: Lora, sites: Mapping[str, LowRank]) -> Lora:
