@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,9 +43,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Components:
-    """``change`` with its components in the order of their energies. ``worths`` are those
-    energies over that of the layer's whole output, descending; ``total`` is the worth of the whole
-    change, which may have more components than these."""
+    """``change`` with its components in the order of their energies e_k, descending. ``worths`` are
+    e_k / √(E·Y), with E the energy of all that the change adds and Y that of the layer's whole
+    output: a layer counts by √(E / Y), the size of what it adds beside what it gives, and a
+    component by its share of E. ``total`` is √(E / Y); there may be more components than these."""
 
     change: LowRank
     worths: Tensor
@@ -78,8 +80,9 @@ class Components:
         down = change.down.double()
         down = down if root is None else down @ root.to(down)
         energies = change.up.double().square().sum(0) * down.square().sum(1)
-        worths = energies / max(output, 1e-30)
-        return Components(change, worths, float(worths.sum()) / max(1 - lost, 1e-12))
+        whole = float(energies.sum()) / max(1 - lost, 1e-12)
+        worths = energies / max(math.sqrt(whole * output), 1e-30)
+        return Components(change, worths, math.sqrt(whole / max(output, 1e-30)))
 
     def at(self, rank: int) -> LowRank:
         change = self.change

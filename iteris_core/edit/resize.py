@@ -64,11 +64,12 @@ def resize_lora(
 ) -> Resized:
     """Bring a LoRA to ``target``, with the ranks shared out over its layers by what each is worth.
 
-    With a ``host`` a component's worth is the energy that it adds to the layer's outputs, over that
-    of the whole outputs, while the model runs on prompts that call for the LoRA; a concept that
+    With a ``host`` worths (:class:`.ranks.Components`) are of what layers see while the model runs
+    on prompts that call for the LoRA, twice as many where it knows several concepts; a LoRA that
     nothing calls for runs on captions. Then every layer in turn is fitted anew, at its rank, to
     what the LoRA gives, on inputs that passed the layers before: E‖(W0 + ΔW)x − W0 x̃ − ΔW_r x̃‖² is
-    least. Without a host it is the singular values of the weights, over all layers together.
+    least. Without a host they are of singular values of the weights, at one size of output for all
+    layers.
 
     ``itemsize`` is of a number in the file, in bytes, for a target in megabytes. The base model is
     bit-identical afterwards. Raises :class:`IterisError` for a LoRA that does not fit the host.
@@ -89,6 +90,8 @@ def resize_lora(
     tick = ticking(on_progress, should_stop, "Resizing")
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     chosen = calibration_of(calibration)
+    if len(concept.phrases) > 1:
+        chosen = replace(chosen, samples=2 * chosen.samples)
     generator = torch.Generator().manual_seed(chosen.seed)
     job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
               processes=ALONE, memory_budget=memory_budget)  # fmt: skip
