@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tables_edit
 import tables_language
 import tables_machine
 import tables_polish
@@ -21,6 +22,7 @@ import tables_unseen
 from outputs import ROOT
 
 TABLES: Mapping[str, Callable[[], list[str]]] = {
+    **tables_edit.TABLES,
     **tables_polish.TABLES,
     **tables_toybox.TABLES,
     **tables_language.TABLES,

@@ -1,0 +1,115 @@
+"""A LoRA out of a full fine-tune: ``python benchmarks/extract.py`` on the toybox.
+
+All weights of UNet and text encoder are trained on the pictures of three concepts (into
+``build/extract``, once), and taken out again at ranks 32, 16 and 8. Writes
+``benchmarks/results/extract.json`` case by case. ``error`` is ‖f_LoRA − f_tuned‖ / ‖f_base −
+f_tuned‖ of the denoiser's output on prompts with backgrounds that nothing was fitted to;
+``likeness`` is that of pictures of these prompts to the references. Ways: ``svd`` cuts each layer's
+change of weight at one rank, as kohya's and ComfyUI's extraction do, convolutions too; ``ours`` is
+``extract_lora`` at the same size, on prompts with other backgrounds. ``all weights`` has every
+change of weight in full: what is missing there are norms, biases and embeddings, which no LoRA
+holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from outputs import BUILD, QUICK, add, read, result_file
+from PIL import Image
+from protocol.toybox import ToyboxWorld
+
+from iteris_core import Calibration, Concept, Lora, LowRank
+from iteris_core.edit.extract import differences, extract_lora
+from iteris_core.edit.held import output_error
+from iteris_core.edit.ranks import Target
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.linalg.lowrank import cut_matrix
+from toybox.pipeline import load
+from toybox.train.base import use_plain_attention
+from toybox.train.loras import fit
+
+FILE = result_file("extract.json")
+NAMES = ("sks1", "sks2", "sks3")
+RANKS = (32,) if QUICK else (32, 16, 8)
+STEPS, RATE = (2, 1e-4) if QUICK else (600, 2e-4)
+LATENTS = 8
+
+
+def tuned_folder(world: ToyboxWorld) -> Path:
+    """The fine-tune, trained where it is not there yet."""
+    folder = BUILD / ("quick" if QUICK else "extract") / "tuned"
+    if folder.is_dir():
+        return folder
+    pipeline = load(world._root / "weights" / "base")
+    use_plain_attention(pipeline.unet, pipeline.text_encoder)
+    pictures, prompts = [], []
+    for name in NAMES:
+        concept = world._loaded.concepts[name]
+        said = f"{name} {concept.class_word}"
+        pictures += [Image.open(file).convert("RGB") for file in concept.references]
+        prompts += [(f"a {said}", f"a photo of a {said}")] * len(concept.references)
+    models = (pipeline.unet, pipeline.text_encoder)
+    parameters = [p for model in models for p in model.parameters()]
+    torch.manual_seed(7)
+    print("loss", fit(pipeline, pictures, prompts, [{"params": parameters, "lr": RATE}], STEPS, 7))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    world = ToyboxWorld()
+    tuned = DiffusersHost(load(tuned_folder(world)))
+    base = world.host
+    short = {"samples": 4, "timesteps": 1, "latents": "noise"} if QUICK else {}
+    calibration = Calibration(latent_size=LATENTS, **short)
+    words = [f"{name} {world._loaded.concepts[name].class_word}" for name in NAMES]
+    seen = [text.replace("{}", said) for text in world.half["templates"] for said in words]
+    wanted = world.prompted("new words", NAMES, 1)
+    new = Concept(Lora({}), prompts=sorted({one.prompt for one in wanted}), trigger="new")
+
+    def measured(sites: dict[str, LowRank]) -> dict[str, float]:
+        error = output_error(base, tuned, new, sites, calibration, lambda *_: None)
+        read_off = world.read(world.draw(Lora(sites), wanted), wanted)
+        numbers = sum(change.up.numel() + change.down.numel() for change in sites.values())
+        likeness = fmean(one["likeness"] for one in read_off)
+        return {"error": round(error, 4), "likeness": round(likeness, 4), "numbers": numbers}
+
+    dense = differences(base.sites(), tuned.sites())
+    for rank in RANKS:
+        if f"{rank} svd" not in read(FILE):
+            add(FILE, f"{rank} svd", measured({s: _cut(s, dense, base, rank) for s in dense}))
+        if f"{rank} ours" not in read(FILE):
+            found = extract_lora(base, tuned, Target(rank), prompts=seen, calibration=calibration)
+            told = {"reported": round(found.error, 4)}
+            add(FILE, f"{rank} ours", {**measured(dict(found.lora.sites)), **told})
+    if "all weights" not in read(FILE):
+        add(FILE, "all weights", measured({s: _cut(s, dense, base, 10**6) for s in dense}))
+    for name, host in (("base", base), ("tuned", tuned)):
+        if name not in read(FILE):
+            settings = world._loaded.settings
+            images = [
+                host.pipeline(
+                    one.prompt,
+                    num_inference_steps=settings["steps"],
+                    guidance_scale=settings["guidance"],
+                    generator=torch.Generator().manual_seed(one.seed),
+                ).images[0]
+                for one in wanted
+            ]
+            likeness = fmean(one["likeness"] for one in world.read(images, wanted))
+            add(FILE, name, {"likeness": round(likeness, 4)})
+    print(read(FILE))
+
+
+def _cut(site: str, dense: dict[str, torch.Tensor], host: DiffusersHost, rank: int) -> LowRank:
+    weight = host.sites()[site].weight
+    kernel = tuple(weight.shape[2:]) or None
+    like = LowRank(torch.zeros(1, 1), torch.zeros(1, 1), kernel)
+    return cut_matrix(dense[site], min(rank, *dense[site].shape), like=like)[0]
+
+
+if __name__ == "__main__":
+    main()

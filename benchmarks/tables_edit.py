@@ -1,0 +1,42 @@
+"""Tables of what is done with LoRAs beside merging (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from markdown_tables import lines, load, short
+
+_LORAS = {"sks": "five LoRAs of rank 8, mean", "merge": "a merge of the five"}
+_WAYS = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
+
+
+def resize() -> list[str]:
+    """By LoRA and size, of every way the error, what it is of that of the SVD, and likeness."""
+    found = load("resize.json")
+    rows: list[list[str]] = []
+    for key, of in found["summary"].items():
+        kind, rank, way = key.split()
+        figures = [short(f"{of[name]:.{n}f}") for name, n in
+                   (("error", 3), ("ratio", 2), ("likeness", 3))]  # fmt: skip
+        rows.append([_LORAS[kind], rank, _WAYS[way], *figures])
+    for kind, said in _LORAS.items():
+        ends = [found[key]["likeness"] for key in found if key.startswith(kind) and "whole" in key]
+        if ends:
+            rows.append([said, "its own", "", "0", "", short(f"{sum(ends) / len(ends):.3f}")])
+    return lines(("", "rank", "", "error", "of the SVD's", "likeness"), rows, 3)
+
+
+def extract() -> list[str]:
+    """By rank the error and the likeness, beside those of the base and of the fine-tune."""
+    found = load("extract.json")
+    rows: list[list[str]] = []
+    for key, of in found.items():
+        rank, _, way = key.partition(" ")
+        name = {"svd": "SVD of weights, each layer", "ours": "`extract`"}.get(way, key)
+        rank = rank if rank.isdigit() else ""
+        error = short(f"{of['error']:.3f}") if "error" in of else ""
+        rows.append([rank, name, error, short(f"{of['likeness']:.3f}")])
+    return lines(("rank", "", "error", "likeness"), rows, 2)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"resize": resize, "extract": extract}
