@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.host_memory import wait_for
 from iteris_core.activations.meter import MemoryMeter
-from iteris_core.passes import budget
-from iteris_core.passes.budget import StagePlan
-from iteris_core.passes.need import Need
+from iteris_core.passes import planner
+from iteris_core.passes.footprint import Footprint
+from iteris_core.passes.plan import Plan
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "speed"))
 
@@ -135,17 +135,17 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def plans() -> Iterator[list[tuple[Sequence[Need], StagePlan]]]:
+def plans() -> Iterator[list[tuple[Sequence[Footprint], Plan]]]:
     """What :func:`plan_stage` was given and gave, for every stage that is planned in here."""
-    made: list[tuple[Sequence[Need], StagePlan]] = []
-    plan_stage = budget.plan_stage
+    made: list[tuple[Sequence[Footprint], Plan]] = []
+    plan_stage = planner.plan_stage
 
     def noted(*args: Any, **more: Any) -> Any:
         found = plan_stage(*args, **more)
-        made.append((args[0], found[0]))
+        made.append((args[0], found))
         return found
 
-    with patch.object(budget, "plan_stage", noted):
+    with patch.object(planner, "plan_stage", noted):
         yield made
 
 
@@ -191,7 +191,7 @@ def measure(bench: Bench, model: Model, fp8: bool, label: str) -> dict[str, Any]
         expected = seen["seconds"]
         entry = {**seen, "share": operations / seen["seconds"] / rate, "rows": result.report.rows}
         if made:
-            predicted |= of_ways([needs for needs, _ in made])
+            predicted |= of_ways([footprints for footprints, _ in made])
             predicted[name] = max(plan.bytes for _, plan in made) / GIB
             entry["plan"] = list(result.report.plan)
             less = less or 0.8 * predicted[name]
@@ -205,13 +205,13 @@ def measure(bench: Bench, model: Model, fp8: bool, label: str) -> dict[str, Any]
     return found
 
 
-def of_ways(stages: Sequence[Sequence[Need]]) -> dict[str, float]:
+def of_ways(stages: Sequence[Sequence[Footprint]]) -> dict[str, float]:
     """What the plan expects of each way in GiB, with all rows waiting there."""
     found: dict[str, float] = {}
-    for need in (need for needs in stages for need in needs):
-        away = None if need.parked is None else 0
-        gib = need.bytes_of(len(need.stage.owners), AT_ONCE, away) / GIB
-        found[need.name] = max(gib, found.get(need.name, 0.0))
+    for some in (some for footprints in stages for some in footprints):
+        away, name = None if some.parked is None else 0, some.strategy.name
+        gib = some.bytes_of(len(some.stage.owners), AT_ONCE, away) / GIB
+        found[name] = max(gib, found.get(name, 0.0))
     return found
 
 

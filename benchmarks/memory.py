@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -27,15 +27,16 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.iteris import _reducing
+from iteris_core.methods.iteris import _solver
 from iteris_core.methods.iteris_settings import IterisSettings
-from iteris_core.methods.repair import add_repairs
+from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import Batching, limit_of
-from iteris_core.passes.budget import plan_stage
+from iteris_core.passes.footprint import Footprint, MemoryLimits
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Measure
-from iteris_core.passes.need import Need, Room
-from iteris_core.passes.ways import IN_HOST, ON_DEVICE, other_ways
+from iteris_core.passes.plan import plan_stage
+from iteris_core.passes.planner import others
+from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
 
 FILE = result_file("memory.json")
 GIB = 2**30
@@ -190,7 +191,7 @@ def planned(model: Model) -> dict[str, Any]:
     calibration, generator = Calibration(), torch.Generator()
     concepts = [Concept(Lora({}), trigger=str(number)) for number in range(LORAS)]
     job = Job(host, concepts, changes, calibration, generator, lambda *_: None)
-    add_repairs(job)
+    job, repairs = with_repairs(job)
     each = calibration.samples * calibration.timesteps
 
     def run(rows: Any, copies: int) -> None:
@@ -198,43 +199,36 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, places=True, samples=each)
-    reducing = _reducing(job, IterisSettings(), stage, set())
-    limit = limit_of(stage, Batching(AT_ONCE, "enough"))
+    solver = _solver(job, IterisSettings(), stage, set(), repairs)
+    batching = Batching(AT_ONCE, "enough")
     with (
-        job.lockstep() as lockstep,
+        job.run() as session,
         patch("torch.nn.functional.scaled_dot_product_attention", fused),
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
         patch("iteris_core.activations.levels._alike", lambda *_: True),  # nothing to compare
+        patch("iteris_core.passes.strategies.is_apart", lambda *_: True),
     ):
-        measure = Measure(stage, lockstep, 2, limit, reducing.dtype.itemsize)
-        sites = {site: reducing.bytes(site, True) for site in stage.sites}
-        need = Need(stage, measure.row(), None, sites, lockstep.cast_bytes, name=ON_DEVICE)
-        needs = [
-            _untimed(some) for some in (need, *other_ways(need, measure, Nowhere(), job.policy))
-        ]
-    room = Room(round(model.budget_gib * GIB), HOST)
-    [waiting] = [some.parked.waiting for some in needs if some.parked and some.name == IN_HOST]
-    made, _ = plan_stage(needs, room, AT_ONCE)
+        lockstep, limit = session.lockstep, limit_of(stage, batching)
+        measure = Measure(stage, lockstep, 2, limit, solver.dtype.itemsize)
+        sites = {site: solver.bytes(site, True) for site in stage.sites}
+        cost, fixed = measure.row(), lockstep.cast_bytes
+        first = Footprint(stage, ON_DEVICE, cost, None, sites, fixed)
+        footprints = [first, *others(first, measure, Nowhere(), batching)]
+    limits = MemoryLimits(round(model.budget_gib * GIB), HOST)
+    [waiting] = [
+        some.parked.waiting for some in footprints if some.parked and some.strategy.name == IN_HOST
+    ]
+    made = plan_stage(footprints, limits, AT_ONCE)
     return {
         "budget_gib": model.budget_gib,
         "peak_gib": round(made.bytes / GIB, 2),
-        "way": made.way,
+        "way": made.strategy.name,
         "rows": made.rows,
         "at_once": made.at_once,
         "left_out": made.offered - made.rows,
         "host_gib": round(made.host_bytes / GIB, 1),
         "waiting_mib": round(waiting / 2**20, 1),
     }
-
-
-def _untimed(need: Need) -> Need:
-    """The first way that fits is the plan's."""
-    parked = need.parked
-    return replace(
-        need,
-        cost=replace(need.cost, seconds=0, more=0),
-        parked=None if parked is None else replace(parked, seconds=0, more=0),
-    )
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from speed.models import _filled, prompt_concepts, sd15_host, text_concepts, toy
 from iteris_core import Calibration, Concept, Progress, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.transformers import TransformersHost
-from iteris_core.passes.outlook import Outlook
+from iteris_core.passes.eta import Eta
 from iteris_core.progress import Forecast
 
 FILE = result_file("time_left.json")
@@ -91,7 +91,7 @@ def told(merge: Merge, clock: Callable[[], float]) -> dict[str, Any]:
     seen: list[tuple[float, Progress]] = []
     with ExitStack() as stack:
         stack.enter_context(patch("time.perf_counter", clock))
-        stack.enter_context(patch("iteris_core.merge.Outlook", lambda: Outlook(Forecast(clock))))
+        stack.enter_context(patch("iteris_core.merge.Eta", lambda: Eta(Forecast(clock))))
         started = clock()
         result = merge_loras(
             host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,20 +16,21 @@ from .activations.processes import ALONE, Processes
 from .composites import Composite
 from .concepts import Calibration, Concept
 from .config import Unmergeable
-from .errors import MergeCancelled, SettingsError, SiteError
+from .errors import SettingsError, SiteError
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
-from .hosts.protocol import Host, Tick
+from .hosts.protocol import Host
 from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import Method, find_method
+from .methods.registry import Merged
 from .passes import dry
 from .passes.always_on import always_on, beside, changes_always, switched_on
 from .passes.changes import changes_of, check_sites, unmergeable_sites
-from .passes.job import Job, Ran, WeightJob
-from .passes.outlook import Outlook
+from .passes.eta import Eta
+from .passes.job import Job, WeightJob
 from .presets import PRESETS, PresetName, preset_settings
-from .progress import OnProgress
+from .progress import OnProgress, Ticker
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .settings import Settings
@@ -121,13 +122,13 @@ def merge_loras(
     _check_types(host, concepts)
     counting = [concept for concept in concepts if concept.counts]
     always, counting = always_on(counting), always_on(counting, "no")
-    ran, outlook = Ran(), Outlook()
-    tick = _ticking(outlook, on_progress, should_stop)
+    eta = Eta()
+    tick = Ticker(eta.forecast, on_progress, should_stop)
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
         job = Job(host, counting, {}, calibration, generator, tick, processes=processes,
-                  memory_budget=memory_budget, policy=policy, ran=ran, outlook=outlook)  # fmt: skip
+                  memory_budget=memory_budget, policy=policy, eta=eta)  # fmt: skip
         with switched_on(host, always):
             made = _by_features(job, chosen, settings, unmergeable)
     else:
@@ -135,31 +136,16 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
-    return _result(_with_always(made, always), chosen, settings, calibration, ran, seconds)
-
-
-def _ticking(
-    outlook: Outlook, on_progress: OnProgress | None, should_stop: Callable[[], bool] | None
-) -> Tick:
-    """Progress with the time that is left, or an end."""
-
-    def tick(what: str, done: int, total: int) -> None:
-        if should_stop is not None and should_stop():
-            raise MergeCancelled("The merge was cancelled; nothing was changed or written.")
-        progress = outlook.forecast.tick(what, done, total)
-        if on_progress is not None:
-            on_progress(progress)
-
-    return tick
+    return _result(_with_always(made, always), chosen, settings, calibration, seconds)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """By site the merged change and its report; the ``concepts`` that were merged, and notes on
-    each of them by name. ``always`` are those that were on all the time."""
+    """What was ``merged`` of the ``concepts``, and notes on each of them by name. ``always`` are
+    those that were on all the time."""
 
     concepts: Sequence[Concept]
-    merged: Mapping[str, tuple[LowRank, SiteReport]]
+    merged: Merged
     calls: Sequence[EmbeddingTriggers]
     noted: list[tuple[str, list[str]]]
     always: Sequence[Concept] = ()
@@ -167,47 +153,54 @@ class _Made:
 
 def _with_always(made: _Made, always: Sequence[Concept]) -> _Made:
     """The same with the changes of those LoRAs that are on all the time and belong in the file."""
-    changes = {site: change for site, (change, _) in made.merged.items()}
+    changes = {site: change for site, (change, _) in made.merged.sites.items()}
     joined = beside(changes, changes_always(always_on(always, "include")))
-    reports = {site: report for site, (_, report) in made.merged.items()}
-    merged = {
+    reports = {site: report for site, (_, report) in made.merged.sites.items()}
+    sites = {
         site: (change, replace(reports.get(site, SiteReport(0)), rank=change.rank))
         for site, change in joined.items()
     }
     where = {"include": "part of the merged LoRA", "outside": "to be loaded beside the merged LoRA"}
     noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
+    merged = replace(made.merged, sites=sites)
     return replace(made, merged=merged, noted=[*made.noted, *noted], always=always)
 
 
-def prepare(job: Job, method: Method, settings: Settings) -> dict[str, str]:
-    """Give ``job`` the concepts that its host adds, and the changes of the sites whose features can
-    be collected. Returns by site why those of the others cannot; they have their changes too."""
-    job.concepts = [*job.concepts, *_added(job, method)]
-    job.changes = changes_of(job.concepts)
-    check_sites(job.host, job.changes)
+def prepared(
+    job: Job, method: Method, settings: Settings
+) -> tuple[Job, dict[str, str], dict[str, SiteChanges]]:
+    """``job`` with the concepts that its host adds, and with the changes of the sites whose
+    features can be collected; by site why those of the others cannot, and their changes."""
+    concepts = [*job.concepts, *_added(job, method)]
+    changes = changes_of(concepts)
+    check_sites(job.host, changes)
     sweep = method.sweeps(settings)
-    return unmergeable_sites(
-        job.host, job.concepts, job.changes, job.calibration, job.tick, job.outlook, sweep=sweep
+    found, stages = unmergeable_sites(
+        job.host, concepts, changes, job.calibration, job.tick, sweep=sweep
     )
+    for seen in stages:
+        job.eta.saw(seen, concepts, job.calibration)
+    kept = {site: some for site, some in changes.items() if site not in found}
+    others = {site: changes[site] for site in found}
+    return replace(job, concepts=concepts, changes=kept), found, others
 
 
 def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
     concepts = job.concepts
-    found = prepare(job, method, settings)
+    job, found, others = prepared(job, method, settings)
     noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
-    changes = job.changes
-    job.changes = {site: some for site, some in changes.items() if site not in found}
     if (found and unmergeable == "refuse") or not job.changes:
         raise SiteError(dry.complaint(found, concepts))
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
-        merged = dict(method.merge(job, settings))
+        merged = method.merge(job, settings)
     if found:
         mean = unmergeable == "mean"
-        merged |= _means(job.concepts, changes, found) if mean else {}
+        means = _means(job.concepts, others) if mean else {}
         what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
-        job.ran.notes.append(f"{dry.complaint(found, concepts, refused=False)}; they {what}")
+        note = f"{dry.complaint(found, concepts, refused=False)}; they {what}"
+        merged = Merged({**merged.sites, **means}, merged.log.with_notes([note]))
     return _Made(concepts, merged, calls[: len(concepts)], noted)
 
 
@@ -216,7 +209,7 @@ def _by_weights(
     method: Method,
     settings: Settings,
     generator: torch.Generator,
-    tick: Tick,
+    tick: Ticker,
 ) -> _Made:
     """Prompts without a LoRA say nothing to a method that only looks at weights."""
     concepts = [concept for concept in concepts if concept.lora is not None]
@@ -226,35 +219,31 @@ def _by_weights(
 
 
 def _result(
-    made: _Made,
-    method: Method,
-    settings: Settings,
-    calibration: Calibration,
-    ran: Ran,
-    seconds: float,
+    made: _Made, method: Method, settings: Settings, calibration: Calibration, seconds: float
 ) -> MergeResult:
+    sites, log = made.merged.sites, made.merged.log
     concepts, every = made.concepts, [*made.concepts, *made.always]
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
-    for name, more in (*made.noted, ("sites", ran.notes), ("embeddings", joined.warnings)):
+    for name, more in (*made.noted, ("sites", log.notes), ("embeddings", joined.warnings)):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method.name,
         concepts=[concept.name for concept in concepts],
-        sites={site: one.of_first(len(concepts)) for site, (_, one) in made.merged.items()},
+        sites={site: one.of_first(len(concepts)) for site, (_, one) in sites.items()},
         seconds=seconds,
         settings=asdict(settings),
         calibration=asdict(calibration) if method.needs_host else {},
         notes=notes,
-        rows=ran.rows,
-        plan=ran.plan,
-        convergence=ran.convergence,
+        rows=log.rows,
+        plan=list(log.plan),
+        convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
-        {site: change for site, (change, _) in made.merged.items()},
+        {site: change for site, (change, _) in sites.items()},
         "merged",
         merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, made.always)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
@@ -282,12 +271,12 @@ def _check_types(host: Any, concepts: Any) -> None:
 
 
 def _means(
-    concepts: Sequence[Concept], changes: Mapping[str, SiteChanges], sites: Iterable[str]
+    concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]
 ) -> dict[str, tuple[LowRank, SiteReport]]:
-    """The mean of the LoRAs' changes at ``sites``, fitted to nothing; its components in the order
+    """The mean of the LoRAs' ``changes``, fitted to nothing; its components in the order
     of their energy, so that a later cut to a rank keeps the best ones."""
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
-    means = {s: changes[s].mean(weights, changes[s].like.up.dtype) for s in sites}
+    means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
     means = {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
     return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
 

@@ -13,19 +13,17 @@ from .errors import UsageError
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import prepare, settings_over
+from .merge import prepared, settings_over
 from .methods import Method, find_method
 from .passes import dry
 from .passes.always_on import always_on, switched_on
 from .passes.changes import changes_of
+from .passes.eta import Eta
 from .passes.job import Job
-from .passes.outlook import Outlook
 from .presets import PresetName
-from .progress import OnProgress
+from .progress import OnProgress, Ticker
 from .settings import Settings
 from .solve.choose import POLICY, Policy
-
-_PLAN = "plan: "
 
 
 class _Planned(Exception):
@@ -68,46 +66,37 @@ def preview_merge(
     if not chosen.needs_host:
         changes_of(concepts)  # raises where there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
-    outlook = Outlook()
-
-    def tick(what: str, done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(outlook.forecast.tick(what, done, total))
-
+    eta = Eta()
+    tick = Ticker(eta.forecast, on_progress)
     generator = torch.Generator().manual_seed(calibration.seed)
     job = Job(host, concepts, {}, calibration, generator, tick, memory_budget=memory_budget,
-              policy=policy, outlook=outlook)  # fmt: skip
+              policy=policy, eta=eta)  # fmt: skip
     with switched_on(host, always_on(counting)):
         return _preview(job, chosen, chosen_settings)
 
 
 def _preview(job: Job, method: Method, settings: Settings) -> Preview:
     """The same of a job that has nothing but its concepts yet."""
-    host, calibration, outlook = job.host, job.calibration, job.outlook
-    found = prepare(job, method, settings)
-    concepts = job.concepts
-    kept = {site: some for site, some in job.changes.items() if site not in found}
+    host, calibration = job.host, job.calibration
+    job, found, _ = prepared(job, method, settings)
+    concepts, kept = job.concepts, job.changes
     plan: list[str] = []
     calls = [embedding_triggers(concept, host.learned) for concept in concepts]
 
-    def until_planned(what: str, done: int, total: int) -> None:
-        job.tick(what, done, total)
-        if what.startswith(_PLAN):
-            plan.append(what.removeprefix(_PLAN))
+    def until_planned(what: str, done: int, total: int, line: str = "") -> None:
+        job.tick(what, done, total, line)
+        if line:
+            plan.append(line)
             raise _Planned
 
     with host.activate(calls):
         for part in _parts(kept):
-            planned = Job(
-                host,
-                concepts,
-                part,
-                replace(calibration, latents="noise"),
-                torch.Generator().manual_seed(calibration.seed),
-                until_planned,
-                memory_budget=job.memory_budget,
-                policy=job.policy,
-                outlook=outlook,
+            planned = replace(
+                job,
+                changes=part,
+                calibration=replace(calibration, latents="noise"),
+                generator=torch.Generator().manual_seed(calibration.seed),
+                tick=until_planned,
             )
             try:
                 method.merge(planned, settings)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
+from .errors import MergeCancelled
+
 _FIRST = 0.005  # of a kind of work: until so much is measured, what was expected counts as well
 
 
@@ -14,8 +16,8 @@ class Progress:
     """What a merge is at: ``done`` of ``total`` of ``what``, a few words such as "solving sites".
 
     ``seconds`` have passed since the merge began, and the whole of it takes about ``left`` more
-    (None: too little is known yet). A message of its own, such as a stage's plan, has a ``total``
-    of 0. As text it is a line for a person.
+    (None: too little is known yet). A message of its own has a ``total`` of 0; ``plan`` is the line
+    of the memory plan that it brings. As text it is a line for a person.
     """
 
     what: str
@@ -25,6 +27,7 @@ class Progress:
     left: float | None = None
     share: float = 0.0
     """Of the whole merge's time, from 0 to 1; it never goes back."""
+    plan: str = ""
 
     def __str__(self) -> str:
         count = f" {self.done} of {self.total}" if self.total > 1 else ""
@@ -40,6 +43,28 @@ OnProgress = Callable[[Progress], None]
 """``on_progress(progress)`` is called at every step of a merge."""
 
 
+class Ticker:
+    """Reports the steps of a run, each with the time that is left, and ends the run where it is to
+    stop."""
+
+    def __init__(
+        self,
+        forecast: Forecast,
+        on_progress: OnProgress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self._forecast, self._on_progress = forecast, on_progress
+        self._should_stop = should_stop
+
+    def __call__(self, what: str, done: int, total: int, plan: str = "") -> None:
+        """Raises :class:`MergeCancelled`."""
+        if self._should_stop is not None and self._should_stop():
+            raise MergeCancelled("The merge was cancelled; nothing was changed or written.")
+        progress = self._forecast.tick(what, done, total, plan)
+        if self._on_progress is not None:
+            self._on_progress(progress)
+
+
 def duration(seconds: float) -> str:
     """A time as a person says it."""
     if seconds < 90:
@@ -50,8 +75,10 @@ def duration(seconds: float) -> str:
 @dataclass
 class _Kind:
     """Work of one kind: the seconds that are expected of each of its ``parts`` to come, and how
-    many of those are done (``ahead`` were expected of them) and how long they ``took``."""
+    many of those are done (``ahead`` were expected of them) and how long they ``took``. Kinds of
+    one ``family`` are as much quicker or slower than expected."""
 
+    family: Hashable = None
     parts: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
     ahead: float = 0.0
     took: float = 0.0
@@ -60,14 +87,6 @@ class _Kind:
     @property
     def to_come(self) -> float:
         return sum(self.parts.values())
-
-    @property
-    def rate(self) -> float | None:
-        """Seconds for each that was expected."""
-        if not self.known:
-            return self.took / self.ahead if self.ahead else None
-        weight = _FIRST * (self.ahead + self.to_come)
-        return (self.took + weight) / (self.ahead + weight)
 
 
 class Forecast:
@@ -79,26 +98,27 @@ class Forecast:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self.refresh: Callable[[], None] | None = None
-        """Called before the time left is told: expects anew what depends on what is measured."""
         self._began = self._mark = clock()
         self._kinds: dict[Hashable, _Kind] = {}
         self._phase, self._phase_began, self._share = "", 0.0, 0.0
 
     def expect(
-        self, kind: Hashable, parts: Mapping[Hashable, float], *, known: bool = True
+        self,
+        kind: Hashable,
+        parts: Mapping[Hashable, float],
+        family: Hashable = None,
+        *,
+        known: bool = True,
     ) -> None:
         """So many seconds for each of the ``parts`` to come, in place of what was expected."""
         found = self._kinds.setdefault(kind, _Kind())
         found.parts.update(parts)
-        found.known = known
+        found.known, found.family = known, family
 
-    def drop(self, kind: Hashable, *parts: Hashable) -> None:
-        """Expect nothing more of these ``parts``; without any, of the whole kind."""
-        found = self._kinds.get(kind)
-        if found is not None:
-            for part in parts or list(found.parts):
-                found.parts.pop(part, None)
+    def drop(self, kind: Hashable) -> None:
+        """Expect nothing more of a kind."""
+        if kind in self._kinds:
+            self._kinds[kind].parts.clear()
 
     def mark(self) -> None:
         """What is :meth:`spent` next began now."""
@@ -115,7 +135,7 @@ class Forecast:
             found.took += now - self._mark
         self._mark = now
 
-    def tick(self, what: str, done: int, total: int) -> Progress:
+    def tick(self, what: str, done: int, total: int, plan: str = "") -> Progress:
         """``done`` of ``total`` of ``what``, which is a kind of its own where it was expected to be
         or where it is all that is known."""
         now = self.clock()
@@ -124,25 +144,31 @@ class Forecast:
             self._phase, self._phase_began = what, now
         if total and (what in self._kinds or not self._kinds):
             self._part_done(what, done / total, now - self._phase_began)
-        if self.refresh is not None:
-            self.refresh()
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
-        return Progress(what, done, total, seconds, left, self._share)
+        return Progress(what, done, total, seconds, left, self._share, plan)
 
     def left(self) -> float | None:
         """Seconds; None where some of the work is not known, or nothing is expected."""
-        left = 0.0
-        if not any(kind.to_come for kind in self._kinds.values()):
-            return None
-        for kind in self._kinds.values():
-            if to_come := kind.to_come:
-                rate = kind.rate
-                if rate is None:
-                    return None
-                left += to_come * rate
-        return left
+        found = [self.left_of(kind) for kind, some in self._kinds.items() if some.to_come]
+        return None if not found or None in found else sum(filter(None, found))
+
+    def left_of(self, kind: Hashable) -> float | None:
+        """Seconds of one kind; None where they are not known."""
+        found = self._kinds.get(kind, _Kind())
+        if not found.known:
+            return found.to_come * found.took / found.ahead if found.ahead else None
+        weight = _FIRST * (found.ahead + found.to_come)
+        rate = self._rate_of(found.family)
+        return found.to_come * (found.took + rate * weight) / max(found.ahead + weight, 1e-30)
+
+    def _rate_of(self, family: Hashable) -> float:
+        """Seconds for each that was expected, of all kinds of a family; 1 before any is done."""
+        some = [kind for kind in self._kinds.values() if kind.known and kind.family == family]
+        ahead, took = (sum(getattr(kind, of) for kind in some) for of in ("ahead", "took"))
+        weight = _FIRST * (ahead + sum(kind.to_come for kind in some))
+        return (took + weight) / (ahead + weight) if family and weight else 1.0
 
     def _part_done(self, what: str, share: float, seconds: float) -> None:
         kind = self._kinds.setdefault(what, _Kind(parts={"": 1.0}, known=False))

@@ -12,7 +12,6 @@ from ..iteris_core.activations.oom_retry import halved, with_less
 from ..iteris_core.progress import Progress
 from .comfy_internals import comfy, memory, optional
 
-_PLAN = "plan: "  # what the library says before a line of its memory plan
 _WHOLE = 1000  # steps of the bar
 _TEXT_EVERY = 0.25  # seconds; the bar itself moves at every step
 _FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -65,7 +64,7 @@ class NodeProgress:
 
     def __call__(self, progress: Progress) -> None:
         memory.throw_exception_if_processing_interrupted()
-        if progress.what.startswith(_PLAN):
+        if progress.plan:
             self._plans.append(_sentence(progress.what))
             _log.info("IterIS: %s", progress.what)
         now = time.monotonic()
@@ -79,8 +78,7 @@ class NodeProgress:
         self._bar.update_absolute(self._bar.current, preview=image)
 
     def _say(self, progress: Progress) -> None:
-        plan = progress.what.startswith(_PLAN)
-        now = progress.time_left.capitalize() if plan else _sentence(str(progress))
+        now = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
         show_text("\n".join(filter(None, [*self._plans, now])), self._node_id)
 
 

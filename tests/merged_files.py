@@ -31,9 +31,9 @@ from iteris_core import Concept, Lora, MergeResult, all_methods, merge_loras, wr
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import read_tensors
 from iteris_core.lora_files.experts import split_experts
-from iteris_core.passes import loops
-from iteris_core.passes.batches import Waiting
-from iteris_core.passes.ways import BLOCKS, find, replayable
+from iteris_core.passes import sweep
+from iteris_core.passes.plan import Plan
+from iteris_core.passes.strategies import BLOCKS, Strategy, find, replayable
 
 KEPT = Path(__file__).with_suffix(".json")
 QUICK = {"samples": 3, "timesteps": 2, "denoising_steps": 3, "latent_size": 8, "seed": 3}
@@ -61,8 +61,8 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
 PRESETS = ("fast", "paper")
 WAYS: Mapping[str, tuple[int, bool]] = {
     "in host memory": (0, True),
-    "small blocks": (BLOCKS["small blocks"], False),
-    "large blocks in host memory": (BLOCKS["large blocks"], True),
+    "small blocks": (BLOCKS["small blocks"][0], False),
+    "large blocks in host memory": (BLOCKS["large blocks"][0], True),
 }
 
 
@@ -203,19 +203,19 @@ def _language(kind: str) -> Callable[[Path], list[Path]]:
 def _way(most: int, parked: bool) -> Callable[[Path], list[Path]]:
     """A sweep in blocks of so many levels, whose rows wait in host memory."""
 
-    def planned(job: Any, stage: Any, lockstep: Any, fitted: Any, *_: Any, **__: Any) -> Any:
+    def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
-            return stage, fitted
-        levels = replayable(stage, lockstep, find(stage, lockstep).levels(most))
-        waiting = Waiting(0, torch.device("cpu"), 1 << 30) if parked else None
-        return stage, replace(fitted, levels=levels, waiting=waiting)
+            return Plan(stage, batching.rows, Strategy())
+        levels = replayable(stage, run.lockstep, find(stage, run.lockstep).levels(most))
+        strategy = Strategy(levels=levels, offloads=torch.device("cpu") if parked else None)
+        return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
 
     def run(folder: Path) -> list[Path]:
-        plan, loops.plan = loops.plan, planned
+        plan, sweep.planned = sweep.planned, planned
         try:
             return _pipeline("flux")(folder)
         finally:
-            loops.plan = plan
+            sweep.planned = plan
 
     return run
 

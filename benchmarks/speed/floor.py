@@ -38,10 +38,9 @@ def bare_forward(
     generator = torch.Generator().manual_seed(0)
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
     batching = Batching(at_once or IterisSettings().micro_batch)
-    with torch.no_grad(), task.lockstep() as lockstep:
-        lockstep.close()
-        samples = task.samples(lockstep)
-        for stage in host.stages(samples, set(sites)):
+    with torch.no_grad(), task.run() as run:
+        run.lockstep.close()
+        for stage in run.stages():
             for batch in micro_batches(stage, 2, None, batching):
                 batch.run()
 

@@ -26,8 +26,9 @@ from iteris_core import merge
 from iteris_core.activations.collect import SweepCollector
 from iteris_core.activations.site import LinearSite, Site
 from iteris_core.activations.tokens import ConceptTokens
-from iteris_core.passes import loops
-from iteris_core.passes.job import Job
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.transformers import TransformersHost
+from iteris_core.passes import sweep
 from iteris_core.solve.inputs import InputMoments
 from iteris_core.solve.moments import MomentReduction
 from iteris_core.solve.output import OutputMoments
@@ -38,8 +39,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from outputs import read, result_file, write
 
 PARTS = {
-    "rows": [(Job, "samples")],
-    "a dry row, the plan": [(merge, "unmergeable_sites"), (loops, "plan")],
+    "rows": [(DiffusersHost, "samples"), (TransformersHost, "samples")],
+    "a dry row, the plan": [(merge, "unmergeable_sites"), (sweep, "planned")],
     "the changes' products": [(LinearSite, "add"), (Site, "add")],
     "inputs' moments": [(InputMoments, "add")],
     "targets": [(ConceptTokens, "target")],

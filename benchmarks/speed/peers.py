@@ -90,9 +90,9 @@ def _ssr_core(core: Any, host: Any, concepts: Sequence[Concept], calibration: An
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
     modules = host.sites()
     merger = core.SSRMerger(pairs, lambda_reg=1e-4)
-    with torch.no_grad(), task.lockstep() as lockstep:
-        lockstep.close()
-        samples = task.samples(lockstep)
+    with torch.no_grad(), task.run() as run:
+        run.lockstep.close()
+        samples = run.samples
         denoiser = _encoded(host, samples, set(sites))
         rows = list(range(len(denoiser.owners)))
         for index, concept in enumerate(concepts):

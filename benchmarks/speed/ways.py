@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -23,9 +22,9 @@ from rounds import in_turn, medians
 from iteris_core import Calibration, Concept, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_memory import HostMemory
 from iteris_core.activations.meter import MemoryMeter
-from iteris_core.passes import loops
-from iteris_core.passes.batches import Waiting
-from iteris_core.passes.ways import BLOCKS, IN_HOST, ON_DEVICE, find, replayable
+from iteris_core.passes import sweep as loops
+from iteris_core.passes.plan import Plan
+from iteris_core.passes.strategies import BLOCKS, IN_HOST, ON_DEVICE, Strategy, find, replayable
 from toybox import TEMPLATES
 
 Case = tuple[Any, Sequence[Concept], Calibration]
@@ -47,7 +46,7 @@ CASES: dict[str, Callable[[], Case]] = {"toybox": toybox, "sd15": sd15}
 WAYS = tuple(
     f"{place}{blocks}"
     for blocks in ("", *(f", by {size}" for size in BLOCKS))
-    for place in (ON_DEVICE, IN_HOST)
+    for place in (ON_DEVICE.name, IN_HOST)
 )
 """Every way to run a sweep, as plans call it; the first is the quickest."""
 
@@ -58,24 +57,22 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     place, _, size = way.partition(", by ")
     ran: list[str] = []
 
-    def planned(
-        job: Any, stage: Any, lockstep: Any, fitted: Any, *_: Any, sweep: bool, **__: Any
-    ) -> Any:
+    def planned(run: Any, stage: Any, _: Any, batching: Any, *, sweep: bool, **__: Any) -> Plan:
         if not (sweep and stage.sites):
-            return stage, fitted
-        levels, waiting = None, None
-        if way != ON_DEVICE:
-            levels = find(stage, lockstep).levels(BLOCKS.get(size, 0))
+            return Plan(stage, batching.rows, Strategy())
+        levels = offloads = None
+        if way != ON_DEVICE.name:
+            levels = find(stage, run.lockstep).levels(BLOCKS.get(size, (0, 1.0))[0])
         if size:
-            levels = replayable(stage, lockstep, levels)
+            levels = replayable(stage, run.lockstep, levels)
         if place == IN_HOST:
-            device = next(next(iter(job.host.sites().values())).parameters()).device
-            waiting = Waiting(0, device, host_bytes)
+            offloads = next(next(iter(run.host.sites().values())).parameters()).device
         if not size or levels.blocks:
             ran.append(stage.name)
-        return stage, replace(fitted, waiting=waiting, levels=levels)
+        strategy = Strategy(way, levels=levels, offloads=offloads)
+        return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
 
-    with patch.object(loops, "plan", planned):
+    with patch.object(loops, "planned", planned):
         yield
         if not ran:
             raise IterisError(f"No stage can be run {way}.")

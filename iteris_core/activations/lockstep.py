@@ -26,7 +26,6 @@ from ..lora import LowRank, SiteChanges
 from .blocks import Levels, Shown, replay_hook
 from .micro_batch import MicroBatch, Pending
 from .modes import Modes
-from .pace import Pace
 from .parking import Parking
 from .processes import ALONE, Processes
 from .site import Site, site_of
@@ -39,7 +38,6 @@ class Lockstep:
     ``changes[site][i]`` is concept i's change of that site, scaled by its strength, or None.
     ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
     :meth:`..hosts.protocol.Host.streams` gives them. ``processes`` says which rows are this one's.
-    ``pace`` notes how long forwards that are run on their own take to each site.
     """
 
     def __init__(
@@ -48,11 +46,8 @@ class Lockstep:
         changes: Mapping[str, SiteChanges],
         streams: Mapping[str, nn.Module] | None = None,
         processes: Processes = ALONE,
-        pace: Pace | None = None,
     ) -> None:
         self.processes = processes
-        self._pace = pace
-        self._timed: Pace | None = None
         self.changes = {name: SiteChanges.of(some) for name, some in changes.items()}
         self._modules = modules
         self._streams = streams or {}
@@ -101,14 +96,11 @@ class Lockstep:
     def run(self, batch: MicroBatch, *, grad: bool = False) -> None:
         """One forward, start to end; with ``grad`` it can be differentiated by merged changes."""
         self._active = batch
-        if self._pace is not None:
-            self._pace.begin()
-        self._timed = self._pace
         try:
             with torch.set_grad_enabled(grad):
                 batch.run()
         finally:
-            self._active = self._timed = None
+            self._active = None
 
     @contextmanager
     def in_levels(self, levels: Levels) -> Generator[None]:
@@ -212,8 +204,6 @@ class Lockstep:
             if batch is None:
                 return None
             inputs: Tensor = args[0]
-            if self._timed is not None:
-                self._timed.note(name, site, inputs, output)
             if batch.of_one:
                 change = changes[batch.owners[0]]
                 if change is not None:

@@ -92,7 +92,9 @@ def extract_lora(
     ranks = share_out(found, target, itemsize)
     cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
     whole = {name: _whole(dense[name], sites[name]) for name in dense}
-    cut |= fitted(job_on(base, whole), {name: ranks[name] for name in cut})
+    job = job_on(base, whole)
+    with job.run() as run:
+        cut |= fitted(job, run, {name: ranks[name] for name in cut})
     error = output_error(base, tuned, concept, cut, chosen, tick)
     if not error < 1:
         raise SolveError(
@@ -113,15 +115,16 @@ def _components(
         found[name] = Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
 
     every = job.changes
-    blind = unmergeable_sites(
-        job.host, job.concepts, every, job.calibration, job.tick, job.outlook, sweep=True
+    blind, _ = unmergeable_sites(
+        job.host, job.concepts, every, job.calibration, job.tick, sweep=True
     )
     if blind:
         first = min(blind)
         raise MismatchError(
             f"{len(blind)} layers cannot be seen, such as {first}: it {blind[first]}."
         )
-    look(job, visit)
+    with job.run() as run:
+        look(run, visit)
     return found
 
 

@@ -13,8 +13,8 @@ from ..concepts import Calibration
 from ..errors import MergeCancelled
 from ..hosts.protocol import Tick
 from ..passes.batches import Batching
-from ..passes.job import Job
-from ..passes.loops import Reducing, reference_pass
+from ..passes.job import Run, StageSolver
+from ..passes.sweep import REFERENCE, solve_sites
 from ..progress import OnProgress, Progress
 from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Opening, Reduction, Solution, Tokens
@@ -34,11 +34,11 @@ def ticking(
 ) -> Tick:
     """Progress, or an end; ``what`` is being done."""
 
-    def tick(step: str, done: int, total: int) -> None:
+    def tick(step: str, done: int, total: int, plan: str = "") -> None:
         if should_stop is not None and should_stop():
             raise MergeCancelled(f"{what} was cancelled; nothing was changed or written.")
         if on_progress is not None:
-            on_progress(Progress(step, done, total))
+            on_progress(Progress(step, done, total, plan=plan))
 
     return tick
 
@@ -82,9 +82,9 @@ class _Moments(Reduction):
         return Seen(torch.linalg.cholesky(moment), output)
 
 
-def look(job: Job, visit: Callable[[str, Seen], None]) -> None:
-    """Run the rows of ``job``, which has one concept, under its LoRA, and ``visit`` every site of
-    its changes with what it saw."""
+def look(run: Run, visit: Callable[[str, Seen], None]) -> None:
+    """Run the rows of one concept under its LoRA, and ``visit`` every site of its changes with what
+    it saw."""
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)
@@ -92,8 +92,8 @@ def look(job: Job, visit: Callable[[str, Seen], None]) -> None:
         return Solution(reduction.changes.like)
 
     def size(site: str, sweep: bool) -> Bytes:
-        square = job.changes[site].shape[1] ** 2
+        square = run.lockstep.changes[site].shape[1] ** 2
         return Bytes(4 * square, 16 * square, 0, 4 * square)
 
-    reducing = Reducing(begin=_Moments, solve=solve, bytes=size)
-    reference_pass(job, lambda _: reducing, Batching(32))
+    solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
+    solve_sites(run, lambda _: solver, Batching(32), REFERENCE)

@@ -17,8 +17,8 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
 from ..passes.batches import Batching
 from ..passes.changes import changes_of, check_sites, unmergeable_sites
-from ..passes.job import Job
-from ..passes.loops import Reducing, sweep_pass
+from ..passes.job import Job, Run, StageSolver
+from ..passes.sweep import solve_sites
 from ..progress import OnProgress
 from ..solve.choose import POLICY
 from ..solve.problem import Fit, Solution
@@ -101,25 +101,24 @@ def resize_lora(
 
 def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
     host, concept, every = job.host, job.concepts[0], job.changes
-    blind = unmergeable_sites(
-        host, job.concepts, every, job.calibration, job.tick, job.outlook, sweep=True
-    )
+    blind, _ = unmergeable_sites(host, job.concepts, every, job.calibration, job.tick, sweep=True)
     found: dict[str, Components] = {}
 
     def visit(site: str, seen: Seen) -> None:
         found[site] = Components.of(lora.sites[site], seen.root, seen.output)
 
-    with host.activate([embedding_triggers(concept, host.learned)]):
-        job.changes = {site: some for site, some in every.items() if site not in blind}
+    job = replace(job, changes={site: some for site, some in every.items() if site not in blind})
+    triggers = [embedding_triggers(concept, host.learned)]
+    with host.activate(triggers), job.run() as run:
         if job.changes:
-            look(job, visit)
+            look(run, visit)
         unseen = {site: Components.of(lora.sites[site]) for site in every if site not in found}
         found |= _as_worthy(unseen, found)
         ranks = share_out(found, target, itemsize)
         cut = {site: one.at(ranks[site]) for site, one in found.items() if ranks[site]}
         at = {site: rank for site, rank in ranks.items() if rank and site not in unseen}
         if at and any(rank < lora.sites[site].rank for site, rank in ranks.items()):
-            cut |= fitted(job, at)
+            cut |= fitted(job, run, at)
     return Resized(_with(lora, cut), ranks, kept(found, ranks), tuple(unseen))
 
 
@@ -134,13 +133,13 @@ def _as_worthy(
     }
 
 
-def fitted(job: Job, ranks: Mapping[str, int]) -> dict[str, LowRank]:
+def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks`` fitted at these to their whole output with all of the job's changes,
     in a sweep over what passed the sites before; those that are not there keep no change."""
     size = job.calibration.samples, job.calibration.timesteps, 1
     fit = Fit(job.weights, POLICY.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
-    reducing = Reducing(
+    solver = StageSolver(
         begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
         solve=lambda site, reduction: (
             reduction.solve(fits[site])
@@ -150,7 +149,7 @@ def fitted(job: Job, ranks: Mapping[str, int]) -> dict[str, LowRank]:
         bytes=lambda site, sweep: POLICY.bytes(job.changes[site], fit, "output", 4, sweep=sweep),
     )
     batching = Batching(32, "enough", job.calibration.seed)
-    solutions = sweep_pass(job, lambda _: reducing, batching)
+    solutions, _ = solve_sites(run, lambda _: solver, batching)
     return {site: solutions[site].change for site in ranks}
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -37,8 +37,8 @@ from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import Batching, chunks, micro_batches
-from ..passes.job import Job
-from ..passes.ways import find
+from ..passes.job import Job, Run
+from ..passes.strategies import find
 from .block_factors import Factors, NoGradients, Runner, gradients_of, tokens_of
 from .side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of, samples_each
 
@@ -65,39 +65,40 @@ class Adam:
 
 
 def expect_block_polish(job: Job, adam: Adam) -> None:
-    """Tell the job's outlook of it: of several segments each takes part of a forward."""
+    """Foretell the time of it: of several segments each takes part of a forward."""
     rows = _row_count(job)
     forwards = _STEP * adam.steps * AT_ONCE + 2 * 3 * rows
     if adam.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
-        job.outlook.later(SHOWING, samples * job.calibration.denoising_steps)
+        job.eta.later(SHOWING, samples * job.calibration.denoising_steps)
         forwards += samples * job.calibration.timesteps * 3 * 3
-    job.outlook.later(WHAT, forwards)
+    job.eta.later(WHAT, forwards)
 
 
-def polish_blocks(job: Job, merged: Mapping[str, LowRank], adam: Adam) -> dict[str, LowRank]:
-    """The ``merged`` changes after some steps for every segment."""
+def polish_blocks(
+    job: Job, run: Run, merged: Mapping[str, LowRank], adam: Adam
+) -> tuple[dict[str, LowRank], list[str]]:
+    """The ``merged`` changes after some steps for every segment, and notes on them."""
+    notes: list[str] = []
     drawn = drawn_pairs(job, merged, _row_count(job)) if adam.pairs else None
     if adam.pairs and drawn is None and job.host.pictures and job.loras > 1:
-        job.ran.notes.append(
+        notes.append(
             "blocks are polished without pictures of two concepts, which need two that are things, "
             "have a trigger or a class word, and no embedding of their own"
         )
-    with job.lockstep() as lockstep:
-        samples = job.samples(lockstep)
-        lockstep.merged = dict(merged)
-        showing = drawn and PairStages(job, lockstep, drawn)
-        for stage in job.host.stages(samples, set(job.changes)):
-            if stage.sites and not stage.feeds:
-                shown = showing and showing.advance(stage.name)
-                _Polish(job, lockstep, stage, adam, shown).run()
-            if stage.feeds:
-                batching = Batching(AT_ONCE)
-                for batch in micro_batches(stage, 2, None, batching):
-                    lockstep.run(batch)
-        changes = lockstep.merged
+    lockstep = run.lockstep
+    lockstep.merged = dict(merged)
+    showing = drawn and PairStages(job, lockstep, drawn)
+    for stage in run.stages():
+        if stage.sites and not stage.feeds:
+            shown = showing and showing.advance(stage.name)
+            notes += _Polish(job, lockstep, stage, adam, shown).run()
+        if stage.feeds:
+            for batch in micro_batches(stage, 2, None, Batching(AT_ONCE)):
+                lockstep.run(batch)
+    changes = lockstep.merged
     dtypes = {site: change.up.dtype for site, change in merged.items()}
-    return {site: changes[site].to(dtypes[site]) for site in merged}
+    return {site: changes[site].to(dtypes[site]) for site in merged}, notes
 
 
 def _row_count(job: Job) -> int:
@@ -116,18 +117,21 @@ class _Polish:
     at_once: int = AT_ONCE
     paired: bool = False
     in_place: bool = False
+    notes: list[str] = field(default_factory=list[str])
 
-    def run(self) -> None:
+    def run(self) -> list[str]:
+        """Notes on what is not polished."""
         segments = segments_of(find(self.stage, self.lockstep))
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
             if not self._gains(segment, number, len(segments), before):
                 self.lockstep.merged |= before
         if segments and self.shown is not None and not self.paired:
-            self.job.ran.notes.append(
+            self.notes.append(
                 f"the {self.stage.name}'s blocks are polished without pictures of two concepts, "
                 "since it is not known where in a picture what they give belongs"
             )
+        return self.notes
 
     def _gains(
         self, segment: Segment, number: int, count: int, before: Mapping[str, LowRank]
@@ -159,7 +163,7 @@ class _Polish:
 
     def _note(self, segment: Segment, why: str) -> None:
         first, *_, last = segment.sites
-        self.job.ran.notes.append(f"{first} to {last} are not polished, {why}")
+        self.notes.append(f"{first} to {last} are not polished, {why}")
 
     def _polish(self, segment: Segment, number: int, count: int) -> bool:
         """Whether the segment came nearer to what it is to give."""

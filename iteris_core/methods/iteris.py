@@ -16,62 +16,64 @@ import torch
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..passes.batches import Batching
-from ..passes.job import Job
-from ..passes.loops import Reducing, Solutions, jacobi, sweep_pass
+from ..passes.job import Job, StageSolver
+from ..passes.sweep import SWEEP, Schedule, solve_sites
 from ..report.report import SiteReport
 from ..solve.problem import Fit, Reduction, Solution
 from .block_polish import Adam, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
-from .repair import add_repairs, at_all_inputs
+from .repair import Repairs, at_all_inputs, with_repairs
 
 
 @on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep", sums=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
+    repairs: Repairs = {}
     if settings.repair and settings.objective == "output":
-        add_repairs(job, settings.repair_inputs)
+        job, repairs = with_repairs(job, settings.repair_inputs)
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
     by_blocks = Adam(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
         expect_block_polish(job, by_blocks)
     if settings.polish_steps:
         expect_polish(job, settings.polish_steps, settings.micro_batch)
-    solutions = _solved(job, settings)
-    changes = {site: solution.change for site, solution in solutions.items()}
-    if by_blocks.steps:
-        changes = polish_blocks(job, changes, by_blocks)
-    if settings.polish_steps:
-        adam = settings.polish_steps, settings.polish_rate
-        changes = polish(job, changes, *adam, settings.micro_batch)
-    return {
-        site: (changes[site], SiteReport.of(solution, repair=site in job.repairs))
-        for site, solution in solutions.items()
-    }
-
-
-def _solved(job: Job, settings: IterisSettings) -> Solutions:
+    schedule = SWEEP
+    if settings.schedule == "jacobi":
+        schedule = Schedule(False, settings.iterations, settings.tolerance)
     saliency = settings.saliency
     if saliency is None:
         saliency = job.policy.saliency_for(job.loras)
+    changed = job.changes.keys() - repairs.keys()
+    acting = changed & job.host.streams(changed).keys() if saliency else set[str]()
+
+    def solver_of(stage: Stage) -> StageSolver:
+        return _solver(job, settings, stage, acting, repairs)
+
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
-    seed = job.calibration.seed
-    batching = Batching(settings.micro_batch, tokens, seed, saliency=saliency, policy=job.policy)
-    acting: Set[str] = set()
-    if saliency:
-        changed = set(job.changes) - set(job.repairs)
-        acting = changed & set(job.host.streams(changed))
+    seed, policy = job.calibration.seed, job.policy
+    batching = Batching(settings.micro_batch, tokens, seed, saliency, policy)
+    with job.run() as run:
+        solutions, log = solve_sites(run, solver_of, batching, schedule)
+        changes = {site: solution.change for site, solution in solutions.items()}
+        if by_blocks.steps:
+            changes, notes = polish_blocks(job, run, changes, by_blocks)
+            log = log.with_notes(notes)
+        if settings.polish_steps:
+            adam = settings.polish_steps, settings.polish_rate
+            changes, notes = polish(job, run, changes, *adam, settings.micro_batch)
+            log = log.with_notes(notes)
+    sites = {
+        site: (changes[site], SiteReport.of(solution, repair=site in repairs))
+        for site, solution in solutions.items()
+    }
+    return Merged(sites, log)
 
-    def reducing_of(stage: Stage) -> Reducing:
-        return _reducing(job, settings, stage, acting)
 
-    if settings.schedule == "sweep":
-        return sweep_pass(job, reducing_of, batching)
-    return jacobi(job, reducing_of, batching, settings.iterations, settings.tolerance)
-
-
-def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]) -> Reducing:
+def _solver(
+    job: Job, settings: IterisSettings, stage: Stage, acting: Set[str], repairs: Repairs
+) -> StageSolver:
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
@@ -88,10 +90,10 @@ def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]
     )
     # Repair sites are many inputs wide, and nobody reads their residuals.
     repairing = replace(fit, dtype=dtype, residuals=False)
-    inputs = {site: chosen for site, chosen in job.repairs.items() if chosen is not None}
+    inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
     def fit_of(site: str) -> Fit:
-        return repairing if site in job.repairs else fit
+        return repairing if site in repairs else fit
 
     def solve(site: str, reduction: Reduction) -> Solution:
         solution = reduction.solve(fit_of(site))
@@ -104,20 +106,11 @@ def _reducing(job: Job, settings: IterisSettings, stage: Stage, acting: Set[str]
         changes = job.changes[site]
         return changes.at(inputs[site]) if site in inputs else changes
 
-    return Reducing(
+    return StageSolver(
         begin=lambda opening: job.policy.choose(opening, fit, settings.objective, dtype),
         solve=solve,
         bytes=lambda site, sweep: job.policy.bytes(
             used(site), fit_of(site), settings.objective, dtype.itemsize, sweep=sweep
-        ),
-        work=lambda site, tokens, sweep, shares: job.policy.work(
-            used(site),
-            tokens,
-            fit_of(site),
-            settings.objective,
-            dtype,
-            sweep=sweep,
-            shares=shares and site not in inputs,
         ),
         dtype=dtype,
         acting=acting,

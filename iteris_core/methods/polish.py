@@ -12,12 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..errors import MismatchError
 from ..lora import LowRank
 from ..passes.batches import chunks
-from ..passes.job import Job
+from ..passes.job import Job, Run
 
 _CHECK_EVERY = 25
 _POLISHING, _TARGETS = "polishing", "outputs of each LoRA alone"
@@ -29,64 +28,70 @@ _STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
 def expect_polish(job: Job, steps: int, batch: int) -> None:
-    """Tell the job's outlook of a polish behind the sites."""
-    job.outlook.later(_TARGETS, of_rows=2.0)
-    job.outlook.later(_POLISHING, _STEP * steps * batch)
+    """Foretell the time of a polish behind the sites."""
+    job.eta.later(_TARGETS, of_rows=2.0)
+    job.eta.later(_POLISHING, _STEP * steps * batch)
 
 
 def polish(
-    job: Job, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int, held_out: int = 64
-) -> dict[str, LowRank]:
-    """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each."""
-    with job.lockstep() as lockstep:
-        stage = _LastStages(job, lockstep)
-        targets, scales = stage.targets(batch)
-        order = torch.randperm(len(stage.owners), generator=job.generator)
-        held_out = min(held_out, len(stage.owners) // 4)
-        kept_back, rows = order[:held_out].tolist(), order[held_out:]
-        factors = [
-            factor.float().clone().requires_grad_()
-            for change in merged.values()
-            for factor in (change.up, change.down)
-        ]
-        lockstep.merged = _changes(merged, factors)
-        optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    job: Job,
+    run: Run,
+    merged: Mapping[str, LowRank],
+    steps: int,
+    rate: float,
+    batch: int,
+    held_out: int = 64,
+) -> tuple[dict[str, LowRank], list[str]]:
+    """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each. The changes, and
+    notes on them."""
+    stage = _LastStages(job, run)
+    targets, scales = stage.targets(batch)
+    order = torch.randperm(len(stage.owners), generator=job.generator)
+    held_out = min(held_out, len(stage.owners) // 4)
+    kept_back, rows = order[:held_out].tolist(), order[held_out:]
+    factors = [
+        factor.float().clone().requires_grad_()
+        for change in merged.values()
+        for factor in (change.up, change.down)
+    ]
+    run.lockstep.merged = _changes(merged, factors)
+    optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-        def loss(some: Sequence[int], *, grad: bool) -> Tensor:
-            output = stage.outputs(some, merged=True, grad=grad)
-            error = (output.float() - targets[list(some)].to(output.device)).flatten(1)
-            return ((error**2).mean(dim=1) * scales[list(some)].to(output.device)).mean()
+    def loss(some: Sequence[int], *, grad: bool) -> Tensor:
+        output = stage.outputs(some, merged=True, grad=grad)
+        error = (output.float() - targets[list(some)].to(output.device)).flatten(1)
+        return ((error**2).mean(dim=1) * scales[list(some)].to(output.device)).mean()
 
-        def check() -> float:
-            parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
-            return sum(float(loss(part, grad=False)) * len(part) for part in parts)
+    def check() -> float:
+        parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
+        return sum(float(loss(part, grad=False)) * len(part) for part in parts)
 
-        best, best_loss = [factor.detach().clone() for factor in factors], check()
-        for step in range(steps):
-            pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
-            with torch.enable_grad():
-                value = loss(rows[pick].tolist(), grad=True)
-                # Of some sites nothing reaches the output, such as a text encoder's last layers.
-                gradients = (
-                    torch.autograd.grad(value, factors, allow_unused=True)
-                    if value.requires_grad
-                    else [None] * len(factors)
-                )
-            if all(gradient is None for gradient in gradients):
-                job.ran.notes.append(_NOTHING)
-                return dict(merged)
-            for factor, gradient in zip(factors, gradients, strict=True):
-                factor.grad = gradient
-            optimizer.step()
-            schedule.step()
-            if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
-                now = check()
-                if now < best_loss:
-                    best_loss, best = now, [factor.detach().clone() for factor in factors]
-            job.tick(_POLISHING, step + 1, steps)
+    best, best_loss = [factor.detach().clone() for factor in factors], check()
+    for step in range(steps):
+        pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
+        with torch.enable_grad():
+            value = loss(rows[pick].tolist(), grad=True)
+            # Of some sites nothing reaches the output, such as a text encoder's last layers.
+            gradients = (
+                torch.autograd.grad(value, factors, allow_unused=True)
+                if value.requires_grad
+                else [None] * len(factors)
+            )
+        if all(gradient is None for gradient in gradients):
+            return dict(merged), [_NOTHING]
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
+            now = check()
+            if now < best_loss:
+                best_loss, best = now, [factor.detach().clone() for factor in factors]
+        job.tick(_POLISHING, step + 1, steps)
     dtypes = {site: change.up.dtype for site, change in merged.items()}
-    return {site: change.to(dtypes[site]) for site, change in _changes(merged, best).items()}
+    changes = _changes(merged, best)
+    return {site: change.to(dtypes[site]) for site, change in changes.items()}, []
 
 
 def _changes(like: Mapping[str, LowRank], factors: Sequence[Tensor]) -> dict[str, LowRank]:
@@ -98,10 +103,9 @@ def _changes(like: Mapping[str, LowRank], factors: Sequence[Tensor]) -> dict[str
 class _LastStages:
     """The rows of the stages that give the final output, and each one's concept."""
 
-    def __init__(self, job: Job, lockstep: Lockstep) -> None:
-        self.job, self.lockstep = job, lockstep
-        self.samples = job.samples(lockstep)
-        stages = list(job.host.stages(self.samples, set(job.changes)))
+    def __init__(self, job: Job, run: Run) -> None:
+        self.job, self.lockstep, self.samples = job, run.lockstep, run.samples
+        stages = list(run.stages())
         if not stages:
             raise MismatchError("There is nothing to polish: no stage of the model is reached.")
         last = [stage for stage in stages if not stage.feeds] or stages[-1:]

@@ -9,7 +9,7 @@ the check that no site was missed are made here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import Batching
-from ..passes.job import Job, WeightJob
-from ..passes.loops import Reducing, reference_pass, sweep_pass
+from ..passes.job import Job, RunLog, StageSolver, WeightJob
+from ..passes.sweep import REFERENCE, SWEEP, solve_sites
 from ..report.report import SiteReport
 from ..settings import Settings, setting
-from ..solve.problem import Fit
+from ..solve.problem import Fit, Solution
 
 
 def rank_setting(
@@ -39,7 +39,18 @@ def micro_batch_setting() -> int:
     return setting(32, "Rows per forward; the result is the same for any number.", low=1)
 
 
-Merged = Mapping[str, tuple[LowRank, SiteReport]]
+@dataclass(frozen=True)
+class Merged:
+    """Every site's change with its report, and what the run reports of itself."""
+
+    sites: Mapping[str, tuple[LowRank, SiteReport]]
+    log: RunLog = field(default_factory=RunLog)
+
+    @staticmethod
+    def of(solutions: Mapping[str, Solution], log: RunLog) -> Merged:
+        return Merged({site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}, log)
+
+
 Sweeps = Callable[[Any], bool]
 
 
@@ -103,7 +114,7 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
                 change, lost = function(AtSite(changes, job.weights, job.generator), given)
                 merged[site] = change, SiteReport(change.rank, truncated=lost)
                 job.tick("merging sites", len(merged), len(job.changes))
-            return merged
+            return Merged(merged)
 
         return _registered(name, merge, settings, False, function)
 
@@ -128,17 +139,16 @@ def on_activations(
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
             fit: Fit = function(job, given)
-            reducing = Reducing(
+            solver = StageSolver(
                 begin=reduction.begin,
                 solve=lambda _, reduced: reduced.solve(fit),
                 bytes=lambda site, _: reduction.bytes(job.changes[site]),
-                work=lambda site, tokens, _, shares: reduction.work(
-                    job.changes[site], tokens, fit, torch.float32, shares
-                ),
             )
-            run = sweep_pass if merged_inputs else reference_pass
-            solutions = run(job, lambda _: reducing, Batching(given.micro_batch))
-            return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+            schedule = SWEEP if merged_inputs else REFERENCE
+            with job.run() as run:
+                return Merged.of(
+                    *solve_sites(run, lambda _: solver, Batching(given.micro_batch), schedule)
+                )
 
         sweeps = _always if merged_inputs else _never
         return _registered(name, merge, settings, True, function, sweeps, sums)
@@ -149,8 +159,8 @@ def on_activations(
 def on_model(
     name: str, settings: type[Settings], *, sweeps: Sweeps = _never, sums: bool = False
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> {site: (change, report)}``. One that calls
-    :func:`..passes.loops.sweep_pass` declares by ``sweeps`` with which settings it does."""
+    """Register ``function(job, settings) -> Merged``. One that calls
+    :func:`..passes.sweep.solve_sites` declares by ``sweeps`` with which settings it sweeps."""
 
     def register(function: Function) -> Function:
         return _registered(name, function, settings, True, function, sweeps, sums)

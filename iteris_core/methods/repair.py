@@ -17,6 +17,7 @@ the moments of half of them cost a quarter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,26 +26,29 @@ from ..activations.site import site_of
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 
+Repairs = Mapping[str, Tensor | None]
+"""Repair sites, and which of their inputs may be used (None: all)."""
 
-def add_repairs(job: Job, share: float | None = None) -> None:
-    """Put the host's streams and repair sites into ``job``.
+
+def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
+    """``job`` with the host's streams and repair sites, and those.
 
     ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None: as
     the job's policy says for so many LoRAs). Each concept that changes a component stands there
     with a change of zero, at its largest rank in that component. One concept alone leaves no drift.
     """
     if len(job.concepts) < 2:
-        return
+        return job, {}
     if share is None:
         share = job.policy.repair_inputs_for(job.loras, job.host.pictures)
-    job.streams = job.host.streams(set(job.changes))
+    streams = job.host.streams(set(job.changes))
     ranks = _largest_ranks(job.changes)
     modules = job.host.sites()
     first = next(iter(job.changes.values()))
     like, sums = first.like.up, first.sums
     added: dict[str, SiteChanges] = {}
     inputs: dict[str, Tensor | None] = {}
-    for name in job.streams:
+    for name in streams:
         if name not in job.changes:
             site = site_of(name, modules[name])
             added[name] = SiteChanges(
@@ -55,8 +59,7 @@ def add_repairs(job: Job, share: float | None = None) -> None:
                 sums,
             )
             inputs[name] = _evenly(*site.shape, share)
-    job.changes = {**job.changes, **added}
-    job.repairs = inputs
+    return replace(job, changes={**job.changes, **added}, streams=streams), inputs
 
 
 def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:

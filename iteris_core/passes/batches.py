@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ..activations.blocks import Levels
 from ..activations.choice import TokenChoice
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.processes import ALONE, Processes
@@ -23,23 +21,12 @@ _GOLDEN = 0.618034
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """``on_device`` rows wait on the ``device``, and the others in up to ``host_bytes`` of the
-    host's memory."""
-
-    on_device: int
-    device: torch.device
-    host_bytes: int
-
-
-@dataclass(frozen=True)
 class Batching:
     """``rows`` a forward; at most ``row_tokens`` tokens of each row count (None: all; "enough": of
     a picture's as many as the ``policy`` says, of texts all), chosen at random by ``seed``.
 
     Of stages whose tokens are places of a picture, ``saliency`` is the share of
-    :mod:`..activations.saliency`. ``waiting`` is where the rows of a
-    sweep do (None: all on the device), and ``levels`` where they pause (None: at every site).
+    :mod:`..activations.saliency`.
     """
 
     rows: int
@@ -47,12 +34,6 @@ class Batching:
     seed: int = 0
     saliency: float = 0.0
     policy: Policy = POLICY
-    waiting: Waiting | None = None
-    levels: Levels | None = None
-
-    @property
-    def by_blocks(self) -> bool:
-        return self.levels is not None and bool(self.levels.blocks)
 
 
 def micro_batches(

@@ -10,7 +10,7 @@ from ..errors import MismatchError
 from ..hosts.protocol import Host, Tick
 from ..lora import LowRank, SiteChanges, concatenate
 from . import dry
-from .outlook import Outlook
+from .eta import Seen
 
 
 def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
@@ -72,13 +72,11 @@ def unmergeable_sites(
     changes: Mapping[str, SiteChanges],
     calibration: Calibration,
     tick: Tick,
-    outlook: Outlook,
     *,
     sweep: bool,
-) -> dict[str, str]:
-    """Site → why it cannot be merged; ``outlook`` is told what was seen. Models of text are not
-    asked: their rows may be there once only, and their layers are all reached."""
+) -> tuple[dict[str, str], list[Seen]]:
+    """Site → why it cannot be merged, and what was seen of every stage. Models of text are not
+    looked at: their rows may be there once only, and their layers are all reached."""
     if not host.pictures:
-        return {}
-    sites = set(changes)
-    return dry.unmergeable(host, concepts, sites, calibration, tick, sweep=sweep, outlook=outlook)
+        return {}, []
+    return dry.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)

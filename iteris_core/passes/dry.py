@@ -6,20 +6,23 @@ otherwise be found at the end, after minutes or hours.
 
 from __future__ import annotations
 
+import math
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..activations.host_memory import wait_for
 from ..activations.lockstep import Lockstep
-from ..activations.pace import Pace
-from ..activations.site import site_of
+from ..architectures.sites import weight_shape
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage, Tick
-from .outlook import Outlook
+from .eta import Reached, Seen
 
 UNREACHED = "is reached by no forward"
 PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
@@ -35,17 +38,15 @@ def unmergeable(
     tick: Tick,
     *,
     sweep: bool,
-    outlook: Outlook | None = None,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], list[Seen]]:
     """Site of ``sites`` → why its features cannot be collected, by a ``sweep`` or otherwise; empty
-    where all can be. ``outlook`` is told what was seen.
+    where all can be. And what was seen of every stage.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
     """
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
-    modules = {site: host.sites()[site] for site in sites}
-    outlook = outlook or Outlook()
+    modules, seen = host.sites(), list[Seen]()
 
     def quiet(what: str, done: int, total: int) -> None:
         tick("looking at the sites", 0, 0)
@@ -58,57 +59,76 @@ def unmergeable(
             samples = host.samples(concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
-                found |= _look(stage, modules, outlook.pace, every_kind=every_kind, sweep=sweep)
+                why, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
+                found |= why
                 if not every_kind:
-                    outlook.saw(stage, concepts, calibration)
+                    seen.append(stage_seen)
             if sites <= found.keys():
                 break
-    return {site: why for site in sites if (why := found.get(site, UNREACHED)) is not None}
+    why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
+    return why_not, seen
 
 
 def _look(
-    stage: Stage, modules: Mapping[str, nn.Module], pace: Pace, *, every_kind: bool, sweep: bool
-) -> dict[str, str | None]:
+    stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
+) -> tuple[dict[str, str | None], Seen]:
     """The sites that ``stage`` reaches with its first row, or with the first row of every kind,
     and what keeps them from being merged."""
     kinds = stage.kinds if stage.kinds and every_kind else [None] * len(stage.owners)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
-    calls: dict[str, list[bool]] = {}
-    reached: Counter[str] = Counter()
-    whole: dict[str, bool] = {}
+    calls = _Calls(set(stage.sites))
+    count: Counter[str] = Counter()
+    mixed: set[str] = set()
     repeated: set[str] = set()
-    handles = [modules[site].register_forward_pre_hook(_note(site, calls)) for site in stage.sites]
-    handles += [
-        modules[site].register_forward_hook(pace.hook(site, site_of(site, modules[site])))
-        for site in stage.sites
-    ]
+    took = 0.0
+    handles = [module.register_forward_hook(calls.hook(s)) for s, module in modules.items()]
     try:
         for row in firsts:
-            calls.clear()
-            pace.begin()
-            stage.run([row, row], 1)
-            reached.update(calls.keys())
-            whole |= {site: whole.get(site, True) and all(some) for site, some in calls.items()}
-            repeated |= {site for site, some in calls.items() if len(some) > 1}
+            for _ in range(1 if every_kind else 2):  # the first one may bring weights to the device
+                calls.rows.clear()
+                started = time.perf_counter()
+                stage.run([row, row], 1)
+                wait_for(calls.device)
+                took = time.perf_counter() - started
+            count.update(calls.rows.keys())
+            mixed |= {site for site, rows in calls.rows.items() if set(rows) != {2}}
+            repeated |= {site for site, rows in calls.rows.items() if len(rows) > 1}
     finally:
         for handle in handles:
             handle.remove()
     for row in set(range(len(stage.owners))) - set(firsts) if stage.feeds else ():
         stage.run([row], 1)
-    why: dict[str, str | None] = dict.fromkeys(reached)
+    why: dict[str, str | None] = dict.fromkeys(count)
     if sweep:
-        why |= {site: PARTLY for site, count in reached.items() if count < len(firsts)}
+        why |= {site: PARTLY for site, reached in count.items() if reached < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why | {site: MIXED for site, one in whole.items() if not one}
+    return why | dict.fromkeys(mixed, MIXED), Seen(stage, calls.reached, took / 2, calls.device)
 
 
-def _note(site: str, calls: dict[str, list[bool]]) -> Callable[..., None]:
-    """For every call of the site whether it gets one row for each of the two of the batch."""
+class _Calls:
+    """What a forward calls: every site that it ``reached``, and for those that are wanted how many
+    ``rows`` each call has."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        calls.setdefault(site, []).append(args[0].shape[0] == 2)
+    def __init__(self, wanted: Set[str]) -> None:
+        self.rows: dict[str, list[int]] = {}
+        self.reached: dict[str, Reached] = {}
+        self.device = torch.device("cpu")
+        self._wanted = wanted
+        self._before: Callable[[], Tensor | None] = lambda: None
 
-    return hook
+    def hook(self, site: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            out, *rest = weight_shape(module)
+            shares = False
+            if site in self._wanted:
+                self.rows.setdefault(site, []).append(len(args[0]))
+                shares = self._before() is args[0]
+                self._before = weakref.ref(args[0])
+            tokens = output.numel() // max(out * len(output), 1)
+            self.reached[site] = Reached((out, math.prod(rest)), tokens, shares)
+            self.device = output.device
+
+        return hook
 
 
 def complaint(

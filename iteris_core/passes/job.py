@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -12,32 +14,62 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.processes import ALONE, Processes
 from ..concepts import Calibration, Concept
-from ..hosts.protocol import Host, Tick
+from ..errors import SolveError
+from ..hosts.protocol import DENOISING, Host, Stage
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
-from .outlook import Outlook
+from ..solve.problem import Begin, Bytes, Reduction, Solution
+from .eta import Eta
+
+Budget = int | Literal["free"] | None
+"""Bytes beyond the model (``"free"``: what is free; None: no limit)."""
 
 
-@dataclass
-class Ran:
-    """What a run tells of itself: how many ``rows`` it had, how each stage kept to the memory, the
-    largest relative change of a site in each Jacobi iteration but the first, and ``notes``."""
+@dataclass(frozen=True)
+class RunLog:
+    """What a run reports of itself: how many ``rows`` it had, how each stage kept to the memory,
+    the largest relative change of a site in each Jacobi iteration but the first, and ``notes``."""
 
     rows: int = 0
-    plan: list[str] = field(default_factory=list[str])
-    convergence: list[float] = field(default_factory=list[float])
-    notes: list[str] = field(default_factory=list[str])
+    plan: Sequence[str] = ()
+    convergence: Sequence[float] = ()
+    notes: Sequence[str] = ()
+
+    def with_notes(self, notes: Sequence[str]) -> RunLog:
+        return replace(self, notes=[*self.notes, *notes])
 
 
-@dataclass
+@dataclass(frozen=True)
+class StageSolver:
+    """What a method does at the sites of a stage.
+
+    ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
+    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
+    ``acting`` and ``inputs`` are as for :class:`..activations.collect.Collector`.
+    """
+
+    begin: Begin
+    solve: Callable[[str, Reduction], Solution]
+    bytes: Callable[[str, bool], Bytes]
+    dtype: torch.dtype = torch.float32
+    acting: Set[str] = frozenset()
+    inputs: Mapping[str, Tensor] | None = None
+
+    def solved(self, site: str, reduction: Reduction) -> Solution:
+        """``solve``, with the site's name in what it may raise."""
+        try:
+            return self.solve(site, reduction)
+        except SolveError as error:
+            raise SolveError(f"Site {site}: {error}") from error
+
+
+@dataclass(frozen=True)
 class Job:
-    """A merge that runs the base model. ``changes[site]`` are the LoRAs' there, at their strength.
+    """A merge that runs the base model. ``changes[site]`` are the LoRAs' there, at their strength,
+    and ``streams`` the host's residual streams that a target is to hold.
 
-    A method may add sites to ``changes``, said in ``repairs`` with those of their inputs that may
-    be used (None: all), and the host's ``streams``. ``processes`` says which rows are this
-    process's. ``memory_budget`` is in bytes beyond the model (``"free"``: what is free; None: no
-    limit). ``policy`` holds the thresholds. ``ran`` is what the run tells of itself, and
-    ``outlook`` the time that it has before it.
+    ``processes`` says which rows are this process's. ``policy`` holds the thresholds. ``tick``
+    reports progress, and ``eta`` the time that is left.
     """
 
     host: Host
@@ -45,18 +77,12 @@ class Job:
     changes: Mapping[str, SiteChanges]
     calibration: Calibration
     generator: torch.Generator
-    tick: Tick
-    repairs: Mapping[str, Tensor | None] = field(default_factory=dict[str, Any])
+    tick: Callable[..., None]
     streams: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     processes: Processes = ALONE
-    memory_budget: int | Literal["free"] | None = None
+    memory_budget: Budget = None
     policy: Policy = POLICY
-    ran: Ran = field(default_factory=Ran)
-    outlook: Outlook = field(default_factory=Outlook)
-    _samples: Any = None
-
-    def __post_init__(self) -> None:
-        self.changes = {site: SiteChanges.of(some) for site, some in self.changes.items()}
+    eta: Eta = field(default_factory=Eta)
 
     @property
     def weights(self) -> list[float]:
@@ -67,24 +93,58 @@ class Job:
         """How many concepts have a LoRA; the others keep the base as it is."""
         return sum(concept.lora is not None for concept in self.concepts)
 
-    def samples(self, lockstep: Lockstep) -> Any:
-        """The rows on which features are collected, made once, with each LoRA active."""
-        if self._samples is None:
-            self.outlook.samples_begin()
-            self._samples = self.host.samples(
-                self.concepts,
-                set(self.changes),
-                self.calibration,
-                lockstep,
-                self.generator,
-                self.tick,
-            )
-            self.outlook.samples_end()
-        return self._samples
+    @contextmanager
+    def run(self) -> Generator[Run]:
+        """The model with the changes on it."""
+        calibration, denoised = self.calibration, 0
+        if calibration.latents == "denoising":
+            denoised = self.loras * calibration.samples * calibration.denoising_steps
+            denoised *= 2 if calibration.guidance > 1 else 1
+        with Lockstep(self.host.sites(), self.changes, self.streams, self.processes) as lockstep:
 
-    def lockstep(self) -> Lockstep:
-        modules, pace = self.host.sites(), self.outlook.pace
-        return Lockstep(modules, self.changes, self.streams, self.processes, pace)
+            def samples() -> Any:
+                sites = set(lockstep.changes)
+                return self.host.samples(
+                    self.concepts, sites, calibration, lockstep, self.generator, self.tick
+                )
+
+            yield Run(
+                self.host,
+                lockstep,
+                samples,
+                calibration.samples,
+                denoised,
+                self.memory_budget,
+                self.tick,
+                self.eta,
+            )
+
+
+@dataclass
+class Run:
+    """A base model that runs rows under ``lockstep``. ``make`` makes their samples, so many of each
+    concept, by ``denoised`` forwards of a row."""
+
+    host: Host
+    lockstep: Lockstep
+    make: Callable[[], Any]
+    samples_each: int
+    denoised: int
+    memory_budget: Budget
+    tick: Callable[..., None]
+    eta: Eta
+
+    @cached_property
+    def samples(self) -> Any:
+        """The rows on which features are collected, made once, with each LoRA active."""
+        samples = self.make()
+        self.eta.forecast.drop(DENOISING)  # which an application may have remembered
+        return samples
+
+    def stages(self) -> Iterator[Stage]:
+        """In execution order; all rows of one must have run before the next is asked for."""
+        for stage in self.host.stages(self.samples, set(self.lockstep.changes)):
+            yield replace(stage, samples=self.samples_each) if stage.samples is None else stage
 
 
 @dataclass
@@ -94,4 +154,4 @@ class WeightJob:
     changes: Mapping[str, SiteChanges]
     weights: Sequence[float]
     generator: torch.Generator
-    tick: Tick
+    tick: Callable[..., None]

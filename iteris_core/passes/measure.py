@@ -1,4 +1,4 @@
-"""What a row of a stage costs, measured: bytes at every site, and seconds.
+"""What a row of a stage costs, measured: bytes at every site.
 
 It pauses as in a sweep, one way or another. One row runs, and the same row twice; what the second
 one adds is what a row takes, and the rest is what a forward takes whatever its rows (weights that
@@ -18,7 +18,7 @@ from ..activations.blocks import Levels
 from ..activations.choice import TokenChoice
 from ..activations.host_memory import wait_for
 from ..activations.lockstep import Lockstep
-from ..activations.meter import MemoryMeter, is_apart
+from ..activations.meter import MemoryMeter
 from ..activations.micro_batch import MicroBatch
 from ..activations.parking import Parking, Place
 from ..activations.tokens import Group, Observation
@@ -69,13 +69,12 @@ class Step:
 @dataclass(frozen=True)
 class Cost:
     """Of one row, all its copies: its ``steps`` in order, the last one to the model's end (site
-    ""). A forward takes ``seconds``, and ``more`` for every row. ``device`` is where its tensors
-    are. If a row ``keeps`` what it has shown, that is among what it holds."""
+    ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are. If a row
+    ``keeps`` what it has shown, that is among what it holds."""
 
     steps: Sequence[Step]
     device: torch.device
     seconds: float = 0.0
-    more: float = 0.0
     keeps: bool = True
 
     @property
@@ -105,21 +104,17 @@ class Measure:
         """
         row = _longest(self.stage)
 
-        def run(rows: Sequence[int], *, metered: bool = True) -> _Run:
-            return _Run(self, rows, levels, place, metered=metered)
+        def run(rows: Sequence[int]) -> _Run:
+            return _Run(self, rows, levels, place)
 
         one = run([row])
         if one.left:
             one = run([row])
         two = run([row, row])
-        seconds = one.seconds, two.seconds
-        if is_apart(one.device):  # where a meter takes longer than the forward
-            seconds = run([row], metered=False).seconds, run([row, row], metered=False).seconds
         return Cost(
             [_step(*pair, self.copies) for pair in zip(one.steps, two.steps, strict=True)],
             one.device,
-            max(2 * seconds[0] - seconds[1], 0.0),
-            self.copies * min(max(seconds[1] - seconds[0], 0.0), seconds[0]),
+            two.seconds / 2,
             one.keeps,
         )
 
@@ -156,8 +151,6 @@ class _Run:
         rows: Sequence[int],
         levels: Levels | None,
         place: Place | None,
-        *,
-        metered: bool,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device
@@ -179,8 +172,7 @@ class _Run:
         )
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_levels(levels or Levels()))
-            if metered:
-                stack.enter_context(self._meter)
+            stack.enter_context(self._meter)
             if self._parking is not None:
                 stack.enter_context(self._parking)
                 self._parking.turn(0)

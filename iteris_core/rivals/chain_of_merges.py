@@ -16,7 +16,7 @@ from ..methods.registry import micro_batch_setting, on_activations, rank_setting
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.output import OutputMoments
-from ..solve.problem import Bytes, Fit, Opening, Work
+from ..solve.problem import Bytes, Fit, Opening
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ class _WholeOutputs:
     @staticmethod
     def bytes(changes: SiteChanges) -> Bytes:
         return OutputMoments.bytes(changes, torch.float32.itemsize, None, torch.float64)
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
-        return OutputMoments.work(changes, tokens, fit, dtype, None, shares)
 
 
 @on_activations("chain-of-merges", ChainOfMergesSettings, _WholeOutputs, merged_inputs=True)

@@ -26,7 +26,7 @@ from ..lora import LowRank, SiteChanges
 from ..methods.linear import LinearSettings, average
 from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
 from ..passes.batches import Batching, micro_batches
-from ..passes.job import Job
+from ..passes.job import Job, RunLog
 from ..report.report import SiteReport
 from ..settings import Settings, setting
 
@@ -59,13 +59,13 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
     ]
     said = [next(iter(subject.prompts or [""])) for subject in subjects]
     counts = job.host.token_counts(said, range(len(said)))
-    texts = _texts(job, subjects, targets, settings.micro_batch)
+    texts, rows = _texts(job, subjects, targets, settings.micro_batch)
     # The words of the concept and the end token; the start token is the same for every text.
     words = {
         site: [prompts[0][1:count] for prompts, count in zip(concepts, counts, strict=True)]
         for site, concepts in texts.items()
     }
-    texts = _texts(job, job.concepts, targets, settings.micro_batch)
+    texts, more_rows = _texts(job, job.concepts, targets, settings.micro_batch)
     captions = {site: [torch.cat(prompts) for prompts in texts[site]] for site in targets}
     for site in targets:
         changes = job.changes[site]
@@ -73,7 +73,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
         change, lost = cut_matrix(dense, rank, like=changes.like)
         merged[site] = change, SiteReport(change.rank, truncated=lost)
-    return merged
+    return Merged(merged, RunLog(max(rows, more_rows)))
 
 
 def _constrained(
@@ -110,18 +110,21 @@ class _Texts:
 
 def _texts(
     job: Job, concepts: Sequence[Concept], sites: Sequence[str], size: int
-) -> dict[str, list[list[Tensor]]]:
-    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept."""
-    texts = _Texts()
+) -> tuple[dict[str, list[list[Tensor]]], int]:
+    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept; and
+    how many rows ran."""
+    texts, rows = _Texts(), 0
     reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
     calibration = replace(job.calibration, empty_share=0.0, contexts=0.0)
-    with job.lockstep() as lockstep:
+    with job.run() as run:
+        lockstep = run.lockstep
         samples = job.host.samples(
             concepts, reached, calibration, lockstep, job.generator, job.tick
         )
         for stage in job.host.stages(samples, reached):
-            job.ran.rows = max(job.ran.rows, len(stage.owners))
+            rows = max(rows, len(stage.owners))
             for batch in micro_batches(stage, 1, texts, Batching(size)):
                 lockstep.run(batch)
     each = range(len(job.concepts))
-    return {site: [texts.prompts[site, concept] for concept in each] for site in sites}
+    found = {site: [texts.prompts[site, concept] for concept in each] for site in sites}
+    return found, rows

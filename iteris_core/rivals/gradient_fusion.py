@@ -24,13 +24,12 @@ from ..lora import LowRank
 from ..methods.cuts import cut_to
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import Batching
-from ..passes.job import Job
-from ..passes.loops import Reducing, reference_pass
-from ..report.report import SiteReport
+from ..passes.job import Job, StageSolver
+from ..passes.sweep import REFERENCE, solve_sites
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Fit, Reduction, Solution, finite_as
+from ..solve.problem import Reduction, Solution, finite_as
 
 _HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code
 _NEVER = 1e-16  # its tolerances there, for both gradient and change
@@ -51,7 +50,6 @@ class GradientFusionSettings(Settings):
 @on_model("gradient-fusion", GradientFusionSettings)
 def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
     """RegMean's least squares by some steps of L-BFGS from the base (Mix-of-Show, 2023)."""
-    fit = Fit(job.weights, 0.0, "none")
 
     def solve(site: str, reduction: Reduction) -> Solution:
         steps = settings.text_steps if reads_text(site) else settings.steps
@@ -59,16 +57,15 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
         change, lost = cut_to(change, settings.rank)
         return Solution(finite_as(change, reduction.changes.like), truncated=lost)
 
-    reducing = Reducing(
+    solver = StageSolver(
         begin=Gram.begin,
         solve=solve,
         bytes=lambda site, _: Gram.bytes(job.changes[site]),
-        work=lambda site, tokens, _, shares: Gram.work(
-            job.changes[site], tokens, fit, torch.float32, shares
-        ),
     )
-    solutions = reference_pass(job, lambda _: reducing, Batching(settings.micro_batch))
-    return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+    with job.run() as run:
+        return Merged.of(
+            *solve_sites(run, lambda _: solver, Batching(settings.micro_batch), REFERENCE)
+        )
 
 
 def reads_text(site: str) -> bool:

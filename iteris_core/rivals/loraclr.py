@@ -20,17 +20,15 @@ from torch import Tensor
 
 from ..errors import SolveError
 from ..linalg.precision import full_precision, solve_device
-from ..linalg.rates import product
 from ..lora import SiteChanges
 from ..methods.cuts import cut
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import Batching
-from ..passes.job import Job
-from ..passes.loops import Reducing, sweep_pass
-from ..report.report import SiteReport
+from ..passes.job import Job, StageSolver
+from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, Work, finite_as
+from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, finite_as
 
 _DECAY = 1e-4  # of AdamW, as in the source
 _LEAST = 1e-12  # under a root, likewise
@@ -60,16 +58,15 @@ class LoraclrSettings(Settings):
 def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
     fit = Fit(job.weights, 0.0, "none", rank=settings.rank)
-    reducing = Reducing(
+    solver = StageSolver(
         begin=lambda opening: _Pairs(opening.changes, opening.device, settings),
         solve=lambda _, reduced: reduced.solve(fit),
         bytes=lambda site, _: _Pairs.bytes(job.changes[site]),
-        work=lambda site, tokens, _, __: _Pairs.work(job.changes[site], tokens, settings.steps),
     )
     # A sweep, so that the tokens of one site alone are there at a time; what it solves is not used.
     batching = Batching(settings.micro_batch, "enough", job.calibration.seed, policy=job.policy)
-    solutions = sweep_pass(job, lambda _: reducing, batching)
-    return {site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}
+    with job.run() as run:
+        return Merged.of(*solve_sites(run, lambda _: solver, batching))
 
 
 class _Pairs(Reduction):
@@ -171,13 +168,3 @@ class _Pairs(Reduction):
         concepts = len(changes)
         sums = 4 * concepts * width * (width + concepts * out)
         return Bytes(sums, 4 * out * width * (6 + 6 * concepts + concepts**2))
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, steps: int) -> Work:
-        """The products of all pairs; a step multiplies by every Gram matrix."""
-        out, width = changes.shape
-        concepts = len(changes)
-        pairs = 2 * tokens * width * (width + concepts * out)
-        step = concepts * 2 * out * width * (width + concepts)
-        dtype = torch.float32
-        return Work(product(dtype, pairs), product(dtype, steps * step))

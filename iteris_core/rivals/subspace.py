@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.precision import full_precision
-from ..linalg.rates import product, spectrum
 from ..lora import SiteChanges
-from ..solve.problem import Bytes, Fit, Opening, Reduction, Solution, Tokens, Work
+from ..solve.problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
 from ..solve.router import routed, rows_of
 from ..solve.weighting import token_values
 
@@ -83,10 +82,3 @@ class Subspace(Reduction):
         rank = changes.rank
         kept = 4 * rank * ((len(changes) + 1) * rank + changes.shape[1])
         return Bytes(kept, 40 * rank * rank)
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
-        """z̃ and h of every token, and their moments; one pseudo-inverse."""
-        rank, width = changes.rank, changes.shape[1]
-        moments = product(torch.float32, 2 * tokens * rank * (2 * width + 2 * rank))
-        return Work(moments, spectrum(rank))

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..linalg.lowrank import cut_factors
 from ..linalg.precision import frobenius, pieces
-from ..linalg.rates import factor, product, spectrum, together
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments
 from .moments import MomentReduction
-from .problem import Bytes, Fit, Opening, Tokens, Weighting, Work
+from .problem import Bytes, Fit, Opening, Tokens, Weighting
 from .residuals import times
 from .weighting import Alike, ByAdapter, Weigher, weigher
 
@@ -109,10 +108,6 @@ class AdapterMoments(_LowRankTargets):
     def bytes(changes: SiteChanges, itemsize: int) -> Bytes:
         return _bytes(changes, itemsize, 2)
 
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
-        return _work(changes, tokens, fit, dtype, shares, cross=True)
-
 
 class Gram(_LowRankTargets):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
@@ -129,32 +124,6 @@ class Gram(_LowRankTargets):
     @staticmethod
     def bytes(changes: SiteChanges, itemsize: int = 4) -> Bytes:
         return _bytes(changes, itemsize, 1)
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
-        return _work(changes, tokens, fit, dtype, shares, cross=False)
-
-
-def _work(
-    changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool, *, cross: bool
-) -> Work:
-    """Half of X̃ᵀX̃ is made, all of a cross moment, and both once for sites that share them. The
-    solve reads every moment once by the LoRAs' factors and once more for the residuals."""
-    _, width = changes.shape
-    square, rank, concepts = width**2, changes.listed_rank, len(changes)
-    own = 0 if shares else tokens * square * (3 if cross else 1)
-    read = 2 * rank * square
-    residuals = (2 * concepts + 2) * read if fit.residuals else 0
-    cut = spectrum(rank) if fit.rank_of(changes) < rank else {}
-    return Work(
-        product(dtype, own, 2 * tokens * width * changes.like.rank),
-        together(
-            factor(fit.dtype, 0 if shares else width**3 / 3, read),
-            product(torch.float64, read),
-            product(dtype, residuals),
-            cut,
-        ),
-    )
 
 
 def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:

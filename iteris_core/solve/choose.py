@@ -15,7 +15,7 @@ from ..lora import SiteChanges
 from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
-from .problem import Bytes, Fit, Objective, Opening, Pull, Reduction, Work
+from .problem import Bytes, Fit, Objective, Opening, Pull, Reduction
 from .rows import OutputRows
 
 
@@ -33,10 +33,7 @@ class Policy:
     LoRAs, or fewer in proportion for each of more, a fit follows its sample, so that the
     ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls
     to the mean at the changes' own size. Two concepts in pictures, which hardly compete, are
-    repaired by ``repair_share`` of a feed-forward's hidden units. Of the ways to run a sweep
-    one that takes less memory is preferred to another where it seems ``way_gain`` times
-    quicker, since more rows run at once: the seconds of a forward or two are measured no
-    better.
+    repaired by ``repair_share`` of a feed-forward's hidden units.
     """
 
     rows_gain: float = 3.0
@@ -53,7 +50,6 @@ class Policy:
     most_ridge: float = 1e-2
     enough_samples: int = 50
     repair_share: float = 0.5
-    way_gain: float = 1.2
 
     def choose(
         self, opening: Opening, fit: Fit, objective: Objective, dtype: torch.dtype
@@ -75,29 +71,6 @@ class Policy:
         count = self.directions(*changes.shape, changes.rank) if sweep else None
         rows = None if count is None else min(changes.shape[0], count + OTHERS)
         return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
-
-    def work(
-        self,
-        changes: SiteChanges,
-        tokens: int,
-        fit: Fit,
-        objective: Objective,
-        dtype: torch.dtype,
-        *,
-        sweep: bool,
-        shares: bool,
-    ) -> Work:
-        """The operations of what :meth:`choose` gives for so many tokens of all rows; ``shares``
-        says that a site before has the same inputs."""
-        if objective == "adapter":
-            return AdapterMoments.work(changes, tokens, fit, dtype, shares)
-        rows_possible = sweep and not shares and self._may_take_rows(fit)
-        if rows_possible and self.rows_are_fewer(tokens, *changes.shape):
-            return OutputRows.work(changes, tokens, fit)
-        rank = max(changes.rank, fit.rank if isinstance(fit.rank, int) else 0)
-        count = self.directions(*changes.shape, rank) if sweep else None
-        rows = None if count is None else min(changes.shape[0], count + OTHERS)
-        return OutputMoments.work(changes, tokens, fit, dtype, rows, shares)
 
     def takes_rows(self, opening: Opening, fit: Fit) -> bool:
         """Whether a site is solved from its rows, see :mod:`.rows`."""

@@ -11,14 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_matrix, search_width, searches
+from ..linalg.lowrank import cut_matrix, searches
 from ..linalg.precision import energy, energy_dtype, pieces
-from ..linalg.rates import Operations, factor, product, spectrum, together
 from ..lora import LowRank, SiteChanges
 from .directions import Directions, every_direction
 from .inputs import Factor, InputMoments
 from .moments import MomentReduction
-from .problem import Bytes, Fit, Opening, Tokens, Weighting, Work
+from .problem import Bytes, Fit, Opening, Tokens, Weighting
 from .residuals import times
 from .weighting import Weigher, weigher
 
@@ -129,58 +128,3 @@ class OutputMoments(MomentReduction):
             return Bytes(kept, dense + 12 * low, left, shared)
         dense = 4 * width * width + (9 if search else 26) * rows * width
         return Bytes(kept, dense + 6 * low, left, shared)
-
-    @staticmethod
-    def work(
-        changes: SiteChanges,
-        tokens: int,
-        fit: Fit,
-        dtype: torch.dtype,
-        directions: int | None,
-        shares: bool,
-    ) -> Work:
-        """Half of X̃ᵀX̃ is made, and its factor, both once for sites that share them."""
-        out, width = changes.shape
-        rows, rank = out if directions is None else directions, fit.rank_of(changes)
-        moments = [0 if shares else tokens * width**2, 2 * tokens * rows * width]
-        found: Operations = {}
-        if directions is not None:
-            moments.append(2 * tokens * out * rows)
-            sample = 2 * directions * len(changes)
-            found = together(
-                spectrum(sample), product(torch.float32, 4 * out * rows**2, 2 * out * sample**2)
-            )
-        both = changes.rank + rank
-        reads = len(changes) * 2 * both * width * (width + rows) if fit.residuals else 0
-        return Work(
-            product(dtype, *moments),
-            together(
-                found,
-                factor(fit.dtype, 0 if shares else width**3 / 3),
-                _cut_work(rows, width, rank, fit.dtype, dtype),
-                product(dtype, reads),
-            ),
-        )
-
-
-def _cut_work(
-    rows: int, width: int, rank: int, dtype: torch.dtype, search: torch.dtype
-) -> Operations:
-    """Of :func:`..linalg.lowrank.cut_matrix`: the right side over the factor, and its leading
-    directions, by a search or by a Gram matrix; those once more over the factor."""
-    if not searches(rows, width, rank):
-        shorter, longer = sorted((rows, width))
-        return together(
-            factor(dtype, rows * width**2, rank * width**2),
-            product(torch.float64, 4 * shorter**2 * longer),
-            spectrum(shorter),
-        )
-    wide = search_width(rank)
-    return together(
-        factor(search, rows * width**2),
-        product(search, 9 * 2 * rows * width * wide, 9 * 4 * rows * wide**2),
-        product(dtype, 2 * rows * width * wide),
-        factor(dtype, (wide + rank) * width**2),
-        product(torch.float64, 4 * wide**2 * width),
-        spectrum(wide),
-    )

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..linalg.rates import Operations
 from ..lora import LowRank, Rank, SiteChanges
 
 Objective = Literal["adapter", "output"]
@@ -160,14 +159,6 @@ class Bytes:
     solve: int
     left: int = 0
     shared: int = 0
-
-
-@dataclass(frozen=True)
-class Work:
-    """The operations of reducing all tokens of a site, and of its solve."""
-
-    moments: Operations
-    solve: Operations
 
 
 class Reduction(ABC):

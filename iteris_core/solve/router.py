@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..linalg.precision import full_precision
-from ..linalg.rates import factor, product
 from ..lora import LowRank, SiteChanges
-from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens, Work
+from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
 
 
 class Router(Reduction):
@@ -60,13 +59,6 @@ class Router(Reduction):
         """Two float32 matrices and A; the solve has three of them in float64."""
         rank = changes.rank
         return Bytes(8 * rank * rank + 4 * rank * changes.shape[1], 24 * rank * rank)
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit, dtype: torch.dtype, shares: bool) -> Work:
-        """z of every token, its Gram matrix and the guide; one system of equations."""
-        rank = changes.rank
-        moments = product(torch.float32, 2 * tokens * rank * (changes.shape[1] + 2 * rank))
-        return Work(moments, factor(torch.float64, 3 * rank**3))
 
 
 def rows_of(changes: SiteChanges) -> dict[int, slice]:

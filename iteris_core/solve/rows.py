@@ -26,10 +26,9 @@ from ..errors import SolveError
 from ..linalg.cholesky import CANNOT
 from ..linalg.lowrank import cut_factors, leading_eigenvectors
 from ..linalg.precision import full_precision, solve_device
-from ..linalg.rates import factor, product, spectrum, together
 from ..lora import LowRank, SiteChanges, concatenate, rank_for
 from .inputs import NOT_FINITE
-from .problem import Fit, Opening, Reduction, Solution, Tokens, Work, finite_as
+from .problem import Fit, Opening, Reduction, Solution, Tokens, finite_as
 from .weighting import token_values
 
 
@@ -81,22 +80,6 @@ class OutputRows(Reduction):
                 solution = replace(solution, before=before, after=after)
         total = sum(lambdas)
         return replace(solution, weighting=tuple(value / total for value in lambdas))
-
-    @staticmethod
-    def work(changes: SiteChanges, tokens: int, fit: Fit) -> Work:
-        """Tokens are only kept."""
-        out, width = changes.shape
-        both = changes.rank + fit.rank_of(changes)
-        residuals = 2 * tokens * both * (out + width) if fit.residuals else 0
-        return Work(
-            {},
-            together(
-                factor(fit.dtype, tokens**3 / 3, 2 * tokens**2 * out),
-                product(fit.dtype, 4 * tokens**2 * width, 2 * tokens**2 * out),
-                product(fit.dtype, 6 * tokens * out**2, residuals),
-                spectrum(out),
-            ),
-        )
 
 
 def _solved(

@@ -3,7 +3,6 @@ that the sampler hands on."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -27,23 +26,24 @@ def test_block_by_block_is_the_same(
 ) -> None:
     reduced = ARCHITECTURES[name]
     reduced.skip_if_later()
-    loops, ways = (
+    sweep, strategies, plan = (
         importlib.import_module(f"{pack.__name__}.iteris_core.passes.{some}")
-        for some in ("loops", "ways")
+        for some in ("sweep", "strategies", "plan")
     )
     trial = Trial(pack, reduced, tmp_path)
     wanted = trial.merge(2).lora.sites
     replayed: dict[str, int] = {}
 
-    def planned(job: Any, stage: Any, lockstep: Any, fitted: Any, *_: Any, **__: Any) -> Any:
+    def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
-            return stage, fitted
-        levels = ways.find(stage, lockstep).levels(ways.BLOCKS["large blocks"])
-        levels = ways.replayable(stage, lockstep, levels)
+            return plan.Plan(stage, batching.rows, strategies.Strategy())
+        most, _ = strategies.BLOCKS["large blocks"]
+        levels = strategies.find(stage, run.lockstep).levels(most)
+        levels = strategies.replayable(stage, run.lockstep, levels)
         replayed[stage.name] = len(levels.blocks)
-        return stage, dataclasses.replace(fitted, levels=levels)
+        return plan.Plan(stage, batching.rows, strategies.Strategy(levels=levels))
 
-    monkeypatch.setattr(loops, "plan", planned)
+    monkeypatch.setattr(sweep, "planned", planned)
     found = trial.merge(2).lora.sites
     assert min(replayed.values()) > 0, replayed
     apart = [relative(found[s].dense() - c.dense(), c.dense()) for s, c in wanted.items()]

@@ -177,13 +177,14 @@ def test_rows_that_wait_in_host_memory_change_nothing(
     def module(name: str) -> Any:
         return importlib.import_module(f"{kit.core.__name__}.passes.{name}")
 
-    def planned(job: Any, stage: Any, _: Any, fitted: Any, *args: Any, **more: Any) -> Any:
-        return stage, dataclasses.replace(fitted, waiting=waiting)
+    def planned(run: Any, stage: Any, solver: Any, batching: Any, **more: Any) -> Any:
+        strategy = module("strategies").Strategy(offloads=offloads)
+        return module("plan").Plan(stage, batching.rows, strategy, host_limit=2**30)
 
-    monkeypatch.setattr(module("loops"), "plan", planned)
-    waiting = None
+    monkeypatch.setattr(module("sweep"), "planned", planned)
+    offloads = None
     there = kit.merge(rows=3).lora
-    waiting = module("batches").Waiting(0, torch.device("cpu"), 2**30)
+    offloads = torch.device("cpu")
     parked = kit.merge(rows=3).lora
     assert distance(parked, there) < 1e-6
     assert kit.hooks() == 0

@@ -366,7 +366,8 @@ def test_the_plan_stays_on_the_node(pack: ModuleType, monkeypatch: pytest.Monkey
     moved: list[int] = []
     show._bar.hook = lambda value, *_, **__: moved.append(value)
     show(progress_of("denoising steps", 0, 9))
-    show(progress_of("plan: denoiser: 2 sites, 1 of 2 rows", left=200.0, share=0.2))
+    plan = "denoiser: 2 sites, 1 of 2 rows"
+    show(progress_of(f"plan: {plan}", left=200.0, share=0.2, plan=plan))
     show(progress_of("solving sites", 3, 9, left=100.0, share=0.5))
     show(progress_of("solving sites", 4, 9, left=90.0, share=0.55))
     assert shown == [

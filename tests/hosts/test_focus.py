@@ -72,19 +72,19 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     acting = set(references) & set(host64.streams(set(references)))
     assert acting
     fit = Fit([1.0] * 3, 1e-6)
-    collector = StreamCollector(
-        task.changes,
-        lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
-        dtype=torch.float64,
-        acting=acting,
-    )
-    recorder = Recorder(references, collector)
-    with task.lockstep() as lockstep:
-        for stage in host64.stages(task.samples(lockstep), set(references)):
+    with task.run() as run:
+        collector = StreamCollector(
+            run.lockstep.changes,
+            lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
+            dtype=torch.float64,
+            acting=acting,
+        )
+        recorder = Recorder(references, collector)
+        for stage in run.stages():
             assert stage.places == (stage.name == "unet")
             recorder.seen.clear()
             for batch in micro_batches(stage, 1, recorder, Batching(100, saliency=FOCUS)):
-                lockstep.run(batch)
+                run.lockstep.run(batch)
     effects = defaultdict(list)
     unequal = 0
     for site, spans, tokens, effect in recorder.seen:

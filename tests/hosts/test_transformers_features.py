@@ -54,8 +54,8 @@ def linear_inputs(model, batch, sites):
 def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
     from iteris_core.passes.batches import Batching
-    from iteris_core.passes.job import Job
-    from iteris_core.passes.loops import Reducing, reference_pass
+    from iteris_core.passes.job import Job, StageSolver
+    from iteris_core.passes.sweep import REFERENCE, solve_sites
     from iteris_core.solve.choose import POLICY
     from iteris_core.solve.problem import Bytes, Fit, Solution
 
@@ -81,12 +81,13 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
         return Solution(references[site][0])
 
     fit = Fit([1.0, 1.0], 1e-6)
-    reducing = Reducing(
+    solver = StageSolver(
         begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
         solve=keep,
         bytes=lambda site, sweep: Bytes(0, 0),
     )
-    reference_pass(task, lambda stage: reducing, Batching(8))
+    with task.run() as run:
+        solve_sites(run, lambda stage: solver, Batching(8), REFERENCE)
     assert set(moments) == set(references)
     for index, folder in enumerate(folders):
         theirs = linear_inputs(

@@ -114,10 +114,10 @@ def test_changes_that_were_cast_are_held_by_no_row():
             torch.Generator(),
             lambda *_: None,
         )
-        with job.lockstep() as lockstep:
-            (stage,) = host.stages(job.samples(lockstep), set(changes))
-            cost = Measure(stage, lockstep, 2).row()
-            return cost, lockstep.cast_bytes
+        with job.run() as run:
+            (stage,) = run.stages()
+            cost = Measure(stage, run.lockstep, 2).row()
+            return cost, run.lockstep.cast_bytes
 
     single, nothing = kept(torch.float32)
     half, cast = kept(torch.bfloat16)

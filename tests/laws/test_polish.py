@@ -90,8 +90,8 @@ def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
     changes = changes_of(concepts)
     calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
     job = Job(host, concepts, changes, calibration, torch.Generator(), lambda *_: None)
-    with job.lockstep() as lockstep:
-        stages = _LastStages(job, lockstep)
+    with job.run() as run:
+        stages = _LastStages(job, run)
         assert len(stages.owners) == 24
         assert len(set(stages.kinds)) > 1
         rows = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()

@@ -131,9 +131,9 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     segment = Segment(module, sites)
     drawn = drawn_pairs(job, merged, rows=8)
     assert drawn.pairs == [(0, 1), (1, 0)]
-    with job.lockstep() as lockstep:
-        lockstep.merged = merged
-        shown = PairStages(job, lockstep, drawn).advance("unet")
+    with job.run() as run:
+        run.lockstep.merged = merged
+        shown = PairStages(job, run.lockstep, drawn).advance("unet")
         by_row = ByRow({}, [0])
         passages = shown.passages(segment, by_row, 3, 1 << 30, lambda: None)
     assert sum(len(passage.rows) for passage in passages) == 8
@@ -203,8 +203,8 @@ def test_words_as_many_as_the_picture_has_tokens_leave_no_places_known():
 )
 def test_a_stage_knows_how_much_of_a_picture_a_token_covers(name, picture, patches, tmp_path):
     host, concepts = two_concepts(PIPELINES[name](), tmp_path)
-    with job_of(host, concepts).lockstep() as lockstep:
-        samples = job_of(host, concepts).samples(lockstep)
+    with job_of(host, concepts).run() as run:
+        samples = run.samples
         stages = list(host.stages(samples, set(changes_of(concepts))))
     assert list(stages[-1].picture)[-1] == picture
     assert list(stages[-1].patches) == patches

@@ -106,12 +106,11 @@ def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
     """Those that sweep refuse a repeated site beforehand, and no others do."""
     swept = []
 
-    def noting(job, *arguments):
-        swept.append(job)
+    def noting(*arguments):
+        swept.append(arguments)
         raise IterisError("swept")
 
-    for name in ("methods.iteris", "methods.registry", "rivals.loraclr"):
-        monkeypatch.setattr(f"iteris_core.{name}.sweep_pass", noting)
+    monkeypatch.setattr("iteris_core.passes.sweep._Passes._sweep", noting)
     with suppress(IterisError):
         merge_loras(PictureHost(Net(), make_data()), concepts(), method)
     sweeps, said = bool(swept), ""

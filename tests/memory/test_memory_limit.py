@@ -83,7 +83,7 @@ def test_with_too_little_it_is_said_what_was_tried_and_what_to_change():
     assert said.startswith("Memory ran out in the model (")
     assert "()" not in said
     tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
-    assert tried[0] == "32 rows at once"
+    assert tried[0] == "32 rows at once, waiting on the device"
     assert [way.partition(",")[0] for way in tried[-4:]] == [
         *("12 rows at once", "6 rows at once", "3 rows at once", "one row at once"),
     ]

@@ -18,7 +18,7 @@ from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.activations.parking import RESTS, Parking
 from iteris_core.errors import IterisError, OutOfMemory
-from iteris_core.passes import budget, fallback, loops, ways
+from iteris_core.passes import planner, strategies, sweep
 from iteris_core.solve.choose import POLICY, Policy
 
 CPU = torch.device("cpu")
@@ -30,8 +30,8 @@ CALIBRATION = Calibration(
 @pytest.fixture
 def apart(monkeypatch):
     """The CPU's memory passes for a device's, and its host memory for another's."""
-    monkeypatch.setattr(budget, "is_apart", lambda device: True)
-    monkeypatch.setattr(fallback, "is_apart", lambda device: True)
+    monkeypatch.setattr(planner, "is_apart", lambda device: True)
+    monkeypatch.setattr(strategies, "is_apart", lambda device: True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def places(monkeypatch):
         made.append(Recorded(*args))
         return made[-1]
 
-    monkeypatch.setattr(loops, "HostMemory", make)
+    monkeypatch.setattr(sweep, "HostMemory", make)
     return made
 
 
@@ -279,7 +279,7 @@ def test_the_result_is_the_same_and_the_plan_is_kept(host64, apart, places, shar
 
 def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
     plans, peaks = [], []
-    sweep, make = Lockstep.sweep, budget.plan_stage
+    sweep, make = Lockstep.sweep, planner.plan_stage
 
     def watched(self, *args):
         before = meter.peak = meter.live
@@ -291,23 +291,24 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
         return plans[-1]
 
     monkeypatch.setattr(Lockstep, "sweep", watched)
-    monkeypatch.setattr(budget, "plan_stage", kept)
+    monkeypatch.setattr(planner, "plan_stage", kept)
     for mib in (1000, 12, 9, 6, 3):
         with MemoryMeter() as meter:
             merge(host, mib * 2**20, precision="float32")
-        made, peak = plans[-1][0], peaks[-1]
+        made, peak = plans[-1], peaks[-1]
         assert made.rows == 36
         assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
-    assert {made.way for made, _ in plans} >= {ways.ON_DEVICE, ways.IN_HOST}
+    assert {p.strategy.name for p in plans} >= {strategies.ON_DEVICE.name, strategies.IN_HOST}
 
 
 @pytest.mark.parametrize("where", ["on the device", "in host memory"])
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size, where):
     if where == "in host memory":
-        monkeypatch.setattr(budget, "is_apart", lambda device: True)
+        monkeypatch.setattr(planner, "is_apart", lambda device: True)
+        monkeypatch.setattr(strategies, "is_apart", lambda device: True)
     plans, peaks = [], []
-    sweep, make = Lockstep.sweep, budget.plan_stage
+    sweep, make = Lockstep.sweep, planner.plan_stage
 
     def watched(self, *args):
         before = meter.peak = meter.live
@@ -315,24 +316,24 @@ def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size,
         peaks.append(meter.peak - before)
 
     def kept(needs, *args):
-        wanted = [n for n in needs if size in n.name and where in n.name]
+        wanted = [n for n in needs if size in n.strategy.name and where in n.strategy.name]
         plans.append(make(wanted or needs, *args))
         return plans[-1]
 
     monkeypatch.setattr(Lockstep, "sweep", watched)
-    monkeypatch.setattr(budget, "plan_stage", kept)
+    monkeypatch.setattr(planner, "plan_stage", kept)
     for mib in (14, 9) if where == "on the device" else (6, 3):
         with MemoryMeter() as meter:
             merge(host, mib * 2**20, policy=Policy(sample_rows=4), precision="float32")
-        made, peak = plans[-1][0], peaks[-1]
-        assert size in made.way
-        assert where in made.way
+        made, peak = plans[-1], peaks[-1]
+        assert size in made.strategy.name
+        assert where in made.strategy.name
         assert 0.85 * made.bytes <= peak <= 1.02 * made.bytes, made
 
 
 def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch, caplog):
-    monkeypatch.setattr(ways, "free_memory", lambda device: 4 * 2**20)
-    monkeypatch.setattr(ways, "BLOCKS", {})
+    monkeypatch.setattr(strategies, "free_memory", lambda device: 4 * 2**20)
+    monkeypatch.setattr(strategies, "BLOCKS", {})
     with caplog.at_level("WARNING"):
         result = merge(host, 4 * 2**20, precision="float32")
     line = result.report.plan[-1]
@@ -350,7 +351,7 @@ def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_w
     host = ModuleHost(Net(), make_data())
     weights = [weight.clone() for weight in host.model.parameters()]
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    monkeypatch.setattr(loops, "HostMemory", lambda device, limit: HostMemory(device, 20_000))
+    monkeypatch.setattr(sweep, "HostMemory", lambda device, limit: HostMemory(device, 20_000))
     with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
         merge_loras(host, concepts, memory_budget=70_000, settings={"precision": "float64"})
     assert "Tried: " in str(caught.value)
@@ -425,7 +426,7 @@ class Offloaded(ModuleHost):
 
 
 def test_g5_rows_wait_in_host_memory_whose_other_weights_are_offloaded(whole, monkeypatch, places):
-    monkeypatch.setattr(fallback, "is_apart", lambda device: device == CPU)
+    monkeypatch.setattr(strategies, "is_apart", lambda device: device == CPU)
     result, peak = whole
     card = Card(0.33 * peak)
     host = Offloaded(Net(), make_data(rows=20))
@@ -516,10 +517,12 @@ def test_what_was_tried_is_said_when_nothing_helps(whole):
     with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
         merge_on(Card(0.3 * whole[1]), host)
     said = str(caught.value)
-    assert "Tried: 32 rows at once; 32 rows at once, block by block; 16 rows at once, block" in said
-    assert (
-        "one row at once, block by block. Lower samples or timesteps (fewer rows), or latent_size"
-        in said
-    )
+    tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
+    assert tried[:2] == [
+        "32 rows at once, waiting on the device",
+        "32 rows at once, waiting on the device, by small blocks",
+    ]
+    assert tried[-1].startswith("one row at once, waiting on the device, by ")
+    assert "Lower samples or timesteps (fewer rows), or latent_size" in said
     assert hooks_on(host.model) == 0
     assert all(map(torch.equal, weights, host.model.parameters()))

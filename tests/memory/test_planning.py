@@ -17,20 +17,20 @@ from iteris_core.activations.processes import Processes
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.passes.budget import plan_stage
 from iteris_core.passes.changes import changes_of
+from iteris_core.passes.footprint import Footprint, MemoryLimits
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Cost, Measure, Step
-from iteris_core.passes.need import Need, Room
-from iteris_core.passes.ways import IN_HOST, ON_DEVICE
+from iteris_core.passes.plan import plan_stage
+from iteris_core.passes.strategies import IN_HOST, ON_DEVICE, Strategy
 from iteris_core.solve.adapter import AdapterMoments
-from iteris_core.solve.choose import Policy
 from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.problem import Bytes, Fit
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20
 CPU = torch.device("cpu")
+OFFLOADED = Strategy(IN_HOST, 1.4, offloads=CPU)
 
 
 def stage_of(owners, ran=None, **more) -> Stage:
@@ -50,82 +50,70 @@ def test_the_meter_counts_what_is_alive():
     assert meter.peak == 8000
 
 
-def cost_of(waiting: int, running: int, more: float = 0.0) -> Cost:
+def cost_of(waiting: int, running: int) -> Cost:
     """A row that waits at one site."""
-    return Cost([Step("a", waiting, running), Step("", 0, 0)], CPU, more=more)
+    return Cost([Step("a", waiting, running), Step("", 0, 0)], CPU)
 
 
-def needs_of(stage, parked=None, **more) -> list[Need]:
+def needs_of(stage, parked=None, **more) -> list[Footprint]:
     """On the device, and in host memory at the cost ``parked``."""
-    cost = cost_of(1, 3, more=1e-3)
-    need = Need(stage, cost, None, {"a": Bytes(0, 0)}, 100, name=ON_DEVICE, **more)
-    return [need] if parked is None else [need, replace(need, parked=parked, name=IN_HOST)]
+    cost = cost_of(1, 3)
+    need = Footprint(stage, ON_DEVICE, cost, None, {"a": Bytes(0, 0)}, 100, **more)
+    return [need] if parked is None else [need, replace(need, parked=parked, strategy=OFFLOADED)]
 
 
 def parked() -> Cost:
-    """Three times as long."""
-    return cost_of(1, 3, more=3e-3)
+    return cost_of(1, 3)
 
 
 def test_a_large_budget_changes_nothing():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(needs_of(stage), Room(10**9), 8)
-    assert kept is stage
-    assert (made.rows, made.at_once, made.way) == (20, 8, ON_DEVICE)
+    made = plan_stage(needs_of(stage), MemoryLimits(10**9), 8)
+    assert made.stage is stage
+    assert (made.rows, made.at_once, made.strategy) == (20, 8, ON_DEVICE)
     assert made.bytes == 100 + 12 * 1 + 8 * 3
 
 
 def test_fewer_rows_at_once_before_rows_are_left_out():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, kept = plan_stage(needs_of(stage), Room(127), 8)
-    assert kept is stage
+    made = plan_stage(needs_of(stage), MemoryLimits(127), 8)
+    assert made.stage is stage
     assert (made.at_once, made.bytes) == (3, 126)
 
 
 def test_rows_are_left_out_evenly_over_the_concepts():
     ran: list = []
     stage = stage_of([0] * 12 + [1] * 8, ran)
-    made, kept = plan_stage(needs_of(stage), Room(112), 8)
-    assert list(kept.owners) == [0] * 6 + [1] * 4
+    made = plan_stage(needs_of(stage), MemoryLimits(112), 8)
+    assert list(made.stage.owners) == [0] * 6 + [1] * 4
     assert made.bytes == 112
     assert "10 of 20 rows (the others do not fit)" in str(made)
-    kept.run([0, 4, 5, 9], 2)
+    made.stage.run([0, 4, 5, 9], 2)
     assert ran == [[0, 8, 10, 19]]
 
 
 def test_rows_wait_in_host_memory_before_any_is_left_out():
     stage = stage_of([0] * 10 + [1] * 10)
     needs = needs_of(stage, parked())
-    made, kept = plan_stage(needs, Room(130, 10**9), 8)
-    assert made.way == ON_DEVICE  # fewer at once takes no longer here
-    made, kept = plan_stage(needs, Room(112, 10**9), 8)
-    assert kept is stage
-    # Of one at once 9 may stay, of two 6, of four none: the fewest that move are the quickest.
-    assert (made.way, made.at_once, made.on_device, made.host_bytes) == (IN_HOST, 1, 9, 11)
+    made = plan_stage(needs, MemoryLimits(130, 10**9), 8)
+    assert made.strategy == ON_DEVICE  # fewer at once takes no longer here
+    made = plan_stage(needs, MemoryLimits(112, 10**9), 8)
+    assert made.stage is stage
+    # Of one at once 9 may stay, of two 6, of four none: as many at once as can be.
+    assert (made.strategy, made.at_once, made.on_device, made.host_bytes) == (OFFLOADED, 4, 0, 20)
     assert made.bytes == 112
-    made, kept = plan_stage(needs, Room(112, 8), 8)
-    assert len(kept.owners) == made.rows == 16
+    made = plan_stage(needs, MemoryLimits(112, 8), 8)
+    assert made.rows == 16
     assert made.host_bytes <= 8
 
 
-def test_the_quickest_way_is_taken():
-    """Where a forward takes as long whatever its rows, many at once from the host are quicker."""
-    stage = stage_of([0] * 10 + [1] * 10)
-    slow = Cost([Step("a", 1, 3), Step("", 0, 0)], CPU, seconds=1.0)
-    there = Need(stage, slow, None, {"a": Bytes(0, 0)}, 100, name=ON_DEVICE)
-    host = replace(there, parked=slow, name=IN_HOST)
-    made, _ = plan_stage([there, host], Room(124, 10**9), 8)
-    assert (made.way, made.at_once, made.seconds) == (IN_HOST, 8, 3.0)
-    made, _ = plan_stage([there], Room(124), 8)
-    assert (made.way, made.at_once, made.seconds) == (ON_DEVICE, 2, 10.0)
-
-
-def test_another_way_has_to_seem_clearly_quicker():
+def test_the_first_way_that_fits_is_taken():
     stage = stage_of([0] * 10 + [1] * 10)
     (there,) = needs_of(stage)
-    for seconds, way in ((0.9e-3, ON_DEVICE), (0.5e-3, "other")):
-        other = replace(there, cost=cost_of(1, 3, more=seconds), name="other")
-        assert plan_stage([there, other], Room(10**9), 8)[0].way == way
+    other = replace(there, strategy=Strategy("other", 1.4))
+    assert plan_stage([there, other], MemoryLimits(10**9), 8).strategy == ON_DEVICE
+    more = replace(there, fixed=2 * 10**9)
+    assert plan_stage([more, other], MemoryLimits(10**9), 8).strategy.name == "other"
 
 
 def test_moments_count_where_they_are_while_rows_wait_there():
@@ -134,12 +122,15 @@ def test_moments_count_where_they_are_while_rows_wait_there():
     stage = stage_of([0] * 10)
     steps = [Step("a", 5, 6, shown=2, reduced=4), Step("b", 1, 7, forward=30), Step("", 0, 0)]
     sites = {"a": Bytes(10, 5), "b": Bytes(60, 20, left=50)}
-    need = Need(stage, Cost(steps, CPU), Cost(steps, CPU), sites)
+    need = Footprint(stage, ON_DEVICE, Cost(steps, CPU), Cost(steps, CPU), sites)
     assert need.bytes_of(10, 1) == 90  # b: 10 * 1 + 60 + 20
     assert need.bytes_of(10, 1, 0) == 80 + 2 * 0
     assert need.bytes_of(10, 4, 0) == 80
     assert need.bytes_of(100, 4) == 96 * 5 + 4 * 7 + 30
-    assert Need(stage, Cost(steps, CPU), None, sites, waits=False).bytes_of(10, 2) == 70 + 44
+    assert (
+        Footprint(stage, ON_DEVICE, Cost(steps, CPU), None, sites, waits=False).bytes_of(10, 2)
+        == 70 + 44
+    )
 
 
 def test_of_fewer_rows_more_tokens_count():
@@ -147,8 +138,9 @@ def test_of_fewer_rows_more_tokens_count():
     stage = stage_of([0] * 8)
     step = Step("a", 10, 20, shown=9, reduced=4, width=8, length=128, counted=64, copied=6)
     end = Step("", 0, 0)
-    need = Need(
+    need = Footprint(
         stage,
+        ON_DEVICE,
         Cost([step, end], CPU),
         None,
         {"a": Bytes(0, 0)},
@@ -165,29 +157,28 @@ def test_rows_are_left_out_where_fewer_take_more_each():
     """Eight rows take what two do, and all that is between takes more."""
     stage = stage_of([0] * 16)
 
-    class Odd(Need):
+    class Odd(Footprint):
         def bytes_of(self, rows, at_once, on_device=None):
             return {8: 5, 2: 5}.get(rows, 99)
 
-    need = Odd(stage, cost_of(1, 1), None, {"a": Bytes(0, 0)}, name=ON_DEVICE)
-    made, kept = plan_stage([need], Room(10), 1)
-    assert len(kept.owners) == made.rows
+    need = Odd(stage, ON_DEVICE, cost_of(1, 1), None, {"a": Bytes(0, 0)})
+    made = plan_stage([need], MemoryLimits(10), 1)
     assert made.rows in (2, 8)
 
 
 def test_what_cannot_fit_is_said():
     with pytest.raises(OutOfMemory, match=r"needs at least \d{3} bytes .* and 101 bytes may"):
-        plan_stage(needs_of(stage_of([0, 1])), Room(101), 8)
+        plan_stage(needs_of(stage_of([0, 1])), MemoryLimits(101), 8)
     with pytest.raises(OutOfMemory, match="needs at least"):  # a later stage needs all rows
-        plan_stage(needs_of(stage_of([0] * 9, feeds=True)), Room(105), 8)
+        plan_stage(needs_of(stage_of([0] * 9, feeds=True)), MemoryLimits(105), 8)
     needs = needs_of(stage_of([0, 1]), parked())
     with pytest.raises(OutOfMemory, match=r"host memory.* lower samples, timesteps or latent_size"):
-        plan_stage(needs, Room(102, 10**9), 8)
+        plan_stage(needs, MemoryLimits(102, 10**9), 8)
 
 
 def test_processes_share_the_rows_that_wait():
     stage = stage_of([0] * 10 + [1] * 10)
-    made, _ = plan_stage(needs_of(stage, processes=Processes(0, 2)), Room(10**9), 8)
+    made = plan_stage(needs_of(stage, processes=Processes(0, 2)), MemoryLimits(10**9), 8)
     assert made.bytes == 100 + 2 * 1 + 8 * 3
 
 
@@ -304,7 +295,7 @@ def test_the_longest_row_is_what_the_host_says():
 
 def test_rows_that_are_left_take_their_kinds_along():
     stage = stage_of([0] * 4 + [1] * 4, kinds=list("abcdefgh"), lengths=list(range(8)))
-    _, kept = plan_stage(needs_of(stage), Room(106), 8)
+    kept = plan_stage(needs_of(stage), MemoryLimits(106), 8).stage
     assert list(kept.owners) == [0, 0, 1, 1]
     assert kept.kinds == ["a", "d", "e", "h"]
     assert kept.lengths == [0, 3, 4, 7]
@@ -326,9 +317,7 @@ class Roomy(ModuleHost):
 
 def merge_on(host, budget, **settings):
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    # No way seems quicker than another before it, however busy the machine is.
-    policy = Policy(way_gain=float("inf"))
-    return merge_loras(host, concepts, settings=settings, memory_budget=budget, policy=policy)
+    return merge_loras(host, concepts, settings=settings, memory_budget=budget)
 
 
 def test_the_host_is_asked_for_what_all_rows_take_and_its_answer_is_kept():
@@ -404,10 +393,9 @@ def test_weights_that_are_offloaded_are_no_part_of_a_row():
         generator = torch.Generator().manual_seed(0)
         changes = changes_of(concepts)
         job = Job(host, concepts, changes, CALIBRATION, generator, lambda *_: None)
-        with job.lockstep() as lockstep:
+        with job.run() as run:
             *_, (stage, cost) = (
-                (stage, Measure(stage, lockstep, 2).row())
-                for stage in host.stages(job.samples(lockstep), set(changes))
+                (stage, Measure(stage, run.lockstep, 2).row()) for stage in run.stages()
             )
         assert stage.name == "unet"
         return cost

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from pipelines import PIPELINES, write_lora
@@ -11,9 +9,9 @@ from pipelines import PIPELINES, write_lora
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.activations.host_memory import HostMemory
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.passes import loops
-from iteris_core.passes.batches import Waiting
-from iteris_core.passes.ways import BLOCKS, find, replayable
+from iteris_core.passes import sweep
+from iteris_core.passes.plan import Plan
+from iteris_core.passes.strategies import BLOCKS, Strategy, find, replayable
 from iteris_core.solve.choose import Policy
 
 CPU = torch.device("cpu")
@@ -46,19 +44,20 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
         places.append(Recorded(*args))
         return places[-1]
 
-    monkeypatch.setattr(loops, "HostMemory", place)
+    monkeypatch.setattr(sweep, "HostMemory", place)
 
-    def merged(most, waiting):
+    def merged(most, offloads):
         """With blocks of so many levels (None: at every site)."""
 
-        def planned(job, stage, lockstep, fitted, *_, **__):
+        def planned(run, stage, _, batching, **__):
             if most is None or not stage.sites:
-                return stage, fitted
-            levels = replayable(stage, lockstep, find(stage, lockstep).levels(most))
+                return Plan(stage, batching.rows, Strategy())
+            levels = replayable(stage, run.lockstep, find(stage, run.lockstep).levels(most))
             replayed.extend(levels.blocks)
-            return stage, replace(fitted, levels=levels, waiting=waiting)
+            strategy = Strategy(levels=levels, offloads=offloads)
+            return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
 
-        monkeypatch.setattr(loops, "plan", planned)
+        monkeypatch.setattr(sweep, "planned", planned)
         return merge_loras(
             host,
             concepts,
@@ -70,16 +69,16 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
 
     wanted = merged(None, None)
     sweeps = reduced.settings.get("schedule") != "jacobi"
-    for most, waiting in (
-        (0, Waiting(0, CPU, 1 << 30)),
-        (BLOCKS["small blocks"], None),
-        (BLOCKS["large blocks"], Waiting(0, CPU, 1 << 30)),
+    for most, offloads in (
+        (0, CPU),
+        (BLOCKS["small blocks"][0], None),
+        (BLOCKS["large blocks"][0], CPU),
     ):
         places.clear()
         replayed.clear()
-        found = merged(most, waiting)
+        found = merged(most, offloads)
         assert bool(replayed) == bool(most)
-        assert bool(places) == (sweeps and waiting is not None)
+        assert bool(places) == (sweeps and offloads is not None)
         for memory in places:
             assert memory.moved > 0
             assert memory.freed

@@ -1,4 +1,4 @@
-"""What a stage needs: bytes and seconds for so many rows, so many at once, waiting here or there.
+"""What a stage takes: bytes for so many rows, so many at once, waiting here or there.
 
 In a sweep the peak is at one of its sites: while rows run there, beside all others that wait, or
 while it is solved. Else the moments of all sites are there at once, and no row waits.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..activations.blocks import Levels
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
 from ..solve.problem import Bytes
 from .measure import Cost, Limit, Step
+from .strategies import Strategy
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryLimits:
     """Bytes of the device, and of the host beside it, that may be used."""
 
     device: int
@@ -25,24 +25,21 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What ``stage`` needs beyond the model, one way or another: ``fixed`` bytes in any case,
+class Footprint:
+    """What ``stage`` takes beyond the model by a ``strategy``: ``fixed`` bytes in any case,
     ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
-    it waits in host memory. ``waits`` says that all rows wait (a sweep), at the end of each of the
-    ``levels`` (None: at every site). With ``sampled`` only so many rows wait with what they have
-    shown, and the others are reduced as they run. The way is called ``name``. Of fewer rows more
-    tokens count: up to ``limits(rows)`` (None: as many as when the cost was measured)."""
+    it waits in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled`` only so
+    many rows wait with what they have shown, and the others are reduced as they run. Of fewer rows
+    more tokens count: up to ``limits(rows)`` (None: as many as when the cost was measured)."""
 
     stage: Stage
+    strategy: Strategy
     cost: Cost
     parked: Cost | None
     sites: Mapping[str, Bytes]
     fixed: int = 0
     processes: Processes = field(default_factory=Processes)
     waits: bool = True
-    passes: int = 1
-    name: str = ""
-    levels: Levels | None = None
     sampled: int = 0
     limits: Callable[[int], Limit] | None = None
 
@@ -55,31 +52,22 @@ class Need:
         process wait on the device (None: all)."""
         mine = self.mine(rows)
         at_once = min(at_once, mine)
-        need = self._of_rows(rows)
-        if not need.waits:
-            return need.fixed + need._streamed(at_once)
-        swept = need._by_levels if need.sampled else need._swept
-        return need.fixed + max(swept(mine, at_once, on_device))
+        this = self._of_rows(rows)
+        if not this.waits:
+            return this.fixed + this._streamed(at_once)
+        swept = this._by_levels if this.sampled else this._swept
+        return this.fixed + max(swept(mine, at_once, on_device))
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """What rows take of the host's memory that do not wait on the device."""
-        need = self._of_rows(rows)
-        if need.parked is None or on_device is None:
+        this = self._of_rows(rows)
+        if this.parked is None or on_device is None:
             return 0
         away = self.mine(rows) - on_device
-        shown = max(sum(step.shown for step in level) for level in self._of_levels(need.cost.steps))
-        return away * need.parked.waiting + min(self.sampled, away) * shown
+        shown = max(sum(step.shown for step in level) for level in self._of_levels(this.cost.steps))
+        return away * this.parked.waiting + min(self.sampled, away) * shown
 
-    def seconds_of(self, rows: int, at_once: int, on_device: int | None = None) -> float:
-        """About so long, but for what solving takes."""
-        mine = self.mine(rows)
-        there = mine if on_device is None else on_device
-        run = _seconds(self.cost, there, at_once)
-        if self.parked is not None:
-            run += _seconds(self.parked, mine - there, at_once)
-        return self.passes * run
-
-    def _of_rows(self, rows: int) -> Need:
+    def _of_rows(self, rows: int) -> Footprint:
         """The same with the tokens that count of so many rows."""
         if self.limits is None or rows >= len(self.stage.owners):
             return self
@@ -157,12 +145,12 @@ class Need:
 
     def _of_levels(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The last one of its own."""
-        levels: list[list[Step]] = [[]]
+        levels, found = self.strategy.levels, list[list[Step]]([[]])
         for step in steps:
-            levels[-1].append(step)
-            if self.levels is None or self.levels.ends_at(step.site):
-                levels.append([])
-        return [level for level in levels if level]
+            found[-1].append(step)
+            if levels is None or levels.ends_at(step.site):
+                found.append([])
+        return [level for level in found if level]
 
     def _streamed(self, at_once: int) -> int:
         steps = self.cost.steps
@@ -172,7 +160,3 @@ class Need:
         ]
         solve = max((site.solve for site in self.sites.values()), default=0)
         return sum(site.kept for site in self.sites.values()) + max(solve, *running)
-
-
-def _seconds(cost: Cost, rows: int, at_once: int) -> float:
-    return -(-rows // max(at_once, 1)) * cost.seconds + rows * cost.more

@@ -1,0 +1,211 @@
+"""The seconds that a merge has before it: a weight for every site from its shapes, measured rates.
+
+A row's forward is timed once, and its seconds are shared among the sites by their products; moments
+and solves take what so many products take here. :class:`..progress.Forecast` corrects both by what
+is measured as the merge goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+
+from ..calibration_prompts import context_shares, distinct_prompts
+from ..concepts import Calibration, Concept
+from ..hosts.protocol import DENOISING, Stage
+from ..linalg.precision import full_precision
+from ..lora import SiteChanges
+from ..progress import Forecast
+from .batches import Batching, limit_of
+
+FORWARDS, SITES = "forwards", "sites"
+_STAGES = "stages"
+_FACTORS = 4.0  # what factors and eigenvectors take of the time of as many products
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A site as a forward comes to it: (out, in), and ``tokens`` of a row. If it ``shares`` them,
+    the moments of its inputs are made at a site before."""
+
+    shape: tuple[int, int]
+    tokens: int
+    shares: bool = False
+
+    @property
+    def products(self) -> int:
+        return self.tokens * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A stage that has run: the sites that a forward reached, in order, and ``a_row``, the seconds
+    that it takes for a row (0: unknown)."""
+
+    stage: Stage
+    sites: Mapping[str, Reached]
+    a_row: float = 0.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is going to run: every row ``copies`` times in each of so many passes, in which the
+    sites of ``changes`` are solved; ``sweep``: on the way, else behind a pass."""
+
+    changes: Mapping[str, SiteChanges]
+    batching: Batching
+    sweep: bool = True
+    copies: int = 2
+    count: int = 1
+    processes: int = 1
+
+
+class Eta:
+    """What one merge has before it."""
+
+    def __init__(self, forecast: Forecast | None = None) -> None:
+        self.forecast = Forecast() if forecast is None else forecast
+        self._seen: dict[str, Seen] = {}
+        self._later: dict[str, tuple[float, float]] = {}
+        self._passes: Passes | None = None
+
+    def saw(self, seen: Seen, concepts: Sequence[Concept], calibration: Calibration) -> None:
+        """A short pass ran one sample of each of the ``concepts`` at every step, from which follows
+        about how many rows the stage will have."""
+        rows = Counter(seen.stage.owners)
+        if seen.stage.places:
+            more = calibration.samples * calibration.timesteps / calibration.denoising_steps
+            each = [round(rows[owner] * more) for owner in range(len(concepts))]
+        else:
+            shares = context_shares(concepts, calibration)
+            each = [_texts(*of, calibration) for of in zip(concepts, shares, strict=True)]
+        owners = [owner for owner, count in enumerate(each) for _ in range(count)]
+        stage = replace(seen.stage, owners=owners, samples=None)
+        self._seen.setdefault(stage.name, replace(seen, stage=stage))
+
+    def later(self, what: str, forwards: float = 0.0, of_rows: float = 0.0) -> None:
+        """Behind the sites comes ``what``: so many ``forwards`` of a row, and so many of each."""
+        self._later[what] = forwards, of_rows
+
+    def expect(self, passes: Passes, denoised: int) -> None:
+        """Before samples are made, by so many forwards of a row."""
+        self._passes = passes
+        if not self._seen:
+            self.forecast.expect(_STAGES, {"": 1.0}, known=False)
+        pictures = [seen.a_row for seen in self._seen.values() if seen.stage.places]
+        if pictures and denoised:
+            seconds = denoised / passes.processes * sum(pictures) / len(pictures)
+            self.forecast.expect(DENOISING, {"": seconds}, FORWARDS)
+        for seen in self._seen.values():
+            self._expect(seen)
+        self._expect_later()
+
+    def measured(self, seen: Seen) -> None:
+        """A row of a stage has been measured; a short pass knows more sites, if there was one."""
+        known = self._seen.get(seen.stage.name, seen)
+        a_row = min(known.a_row or seen.a_row, seen.a_row)
+        sites = {**known.sites, **seen.sites}  # in the order of the first one
+        self._seen[seen.stage.name] = replace(seen, sites=sites, a_row=a_row)
+
+    def seconds_of(self, stage: Stage, slower: float) -> float:
+        """About how long the passes over a stage take that has been measured, by a strategy that
+        makes forwards so many times ``slower``."""
+        if self._passes is None:
+            return 0.0
+        self._expect(replace(self._seen[stage.name], stage=stage), slower)
+        return sum(self.forecast.left_of((kind, stage.name)) or 0.0 for kind in (FORWARDS, SITES))
+
+    def begin(self, stage: Stage, slower: float) -> None:
+        """A stage begins, or begins again."""
+        if self._passes is not None:
+            self.forecast.drop(_STAGES)
+            seen = self._seen.get(stage.name) or Seen(stage, {})
+            self._seen[stage.name] = seen = replace(seen, stage=stage)
+            self._expect(seen, slower)
+            self._expect_later()
+        self.forecast.mark()
+
+    def done(self, kind: str, stage: Stage, part: Hashable, share: float = 1.0) -> None:
+        """Since the last of these, this ``share`` of what was to come of a part was done."""
+        self.forecast.spent((kind, stage.name), part, share)
+
+    def _expect(self, seen: Seen, slower: float = 1.0) -> None:
+        """A part is (pass, site), or (pass, "") of all forwards that no site waits in."""
+        passes, stage = self._passes, seen.stage
+        assert passes is not None
+        rows = len(stage.owners) if stage.feeds else -(-len(stage.owners) // passes.processes)
+        limit = limit_of(stage, passes.batching)
+        forwards: dict[Hashable, float] = {}
+        solves: dict[Hashable, float] = {}
+        sites = seen.sites or {s: Reached(passes.changes[s].shape, 1) for s in stage.sites}
+        whole = sum(reached.products for reached in sites.values()) or 1
+        a_forward = rows * passes.copies * (seen.a_row * slower or 1.0)
+        for turn in range(passes.count):
+            way = 0.0
+            for site, reached in sites.items():
+                way += a_forward * reached.products / whole
+                if site not in passes.changes:
+                    continue
+                width = reached.shape[1]
+                tokens = reached.tokens if limit is None else min(reached.tokens, limit(width))
+                moments, solve = _work(reached, rows * tokens, passes.changes[site].rank)
+                second = _product_seconds(seen.device.type)
+                if passes.sweep:
+                    forwards[turn, site], solves[turn, site] = way, (moments + solve) * second
+                else:  # the first of several passes runs reference rows alone
+                    way *= 0.5 if passes.count > 1 and turn == 0 else 1.0
+                    forwards[turn, ""] = forwards.get((turn, ""), 0.0) + way + moments * second
+                    solves[turn, site] = solve * second
+                way = 0.0
+        for kind, parts in ((FORWARDS, forwards), (SITES, solves)):
+            self.forecast.drop((kind, stage.name))
+            known = bool(seen.a_row) or kind == SITES
+            self.forecast.expect((kind, stage.name), parts, kind, known=known)
+
+    def _expect_later(self) -> None:
+        """By a row of the last stage."""
+        if self._later and self._seen:
+            seen = list(self._seen.values())[-1]
+            for what, (forwards, of_rows) in self._later.items():
+                seconds = (forwards + of_rows * len(seen.stage.owners)) * seen.a_row
+                self.forecast.expect(what, {"": seconds or 1.0}, FORWARDS, known=bool(seconds))
+
+
+def _work(reached: Reached, tokens: int, rank: int) -> tuple[float, float]:
+    """The products of a site's moments, and what its solve is worth of them: X̃ᵀX̃ or, of fewer
+    tokens than inputs, X̃X̃ᵀ, its factor, and the target in some directions of the output."""
+    out, width = reached.shape
+    few, rows = min(tokens, width), min(out, int(1.25 * rank) + 32)
+    own = 0 if reached.shares else 1
+    moments = 2 * tokens * width * (own * few / 2 + rows)
+    return moments, _FACTORS * few * width * (own * few / 3 + rows)
+
+
+@cache
+def _product_seconds(device: str) -> float:
+    """Of one multiplication and one addition in float32: the shortest of three runs."""
+    size = 256 if device == "cpu" else 1024
+    matrix = torch.ones(size, size, device=device)
+    took: list[float] = []
+    with full_precision(torch.device(device)):
+        for _ in range(3):
+            started = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # waits for the device
+            took.append(time.perf_counter() - started)
+    return min(took) / (2 * size**3)
+
+
+def _texts(concept: Concept, contexts: float, calibration: Calibration) -> int:
+    """About how many prompts of a concept differ, the empty one among them."""
+    pool = distinct_prompts(concept, calibration)
+    if concept.lora is None:
+        return pool
+    of_rows = calibration.samples * calibration.timesteps * (1 - calibration.empty_share)
+    plain = min(calibration.samples, pool)
+    return round(plain + contexts * of_rows) + (calibration.empty_share > 0)

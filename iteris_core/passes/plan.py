@@ -1,0 +1,168 @@
+"""How a stage runs, out of the footprints of the strategies: the first that fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..activations.oom_retry import halved
+from ..errors import OutOfMemory
+from ..hosts.protocol import Stage
+from ..progress import duration
+from .batches import fewer
+from .footprint import Footprint, MemoryLimits
+from .strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage runs: ``at_once`` of its rows at a time, by a ``strategy``, out of ``offered``
+    rows, in ``bytes`` beyond the model of a ``budget`` and about so many ``seconds``. If the
+    strategy offloads, ``on_device`` rows wait on the device and the others in ``host_bytes`` of the
+    host's memory, of which ``host_limit`` may be used."""
+
+    stage: Stage
+    at_once: int
+    strategy: Strategy
+    offered: int = 0
+    bytes: int = 0
+    budget: float = math.inf
+    on_device: int = 0
+    host_bytes: int = 0
+    host_limit: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return len(self.stage.owners)
+
+    def __str__(self) -> str:
+        rows = f"{self.rows} rows"
+        if self.rows < self.offered:
+            rows = f"{self.rows} of {self.offered} rows (the others do not fit)"
+        parts = [
+            f"{self.stage.name}: {rows}",
+            f"{self.at_once} at once",
+            self.strategy.name,
+            f"{self.bytes / 2**30:.2f} of {self.budget / 2**30:.2f} GiB",
+            f"{self.host_bytes / 2**30:.2f} GiB of host memory" if self.host_bytes else "",
+            f"about {duration(self.seconds)}",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
+    """The first plan of up to ``most`` rows at once that fits into the ``limits``. ``footprints``
+    are those of the strategies, the quickest first.
+
+    Where none fits rows are left out, evenly over the concepts; a stage that a later one needs in
+    full loses none. Raises :class:`OutOfMemory` where a row for each concept is too much.
+    """
+    stage, size = footprints[0].stage, footprints[0].processes.size
+    offered = len(stage.owners)
+    found = _first(footprints, limits, stage, most)
+    if found is None:
+        concepts = len(set(stage.owners))
+
+        def left(share: int) -> Stage:
+            return fewer(stage, share * concepts // size * size)
+
+        def fits(share: int) -> bool:
+            return _first(footprints, limits, left(share), 1) is not None
+
+        fewest = -(-size // concepts)
+        share = None if stage.feeds else _most_that_fits(fits, fewest, offered // concepts)
+        if share is None:
+            raise _too_much(footprints, limits, offered if stage.feeds else fewest * concepts)
+        found = _first(footprints, limits, left(share), most)
+        assert found is not None
+    return replace(found, offered=offered)
+
+
+def _first(
+    footprints: Sequence[Footprint], limits: MemoryLimits, stage: Stage, most: int
+) -> Plan | None:
+    plans = (_plan_of(footprint, limits, stage, most) for footprint in footprints)
+    return next(filter(None, plans), None)
+
+
+def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
+    """By one strategy: as many rows at once as fit, and of them as many as can wait there."""
+    rows = len(stage.owners)
+    mine = footprint.mine(rows)
+    most = min(most, mine)
+
+    def plan(at_once: int, on_device: int | None = None) -> Plan:
+        return Plan(
+            stage,
+            at_once,
+            footprint.strategy,
+            bytes=footprint.bytes_of(rows, at_once, on_device),
+            budget=limits.device,
+            on_device=on_device or 0,
+            host_bytes=footprint.host_bytes(rows, on_device),
+            host_limit=limits.host,
+        )
+
+    if footprint.parked is None:
+        at_once = _largest(lambda n: footprint.bytes_of(rows, n) <= limits.device, 1, most)
+        return None if at_once is None else plan(at_once)
+    for count in halved(most):
+        kept = _largest(
+            lambda kept: footprint.bytes_of(rows, count, kept) <= limits.device,  # noqa: B023
+            0,
+            mine - 1,
+        )
+        if kept is None:
+            continue
+        kept = kept // count * count  # whole forwards
+        if footprint.host_bytes(rows, kept) <= limits.host:
+            return plan(count, kept)
+    return None
+
+
+def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int) -> OutOfMemory:
+    def least(of: Footprint) -> int:
+        return of.bytes_of(fewest, 1, None if of.parked is None else 0)
+
+    smallest = min(footprints, key=least)
+    tried = ""
+    if smallest.parked is not None:
+        waiting, free = _size(smallest.host_bytes(fewest, 0)), _size(limits.host)
+        tried = f", with rows waiting in {waiting} of host memory, of which {free} are free"
+    what = "all rows, which later stages need" if smallest.stage.feeds else "a row for each concept"
+    return OutOfMemory(
+        f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
+        f"{what}{tried}, and {_size(limits.device)} may be used; lower samples, timesteps "
+        "or latent_size, or allow more memory."
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit of which there is a tenth at least."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit / 10:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
+
+
+def _most_that_fits(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """About the largest number that ``fits``. Smaller ones nearly always do, but of fewer rows
+    more tokens count, so that one may not."""
+    above = most
+    while most >= least:
+        if fits(most):
+            return _largest(fits, most, above)
+        above, most = most - 1, min(most - 1, round(0.9 * most))
+    return None
+
+
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest number that ``fits``, where all smaller ones do."""
+    if most < least or not fits(least):
+        return None
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least

@@ -1,0 +1,162 @@
+"""A memory budget, kept: how many rows run at once, where the others wait, and how many run at all.
+
+The budget is what the user allows, or what the host says there is room for. Before a stage runs,
+its longest row is measured (:mod:`.measure`). In a sweep every row waits at each site, on the
+device or in host memory, and the moments and the solve of one site come on top; else there are the
+moments of all sites. The first strategy that fits is taken; where memory runs out all the same,
+since others may take what was counted on, the next ones are tried.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+
+from ..activations.host_memory import HostMemory
+from ..activations.lockstep import Lockstep
+from ..activations.meter import is_apart, is_out_of_memory
+from ..activations.oom_retry import halved
+from ..activations.parking import Place
+from ..hosts.protocol import Stage
+from ..lora import SiteChanges
+from .batches import Batching, limit_of, sampled_rows
+from .eta import Reached, Seen
+from .footprint import Footprint, MemoryLimits
+from .job import Run, StageSolver
+from .measure import Measure, streams
+from .plan import Plan, plan_stage
+from .strategies import ON_DEVICE, Strategy, free_host, ladder
+
+_log = logging.getLogger(__name__)
+
+
+def planned(
+    run: Run, stage: Stage, solver: StageSolver, batching: Batching, *, copies: int, sweep: bool
+) -> Plan:
+    """A plan that keeps the run's memory budget; without one the quickest strategy."""
+    strategy, budget = ON_DEVICE if sweep else Strategy(), run.memory_budget
+    if budget is None or not stage.sites:
+        return Plan(stage, batching.rows, strategy, len(stage.owners))
+    lockstep, room = run.lockstep, run.host.room
+    limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
+    measure = Measure(stage, lockstep, copies, limit, itemsize)
+    cost, changes = measure.row(), lockstep.changes
+    footprint = Footprint(
+        stage,
+        strategy,
+        cost,
+        None,
+        {site: solver.bytes(site, sweep) for site in stage.sites},
+        changes_bytes(changes, cost.device) + lockstep.cast_bytes,
+        lockstep.processes,
+        sweep,
+        limits=lambda rows: limit_of(stage, batching, rows),
+    )
+    wanted = footprint.bytes_of(len(stage.owners), batching.rows)
+    if budget == "free":
+        sharing = 1 if is_apart(cost.device) else lockstep.processes.size
+        # All processes have to leave out the same rows.
+        budget = lockstep.processes.least(room(wanted) // sharing)
+    else:
+        room(min(wanted, budget))
+    limits, footprints = MemoryLimits(budget), [footprint]
+    if sweep and wanted > budget:
+        with ExitStack() as stack:
+            place = None
+            if is_apart(cost.device):
+                limits = MemoryLimits(
+                    budget, lockstep.processes.least(free_host(lockstep.processes))
+                )
+                place = HostMemory(cost.device, limits.host)
+                stack.callback(place.close)
+            footprints += others(footprint, measure, place, batching)
+    made = plan_stage(footprints, limits, batching.rows)
+    if made.bytes < wanted:
+        room(made.bytes)  # weights that made way for more than this come back
+    steps = (step for step in cost.steps if step.site)
+    reached = {s.site: Reached(changes[s.site].shape, s.length, s.shares) for s in steps}
+    run.eta.measured(Seen(stage, reached, cost.seconds, cost.device))
+    made = replace(made, seconds=run.eta.seconds_of(made.stage, made.strategy.slower))
+    if made.rows < made.offered:
+        _log.warning(
+            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
+            "more memory",
+            made,
+        )
+    run.tick(f"plan: {made}", 0, 0, str(made))
+    return made
+
+
+def others(
+    footprint: Footprint, measure: Measure, place: Place | None, batching: Batching
+) -> Iterator[Footprint]:
+    """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
+    stage, levels, cost = footprint.stage, None, footprint.cost
+    for strategy in ladder(stage, measure.lockstep):
+        if strategy.levels is not levels:
+            levels = strategy.levels
+            cost = measure.row(levels)
+        parked = None if strategy.offloads is None else measure.row(levels, place)
+        sampled = None
+        if levels is not None and streams(stage, levels):
+            sampled = sampled_rows(stage, batching.policy)
+        yield replace(
+            footprint, strategy=strategy, cost=cost, parked=parked, sampled=len(sampled or ())
+        )
+
+
+def attempts(plan: Plan, lockstep: Lockstep, *, sweep: bool) -> Iterator[Plan]:
+    """``plan``, and what takes less where memory runs out: in a sweep the further strategies, in
+    host memory where that is another, and then half as many rows at once, down to one."""
+    yield plan
+    if sweep:
+        for strategy in _further(plan, lockstep):
+            host = plan.host_limit
+            if strategy.offloads is not None and not host:
+                host = free_host(lockstep.processes)
+            plan = replace(plan, strategy=strategy, on_device=0, host_limit=host)
+            yield plan
+    rows = min(plan.at_once, plan.rows)
+    yield from (replace(plan, at_once=some) for some in halved(rows) if some < rows)
+
+
+def _further(plan: Plan, lockstep: Lockstep) -> list[Strategy]:
+    """Those that can be found: a row is run for it, for which there may be no memory either."""
+    strategies = [plan.strategy] if plan.on_device else []
+    try:
+        for strategy in ladder(plan.stage, lockstep):
+            if strategy.slower > plan.strategy.slower:
+                strategies.append(strategy)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    apart = [strategy for strategy in strategies if strategy.offloads is not None]
+    return apart or strategies
+
+
+def complaint(said: str, tried: Sequence[Plan]) -> str:
+    """What to say where there was no memory for any of the plans ``tried``."""
+    return (
+        f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: "
+        f"{'; '.join(map(_attempt, tried))}. Lower samples or timesteps (fewer rows), or "
+        "latent_size (smaller ones), or close what else takes memory. The model is as it was."
+    )
+
+
+def _attempt(plan: Plan) -> str:
+    tried = f"{plan.at_once} rows at once" if plan.at_once > 1 else "one row at once"
+    return ", ".join(filter(None, (tried, plan.strategy.name)))
+
+
+def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
+    """What the merged changes take at most, float32 factors of Σ r_i: they are where the LoRAs'
+    are."""
+    return sum(
+        4 * sum(site.shape) * site.rank
+        for site in changes.values()
+        if site.like.up.device.type == device.type
+    )

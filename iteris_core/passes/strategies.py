@@ -1,0 +1,84 @@
+"""The ladder of strategies to run a sweep, all with the same result, the quickest first.
+
+Rows wait on the device at every site, which takes most; or in host memory, at the end of every
+level; or block by block (:mod:`..activations.blocks`), on the device or in host memory: a row waits
+with what enters a block, small ones or large ones. The planner takes the first that fits, and where
+memory runs out all the same, the merge goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..activations.blocks import Levels
+from ..activations.levels import Found, watched, with_replayable
+from ..activations.lockstep import Lockstep
+from ..activations.meter import free_memory, is_apart, usable
+from ..activations.micro_batch import MicroBatch, Observer
+from ..activations.processes import Processes
+from ..hosts.protocol import Stage
+
+BLOCKS = {"small blocks": (3, 1.4), "large blocks": (8, 2.1)}
+"""Levels of a block at most, and how many times longer a sweep takes (docs/decisions.md). Small
+ones are an attention or a feed-forward; large ones are what a transformer repeats."""
+_IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Rows pause at the end of each of the ``levels`` (None: at every site) and, if one
+    ``offloads`` a device, those that have no room there wait in host memory. A sweep takes so many
+    times longer (``slower``) than by the first one."""
+
+    name: str = ""
+    slower: float = 1.0
+    levels: Levels | None = field(default=None, repr=False)
+    offloads: torch.device | None = None
+
+    @property
+    def by_blocks(self) -> bool:
+        return self.levels is not None and bool(self.levels.blocks)
+
+
+ON_DEVICE = Strategy("waiting on the device")
+IN_HOST = "waiting in host memory"
+
+
+def ladder(stage: Stage, lockstep: Lockstep) -> Iterator[Strategy]:
+    """All but the first, :data:`ON_DEVICE`; a row or two run to find them."""
+    found = find(stage, lockstep)
+    apart = is_apart(found.device)
+    if apart:
+        yield Strategy(IN_HOST, _IN_HOST, found.levels(), found.device)
+    before = None
+    for size, (most, slower) in BLOCKS.items():
+        levels = replayable(stage, lockstep, found.levels(most))
+        if not levels.blocks or levels.blocks == before:
+            continue
+        before = levels.blocks
+        yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, levels)
+        if apart:
+            slower *= _BLOCKS_IN_HOST
+            yield Strategy(f"{IN_HOST}, by {size}", slower, levels, found.device)
+
+
+def find(stage: Stage, lockstep: Lockstep) -> Found:
+    """The levels of a stage, by its first row."""
+    return watched(lockstep, lambda observer: _first_row(stage, observer))
+
+
+def replayable(stage: Stage, lockstep: Lockstep, levels: Levels) -> Levels:
+    """``levels`` with the blocks that can be replayed."""
+    return with_replayable(levels, lockstep, lambda observer: _first_row(stage, observer))
+
+
+def free_host(processes: Processes) -> int:
+    """Bytes of the host's memory that each process may use."""
+    return usable(free_memory(torch.device("cpu"))) // processes.size
+
+
+def _first_row(stage: Stage, observer: Observer | None) -> MicroBatch:
+    return MicroBatch(lambda: stage.run([0], 1), [stage.owners[0]], 1, observer)

@@ -1,0 +1,247 @@
+"""Passes over the model in which all sites are solved: one sweep, or several that are iterated.
+
+In a sweep each site is solved in execution order, on inputs that passed the solved ones before.
+Else all are solved behind a pass: from reference rows, X with each LoRA alone active, and then, in
+the paper's Algorithm 1, from the last merged model's inputs again and again. What a method does at
+the sites of a stage is a :class:`.job.StageSolver`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..activations.blocks import Levels
+from ..activations.collect import StreamCollector, SweepCollector
+from ..activations.host_memory import HostMemory
+from ..activations.lockstep import greenlets
+from ..activations.micro_batch import MicroBatch
+from ..activations.oom_retry import with_less
+from ..activations.parking import Parking
+from ..activations.processes import Processes
+from ..errors import SiteError
+from ..hosts.protocol import Stage
+from ..lora import LowRank, concatenate
+from ..solve.problem import Reduction, Solution
+from .batches import Batching, micro_batches, sampled_rows
+from .eta import FORWARDS, SITES, Passes
+from .job import Run, RunLog, StageSolver
+from .plan import Plan
+from .planner import attempts, complaint, planned
+
+Solutions = dict[str, Solution]
+SolverOf = Callable[[Stage], StageSolver]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A ``sweep``; or at most so many passes, until no site's change moves by more than
+    ``tolerance`` of itself."""
+
+    sweep: bool = True
+    passes: int = 1
+    tolerance: float | None = None
+
+    @property
+    def copies(self) -> int:
+        """Of every row, at most."""
+        return 2 if self.sweep or self.passes > 1 else 1
+
+
+SWEEP, REFERENCE = Schedule(), Schedule(sweep=False)
+
+
+def solve_sites(
+    run: Run, solver_of: SolverOf, batching: Batching, schedule: Schedule = SWEEP
+) -> tuple[Solutions, RunLog]:
+    """Every site's solution, in execution order. A site that no forward reaches is an error."""
+    if schedule.sweep:
+        greenlets()  # before samples are made
+    run.lockstep.merged = {}
+    passes = _Passes(run, solver_of, batching, schedule)
+    solutions: Solutions = {}
+    convergence: list[float] = []
+    for turn in range(schedule.passes):
+        latest = passes.solved(turn)
+        run.lockstep.merged = {site: s.change for site, s in latest.items()}
+        if turn:
+            convergence.append(_largest_change(solutions, latest))
+        solutions = latest
+        if schedule.tolerance is not None and turn:
+            settled = convergence[-1] <= schedule.tolerance
+            if run.lockstep.processes.least(int(settled)):
+                break
+    if schedule.passes > 1:
+        run.tick("iterations", schedule.passes, schedule.passes)
+    if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
+        raise SiteError(
+            f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
+            "they cannot be merged by their features. Leave them out of the LoRAs."
+        )
+    return solutions, RunLog(passes.rows, passes.lines, convergence)
+
+
+class _Passes:
+    """``rows`` is how many there were, and ``lines`` are those of the memory plan."""
+
+    def __init__(
+        self, run: Run, solver_of: SolverOf, batching: Batching, schedule: Schedule
+    ) -> None:
+        self.rows, self.lines = 0, list[str]()
+        self._run, self._lockstep = run, run.lockstep
+        self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
+        self._plans: dict[str, Plan] = {}
+        self._solutions: Solutions = {}
+        self._turn = 0
+
+    def solved(self, turn: int) -> Solutions:
+        """One pass, the number ``turn``."""
+        schedule, self._turn, self._solutions = self._schedule, turn, {}
+        if not turn:
+            size = self._lockstep.processes.size
+            changes, times = self._lockstep.changes, (schedule.copies, schedule.passes)
+            expected = Passes(changes, self._batching, schedule.sweep, *times, size)
+            self._run.eta.expect(expected, self._run.denoised)
+            _ = self._run.samples
+        if schedule.sweep:
+            self._run.tick("solving sites", 0, len(self._lockstep.changes))
+        if schedule.passes > 1:
+            self._run.tick("iterations", turn, schedule.passes)
+        for stage in self._run.stages():
+            plan = self._plans.get(stage.name) or self._planned(stage)
+            plan = plan if not turn else replace(plan, stage=stage)
+            solver = self._solver_of(plan.stage)
+            tried = attempts(plan, self._lockstep, sweep=schedule.sweep)
+            attempt = partial(self._attempt, solver)
+            _, self._plans[stage.name] = with_less(tried, attempt, complaint)
+        return self._solutions
+
+    def _planned(self, stage: Stage) -> Plan:
+        plan = planned(
+            self._run,
+            stage,
+            self._solver_of(stage),
+            self._batching,
+            copies=self._schedule.copies,
+            sweep=self._schedule.sweep,
+        )
+        self.rows = max(self.rows, plan.rows)
+        self.lines += [str(plan)] if plan.budget < math.inf else []
+        return plan
+
+    def _attempt(self, solver: StageSolver, plan: Plan) -> None:
+        for site in self._solutions.keys() & set(plan.stage.sites):  # of one that had no memory
+            del self._solutions[site]
+            if self._schedule.sweep:
+                del self._lockstep.merged[site]
+        batching = replace(self._batching, rows=plan.at_once)
+        if self._schedule.sweep:
+            self._sweep(solver, plan, batching)
+        else:
+            self._stream(solver, plan.stage, batching)
+
+    def _stream(self, solver: StageSolver, stage: Stage, batching: Batching) -> None:
+        """All rows run, and then the sites are solved. Before the first solve there is no merged
+        model: X̃ = X (Algorithm 1, initial)."""
+        run, turn, processes = self._run, self._turn, self._lockstep.processes
+        several = self._schedule.passes > 1
+        collector = StreamCollector(
+            self._lockstep.changes, solver.begin, **_options(solver, processes)
+        )
+        copies = 2 if turn else 1
+        batches = list(micro_batches(stage, copies, collector, batching, processes))
+        if not turn:
+            run.eta.begin(stage, 1.0)
+        for done, batch in enumerate(batches, 1):
+            self._lockstep.run(batch)
+            run.eta.done(FORWARDS, stage, (turn, ""), 1 / (len(batches) - done + 1))
+            if several:
+                run.tick("iterations", turn, self._schedule.passes)
+            else:
+                run.tick(f"features of the {stage.name}", done, len(batches))
+        for site in collector.sites:
+            self._solve(solver, stage, site, collector.take(site))
+            if not several:
+                run.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
+
+    def _sweep(self, solver: StageSolver, plan: Plan, batching: Batching) -> None:
+        """Rows run in step, and wait at each site until it is solved."""
+        run, lockstep, stage, strategy = self._run, self._lockstep, plan.stage, plan.strategy
+        place = parking = None
+        if strategy.offloads is not None:
+            place = HostMemory(strategy.offloads, plan.host_limit)
+            parking = Parking(place, modules=list(run.host.sites().values()))
+        processes = lockstep.processes
+        mine = processes.mine(len(stage.owners)) if stage.sites else ()
+        sampled = sampled_rows(stage, batching.policy)
+        collector = SweepCollector(
+            lockstep.changes,
+            solver.begin,
+            sampled=None if sampled is None else sampled & set(mine),
+            narrow=strategy.levels is not None,
+            rows=len(mine) if strategy.by_blocks else None,
+            aside=nullcontext if parking is None else parking.aside,
+            **_options(solver, processes),
+        )
+
+        def solve(site: str) -> LowRank:
+            run.eta.done(FORWARDS, stage, (0, site))
+            change = self._solve(solver, stage, site, collector.take(site))
+            run.tick("solving sites", len(self._solutions), len(lockstep.changes))
+            return change
+
+        # In every way of running it, so that all give the same.
+        batches = list(micro_batches(stage, 2, collector, batching, processes, sampled))
+        last = set[str]() if stage.feeds else set(stage.sites)
+        with ExitStack() as stack:
+            stack.enter_context(lockstep.in_levels(strategy.levels or Levels()))
+            if place is not None and parking is not None:
+                stack.callback(place.close)
+                parking.stay = _first(batches, plan.on_device)
+                stack.enter_context(parking)
+            stack.callback(collector.forget)  # else all that it holds would be put back
+            run.eta.begin(stage, strategy.slower)
+            lockstep.sweep(batches, solve, last, parking)
+
+    def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
+        self._solutions[site] = solver.solved(site, reduction)
+        self._run.eta.done(SITES, stage, (self._turn, site))
+        return self._solutions[site].change
+
+
+def _options(solver: StageSolver, processes: Processes) -> dict[str, Any]:
+    """Those that a collector has of either kind."""
+    return {
+        "dtype": solver.dtype,
+        "processes": processes,
+        "acting": solver.acting,
+        "inputs": solver.inputs,
+    }
+
+
+def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
+    """The first batches, of so many rows together."""
+    numbers: set[int] = set()
+    for number, batch in enumerate(batches):
+        rows -= len(batch.owners)
+        if rows < 0:
+            break
+        numbers.add(number)
+    return numbers
+
+
+def _largest_change(old: Solutions, new: Solutions) -> float:
+    """max over sites of ‖ΔW_new − ΔW_old‖ / ‖ΔW_new‖, on factors."""
+    largest = 0.0
+    for site, solution in new.items():
+        after, before = solution.change.to(torch.float64), old[site].change.to(torch.float64)
+        norm = after.squared_norm()
+        gap = max(0.0, concatenate([after, before.scaled(-1.0)]).squared_norm())
+        largest = max(largest, (gap / norm) ** 0.5 if norm > 0 else 0.0)
+    return largest
