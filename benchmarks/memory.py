@@ -30,7 +30,7 @@ from iteris_core.lora import SiteChanges
 from iteris_core.methods.iteris import _solver
 from iteris_core.methods.iteris_settings import IterisSettings
 from iteris_core.methods.repair import with_repairs
-from iteris_core.passes.batches import Batching, limit_of
+from iteris_core.passes.batches import ExecutionConfig, limit_of
 from iteris_core.passes.footprint import Footprint, MemoryLimits
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Measure
@@ -200,12 +200,12 @@ def planned(model: Model) -> dict[str, Any]:
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, places=True, samples=each)
     solver = _solver(job, IterisSettings(), stage, set(), repairs)
-    batching = Batching(AT_ONCE, "enough")
+    batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,
         patch("torch.nn.functional.scaled_dot_product_attention", fused),
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
-        patch("iteris_core.activations.levels._alike", lambda *_: True),  # nothing to compare
+        patch("iteris_core.activations.barriers._alike", lambda *_: True),  # nothing to compare
         patch("iteris_core.passes.strategies.is_apart", lambda *_: True),
     ):
         lockstep, limit = session.lockstep, limit_of(stage, batching)

@@ -24,7 +24,7 @@ from .lora import Lora, LowRank, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import Method, find_method
 from .methods.registry import Merged
-from .passes import dry
+from .passes import preflight
 from .passes.always_on import always_on, beside, changes_always, switched_on
 from .passes.changes import changes_of, check_sites, unmergeable_sites
 from .passes.eta import Eta
@@ -190,7 +190,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     job, found, others = prepared(job, method, settings)
     noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
     if (found and unmergeable == "refuse") or not job.changes:
-        raise SiteError(dry.complaint(found, concepts))
+        raise SiteError(preflight.complaint(found, concepts))
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
@@ -199,7 +199,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
         mean = unmergeable == "mean"
         means = _means(job.concepts, others) if mean else {}
         what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
-        note = f"{dry.complaint(found, concepts, refused=False)}; they {what}"
+        note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
         merged = Merged({**merged.sites, **means}, merged.log.with_notes([note]))
     return _Made(concepts, merged, calls[: len(concepts)], noted)
 

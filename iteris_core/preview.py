@@ -15,7 +15,7 @@ from .hosts.protocol import Host
 from .lora import SiteChanges
 from .merge import prepared, settings_over
 from .methods import Method, find_method
-from .passes import dry
+from .passes import preflight
 from .passes.always_on import always_on, switched_on
 from .passes.changes import changes_of
 from .passes.eta import Eta
@@ -108,7 +108,7 @@ def _preview(job: Job, method: Method, settings: Settings) -> Preview:
     denoised = loras * calibration.samples * steps
     if calibration.latents == "noise" or not any(_denoises(site) for site in kept):
         denoised = 0
-    complaint = dry.complaint(found, concepts, refused=False) if found else ""
+    complaint = preflight.complaint(found, concepts, refused=False) if found else ""
     return Preview(plan, found, complaint, denoised)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..iteris_core.activations.host_memory import pinning_at_most
+from ..iteris_core.activations.host_pool import pinning_at_most
 from .comfy_internals import optional, set_optional
 
 

@@ -201,13 +201,13 @@ def _language(kind: str) -> Callable[[Path], list[Path]]:
 
 
 def _way(most: int, parked: bool) -> Callable[[Path], list[Path]]:
-    """A sweep in blocks of so many levels, whose rows wait in host memory."""
+    """A sweep in blocks of so many barriers, whose rows wait in host memory."""
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
             return Plan(stage, batching.rows, Strategy())
-        levels = replayable(stage, run.lockstep, find(stage, run.lockstep).levels(most))
-        strategy = Strategy(levels=levels, offloads=torch.device("cpu") if parked else None)
+        barriers = replayable(stage, run.lockstep, find(stage, run.lockstep).barriers(most))
+        strategy = Strategy(barriers=barriers, offloads=torch.device("cpu") if parked else None)
         return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
 
     def run(folder: Path) -> list[Path]:

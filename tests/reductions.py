@@ -11,7 +11,7 @@ from iteris_core.lora import SiteChanges
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
 from iteris_core.solve.output import OutputMoments
-from iteris_core.solve.problem import Fit, Opening, Solution
+from iteris_core.solve.problem import RegressionSpec, SiteContext, Solution
 from iteris_core.solve.rows import OutputRows
 
 CPU = torch.device("cpu")
@@ -28,14 +28,14 @@ class Rows:
     output: Tensor | None = None
 
 
-def opening(changes, dtype=torch.float64, **known) -> Opening:
+def opening(changes, dtype=torch.float64, **known) -> SiteContext:
     """Of a site that shares its inputs with none."""
     changes = SiteChanges.of(changes)
 
     def share(kind):
         return kind(len(changes), changes.shape[1], dtype, CPU), True
 
-    return Opening(changes, CPU, share, **known)
+    return SiteContext(changes, CPU, share, **known)
 
 
 def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:
@@ -64,7 +64,7 @@ def filled(reduction, inputs, targets):
 
 
 def solved(reduction, weights, **settings) -> Solution:
-    return reduction.solve(Fit(weights, **settings))
+    return reduction.solve(RegressionSpec(weights, **settings))
 
 
 def moments_of(inputs, kind=InputMoments) -> InputMoments | CrossMoments:

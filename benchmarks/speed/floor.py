@@ -24,7 +24,7 @@ from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.methods.iteris_settings import IterisSettings
-from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 
 
@@ -37,7 +37,7 @@ def bare_forward(
     references = {site: [None] * len(concepts) for site in sites}
     generator = torch.Generator().manual_seed(0)
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
-    batching = Batching(at_once or IterisSettings().micro_batch)
+    batching = ExecutionConfig(at_once or IterisSettings().micro_batch)
     with torch.no_grad(), task.run() as run:
         run.lockstep.close()
         for stage in run.stages():

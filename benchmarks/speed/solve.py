@@ -25,7 +25,7 @@ from iteris_core.activations.meter import MemoryMeter
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments
-from iteris_core.solve.problem import Fit, Opening
+from iteris_core.solve.problem import RegressionSpec, SiteContext
 
 RANK = 32
 SHAPES = {
@@ -62,7 +62,9 @@ def make_problem(out: int, width: int, count: int) -> AdapterMoments:
         xt = x + 0.1 * torch.randn(2 * width, width, generator=generator) * scale
         rows.append(Rows(concept, xt, x))
     moments = CrossMoments(count, width, torch.float32, torch.device("cpu"))
-    opening = Opening(SiteChanges(tuple(changes)), torch.device("cpu"), lambda _: (moments, True))
+    opening = SiteContext(
+        SiteChanges(tuple(changes)), torch.device("cpu"), lambda _: (moments, True)
+    )
     reduction = AdapterMoments.begin(opening, "none", torch.float32)
     for part in rows:
         reduction.add(part)
@@ -74,7 +76,7 @@ def ours(site: AdapterMoments, *, residuals: bool = False) -> LowRank:
     """Without the report's residuals, which the dense solve does not make either."""
     site.inputs.forget_factor()
     weights = [1.0] * len(site.changes)
-    return site.solve(Fit(weights, 1e-5, "none", residuals=residuals)).change
+    return site.solve(RegressionSpec(weights, 1e-5, "none", residuals=residuals)).change
 
 
 def dense(site: AdapterMoments) -> Tensor:

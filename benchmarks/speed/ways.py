@@ -20,7 +20,7 @@ from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, IterisError, LowRank, merge_loras
-from iteris_core.activations.host_memory import HostMemory
+from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.passes import sweep as loops
 from iteris_core.passes.plan import Plan
@@ -60,16 +60,16 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     def planned(run: Any, stage: Any, _: Any, batching: Any, *, sweep: bool, **__: Any) -> Plan:
         if not (sweep and stage.sites):
             return Plan(stage, batching.rows, Strategy())
-        levels = offloads = None
+        barriers = offloads = None
         if way != ON_DEVICE.name:
-            levels = find(stage, run.lockstep).levels(BLOCKS.get(size, (0, 1.0))[0])
+            barriers = find(stage, run.lockstep).barriers(BLOCKS.get(size, (0, 1.0))[0])
         if size:
-            levels = replayable(stage, run.lockstep, levels)
+            barriers = replayable(stage, run.lockstep, barriers)
         if place == IN_HOST:
             offloads = next(next(iter(run.host.sites().values())).parameters()).device
-        if not size or levels.blocks:
+        if not size or barriers.blocks:
             ran.append(stage.name)
-        strategy = Strategy(way, levels=levels, offloads=offloads)
+        strategy = Strategy(way, barriers=barriers, offloads=offloads)
         return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
 
     with patch.object(loops, "planned", planned):
@@ -81,14 +81,14 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
 def compare(case: str, rounds: int, rows: int) -> dict[str, Any]:
     """``rows`` a forward; ``ratios`` are medians of each way over the first, round by round."""
     host, concepts, calibration = CASES[case]()
-    places: list[HostMemory] = []
+    places: list[HostPool] = []
 
-    def place(*args: Any) -> HostMemory:
-        places.append(HostMemory(*args))
+    def place(*args: Any) -> HostPool:
+        places.append(HostPool(*args))
         return places[-1]
 
     def merge(way: str) -> Any:
-        with forced(way), patch.object(loops, "HostMemory", place):
+        with forced(way), patch.object(loops, "HostPool", place):
             return merge_loras(
                 host, concepts, settings={"micro_batch": rows}, calibration=calibration
             )

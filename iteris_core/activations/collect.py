@@ -19,7 +19,7 @@ from ..errors import SiteError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
 from ..solve.moments import MomentReduction
-from ..solve.problem import Begin, Opening, Reduction
+from ..solve.problem import Begin, Reduction, SiteContext
 from .processes import ALONE, Processes
 from .tokens import ConceptTokens, Group, Observation
 
@@ -98,7 +98,7 @@ class Collector(ABC):
             return moments, True
 
         return self._begin(
-            Opening(
+            SiteContext(
                 changes if inputs is None else changes.at(inputs),
                 shown.inputs.device,
                 share,
@@ -199,7 +199,7 @@ class SweepCollector(Collector):
                 self._add(begun, shown)
             return
         waiting = self._waiting.setdefault(shown.name, [])
-        waiting.append(shown.narrowed() if self._narrow else shown)
+        waiting.append(shown.gathered() if self._narrow else shown)
         if self._rows is None or self._sampled is None or shown.mask is not None:
             return
         rows = sum(shown.rows for shown in waiting)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges
-from .blocks import Levels, Shown, replay_hook
+from .activation_offload import ActivationOffload
 from .micro_batch import MicroBatch, Pending
 from .modes import Modes
-from .parking import Parking
 from .processes import ALONE, Processes
+from .replay import Barriers, ReplayDone, replay_hook
 from .site import Site, site_of
 from .tokens import Observation
 
@@ -54,7 +54,7 @@ class Lockstep:
         self._active: MicroBatch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._cast: dict[tuple[str, int], LowRank] = {}  # by site, and the id of its change
-        self._levels = Levels()
+        self._barriers = Barriers()
         self.merged: dict[str, LowRank] = {}
 
     def __enter__(self) -> Lockstep:
@@ -103,19 +103,19 @@ class Lockstep:
             self._active = None
 
     @contextmanager
-    def in_levels(self, levels: Levels) -> Generator[None]:
-        """Within it forwards that pause do so at the end of each of ``levels``, and replay their
+    def in_barriers(self, barriers: Barriers) -> Generator[None]:
+        """Within it forwards that pause do so at the end of each of ``barriers``, and replay their
         blocks."""
-        hook = replay_hook(levels, lambda: self._active)
+        hook = replay_hook(barriers, lambda: self._active)
         handles = [
             block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            for block in levels.blocks
+            for block in barriers.blocks
         ]
-        self._levels = levels
+        self._barriers = barriers
         try:
             yield
         finally:
-            self._levels = Levels()
+            self._barriers = Barriers()
             for handle in handles:
                 handle.remove()
 
@@ -124,10 +124,10 @@ class Lockstep:
         batches: Sequence[MicroBatch],
         solve: Callable[[str], LowRank],
         last: Set[str] = frozenset(),
-        parking: Parking | None = None,
+        offload: ActivationOffload | None = None,
     ) -> None:
         """Run all micro-batches in step; ``solve(site)`` is called once all have shown it. When
-        the ``last`` sites are solved, the forwards are not run to their end. With ``parking``,
+        the ``last`` sites are solved, the forwards are not run to their end. With ``offload``,
         which has to be on, they wait there."""
         greenlet = greenlets()
         workers = [greenlet.greenlet(batch.run) for batch in batches]
@@ -141,13 +141,13 @@ class Lockstep:
                 while True:
                     arrived: list[Any] = []
                     for number, (worker, batch) in enumerate(zip(workers, batches, strict=True)):
-                        if parking is not None:
-                            parking.turn(number)
+                        if offload is not None:
+                            offload.turn(number)
                         self._active = batch
                         arrived.append(worker.switch())
                         outside.restore()
-                        if parking is not None:
-                            parking.rest()
+                        if offload is not None:
+                            offload.rest()
                     ended = [worker.dead for worker in workers]
                     if all(ended):
                         return
@@ -158,7 +158,7 @@ class Lockstep:
                             'schedule="jacobi".'
                         )
                     self._active = None
-                    for site in self._levels.level(arrived[0]):
+                    for site in self._barriers.level(arrived[0]):
                         self.merged[site] = solve(site)
                     if last and last <= self.merged.keys():
                         return
@@ -262,11 +262,11 @@ class Lockstep:
         batch.reached.append(shown.name)
         if batch.until is None:
             batch.pending.append(shown)
-        if not self._levels.ends_at(shown.name):
+        if not self._barriers.ends_at(shown.name):
             return
         if batch.until == shown.name:
-            raise Shown
-        batch.wait(self._levels.level(shown.name))
+            raise ReplayDone
+        batch.wait(self._barriers.level(shown.name))
         while batch.pending:
             self._add_merged(batch, batch.pending.pop())
 

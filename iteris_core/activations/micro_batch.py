@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ..errors import SiteError
-from .choice import TokenChoice
 from .saliency import Saliency
 from .site import Site
+from .token_sampling import TokenSampling
 from .tokens import Group, Observation
 
 
@@ -69,7 +69,7 @@ class MicroBatch:
     of_one: bool = False
     mask_of: Callable[[str], Tensor | None] | None = None
     stage: str = ""
-    choice: TokenChoice = field(default_factory=lambda: TokenChoice((), None, 0))
+    choice: TokenSampling = field(default_factory=lambda: TokenSampling((), None, 0))
     saliency: Saliency | None = None
     streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     passed: set[str] = field(default_factory=set[str])

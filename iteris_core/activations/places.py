@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def halves(
+def compose_halves(
     left: Tensor, right: Tensor, picture: Sequence[int] | None, patches: Sequence[int]
 ) -> Tensor | None:
     """The left half of ``left`` beside the right half of ``right``, two tensors of one shape.

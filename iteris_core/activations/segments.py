@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .blocks import tensors
-from .levels import Found
+from .barriers import Found
 from .lockstep import Lockstep
 from .micro_batch import MicroBatch
+from .replay import tensors
 
 SHARE = 0.5
 """A segment has at most so much of a stage's sites, so that gradients never go back through the
@@ -42,7 +42,7 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class Passage:
+class SegmentBatch:
     """One micro-batch of merged rows through a segment, in host memory.
 
     ``owners`` are the concepts of each row, of which a picture may show several. ``given`` are its
@@ -122,7 +122,7 @@ class ByRow:
 
 def pass_through(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int], by_row: ByRow
-) -> Passage:
+) -> SegmentBatch:
     """Run ``batch`` up to the end of the segment: merged rows, and with two copies before them the
     same under each row's own LoRA, which is what is wanted."""
     count = len(batch.owners) * (batch.copies - 1)
@@ -136,7 +136,7 @@ def pass_through(
 
     given, output = _passed(segment, lockstep, batch, kept)
     outputs = by_row.outputs_of(output)
-    return Passage(
+    return SegmentBatch(
         [[owner] for owner in batch.owners],
         rows,
         given,

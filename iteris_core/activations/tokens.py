@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..lora import LowRank, SiteChanges
-from .choice import TokenChoice
 from .saliency import Saliency
 from .site import LinearSite, Site
+from .token_sampling import TokenSampling
 
 Group = tuple[str, int]
 """Stands for one tensor as it was when a site received it: the stage that it belongs to, and a
@@ -45,7 +45,7 @@ class Observation:
     group: Group
     alive: set[Group]
     call: int
-    choice: TokenChoice
+    choice: TokenSampling
     mask: Tensor | None = None
     stream: Tensor | None = None
     saliency: Saliency | None = None
@@ -58,7 +58,7 @@ class Observation:
         length = self.site.length(self.outputs)
         return replace(self, weights=self.saliency.weights(self.group, self.alive, length))
 
-    def narrowed(self) -> Observation:
+    def gathered(self) -> Observation:
         """The same with copies of only those tokens that the ``choice`` picks."""
         length = self.site.length(self.outputs)
         choice = self.choice.made(length, self.site.shape[1])
@@ -80,9 +80,9 @@ class Observation:
             return self._picked(values.reshape(-1, 1), 0, self.rows).reshape(self.rows, -1)
 
         key = self.group, self.site.geometry
-        inputs = self.choice.narrowed.get(key)
+        inputs = self.choice.gathered.get(key)
         if inputs is None:  # not of another site that received it
-            inputs = self.choice.narrowed[key] = narrow(self.inputs, self.site.tokens)
+            inputs = self.choice.gathered[key] = narrow(self.inputs, self.site.tokens)
         return replace(
             self,
             site=LinearSite(self.site.shape),

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..concepts import Calibration
 from ..errors import MergeCancelled
 from ..hosts.protocol import Tick
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.job import Run, StageSolver
 from ..passes.sweep import REFERENCE, solve_sites
 from ..progress import OnProgress, Progress
 from ..solve.inputs import InputMoments
-from ..solve.problem import Bytes, Opening, Reduction, Solution, Tokens
+from ..solve.problem import Bytes, Reduction, SiteContext, Solution, Tokens
 
 _SPREAD = 0.1
 """How much of the mean energy of its inputs is added to each of them: a direction that no row
@@ -56,7 +56,7 @@ class Seen:
 class _Moments(Reduction):
     """Σ x xᵀ and Σ ‖y‖² of the one concept's rows."""
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: SiteContext) -> None:
         super().__init__(opening.changes)
         inputs, self._adds = opening.share(InputMoments)
         self.inputs: InputMoments = inputs
@@ -96,4 +96,4 @@ def look(run: Run, visit: Callable[[str, Seen], None]) -> None:
         return Bytes(4 * square, 16 * square, 0, 4 * square)
 
     solver = StageSolver(begin=_Moments, solve=solve, bytes=size)
-    solve_sites(run, lambda _: solver, Batching(32), REFERENCE)
+    solve_sites(run, lambda _: solver, ExecutionConfig(32), REFERENCE)

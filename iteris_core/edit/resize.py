@@ -15,13 +15,13 @@ from ..errors import MismatchError
 from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.changes import changes_of, check_sites, unmergeable_sites
 from ..passes.job import Job, Run, StageSolver
 from ..passes.sweep import solve_sites
 from ..progress import OnProgress
 from ..solve.choose import POLICY
-from ..solve.problem import Fit, Solution
+from ..solve.problem import RegressionSpec, Solution
 from .moments import Seen, calibration_of, look, ticking
 from .ranks import Components, Target, kept, share_out
 
@@ -137,7 +137,7 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks`` fitted at these to their whole output with all of the job's changes,
     in a sweep over what passed the sites before; those that are not there keep no change."""
     size = job.calibration.samples, job.calibration.timesteps, 1
-    fit = Fit(job.weights, POLICY.ridge_for(*size), residuals=False)
+    fit = RegressionSpec(job.weights, POLICY.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
     solver = StageSolver(
         begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
@@ -148,7 +148,7 @@ def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
         ),
         bytes=lambda site, sweep: POLICY.bytes(job.changes[site], fit, "output", 4, sweep=sweep),
     )
-    batching = Batching(32, "enough", job.calibration.seed)
+    batching = ExecutionConfig(32, "enough", job.calibration.seed)
     solutions, _ = solve_sites(run, lambda _: solver, batching)
     return {site: solutions[site].change for site in ranks}
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_out_of_memory
 from ..activations.micro_batch import MicroBatch
-from ..activations.segments import ByRow, Passage, Segment
+from ..activations.segments import ByRow, Segment, SegmentBatch
 from ..activations.site import site_of
 from ..errors import IterisError, brief
 from ..linalg.whitening import Whitening
@@ -37,7 +37,7 @@ class NoGradients(IterisError):
 
 
 @dataclass(frozen=True)
-class Runner:
+class SegmentForward:
     """Runs a segment on merged rows alone."""
 
     lockstep: Lockstep
@@ -45,7 +45,7 @@ class Runner:
     weights: Mapping[str, Tensor]
     by_row: ByRow
 
-    def __call__(self, passage: Passage) -> Sequence[Tensor]:
+    def __call__(self, passage: SegmentBatch) -> Sequence[Tensor]:
         outputs: list[Tensor] = []
         args, kwargs = passage.arguments()
 
@@ -113,8 +113,8 @@ def gradients_of(loss: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         raise NoGradients(brief(error)) from error
 
 
-def tokens_of(
-    runner: Runner, modules: Mapping[str, nn.Module], passages: Sequence[Passage]
+def sample_inputs(
+    runner: SegmentForward, modules: Mapping[str, nn.Module], passages: Sequence[SegmentBatch]
 ) -> dict[str, Tensor] | None:
     """Some of the inputs of every site of the segment, (tokens, in); None where it does not give
     by itself what it gave within the model."""

@@ -27,8 +27,8 @@ from ..activations.micro_batch import MicroBatch
 from ..activations.oom_retry import halved, with_less
 from ..activations.segments import (
     ByRow,
-    Passage,
     Segment,
+    SegmentBatch,
     pass_through,
     plain_weights,
     segments_of,
@@ -36,10 +36,10 @@ from ..activations.segments import (
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
-from ..passes.batches import Batching, chunks, micro_batches
+from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.strategies import find
-from .block_factors import Factors, NoGradients, Runner, gradients_of, tokens_of
+from .block_factors import Factors, NoGradients, SegmentForward, gradients_of, sample_inputs
 from .side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of, samples_each
 
 WHAT = "polishing blocks"
@@ -94,7 +94,7 @@ def polish_blocks(
             shown = showing and showing.advance(stage.name)
             notes += _Polish(job, lockstep, stage, adam, shown).run()
         if stage.feeds:
-            for batch in micro_batches(stage, 2, None, Batching(AT_ONCE)):
+            for batch in micro_batches(stage, 2, None, ExecutionConfig(AT_ONCE)):
                 lockstep.run(batch)
     changes = lockstep.merged
     dtypes = {site: change.up.dtype for site, change in merged.items()}
@@ -174,7 +174,7 @@ class _Polish:
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
         singles = self._passages(segment, rows, by_row, tick)
-        pairs: list[Passage] = []
+        pairs: list[SegmentBatch] = []
         if self.shown is not None:
             pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes, tick)
             self.paired |= bool(pairs)
@@ -182,8 +182,8 @@ class _Polish:
         checked = singles[:CHECKED] + pairs[:CHECKED]
         modules = self.job.host.sites()
         with self.stage.gradients(), plain_weights(segment.module) as weights:
-            runner = Runner(self.lockstep, segment, weights, by_row)
-            tokens = tokens_of(runner, modules, passages)
+            runner = SegmentForward(self.lockstep, segment, weights, by_row)
+            tokens = sample_inputs(runner, modules, passages)
             if tokens is None:
                 self._note(segment, "since by themselves they give something else")
                 return False
@@ -216,7 +216,9 @@ class _Polish:
     def _warm(self, step: int) -> float:
         return min(1.0, (step + 1) / 10) * (1 - step / self.adam.steps)
 
-    def _picked(self, singles: Sequence[Passage], pairs: Sequence[Passage]) -> Passage:
+    def _picked(
+        self, singles: Sequence[SegmentBatch], pairs: Sequence[SegmentBatch]
+    ) -> SegmentBatch:
         generator = self.job.generator
         paired = pairs and float(torch.rand((), generator=generator)) < self.adam.pairs
         some = pairs if paired else singles
@@ -224,9 +226,9 @@ class _Polish:
 
     def _passages(
         self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]
-    ) -> list[Passage]:
+    ) -> list[SegmentBatch]:
         """As many as host memory holds."""
-        passages: list[Passage] = []
+        passages: list[SegmentBatch] = []
         taken = 0
         for rows in chunks(chosen, self.stage.kinds, self.at_once):
             tick()
@@ -257,7 +259,7 @@ class _Polish:
                 rows.append(row)
         return rows
 
-    def _loss(self, runner: Runner, passage: Passage) -> Tensor:
+    def _loss(self, runner: SegmentForward, passage: SegmentBatch) -> Tensor:
         by_row: list[Tensor] = []
         for output, wanted in zip(runner(passage), passage.wanted, strict=True):
             errors = (output.float() - wanted.to(output.device).float()).square()
@@ -266,11 +268,11 @@ class _Polish:
         total = torch.stack(by_row).sum(0)
         return (total * total.new_tensor(self._weights(passage))).sum()
 
-    def _weights(self, passage: Passage) -> list[float]:
+    def _weights(self, passage: SegmentBatch) -> list[float]:
         weights = self.job.weights
         return [fmean(weights[owner] for owner in owners) for owners in passage.owners]
 
-    def _mask(self, segment: Segment, passage: Passage, errors: Tensor) -> Tensor | None:
+    def _mask(self, segment: Segment, passage: SegmentBatch, errors: Tensor) -> Tensor | None:
         """1 where a token counts, where the segment gives tokens."""
         if self.stage.mask is None or errors.ndim != 3:
             return None
@@ -279,6 +281,6 @@ class _Polish:
             return None
         return mask.to(errors.device)[..., None]
 
-    def _error(self, runner: Runner, passages: Sequence[Passage]) -> float:
+    def _error(self, runner: SegmentForward, passages: Sequence[SegmentBatch]) -> float:
         with torch.no_grad():
             return sum(float(self._loss(runner, passage)) for passage in passages)

@@ -15,11 +15,11 @@ import torch
 
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, StageSolver
 from ..passes.sweep import SWEEP, Schedule, solve_sites
 from ..report.report import SiteReport
-from ..solve.problem import Fit, Reduction, Solution
+from ..solve.problem import Reduction, RegressionSpec, Solution
 from .block_polish import Adam, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
@@ -53,7 +53,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
 
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, policy = job.calibration.seed, job.policy
-    batching = Batching(settings.micro_batch, tokens, seed, saliency, policy)
+    batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, policy)
     with job.run() as run:
         solutions, log = solve_sites(run, solver_of, batching, schedule)
         changes = {site: solution.change for site, solution in solutions.items()}
@@ -80,7 +80,7 @@ def _solver(
         ran = stage.samples or job.calibration.samples, job.calibration.timesteps, job.loras
         ridge = job.policy.ridge_for(*ran)
         pull = pull or job.policy.pull_for(*ran)
-    fit = Fit(
+    fit = RegressionSpec(
         job.weights,
         ridge,
         settings.weighting,
@@ -92,7 +92,7 @@ def _solver(
     repairing = replace(fit, dtype=dtype, residuals=False)
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
-    def fit_of(site: str) -> Fit:
+    def fit_of(site: str) -> RegressionSpec:
         return repairing if site in repairs else fit
 
     def solve(site: str, reduction: Reduction) -> Solution:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, RunLog, StageSolver, WeightJob
 from ..passes.sweep import REFERENCE, SWEEP, solve_sites
 from ..report.report import SiteReport
 from ..settings import Settings, setting
-from ..solve.problem import Fit, Solution
+from ..solve.problem import RegressionSpec, Solution
 
 
 def rank_setting(
@@ -129,8 +129,8 @@ def on_activations(
     merged_inputs: bool,
     sums: bool = True,
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> Fit``: what the ``reduction`` of a site's tokens is
-    solved with.
+    """Register ``function(job, settings) -> RegressionSpec``: what the ``reduction`` of a site's
+    tokens is solved with.
 
     With ``merged_inputs`` the sites are solved in one sweep, on what passed those solved before;
     else on reference rows alone. ``settings`` have a ``micro_batch``.
@@ -138,7 +138,7 @@ def on_activations(
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
-            fit: Fit = function(job, given)
+            fit: RegressionSpec = function(job, given)
             solver = StageSolver(
                 begin=reduction.begin,
                 solve=lambda _, reduced: reduced.solve(fit),
@@ -147,7 +147,9 @@ def on_activations(
             schedule = SWEEP if merged_inputs else REFERENCE
             with job.run() as run:
                 return Merged.of(
-                    *solve_sites(run, lambda _: solver, Batching(given.micro_batch), schedule)
+                    *solve_sites(
+                        run, lambda _: solver, ExecutionConfig(given.micro_batch), schedule
+                    )
                 )
 
         sweeps = _always if merged_inputs else _never

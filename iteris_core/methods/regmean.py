@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
-from ..solve.problem import Fit
+from ..solve.problem import RegressionSpec
 from .registry import micro_batch_setting, on_activations, rank_setting
 
 
@@ -30,12 +30,12 @@ class RegMeanSettings(Settings):
 
 
 @on_activations("regmean", RegMeanSettings, Gram, merged_inputs=False)
-def regmean(job: Job, settings: RegMeanSettings) -> Fit:
+def regmean(job: Job, settings: RegMeanSettings) -> RegressionSpec:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    return Fit(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
+    return RegressionSpec(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
 
 
 @on_activations("regmean++", RegMeanSettings, Gram, merged_inputs=True)
-def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> Fit:
+def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> RegressionSpec:
     """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
     return regmean(job, settings)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
-from ..activations.places import halves
-from ..activations.segments import ByRow, Passage, Segment, outputs_of, pass_through
+from ..activations.places import compose_halves
+from ..activations.segments import ByRow, Segment, SegmentBatch, outputs_of, pass_through
 from ..calibration_prompts import pair_prompts
 from ..concepts import Concept
 from ..hosts.protocol import DENOISING, Stage
@@ -138,12 +138,12 @@ class SideBySide:
         at_once: int,
         most_bytes: int,
         tick: Callable[[], None],
-    ) -> list[Passage]:
+    ) -> list[SegmentBatch]:
         """As many as ``most_bytes`` hold, each of several pairs; none where no output of the
         segment has places. ``tick`` is called before every one, and may raise."""
         stage = self.stages[None]
         order = torch.randperm(len(stage.owners), generator=self.job.generator).tolist()
-        found: list[Passage] = []
+        found: list[SegmentBatch] = []
         taken = 0
         for rows in chunks(order, stage.kinds, at_once):
             tick()
@@ -185,7 +185,10 @@ class PairStages:
 def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:
     """Words, which have no place, are to be what is between both. None where no output has places,
     and where two outputs have as many tokens as the picture: one of them may be the words."""
-    placed = [halves(*both, stage.picture, stage.patches) for both in zip(left, right, strict=True)]
+    placed = [
+        compose_halves(*both, stage.picture, stage.patches)
+        for both in zip(left, right, strict=True)
+    ]
     fitting = [some for some in placed if some is not None]
     if not fitting or sum(some.ndim == 3 for some in fitting) > 1:
         return None

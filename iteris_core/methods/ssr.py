@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.problem import Fit
+from ..solve.problem import RegressionSpec
 from ..solve.router import Router
 from .registry import micro_batch_setting, on_activations
 
@@ -21,6 +21,6 @@ class SsrSettings(Settings):
 
 
 @on_activations("ssr", SsrSettings, Router, merged_inputs=False, sums=False)
-def ssr(job: Job, settings: SsrSettings) -> Fit:
+def ssr(job: Job, settings: SsrSettings) -> RegressionSpec:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
-    return Fit(job.weights, settings.ridge, "none")
+    return RegressionSpec(job.weights, settings.ridge, "none")

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..activations.choice import TokenChoice
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.processes import ALONE, Processes
 from ..activations.saliency import Saliency
+from ..activations.token_sampling import TokenSampling
 from ..hosts.protocol import Stage
 from ..solve.choose import POLICY, Policy
 
@@ -21,7 +21,7 @@ _GOLDEN = 0.618034
 
 
 @dataclass(frozen=True)
-class Batching:
+class ExecutionConfig:
     """``rows`` a forward; at most ``row_tokens`` tokens of each row count (None: all; "enough": of
     a picture's as many as the ``policy`` says, of texts all), chosen at random by ``seed``.
 
@@ -40,7 +40,7 @@ def micro_batches(
     stage: Stage,
     copies: int,
     observer: Observer | None,
-    batching: Batching,
+    batching: ExecutionConfig,
     processes: Processes = ALONE,
     first: Set[int] | None = None,
 ) -> Iterator[MicroBatch]:
@@ -84,7 +84,7 @@ def chunks(
 
 
 def limit_of(
-    stage: Stage, batching: Batching, count: int | None = None
+    stage: Stage, batching: ExecutionConfig, count: int | None = None
 ) -> Callable[[int], int] | None:
     """How many tokens of a row count at a site that is so many inputs wide; None: all. With
     ``count``, if only so many rows were left (:func:`fewer`)."""
@@ -104,7 +104,7 @@ def _of(
     part: Sequence[int],
     copies: int,
     observer: Observer | None,
-    batching: Batching,
+    batching: ExecutionConfig,
 ) -> Iterator[MicroBatch]:
     limit = limit_of(stage, batching)
     for rows in chunks(part, stage.kinds, batching.rows):
@@ -123,7 +123,7 @@ def _of(
             observer,
             mask_of=mask_of,
             stage=stage.name,
-            choice=TokenChoice(rows, limit, batching.seed),
+            choice=TokenSampling(rows, limit, batching.seed),
             saliency=Saliency(batching.saliency) if weighs else None,
         )
 

@@ -9,7 +9,7 @@ from ..concepts import Calibration, Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host, Tick
 from ..lora import LowRank, SiteChanges, concatenate
-from . import dry
+from . import preflight
 from .eta import Seen
 
 
@@ -79,4 +79,4 @@ def unmergeable_sites(
     looked at: their rows may be there once only, and their layers are all reached."""
     if not host.pictures:
         return {}, []
-    return dry.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)
+    return preflight.unmergeable(host, concepts, set(changes), calibration, tick, sweep=sweep)

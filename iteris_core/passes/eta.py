@@ -21,7 +21,7 @@ from ..hosts.protocol import DENOISING, Stage
 from ..linalg.precision import full_precision
 from ..lora import SiteChanges
 from ..progress import Forecast
-from .batches import Batching, limit_of
+from .batches import ExecutionConfig, limit_of
 
 FORWARDS, SITES = "forwards", "sites"
 _STAGES = "stages"
@@ -59,7 +59,7 @@ class Passes:
     sites of ``changes`` are solved; ``sweep``: on the way, else behind a pass."""
 
     changes: Mapping[str, SiteChanges]
-    batching: Batching
+    batching: ExecutionConfig
     sweep: bool = True
     copies: int = 2
     count: int = 1

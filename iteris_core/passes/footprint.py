@@ -55,7 +55,7 @@ class Footprint:
         this = self._of_rows(rows)
         if not this.waits:
             return this.fixed + this._streamed(at_once)
-        swept = this._by_levels if this.sampled else this._swept
+        swept = this._by_barriers if this.sampled else this._swept
         return this.fixed + max(swept(mine, at_once, on_device))
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
@@ -64,7 +64,9 @@ class Footprint:
         if this.parked is None or on_device is None:
             return 0
         away = self.mine(rows) - on_device
-        shown = max(sum(step.shown for step in level) for level in self._of_levels(this.cost.steps))
+        shown = max(
+            sum(step.shown for step in level) for level in self._of_barriers(this.cost.steps)
+        )
         return away * this.parked.waiting + min(self.sampled, away) * shown
 
     def _of_rows(self, rows: int) -> Footprint:
@@ -80,7 +82,7 @@ class Footprint:
 
     def _counting(self, cost: Cost, limit: Limit) -> Cost:
         steps: list[Step] = []
-        for level in self._of_levels(cost.steps):
+        for level in self._of_barriers(cost.steps):
             counted = [step.counting(limit) for step in level]
             more = sum(step.copied for step in counted) - sum(step.copied for step in level)
             if cost.keeps:
@@ -111,13 +113,15 @@ class Footprint:
                 yield there * step.waiting + read + at_site.kept + most + shared
                 left = at_site.left + shared
 
-    def _by_levels(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
+    def _by_barriers(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
         """As :meth:`_swept`, where the rows of a level are reduced while others run to it."""
         there = mine if on_device is None else on_device
         parked = self.cost if on_device is None or self.parked is None else self.parked
         before = left = 0
-        levels = zip(self._of_levels(self.cost.steps), self._of_levels(parked.steps), strict=True)
-        for steps, offs in levels:
+        barriers = zip(
+            self._of_barriers(self.cost.steps), self._of_barriers(parked.steps), strict=True
+        )
+        for steps, offs in barriers:
             step, off = steps[-1], offs[-1]
             step_before, held = before, max(before, step.waiting)
             before = step.waiting
@@ -143,12 +147,12 @@ class Footprint:
                 yield waits + kept + max(site.solve for site in sites) + shared
                 left = max(site.left for site in sites) + shared
 
-    def _of_levels(self, steps: Sequence[Step]) -> list[list[Step]]:
+    def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The last one of its own."""
-        levels, found = self.strategy.levels, list[list[Step]]([[]])
+        barriers, found = self.strategy.barriers, list[list[Step]]([[]])
         for step in steps:
             found[-1].append(step)
-            if levels is None or levels.ends_at(step.site):
+            if barriers is None or barriers.ends_at(step.site):
                 found.append([])
         return [level for level in found if level]
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..activations.blocks import Levels
-from ..activations.choice import TokenChoice
-from ..activations.host_memory import wait_for
+from ..activations.activation_offload import ActivationOffload, Place
+from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter
 from ..activations.micro_batch import MicroBatch
-from ..activations.parking import Parking, Place
+from ..activations.replay import Barriers
+from ..activations.token_sampling import TokenSampling
 from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 
@@ -94,9 +94,9 @@ class Measure:
     limit: Limit = None
     itemsize: int = 4
 
-    def row(self, levels: Levels | None = None, place: Place | None = None) -> Cost:
+    def row(self, barriers: Barriers | None = None, place: Place | None = None) -> Cost:
         """What a row costs that waits on the device, or in ``place``, at the end of each of the
-        ``levels`` (None: at every site).
+        ``barriers`` (None: at every site).
 
         The first run casts changes to the model's dtype, and brings weights that are offloaded as
         a whole model. Both stay on the device and no row holds them: a run that leaves something
@@ -105,7 +105,7 @@ class Measure:
         row = _longest(self.stage)
 
         def run(rows: Sequence[int]) -> _Run:
-            return _Run(self, rows, levels, place)
+            return _Run(self, rows, barriers, place)
 
         one = run([row])
         if one.left:
@@ -136,9 +136,9 @@ def _step(one: Step, two: Step, copies: int) -> Step:
     )
 
 
-def streams(stage: Stage, levels: Levels) -> bool:
+def streams(stage: Stage, barriers: Barriers) -> bool:
     """Whether rows are reduced as they are shown, once targets have been sampled."""
-    return bool(levels.blocks) and stage.mask is None
+    return bool(barriers.blocks) and stage.mask is None
 
 
 class _Run:
@@ -149,18 +149,18 @@ class _Run:
         self,
         measure: Measure,
         rows: Sequence[int],
-        levels: Levels | None,
+        barriers: Barriers | None,
         place: Place | None,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
-        self._narrow = levels is not None
-        self.keeps = levels is None or not streams(measure.stage, levels)
+        self._narrow = barriers is not None
+        self.keeps = barriers is None or not streams(measure.stage, barriers)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
-        self._parking = None if place is None else Parking(place)
+        self._offload = None if place is None else ActivationOffload(place)
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
             lambda: stage.run(rows, 1),
@@ -168,14 +168,14 @@ class _Run:
             1,
             self,
             pause=self._pause,
-            choice=TokenChoice(rows, measure.limit, 0),
+            choice=TokenSampling(rows, measure.limit, 0),
         )
         with ExitStack() as stack:
-            stack.enter_context(lockstep.in_levels(levels or Levels()))
+            stack.enter_context(lockstep.in_barriers(barriers or Barriers()))
             stack.enter_context(self._meter)
-            if self._parking is not None:
-                stack.enter_context(self._parking)
-                self._parking.turn(0)
+            if self._offload is not None:
+                stack.enter_context(self._offload)
+                self._offload.turn(0)
             wait_for(self.device)
             started = time.perf_counter()
             lockstep.run(batch)
@@ -196,7 +196,7 @@ class _Run:
         length, limit = shown.site.length(shown.outputs), self._measure.limit
         whole = shown
         if self._narrow:
-            shown = shown.narrowed()
+            shown = shown.gathered()
         tensors = (shown.inputs, shown.outputs, shown.stream)
         held = sum(t.numel() * t.element_size() for t in tensors if t is not None)
         if any(other.inputs is shown.inputs for other in self._level):
@@ -224,18 +224,18 @@ class _Run:
             meter.peak = max(before[1], before[0] + reduced)
 
     def _pause(self, _: str) -> None:
-        meter, parking = self._meter, self._parking
+        meter, offload = self._meter, self._offload
         if not self.keeps:
             self._level.clear()
-        waiting = meter.live + (0 if parking is None else parking.away)
+        waiting = meter.live + (0 if offload is None else offload.away)
         level = slice(self._solved, None)
         self.steps[level] = [
             replace(step, waiting=waiting, running=meter.peak) for step in self.steps[level]
         ]
         self._solved = len(self.steps)
-        if parking is not None:
-            parking.rest()
-            parking.turn(0)
+        if offload is not None:
+            offload.rest()
+            offload.turn(0)
         self._level.clear()
         meter.peak = meter.live
 

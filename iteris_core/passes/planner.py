@@ -16,14 +16,14 @@ from dataclasses import replace
 
 import torch
 
-from ..activations.host_memory import HostMemory
+from ..activations.activation_offload import Place
+from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
 from ..activations.oom_retry import halved
-from ..activations.parking import Place
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
-from .batches import Batching, limit_of, sampled_rows
+from .batches import ExecutionConfig, limit_of, sampled_rows
 from .eta import Reached, Seen
 from .footprint import Footprint, MemoryLimits
 from .job import Run, StageSolver
@@ -35,7 +35,13 @@ _log = logging.getLogger(__name__)
 
 
 def planned(
-    run: Run, stage: Stage, solver: StageSolver, batching: Batching, *, copies: int, sweep: bool
+    run: Run,
+    stage: Stage,
+    solver: StageSolver,
+    batching: ExecutionConfig,
+    *,
+    copies: int,
+    sweep: bool,
 ) -> Plan:
     """A plan that keeps the run's memory budget; without one the quickest strategy."""
     strategy, budget = ON_DEVICE if sweep else Strategy(), run.memory_budget
@@ -71,7 +77,7 @@ def planned(
                 limits = MemoryLimits(
                     budget, lockstep.processes.least(free_host(lockstep.processes))
                 )
-                place = HostMemory(cost.device, limits.host)
+                place = HostPool(cost.device, limits.host)
                 stack.callback(place.close)
             footprints += others(footprint, measure, place, batching)
     made = plan_stage(footprints, limits, batching.rows)
@@ -92,17 +98,17 @@ def planned(
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: Place | None, batching: Batching
+    footprint: Footprint, measure: Measure, place: Place | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
-    stage, levels, cost = footprint.stage, None, footprint.cost
+    stage, barriers, cost = footprint.stage, None, footprint.cost
     for strategy in ladder(stage, measure.lockstep):
-        if strategy.levels is not levels:
-            levels = strategy.levels
-            cost = measure.row(levels)
-        parked = None if strategy.offloads is None else measure.row(levels, place)
+        if strategy.barriers is not barriers:
+            barriers = strategy.barriers
+            cost = measure.row(barriers)
+        parked = None if strategy.offloads is None else measure.row(barriers, place)
         sampled = None
-        if levels is not None and streams(stage, levels):
+        if barriers is not None and streams(stage, barriers):
             sampled = sampled_rows(stage, batching.policy)
         yield replace(
             footprint, strategy=strategy, cost=cost, parked=parked, sampled=len(sampled or ())

@@ -1,7 +1,7 @@
 """The ladder of strategies to run a sweep, all with the same result, the quickest first.
 
 Rows wait on the device at every site, which takes most; or in host memory, at the end of every
-level; or block by block (:mod:`..activations.blocks`), on the device or in host memory: a row waits
+level; or block by block (:mod:`..activations.replay`), on the device or in host memory: a row waits
 with what enters a block, small ones or large ones. The planner takes the first that fits, and where
 memory runs out all the same, the merge goes on from there.
 """
@@ -13,34 +13,34 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..activations.blocks import Levels
-from ..activations.levels import Found, watched, with_replayable
+from ..activations.barriers import Found, watched, with_replayable
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, is_apart, usable
 from ..activations.micro_batch import MicroBatch, Observer
 from ..activations.processes import Processes
+from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
 
 BLOCKS = {"small blocks": (3, 1.4), "large blocks": (8, 2.1)}
-"""Levels of a block at most, and how many times longer a sweep takes (docs/decisions.md). Small
+"""Barriers of a block at most, and how many times longer a sweep takes (docs/decisions.md). Small
 ones are an attention or a feed-forward; large ones are what a transformer repeats."""
 _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Rows pause at the end of each of the ``levels`` (None: at every site) and, if one
+    """Rows pause at the end of each of the ``barriers`` (None: at every site) and, if one
     ``offloads`` a device, those that have no room there wait in host memory. A sweep takes so many
     times longer (``slower``) than by the first one."""
 
     name: str = ""
     slower: float = 1.0
-    levels: Levels | None = field(default=None, repr=False)
+    barriers: Barriers | None = field(default=None, repr=False)
     offloads: torch.device | None = None
 
     @property
     def by_blocks(self) -> bool:
-        return self.levels is not None and bool(self.levels.blocks)
+        return self.barriers is not None and bool(self.barriers.blocks)
 
 
 ON_DEVICE = Strategy("waiting on the device")
@@ -52,27 +52,27 @@ def ladder(stage: Stage, lockstep: Lockstep) -> Iterator[Strategy]:
     found = find(stage, lockstep)
     apart = is_apart(found.device)
     if apart:
-        yield Strategy(IN_HOST, _IN_HOST, found.levels(), found.device)
+        yield Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
     before = None
     for size, (most, slower) in BLOCKS.items():
-        levels = replayable(stage, lockstep, found.levels(most))
-        if not levels.blocks or levels.blocks == before:
+        barriers = replayable(stage, lockstep, found.barriers(most))
+        if not barriers.blocks or barriers.blocks == before:
             continue
-        before = levels.blocks
-        yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, levels)
+        before = barriers.blocks
+        yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, barriers)
         if apart:
             slower *= _BLOCKS_IN_HOST
-            yield Strategy(f"{IN_HOST}, by {size}", slower, levels, found.device)
+            yield Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
 
 
 def find(stage: Stage, lockstep: Lockstep) -> Found:
-    """The levels of a stage, by its first row."""
+    """The barriers of a stage, by its first row."""
     return watched(lockstep, lambda observer: _first_row(stage, observer))
 
 
-def replayable(stage: Stage, lockstep: Lockstep, levels: Levels) -> Levels:
-    """``levels`` with the blocks that can be replayed."""
-    return with_replayable(levels, lockstep, lambda observer: _first_row(stage, observer))
+def replayable(stage: Stage, lockstep: Lockstep, barriers: Barriers) -> Barriers:
+    """``barriers`` with the blocks that can be replayed."""
+    return with_replayable(barriers, lockstep, lambda observer: _first_row(stage, observer))
 
 
 def free_host(processes: Processes) -> int:

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from ..activations.blocks import Levels
+from ..activations.activation_offload import ActivationOffload
 from ..activations.collect import StreamCollector, SweepCollector
-from ..activations.host_memory import HostMemory
+from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
 from ..activations.micro_batch import MicroBatch
 from ..activations.oom_retry import with_less
-from ..activations.parking import Parking
 from ..activations.processes import Processes
+from ..activations.replay import Barriers
 from ..errors import SiteError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution
-from .batches import Batching, micro_batches, sampled_rows
+from .batches import ExecutionConfig, micro_batches, sampled_rows
 from .eta import FORWARDS, SITES, Passes
 from .job import Run, RunLog, StageSolver
 from .plan import Plan
@@ -58,7 +58,7 @@ SWEEP, REFERENCE = Schedule(), Schedule(sweep=False)
 
 
 def solve_sites(
-    run: Run, solver_of: SolverOf, batching: Batching, schedule: Schedule = SWEEP
+    run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule = SWEEP
 ) -> tuple[Solutions, RunLog]:
     """Every site's solution, in execution order. A site that no forward reaches is an error."""
     if schedule.sweep:
@@ -91,7 +91,7 @@ class _Passes:
     """``rows`` is how many there were, and ``lines`` are those of the memory plan."""
 
     def __init__(
-        self, run: Run, solver_of: SolverOf, batching: Batching, schedule: Schedule
+        self, run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule
     ) -> None:
         self.rows, self.lines = 0, list[str]()
         self._run, self._lockstep = run, run.lockstep
@@ -146,7 +146,7 @@ class _Passes:
         else:
             self._stream(solver, plan.stage, batching)
 
-    def _stream(self, solver: StageSolver, stage: Stage, batching: Batching) -> None:
+    def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
         """All rows run, and then the sites are solved. Before the first solve there is no merged
         model: X̃ = X (Algorithm 1, initial)."""
         run, turn, processes = self._run, self._turn, self._lockstep.processes
@@ -170,13 +170,13 @@ class _Passes:
             if not several:
                 run.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
 
-    def _sweep(self, solver: StageSolver, plan: Plan, batching: Batching) -> None:
+    def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
         """Rows run in step, and wait at each site until it is solved."""
         run, lockstep, stage, strategy = self._run, self._lockstep, plan.stage, plan.strategy
-        place = parking = None
+        place = offload = None
         if strategy.offloads is not None:
-            place = HostMemory(strategy.offloads, plan.host_limit)
-            parking = Parking(place, modules=list(run.host.sites().values()))
+            place = HostPool(strategy.offloads, plan.host_limit)
+            offload = ActivationOffload(place, modules=list(run.host.sites().values()))
         processes = lockstep.processes
         mine = processes.mine(len(stage.owners)) if stage.sites else ()
         sampled = sampled_rows(stage, batching.policy)
@@ -184,9 +184,9 @@ class _Passes:
             lockstep.changes,
             solver.begin,
             sampled=None if sampled is None else sampled & set(mine),
-            narrow=strategy.levels is not None,
+            narrow=strategy.barriers is not None,
             rows=len(mine) if strategy.by_blocks else None,
-            aside=nullcontext if parking is None else parking.aside,
+            aside=nullcontext if offload is None else offload.aside,
             **_options(solver, processes),
         )
 
@@ -200,14 +200,14 @@ class _Passes:
         batches = list(micro_batches(stage, 2, collector, batching, processes, sampled))
         last = set[str]() if stage.feeds else set(stage.sites)
         with ExitStack() as stack:
-            stack.enter_context(lockstep.in_levels(strategy.levels or Levels()))
-            if place is not None and parking is not None:
+            stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
+            if place is not None and offload is not None:
                 stack.callback(place.close)
-                parking.stay = _first(batches, plan.on_device)
-                stack.enter_context(parking)
+                offload.stay = _first(batches, plan.on_device)
+                stack.enter_context(offload)
             stack.callback(collector.forget)  # else all that it holds would be put back
             run.eta.begin(stage, strategy.slower)
-            lockstep.sweep(batches, solve, last, parking)
+            lockstep.sweep(batches, solve, last, offload)
 
     def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
         self._solutions[site] = solver.solved(site, reduction)

@@ -16,7 +16,7 @@ from ..methods.registry import micro_batch_setting, on_activations, rank_setting
 from ..passes.job import Job
 from ..settings import Settings, setting
 from ..solve.output import OutputMoments
-from ..solve.problem import Bytes, Fit, Opening
+from ..solve.problem import Bytes, RegressionSpec, SiteContext
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _WholeOutputs:
     """Moments of the inputs and of the whole outputs, every token alike."""
 
     @staticmethod
-    def begin(opening: Opening) -> OutputMoments:
+    def begin(opening: SiteContext) -> OutputMoments:
         return OutputMoments.begin(opening, "none", torch.float32)
 
     @staticmethod
@@ -52,6 +52,8 @@ class _WholeOutputs:
 
 
 @on_activations("chain-of-merges", ChainOfMergesSettings, _WholeOutputs, merged_inputs=True)
-def chain_of_merges(job: Job, settings: ChainOfMergesSettings) -> Fit:
+def chain_of_merges(job: Job, settings: ChainOfMergesSettings) -> RegressionSpec:
     """Layer after layer, each to the LoRAs' own outputs, inputs made anew (CoM, 2025)."""
-    return Fit(job.weights, settings.ridge, "none", shrink=settings.shrink, rank=settings.rank)
+    return RegressionSpec(
+        job.weights, settings.ridge, "none", shrink=settings.shrink, rank=settings.rank
+    )

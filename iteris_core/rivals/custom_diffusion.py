@@ -25,7 +25,7 @@ from ..linalg.lowrank import cut_matrix
 from ..lora import LowRank, SiteChanges
 from ..methods.linear import LinearSettings, average
 from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
-from ..passes.batches import Batching, micro_batches
+from ..passes.batches import ExecutionConfig, micro_batches
 from ..passes.job import Job, RunLog
 from ..report.report import SiteReport
 from ..settings import Settings, setting
@@ -123,7 +123,7 @@ def _texts(
         )
         for stage in job.host.stages(samples, reached):
             rows = max(rows, len(stage.owners))
-            for batch in micro_batches(stage, 1, texts, Batching(size)):
+            for batch in micro_batches(stage, 1, texts, ExecutionConfig(size)):
                 lockstep.run(batch)
     each = range(len(job.concepts))
     found = {site: [texts.prompts[site, concept] for concept in each] for site in sites}

@@ -23,7 +23,7 @@ from ..linalg.precision import solve_device
 from ..lora import LowRank
 from ..methods.cuts import cut_to
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, StageSolver
 from ..passes.sweep import REFERENCE, solve_sites
 from ..settings import Settings, setting
@@ -64,7 +64,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
     )
     with job.run() as run:
         return Merged.of(
-            *solve_sites(run, lambda _: solver, Batching(settings.micro_batch), REFERENCE)
+            *solve_sites(run, lambda _: solver, ExecutionConfig(settings.micro_batch), REFERENCE)
         )
 
 

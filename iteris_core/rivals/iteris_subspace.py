@@ -8,7 +8,7 @@ from typing import Literal
 from ..methods.registry import micro_batch_setting, on_activations
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.problem import Fit
+from ..solve.problem import RegressionSpec
 from .subspace import Subspace
 
 
@@ -25,6 +25,6 @@ class IterisSubspaceSettings(Settings):
 
 
 @on_activations("iteris-subspace", IterisSubspaceSettings, Subspace, merged_inputs=True, sums=False)
-def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> Fit:
+def iteris_subspace(job: Job, settings: IterisSubspaceSettings) -> RegressionSpec:
     """IterIS in the row space of all LoRAs together: the smallest statistics."""
-    return Fit(job.weights, settings.ridge, settings.weighting)
+    return RegressionSpec(job.weights, settings.ridge, settings.weighting)

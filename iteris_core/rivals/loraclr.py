@@ -23,12 +23,12 @@ from ..linalg.precision import full_precision, solve_device
 from ..lora import SiteChanges
 from ..methods.cuts import cut
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import Batching
+from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, StageSolver
 from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Bytes, Fit, Reduction, Solution, Tokens, finite_as
+from ..solve.problem import Bytes, Reduction, RegressionSpec, Solution, Tokens, finite_as
 
 _DECAY = 1e-4  # of AdamW, as in the source
 _LEAST = 1e-12  # under a root, likewise
@@ -57,14 +57,16 @@ class LoraclrSettings(Settings):
 @on_model("loraclr", LoraclrSettings, sweeps=lambda settings: True)
 def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
-    fit = Fit(job.weights, 0.0, "none", rank=settings.rank)
+    fit = RegressionSpec(job.weights, 0.0, "none", rank=settings.rank)
     solver = StageSolver(
         begin=lambda opening: _Pairs(opening.changes, opening.device, settings),
         solve=lambda _, reduced: reduced.solve(fit),
         bytes=lambda site, _: _Pairs.bytes(job.changes[site]),
     )
     # A sweep, so that the tokens of one site alone are there at a time; what it solves is not used.
-    batching = Batching(settings.micro_batch, "enough", job.calibration.seed, policy=job.policy)
+    batching = ExecutionConfig(
+        settings.micro_batch, "enough", job.calibration.seed, policy=job.policy
+    )
     with job.run() as run:
         return Merged.of(*solve_sites(run, lambda _: solver, batching))
 
@@ -109,11 +111,11 @@ class _Pairs(Reduction):
     def sums(self) -> list[Tensor]:
         return [self._grams, self._crossed, self._apart, self._count]
 
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         with full_precision(self._grams.device):
             return self._descended(fit)
 
-    def _descended(self, fit: Fit) -> Solution:
+    def _descended(self, fit: RegressionSpec) -> Solution:
         settings = self._settings
         changes = self.changes.to(torch.float32, self._grams.device)
         own = torch.stack(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..linalg.precision import full_precision
 from ..lora import SiteChanges
-from ..solve.problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
+from ..solve.problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, Tokens
 from ..solve.router import routed, rows_of
 from ..solve.weighting import token_values
 
@@ -37,7 +37,7 @@ class Subspace(Reduction):
         self._counts = torch.zeros(len(changes), dtype=torch.float64)
 
     @classmethod
-    def begin(cls, opening: Opening) -> Subspace:
+    def begin(cls, opening: SiteContext) -> Subspace:
         return cls(opening.changes, opening.device)
 
     def add(self, tokens: Tokens) -> None:
@@ -57,7 +57,7 @@ class Subspace(Reduction):
     def sums(self) -> list[Tensor]:
         return [*self._own, *self._cross.values(), self._counts]
 
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         """Row spaces may overlap: the least-norm solution where the matrix is singular."""
         left = torch.zeros_like(self._own[0], dtype=torch.float64)
         right = torch.zeros_like(left)

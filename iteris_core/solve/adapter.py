@@ -19,7 +19,7 @@ from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments
 from .moments import MomentReduction
-from .problem import Bytes, Fit, Opening, Tokens, Weighting
+from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
 from .residuals import times
 from .weighting import Alike, ByAdapter, Weigher, weigher
 
@@ -53,7 +53,12 @@ class _LowRankTargets(MomentReduction):
         """XᵀX̃ of a concept, (in, in)."""
 
     def _change(
-        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+        self,
+        changes: SiteChanges,
+        lambdas: list[float],
+        factor: Factor,
+        fit: RegressionSpec,
+        rank: int,
     ) -> tuple[LowRank, float]:
         lower, jitter = factor.cholesky.lower.double(), factor.cholesky.jitter
         _, width = changes.shape
@@ -89,7 +94,9 @@ class AdapterMoments(_LowRankTargets):
     """X̃ᵀX̃ and XᵀX̃ of every concept."""
 
     @classmethod
-    def begin(cls, opening: Opening, weighting: Weighting, dtype: torch.dtype) -> AdapterMoments:
+    def begin(
+        cls, opening: SiteContext, weighting: Weighting, dtype: torch.dtype
+    ) -> AdapterMoments:
         inputs, adds = opening.share(CrossMoments)
         outputs = ByAdapter(opening.changes, dtype, opening.device)
         by = weigher(weighting, opening.changes, dtype, opening.device)
@@ -113,7 +120,7 @@ class Gram(_LowRankTargets):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
 
     @classmethod
-    def begin(cls, opening: Opening, dtype: torch.dtype = torch.float32) -> Gram:
+    def begin(cls, opening: SiteContext, dtype: torch.dtype = torch.float32) -> Gram:
         inputs, adds = opening.share(InputMoments)
         outputs = ByAdapter(opening.changes, dtype, opening.device)
         return cls(opening.changes, inputs, adds, Alike(), outputs)

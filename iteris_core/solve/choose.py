@@ -15,7 +15,7 @@ from ..lora import SiteChanges
 from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
-from .problem import Bytes, Fit, Objective, Opening, Pull, Reduction
+from .problem import Bytes, Objective, Pull, Reduction, RegressionSpec, SiteContext
 from .rows import OutputRows
 
 
@@ -52,7 +52,7 @@ class Policy:
     repair_share: float = 0.5
 
     def choose(
-        self, opening: Opening, fit: Fit, objective: Objective, dtype: torch.dtype
+        self, opening: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype
     ) -> Reduction:
         """The reduction of a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
@@ -63,7 +63,13 @@ class Policy:
         return OutputMoments.begin(opening, fit.weighting, dtype, directions)
 
     def bytes(
-        self, changes: SiteChanges, fit: Fit, objective: Objective, itemsize: int, *, sweep: bool
+        self,
+        changes: SiteChanges,
+        fit: RegressionSpec,
+        objective: Objective,
+        itemsize: int,
+        *,
+        sweep: bool,
     ) -> Bytes:
         """What :meth:`choose` takes at most at a site; ``itemsize`` is that of its moments."""
         if objective == "adapter":
@@ -72,7 +78,7 @@ class Policy:
         rows = None if count is None else min(changes.shape[0], count + OTHERS)
         return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
 
-    def takes_rows(self, opening: Opening, fit: Fit) -> bool:
+    def takes_rows(self, opening: SiteContext, fit: RegressionSpec) -> bool:
         """Whether a site is solved from its rows, see :mod:`.rows`."""
         if not self._may_take_rows(fit):
             return False
@@ -93,10 +99,10 @@ class Policy:
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
 
-    def _may_take_rows(self, fit: Fit) -> bool:
+    def _may_take_rows(self, fit: RegressionSpec) -> bool:
         return fit.weighting in ("tokens", "none") and fit.ridge > 0 and fit.shrink == 1
 
-    def _directions(self, opening: Opening, fit: Fit) -> Directions | None:
+    def _directions(self, opening: SiteContext, fit: RegressionSpec) -> Directions | None:
         most = fit.rank if isinstance(fit.rank, int) else 0
         rank = max(opening.changes.rank, most)
         count = self.directions(*opening.changes.shape, rank)

@@ -14,7 +14,7 @@ from ..linalg.lowrank import cut_factors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges
 from .inputs import NOT_FINITE, Factor, InputMoments
-from .problem import Fit, Reduction, Solution, Tokens, finite_as
+from .problem import Reduction, RegressionSpec, Solution, Tokens, finite_as
 from .residuals import residuals_of
 from .weighting import Weigher
 
@@ -43,7 +43,7 @@ class MomentReduction(Reduction):
     def sums(self) -> list[Tensor]:
         return self._weigher.sums()
 
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; a share of energy as rank is of the solution at Σ r_i.
 
         Where no input has energy any change fits, and the mean of the changes is taken.
@@ -86,7 +86,12 @@ class MomentReduction(Reduction):
 
     @abstractmethod
     def _change(
-        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+        self,
+        changes: SiteChanges,
+        lambdas: list[float],
+        factor: Factor,
+        fit: RegressionSpec,
+        rank: int,
     ) -> tuple[LowRank, float]:
         """ΔW at ``rank``, and the share of energy that the cut lost."""
 

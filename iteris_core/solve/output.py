@@ -17,7 +17,7 @@ from ..lora import LowRank, SiteChanges
 from .directions import Directions, every_direction
 from .inputs import Factor, InputMoments
 from .moments import MomentReduction
-from .problem import Bytes, Fit, Opening, Tokens, Weighting
+from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
 from .residuals import times
 from .weighting import Weigher, weigher
 
@@ -44,7 +44,7 @@ class OutputMoments(MomentReduction):
     @classmethod
     def begin(
         cls,
-        opening: Opening,
+        opening: SiteContext,
         weighting: Weighting,
         dtype: torch.dtype,
         directions: Directions | None = None,
@@ -66,7 +66,12 @@ class OutputMoments(MomentReduction):
         return self.energies.tolist()
 
     def _change(
-        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit, rank: int
+        self,
+        changes: SiteChanges,
+        lambdas: list[float],
+        factor: Factor,
+        fit: RegressionSpec,
+        rank: int,
     ) -> tuple[LowRank, float]:
         lower, jitter = factor.cholesky.lower, factor.cholesky.jitter
         right = self._right_side(changes, lambdas, factor, fit)
@@ -84,7 +89,7 @@ class OutputMoments(MomentReduction):
         return LowRank(up, change.down, change.kernel), lost
 
     def _right_side(
-        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: Fit
+        self, changes: SiteChanges, lambdas: list[float], factor: Factor, fit: RegressionSpec
     ) -> Tensor:
         """DᵀK, (directions, in)."""
         lower = factor.cholesky.lower

@@ -30,7 +30,7 @@ Pull = Literal["mean", "size"]
 
 
 @dataclass(frozen=True)
-class Fit:
+class RegressionSpec:
     """How the regression of a site is posed.
 
     ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from: 1
@@ -128,7 +128,7 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
-class Opening:
+class SiteContext:
     """What is known of a site when its reduction is begun.
 
     ``changes`` are the LoRAs', on those inputs that count. ``share(kind)`` gives the moments of the
@@ -176,11 +176,11 @@ class Reduction(ABC):
         return []
 
     @abstractmethod
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         """The site's change. Raises :class:`SolveError` where a number is not finite."""
 
 
-Begin = Callable[[Opening], Reduction]
+Begin = Callable[[SiteContext], Reduction]
 
 
 def finite_as(change: LowRank, like: LowRank) -> LowRank:

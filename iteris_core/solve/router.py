@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..linalg.precision import full_precision
 from ..lora import LowRank, SiteChanges
-from .problem import Bytes, Fit, Opening, Reduction, Solution, Tokens
+from .problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, Tokens
 
 
 class Router(Reduction):
@@ -28,7 +28,7 @@ class Router(Reduction):
         self._rows = rows_of(changes)
 
     @classmethod
-    def begin(cls, opening: Opening) -> Router:
+    def begin(cls, opening: SiteContext) -> Router:
         return cls(opening.changes, opening.device)
 
     def add(self, tokens: Tokens) -> None:
@@ -45,7 +45,7 @@ class Router(Reduction):
     def sums(self) -> list[Tensor]:
         return [self._gram, self._guide, self._count]
 
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         """``fit.ridge`` is λ, absolute as in the source."""
         if len(self._rows) < 2:
             return Solution(self._stacked)

@@ -28,7 +28,7 @@ from ..linalg.lowrank import cut_factors, leading_eigenvectors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges, concatenate, rank_for
 from .inputs import NOT_FINITE
-from .problem import Fit, Opening, Reduction, Solution, Tokens, finite_as
+from .problem import Reduction, RegressionSpec, SiteContext, Solution, Tokens, finite_as
 from .weighting import token_values
 
 
@@ -43,14 +43,14 @@ class OutputRows(Reduction):
         self._targets = [[empty.new_empty(0, out)] for _ in changes]
 
     @classmethod
-    def begin(cls, opening: Opening, dtype: torch.dtype) -> OutputRows:
+    def begin(cls, opening: SiteContext, dtype: torch.dtype) -> OutputRows:
         return cls(opening.changes, dtype, opening.device)
 
     def add(self, tokens: Tokens) -> None:
         self._inputs[tokens.concept].append(tokens.merged)
         self._targets[tokens.concept].append(tokens.target)
 
-    def solve(self, fit: Fit) -> Solution:
+    def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; equal to :meth:`.output.OutputMoments.solve`."""
         inputs = [torch.cat(parts) for parts in self._inputs]
         targets = [torch.cat(parts) for parts in self._targets]
@@ -88,7 +88,7 @@ def _solved(
     targets: Sequence[Tensor],
     lambdas: Sequence[float],
     pulls: Sequence[float],
-    fit: Fit,
+    fit: RegressionSpec,
 ) -> tuple[LowRank, float, float] | None:
     """ΔW, the share of energy that was cut off, and about M's condition number; None where float32
     is not enough."""

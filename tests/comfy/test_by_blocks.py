@@ -38,10 +38,10 @@ def test_block_by_block_is_the_same(
         if not stage.sites:
             return plan.Plan(stage, batching.rows, strategies.Strategy())
         most, _ = strategies.BLOCKS["large blocks"]
-        levels = strategies.find(stage, run.lockstep).levels(most)
-        levels = strategies.replayable(stage, run.lockstep, levels)
-        replayed[stage.name] = len(levels.blocks)
-        return plan.Plan(stage, batching.rows, strategies.Strategy(levels=levels))
+        barriers = strategies.find(stage, run.lockstep).barriers(most)
+        barriers = strategies.replayable(stage, run.lockstep, barriers)
+        replayed[stage.name] = len(barriers.blocks)
+        return plan.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))
 
     monkeypatch.setattr(sweep, "planned", planned)
     found = trial.merge(2).lora.sites

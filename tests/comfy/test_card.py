@@ -263,14 +263,14 @@ def test_g7_what_comfyui_has_pinned_is_not_pinned_twice(
     import comfy.model_management as memory
 
     state = importlib.import_module(f"{pack.__name__}.nodes.comfy_state")
-    places = importlib.import_module(f"{pack.__name__}.iteris_core.activations.host_memory")
+    places = importlib.import_module(f"{pack.__name__}.iteris_core.activations.host_pool")
     monkeypatch.setattr(places, "total_memory", lambda: 100 * GIB)
     monkeypatch.setattr(memory, "MAX_PINNED_MEMORY", 30 * GIB)
     for taken, left in ((10 * GIB, 20 * GIB), (40 * GIB, 0)):
         monkeypatch.setattr(memory, "TOTAL_PINNED_MEMORY", taken)
         with state.ready_for_merge():
-            assert places.HostMemory(torch.device("cuda"), 90 * GIB)._pinnable == left
-    assert places.HostMemory(torch.device("cuda"), 90 * GIB)._pinnable == 40 * GIB
+            assert places.HostPool(torch.device("cuda"), 90 * GIB)._pinnable == left
+    assert places.HostPool(torch.device("cuda"), 90 * GIB)._pinnable == 40 * GIB
 
 
 def quantise(network: nn.Module, form: str, *, weights_alone: bool = False) -> None:

@@ -12,10 +12,10 @@ from tiny import is_attention, random_lora
 from iteris_core import Concept, merge_loras
 from iteris_core.activations.collect import StreamCollector
 from iteris_core.activations.saliency import Saliency
-from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 from iteris_core.solve.choose import POLICY
-from iteris_core.solve.problem import Fit
+from iteris_core.solve.problem import RegressionSpec
 
 FOCUS = 0.7
 
@@ -71,7 +71,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     task = Job(host64, concepts, references, CALIBRATION, generator, lambda *_: None)
     acting = set(references) & set(host64.streams(set(references)))
     assert acting
-    fit = Fit([1.0] * 3, 1e-6)
+    fit = RegressionSpec([1.0] * 3, 1e-6)
     with task.run() as run:
         collector = StreamCollector(
             run.lockstep.changes,
@@ -83,7 +83,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         for stage in run.stages():
             assert stage.places == (stage.name == "unet")
             recorder.seen.clear()
-            for batch in micro_batches(stage, 1, recorder, Batching(100, saliency=FOCUS)):
+            for batch in micro_batches(stage, 1, recorder, ExecutionConfig(100, saliency=FOCUS)):
                 run.lockstep.run(batch)
     effects = defaultdict(list)
     unequal = 0

@@ -53,11 +53,11 @@ def linear_inputs(model, batch, sites):
 @pytest.mark.parametrize("make", [make_t5, make_llama, make_gpt2, make_blip])
 def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
-    from iteris_core.passes.batches import Batching
+    from iteris_core.passes.batches import ExecutionConfig
     from iteris_core.passes.job import Job, StageSolver
     from iteris_core.passes.sweep import REFERENCE, solve_sites
     from iteris_core.solve.choose import POLICY
-    from iteris_core.solve.problem import Bytes, Fit, Solution
+    from iteris_core.solve.problem import Bytes, RegressionSpec, Solution
 
     torch.manual_seed(0)
     model, targets = make()
@@ -80,14 +80,14 @@ def test_features_are_those_of_each_lora_generating(make, tmp_path):
         moments[site] = reduction
         return Solution(references[site][0])
 
-    fit = Fit([1.0, 1.0], 1e-6)
+    fit = RegressionSpec([1.0, 1.0], 1e-6)
     solver = StageSolver(
         begin=lambda opening: POLICY.choose(opening, fit, "output", torch.float32),
         solve=keep,
         bytes=lambda site, sweep: Bytes(0, 0),
     )
     with task.run() as run:
-        solve_sites(run, lambda stage: solver, Batching(8), REFERENCE)
+        solve_sites(run, lambda stage: solver, ExecutionConfig(8), REFERENCE)
     assert set(moments) == set(references)
     for index, folder in enumerate(folders):
         theirs = linear_inputs(

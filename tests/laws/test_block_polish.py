@@ -10,7 +10,7 @@ from tiny import random_lora
 from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
-from iteris_core.activations.levels import Found
+from iteris_core.activations.barriers import Found
 from iteris_core.activations.segments import segments_of
 from iteris_core.linalg.whitening import Whitening
 from iteris_core.methods import block_factors, block_polish
@@ -157,7 +157,7 @@ def test_polish_is_the_same_again_and_never_ends_worse():
 
 def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
     loras, data = loras_of(), data_of()
-    whole, sizes = block_factors.Runner.__call__, set()
+    whole, sizes = block_factors.SegmentForward.__call__, set()
 
     def scarce(self, passage):
         sizes.add(len(passage.rows))
@@ -165,7 +165,7 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, passage)
 
-    monkeypatch.setattr(block_factors.Runner, "__call__", scarce)
+    monkeypatch.setattr(block_factors.SegmentForward, "__call__", scarce)
     result = merged(Blocks(), data, loras, block_steps=5)
     plain = merged(Blocks(), data, loras).lora
     assert sizes == {16, 8, 4, 2, 1}

@@ -10,16 +10,16 @@ from reductions import by_moments
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.choice import TokenChoice
 from iteris_core.activations.collect import SweepCollector
 from iteris_core.activations.site import site_of
+from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.activations.tokens import Observation
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 from iteris_core.solve.choose import POLICY, Policy
 from iteris_core.solve.directions import OTHERS
 from iteris_core.solve.directions import find_directions as found_directions
-from iteris_core.solve.problem import Fit
+from iteris_core.solve.problem import RegressionSpec
 
 OUT, WIDTH, RANK = 60, 40, 3
 
@@ -57,7 +57,7 @@ def problem(noise=0.0, beyond=2, dtype=torch.float64):
 
 def solved(changes, inputs, targets, directions, ridge=1e-4, weighting="tokens", **settings):
     reduction = by_moments(changes, inputs, targets, weighting, directions)
-    return reduction.solve(Fit([1.0, 0.5], ridge, weighting, **settings))
+    return reduction.solve(RegressionSpec([1.0, 0.5], ridge, weighting, **settings))
 
 
 @pytest.mark.parametrize("rank", [None, 4, 0.99])
@@ -176,7 +176,7 @@ def test_short_texts_are_sampled_where_they_have_tokens():
         alive=set(),
         call=0,
         mask=mask,
-        choice=TokenChoice(range(10), None, 0),
+        choice=TokenSampling(range(10), None, 0),
     )
     sampled = []
 
@@ -197,7 +197,7 @@ def test_short_texts_are_sampled_where_they_have_tokens():
             return False
 
     change = LowRank(torch.randn(70, 2), torch.randn(2, 4))
-    fit = Fit([1.0, 1.0], 1e-3)
+    fit = RegressionSpec([1.0, 1.0], 1e-3)
     collector = SweepCollector(
         {"q": SiteChanges((change, change))},
         lambda opening: Ten().choose(opening, fit, "output", torch.float32),

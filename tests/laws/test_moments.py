@@ -8,12 +8,12 @@ from reductions import by_moments, moments_of, solved
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.choice import TokenChoice
+from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.errors import SolveError
 from iteris_core.hosts.protocol import Stage
 from iteris_core.linalg.cholesky import factorise
 from iteris_core.lora import LowRank
-from iteris_core.passes.batches import Batching, micro_batches
+from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.solve.choose import POLICY
 from iteris_core.solve.inputs import InputMoments
 
@@ -95,7 +95,7 @@ def test_a_solve_in_the_moments_precision_gives_the_same_outputs():
 def test_tokens_enough_for_the_inputs_of_a_site():
     def counted(tokens: int, width: int, *, rows: int = 6, places: bool = True, **settings) -> int:
         stage = Stage("denoiser", ["a"], [0] * rows + [1] * rows, lambda *_: None, places=places)
-        batch = next(iter(micro_batches(stage, 2, None, Batching(rows, **settings))))
+        batch = next(iter(micro_batches(stage, 2, None, ExecutionConfig(rows, **settings))))
         chosen = batch.choice and batch.choice.indices(tokens, 0, rows, width=width)
         return tokens if chosen is None else len(chosen) // rows
 
@@ -108,20 +108,20 @@ def test_tokens_enough_for_the_inputs_of_a_site():
 
 
 def test_a_smaller_choice_is_part_of_a_larger():
-    choice = TokenChoice([5], lambda width: width, seed=0)
+    choice = TokenSampling([5], lambda width: width, seed=0)
     few, more = (set(choice.indices(100, 0, 1, width=w).tolist()) for w in (10, 30))
     assert few < more
 
 
 def test_a_choice_of_tokens_depends_on_the_row_alone():
-    whole = TokenChoice(range(6), lambda width: width, seed=3)
-    part = TokenChoice(range(2, 4), lambda width: width, seed=3)
+    whole = TokenSampling(range(6), lambda width: width, seed=3)
+    part = TokenSampling(range(2, 4), lambda width: width, seed=3)
     assert whole.indices(4, 0, 6, width=4) is None
     rows = whole.indices(10, 2, 4, width=4).reshape(2, 4)
     assert torch.equal(part.indices(10, 0, 2, width=4).reshape(2, 4), rows)
     assert (rows - torch.tensor([[0], [10]])).max() < 10
     assert rows.unique().numel() == 8
-    other = TokenChoice(range(6), lambda width: width, seed=4)
+    other = TokenSampling(range(6), lambda width: width, seed=4)
     assert not torch.equal(other.indices(10, 0, 6, width=4), whole.indices(10, 0, 6, width=4))
 
 

@@ -11,8 +11,8 @@ from oracle import ModuleHost, Net, make_data, make_lora
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
-from iteris_core.activations.choice import TokenChoice
 from iteris_core.activations.processes import Processes
+from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.job import Job
 from iteris_core.passes.measure import Measure
@@ -128,7 +128,7 @@ def test_changes_that_were_cast_are_held_by_no_row():
 
 def test_a_choice_of_tokens_is_the_same_on_any_machine():
     """Seeds come from a digest, not from Python's hash of a tuple."""
-    choice = TokenChoice([7], lambda width: 4, seed=3)
+    choice = TokenSampling([7], lambda width: 4, seed=3)
     assert choice.indices(50, 0, 1, width=1).tolist() == [2, 12, 26, 38]
 
 

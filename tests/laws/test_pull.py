@@ -9,7 +9,7 @@ import torch
 from reductions import by_adapter, by_moments, by_rows, solved
 
 from iteris_core.lora import LowRank, SiteChanges
-from iteris_core.solve.problem import Fit
+from iteris_core.solve.problem import RegressionSpec
 
 OUT, WIDTH, RIDGE = 20, 30, 1e-2
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -73,7 +73,7 @@ def test_the_papers_objective_is_pulled_there_as_well():
 
 def test_like_changes_are_pulled_to_themselves_and_unlike_ones_to_their_size():
     one = changes_of(1)[0]
-    fit = Fit([1.0, 1.0, 1.0, 1.0], RIDGE, pull="size")
+    fit = RegressionSpec([1.0, 1.0, 1.0, 1.0], RIDGE, pull="size")
     assert fit.pull_of(SiteChanges((one,) * 4)) == pytest.approx(1)
     rows = torch.eye(WIDTH, dtype=torch.float64)
     up = randn(OUT, 2)
@@ -83,7 +83,7 @@ def test_like_changes_are_pulled_to_themselves_and_unlike_ones_to_their_size():
 
 def test_changes_that_cancel_are_not_blown_up():
     one = changes_of(1)[0]
-    fit = Fit([1.0, 1.0], RIDGE, pull="size")
+    fit = RegressionSpec([1.0, 1.0], RIDGE, pull="size")
     assert fit.pull_of(SiteChanges((one, one.scaled(-1.0)))) in (1.0, pytest.approx(2**0.5))
     assert fit.pull_of(SiteChanges((one, one.scaled(-0.99)))) == pytest.approx(2**0.5)
     assert fit.pull_of(SiteChanges((one.scaled(0.0), one.scaled(0.0)))) == 1.0

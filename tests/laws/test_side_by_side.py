@@ -10,7 +10,7 @@ from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
-from iteris_core.activations.places import halves
+from iteris_core.activations.places import compose_halves
 from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
@@ -37,7 +37,7 @@ CALIBRATION = Calibration(samples=4, timesteps=2, denoising_steps=3)
 )
 def test_halves_are_the_left_one_of_the_first_and_the_right_one_of_the_other(shape, picture):
     left, right = torch.zeros(shape), torch.ones(shape)
-    found = halves(left, right, picture, (1, 2))
+    found = compose_halves(left, right, picture, (1, 2))
     if len(shape) == 3:  # tokens, in reading order: 4 rows of 6, or 2 pictures of 2 rows of 3
         columns = 6 if shape[1] == 24 else 3
         found = found.mT.reshape(2, 5, -1, columns)
@@ -53,7 +53,7 @@ def test_halves_are_the_left_one_of_the_first_and_the_right_one_of_the_other(sha
     [((2, 24, 5), None), ((2, 23, 5), (4, 6)), ((2, 6, 5), (4, 6)), ((2, 5), (4, 6))],
 )
 def test_what_has_no_places_has_no_halves(shape, picture):
-    assert halves(torch.zeros(shape), torch.ones(shape), picture, (1,)) is None
+    assert compose_halves(torch.zeros(shape), torch.ones(shape), picture, (1,)) is None
 
 
 def test_prompts_name_both_and_the_left_one_first():
@@ -115,7 +115,7 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
 
 
 def test_where_places_are_not_known_it_is_said(host, monkeypatch):
-    monkeypatch.setattr("iteris_core.methods.side_by_side.halves", lambda *_: None)
+    monkeypatch.setattr("iteris_core.methods.side_by_side.compose_halves", lambda *_: None)
     settings = {"block_steps": 2}
     result = merge_loras(host, named(host), settings=settings, calibration=CALIBRATION)
     assert "since it is not known where in a picture" in str(result.report.notes)

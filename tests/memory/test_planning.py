@@ -25,7 +25,7 @@ from iteris_core.passes.plan import plan_stage
 from iteris_core.passes.strategies import IN_HOST, ON_DEVICE, Strategy
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.output import OutputMoments
-from iteris_core.solve.problem import Bytes, Fit
+from iteris_core.solve.problem import Bytes, RegressionSpec
 
 CALIBRATION = Calibration(samples=6, timesteps=3, denoising_steps=3, latents="noise")
 MIB = 2**20
@@ -195,7 +195,7 @@ class Runs:
     def run(self, batch):
         batch.run()
 
-    def in_levels(self, levels):
+    def in_barriers(self, barriers):
         return nullcontext()
 
 
@@ -251,7 +251,7 @@ def test_the_memory_of_a_solve_is_known(out, width, count, rank, objective, exac
         changes.append(LowRank(up, torch.randn(rank, width, generator=generator)))
         inputs.append(torch.randn(2 * width, width, generator=generator))
         targets.append(torch.randn(2 * width, out, generator=generator))
-    fit = Fit(
+    fit = RegressionSpec(
         [1.0] * count,
         1e-5,
         dtype=torch.float64 if exact else torch.float32,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import Net, hooks_on, make_data, make_lora
-from test_dry import CASES, Half, PictureHost, concepts
+from test_preflight import CASES, Half, PictureHost, concepts
 
 from iteris_core import Concept, IterisError, merge_loras
 from iteris_core.preview import preview_merge

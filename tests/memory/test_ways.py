@@ -7,7 +7,7 @@ import torch
 from pipelines import PIPELINES, write_lora
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations.host_memory import HostMemory
+from iteris_core.activations.host_pool import HostPool
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
 
 
-class Recorded(HostMemory):
+class Recorded(HostPool):
     """Says whether all that waited was freed when it was given back."""
 
     freed = False
@@ -44,17 +44,17 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
         places.append(Recorded(*args))
         return places[-1]
 
-    monkeypatch.setattr(sweep, "HostMemory", place)
+    monkeypatch.setattr(sweep, "HostPool", place)
 
     def merged(most, offloads):
-        """With blocks of so many levels (None: at every site)."""
+        """With blocks of so many barriers (None: at every site)."""
 
         def planned(run, stage, _, batching, **__):
             if most is None or not stage.sites:
                 return Plan(stage, batching.rows, Strategy())
-            levels = replayable(stage, run.lockstep, find(stage, run.lockstep).levels(most))
-            replayed.extend(levels.blocks)
-            strategy = Strategy(levels=levels, offloads=offloads)
+            barriers = replayable(stage, run.lockstep, find(stage, run.lockstep).barriers(most))
+            replayed.extend(barriers.blocks)
+            strategy = Strategy(barriers=barriers, offloads=offloads)
             return Plan(stage, batching.rows, strategy, host_limit=1 << 30)
 
         monkeypatch.setattr(sweep, "planned", planned)

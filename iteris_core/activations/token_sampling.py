@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 
-class TokenChoice:
+class TokenSampling:
     """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
 
     ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
     ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
     larger. ``whole`` says that the tokens which are there were chosen from so many.
-    ``narrowed`` are the chosen tokens of tensors, as long as somebody has them.
+    ``gathered`` are the chosen tokens of tensors, as long as somebody has them.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class TokenChoice:
         self._seed = seed
         self._whole = whole
         self._picks: dict[tuple[int, int], Tensor] = {}
-        self._made: dict[int, TokenChoice] = {}
-        self.narrowed: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
+        self._made: dict[int, TokenSampling] = {}
+        self.gathered: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
     def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
         """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
@@ -45,23 +45,23 @@ class TokenChoice:
         offsets = torch.arange(stop - start)[:, None] * length
         return (self._picks[length, limit][start:stop] + offsets).flatten()
 
-    def at_most(self, tokens: int) -> TokenChoice:
+    def at_most(self, tokens: int) -> TokenSampling:
         """A part of this choice."""
         limit = self._limit
 
         def fewer(width: int) -> int:
             return tokens if limit is None else min(tokens, limit(width))
 
-        part = TokenChoice(self.rows, fewer, self._seed, self._whole)
+        part = TokenSampling(self.rows, fewer, self._seed, self._whole)
         part._picks = self._picks  # found once
         return part
 
-    def made(self, length: int, width: int) -> TokenChoice | None:
+    def made(self, length: int, width: int) -> TokenSampling | None:
         """This choice for tokens of which only those are left that it picks; None: all are."""
         if self._limit is None or length <= self._limit(width) or self._whole is not None:
             return None
         if length not in self._made:
-            self._made[length] = TokenChoice(self.rows, self._limit, self._seed, length)
+            self._made[length] = TokenSampling(self.rows, self._limit, self._seed, length)
         return self._made[length]
 
     def _pick(self, row: int, length: int, limit: int) -> Tensor:

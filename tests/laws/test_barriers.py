@@ -11,10 +11,10 @@ import torch
 from oracle import hooks_on
 from torch import nn
 
-from iteris_core.activations.blocks import Levels
-from iteris_core.activations.levels import watched, with_replayable
+from iteris_core.activations.barriers import watched, with_replayable
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
+from iteris_core.activations.replay import Barriers
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
 
@@ -78,30 +78,30 @@ def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
     return MicroBatch(lambda: model(x), [0] * (len(x) // copies), copies, observer)
 
 
-def levels_of(model, lockstep, most) -> Levels:
+def levels_of(model, lockstep, most) -> Barriers:
     x = torch.randn(1, 3, 8).double()
 
     def make(observer):
         return batch_of(model, x.clone(), observer)
 
     found = watched(lockstep, make)
-    return with_replayable(found.levels(most), lockstep, make)
+    return with_replayable(found.barriers(most), lockstep, make)
 
 
-def names(levels, model) -> list[str]:
+def names(barriers, model) -> list[str]:
     known = {module: name for name, module in model.named_modules()}
-    return [known[block] for block in levels.blocks]
+    return [known[block] for block in barriers.blocks]
 
 
 def test_sites_whose_outputs_are_not_read_are_solved_together():
     model, lockstep = make()
     with lockstep:
-        levels = levels_of(model, lockstep, 0)
-    assert levels.ends["blocks.1.attention.v"] == tuple(f"blocks.1.attention.{n}" for n in "qkv")
-    assert [len(level) for level in levels.ends.values()] == [1, 3, 1, 1, 1, 3, 1, 1, 1, 1]
-    assert not levels.ends_at("blocks.0.attention.k")
-    assert levels.ends_at("a site that was not seen")
-    assert not levels.blocks
+        barriers = levels_of(model, lockstep, 0)
+    assert barriers.ends["blocks.1.attention.v"] == tuple(f"blocks.1.attention.{n}" for n in "qkv")
+    assert [len(level) for level in barriers.ends.values()] == [1, 3, 1, 1, 1, 3, 1, 1, 1, 1]
+    assert not barriers.ends_at("blocks.0.attention.k")
+    assert barriers.ends_at("a site that was not seen")
+    assert not barriers.blocks
     assert hooks_on(model) == 0
 
 
@@ -117,9 +117,9 @@ def test_an_input_that_is_changed_in_place_ends_a_level():
 
     model.blocks[0].attention.__class__ = Other
     with lockstep:
-        levels = levels_of(model, lockstep, 0)
-    assert levels.ends["blocks.0.attention.q"] == ("blocks.0.attention.q",)
-    assert levels.ends["blocks.0.attention.v"] == ("blocks.0.attention.k", "blocks.0.attention.v")
+        barriers = levels_of(model, lockstep, 0)
+    assert barriers.ends["blocks.0.attention.q"] == ("blocks.0.attention.q",)
+    assert barriers.ends["blocks.0.attention.v"] == ("blocks.0.attention.k", "blocks.0.attention.v")
 
 
 class Clamping(nn.Linear):
@@ -144,9 +144,9 @@ def test_g10_layers_that_clamp_their_input_in_place_share_it():
     at = "blocks.0.attention."
     with lockstep:
         lockstep.run(batch_of(model, torch.randn(1, 3, 8).double(), Groups()))
-        levels = levels_of(model, lockstep, 0)
+        barriers = levels_of(model, lockstep, 0)
         assert groups[at + "k"] == groups[at + "v"] != groups["first"]
-        assert levels.ends[at + "v"] == tuple(at + n for n in "qkv")
+        assert barriers.ends[at + "v"] == tuple(at + n for n in "qkv")
 
 
 def test_g10_a_layer_that_clamps_what_another_has_received_ends_a_level():
@@ -155,9 +155,9 @@ def test_g10_a_layer_that_clamps_what_another_has_received_ends_a_level():
     attention.v.__class__ = Clamping
     at = "blocks.0.attention."
     with lockstep:
-        levels = levels_of(model, lockstep, 0)
-    assert levels.ends[at + "k"] == (at + "q", at + "k")
-    assert levels.ends[at + "v"] == (at + "v",)
+        barriers = levels_of(model, lockstep, 0)
+    assert barriers.ends[at + "k"] == (at + "q", at + "k")
+    assert barriers.ends[at + "v"] == (at + "v",)
 
 
 @pytest.mark.parametrize(
@@ -173,17 +173,17 @@ def test_g10_a_layer_that_clamps_what_another_has_received_ends_a_level():
 def test_blocks_are_the_largest_modules_of_so_many_levels(most, wanted):
     model, lockstep = make()
     with lockstep:
-        levels = levels_of(model, lockstep, most)
-    assert names(levels, model) == wanted
+        barriers = levels_of(model, lockstep, most)
+    assert names(barriers, model) == wanted
 
 
 def test_a_block_that_writes_to_its_arguments_gets_copies_and_one_with_a_memory_is_none():
     model, lockstep = make()
     model.blocks[0].spoil, model.blocks[1].forgetful = True, True
     with lockstep:
-        levels = levels_of(model, lockstep, 4)
-    assert names(levels, model) == ["blocks.0"]
-    assert [block.written for block in levels.blocks.values()] == [{"[0][0]"}]
+        barriers = levels_of(model, lockstep, 4)
+    assert names(barriers, model) == ["blocks.0"]
+    assert [block.written for block in barriers.blocks.values()] == [{"[0][0]"}]
 
 
 class Seen:
@@ -213,7 +213,7 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, spoil):
             return lockstep.changes[site][0]
 
         with lockstep:
-            levels = Levels() if levels_at is None else levels_of(model, lockstep, levels_at)
+            barriers = Barriers() if levels_at is None else levels_of(model, lockstep, levels_at)
             batches = [
                 MicroBatch(
                     lambda i=i, model=model, outputs=outputs: outputs.update(
@@ -225,7 +225,7 @@ def test_a_sweep_in_levels_shows_and_gives_what_one_by_sites_does(most, spoil):
                 )
                 for i in range(2)
             ]
-            with lockstep.in_levels(levels):
+            with lockstep.in_barriers(barriers):
                 lockstep.sweep(batches, solve)
         assert hooks_on(model) == 0
         results.append((outputs, [s.shown for s in seen], order))
@@ -242,10 +242,10 @@ def test_a_forward_that_takes_another_path_is_refused():
     model, lockstep = make()
     x = torch.randn(2, 3, 8).double()
     with lockstep:
-        levels = levels_of(model, lockstep, 4)
+        barriers = levels_of(model, lockstep, 4)
         model.blocks[1].attention.forward = lambda x, context: x
         with (
-            lockstep.in_levels(levels),
+            lockstep.in_barriers(barriers),
             pytest.raises(IterisError, match="another path through the model"),
         ):
             lockstep.sweep([batch_of(model, x, copies=2)], lambda site: lockstep.changes[site][0])

@@ -26,7 +26,7 @@ Slot = list[Tensor]
 
 @contextmanager
 def pinning_at_most(size: int | None) -> Generator[None]:
-    """Within it every :class:`HostMemory` that is made pins up to ``size`` bytes, where an
+    """Within it every :class:`HostPool` that is made pins up to ``size`` bytes, where an
     application has pinned others (None: no such limit)."""
     token = _pinnable.set(size)
     try:
@@ -35,7 +35,7 @@ def pinning_at_most(size: int | None) -> Generator[None]:
         _pinnable.reset(token)
 
 
-class HostMemory:
+class HostPool:
     """At most ``limit`` bytes, taken as they are needed. Where ``device`` is of CUDA they are
     pinned, as far as that goes: what cannot be pinned is pageable, which is only slower.
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.host_memory import wait_for
+from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
 from ..architectures.sites import weight_shape
 from ..concepts import Calibration, Concept

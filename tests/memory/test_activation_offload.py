@@ -11,12 +11,12 @@ from tiny import two_concepts
 from torch import nn
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.activations import host_memory
+from iteris_core.activations import host_pool
+from iteris_core.activations.activation_offload import IDLE_PAUSES, ActivationOffload
 from iteris_core.activations.collect import SweepCollector
-from iteris_core.activations.host_memory import HostMemory
+from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.meter import MemoryMeter
-from iteris_core.activations.parking import RESTS, Parking
 from iteris_core.errors import IterisError, OutOfMemory
 from iteris_core.passes import planner, strategies, sweep
 from iteris_core.solve.choose import POLICY, Policy
@@ -37,9 +37,9 @@ def apart(monkeypatch):
 @pytest.fixture
 def places(monkeypatch):
     """The host memories of the sweeps."""
-    made: list[HostMemory] = []
+    made: list[HostPool] = []
 
-    class Recorded(HostMemory):
+    class Recorded(HostPool):
         left = -1
 
         def close(self) -> None:
@@ -50,18 +50,18 @@ def places(monkeypatch):
         made.append(Recorded(*args))
         return made[-1]
 
-    monkeypatch.setattr(sweep, "HostMemory", make)
+    monkeypatch.setattr(sweep, "HostPool", make)
     return made
 
 
-def held(memory: HostMemory) -> int:
+def held(memory: HostPool) -> int:
     """Bytes that are in use."""
     gaps = sum(stop - start for slab in memory._slabs for start, stop in slab._gaps)
     return memory.taken - gaps
 
 
 def test_bytes_come_back_and_their_place_is_used_again():
-    memory = HostMemory(CPU, 1 << 20)
+    memory = HostPool(CPU, 1 << 20)
     tensors = [torch.randn(n) for n in (1000, 7, 3000)]
     wanted = [tensor.clone() for tensor in tensors]
     slots = [memory.put(tensor.untyped_storage()) for tensor in tensors]
@@ -77,7 +77,7 @@ def test_bytes_come_back_and_their_place_is_used_again():
 
 
 def test_what_does_not_fit_into_host_memory_is_said_and_stays():
-    memory = HostMemory(CPU, 5000)
+    memory = HostPool(CPU, 5000)
     tensor = torch.ones(2000)
     with pytest.raises(OutOfMemory, match=r"Host memory ran out.*Lower samples"):
         memory.put(tensor.untyped_storage())
@@ -85,8 +85,8 @@ def test_what_does_not_fit_into_host_memory_is_said_and_stays():
 
 
 def test_storages_of_more_than_a_slab(monkeypatch):
-    monkeypatch.setattr("iteris_core.activations.host_memory._SLAB", 4096)
-    memory = HostMemory(CPU, 1 << 20)
+    monkeypatch.setattr("iteris_core.activations.host_pool._SLAB", 4096)
+    memory = HostPool(CPU, 1 << 20)
     tensor = torch.randn(2500)
     wanted = tensor.clone()
     slot = memory.put(tensor.untyped_storage())
@@ -99,8 +99,8 @@ class Turns:
     """Two forwards by hand."""
 
     def __init__(self) -> None:
-        self.memory = HostMemory(CPU, 1 << 20)
-        self.parking = Parking(self.memory)
+        self.memory = HostPool(CPU, 1 << 20)
+        self.parking = ActivationOffload(self.memory)
 
     def __enter__(self):
         self.parking.__enter__()
@@ -148,7 +148,7 @@ def test_what_is_written_in_place_is_kept():
 def test_what_rests_for_long_stays_away_until_it_is_asked_for():
     with Turns() as turns:
         skip = turns.turn(0, lambda: torch.full((9,), 3.0))
-        for _ in range(RESTS - 1):
+        for _ in range(IDLE_PAUSES - 1):
             turns.turn(0, lambda: None if not away(skip) else pytest.fail("is not back"))
         for _ in range(3):
             assert turns.turn(0, lambda: away(skip))
@@ -229,7 +229,7 @@ class Wrapped(torch.Tensor):
 def test_what_a_tensor_subclass_holds_is_put_back():
     with Turns() as turns:
         inner, outer = turns.turn(0, lambda: (made := torch.ones(4).mul(3), Wrapped(made)))
-        for _ in range(RESTS + 1):
+        for _ in range(IDLE_PAUSES + 1):
             turns.turn(0)
         assert away(inner)
         assert float(turns.turn(0, lambda: float((outer + 1).sum()))) == 16
@@ -351,7 +351,7 @@ def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_w
     host = ModuleHost(Net(), make_data())
     weights = [weight.clone() for weight in host.model.parameters()]
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    monkeypatch.setattr(sweep, "HostMemory", lambda device, limit: HostMemory(device, 20_000))
+    monkeypatch.setattr(sweep, "HostPool", lambda device, limit: HostPool(device, 20_000))
     with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
         merge_loras(host, concepts, memory_budget=70_000, settings={"precision": "float64"})
     assert "Tried: " in str(caught.value)
@@ -451,20 +451,20 @@ class Pinning:
         def give_back() -> None:
             self.emptied += 1
 
-        monkeypatch.setattr(host_memory.torch, "empty", empty)
-        monkeypatch.setattr(host_memory, "empty_host_cache", give_back)
-        monkeypatch.setattr(host_memory, "_SLAB", 1024)
-        monkeypatch.setattr(host_memory, "wait_for", lambda device: None)
+        monkeypatch.setattr(host_pool.torch, "empty", empty)
+        monkeypatch.setattr(host_pool, "empty_host_cache", give_back)
+        monkeypatch.setattr(host_pool, "_SLAB", 1024)
+        monkeypatch.setattr(host_pool, "wait_for", lambda device: None)
 
 
-def fill(memory: HostMemory, size: int) -> None:
+def fill(memory: HostPool, size: int) -> None:
     for _ in range(size // 1024):
         memory._piece(900)
 
 
 def test_g7_what_the_system_does_not_pin_is_pageable(monkeypatch):
     system = Pinning(monkeypatch, 2500)
-    memory = HostMemory(torch.device("cuda"), 5120)
+    memory = HostPool(torch.device("cuda"), 5120)
     fill(memory, 5120)
     assert (system.pinned, system.pageable) == (2048, 3072)
     assert memory.taken == 5120
@@ -472,30 +472,30 @@ def test_g7_what_the_system_does_not_pin_is_pageable(monkeypatch):
 
 def test_g7_no_more_is_pinned_than_an_application_leaves_or_two_fifths_of_all(monkeypatch):
     system = Pinning(monkeypatch, float("inf"))
-    monkeypatch.setattr(host_memory, "total_memory", lambda: 12_000)
-    fill(HostMemory(torch.device("cuda"), 10240), 10240)
+    monkeypatch.setattr(host_pool, "total_memory", lambda: 12_000)
+    fill(HostPool(torch.device("cuda"), 10240), 10240)
     assert (system.pinned, system.pageable) == (4096, 6144)
     system.pinned = system.pageable = 0
-    with host_memory.pinning_at_most(1500):
-        memory = HostMemory(torch.device("cuda"), 10240)
+    with host_pool.pinning_at_most(1500):
+        memory = HostPool(torch.device("cuda"), 10240)
     fill(memory, 4096)
     assert (system.pinned, system.pageable) == (1024, 3072)
 
 
 def test_g7_what_was_pinned_is_given_back(monkeypatch):
     system = Pinning(monkeypatch, float("inf"))
-    memory = HostMemory(torch.device("cuda"), 5120)
+    memory = HostPool(torch.device("cuda"), 5120)
     fill(memory, 2048)
     memory.close()
     assert system.emptied == 1
     assert not memory._slabs
-    HostMemory(torch.device("cuda"), 5120).close()  # nothing was pinned: others' cache stays
+    HostPool(torch.device("cuda"), 5120).close()  # nothing was pinned: others' cache stays
     assert system.emptied == 1
 
 
 def test_g7_a_merge_gives_its_host_memory_back_whatever_happens(host, apart, monkeypatch):
     closed = []
-    monkeypatch.setattr(HostMemory, "close", lambda memory: closed.append(memory.taken))
+    monkeypatch.setattr(HostPool, "close", lambda memory: closed.append(memory.taken))
     line = merge(host, 4 * 2**20).report.plan[-1]
     assert "waiting in host memory" in line
     assert len(closed) == 2  # the plan's and the sweep's

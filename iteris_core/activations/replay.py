@@ -1,8 +1,8 @@
-"""Levels of sites that are solved together, and blocks that are replayed.
+"""Barriers of sites that are solved together, and blocks that are replayed.
 
 A level is a run of sites none of whose outputs is read before the last of them is called, such as
 the query, key and value of an attention: a forward pauses once for all. A block is a module of a
-few levels. Where blocks are replayed a forward pauses at no site within: it runs a block from its
+few barriers. Where blocks are replayed a forward pauses at no site within: it runs a block from its
 arguments up to the end of a level, drops what it made, waits until the level is solved, and does so
 for every level, before it runs the block for good. So it waits with what enters the block.
 """
@@ -20,13 +20,13 @@ from torch.utils import _pytree
 from .micro_batch import MicroBatch
 
 
-class Shown(BaseException):
+class ReplayDone(BaseException):
     """Leaves a replay once the level has been shown."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """The last sites of a module's levels, in order. ``written`` are those of its arguments, as
+    """The last sites of a module's barriers, in order. ``written`` are those of its arguments, as
     paths in (args, kwargs), that it changes in place."""
 
     ends: Sequence[str]
@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Levels:
+class Barriers:
     """``ends`` has the sites of every level, in order, by the last one; ``blocks`` are those that
     are replayed. A site that is in no level is one of its own."""
 
@@ -53,7 +53,7 @@ class Levels:
 
 
 def replay_hook(
-    levels: Levels, active: Callable[[], MicroBatch | None]
+    barriers: Barriers, active: Callable[[], MicroBatch | None]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     """A pre-hook of every block: the active forward waits in it until the block's sites are solved,
     level by level."""
@@ -62,11 +62,11 @@ def replay_hook(
         batch = active()
         if batch is None or batch.pause is None or batch.until is not None:
             return
-        block = levels.blocks[module]
+        block = barriers.blocks[module]
         for last in block.ends:
             if last not in batch.passed:
                 _replay(batch, module, unwritten(block.written, args, kwargs), last)
-                batch.wait(levels.level(last))
+                batch.wait(barriers.level(last))
 
     return hook
 
@@ -76,7 +76,7 @@ def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None
     batch.until = last
     try:
         module(*given[0], **given[1])
-    except Shown:
+    except ReplayDone:
         return
     finally:
         batch.until = None

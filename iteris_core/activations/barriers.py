@@ -1,4 +1,4 @@
-"""Finds a model's levels and blocks (:mod:`.blocks`) by watching two forwards of one row.
+"""Finds a model's barriers and blocks (:mod:`.replay`) by watching two forwards of one row.
 
 The first tells which sites' outputs are read before another site is called, and in which modules
 sites lie; the second, whether a block gives the same when it is run again, and which of its
@@ -24,10 +24,10 @@ from torch.nn.modules.module import (
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .blocks import Block, Levels, tensors, unwritten
 from .lockstep import Lockstep
 from .meter import storage_of
 from .micro_batch import MicroBatch, Observer, version_of
+from .replay import Barriers, Block, tensors, unwritten
 from .tokens import Group, Observation
 
 _log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Found:
     calls: Counter[nn.Module] = field(default_factory=Counter[nn.Module])
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def levels(self, most: int = 0) -> Levels:
-        """With blocks that are the largest modules of 2 to ``most`` levels. A level ends where a
+    def barriers(self, most: int = 0) -> Barriers:
+        """With blocks that are the largest modules of 2 to ``most`` barriers. A level ends where a
         block does."""
         blocks = self._blocks(most)
         ends: dict[str, Sequence[str]] = {}
@@ -67,7 +67,7 @@ class Found:
             if block is not None:
                 lasts.setdefault(block, []).append(site)
             level = []
-        return Levels(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
+        return Barriers(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
 
     def _blocks(self, most: int) -> dict[str, nn.Module]:
         """Site → the block that it is in."""
@@ -85,19 +85,19 @@ class Found:
 
 
 def watched(lockstep: Lockstep, make: Make) -> Found:
-    """What a forward tells of its levels."""
+    """What a forward tells of its barriers."""
     watch = _Watch()
     with watch, watch.modules():
         lockstep.run(make(watch))
     return watch.found
 
 
-def with_replayable(levels: Levels, lockstep: Lockstep, make: Make) -> Levels:
-    """``levels`` with those blocks that can be replayed, and what they write to."""
+def with_replayable(barriers: Barriers, lockstep: Lockstep, make: Make) -> Barriers:
+    """``barriers`` with those blocks that can be replayed, and what they write to."""
     blocks: dict[nn.Module, Block] = {}
-    with _trials(levels.blocks, blocks):
+    with _trials(barriers.blocks, blocks):
         lockstep.run(make(None))
-    return Levels(levels.ends, blocks)
+    return Barriers(barriers.ends, blocks)
 
 
 class _Watch(TorchDispatchMode):

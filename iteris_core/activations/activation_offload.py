@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_memory import Slot
+from .host_pool import Slot
 from .meter import storage_of
 
-RESTS = 3
+IDLE_PAUSES = 3
 """Pauses after which a storage stays away until an operation asks for it, a view included. Kernels
 that are launched past PyTorch's dispatcher ask for nothing: they get what was made or used since q,
 when they run after v, or by way of a view."""
 
 
 class Place(Protocol):
-    """Where storages of ``device`` wait; see :class:`.host_memory.HostMemory`."""
+    """Where storages of ``device`` wait; see :class:`.host_pool.HostPool`."""
 
     device: torch.device
 
@@ -57,7 +57,7 @@ class _Held:
     away: bool = False
 
 
-class Parking(TorchDispatchMode):
+class ActivationOffload(TorchDispatchMode):
     """On around a sweep, which says whose turn it is. Forwards in ``stay`` wait on the device.
 
     ``modules`` are those whose weights are never moved. ``left`` counts the bytes that the forwards
@@ -90,7 +90,7 @@ class Parking(TorchDispatchMode):
         pauses = self._pauses.setdefault(forward, 0)
         with _disable_current_modes():
             for held in list(self._forwards.setdefault(forward, {}).values()):
-                if held.away and pauses - held.touched < RESTS:
+                if held.away and pauses - held.touched < IDLE_PAUSES:
                     self._put_back(held)
                     self._drop(held)  # nobody knows whether it is written to
 
