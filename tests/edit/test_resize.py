@@ -60,7 +60,8 @@ def test_what_layers_see_is_what_passes_through_them(host):
     handle = host.sites()[site].register_forward_hook(
         lambda module, args, output: shown.append((args[0], output.clone()))
     )
-    look(job, lambda name, seen: found.setdefault(name, seen))
+    with job.run() as run:
+        look(run, lambda name, seen: found.setdefault(name, seen))
     handle.remove()
     del shown[:-1]  # what the host tried before
     assert found.keys() == concept.lora.sites.keys()
