@@ -520,7 +520,7 @@ def test_what_was_tried_is_said_when_nothing_helps(whole):
     tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
     assert tried[:2] == [
         "32 rows at once, waiting on the device",
-        "32 rows at once, waiting on the device, by small blocks",
+        "32 rows at once, waiting on the device, by large blocks",
     ]
     assert tried[-1].startswith("one row at once, waiting on the device, by ")
     assert "Lower samples or timesteps (fewer rows), or latent_size" in said
