@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .concepts import Calibration, Concept
-    from .errors import IterisError, LoraFileError, MergeCancelled, SettingsError, SolveError
+    from .errors import IterisError, LoraFileError, SettingsError, SolveError
     from .hosts.diffusers import DiffusersHost
     from .hosts.transformers import TransformersHost
     from .lora import Lora, LowRank
     from .lora_files import write_lora
     from .lora_files.peft_folder import read_heads, write_adapter
-    from .merge import MergeResult, merge_loras
+    from .merge import MergeResult, Runtime, merge_loras
     from .methods import all_methods
     from .methods.iteris_settings import IterisSettings
     from .progress import Progress
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "concepts": "Calibration Concept",
-    "errors": "IterisError LoraFileError MergeCancelled SettingsError SolveError",
+    "errors": "IterisError LoraFileError SettingsError SolveError",
     "hosts.diffusers": "DiffusersHost",
     "hosts.transformers": "TransformersHost",
     "lora": "Lora LowRank",
     "lora_files": "write_lora",
     "lora_files.peft_folder": "read_heads write_adapter",
-    "merge": "MergeResult merge_loras",
+    "merge": "MergeResult Runtime merge_loras",
     "methods": "all_methods",
     "methods.iteris_settings": "IterisSettings",
     "progress": "Progress",
@@ -46,10 +46,10 @@ __all__ = [
     "Lora",
     "LoraFileError",
     "LowRank",
-    "MergeCancelled",
     "MergeReport",
     "MergeResult",
     "Progress",
+    "Runtime",
     "SettingsError",
     "SolveError",
     "TransformersHost",

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from .concepts import KINDS, PRESERVE_WEIGHT, AlwaysOn, Concept, PromptKind, words_in
-from .errors import ConceptError, UsageError, did_you_mean
+from .concepts import PRESERVE_WEIGHT, Concept, words_in
+from .errors import ConceptError, SettingsError, UsageError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
 from .lora_files import ReadOptions
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
+from .settings import Settings
 
 WORDS = ("trigger", "class", "kind", "always_on")
 NUMBERS = ("strength", "text_strength", "weight")
 KEYS = ("file", *WORDS, *NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
 """What a mapping may say of a concept; the last three are what a recipe records."""
-_SHARED = ("prompts", "trigger", "class_word", "subjects", "kind", "always_on", *NUMBERS)
-"""The fields that :class:`Concept` has too."""
 
 
 @dataclass(frozen=True)
-class ConceptConfig:
+class ConceptConfig(Concept):
     """A :class:`Concept` with the name of a file in the place of a LoRA.
 
     ``low`` is the file for the second of two experts; without ``file`` the base is to stay as it
@@ -35,22 +34,14 @@ class ConceptConfig:
     of the files, for who remembers merges: a rewritten file is another concept.
     """
 
+    lora: Lora | None = None
     file: Path | None = None
-    prompts: Sequence[str] | None = None
-    trigger: str = ""
-    class_word: str = ""
-    subjects: Sequence[str] = ()
-    kind: PromptKind = "subject"
-    strength: float = 1.0
-    text_strength: float | None = None
-    weight: float = 1.0
     low: Path | None = None
     samples: Path | None = None
     sha256: str = ""
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     source: str = ""
     changed: int = 0
-    always_on: AlwaysOn = "no"
 
     @classmethod
     def of(cls, concept: Concept) -> ConceptConfig:
@@ -58,7 +49,7 @@ class ConceptConfig:
         lora = concept.lora or Lora({})
         file, low = split_files(lora.source) if lora.source else (None, None)
         shared = {name: getattr(concept, name) for name in _SHARED}
-        return cls(file, low=low, sha256=lora.sha256, reading=dict(lora.reading), **shared)
+        return cls(file=file, low=low, sha256=lora.sha256, reading=dict(lora.reading), **shared)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> ConceptConfig:
@@ -72,50 +63,21 @@ class ConceptConfig:
                     f"{where}: there is no key {key!r}{did_you_mean(str(key), KEYS)} The keys of a "
                     f"concept are {', '.join(KEYS)}."
                 )
-        given = {key: value for key, value in values.items() if value is not None}
-        numbers = {key: number(given[key], f"{where}: {key}") for key in NUMBERS if key in given}
-        if numbers.get("weight", 0) < 0:
-            raise ConceptError(f"{where}: weight must be 0 or more, not {numbers['weight']:g}.")
-        texts = {
-            key: _text(given.get(key, ""), f"{where}: {key}")
-            for key in ("file", *WORDS, "samples", "sha256")
+        given = {
+            "class_word" if key == "class" else key: _READERS[key](value, f"{where}: {key}")
+            for key, value in values.items()
+            if value is not None and (value != "" or key in NUMBERS)
         }
-        if texts["kind"] and texts["kind"] not in KINDS:
-            raise ConceptError(
-                f"{where}: kind must be one of {', '.join(KINDS)}, not {texts['kind']!r}."
-            )
-        if texts["always_on"] and texts["always_on"] not in get_args(AlwaysOn):
-            raise ConceptError(
-                f"{where}: always_on must be one of {', '.join(get_args(AlwaysOn))}, not "
-                f"{texts['always_on']!r}."
-            )
-        prompts, reading = given.get("prompts"), given.get("reading", {})
-        if not isinstance(reading, Mapping):
-            raise ConceptError(f"{where}: reading must be a mapping, not {reading!r}.")
-        file, low = split_files(texts["file"]) if texts["file"] else (None, None)
-        if file is None:
-            if prompts is None:
-                raise ConceptError(
-                    f"{where} has neither a file nor prompts for the base to stay on."
-                )
-            numbers = {"weight": PRESERVE_WEIGHT, **numbers}
-            texts["trigger"] = texts["trigger"] or "preserve"
-        return cls(
-            file,
-            None if prompts is None else _texts(prompts, f"{where}: prompts"),
-            texts["trigger"],
-            texts["class"],
-            _texts(given.get("subjects", ()), f"{where}: subjects"),
-            cast(PromptKind, texts["kind"] or "subject"),
-            numbers.get("strength", 1.0),
-            numbers.get("text_strength"),
-            numbers.get("weight", 1.0),
-            low,
-            samples=Path(texts["samples"]) if texts["samples"] else None,
-            sha256=texts["sha256"],
-            reading=reading,
-            always_on=cast(AlwaysOn, texts["always_on"] or "no"),
-        )
+        if "file" in given:
+            given["file"], given["low"] = split_files(given["file"])
+        elif "prompts" in given:
+            given = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **given}
+        else:
+            raise ConceptError(f"{where} has neither a file nor prompts for the base to stay on.")
+        try:
+            return cls(**given)
+        except SettingsError as error:
+            raise ConceptError(f"{where}: {error}") from None
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
         """All :data:`KEYS`; ``name`` says how a file is written. Without ``usual`` what is as it
@@ -149,14 +111,11 @@ class ConceptConfig:
         return str(self.file) if self.file is not None else self.trigger
 
     @property
-    def phrases(self) -> Sequence[str]:
-        """What calls for the concept in a prompt."""
-        return self.concept().phrases
+    def preserves(self) -> bool:
+        return self.file is None
 
-    @property
-    def counts(self) -> bool:
-        """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
-        return self.concept(None if self.file is None else Lora({})).counts
+    def check(self) -> None:
+        Settings.check(self)  # who makes one says which it is
 
     def concept(self, lora: Lora | None = None) -> Concept:
         return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
@@ -194,6 +153,7 @@ class ConceptConfig:
 
 
 _DEFAULT = ConceptConfig().to_dict()
+_SHARED = [f.name for f in fields(Concept) if f.name not in ("lora", "inputs")]
 
 
 def split_files(text: str) -> tuple[Path, Path | None]:
@@ -223,6 +183,22 @@ def _texts(values: Any, name: str) -> tuple[str, ...]:
     if not isinstance(values, list | tuple):
         raise ConceptError(f"{name} must be a list, not {values!r}.")
     return tuple(_text(value, name) for value in cast(Sequence[Any], values))
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConceptError(f"{name} must be a mapping, not {value!r}.")
+    return cast(Mapping[str, Any], value)
+
+
+_READERS: Mapping[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("file", *WORDS, "sha256"), _text),
+    **dict.fromkeys(NUMBERS, number),
+    **dict.fromkeys(("prompts", "subjects"), _texts),
+    "samples": lambda value, name: Path(_text(value, name)),
+    "reading": _mapping,
+}
+"""Key → what reads its value, or raises with its name."""
 
 
 def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:

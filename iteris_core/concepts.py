@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from .errors import SettingsError
+from .errors import ConceptError, SettingsError
 from .lora import Lora
-from .lora_files.metadata import trigger_phrases
+from .lora_files.sidecars import find_phrases
 from .settings import Settings, setting
 
 PromptKind = Literal["subject", "style", "tags", "video"]
 AlwaysOn = Literal["no", "include", "outside"]
 
 
-def _templates(name: str) -> tuple[str, ...]:
+def prompt_list(name: str) -> tuple[str, ...]:
+    """Those of ``prompts/NAME.txt``."""
     file = Path(__file__).parent / "prompts" / f"{name}.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
-TEMPLATES = _templates("templates")
+TEMPLATES = prompt_list("templates")
 KINDS: Mapping[PromptKind, tuple[str, ...]] = {
     "subject": TEMPLATES,
-    "style": _templates("style"),
-    "tags": _templates("tags"),
-    "video": _templates("video"),
+    "style": prompt_list("style"),
+    "tags": prompt_list("tags"),
+    "video": prompt_list("video"),
 }
 """Templates by what a concept is: a thing, a look of everything, booru tags, or a movement."""
-PAIR_TEMPLATES = _templates("pairs")
+PAIR_TEMPLATES = prompt_list("pairs")
 """Of two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
 """What prompts count on which the base model is to stay; much of it weakens the concepts."""
+
+
+_C = TypeVar("_C", bound="Concept")
 
 
 class LoraReader(Protocol):
@@ -43,82 +46,69 @@ class LoraReader(Protocol):
 
 
 @dataclass(frozen=True)
-class Concept:
+class Concept(Settings):
     """One LoRA and how to call for what it knows.
 
     ``prompts`` are used as they are; without them they are made from ``trigger`` and
     ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
-    itself, by the templates of its ``kind``. ``strength`` is what the LoRA would be loaded at,
-    ``text_strength`` that of its part in the text encoders (None: the same). ``weight`` is how much
-    the concept counts in the merge. ``inputs``, or what calling it gives, are batches of keyword
-    arguments of the model, for hosts that do not work from prompts. ``lora=None`` keeps the base
-    model as it is, see :meth:`preserve`. ``always_on`` is for a speed LoRA (turbo, lightning): it
-    is on while the others are merged, and its change is a part of the merged LoRA (``include``) or
-    to be loaded beside it (``outside``). Such a LoRA needs no words and no prompts.
+    itself, by the templates of its ``kind``. ``inputs``, or what calling it gives, are batches of
+    keyword arguments of the model, for hosts that do not work from prompts. ``lora=None`` keeps the
+    base model as it is, see :meth:`preserve`. ``always_on`` is for a speed LoRA (turbo, lightning):
+    it is on while the others are merged, and its change is a part of the merged LoRA (``include``)
+    or to be loaded beside it (``outside``). Such a LoRA needs no words and no prompts.
     """
 
     lora: Lora | None
     prompts: Sequence[str] | None = None
     trigger: str = ""
     class_word: str = ""
-    strength: float = 1.0
-    weight: float = 1.0
+    strength: float = setting(1.0, "What the LoRA would be loaded at.")
+    weight: float = setting(1.0, "How much the concept counts in the merge.", low=0)
     inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
-    text_strength: float | None = None
+    text_strength: float | None = setting(
+        None, "The strength of the LoRA's part in the text encoders.", none="as strength"
+    )
     subjects: Sequence[str] = ()
-    kind: PromptKind = "subject"
-    always_on: AlwaysOn = "no"
+    kind: PromptKind = setting(  # noqa: RUF009
+        "subject", "What its prompts are made for."
+    )
+    always_on: AlwaysOn = setting("no", "Whether it is on all the time.")  # noqa: RUF009
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise :class:`ConceptError` for a field of another type or out of its range."""
         if isinstance(self.lora, str | Path):
-            raise SettingsError(
+            raise ConceptError(
                 f"Concept({str(self.lora)!r}): a concept has a LoRA, not the name of a file; give "
                 f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
             )
         for name in ("prompts", "subjects"):
             if isinstance(getattr(self, name), str):
-                raise SettingsError(
+                raise ConceptError(
                     f"{self.name}: {name} must be a list of texts, not one text; give "
                     f"{name}=[{getattr(self, name)!r}]."
                 )
-        for name in ("strength", "text_strength", "weight"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number or (value is None and name == "text_strength")):
-                raise SettingsError(f"{self.name}: {name} must be a number, not {value!r}.")
-        if self.kind not in KINDS:
-            raise SettingsError(
-                f"{self.name}: kind must be one of {', '.join(KINDS)}, not {self.kind!r}."
-            )
-        if self.always_on not in get_args(AlwaysOn):
-            raise SettingsError(
-                f"{self.name}: always_on must be one of {', '.join(get_args(AlwaysOn))}, not "
-                f"{self.always_on!r}."
-            )
-        if not 0 <= self.weight < math.inf:
-            raise SettingsError(
-                f"{self.name}: weight must be 0 or more and finite, not {self.weight}."
-            )
-        for name in ("strength", "text_strength"):
-            strength = getattr(self, name)
-            if strength is not None and not math.isfinite(strength):
-                raise SettingsError(f"{self.name}: {name} must be finite, not {strength}.")
+        try:
+            super().check()
+        except SettingsError as error:
+            raise ConceptError(f"{self.name}: {error}") from None
 
     @classmethod
     def from_file(cls, host: LoraReader, path: str | Path, **values: Any) -> Concept:
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
-        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it.
+        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it, or
+        the notes of a download helper beside it.
         Raises :class:`LoraFileError` for a file that cannot be read.
         """
         lora = host.read_lora(path)
         if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
-            values = {**words_of(lora.metadata)._asdict(), **values}
+            phrases = find_phrases(Path(path), lora.metadata).phrases
+            values = {**words_in(phrases)._asdict(), **values}
         return cls(lora, **values)
 
     @classmethod
-    def preserve(cls, prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> Concept:
+    def preserve(cls: type[_C], prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> _C:
         """Prompts on which the base model is to stay as it is."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
@@ -146,8 +136,12 @@ class Concept:
     @property
     def counts(self) -> bool:
         """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
-        strengths = self.strength, self.text_strength
-        return self.weight > 0 and (self.lora is None or any(strengths))
+        return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
+
+    @property
+    def preserves(self) -> bool:
+        """Whether there is no LoRA, but prompts on which the base is to stay as it is."""
+        return self.lora is None
 
 
 @dataclass(frozen=True)
@@ -247,6 +241,11 @@ class Calibration(Settings):
         return self._with(2) or PAIR_TEMPLATES
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of ``text`` without blanks around them, and without empty ones."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 class Words(NamedTuple):
     """:class:`Concept`'s fields of these names."""
 
@@ -255,13 +254,9 @@ class Words(NamedTuple):
     subjects: tuple[str, ...] = ()
 
 
-def words_of(metadata: Mapping[str, str]) -> Words:
-    """How to call for what a LoRA knows, as far as its file tells: "sks dog" is "sks" and "dog"."""
-    return words_in(trigger_phrases(metadata))
-
-
 def words_in(phrases: Sequence[str]) -> Words:
-    """One phrase is split at its first blank; several are kept as they are."""
+    """One phrase is split at its first blank: "sks dog" is "sks" and "dog". Several are kept as
+    they are."""
     if len(phrases) > 1:
         return Words(subjects=tuple(phrases))
     trigger, _, class_word = "".join(phrases).partition(" ")

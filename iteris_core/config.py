@@ -68,11 +68,17 @@ class MergeConfig:
         entries: list[Any] = given.pop("concepts", [])
         if "strength" in given:
             given["cut"] = {**given.get("cut", {}), "strength": given.pop("strength")}
-        own = {key: given.pop(key) for key in (*_MAPPINGS, *_TEXTS) if key in given}
+        fields = {key: given.pop(key) for key in (*_MAPPINGS, *_TEXTS) if key in given}
         concepts = tuple(
             concept(entry, f"{where}: concept {number}") for number, entry in enumerate(entries, 1)
         )
-        return cls(concepts, **own, outputs=given)
+        return cls(concepts, **fields, outputs=given)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Arguments of :func:`.merge.merge_loras` and :func:`.preview.preview_merge` by name."""
+        names = ("method", "preset", "settings", "calibration")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
         """Of built-in types alone; ``name`` and ``usual`` are as in

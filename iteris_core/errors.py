@@ -86,10 +86,6 @@ class ScoreError(IterisError):
     """Pictures cannot be drawn or scored in the way that was requested."""
 
 
-class MergeCancelled(IterisError):
-    """The caller's ``should_stop`` said stop; nothing was changed or written."""
-
-
 @dataclass(frozen=True)
 class Kind:
     """What the index says of an error beyond its docstring; a code never changes its meaning."""
@@ -192,7 +188,6 @@ KINDS: Mapping[type[IterisError], Kind] = {
         "Give at least one picture and one reference, and one prompt for each picture. "
         "Placeholders in prompts are {each}, {all} and {1}, {2} …",
     ),
-    MergeCancelled: Kind("IT-19", "Run it again; nothing is left behind."),
 }
 """Class → its code and remedy, in the order of the index."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,6 +39,21 @@ from .solve.choose import POLICY, Policy
 _log = logging.getLogger(__name__)
 
 _S = TypeVar("_S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a launcher or an experiment sets.
+
+    ``processes`` that call :func:`merge_loras` alike share the rows and get one result. ``policy``
+    holds the thresholds by which ways of solving are chosen.
+    """
+
+    processes: Processes = ALONE
+    policy: Policy = POLICY
+
+
+_RUNTIME = Runtime()
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,10 @@ def merge_loras(
     preset: PresetName = "default",
     settings: Settings | Mapping[str, Any] | None = None,
     calibration: Calibration | Mapping[str, Any] | None = None,
-    generator: torch.Generator | None = None,
-    on_progress: OnProgress | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    processes: Processes = ALONE,
-    memory_budget: int | Literal["free"] | None = "free",
-    policy: Policy = POLICY,
     unmergeable: Unmergeable = "refuse",
+    on_progress: OnProgress | None = None,
+    memory_budget: int | Literal["free"] | None = "free",
+    runtime: Runtime = _RUNTIME,
 ) -> MergeResult:
     """Merge the LoRAs of ``concepts`` into one.
 
@@ -98,18 +110,15 @@ def merge_loras(
     :param settings: of the method, by name, or its whole dataclass, which leaves nothing of the
         preset.
     :param calibration: how features are collected, by name, or a whole :class:`Calibration`.
-    :param generator: of the CPU; draws prompts and latents. None: seeded by ``calibration.seed``.
-    :param on_progress: is called at every step with a :class:`.progress.Progress`.
-    :param should_stop: is called at every step; where it returns true :class:`MergeCancelled` is
-        raised.
-    :param processes: several processes that call this alike share the rows and get one result.
-    :param memory_budget: bytes that the merge may take beyond the model (``"free"``: what is free;
-        None: no limit). It decides how many rows run at once and, if it must, how many run at all,
-        which the report's plan shows.
-    :param policy: the thresholds by which ways of solving are chosen.
     :param unmergeable: what becomes of sites whose features cannot be collected, which a short
         pass finds first: ``"refuse"`` the merge, ``"skip"`` them, or give them the ``"mean"`` of
         the LoRAs' changes; the report lists them.
+    :param on_progress: is called at every step with a :class:`.progress.Progress`. An exception
+        that it raises cancels the merge.
+    :param memory_budget: bytes that the merge may take beyond the model (``"free"``: what is free;
+        None: no limit). It decides how many rows run at once and, if it must, how many run at all,
+        which the report's plan shows.
+    :param runtime: the processes that share the rows, and the thresholds of solving.
     :returns: the merged LoRA and a report of every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
@@ -117,18 +126,17 @@ def merge_loras(
     started = time.perf_counter()
     chosen = find_method(method)
     settings, calibration = settings_over(preset, method, settings, calibration)
-    if generator is None:
-        generator = torch.Generator().manual_seed(calibration.seed)
+    generator = torch.Generator().manual_seed(calibration.seed)
     _check_types(host, concepts)
     counting = [concept for concept in concepts if concept.counts]
     always, counting = always_on(counting), always_on(counting, "no")
     eta = Eta()
-    tick = Ticker(eta.forecast, on_progress, should_stop)
+    tick = Ticker(eta.forecast, on_progress)
     if chosen.needs_host:
         if host is None:
             raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        job = Job(host, counting, {}, calibration, generator, tick, processes=processes,
-                  memory_budget=memory_budget, policy=policy, eta=eta)  # fmt: skip
+        job = Job(host, counting, {}, calibration, generator, tick, processes=runtime.processes,
+                  memory_budget=memory_budget, policy=runtime.policy, eta=eta)  # fmt: skip
         with switched_on(host, always):
             made = _by_features(job, chosen, settings, unmergeable)
     else:

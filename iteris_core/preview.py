@@ -41,6 +41,14 @@ class Preview:
     complaint: str
     denoised: int
 
+    def lines(self) -> list[str]:
+        """What stands in the way, and the plan, for a person."""
+        lines = [f"Cannot be merged by features: {self.complaint}."] if self.complaint else []
+        lines += [f"Plan: {line}" for line in self.plan]
+        if self.denoised:
+            lines.append(f"Before that, samples are denoised: {self.denoised} forwards of one row.")
+        return lines
+
 
 def preview_merge(
     host: Host,

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-from .errors import MergeCancelled
-
 _FIRST = 0.005  # of a kind of work: until so much is measured, what was expected counts as well
 
 
@@ -44,22 +42,12 @@ OnProgress = Callable[[Progress], None]
 
 
 class Ticker:
-    """Reports the steps of a run, each with the time that is left, and ends the run where it is to
-    stop."""
+    """Reports the steps of a run, each with the time that is left."""
 
-    def __init__(
-        self,
-        forecast: Forecast,
-        on_progress: OnProgress | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> None:
+    def __init__(self, forecast: Forecast, on_progress: OnProgress | None = None) -> None:
         self._forecast, self._on_progress = forecast, on_progress
-        self._should_stop = should_stop
 
     def __call__(self, what: str, done: int, total: int, plan: str = "") -> None:
-        """Raises :class:`MergeCancelled`."""
-        if self._should_stop is not None and self._should_stop():
-            raise MergeCancelled("The merge was cancelled; nothing was changed or written.")
         progress = self._forecast.tick(what, done, total, plan)
         if self._on_progress is not None:
             self._on_progress(progress)

@@ -7,6 +7,7 @@ its default, its limits and its help; its type is the field's. The check, the co
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -73,7 +74,8 @@ class Setting:
         elif isinstance(value, float) and int in self.types:
             right = float in self.types and 0 < value < 1
         else:
-            right, expected = self._within(value), self._range() or expected
+            right = self._within(value)
+            expected = (self._range() if math.isfinite(value) else "a finite number") or expected
         if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
             shown = repr(value) if isinstance(value, str) else value
@@ -111,7 +113,7 @@ class Setting:
 
     def _within(self, value: float) -> bool:
         return (
-            value - value == 0  # finite
+            math.isfinite(value)
             and (self.low is None or self.low <= value)
             and (self.above is None or self.above < value)
             and (self.high is None or value <= self.high)

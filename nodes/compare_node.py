@@ -27,7 +27,6 @@ class CompareMerges(io.ComfyNode):
             "IterisCompareMerges",
             "IterIS Compare Merges",
             ["compare lora merges", "xy plot"],
-            description="Merges with several methods; a sampler behind it draws one picture each.",
             inputs=[
                 *model_inputs(),
                 io.String.Input(
@@ -42,18 +41,10 @@ class CompareMerges(io.ComfyNode):
                 *beside_inputs(),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="MODEL", is_output_list=True, tooltip="One MODEL per method."
-                ),
-                io.Clip.Output(
-                    display_name="CLIP", is_output_list=True, tooltip="One CLIP per method."
-                ),
-                io.String.Output(
-                    display_name="labels",
-                    is_output_list=True,
-                    tooltip="The methods' names, for Score Sheet.",
-                ),
-                io.String.Output(display_name="report", tooltip="The report of every merge."),
+                io.Model.Output(display_name="MODEL", is_output_list=True),
+                io.Clip.Output(display_name="CLIP", is_output_list=True),
+                io.String.Output(display_name="labels", is_output_list=True),
+                io.String.Output(display_name="report"),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )

@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from ..iteris_core.concept_config import ConceptConfig
-from ..iteris_core.concepts import Concept, PromptKind
+from ..iteris_core.concepts import Concept, PromptKind, lines_of
 from ..iteris_core.errors import IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
@@ -53,36 +53,22 @@ def read(spec: ConceptConfig, reader: Reader, options: ReadOptions | None = None
 def make_spec(
     file: Path,
     *,
-    trigger: str = "",
-    class_word: str = "",
     prompts: str = "",
-    strength: float = 1.0,
-    text_strength: float | None = None,
-    weight: float = 1.0,
-    embedding: str = "",
-    low: Path | None = None,
     kind: Kind = "subject",
     phrases: Sequence[str] = (),
+    embedding: str = "",
+    **fields: Any,
 ) -> ConceptConfig:
-    """Without ``phrases``, trigger or class word they are taken from the file or from beside it; an
-    embedding stands for the trigger, of a file with several phrases for all of them. One that is
-    :data:`ALWAYS` on is a part of the merged LoRA."""
-    lines = _prompts_beside(file) if kind == "file" else prompt_lines(prompts)
-    spec = ConceptConfig(
-        file,
-        trigger=trigger.strip(),
-        class_word=class_word.strip(),
-        kind=kind if kind not in ("lines", "file", ALWAYS) else "subject",
-        strength=strength,
-        text_strength=text_strength,
-        weight=weight,
-        low=low,
-        source="you",
-        changed=max(changed(one) for one in (file, low) if one is not None),
-        always_on="include" if kind == ALWAYS else "no",
-    )
+    """``fields`` are :class:`ConceptConfig`'s. Without ``phrases``, trigger or class word they are
+    taken from the file or from beside it; an embedding stands for the trigger, of a file with
+    several phrases for all of them. One that is :data:`ALWAYS` on is a part of the merged LoRA."""
+    lines = _prompts_beside(file) if kind == "file" else lines_of(prompts)
+    made_for = kind if kind not in ("lines", "file", ALWAYS) else "subject"
+    files = [one for one in (file, fields.get("low")) if one is not None]
+    newest = max(map(changed, files))
+    spec = ConceptConfig(file=file, kind=made_for, source="you", changed=newest, **fields)
     if kind == ALWAYS:
-        return spec
+        return replace(spec, always_on="include")
     if not spec.phrases:
         spec = (
             spec.called(phrases, "you") if phrases else spec.with_found_words(read_metadata(file))
@@ -94,7 +80,7 @@ def make_spec(
 
 def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[str, ...]:
     """``lines`` with every phrase in place of their ``{}``."""
-    if _has_blanks(lines) and not phrases:
+    if not phrases and any("{}" in line for line in lines):
         raise IterisError(
             f"The prompts of {file.name} have {{}} in them, and nothing is known to put there; "
             "write its trigger words."
@@ -119,10 +105,6 @@ def changed(file: Path) -> int:
     return max(path.stat().st_mtime_ns for path in (file, *beside))
 
 
-def prompt_lines(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
 def read_metadata(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -133,18 +115,14 @@ def read_metadata(file: Path) -> dict[str, str]:
         ) from error
 
 
-def _has_blanks(lines: Sequence[str]) -> bool:
-    return any("{}" in line for line in lines)
-
-
 def _prompts_file(file: Path) -> Path:
     return file.with_name(file.stem + _PROMPTS)
 
 
-def _prompts_beside(file: Path) -> tuple[str, ...]:
+def _prompts_beside(file: Path) -> list[str]:
     path = _prompts_file(file)
     try:
-        lines = prompt_lines(path.read_text(encoding="utf-8"))
+        lines = lines_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise IterisError(
             f"There is no file {path.name} beside {file.name} to take prompts from; write one "

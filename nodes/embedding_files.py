@@ -3,7 +3,7 @@ where ComfyUI looks for ``embedding:NAME``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..iteris_core.lora_files.embeddings import file_names, to_file, unbundled
 from ..iteris_core.lora_files.tensors import save_atomically
+from .lora_folders import numbered_files
 
 
 def how_to_call(lora: Mapping[str, Tensor]) -> str:
@@ -32,21 +33,13 @@ def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
     text = ""
     for name, own in file_names(embeddings).items():
         tensors = to_file(name, embeddings[name])
-        path = next(p for p in _candidates(root / subfolder, own) if _is_free(p, tensors))
+        path = next(p for p in numbered_files(root / subfolder, own) if _is_free(p, tensors))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             save_atomically(tensors, path, {"name": name})
         called = path.relative_to(root).with_name(path.stem).as_posix()
         text += f"\nIts embedding {name}: say embedding:{called}"
     return text
-
-
-def _candidates(folder: Path, name: str) -> Iterator[Path]:
-    yield folder / f"{name}.safetensors"
-    count = 1
-    while True:
-        count += 1
-        yield folder / f"{name}_{count}.safetensors"
 
 
 def _is_free(path: Path, tensors: Mapping[str, Tensor]) -> bool:

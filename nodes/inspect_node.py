@@ -39,8 +39,6 @@ class InspectLoras(io.ComfyNode):
             "IterisInspectLoras",
             "IterIS Inspect LoRAs",
             ["lora info", "lora interference", "dry run", "lora compatibility"],
-            description="What LoRAs change in this model, what does not fit, which are alike, and "
-            "what a merge of them would take; nothing is merged.",
             inputs=[
                 *model_inputs(),
                 method_input(),
@@ -48,16 +46,7 @@ class InspectLoras(io.ComfyNode):
                 *sampling_inputs(),
                 *beside_inputs(),
             ],
-            outputs=[
-                io.Image.Output(
-                    display_name="plot", tooltip="Interference of each pair in each block."
-                ),
-                io.String.Output(
-                    display_name="table",
-                    tooltip="Of each LoRA what fits and what does not, of each pair how alike it "
-                    "is, and the plan of a merge: rows, memory, time.",
-                ),
-            ],
+            outputs=[io.Image.Output(display_name="plot"), io.String.Output(display_name="table")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -75,16 +64,12 @@ class InspectLoras(io.ComfyNode):
         specs = specs_of(concepts)
         with (
             ready_for_merge(clip),
-            ComfyHost(
-                model, clip, references=request.references, distilled=request.distilled
-            ) as host,
+            ComfyHost(model, clip, **request.base) as host,
         ):
             found = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
-            loras = [concept.lora for concept in found if concept.lora is not None]
+            loras = numbered([replace(c.lora, name=c.name) for c in found if c.lora is not None])
             if not loras:
                 raise IterisError("There is no LoRA to look into; connect one or more.")
-            named = [(concept.name, concept.lora) for concept in found]
-            loras = numbered([replace(lora, name=name) for name, lora in named if lora is not None])
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
             lines = [to_table([describe(lora) for lora in loras], pairs)]
             for lora in loras:
@@ -134,17 +119,10 @@ def _plan(
         preview = preview_merge(
             host,
             concepts,
-            config.method,
-            preset=config.preset,
-            settings=config.settings,
-            calibration=config.calibration,
+            **config.choices,
             on_progress=NodeProgress(node_id),
             memory_budget=memory,
         )
     except IterisError as error:
         return [f"A merge would stop: {error}"]
-    lines = [f"Cannot be merged: {preview.complaint}"] if preview.complaint else []
-    lines += [f"Plan: {line}" for line in preview.plan]
-    if preview.denoised:
-        lines.append(f"Before that, samples are denoised: {preview.denoised} forwards of a row.")
-    return lines
+    return preview.lines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -40,14 +41,11 @@ def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) ->
             f"{prefix} leads out of the folder for LoRAs; write a name or folder/name."
         )
     where, name, _, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
-    found = _candidates(Path(where), name)
+    found = numbered_files(Path(where), name)
     file = next(path for path in found if overwrite or not path.exists())
     return file, subfolder
 
 
-def _candidates(folder: Path, name: str) -> Iterator[Path]:
-    yield folder / f"{name}{_END}"
-    count = 1
-    while True:
-        count += 1
-        yield folder / f"{name}_{count}{_END}"
+def numbered_files(folder: Path, name: str) -> Iterator[Path]:
+    """NAME.safetensors, NAME_2.safetensors, …"""
+    return (folder / f"{name}{f'_{n}' if n > 1 else ''}{_END}" for n in count(1))

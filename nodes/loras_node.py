@@ -26,53 +26,17 @@ def _row(number: int, names: list[str]) -> list[Any]:
         return {"display_name": f"{number} {what}", "optional": True}
 
     return [
-        io.Combo.Input(
-            f"lora_{number}",
-            options=names,
-            default=NONE,
-            tooltip="A LoRA from models/loras. The next row appears once one is chosen.",
-            **named("LoRA"),
-        ),
+        io.Combo.Input(f"lora_{number}", options=names, default=NONE, **named("LoRA")),
         io.Boolean.Input(
-            f"on_{number}",
-            default=True,
-            label_on="on",
-            label_off="off",
-            tooltip="Whether it is part of the merge.",
-            **named("on"),
+            f"on_{number}", default=True, label_on="on", label_off="off", **named("on")
         ),
-        strength_input(
-            f"strength_{number}",
-            "What you would load it at in the model; the merged LoRA is used at 1.",
-            **named("strength"),
-        ),
-        strength_input(
-            f"clip_{number}",
-            "What you would load it at in the text encoders; 0 leaves that part out.",
-            **named("clip strength"),
-        ),
-        weight_input(
-            "How much it counts where LoRAs disagree.", f"weight_{number}", **named("weight")
-        ),
+        strength_input(f"strength_{number}", **named("strength")),
+        strength_input(f"clip_{number}", **named("clip strength")),
+        weight_input(f"weight_{number}", **named("weight")),
         io.Combo.Input(
-            f"prompts_{number}",
-            options=list(KINDS),
-            default="subject",
-            tooltip="Prompts that it is merged on. subject: a person, animal or thing. style: a "
-            "look of everything. tags: booru tags. video: a movement or a video's subject. lines: "
-            "those of lines, below. file: those in NAME.prompts.txt beside NAME.safetensors. "
-            "always on: a speed LoRA (turbo, lightning), which is on while the others are merged, "
-            "and part of the merged LoRA.",
-            **named("prompts"),
+            f"prompts_{number}", options=list(KINDS), default="subject", **named("prompts")
         ),
-        io.String.Input(
-            f"words_{number}",
-            default="",
-            tooltip="Trigger words, such as sks cat; filled in when a LoRA is chosen. Several "
-            "concepts of one file stand apart by ;. Empty: what its file, or a file beside it of "
-            "Civitai Helper, Lora-Manager or rgthree, says.",
-            **named("words"),
-        ),
+        io.String.Input(f"words_{number}", default="", **named("words")),
     ]
 
 
@@ -84,38 +48,13 @@ class IterisLoras(io.ComfyNode):
             "IterisLoras",
             "IterIS LoRAs",
             ["lora stack", "power lora loader", "multi lora", "lora merger", "load loras"],
-            description="The LoRAs that are merged: each on or off, at its strengths, with the "
-            "words that call for it.",
             inputs=[
                 *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
-                io.String.Input(
-                    "lines",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Prompts of your own, one a line, for the LoRAs whose prompts are "
-                    "lines. Two braces with nothing between them stand for the LoRA's trigger "
-                    "words.",
-                ),
-                io.String.Input(
-                    "trigger_words",
-                    optional=True,
-                    force_input=True,
-                    tooltip="Words from another node, such as Lora-Manager's: one phrase for each "
-                    "LoRA, in order, or those of the one LoRA that has none.",
-                ),
-                concepts_input(
-                    "LoRAs that come before these: concepts, or a LORA_STACK of another pack.",
-                    optional=True,
-                ),
+                io.String.Input("lines", default="", multiline=True, optional=True),
+                io.String.Input("trigger_words", optional=True, force_input=True),
+                concepts_input(optional=True),
             ],
-            outputs=[
-                concepts_output(),
-                io.String.Output(
-                    display_name="trigger_words",
-                    tooltip="The words of all LoRAs, with commas between them.",
-                ),
-            ],
+            outputs=[concepts_output(), io.String.Output(display_name="trigger_words")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -11,7 +11,7 @@ from ..iteris_core.concepts import Calibration
 from ..iteris_core.methods import all_methods
 from ..iteris_core.presets import PRESETS, PresetName
 from ..iteris_core.settings import Settings, declared_settings
-from .schema import MergeSettings, concepts_input, strength_input
+from .schema import MergeSettings, concepts_input
 
 _NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
 """What stands for none, which no number can be there, where 0 has a meaning of its own."""
@@ -58,25 +58,12 @@ def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_inputs() -> list[Any]:
-    return [
-        io.Model.Input("model", tooltip="The base model; it is only run, never changed."),
-        io.Clip.Input(
-            "clip",
-            optional=True,
-            tooltip="The base model's text encoders. Methods that only look at weights need none "
-            "where no LoRA changes it.",
-        ),
-        concepts_input("What is merged: from IterIS LoRAs or IterIS Concept, or a LORA_STACK."),
-    ]
+    return [io.Model.Input("model"), io.Clip.Input("clip", optional=True), concepts_input()]
 
 
 def method_input() -> Any:
     return io.Combo.Input(
-        "method",
-        options=[method.name for method in all_methods()],
-        default="iteris",
-        optional=True,
-        tooltip="iteris, or one of the methods that it is compared with.",
+        "method", options=[method.name for method in all_methods()], default="iteris", optional=True
     )
 
 
@@ -111,32 +98,10 @@ def preset_input() -> Any:
     )
 
 
-def merged_strength_input() -> Any:
-    return strength_input(
-        "strength",
-        "What the merged LoRA is multiplied by, in the outputs and in the file. Another one does "
-        "not merge again.",
-        optional=True,
-    )
-
-
 def beside_inputs() -> list[Any]:
     """What goes beside the prompts, and the settings."""
     return [
-        io.Conditioning.Input(
-            "conditioning",
-            optional=True,
-            tooltip="For models that edit, fill in or go on from a picture: a CONDITIONING with "
-            "the reference, first frame, mask or control. Its text is not used; the rest goes "
-            "beside every prompt.",
-        ),
-        io.Latent.Input(
-            "latent",
-            optional=True,
-            tooltip="A LATENT whose size and frames are taken, in place of latent_size and frames; "
-            "with a mask, only what it covers is denoised.",
-        ),
-        MergeSettings.Input(
-            "settings", optional=True, tooltip="Everything else, from IterIS Settings."
-        ),
+        io.Conditioning.Input("conditioning", optional=True),
+        io.Latent.Input("latent", optional=True),
+        MergeSettings.Input("settings", optional=True),
     ]

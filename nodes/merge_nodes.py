@@ -19,7 +19,6 @@ from .embedding_files import how_to_call
 from .lora_stacks import specs_of
 from .merge_inputs import (
     beside_inputs,
-    merged_strength_input,
     method_input,
     model_inputs,
     preset_input,
@@ -29,7 +28,7 @@ from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models
 from .pictures import figure_image, text_image
 from .remembered import merged
-from .schema import LoraModel, schema
+from .schema import LoraModel, schema, strength_input
 
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
 
@@ -39,26 +38,17 @@ def _method_inputs() -> list[Any]:
         method_input(),
         preset_input(),
         *sampling_inputs(),
-        merged_strength_input(),
+        strength_input("strength", optional=True),
         *beside_inputs(),
     ]
 
 
 def _report_outputs() -> list[Any]:
     return [
-        io.String.Output(
-            display_name="report", tooltip="What was merged, and how well each concept fits."
-        ),
-        io.Image.Output(display_name="plot", tooltip="Output error of each concept in each block."),
-        io.String.Output(
-            display_name="trigger_words",
-            tooltip="What calls for the merged concepts in a prompt, with commas between them.",
-        ),
+        io.String.Output(display_name="report"),
+        io.Image.Output(display_name="plot"),
+        io.String.Output(display_name="trigger_words"),
     ]
-
-
-def _lora_output(name: str, which: str = "The merged LoRA") -> Any:
-    return LoraModel.Output(display_name=name, tooltip=f"{which}, for Save Merged LoRA.")
 
 
 class IterisMerge(io.ComfyNode):
@@ -68,13 +58,11 @@ class IterisMerge(io.ComfyNode):
             "IterisMerge",
             "IterIS Merge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
-            description="Merges LoRAs into one by least squares on what the merged model really "
-            "sees.",
             inputs=[*model_inputs(), *_method_inputs()],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The MODEL with the merged LoRA."),
-                io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
-                _lora_output("lora"),
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                LoraModel.Output(display_name="lora"),
                 *_report_outputs(),
             ],
             hidden=_HIDDEN,
@@ -92,42 +80,24 @@ class IterisMergeExperts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         model, clip, concepts = model_inputs()
-        model.tooltip = "The model for high noise; it is only run, never changed."
         return schema(
             "IterisMergeExperts",
             "IterIS Merge Experts",
             ["wan 2.2 14b", "high noise low noise", "merge wan loras"],
-            description="Merges LoRAs of a model in two parts, for high and for low noise (Wan 2.2 "
-            "14B): two files of each concept in, two files out.",
             inputs=[
                 model,
-                io.Model.Input(
-                    "model_low", tooltip="The model for low noise, which goes on where it ends."
-                ),
+                io.Model.Input("model_low"),
                 clip,
                 concepts,
-                io.Float.Input(
-                    "boundary",
-                    default=BOUNDARY,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    tooltip="The share of noise at which the model for low noise goes on: 0.875 "
-                    "for Wan 2.2 from text, 0.9 from a picture.",
-                ),
+                io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
                 *_method_inputs(),
             ],
             outputs=[
-                io.Model.Output(
-                    display_name="MODEL", tooltip="The MODEL for high noise with its merged LoRA."
-                ),
-                io.Model.Output(
-                    display_name="MODEL low",
-                    tooltip="The MODEL for low noise with its merged LoRA.",
-                ),
-                io.Clip.Output(display_name="CLIP", tooltip="The CLIP with the merged LoRA."),
-                _lora_output("lora", "The merged LoRA for high noise"),
-                _lora_output("lora low", "The merged LoRA for low noise"),
+                io.Model.Output(display_name="MODEL"),
+                io.Model.Output(display_name="MODEL low"),
+                io.Clip.Output(display_name="CLIP"),
+                LoraModel.Output(display_name="lora"),
+                LoraModel.Output(display_name="lora low"),
                 *_report_outputs(),
             ],
             hidden=_HIDDEN,

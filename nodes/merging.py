@@ -19,7 +19,7 @@ from ..iteris_core.lora_files import ReadOptions, to_tensors
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.lora_files.experts import split_experts
 from ..iteris_core.lora_files.tensors import content_hash
-from ..iteris_core.merge import MergeResult, merge_loras
+from ..iteris_core.merge import MergeResult, Runtime, merge_loras
 from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
@@ -75,7 +75,8 @@ def merge_on(
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
     progress = NodeProgress(node_id)
-    given = {**config.settings, "micro_batch": rows}
+    settings = {**config.settings, "micro_batch": rows}
+    settings = {name: value for name, value in settings.items() if name in known}
     with (
         ready_for_merge(clip),
         _RememberingHost(model, clip, rows, show=progress.preview, **base) as host,
@@ -87,13 +88,10 @@ def merge_on(
         result = merge_loras(
             host,
             [read(concept, host, reading) for concept in config.concepts],
-            config.method,
-            preset=config.preset,
-            settings={n: value for n, value in given.items() if n in known},
-            calibration=config.calibration,
+            **replace(config, settings=settings).choices,
             on_progress=progress,
             memory_budget=memory_budget,
-            policy=policy,
+            runtime=Runtime(policy=policy),
             unmergeable=config.unmergeable,
         )
     _log.info("IterIS: merged with %s on %d rows", config.method, result.report.rows)

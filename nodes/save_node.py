@@ -31,59 +31,18 @@ class SaveMergedLora(io.ComfyNode):
             "IterisSaveLora",
             "IterIS Save Merged LoRA",
             ["save lora", "export lora", "bake loras"],
-            description="Writes a LoRA into models/loras, where Load LoRA lists it at once, and "
-            "its embeddings into models/embeddings.",
             inputs=[
-                LoraModel.Input("lora", tooltip="The merged LoRA."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="iteris/merged",
-                    tooltip="Folder and name; what is there already gets a number behind its name. "
-                    "May hold what Save Image understands, such as %year%.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    optional=True,
-                    tooltip="Largest rank of the file; 0 keeps the rank of the merge. Another rank "
-                    "here does not merge again.",
-                ),
+                LoraModel.Input("lora"),
+                io.String.Input("filename_prefix", default="iteris/merged"),
+                io.Int.Input("rank", default=0, min=0, max=1024, optional=True),
                 io.Combo.Input(
-                    "dtype",
-                    options=[_AS_IT_IS, *DTYPES],
-                    default=_AS_IT_IS,
-                    optional=True,
-                    tooltip="Precision of the file. as it is: float16 for a merge, which is what "
-                    "the MODEL of IterIS Merge draws with.",
+                    "dtype", options=[_AS_IT_IS, *DTYPES], default=_AS_IT_IS, optional=True
                 ),
-                io.Combo.Input(
-                    "folder",
-                    options=folders,
-                    default=folders[0],
-                    optional=True,
-                    tooltip="Which of ComfyUI's folders for LoRAs it goes into.",
-                ),
-                io.Boolean.Input(
-                    "overwrite",
-                    default=False,
-                    optional=True,
-                    tooltip="Write over a file of that name. A Load LoRA that has loaded the "
-                    "former one keeps it until another is chosen.",
-                ),
-                io.Image.Input(
-                    "thumbnail",
-                    optional=True,
-                    tooltip="A picture that the merged LoRA drew; it is saved beside the file, as "
-                    "NAME.preview.png, where browsers of LoRAs look.",
-                ),
+                io.Combo.Input("folder", options=folders, default=folders[0], optional=True),
+                io.Boolean.Input("overwrite", default=False, optional=True),
+                io.Image.Input("thumbnail", optional=True),
             ],
-            outputs=[
-                io.String.Output(
-                    display_name="lora_name", tooltip="The name as Load LoRA lists it."
-                )
-            ],
+            outputs=[io.String.Output(display_name="lora_name")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
+
+_LOCALES = Path(__file__).parents[1] / "locales"
+_TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
 
 Concepts = io.Custom("ITERIS_CONCEPTS")
 MergeSettings = io.Custom("ITERIS_SETTINGS")
@@ -13,29 +19,22 @@ LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
 
-def concepts_input(tooltip: str, *, optional: bool = False) -> Any:
+def concepts_input(*, optional: bool = False) -> Any:
     """Takes what our nodes say is merged, and LORA_STACKs of other packs."""
     types = [Concepts, LoraStack]
-    return io.MultiType.Input("concepts", types=types, optional=optional, tooltip=tooltip)
+    return io.MultiType.Input("concepts", types=types, optional=optional)
 
 
 def concepts_output() -> Any:
-    return Concepts.Output(
-        display_name="concepts", tooltip="For the next concept node, or for IterIS Merge."
-    )
+    return Concepts.Output(display_name="concepts")
 
 
-def strength_input(name: str, tooltip: str, **more: Any) -> Any:
-    return _number(name, -10.0, 10.0, tooltip, more)
+def strength_input(name: str, **more: Any) -> Any:
+    return io.Float.Input(name, **{"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05, **more})
 
 
-def weight_input(tooltip: str, name: str = "weight", default: float = 1.0, **more: Any) -> Any:
-    return _number(name, 0.0, 100.0, tooltip, {"default": default, **more})
-
-
-def _number(name: str, low: float, high: float, tooltip: str, more: dict[str, Any]) -> Any:
-    given = {"default": 1.0, "min": low, "max": high, "step": 0.05, "tooltip": tooltip, **more}
-    return io.Float.Input(name, **given)
+def weight_input(name: str = "weight", **more: Any) -> Any:
+    return io.Float.Input(name, **{"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.05, **more})
 
 
 def advanced(*inputs: Any) -> list[Any]:
@@ -45,8 +44,33 @@ def advanced(*inputs: Any) -> list[Any]:
     return list(inputs)
 
 
-def schema(node_id: str, display_name: str, aliases: list[str], **fields: Any) -> io.Schema:
-    """A schema in our category; ``aliases`` are for the search of versions that know them."""
+def schema(
+    node_id: str,
+    display_name: str,
+    aliases: list[str],
+    inputs: list[Any],
+    outputs: list[Any],
+    **more: Any,
+) -> io.Schema:
+    """A schema in our category; ``aliases`` are for the search of versions that know them.
+
+    What it says comes from ``locales/en``, but for tooltips that are made from what settings and
+    methods declare.
+    """
+    texts = _TEXTS[node_id]
+    for shown in inputs:
+        first = re.sub(r"_\d+$", "_1", shown.id)  # of the rows of a node
+        shown.tooltip = shown.tooltip or texts["inputs"][first]["tooltip"]
+    for number, shown in enumerate(outputs):
+        shown.tooltip = texts["outputs"][str(number)]["tooltip"]
     if "search_aliases" in io.Schema.__dataclass_fields__:
-        fields["search_aliases"] = aliases
-    return io.Schema(node_id=node_id, display_name=display_name, category="IterIS", **fields)
+        more["search_aliases"] = aliases
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category="IterIS",
+        description=texts["description"],
+        inputs=inputs,
+        outputs=outputs,
+        **more,
+    )

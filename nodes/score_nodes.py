@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..iteris_core.concepts import lines_of
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
@@ -37,13 +38,10 @@ def _weight_path(name: str) -> str:
 
 def _outputs() -> list[Any]:
     return [
-        io.Float.Output(display_name="cosine", tooltip="Mean cosine, -1 to 1; what papers list."),
-        io.Float.Output(
-            display_name="clip_score",
-            tooltip="The mean on CLIPScore's scale, 2.5 times max(cosine, 0).",
-        ),
-        io.String.Output(display_name="scores", tooltip="Cosine and CLIPScore of each picture."),
-        io.Image.Output(display_name="plot", tooltip="A bar for each picture."),
+        io.Float.Output(display_name="cosine"),
+        io.Float.Output(display_name="clip_score"),
+        io.String.Output(display_name="scores"),
+        io.Image.Output(display_name="plot"),
     ]
 
 
@@ -68,23 +66,11 @@ class ClipScorerLoader(io.ComfyNode):
             "IterisClipScorerLoader",
             "IterIS CLIP Scorer Loader",
             ["clip score", "open_clip"],
-            description="Loads a CLIP of open_clip to score pictures with.",
             inputs=[
-                io.Combo.Input(
-                    "architecture",
-                    options=architectures(),
-                    default=PAPERS,
-                    tooltip="A model of open_clip; ViT-L-14-quickgelu is the paper's. Those that "
-                    "would fetch something are not listed.",
-                ),
-                io.Combo.Input(
-                    "weights",
-                    options=_weight_files(),
-                    tooltip="Weights of that architecture, from models/clip_vision or "
-                    "models/text_encoders; nothing is downloaded.",
-                ),
+                io.Combo.Input("architecture", options=architectures(), default=PAPERS),
+                io.Combo.Input("weights", options=_weight_files()),
             ],
-            outputs=[Scorer.Output(display_name="scorer", tooltip="For the alignment nodes.")],
+            outputs=[Scorer.Output(display_name="scorer")],
         )
 
     @classmethod
@@ -101,16 +87,8 @@ class VisionScorer(io.ComfyNode):
             "IterisVisionScorer",
             "IterIS Vision Scorer",
             ["dinov2", "dino score", "image similarity", "siglip"],
-            description="Scores how alike pictures are by DINOv2, CLIP or SigLIP, as ComfyUI's own "
-            "Load CLIP Vision has it.",
-            inputs=[
-                io.ClipVision.Input(
-                    "clip_vision",
-                    tooltip="From Load CLIP Vision: DINOv2 (large, giant) is harder on identity "
-                    "than CLIP.",
-                ),
-            ],
-            outputs=[Scorer.Output(display_name="scorer", tooltip="For CLIP Image Alignment.")],
+            inputs=[io.ClipVision.Input("clip_vision")],
+            outputs=[Scorer.Output(display_name="scorer")],
         )
 
     @classmethod
@@ -125,14 +103,7 @@ class ClipImageAlignment(io.ComfyNode):
             "IterisClipImageAlignment",
             "IterIS CLIP Image Alignment",
             ["clip score", "image similarity", "clip-i"],
-            description="How much pictures look like reference pictures of a concept (CLIP-I).",
-            inputs=[
-                Scorer.Input(
-                    "scorer", tooltip="From CLIP Scorer Loader, Vision Scorer or the toybox."
-                ),
-                io.Image.Input("images", tooltip="The pictures to score."),
-                io.Image.Input("references", tooltip="Pictures of the concept."),
-            ],
+            inputs=[Scorer.Input("scorer"), io.Image.Input("images"), io.Image.Input("references")],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
@@ -150,22 +121,11 @@ class ClipTextAlignment(io.ComfyNode):
             "IterisClipTextAlignment",
             "IterIS CLIP Text Alignment",
             ["clip score", "prompt alignment", "clip-t"],
-            description="How well pictures show what their prompts say (CLIP-T).",
             inputs=[
-                Scorer.Input("scorer", tooltip="From CLIP Scorer Loader or the toybox."),
-                io.Image.Input("images", tooltip="The pictures to score."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    tooltip="One prompt for all pictures, or one a line for each.",
-                ),
-                io.String.Input(
-                    "leave_out",
-                    default="",
-                    tooltip="Rare tokens that mean nothing to CLIP, such as sks, with commas "
-                    "between them; they are taken out of the prompts.",
-                ),
+                Scorer.Input("scorer"),
+                io.Image.Input("images"),
+                io.String.Input("prompts", multiline=True, default=""),
+                io.String.Input("leave_out", default=""),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -191,37 +151,14 @@ class ScoreSheet(io.ComfyNode):
             "IterisScoreSheet",
             "IterIS Score Sheet",
             ["contact sheet", "image grid", "xy plot"],
-            description="Pictures, scores and prompts on one labelled picture; a row for each "
-            "batch that arrives.",
             inputs=[
-                io.Image.Input("images", tooltip="One batch per row."),
-                io.String.Input(
-                    "labels",
-                    default="",
-                    multiline=True,
-                    tooltip="A label per row: one a line, or a list as of Compare Merges.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    default="",
-                    multiline=True,
-                    tooltip="A label per column, one a line; one line is put above the sheet.",
-                ),
-                io.Float.Input(
-                    "scores",
-                    optional=True,
-                    force_input=True,
-                    tooltip="A score per row, such as the cosine of an alignment node.",
-                ),
-                io.Int.Input(
-                    "cell",
-                    default=192,
-                    min=32,
-                    max=1024,
-                    tooltip="Side of a picture on the sheet, in pixels.",
-                ),
+                io.Image.Input("images"),
+                io.String.Input("labels", default="", multiline=True),
+                io.String.Input("prompts", default="", multiline=True),
+                io.Float.Input("scores", optional=True, force_input=True),
+                io.Int.Input("cell", default=192, min=32, max=1024),
             ],
-            outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet.")],
+            outputs=[io.Image.Output(display_name="sheet")],
             is_input_list=True,
         )
 
@@ -234,7 +171,9 @@ class ScoreSheet(io.ComfyNode):
         cell: list[int],
         scores: Sequence[float] = (),
     ) -> io.NodeOutput:
-        names = _lines(labels) or [f"row {number + 1}" for number in range(len(images))]
+        names = lines_of("\n".join(labels)) or [
+            f"row {number + 1}" for number in range(len(images))
+        ]
         if len(names) < len(images):
             raise IterisError(f"Score Sheet has {len(images)} rows but {len(names)} labels.")
         rows = {}
@@ -242,12 +181,8 @@ class ScoreSheet(io.ComfyNode):
             label = f"{name}  {scores[index]:.3f}" if index < len(scores) else name
             rows[label if label not in rows else f"{label} ({index + 1})"] = to_pil(batch)
         width = max(map(len, rows.values()))
-        columns = _lines(prompts)
+        columns = lines_of("\n".join(prompts))
         title = columns.pop() if len(columns) == 1 and width > 1 else ""
         columns += [""] * (width - len(columns))
         sheet = contact_sheet(rows, columns[:width], cell=cell[0], title=title)
         return io.NodeOutput(to_image([sheet]))
-
-
-def _lines(texts: Sequence[str]) -> list[str]:
-    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]

@@ -39,35 +39,12 @@ def rival_input(name: str) -> Any:
 def _all_inputs() -> Iterable[Any]:
     yield from (setting_input(Calibration, name) for name in CALIBRATION)
     yield io.Combo.Input(
-        "empty_prompts",
-        options=["auto", "yes", "no"],
-        default="auto",
-        optional=True,
-        tooltip="Whether some rows get the empty prompt, as they do where guidance is "
-        "above 1. auto: no for models that are run without guidance: those that take it as "
-        "an input (FLUX), have a sampling of LCM, or are called turbo, lightning and the "
-        "like, they or a LoRA on MODEL.",
+        "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
     )
     yield io.Combo.Input(
-        "cannot_merge",
-        options=list(get_args(Unmergeable)),
-        default="refuse",
-        optional=True,
-        tooltip="What is done with layers that cannot be merged, which is found before the "
-        "merge begins: names that the model does not know, norms and biases, layers that nothing "
-        "reaches or that mix the batch. refuse: stop and say which. skip: go on without them, and "
-        "list them in the report. mean: give them the mean of the LoRAs' changes.",
+        "cannot_merge", options=list(get_args(Unmergeable)), default="refuse", optional=True
     )
-    yield io.Float.Input(
-        "memory",
-        default=0.0,
-        min=0.0,
-        max=1024.0,
-        step=0.1,
-        optional=True,
-        tooltip="GiB that the merge may take beyond the model. 0 takes what is free. Where "
-        "that is not enough for all samples, some are left out, and the report says so.",
-    )
+    yield io.Float.Input("memory", default=0.0, min=0.0, max=1024.0, step=0.1, optional=True)
     yield from (setting_input(IterisSettings, name) for name in ITERIS)
     yield from map(rival_input, RIVALS)
 
@@ -79,13 +56,8 @@ class IterisMergeSettings(io.ComfyNode):
             "IterisSettings",
             "IterIS Settings",
             ["merge settings", "density", "ridge", "latent size", "rank"],
-            description="How a merge is made, for those who want another than the usual one.",
             inputs=list(_all_inputs()),
-            outputs=[
-                MergeSettings.Output(
-                    display_name="settings", tooltip="For the merging nodes and Inspect."
-                )
-            ],
+            outputs=[MergeSettings.Output(display_name="settings")],
         )
 
     @classmethod

@@ -23,34 +23,15 @@ class IterisToybox(io.ComfyNode):
             "IterisToybox",
             "IterIS Toybox",
             ["demo", "test model", "example"],
-            description="A small world of coloured shapes, with nothing to download: base model, "
-            "LoRAs, reference pictures and a scorer. Draw 64 x 64 pictures at guidance 2.5.",
-            inputs=[
-                io.String.Input(
-                    "tokens",
-                    default="sks1, sks6",
-                    tooltip="Which of the concepts sks1 to sks10, toy-a and toy-b, with commas "
-                    "between them. The last two have an embedding each.",
-                ),
-            ],
+            inputs=[io.String.Input("tokens", default="sks1, sks6")],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The world's UNet."),
-                io.Clip.Output(display_name="CLIP", tooltip="The world's text encoder."),
-                io.Vae.Output(display_name="VAE", tooltip="The world's autoencoder."),
-                Concepts.Output(
-                    display_name="concepts", tooltip="The chosen LoRAs, for IterIS Merge."
-                ),
-                io.Image.Output(
-                    display_name="references",
-                    is_output_list=True,
-                    tooltip="Pictures of each chosen concept, one batch per concept.",
-                ),
-                io.String.Output(
-                    display_name="prompts",
-                    is_output_list=True,
-                    tooltip="The prompt that each concept was learned with.",
-                ),
-                Scorer.Output(display_name="scorer", tooltip="A CLIP that knows this world."),
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                io.Vae.Output(display_name="VAE"),
+                Concepts.Output(display_name="concepts"),
+                io.Image.Output(display_name="references", is_output_list=True),
+                io.String.Output(display_name="prompts", is_output_list=True),
+                Scorer.Output(display_name="scorer"),
             ],
         )
 

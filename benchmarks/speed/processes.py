@@ -18,7 +18,7 @@ import torch
 from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
 from torch import distributed, multiprocessing
 
-from iteris_core import Calibration, merge_loras
+from iteris_core import Calibration, Runtime, merge_loras
 from iteris_core.activations.processes import Processes
 
 
@@ -44,7 +44,7 @@ def work(rank: int, size: int, folder: str, model: str, rounds: int) -> None:
             host,
             concepts,
             calibration=calibration,
-            processes=Processes(rank, size),
+            runtime=Runtime(Processes(rank, size)),
             memory_budget=None,
         )
         seconds.append(time.perf_counter() - started)

@@ -102,7 +102,7 @@ def _check(
     if not source.exists():
         raise BaseError(f"The base {base!r} does not exist; give a file or a folder that is here.")
     check_base(base)
-    check_concepts([ConceptConfig(file) for file, *_ in loras], run_base=False)
+    check_concepts([ConceptConfig(file=file) for file, *_ in loras], run_base=False)
     if output.exists() and output.samefile(source):
         raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
     if source.is_file():

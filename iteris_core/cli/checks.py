@@ -9,6 +9,7 @@ from pathlib import Path
 from ..concept_config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, OutputError
 from ..lora_files import check_file, is_lora, read_header
+from ..report.provenance import shared_triggers
 from .adapters import check_adapter
 from .options import read_lines
 
@@ -98,26 +99,17 @@ def check_plot(path: Path | None) -> None:
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
     """What is probably not meant, in a sentence each."""
-    known: dict[str, str] = {}
     for option in concepts:
-        name = option.name
         if not option.counts:
             what = "strength" if option.weight else "weight"
-            yield f"{name} is left out of the merge: its {what} is 0."
-            continue
+            yield f"{option.name} is left out of the merge: its {what} is 0."
+    counting = [option for option in concepts if option.counts]
+    for option, shared in zip(counting, shared_triggers(counting), strict=True):
+        yield from (f"{option.name}: {note}." for note in shared)
         trigger = " ".join(option.trigger.lower().split())
-        if option.file is None or not trigger:
-            continue
-        if trigger in known:
-            yield (
-                f"{name} has the trigger of {known[trigger]}, {option.trigger!r}: one prompt "
-                "cannot tell them apart. Give other class words, or train one of them with another "
-                "trigger."
-            )
-        known.setdefault(trigger, name)
         prompts = option.prompts or []
-        if prompts and not any(trigger in prompt.lower() for prompt in prompts):
+        if trigger and prompts and not any(trigger in prompt.lower() for prompt in prompts):
             yield (
-                f"None of the {len(prompts)} prompts of {name} has its trigger {option.trigger!r}: "
-                "the merge fits what they show, which may not be the concept."
+                f"None of the {len(prompts)} prompts of {option.name} has its trigger "
+                f"{option.trigger!r}: the merge fits what they show, which may not be the concept."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from ..activations.processes import ALONE, Processes
 from ..concepts import Concept
 from ..hosts.protocol import Host
-from ..merge import MergeResult, merge_loras
+from ..merge import MergeResult, Runtime, merge_loras
 from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
 from .base import best_device, check_device
@@ -55,6 +56,18 @@ Memory = Annotated[
 
 def bytes_of(memory: float | None) -> int | Literal["free"]:
     return "free" if memory is None else round(memory * 2**30)
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = ""
+) -> None:
+    """Print a table to stdout; without ``headings`` it has none."""
+    table = Table(*headings, title=title or None, caption=caption or None)
+    table.title_justify = table.caption_justify = "left"
+    table.show_header = bool(headings)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 @contextmanager
@@ -130,7 +143,8 @@ def run_merge(
         progress_bars(shown=group.rank == 0 and not quiet) as on_progress,
     ):
         host, concepts = _loaded(load, own_device, on_progress)
-        result = merge_loras(host, concepts, on_progress=on_progress, processes=group, **options)
+        runtime = Runtime(processes=group)
+        result = merge_loras(host, concepts, on_progress=on_progress, runtime=runtime, **options)
         group.wait()
     return None if group.rank else result
 
@@ -139,7 +153,6 @@ def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
     """What such a merge would do; nothing is merged."""
-    options = {name: value for name, value in options.items() if name != "unmergeable"}
     with progress_bars(shown=not quiet) as on_progress:
         host, concepts = _loaded(load, device or best_device(), on_progress)
         return preview_merge(host, concepts, on_progress=on_progress, **options)

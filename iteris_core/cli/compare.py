@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,21 +13,19 @@ import typer
 from rich.markup import escape
 
 from ..concept_config import ConceptConfig
-from ..concepts import Concept
+from ..concepts import Calibration
 from ..errors import UsageError
 from ..lora_files import ReadOptions
 from ..merge import settings_over
 from ..methods import find_method
 from ..presets import PresetName
-from ..progress import OnProgress, Progress
 from ..score.compare import (
     ALONE,
     BASE,
     CompareConfig,
     Comparison,
-    check_together,
-    compare_compositions,
     compare_methods,
+    compositions,
 )
 from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
@@ -51,13 +48,13 @@ from .concept_options import parse_concept, read_concepts
 from .options import (
     CONCEPT_HELP,
     PRESET_HELP,
-    calibration_option,
     command,
     given,
     given_by,
     parse_by_method,
     read_lines,
     setting_names,
+    settings_of,
 )
 from .pictures import open_images
 from .score import ClipName, ClipWeights, DinoName
@@ -93,9 +90,7 @@ class CompareOptions:
         panel=PICTURES,
         default="composition",
     )
-    images_per_prompt: int = given_by("Seeds per prompt", panel=PICTURES, default=4)
-    steps: int = given_by("Denoising steps of the pictures", panel=PICTURES, default=25)
-    guidance: float = given_by("Guidance scale of the pictures", panel=PICTURES, default=7.5)
+    drawing: Mapping[str, Any] = settings_of(Drawing, PICTURES)
     scheduler: str | None = given_by(
         "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
     )
@@ -105,8 +100,7 @@ class CompareOptions:
     templates: Path | None = given_by(
         "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
     )
-    samples: Annotated[int | None, calibration_option("samples")] = None
-    latent_size: Annotated[int | None, calibration_option("latent_size")] = None
+    calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION, "samples", "latent_size")
     collapse_below: float | None = given_by(
         "Adds the share of concepts and pictures whose image alignment is under this",
         panel=PICTURES,
@@ -118,7 +112,6 @@ class CompareOptions:
     base_dtype: BaseDtype = None
     offload: Offload = None
     memory: Memory = None
-    seed: int = given_by("Of calibration and pictures", default=0)
     overwrite: bool = given_by(
         "Replace the results of another comparison", "--overwrite", default=False
     )
@@ -142,15 +135,15 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
         scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
         other = DinoScorer.load(options.dino, device=device) if options.dino else None
 
-        def one(some: Sequence[Concept], pictures: Sequence[Any], name: str) -> Comparison:
-            several = len(some) < len(concepts)
+        for some, pictures in compositions(concepts, references, options.together):
             before = list(done)
+            title = " + ".join(one.name for one in some if one.always_on == "no")
 
-            def keep(comparison: Comparison) -> None:
+            def keep(comparison: Comparison, before: Sequence[Comparison] = before) -> None:
                 done[:] = [*before, comparison]
                 write_results(done, options.output)
 
-            return compare_methods(
+            compare_methods(
                 pipeline,
                 host,
                 some,
@@ -158,14 +151,12 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
                 config,
                 scorer,
                 dino=other,
-                on_progress=partial(_named, on_progress, name) if several else on_progress,
+                on_progress=on_progress,
                 on_row=keep,
+                title=title if len(some) < len(concepts) else "",
             )
-
-        together = options.together
-        comparisons = compare_compositions(concepts, references, together, one)
-    written = write_results(comparisons, options.output)
-    typer.echo(markdown_table(mean_rows(comparisons)))
+    written = write_results(done, options.output)
+    typer.echo(markdown_table(mean_rows(done)))
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {options.output}.")
 
 
@@ -178,12 +169,13 @@ def _checked(
     if not names:
         raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
+    drawing = Drawing(**options.drawing, scheduler=options.scheduler, size=_size(options.size))
     settings, calibration = parse_by_method(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
-    more = given(samples=options.samples, latent_size=options.latent_size, templates=lines)
-    calibration = {"seed": options.seed, **calibration, **more}
+    calibration |= {"seed": drawing.seed, **options.calibration, **given(templates=lines)}
+    preset = options.preset or "default"
     for name in kinds:
-        settings_over(options.preset or "default", name, settings[name], calibration)
+        settings_over(preset, name, settings[name], calibration)
     concepts = [parse_concept(text) for text in options.concept]
     compared = [concept for concept in concepts if concept.always_on == "no"]
     if len(options.refs) != len(compared):
@@ -191,28 +183,26 @@ def _checked(
             "Give --refs once for each --concept, in the same order: there are "
             f"{len(options.refs)} for {len(compared)}."
         )
-    drawing = Drawing(
-        options.images_per_prompt,
-        options.steps,
-        options.guidance,
-        options.seed,
-        scheduler=options.scheduler,
-        size=_size(options.size),
-    )
     check_concepts(concepts, run_base=True)
     for line in warnings_of(concepts):
         console.print(escape(line), style="yellow", highlight=False)
     check_results_folder(options.output, overwrite=options.overwrite)
     references = [open_images(folder)[1] for folder in options.refs]
-    wanted = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
-    fill_prompts(wanted, [Concept(None, trigger=one.trigger or "x") for one in compared])
-    check_together(options.together, len(compared))
+    templates = PROMPT_LISTS.get(options.prompts) or read_lines(Path(options.prompts))
+    fill_prompts(templates, [replace(one, trigger=one.trigger or "x") for one in compared])
+    compositions(concepts, references, options.together)
     if options.scheduler is not None:
         find_scheduler(options.scheduler)
     check_base(options.base)
-    preset, memory = options.preset or "default", bytes_of(options.memory)
     config = CompareConfig(
-        names, wanted, drawing, settings, calibration, preset, memory, options.collapse_below
+        names,
+        templates,
+        drawing,
+        settings,
+        calibration,
+        preset,
+        bytes_of(options.memory),
+        options.collapse_below,
     )
     return config, concepts, references
 
@@ -227,10 +217,6 @@ def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]
             rows = ", ".join(done[-1].rows)
             console.print(f"Stopped early; {output} has what was finished: {rows}.", style="yellow")
         raise
-
-
-def _named(on_progress: OnProgress, name: str, progress: Progress) -> None:
-    on_progress(replace(progress, what=f"{name}: {progress.what}"))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -33,34 +33,27 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
     ``adapter`` of peft FOLDER:SAMPLES[:STRENGTH]."""
     where = f"--concept {text!r}"
     head, *pairs = _KEY.split(f",{text}")
-    _refuse_unknown_keys(where, [head.removeprefix(","), *pairs])
-    split = [pair.partition("=") for pair in pairs]
-    values: dict[str, Any] = {key: value for key, _, value in split}
-    if len(values) < len(pairs):
-        raise ConceptError(f"{where} says one thing twice; a key is given once.")
     head = head.removeprefix(",")
-    if head:
-        in_front = _adapter(head) if adapter else _short(head, bool(pairs))
-        twice = sorted(in_front.keys() & values.keys())
-        if twice:
-            raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
-        values = {**in_front, **values}
-    return concept_of(values, where, find)
+    for part in (head, *pairs):
+        if unknown := _UNKNOWN_KEY.search(part):  # it would become a part of the words
+            known = KEYS[:-3]
+            raise ConceptError(
+                f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], known)} The "
+                f"keys are {', '.join(known)}. Words that have a comma and an = go into a merge "
+                "file."
+            )
+    pairs_of_text = [pair.partition("=")[::2] for pair in pairs]
+    in_front = {} if not head else _adapter(head) if adapter else _short(head, bool(pairs))
+    keys = [*in_front, *(key for key, _ in pairs_of_text)]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
+    return concept_of({**in_front, **dict(pairs_of_text)}, where, find)
 
 
 def first_name(text: str) -> str:
     """What stands before the first colon or key: with an adapter of peft, its folder."""
     return _KEY.split(text)[0].removeprefix("file=").partition(":")[0]
-
-
-def _refuse_unknown_keys(where: str, parts: Sequence[str]) -> None:
-    """Raise for ``,KEY=`` with a KEY that no concept has: it would become a part of the words."""
-    for found in filter(None, map(_UNKNOWN_KEY.search, parts)):
-        key, known = found[1], KEYS[:-3]
-        raise ConceptError(
-            f"{where}: there is no key {key!r}{did_you_mean(key, known)} The keys are "
-            f"{', '.join(known)}. Words that have a comma and an = go into a merge file."
-        )
 
 
 def _short(text: str, alone: bool) -> dict[str, Any]:

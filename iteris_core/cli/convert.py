@@ -50,7 +50,7 @@ def convert(
         check_folder(output)
     else:
         check_target(output, None, "float16", overwrite)
-    config = ConceptConfig(file)
+    config = ConceptConfig(file=file)
     check_concepts([config], run_base=False)
     check_apart([output], [config])
     options = ReadOptions(allow_partial, energy)

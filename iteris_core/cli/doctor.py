@@ -10,16 +10,14 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..activations.meter import free_memory
 from .base import best_device
-from .common import option
+from .common import option, print_table
 
 PACKAGE = "comfyui-iteris"
 NEEDS = {
@@ -51,7 +49,9 @@ class Finding:
     def trouble(self) -> str:
         if self.version is None:
             return f"missing, for {self.purpose}"
-        if self.wanted is not None and not _within(self.version, self.wanted):
+        from packaging.specifiers import SpecifierSet
+
+        if self.wanted is not None and not SpecifierSet(self.wanted).contains(self.version, True):
             return f"must be {self.wanted}, for {self.purpose}"
         return ""
 
@@ -66,21 +66,19 @@ def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")
         packages = [asdict(one) for one in findings]
         typer.echo(json.dumps({**facts, "packages": packages, "trouble": trouble}))
     else:
-        console = Console()
-        console.print(_table(facts, findings))
+        rows = [(name, value, "") for name, value in facts.items()]
+        rows += [(one.name, one.version or "missing", one.purpose) for one in findings]
+        print_table(("what", "is", "for"), rows)
         for name, what in trouble.items():
-            console.print(f"[bold red]{name}[/] {what}", highlight=False)
-        if trouble:
-            names = " ".join(f"'{name}{wanted.get(name.lower()) or ''}'" for name in trouble)
-            console.print(f"pip install {names}", highlight=False, soft_wrap=True, markup=False)
-        else:
-            console.print("Nothing is missing.")
+            typer.secho(f"{name} {what}", fg="red", bold=True)
+        names = " ".join(f"'{name}{wanted.get(name.lower()) or ''}'" for name in trouble)
+        typer.echo(f"pip install {names}" if trouble else "Nothing is missing.")
     raise typer.Exit(1 if trouble else 0)
 
 
-def _facts() -> dict[str, Any]:
+def _facts() -> dict[str, str]:
     device = torch.device(best_device())
-    found: dict[str, Any] = {
+    found = {
         "iteris": version_of(PACKAGE) or "from a checkout",
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
@@ -94,17 +92,6 @@ def _facts() -> dict[str, Any]:
     toybox = importlib.util.find_spec("toybox") is not None
     found["toybox, for iteris demo"] = "there" if toybox else "not installed"
     return found
-
-
-def _table(facts: dict[str, Any], findings: list[Finding]) -> Table:
-    table = Table("what", "is", "for")
-    for name, value in facts.items():
-        table.add_row(name, str(value), "")
-    table.add_section()
-    for one in findings:
-        style = "bold red" if one.trouble else None
-        table.add_row(one.name, one.version or "missing", one.purpose, style=style)
-    return table
 
 
 def version_of(name: str) -> str | None:
@@ -122,9 +109,3 @@ def _wanted() -> dict[str, str]:
         return {}
     found = [re.match(r"([\w.-]+)\s*([^;\[]*)", line) for line in declared]
     return {one[1].lower(): one[2].strip() for one in found if one is not None and one[2].strip()}
-
-
-def _within(have: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(wanted).contains(have, prereleases=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import KINDS, IterisError, Kind, UsageError
+from ..errors import KINDS, IterisError, UsageError
 from .common import option
 
 _PAGE = """\
@@ -41,7 +41,8 @@ def explain(
     if name not in codes:
         raise UsageError(f"There is no error {code!r}; the codes are {', '.join(codes)}.")
     one, kind = codes[name]
-    typer.echo(f"{name}  {_what(one)}\n{_plain(kind)}")
+    remedy = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", kind.remedy).replace("`", "")
+    typer.echo(f"{name}  {_what(one)}\n{remedy}")
 
 
 def errors_page() -> str:
@@ -54,8 +55,3 @@ def errors_page() -> str:
 
 def _what(one: type[IterisError]) -> str:
     return (one.__doc__ or "").partition("\n\n")[0]
-
-
-def _plain(kind: Kind) -> str:
-    """The remedy without marks of Markdown."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", kind.remedy).replace("`", "")

@@ -56,14 +56,9 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     left_out: dict[str, str] = {}
     for file in files:
         try:
-            one = _look_at(file)
+            found.append(_look_at(file))
         except LoraFileError as error:
             left_out[file.name] = str(error)
-            continue
-        if isinstance(one, str):
-            left_out[file.name] = one
-        else:
-            found.append(one)
     if not found:
         seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
         raise InputFileError(f"{folder} has no LoRA in it ({seen}).")
@@ -74,18 +69,18 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     return _pairs([one for one in found if one.family == family]), left_out
 
 
-def _look_at(file: Path) -> FoundLora | str:
-    """The LoRA in ``file``, or what the file is instead."""
+def _look_at(file: Path) -> FoundLora:
+    """The LoRA in ``file``. Raises :class:`LoraFileError` with what the file is instead."""
     shapes, metadata = read_header(file)
     if not is_lora(shapes):
-        return "no LoRA"
+        raise LoraFileError("no LoRA")
     if "method" in parse_object(metadata.get("iteris")):
-        return "a merge that iteris wrote"
+        raise LoraFileError("a merge that iteris wrote")
     try:
         family = architecture_of_file(shapes, metadata).title
     except LoraFileError:
         family = said_base(metadata) or UNKNOWN
-    option = ConceptConfig(file).with_found_words(metadata)
+    option = ConceptConfig(file=file).with_found_words(metadata)
     source = _SOURCES.get(option.source, f"words from {file.stem}{option.source}")
     return FoundLora(option, family, source)
 
@@ -93,7 +88,10 @@ def _look_at(file: Path) -> FoundLora | str:
 def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
     """``loras`` with the two files of a model with two experts as one."""
     by_name = {one.name: one for one in loras}
-    low_of = {name: re.sub("(?i)high", _low, name) for name in by_name}
+    words = {"HIGH": "LOW", "High": "Low"}
+    low_of = {
+        name: re.sub("(?i)high", lambda high: words.get(high[0], "low"), name) for name in by_name
+    }
     lows = {low for name, low in low_of.items() if low != name and low in by_name}
     joined: list[FoundLora] = []
     for name, one in by_name.items():
@@ -103,10 +101,6 @@ def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
         elif name not in lows:
             joined.append(one)
     return joined
-
-
-def _low(high: re.Match[str]) -> str:
-    return {"HIGH": "LOW", "High": "Low"}.get(high[0], "low")
 
 
 def base_near(folder: Path, family: str) -> tuple[str, str]:

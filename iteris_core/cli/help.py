@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -58,18 +59,15 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self.format_usage(ctx, formatter)
         self.format_help_text(ctx, formatter)
-        examples = EXAMPLES.get(self.name or "", ())
-        if examples:
+        if self.name in EXAMPLES:
             with formatter.section("Examples"):
-                for line in examples:
+                for line in EXAMPLES[self.name]:
                     formatter.write_text(line)
         groups = _groups(self, ctx)
-        for heading in sorted(groups, key=_order):
-            with formatter.section(heading):
-                formatter.write_dl(groups[heading], col_max=24)
-            if heading == "Options" and any("--concept" in names for names, _ in groups[heading]):
-                with formatter.section("A concept"):
-                    formatter.write_dl(CONCEPT, col_max=24)
+        if any("--concept" in names for names, _ in groups["Options"]):
+            groups["A concept"] = list(CONCEPT)
+        order = dict.fromkeys(("Arguments", "Options", "A concept", *groups))
+        _write(formatter, {name: groups[name] for name in order if name in groups})
 
 
 class Group(TyperGroup):
@@ -79,15 +77,20 @@ class Group(TyperGroup):
         self.format_usage(ctx, formatter)
         self.format_help_text(ctx, formatter)
         commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str(200)) for name, one in commands])
-        for heading, options in _groups(self, ctx).items():
-            with formatter.section(heading):
-                formatter.write_dl(options, col_max=24)
+        texts = [(name, one.get_short_help_str(200)) for name, one in commands]
+        groups = {"Commands": texts, **_groups(self, ctx)}
+        _write(formatter, groups)
+
+
+def _write(formatter: Any, groups: Mapping[str, Any]) -> None:
+    for heading, rows in groups.items():
+        with formatter.section(heading):
+            formatter.write_dl(rows, col_max=24)
 
 
 def _groups(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-    """Heading → the names and the help of its parameters."""
+    """Heading → the names and the help of its parameters. Names have their type in a word; choices
+    stay, without brackets."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)
@@ -97,17 +100,11 @@ def _groups(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
         heading = getattr(parameter, "rich_help_panel", None)
         heading = heading or ("Arguments" if argument else "Options")
         heading = "Help" if parameter.name == "help" and command.name == "merge" else heading
-        names = parameter.metavar if argument and parameter.metavar else _plain(record[0])
+        names = re.sub(
+            r"<[^<>]+>",
+            lambda found: _TYPES.get(found[0].lower(), found[0][1:-1]),
+            record[0].replace(" <bool>", ""),
+        )
+        names = parameter.metavar if argument and parameter.metavar else names
         groups.setdefault(heading, []).append((names, record[1]))
     return groups
-
-
-def _order(heading: str) -> int:
-    """Arguments, the everyday options, and then the other groups in their own order."""
-    return {"Arguments": 0, "Options": 1}.get(heading, 2)
-
-
-def _plain(names: str) -> str:
-    """Names of an option with its type in a word; choices stay, without brackets."""
-    names = names.replace(" <bool>", "")
-    return re.sub(r"<[^<>]+>", lambda found: _TYPES.get(found[0], found[0][1:-1]), names)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from ..errors import UsageError
 from ..presets import PRESETS
 from .common import console, option
 from .folder import FoundLora, base_near, loras_in
-from .merge_file import check_merge_file, relative_name, write_merge_text
+from .merge_file import check_merge_file, relative_name, to_yaml, write_merge_file
 
 _LEAVE_OUT = "-"
 
@@ -44,7 +43,7 @@ def init(
     if not yes and sys.stdin.isatty():
         found, loras = _ask(found, loras)
         how = how if found else "none given"
-    write_merge_text(output, _text(output, found, how, loras))
+    write_merge_file(output, _text(output, found, how, loras))
     for name, why in left_out.items():
         console.print(f"Left out: {name} ({why}).", style="yellow", markup=False, highlight=False)
     typer.echo(f"Wrote {output}: {len(loras)} LoRAs for {loras[0].family}.")
@@ -83,10 +82,12 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
     def name(path: Path) -> str:
         return relative_name(path, folder)
 
-    where = name(Path(base)) if base else None
+    names = ["merged.safetensors", *(f"merged-{number}.safetensors" for number in range(2, 1000))]
+    free = next(name for name in names if not (folder / name).exists())
+    where = to_yaml(name(Path(base))).splitlines()[0] if base else ""
     lines = [
-        f"base: {_scalar(where)}" + (f"  # {how}" if how else ""),
-        f"output: {_free_name(folder)}",
+        f"base: {where}" + (f"  # {how}" if how else ""),
+        f"output: {free}",
         f"preset: default  # or {', '.join(name for name in PRESETS if name != 'default')}",
         "concepts:",
     ]
@@ -95,16 +96,5 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
         if not one.option.phrases:
             entry["trigger"] = ""
         lines.append(f"  # {one.source}")
-        dumped = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=1000)
-        lines += [f"  {line}" for line in dumped.splitlines()]
+        lines += [f"  {line}" for line in to_yaml([entry]).splitlines()]
     return "\n".join(lines) + "\n"
-
-
-def _scalar(text: str | None) -> str:
-    return "" if text is None else yaml.safe_dump(text, width=1000).splitlines()[0]
-
-
-def _free_name(folder: Path) -> str:
-    """A name for the merged LoRA that no file in ``folder`` has."""
-    names = ["merged.safetensors", *(f"merged-{number}.safetensors" for number in range(2, 1000))]
-    return next(name for name in names if not (folder / name).exists())

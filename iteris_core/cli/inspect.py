@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..architectures import architecture_of_file
 from ..architectures.row_mapping import Shapes
@@ -23,8 +21,9 @@ from ..report.spikes import told
 from ..saving import atomically
 from .base import load_base
 from .checks import check_plot
-from .common import option
+from .common import option, print_table
 
+_HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
 _COLUMNS = (
     "0: apart; 1: the same. Row spaces: what two LoRAs read of a layer's inputs. Column spaces: "
     "what they write to. Conflict: the share of their outputs that they contend for."
@@ -55,14 +54,13 @@ def inspect(
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))
         return
-    console = Console()
     for fact in facts:
-        console.print(_facts_table(fact))
+        print_table((), _fact_rows(fact), fact.name)
     if pairs:
-        console.print(_pairs_table(pairs))
+        print_table(_HEADINGS, _pair_rows(pairs), "Interference", _COLUMNS)
     for pair in pairs:
         if pair.spikes:
-            console.print(told(pair.spikes, pair.first, pair.second), highlight=False)
+            typer.echo(told(pair.spikes, pair.first, pair.second))
 
 
 def _base_from(name: str) -> BaseModel:
@@ -91,9 +89,8 @@ def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
     return lora, describe(lora, tensors)
 
 
-def _facts_table(facts: LoraFacts) -> Table:
-    table = Table(title=facts.name, title_justify="left", show_header=False)
-    rows = [
+def _fact_rows(facts: LoraFacts) -> list[tuple[str, str]]:
+    return [
         ("base", facts.base),
         ("layout", ", ".join(facts.layouts)),
         ("kind", _counts(facts.kinds)),
@@ -106,9 +103,6 @@ def _facts_table(facts: LoraFacts) -> Table:
         *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
         *(("note", note) for note in facts.notes),
     ]
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _counts(counts: Mapping[Any, int]) -> str:
@@ -117,12 +111,9 @@ def _counts(counts: Mapping[Any, int]) -> str:
     return ", ".join(f"{value} ({count} ×)" for value, count in counts.items())
 
 
-def _pairs_table(pairs: Sequence[Interference]) -> Table:
-    table = Table("pair", "block", "row spaces", "column spaces", "conflict")
-    table.title, table.title_justify = "Interference", "left"
-    table.caption, table.caption_justify = _COLUMNS, "left"
+def _pair_rows(pairs: Sequence[Interference]) -> Iterator[Sequence[str]]:
     for pair in pairs:
         name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
-        for index, (block, figures) in enumerate(pair.rated.items()):
-            table.add_row("" if index else name, block, *(f"{figure:.3f}" for figure in figures))
-    return table
+        for block, figures in pair.rated.items():
+            yield name, block, *(f"{figure:.3f}" for figure in figures)
+            name = ""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.markup import escape
@@ -16,7 +15,6 @@ from ..concepts import Concept
 from ..config import MergeConfig
 from ..errors import UsageError
 from ..hosts.protocol import Host
-from ..lora import Lora
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
@@ -29,7 +27,14 @@ from .base import check_base, load_base
 from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
 from .common import Load, bytes_of, console, foresee, run_merge
 from .concept_options import read_concepts
-from .merge_file import SUFFIXES, MergeFile, given_options, write_merge_file
+from .merge_file import (
+    SUFFIXES,
+    MergeFile,
+    check_merge_file,
+    given_options,
+    to_yaml,
+    write_merge_file,
+)
 from .merge_options import MergeOptions
 from .options import command, given
 from .pictures import open_picture
@@ -54,8 +59,9 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
         _refuse(_ONLY.format(config.base), options, "preserve")
     if output.suffix in SUFFIXES:
         others = given_options(context, output.parent, [*_ASKED, *options.calibration])
+        check_merge_file(output, overwrite=options.overwrite)
         data = merge_file_of(config, output, others, "" if adapter else ".safetensors")
-        write_merge_file(output, data, overwrite=options.overwrite)
+        write_merge_file(output, to_yaml(data, 100))
         typer.echo(f"Wrote {output}; nothing is merged yet. To merge: iteris merge {output}")
         return
     (_check_adapters if adapter else _check_pipeline)(config, options)
@@ -69,21 +75,18 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):
         console.print(escape(line), style="yellow", highlight=False)
-    how: dict[str, Any] = {
-        "method": config.method,
-        "preset": config.preset,
-        "settings": config.settings,
-        "calibration": config.calibration,
-        "unmergeable": config.unmergeable,
-        "memory_budget": bytes_of(options.memory),
-    }
+    how = {**config.choices, "memory_budget": bytes_of(options.memory)}
     if options.plan:
-        _show_plan(options, load, how)
+        preview = foresee(options.device, load, how, quiet=options.quiet)
+        typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
         return
+    how |= {"unmergeable": config.unmergeable}
     result = run_merge(options.device, load, how, quiet=options.quiet)
     if result is not None:
-        lora = result.lora if adapter else _finished(result.lora, config)
-        _write(replace(result, lora=lora), config, adapter, options)
+        if not adapter:
+            lora = with_run(result.lora, config.base, config.unmergeable)
+            result = replace(result, lora=cut_again(config.cut, lora))
+        _write(result, config, adapter, options)
 
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
@@ -133,12 +136,6 @@ def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
     return load
 
 
-def _finished(lora: Lora, config: MergeConfig) -> Lora:
-    """``lora`` with its run in its recipe, cut as the request has it."""
-    metadata = with_run(lora.metadata, config.base, config.unmergeable)
-    return cut_again(config.cut, replace(lora, metadata=metadata))
-
-
 def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: MergeOptions) -> None:
     def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
         if adapter:
@@ -165,18 +162,6 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
             plot_residuals(result.report).savefig(unfinished)
         if told:
             typer.echo(f"Wrote {options.plot}.")
-
-
-def _show_plan(options: MergeOptions, load: Load, how: Mapping[str, Any]) -> None:
-    """What :func:`..preview.preview_merge` foresees of the merge."""
-    preview = foresee(options.device, load, how, quiet=options.quiet)
-    for line in preview.plan:
-        typer.echo(line)
-    if preview.denoised:
-        typer.echo(f"{preview.denoised} forwards of one row come before, in which samples denoise.")
-    if preview.complaint:
-        typer.echo(f"Cannot be merged by features: {preview.complaint}.")
-    typer.echo("Nothing was merged or written.")
 
 
 def _refuse(why: str, options: MergeOptions, *names: str) -> None:

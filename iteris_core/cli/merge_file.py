@@ -65,13 +65,6 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     return None if name is None else file.place(str(name))
 
 
-def write_merge_file(path: Path, data: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write ``data`` as YAML, in its order."""
-    check_merge_file(path, overwrite=overwrite)
-    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)
-    write_merge_text(path, text)
-
-
 def check_merge_file(path: Path, *, overwrite: bool) -> None:
     """Raise :class:`IterisError` where no merge file can be written to ``path``."""
     if path.suffix not in SUFFIXES:
@@ -82,7 +75,11 @@ def check_merge_file(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"The folder {path.parent} does not exist; make it first.")
 
 
-def write_merge_text(path: Path, text: str) -> None:
+def to_yaml(data: Any, width: int = 1000) -> str:
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=width)
+
+
+def write_merge_file(path: Path, text: str) -> None:
     """Write a merge file, which begins with the command that runs it."""
     with atomically(path) as unfinished:
         unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
@@ -161,22 +158,14 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
             )
         if value is None:
             continue
+        # As it would stand on the command line; flags are flags there too.
+        text = [str(one) for one in value] if isinstance(value, list) else str(value)
         try:
-            converted = parameter.process_value(context, _as_given(value))
+            converted = parameter.process_value(context, value if isinstance(value, bool) else text)
         except typer.BadParameter as error:
             raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
         if isinstance(converted, Path):
-            converted = _path(file, parameter.name, converted)
+            target = parameter.name in _TARGETS
+            converted = file.path.parent / converted if target else file.find(str(converted))
         found[parameter.name] = converted
     return found
-
-
-def _as_given(value: Any) -> Any:
-    """A value of YAML as it would stand on the command line; flags are flags there too."""
-    if isinstance(value, list):
-        return [str(one) for one in value]
-    return value if isinstance(value, bool) else str(value)
-
-
-def _path(file: MergeFile, name: str, path: Path) -> Path:
-    return file.path.parent / path if name in _TARGETS else file.find(str(path))

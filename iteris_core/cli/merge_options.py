@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..concepts import PRESERVE_WEIGHT
+from ..concepts import PRESERVE_WEIGHT, Calibration
 from ..config import Unmergeable
 from ..lora_files import Layout
 from ..presets import PresetName
@@ -35,6 +35,7 @@ from .options import (
     given_by,
     method_names,
     setting_names,
+    settings_of,
 )
 
 
@@ -105,8 +106,7 @@ class MergeOptions:
     templates: Path | None = given_by(
         "A text file of prompt templates, with {} for the concept, or for two", panel=CALIBRATION
     )
-    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Those of its settings that were given; each is an option of its own."""
+    calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
     generate: int | None = given_by(
         "Features while each LoRA writes so many tokens", panel=TEXT_MODELS
     )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..concepts import Calibration
 from ..methods import all_methods, find_method
 from ..presets import PRESETS
 from ..settings import Setting, Settings, declared_settings
-from .common import option
+from .common import option, print_table
 
 
 def methods(
@@ -26,43 +25,25 @@ def methods(
     if markdown:
         typer.echo(settings_page(), nl=False)
         return
-    console = Console()
     if method is not None:
         chosen = find_method(method)
-        console.print(_table(f"{method}: {chosen.summary}", chosen.settings))
+        print_table(_HEADINGS, _rows(chosen.settings), f"{method}: {chosen.summary}")
         return
-    table = Table("method", "what it does", "settings", "runs the base")
-    for one in all_methods():
-        settings = declared_settings(one.settings).values()
-        values = ", ".join(f"{s.name}={s.shown(s.default)}" for s in settings)
-        table.add_row(one.name, one.summary, values, "yes" if one.needs_host else "no")
-    console.print(table)
-    console.print(_table("calibration, of all that run the base", Calibration))
-    presets = Table("preset", "what it is")
-    for name, preset in PRESETS.items():
-        presets.add_row(name, preset.help)
-    console.print(presets)
+    rows = [
+        (one.name, one.summary, _values(asdict(one.settings())), "yes" if one.needs_host else "no")
+        for one in all_methods()
+    ]
+    print_table(("method", "what it does", "settings", "runs the base"), rows)
+    print_table(_HEADINGS, _rows(Calibration), "calibration, of all that run the base")
+    print_table(("preset", "what it is"), [(name, one.help) for name, one in PRESETS.items()])
 
 
 _HEADINGS = ("setting", "default", "values", "what it is")
 
 
-def _table(title: str, owner: type[Settings]) -> Table:
-    table = Table(*_HEADINGS)
-    table.title, table.title_justify = title, "left"
-    for row in _rows(owner):
-        table.add_row(*row)
-    return table
-
-
 def _rows(owner: type[Settings]) -> list[tuple[str, ...]]:
     return [
-        (
-            one.name,
-            one.shown(one.default),
-            one.allowed(),
-            one.explained(),
-        )
+        (one.name, one.shown(one.default), one.allowed(), one.explained())
         for one in declared_settings(owner).values()
     ]
 

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
-from ..concepts import Calibration
+from ..concepts import Calibration, lines_of
 from ..errors import InputFileError, IterisError, SettingsError, did_you_mean
 from ..methods import all_methods, find_method
 from ..settings import Settings, declared_settings
-from .common import CALIBRATION, console, option
+from .common import console, option
 
-OPTION = "option"
-"""Under which name a field's metadata have its option."""
+OPTION, SETTINGS = "option", "settings"
+"""Under which name a field's metadata have its option, or those of settings by name."""
 MOST_PROMPTS = 2000
 """Of one file; far more than are drawn for a concept."""
 
@@ -48,11 +48,19 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
 
 
-def calibration_option(name: str) -> Any:
-    """The option of a setting of :class:`Calibration`; not given, it is left to the preset."""
-    declared = declared_settings(Calibration)[name]
-    default = declared.shown(declared.default)
-    return option(f"{declared.explained()} Default: {default}.", panel=CALIBRATION)
+def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
+    """A field of a command's options with those of ``kind``'s settings that are given, by name.
+    Each is an option of its own; ``names`` are fewer than all."""
+    declared = [one for one in declared_settings(kind).values() if not names or one.name in names]
+    hints = get_type_hints(kind)
+    made = {
+        one.name: Annotated[
+            hints[one.name] | None,
+            option(f"{one.explained()} Default: {one.shown(one.default)}.", panel=panel),
+        ]
+        for one in declared
+    }
+    return field(default_factory=dict[str, Any], metadata={SETTINGS: made})
 
 
 def given_by(
@@ -66,33 +74,32 @@ def command(
     kind: type[_O],
 ) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
     """Makes a function a command of typer, with an option for each field of the dataclass ``kind``,
-    and in the place of its ``calibration`` one for each setting of :class:`Calibration`."""
-    found: dict[str, tuple[Any, Any]] = {}
+    and for each setting of a field of :func:`settings_of`."""
+    hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, MISSING)}
     hints = get_type_hints(kind, include_extras=True)
-    sampling = get_type_hints(Calibration) if "calibration" in hints else {}
-    settings = [name for name in declared_settings(Calibration) if name in sampling]
+    settings = {
+        f.name: f.metadata[SETTINGS] for f in fields(cast(Any, kind)) if SETTINGS in f.metadata
+    }
     for one in fields(cast(Any, kind)):
-        hint, own = hints[one.name], one.metadata.get(OPTION)
-        if one.name == "calibration":
-            for name in settings:
-                found[name] = Annotated[sampling[name] | None, calibration_option(name)], None
-            continue
-        default = Parameter.empty if one.default is MISSING else one.default
-        found[one.name] = hint if own is None else Annotated[hint, own], default
-    annotations = {"context": typer.Context, **{name: hint for name, (hint, _) in found.items()}}
-    parameters = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
-        for name, (_, default) in {"context": (None, Parameter.empty), **found}.items()
-    ]
+        if one.name in settings:
+            hinted |= {name: (hint, None) for name, hint in settings[one.name].items()}
+        else:
+            hint, own = hints[one.name], one.metadata.get(OPTION)
+            hinted[one.name] = hint if own is None else Annotated[hint, own], one.default
 
     def made(run: Callable[[typer.Context, _O], None]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:
-            of_calibration = given(**{name: values.pop(name) for name in settings})
-            run(context, kind(**values, **({"calibration": of_calibration} if settings else {})))
+            for field_name, names in settings.items():
+                values[field_name] = given(**{name: values.pop(name) for name in names})
+            run(context, kind(**values))
 
         called.__name__, called.__doc__ = run.__name__, run.__doc__
-        called.__annotations__ = annotations
-        vars(called)["__signature__"] = Signature(parameters)
+        called.__annotations__ = {name: hint for name, (hint, _) in hinted.items()}
+        defaults = {n: Parameter.empty if d is MISSING else d for n, (_, d) in hinted.items()}
+        vars(called)["__signature__"] = Signature(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+            for name, hint in called.__annotations__.items()
+        )
         return called
 
     return made
@@ -203,5 +210,4 @@ def read_lines(path: Path) -> list[str]:
         ) from error
     if "\0" in text:
         raise InputFileError(f"{path} is no text file: it has bytes of 0 in it.")
-    lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line]
+    return lines_of(text)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 from ..concept_config import KEYS as CONCEPT_KEYS
 from ..concept_config import ConceptConfig
@@ -33,68 +33,57 @@ def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfi
     """The merge, and whether its base is a single model of transformers, whose concepts are
     adapters of peft. Raises :class:`IterisError` for what is missing, unknown or broken."""
     config, adapter = (_again if options.from_file else _written)(file, options)
-    kind = find_method(config.method).settings
-    settings, calibration = parse_settings(kind, options.setting or [])
-    templates = read_lines(options.templates) if options.templates else None
+    settings, calibration = parse_settings(
+        find_method(config.method).settings, options.setting or []
+    )
+    calibration |= options.calibration
+    if options.templates:
+        calibration["templates"] = read_lines(options.templates)
     config = replace(
         config,
         settings={**config.settings, **settings},
-        calibration={
-            **config.calibration,
-            **calibration,
-            **options.calibration,
-            **given(templates=templates),
-        },
+        calibration={**config.calibration, **calibration},
         unmergeable=options.unmergeable or config.unmergeable,
         preset=options.preset or config.preset,
     )
-    if options.preserve is None or adapter:
-        return config, adapter
-    prompts = read_prompts(options.preserve)
-    kept = ConceptConfig(None, prompts, "preserve", weight=options.preserve_weight)
-    return replace(config, concepts=[*config.concepts, kept]), adapter
+    if options.preserve and not adapter:
+        kept = ConceptConfig.preserve(read_prompts(options.preserve), options.preserve_weight)
+        config = replace(config, concepts=[*config.concepts, kept])
+    return config, adapter
 
 
 def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
     """The concepts of the command line or of the merge ``file``, and what else that says."""
-    concepts, base = options.concept or [], options.base
-    if not concepts and (file is None or not file.entries):
-        if file is None:
-            raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
+    entries: Sequence[Any] = options.concept or (file.entries if file else [])
+    if not entries:
         raise UsageError(
             f"{file.path} has no LoRAs: list them under concepts:, or give them with --concept."
+            if file
+            else "Give the LoRAs with --concept, or a merged file with --from."
         )
     if file is None and options.loras is not None:
         raise UsageError("--loras is for --from; --concept names the LoRAs' files itself.")
-    if base is None:
+    if options.base is None:
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
-    named = [first_name(text) for text in concepts] or (file.folders() if file else [])
-    adapter = is_model(base, named)
-    config = MergeConfig() if file is None else _of_file(file, concepts, options.loras, adapter)
-    config = replace(config, base=base, method=options.method or config.method)
-    if concepts:
-        parsed = [parse_concept(text, adapter=adapter) for text in concepts]
-        config = replace(config, concepts=parsed)
-    return _checked(config, str(file.path)) if file is not None else config, adapter
-
-
-def _of_file(
-    file: MergeFile, others: Sequence[str], loras: Path | None, adapter: bool
-) -> MergeConfig:
-    """What a merge file says, with its concepts' files found, unless there are ``others``."""
-    folders = _folders(loras, file.path)
+    of_file = file if not options.concept else None
+    adapter = is_model(
+        options.base, of_file.folders() if of_file else [first_name(text) for text in entries]
+    )
 
     def concept(entry: Any, where: str) -> ConceptConfig:
+        find = of_file.find if of_file else Path
         if isinstance(entry, str):
-            one = parse_concept(entry, file.find, adapter=adapter)
+            one = parse_concept(entry, find, adapter=adapter)
         elif isinstance(entry, Mapping):
-            one = concept_of(entry, where, file.find)
+            one = concept_of(cast(Mapping[str, Any], entry), where, find)
         else:
             raise MergeFileError(f"{where} must be FILE:TRIGGER:CLASS or a mapping, not {entry!r}.")
-        return found_in(folders, one)
+        return found_in(_folders(options.loras, of_file.path), one) if of_file else one
 
-    data = {**file.data, "concepts": [] if others else file.entries}
-    return MergeConfig.from_dict(data, str(file.path), concept)
+    data = {**(file.data if file else {}), "concepts": entries}
+    config = MergeConfig.from_dict(data, str(file.path) if file else "--concept", concept)
+    config = replace(config, base=options.base, method=options.method or config.method)
+    return _checked(config, str(file.path)) if file else config, adapter
 
 
 def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:

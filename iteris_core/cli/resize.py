@@ -47,7 +47,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
     """Bring LoRAs to a lower rank, size or share of energy, the ranks shared out over layers."""
     target, how, reading = options.target, options.run, ReadOptions(options.allow_partial)
     configs = [
-        parse_concept(text) if ":" in Path(text).name else ConceptConfig(Path(text))
+        parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
         for text in options.files
     ]
     outputs = _outputs(configs, options.output)

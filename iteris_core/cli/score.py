@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import UsageError
 from .base import best_device, check_device
-from .common import Device, option
+from .common import Device, option, print_table
 from .options import read_lines
 from .pictures import open_images
 
@@ -61,14 +59,13 @@ def score(
         lines = lines * len(pictures) if len(lines) == 1 else lines
         columns["text"] = scorer.text_alignment(pictures, lines)
         columns["clipscore"] = clip_score(columns["text"])
-    means = {name: float(values.mean()) for name, values in columns.items()}
-    rows = [{name: float(v[index]) for name, v in columns.items()} for index in range(len(files))]
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    means = {name: float(column.mean()) for name, column in columns.items()}
     if as_json:
         named = [{"file": str(file), **row} for file, row in zip(files, rows, strict=True)]
         typer.echo(json.dumps({"pictures": named, "mean": means}))
         return
-    table = Table("picture", *columns)
-    for name, row in zip([*(file.name for file in files), "mean"], [*rows, means], strict=True):
-        style = "bold" if row is means else None
-        table.add_row(name, *(f"{value:.4f}" for value in row.values()), style=style)
-    Console().print(table)
+    names = [*(file.name for file in files), "mean"]
+    cells = [[f"{value:.4f}" for value in row.values()] for row in (*rows, means)]
+    print_table(("picture", *columns), [[n, *row] for n, row in zip(names, cells, strict=True)])

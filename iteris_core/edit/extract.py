@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,6 @@ def extract_lora(
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
-    should_stop: Callable[[], bool] | None = None,
     memory_budget: int | Literal["free"] | None = "free",
 ) -> Extracted:
     """The LoRA that makes of ``base`` what ``tuned`` is, brought to ``target``.
@@ -73,7 +72,7 @@ def extract_lora(
     :class:`SolveError` where the LoRA is no nearer to the fine-tune than the base.
     """
 
-    tick = ticking(on_progress, should_stop, "The extraction")
+    tick = ticking(on_progress)
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
     dense = differences(base.sites(), tuned.sites())
     if not dense:

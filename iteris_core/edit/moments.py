@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..concepts import Calibration
-from ..errors import MergeCancelled
 from ..hosts.protocol import Tick
 from ..passes.batches import ExecutionConfig
 from ..passes.job import Run, StageSolver
@@ -29,14 +28,10 @@ def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration
     return given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
 
 
-def ticking(
-    on_progress: OnProgress | None, should_stop: Callable[[], bool] | None, what: str
-) -> Tick:
-    """Progress, or an end; ``what`` is being done."""
+def ticking(on_progress: OnProgress | None) -> Tick:
+    """Call ``on_progress`` at every step."""
 
     def tick(step: str, done: int, total: int, plan: str = "") -> None:
-        if should_stop is not None and should_stop():
-            raise MergeCancelled(f"{what} was cancelled; nothing was changed or written.")
         if on_progress is not None:
             on_progress(Progress(step, done, total, plan=plan))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -59,7 +59,6 @@ def resize_lora(
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
     on_progress: OnProgress | None = None,
-    should_stop: Callable[[], bool] | None = None,
     memory_budget: int | Literal["free"] | None = "free",
 ) -> Resized:
     """Bring a LoRA to ``target``, with the ranks shared out over its layers by what each is worth.
@@ -87,7 +86,7 @@ def resize_lora(
     if not concept.phrases and concept.prompts is None and concept.inputs is None:
         concept = replace(concept, prompts=CAPTIONS)
 
-    tick = ticking(on_progress, should_stop, "Resizing")
+    tick = ticking(on_progress)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     chosen = calibration_of(calibration)
     if len(concept.phrases) > 1:

@@ -27,7 +27,7 @@ Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
 
 Tick = Callable[[str, int, int], None]
-"""``tick(what, done, total)``: shows progress, and raises ``MergeCancelled`` to stop. What has no
+"""``tick(what, done, total)``: shows progress; what it raises ends the merge. What has no
 count has a ``total`` of 0."""
 
 DENOISING = "denoising steps"

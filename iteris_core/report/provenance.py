@@ -104,11 +104,25 @@ def is_ordered(report: MergeReport) -> bool:
     return report.settings.get("objective") == "output" and not polished
 
 
+def with_recipe(lora: Lora, **more: Any) -> Lora:
+    """``lora`` with ``more`` in its recipe, if it has one."""
+    recipe = parse_object(lora.metadata.get("iteris"))
+    if not recipe:
+        return lora
+    return replace(lora, metadata={**lora.metadata, "iteris": json.dumps({**recipe, **more})})
+
+
+def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
+    """``lora`` with what it was merged on in its recipe: a name on the hub, or the last part of a
+    path, since no path of this machine goes into a file."""
+    return with_recipe(lora, base=public_name(base), unmergeable=unmergeable)
+
+
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
-    """``lora`` with no site above ``rank``, and with metadata that say so; ``ordered`` as in
+    """``lora`` with no site above ``rank``, and with a recipe that says so; ``ordered`` as in
     :func:`..linalg.lowrank.at_rank`."""
     sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
-    return replace(lora, sites=sites, metadata=with_cut(lora.metadata, rank, ordered=ordered))
+    return with_recipe(replace(lora, sites=sites), cut={"rank": rank, "ordered": ordered})
 
 
 def scaled_lora(lora: Lora, strength: float) -> Lora:
@@ -116,11 +130,7 @@ def scaled_lora(lora: Lora, strength: float) -> Lora:
     if strength == 1:
         return lora
     sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
-    recipe = parse_object(lora.metadata.get("iteris"))
-    metadata = dict(lora.metadata)
-    if recipe:
-        metadata["iteris"] = json.dumps({**recipe, "strength": strength})
-    return replace(lora, sites=sites, metadata=metadata)
+    return with_recipe(replace(lora, sites=sites), strength=strength)
 
 
 def check_cut(cut: Mapping[str, Any]) -> None:
@@ -146,23 +156,6 @@ def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
     return cut_lora(lora, cut["rank"], ordered=cut["ordered"]) if "rank" in cut else lora
 
 
-def with_cut(metadata: Mapping[str, str], rank: int, *, ordered: bool) -> dict[str, str]:
-    """The metadata of a merged LoRA with the cut to ``rank`` in its recipe."""
-    recipe = parse_object(metadata.get("iteris"))
-    if not recipe:
-        return dict(metadata)
-    cut = {"rank": rank, "ordered": ordered}
-    return {**metadata, "iteris": json.dumps({**recipe, "cut": cut})}
-
-
-def with_run(metadata: Mapping[str, str], base: str, unmergeable: str) -> dict[str, str]:
-    """The metadata of a merged LoRA with what it was merged on in its recipe: a name on the hub, or
-    the last part of a path, since no path of this machine goes into a file."""
-    recipe = parse_object(metadata.get("iteris"))
-    run = {"base": public_name(base), "unmergeable": unmergeable}
-    return {**metadata, "iteris": json.dumps({**recipe, **run})}
-
-
 def _versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for name in _PACKAGES:
@@ -174,20 +167,31 @@ def _versions() -> dict[str, str]:
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     """What is to be said about each concept: of its file, and of names that it shares."""
     notes: dict[str, list[str]] = {}
-    words = [_words(concept) for concept in concepts]
-    shared = Counter(word for own in words for word in own)
-    for concept, own in zip(concepts, words, strict=True):
-        found = list(concept.lora.notes) if concept.lora is not None else []
-        found += _of_the_base(concept)
-        found += [
-            f"the trigger {word!r} also calls for another of the concepts: one prompt cannot tell "
-            "them apart. Give other class words, or train one of them with another trigger"
-            for word in sorted(own)
-            if shared[word] > 1
-        ]
-        if found:
+    for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
+        of_file = list(concept.lora.notes) if concept.lora is not None else []
+        if found := [*of_file, *_of_the_base(concept), *shared]:
             notes.setdefault(concept.name, []).extend(found)
     return notes
+
+
+def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
+    """For each concept a sentence about each trigger that another one has too."""
+    words: list[set[str]] = []
+    for concept in concepts:
+        texts = [] if concept.preserves else concept.subjects or [concept.trigger]
+        triggers = {" ".join(text.lower().split()) for text in texts}
+        # Also the first word: "sks dog" and "sks cat" share a token.
+        words.append({w for text in triggers for w in (text, text.partition(" ")[0])} - {""})
+    count = Counter(word for some in words for word in some)
+    return [
+        [
+            f"the trigger {word!r} also calls for another of the concepts: one prompt cannot tell "
+            "them apart. Give other class words, or train one of them with another trigger"
+            for word in sorted(some)
+            if count[word] > 1
+        ]
+        for some in words
+    ]
 
 
 def _of_the_base(concept: Concept) -> list[str]:
@@ -203,14 +207,6 @@ def _of_the_base(concept: Concept) -> list[str]:
         "always on (always_on=include), so that all concepts are merged with it on and it is a "
         "part of the file"
     ]
-
-
-def _words(concept: Concept) -> set[str]:
-    """Each trigger, and its first word: ``sks dog`` and ``sks cat`` share a token."""
-    if concept.lora is None:
-        return set()
-    triggers = {" ".join(text.lower().split()) for text in concept.subjects or [concept.trigger]}
-    return {word for text in triggers for word in (text, text.partition(" ")[0])} - {""}
 
 
 @dataclass(frozen=True)

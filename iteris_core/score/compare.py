@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -21,11 +21,13 @@ from ..passes.always_on import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
 from .drawing import Drawing, draw
-from .judged import PROMPT_LISTS, fill_prompts, judged_prompts, labels_of
+from .judged import PROMPT_LISTS, fill_prompts, judged_prompts
 from .row_scores import Measure, add_shares, stats_of
 from .scorers import ClipScorer, DinoScorer
 from .statistics import Stat
 from .told import ALONE, BASE, Told
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def compare_methods(
     dino: DinoScorer | None = None,
     on_progress: OnProgress = lambda progress: None,
     on_row: Callable[[Comparison], None] = lambda comparison: None,
+    title: str = "",
 ) -> Comparison:
     """Merge ``concepts`` with every method of ``config``, draw the same prompts and score them.
 
@@ -80,14 +83,22 @@ def compare_methods(
     part of every merge, and of each LoRA alone. A LoRA alone draws only what its concept is judged
     on, see :func:`judged_prompts`. Every merge goes through a file that the pipeline loads, as a
     user's would, with the embeddings in force that came with the LoRAs. ``on_row`` is called
-    with the comparison so far whenever a row of it is finished.
+    with the comparison so far whenever a row of it is finished; ``title`` is in front of what
+    ``on_progress`` reports.
     """
     drawing = config.drawing
     always = [replace(one, always_on="include") for one in always_on(concepts)]
     concepts = always_on(concepts, "no")
-    prompts = fill_prompts(config.templates, concepts)
-    judged = judged_prompts(config.templates, concepts)
-    labels = labels_of(concepts)
+    measure = Measure(
+        concepts,
+        references,
+        fill_prompts(config.templates, concepts),
+        judged_prompts(config.templates, concepts),
+        scorer,
+        dino,
+        config.collapse_below,
+    )
+    prompts, labels = measure.prompts, measure.labels
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     calls = [embedding_triggers(concept, host.learned) for concept in concepts]
     columns: dict[str, dict[str, Tensor]] = {}
@@ -95,27 +106,16 @@ def compare_methods(
     seconds: dict[str, float] = {}
     used: dict[str, Mapping[str, Any]] = {}
     made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
-    measure = Measure(
-        prompts,
-        [concept.trigger for concept in concepts if concept.trigger],
-        labels,
-        judged,
-        [scorer.embed_images(some) for some in references],
-        references,
-        scorer,
-        dino,
-        config.collapse_below,
-    )
     how: dict[str, Any] = {
         name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
     }
     wanted_rows = rows_of(config.methods, labels)
-    told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress)
+    told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress, title)
     comparison = Comparison({}, {}, prompts, {}, labels)
     for name, (method, merged) in wanted_rows.items():
         of_method, drawn = told.of(name), range(len(prompts))
         if name.startswith(f"{ALONE} "):
-            drawn = judged[merged[0]]
+            drawn = measure.judged[merged[0]]
         result = None
         if method != BASE:
             some, own = [concepts[index] for index in merged], config.settings.get(name)
@@ -169,26 +169,16 @@ def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[st
     return rows
 
 
-def check_together(together: int | None, count: int) -> None:
-    """Raise :class:`IterisError` where so many of ``count`` concepts cannot be merged."""
-    if together is not None and not 1 <= together <= count:
-        raise ScoreError(f"{together} of {count} concepts cannot be merged together.")
-
-
-def compare_compositions(
-    concepts: Sequence[Concept],
-    references: Sequence[Sequence[Image.Image]],
-    together: int | None,
-    compare: Callable[[Sequence[Concept], Sequence[Sequence[Image.Image]], str], Comparison],
-) -> list[Comparison]:
-    """``compare(concepts, references, name)`` for every ``together`` of the concepts, as in the
-    paper's table 1; None takes all of them at once. LoRAs that are always on are in each."""
+def compositions(
+    concepts: Sequence[Concept], references: Sequence[_R], together: int | None
+) -> list[tuple[Sequence[Concept], Sequence[_R]]]:
+    """Every ``together`` of the concepts with their references, as in the paper's table 1; None
+    takes all of them at once. LoRAs that are always on are in each. Raises :class:`IterisError`
+    where there are not so many."""
     always, concepts = always_on(concepts), always_on(concepts, "no")
-    check_together(together, len(concepts))
-    together = len(concepts) if together is None else together
-    pairs = list(zip(concepts, references, strict=True))
-    found: list[Comparison] = []
-    for some in combinations(pairs, together):
-        name = " + ".join(concept.name for concept, _ in some)
-        found.append(compare([*(c for c, _ in some), *always], [r for _, r in some], name))
-    return found
+    if together is not None and not 1 <= together <= len(concepts):
+        raise ScoreError(f"{together} of {len(concepts)} concepts cannot be merged together.")
+    indices = combinations(range(len(concepts)), together or len(concepts))
+    return [
+        ([*(concepts[i] for i in some), *always], [references[i] for i in some]) for some in indices
+    ]

@@ -26,9 +26,9 @@ class Drawing(Settings):
     """
 
     images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
-    steps: int = setting(25, "Denoising steps.", low=1)
-    guidance: float = setting(7.5, "Guidance scale.")
-    seed: int = setting(0, "Seed of the first picture of each prompt.")
+    steps: int = setting(25, "Denoising steps of the pictures.", low=1)
+    guidance: float = setting(7.5, "Guidance scale of the pictures.")
+    seed: int = setting(0, "Of the first picture of each prompt, and of the calibration.")
     batch: int = setting(8, "Pictures that are drawn at once.", low=1)
     scheduler: str | None = None
     size: tuple[int, int] | None = None

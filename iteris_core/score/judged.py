@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from ..concepts import Concept
+from ..concepts import Concept, prompt_list
 from ..errors import ScoreError
 
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
-    name: tuple(
-        (Path(__file__).parents[1] / "prompts" / f"{name}.txt").read_text("utf-8").splitlines()
-    )
-    for name in ("composition", "objects", "animals")
+    name: prompt_list(name) for name in ("composition", "objects", "animals")
 }
 """Our own, in the manner of the lists of DreamBooth (contexts, outfits, properties) and of
 CustomConcept101 (compositions), whose own list is for research only."""

@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import OutputError, SaveError, brief
 from ..saving import atomically
 from .compare import Comparison
-from .page import html_details, html_gallery, html_page, html_table, png_bytes
+from .page import html_details, html_gallery, html_page, html_table, picture_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
 from .told import ALONE, BASE
@@ -105,7 +105,7 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
         "comparison.csv": csv_table(rows).encode(),
         "comparison.md": markdown_table(rows).encode(),
         "index.html": _page(rows, comparisons, names).encode(),
-        **{name: png_bytes(sheet) for name, sheet in sheets.items()},
+        **{name: picture_bytes(sheet) for name, sheet in sheets.items()},
     }
     with ExitStack() as stack:
         for name, content in files.items():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .measures import collapse_rate, share_of_alone
+from ..concepts import Concept
+from .judged import labels_of
 from .scorers import ClipScorer, DinoScorer, without_tokens
 from .statistics import Stat, over_seeds
 from .told import ALONE
@@ -18,17 +21,24 @@ from .told import ALONE
 
 @dataclass(frozen=True)
 class Measure:
-    """Scores of the pictures of one row. ``judged[i]`` are the prompts on which concept i is."""
+    """Scores of the pictures of one row. ``judged[i]`` are the prompts on which concept i is;
+    ``references[i]`` are pictures of it."""
 
-    prompts: Sequence[str]
-    triggers: Sequence[str]
-    labels: Sequence[str]
-    judged: Sequence[Sequence[int]]
-    embedded: Sequence[Tensor]
+    concepts: Sequence[Concept]
     references: Sequence[Sequence[Image.Image]]
+    prompts: Sequence[str]
+    judged: Sequence[Sequence[int]]
     scorer: ClipScorer
     dino: DinoScorer | None
     collapse_below: float | None
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return labels_of(self.concepts)
+
+    @cached_property
+    def _embedded(self) -> list[Tensor]:
+        return [self.scorer.embed_images(some) for some in self.references]
 
     def __call__(
         self,
@@ -40,17 +50,18 @@ class Measure:
         """Column → a value for each of ``images``, which are of the prompts ``drawn`` × ``seeds``;
         NaN where a picture says nothing of a column."""
         numbers = [index for index in drawn for _ in range(seeds)]
-        wanted = [self.prompts[index] for index in numbers]
+        prompts = [self.prompts[index] for index in numbers]
         vectors = self.scorer.embed_images(images)
         columns: dict[str, Tensor] = {}
         for index in merged:
-            values = (vectors @ self.embedded[index].mT).mean(dim=1)
+            values = (vectors @ self._embedded[index].mT).mean(dim=1)
             columns[f"image {self.labels[index]}"] = self._where_judged(index, values, numbers)
         likeness = torch.stack(list(columns.values()))
-        plain = [without_tokens(prompt, self.triggers) for prompt in wanted]
+        tokens = [concept.trigger for concept in self.concepts if concept.trigger]
+        plain = [without_tokens(prompt, tokens) for prompt in prompts]
         text = (vectors * self.scorer.embed_texts(plain)).sum(dim=1)
         columns["text"] = text
-        columns["text, tokens kept"] = (vectors * self.scorer.embed_texts(wanted)).sum(dim=1)
+        columns["text, tokens kept"] = (vectors * self.scorer.embed_texts(prompts)).sum(dim=1)
         columns["mean"] = (likeness.nanmean(dim=0) + text) / 2
         if self.dino is not None:
             for index in merged:
@@ -58,7 +69,7 @@ class Measure:
                 columns[f"dino {self.labels[index]}"] = self._where_judged(index, values, numbers)
         if self.collapse_below is not None:
             columns["collapsed"] = torch.tensor(
-                [_collapsed(some, self.collapse_below) for some in likeness.mT.tolist()]
+                [collapse_rate(some, self.collapse_below) for some in likeness.mT.tolist()]
             )
         return columns
 
@@ -67,26 +78,27 @@ class Measure:
         return values.masked_fill(~judged, math.nan)
 
 
-def _collapsed(likeness: Sequence[float], below: float) -> float:
-    """The share of concepts that are lost in one picture, of those that are judged in it."""
-    judged = [value for value in likeness if not math.isnan(value)]
-    return collapse_rate(judged, below) if judged else math.nan
+def collapse_rate(likeness: Sequence[float], below: float) -> float:
+    """SCR@τ of one picture: the share of the concepts judged in it whose likeness is ``below``.
+
+    A mean hides that one concept of several is lost; this counts the lost ones.
+    """
+    judged = [value < below for value in likeness if not math.isnan(value)]
+    return fmean(judged) if judged else math.nan
 
 
 def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) -> None:
     """What each row has of each concept's likeness where its LoRA is alone, on the same prompts;
-    nothing until every LoRA was drawn alone."""
+    nothing until every LoRA was drawn alone, and nothing of a likeness of 0 or less."""
     alone: dict[str, float] = {}
     for label in labels:
         if f"{ALONE} {label}" not in columns:
             return
         alone[label] = float(columns[f"{ALONE} {label}"][f"image {label}"].nanmean())
+    known = {label: most for label, most in alone.items() if most > 0}
     for row, values in columns.items():
-        if not row.startswith(f"{ALONE} "):
-            shares = [
-                values[f"image {label}"] * share_of_alone(1.0, most)
-                for label, most in alone.items()
-            ]
+        if known and not row.startswith(f"{ALONE} "):
+            shares = [values[f"image {label}"] / most for label, most in known.items()]
             values["share"] = torch.stack(shares).nanmean(dim=0)
 
 
@@ -97,5 +109,5 @@ def stats_of(columns: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, S
         every = zip(values.tolist(), [*seeds] * (len(values) // len(seeds)), strict=True)
         known = [(value, seed) for value, seed in every if not math.isnan(value)]
         if known:
-            found[column] = over_seeds([value for value, _ in known], [seed for _, seed in known])
+            found[column] = over_seeds(*zip(*known, strict=True))
     return found

@@ -1,4 +1,4 @@
-"""Means with standard errors over seeds, and tables of them."""
+"""Means with standard errors over seeds or compositions, and tables of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from statistics import fmean, stdev
 
 
@@ -33,13 +32,11 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     groups: dict[int, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
         groups.setdefault(seed, []).append(value)
-    means = [fmean(group) for group in groups.values()]
-    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return Stat(fmean(means), error)
+    return over_compositions([fmean(group) for group in groups.values()])
 
 
 def over_compositions(values: Sequence[float]) -> Stat:
-    """The mean over compositions, which share no merge, and its standard error."""
+    """The mean of independent ``values``, such as of merges, and its standard error."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Stat(fmean(values), error)
 
@@ -51,11 +48,11 @@ Rows = Mapping[str, Mapping[str, Stat]]
 def markdown_table(rows: Rows) -> str:
     """A table of four digits; a column that a row lacks stays empty."""
     columns = columns_of(rows)
-    lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
-    for name, row in rows.items():
-        cells = [str(row[column]) if column in row else "" for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = [["method", *columns], ["---", *("---:" for _ in columns)]]
+    lines += [
+        [name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def csv_table(rows: Rows) -> str:
@@ -65,7 +62,7 @@ def csv_table(rows: Rows) -> str:
     writer.writerow(["method", *(f"{c} {part}" for c in columns for part in ("mean", "se"))])
     for name, row in rows.items():
         cells = [(row[c].mean, row[c].se) if c in row else ("", "") for c in columns]
-        writer.writerow([name, *chain.from_iterable(cells)])
+        writer.writerow([name, *(part for cell in cells for part in cell)])
     return text.getvalue()
 
 

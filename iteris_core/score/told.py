@@ -15,8 +15,11 @@ class Told:
     """Progress of merges and drawings as that of the whole comparison, of rows and their methods:
     the rows to come take as long as those before, or as the one that is at it."""
 
-    def __init__(self, methods: Mapping[str, str], on_progress: OnProgress) -> None:
+    def __init__(
+        self, methods: Mapping[str, str], on_progress: OnProgress, title: str = ""
+    ) -> None:
         self._methods, self._on_progress = methods, on_progress
+        self._title = title and f"{title}: "
         self._took: dict[bool, dict[str, float]] = {True: {}, False: {}}
         """Whether it is drawing → method → seconds."""
 
@@ -29,7 +32,8 @@ class Told:
             if left is not None:
                 self._took[drawing][name] = progress.seconds + left
                 left = self._whole(name, left, drawing)
-            self._on_progress(replace(progress, what=f"{name}: {progress.what}", left=left))
+            what = f"{self._title}{name}: {progress.what}"
+            self._on_progress(replace(progress, what=what, left=left))
 
         return on_progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from new_words import FakeWorld
 from PIL import Image
 
 import toybox
-from iteris_core import IterisError
-from iteris_core.score.measures import collapse_rate, share_of_alone
+from iteris_core.score.row_scores import collapse_rate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -32,12 +32,8 @@ def test_a_mean_hides_what_the_collapse_rate_shows():
     assert collapse_rate(alike, 0.6) == 0
     assert collapse_rate(one_lost, 0.6) == 0.25
     assert collapse_rate([0.6], 0.6) == 0  # below, not at
-    with pytest.raises(IterisError, match="at least one"):
-        collapse_rate([], 0.6)
-
-
-def test_shares():
-    assert share_of_alone(0.671, 0.744) == pytest.approx(0.9019, abs=1e-4)
+    assert collapse_rate([0.5, math.nan], 0.6) == 1  # only of what is judged
+    assert math.isnan(collapse_rate([math.nan], 0.6))
 
 
 def test_intervals_are_students_over_sets():

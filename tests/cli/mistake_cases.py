@@ -168,7 +168,7 @@ CASES = [
     ),
     (
         "B --concept {one}:s1:dog,weight=-1",
-        "--concept '{one}:s1:dog,weight=-1': weight must be 0 or more, not -1",
+        "--concept '{one}:s1:dog,weight=-1': weight must be at least 0, not -1",
     ),
     (
         "B --concept {one}:s1:dog,weight=nan",
@@ -186,7 +186,7 @@ CASES = [
     ("B --concept {one}:s1:dog,strenght=2", "there is no key 'strenght'; did you mean 'strength'"),
     (
         "B --concept {one}:s1:dog,weight=1,weight=2",
-        "--concept '{one}:s1:dog,weight=1,weight=2' says one thing twice",
+        "--concept '{one}:s1:dog,weight=1,weight=2' gives weight twice",
     ),
     (
         "B --concept {one}:s1:dog,trigger=x",

@@ -146,10 +146,10 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
     ("concept", "message"),
     [
         ("{lora},weight=much", "weight must be a number, not 'much'"),
-        ("{lora}:sks:cat,weight=-1", "weight must be 0 or more"),
+        ("{lora}:sks:cat,weight=-1", "weight must be at least 0"),
         ("{lora},strength=nan", "strength must be a number"),
         ("{lora}:sks:cat,trigger=x", "gives trigger twice"),
-        ("{lora},weight=1,weight=2", "says one thing twice"),
+        ("{lora},weight=1,weight=2", "gives weight twice"),
         ("{lora},prompts=none.txt", "none.txt does not exist"),
         ("trigger=sks", "has neither a file nor prompts"),
     ],

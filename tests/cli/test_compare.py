@@ -23,6 +23,7 @@ from iteris_core.presets import PRESETS
 from iteris_core.score.judged import fill_prompts, judged_prompts
 from iteris_core.score.page import html_table
 from iteris_core.score.results import _in_order
+from iteris_core.score.row_scores import add_shares
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
 from iteris_core.score.told import DRAWING, Told
 
@@ -74,6 +75,16 @@ def test_a_concept_is_judged_on_the_prompts_that_name_it_alone():
     assert judged_prompts(["{all}", "{1}"], concepts) == [[1], [0]]
     with pytest.raises(IterisError, match=r"No prompt names concept 2 \('zwx cat'\)"):
         judged_prompts(["a {1}"], concepts)
+
+
+def test_a_lora_that_draws_nothing_like_its_references_has_no_share():
+    columns = {
+        "alone a": {"image a": torch.tensor([0.5])},
+        "alone b": {"image b": torch.tensor([-0.1])},
+        "sum": {"image a": torch.tensor([0.25]), "image b": torch.tensor([0.2])},
+    }
+    add_shares(columns, ["a", "b"])
+    assert columns["sum"]["share"].tolist() == [0.5]
 
 
 class Colours:
@@ -224,8 +235,8 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
             world, references, out, "--methods=ties,regmean", "--set=ties.density=0.3",
             "--set=rank=2", "--set=timesteps=1", "--set=regmean.shrink=0.5", "--preset=fast",
             "--latent-size=4", f"--templates={world / 'templates.txt'}", "--scheduler=ddim",
-            "--size=16x8", "--guidance=3", "--seed=5", "--memory=0.5", "--base-dtype=float32",
-            f"--dino={tmp_path / 'dino'}",
+            "--size=16x8", "--guidance=3", "--batch=1", "--seed=5", "--memory=0.5",
+            "--base-dtype=float32", f"--dino={tmp_path / 'dino'}",
         ),
     )  # fmt: skip
     assert code == 0, err
@@ -239,7 +250,8 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
     assert {h["preset"] for h in how.values()} == {"fast"}
     assert {h["memory_budget"] for h in how.values()} == {1 << 29}
     assert [name for name, _ in drawn] == ["DDIMScheduler"] * 2
-    assert (drawn[0][1].size, drawn[0][1].guidance, drawn[0][1].seed) == ((16, 8), 3, 5)
+    assert (drawn[0][1].size, drawn[0][1].guidance) == ((16, 8), 3)
+    assert (drawn[0][1].seed, drawn[0][1].batch) == (5, 1)
     assert "dino s1" in json.loads((out / "comparison.json").read_text())["methods"]["ties"]
 
 

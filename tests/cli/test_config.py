@@ -20,12 +20,12 @@ from iteris_core.settings import declared_settings
 CONFIG = MergeConfig(
     (
         ConceptConfig(
-            Path("high.safetensors"), ("a sks cat",), "sks", "cat", kind="style", strength=0.8,
-            text_strength=0.0, weight=2.0, low=Path("low.safetensors"), sha256="1+2",
+            None, ("a sks cat",), "sks", "cat", file=Path("high.safetensors"), kind="style",
+            strength=0.8, text_strength=0.0, weight=2.0, low=Path("low.safetensors"), sha256="1+2",
             reading={"energy": 0.5},
         ),
-        ConceptConfig(Path("joy"), samples=Path("joy.txt"), subjects=("one", "two")),
-        ConceptConfig(None, ("a street",), "preserve", weight=0.2),
+        ConceptConfig(file=Path("joy"), samples=Path("joy.txt"), subjects=("one", "two")),
+        ConceptConfig.preserve(("a street",)),
     ),
     "ties", "fast", {"rank": 3, "density": 0.3}, {"samples": 4, "templates": ["a {}"]}, "skip",
     "base", {"rank": 2, "ordered": True, "strength": 0.5}, {"layout": "peft"},
@@ -40,7 +40,7 @@ def test_a_config_comes_back_from_its_dictionary(usual):
 
 
 def test_without_the_usual_a_dictionary_has_what_a_user_writes():
-    one = ConceptConfig(Path("cat.safetensors"), trigger="sks", class_word="cat")
+    one = ConceptConfig(file=Path("cat.safetensors"), trigger="sks", class_word="cat")
     assert one.to_dict(usual=False) == {"file": "cat.safetensors", "trigger": "sks", "class": "cat"}
     assert MergeConfig([one]).to_dict(usual=False) == {
         "method": "iteris", "unmergeable": "refuse", "concepts": [one.to_dict(usual=False)],

@@ -30,7 +30,7 @@ from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.lora_files import ReadOptions, read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
-from iteris_core.report.provenance import with_cut, with_run
+from iteris_core.report.provenance import with_recipe, with_run
 
 
 def metadata_of(path):
@@ -151,7 +151,8 @@ def test_a_file_that_was_cut_and_scaled_after_its_merge(world, tmp_path, monkeyp
         for key, t in tensors.items()
         if not key.endswith(".alpha")
     }
-    metadata = with_cut(metadata_of(whole), 2, ordered=True)
+    merged = Lora({}, metadata=metadata_of(whole))
+    metadata = with_recipe(merged, cut={"rank": 2, "ordered": True}).metadata
     metadata["iteris"] = json.dumps({**json.loads(metadata["iteris"]), "strength": 0.5})
     save_file(first, cut, metadata)
     code, _, err = run(
@@ -485,7 +486,8 @@ def test_a_recipe_without_a_setting_runs_again_and_an_unknown_one_is_refused(
 def test_no_path_of_this_machine_goes_into_a_file(base, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "t5").mkdir(parents=True)
-    metadata = with_run({"iteris": json.dumps({"method": "sum"})}, base, "refuse")
+    lora = Lora({}, metadata={"iteris": json.dumps({"method": "sum"})})
+    metadata = with_run(lora, base, "refuse").metadata
     assert json.loads(metadata["iteris"])["base"] == name
     folder = write_adapter(simple("a"), tmp_path / "adapter", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -73,7 +73,7 @@ def test_a_page_is_self_contained_and_escapes():
     table = html_table(["image"], {"<b>": [0.5], "own": [None]}, own="own")
     pictures = html_gallery({"a<b": [RED, None]}, ['a "red"', "none"], "Pictures")
     page = html_page("Scores & more", [("", table), ("Pictures", pictures)])
-    assert 'alt="a&lt;b: a &quot;red&quot;"' in page
+    assert 'alt="a&lt;b: a &#34;red&#34;"' in page
     assert page.count("<img ") == 1
     assert page.count('scope="row"') == 3
     assert '<td><span class="unseen">none</span></td>' in page

@@ -82,7 +82,7 @@ class Sides:
             [spec.concept(host.read_lora(spec.file)) for spec in self.concepts(files)],
             settings=self.settings,
             calibration=self.calibration,
-            policy=self.policy,
+            runtime=self.core.Runtime(policy=self.policy),
         )
         return {site: change.dense().double() for site, change in merged.lora.sites.items()}
 

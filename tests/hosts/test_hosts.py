@@ -15,7 +15,7 @@ from host_cases import CALIBRATION, CASES, PIPELINES, PROMPTS, make_case, two_co
 from language_bases import MAKERS, tuned_folder
 from peft import PeftModel
 
-from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras, write_lora
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras, write_lora
 from iteris_core.activations.lockstep import Lockstep
 from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.errors import IterisError
@@ -165,19 +165,19 @@ def test_the_base_is_bit_identical_whatever_happens(case):
 
     def merge(concepts, stop_at: int | None = None):
         steps.clear()
-        merge_loras(
-            case.host,
-            concepts,
-            calibration=CALIBRATION,
-            on_progress=steps.append,
-            should_stop=lambda: stop_at is not None and len(steps) >= stop_at,
-        )
+
+        def on_progress(progress):
+            steps.append(progress)
+            if len(steps) == stop_at:
+                raise KeyboardInterrupt
+
+        merge_loras(case.host, concepts, calibration=CALIBRATION, on_progress=on_progress)
 
     merge(two_concepts(case))
     check()
     total = len(steps)
     for stop_at in (1, total // 2, total - 1):
-        with pytest.raises(MergeCancelled):
+        with pytest.raises(KeyboardInterrupt):
             merge(two_concepts(case), stop_at)
         check()
     concepts = two_concepts(case)

@@ -9,7 +9,7 @@ from pipelines import PIPELINES, two_concepts
 from tiny import random_lora
 from torch import nn
 
-from iteris_core import Calibration, Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.barriers import Found
 from iteris_core.activations.segments import segments_of
 from iteris_core.linalg.whitening import Whitening
@@ -267,14 +267,15 @@ def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):
     assert sorted({done for done, _ in seen}) == list(range(total + 1))
     assert seen == sorted(seen)
     seen.clear()
-    with pytest.raises(MergeCancelled):
+
+    def until_two(progress):
+        on_progress(progress)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
         merge_loras(
-            host,
-            concepts,
-            settings=settings,
-            calibration=calibration,
-            on_progress=on_progress,
-            should_stop=lambda: len(seen) == 2,
+            host, concepts, settings=settings, calibration=calibration, on_progress=until_two
         )
     assert all(p.grad is None for p in host.pipeline.unet.parameters())
     assert all(not m._forward_pre_hooks for m in host.pipeline.unet.modules())

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +14,14 @@ from iteris_core.calibration_prompts import (
     concept_prompts,
     whole_words,
 )
-from iteris_core.concepts import KINDS, TEMPLATES, Words, words_of
+from iteris_core.concepts import KINDS, TEMPLATES, Words, words_in
+from iteris_core.errors import ConceptError
 from iteris_core.hosts.rows import (
     SamplePrompts,
     TextRows,
     added_concepts,
 )
+from iteris_core.lora_files.sidecars import find_phrases
 
 
 def prompts(concept, **kwargs):
@@ -67,7 +72,7 @@ def test_every_phrase_has_its_turn():
     ],
 )
 def test_the_words_of_a_file(metadata, words):
-    assert words_of(metadata) == words
+    assert words_in(find_phrases(Path("none.safetensors"), metadata).phrases) == words
 
 
 def test_no_prompts_are_errors():
@@ -94,16 +99,28 @@ def test_settings_out_of_range_are_errors(settings):
         Calibration(**settings)
 
 
+def test_the_words_may_stand_beside_the_file(tmp_path):
+    class Reader:
+        def read_lora(self, path):
+            return Lora({}, path.stem)
+
+    note = tmp_path / "cat.civitai.info"
+    note.write_text(json.dumps({"trainedWords": ["sks cat"]}))
+    concept = Concept.from_file(Reader(), tmp_path / "cat.safetensors", strength=0.5)
+    assert (concept.trigger, concept.class_word, concept.strength) == ("sks", "cat", 0.5)
+    assert Concept.from_file(Reader(), tmp_path / "cat.safetensors", trigger="x").class_word == ""
+
+
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
 def test_a_weight_that_cannot_be_is_an_error(weight):
-    with pytest.raises(SettingsError, match="weight must be 0 or more and finite"):
+    with pytest.raises(ConceptError, match=r"weight must be (at least 0|a finite number), not"):
         Concept(None, prompts=["a"], weight=weight)
 
 
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
-    with pytest.raises(SettingsError, match=f"sks: {name} must be finite"):
+    with pytest.raises(ConceptError, match=f"sks: {name} must be a finite number"):
         Concept(None, trigger="sks", **{name: value})
 
 
@@ -118,7 +135,7 @@ def test_every_kind_has_templates_of_its_own(kind):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(SettingsError, match="kind must be one of subject, style"):
+    with pytest.raises(ConceptError, match="kind must be one of subject, style"):
         Concept(None, trigger="sks", kind="photo")
 
 

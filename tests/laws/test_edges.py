@@ -19,7 +19,7 @@ from oracle import (
 from reductions import by_adapter, by_moments
 from small_merge import merge
 
-from iteris_core import Concept, Lora, LowRank, MergeCancelled, merge_loras
+from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.errors import IterisError
 from iteris_core.linalg.lowrank import at_rank, cut_factors
 from iteris_core.lora import SiteChanges
@@ -146,23 +146,22 @@ def test_the_base_is_bit_identical_afterwards(schedule, end):
     concepts = [Concept(make_lora(i), prompts=["unused"]) for i in (1, 2)]
     calls = itertools.count()
 
-    def should_stop():
-        if end == "exception" and next(calls) == 3:
-            raise RuntimeError("broken")
-        return end == "cancel" and next(calls) == 3
+    def on_progress(_):
+        if end != "success" and next(calls) == 3:
+            raise RuntimeError("broken") if end == "exception" else KeyboardInterrupt
 
     def run():
         return merge_loras(
             host,
             concepts,
             settings={"schedule": schedule, "micro_batch": 5},
-            should_stop=should_stop,
+            on_progress=on_progress,
         )
 
     if end == "success":
         run()
     elif end == "cancel":
-        with pytest.raises(MergeCancelled):
+        with pytest.raises(KeyboardInterrupt):
             run()
     else:
         with pytest.raises(RuntimeError, match="broken"):

@@ -26,11 +26,11 @@ from iteris_core import Concept, all_methods, merge_loras
 WIDE = 1000
 
 
-def merge(loras, method, data=None, generator=None, **settings):
+def merge(loras, method, data=None, seed=0, **settings):
     data = data or make_data(len(loras))
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
     return merge_loras(
-        ModuleHost(Net(), data), concepts, method, settings=settings, generator=generator
+        ModuleHost(Net(), data), concepts, method, settings=settings, calibration={"seed": seed}
     )
 
 
@@ -101,20 +101,17 @@ def test_dare_agrees_with_peft_on_the_same_masks(monkeypatch, name):
     seeded_masks(monkeypatch, 0.4)
     function = getattr(merge_utils, name.replace("-", "_"))
     wanted = per_site(lambda d: function(d, torch.ones(3), 0.4))
-    ours = merge(LORAS, name, generator=torch.Generator().manual_seed(5), density=0.4, rank=WIDE)
+    ours = merge(LORAS, name, seed=5, density=0.4, rank=WIDE)
     assert difference(ours.lora, wanted) < 1e-9
 
 
 def test_dare_is_unbiased_and_reproducible():
     total = per_site(sum)
-    first, again = (
-        merge(LORAS, "dare-linear", generator=torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    first, again = (merge(LORAS, "dare-linear", seed=1) for _ in range(2))
     assert difference(first.lora, dense_changes(again.lora)) == 0
     mean = {site: torch.zeros_like(change) for site, change in total.items()}
     for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        drawn = merge(LORAS, "dare-linear", generator=generator, rank=WIDE)
+        drawn = merge(LORAS, "dare-linear", seed=seed, rank=WIDE)
         for site in SITES:
             mean[site] += drawn.lora.sites[site].dense() / 60
     for site in SITES:

@@ -10,7 +10,7 @@ from language_bases import make_t5
 from oracle import ModuleHost, Net, make_data, make_lora
 from tiny import random_lora, two_concepts
 
-from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core import Calibration, Concept, Lora, LowRank, Runtime, merge_loras
 from iteris_core.activations.processes import Processes
 from iteris_core.activations.token_sampling import TokenSampling
 from iteris_core.hosts.transformers import TransformersHost
@@ -58,7 +58,7 @@ def ridges_of(host, concepts, **more) -> set[float]:
             asked.add(samples)
             return super().ridge_for(samples, *more)
 
-    merge_loras(host, concepts, policy=Watches(), **more)
+    merge_loras(host, concepts, runtime=Runtime(policy=Watches()), **more)
     return asked
 
 
@@ -150,5 +150,5 @@ def test_processes_take_the_first_ones_directions():
 
     host = ModuleHost(Net(), make_data())
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
-    merge_loras(host, concepts, policy=Few(), processes=Unlike(), memory_budget=None)
+    merge_loras(host, concepts, runtime=Runtime(Unlike(), Few()), memory_budget=None)
     assert len(agreed) == len(host.sites())

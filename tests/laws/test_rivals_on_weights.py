@@ -51,7 +51,7 @@ def test_della_drops_by_the_ranks_of_magnitudes(name):
         else:
             wanted[site] = 1.1 * pruned.sum(0)
     settings = {"density": 0.6, "window": 0.3, "scale": 1.1, "rank": WIDE}
-    ours = merge(LORAS, name, generator=torch.Generator().manual_seed(7), **settings)
+    ours = merge(LORAS, name, seed=7, **settings)
     assert difference(ours.lora, wanted) < 1e-9
 
 
@@ -68,9 +68,8 @@ def test_della_keeps_the_large_and_the_mean():
     change = DENSE[0]["up"]
     large = change.abs() > change.abs().median(dim=1, keepdim=True).values
     for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
         settings = {"density": 0.5, "window": 0.8, "rank": WIDE}
-        sites = merge(LORAS[:1], "della-linear", generator=generator, **settings).lora.sites
+        sites = merge(LORAS[:1], "della-linear", seed=seed, **settings).lora.sites
         stayed = sites["up"].dense().abs() > 1e-9
         kept += torch.stack([stayed[large].double().mean(), stayed[~large].double().mean()])
         mean += sites["up"].dense() / 60

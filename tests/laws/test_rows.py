@@ -7,7 +7,7 @@ import torch
 from reductions import by_moments, by_rows, solved
 from tiny import two_concepts
 
-from iteris_core import Calibration, merge_loras
+from iteris_core import Calibration, Runtime, merge_loras
 from iteris_core.errors import SolveError
 from iteris_core.lora import LowRank
 from iteris_core.solve.choose import POLICY, Policy
@@ -116,7 +116,11 @@ def test_a_merge_by_rows_is_the_merge_by_moments(host64, micro_batch, saliency):
             "saliency": saliency,
         }
         return merge_loras(
-            host64, concepts, settings=settings, calibration=calibration, policy=policy
+            host64,
+            concepts,
+            settings=settings,
+            calibration=calibration,
+            runtime=Runtime(policy=policy),
         ).lora.sites
 
     wanted = merge(-1)

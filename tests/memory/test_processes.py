@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import make_pipeline, random_lora, two_concepts
 
-from iteris_core import Calibration, merge_loras, write_lora
+from iteris_core import Calibration, Runtime, merge_loras, write_lora
 from iteris_core.activations.processes import ALONE, Processes
 from iteris_core.errors import IterisError
 from iteris_core.hosts.diffusers import DiffusersHost
@@ -57,8 +57,7 @@ def merge_all(processes: Processes = ALONE) -> dict[str, dict[str, torch.Tensor]
             name.partition(",")[0],
             settings=settings,
             calibration=FEW if name.endswith("a concept each") else CALIBRATION,
-            processes=processes,
-            policy=FewDirections() if name.endswith("directions") else POLICY,
+            runtime=Runtime(processes, FewDirections() if name.endswith("directions") else POLICY),
         )
         found[name] = {site: c.dense() for site, c in result.lora.sites.items()}
     return found

@@ -10,7 +10,7 @@ from oracle import ModuleHost, Net, make_data, make_lora
 from test_preflight import PictureHost
 from tiny import random_lora, two_concepts
 
-from iteris_core import Calibration, Concept, LowRank, MergeCancelled, Progress, merge_loras
+from iteris_core import Calibration, Concept, LowRank, Progress, merge_loras
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
 from iteris_core.passes.batches import ExecutionConfig
@@ -216,14 +216,13 @@ def test_a_merge_is_cancelled_at_every_step():
         told.clear()
         merge_loras(host, concepts, on_progress=told.append)
         for stop in range(len(told) - 1):
-            seen: list[Progress] = []
-            with pytest.raises(MergeCancelled):
-                merge_loras(
-                    host,
-                    concepts,
-                    on_progress=seen.append,
-                    should_stop=lambda seen=seen, stop=stop: len(seen) > stop,
-                )
+
+            def on_progress(_, left=iter(range(stop))):  # noqa: B008
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                merge_loras(host, concepts, on_progress=on_progress)
 
 
 @pytest.mark.slow
