@@ -165,12 +165,12 @@ def split_files(text: str) -> tuple[Path, Path | None]:
 def number(value: Any, name: str) -> float:
     """``value`` as a finite number, or a :class:`ConceptError`."""
     try:
-        found = math.nan if isinstance(value, bool) else float(value)
+        parsed = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
+        parsed = math.nan
+    if not math.isfinite(parsed):
         raise ConceptError(f"{name} must be a number, not {value!r}.")
-    return found
+    return parsed
 
 
 def _text(value: Any, name: str) -> str:

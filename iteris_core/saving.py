@@ -47,8 +47,8 @@ def _code_of(error: Exception) -> int | None:
     """The operating system's number of an error; other libraries have it in words."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found else None
+    match = _OS_ERROR.search(str(error))
+    return int(match[1]) if match else None
 
 
 def _sentence(path: Path, error: Exception, code: int) -> str:

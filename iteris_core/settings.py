@@ -78,8 +78,8 @@ class Setting:
             expected = (self._range() if math.isfinite(value) else "a finite number") or expected
         if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
-            shown = repr(value) if isinstance(value, str) else value
-            raise SettingsError(f"{self.name} must be {expected}, not {shown}{others}.")
+            written = repr(value) if isinstance(value, str) else value
+            raise SettingsError(f"{self.name} must be {expected}, not {written}{others}.")
 
     def parse(self, text: str) -> Any:
         """The value that ``text`` stands for, or the text itself where it stands for none."""

@@ -11,10 +11,10 @@ from ..iteris_core.methods import all_methods, find_method
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
 from .lora_stacks import specs_of
+from .merge_cache import merged
 from .merge_inputs import beside_inputs, model_inputs, preset_input, sampling_inputs
 from .merge_settings import Request
 from .merging import as_lora_model
-from .remembered import merged
 from .schema import schema
 
 _BASE = "base"

@@ -101,7 +101,7 @@ def changed(file: Path) -> int:
     """The time stamp of a LoRA file, or of what is beside it and newer: embeddings, trigger words,
     prompts."""
     beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
-    beside += [*sidecars(file), *([own] if (own := _prompts_file(file)).is_file() else [])]
+    beside += [*sidecars(file), *filter(Path.is_file, [_prompts_file(file)])]
     return max(path.stat().st_mtime_ns for path in (file, *beside))
 
 

@@ -20,8 +20,8 @@ def how_to_call(lora: Mapping[str, Tensor]) -> str:
     """Lines that say what calls for the embeddings of a merged LoRA in its CLIP."""
     embeddings, _ = unbundled(Path("merged"), lora)
     return "".join(
-        f"\n  {name}: say embedding:{own}; Save Merged LoRA writes it into models/embeddings"
-        for name, own in file_names(embeddings).items()
+        f"\n  {name}: say embedding:{file_name}; Save Merged LoRA writes it into models/embeddings"
+        for name, file_name in file_names(embeddings).items()
     )
 
 
@@ -31,9 +31,9 @@ def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
     embeddings, _ = unbundled(Path("merged"), lora)
     root = Path(folder_paths.get_folder_paths("embeddings")[0])
     text = ""
-    for name, own in file_names(embeddings).items():
+    for name, file_name in file_names(embeddings).items():
         tensors = to_file(name, embeddings[name])
-        path = next(p for p in numbered_files(root / subfolder, own) if _is_free(p, tensors))
+        path = next(p for p in numbered_files(root / subfolder, file_name) if _is_free(p, tensors))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             save_atomically(tensors, path, {"name": name})

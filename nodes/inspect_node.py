@@ -66,17 +66,17 @@ class InspectLoras(io.ComfyNode):
             ready_for_merge(clip),
             ComfyHost(model, clip, **request.base) as host,
         ):
-            found = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
-            loras = numbered([replace(c.lora, name=c.name) for c in found if c.lora is not None])
+            loaded = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
+            loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
                 raise IterisError("There is no LoRA to look into; connect one or more.")
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
             lines = [to_table([describe(lora) for lora in loras], pairs)]
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
-            lines += _alike(pairs) + _words(specs, found)
+            lines += _alike(pairs) + _words(specs, loaded)
             lines += _plan(
-                host, found, request.config(specs, method), request.memory_budget, node_id
+                host, loaded, request.config(specs, method), request.memory_budget, node_id
             )
         table = "\n".join(lines)
         show_text(table, node_id)
@@ -86,8 +86,8 @@ class InspectLoras(io.ComfyNode):
 def _plot(pairs: Sequence[Interference]) -> Any:
     if any(pair.shared for pair in pairs):
         return figure_image(plot_interference(pairs))
-    said = "change no layer in common" if pairs else "is one: there is nothing to compare"
-    return text_image(f"What is connected {said}.")
+    reason = "change no layer in common" if pairs else "is one: there is nothing to compare"
+    return text_image(f"What is connected {reason}.")
 
 
 def _alike(pairs: Sequence[Interference]) -> list[str]:
@@ -99,10 +99,10 @@ def _alike(pairs: Sequence[Interference]) -> list[str]:
     ]
 
 
-def _words(specs: Sequence[ConceptConfig], found: Sequence[Concept]) -> list[str]:
+def _words(specs: Sequence[ConceptConfig], concepts: Sequence[Concept]) -> list[str]:
     return [
         f"{concept.name}: no trigger words and no prompts are known; a merge needs them."
-        for spec, concept in zip(specs, found, strict=True)
+        for spec, concept in zip(specs, concepts, strict=True)
         if spec.file is not None and spec.prompts is None and not spec.phrases
     ]
 

@@ -33,16 +33,16 @@ def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) ->
         raise IterisError(f"There is no folder {folder} for LoRAs; there are {', '.join(names)}.")
     at = names.index(folder)
     root = os.path.abspath(folder_paths.get_folder_paths("loras")[at])
-    wanted = os.path.normpath(os.path.join(root, prefix))
-    if not prefix or prefix.endswith(("/", os.sep)) or wanted == root:
+    target = os.path.normpath(os.path.join(root, prefix))
+    if not prefix or prefix.endswith(("/", os.sep)) or target == root:
         raise IterisError("Save Merged LoRA has no name; write one as filename_prefix.")
-    if not wanted.startswith(root + os.sep):
+    if not target.startswith(root + os.sep):
         raise IterisError(
             f"{prefix} leads out of the folder for LoRAs; write a name or folder/name."
         )
     where, name, _, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
-    found = numbered_files(Path(where), name)
-    file = next(path for path in found if overwrite or not path.exists())
+    candidates = numbered_files(Path(where), name)
+    file = next(path for path in candidates if overwrite or not path.exists())
     return file, subfolder
 
 

@@ -38,23 +38,23 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
     loras = [at for at, one in enumerate(named) if one]
     if not phrases or not loras:
         return tuple(specs)
-    found = list(specs)
+    named = list(specs)
     if len(phrases) == len(loras):
         for at, phrase in zip(loras, phrases, strict=True):
-            found[at] = found[at].called([phrase], "input")
-        return tuple(found)
-    silent = [at for at in loras if not found[at].phrases]
+            named[at] = named[at].called([phrase], "input")
+        return tuple(named)
+    silent = [at for at in loras if not named[at].phrases]
     known = {phrase.lower() for spec in specs for phrase in spec.phrases}
     left = [phrase for phrase in phrases if phrase.lower() not in known]
     if len(silent) == 1 and left:
-        found[silent[0]] = found[silent[0]].called(left, "input")
+        named[silent[0]] = named[silent[0]].called(left, "input")
     elif silent:
-        names = ", ".join(file.name for at in silent if (file := found[at].file))
+        names = ", ".join(file.name for at in silent if (file := named[at].file))
         raise IterisError(
             f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and nothing tells "
             f"which are for {names}; give one phrase for each LoRA, in order, with ; between them."
         )
-    return tuple(found)
+    return tuple(named)
 
 
 def _spec(entry: Any) -> ConceptConfig | None:
@@ -99,8 +99,8 @@ def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
 
 
 def _unreadable(entry: Any) -> IterisError:
-    shown = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+    keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
     return IterisError(
-        f"The LORA_STACK has an entry of a kind that is not known ({shown}); expected are (name, "
+        f"The LORA_STACK has an entry of a kind that is not known ({keys}); expected are (name, "
         "strength, clip strength) or a dictionary with name and strength."
     )

@@ -112,8 +112,8 @@ def _line(spec: ConceptConfig) -> str:
         return "base: as it is"
     if spec.always_on != "no":
         return f"{spec.file.stem} at {spec.strength:g}: always on, and part of the merged LoRA"
-    said = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
+    words = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
     source = _SOURCES.get(spec.source, f" (from {spec.source})")
-    return f"{spec.file.stem} at {strengths}: {said}{source}"
+    return f"{spec.file.stem} at {strengths}: {words}{source}"

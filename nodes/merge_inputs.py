@@ -48,13 +48,13 @@ def setting_input(owner: type[Settings], name: str, *, optional: bool = True) ->
 
 def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that are not the settings' defaults, with none where that is meant."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
         value = None if declared.optional and value == none_of(name) else value
         if value != declared.default:
-            found[name] = value
-    return found
+            given[name] = value
+    return given
 
 
 def model_inputs() -> list[Any]:
@@ -75,13 +75,13 @@ def _samples_input() -> Any:
     """0 leaves the number to the preset, so that an explicit one counts, whatever it is."""
     declared = declared_settings(Calibration)["samples"]
     numbers = {p: PRESETS[p].calibration.get("samples", declared.default) for p in PRESETS}
-    shown = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
+    by_preset = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
     return io.Int.Input(
         "samples",
         default=0,
         min=0,
         max=declared.most,
-        tooltip=f"{declared.help} 0: by the preset ({shown}).",
+        tooltip=f"{declared.help} 0: by the preset ({by_preset}).",
         optional=True,
         control_after_generate=False,
     )

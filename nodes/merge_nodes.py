@@ -17,6 +17,7 @@ from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
 from .embedding_files import how_to_call
 from .lora_stacks import specs_of
+from .merge_cache import merged
 from .merge_inputs import (
     beside_inputs,
     method_input,
@@ -27,7 +28,6 @@ from .merge_inputs import (
 from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models
 from .pictures import figure_image, text_image
-from .remembered import merged
 from .schema import LoraModel, schema, strength_input
 
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]

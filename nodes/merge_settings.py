@@ -50,9 +50,10 @@ class Request:
     @classmethod
     def of(cls, values: Mapping[str, Any], files: Sequence[str]) -> Request:
         """What the inputs of a node say, by name; what is not there is as it is by default."""
-        own = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
+        direct = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
-        return cls(**own, values=values.get("settings") or {}, files=files, references=references)
+        given = values.get("settings") or {}
+        return cls(**direct, values=given, files=files, references=references)
 
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
         """What the inputs say over the preset."""

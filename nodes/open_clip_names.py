@@ -15,8 +15,8 @@ PAPERS = "ViT-L-14-quickgelu"
 @cache
 def architectures() -> list[str]:
     """The names, the paper's first; only that where open_clip is not there."""
-    found = importlib.util.find_spec("open_clip")
-    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    spec = importlib.util.find_spec("open_clip")
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = sorted(Path(folders[0], "model_configs").glob("*.json")) if folders else []
     names = [file.stem for file in files if _is_whole(file)]
     return [PAPERS, *(name for name in names if name != PAPERS)]

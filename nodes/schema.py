@@ -39,8 +39,8 @@ def weight_input(name: str = "weight", **more: Any) -> Any:
 
 def advanced(*inputs: Any) -> list[Any]:
     """Inputs that the front end folds away; 0.3.64's do not take that when they are made."""
-    for shown in inputs:
-        shown.extra_dict = {**shown.extra_dict, "advanced": True}
+    for one in inputs:
+        one.extra_dict = {**one.extra_dict, "advanced": True}
     return list(inputs)
 
 
@@ -58,11 +58,11 @@ def schema(
     methods declare.
     """
     texts = _TEXTS[node_id]
-    for shown in inputs:
-        first = re.sub(r"_\d+$", "_1", shown.id)  # of the rows of a node
-        shown.tooltip = shown.tooltip or texts["inputs"][first]["tooltip"]
-    for number, shown in enumerate(outputs):
-        shown.tooltip = texts["outputs"][str(number)]["tooltip"]
+    for one in inputs:
+        first = re.sub(r"_\d+$", "_1", one.id)  # of the rows of a node
+        one.tooltip = one.tooltip or texts["inputs"][first]["tooltip"]
+    for number, one in enumerate(outputs):
+        one.tooltip = texts["outputs"][str(number)]["tooltip"]
     if "search_aliases" in io.Schema.__dataclass_fields__:
         more["search_aliases"] = aliases
     return io.Schema(

@@ -24,7 +24,7 @@ def rival_input(name: str) -> Any:
         for method in all_methods()
         if name in (known := declared_settings(method.settings))
     }
-    own = ", ".join(f"{method} {one.shown(one.default)}" for method, one in declared.items())
+    defaults = ", ".join(f"{method} {one.shown(one.default)}" for method, one in declared.items())
     return io.Float.Input(
         name,
         default=0.0,
@@ -32,7 +32,7 @@ def rival_input(name: str) -> Any:
         max=1.0 if all(one.high == 1 for one in declared.values()) else 10.0,
         step=0.05,
         optional=True,
-        tooltip=f"{RIVALS[name]} 0: the method's own ({own}).",
+        tooltip=f"{RIVALS[name]} 0: the method's own ({defaults}).",
     )
 
 

@@ -64,13 +64,13 @@ def _spec(concept: ToyConcept) -> ConceptConfig:
 def _prompt(concept: ToyConcept) -> str:
     """What the concept was learned with, as ComfyUI calls for an embedding."""
     token = concept.token.strip("<>")
-    said = concept.token if concept.embedding is None else f"embedding:{token}"
-    return concept.instance_prompt.replace(concept.token, said)
+    call = concept.token if concept.embedding is None else f"embedding:{token}"
+    return concept.instance_prompt.replace(concept.token, call)
 
 
 def _chosen(tokens: str) -> list[ToyConcept]:
-    found = {**toy_concepts(), **pivotal_concepts()}
-    known = {token.strip("<>"): concept for token, concept in found.items()}
+    concepts = {**toy_concepts(), **pivotal_concepts()}
+    known = {token.strip("<>"): concept for token, concept in concepts.items()}
     names = [name.strip(" <>") for name in tokens.split(",") if name.strip(" <>")]
     unknown = [name for name in names if name not in known]
     if unknown or not names:

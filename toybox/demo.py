@@ -278,7 +278,9 @@ def _page(
         title = f"{size} concepts in one LoRA"
         apart = [LABELS["base"], LABELS["single"]]
         body = html_table(columns, values, LABELS["iteris"], f"Scores: {title}", apart=apart)
-        body += html_gallery(*shown[size], caption=f"Pictures: {title}", own=LABELS["iteris"])
+        body += html_gallery(
+            *shown[size], caption=f"Pictures: {title}", highlighted=LABELS["iteris"]
+        )
         parts.append((title, body + html_details("What the merge says", notes[size])))
     return html_page("IterIS on the toybox", parts)
 

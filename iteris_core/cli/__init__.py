@@ -49,8 +49,8 @@ _TyperError: Any = typer.BadParameter.__base__
 """What typer raises for an unknown option, a missing one or a value of the wrong kind."""
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"iteris {version_of(PACKAGE) or 'from a checkout'}")
         raise typer.Exit
 

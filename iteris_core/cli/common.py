@@ -71,7 +71,7 @@ def print_table(
 
 
 @contextmanager
-def progress_bars(*, shown: bool = True) -> Generator[OnProgress]:
+def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
     """A progress bar per thing to do, on stderr, with the time that all of it has left at the one
     that is being done. What has no count, such as a plan, is a line above them."""
     columns = (
@@ -83,7 +83,7 @@ def progress_bars(*, shown: bool = True) -> Generator[OnProgress]:
     )
     tasks: dict[str, Any] = {}
     last = ""
-    with Bars(*columns, console=console, disable=not shown) as bars:
+    with Bars(*columns, console=console, disable=not visible) as bars:
 
         def on_progress(progress: Progress) -> None:
             nonlocal last
@@ -122,9 +122,9 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
-    own = torch.device("cpu" if state.device is None else state.device)
+    rank_device = torch.device("cpu" if state.device is None else state.device)
     try:
-        yield Processes(state.process_index, state.num_processes, own), str(own)
+        yield Processes(state.process_index, state.num_processes, rank_device), str(rank_device)
     finally:
         state.destroy_process_group()
 
@@ -140,7 +140,7 @@ def run_merge(
     processes the first is to write the result; the others get None."""
     with (
         processes(device) as (group, own_device),
-        progress_bars(shown=group.rank == 0 and not quiet) as on_progress,
+        progress_bars(visible=group.rank == 0 and not quiet) as on_progress,
     ):
         host, concepts = _loaded(load, own_device, on_progress)
         runtime = Runtime(processes=group)
@@ -153,7 +153,7 @@ def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
     """What such a merge would do; nothing is merged."""
-    with progress_bars(shown=not quiet) as on_progress:
+    with progress_bars(visible=not quiet) as on_progress:
         host, concepts = _loaded(load, device or best_device(), on_progress)
         return preview_merge(host, concepts, on_progress=on_progress, **options)
 
@@ -161,6 +161,6 @@ def foresee(
 def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
     check_device(device)
     on_progress(Progress("loading the base", 0, 1))
-    found = load(device)
+    base_and_concepts = load(device)
     on_progress(Progress("loading the base", 1, 1))
-    return found
+    return base_and_concepts

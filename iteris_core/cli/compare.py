@@ -135,9 +135,9 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
         scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
         other = DinoScorer.load(options.dino, device=device) if options.dino else None
 
-        for some, pictures in compositions(concepts, references, options.together):
+        for composed, pictures in compositions(concepts, references, options.together):
             before = list(done)
-            title = " + ".join(one.name for one in some if one.always_on == "no")
+            title = " + ".join(one.name for one in composed if one.always_on == "no")
 
             def keep(comparison: Comparison, before: Sequence[Comparison] = before) -> None:
                 done[:] = [*before, comparison]
@@ -146,14 +146,14 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
             compare_methods(
                 pipeline,
                 host,
-                some,
+                composed,
                 pictures,
                 config,
                 scorer,
                 dino=other,
                 on_progress=on_progress,
                 on_row=keep,
-                title=title if len(some) < len(concepts) else "",
+                title=title if len(composed) < len(concepts) else "",
             )
     written = write_results(done, options.output)
     typer.echo(markdown_table(mean_rows(done)))
@@ -222,10 +222,10 @@ def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if found is None or "0" in found.groups():
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None or "0" in match.groups():
         raise UsageError(f"--size {text!r} is not a number of pixels, or WIDTHxHEIGHT: 768x512.")
-    width, height = int(found[1]), int(found[2] or found[1])
+    width, height = int(match[1]), int(match[2] or match[1])
     if width % 8 or height % 8:
         nearest = "x".join(str(max(8, round(side / 8) * 8)) for side in (width, height))
         raise UsageError(f"--size {text!r}: both sides must be multiples of 8, such as {nearest}.")

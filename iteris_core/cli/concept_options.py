@@ -89,8 +89,8 @@ def _adapter(text: str) -> dict[str, Any]:
             "adapters/joy:joy.txt; SAMPLES is a text file with one sample a line, or a "
             ".safetensors with the model's inputs."
         )
-    found = {"file": folder, "samples": samples, "strength": strength}
-    return {key: value for key, value in found.items() if value}
+    values = {"file": folder, "samples": samples, "strength": strength}
+    return {key: value for key, value in values.items() if value}
 
 
 def concept_of(values: Mapping[str, Any], where: str, find: Find = Path) -> ConceptConfig:
@@ -115,7 +115,7 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     """The file in one of ``folders``, by its recorded name or its last part, or under
     a whole path that it records; its content must be the same."""
     names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
-    candidates = [folder / some for folder in folders for some in names]
+    candidates = [folder / part for folder in folders for part in names]
     present = [path for path in candidates if path.exists()]
     for path in present:
         if not digest or (path.is_file() and file_digest(path) == digest):

@@ -58,8 +58,8 @@ class Finding:
 
 def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False) -> None:
     """Show versions, the device and its free memory, and what is missing for what."""
-    wanted = _wanted()
-    findings = [Finding(n, version_of(n), wanted.get(n.lower()), why) for n, why in NEEDS.items()]
+    needed = _wanted()
+    findings = [Finding(n, version_of(n), needed.get(n.lower()), why) for n, why in NEEDS.items()]
     trouble = {one.name: one.trouble for one in findings if one.trouble}
     facts = _facts()
     if as_json:
@@ -71,14 +71,14 @@ def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")
         print_table(("what", "is", "for"), rows)
         for name, what in trouble.items():
             typer.secho(f"{name} {what}", fg="red", bold=True)
-        names = " ".join(f"'{name}{wanted.get(name.lower()) or ''}'" for name in trouble)
+        names = " ".join(f"'{name}{needed.get(name.lower()) or ''}'" for name in trouble)
         typer.echo(f"pip install {names}" if trouble else "Nothing is missing.")
     raise typer.Exit(1 if trouble else 0)
 
 
 def _facts() -> dict[str, str]:
     device = torch.device(best_device())
-    found = {
+    facts = {
         "iteris": version_of(PACKAGE) or "from a checkout",
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
@@ -87,11 +87,11 @@ def _facts() -> dict[str, str]:
     with suppress(ImportError):  # psutil: then it stands among what is missing
         places = {"device": device, "host": torch.device("cpu")} if device.type != "cpu" else {}
         for name, place in (places or {"host": device}).items():
-            found[f"free memory of the {name}"] = f"{free_memory(place) / 2**30:.1f} GiB"
-    found["free on disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
+            facts[f"free memory of the {name}"] = f"{free_memory(place) / 2**30:.1f} GiB"
+    facts["free on disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
     toybox = importlib.util.find_spec("toybox") is not None
-    found["toybox, for iteris demo"] = "there" if toybox else "not installed"
-    return found
+    facts["toybox, for iteris demo"] = "there" if toybox else "not installed"
+    return facts
 
 
 def version_of(name: str) -> str | None:
@@ -107,5 +107,5 @@ def _wanted() -> dict[str, str]:
         declared = requires(PACKAGE) or []
     except PackageNotFoundError:
         return {}
-    found = [re.match(r"([\w.-]+)\s*([^;\[]*)", line) for line in declared]
-    return {one[1].lower(): one[2].strip() for one in found if one is not None and one[2].strip()}
+    matches = [re.match(r"([\w.-]+)\s*([^;\[]*)", line) for line in declared]
+    return {one[1].lower(): one[2].strip() for one in matches if one is not None and one[2].strip()}

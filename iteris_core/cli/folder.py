@@ -52,21 +52,21 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     if not folder.is_dir():
         raise InputFileError(f"{folder} is no folder; give the folder with your LoRAs.")
     files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
-    found: list[FoundLora] = []
+    loras: list[FoundLora] = []
     left_out: dict[str, str] = {}
     for file in files:
         try:
-            found.append(_look_at(file))
+            loras.append(_look_at(file))
         except LoraFileError as error:
             left_out[file.name] = str(error)
-    if not found:
+    if not loras:
         seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
         raise InputFileError(f"{folder} has no LoRA in it ({seen}).")
-    family = Counter(one.family for one in found).most_common(1)[0][0]
-    for one in found:
+    family = Counter(one.family for one in loras).most_common(1)[0][0]
+    for one in loras:
         if one.family != family:
             left_out[one.name] = f"made for {one.family}, the others for {family}"
-    return _pairs([one for one in found if one.family == family]), left_out
+    return _pairs([one for one in loras if one.family == family]), left_out
 
 
 def _look_at(file: Path) -> FoundLora:
@@ -107,9 +107,9 @@ def base_near(folder: Path, family: str) -> tuple[str, str]:
     """The base for LoRAs of ``family``, and how it was found: a pipeline of diffusers that lies in
     ``folder`` or beside it, or the released model; empty where neither is clear."""
     near = [folder, folder.absolute().parent]
-    found = sorted({path.parent for place in near for path in place.glob("*/model_index.json")})
-    if len(found) == 1:
-        return str(found[0]), "the pipeline beside the LoRAs"
+    pipelines = sorted({path.parent for place in near for path in place.glob("*/model_index.json")})
+    if len(pipelines) == 1:
+        return str(pipelines[0]), "the pipeline beside the LoRAs"
     if family in _HUB:
         return _HUB[family], f"the usual base of {family} LoRAs, from the hub"
     return "", f"none found; name one for LoRAs of {family}"

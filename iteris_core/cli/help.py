@@ -102,7 +102,7 @@ def _groups(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
         heading = "Help" if parameter.name == "help" and command.name == "merge" else heading
         names = re.sub(
             r"<[^<>]+>",
-            lambda found: _TYPES.get(found[0].lower(), found[0][1:-1]),
+            lambda tag: _TYPES.get(tag[0].lower(), tag[0][1:-1]),
             record[0].replace(" <bool>", ""),
         )
         names = parameter.metavar if argument and parameter.metavar else names

@@ -39,15 +39,15 @@ def init(
     """
     loras, left_out = loras_in(folder)
     check_merge_file(output, overwrite=overwrite)
-    found, how = (base, "") if base is not None else base_near(folder, loras[0].family)
+    base_name, how = (base, "") if base is not None else base_near(folder, loras[0].family)
     if not yes and sys.stdin.isatty():
-        found, loras = _ask(found, loras)
-        how = how if found else "none given"
-    write_merge_file(output, _text(output, found, how, loras))
+        base_name, loras = _ask(base_name, loras)
+        how = how if base_name else "none given"
+    write_merge_file(output, _text(output, base_name, how, loras))
     for name, why in left_out.items():
         console.print(f"Left out: {name} ({why}).", style="yellow", markup=False, highlight=False)
     typer.echo(f"Wrote {output}: {len(loras)} LoRAs for {loras[0].family}.")
-    todo = [f"base: ({how})"] if not found else []
+    todo = [f"base: ({how})"] if not base_name else []
     todo += [f"trigger: of {one.name}" for one in loras if not one.option.phrases]
     if todo:
         typer.echo(f"Fill in {', '.join(todo)}. Then merge: iteris merge {output}")

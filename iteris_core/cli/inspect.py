@@ -41,9 +41,9 @@ def inspect(
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     check_plot(plot)
     known = _base_from(base) if base is not None else None
-    found = [_read(path, known) for path in files]
-    loras = [lora for lora, _ in found]
-    facts = [fact for _, fact in found]
+    described = [_read(path, known) for path in files]
+    loras = [lora for lora, _ in described]
+    facts = [fact for _, fact in described]
     pairs = [interference(one, two) for one, two in combinations(loras, 2)]
     if plot is not None:
         from ..report.plots import plot_interference

@@ -144,12 +144,12 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
         overwrite = options.overwrite
         return save_lora(result.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
-    told = not options.as_json and not options.quiet
+    in_words = not options.as_json and not options.quiet
     paths = save_or_keep(options.output, write, options.layout, options.dtype)
     if options.as_json:
         more = {"paths": [str(path) for path in paths]} if len(paths) > 1 else {}
         typer.echo(json.dumps({"path": str(paths[0]), **more, **result.report.to_dict()}))
-    elif told:
+    elif in_words:
         typer.echo(result.report.summary())
         for path in paths:
             typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
@@ -160,7 +160,7 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
 
         with atomically(options.plot) as unfinished:
             plot_residuals(result.report).savefig(unfinished)
-        if told:
+        if in_words:
             typer.echo(f"Wrote {options.plot}.")
 
 

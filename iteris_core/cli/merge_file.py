@@ -40,8 +40,8 @@ class MergeFile:
 
     def place(self, base: str) -> str:
         """Where the base is; a name on the hub is left as it is."""
-        found = self.find(base)
-        return str(found) if found.exists() else base
+        path = self.find(base)
+        return str(path) if path.exists() else base
 
     def folders(self) -> list[str]:
         """The first thing that each concept names: with adapters of peft, their folders."""
@@ -88,15 +88,15 @@ def write_merge_file(path: Path, text: str) -> None:
 def given_options(context: typer.Context, folder: Path, left_out: Sequence[str]) -> dict[str, Any]:
     """The options that the command line or a merge file gives, as a merge file in ``folder`` has
     them, without those that are ``left_out``."""
-    found: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for key, parameter in _parameters(context).items():
         source = context.get_parameter_source(parameter.name)
         if source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
             continue
         if parameter.name not in left_out:
             value = context.params[parameter.name]
-            found[key] = relative_name(value, folder) if isinstance(value, Path) else value
-    return found
+            given[key] = relative_name(value, folder) if isinstance(value, Path) else value
+    return given
 
 
 def relative_name(path: Path, folder: Path) -> str:
@@ -147,7 +147,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
     """Parameter → value, converted as the command line does it, since what is wrong is to be said
     with the file and the key."""
     parameters = _parameters(context)
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for key, value in values.items():
         parameter = parameters.get(str(key))
         if parameter is None:
@@ -167,5 +167,5 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
         if isinstance(converted, Path):
             target = parameter.name in _TARGETS
             converted = file.path.parent / converted if target else file.find(str(converted))
-        found[parameter.name] = converted
-    return found
+        defaults[parameter.name] = converted
+    return defaults

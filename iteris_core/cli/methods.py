@@ -76,8 +76,8 @@ def settings_page() -> str:
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    shown = Setting("").shown
-    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+    written = Setting("").shown
+    return ", ".join(f"{name}={written(value)}" for name, value in values.items())
 
 
 def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

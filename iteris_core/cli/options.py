@@ -84,8 +84,8 @@ def command(
         if one.name in settings:
             hinted |= {name: (hint, None) for name, hint in settings[one.name].items()}
         else:
-            hint, own = hints[one.name], one.metadata.get(OPTION)
-            hinted[one.name] = hint if own is None else Annotated[hint, own], one.default
+            hint, extra = hints[one.name], one.metadata.get(OPTION)
+            hinted[one.name] = hint if extra is None else Annotated[hint, extra], one.default
 
     def made(run: Callable[[typer.Context, _O], None]) -> Callable[..., None]:
         def called(context: typer.Context, **values: Any) -> None:

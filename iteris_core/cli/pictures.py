@@ -25,12 +25,12 @@ def open_picture(path: Path) -> Any:
 
 def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
     """Files and their pictures: single ones, and all of a folder by name."""
-    found: list[Path] = []
+    listed: list[Path] = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
         if not files:
             kinds = ", ".join(_IMAGES)
             raise InputFileError(f"{path} is no picture and no folder with pictures ({kinds}).")
-        found += files
-    return found, [open_picture(file) for file in found]
+        listed += files
+    return listed, [open_picture(file) for file in listed]

@@ -103,8 +103,8 @@ def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:
     for name, file in embedding_targets(path, list(lora.embeddings), overwrite=True).items():
         yield f"Its embedding {name} is in {file}: load it beside the LoRA."
     if lora.embeddings:
-        said = ", ".join(map(repr, trigger_phrases(lora.metadata)))
+        phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
         yield (
-            f"In a prompt say {said}; in ComfyUI, where the files go into models/embeddings, "
+            f"In a prompt say {phrases}; in ComfyUI, where the files go into models/embeddings, "
             "embedding:FILE in the place of a name."
         )

@@ -47,16 +47,16 @@ def merge_metadata(
     loras = [concept.lora for concept in inside if concept.lora is not None]
     names = [lora.name for lora in loras]
     called = [
-        [of_one.renamed(phrase, own) for phrase in concept.phrases]
-        for concept, of_one, own in zip(concepts, calls, joined.names, strict=True)
+        [of_one.renamed(phrase, names_of) for phrase in concept.phrases]
+        for concept, of_one, names_of in zip(concepts, calls, joined.names, strict=True)
     ]
     phrases = [
         phrase
-        for concept, some in zip(concepts, called, strict=True)
+        for concept, phrases_of in zip(concepts, called, strict=True)
         if concept.lora and concept.always_on == "no" and (concept.trigger or concept.subjects)
-        for phrase in some
+        for phrase in phrases_of
     ]
-    found = {
+    metadata = {
         "iteris": json.dumps(
             {**recipe(concepts, report, called), "embeddings": list(joined.embeddings)}
         ),
@@ -67,15 +67,15 @@ def merge_metadata(
         "modelspec.description": f"Merged by IterIS ({report.method}).",
     }
     if phrases:
-        found["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
     base = next((lora.base for lora in loras if lora.base is not None), None)
     if base is not None and base.architecture.version:
-        found["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"
-        found["ss_base_model_version"] = base.architecture.version
+        metadata["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"
+        metadata["ss_base_model_version"] = base.architecture.version
     tags = merge_tag_frequency([lora.metadata for lora in loras])
     if tags:
-        found["ss_tag_frequency"] = json.dumps(tags)
-    return found
+        metadata["ss_tag_frequency"] = json.dumps(tags)
+    return metadata
 
 
 def recipe(
@@ -157,11 +157,11 @@ def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
@@ -169,8 +169,8 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
         of_file = list(concept.lora.notes) if concept.lora is not None else []
-        if found := [*of_file, *_of_the_base(concept), *shared]:
-            notes.setdefault(concept.name, []).extend(found)
+        if notes_of_one := [*of_file, *_of_the_base(concept), *shared]:
+            notes.setdefault(concept.name, []).extend(notes_of_one)
     return notes
 
 
@@ -182,15 +182,15 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
         triggers = {" ".join(text.lower().split()) for text in texts}
         # Also the first word: "sks dog" and "sks cat" share a token.
         words.append({w for text in triggers for w in (text, text.partition(" ")[0])} - {""})
-    count = Counter(word for some in words for word in some)
+    count = Counter(word for triggers_of in words for word in triggers_of)
     return [
         [
             f"the trigger {word!r} also calls for another of the concepts: one prompt cannot tell "
             "them apart. Give other class words, or train one of them with another trigger"
-            for word in sorted(some)
+            for word in sorted(triggers_of)
             if count[word] > 1
         ]
-        for some in words
+        for triggers_of in words
     ]
 
 
@@ -227,17 +227,17 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
     for index, concept in enumerate(concepts):
         lora, own_names = concept.lora or Lora({}), dict[str, str]()
         for name, parts in lora.embeddings.items():
-            own = name
-            if own in joined and not _same(parts, joined[own]):
-                own = f"{lora.name or index + 1}-{name}"
-                while own in joined:
-                    own += "-2"
+            joined_name = name
+            if joined_name in joined and not _same(parts, joined[joined_name]):
+                joined_name = f"{lora.name or index + 1}-{name}"
+                while joined_name in joined:
+                    joined_name += "-2"
                 warnings.append(
                     f"two LoRAs bring an embedding {name!r}; that of {lora.name} is saved as "
-                    f"{own!r}. To choose the name: --rename {lora.name}:{name}=NEW"
+                    f"{joined_name!r}. To choose the name: --rename {lora.name}:{name}=NEW"
                 )
-            joined[own] = parts
-            own_names[name] = own
+            joined[joined_name] = parts
+            own_names[name] = joined_name
         names.append(own_names)
     return Joined(joined, names, warnings)
 

@@ -20,12 +20,12 @@ from ..merge import MergeResult, merge_loras
 from ..passes.always_on import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
+from .compare_progress import ALONE, BASE, CompareProgress
 from .drawing import Drawing, draw
 from .judged import PROMPT_LISTS, fill_prompts, judged_prompts
 from .row_scores import Measure, add_shares, stats_of
 from .scorers import ClipScorer, DinoScorer
 from .statistics import Stat
-from .told import ALONE, BASE, Told
 
 _R = TypeVar("_R")
 
@@ -110,29 +110,30 @@ def compare_methods(
         name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
     }
     wanted_rows = rows_of(config.methods, labels)
-    told = Told({name: method for name, (method, _) in wanted_rows.items()}, on_progress, title)
+    progress_of = CompareProgress(
+        {name: method for name, (method, _) in wanted_rows.items()}, on_progress, title
+    )
     comparison = Comparison({}, {}, prompts, {}, labels)
     for name, (method, merged) in wanted_rows.items():
-        of_method, drawn = told.of(name), range(len(prompts))
+        of_method, drawn = progress_of.of(name), range(len(prompts))
         if name.startswith(f"{ALONE} "):
             drawn = measure.judged[merged[0]]
         result = None
         if method != BASE:
-            some, own = [concepts[index] for index in merged], config.settings.get(name)
-            result = merge_loras(
-                host, [*some, *always], method, settings=own, on_progress=of_method, **how
-            )
+            parts = [*(concepts[index] for index in merged), *always]
+            how["settings"] = config.settings.get(name)
+            result = merge_loras(host, parts, method, on_progress=of_method, **how)
             seconds[name], used[name] = result.report.seconds, result.report.settings
             if result.report.calibration:
                 made["calibration"] = result.report.calibration
         called = [] if result is None else calls
         with _loaded(pipeline, result), in_force(pipeline, called) as phrases:
-            said = fill_prompts(config.templates, concepts, phrases)
-            pairs = [(said[index], seed) for index in drawn for seed in seeds]
+            texts = fill_prompts(config.templates, concepts, phrases)
+            pairs = [(texts[index], seed) for index in drawn for seed in seeds]
             images = draw(pipeline, pairs, drawing, of_method)
-        found = iter(images)
+        queue = iter(images)
         pictures[name] = [
-            next(found) if index in drawn else None for index in range(len(prompts)) for _ in seeds
+            next(queue) if index in drawn else None for index in range(len(prompts)) for _ in seeds
         ]
         columns[name] = measure(images, drawn, merged, len(seeds))
         add_shares(columns, labels)
@@ -180,5 +181,6 @@ def compositions(
         raise ScoreError(f"{together} of {len(concepts)} concepts cannot be merged together.")
     indices = combinations(range(len(concepts)), together or len(concepts))
     return [
-        ([*(concepts[i] for i in some), *always], [references[i] for i in some]) for some in indices
+        ([*(concepts[i] for i in which), *always], [references[i] for i in which])
+        for which in indices
     ]

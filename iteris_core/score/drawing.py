@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import ScoreError, brief
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
-from .told import DRAWING
+from .compare_progress import DRAWING
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,31 @@ class Drawing(Settings):
 
 def draw(
     pipeline: Any,
-    wanted: Sequence[tuple[str, int]],
+    prompts: Sequence[tuple[str, int]],
     drawing: Drawing,
     on_progress: OnProgress = lambda progress: None,
 ) -> list[Image.Image]:
     """One picture for each (prompt, seed)."""
     images: list[Image.Image] = []
     forecast = Forecast()
-    on_progress(forecast.tick(DRAWING, 0, len(wanted)))
+    on_progress(forecast.tick(DRAWING, 0, len(prompts)))
     size = dict(zip(("width", "height"), drawing.size or (), strict=False))
     with _scheduled(pipeline, drawing.scheduler):
-        for start in range(0, len(wanted), drawing.batch):
-            some = wanted[start : start + drawing.batch]
+        for start in range(0, len(prompts), drawing.batch):
+            chunk = prompts[start : start + drawing.batch]
             try:
                 images += pipeline(
-                    [prompt for prompt, _ in some],
+                    [prompt for prompt, _ in chunk],
                     num_inference_steps=drawing.steps,
                     guidance_scale=drawing.guidance,
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
                     **size,
                 ).images
             except ValueError as error:  # how pipelines refuse a size, a number of steps, …
                 raise ScoreError(
                     f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
                 ) from error
-            on_progress(forecast.tick(DRAWING, len(images), len(wanted)))
+            on_progress(forecast.tick(DRAWING, len(images), len(prompts)))
     return images
 
 
@@ -76,20 +76,20 @@ def find_scheduler(name: str) -> Any:
 
     whole = name if name.endswith("Scheduler") else f"{name}Scheduler"
     known = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
-    found = next((n for n in known if n.lower() == whole.lower()), None)
-    if found is None:
+    match = next((n for n in known if n.lower() == whole.lower()), None)
+    if match is None:
         names = ", ".join(n.removesuffix("Scheduler") for n in known)
         raise ScoreError(f"There is no scheduler {name!r} in diffusers; the names are {names}.")
-    return getattr(diffusers, found)
+    return getattr(diffusers, match)
 
 
 @contextmanager
 def _scheduled(pipeline: Any, name: str | None) -> Generator[None]:
     """The pipeline with another scheduler, for as long as that takes."""
-    own = pipeline.scheduler
+    scheduler = pipeline.scheduler
     if name is not None:
         pipeline.scheduler = scheduler_of(pipeline, name)
     try:
         yield
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = scheduler

@@ -60,7 +60,7 @@ def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> lis
     named = [_named(text, concepts) for text in each_expanded(templates, len(concepts))]
     judged: list[list[int]] = []
     for index, concept in enumerate(concepts):
-        naming = [number for number, some in enumerate(named) if index in some]
+        naming = [number for number, indices in enumerate(named) if index in indices]
         if not naming:
             raise ScoreError(
                 f"No prompt names concept {index + 1} ({concept.subject!r}), so that its likeness "

@@ -24,15 +24,15 @@ _SIDE = 320
 def html_table(
     columns: Sequence[str],
     rows: Mapping[str, Sequence[Stat | float | None]],
-    own: str = "",
+    highlighted: str = "",
     caption: str = "Scores",
     apart: Collection[str] = (),
     low: Collection[str] = (),
 ) -> str:
-    """A sortable table of three-digit figures, standard errors behind ±; row ``own`` is set off.
+    """A sortable table of three-digit figures, standard errors behind ±.
 
-    The best of each column is marked, the least of those in ``low``; rows ``apart``, such as
-    without any LoRA, are not in the running.
+    Row ``highlighted`` is set off. The best of each column is marked, the least of those in
+    ``low``; rows ``apart``, such as without any LoRA, are not in the running.
     """
     stats = {
         name: [Stat(v, math.nan) if isinstance(v, float | int) else v for v in values]
@@ -40,23 +40,23 @@ def html_table(
     }
     best: list[str | None] = []
     for index, column in enumerate(columns):
-        known = {name: stat.mean for name, some in stats.items() if (stat := some[index])}
+        known = {name: stat.mean for name, row in stats.items() if (stat := row[index])}
         running = [name for name in known if name not in apart]
         first = (min if column in low else max)(running, key=lambda n: known[n], default=None)
         best.append(first if len(running) > 1 else None)
-    return _PARTS.table(list(columns), stats, own, caption, best)
+    return _PARTS.table(list(columns), stats, highlighted, caption, best)
 
 
 def html_gallery(
     rows: Mapping[str, Sequence[Image.Image | None]],
     columns: Sequence[str],
     caption: str,
-    own: str = "",
+    highlighted: str = "",
 ) -> str:
     """Pictures by row and column, each with its own text for those who do not see it; None leaves
     a gap."""
-    pictures = {name: [some and _embedded(some) for some in row] for name, row in rows.items()}
-    return _PARTS.gallery(columns, pictures, own, caption)
+    pictures = {name: [one and _embedded(one) for one in row] for name, row in rows.items()}
+    return _PARTS.gallery(columns, pictures, highlighted, caption)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from PIL import Image
 from ..errors import OutputError, SaveError, brief
 from ..saving import atomically
 from .compare import Comparison
+from .compare_progress import ALONE, BASE
 from .page import html_details, html_gallery, html_page, html_table, picture_bytes
 from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
-from .told import ALONE, BASE
 
 OWN = "iteris"
 """The row that pages set off."""
@@ -36,13 +36,13 @@ def mean_rows(comparisons: Sequence[Comparison]) -> Rows:
     if len(comparisons) == 1:
         return comparisons[0].rows
     together = [_together(comparison) for comparison in comparisons]
-    found: dict[str, dict[str, Stat]] = {}
+    means: dict[str, dict[str, Stat]] = {}
     for method in together[0]:
         rows = [rows[method] for rows in together if method in rows]
-        found[method] = {
+        means[method] = {
             column: over_compositions([row[column] for row in rows]) for column in rows[0]
         }
-    return found
+    return means
 
 
 def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
@@ -58,7 +58,7 @@ def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
         for column, stat in row.items():
             groups.setdefault(common(column), []).append(stat.mean)
     return {
-        method: {column: fmean(some) for column, some in groups.items()}
+        method: {column: fmean(figures) for column, figures in groups.items()}
         for method, groups in values.items()
     }
 
@@ -161,8 +161,8 @@ def _made(comparison: Comparison) -> str:
     """A line for each method, and for the calibration and the drawing."""
     lines: list[str] = []
     for name, values in {**comparison.settings, **comparison.made}.items():
-        shown = ", ".join(f"{key}={value}" for key, value in values.items() if key != "templates")
-        lines.append(f"{name}: {shown}")
+        text = ", ".join(f"{key}={value}" for key, value in values.items() if key != "templates")
+        lines.append(f"{name}: {text}")
     lines += [f"{name}: {seconds:.1f} s" for name, seconds in comparison.seconds.items()]
     return "\n".join(lines)
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..concepts import Concept
+from .compare_progress import ALONE
 from .judged import labels_of
 from .scorers import ClipScorer, DinoScorer, without_tokens
 from .statistics import Stat, over_seeds
-from .told import ALONE
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measure:
 
     @cached_property
     def _embedded(self) -> list[Tensor]:
-        return [self.scorer.embed_images(some) for some in self.references]
+        return [self.scorer.embed_images(pictures) for pictures in self.references]
 
     def __call__(
         self,
@@ -69,7 +69,7 @@ class Measure:
                 columns[f"dino {self.labels[index]}"] = self._where_judged(index, values, numbers)
         if self.collapse_below is not None:
             columns["collapsed"] = torch.tensor(
-                [collapse_rate(some, self.collapse_below) for some in likeness.mT.tolist()]
+                [collapse_rate(values, self.collapse_below) for values in likeness.mT.tolist()]
             )
         return columns
 
@@ -104,10 +104,10 @@ def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) 
 
 def stats_of(columns: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Stat]:
     """Column → mean and standard error of what the pictures, prompts × ``seeds``, say of it."""
-    found: dict[str, Stat] = {}
+    stats: dict[str, Stat] = {}
     for column, values in columns.items():
         every = zip(values.tolist(), [*seeds] * (len(values) // len(seeds)), strict=True)
         known = [(value, seed) for value, seed in every if not math.isnan(value)]
         if known:
-            found[column] = over_seeds(*zip(*known, strict=True))
-    return found
+            stats[column] = over_seeds(*zip(*known, strict=True))
+    return stats

@@ -91,7 +91,7 @@ class ClipScorer(ImageScorer):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors, (texts, width), float32, on the CPU."""
         return self._units(
-            texts, lambda some: self._model.encode_text(self._tokenizer(some).to(self._device))
+            texts, lambda chunk: self._model.encode_text(self._tokenizer(chunk).to(self._device))
         )
 
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -37,8 +37,8 @@ def contact_sheet(
         pen.text((4, y + cell // 2 - 10), label, fill="black", font=large)
         for index, picture in enumerate(pictures):
             if picture is not None:
-                shown = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(shown, (left + index * (cell + gap), y))
+                scaled = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(scaled, (left + index * (cell + gap), y))
     return sheet
 
 

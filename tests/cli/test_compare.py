@@ -20,12 +20,12 @@ import toybox
 from iteris_core import Concept, IterisError, Lora, Progress
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.presets import PRESETS
+from iteris_core.score.compare_progress import DRAWING, CompareProgress
 from iteris_core.score.judged import fill_prompts, judged_prompts
 from iteris_core.score.page import html_table
 from iteris_core.score.results import _in_order
 from iteris_core.score.row_scores import add_shares
 from iteris_core.score.statistics import Stat, csv_table, markdown_table, over_seeds
-from iteris_core.score.told import DRAWING, Told
 
 CLIP = f"--clip=local-dir:{toybox.ROOT / 'weights' / 'clip'}"
 
@@ -135,7 +135,9 @@ def test_likeness_leaves_out_pictures_that_name_other_concepts(monkeypatch):
 def test_the_time_left_is_that_of_all_methods():
     """Two merges of a minute, and four drawings of ten seconds."""
     seen: list[Progress] = []
-    told = Told({name: name for name in ("base", "iteris", "ssr", "average")}, seen.append)
+    told = CompareProgress(
+        {name: name for name in ("base", "iteris", "ssr", "average")}, seen.append
+    )
 
     def tell(name, what, seconds, left):
         told.of(name)(Progress(what, 1, 2, seconds, left))

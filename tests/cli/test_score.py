@@ -70,7 +70,7 @@ def test_a_sheet_has_every_picture_in_its_place():
 
 
 def test_a_page_is_self_contained_and_escapes():
-    table = html_table(["image"], {"<b>": [0.5], "own": [None]}, own="own")
+    table = html_table(["image"], {"<b>": [0.5], "own": [None]}, highlighted="own")
     pictures = html_gallery({"a<b": [RED, None]}, ['a "red"', "none"], "Pictures")
     page = html_page("Scores & more", [("", table), ("Pictures", pictures)])
     assert 'alt="a&lt;b: a &#34;red&#34;"' in page

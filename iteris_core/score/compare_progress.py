@@ -11,7 +11,7 @@ from ..progress import OnProgress, Progress
 BASE, ALONE, DRAWING = "base", "alone", "drawing"
 
 
-class Told:
+class CompareProgress:
     """Progress of merges and drawings as that of the whole comparison, of rows and their methods:
     the rows to come take as long as those before, or as the one that is at it."""
 
