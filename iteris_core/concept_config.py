@@ -20,7 +20,7 @@ from .settings import Settings
 WORDS = ("trigger", "class", "kind", "always_on")
 NUMBERS = ("strength", "text_strength", "weight")
 KEYS = ("file", *WORDS, *NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
-"""What a mapping may say of a concept; the last three are what a recipe records."""
+"""Keys of a concept as a mapping; only recipes hold the last three."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class ConceptConfig(Concept):
         if "file" in given:
             given["file"], given["low"] = split_files(given["file"])
         elif "prompts" in given:
-            given = {"weight": PRESERVE_WEIGHT, "trigger": "preserve", **given}
+            defaults: dict[str, Any] = {"weight": PRESERVE_WEIGHT, "trigger": "preserve"}
+            given = {**defaults, **given}
         else:
             raise ConceptError(f"{where} has neither a file nor prompts for the base to stay on.")
         try:
@@ -121,12 +122,12 @@ class ConceptConfig(Concept):
         return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
 
     def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
-        """The same concept, called for by ``phrases``."""
+        """The same concept with ``phrases`` as its trigger words."""
         return replace(self, **words_in(phrases)._asdict(), source=source)
 
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
-        """The same with the words of the file's ``metadata``, or of the notes beside it, where
-        nothing else says how to call for the concept."""
+        """The same with the trigger words of the file's ``metadata``, or of the notes beside it, if
+        it has none yet."""
         if self.file is None or self.phrases or self.always_on != "no":
             return self
         return self.called(*find_phrases(self.file, metadata))

@@ -1,4 +1,4 @@
-"""What is merged, and the prompts on which its features are collected."""
+"""Concepts to merge, and the calibration that collects their features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AlwaysOn = Literal["no", "include", "outside"]
 
 
 def prompt_list(name: str) -> tuple[str, ...]:
-    """Those of ``prompts/NAME.txt``."""
+    """The lines of ``prompts/NAME.txt``."""
     file = Path(__file__).parent / "prompts" / f"{name}.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
@@ -31,9 +31,9 @@ KINDS: Mapping[PromptKind, tuple[str, ...]] = {
 }
 """Templates by what a concept is: a thing, a look of everything, booru tags, or a movement."""
 PAIR_TEMPLATES = prompt_list("pairs")
-"""Of two things side by side, the left one first."""
+"""Templates of two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
-"""What prompts count on which the base model is to stay; much of it weakens the concepts."""
+"""Weight of prompts on which the base model is to stay; a large one weakens the concepts."""
 
 
 _C = TypeVar("_C", bound="Concept")
@@ -47,7 +47,7 @@ class LoraReader(Protocol):
 
 @dataclass(frozen=True)
 class Concept(Settings):
-    """One LoRA and how to call for what it knows.
+    """One LoRA, its trigger words and its weight.
 
     ``prompts`` are used as they are; without them they are made from ``trigger`` and
     ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
@@ -118,17 +118,17 @@ class Concept(Settings):
 
     @property
     def phrases(self) -> Sequence[str]:
-        """What calls for the concept in a prompt, with a class word; one, as a rule."""
+        """The trigger words of the concept with its class word; one phrase, as a rule."""
         one = f"{self.trigger} {self.class_word}".strip()
         return self.subjects or ([one] if one else [])
 
     @property
     def subject(self) -> str:
-        """All that the concept knows, in one prompt."""
+        """All phrases of the concept in one prompt."""
         return " and ".join(self.phrases)
 
     def strength_at(self, site: str) -> float:
-        """What the LoRA's change of ``site`` is multiplied by."""
+        """The factor of the LoRA's change of ``site``."""
         if self.text_strength is not None and site.startswith("text_encoder"):
             return self.text_strength
         return self.strength
@@ -146,7 +146,7 @@ class Concept(Settings):
 
 @dataclass(frozen=True)
 class Calibration(Settings):
-    """How features are collected."""
+    """Settings of the samples on which features are collected."""
 
     samples: int = setting(
         50,
@@ -232,12 +232,12 @@ class Calibration(Settings):
 
     @property
     def single_templates(self) -> Sequence[str]:
-        """Of one concept."""
+        """Templates of one concept."""
         return self._with(1)
 
     @property
     def pair_templates(self) -> Sequence[str]:
-        """Of two concepts side by side; without any of its own :data:`PAIR_TEMPLATES`."""
+        """Templates of two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
         return self._with(2) or PAIR_TEMPLATES
 
 

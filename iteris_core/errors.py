@@ -27,7 +27,7 @@ class SettingsError(IterisError):
 
 
 class ConceptError(IterisError):
-    """A concept has a slip in it, or nothing says how to call for it."""
+    """A concept is malformed, or has no trigger words."""
 
 
 class MergeFileError(IterisError):
@@ -88,7 +88,7 @@ class ScoreError(IterisError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What the index says of an error beyond its docstring; a code never changes its meaning."""
+    """The index entry of an error beyond its docstring; a code never changes its meaning."""
 
     code: str
     remedy: str
@@ -203,6 +203,6 @@ def brief(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What ends a sentence about an unknown ``name``: the nearest of ``known``, if one is near."""
+    """The end of a sentence about an unknown ``name``, with the nearest of ``known``, if any."""
     near = get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else "."

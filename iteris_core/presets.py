@@ -64,5 +64,5 @@ PRESETS: Mapping[PresetName, Preset] = {
 
 
 def preset_settings(preset: PresetName, method: str) -> dict[str, Any]:
-    """What ``preset`` says of ``method``."""
+    """The settings of ``method`` in ``preset``."""
     return dict(PRESETS[preset].settings) if method == "iteris" else {}

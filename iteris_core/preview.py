@@ -42,7 +42,7 @@ class Preview:
     denoised: int
 
     def lines(self) -> list[str]:
-        """What stands in the way, and the plan, for a person."""
+        """The complaint and the plan, for a person."""
         lines = [f"Cannot be merged by features: {self.complaint}."] if self.complaint else []
         lines += [f"Plan: {line}" for line in self.plan]
         if self.denoised:

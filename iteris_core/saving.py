@@ -23,8 +23,8 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def atomically(path: Path) -> Generator[Path]:
-    """Where to write the file or folder ``path``: in a folder of its own beside it, out of which it
-    is renamed at the end.
+    """Yield a path to write the file or folder ``path`` to: in a temporary folder beside it, out of
+    which it is renamed at the end.
 
     Where the disk is full, or whatever else is raised, nothing is left of it and what had the name
     keeps it; of the operating system's errors, safetensors' among them, :class:`SaveError` is made.

@@ -31,9 +31,9 @@ def setting(default: _T, help: str, **limits: Any) -> _T:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting.
+    """The declaration of one setting.
 
-    ``none`` says what None stands for. Numbers are at least ``low`` or ``above`` it, at most
+    ``none`` explains the value None. Numbers are at least ``low`` or ``above`` it, at most
     ``high`` or ``below`` it; a form may offer less, up to ``most`` in steps of ``step``. A number
     that may be whole or not is a count, or a share of ``share``. The rest comes
     from the field.
@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def kind(self) -> type:
-        """bool, int, float or str (a choice), whichever a form asks for."""
+        """bool, int, float or str (a choice): the type of its field in a form."""
         return next((kind for kind in (bool, int, float) if kind in self.types), str)
 
     def check(self, value: Any) -> None:
@@ -74,8 +74,7 @@ class Setting:
         elif isinstance(value, float) and int in self.types:
             right = float in self.types and 0 < value < 1
         else:
-            right = self._within(value)
-            expected = (self._range() if math.isfinite(value) else "a finite number") or expected
+            right, expected = self._within(value), self._range() or expected
         if not right:
             others = f" (or {', or '.join(self._alternatives())})" if self._alternatives() else ""
             written = repr(value) if isinstance(value, str) else value
@@ -98,7 +97,7 @@ class Setting:
         return text
 
     def allowed(self) -> str:
-        """What may be given, in a few words."""
+        """The allowed values, in a few words."""
         return ", or ".join([self._type(), *self._alternatives()])
 
     def shown(self, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the concept nodes say, before a MODEL is there to read the LoRA file with."""
+"""Concepts of the nodes, before a MODEL is there to read their LoRA files for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..iteris_core.lora_files.experts import joined_experts
 from ..iteris_core.lora_files.sidecars import sidecars
 
 DENOISER = "unet"
-"""What the sites of a MODEL begin with."""
+"""The component of a MODEL in the names of its sites."""
 
 ALWAYS = "always on"
 Kind = PromptKind | Literal["lines", "file", "always on"]
 KINDS = (*get_args(PromptKind), "lines", "file", ALWAYS)
-"""Where prompts come from: templates of a kind, lines that the user wrote, or a file of them; a
-speed LoRA has none."""
+"""The source of prompts: templates of a kind, lines that the user wrote, or a file of them; a speed
+LoRA has none."""
 
 _PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
@@ -82,8 +82,8 @@ def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[st
     """``lines`` with every phrase in place of their ``{}``."""
     if not phrases and any("{}" in line for line in lines):
         raise IterisError(
-            f"The prompts of {file.name} have {{}} in them, and nothing is known to put there; "
-            "write its trigger words."
+            f"The prompts of {file.name} have {{}} in them, but the LoRA has no trigger "
+            "words to put there; type them."
         )
     return tuple(
         line.replace("{}", phrase)

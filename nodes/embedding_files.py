@@ -20,7 +20,7 @@ def how_to_call(lora: Mapping[str, Tensor]) -> str:
     """Lines that say what calls for the embeddings of a merged LoRA in its CLIP."""
     embeddings, _ = unbundled(Path("merged"), lora)
     return "".join(
-        f"\n  {name}: say embedding:{file_name}; Save Merged LoRA writes it into models/embeddings"
+        f"\n  {name}: write embedding:{file_name}; Save Merged LoRA puts it into models/embeddings"
         for name, file_name in file_names(embeddings).items()
     )
 
@@ -38,7 +38,7 @@ def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
         if not path.exists():
             save_atomically(tensors, path, {"name": name})
         called = path.relative_to(root).with_name(path.stem).as_posix()
-        text += f"\nIts embedding {name}: say embedding:{called}"
+        text += f"\nIts embedding {name}: write embedding:{called}"
     return text
 
 

@@ -1,4 +1,4 @@
-"""The node that looks into LoRAs, and says what a merge of them would do."""
+"""The node that inspects LoRAs and previews their merge."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class InspectLoras(io.ComfyNode):
             loaded = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
             loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
-                raise IterisError("There is no LoRA to look into; connect one or more.")
+                raise IterisError("No LoRA is connected; connect one or more.")
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
             lines = [to_table([describe(lora) for lora in loras], pairs)]
             for lora in loras:
@@ -101,7 +101,7 @@ def _alike(pairs: Sequence[Interference]) -> list[str]:
 
 def _words(specs: Sequence[ConceptConfig], concepts: Sequence[Concept]) -> list[str]:
     return [
-        f"{concept.name}: no trigger words and no prompts are known; a merge needs them."
+        f"{concept.name}: no trigger words and no prompts; a merge needs either."
         for spec, concept in zip(specs, concepts, strict=True)
         if spec.file is not None and spec.prompts is None and not spec.phrases
     ]
@@ -114,7 +114,7 @@ def _plan(
     memory: int | Literal["free"],
     node_id: str | None,
 ) -> list[str]:
-    """What a merge would take, or what would stop it."""
+    """The lines of the preview of a merge, or the error that would stop it."""
     try:
         preview = preview_merge(
             host,

@@ -51,7 +51,7 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
     elif silent:
         names = ", ".join(file.name for at in silent if (file := named[at].file))
         raise IterisError(
-            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and nothing tells "
+            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and it is not clear "
             f"which are for {names}; give one phrase for each LoRA, in order, with ; between them."
         )
     return tuple(named)
@@ -101,6 +101,6 @@ def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
 def _unreadable(entry: Any) -> IterisError:
     keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
     return IterisError(
-        f"The LORA_STACK has an entry of a kind that is not known ({keys}); expected are (name, "
+        f"The LORA_STACK has an entry of an unknown form ({keys}); expected are (name, "
         "strength, clip strength) or a dictionary with name and strength."
     )

@@ -15,7 +15,7 @@ from .lora_stacks import NONE, lora_path, specs_of, with_words
 from .schema import concepts_input, concepts_output, schema, strength_input, weight_input
 
 ROWS = 10
-"""How many LoRAs one node takes; the front end shows those in use and one more (web/iteris.js)."""
+"""LoRAs of one node; the front end shows those in use and one more (web/iteris.js)."""
 
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
             "input": " (from trigger_words)"}  # fmt: skip
@@ -107,12 +107,12 @@ def words_of(specs: list[ConceptConfig]) -> str:
 
 
 def _line(spec: ConceptConfig) -> str:
-    """What a node shows of a concept."""
+    """The line of a concept on the node."""
     if spec.file is None:
         return "base: as it is"
     if spec.always_on != "no":
         return f"{spec.file.stem} at {spec.strength:g}: always on, and part of the merged LoRA"
-    words = "; ".join(spec.phrases) or "NO WORDS ARE KNOWN: write them"
+    words = "; ".join(spec.phrases) or "No trigger words found; type them"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"
     source = _SOURCES.get(spec.source, f" (from {spec.source})")

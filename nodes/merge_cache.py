@@ -1,5 +1,5 @@
-"""Merges that were made, kept: another strength, another name or one more method to compare with
-does not make them again."""
+"""A cache of merges: another strength, another name or one more method to compare does not run
+them again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def merged(
     node_id: str | None,
     **experts: Any,
 ) -> MergeResult:
-    """The merge that is asked for, made unless it was; ``experts`` as :func:`.merging.merge_on`."""
+    """The merge of ``config``, from the cache if it is there; ``experts`` as in
+    :func:`.merging.merge_on`."""
     parts = [part for part in (model, clip, experts.get("low")) if part is not None]
     key = (
         [Same(part, _forget) for part in parts],
@@ -50,7 +51,7 @@ def forget() -> None:
 
 
 def _forget(_: Any) -> None:
-    """A MODEL or CLIP is gone; merges on it cannot be asked for again."""
+    """Drop the merges on a MODEL or CLIP that is gone."""
     _kept[:] = [(key, result) for key, result in _kept if all(part == part for part in key[0])]
 
 

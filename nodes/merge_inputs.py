@@ -14,7 +14,7 @@ from ..iteris_core.settings import Settings, declared_settings
 from .schema import MergeSettings, concepts_input
 
 _NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
-"""What stands for none, which no number can be there, where 0 has a meaning of its own."""
+"""Setting → the value for none, where 0 has a meaning of its own."""
 
 
 def none_of(name: str) -> float | str:
@@ -99,7 +99,7 @@ def preset_input() -> Any:
 
 
 def beside_inputs() -> list[Any]:
-    """What goes beside the prompts, and the settings."""
+    """Inputs beside the prompts, and the settings."""
     return [
         io.Conditioning.Input("conditioning", optional=True),
         io.Latent.Input("latent", optional=True),

@@ -1,4 +1,4 @@
-"""What the inputs of a merging node ask for, as the library takes it."""
+"""The inputs of a merging node as a request to the library."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class Request:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], files: Sequence[str]) -> Request:
-        """What the inputs of a node say, by name; what is not there is as it is by default."""
+        """The request of a node's inputs by name; missing ones have their defaults."""
         direct = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
         return cls(**direct, values=given, files=files, references=references)
 
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
-        """What the inputs say over the preset."""
+        """The inputs over the preset."""
         values = {name: self.values[name] for name in CALIBRATION if name in self.values}
         calibration = changed(Calibration, {"seed": self.seed, **values})
         calibration |= {"samples": self.samples} if self.samples else {}
@@ -70,7 +70,8 @@ class Request:
         )
 
     def _settings(self, method: str) -> dict[str, Any]:
-        """Of other methods than ours the rank and :data:`RIVALS`, as far as they have them."""
+        """Settings of the method; other methods than ours take the rank and :data:`RIVALS`, if they
+        have them."""
         if method != _DEFAULT_METHOD:
             known = declared_settings(find_method(method).settings)
             given = {n: self.values.get(n) for n in ("rank", *RIVALS)}
@@ -90,12 +91,12 @@ class Request:
 
     @property
     def base(self) -> dict[str, Any]:
-        """How :class:`.comfy_host.ComfyHost` runs the model."""
+        """Arguments of :class:`.comfy_host.ComfyHost`."""
         return {"references": self.references, "distilled": self.distilled}
 
     @property
     def note(self) -> str:
-        """What a report has to say of the inputs."""
+        """A line about the inputs, for the report."""
         if not self._fast:
             return ""
         return (

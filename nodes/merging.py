@@ -99,12 +99,12 @@ def merge_on(
 
 
 def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
-    """What ``result`` is once it is saved and loaded again, with its embeddings in it."""
+    """``result`` as it is once saved and loaded again, with its embeddings in it."""
     return _lora_model(result.lora, result, dtype)
 
 
 def as_lora_models(result: MergeResult, dtype: str = "float16") -> tuple[LoraModel, LoraModel]:
-    """Those of the models for high and for low noise."""
+    """The LoRAs of the models for high and for low noise."""
     high, low = split_experts(result.lora, DENOISER)
     return _lora_model(high, result, dtype), _lora_model(low, result, dtype)
 

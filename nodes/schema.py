@@ -1,4 +1,4 @@
-"""What the nodes' schemas have in common."""
+"""Types, inputs and texts that the nodes' schemas share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node with everything that a merge can be told and hardly needs."""
+"""The node with the advanced options of a merge."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _spec(concept: ToyConcept) -> ConceptConfig:
 
 
 def _prompt(concept: ToyConcept) -> str:
-    """What the concept was learned with, as ComfyUI calls for an embedding."""
+    """The prompt of the concept's training, with embeddings in ComfyUI's notation."""
     token = concept.token.strip("<>")
     call = concept.token if concept.embedding is None else f"embedding:{token}"
     return concept.instance_prompt.replace(concept.token, call)

@@ -46,7 +46,7 @@ for command in (
     app.command(cls=Command, context_settings=_HELP)(command)
 
 _TyperError: Any = typer.BadParameter.__base__
-"""What typer raises for an unknown option, a missing one or a value of the wrong kind."""
+"""Raised by typer for an unknown option, a missing one or a value of the wrong kind."""
 
 
 def _version(show: bool) -> None:

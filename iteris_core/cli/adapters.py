@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..concept_config import ConceptConfig
 from ..concepts import Concept
 from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
-from ..lora_files import read_tensors
+from ..lora_files import check_file, read_tensors
 from .base import loading
 from .options import read_lines
 
@@ -48,40 +49,47 @@ def load_adapters(
     """
     from ..hosts.transformers import TransformersHost
 
-    folders = [check_adapter(option) for option in adapters]
-    model = _load(base, model_class, folders[0]).to(device)
+    model = _load(base, model_class, adapters[0].files[0]).to(device)
     host = TransformersHost(
         model, generate=None if generate is None else {"max_new_tokens": generate}
     )
-    texts = any(option.samples.suffix != ".safetensors" for option in adapters if option.samples)
+    texts = any(one.samples.suffix != ".safetensors" for one in adapters if one.samples)
     tokenizer = _load_tokenizer(base) if texts else None
     return host, [
-        Concept(
-            host.read_lora(folder),
-            trigger=option.trigger or folder.name,
-            strength=option.strength,
-            weight=option.weight,
-            inputs=_inputs(option.samples, tokenizer),
+        replace(
+            one.concept(host.read_lora(folder)),
+            trigger=one.trigger or folder.name,
+            inputs=_inputs(one.samples, tokenizer),
         )
-        for folder, option in zip(folders, adapters, strict=True)
-        if option.samples is not None
+        for one in adapters
+        for folder in one.files
+        if one.samples is not None
     ]
 
 
-def check_adapter(option: ConceptConfig) -> Path:
-    """The folder of an adapter. Raises :class:`IterisError` for what only LoRA files have."""
-    name = option.file or "a concept"
-    if option.file is None or option.samples is None:
-        raise ConceptError(
-            f"{name} is not FOLDER:SAMPLES, such as adapters/joy:joy.txt; SAMPLES is a text file "
-            "with one sample a line, or a .safetensors with the model's inputs."
-        )
-    if option.prompts is not None or option.class_word or option.text_strength is not None:
-        raise ConceptError(
-            f"{name}: prompts, class and text_strength are for diffusion bases; an adapter of a "
-            "model of transformers has samples, strength and weight."
-        )
-    return option.file
+def check_adapters(adapters: Sequence[ConceptConfig]) -> None:
+    """Raise :class:`IterisError` for a folder that is no adapter, for samples that cannot be read,
+    and for what only LoRA files have."""
+    for one in adapters:
+        name = one.file or "a concept"
+        if one.file is None or one.samples is None:
+            raise ConceptError(
+                f"{name} is not FOLDER:SAMPLES, such as adapters/joy:joy.txt; SAMPLES is a text "
+                "file with one sample a line, or a .safetensors with the model's inputs."
+            )
+        if one.prompts is not None or one.class_word or one.text_strength is not None:
+            raise ConceptError(
+                f"{name}: prompts, class and text_strength are for diffusion bases; an adapter of "
+                "a model of transformers has samples, strength and weight."
+            )
+        if not (one.file / "adapter_config.json").is_file():
+            raise ConceptError(
+                f"{name} is no adapter folder of peft: it has no adapter_config.json."
+            )
+        if one.samples.suffix == ".safetensors":
+            check_file(one.samples)
+        elif not read_lines(one.samples):
+            raise ConceptError(f"{one.samples} has no samples; write one a line.")
 
 
 def _load(base: str, model_class: str | None, adapter: Path) -> Any:
@@ -98,8 +106,8 @@ def _load(base: str, model_class: str | None, adapter: Path) -> Any:
             raise UsageError(f"--model-class {name}: transformers has no class of that name.")
         if kind is None:
             raise BaseError(
-                f"The adapter {adapter} is for {name}, which is no class of transformers. Give one "
-                "whose modules have the same names, such as --model-class "
+                f"The adapter {adapter} is for {name}; transformers has no class of that "
+                "name. Give one whose modules have the same names, such as --model-class "
                 "AutoModelForSequenceClassification, or merge from Python with "
                 "TransformersHost(model)."
             )

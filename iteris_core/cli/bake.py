@@ -64,7 +64,7 @@ def bake(
     places, model = places_in(source, known)
     read = [read_lora_file(file, model, weight_in(places), options) for file, *_ in loras]
     changes = _summed(read, [strengths for _, *strengths in loras])
-    with progress_bars(shown=not quiet) as on_progress:
+    with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
             on_progress(Progress("writing weights", done, total))

@@ -25,7 +25,7 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise DeviceError(
-            f"--device {device!r} is no device of torch; say cpu, cuda, cuda:1, …"
+            f"--device {device!r} is not a device of torch; give cpu, cuda, cuda:1, …"
         ) from error
     backend = getattr(torch, kind, None)
     available = getattr(backend, "is_available", None)
@@ -34,7 +34,7 @@ def check_device(device: str) -> None:
     if available is not None and not available():
         raise DeviceError(
             f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
-            "--device out for the best that there is, or say cpu; iteris doctor shows what is here."
+            "--device out for the best device, or give cpu; iteris doctor lists the devices."
         )
 
 
@@ -113,8 +113,8 @@ def load_base(
 
 @contextmanager
 def loading(base: str, what: str) -> Generator[None]:
-    """What a library raises becomes an :class:`IterisError` that asks for a folder with ``what``
-    or a hub name."""
+    """Turn what a library raises into an :class:`IterisError`, which suggests a folder with
+    ``what`` or a hub name."""
     try:
         yield
     except IterisError:

@@ -1,4 +1,4 @@
-"""What can be checked before a base is loaded: files, words, settings, and where results go."""
+"""Checks before a base is loaded: LoRA files, trigger words, and places of results."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 
 from ..concept_config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, OutputError
-from ..lora_files import check_file, is_lora, read_header
+from ..lora_files import is_lora, read_header
 from ..report.provenance import shared_triggers
-from .adapters import check_adapter
-from .options import read_lines
 
 _FEW = 8
 """Tensors that a file of embeddings may have; a model has more."""
@@ -57,22 +55,6 @@ def _check_lora(file: Path) -> dict[str, str]:
     return metadata
 
 
-def check_adapters(concepts: Sequence[ConceptConfig]) -> None:
-    """The same for adapters of peft, and for their samples."""
-    for option in concepts:
-        folder = check_adapter(option)
-        if not (folder / "adapter_config.json").is_file():
-            raise ConceptError(
-                f"{folder} is no adapter folder of peft: it has no adapter_config.json."
-            )
-        if option.samples is None:
-            continue
-        if option.samples.suffix == ".safetensors":
-            check_file(option.samples)
-        elif not read_lines(option.samples):
-            raise ConceptError(f"{option.samples} has no samples; write one a line.")
-
-
 def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
     """Raise :class:`IterisError` where a result would be written over one of the LoRAs."""
     for option in concepts:
@@ -98,7 +80,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
-    """What is probably not meant, in a sentence each."""
+    """A sentence about each concept that is probably a mistake."""
     for option in concepts:
         if not option.counts:
             what = "strength" if option.weight else "weight"

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, and the run of a merge."""
+"""Options, tables and progress of all commands, and the run of a merge."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def run_merge(
 def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
-    """What such a merge would do; nothing is merged."""
+    """Preview such a merge; nothing is merged."""
     with progress_bars(visible=not quiet) as on_progress:
         host, concepts = _loaded(load, device or best_device(), on_progress)
         return preview_merge(host, concepts, on_progress=on_progress, **options)

@@ -163,8 +163,8 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
 def _checked(
     options: CompareOptions,
 ) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
-    """What is compared, of which concepts, with which pictures. Raises :class:`IterisError` for
-    what is wrong, before a base is loaded."""
+    """The comparison, its concepts, and the reference pictures of each. Raises
+    :class:`IterisError` for any mistake before a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
@@ -172,7 +172,8 @@ def _checked(
     drawing = Drawing(**options.drawing, scheduler=options.scheduler, size=_size(options.size))
     settings, calibration = parse_by_method(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
-    calibration |= {"seed": drawing.seed, **options.calibration, **given(templates=lines)}
+    calibration = {"seed": drawing.seed, **calibration, **options.calibration}
+    calibration |= given(templates=lines)
     preset = options.preset or "default"
     for name in kinds:
         settings_over(preset, name, settings[name], calibration)
@@ -209,7 +210,7 @@ def _checked(
 
 @contextmanager
 def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]:
-    """Whatever stops the comparison, say that the finished rows are kept in ``output``."""
+    """Report the finished rows in ``output``, whatever stops the comparison."""
     try:
         yield
     except BaseException:

@@ -19,7 +19,7 @@ from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
 Find = Callable[[str], Path]
-"""Where the file is that is named so."""
+"""Name → path of a file."""
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
@@ -52,7 +52,7 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
 
 
 def first_name(text: str) -> str:
-    """What stands before the first colon or key: with an adapter of peft, its folder."""
+    """The text before the first colon or key: with an adapter of peft, its folder."""
     return _KEY.split(text)[0].removeprefix("file=").partition(":")[0]
 
 
@@ -123,9 +123,7 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     if present:
         raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
     places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise RecipeError(
-        f"{name} is in none of the folders {places}; say with --loras in which folder it is."
-    )
+    raise RecipeError(f"{name} is in none of the folders {places}; name its folder with --loras.")
 
 
 def read_concepts(

@@ -33,7 +33,7 @@ NEEDS = {
     "psutil": "planning memory on a CPU",
     "PyYAML": "merge files",
 }
-"""What a package is for."""
+"""Package → its purpose."""
 
 
 @dataclass(frozen=True)

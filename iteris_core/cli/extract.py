@@ -81,7 +81,7 @@ def _extracted(
         load_base(base, device, dtype=options.base_dtype) for base in (options.base, options.tuned)
     ]
     base, tuned = map(DiffusersHost, pipelines)
-    with progress_bars(shown=not options.quiet) as on_progress:
+    with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], base.sites())
         found = extract_lora(base, tuned, target, kind, on_progress=on_progress, **how)
     one, two = (

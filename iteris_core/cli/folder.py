@@ -50,7 +50,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     Raises :class:`IterisError` where there is no LoRA.
     """
     if not folder.is_dir():
-        raise InputFileError(f"{folder} is no folder; give the folder with your LoRAs.")
+        raise InputFileError(f"{folder} is not a folder; give the folder with your LoRAs.")
     files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     loras: list[FoundLora] = []
     left_out: dict[str, str] = {}

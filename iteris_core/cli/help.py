@@ -12,7 +12,7 @@ _TYPES = {
     **{"<path>": "FILE", "<list[path]>": "FILE", "<str>": "TEXT", "<list[str]>": "TEXT"},
     **{"<int>": "N", "<float>": "X", "<float range>": "X", "<int range>": "N"},
 }
-"""What typer calls a type, and what the help calls it."""
+"""Type in typer's words → in the help's."""
 
 EXAMPLES = {
     "bake": ("iteris bake model.safetensors --lora cat.safetensors:0.8 -o model-cat.safetensors",),
@@ -40,8 +40,8 @@ EXAMPLES = {
 """Command → lines that it begins with; a test holds them against the options."""
 
 CONCEPT = (
-    ("FILE", "a LoRA whose metadata say what calls for it"),
-    ("FILE:TRIGGER:CLASS", 'cat.safetensors:sks:cat is called for by "sks cat"'),
+    ("FILE", "a LoRA whose metadata hold its trigger words"),
+    ("FILE:TRIGGER:CLASS", 'cat.safetensors:sks:cat, in prompts "sks cat"'),
     ("FILE:TRIGGER:CLASS:0.8", "as loaded at strength 0.8; 0.8/0.5: model and text encoders"),
     ("HIGH+LOW:TRIGGER:CLASS", "two files, for a base with two experts"),
     ("FOLDER:SAMPLES", "an adapter of peft, for a model of transformers; :0.8 behind it"),
@@ -59,9 +59,9 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self.format_usage(ctx, formatter)
         self.format_help_text(ctx, formatter)
-        if self.name in EXAMPLES:
+        if examples := EXAMPLES.get(self.name or ""):
             with formatter.section("Examples"):
-                for line in EXAMPLES[self.name]:
+                for line in examples:
                     formatter.write_text(line)
         groups = _groups(self, ctx)
         if any("--concept" in names for names, _ in groups["Options"]):

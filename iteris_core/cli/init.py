@@ -59,7 +59,7 @@ def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
     """``base`` and the trigger words as the user accepts or changes them."""
     typer.echo(f"{len(loras)} LoRAs for {loras[0].family}. Enter accepts what is in brackets.")
     base = typer.prompt("Base model", default=base or None)
-    typer.echo(f"What calls for each LoRA in a prompt, such as: sks cat ({_LEAVE_OUT} leaves out)")
+    typer.echo(f"Trigger words of each LoRA, such as: sks cat ({_LEAVE_OUT} leaves out)")
     kept: list[FoundLora] = []
     for one in loras:
         known = ", ".join(one.option.phrases)

@@ -22,9 +22,9 @@ from ..merge import MergeResult, settings_over
 from ..methods import find_method
 from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import atomically
-from .adapters import load_adapters
+from .adapters import check_adapters, load_adapters
 from .base import check_base, load_base
-from .checks import check_adapters, check_apart, check_concepts, check_plot, warnings_of
+from .checks import check_apart, check_concepts, check_plot, warnings_of
 from .common import Load, bytes_of, console, foresee, run_merge
 from .concept_options import read_concepts
 from .merge_file import (
@@ -46,7 +46,7 @@ _ASKED = (
     *("base", "output", "overwrite", "plan", "quiet", "from_file", "loras", "method", "preset"),
     *("unmergeable", "preserve", "preserve_weight", "templates"),
 )
-"""What a merge file has in other words, or for itself."""
+"""Options that a merge file writes in other words, or not at all."""
 
 
 @command(MergeOptions)
@@ -101,8 +101,8 @@ def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
 def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` for what a merge on a pipeline could not do or write."""
     only = (
-        f"models of transformers; {config.base} is no folder with a config.json, and no --concept "
-        "is an adapter folder of peft."
+        f"models of transformers; {config.base} is not a folder with a config.json, and no "
+        "--concept is an adapter folder of peft."
     )
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
@@ -116,7 +116,7 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
 
 
 def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
-    """What loads the base and the LoRAs; pictures for the base are opened at once."""
+    """A function that loads the base and the LoRAs; pictures for the base are opened at once."""
     reading = ReadOptions(options.allow_partial, options.energy)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}

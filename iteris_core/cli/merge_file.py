@@ -24,7 +24,7 @@ _TARGETS = ("output", "plot")
 
 @dataclass(frozen=True)
 class MergeFile:
-    """What a merge file says beside its base and options, which become the command line's."""
+    """The keys of a merge file but for its base and options, which become the command line's."""
 
     path: Path
     data: Mapping[str, Any]
@@ -34,12 +34,12 @@ class MergeFile:
         return self.data.get("concepts") or []
 
     def find(self, name: str) -> Path:
-        """A file that is named here: beside the merge file, or else from the current folder."""
+        """The path of a file: beside the merge file, or else from the current folder."""
         beside = self.path.parent / name
         return beside if beside.exists() else Path(name)
 
     def place(self, base: str) -> str:
-        """Where the base is; a name on the hub is left as it is."""
+        """The path of the base; a name on the hub stays as it is."""
         path = self.find(base)
         return str(path) if path.exists() else base
 
@@ -50,8 +50,8 @@ class MergeFile:
 
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
-    """What BASE stands for. Of a merge file that is the base in it; its other keys become what the
-    options are where the command line does not give them."""
+    """The base that BASE names, or that a merge file names. The other keys of a merge file become
+    the defaults of the options."""
     if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
         return base
     path = Path(base)
@@ -100,13 +100,13 @@ def given_options(context: typer.Context, folder: Path, left_out: Sequence[str])
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """How a merge file in ``folder`` names what is at ``path``; what is not there (a name on the
-    hub, a file that a recipe names) is left as it is."""
+    """``path`` relative to ``folder``; a path that does not exist (a name on the hub, a file of a
+    recipe) stays as it is."""
     return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
 
 
 class _Loader(yaml.SafeLoader):
-    """Of safe YAML, what gives each key once: of two the later one would count silently."""
+    """Safe YAML that refuses a key given twice: the later one would count silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -127,7 +127,7 @@ def _load(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise MergeFileError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise MergeFileError(f"{path} is no YAML: {brief(error)}") from error
+        raise MergeFileError(f"{path} is not valid YAML: {brief(error)}") from error
     if data is not None and not isinstance(data, dict):
         raise MergeFileError(f"{path}: the file must be a mapping of names to values, not {data!r}")
     return data or {}
@@ -144,8 +144,8 @@ def _parameters(context: typer.Context) -> dict[str, Any]:
 
 
 def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Parameter → value, converted as the command line does it, since what is wrong is to be said
-    with the file and the key."""
+    """Parameter → value, converted as on the command line, so that an error names the file and the
+    key."""
     parameters = _parameters(context)
     defaults: dict[str, Any] = {}
     for key, value in values.items():

@@ -118,7 +118,7 @@ class MergeOptions:
     )
     dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
     image: Path | None = given_by(
-        "A picture for a base that asks for one: to edit, to begin with, …", panel=BASE
+        "The picture that a base needs: to edit, to begin with, …", panel=BASE
     )
     mask_image: Path | None = given_by(
         "Which part of --image an inpainting base paints", panel=BASE

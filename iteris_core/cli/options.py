@@ -1,4 +1,4 @@
-"""What the commands' options are made from: settings, and files of lines."""
+"""Options of commands: from fields and settings, and files of lines that they name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..settings import Settings, declared_settings
 from .common import console, option
 
 OPTION, SETTINGS = "option", "settings"
-"""Under which name a field's metadata have its option, or those of settings by name."""
+"""Keys of a field's metadata: of its option, and of the options of its settings by name."""
 MOST_PROMPTS = 2000
-"""Of one file; far more than are drawn for a concept."""
+"""Prompts read from one file; far more than are drawn for a concept."""
 
 _O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -31,18 +31,18 @@ PRESET_HELP = (
 )
 
 CONCEPT_HELP = (
-    "A LoRA and what calls for it, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
+    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
     "are below"
 )
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:
-    """What a shell completes the name of a method to."""
+    """Completions of the name of a method, for a shell."""
     return [(m.name, m.summary) for m in all_methods() if m.name.startswith(incomplete)]
 
 
 def setting_names(incomplete: str) -> list[tuple[str, str]]:
-    """What a shell completes ``NAME=`` to: the settings of iteris and of the calibration."""
+    """Completions of ``NAME=``, for a shell: the settings of iteris and of the calibration."""
     owners = (find_method("iteris").settings, Calibration)
     declared = {name: one for owner in owners for name, one in declared_settings(owner).items()}
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
@@ -96,10 +96,11 @@ def command(
         called.__name__, called.__doc__ = run.__name__, run.__doc__
         called.__annotations__ = {name: hint for name, (hint, _) in hinted.items()}
         defaults = {n: Parameter.empty if d is MISSING else d for n, (_, d) in hinted.items()}
-        vars(called)["__signature__"] = Signature(
+        parameters = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
-            for name, hint in called.__annotations__.items()
-        )
+            for name, (hint, _) in hinted.items()
+        ]
+        vars(called)["__signature__"] = Signature(parameters)
         return called
 
     return made
@@ -206,8 +207,8 @@ def read_lines(path: Path) -> list[str]:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputFileError(
-            f"{path} is no text in UTF-8 (byte {error.start}); save it again as UTF-8."
+            f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8."
         ) from error
     if "\0" in text:
-        raise InputFileError(f"{path} is no text file: it has bytes of 0 in it.")
+        raise InputFileError(f"{path} is not a text file: it holds null bytes.")
     return lines_of(text)

@@ -31,6 +31,8 @@ def open_images(*paths: Path) -> tuple[list[Path], list[Any]]:
         files = [path] if path.is_file() else [f for f in inside if f.suffix.lower() in _IMAGES]
         if not files:
             kinds = ", ".join(_IMAGES)
-            raise InputFileError(f"{path} is no picture and no folder with pictures ({kinds}).")
+            raise InputFileError(
+                f"{path} is neither a picture nor a folder with pictures ({kinds})."
+            )
         listed += files
     return listed, [open_picture(file) for file in listed]

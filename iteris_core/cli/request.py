@@ -24,9 +24,9 @@ from .merge_options import MergeOptions
 from .options import check_settings, given, parse_settings, read_lines, read_prompts
 
 _WHOLE = ("method", "settings", "calibration", "concepts")
-"""What every recipe has."""
+"""Keys of every recipe."""
 _AFTER = ("cut", "strength", "base", "unmergeable")
-"""What it has only where the file was cut or scaled, or written by ``iteris merge``."""
+"""Further keys, of a file that was cut or scaled, or written by ``iteris merge``."""
 
 
 def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
@@ -87,8 +87,8 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
 
 
 def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
-    """What the merged file ``options.from_file`` records. A file may be anybody's: no other file
-    that it names is read, and no base is fetched."""
+    """The merge that ``options.from_file`` records. The file may be anybody's: only its LoRAs are
+    read, and no base is fetched."""
     path = options.from_file
     assert path is not None
     if options.concept or (file is not None and file.entries):
@@ -146,7 +146,7 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 
 def _folders(loras: Path | None, file: Path) -> list[Path]:
-    """Where the files are looked for that ``file`` names."""
+    """The folders that are searched for the files that ``file`` names."""
     return [*([] if loras is None else [loras]), file.parent, Path()]
 
 
@@ -156,13 +156,13 @@ def _base_in(folders: Sequence[Path], base: str) -> str:
         if (folder / base).exists():
             return str(folder / base)
     was = f"It was merged on {base}, which is not here" if base else "It names none"
-    raise RecipeError(f"There is no base to merge on. {was}; say BASE in front of --from.")
+    raise RecipeError(f"There is no base to merge on. {was}; give BASE in front of --from.")
 
 
 def merge_file_of(
     config: MergeConfig, output: Path, others: Mapping[str, Any], ending: str
 ) -> dict[str, Any]:
-    """The merge file ``output`` that asks for ``config``, with ``others`` of its options."""
+    """The content of the merge file ``output`` for ``config``, with ``others`` of its options."""
 
     def name(path: Path) -> str:
         return relative_name(path, output.parent)

@@ -62,7 +62,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
     told: list[dict[str, Any]] = []
     for config, path in zip(configs, outputs, strict=True):
         concept, layout = _read(config, host, reading)
-        with progress_bars(shown=not options.quiet) as on_progress:
+        with progress_bars(visible=not options.quiet) as on_progress:
             found = resize_lora(concept, target, host, on_progress=on_progress, **how)
         written = options.save(found.lora, path, options.layout or layout)
         sizes = [file.stat().st_size / 1e6 for file in (config.files[0], written)]

@@ -1,4 +1,4 @@
-"""The merged LoRA is written, and what is said of it."""
+"""Writing of the merged LoRA, and the lines about it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_embeddings(
         if layout == "kohya" and base is not None and not base.written:
             raise OutputError(
                 f"A base of {base.architecture.title} has no names in kohya layout; leave --layout "
-                "out, or say peft."
+                "out, or give peft."
             )
 
 
@@ -63,7 +63,7 @@ Write = Callable[[Path, Layout | None, str], Sequence[Path]]
 
 
 def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) -> Sequence[Path]:
-    """What ``write`` writes, so that hours of merging are not lost.
+    """Call ``write`` so that hours of merging are not lost; return the paths.
 
     Where the values do not fit ``dtype`` they are written as float32. Where ``path`` or ``layout``
     cannot be written at all, the merge goes into the system's folder for temporary files, in the
@@ -99,12 +99,12 @@ def _kept(path: Path, write: Write, error: IterisError) -> IterisError:
 
 
 def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:
-    """Where those of the LoRA that was written to ``path`` are, and what calls for them."""
+    """Lines about the embeddings of the LoRA in ``path``: their files and their trigger words."""
     for name, file in embedding_targets(path, list(lora.embeddings), overwrite=True).items():
         yield f"Its embedding {name} is in {file}: load it beside the LoRA."
     if lora.embeddings:
         phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
         yield (
-            f"In a prompt say {phrases}; in ComfyUI, where the files go into models/embeddings, "
+            f"In prompts write {phrases}; in ComfyUI, where the files go into models/embeddings, "
             "embedding:FILE in the place of a name."
         )

@@ -1,1 +1,1 @@
-"""What a merge did and what is in LoRA files: data, words, plots and metadata."""
+"""Reports on merges and on LoRA files: data, words, plots and metadata."""

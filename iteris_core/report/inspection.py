@@ -1,4 +1,4 @@
-"""What is in LoRA files, and where two of them will be in each other's way; no base model is run.
+"""Facts about LoRA files, and the interference of two of them; no base model is run.
 
 Interference of two LoRAs at a site is read from their factors. ``rows`` and ``columns`` are the
 mean squared cosines of the principal angles between the row spaces (what the LoRAs look at) and
@@ -65,7 +65,7 @@ class Interference:
 
     @property
     def rated(self) -> dict[str, tuple[float, float, float]]:
-        """Those of all blocks together, under ``all``, and of each."""
+        """The figures of all blocks together, under ``all``, and of each block."""
         return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
 
 
@@ -110,7 +110,7 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
 
 
 def interference(first: Lora, second: Lora) -> Interference:
-    """Where two LoRAs are in each other's way."""
+    """The interference of two LoRAs at the sites that they share."""
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     shared = [site for site in first.sites if site in second.sites]
     for site in shared:

@@ -1,4 +1,4 @@
-"""What a merged file says about itself: where it comes from, and how to make it again."""
+"""Metadata of a merged file: its origin, and the recipe to make it again."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _versions() -> dict[str, str]:
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """What is to be said about each concept: of its file, and of names that it shares."""
+    """Notes on each concept by name: on its file, and on triggers that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
         of_file = list(concept.lora.notes) if concept.lora is not None else []
@@ -203,9 +203,8 @@ def _of_the_base(concept: Concept) -> list[str]:
     if purpose is None:
         return []
     return [
-        f"by its name this LoRA {_NO_CONCEPT[purpose]}; it is no concept then: say that it is "
-        "always on (always_on=include), so that all concepts are merged with it on and it is a "
-        "part of the file"
+        f"by its name this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
+        "(always_on=include): all concepts are then merged with it on, and the file holds it"
     ]
 
 

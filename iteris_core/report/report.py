@@ -1,4 +1,4 @@
-"""What a merge did, per site and per concept, as data and in words."""
+"""The report of a merge, per site and per concept, as data and in words."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class SiteReport:
 
     @classmethod
     def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
-        """What ``solution`` says of its site, without the change itself."""
+        """The report of a ``solution``, without the change itself."""
         values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
         return cls(values.pop("change").rank, **values, repair=repair)
 
     def of_first(self, concepts: int) -> SiteReport:
-        """The same without what stands behind the first ``concepts``: generic prompts."""
+        """The same for the first ``concepts`` alone, without generic prompts."""
         return replace(
             self,
             weighting=self.weighting[:concepts],
@@ -99,7 +99,7 @@ class MergeReport:
         """Whether the merge is closer to each LoRA's own outputs than the mean of the LoRAs is,
         and to which least; empty where that was not measured.
 
-        How much of a likeness is kept cannot be told from errors of layers (docs/decisions.md).
+        How much of a likeness is kept does not follow from errors of layers (docs/decisions.md).
         """
         pairs = zip(self.concepts, self.residuals(), strict=True)
         left = {

@@ -1,4 +1,4 @@
-"""How far a comparison of several methods is, from what each merge and drawing tells."""
+"""Progress of a comparison of several methods, from that of each merge and drawing."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .compare_progress import DRAWING
 
 @dataclass(frozen=True)
 class Drawing(Settings):
-    """How pictures are drawn: the paper has 100 steps of DDPM at guidance 12.
+    """Settings of the pictures; the paper has 100 steps of DDPM at guidance 12.
 
     ``scheduler`` is a class of diffusers, by its name with or without "Scheduler" behind it; None
     leaves the pipeline's own. ``size`` is (width, height) in pixels; None leaves it to the

@@ -18,7 +18,7 @@ from .statistics import Stat
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 _PARTS: Any = _TEMPLATES.get_template("parts.html").module
 _SIDE = 320
-"""Of a picture in the page, at most: two screen pixels for each of its widest cell."""
+"""Pixels a side of a picture in the page, at most: twice the widest cell."""
 
 
 def html_table(

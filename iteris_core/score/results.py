@@ -1,4 +1,4 @@
-"""What a comparison writes: figures as JSON, CSV and Markdown, pictures as a sheet and a page."""
+"""Files of a comparison: figures as JSON, CSV and Markdown, pictures as a sheet and a page."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file; give a folder for the results.")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise SaveError(f"{folder} cannot be made: {there} is no folder that can be written to.")
+        raise SaveError(f"{folder} cannot be made: {there} is not a writable folder.")
     if not overwrite and (folder / _FIGURES).exists():
         raise OutputError(
             f"{folder} has the results of a comparison; give another folder, or --overwrite."
@@ -123,7 +123,7 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """As given, but each LoRA alone directly behind iteris, which is to be held against it."""
+    """As given, but each LoRA alone directly behind iteris, for comparison."""
     given = list(names)
     alone = [name for name in given if name.partition(" ")[0] == ALONE]
     if OWN not in given:

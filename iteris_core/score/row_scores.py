@@ -88,8 +88,8 @@ def collapse_rate(likeness: Sequence[float], below: float) -> float:
 
 
 def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) -> None:
-    """What each row has of each concept's likeness where its LoRA is alone, on the same prompts;
-    nothing until every LoRA was drawn alone, and nothing of a likeness of 0 or less."""
+    """Add the share of each concept's likeness that each row keeps of its LoRA alone, on the same
+    prompts. Nothing is added until every LoRA was drawn alone; a likeness of 0 or less has none."""
     alone: dict[str, float] = {}
     for label in labels:
         if f"{ALONE} {label}" not in columns:
@@ -109,5 +109,5 @@ def stats_of(columns: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, S
         every = zip(values.tolist(), [*seeds] * (len(values) // len(seeds)), strict=True)
         known = [(value, seed) for value, seed in every if not math.isnan(value)]
         if known:
-            stats[column] = over_seeds(*zip(*known, strict=True))
+            stats[column] = over_seeds([value for value, _ in known], [seed for _, seed in known])
     return stats

@@ -200,11 +200,11 @@ CASES = [
     ("B --concept {one}:s1:dog,prompts={tmp}", "{tmp} does not exist or is not a file."),
     (
         "B --concept {one}:s1:dog,prompts={tmp}/latin.txt",
-        "{tmp}/latin.txt is no text in UTF-8 (byte 3)",
+        "{tmp}/latin.txt is not text in UTF-8 (byte 3)",
     ),
     (
         "B --concept {one}:s1:dog,prompts={tmp}/zeros.txt",
-        "{tmp}/zeros.txt is no text file: it has bytes of 0 in it",
+        "{tmp}/zeros.txt is not a text file: it holds null bytes",
     ),
     ("B --concept {one}:s1:dog,prompts={tmp}/empty.txt", "{one}: its list of prompts is empty."),
     ("B --concept {one}:s1:dog,prompts={tmp}/blank.txt", "{one}: its list of prompts is empty."),
@@ -328,10 +328,10 @@ CASES = [
     ("M --templates {tmp}/lines.txt", 'templates must hold "{}" where the concept goes'),
     ("M --templates {tmp}/three.txt", 'templates must hold "{}" where the concept goes'),
     ("M --templates {tmp}/empty.txt", 'templates must hold "{}" where the concept goes'),
-    ("M --templates {tmp}/latin.txt", "{tmp}/latin.txt is no text in UTF-8 (byte 3)"),
+    ("M --templates {tmp}/latin.txt", "{tmp}/latin.txt is not text in UTF-8 (byte 3)"),
     ("M --preserve {tmp}/none.txt", "{tmp}/none.txt does not exist or is not a file"),
-    ("M --preserve {tmp}/latin.txt", "{tmp}/latin.txt is no text in UTF-8 (byte 3)"),
-    ("M --preserve {tmp}/zeros.txt", "{tmp}/zeros.txt is no text file: it has bytes of 0 in it"),
+    ("M --preserve {tmp}/latin.txt", "{tmp}/latin.txt is not text in UTF-8 (byte 3)"),
+    ("M --preserve {tmp}/zeros.txt", "{tmp}/zeros.txt is not a text file: it holds null bytes"),
     ("M --preserve {tmp}/empty.txt", "preserve: its list of prompts is empty"),
     (
         "M --preserve {tmp}/lines.txt --preserve-weight -1",
@@ -372,7 +372,7 @@ CASES = [
         "Invalid value for '--memory': Input should be a valid number, unable to parse string as a",
     ),
     ("M --memory nan", "Invalid value for '--memory': Input should be greater than or equal to 0"),
-    ("M --device gpu", "--device 'gpu' is no device of torch; say cpu, cuda, cuda:1, …"),
+    ("M --device gpu", "--device 'gpu' is not a device of torch; give cpu, cuda, cuda:1, …"),
     ("M --device cuda", "finds no cuda device here"),
     ("M --device cuda:7", "finds no cuda device here"),
     (
@@ -472,7 +472,7 @@ CASES = [
     ("Y |- a", "merge.yaml: the file must be a mapping of names to values, not ['a']"),
     (
         "Y |base: [",
-        "merge.yaml is no YAML: while parsing a flow node expected the node content, but found",
+        "merge.yaml is not valid YAML: while parsing a flow node expected the node content, but found",
     ),
     (
         "Y |base: {base}",
@@ -541,7 +541,7 @@ CASES = [
     ),
     (
         "Y |base: {base}\\nbase: x",
-        "merge.yaml is no YAML: the key 'base' is there twice in \"<unicode string>\", line 2, column",
+        "merge.yaml is not valid YAML: the key 'base' is there twice in \"<unicode string>\", line 2, column",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: 3',
@@ -570,16 +570,16 @@ CASES = [
     ('Y |base:\\nconcepts: ["{one}:s1:dog"]', "Name the base: BASE on the command line, or base"),
     (
         "Y |\\tbase: x",
-        "merge.yaml is no YAML: while scanning for the next token found character '\\t' that cannot",
+        "merge.yaml is not valid YAML: while scanning for the next token found character '\\t' that cannot",
     ),
     ("merge none.yaml -o {out}", "none.yaml does not exist or is not a file"),
     (
         "merge {tmp}/latin.yaml -o {out}",
-        "{tmp}/latin.yaml is no YAML: 'utf-8' codec can't decode byte 0xe9 in position 6",
+        "{tmp}/latin.yaml is not valid YAML: 'utf-8' codec can't decode byte 0xe9 in position 6",
     ),
     (
         "merge {tmp}/zeros.yaml -o {out}",
-        "{tmp}/zeros.yaml is no YAML: unacceptable character #x0000",
+        "{tmp}/zeros.yaml is not valid YAML: unacceptable character #x0000",
     ),
     ("merge {tmp}/folder.yaml -o {out}", "{tmp}/folder.yaml does not exist or is not a file"),
     # transformers
@@ -601,7 +601,7 @@ CASES = [
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/latin.txt",
-        "{tmp}/latin.txt is no text in UTF-8 (byte 3)",
+        "{tmp}/latin.txt is not text in UTF-8 (byte 3)",
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/cut.safetensors",
@@ -669,18 +669,18 @@ CASES = [
     ("C -o {tmp}/lines.txt", "{tmp}/lines.txt is a file; give a folder for the results"),
     (
         "C -o {tmp}/lines.txt/x",
-        "{tmp}/lines.txt/x cannot be made: {tmp}/lines.txt is no folder that can be written to",
+        "{tmp}/lines.txt/x cannot be made: {tmp}/lines.txt is not a writable folder",
     ),
     ("C -o {done}", "{done} has the results of a comparison"),
     ("C --templates {tmp}/lines.txt", 'templates must hold "{}" where the concept goes'),
     ("C --samples 0", "samples must be at least 1, not 0."),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/none",
-        "{tmp}/none is no picture and no folder with pictures",
+        "{tmp}/none is neither a picture nor a folder with pictures",
     ),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {empty}",
-        "{empty} is no picture and no folder with pictures",
+        "{empty} is neither a picture nor a folder with pictures",
     ),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/lines.txt",
@@ -697,16 +697,16 @@ CASES = [
     # score
     ("score", "Missing argument 'images'."),
     ("score {pic}", "There is nothing to score against: give --refs, --prompts or both"),
-    ("score none.png --refs {pics}", "none.png is no picture and no folder with pictures"),
-    ("score {pic} --refs none", "none is no picture and no folder with pictures"),
-    ("score {pic} --refs {empty}", "{empty} is no picture and no folder with pictures"),
-    ("score {empty} --refs {pics}", "{empty} is no picture and no folder with pictures"),
+    ("score none.png --refs {pics}", "none.png is neither a picture nor a folder with pictures"),
+    ("score {pic} --refs none", "none is neither a picture nor a folder with pictures"),
+    ("score {pic} --refs {empty}", "{empty} is neither a picture nor a folder with pictures"),
+    ("score {empty} --refs {pics}", "{empty} is neither a picture nor a folder with pictures"),
     ("score {tmp}/lines.txt --refs {pics}", "{tmp}/lines.txt is not a picture that can be read"),
     ("score {pic} --prompts none.txt", "none.txt does not exist or is not a file"),
     ("score {pic} --prompts {tmp}/empty.txt", "{empty}.txt has 0 prompts for 1 pictures"),
     (
         "score {pic} --refs {pics} --device gpu",
-        "--device 'gpu' is no device of torch; say cpu, cuda, cuda:1, …",
+        "--device 'gpu' is not a device of torch; give cpu, cuda, cuda:1, …",
     ),
     # inspect
     ("inspect", "Missing argument 'files'."),
@@ -732,9 +732,9 @@ CASES = [
     ),
     # init
     ("init", "Missing argument 'FOLDER'."),
-    ("init none", "none is no folder; give the folder with your LoRAs"),
+    ("init none", "none is not a folder; give the folder with your LoRAs"),
     ("init {empty}", "{empty} has no LoRA in it (no .safetensors)"),
-    ("init {one}", "{one} is no folder; give the folder with your LoRAs"),
+    ("init {one}", "{one} is not a folder; give the folder with your LoRAs"),
     ("init {world} -o merge.txt", "merge.txt: the name of a merge file must end in .yaml or .yml"),
     (
         "init {world} -o {tmp}/none/merge.yaml",

@@ -154,7 +154,7 @@ def test_a_class_of_ones_own_is_named_with_the_option(tmp_path, monkeypatch, cap
     given = arguments(world, tmp_path / "merged")
     code, _, error = run(monkeypatch, capsys, *given)
     assert code == 2
-    assert "is for Mine, which is no class of transformers" in error
+    assert "is for Mine; transformers has no class of that name" in error
     code, text, error = run(
         monkeypatch, capsys, *given, "--model-class=AutoModelForSequenceClassification"
     )

@@ -75,7 +75,7 @@ def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none"], "none is no folder"),
+        (["none"], "none is not a folder"),
         (["empty"], "empty has no LoRA in it (no .safetensors)"),
         (["loras"], "merge.yaml exists already"),
         (["loras", "-o", "merge.txt"], "must end in .yaml or .yml"),

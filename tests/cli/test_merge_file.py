@@ -167,7 +167,7 @@ def test_every_option_of_merge_is_a_key():
 
 BAD = [
     ("[1, 2]", "the file must be a mapping"),
-    ("base: [", "is no YAML"),
+    ("base: [", "is not valid YAML"),
     ({"bass": "x"}, "there is no key 'bass'; did you mean 'base'?"),
     ({"concepts": "lora1.safetensors"}, "concepts must be a list"),
     ({"concepts": [3]}, "concept 1 must be FILE:TRIGGER:CLASS or a mapping"),
@@ -218,8 +218,8 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeyp
     recipe = {"method": "sum", "settings": {}, "calibration": {}, "base": "somebody/model"}
     for changes, message in (
         ({"concepts": [concept], "base": "base"}, "prompts must be a list"),
-        ({"concepts": []}, "merged on somebody/model, which is not here; say BASE"),
-        ({"concepts": [], "base": ""}, "It names none; say BASE"),
+        ({"concepts": []}, "merged on somebody/model, which is not here; give BASE"),
+        ({"concepts": [], "base": ""}, "It names none; give BASE"),
         ({"concepts": [], "base": 3}, "no whole recipe"),
         ({"concepts": [], "unmergeable": "all"}, "no whole recipe"),
     ):

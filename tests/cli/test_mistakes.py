@@ -58,7 +58,7 @@ def test_a_blank_before_a_key_does_not_make_it_a_part_of_the_class():
         ({"prompts": "a sks star"}, r"sks: prompts must be a list .*=\['a sks star'\]"),
         ({"subjects": "sks star"}, "sks: subjects must be a list"),
         ({"strength": "1"}, "sks: strength must be a number, not '1'"),
-        ({"weight": None}, "sks: weight must be a number, not None"),
+        ({"weight": None}, "sks: weight must be at least 0, not None"),
         ({"lora": "cat.safetensors"}, r"host.read_lora\('cat.safetensors'\)"),
     ],
 )
@@ -93,8 +93,8 @@ def no_base(monkeypatch):
         (["--set=rank=-1"], "rank must be at least 1"),
         (["--templates={tmp}/lines.txt"], "templates must hold"),
         (["--plot={tmp}/plot.xyz"], "the name must end in one of .png"),
-        (["--preserve={tmp}/latin.txt"], "latin.txt is no text in UTF-8 (byte 3)"),
-        (["--preserve={tmp}/zeros.txt"], "zeros.txt is no text file"),
+        (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
+        (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
          "or overwrite it (--overwrite"),
     ],
@@ -155,7 +155,7 @@ def test_a_base_that_is_not_there(world, tmp_path, monkeypatch, capsys, base, me
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is no device of torch")],
+    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is not a device of torch")],
 )
 def test_a_device_that_is_not_there_is_not_blamed_on_the_base(
     world, tmp_path, monkeypatch, capsys, device, message

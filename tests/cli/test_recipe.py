@@ -116,7 +116,7 @@ def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
     arguments = [*arguments[:3], "-o", again, f"--from={out}"]
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "say with --loras" in " ".join(err.split())
+    assert "name its folder with --loras" in " ".join(err.split())
     code, _, err = run(monkeypatch, capsys, *arguments, f"--loras={world}")
     assert code == 0, err
     one, two = load_file(out), load_file(again)

@@ -57,7 +57,7 @@ def test_score_errors(monkeypatch, capsys, references, tmp_path):
     assert "nothing to score against" in err
     code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
     assert code == 2
-    assert "no folder with pictures" in err
+    assert "nor a folder with pictures" in err
     (tmp_path / "bad.png").write_text("no picture")
     code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
     assert code == 2

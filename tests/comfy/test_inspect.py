@@ -70,11 +70,11 @@ def test_what_does_not_fit_and_what_is_alike(kit: Kit, inspect: Any) -> None:
 def test_what_would_stop_a_merge(kit: Kit, inspect: Any) -> None:
     mute = dataclasses.replace(kit.concepts()[0], trigger="", class_word="")
     table = inspect(mute)
-    assert "no trigger words and no prompts are known" in table
+    assert "no trigger words and no prompts" in table
     assert "A merge would stop: Concept" in table
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})
     assert "A merge would stop: " in table
     table = inspect(*kit.concepts(), method="ties")
     assert "Plan: ties looks at weights only" in table
-    with pytest.raises(kit.core.IterisError, match="no LoRA to look into"):
+    with pytest.raises(kit.core.IterisError, match="No LoRA is connected"):
         inspect()

@@ -84,7 +84,7 @@ def test_the_merged_clip_and_the_saved_file_are_called_alike(
     result = merged(kit, with_embedding("<toy>"))
     lora = kit.merging.as_lora_model(result, "float32")
     files, nodes = module(pack, "nodes.embedding_files"), module(pack, "nodes.save_node")
-    assert "toy: say embedding:toy;" in files.how_to_call(lora)
+    assert "toy: write embedding:toy;" in files.how_to_call(lora)
     _, clip = kit.lora.apply_lora(kit.model, kit.clip, lora)
     with_it = encoded(clip, "a (embedding:toy, red:1.1) cat")
     assert not torch.equal(with_it, encoded(clip, "a (red:1.1) cat"))
@@ -94,7 +94,7 @@ def test_the_merged_clip_and_the_saved_file_are_called_alike(
     (folders / "embeddings" / "my").mkdir()
     save_file(taken, folders / "embeddings" / "my" / "toy.safetensors")
     output = save.execute(lora, "my/merged")
-    assert "its embedding toy: say embedding:my/toy_2" in output.ui["text"][0].lower()
+    assert "its embedding toy: write embedding:my/toy_2" in output.ui["text"][0].lower()
     save.execute(lora, "my/merged")  # the same vectors are not written again
     assert sorted(p.name for p in folders.rglob("my/toy*")) == [
         "toy.safetensors", "toy_2.safetensors",

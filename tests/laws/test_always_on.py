@@ -103,7 +103,7 @@ def test_the_report_and_the_recipe_say_so():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(SettingsError, match="always_on must be one of no, include, outside"):
+    with pytest.raises(ConceptError, match="always_on must be one of no, include, outside"):
         Concept(make_lora(1), always_on="yes")  # pyright: ignore
     with pytest.raises(SettingsError, match="only a concept with a LoRA can be always on"):
         merge_loras(None, [Concept(None, ["a"], always_on="include")], "average")

@@ -113,14 +113,14 @@ def test_the_words_may_stand_beside_the_file(tmp_path):
 
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan")])
 def test_a_weight_that_cannot_be_is_an_error(weight):
-    with pytest.raises(ConceptError, match=r"weight must be (at least 0|a finite number), not"):
+    with pytest.raises(ConceptError, match="base: weight must be at least 0, not"):
         Concept(None, prompts=["a"], weight=weight)
 
 
 @pytest.mark.parametrize("name", ["strength", "text_strength"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_strength_that_is_not_finite_is_an_error(name, value):
-    with pytest.raises(ConceptError, match=f"sks: {name} must be a finite number"):
+    with pytest.raises(ConceptError, match=f"sks: {name} must be a number, not {value}"):
         Concept(None, trigger="sks", **{name: value})
 
 
