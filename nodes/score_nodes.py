@@ -33,7 +33,7 @@ def _weight_path(name: str) -> str:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
-    raise IterisError(f"{name} is no longer in the folders {', '.join(_FOLDERS)}.")
+    raise IterisError(f"{name} is in none of the folders {', '.join(_FOLDERS)}.")
 
 
 def _outputs() -> list[Any]:

@@ -35,7 +35,7 @@ def test_one_lora(kit: Kit, inspect: Any) -> None:
     assert table.splitlines()[1].split()[:3] == ["sks", "34", "4"]
     assert "Plan: text encoder clip_l: " in table
     assert "Plan: denoiser: 8 rows" in table
-    assert "16 forwards of a row" in table  # 4 samples in 4 steps
+    assert "16 forwards of one row" in table  # 4 samples in 4 steps
     assert kit.hooks() == 0
 
 
