@@ -42,13 +42,14 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
                 f"keys are {', '.join(known)}. Words that have a comma and an = go into a merge "
                 "file."
             )
-    pairs_of_text = [pair.partition("=")[::2] for pair in pairs]
+    split = [pair.partition("=") for pair in pairs]
+    values: dict[str, Any] = {key: value for key, _, value in split}
     in_front = {} if not head else _adapter(head) if adapter else _short(head, bool(pairs))
-    keys = [*in_front, *(key for key, _ in pairs_of_text)]
+    keys = [*in_front, *(key for key, _, _ in split)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ConceptError(f"{where} gives {', '.join(twice)} twice; leave one out.")
-    return concept_of({**in_front, **dict(pairs_of_text)}, where, find)
+    return concept_of({**in_front, **values}, where, find)
 
 
 def first_name(text: str) -> str:
