@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +11,8 @@ from ..concepts import Calibration
 from ..edit.ranks import Target
 from ..lora import Lora
 from ..lora_files import DTYPES, Layout
-from .common import RESULT, BaseDtype, Device, Memory, bytes_of, option
-from .options import Dtype, given_by
+from .common import CALIBRATION, RESULT, BaseDtype, Device, Memory, bytes_of, option
+from .options import Dtype, given_by, settings_of
 from .saving import save_lora, save_or_keep
 
 Energy = Annotated[float, option("Share kept of changes that are not low rank by themselves")]
@@ -32,8 +32,7 @@ class Sizing:
     rank: int | None = given_by("As small as with this rank in every layer")
     size: float | None = given_by("At most so many megabytes")
     energy: float | None = given_by("The share kept of what is added to the layers' outputs")
-    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Those of its settings that were given; each is an option of its own."""
+    calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
     layout: Layout | None = given_by("Of the file", panel=RESULT)
     dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
     overwrite: Overwrite = False
