@@ -210,7 +210,7 @@ def of_ways(stages: Sequence[Sequence[Footprint]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for some in (some for footprints in stages for some in footprints):
         away, name = None if some.parked is None else 0, some.strategy.name
-        gib = some.bytes_of(len(some.stage.owners), AT_ONCE, away) / GIB
+        gib = some.bytes_of(len(some.stage.concept_ids), AT_ONCE, away) / GIB
         found[name] = max(gib, found.get(name, 0.0))
     return found
 

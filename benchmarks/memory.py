@@ -198,7 +198,7 @@ def planned(model: Model) -> dict[str, Any]:
         network(**model.call(len(rows) * copies), return_dict=False)
 
     owners = [row // each for row in range(LORAS * each)]
-    stage = Stage("denoiser", list(job.changes), owners, run, places=True, samples=each)
+    stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
     solver = _solver(job, IterisSettings(), stage, set(), repairs)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (

@@ -241,8 +241,8 @@ class ComfyHost:
                     batch.sites,
                     batch.owners,
                     batch.run,
-                    feeds=bool(samples.noisy),
-                    kinds=batch.lengths,
+                    feeds_next=bool(samples.noisy),
+                    batch_keys=batch.lengths,
                     lengths=batch.lengths,
                     samples=samples.worth,
                 )
@@ -291,10 +291,10 @@ class ComfyHost:
             names,
             noisy.owners,
             run,
-            places=True,
+            spatial=True,
             picture=latents.shape[2:],
             patches=denoiser.patches,
-            kinds=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
+            batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
             gradients=training,
         )

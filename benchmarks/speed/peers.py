@@ -112,7 +112,7 @@ def _encoded(host: Any, samples: Any, sites: set[str]) -> Any:
     for stage in host.stages(samples, sites):
         if stage.name != "text encoder":
             return stage
-        stage.run(range(len(stage.owners)), 1)
+        stage.run(range(len(stage.concept_ids)), 1)
     raise RuntimeError("no denoiser")
 
 

@@ -38,7 +38,9 @@ def output_error(
     sites = set(changes)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
         samples = tuned.samples([concept], sites, held_out, lockstep, generator, tick)
-        count = sum(len(stage.owners) for stage in tuned.stages(samples, sites) if not stage.feeds)
+        count = sum(
+            len(stage.concept_ids) for stage in tuned.stages(samples, sites) if not stage.feeds_next
+        )
         wanted = _outputs(tuned, samples, count)
         before = _outputs(base, samples, count)
         with switched_on(base, [Concept(Lora(changes))]):

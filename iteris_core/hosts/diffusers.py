@@ -231,8 +231,8 @@ class DiffusersHost:
             sites,
             [owner for owner, _ in where],
             run,
-            feeds=feeds,
-            kinds=None if arguments.alike else self._lengths(prompts),
+            feeds_next=feeds,
+            batch_keys=None if arguments.alike else self._lengths(prompts),
             samples=samples.worth,
         )
 
@@ -269,10 +269,10 @@ class DiffusersHost:
             sites,
             [text.owners[row] for row in rows],
             run,
-            places=True,
+            spatial=True,
             picture=recorded.picture(arguments.drawn),
             patches=recorded.patches(arguments.drawn, self._loop.denoisers[name]),
-            kinds=kinds,
+            batch_keys=kinds,
             lengths=None if arguments.alike else [size(call) for call in firsts],
             samples=samples.worth,
             rows=rows,

@@ -38,35 +38,34 @@ DENOISING = "denoising steps"
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
 
-    ``owners`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward on
-    those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
+    ``concept_ids`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward
+    on those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
     ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
-    True where a token of the site's inputs counts (no padding); None where all do. ``feeds`` says
-    that a later stage needs what all rows give: then every process of a merge runs all of them, to
-    their end, while the forwards of other stages may be left behind their last site.
-    ``places`` says that tokens are places of a picture, of which a LoRA may change a part.
-    ``picture`` is (…, height, width) of a row's latents (None: unknown).
-    ``patches`` are the sides of a token's patch, in latents: a transformer has one, a UNet one for
-    each level.
-    ``kinds`` is a kind for every row: only rows of one kind may share a forward (None: all may).
-    ``lengths`` is the size of every row's inputs, in any unit: the longest row is the one whose
-    memory is measured (None: that with the most tokens by ``mask``, or the first).
-    ``samples`` is how many samples of a concept the rows are made from, of the concept with the
-    fewest (None: as many as the calibration says). ``rows`` are which of the samples' rows these
-    are, where several stages share them (None: all). ``gradients()`` is what a host wants entered
-    where a part of the model is going to be differentiated.
+    True where a token of the site's inputs counts (no padding); None where all do. ``feeds_next``
+    says that a later stage needs what all rows give: then every process of a merge runs all of
+    them, to their end, while the forwards of other stages may be left behind their last site.
+    ``spatial`` says that tokens are places of a picture, of which a LoRA may change a part.
+    ``picture`` is (…, height, width) of a row's latents (None: unknown). ``patches`` are the sides
+    of a token's patch, in latents: a transformer has one, a UNet one for each level. ``batch_keys``
+    is a kind for every row: only rows of one kind may share a forward (None: all may). ``lengths``
+    is the size of every row's inputs, in any unit: the longest row is the one whose memory is
+    measured (None: that with the most tokens by ``mask``, or the first). ``samples`` is how many
+    samples of a concept the rows are made from, of the concept with the fewest (None: as many as
+    the calibration says). ``rows`` are which of the samples' rows these are, where several stages
+    share them (None: all). ``gradients()`` is what a host wants entered where a part of the model
+    is going to be differentiated.
     """
 
     name: str
     sites: Sequence[str]
-    owners: Sequence[int]
+    concept_ids: Sequence[int]
     run: Run
     mask: Callable[[str, Sequence[int]], torch.Tensor | None] | None = None
-    feeds: bool = False
-    places: bool = False
+    feeds_next: bool = False
+    spatial: bool = False
     picture: Sequence[int] | None = None
     patches: Sequence[int] = (1, 2, 4, 8)
-    kinds: Sequence[Hashable] | None = None
+    batch_keys: Sequence[Hashable] | None = None
     lengths: Sequence[int] | None = None
     samples: int | None = None
     rows: Sequence[int] | None = None

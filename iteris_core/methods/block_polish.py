@@ -90,10 +90,10 @@ def polish_blocks(
     lockstep.merged = dict(merged)
     showing = drawn and PairStages(job, lockstep, drawn)
     for stage in run.stages():
-        if stage.sites and not stage.feeds:
+        if stage.sites and not stage.feeds_next:
             shown = showing and showing.advance(stage.name)
             notes += _Polish(job, lockstep, stage, adam, shown).run()
-        if stage.feeds:
+        if stage.feeds_next:
             for batch in micro_batches(stage, 2, None, ExecutionConfig(AT_ONCE)):
                 lockstep.run(batch)
     changes = lockstep.merged
@@ -230,7 +230,7 @@ class _Polish:
         """As many as host memory holds."""
         passages: list[SegmentBatch] = []
         taken = 0
-        for rows in chunks(chosen, self.stage.kinds, self.at_once):
+        for rows in chunks(chosen, self.stage.batch_keys, self.at_once):
             tick()
             batch = self._batch(rows)
             passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
@@ -244,18 +244,18 @@ class _Polish:
         return MOST_BYTES if self.shown is None else MOST_BYTES // 2
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
-        owners = [self.stage.owners[row] for row in rows]
+        owners = [self.stage.concept_ids[row] for row in rows]
         return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2)
 
     def _rows(self) -> list[int]:
         """As many of every concept, in any order."""
-        order = torch.randperm(len(self.stage.owners), generator=self.job.generator).tolist()
+        order = torch.randperm(len(self.stage.concept_ids), generator=self.job.generator).tolist()
         each = _row_count(self.job) // len(self.job.concepts)
-        left = dict.fromkeys(self.stage.owners, each)
+        left = dict.fromkeys(self.stage.concept_ids, each)
         rows: list[int] = []
         for row in order:
-            left[self.stage.owners[row]] -= 1
-            if left[self.stage.owners[row]] >= 0:
+            left[self.stage.concept_ids[row]] -= 1
+            if left[self.stage.concept_ids[row]] >= 0:
                 rows.append(row)
         return rows
 

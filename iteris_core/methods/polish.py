@@ -108,12 +108,12 @@ class _LastStages:
         stages = list(run.stages())
         if not stages:
             raise MismatchError("There is nothing to polish: no stage of the model is reached.")
-        last = [stage for stage in stages if not stage.feeds] or stages[-1:]
+        last = [stage for stage in stages if not stage.feeds_next] or stages[-1:]
         found: dict[int, tuple[int, Hashable]] = {}
         for stage in last:
-            rows = stage.rows or range(len(stage.owners))
-            kinds = stage.kinds or [None] * len(rows)
-            for row, owner, kind in zip(rows, stage.owners, kinds, strict=True):
+            rows = stage.rows or range(len(stage.concept_ids))
+            kinds = stage.batch_keys or [None] * len(rows)
+            for row, owner, kind in zip(rows, stage.concept_ids, kinds, strict=True):
                 found[row] = owner, (stage.name, kind)
         self.owners = [found[row][0] for row in sorted(found)]
         self.kinds = [found[row][1] for row in sorted(found)]

@@ -108,16 +108,18 @@ class _Asked:
         """The stage of that name, with what feeds it run; None where no row reaches it."""
         while self.stage is None or self.stage.name != name:
             self.stage = next(self.stages, None)
-            if self.stage is None or not (self.stage.feeds or self.stage.name == name):
+            if self.stage is None or not (self.stage.feeds_next or self.stage.name == name):
                 return None
-            if self.stage.feeds:
-                for rows in chunks(range(len(self.stage.owners)), self.stage.kinds, _AT_ONCE):
+            if self.stage.feeds_next:
+                for rows in chunks(
+                    range(len(self.stage.concept_ids)), self.stage.batch_keys, _AT_ONCE
+                ):
                     self.lockstep.run(_batch(self.drawn, self.side, self.stage, rows))
         return self.stage
 
 
 def _batch(drawn: Pairs, side: _Side, stage: Stage, rows: Sequence[int]) -> MicroBatch:
-    pairs = [drawn.pairs[stage.owners[row]] for row in rows]
+    pairs = [drawn.pairs[stage.concept_ids[row]] for row in rows]
     owners = [pair[side or 0] for pair in pairs]
     return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=side is None)
 
@@ -142,10 +144,10 @@ class SideBySide:
         """As many as ``most_bytes`` hold, each of several pairs; none where no output of the
         segment has places. ``tick`` is called before every one, and may raise."""
         stage = self.stages[None]
-        order = torch.randperm(len(stage.owners), generator=self.job.generator).tolist()
+        order = torch.randperm(len(stage.concept_ids), generator=self.job.generator).tolist()
         found: list[SegmentBatch] = []
         taken = 0
-        for rows in chunks(order, stage.kinds, at_once):
+        for rows in chunks(order, stage.batch_keys, at_once):
             tick()
             merged, *sides = (
                 _batch(self.drawn, side, self.stages[side], rows) for side in (None, 0, 1)
@@ -155,7 +157,7 @@ class SideBySide:
             wanted = _wanted(left, right, stage)
             if wanted is None:
                 return []
-            pairs = [self.drawn.pairs[stage.owners[row]] for row in rows]
+            pairs = [self.drawn.pairs[stage.concept_ids[row]] for row in rows]
             found.append(replace(passage, owners=pairs, wanted=wanted))
             taken += found[-1].bytes
             if taken + found[-1].bytes > most_bytes:

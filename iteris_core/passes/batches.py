@@ -48,13 +48,13 @@ def micro_batches(
     time. Where a later stage needs all rows, those of other processes follow, and no observer sees
     them. Those rows come before all others that are among the ``first``."""
     if not stage.sites:
-        yield from _of(stage, range(len(stage.owners)), copies, None, batching)
+        yield from _of(stage, range(len(stage.concept_ids)), copies, None, batching)
         return
-    mine = processes.mine(len(stage.owners))
+    mine = processes.mine(len(stage.concept_ids))
     for part in [mine] if first is None else divided(mine, first):
         yield from _of(stage, part, copies, observer, batching)
-    if stage.feeds:
-        yield from _of(stage, processes.others(len(stage.owners)), copies, None, batching)
+    if stage.feeds_next:
+        yield from _of(stage, processes.others(len(stage.concept_ids)), copies, None, batching)
 
 
 def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
@@ -89,13 +89,13 @@ def limit_of(
     """How many tokens of a row count at a site that is so many inputs wide; None: all. With
     ``count``, if only so many rows were left (:func:`fewer`)."""
     limit, policy = batching.row_tokens, batching.policy
-    if limit is None or (limit == "enough" and not stage.places):
+    if limit is None or (limit == "enough" and not stage.spatial):
         return None
     if limit != "enough":
         return lambda width: limit
-    rows = max(Counter(stage.owners).values())  # those without a LoRA have fewer
+    rows = max(Counter(stage.concept_ids).values())  # those without a LoRA have fewer
     if count is not None:
-        rows = max(min(rows, rows * count // len(stage.owners)), 1)
+        rows = max(min(rows, rows * count // len(stage.concept_ids)), 1)
     return lambda width: policy.row_tokens(width, rows)
 
 
@@ -107,7 +107,7 @@ def _of(
     batching: ExecutionConfig,
 ) -> Iterator[MicroBatch]:
     limit = limit_of(stage, batching)
-    for rows in chunks(part, stage.kinds, batching.rows):
+    for rows in chunks(part, stage.batch_keys, batching.rows):
 
         def run(rows: Sequence[int] = rows) -> None:
             stage.run(rows, copies)
@@ -115,10 +115,10 @@ def _of(
         def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
             return stage.mask(site, rows) if stage.mask is not None else None
 
-        weighs = stage.places and batching.saliency
+        weighs = stage.spatial and batching.saliency
         yield MicroBatch(
             run,
-            [stage.owners[row] for row in rows],
+            [stage.concept_ids[row] for row in rows],
             copies,
             observer,
             mask_of=mask_of,
@@ -131,14 +131,14 @@ def _of(
 def fewer(stage: Stage, count: int) -> Stage:
     """``count`` rows of ``stage`` at most, the same share of each concept's, of all steps and of as
     many of its samples as can be."""
-    total = len(stage.owners)
+    total = len(stage.concept_ids)
     kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
     return _selected(stage, [row for rows in kept for row in rows])
 
 
 def _by_concept(stage: Stage) -> list[list[int]]:
     rows: dict[int, list[int]] = {}
-    for row, owner in enumerate(stage.owners):
+    for row, owner in enumerate(stage.concept_ids):
         rows.setdefault(owner, []).append(row)
     return list(rows.values())
 
@@ -172,10 +172,10 @@ def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
 
     return replace(
         stage,
-        owners=[stage.owners[row] for row in rows],
+        concept_ids=[stage.concept_ids[row] for row in rows],
         run=run,
         mask=None if mask is None else selected_mask,
-        kinds=None if stage.kinds is None else [stage.kinds[row] for row in rows],
+        batch_keys=None if stage.batch_keys is None else [stage.batch_keys[row] for row in rows],
         lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
-        samples=None if samples is None else max(1, samples * len(rows) // len(stage.owners)),
+        samples=None if samples is None else max(1, samples * len(rows) // len(stage.concept_ids)),
     )

@@ -78,15 +78,15 @@ class Eta:
     def saw(self, seen: Seen, concepts: Sequence[Concept], calibration: Calibration) -> None:
         """A short pass ran one sample of each of the ``concepts`` at every step, from which follows
         about how many rows the stage will have."""
-        rows = Counter(seen.stage.owners)
-        if seen.stage.places:
+        rows = Counter(seen.stage.concept_ids)
+        if seen.stage.spatial:
             more = calibration.samples * calibration.timesteps / calibration.denoising_steps
             each = [round(rows[owner] * more) for owner in range(len(concepts))]
         else:
             shares = context_shares(concepts, calibration)
             each = [_texts(*of, calibration) for of in zip(concepts, shares, strict=True)]
         owners = [owner for owner, count in enumerate(each) for _ in range(count)]
-        stage = replace(seen.stage, owners=owners, samples=None)
+        stage = replace(seen.stage, concept_ids=owners, samples=None)
         self._seen.setdefault(stage.name, replace(seen, stage=stage))
 
     def later(self, what: str, forwards: float = 0.0, of_rows: float = 0.0) -> None:
@@ -98,7 +98,7 @@ class Eta:
         self._passes = passes
         if not self._seen:
             self.forecast.expect(_STAGES, {"": 1.0}, known=False)
-        pictures = [seen.a_row for seen in self._seen.values() if seen.stage.places]
+        pictures = [seen.a_row for seen in self._seen.values() if seen.stage.spatial]
         if pictures and denoised:
             seconds = denoised / passes.processes * sum(pictures) / len(pictures)
             self.forecast.expect(DENOISING, {"": seconds}, FORWARDS)
@@ -139,7 +139,11 @@ class Eta:
         """A part is (pass, site), or (pass, "") of all forwards that no site waits in."""
         passes, stage = self._passes, seen.stage
         assert passes is not None
-        rows = len(stage.owners) if stage.feeds else -(-len(stage.owners) // passes.processes)
+        rows = (
+            len(stage.concept_ids)
+            if stage.feeds_next
+            else -(-len(stage.concept_ids) // passes.processes)
+        )
         limit = limit_of(stage, passes.batching)
         forwards: dict[Hashable, float] = {}
         solves: dict[Hashable, float] = {}
@@ -173,7 +177,7 @@ class Eta:
         if self._later and self._seen:
             seen = list(self._seen.values())[-1]
             for what, (forwards, of_rows) in self._later.items():
-                seconds = (forwards + of_rows * len(seen.stage.owners)) * seen.a_row
+                seconds = (forwards + of_rows * len(seen.stage.concept_ids)) * seen.a_row
                 self.forecast.expect(what, {"": seconds or 1.0}, FORWARDS, known=bool(seconds))
 
 

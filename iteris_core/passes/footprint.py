@@ -45,7 +45,7 @@ class Footprint:
 
     def mine(self, rows: int) -> int:
         """This process's part."""
-        return rows if self.stage.feeds else -(-rows // self.processes.size)
+        return rows if self.stage.feeds_next else -(-rows // self.processes.size)
 
     def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
         """Bytes for ``rows`` rows of all processes, ``at_once`` a forward, of which so many of this
@@ -71,7 +71,7 @@ class Footprint:
 
     def _of_rows(self, rows: int) -> Footprint:
         """The same with the tokens that count of so many rows."""
-        if self.limits is None or rows >= len(self.stage.owners):
+        if self.limits is None or rows >= len(self.stage.concept_ids):
             return self
         limit, parked = self.limits(rows), self.parked
         return replace(

@@ -164,7 +164,7 @@ class _Run:
         stage, lockstep = measure.stage, measure.lockstep
         batch = MicroBatch(
             lambda: stage.run(rows, 1),
-            [stage.owners[row] for row in rows],
+            [stage.concept_ids[row] for row in rows],
             1,
             self,
             pause=self._pause,
@@ -256,7 +256,7 @@ def _longest(stage: Stage) -> int:
         return max(range(len(stage.lengths)), key=stage.lengths.__getitem__)
     if stage.mask is None:
         return 0
-    lengths = [0] * len(stage.owners)
+    lengths = [0] * len(stage.concept_ids)
     for site in (stage.sites[0], stage.sites[-1]):  # an encoder's and a decoder's
         for row in range(len(lengths)):
             mask = stage.mask(site, [row])

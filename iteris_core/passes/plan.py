@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return len(self.stage.owners)
+        return len(self.stage.concept_ids)
 
     def __str__(self) -> str:
         rows = f"{self.rows} rows"
@@ -60,10 +60,10 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
     full loses none. Raises :class:`OutOfMemory` where a row for each concept is too much.
     """
     stage, size = footprints[0].stage, footprints[0].processes.size
-    offered = len(stage.owners)
+    offered = len(stage.concept_ids)
     found = _first(footprints, limits, stage, most)
     if found is None:
-        concepts = len(set(stage.owners))
+        concepts = len(set(stage.concept_ids))
 
         def left(share: int) -> Stage:
             return fewer(stage, share * concepts // size * size)
@@ -72,9 +72,9 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
             return _first(footprints, limits, left(share), 1) is not None
 
         fewest = -(-size // concepts)
-        share = None if stage.feeds else _most_that_fits(fits, fewest, offered // concepts)
+        share = None if stage.feeds_next else _most_that_fits(fits, fewest, offered // concepts)
         if share is None:
-            raise _too_much(footprints, limits, offered if stage.feeds else fewest * concepts)
+            raise _too_much(footprints, limits, offered if stage.feeds_next else fewest * concepts)
         found = _first(footprints, limits, left(share), most)
         assert found is not None
     return replace(found, offered=offered)
@@ -89,7 +89,7 @@ def _first(
 
 def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
     """By one strategy: as many rows at once as fit, and of them as many as can wait there."""
-    rows = len(stage.owners)
+    rows = len(stage.concept_ids)
     mine = footprint.mine(rows)
     most = min(most, mine)
 
@@ -131,7 +131,11 @@ def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int
     if smallest.parked is not None:
         waiting, free = _size(smallest.host_bytes(fewest, 0)), _size(limits.host)
         tried = f", with rows waiting in {waiting} of host memory, of which {free} are free"
-    what = "all rows, which later stages need" if smallest.stage.feeds else "a row for each concept"
+    what = (
+        "all rows, which later stages need"
+        if smallest.stage.feeds_next
+        else "a row for each concept"
+    )
     return OutOfMemory(
         f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
         f"{what}{tried}, and {_size(limits.device)} may be used; lower samples, timesteps "

@@ -46,7 +46,7 @@ def planned(
     """A plan that keeps the run's memory budget; without one the quickest strategy."""
     strategy, budget = ON_DEVICE if sweep else Strategy(), run.memory_budget
     if budget is None or not stage.sites:
-        return Plan(stage, batching.rows, strategy, len(stage.owners))
+        return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
     lockstep, room = run.lockstep, run.host.room
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, copies, limit, itemsize)
@@ -62,7 +62,7 @@ def planned(
         sweep,
         limits=lambda rows: limit_of(stage, batching, rows),
     )
-    wanted = footprint.bytes_of(len(stage.owners), batching.rows)
+    wanted = footprint.bytes_of(len(stage.concept_ids), batching.rows)
     if budget == "free":
         sharing = 1 if is_apart(cost.device) else lockstep.processes.size
         # All processes have to leave out the same rows.

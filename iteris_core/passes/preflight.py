@@ -74,7 +74,7 @@ def _look(
 ) -> tuple[dict[str, str | None], Seen]:
     """The sites that ``stage`` reaches with its first row, or with the first row of every kind,
     and what keeps them from being merged."""
-    kinds = stage.kinds if stage.kinds and every_kind else [None] * len(stage.owners)
+    kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
     calls = _Calls(set(stage.sites))
     count: Counter[str] = Counter()
@@ -96,7 +96,7 @@ def _look(
     finally:
         for handle in handles:
             handle.remove()
-    for row in set(range(len(stage.owners))) - set(firsts) if stage.feeds else ():
+    for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
         stage.run([row], 1)
     why: dict[str, str | None] = dict.fromkeys(count)
     if sweep:

@@ -81,4 +81,4 @@ def free_host(processes: Processes) -> int:
 
 
 def _first_row(stage: Stage, observer: Observer | None) -> MicroBatch:
-    return MicroBatch(lambda: stage.run([0], 1), [stage.owners[0]], 1, observer)
+    return MicroBatch(lambda: stage.run([0], 1), [stage.concept_ids[0]], 1, observer)

@@ -178,7 +178,7 @@ class _Passes:
             place = HostPool(strategy.offloads, plan.host_limit)
             offload = ActivationOffload(place, modules=list(run.host.sites().values()))
         processes = lockstep.processes
-        mine = processes.mine(len(stage.owners)) if stage.sites else ()
+        mine = processes.mine(len(stage.concept_ids)) if stage.sites else ()
         sampled = sampled_rows(stage, batching.policy)
         collector = SweepCollector(
             lockstep.changes,
@@ -198,7 +198,7 @@ class _Passes:
 
         # In every way of running it, so that all give the same.
         batches = list(micro_batches(stage, 2, collector, batching, processes, sampled))
-        last = set[str]() if stage.feeds else set(stage.sites)
+        last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))
             if place is not None and offload is not None:

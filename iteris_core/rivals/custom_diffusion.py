@@ -122,7 +122,7 @@ def _texts(
             concepts, reached, calibration, lockstep, job.generator, job.tick
         )
         for stage in job.host.stages(samples, reached):
-            rows = max(rows, len(stage.owners))
+            rows = max(rows, len(stage.concept_ids))
             for batch in micro_batches(stage, 1, texts, ExecutionConfig(size)):
                 lockstep.run(batch)
     each = range(len(job.concepts))

@@ -81,7 +81,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
         )
         recorder = Recorder(references, collector)
         for stage in run.stages():
-            assert stage.places == (stage.name == "unet")
+            assert stage.spatial == (stage.name == "unet")
             recorder.seen.clear()
             for batch in micro_batches(stage, 1, recorder, ExecutionConfig(100, saliency=FOCUS)):
                 run.lockstep.run(batch)

@@ -95,7 +95,7 @@ def run_stages(case, samples, sites, copies: int, lockstep) -> tuple[list[int], 
     handle = case.last.register_forward_hook(keep)
     owners: list[int] = []
     for stage in case.host.stages(samples, sites):
-        owners = list(stage.owners)
+        owners = list(stage.concept_ids)
         rows = range(len(owners))
         lockstep.run(MicroBatch(lambda s=stage, r=rows: s.run(r, copies), owners, copies))
     handle.remove()

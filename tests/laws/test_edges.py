@@ -186,7 +186,7 @@ def test_an_exception_in_a_paused_forward_unwinds_all_of_them():
                     finally:
                         left.append(1)
 
-                yield type(stage)(stage.name, stage.sites, stage.owners, run)
+                yield type(stage)(stage.name, stage.sites, stage.concept_ids, run)
 
     def tick(progress):
         if progress.done == 2:

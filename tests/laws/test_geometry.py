@@ -82,7 +82,7 @@ def test_saliency_of_one_tensor_in_two_geometries():
 
         def stages(self, samples, sites):
             for stage in super().stages(samples, sites):
-                yield replace(stage, places=True)
+                yield replace(stage, spatial=True)
 
     class Behind(Forked):
         """A site that tells where a LoRA acts, and then two geometries of one tensor."""

@@ -94,7 +94,7 @@ def test_a_solve_in_the_moments_precision_gives_the_same_outputs():
 
 def test_tokens_enough_for_the_inputs_of_a_site():
     def counted(tokens: int, width: int, *, rows: int = 6, places: bool = True, **settings) -> int:
-        stage = Stage("denoiser", ["a"], [0] * rows + [1] * rows, lambda *_: None, places=places)
+        stage = Stage("denoiser", ["a"], [0] * rows + [1] * rows, lambda *_: None, spatial=places)
         batch = next(iter(micro_batches(stage, 2, None, ExecutionConfig(rows, **settings))))
         chosen = batch.choice and batch.choice.indices(tokens, 0, rows, width=width)
         return tokens if chosen is None else len(chosen) // rows

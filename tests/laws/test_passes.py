@@ -59,8 +59,8 @@ class Kinds(ModuleHost):
             self.batches.append(list(rows))
             self.model(torch.cat([rows_of[list(rows), : 12 if long else 6]] * copies))
 
-        kinds = [row % 2 for row in range(len(stage.owners))]
-        yield replace(stage, run=run, kinds=kinds, lengths=kinds)
+        kinds = [row % 2 for row in range(len(stage.concept_ids))]
+        yield replace(stage, run=run, batch_keys=kinds, lengths=kinds)
 
 
 class LongNet(Net):
@@ -112,7 +112,7 @@ class TwoStages(ModuleHost):
 
     def stages(self, samples, sites):
         (stage,) = super().stages(samples, sites)
-        yield Stage(stage.name, stage.sites, stage.owners, stage.run, feeds=True)
+        yield Stage(stage.name, stage.sites, stage.concept_ids, stage.run, feeds_next=True)
         yield Stage("rest", [], [0], lambda rows, copies: None)
 
 
@@ -137,8 +137,8 @@ def test_rows_that_are_left_out_are_of_all_steps_and_of_most_samples(kept):
     samples, steps, ran = 50, 4, []
     owners = [concept for concept in range(2) for _ in range(samples * steps)]
     stage = fewer(Stage("unet", [], owners, lambda rows, copies: ran.extend(rows)), 2 * kept)
-    stage.run(range(len(stage.owners)), 1)
-    assert [owners[row] for row in ran] == stage.owners == [0] * kept + [1] * kept
+    stage.run(range(len(stage.concept_ids)), 1)
+    assert [owners[row] for row in ran] == stage.concept_ids == [0] * kept + [1] * kept
     for concept in range(2):
         mine = [row for row in ran if owners[row] == concept]
         assert len({row // steps for row in mine}) >= 0.85 * min(kept, samples)

@@ -85,7 +85,7 @@ def test_rows_are_left_out_evenly_over_the_concepts():
     ran: list = []
     stage = stage_of([0] * 12 + [1] * 8, ran)
     made = plan_stage(needs_of(stage), MemoryLimits(112), 8)
-    assert list(made.stage.owners) == [0] * 6 + [1] * 4
+    assert list(made.stage.concept_ids) == [0] * 6 + [1] * 4
     assert made.bytes == 112
     assert "10 of 20 rows (the others do not fit)" in str(made)
     made.stage.run([0, 4, 5, 9], 2)
@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_said():
     with pytest.raises(OutOfMemory, match=r"needs at least \d{3} bytes .* and 101 bytes may"):
         plan_stage(needs_of(stage_of([0, 1])), MemoryLimits(101), 8)
     with pytest.raises(OutOfMemory, match="needs at least"):  # a later stage needs all rows
-        plan_stage(needs_of(stage_of([0] * 9, feeds=True)), MemoryLimits(105), 8)
+        plan_stage(needs_of(stage_of([0] * 9, feeds_next=True)), MemoryLimits(105), 8)
     needs = needs_of(stage_of([0, 1]), parked())
     with pytest.raises(OutOfMemory, match=r"host memory.* lower samples, timesteps or latent_size"):
         plan_stage(needs, MemoryLimits(102, 10**9), 8)
@@ -294,10 +294,10 @@ def test_the_longest_row_is_what_the_host_says():
 
 
 def test_rows_that_are_left_take_their_kinds_along():
-    stage = stage_of([0] * 4 + [1] * 4, kinds=list("abcdefgh"), lengths=list(range(8)))
+    stage = stage_of([0] * 4 + [1] * 4, batch_keys=list("abcdefgh"), lengths=list(range(8)))
     kept = plan_stage(needs_of(stage), MemoryLimits(106), 8).stage
-    assert list(kept.owners) == [0, 0, 1, 1]
-    assert kept.kinds == ["a", "d", "e", "h"]
+    assert list(kept.concept_ids) == [0, 0, 1, 1]
+    assert kept.batch_keys == ["a", "d", "e", "h"]
     assert kept.lengths == [0, 3, 4, 7]
 
 
