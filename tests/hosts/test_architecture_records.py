@@ -113,7 +113,7 @@ def lora_of_ranks(ranks, prefix="unet.") -> Lora:
 
 
 def test_a_transformer_called_unet_keeps_its_ranks():
-    """Ranks are made equal for diffusers' sake, which has UNets under that name and no DiT."""
+    """Alphas are made equal for diffusers' sake, which has UNets under that name and no DiT."""
     ranks = {"blocks.0.qkv": 15, "blocks.0.proj": 5, "blocks.0.mlp": 1}
     lora = lora_of_ranks(ranks)
     base = base_model(
@@ -124,8 +124,10 @@ def test_a_transformer_called_unet_keeps_its_ranks():
     assert found == {f"lora_unet_{name.replace('.', '_')}": rank for name, rank in ranks.items()}
     values = sum(t.numel() for key, t in tensors.items() if "alpha" not in key)
     assert values == sum(rank * (9 + 7) for rank in ranks.values())
+    alphas = {float(t) for key, t in tensors.items() if key.endswith("alpha")}
+    assert alphas == {15, 5, 1}
     of_sd, _ = to_tensors(lora)
-    assert {len(t) for key, t in of_sd.items() if "down" in key} == {15}
+    assert {float(t) for key, t in of_sd.items() if key.endswith("alpha")} == {15}
 
 
 @pytest.mark.parametrize(("keys", "pipeline"), [

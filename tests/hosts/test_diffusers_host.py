@@ -128,17 +128,15 @@ def test_one_denoising_step_is_enough(host64):
 
 @pytest.mark.parametrize("latents", ["denoising", "noise"])
 def test_micro_batches_and_seeds(host64, latents):
-    calibration = Calibration(
-        samples=5, timesteps=2, denoising_steps=3, latents=latents, seed=3, guidance=2.0
-    )
     concepts = merged_concepts(host64)
     first, second, other = (
         merge_loras(
             host64,
             concepts,
             settings={"precision": "float64", "micro_batch": size},
-            calibration=calibration,
-            generator=torch.Generator().manual_seed(seed),
+            calibration=Calibration(
+                samples=5, timesteps=2, denoising_steps=3, latents=latents, seed=seed, guidance=2.0
+            ),
         )
         for size, seed in ((100, 3), (3, 3), (3, 4))
     )

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from tiny import make_pipeline, random_lora
 
 from iteris_core import Calibration, Concept, Lora, cli, merge_loras, write_lora
-from iteris_core.concepts import words_of
+from iteris_core.concepts import words_in
 from iteris_core.errors import LoraFileError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.learned import embedding_triggers
 from iteris_core.hosts.learned_tokens import in_force
 from iteris_core.lora_files.embeddings import bundled, file_name
+from iteris_core.lora_files.metadata import trigger_phrases
 from iteris_core.lora_files.tensors import read_tensors
 from iteris_core.score import compare
 
@@ -210,7 +211,7 @@ def test_a_merged_file_is_read_back_and_merged_again(pipeline, tmp_path):
         "toy": ["clip_l"], "l2-toy": ["clip_l"],
     }  # fmt: skip
     assert torch.equal(again.embeddings["l2-toy"]["clip_l"], parts[1]["clip_l"])
-    words = words_of(again.metadata)
+    words = words_in(trigger_phrases(again.metadata))
     assert words.subjects == ("toy dog", "l2-toy cat")
     third = concept({"bird": parts[2]}, "bird", "", loras[2])
     result = merge_loras(host, [Concept(again, **words._asdict()), third], calibration=QUICK)
@@ -341,7 +342,7 @@ def test_the_toybox_with_embeddings(tmp_path, monkeypatch, capsys):
     third = toybox.concepts()["sks1"]
     both = host.read_lora(out)
     concepts = [
-        Concept(both, **words_of(both.metadata)._asdict()),
+        Concept(both, **words_in(trigger_phrases(both.metadata))._asdict()),
         Concept(host.read_lora(third.lora), trigger="sks1", class_word=third.class_word),
     ]
     result = merge_loras(host, concepts, calibration=QUICK)
