@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from markdown_tables import lines, load, short
 
-_LORAS = {"sks": "five LoRAs of rank 8, mean", "merge": "a merge of the five"}
+_LORAS = {"sks": "three LoRAs of rank 8, mean", "merge": "a merge of the five"}
 _WAYS = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
 
 
@@ -19,10 +19,11 @@ def resize() -> list[str]:
         figures = [short(f"{of[name]:.{n}f}") for name, n in
                    (("error", 3), ("ratio", 2), ("likeness", 3))]  # fmt: skip
         rows.append([_LORAS[kind], rank, _WAYS[way], *figures])
-    for kind, said in _LORAS.items():
-        ends = [found[key]["likeness"] for key in found if key.startswith(kind) and "whole" in key]
+    for kind, label in _LORAS.items():
+        whole = [key for key in found if key.startswith(kind) and key.endswith(" whole")]
+        ends = [found[key]["likeness"] for key in whole if key.split()[0] not in found["chosen on"]]
         if ends:
-            rows.append([said, "its own", "", "0", "", short(f"{sum(ends) / len(ends):.3f}")])
+            rows.append([label, "its own", "", "0", "", short(f"{sum(ends) / len(ends):.3f}")])
     return lines(("", "rank", "", "error", "of the SVD's", "likeness"), rows, 3)
 
 

@@ -21,8 +21,7 @@ class Preset:
 PRESETS: Mapping[PresetName, Preset] = {
     "default": Preset("Every setting at its own default."),
     "fast": Preset(
-        "A quarter of the prompts: half a point of CLIP alignment less with two concepts, two "
-        "points with ten.",
+        "A quarter of the prompts.",
         calibration={"samples": 12},
     ),
     "best": Preset(

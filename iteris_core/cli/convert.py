@@ -61,14 +61,19 @@ def convert(
     if layout != "peft" and lora.base is not None:
         error = largest_error(lora, read_lora_file(path, lora.base))
     if as_json:
-        told: dict[str, Any] = {"path": str(path), "dtype": written, "error": error, "notes": notes}
-        typer.echo(json.dumps(told))
+        report: dict[str, Any] = {
+            "path": str(path),
+            "dtype": written,
+            "error": error,
+            "notes": notes,
+        }
+        typer.echo(json.dumps(report))
         return
     for note in notes:
         typer.echo(escape(note))
     if error is not None:
-        said = "bit by bit what was read" if error == 0 else f"off by {error:.2g} at most"
-        typer.echo(f"Read back: every layer's change is {said}.")
+        outcome = "bit by bit what was read" if error == 0 else f"off by {error:.2g} at most"
+        typer.echo(f"Read back: every layer's change is {outcome}.")
     typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
 
 

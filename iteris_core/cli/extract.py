@@ -98,9 +98,9 @@ def _extracted(
 def _write(found: Extracted, left: Sequence[str], options: ExtractOptions) -> None:
     path = options.save(found.lora, options.output, options.layout)
     if options.as_json:
-        told = {"path": str(path), "error": found.error, "kept": found.kept,
+        report = {"path": str(path), "error": found.error, "kept": found.kept,
                 "ranks": found.ranks, "left": list(left)}  # fmt: skip
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(report))
         return
     if options.quiet:
         return

@@ -17,7 +17,7 @@ from ..errors import LoraFileError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
 from ..report.inspection import Interference, LoraFacts, describe, interference
-from ..report.spikes import told
+from ..report.spikes import spike_note
 from ..saving import atomically
 from .base import load_base
 from .checks import check_plot
@@ -60,7 +60,7 @@ def inspect(
         print_table(_HEADINGS, _pair_rows(pairs), "Interference", _COLUMNS)
     for pair in pairs:
         if pair.spikes:
-            typer.echo(told(pair.spikes, pair.first, pair.second))
+            typer.echo(spike_note(pair.spikes, pair.first, pair.second))
 
 
 def _base_from(name: str) -> BaseModel:

@@ -59,7 +59,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
     check_apart(outputs, configs)
     host = _host(options, configs)
     outputs[0].parent.mkdir(exist_ok=True)
-    told: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     for config, path in zip(configs, outputs, strict=True):
         concept, layout = _read(config, host, reading)
         with progress_bars(visible=not options.quiet) as on_progress:
@@ -70,9 +70,9 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
             typer.echo(escape(found.summary()))
             typer.echo(f"Wrote {written} ({sizes[0]:.3g} → {sizes[1]:.3g} MB).")
         report = {"kept": found.kept, "ranks": found.ranks, "by_weights": list(found.by_weights)}
-        told.append({"path": str(written), "megabytes": sizes, **report})
+        reports.append({"path": str(written), "megabytes": sizes, **report})
     if options.as_json:
-        typer.echo(json.dumps({"files": told}))
+        typer.echo(json.dumps({"files": reports}))
 
 
 def _outputs(configs: Sequence[ConceptConfig], output: Path) -> list[Path]:

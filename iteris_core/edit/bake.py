@@ -48,7 +48,7 @@ Places = Mapping[tuple[Path, str], Alias]
 
 
 def places_in(source: Path, base: BaseModel | None) -> tuple[Places, BaseModel]:
-    """The weights of a single file of ``base``, or of a folder of diffusers, which says itself what
+    """The weights of a single file of ``base``, or of a folder of diffusers, whose names show what
     its base is."""
     if source.is_dir() or base is None:
         return _in_folder(source)
@@ -131,7 +131,7 @@ def bake(
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write ``source`` to ``target`` with ``changes`` added in float32; names, metadata and all
-    other tensors and files stay, in their own precision unless ``precision`` says another.
+    other tensors and files stay, in their own precision unless ``precision`` has another.
 
     Raises :class:`OutputError` for a change that has no place there.
     """
@@ -143,7 +143,12 @@ def bake(
         )
     with atomically(target) as unfinished:
         if source.is_dir():
-            shutil.copytree(source, unfinished)
+            baked = {file for file, _ in places}
+            shutil.copytree(
+                source,
+                unfinished,
+                ignore=lambda folder, names: {n for n in names if Path(folder, n) in baked},
+            )
         for file in dict.fromkeys(file for file, _ in places):
             own = {key: alias for (other, key), alias in places.items() if other == file}
             tensors, metadata = _baked(file, changes, own, precision, tick)

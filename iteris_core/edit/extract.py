@@ -18,10 +18,11 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
 from ..passes.changes import unmergeable_sites
+from ..passes.eta import Eta
 from ..passes.job import Job
-from ..progress import OnProgress
+from ..progress import OnProgress, Ticker
 from .held import output_error
-from .moments import Seen, calibration_of, look, ticking
+from .moments import Seen, calibration_of, look
 from .ranks import Components, Target, kept, share_out
 from .resize import fitted
 
@@ -71,8 +72,8 @@ def extract_lora(
     Raises :class:`MismatchError` where the two are not of one architecture, naming the first key;
     :class:`SolveError` where the LoRA is no nearer to the fine-tune than the base.
     """
-
-    tick = ticking(on_progress)
+    eta = Eta()
+    tick = Ticker(eta.forecast, on_progress)
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
     dense = differences(base.sites(), tuned.sites())
     if not dense:
@@ -85,7 +86,8 @@ def extract_lora(
     def job_on(host: Host, changes: Mapping[str, LowRank]) -> Job:
         generator = torch.Generator().manual_seed(chosen.seed)
         of = {name: SiteChanges((change,)) for name, change in changes.items()}
-        return Job(host, [concept], of, chosen, generator, tick, memory_budget=memory_budget)
+        return Job(host, [concept], of, chosen, generator, tick,
+                   memory_budget=memory_budget, eta=eta)  # fmt: skip
 
     found = _components(job_on(tuned, nothing.sites), dense, sites, target)
     ranks = share_out(found, target, itemsize)
@@ -140,10 +142,10 @@ def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[i
     for name in sorted(base.keys() | tuned.keys()):
         one, two = base.get(name), tuned.get(name)
         if one != two:
-            said = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
+            shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
             raise MismatchError(
-                f"The two models are not of one architecture: {name} is {said}. Give the base that "
-                "the fine-tune was made from."
+                f"The two models are not of one architecture: {name} is {shapes}. Give the base "
+                "that the fine-tune was made from."
             )
 
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..concepts import Calibration
-from ..hosts.protocol import Tick
 from ..passes.batches import ExecutionConfig
 from ..passes.job import Run, StageSolver
 from ..passes.sweep import REFERENCE, solve_sites
-from ..progress import OnProgress, Progress
 from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Reduction, SiteContext, Solution, Tokens
 
@@ -26,16 +24,6 @@ showed still counts a little. Chosen on two of the toybox's own concepts."""
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
     """A whole one as it is, or the defaults with what is ``given`` by name."""
     return given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
-
-
-def ticking(on_progress: OnProgress | None) -> Tick:
-    """Call ``on_progress`` at every step."""
-
-    def tick(step: str, done: int, total: int, plan: str = "") -> None:
-        if on_progress is not None:
-            on_progress(Progress(step, done, total, plan=plan))
-
-    return tick
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from ..activations.processes import ALONE
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
 from ..errors import MismatchError
@@ -17,12 +16,13 @@ from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
 from ..passes.batches import ExecutionConfig
 from ..passes.changes import changes_of, check_sites, unmergeable_sites
+from ..passes.eta import Eta
 from ..passes.job import Job, Run, StageSolver
 from ..passes.sweep import solve_sites
-from ..progress import OnProgress
+from ..progress import OnProgress, Ticker
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution
-from .moments import Seen, calibration_of, look, ticking
+from .moments import Seen, calibration_of, look
 from .ranks import Components, Target, kept, share_out
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -86,14 +86,15 @@ def resize_lora(
     if not concept.phrases and concept.prompts is None and concept.inputs is None:
         concept = replace(concept, prompts=CAPTIONS)
 
-    tick = ticking(on_progress)
     concept = replace(concept, strength=1.0, text_strength=None, weight=1.0)
     chosen = calibration_of(calibration)
     if len(concept.phrases) > 1:
         chosen = replace(chosen, samples=2 * chosen.samples)
     generator = torch.Generator().manual_seed(chosen.seed)
+    eta = Eta()
+    tick = Ticker(eta.forecast, on_progress)
     job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
-              processes=ALONE, memory_budget=memory_budget)  # fmt: skip
+              memory_budget=memory_budget, eta=eta)  # fmt: skip
     check_sites(host, job.changes)
     return _resized(job, lora, target, itemsize)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..activations.site import Site, site_of
 from ..concepts import Concept
 from ..hosts.protocol import Host
-from ..lora import LowRank, concatenate
+from ..lora import LowRank, SiteChanges, concatenate
 from .changes import changes_of, check_sites
 
 
@@ -29,22 +29,24 @@ def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:
 
 def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
     """Site → the exact sum of the concepts' changes, at their strengths."""
-    if not concepts:
-        return {}
-    return {site: some.stacked() for site, some in changes_of(concepts).items()}
+    return {site: some.stacked() for site, some in _changes(concepts).items()}
+
+
+def _changes(concepts: Sequence[Concept]) -> Mapping[str, SiteChanges]:
+    return changes_of(concepts) if concepts else {}
 
 
 @contextmanager
 def switched_on(host: Host, concepts: Sequence[Concept]) -> Generator[None]:
     """The base of ``host`` with the LoRAs of ``concepts`` on it; no weight is touched. Raises
     :class:`MismatchError` where they change sites that the base lacks."""
-    found = changes_always(concepts)
-    if found:
-        check_sites(host, changes_of(concepts))
-    modules = host.sites() if found else {}
+    changes = _changes(concepts)
+    if changes:
+        check_sites(host, changes)
+    modules = host.sites() if changes else {}
     handles = [
-        modules[site].register_forward_hook(_adding(site_of(site, modules[site]), change))
-        for site, change in found.items()
+        modules[site].register_forward_hook(_adding(site_of(site, modules[site]), some.stacked()))
+        for site, some in changes.items()
     ]
     try:
         yield

@@ -23,7 +23,7 @@ from ..lora_files.metadata import trigger_words
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
 from .report import block_of
-from .spikes import shared_spikes, told
+from .spikes import shared_spikes, spike_note
 
 
 @dataclass(frozen=True)
@@ -181,5 +181,5 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
                 f"({pair.blocks[worst][0]:.0%}); conflict {pair.conflict:.0%}"
             )
         if pair.spikes:
-            lines.append(told(pair.spikes, pair.first, pair.second))
+            lines.append(spike_note(pair.spikes, pair.first, pair.second))
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def shared_spikes(first: Lora, second: Lora) -> list[str]:
     return found
 
 
-def told(sites: Sequence[str], first: str, second: str) -> str:
+def spike_note(sites: Sequence[str], first: str, second: str) -> str:
     """A sentence on the ``sites`` of :func:`shared_spikes`."""
     layers = f"{len(sites)} layer{'s' if len(sites) > 1 else ''}"
     named = ", ".join([*sites[:3], *(["…"] if len(sites) > 3 else [])])
