@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
@@ -40,6 +41,8 @@ def unseen(file: str, size: str, columns: Sequence[tuple[str, str]]) -> list[str
         cells = [_cell(kinds, ahead, kind, name) for kind, name in columns]
         n = max(figure["n"] for of in kinds.values() for figure in of.values())
         name = f"**{label}**" if label == data["default"] else NAMES.get(label, label)
+        if re.split("[@:]", label)[0] in data.get("stale", ()):
+            name += " (older code)"
         rows.append([name, str(n), *cells])
     head = (f"{size} LoRAs", "n", *(f"{kind}: {name}" for kind, name in columns))
     return lines(head, rows, right=len(columns) + 1)

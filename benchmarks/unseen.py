@@ -87,7 +87,9 @@ def main() -> None:
 
 def results(plan: Plan, alone: Runs, merged: Runs) -> dict[str, Any]:
     ours = plan.variants[0].label
+    stale = [*alone.stale(plan.references()), *merged.stale(unit for _, unit in plan.merges())]
     return {
+        "stale": stale,
         "default": ours,
         "half": plan.world.half,
         "replicates": plan.replicates,

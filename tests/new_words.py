@@ -22,6 +22,7 @@ class FakeWorld:
 
     subjects, sizes, kinds = ("s0", "s1", "s2", "s3"), (2, 4), KINDS
     trained, calls = 1, 4
+    roots = ()
 
     def __init__(self, host):
         self.host = host

@@ -51,6 +51,7 @@ class EmojiWorld:
     kinds = KINDS
     trained = 1
     calls = 2 * world()["sampling"]["steps"]
+    roots = (emoji.ROOT,)
 
     def __init__(self, *, tuning: bool = False) -> None:
         self.pipeline = emoji.load_pipeline()

@@ -47,6 +47,7 @@ class StyleWorld(ToyboxWorld):
 
     def __init__(self) -> None:
         super().__init__()
+        self.roots = (*self.roots, styles.ROOT)
         self._styles = styles.styles()
         self.styles = tuple(self._styles)
         self._reader = load_reader(styles.ROOT / "weights")

@@ -41,6 +41,7 @@ class ToyboxWorld:
     def __init__(self, root: Path = toybox.ROOT) -> None:
         self._loaded = Loaded(root)
         self._root = root
+        self.roots: tuple[Path, ...] = (toybox.ROOT, root)
         self._loras: dict[tuple[str, int], Lora] = {}
         self.host = self._loaded.host
         self.subjects = tuple(self._loaded.concepts)

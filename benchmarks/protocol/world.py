@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
@@ -46,9 +47,12 @@ class World(Protocol):
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
     words``: no word but trigger and class is in any row's template. ``no trigger``: prompts of the
     base's own. ``spread``: several seeds of one prompt with new words.
+
+    ``roots`` are the folders of its weights and words.
     """
 
     host: DiffusersHost
+    roots: Sequence[Path]
     subjects: Sequence[str]
     sizes: Sequence[int]
     trained: int

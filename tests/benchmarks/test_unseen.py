@@ -14,6 +14,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import unseen
+from protocol import digests
+from protocol.digests import digests_of
 from protocol.figures import against, figures, joined, row, rows_of_size, verdict
 from protocol.plan import BASE, SINGLE, Plan, Variant
 from protocol.runs import Runs, pixels
@@ -106,6 +108,39 @@ def test_a_run_of_the_plan_goes_on_where_it_stopped(host, tmp_path):
     assert found["against"][SINGLE]["seen"]["judge"]["verdict"] == "behind"
     assert found["against"]["average"]["seen"]["judge"]["verdict"] == "level"
     assert "spread" not in found["against"]["average"]
+
+
+def test_rows_of_different_code_are_not_mixed(host, tmp_path):
+    world = FakeWorld(host)
+    plan = Plan(world, [Variant.parsed("average")], [2], 1, lambda *_: {})
+    units = [unit for _, unit in plan.merges()]
+    runs = Runs(world, tmp_path / "runs.jsonl")
+    assert runs.run(units)
+    assert runs.known[units[0].key]["code"] == digests_of("average", ())
+    assert runs.stale(units) == []
+    older = {**digests_of("average", ()), "core": "0" * 12}
+    runs.known[units[0].key]["code"] = older
+    with pytest.raises(SystemExit, match="rows of average were made with different code"):
+        runs.stale(units)
+    for unit in units:
+        runs.known[unit.key]["code"] = older
+    assert runs.stale(units) == ["average"]
+    del runs.known[units[0].key]["code"]  # as rows are that have no digest
+    assert runs.stale(units) == ["average"]
+
+
+def test_a_digest_is_of_what_a_merge_writes_and_of_what_it_is_measured_on(tmp_path, monkeypatch):
+    assert len({digests.core(method) for method in ("iteris", "average", "sum", "ssr")}) == 4
+    assert digests.core("iteris") != digests.core("no method")
+    monkeypatch.setattr(digests, "ROOT", tmp_path)
+    made: list[str] = []
+    for text in ("one", "two", "one"):
+        digests.world.cache_clear()
+        (tmp_path / "words.txt").write_text(text)
+        (tmp_path / "notes.md").write_text(f"{len(made)}")
+        made.append(digests.world((tmp_path,)))
+    assert made[0] == made[2] != made[1]
+    digests.world.cache_clear()
 
 
 def test_merges_are_calibrated_on_the_half(host, tmp_path):

@@ -1,0 +1,73 @@
+"""Digests of what a run was made with, so that rows of different code are not mixed.
+
+The core's digest is of the files that a fixed set of merges writes (``tests/merged_files.json``), so
+that a change which keeps every merge keeps it. The world's is of its weights and words, the
+protocol's of its sources without comments and docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+from outputs import ROOT
+
+Digests = Mapping[str, str]
+"""``core``, ``world`` and ``protocol`` → its digest"""
+
+_MERGED = ROOT / "tests" / "merged_files.json"
+_FAMILIES = ("sd1", "sdxl", "sd3", "flux")
+_DATA = (".safetensors", ".json", ".txt", ".png")
+
+
+def digests_of(method: str, roots: Iterable[Path]) -> Digests:
+    """Of ``method`` on a world whose files lie below ``roots``."""
+    return {"core": core(method), "world": world(tuple(roots)), "protocol": protocol()}
+
+
+@cache
+def core(method: str) -> str:
+    """Of what the method writes at its default settings; the same for all that is no method."""
+    kept = json.loads(_MERGED.read_text(encoding="utf-8"))["merges"]
+    names = [name for name in (method, *(f"{method}, {of}" for of in _FAMILIES)) if name in kept]
+    return _digest(f"{name} {kept[name]['names']} {kept[name]['values']}" for name in names)
+
+
+@cache
+def world(roots: tuple[Path, ...]) -> str:
+    files = sorted({file for root in roots for file in root.rglob("*") if file.suffix in _DATA})
+    return _digest(
+        f"{file.relative_to(ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+        for file in files
+    )
+
+
+@cache
+def protocol() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest(ast.dump(_without_docstrings(file.read_text("utf-8"))) for file in files)
+
+
+def _without_docstrings(source: str) -> ast.Module:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [one for one in body if not _is_text(one)]  # type: ignore[attr-defined]
+    return tree
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
