@@ -1,8 +1,8 @@
 """Digests of what a run was made with, so that rows of different code are not mixed.
 
-The core's digest is of the files that a fixed set of merges writes (``tests/merged_files.json``), so
-that a change which keeps every merge keeps it. The world's is of its weights and words, the
-protocol's of its sources without comments and docstrings.
+The core's digest is of the files that a fixed set of merges writes
+(``tests/merged_files.json``): a change of the code that keeps every merge keeps it. The world's is
+of its weights and words, the protocol's of its sources without comments and docstrings.
 """
 
 from __future__ import annotations

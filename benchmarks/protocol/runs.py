@@ -30,9 +30,9 @@ from .plan import BASE, SINGLE, SWITCHED, Unit
 from .world import Wanted, World
 
 Entry = dict[str, Any]
-"""``key``; ``code``, the digests of what it was made with, which the oldest have not; for each kind
-of prompt ``[name, figures]`` of each picture, of ``spread`` of each concept; of a merge ``seconds`` of this process's processor time, the largest ``rank`` and the
-``bytes`` of its file."""
+"""``key``; ``code``, the digests of what it was made with, which the oldest do not have; for each
+kind of prompt ``[name, figures]`` of each picture, of ``spread`` of each concept; of a merge
+``seconds`` of this process's processor time, the largest ``rank`` and the ``bytes`` of its file."""
 
 
 class Runs:
