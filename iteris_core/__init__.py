@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .concepts import Calibration, Concept
+    from .edit.loaded import add_merged_adapter, merge_loaded
     from .errors import IterisError, LoraFileError, SettingsError, SolveError
     from .hosts.diffusers import DiffusersHost
     from .hosts.transformers import TransformersHost
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "concepts": "Calibration Concept",
+    "edit.loaded": "add_merged_adapter merge_loaded",
     "errors": "IterisError LoraFileError SettingsError SolveError",
     "hosts.diffusers": "DiffusersHost",
     "hosts.transformers": "TransformersHost",
@@ -53,7 +55,9 @@ __all__ = [
     "SettingsError",
     "SolveError",
     "TransformersHost",
+    "add_merged_adapter",
     "all_methods",
+    "merge_loaded",
     "merge_loras",
     "read_heads",
     "write_adapter",

@@ -101,6 +101,11 @@ class Concept(Settings):
         the notes of a download helper beside it.
         Raises :class:`LoraFileError` for a file that cannot be read.
         """
+        if not hasattr(host, "read_lora"):
+            raise ConceptError(
+                f"{type(host).__name__} reads no LoRA; give Concept.from_file a host of it, such "
+                "as DiffusersHost(pipeline)."
+            )
         lora = host.read_lora(path)
         if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
             phrases = find_phrases(Path(path), lora.metadata).phrases

@@ -40,6 +40,14 @@ class LowRank:
         kernel = "" if self.kernel is None else f", kernel {self.kernel}"
         return f"<LowRank {out} x {wide}, rank {self.rank}{kernel}, {self.up.dtype}>"
 
+    @classmethod
+    def whole(cls, dense: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
+        """ΔW, (out, in), exactly: one factor is the unit matrix of its shorter side."""
+        out, width = dense.shape
+        if width <= out:
+            return cls(dense, torch.eye(width, dtype=dense.dtype, device=dense.device), kernel)
+        return cls(torch.eye(out, dtype=dense.dtype, device=dense.device), dense, kernel)
+
     @property
     def rank(self) -> int:
         return self.up.shape[1]

@@ -14,10 +14,12 @@ import torch
 
 from .activations.processes import ALONE, Processes
 from .composites import Composite
+from .concept_config import ConceptConfig
 from .concepts import Calibration, Concept
 from .config import Unmergeable
 from .errors import SettingsError, SiteError
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
+from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .linalg.lowrank import cut_factors
 from .lora import Lora, LowRank, SiteChanges
@@ -84,8 +86,8 @@ class MergeResult:
 
 
 def merge_loras(
-    host: Host | None,
-    concepts: Sequence[Concept],
+    host: Any,
+    concepts: Sequence[Concept | str | Path],
     method: str = "iteris",
     *,
     preset: PresetName = "default",
@@ -100,10 +102,10 @@ def merge_loras(
 
     The base model is bit-identical afterwards, whatever happens.
 
-    :param host: runs the base model, such as ``DiffusersHost(pipeline)``; None for a method that
-        looks at weights only.
-    :param concepts: what is merged, each a :class:`Concept`; those of strength or weight 0 are
-        left out.
+    :param host: runs the base model: a pipeline of diffusers, a model of transformers, or a host
+        such as ``DiffusersHost(pipeline, image=…)``; None for a method that looks at weights only.
+    :param concepts: what is merged, each a :class:`Concept`, or a file with its trigger words in
+        its metadata or in a note beside it; those of strength or weight 0 are left out.
     :param method: a name of :func:`.methods.all_methods`.
     :param preset: a name of :data:`.presets.PRESETS`, over which ``settings`` and ``calibration``
         go.
@@ -127,7 +129,8 @@ def merge_loras(
     chosen = find_method(method)
     settings, calibration = settings_over(preset, method, settings, calibration)
     generator = torch.Generator().manual_seed(calibration.seed)
-    _check_types(host, concepts)
+    host = None if host is None else host_of(host)
+    concepts = _read(host, concepts)
     counting = [concept for concept in concepts if concept.counts]
     always, counting = always_on(counting), always_on(counting, "no")
     eta = Eta()
@@ -260,22 +263,25 @@ def _result(
     return MergeResult(lora, report)
 
 
-def _check_types(host: Any, concepts: Any) -> None:
-    """Raise :class:`SettingsError` for what callers pass in the place of a host and concepts."""
-    if host is not None and not callable(getattr(host, "stages", None)):
-        raise SettingsError(
-            f"host must run the base model, and {type(host).__name__} is no host; pass "
-            "DiffusersHost(pipeline) or TransformersHost(model)."
-        )
-    others = [one for one in concepts if not isinstance(one, Concept)]
-    if others:
-        raise SettingsError(
-            f"concepts must be a list of Concept, not of {type(others[0]).__name__}; pass "
-            "[Concept(host.read_lora(file), trigger=…), …]."
-        )
-    for one in always_on(concepts):
-        if one.lora is None:
+def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
+    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for what is no concept."""
+    read: list[Concept] = []
+    for one in concepts:
+        if isinstance(one, str | Path):
+            one = ConceptConfig(file=Path(one))
+        if isinstance(one, ConceptConfig):
+            if host is None:
+                raise SettingsError(f"{one.name}: a file is read for a base model; pass a host.")
+            one = one.read(host)
+        if not isinstance(one, Concept):
+            raise SettingsError(
+                f"concepts must be a list of Concept, not of {type(one).__name__}; pass "
+                "[Concept(host.read_lora(file), trigger=…), …]."
+            )
+        if one.lora is None and one.always_on != "no":
             raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
+        read.append(one)
+    return read
 
 
 def _means(

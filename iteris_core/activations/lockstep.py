@@ -66,7 +66,8 @@ class Lockstep:
                 self._handles.append(module.register_forward_hook(hook))
                 if name in self._streams:
                     stream = self._streams[name]
-                    self._handles.append(stream.register_forward_pre_hook(self._keep_stream))
+                    keep = stream.register_forward_pre_hook(self._keep_stream, prepend=True)
+                    self._handles.append(keep)
         except BaseException:
             self.close()
             raise

@@ -92,7 +92,7 @@ def extract_lora(
     found = _components(job_on(tuned, nothing.sites), dense, sites, target)
     ranks = share_out(found, target, itemsize)
     cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
-    whole = {name: _whole(dense[name], sites[name]) for name in dense}
+    whole = {name: LowRank.whole(dense[name], sites[name].kernel) for name in dense}
     job = job_on(base, whole)
     with job.run() as run:
         cut |= fitted(job, run, {name: ranks[name] for name in cut})
@@ -127,14 +127,6 @@ def _components(
     with job.run() as run:
         look(run, visit)
     return found
-
-
-def _whole(dense: Tensor, site: Site) -> LowRank:
-    """A change in full, as factors: by the unit matrix of its shorter side."""
-    out, width = dense.shape
-    if width <= out:
-        return LowRank(dense, torch.eye(width), site.kernel)
-    return LowRank(torch.eye(out), dense, site.kernel)
 
 
 def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:

@@ -264,13 +264,17 @@ def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
     assert "the key 'rank' is there twice" in err
 
 
-def test_a_pipeline_is_no_host_and_a_lora_no_concept():
+def test_a_file_is_no_host_and_a_lora_no_concept():
     pipeline = make_pipeline()
     lora = random_lora(DiffusersHost(pipeline), 1)
-    with pytest.raises(IterisError, match="Pipeline is no host; pass DiffusersHost"):
-        merge_loras(pipeline, [Concept(lora, trigger="a")])
+    with pytest.raises(IterisError, match="str does not run a base model; pass a pipeline"):
+        merge_loras("base", [Concept(lora, trigger="a")])
     with pytest.raises(IterisError, match="list of Concept, not of Lora"):
-        merge_loras(DiffusersHost(pipeline), [lora])
+        merge_loras(pipeline, [lora])
+    with pytest.raises(IterisError, match="Pipeline reads no LoRA; give Concept"):
+        Concept.from_file(pipeline, "a.safetensors")
+    with pytest.raises(IterisError, match="a file is read for a base model; pass a host"):
+        merge_loras(None, ["a.safetensors"], "average")
 
 
 def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):

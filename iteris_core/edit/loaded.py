@@ -1,0 +1,224 @@
+"""Adapters that are loaded already become one merged adapter beside them.
+
+``add_merged_adapter`` is for a ``PeftModel``, ``merge_loaded`` for a pipeline of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.sites import weight_shape
+from ..concepts import Concept, words_in
+from ..errors import ConceptError, LoraFileError, SettingsError
+from ..hosts.diffusers import DiffusersHost
+from ..hosts.diffusers_lora import COMPONENTS
+from ..hosts.peft_layers import change_of, has_bias, peft_layers, without_adapters
+from ..hosts.protocol import Host
+from ..hosts.transformers import TransformersHost
+from ..lora import Lora, LowRank
+from ..lora_files.alphas import lora_config
+from ..merge import MergeResult, merge_loras
+from ..report.report import MergeReport
+
+
+def add_merged_adapter(
+    model: Any,
+    names: Sequence[str],
+    inputs: Mapping[str, Any],
+    adapter_name: str = "merged",
+    *,
+    weights: Mapping[str, float] | None = None,
+    heads: str | None = None,
+    generate: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> MergeReport:
+    """Merge adapters of a ``PeftModel`` into a new one beside them.
+
+    Each is what it does there: at the scale that its layers have, with its rank and alpha patterns,
+    rslora, DoRA and the biases of ``lora_bias``. Base, other adapters and the active adapter are as
+    before, whatever happens. Its layers of DoRA make the merged adapter large; ``settings={"rank":
+    64}`` bounds it.
+
+    :param names: the adapters to merge.
+    :param inputs: for each of them what calls for it, as :class:`.Concept` has them: batches of
+        keyword arguments of the model, or what gives those when it is called.
+    :param weights: how much an adapter counts, 1 where it is not named.
+    :param heads: the adapter whose ``modules_to_save`` the merged one gets a copy of; every task
+        keeps its own head.
+    :param generate: as for :class:`.TransformersHost`.
+    :param choices: further arguments of :func:`.merge_loras`.
+    :raises IterisError: for what :func:`.merge_loras` raises it, and for an adapter of another
+        kind, a name that is not there, or one that is taken.
+    """
+    model_of: nn.Module = model.base_model.model
+    _check_names(names, model.peft_config, inputs)
+    if adapter_name in model.peft_config:
+        raise SettingsError(f"There is an adapter {adapter_name!r} already; choose another name.")
+    if heads is not None:
+        _check_names([heads], model.peft_config)
+    layers = peft_layers(model_of)
+    biased = {layer for layer in layers.values() if any(has_bias(layer, name) for name in names)}
+    with without_adapters([model_of], biased) as of_base:
+        host = TransformersHost(model_of, generate=generate)
+        loras = _loaded(host, of_base, names)
+        concepts = [
+            Concept(loras[name], trigger=name, weight=(weights or {}).get(name, 1.0),
+                    inputs=inputs[name])
+            for name in names
+        ]  # fmt: skip
+        result = merge_loras(host, concepts, **choices)
+        width = {
+            site: weight_shape(module)[1]
+            for site, module in host.sites().items()
+            if of_base.get(module) in biased
+        }
+    changes = {
+        site.removeprefix("model."): _apart(change, width.get(site))
+        for site, change in result.lora.sites.items()
+    }
+    _add(model, adapter_name, changes, heads)
+    return result.report
+
+
+def merge_loaded(
+    pipeline: Any,
+    words: Mapping[str, str | Sequence[str] | Mapping[str, Any]],
+    adapter_name: str = "merged",
+    *,
+    call: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> MergeResult:
+    """Merge the active adapters of a pipeline of diffusers, at the weights that ``set_adapters``
+    gave them, into a new one, which is the only active one afterwards.
+
+    :param words: for each active adapter its trigger words ("sks cat"), a list of prompts that call
+        for it, or fields of :class:`.Concept` by name, such as ``{"trigger": "sks", "weight": 2}``.
+    :param call: further arguments of the pipeline, as for :class:`.DiffusersHost`.
+    :param choices: further arguments of :func:`.merge_loras`.
+    :raises IterisError: for what :func:`.merge_loras` raises it, and for an adapter of another kind
+        or without words; all adapters are then as before.
+    """
+    names: list[str] = list(pipeline.get_active_adapters())
+    known = {name for some in pipeline.get_list_adapters().values() for name in some}
+    if adapter_name in known:
+        raise SettingsError(f"There is an adapter {adapter_name!r} already; choose another name.")
+    _check_names(list(words), names, what="active adapter")
+    _check_names(names, names, words)
+    fields = {name: _fields(name, words[name]) for name in names}
+    found = [getattr(pipeline, name, None) for name in COMPONENTS]
+    with without_adapters([part for part in found if isinstance(part, nn.Module)]) as of_base:
+        for layer in of_base.values():
+            if any(has_bias(layer, name) for name in names):
+                raise LoraFileError(
+                    "An active adapter changes biases, which files of diffusers do not hold; "
+                    "deactivate it."
+                )
+        host = DiffusersHost(pipeline, **(call or {}))
+        loras = _loaded(host, of_base, names)
+        concepts = [Concept(loras[name], **fields[name]) for name in names]
+        result = merge_loras(host, concepts, **choices)
+    result.load_into(pipeline, adapter_name)
+    pipeline.set_adapters([adapter_name])
+    return result
+
+
+def _check_names(
+    names: Iterable[str],
+    known: Collection[str],
+    given: Collection[str] | None = None,
+    what: str = "adapter",
+) -> None:
+    """Raise :class:`IterisError` for a name that is not ``known``, or that nothing is ``given``
+    for."""
+    names = list(names)
+    if not names or len(set(names)) < len(names):
+        raise SettingsError(f"Name each {what} to merge once; they are {', '.join(known)}.")
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+        if given is not None and name not in given:
+            raise ConceptError(f"Adapter {name!r}: say what calls for it, {name!r}: ….")
+
+
+def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(words, Mapping):
+        return {"trigger": name, **words}
+    if isinstance(words, str):
+        return words_in([words])._asdict()
+    return {"trigger": name, "prompts": list(words)}
+
+
+def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) -> dict[str, Lora]:
+    """The adapters ``names`` as LoRAs of the sites of ``host``. Raises :class:`LoraFileError` for
+    one that changes nothing there."""
+    every: dict[str, dict[str, LowRank]] = {name: {} for name in names}
+    places = {module: site for site, module in host.sites().items()}
+    for module, layer in of_base.items():
+        if not hasattr(layer, "get_delta_weight") and not hasattr(layer, "lora_A"):
+            continue  # a whole module of its own, such as a head
+        for name in names:
+            change = change_of(layer, places.get(module, type(layer).__name__), name, module)
+            if change is not None:
+                every[name][places[module]] = change
+    for name, sites in every.items():
+        if not sites:
+            raise LoraFileError(f"Adapter {name!r} changes no layer; there is nothing to merge.")
+    return {name: Lora(sites, name, source=name) for name, sites in every.items()}
+
+
+def _apart(change: LowRank, width: int | None) -> tuple[LowRank, Tensor | None]:
+    """A change and the bias in its last column, if it has ``width`` inputs with that."""
+    if width is None:
+        return change, None
+    bias = change.up @ change.down[:, width - 1]
+    return LowRank(change.up, change.down[:, : width - 1]), bias
+
+
+def _add(
+    model: Any,
+    name: str,
+    changes: Mapping[str, tuple[LowRank, Tensor | None]],
+    heads: str | None,
+) -> None:
+    """Put an adapter of ``changes``, by the names of layers, into a ``PeftModel``; on failure all
+    is as before."""
+    from peft import LoraConfig
+
+    base: nn.Module = model.base_model.model
+    before = peft_layers(base)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = model.peft_config[heads].modules_to_save if heads is not None else None
+    config = LoraConfig(
+        **lora_config({n: (c.rank, c.rank) for n, (c, _) in changes.items()}, "^"),
+        lora_bias=any(bias is not None for _, bias in changes.values()),
+        modules_to_save=None if kept is None else list(kept),
+    )
+    try:
+        model.add_adapter(name, config)
+        with torch.no_grad():
+            for place, (change, bias) in changes.items():
+                layer: Any = base.get_submodule(place)
+                down, up = layer.lora_A[name], layer.lora_B[name]
+                down.weight.copy_(change.down.reshape(down.weight.shape))
+                up.weight.copy_(change.up.reshape(up.weight.shape))
+                if up.bias is not None:
+                    up.bias.copy_(torch.zeros_like(up.bias) if bias is None else bias)
+        for module in base.modules() if heads is not None else ():
+            copies: Any = getattr(module, "modules_to_save", {})
+            if heads in copies:
+                copies[name].load_state_dict(copies[heads].state_dict())
+    except BaseException:
+        model.peft_config.pop(name, None)
+        for place, layer in peft_layers(base).items():
+            layer.delete_adapter(name)
+            if place not in before:
+                parent, _, leaf = place.rpartition(".")
+                setattr(base.get_submodule(parent), leaf, layer.get_base_layer())
+        raise
+    finally:
+        for parameter, on in trained:
+            parameter.requires_grad_(on)
