@@ -146,7 +146,12 @@ class MetaHost:
             for path, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        self.changed = [site for site in self._sites if any(part in site for part in parts)]
+        self.changed = [
+            site
+            for site in self._sites
+            if "block" in site or "layers" in site
+            if any(part in site for part in parts)
+        ]
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
