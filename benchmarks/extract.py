@@ -77,7 +77,7 @@ def main() -> None:
         likeness = fmean(one["likeness"] for one in read_off)
         return {"error": round(error, 4), "likeness": round(likeness, 4), "numbers": numbers}
 
-    dense = differences(base.sites(), tuned.sites())
+    dense = differences(base, tuned)
     for rank in RANKS:
         if f"{rank} svd" not in read(FILE):
             add(FILE, f"{rank} svd", measured({s: _cut(s, dense, base, rank) for s in dense}))

@@ -10,6 +10,7 @@ from .comfy_internals import missing, sentence
 from .comfy_routes import add_route
 from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
+from .edit_nodes import ExtractLora, ResizeLora
 from .inspect_node import InspectLoras
 from .loras_node import IterisLoras
 from .merge_nodes import IterisMerge, IterisMergeExperts
@@ -34,6 +35,8 @@ NODES: list[type[io.ComfyNode]] = [
     IterisMergeExperts,
     CompareMerges,
     SaveMergedLora,
+    ResizeLora,
+    ExtractLora,
     InspectLoras,
     ClipScorerLoader,
     VisionScorer,

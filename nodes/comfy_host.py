@@ -6,7 +6,7 @@ Nothing of MODEL and CLIP is patched: the text encoders (:mod:`.comfy_text`) and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.lora import Lora
-from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.lora_files import BaseModel, ReadOptions
 from ..iteris_core.lora_files.experts import second_of
-from .comfy_conds import References, kind, size
+from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
 from .comfy_gradients import training
 from .comfy_lora import ComfySites
@@ -124,6 +124,13 @@ class ComfyHost:
         }
         return {**self._found.modules, **second}
 
+    @property
+    def base(self) -> BaseModel:
+        return self._found.base
+
+    def weight(self, site: str) -> Tensor:
+        return self._found.weight(site)
+
     def read_lora(
         self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
     ) -> Lora:
@@ -210,12 +217,24 @@ class ComfyHost:
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
 
-    def forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
-        raise IterisError(
-            "ComfyUI loads weights in inference mode, which keeps no gradients, so a merge cannot "
-            "be polished through the whole model there; set polish_steps to 0, and block_steps "
-            "instead."
-        )
+    def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            raise IterisError(
+                "ComfyUI loads weights in inference mode, which keeps no gradients, so a merge "
+                "cannot be polished through the whole model there; set polish_steps to 0, and "
+                "block_steps instead."
+            )
+        owners, tokens = samples.text.text_owners, samples.tokens
+        batches = self._texts.batches(owners, tokens, self._found.names, frozenset())
+        self._texts.load()
+        for batch in batches.values():
+            batch.run_all(self._batch, self._lockstep)
+        texts = self._texts.assemble(owners, tokens, batches, 0, self._lockstep)
+        if not samples.noisy:
+            return torch.cat([texts[row][0] for row in rows])
+        (noisy,) = samples.noisy
+        predict, _ = self._loaded(0, noisy, [texts])
+        return predict(rows, 1)
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         modules = self.sites()
@@ -268,6 +287,28 @@ class ComfyHost:
         conditionings: Sequence[Sequence[Conditioning]],
     ) -> Stage:
         """The stage of a denoiser, which is loaded for it."""
+        run, inputs = self._loaded(number, noisy, conditionings)
+        denoiser, texts = self._denoisers[number], noisy.text_rows
+        kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in inputs[0]}
+        steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
+        return Stage(
+            "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
+            names,
+            noisy.owners,
+            run,
+            spatial=True,
+            picture=noisy.latents.shape[2:],
+            patches=denoiser.patches,
+            batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
+            lengths=[size(inputs[0][row]) for row in texts],
+            gradients=training,
+        )
+
+    def _loaded(
+        self, number: int, noisy: DenoiserRows, conditionings: Sequence[Sequence[Conditioning]]
+    ) -> tuple[Callable[[Sequence[int], int], Tensor], Sequence[Mapping[int, Inputs]]]:
+        """A forward of a denoiser, which is loaded for it, and for each copy of the conditionings
+        the inputs of every text that is used."""
         denoiser = self._running = self._denoisers[number]
         latents, texts = noisy.latents, noisy.text_rows
         wanted = self._wanted.get(denoiser, 0)
@@ -278,26 +319,13 @@ class ComfyHost:
             {row: denoiser.inputs(copy[row], latents.shape) for row in used}
             for copy in conditionings
         ]
-        kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in used}
-        steps = noisy.times.tolist() if self.references.by_step else [None] * len(texts)
 
-        def run(rows: Sequence[int], copies: int) -> None:
+        def run(rows: Sequence[int], copies: int) -> Tensor:
             index = torch.as_tensor(list(rows) * copies)
             of_rows = [inputs[copy][texts[row]] for copy in range(copies) for row in rows]
-            denoiser.predict(latents[index], noisy.times[index], of_rows)
+            return denoiser.predict(latents[index], noisy.times[index], of_rows)
 
-        return Stage(
-            "denoiser" if self.low is None else f"denoiser for {('high', 'low')[number]} noise",
-            names,
-            noisy.owners,
-            run,
-            spatial=True,
-            picture=latents.shape[2:],
-            patches=denoiser.patches,
-            batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
-            lengths=[size(inputs[0][row]) for row in texts],
-            gradients=training,
-        )
+        return run, inputs
 
     def room(self, wanted: int) -> int:
         wanted = with_spare(wanted)

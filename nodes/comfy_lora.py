@@ -95,14 +95,14 @@ class ComfySites:
                     raise LoraFileError(f"{path}: {key} changes {self._refused[name]}.")
             return converted
 
-        lora = read_lora_file(path, self.base, self._weight, options, convert)
+        lora = read_lora_file(path, self.base, self.weight, options, convert)
         return replace(lora, source=_name_of(path))
 
     def _module(self, key: str) -> nn.Module:
         root = self._model.model if _in_denoiser(key) else self._clip.cond_stage_model
         return root.get_submodule(key.removesuffix(".weight"))
 
-    def _weight(self, site: str) -> Tensor:
+    def weight(self, site: str) -> Tensor:
         """The base's weight in float32, with the LoRAs that are on it already."""
         key = self._keys[site]
         patcher = self._model if _in_denoiser(key) else self._clip.patcher

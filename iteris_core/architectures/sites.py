@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..errors import BaseError
 
 _SCALES = ("residual_multiplier", "residual_scale")
 """Names of a layer's factor on what it adds to the stream (Granite, MiniCPM)"""
@@ -27,6 +30,19 @@ def weight_shape(module: Any) -> tuple[int, ...]:
     if hasattr(module, "nf"):
         return (module.nf, module.nx)
     return (module.out_features, module.in_features)
+
+
+def plain_weight(site: str, module: Any) -> Tensor:
+    """The weight of ``module``, float32, on the CPU. Raises :class:`BaseError` where it is
+    quantised or not in memory."""
+    weight = module.weight
+    fits = tuple(weight.shape) == weight_shape(module)
+    if not fits or weight.is_meta or not weight.is_floating_point():
+        raise BaseError(
+            f"The weight of {site} is quantised or not in memory; load the model unquantised, "
+            "without offload."
+        )
+    return weight.detach().to("cpu", torch.float32)
 
 
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:

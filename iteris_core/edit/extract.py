@@ -13,7 +13,7 @@ from ..activations.site import Site, site_of
 from ..architectures.sites import weight_shape
 from ..calibration_prompts import CAPTIONS
 from ..concepts import Calibration, Concept
-from ..errors import BaseError, MismatchError, SolveError
+from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
@@ -75,7 +75,7 @@ def extract_lora(
     eta = Eta()
     tick = Ticker(eta.forecast, on_progress)
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
-    dense = differences(base.sites(), tuned.sites())
+    dense = differences(base, tuned)
     if not dense:
         raise MismatchError("The two models have the same weights; there is nothing to extract.")
     sites = {name: site_of(name, tuned.sites()[name]) for name in dense}
@@ -141,26 +141,15 @@ def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[i
             )
 
 
-def differences(base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
     """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, where that is not zero. Raises
-    :class:`BaseError` for weights that are quantised or are not in memory."""
+    :class:`BaseError` for weights that cannot be read."""
     found: dict[str, Tensor] = {}
-    for name, module in base.items():
-        change = _weight(name, tuned[name]) - _weight(name, module)
+    for name in base.sites():
+        change = tuned.weight(name) - base.weight(name)
         if bool(change.any()):
             found[name] = change.flatten(1)
     return found
-
-
-def _weight(name: str, module: Any) -> Tensor:
-    weight = module.weight
-    fits = tuple(weight.shape) == weight_shape(module)
-    if not fits or weight.is_meta or not weight.is_floating_point():
-        raise BaseError(
-            f"The weight of {name} is quantised or not in memory; load both models unquantised, "
-            "without offload."
-        )
-    return weight.detach().to("cpu", torch.float32)
 
 
 def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..activations.lockstep import Lockstep
+from ..activations.oom_retry import halved, with_less
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
 from ..lora import Lora, LowRank
 from ..passes.always_on import switched_on
+from ..passes.batches import chunks
 
 _SAMPLES, _TIMESTEPS, _BATCH = 8, 2, 8
 _SEED = 1 << 20
@@ -38,16 +40,34 @@ def output_error(
     sites = set(changes)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
         samples = tuned.samples([concept], sites, held_out, lockstep, generator, tick)
-        count = sum(
-            len(stage.concept_ids) for stage in tuned.stages(samples, sites) if not stage.feeds_next
-        )
-        wanted = _outputs(tuned, samples, count)
-        before = _outputs(base, samples, count)
+        kinds = _kinds(tuned, samples, sites)
+        wanted = _outputs(tuned, samples, kinds)
+        before = _outputs(base, samples, kinds)
         with switched_on(base, [Concept(Lora(changes))]):
-            after = _outputs(base, samples, count)
+            after = _outputs(base, samples, kinds)
     return float((after - wanted).norm() / (before - wanted).norm().clamp(min=1e-30))
 
 
-def _outputs(host: Host, samples: Any, count: int) -> Tensor:
-    rows = range(count)
-    return torch.cat([host.forward(samples, [row]).double().flatten().cpu() for row in rows])
+def _kinds(host: Host, samples: Any, sites: Set[str]) -> list[Hashable]:
+    """The kind of every row of the stages whose outputs are final."""
+    kinds: list[Hashable] = []
+    for stage in host.stages(samples, sites):
+        count = len(stage.concept_ids)
+        if not stage.feeds_next:
+            kinds += stage.batch_keys or [None] * count
+        else:
+            for row in range(count):
+                stage.run([row], 1)
+    return kinds
+
+
+def _outputs(host: Host, samples: Any, kinds: Sequence[Hashable]) -> Tensor:
+    def run(at_once: int) -> Tensor:
+        parts = chunks(range(len(kinds)), kinds, at_once)
+        return torch.cat([host.forward(samples, rows).double().flatten().cpu() for rows in parts])
+
+    return with_less(halved(_BATCH), run, _complaint)[0]
+
+
+def _complaint(said: str, tried: Sequence[int]) -> str:
+    return f"Memory ran out while the LoRA was held against the model ({said})."

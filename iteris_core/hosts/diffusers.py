@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
-from ..architectures.sites import in_changed_parts, residual_streams
+from ..architectures.sites import in_changed_parts, plain_weight, residual_streams
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
@@ -92,6 +92,9 @@ class DiffusersHost:
 
     def sites(self) -> Mapping[str, nn.Module]:
         return self._sites
+
+    def weight(self, site: str) -> Tensor:
+        return plain_weight(site, self._sites[site])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)

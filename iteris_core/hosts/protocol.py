@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..activations.lockstep import Lockstep
+from ..architectures.sites import plain_weight
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, ModelStateError
 from ..lora import Lora
@@ -80,6 +81,11 @@ class Host(Protocol):
     def sites(self) -> Mapping[str, nn.Module]:
         """Every module that a LoRA may change, by site name."""
         ...
+
+    def weight(self, site: str) -> torch.Tensor:
+        """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
+        where it cannot be read."""
+        return plain_weight(site, self.sites()[site])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read a file of any layout that the host's ecosystem knows."""

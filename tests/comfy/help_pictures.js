@@ -1,6 +1,6 @@
 // node help_pictures.js PORT [NODE …]: the pictures of the help pages, web/docs/NODE/{en,zh}.jpg, of
 // nodes as they are in use, on a ComfyUI that runs there. What a node says is what it said on the
-// toybox (workflows/quick_start_toybox.json and the other two).
+// toybox (workflows/quick_start_toybox.json and the others).
 const fs = require('fs');
 const path = require('path');
 const { withPage } = require('./browser.js');
@@ -31,6 +31,14 @@ const NODES = {
     says: `Merged 2 concepts with average: 68 sites, rank 16, 0.0 s.\n${MERGED}`,
   },
   IterisSaveLora: { says: 'Saved iteris/merged.safetensors' },
+  IterisResizeLora: {
+    values: { rank: 4 },
+    says: 'sks1: ranks 2 to 7 in 68 layers; 99.8% of what it adds to their outputs is kept.',
+  },
+  IterisExtractLora: {
+    values: { rank: 4 },
+    says: '68 layers at ranks 1 to 7; error 4.4% of what the fine-tune changes.',
+  },
   IterisInspectLoras: {},
   IterisClipScorerLoader: {},
   IterisVisionScorer: {},

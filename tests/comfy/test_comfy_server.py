@@ -113,6 +113,26 @@ def test_saved_lora_draws_what_the_node_draws(client: Client) -> None:
     assert "rank 3" in again["report"]["text"][0]
 
 
+def test_stock_save_checkpoint_bakes_the_merge(client: Client, models: Path) -> None:
+    """MODEL and CLIP of a merge in one file, which draws what they draw without a LoRA."""
+    merged = ["merge", 0], ["merge", 1], ["base", 2]
+    graph = thin_graph()
+    names = dict(zip(("model", "clip", "vae"), merged, strict=True))
+    graph["bake"] = node("CheckpointSave", filename_prefix="checkpoints/baked", **names)
+    wanted = pixels(client, client.run(graph)["merged"])
+    (file,) = (models / "output" / "checkpoints").glob("baked*.safetensors")
+    file.rename(models / "models" / "checkpoints" / "baked.safetensors")
+    graph = {
+        name: node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")
+        for name in ("baked", "thin")
+    }
+    for name in list(graph):
+        graph |= drawing(f"by {name}", [name, 0], [name, 1], [name, 2])
+    drawn = client.run(graph)
+    assert psnr(pixels(client, drawn["by baked"]), wanted) > 45
+    assert psnr(pixels(client, drawn["by thin"]), wanted) < 40
+
+
 def test_file_name_and_rank_do_not_start_over(client: Client, models: Path) -> None:
     """By ComfyUI's cache a new file name does not merge again. Another rank does not make latents
     again; the sweep runs again, since later layers adapt to what is cut off."""
@@ -263,7 +283,7 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
 def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
     found = {k: v for k, v in client.get("/object_info").items() if k.startswith("Iteris")}
     texts = client.get("/i18n")
-    assert len(found) == 16
+    assert len(found) == 18
     for name, info in found.items():
         assert info["category"] == "IterIS"
         page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()

@@ -41,7 +41,7 @@ def test_what_is_extracted_is_the_fine_tune(pipeline, host, tuned):
     for rank in (2, 6):
         found = extract_lora(host, other, Target(rank=rank), kind, calibration=SHORT)
         errors[rank] = found.error
-        dense = differences(host.sites(), other.sites())
+        dense = differences(host, other)
         assert found.ranks.keys() == dense.keys()
     assert errors[6] < errors[2] < 1
     assert errors[6] < 0.5

@@ -19,6 +19,7 @@ TOYBOX = json.loads((RESULTS / "graphs.json").read_text("utf-8"))
 """Of ``benchmarks/graphs.py``."""
 REAL = {
     "two_concepts_sd15": "SD 1.5, 512 px",
+    "bake_checkpoint_sd15": "SD 1.5, 512 px",
     "three_concepts_sdxl": "SDXL, 1024 px",
     "lora_stack_sdxl": "SDXL, 1024 px",
     "subject_and_style_sdxl": "SDXL, 1024 px",
@@ -136,7 +137,7 @@ def test_help_pages_have_a_picture(language: str) -> None:
     """The help panel looks for it from the folder of the pages, whatever the language."""
     docs = ROOT / "web" / "docs"
     pages = sorted(docs.glob("*/zh.md" if language else "*.md"))
-    assert len(pages) == 16
+    assert len(pages) == 18
     for page in pages:
         name = page.parent.name if language else page.stem
         (shown,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))

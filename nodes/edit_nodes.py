@@ -1,0 +1,193 @@
+"""Nodes beside merging: a LoRA brought to a lower rank, and one taken out of a fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from comfy_api.latest import io
+from torch import Tensor, nn
+
+from ..iteris_core.concepts import Calibration, lines_of
+from ..iteris_core.edit.extract import extract_lora, other_differences
+from ..iteris_core.edit.ranks import Target
+from ..iteris_core.edit.resize import resize_lora
+from ..iteris_core.errors import IterisError
+from ..iteris_core.lora import Lora
+from ..iteris_core.lora_files import ReadOptions
+from .comfy_host import ComfyHost
+from .comfy_lora import apply_lora
+from .comfy_runtime import NodeProgress, files_behind, show_text
+from .comfy_state import ready_for_merge
+from .concept_specs import DENOISER, read
+from .lora_stacks import specs_of
+from .merge_inputs import setting_input
+from .merge_settings import Request
+from .merging import LoraModel as TensorsOfLora
+from .schema import LoraModel, MergeSettings, concepts_input, schema
+
+_ITEMSIZE = 2  # bytes of a number in the file: float16
+_HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
+
+
+def _target_inputs() -> list[Any]:
+    return [
+        io.Int.Input("rank", default=8, min=0, max=1024),
+        io.Float.Input("megabytes", default=0.0, min=0.0, max=10000.0, step=1.0),
+        io.Float.Input("energy", default=0.0, min=0.0, max=0.999, step=0.01),
+    ]
+
+
+def _run_inputs() -> list[Any]:
+    return [
+        setting_input(Calibration, "samples"),
+        setting_input(Calibration, "seed"),
+        MergeSettings.Input("settings", optional=True),
+    ]
+
+
+def _outputs() -> list[Any]:
+    return [
+        io.Model.Output(display_name="MODEL"),
+        io.Clip.Output(display_name="CLIP"),
+        LoraModel.Output(display_name="lora"),
+        io.String.Output(display_name="report"),
+    ]
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """A node's ``values`` as what the library takes, and what the node shows and gives."""
+
+    hidden: Any
+    model: Any
+    clip: Any
+    values: Mapping[str, Any]
+    denoising: str = "model"
+    """The input with the model that makes the samples."""
+
+    @property
+    def request(self) -> Request:
+        return Request.of(self.values, files_behind(self.hidden, self.denoising))
+
+    @property
+    def target(self) -> Target:
+        rank, megabytes, energy = (self.values[n] for n in ("rank", "megabytes", "energy"))
+        if sum(map(bool, (rank, megabytes, energy))) != 1:
+            raise IterisError("Set one of rank, megabytes and energy, and the others to 0.")
+        return Target(rank or None, megabytes or None, energy or None)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "calibration": request.config((), "iteris").calibration,
+            "itemsize": _ITEMSIZE,
+            "on_progress": NodeProgress(self.hidden.unique_id),
+            "memory_budget": request.memory_budget,
+        }
+
+    def output(self, lora: Lora, lines: Sequence[str]) -> io.NodeOutput:
+        tensors, report = TensorsOfLora(lora, ordered=True), "\n".join(lines)
+        show_text(report, self.hidden.unique_id)
+        model, clip = apply_lora(self.model, self.clip, tensors)
+        return io.NodeOutput(model, clip, tensors, report)
+
+
+class ResizeLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisResizeLora",
+            "IterIS Resize LoRA",
+            ["resize lora", "reduce rank", "shrink lora", "lora rank", "compress lora"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip", optional=True),
+                concepts_input(),
+                *_target_inputs(),
+                io.Combo.Input("by", options=["outputs", "weights"], default="outputs"),
+                *_run_inputs(),
+            ],
+            outputs=_outputs(),
+            hidden=_HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concepts: Any,
+        clip: Any = None,
+        by: Literal["outputs", "weights"] = "outputs",
+        **values: Any,
+    ) -> io.NodeOutput:
+        edit = _Edit(cls.hidden, model, clip, values)
+        target, specs = edit.target, [spec for spec in specs_of(concepts) if spec.file]
+        if len(specs) != 1:
+            raise IterisError(f"Resize LoRA takes one LoRA, and {len(specs)} are connected and on.")
+        reading = ReadOptions(allow_partial=edit.request.config((), "iteris").unmergeable == "skip")
+        with ready_for_merge(clip), ComfyHost(model, clip, **edit.request.base) as host:
+            concept = read(specs[0], host, reading)
+            found = resize_lora(concept, target, host if by == "outputs" else None, **edit.run)
+        return edit.output(found.lora, [found.summary(), *found.lora.notes])
+
+
+class ExtractLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisExtractLora",
+            "IterIS Extract LoRA",
+            ["extract lora", "model difference", "checkpoint to lora", "subtract models"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Model.Input("model_tuned"),
+                io.Clip.Input("clip"),
+                io.Clip.Input("clip_tuned", optional=True),
+                *_target_inputs(),
+                io.String.Input("prompts", default="", multiline=True),
+                *_run_inputs(),
+            ],
+            outputs=_outputs(),
+            hidden=_HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        model_tuned: Any,
+        clip: Any,
+        clip_tuned: Any = None,
+        prompts: str = "",
+        **values: Any,
+    ) -> io.NodeOutput:
+        edit, clip_tuned = _Edit(cls.hidden, model, clip, values, "model_tuned"), clip_tuned or clip
+        target, options = edit.target, edit.request.base
+        with (
+            ready_for_merge(clip),
+            ready_for_merge(clip_tuned),
+            ComfyHost(model, clip, **options) as base,
+            ComfyHost(model_tuned, clip_tuned, **options) as tuned,
+        ):
+            found = extract_lora(
+                base, tuned, target, base.base, prompts=lines_of(prompts) or None, **edit.run
+            )
+            left = other_differences(_denoiser(model), _denoiser(model_tuned))
+        return edit.output(found.lora, [found.summary(), *_left(left)])
+
+
+def _denoiser(model: Any) -> dict[str, nn.Module]:
+    return {DENOISER: model.model.diffusion_model}
+
+
+def _left(differences: Mapping[str, Tensor]) -> list[str]:
+    if not differences:
+        return []
+    first = min(differences)
+    return [
+        f"{len(differences)} parameters differ that no LoRA holds (norms, biases, embeddings), "
+        f"such as {first}."
+    ]
