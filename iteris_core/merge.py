@@ -250,6 +250,7 @@ def _result(
         notes=notes,
         rows=log.rows,
         plan=list(log.plan),
+        short=list(log.short),
         convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
     )
@@ -313,15 +314,13 @@ def _added_note(added: Concept) -> str:
 def _learned(
     concepts: Sequence[Concept], calls: Sequence[EmbeddingTriggers], in_force: Sequence[Set[str]]
 ) -> list[tuple[str, list[str]]]:
-    """By concept, what is to be said of its embeddings. With one of them not in force the LoRA is
-    not what it was trained to be, and its features are others: that is said aloud."""
+    """Notes on each concept's embeddings; its warnings are logged as well."""
     found: list[tuple[str, list[str]]] = []
     for concept, of_one, names in zip(concepts, calls, in_force, strict=True):
-        notes = of_one.notes(names)
-        found.append((concept.name, notes))
-        for note in notes:
-            if "NOT IN FORCE" in note:
-                _log.warning("%s: %s", concept.name, note)
+        warnings = of_one.warnings(names)
+        found.append((concept.name, [*of_one.notes(names), *warnings]))
+        for warning in warnings:
+            _log.warning("%s: %s", concept.name, warning)
     return found
 
 

@@ -33,7 +33,8 @@ from iteris_core.lora_files import read_tensors
 from iteris_core.lora_files.experts import split_experts
 from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
-from iteris_core.passes.strategies import BLOCKS, Strategy, find, replayable
+from iteris_core.passes.strategies import Strategy, find, replayable
+from iteris_core.solve.choose import POLICY
 
 KEPT = Path(__file__).with_suffix(".json")
 QUICK = {"samples": 3, "timesteps": 2, "denoising_steps": 3, "latent_size": 8, "seed": 3}
@@ -61,8 +62,8 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
 PRESETS = ("fast", "paper")
 WAYS: Mapping[str, tuple[int, bool]] = {
     "in host memory": (0, True),
-    "small blocks": (BLOCKS["small blocks"][0], False),
-    "large blocks in host memory": (BLOCKS["large blocks"][0], True),
+    "small blocks": (POLICY.blocks[0], False),
+    "large blocks in host memory": (POLICY.blocks[1], True),
 }
 
 

@@ -25,6 +25,7 @@ from iteris_core.activations.meter import MemoryMeter
 from iteris_core.passes import sweep as loops
 from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import BLOCKS, IN_HOST, ON_DEVICE, Strategy, find, replayable
+from iteris_core.solve.choose import POLICY
 from toybox import TEMPLATES
 
 Case = tuple[Any, Sequence[Concept], Calibration]
@@ -62,7 +63,8 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             return Plan(stage, batching.rows, Strategy())
         barriers = offloads = None
         if way != ON_DEVICE.name:
-            barriers = find(stage, run.lockstep).barriers(BLOCKS.get(size, (0, 1.0))[0])
+            most = dict(zip(BLOCKS, POLICY.blocks, strict=True)).get(size, 0)
+            barriers = find(stage, run.lockstep).barriers(most)
         if size:
             barriers = replayable(stage, run.lockstep, barriers)
         if place == IN_HOST:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,17 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .lockstep import Lockstep
 from .meter import storage_of
-from .micro_batch import MicroBatch, Observer, version_of
+from .micro_batch import MicroBatch, version_of
 from .replay import Barriers, Block, tensors, unwritten
 from .tokens import Group, Observation
 
 _log = logging.getLogger(__name__)
-
-SAME = 1e-3
-"""How much of itself a block may give otherwise when it runs again: what kernels round."""
-
-Make = Callable[[Observer | None], MicroBatch]
-"""A forward of one row, shown to an observer."""
 
 
 @dataclass
@@ -84,19 +78,22 @@ class Found:
         return blocks
 
 
-def watched(lockstep: Lockstep, make: Make) -> Found:
-    """What a forward tells of its barriers."""
-    watch = _Watch()
+def watched(lockstep: Lockstep, batch: MicroBatch) -> Found:
+    """What a forward of one row tells of its barriers."""
+    batch.observer = watch = _Watch()
     with watch, watch.modules():
-        lockstep.run(make(watch))
+        lockstep.run(batch)
     return watch.found
 
 
-def with_replayable(barriers: Barriers, lockstep: Lockstep, make: Make) -> Barriers:
-    """``barriers`` with those blocks that can be replayed, and what they write to."""
+def with_replayable(
+    barriers: Barriers, lockstep: Lockstep, batch: MicroBatch, most: float
+) -> Barriers:
+    """``barriers`` with those blocks that give the same again when they are replayed, to ``most``
+    of it, and what they write to; ``batch`` is of one row."""
     blocks: dict[nn.Module, Block] = {}
-    with _trials(barriers.blocks, blocks):
-        lockstep.run(make(None))
+    with _trials(barriers.blocks, blocks, most):
+        lockstep.run(batch)
     return Barriers(barriers.ends, blocks)
 
 
@@ -169,7 +166,9 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> Generator[None]:
+def _trials(
+    blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block], most: float
+) -> Generator[None]:
     """Every block is run on copies of its arguments before it is run on them."""
     entered: dict[nn.Module, tuple[Any, dict[str, tuple[Tensor, int | None]]]] = {}
     trying: list[nn.Module] = []
@@ -195,7 +194,7 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
         written = {
             path for path, (t, was) in there.items() if t.is_inference() or version_of(t) != was
         }
-        if _alike(again, output):
+        if alike(_pytree.tree_leaves(again), _pytree.tree_leaves(output), most):
             good[module] = Block(blocks[module].ends, frozenset(written))
 
     handles = [
@@ -213,11 +212,13 @@ def _trials(blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block]) -> 
             handle.remove()
 
 
-def _alike(one: Any, other: Any) -> bool:
-    first, second = _pytree.tree_leaves(one), _pytree.tree_leaves(other)
-    return len(first) == len(second) and all(
-        float((a - b).float().norm()) <= SAME * float(b.float().norm())
-        for a, b in zip(first, second, strict=True)
+def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
+    """Whether tensors are those that they are to be, each to ``most`` of its norm: kernels round
+    otherwise when they run again. Of what is no tensor nothing is compared."""
+    return len(some) == len(others) and all(
+        a.shape == b.shape
+        and float((a.float() - b.to(a.device).float()).norm()) <= most * float(b.float().norm())
+        for a, b in zip(some, others, strict=True)
         if isinstance(a, Tensor) and isinstance(b, Tensor)
     )
 

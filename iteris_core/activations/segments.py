@@ -20,10 +20,6 @@ from .lockstep import Lockstep
 from .micro_batch import MicroBatch
 from .replay import tensors
 
-SHARE = 0.5
-"""A segment has at most so much of a stage's sites, so that gradients never go back through the
-whole model."""
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -75,14 +71,14 @@ class _Passed(BaseException):
     """Leaves a forward once the segment has been passed."""
 
 
-def segments_of(found: Found) -> list[Segment]:
-    """The largest modules that are called once and have two sites or more, and at most
-    :data:`SHARE` of all; in execution order. A site that is in none is in no segment."""
+def segments_of(found: Found, share: float) -> list[Segment]:
+    """The largest modules that are called once and have two sites or more, and at most that
+    ``share`` of all; in execution order. A site that is in none is in no segment."""
     count: dict[nn.Module, int] = {}
     for site in found.sites:
         for module in found.inside[site]:
             count[module] = count.get(module, 0) + 1
-    most = SHARE * len(found.sites)
+    most = share * len(found.sites)
     parts: dict[nn.Module, list[str]] = {}
     for site in found.sites:
         for module in found.inside[site]:

@@ -75,23 +75,28 @@ class EmbeddingTriggers:
             said = " or ".join(map(repr, words))
             why = ", which its prompts never name" if self.by_trigger else ""
             notes.append(f"{said} calls for its embedding {name}{why}")
-        notes += [f"its embedding {name} is in the base already" for name in self.loaded]
+        return [*notes, *(f"its embedding {name} is in the base already" for name in self.loaded)]
+
+    def warnings(self, in_force: Set[str]) -> list[str]:
+        """Sentences on embeddings that are not in force: without one the LoRA is not what it was
+        trained to be, and its features are others."""
+        warnings: list[str] = []
         odd = [name for name in self.embeddings if name not in in_force]
         if odd:
             widths = {part: v.shape[1] for name in odd for part, v in self.embeddings[name].items()}
-            notes.append(
+            warnings.append(
                 f"its embedding {', '.join(odd)} is NOT IN FORCE, so this concept is merged "
                 f"without what its trigger has learned: no text encoder of the base takes {widths} "
                 "(text encoder: width of the vectors); the file is for another base model"
             )
         if self.uncalled:
             names = ", ".join(self.uncalled)
-            notes.append(
+            warnings.append(
                 f"its embedding {names} is NOT IN FORCE, so this concept is merged without what "
                 "its trigger has learned: no prompt calls for it. Say its name in the trigger or "
                 f"the prompts, such as {' or '.join(map(repr, _spellings(self.uncalled[0])[:2]))}"
             )
-        return notes
+        return warnings
 
 
 def embedding_triggers(

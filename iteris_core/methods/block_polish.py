@@ -6,18 +6,17 @@ a segment (:mod:`..activations.segments`) are trained together on
 
     Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
 
-in execution order, on inputs that passed the segments before (:mod:`.block_factors`). A share of
-the steps is on pictures that show two concepts (:mod:`.side_by_side`). A segment that does not come
+in execution order, on inputs that passed the segments before, by :mod:`.training`. A share of the
+steps is on pictures that show two concepts (:mod:`.side_by_side`). A segment that does not come
 nearer to what it is to give stays as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,22 +38,15 @@ from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.strategies import find
-from .block_factors import Factors, NoGradients, SegmentForward, gradients_of, sample_inputs
+from .segment_forward import SegmentForward, sample_inputs
 from .side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of, samples_each
+from .training import STEP, Factors, NoGradients, Steps, train, trained
 
 WHAT = "polishing blocks"
-ROWS, ROWS_EACH = 256, 64
-"""So many rows pass every segment, and so many of each concept where they are many."""
-AT_ONCE = 16
-CHECKED = 8
-"""So many micro-batches tell whether a segment gained."""
-MOST_BYTES = 4 << 30
-"""Of host memory for what enters a segment; fewer rows are taken where they are larger."""
-_STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
 @dataclass(frozen=True)
-class Adam:
+class BlockSteps:
     """``steps`` for every segment, a ``pairs`` share of them on pictures of two concepts. A
     factor's learning rate is ``rate`` times the root mean square of its entries, and falls to
     zero."""
@@ -64,11 +56,11 @@ class Adam:
     pairs: float
 
 
-def expect_block_polish(job: Job, adam: Adam) -> None:
+def expect_block_polish(job: Job, how: BlockSteps) -> None:
     """Foretell the time of it: of several segments each takes part of a forward."""
     rows = _row_count(job)
-    forwards = _STEP * adam.steps * AT_ONCE + 2 * 3 * rows
-    if adam.pairs and (pairs := pairs_of(job, rows)):
+    forwards = STEP * how.steps * job.policy.polish_at_once + 2 * 3 * rows
+    if how.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
         job.eta.later(SHOWING, samples * job.calibration.denoising_steps)
         forwards += samples * job.calibration.timesteps * 3 * 3
@@ -76,12 +68,12 @@ def expect_block_polish(job: Job, adam: Adam) -> None:
 
 
 def polish_blocks(
-    job: Job, run: Run, merged: Mapping[str, LowRank], adam: Adam
+    job: Job, run: Run, merged: Mapping[str, LowRank], how: BlockSteps
 ) -> tuple[dict[str, LowRank], list[str]]:
     """The ``merged`` changes after some steps for every segment, and notes on them."""
     notes: list[str] = []
-    drawn = drawn_pairs(job, merged, _row_count(job)) if adam.pairs else None
-    if adam.pairs and drawn is None and job.host.pictures and job.loras > 1:
+    drawn = drawn_pairs(job, merged, _row_count(job)) if how.pairs else None
+    if how.pairs and drawn is None and job.host.pictures and job.loras > 1:
         notes.append(
             "blocks are polished without pictures of two concepts, which need two that are things, "
             "have a trigger or a class word, and no embedding of their own"
@@ -92,36 +84,37 @@ def polish_blocks(
     for stage in run.stages():
         if stage.sites and not stage.feeds_next:
             shown = showing and showing.advance(stage.name)
-            notes += _Polish(job, lockstep, stage, adam, shown).run()
+            at_once = job.policy.polish_at_once
+            notes += _StagePolish(job, lockstep, stage, how, shown, at_once).run()
         if stage.feeds_next:
-            for batch in micro_batches(stage, 2, None, ExecutionConfig(AT_ONCE)):
+            config = ExecutionConfig(job.policy.polish_at_once)
+            for batch in micro_batches(stage, 2, None, config):
                 lockstep.run(batch)
-    changes = lockstep.merged
-    dtypes = {site: change.up.dtype for site, change in merged.items()}
-    return {site: changes[site].to(dtypes[site]) for site in merged}, notes
+    return trained(lockstep, merged), notes
 
 
 def _row_count(job: Job) -> int:
-    return max(ROWS, ROWS_EACH * len(job.concepts))
+    return max(job.policy.polish_rows, job.policy.polish_rows_each * len(job.concepts))
 
 
 @dataclass
-class _Polish:
+class _StagePolish:
     """The polish of one stage."""
 
     job: Job
     lockstep: Lockstep
     stage: Stage
-    adam: Adam
+    how: BlockSteps
     shown: SideBySide | None
-    at_once: int = AT_ONCE
+    at_once: int
     paired: bool = False
     in_place: bool = False
     notes: list[str] = field(default_factory=list[str])
 
     def run(self) -> list[str]:
         """Notes on what is not polished."""
-        segments = segments_of(find(self.stage, self.lockstep))
+        share = self.job.policy.segment_share
+        segments = segments_of(find(self.stage, self.lockstep), share)
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
             if not self._gains(segment, number, len(segments), before):
@@ -169,7 +162,7 @@ class _Polish:
         """Whether the segment came nearer to what it is to give."""
 
         def tick(done: int = 0) -> None:
-            self.job.tick(WHAT, number * self.adam.steps + done, count * self.adam.steps)
+            self.job.tick(WHAT, number * self.how.steps + done, count * self.how.steps)
 
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
@@ -178,49 +171,45 @@ class _Polish:
         if self.shown is not None:
             pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes, tick)
             self.paired |= bool(pairs)
-        passages = [*singles, *pairs]
-        checked = singles[:CHECKED] + pairs[:CHECKED]
-        modules = self.job.host.sites()
-        with self.stage.gradients(), plain_weights(segment.module) as weights:
+        checked = [p for some in (singles, pairs) for p in some[: self.job.policy.polish_checked]]
+        modules, policy = self.job.host.sites(), self.job.policy
+        mutations = torch.autograd.graph.allow_mutation_on_saved_tensors
+        with (
+            self.stage.gradients(),
+            plain_weights(segment.module) as weights,
+            mutations() if self.in_place else nullcontext(),
+        ):
             runner = SegmentForward(self.lockstep, segment, weights, by_row)
-            tokens = sample_inputs(runner, modules, passages)
+            tokens = sample_inputs(runner, modules, [*singles, *pairs], policy)
             if tokens is None:
                 self._note(segment, "since by themselves they give something else")
                 return False
-            factors = Factors.of(self.lockstep.merged, tokens)
+            factors = Factors.white(self.lockstep.merged, tokens, policy.polish_floor)
             before = self._error(runner, checked)
             if not before:
                 return False
-            adam = torch.optim.Adam(factors.groups(self.adam.rate), betas=(0.9, 0.99))
-            schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._warm)
             scale = 0.01 * (before / sum(w.numel() for p in checked for w in p.wanted)) ** -0.5
-            for step in range(self.adam.steps):
+
+            def loss() -> Tensor:
                 passage = self._picked(singles, pairs)
-                with torch.enable_grad(), self._mutations():
-                    factors.put(self.lockstep)
-                    loss = self._loss(runner, passage) * scale
-                    gradients = gradients_of(loss, factors.all)
-                for factor, gradient in zip(factors.all, gradients, strict=True):
-                    factor.grad = gradient
-                adam.step()
-                schedule.step()
-                tick(step + 1)
-            factors.put(self.lockstep, final=True)
-            return self._error(runner, checked) < before
+                factors.put(self.lockstep)
+                return self._loss(runner, passage) * scale
 
-    def _mutations(self) -> AbstractContextManager[Any]:
-        if self.in_place:
-            return torch.autograd.graph.allow_mutation_on_saved_tensors()
-        return nullcontext()
+            def error() -> float:
+                factors.put(self.lockstep)
+                return self._error(runner, checked)
 
-    def _warm(self, step: int) -> float:
-        return min(1.0, (step + 1) / 10) * (1 - step / self.adam.steps)
+            steps = Steps(self.how.steps, self._falls, self.how.steps)
+            return train(factors.groups(self.how.rate), steps, loss, error, before, tick)
+
+    def _falls(self, step: int) -> float:
+        return min(1.0, (step + 1) / 10) * (1 - step / self.how.steps)
 
     def _picked(
         self, singles: Sequence[SegmentBatch], pairs: Sequence[SegmentBatch]
     ) -> SegmentBatch:
         generator = self.job.generator
-        paired = pairs and float(torch.rand((), generator=generator)) < self.adam.pairs
+        paired = pairs and float(torch.rand((), generator=generator)) < self.how.pairs
         some = pairs if paired else singles
         return some[int(torch.randint(len(some), (), generator=generator))]
 
@@ -241,7 +230,7 @@ class _Polish:
 
     @property
     def _most_bytes(self) -> int:
-        return MOST_BYTES if self.shown is None else MOST_BYTES // 2
+        return self.job.policy.polish_bytes // (1 if self.shown is None else 2)
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.concept_ids[row] for row in rows]

@@ -20,7 +20,7 @@ from ..passes.job import Job, StageSolver
 from ..passes.sweep import SWEEP, Schedule, solve_sites
 from ..report.report import SiteReport
 from ..solve.problem import Reduction, RegressionSpec, Solution
-from .block_polish import Adam, expect_block_polish, polish_blocks
+from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
@@ -34,7 +34,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     if settings.repair and settings.objective == "output":
         job, repairs = with_repairs(job, settings.repair_inputs)
     steps = round(settings.block_steps * max(job.loras, 2) / 2)
-    by_blocks = Adam(steps, settings.block_rate, settings.block_pairs)
+    by_blocks = BlockSteps(steps, settings.block_rate, settings.block_pairs)
     if by_blocks.steps:
         expect_block_polish(job, by_blocks)
     if settings.polish_steps:

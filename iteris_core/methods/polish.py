@@ -7,6 +7,7 @@ trained; the best ones seen on held-out rows are kept, the closed form among the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -17,90 +18,64 @@ from ..errors import MismatchError
 from ..lora import LowRank
 from ..passes.batches import chunks
 from ..passes.job import Job, Run
+from .training import STEP, Factors, NoGradients, Steps, train, trained
 
-_CHECK_EVERY = 25
 _POLISHING, _TARGETS = "polishing", "outputs of each LoRA alone"
-_NOTHING = (
-    "polish_steps do nothing: for LoRAs that change cross-attention keys and values alone the "
-    "merge runs no forward to the model's output"
-)
-_STEP = 3.0  # forwards: one, and twice as much for the gradients
 
 
 def expect_polish(job: Job, steps: int, batch: int) -> None:
     """Foretell the time of a polish behind the sites."""
     job.eta.later(_TARGETS, of_rows=2.0)
-    job.eta.later(_POLISHING, _STEP * steps * batch)
+    job.eta.later(_POLISHING, STEP * steps * batch)
 
 
 def polish(
-    job: Job,
-    run: Run,
-    merged: Mapping[str, LowRank],
-    steps: int,
-    rate: float,
-    batch: int,
-    held_out: int = 64,
+    job: Job, run: Run, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int
 ) -> tuple[dict[str, LowRank], list[str]]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each. The changes, and
     notes on them."""
-    stage = _LastStages(job, run)
-    targets, scales = stage.targets(batch)
-    order = torch.randperm(len(stage.owners), generator=job.generator)
-    held_out = min(held_out, len(stage.owners) // 4)
+    final = _FinalOutputs(job, run)
+    targets, scales = final.targets(batch)
+    order = torch.randperm(len(final.owners), generator=job.generator)
+    held_out = min(job.policy.polish_held_out, len(final.owners) // 4)
     kept_back, rows = order[:held_out].tolist(), order[held_out:]
-    factors = [
-        factor.float().clone().requires_grad_()
-        for change in merged.values()
-        for factor in (change.up, change.down)
-    ]
-    run.lockstep.merged = _changes(merged, factors)
-    optimizer = torch.optim.Adam(factors, lr=rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    factors = Factors.of(merged)
+    with torch.enable_grad():
+        factors.put(run.lockstep)
 
-    def loss(some: Sequence[int], *, grad: bool) -> Tensor:
-        output = stage.outputs(some, merged=True, grad=grad)
+    def loss_of(some: Sequence[int]) -> Tensor:
+        output = final.outputs(some, merged=True)
         error = (output.float() - targets[list(some)].to(output.device)).flatten(1)
         return ((error**2).mean(dim=1) * scales[list(some)].to(output.device)).mean()
 
-    def check() -> float:
-        parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
-        return sum(float(loss(part, grad=False)) * len(part) for part in parts)
-
-    best, best_loss = [factor.detach().clone() for factor in factors], check()
-    for step in range(steps):
+    def loss() -> Tensor:
         pick = torch.randint(len(rows), (min(batch, len(rows)),), generator=job.generator)
-        with torch.enable_grad():
-            value = loss(rows[pick].tolist(), grad=True)
-            # Of some sites nothing reaches the output, such as a text encoder's last layers.
-            gradients = (
-                torch.autograd.grad(value, factors, allow_unused=True)
-                if value.requires_grad
-                else [None] * len(factors)
-            )
-        if all(gradient is None for gradient in gradients):
-            return dict(merged), [_NOTHING]
-        for factor, gradient in zip(factors, gradients, strict=True):
-            factor.grad = gradient
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % _CHECK_EVERY == 0 or step + 1 == steps:
-            now = check()
-            if now < best_loss:
-                best_loss, best = now, [factor.detach().clone() for factor in factors]
-        job.tick(_POLISHING, step + 1, steps)
-    dtypes = {site: change.up.dtype for site, change in merged.items()}
-    changes = _changes(merged, best)
-    return {site: change.to(dtypes[site]) for site, change in changes.items()}, []
+        return loss_of(rows[pick].tolist())
+
+    def error() -> float:
+        parts = [kept_back[i : i + batch] for i in range(0, len(kept_back), batch)]
+        return sum(float(loss_of(part)) * len(part) for part in parts)
+
+    def falls(step: int) -> float:
+        return (1 + math.cos(math.pi * step / steps)) / 2
+
+    groups = [{"params": factors.all, "lr": rate}]
+    how = Steps(steps, falls, job.policy.polish_checked_every)
+    try:
+        with torch.no_grad():
+            before = error()
+        train(groups, how, loss, error, before, lambda done: job.tick(_POLISHING, done, steps))
+    except NoGradients as why:
+        return dict(merged), [
+            f"polish_steps do nothing: {why}. For LoRAs that change cross-attention keys and "
+            "values alone the merge runs no forward to the model's output"
+        ]
+    with torch.no_grad():
+        factors.put(run.lockstep)
+    return trained(run.lockstep, merged), []
 
 
-def _changes(like: Mapping[str, LowRank], factors: Sequence[Tensor]) -> dict[str, LowRank]:
-    """The changes whose up and down factors come in turn."""
-    pairs = zip(like.items(), factors[::2], factors[1::2], strict=True)
-    return {site: LowRank(up, down, change.kernel) for (site, change), up, down in pairs}
-
-
-class _LastStages:
+class _FinalOutputs:
     """The rows of the stages that give the final output, and each one's concept."""
 
     def __init__(self, job: Job, run: Run) -> None:
@@ -118,23 +93,18 @@ class _LastStages:
         self.owners = [found[row][0] for row in sorted(found)]
         self.kinds = [found[row][1] for row in sorted(found)]
 
-    def outputs(self, rows: Sequence[int], *, merged: bool, grad: bool = False) -> Tensor:
+    def outputs(self, rows: Sequence[int], *, merged: bool) -> Tensor:
         """The final output on ``rows``, through the merged change or each row's own LoRA."""
         found: dict[int, Tensor] = {}
+
+        def forward(some: Sequence[int]) -> None:
+            found.update(zip(some, self.job.host.forward(self.samples, some), strict=True))
+
         for some in chunks(rows, self.kinds, len(rows)):
-            outputs = self._outputs(some, merged=merged, grad=grad)
-            found |= dict(zip(some, outputs, strict=True))
+            owners = [self.owners[row] for row in some]
+            batch = MicroBatch(lambda some=some: forward(some), owners, 1, merged_only=merged)
+            self.lockstep.run(batch, grad=torch.is_grad_enabled())
         return torch.stack([found[row] for row in rows])
-
-    def _outputs(self, rows: Sequence[int], *, merged: bool, grad: bool) -> Tensor:
-        outputs: list[Tensor] = []
-        owners = [self.owners[row] for row in rows]
-
-        def forward() -> None:
-            outputs.append(self.job.host.forward(self.samples, rows))
-
-        self.lockstep.run(MicroBatch(forward, owners, 1, merged_only=merged), grad=grad)
-        return outputs[0]
 
     def targets(self, batch: int) -> tuple[Tensor, Tensor]:
         """Each row's output under its own LoRA, and 1 / mean square change of its concept's
@@ -144,8 +114,8 @@ class _LastStages:
         self.lockstep.merged = {}
         for start in range(0, len(self.owners), batch):
             rows = range(start, min(start + batch, len(self.owners)))
-            own = self.outputs(rows, merged=False).float()
-            base = self.outputs(rows, merged=True).float()
+            with torch.no_grad():
+                own, base = (self.outputs(rows, merged=some).float() for some in (False, True))
             outputs.append(own.cpu())
             changes.append(((own - base) ** 2).flatten(1).mean(dim=1).cpu())
             self.job.tick(_TARGETS, rows.stop, len(self.owners))

@@ -27,7 +27,6 @@ from ..passes.batches import chunks
 from ..passes.job import Job
 
 SHOWING = "drawing two concepts"
-_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ class _Asked:
     drawn: Pairs
     side: _Side
     stages: Iterator[Stage]
+    at_once: int
     stage: Stage | None = None
 
     def advance(self, name: str) -> Stage | None:
@@ -111,9 +111,8 @@ class _Asked:
             if self.stage is None or not (self.stage.feeds_next or self.stage.name == name):
                 return None
             if self.stage.feeds_next:
-                for rows in chunks(
-                    range(len(self.stage.concept_ids)), self.stage.batch_keys, _AT_ONCE
-                ):
+                every = range(len(self.stage.concept_ids))
+                for rows in chunks(every, self.stage.batch_keys, self.at_once):
                     self.lockstep.run(_batch(self.drawn, self.side, self.stage, rows))
         return self.stage
 
@@ -171,7 +170,13 @@ class PairStages:
     def __init__(self, job: Job, lockstep: Lockstep, drawn: Pairs) -> None:
         self._job, self._lockstep, self._drawn = job, lockstep, drawn
         self._asked = [
-            _Asked(lockstep, drawn, side, job.host.stages(drawn.samples, set(job.changes)))
+            _Asked(
+                lockstep,
+                drawn,
+                side,
+                job.host.stages(drawn.samples, set(job.changes)),
+                job.policy.polish_at_once,
+            )
             for side in (None, 0, 1)
         ]
 

@@ -27,11 +27,13 @@ Budget = int | Literal["free"] | None
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run reports of itself: how many ``rows`` it had, how each stage kept to the memory,
-    the largest relative change of a site in each Jacobi iteration but the first, and ``notes``."""
+    """What a run reports of itself: how many ``rows`` it had, how each stage kept to the memory
+    (``short``: those of which rows were left out), the largest relative change of a site in each
+    Jacobi iteration but the first, and ``notes``."""
 
     rows: int = 0
     plan: Sequence[str] = ()
+    short: Sequence[str] = ()
     convergence: Sequence[float] = ()
     notes: Sequence[str] = ()
 

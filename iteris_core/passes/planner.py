@@ -23,6 +23,7 @@ from ..activations.meter import is_apart, is_out_of_memory
 from ..activations.oom_retry import halved
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
+from ..solve.choose import Policy
 from .batches import ExecutionConfig, limit_of, sampled_rows
 from .eta import Reached, Seen
 from .footprint import Footprint, MemoryLimits
@@ -102,7 +103,7 @@ def others(
 ) -> Iterator[Footprint]:
     """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost
-    for strategy in ladder(stage, measure.lockstep):
+    for strategy in ladder(stage, measure.lockstep, batching.policy):
         if strategy.barriers is not barriers:
             barriers = strategy.barriers
             cost = measure.row(barriers)
@@ -115,12 +116,12 @@ def others(
         )
 
 
-def attempts(plan: Plan, lockstep: Lockstep, *, sweep: bool) -> Iterator[Plan]:
+def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> Iterator[Plan]:
     """``plan``, and what takes less where memory runs out: in a sweep the further strategies, in
     host memory where that is another, and then half as many rows at once, down to one."""
     yield plan
     if sweep:
-        for strategy in _further(plan, lockstep):
+        for strategy in _further(plan, lockstep, policy):
             host = plan.host_limit
             if strategy.offloads is not None and not host:
                 host = free_host(lockstep.processes)
@@ -130,11 +131,11 @@ def attempts(plan: Plan, lockstep: Lockstep, *, sweep: bool) -> Iterator[Plan]:
     yield from (replace(plan, at_once=some) for some in halved(rows) if some < rows)
 
 
-def _further(plan: Plan, lockstep: Lockstep) -> list[Strategy]:
+def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
     """Those that can be found: a row is run for it, for which there may be no memory either."""
     strategies = [plan.strategy] if plan.on_device else []
     try:
-        for strategy in ladder(plan.stage, lockstep):
+        for strategy in ladder(plan.stage, lockstep, policy):
             if strategy.slower > plan.strategy.slower:
                 strategies.append(strategy)
     except Exception as error:

@@ -16,14 +16,15 @@ import torch
 from ..activations.barriers import Found, watched, with_replayable
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, is_apart, usable
-from ..activations.micro_batch import MicroBatch, Observer
+from ..activations.micro_batch import MicroBatch
 from ..activations.processes import Processes
 from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
+from ..solve.choose import POLICY, Policy
 
-BLOCKS = {"small blocks": (3, 1.4), "large blocks": (8, 2.1)}
-"""Barriers of a block at most, and how many times longer a sweep takes (docs/decisions.md). Small
-ones are an attention or a feed-forward; large ones are what a transformer repeats."""
+BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
+"""Sizes of :attr:`..solve.choose.Policy.blocks`, and how many times longer a sweep takes, as
+measured (docs/decisions.md)."""
 _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 
 
@@ -47,15 +48,15 @@ ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
 
 
-def ladder(stage: Stage, lockstep: Lockstep) -> Iterator[Strategy]:
+def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strategy]:
     """All but the first, :data:`ON_DEVICE`; a row or two run to find them."""
     found = find(stage, lockstep)
     apart = is_apart(found.device)
     if apart:
         yield Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
     before = None
-    for size, (most, slower) in BLOCKS.items():
-        barriers = replayable(stage, lockstep, found.barriers(most))
+    for most, (size, slower) in zip(policy.blocks, BLOCKS.items(), strict=False):
+        barriers = replayable(stage, lockstep, found.barriers(most), policy)
         if not barriers.blocks or barriers.blocks == before:
             continue
         before = barriers.blocks
@@ -67,12 +68,14 @@ def ladder(stage: Stage, lockstep: Lockstep) -> Iterator[Strategy]:
 
 def find(stage: Stage, lockstep: Lockstep) -> Found:
     """The barriers of a stage, by its first row."""
-    return watched(lockstep, lambda observer: _first_row(stage, observer))
+    return watched(lockstep, _first_row(stage))
 
 
-def replayable(stage: Stage, lockstep: Lockstep, barriers: Barriers) -> Barriers:
+def replayable(
+    stage: Stage, lockstep: Lockstep, barriers: Barriers, policy: Policy = POLICY
+) -> Barriers:
     """``barriers`` with the blocks that can be replayed."""
-    return with_replayable(barriers, lockstep, lambda observer: _first_row(stage, observer))
+    return with_replayable(barriers, lockstep, _first_row(stage), policy.replay_error)
 
 
 def free_host(processes: Processes) -> int:
@@ -80,5 +83,5 @@ def free_host(processes: Processes) -> int:
     return usable(free_memory(torch.device("cpu"))) // processes.size
 
 
-def _first_row(stage: Stage, observer: Observer | None) -> MicroBatch:
-    return MicroBatch(lambda: stage.run([0], 1), [stage.concept_ids[0]], 1, observer)
+def _first_row(stage: Stage) -> MicroBatch:
+    return MicroBatch(lambda: stage.run([0], 1), [stage.concept_ids[0]], 1)

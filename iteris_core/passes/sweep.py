@@ -84,16 +84,19 @@ def solve_sites(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
             "they cannot be merged by their features. Leave them out of the LoRAs."
         )
-    return solutions, RunLog(passes.rows, passes.lines, convergence)
+    rows = max((plan.rows for plan in passes.made), default=0)
+    lines = [str(plan) for plan in passes.made if plan.budget < math.inf]
+    short = [str(plan) for plan in passes.made if plan.rows < plan.offered]
+    return solutions, RunLog(rows, lines, short, convergence)
 
 
 class _Passes:
-    """``rows`` is how many there were, and ``lines`` are those of the memory plan."""
+    """``made`` are the plans of all stages, as they were before memory ran out."""
 
     def __init__(
         self, run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule
     ) -> None:
-        self.rows, self.lines = 0, list[str]()
+        self.made: list[Plan] = []
         self._run, self._lockstep = run, run.lockstep
         self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
         self._plans: dict[str, Plan] = {}
@@ -117,23 +120,17 @@ class _Passes:
             plan = self._plans.get(stage.name) or self._planned(stage)
             plan = plan if not turn else replace(plan, stage=stage)
             solver = self._solver_of(plan.stage)
-            tried = attempts(plan, self._lockstep, sweep=schedule.sweep)
+            policy = self._batching.policy
+            tried = attempts(plan, self._lockstep, policy, sweep=schedule.sweep)
             attempt = partial(self._attempt, solver)
             _, self._plans[stage.name] = with_less(tried, attempt, complaint)
         return self._solutions
 
     def _planned(self, stage: Stage) -> Plan:
-        plan = planned(
-            self._run,
-            stage,
-            self._solver_of(stage),
-            self._batching,
-            copies=self._schedule.copies,
-            sweep=self._schedule.sweep,
-        )
-        self.rows = max(self.rows, plan.rows)
-        self.lines += [str(plan)] if plan.budget < math.inf else []
-        return plan
+        schedule, solver = self._schedule, self._solver_of(stage)
+        how = {"copies": schedule.copies, "sweep": schedule.sweep}
+        self.made.append(planned(self._run, stage, solver, self._batching, **how))
+        return self.made[-1]
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
         for site in self._solutions.keys() & set(plan.stage.sites):  # of one that had no memory

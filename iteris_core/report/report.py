@@ -51,8 +51,8 @@ class MergeReport:
     each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
     was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
     concept what was left out or extracted when its file was read, and which names it shares;
-    ``plan`` how each stage kept to the memory; ``preserved`` the concepts without a LoRA, on which
-    the base was to stay as it is."""
+    ``plan`` how each stage kept to the memory, and ``short`` those of its lines with rows left out;
+    ``preserved`` the concepts without a LoRA, on which the base was to stay as it is."""
 
     method: str
     concepts: Sequence[str]
@@ -64,6 +64,7 @@ class MergeReport:
     rows: int = 0
     convergence: Sequence[float] = ()
     plan: Sequence[str] = ()
+    short: Sequence[str] = ()
     preserved: Sequence[str] = ()
 
     @property
@@ -159,8 +160,7 @@ class MergeReport:
             lines[0] = lines[0][:-1] + f", {self.rows} rows."
         lines += [
             f"  NOT ENOUGH MEMORY for {line}; allow more, or lower samples, timesteps or the size"
-            for line in self.plan
-            if "do not fit" in line
+            for line in self.short
         ]
         if self.converged is not None:
             lines.append(f"  {self._convergence()}")

@@ -1,7 +1,9 @@
-"""Which way a site is solved, and every other threshold of the project.
+"""Which way a site is solved, and every other threshold by which a merge goes one way or another.
 
 A :class:`Policy` holds the numbers, with what they were chosen by in docs/decisions.md; a merge
-takes :data:`POLICY` unless it is given another.
+takes :data:`POLICY` unless it is given another. What is no choice of a merge stands where it is
+used: digits of an algorithm (:mod:`..linalg`), margins and pieces of memory
+(:mod:`..activations.meter`), and which prompts and sizes rows have (:mod:`..hosts.rows`).
 """
 
 from __future__ import annotations
@@ -34,6 +36,17 @@ class Policy:
     ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls
     to the mean at the changes' own size. Two concepts in pictures, which hardly compete, are
     repaired by ``repair_share`` of a feed-forward's hidden units.
+
+    Blocks that rows wait in have at most so many barriers (``blocks``: small ones, such as an
+    attention, and large ones, which a transformer repeats); one is replayed where its second run
+    gives the first one's output to ``replay_error`` of it, and polished by itself where it does
+    so to ``segment_error``. A part that is polished has at most ``segment_share`` of a stage's
+    sites, so that gradients never go back through the whole model. ``polish_rows`` rows pass it,
+    or ``polish_rows_each`` of each concept where they are many, ``polish_at_once`` at a time and
+    in ``polish_bytes`` of host memory at most; ``polish_checked`` batches tell whether it gained,
+    and ``polish_tokens`` tokens the moments of its inputs, of which ``polish_floor`` of the mean
+    is added to each. The polish of the whole model is checked every ``polish_checked_every``
+    steps on ``polish_held_out`` rows, a quarter of all at most.
     """
 
     rows_gain: float = 3.0
@@ -50,6 +63,19 @@ class Policy:
     most_ridge: float = 1e-2
     enough_samples: int = 50
     repair_share: float = 0.5
+    blocks: tuple[int, ...] = (3, 8)
+    replay_error: float = 1e-3
+    segment_error: float = 1e-2
+    segment_share: float = 0.5
+    polish_rows: int = 256
+    polish_rows_each: int = 64
+    polish_at_once: int = 16
+    polish_bytes: int = 4 << 30
+    polish_checked: int = 8
+    polish_tokens: int = 4096
+    polish_floor: float = 1e-3
+    polish_checked_every: int = 25
+    polish_held_out: int = 64
 
     def choose(
         self, opening: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype

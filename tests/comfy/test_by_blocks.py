@@ -37,8 +37,7 @@ def test_block_by_block_is_the_same(
     def planned(run: Any, stage: Any, _: Any, batching: Any, **__: Any) -> Any:
         if not stage.sites:
             return plan.Plan(stage, batching.rows, strategies.Strategy())
-        most, _ = strategies.BLOCKS["large blocks"]
-        barriers = strategies.find(stage, run.lockstep).barriers(most)
+        barriers = strategies.find(stage, run.lockstep).barriers(strategies.POLICY.blocks[-1])
         barriers = strategies.replayable(stage, run.lockstep, barriers)
         replayed[stage.name] = len(barriers.blocks)
         return plan.Plan(stage, batching.rows, strategies.Strategy(barriers=barriers))

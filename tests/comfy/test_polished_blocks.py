@@ -30,14 +30,14 @@ def test_blocks_are_found_and_polished(
     polish = importlib.import_module(f"{pack.__name__}.iteris_core.methods.block_polish")
     trial = Trial(pack, reduced, tmp_path)
     polished: list[bool] = []
-    whole = polish._Polish._polish
+    whole = polish._StagePolish._polish
 
     def noted(*asked: object) -> bool:
         gained = whole(*asked)
         polished.append(gained)
         return gained
 
-    monkeypatch.setattr(polish._Polish, "_polish", noted)
+    monkeypatch.setattr(polish._StagePolish, "_polish", noted)
     with torch.inference_mode():
         plain = trial.merge(2).lora.sites
         result = trial.merge(2, block_steps=15)

@@ -68,9 +68,11 @@ def test_what_calls_for_an_embedding(embeddings, given, words, uncalled):
     calls = embedding_triggers(concept(embeddings, **given))
     assert set(calls.words) == words
     assert calls.uncalled == uncalled
-    notes = " ".join(calls.notes({call.name for call in calls.words.values()}))
-    assert ("NOT IN FORCE" in notes) == bool(uncalled)
-    assert all(repr(word) in notes for word in words)
+    in_force = {call.name for call in calls.words.values()}
+    assert all(repr(word) in " ".join(calls.notes(in_force)) for word in words)
+    warnings = calls.warnings(in_force)
+    assert len(warnings) == bool(uncalled)
+    assert all("NOT IN FORCE" in warning for warning in warnings)
 
 
 def test_words_are_replaced_whole():

@@ -17,6 +17,7 @@ from iteris_core.activations.micro_batch import MicroBatch
 from iteris_core.activations.replay import Barriers
 from iteris_core.errors import IterisError
 from iteris_core.lora import LowRank, SiteChanges
+from iteris_core.solve.choose import POLICY
 
 
 class Attention(nn.Module):
@@ -81,11 +82,9 @@ def batch_of(model, x, observer=None, copies=1) -> MicroBatch:
 def levels_of(model, lockstep, most) -> Barriers:
     x = torch.randn(1, 3, 8).double()
 
-    def make(observer):
-        return batch_of(model, x.clone(), observer)
-
-    found = watched(lockstep, make)
-    return with_replayable(found.barriers(most), lockstep, make)
+    found = watched(lockstep, batch_of(model, x.clone()))
+    error = POLICY.replay_error
+    return with_replayable(found.barriers(most), lockstep, batch_of(model, x.clone()), error)
 
 
 def names(barriers, model) -> list[str]:
@@ -267,11 +266,9 @@ def test_modules_of_other_threads_are_not_watched():
         sites = {"first": model[0], "last": model[2]}
         changes = {site: SiteChanges((None,)) for site in sites}
 
-        def make(observer):
-            return MicroBatch(lambda: model(torch.ones(1, 8)), [0], 1, observer)
-
+        batch = MicroBatch(lambda: model(torch.ones(1, 8)), [0], 1)
         with Lockstep(sites, changes) as lockstep:
-            found = watched(lockstep, make)
+            found = watched(lockstep, batch)
         return found.calls == Counter(model.modules()), found.inside["last"] == (model,)
 
     with ThreadPoolExecutor(2) as pool:

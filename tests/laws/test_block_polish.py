@@ -13,7 +13,7 @@ from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.barriers import Found
 from iteris_core.activations.segments import segments_of
 from iteris_core.linalg.whitening import Whitening
-from iteris_core.methods import block_factors, block_polish
+from iteris_core.methods import block_polish, segment_forward
 
 WIDTH = 12
 
@@ -120,11 +120,14 @@ def test_segments_are_the_largest_parts_below_half_of_the_sites():
     } | {"last": (model, model.last)}
     calls = dict.fromkeys(model.modules(), 1)
     found = Found(SITES, set(), inside, calls)
-    segments = segments_of(found)
+    segments = segments_of(found, 0.5)
     assert [segment.module for segment in segments] == list(model.blocks)
     assert [list(segment.sites) for segment in segments] == [SITES[i : i + 4] for i in (0, 4, 8)]
     calls[model.blocks[1]] = 2  # what is called twice is no segment
-    assert [segment.module for segment in segments_of(found)] == [model.blocks[0], model.blocks[2]]
+    assert [segment.module for segment in segments_of(found, 0.5)] == [
+        model.blocks[0],
+        model.blocks[2],
+    ]
 
 
 def test_polish_lowers_the_error_and_leaves_the_base_as_it_was():
@@ -157,7 +160,7 @@ def test_polish_is_the_same_again_and_never_ends_worse():
 
 def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
     loras, data = loras_of(), data_of()
-    whole, sizes = block_factors.SegmentForward.__call__, set()
+    whole, sizes = segment_forward.SegmentForward.__call__, set()
 
     def scarce(self, passage):
         sizes.add(len(passage.rows))
@@ -165,7 +168,7 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, passage)
 
-    monkeypatch.setattr(block_factors.SegmentForward, "__call__", scarce)
+    monkeypatch.setattr(segment_forward.SegmentForward, "__call__", scarce)
     result = merged(Blocks(), data, loras, block_steps=5)
     plain = merged(Blocks(), data, loras).lora
     assert sizes == {16, 8, 4, 2, 1}

@@ -11,7 +11,7 @@ from tiny import random_lora
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.methods.polish import _LastStages
+from iteris_core.methods.polish import _FinalOutputs
 from iteris_core.passes.changes import changes_of
 from iteris_core.passes.job import Job
 
@@ -91,8 +91,8 @@ def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
     changes = changes_of(concepts)
     calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
     job = Job(host, concepts, changes, calibration, torch.Generator(), lambda *_: None)
-    with job.run() as run:
-        stages = _LastStages(job, run)
+    with job.run() as run, torch.no_grad():
+        stages = _FinalOutputs(job, run)
         assert len(stages.owners) == 24
         assert len(set(stages.kinds)) > 1
         rows = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()

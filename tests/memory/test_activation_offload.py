@@ -333,15 +333,15 @@ def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size,
 
 def test_host_memory_that_is_too_small_leaves_rows_out(host, apart, monkeypatch, caplog):
     monkeypatch.setattr(strategies, "free_memory", lambda device: 4 * 2**20)
-    monkeypatch.setattr(strategies, "BLOCKS", {})
+    policy = Policy(blocks=())
     with caplog.at_level("WARNING"):
-        result = merge(host, 4 * 2**20, precision="float32")
+        result = merge(host, 4 * 2**20, policy=policy, precision="float32")
     line = result.report.plan[-1]
     assert "do not fit" in line
     assert "waiting in host memory" in line
     assert "lower samples, timesteps or latent_size" in caplog.text
     with pytest.raises(OutOfMemory, match=r"iB of host memory.*lower samples, timesteps or"):
-        merge(host, 2**19, precision="float32")
+        merge(host, 2**19, policy=policy, precision="float32")
 
 
 def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_was(

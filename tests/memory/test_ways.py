@@ -11,8 +11,8 @@ from iteris_core.activations.host_pool import HostPool
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.passes import sweep
 from iteris_core.passes.plan import Plan
-from iteris_core.passes.strategies import BLOCKS, Strategy, find, replayable
-from iteris_core.solve.choose import Policy
+from iteris_core.passes.strategies import Strategy, find, replayable
+from iteris_core.solve.choose import POLICY, Policy
 
 CPU = torch.device("cpu")
 FAST = ("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo")
@@ -71,8 +71,8 @@ def test_all_ways_agree_on_every_class(name, tmp_path, monkeypatch):
     sweeps = reduced.settings.get("schedule") != "jacobi"
     for most, offloads in (
         (0, CPU),
-        (BLOCKS["small blocks"][0], None),
-        (BLOCKS["large blocks"][0], CPU),
+        (POLICY.blocks[0], None),
+        (POLICY.blocks[1], CPU),
     ):
         places.clear()
         replayed.clear()

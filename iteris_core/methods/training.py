@@ -1,0 +1,159 @@
+"""Adam steps on merged changes: what is trained, and the loop of it.
+
+Which rows a loss is of, and toward what, is the objective's: :mod:`.polish` has the output of the
+whole model, :mod:`.block_polish` that of one block after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations.lockstep import Lockstep
+from ..activations.meter import is_out_of_memory
+from ..errors import IterisError, brief
+from ..linalg.whitening import Whitening
+from ..lora import LowRank
+
+STEP = 3.0
+"""Forwards that a step takes the time of: one, and twice as much for the gradients."""
+
+
+class NoGradients(IterisError):
+    """What is trained does not reach the loss, or through what cannot be differentiated."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Up and down factors by site, float32 leaves. Down factors are those of white inputs
+    (:mod:`..linalg.whitening`) where there are ``whitenings``: a step of one size then moves what a
+    site gives about as much in every direction."""
+
+    ups: Mapping[str, Tensor]
+    downs: Mapping[str, Tensor]
+    kernels: Mapping[str, Any]
+    whitenings: Mapping[str, Whitening]
+
+    @classmethod
+    def of(cls, merged: Mapping[str, LowRank]) -> Factors:
+        """The factors of ``merged`` as they are."""
+
+        def leaf(factor: Tensor) -> Tensor:
+            return factor.float().clone().requires_grad_()
+
+        return cls(
+            {site: leaf(change.up) for site, change in merged.items()},
+            {site: leaf(change.down) for site, change in merged.items()},
+            {site: change.kernel for site, change in merged.items()},
+            {},
+        )
+
+    @classmethod
+    def white(
+        cls, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor], floor: float
+    ) -> Factors:
+        """Those of the sites whose inputs are given, (tokens, in), up and down of one size."""
+        ups: dict[str, Tensor] = {}
+        downs: dict[str, Tensor] = {}
+        whitenings = {site: Whitening.of(some, floor) for site, some in tokens.items()}
+        for site, whitening in whitenings.items():
+            change = merged[site].to(torch.float32, whitening.roots.device)
+            up, across = torch.linalg.qr(change.up)
+            left, values, right = torch.linalg.svd(
+                across @ whitening.root(change.down), full_matrices=False
+            )
+            root = values.sqrt()
+            ups[site] = (up @ left * root).detach().requires_grad_()
+            downs[site] = (root[:, None] * right).detach().requires_grad_()
+        return cls(ups, downs, {site: merged[site].kernel for site in tokens}, whitenings)
+
+    @property
+    def all(self) -> list[Tensor]:
+        return [*self.ups.values(), *self.downs.values()]
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Of an optimiser, each factor at ``rate`` times the root mean square of its entries."""
+        return [
+            {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
+            for factor in self.all
+        ]
+
+    def put(self, lockstep: Lockstep) -> None:
+        """As merged changes, with their gradients where those are on."""
+        for site, kernel in self.kernels.items():
+            up, down = self.ups[site], self.downs[site]
+            if site in self.whitenings:
+                down = self.whitenings[site].inverse_root(down)
+            if not torch.is_grad_enabled():
+                up, down = up.detach(), down.detach()
+            lockstep.merged[site] = LowRank(up, down, kernel)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``count`` steps, of which number i has ``falls(i)`` times a factor's rate. The error is
+    looked at every ``checked_every`` steps, and at the end."""
+
+    count: int
+    falls: Callable[[int], float]
+    checked_every: int
+
+
+def train(
+    groups: Sequence[dict[str, Any]],
+    steps: Steps,
+    loss: Callable[[], Tensor],
+    error: Callable[[], float],
+    least: float,
+    tick: Callable[[int], None],
+) -> bool:
+    """Whether ``error()`` came below ``least``, what it was before; the factors in ``groups`` (of
+    an optimiser: ``params`` and ``lr``) are then those of its least, else as they were.
+
+    ``loss()`` is of a batch drawn at random; ``tick`` gets the number of steps done. Raises
+    :class:`NoGradients` where a step cannot be made.
+    """
+    factors = [factor for group in groups for factor in group["params"]]
+    best, gained = [factor.detach().clone() for factor in factors], False
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, steps.falls)
+    for step in range(1, steps.count + 1):
+        with torch.enable_grad():
+            gradients = _gradients(loss(), factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient
+        adam.step()
+        schedule.step()
+        if step % steps.checked_every == 0 or step == steps.count:
+            with torch.no_grad():
+                now = error()
+            if now < least:
+                least, gained = now, True
+                best = [factor.detach().clone() for factor in factors]
+        tick(step)
+    with torch.no_grad():
+        for factor, kept in zip(factors, best, strict=True):
+            factor.copy_(kept)
+    return gained
+
+
+def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Of some sites nothing reaches the loss, such as a text encoder's last layers."""
+    try:
+        found = torch.autograd.grad(loss, factors, allow_unused=True) if loss.requires_grad else ()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise NoGradients(brief(error)) from error
+    if all(gradient is None for gradient in found):
+        raise NoGradients("no change reaches what it is held against")
+    return found
+
+
+def trained(lockstep: Lockstep, merged: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The merged changes of ``lockstep`` in the dtypes that they had in ``merged``."""
+    return {site: lockstep.merged[site].to(change.up.dtype) for site, change in merged.items()}
