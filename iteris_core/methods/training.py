@@ -143,8 +143,10 @@ def train(
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Of some sites nothing reaches the loss, such as a text encoder's last layers."""
+    found: list[Tensor | None] = []
     try:
-        found = torch.autograd.grad(loss, factors, allow_unused=True) if loss.requires_grad else ()
+        if loss.requires_grad:
+            found += torch.autograd.grad(loss, factors, allow_unused=True)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

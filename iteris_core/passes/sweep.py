@@ -127,10 +127,10 @@ class _Passes:
         return self._solutions
 
     def _planned(self, stage: Stage) -> Plan:
-        schedule, solver = self._schedule, self._solver_of(stage)
-        how = {"copies": schedule.copies, "sweep": schedule.sweep}
-        self.made.append(planned(self._run, stage, solver, self._batching, **how))
-        return self.made[-1]
+        schedule, given = self._schedule, (self._run, stage, self._solver_of(stage), self._batching)
+        plan = planned(*given, copies=schedule.copies, sweep=schedule.sweep)
+        self.made.append(plan)
+        return plan
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
         for site in self._solutions.keys() & set(plan.stage.sites):  # of one that had no memory
