@@ -13,13 +13,15 @@ from .errors import ConceptError, SettingsError, UsageError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
 from .lora_files import ReadOptions
+from .lora_files.blocks import check_layers, weights_by_block
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
 from .settings import Settings
 
 WORDS = ("trigger", "class", "kind", "always_on")
 NUMBERS = ("strength", "text_strength", "weight")
-KEYS = ("file", *WORDS, *NUMBERS, "prompts", "samples", "subjects", "sha256", "reading")
+PARTS = ("blocks", "layers")
+KEYS = ("file", *WORDS, *NUMBERS, *PARTS, "prompts", "samples", "subjects", "sha256", "reading")
 """Keys of a concept as a mapping; only recipes hold the last three."""
 
 
@@ -28,15 +30,19 @@ class ConceptConfig(Concept):
     """A :class:`Concept` with the name of a file in the place of a LoRA.
 
     ``low`` is the file for the second of two experts; without ``file`` the base is to stay as it
-    is. ``samples`` are what a model of transformers is run on. ``sha256`` (of ``file``, or of both
-    with a plus between) and ``reading`` are what a recipe has recorded. ``source`` says where the
-    words come from, as :class:`.lora_files.sidecars.FoundPhrases` does. ``changed`` is a time stamp
-    of the files, for who remembers merges: a rewritten file is another concept.
+    is. ``blocks`` and ``layers`` are the part of it that counts, as in
+    :func:`.lora_files.blocks.filtered`. ``samples`` are what a model of transformers is run on.
+    ``sha256`` (of ``file``, or of both with a plus between) and ``reading`` are what a recipe has
+    recorded. ``source`` says where the words come from, as
+    :class:`.lora_files.sidecars.FoundPhrases` does. ``changed`` is a time stamp of the files, for
+    who remembers merges: a rewritten file is another concept.
     """
 
     lora: Lora | None = None
     file: Path | None = None
     low: Path | None = None
+    blocks: str = ""
+    layers: str = ""
     samples: Path | None = None
     sha256: str = ""
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -92,6 +98,8 @@ class ConceptConfig(Concept):
             "strength": self.strength,
             "text_strength": self.text_strength,
             "weight": self.weight,
+            "blocks": self.blocks,
+            "layers": self.layers,
             "prompts": None if self.prompts is None else list(self.prompts),
             "samples": None if self.samples is None else name(self.samples),
             "subjects": list(self.subjects),
@@ -142,15 +150,17 @@ class ConceptConfig(Concept):
         """
         if self.file is None:
             return self.concept()
-        lora = _joined(host, self.files, self._reading(reading or ReadOptions()))
+        lora = _joined(host, self.files, self.reading_options(reading or ReadOptions()))
         again = [str(text) for text in self.reading.get("rename") or ()]
         named = self if self.prompts is not None else self.with_found_words(lora.metadata)
         return named.concept(rename_embeddings(lora, [*again, *renames]))
 
-    def _reading(self, reading: ReadOptions) -> ReadOptions:
+    def reading_options(self, reading: ReadOptions) -> ReadOptions:
+        """What a recipe has recorded, or else ``reading``, for the part that counts."""
         partial = bool(self.reading.get("allow_partial")) or reading.allow_partial
         energy = self.reading.get("energy", reading.energy)
-        return ReadOptions(partial, number(energy, f"{self.file}: energy"))
+        parts = {name: getattr(self, name) or self.reading.get(name, "") for name in PARTS}
+        return ReadOptions(partial, number(energy, f"{self.file}: energy"), **parts)
 
 
 _DEFAULT = ConceptConfig().to_dict()
@@ -192,9 +202,22 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], value)
 
 
+def _part(value: Any, name: str) -> str:
+    """A text, or a list of its parts."""
+    parts = cast(Sequence[Any], value if isinstance(value, list | tuple) else [value])
+    text = ",".join(_text(part, name) for part in parts)
+    check = weights_by_block if name.endswith("blocks") else check_layers
+    try:
+        check(text)
+    except ConceptError as error:
+        raise ConceptError(f"{name.rpartition(':')[0]}: {error}") from None
+    return text
+
+
 _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("file", *WORDS, "sha256"), _text),
     **dict.fromkeys(NUMBERS, number),
+    **dict.fromkeys(PARTS, _part),
     **dict.fromkeys(("prompts", "subjects"), _texts),
     "samples": lambda value, name: Path(_text(value, name)),
     "reading": _mapping,

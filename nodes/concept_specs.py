@@ -43,6 +43,7 @@ class Reader(Protocol):
 def read(spec: ConceptConfig, reader: Reader, options: ReadOptions | None = None) -> Concept:
     """The concept with its LoRA."""
     # At 0 a file may be of another text encoder, or there may be none.
+    options = spec.reading_options(options or ReadOptions())
     text = spec.strength if spec.text_strength is None else spec.text_strength
     lora = reader.read_lora(spec.file, options, text=text != 0) if spec.file else None
     if lora is not None and spec.low is not None:

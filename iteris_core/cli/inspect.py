@@ -24,6 +24,7 @@ from .checks import check_plot
 from .common import option, print_table
 
 _HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
+_BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
 _COLUMNS = (
     "0: apart; 1: the same. Row spaces: what two LoRAs read of a layer's inputs. Column spaces: "
     "what they write to. Conflict: the share of their outputs that they contend for."
@@ -56,6 +57,9 @@ def inspect(
         return
     for fact in facts:
         print_table((), _fact_rows(fact), fact.name)
+        rows = [(name, str(block.layers), f"{block.norm:.3g}", f"{block.share:.1%}")
+                for name, block in fact.blocks.items()]  # fmt: skip
+        print_table(_BLOCK_HEADINGS, rows, f"Blocks of {fact.name}")
     if pairs:
         print_table(_HEADINGS, _pair_rows(pairs), "Interference", _COLUMNS)
     for pair in pairs:
@@ -99,7 +103,6 @@ def _fact_rows(facts: LoraFacts) -> list[tuple[str, str]]:
         ("alpha", _counts(facts.alphas)),
         ("sites", "; ".join(f"{c}: {n} of {m}" for c, (n, m) in facts.coverage.items())),
         ("trigger words", ", ".join(facts.triggers) or "none in the metadata"),
-        ("norm by block", ", ".join(f"{b} {n:.3g}" for b, n in facts.norms.items())),
         *([("embeddings", ", ".join(facts.embeddings))] if facts.embeddings else []),
         *(("note", note) for note in facts.notes),
     ]

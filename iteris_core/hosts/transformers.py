@@ -79,8 +79,9 @@ class TransformersHost(Host):
         return self._sites
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """A folder of peft; it is read in full or not at all, whatever ``options`` say."""
-        return read_adapter(Path(path), {s: weight_shape(m) for s, m in self._sites.items()})
+        """A folder of peft; of ``options`` only ``layers`` count."""
+        shapes = {site: weight_shape(module) for site, module in self._sites.items()}
+        return read_adapter(Path(path), shapes, options.layers if options is not None else "")
 
     def samples(
         self,

@@ -43,9 +43,10 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
 
 
-def read_adapter(folder: Path, shapes: Shapes) -> Lora:
+def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
     """A LoRA adapter as peft saves it, for a model whose sites have weights of these ``shapes``;
-    heads in ``modules_to_save`` stay out, named in metadata.
+    heads in ``modules_to_save`` stay out, named in metadata. ``layers`` are as in
+    :func:`.blocks.filtered`.
 
     Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
     """
@@ -55,7 +56,7 @@ def read_adapter(folder: Path, shapes: Shapes) -> Lora:
     factors = {name: tensor for name, tensor in tensors.items() if name not in heads}
     aliases = {site.removeprefix("model."): whole(site, shapes) for site in shapes}
     base = BaseModel(Architecture("transformers", "transformers"), shapes, aliases, {})
-    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions())
+    lora = lora_of(folder / _WEIGHTS, factors, {"": config}, base, None, ReadOptions(layers=layers))
     metadata = {"kept_apart": ", ".join(heads)} if heads else {}
     return replace(lora, name=folder.name, source=folder.name, metadata=metadata)
 

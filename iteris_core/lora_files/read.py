@@ -19,6 +19,7 @@ from ..linalg.lowrank import extract
 from ..lora import Lora, LowRank, concatenate
 from .aliases import BaseModel
 from .alphas import adapter_configs, scale_of
+from .blocks import check_layers, filtered, weights_by_block
 from .embeddings import split_embeddings
 from .formulas import Parts, Rebuilt
 from .of_weight import needs_weight
@@ -43,16 +44,23 @@ class ReadOptions:
     ``energy`` is the share of ‖ΔW‖² that is kept of a change that is not low rank by itself (full
     differences, DoRA, OFT, large LoHa and LoKr), when it is made low rank. Without ``of_weight`` a
     DoRA is read as if it were none, and what is nothing without the base model's weights (OFT,
-    BOFT, GLoRA) is left out, to look at a file without them; a note says so.
+    BOFT, GLoRA) is left out, to look at a file without them; a note says so. ``blocks`` and
+    ``layers`` are as in :func:`.blocks.filtered`.
     """
 
     allow_partial: bool = False
     energy: float = 0.999
     of_weight: bool = True
+    blocks: str = ""
+    layers: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
             raise SettingsError(f"energy must be above 0 and at most 1, not {self.energy}.")
+        if self.blocks:
+            weights_by_block(self.blocks)
+        if self.layers:
+            check_layers(self.layers)
 
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -135,7 +143,7 @@ def lora_of(
         "unseen": "are OFT, BOFT or GLoRA, of which nothing is known without the base's weights",
         "zero": "have a change of exactly zero and are left out: they change nothing",
     }
-    return Lora(
+    lora = Lora(
         {
             site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
             for site, parts in pieces.items()
@@ -153,6 +161,7 @@ def lora_of(
         + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
     )
+    return filtered(lora, options.blocks, options.layers)
 
 
 def _largest(tensor: Tensor) -> float:

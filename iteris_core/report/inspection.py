@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..lora import Lora, LowRank
+from ..lora_files.blocks import LISTS, blocks_of
 from ..lora_files.metadata import trigger_words
 from ..lora_files.parts import kinds_of, layouts_of
 from ..lora_files.tensors import dtypes_of
@@ -27,8 +28,18 @@ from .spikes import shared_spikes, spike_note
 
 
 @dataclass(frozen=True)
+class BlockFacts:
+    """``layers`` that are changed, ‖ΔW‖_F of them together, and the ``share`` of that squared in
+    the whole LoRA's."""
+
+    layers: int
+    norm: float
+    share: float
+
+
+@dataclass(frozen=True)
 class LoraFacts:
-    """``norms`` are ‖ΔW‖_F by block; ``ranks`` and ``alphas`` count sites; ``sites`` of
+    """``blocks`` are what each block holds; ``ranks`` and ``alphas`` count sites; ``sites`` of
     the base's that could be changed, by component (``coverage``). ``embeddings`` are names, each
     with how many vectors it has for which text encoder. ``layouts``, ``kinds`` and
     ``dtypes`` count what stands in the file."""
@@ -40,7 +51,7 @@ class LoraFacts:
     sites: int
     coverage: Mapping[str, tuple[int, int]]
     triggers: Sequence[str]
-    norms: Mapping[str, float]
+    blocks: Mapping[str, BlockFacts]
     embeddings: Sequence[str]
     notes: Sequence[str]
     layouts: Sequence[str]
@@ -69,12 +80,23 @@ class Interference:
         return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
 
 
-def block_norms(lora: Lora) -> dict[str, float]:
-    """‖ΔW‖_F of each block."""
-    squares: dict[str, float] = defaultdict(float)
+def block_facts(lora: Lora) -> dict[str, BlockFacts]:
+    """What each block holds, under the names that weights by block have, where there are such."""
+    names = blocks_of(lora.base) if lora.base is not None else {}
+    squares: dict[str, list[float]] = defaultdict(list)
     for site, change in lora.sites.items():
-        squares[block_of(site)] += change.squared_norm()
-    return {block: math.sqrt(max(square, 0.0)) for block, square in squares.items()}
+        squares[names.get(site) or block_of(site)].append(max(change.squared_norm(), 0.0))
+    total = sum(map(sum, squares.values())) or 1.0
+    return {
+        block: BlockFacts(len(some), math.sqrt(sum(some)), sum(some) / total)
+        for block, some in sorted(squares.items(), key=lambda item: _place(item[0]))
+    }
+
+
+def _place(block: str) -> int:
+    """Sorts blocks as lists of weights do; others keep their order."""
+    every = (*LISTS[26], *LISTS[61])
+    return every.index(block) if block in every else len(every)
 
 
 def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
@@ -97,7 +119,7 @@ def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFac
         sites=len(lora.sites),
         coverage=coverage(lora),
         triggers=trigger_words(lora.metadata),
-        norms=block_norms(lora),
+        blocks=block_facts(lora),
         embeddings=[
             f"{name} ({', '.join(f'{len(v)} × {part}' for part, v in parts.items())})"
             for name, parts in lora.embeddings.items()
@@ -171,7 +193,10 @@ def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
     """A line for each LoRA and each pair, as plain text; overlap is that of the row spaces."""
     lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
     for lora in facts:
-        ranks, size = "/".join(map(str, lora.ranks)), math.hypot(*lora.norms.values())
+        ranks, size = (
+            "/".join(map(str, lora.ranks)),
+            math.hypot(*(block.norm for block in lora.blocks.values())),
+        )
         lines.append(f"{lora.name:24} {lora.sites:6} {ranks:>8} {size:8.2f}")
     for pair in pairs:
         if pair.blocks:

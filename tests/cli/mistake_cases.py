@@ -23,6 +23,10 @@ CASES = [
     ("methods --md", "No such option: --md."),
     ("doctor now", "Got unexpected extra argument(s) (now)"),
     ("demo --out x", "No such option: --out (Possible options"),
+    # a part of a LoRA
+    ("merge {base} -o {out} --concept {one}:s1:dog,blocks=1,2", "blocks='1,2' has 2 weights"),
+    ("merge {base} -o {out} --concept {one}:s1:dog,blocks=OUTSIDE", "none of NONE, ALL, INS"),
+    ("merge {base} -o {out} --concept {one}:s1:dog,layers=a,,b", "has an empty pattern"),
     # base
     (
         "merge {tmp}/none -o {out} --concept {one}:s1:dog",

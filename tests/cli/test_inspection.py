@@ -13,7 +13,8 @@ from tiny import random_lora
 from iteris_core import Lora, LowRank, cli, write_lora
 from iteris_core.architectures import architecture_of_file
 from iteris_core.lora_files import released_base
-from iteris_core.report.inspection import block_norms, describe, interference, site_interference
+from iteris_core.lora_files.blocks import blocks_of
+from iteris_core.report.inspection import block_facts, describe, interference, site_interference
 from iteris_core.report.report import block_of
 
 
@@ -49,13 +50,17 @@ def test_equal_opposite_and_orthogonal_changes():
 
 def test_blocks_add_up():
     one, two = make_lora("sd1", seed=1), make_lora("sd1", seed=2)
-    norms = block_norms(one)
-    for block, norm in norms.items():
-        dense = [c.dense() for s, c in one.sites.items() if block_of(s) == block]
-        assert norm == pytest.approx(float(sum((d**2).sum() for d in dense)) ** 0.5, rel=1e-4)
+    names = blocks_of(one.base)
+    facts = block_facts(one)
+    for block, fact in facts.items():
+        dense = [c.dense() for s, c in one.sites.items() if (names.get(s) or block_of(s)) == block]
+        squared = float(sum((d**2).sum() for d in dense))
+        assert (fact.layers, fact.norm) == (len(dense), pytest.approx(squared**0.5, rel=1e-4))
+    assert sum(fact.share for fact in facts.values()) == pytest.approx(1)
+    assert sum(fact.layers for fact in facts.values()) == len(one.sites)
     pair = interference(one, two)
     assert pair.shared == len(one.sites)
-    assert set(pair.blocks) == set(norms)
+    assert set(pair.blocks) == {block_of(site) for site in one.sites}
     assert interference(one, one).conflict == pytest.approx(1.0)
     only = next(iter(two.sites))
     few = Lora({only: two.sites[only]}, "few")

@@ -1,0 +1,153 @@
+"""Which layers of a LoRA count, and how much: weights by block, and filters by name.
+
+Blocks and lists of weights are those of sd-webui-lora-block-weight ("lbw"): the blocks of the
+original code, with BASE for the text encoders. What a list has no number for is 0, and what is in
+no block (the embedding of time, the last layer) stays as it is, as there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from ..architectures.text import text_component
+from ..errors import ConceptError, LoraFileError
+from ..lora import Lora
+from .aliases import BaseModel
+
+
+def _range(prefix: str, start: int, stop: int) -> tuple[str, ...]:
+    return tuple(f"{prefix}{number:02}" for number in range(start, stop))
+
+
+LISTS: Mapping[int, tuple[str, ...]] = {
+    12: ("BASE", "IN04", "IN05", "IN07", "IN08", "M00", *_range("OUT", 0, 6)),
+    17: ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", *_range("OUT", 3, 12)),
+    20: ("BASE", *_range("IN", 0, 9), "M00", *_range("OUT", 0, 9)),
+    26: ("BASE", *_range("IN", 0, 12), "M00", *_range("OUT", 0, 12)),
+    61: ("CLIP", "T5", "IN", *_range("D", 0, 19), *_range("S", 0, 38), "OUT"),
+}
+"""Count of weights → the blocks that they are for: SDXL's attention, SD's, all of SDXL, all of SD,
+FLUX.1"""
+_ALL = "1," * 16 + "1"
+PRESETS: Mapping[str, str] = {
+    "NONE": _ALL.replace("1", "0"),
+    "ALL": _ALL,
+    "INS": "1,1,1,1,0,0,0,0,0,0,0,0,0,0,0,0,0",
+    "IND": "1,0,0,0,1,1,1,0,0,0,0,0,0,0,0,0,0",
+    "INALL": "1,1,1,1,1,1,1,0,0,0,0,0,0,0,0,0,0",
+    "MIDD": "1,0,0,0,1,1,1,1,1,1,1,1,0,0,0,0,0",
+    "OUTD": "1,0,0,0,0,0,0,0,1,1,1,1,0,0,0,0,0",
+    "OUTS": "1,0,0,0,0,0,0,0,0,0,0,0,1,1,1,1,1",
+    "OUTALL": "1,0,0,0,0,0,0,0,1,1,1,1,1,1,1,1,1",
+    "ALL0.5": _ALL.replace("1", "0.5"),
+}
+_SIDES = {"input_blocks": "IN", "output_blocks": "OUT", "double_blocks": "D", "single_blocks": "S"}
+_NUMBERED = re.compile(r"(input|output|double|single)_blocks\.(\d+)\.")
+
+
+def weights_by_block(text: str) -> dict[str, float]:
+    """Block → weight, of a list of numbers between commas or the name of one. Raises
+    :class:`ConceptError` for another text."""
+    numbers = PRESETS.get(text.strip(), text).split(",")
+    try:
+        weights = [float(number) for number in numbers]
+    except ValueError:
+        raise ConceptError(
+            f"blocks={text!r} is no list of numbers such as 1,0,0.5 and none of "
+            f"{', '.join(PRESETS)}."
+        ) from None
+    if len(weights) not in LISTS:
+        raise ConceptError(
+            f"blocks={text!r} has {len(weights)} weights; Stable Diffusion has 17 (26 with "
+            "convolutions), SDXL 12 (20), FLUX.1 61."
+        )
+    return dict(zip(LISTS[len(weights)], weights, strict=True))
+
+
+def blocks_of(base: BaseModel) -> dict[str, str]:
+    """Site → the block that it is in; without those that are in none. Empty for an architecture
+    whose blocks have no such names."""
+    unet = base.architecture.denoiser == "unet"
+    found: dict[str, str] = {}
+    for name, alias in base.architecture.original_names(base.shapes).items():
+        numbered = _NUMBERED.match(name)
+        if numbered is not None:
+            block = f"{_SIDES[f'{numbered[1]}_blocks']}{int(numbered[2]):02}"
+        elif name.startswith("middle_block."):
+            block = "M00"
+        elif not unet and ("_in." in f"{name}." or name.startswith("final_layer.")):
+            block = "OUT" if name.startswith("final_layer.") else "IN"
+        else:
+            continue
+        found |= {piece.site: block for piece in alias}
+    names = set(found.values())
+    if not names & {"M00", "S00"}:
+        return {}
+    for site in base.shapes:
+        encoder = text_component(site)
+        if encoder is not None:
+            found[site] = "BASE" if unet else ("CLIP", "T5")[min(encoder, 1)]
+    return found
+
+
+def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
+    """``lora`` with its changes times the weights of ``blocks`` (empty: as they are), of those
+    ``layers`` alone that a pattern names: names of sites with ``*``, commas between them, and a
+    ``-`` before one whose layers are dropped. Raises :class:`ConceptError` for a text that is
+    neither, and :class:`LoraFileError`, naming the LoRA, where nothing is left, or where its
+    architecture has no such blocks."""
+    if not blocks and not layers:
+        return lora
+    weights = _weights(lora, blocks) if blocks else {}
+    kept = _kept(lora, layers) if layers else set(lora.sites)
+    factors = {site: weights.get(site, 1.0) for site in lora.sites if site in kept}
+    factors = {site: factor for site, factor in factors.items() if factor}
+    if not factors:
+        raise LoraFileError(f"{lora.name}: its blocks and layers leave nothing of it.")
+    note = f"{len(factors)} of {len(lora.sites)} layers, by its blocks and layers"
+    given = {"blocks": blocks, "layers": layers}
+    return replace(
+        lora,
+        sites={site: lora.sites[site].scaled(factor) for site, factor in factors.items()},
+        scales={s: scale * factors[s] for s, scale in lora.scales.items() if s in factors},
+        notes=[*lora.notes, note],
+        reading={**lora.reading, **{name: text for name, text in given.items() if text}},
+    )
+
+
+def check_layers(text: str) -> list[tuple[bool, str]]:
+    """(whether it is kept, pattern) of each pattern. Raises :class:`ConceptError` for an empty
+    one."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.removeprefix("-") for part in parts):
+        raise ConceptError(f"layers={text!r} has an empty pattern; write such as *attn2*,-*ff*.")
+    return [(not part.startswith("-"), part.removeprefix("-")) for part in parts]
+
+
+def _kept(lora: Lora, layers: str) -> set[str]:
+    patterns = check_layers(layers)
+    kept = {site for site in lora.sites if not any(keep for keep, _ in patterns)}
+    for keep, pattern in sorted(patterns, reverse=True):
+        fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
+        if not fitting:
+            raise LoraFileError(
+                f"{lora.name}: no layer has a name like {pattern!r}; one is {min(lora.sites)}."
+            )
+        kept = kept | fitting if keep else kept - fitting
+    return kept
+
+
+def _weights(lora: Lora, blocks: str) -> dict[str, float]:
+    weights = weights_by_block(blocks)
+    places = blocks_of(lora.base) if lora.base is not None else {}
+    unlike = {"CLIP", "D00"} if "M00" in places.values() else {"M00"}
+    if not places or unlike & weights.keys():
+        title = "its base" if lora.base is None else lora.base.architecture.title
+        raise LoraFileError(
+            f"{lora.name}: {title} has no blocks for {len(weights)} weights. Stable Diffusion has "
+            "17 or 26, SDXL 12 or 20, FLUX.1 61; for others choose by name (layers=)."
+        )
+    return {site: weights.get(block, 0.0) for site, block in places.items()}

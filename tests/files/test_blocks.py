@@ -1,0 +1,172 @@
+"""Weights by block and layers by name, against the names of the original code."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from command_line import QUICK, make_world, recipe_of, run
+from safetensors.torch import load_file
+
+from iteris_core import IterisError, Lora, LowRank
+from iteris_core.lora_files import released_base
+from iteris_core.lora_files.blocks import LISTS, PRESETS, blocks_of, filtered, weights_by_block
+
+
+def whole_lora(name):
+    """A change of rank 1 and size 1 of every layer."""
+    base = released_base(name)
+    sites = {
+        site: LowRank(torch.ones(1, 1), torch.ones(1, 1))
+        for site in base.shapes
+        if not site.startswith("text_encoder") or site.endswith("q_proj")
+    }
+    return Lora(sites, name, base=base)
+
+
+def factors(lora):
+    return {site: float(change.dense()[0, 0]) for site, change in lora.sites.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("sd1", 17), ("sd1", 26), ("sdxl", 12), ("sdxl", 20), ("flux", 61)]
+)
+def test_a_weight_goes_to_the_block_that_the_original_code_calls_so(name, count):
+    """Oracle: where the original name of a layer has the block's number."""
+    lora = whole_lora(name)
+    numbers = [i / 100 + 0.1 for i in range(count)]
+    found = factors(filtered(lora, ",".join(map(str, numbers))))
+    wanted = dict(zip(LISTS[count], numbers, strict=True))
+    base = lora.base
+    originals = base.architecture.original_names(base.shapes)
+    sides = {"input": "IN", "output": "OUT", "double": "D", "single": "S"}
+    checked = 0
+    for original, alias in originals.items():
+        parts = re.match(r"(\w+?)_blocks?\.(\d+)", original)
+        block = None
+        if parts is not None:
+            middle = parts[1] == "middle"
+            block = "M00" if middle else f"{sides[parts[1]]}{int(parts[2]):02}"
+        elif name == "flux":
+            block = "OUT" if original.startswith("final_layer") else "IN"
+        for piece in alias:
+            expected = 1.0 if block is None else wanted.get(block, 0.0)
+            assert found.get(piece.site, 0.0) == pytest.approx(expected), (original, block)
+            checked += 1
+    assert checked > 200
+    texts = {site.partition(".")[0]: f for site, f in found.items() if "text_encoder" in site}
+    first = ("CLIP", "T5") if name == "flux" else ("BASE", "BASE")
+    assert texts == {
+        f"text_encoder{end}": pytest.approx(wanted[block])
+        for end, block in zip(("", "_2"), first, strict=True)
+        if f"text_encoder{end}" in texts
+    }
+
+
+def test_the_short_lists_have_every_layer_of_attention():
+    for name, count in (("sd1", 17), ("sdxl", 12)):
+        places = blocks_of(released_base(name))
+        attention = {block for site, block in places.items() if ".attn1." in site}
+        assert attention == set(LISTS[count]) - {"BASE"}
+    assert all(len(text.split(",")) == 17 for text in PRESETS.values())
+    kept = {block for block, weight in weights_by_block("OUTS").items() if weight}
+    assert kept == {"BASE", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11"}
+
+
+def test_layers_are_kept_and_dropped_by_name():
+    lora = whole_lora("sd1")
+    text_only = filtered(lora, layers="text_encoder.*")
+    assert all(site.startswith("text_encoder.") for site in text_only.sites)
+    both = filtered(lora, layers="*.attn2.*, -*to_v, -*up_blocks*")
+    assert both.sites
+    assert all(
+        ".attn2." in s and not s.endswith("to_v") and "up_blocks" not in s for s in both.sites
+    )
+    rest = filtered(lora, layers="-text_encoder*")
+    assert set(rest.sites) == {site for site in lora.sites if site.startswith("unet.")}
+    assert "layers, by its blocks and layers" in rest.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "layers", "message"),
+    [
+        ("sd1", "1,0,0", "", "has 3 weights; Stable Diffusion has 17"),
+        ("sd1", "OUTSIDE", "", "none of NONE, ALL, INS"),
+        ("sd1", ",".join("1" * 61), "", "SD 1.x has no blocks for 61 weights"),
+        ("flux", "ALL", "", "FLUX.1 has no blocks for 17 weights"),
+        ("sd3", "ALL", "", "has no blocks for 17 weights"),
+        ("sd1", "", "*attn9*", "no layer has a name like '\\*attn9\\*'; one is "),
+        ("sd1", "", "a,,b", "has an empty pattern"),
+        ("sd1", "NONE", "*attn*", "leave nothing of it"),
+    ],
+)
+def test_what_names_no_part_of_a_lora_is_refused(name, blocks, layers, message):
+    with pytest.raises(IterisError, match=message):
+        filtered(whole_lora(name), blocks, layers)
+
+
+def test_inspect_says_what_each_block_holds(tmp_path, monkeypatch, capsys):
+    folder = make_world(tmp_path)
+    file = folder / "lora1.safetensors"
+    code, out, err = run(monkeypatch, capsys, "inspect", file, "--base", folder / "base", "--json")
+    assert code == 0, err
+    blocks = json.loads(out)["files"][0]["blocks"]
+    assert set(blocks) == {"BASE", "IN01", "M00", "OUT02", "OUT03"}
+    assert sum(block["share"] for block in blocks.values()) == pytest.approx(1)
+    tensors = load_file(file)
+    ups = {key for key in tensors if key.endswith(".lora_up.weight")}
+    assert sum(block["layers"] for block in blocks.values()) == len(ups)
+    middle = [key for key in ups if "mid_block" in key]
+    assert blocks["M00"]["layers"] == len(middle)
+    alpha = tensors[middle[0].replace("lora_up.weight", "alpha")]
+    squares = sum(
+        float((tensors[key] @ tensors[key.replace("up", "down", 1)]).float().square().sum())
+        for key in (k.replace("lora_up", "lora_up") for k in middle)
+    )
+    scale = float(alpha) / tensors[middle[0]].shape[1]
+    assert blocks["M00"]["norm"] == pytest.approx(scale * squares**0.5, rel=1e-2)
+    code, out, _ = run(monkeypatch, capsys, "inspect", file, "--base", folder / "base")
+    assert "share of energy" in out
+    assert "OUT03" in out
+
+
+def test_a_merge_takes_the_part_of_a_lora_and_its_recipe_says_so(tmp_path, monkeypatch, capsys):
+    folder = make_world(tmp_path)
+    out = tmp_path / "out.safetensors"
+    common = ["merge", folder / "base", "--method", "sum", *QUICK]
+    code, _, err = run(
+        monkeypatch, capsys, *common, "-o", out,
+        "--concept", f"{folder}/lora1.safetensors:a:b,blocks=OUTALL,layers=-text_encoder*,weight=2",
+        "--concept", f"{folder}/lora2.safetensors:c:d,layers=*mid_block*",
+    )  # fmt: skip
+    assert code == 0, err
+    keys = {key.partition(".")[0] for key in load_file(out)}
+    assert keys
+    assert all("up_blocks_1" in key or "mid_block" in key for key in keys)
+    first, second = (concept["reading"] for concept in recipe_of(out)["concepts"])
+    assert (first["blocks"], first["layers"]) == ("OUTALL", "-text_encoder*")
+    assert second["layers"] == "*mid_block*"
+    again = tmp_path / "again.safetensors"
+    code, _, err = run(
+        monkeypatch, capsys, *common[:2], "--from", out, "--loras", folder, "-o", again, *QUICK
+    )
+    assert code == 0, err
+    theirs = load_file(again)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in load_file(out).items())
+    merge_file = tmp_path / "merge.yaml"
+    merge_file.write_text(
+        f"base: {folder}/base\nmethod: sum\noutput: listed.safetensors\nconcepts:\n"
+        f"  - file: {folder}/lora1.safetensors\n    trigger: a\n"
+        f"    blocks: [{PRESETS['OUTALL']}]\n    layers: [-text_encoder*]\n"
+        f"  - {{file: {folder}/lora2.safetensors, trigger: c, layers: '*mid_block*'}}\n"
+    )
+    code, _, err = run(monkeypatch, capsys, "merge", merge_file, *QUICK)
+    assert code == 0, err
+    assert load_file(tmp_path / "listed.safetensors").keys() == load_file(out).keys()
+    bad = f"{folder}/lora1.safetensors:a:b,blocks=1,2"
+    code, _, err = run(monkeypatch, capsys, "merge", "nowhere", "-o", "x.safetensors",
+                       "--concept", bad)  # fmt: skip
+    assert code == 2
+    assert "has 2 weights" in err
