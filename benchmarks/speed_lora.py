@@ -21,7 +21,7 @@ from unseen import rounded
 from worlds import WORLDS
 
 from iteris_core import Concept, Lora, merge_loras
-from iteris_core.passes.always_on import beside, changes_always
+from iteris_core.passes.changes import beside, changes_always
 
 SIZES = (2, 5)
 KIND = "new words"

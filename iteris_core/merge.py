@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -27,10 +27,16 @@ from .lora_files import Layout, write_lora
 from .methods import Method, find_method
 from .methods.registry import Merged
 from .passes import preflight
-from .passes.always_on import always_on, beside, changes_always, switched_on
-from .passes.changes import changes_of, check_sites, unmergeable_sites
+from .passes.changes import (
+    always_on,
+    beside,
+    changes_always,
+    changes_of,
+    check_sites,
+    switched_on,
+)
 from .passes.eta import Eta
-from .passes.job import Job, WeightJob
+from .passes.job import Budget, Job
 from .presets import PRESETS, PresetName, preset_settings
 from .progress import OnProgress, Ticker
 from .report.provenance import join_embeddings, merge_metadata, notes_of
@@ -128,26 +134,46 @@ def merge_loras(
     started = time.perf_counter()
     chosen = find_method(method)
     settings, calibration = settings_over(preset, method, settings, calibration)
-    generator = torch.Generator().manual_seed(calibration.seed)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
-    counting = [concept for concept in concepts if concept.counts]
-    always, counting = always_on(counting), always_on(counting, "no")
-    eta = Eta()
-    tick = Ticker(eta.forecast, on_progress)
-    if chosen.needs_host:
-        if host is None:
-            raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
-        job = Job(host, counting, {}, calibration, generator, tick, processes=runtime.processes,
-                  memory_budget=memory_budget, policy=runtime.policy, eta=eta)  # fmt: skip
+    job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
+    if not chosen.needs_host:
+        made = _by_weights(job, chosen, settings)
+    elif host is None:
+        raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
+    else:
         with switched_on(host, always):
             made = _by_features(job, chosen, settings, unmergeable)
-    else:
-        made = _by_weights(counting, chosen, settings, generator, tick)
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
     return _result(_with_always(made, always), chosen, settings, calibration, seconds)
+
+
+def begun(
+    host: Host | None,
+    concepts: Sequence[Concept],
+    calibration: Calibration,
+    on_progress: OnProgress | None,
+    memory_budget: Budget,
+    runtime: Runtime,
+) -> tuple[Job, list[Concept]]:
+    """A job with its concepts and no changes yet, and the concepts that are on all the time."""
+    counting = [concept for concept in concepts if concept.counts]
+    eta, generator = Eta(), torch.Generator().manual_seed(calibration.seed)
+    job = Job(
+        cast(Host, host),
+        always_on(counting, "no"),
+        {},
+        calibration,
+        generator,
+        Ticker(eta.forecast, on_progress),
+        processes=runtime.processes,
+        memory_budget=memory_budget,
+        policy=runtime.policy,
+        eta=eta,
+    )
+    return job, always_on(counting)
 
 
 @dataclass(frozen=True)
@@ -186,7 +212,7 @@ def prepared(
     changes = changes_of(concepts)
     check_sites(job.host, changes)
     sweep = method.sweeps(settings)
-    found, stages = unmergeable_sites(
+    found, stages = preflight.unmergeable_sites(
         job.host, concepts, changes, job.calibration, job.tick, sweep=sweep
     )
     for seen in stages:
@@ -215,17 +241,11 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     return _Made(concepts, merged, calls[: len(concepts)], noted)
 
 
-def _by_weights(
-    concepts: Sequence[Concept],
-    method: Method,
-    settings: Settings,
-    generator: torch.Generator,
-    tick: Ticker,
-) -> _Made:
+def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
     """Prompts without a LoRA say nothing to a method that only looks at weights."""
-    concepts = [concept for concept in concepts if concept.lora is not None]
-    weights = [concept.weight for concept in concepts]
-    merged = method.merge(WeightJob(changes_of(concepts), weights, generator, tick), settings)
+    concepts = [concept for concept in job.concepts if concept.lora is not None]
+    job = replace(job, concepts=concepts, changes=changes_of(concepts))
+    merged = method.merge(job, settings)
     return _Made(concepts, merged, [embedding_triggers(concept) for concept in concepts], [])
 
 

@@ -13,15 +13,13 @@ from .errors import UsageError
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import prepared, settings_over
+from .merge import Runtime, begun, prepared, settings_over
 from .methods import Method, find_method
 from .passes import preflight
-from .passes.always_on import always_on, switched_on
-from .passes.changes import changes_of
-from .passes.eta import Eta
+from .passes.changes import changes_of, switched_on
 from .passes.job import Job
 from .presets import PresetName
-from .progress import OnProgress, Ticker
+from .progress import OnProgress
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 
@@ -69,17 +67,12 @@ def preview_merge(
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
-    counting = [concept for concept in concepts if concept.counts]
-    concepts = always_on(counting, "no")
+    runtime = Runtime(policy=policy)
+    job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
     if not chosen.needs_host:
-        changes_of(concepts)  # raises where there is nothing to merge
+        changes_of(job.concepts)  # raises where there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
-    eta = Eta()
-    tick = Ticker(eta.forecast, on_progress)
-    generator = torch.Generator().manual_seed(calibration.seed)
-    job = Job(host, concepts, {}, calibration, generator, tick, memory_budget=memory_budget,
-              policy=policy, eta=eta)  # fmt: skip
-    with switched_on(host, always_on(counting)):
+    with switched_on(host, always):
         return _preview(job, chosen, chosen_settings)
 
 
@@ -111,11 +104,7 @@ def _preview(job: Job, method: Method, settings: Settings) -> Preview:
             except _Planned:
                 continue
             raise UsageError(f"{method.name} makes no plan of its memory.")
-    loras = sum(concept.lora is not None for concept in concepts)
-    steps = calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
-    denoised = loras * calibration.samples * steps
-    if calibration.latents == "noise" or not any(_denoises(site) for site in kept):
-        denoised = 0
+    denoised = job.denoised if any(_denoises(site) for site in kept) else 0
     complaint = preflight.complaint(found, concepts, refused=False) if found else ""
     return Preview(plan, found, complaint, denoised)
 

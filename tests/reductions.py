@@ -40,18 +40,18 @@ def opening(changes, dtype=torch.float64, **known) -> SiteContext:
 
 def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:
     dtype = inputs[0].dtype
-    reduction = OutputMoments.begin(opening(changes, dtype), weighting, dtype, directions)
+    reduction = OutputMoments(opening(changes, dtype), weighting, dtype, directions)
     return filled(reduction, inputs, targets)
 
 
 def by_rows(changes, inputs, targets) -> OutputRows:
     dtype = inputs[0].dtype
-    return filled(OutputRows.begin(opening(changes, dtype), dtype), inputs, targets)
+    return filled(OutputRows(opening(changes, dtype), dtype), inputs, targets)
 
 
 def by_adapter(changes, inputs, references, weighting="tokens") -> AdapterMoments:
     dtype = inputs[0].dtype
-    reduction = AdapterMoments.begin(opening(changes, dtype), weighting, dtype)
+    reduction = AdapterMoments(opening(changes, dtype), weighting, dtype)
     for concept, (merged, reference) in enumerate(zip(inputs, references, strict=True)):
         reduction.add(Rows(concept, merged, reference))
     return reduction

@@ -65,7 +65,7 @@ def make_problem(out: int, width: int, count: int) -> AdapterMoments:
     opening = SiteContext(
         SiteChanges(tuple(changes)), torch.device("cpu"), lambda _: (moments, True)
     )
-    reduction = AdapterMoments.begin(opening, "none", torch.float32)
+    reduction = AdapterMoments(opening, "none", torch.float32)
     for part in rows:
         reduction.add(part)
     moments.complete()

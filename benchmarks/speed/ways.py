@@ -68,7 +68,7 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
         if size:
             barriers = replayable(stage, run.lockstep, barriers)
         if place == IN_HOST:
-            offloads = next(next(iter(run.host.sites().values())).parameters()).device
+            offloads = next(next(iter(run.job.host.sites().values())).parameters()).device
         if not size or barriers.blocks:
             ran.append(stage.name)
         strategy = Strategy(way, barriers=barriers, offloads=offloads)

@@ -18,30 +18,19 @@ import weakref
 from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_pool import Slot
+from .host_pool import HostPool, Slot
 from .meter import storage_of
 
 IDLE_PAUSES = 3
 """Pauses after which a storage stays away until an operation asks for it, a view included. Kernels
 that are launched past PyTorch's dispatcher ask for nothing: they get what was made or used since q,
 when they run after v, or by way of a view."""
-
-
-class Place(Protocol):
-    """Where storages of ``device`` wait; see :class:`.host_pool.HostPool`."""
-
-    device: torch.device
-
-    def put(self, storage: torch.UntypedStorage) -> Slot: ...
-    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None: ...
-    def empty(self, storage: torch.UntypedStorage) -> None: ...
-    def free(self, slot: Slot) -> None: ...
 
 
 @dataclass(eq=False)
@@ -65,7 +54,7 @@ class ActivationOffload(TorchDispatchMode):
     """
 
     def __init__(
-        self, place: Place, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
+        self, place: HostPool, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.left = 0

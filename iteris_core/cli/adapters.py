@@ -12,7 +12,7 @@ from ..concept_config import ConceptConfig
 from ..concepts import Concept
 from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
-from ..lora_files import check_file, read_tensors
+from ..lora_files import read_header, read_tensors
 from .base import loading
 from .options import read_lines
 
@@ -87,7 +87,7 @@ def check_adapters(adapters: Sequence[ConceptConfig]) -> None:
                 f"{name} is no adapter folder of peft: it has no adapter_config.json."
             )
         if one.samples.suffix == ".safetensors":
-            check_file(one.samples)
+            read_header(one.samples)
         elif not read_lines(one.samples):
             raise ConceptError(f"{one.samples} has no samples; write one a line.")
 

@@ -17,9 +17,9 @@ from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
 from ..lora_files import BaseModel
-from ..passes.changes import unmergeable_sites
 from ..passes.eta import Eta
 from ..passes.job import Job
+from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress, Ticker
 from .held import output_error
 from .moments import Seen, calibration_of, look

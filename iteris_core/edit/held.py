@@ -14,8 +14,8 @@ from ..activations.oom_retry import halved, with_less
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
 from ..lora import Lora, LowRank
-from ..passes.always_on import switched_on
 from ..passes.batches import chunks
+from ..passes.changes import switched_on
 
 _SAMPLES, _TIMESTEPS, _BATCH = 8, 2, 8
 _SEED = 1 << 20

@@ -15,9 +15,10 @@ from ..hosts.learned import embedding_triggers
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank
 from ..passes.batches import ExecutionConfig
-from ..passes.changes import changes_of, check_sites, unmergeable_sites
+from ..passes.changes import changes_of, check_sites
 from ..passes.eta import Eta
 from ..passes.job import Job, Run, StageSolver
+from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import solve_sites
 from ..progress import OnProgress, Ticker
 from ..solve.choose import POLICY

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..lora import LowRank, Rank, check_rank, rank_for
+from ..lora import LowRank, Rank, SiteChanges, check_rank, rank_for
 from .precision import full_precision
 
 _SMALL = 256  # up to here all directions are cheaper than a search for the leading ones
@@ -39,6 +39,22 @@ def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tu
     keep = rank_for(s**2, rank)
     cut = _change(q_up @ u, s, vt @ q_down.mT, keep, metric, change.kernel)
     return cut.to(change.up.dtype), _lost(s**2, keep)
+
+
+def cut_to(change: LowRank, rank: Rank | None) -> tuple[LowRank, float]:
+    """:func:`cut_factors`, but of ``rank`` None, or one that it has, the ``change`` as it is."""
+    return (change, 0.0) if rank is None or rank >= change.rank else cut_factors(change, rank)
+
+
+def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
+    """``dense``, (out, in), which is of full rank in general, at ``rank`` by SVD (None: Σ r_i of
+    the ``changes`` that it was made of), and the share of energy that is lost."""
+    limit = rank if isinstance(rank, int) else changes.rank
+    change, lost = cut_matrix(dense, min(limit, *dense.shape), like=changes.like)
+    if isinstance(rank, float):
+        change, more = cut_factors(change, rank)
+        lost = 1 - (1 - lost) * (1 - more)
+    return change, lost
 
 
 def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:

@@ -8,7 +8,7 @@ leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
 from .aliases import BaseModel, base_model, released_base
 from .parts import is_lora
 from .read import ReadOptions, read_lora_file
-from .tensors import check_file, read_header, read_tensors
+from .tensors import read_header, read_tensors
 from .write import DTYPES, Layout, check_target, to_tensors, write_lora, write_loras
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Layout",
     "ReadOptions",
     "base_model",
-    "check_file",
     "check_target",
     "is_lora",
     "read_header",

@@ -29,15 +29,9 @@ _PIECE = 2**20
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def check_file(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, of which only the header is read. Raises
-    :class:`LoraFileError` for what is no whole safetensors file, as :func:`read_tensors` does."""
-    return read_header(path)[1]
-
-
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shape of every tensor, by key, and the metadata of a safetensors file, of which only the
-    header is read. Raises :class:`LoraFileError` as :func:`check_file` does."""
+    header is read. Raises :class:`LoraFileError` for what is no whole safetensors file."""
     with _opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes, dict(file.metadata() or {})

@@ -68,17 +68,16 @@ def expect_block_polish(job: Job, how: BlockSteps) -> None:
 
 
 def polish_blocks(
-    job: Job, run: Run, merged: Mapping[str, LowRank], how: BlockSteps
+    run: Run, merged: Mapping[str, LowRank], how: BlockSteps
 ) -> tuple[dict[str, LowRank], list[str]]:
     """The ``merged`` changes after some steps for every segment, and notes on them."""
-    notes: list[str] = []
+    job, lockstep, notes = run.job, run.lockstep, list[str]()
     drawn = drawn_pairs(job, merged, _row_count(job)) if how.pairs else None
     if how.pairs and drawn is None and job.host.pictures and job.loras > 1:
         notes.append(
             "blocks are polished without pictures of two concepts, which need two that are things, "
             "have a trigger or a class word, and no embedding of their own"
         )
-    lockstep = run.lockstep
     lockstep.merged = dict(merged)
     showing = drawn and PairStages(job, lockstep, drawn)
     for stage in run.stages():

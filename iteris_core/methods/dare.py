@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import cut_dense
 from ..lora import LowRank
 from ..settings import Settings, setting
-from .cuts import cut
 from .registry import AtSite, on_weights, rank_setting
 from .ties import disjoint_mean
 
@@ -25,14 +25,14 @@ class DareSettings(Settings):
 def dare_linear(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, add up (DARE, ICML 2024)."""
     dropped = _dropped(at, settings.density)
-    return cut(at.changes, settings.scale * dropped.sum(dim=0), settings.rank)
+    return cut_dense(at.changes, settings.scale * dropped.sum(dim=0), settings.rank)
 
 
 @on_weights("dare-ties", DareSettings)
 def dare_ties(at: AtSite, settings: DareSettings) -> tuple[LowRank, float]:
     """Drop entries at random, rescale, then elect signs as TIES does (DARE, ICML 2024)."""
     dropped = _dropped(at, settings.density)
-    return cut(at.changes, settings.scale * disjoint_mean(dropped), settings.rank)
+    return cut_dense(at.changes, settings.scale * disjoint_mean(dropped), settings.rank)
 
 
 def _dropped(at: AtSite, density: float) -> Tensor:

@@ -58,11 +58,11 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         solutions, log = solve_sites(run, solver_of, batching, schedule)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
-            changes, notes = polish_blocks(job, run, changes, by_blocks)
+            changes, notes = polish_blocks(run, changes, by_blocks)
             log = log.with_notes(notes)
         if settings.polish_steps:
             adam = settings.polish_steps, settings.polish_rate
-            changes, notes = polish(job, run, changes, *adam, settings.micro_batch)
+            changes, notes = polish(run, changes, *adam, settings.micro_batch)
             log = log.with_notes(notes)
     sites = {
         site: (changes[site], SiteReport.of(solution, repair=site in repairs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..linalg.lowrank import cut_to
 from ..lora import LowRank, Rank, concatenate
 from ..settings import Settings, setting
-from .cuts import cut_to
 from .registry import AtSite, on_weights, rank_setting
 
 

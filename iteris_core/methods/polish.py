@@ -30,11 +30,11 @@ def expect_polish(job: Job, steps: int, batch: int) -> None:
 
 
 def polish(
-    job: Job, run: Run, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int
+    run: Run, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int
 ) -> tuple[dict[str, LowRank], list[str]]:
     """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each. The changes, and
     notes on them."""
-    final = _FinalOutputs(job, run)
+    job, final = run.job, _FinalOutputs(run)
     targets, scales = final.targets(batch)
     order = torch.randperm(len(final.owners), generator=job.generator)
     held_out = min(job.policy.polish_held_out, len(final.owners) // 4)
@@ -78,8 +78,8 @@ def polish(
 class _FinalOutputs:
     """The rows of the stages that give the final output, and each one's concept."""
 
-    def __init__(self, job: Job, run: Run) -> None:
-        self.job, self.lockstep, self.samples = job, run.lockstep, run.samples
+    def __init__(self, run: Run) -> None:
+        self.job, self.lockstep, self.samples = run.job, run.lockstep, run.samples
         stages = list(run.stages())
         if not stages:
             raise MismatchError("There is nothing to polish: no stage of the model is reached.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Job, RunLog, StageSolver, WeightJob
+from ..passes.job import Job, RunLog, StageSolver
 from ..passes.sweep import REFERENCE, SWEEP, solve_sites
 from ..report.report import SiteReport
 from ..settings import Settings, setting
@@ -54,20 +54,12 @@ class Merged:
 Sweeps = Callable[[Any], bool]
 
 
-def _never(settings: Any) -> bool:
-    return False
-
-
-def _always(settings: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Method:
-    """``merge(job, settings)`` gets a :class:`WeightJob`; with ``needs_host`` a :class:`Job`.
-    ``sweeps(settings)`` says whether forwards wait at every site until it is solved: then each has
-    to reach all sites, and once. ``sums`` says whether rows may have the sum of several LoRAs as
-    their target (:class:`..composites.Composite`)."""
+    """``merge(job, settings)`` runs the job's host only with ``needs_host``. ``sweeps(settings)``
+    says whether forwards wait at every site until it is solved: then each has to reach all sites,
+    and once. ``sums`` says whether rows may have the sum of several LoRAs as their target
+    (:class:`..composites.Composite`)."""
 
     name: str
     merge: Callable[[Any, Any], Merged]
@@ -108,7 +100,7 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
     called for every site; the first line of its docstring is the method's summary."""
 
     def register(function: Function) -> Function:
-        def merge(job: WeightJob, given: Any) -> Merged:
+        def merge(job: Job, given: Any) -> Merged:
             merged: dict[str, tuple[LowRank, SiteReport]] = {}
             for site, changes in job.changes.items():
                 change, lost = function(AtSite(changes, job.weights, job.generator), given)
@@ -140,7 +132,7 @@ def on_activations(
         def merge(job: Job, given: Any) -> Merged:
             fit: RegressionSpec = function(job, given)
             solver = StageSolver(
-                begin=reduction.begin,
+                begin=reduction,
                 solve=lambda _, reduced: reduced.solve(fit),
                 bytes=lambda site, _: reduction.bytes(job.changes[site]),
             )
@@ -152,14 +144,13 @@ def on_activations(
                     )
                 )
 
-        sweeps = _always if merged_inputs else _never
-        return _registered(name, merge, settings, True, function, sweeps, sums)
+        return _registered(name, merge, settings, True, function, lambda _: merged_inputs, sums)
 
     return register
 
 
 def on_model(
-    name: str, settings: type[Settings], *, sweeps: Sweeps = _never, sums: bool = False
+    name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: False, sums: bool = False
 ) -> Callable[[Function], Function]:
     """Register ``function(job, settings) -> Merged``. One that calls
     :func:`..passes.sweep.solve_sites` declares by ``sweeps`` with which settings it sweeps."""
@@ -188,7 +179,7 @@ def _registered(
     settings: type[Settings],
     needs_host: bool,
     function: Function,
-    sweeps: Sweeps = _never,
+    sweeps: Sweeps = lambda _: False,
     sums: bool = False,
 ) -> Function:
     if name in _METHODS:

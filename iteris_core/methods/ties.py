@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import cut_dense
 from ..lora import LowRank
 from ..settings import Settings, setting
-from .cuts import cut
 from .registry import AtSite, on_weights, rank_setting
 
 
@@ -26,7 +26,7 @@ class TiesSettings(Settings):
 def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
     trimmed = torch.stack([keep_largest(change, settings.density) for change in at.dense()])
-    return cut(at.changes, settings.scale * disjoint_mean(trimmed), settings.rank)
+    return cut_dense(at.changes, settings.scale * disjoint_mean(trimmed), settings.rank)
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:

@@ -67,8 +67,9 @@ class StageSolver:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that runs the base model. ``changes[site]`` are the LoRAs' there, at their strength,
-    and ``streams`` the host's residual streams that a target is to hold.
+    """A merge of ``concepts`` on a ``host``, which a method on weights does not look at.
+    ``changes[site]`` are the LoRAs' there, at their strength, and ``streams`` the host's residual
+    streams that a target is to hold.
 
     ``processes`` says which rows are this process's. ``policy`` holds the thresholds. ``tick``
     reports progress, and ``eta`` the time that is left.
@@ -95,65 +96,41 @@ class Job:
         """How many concepts have a LoRA; the others keep the base as it is."""
         return sum(concept.lora is not None for concept in self.concepts)
 
+    @property
+    def denoised(self) -> int:
+        """By how many forwards of a row samples are made."""
+        calibration = self.calibration
+        if calibration.latents == "noise":
+            return 0
+        each = calibration.samples * calibration.denoising_steps
+        return self.loras * each * (2 if calibration.guidance > 1 else 1)
+
     @contextmanager
     def run(self) -> Generator[Run]:
         """The model with the changes on it."""
-        calibration, denoised = self.calibration, 0
-        if calibration.latents == "denoising":
-            denoised = self.loras * calibration.samples * calibration.denoising_steps
-            denoised *= 2 if calibration.guidance > 1 else 1
         with Lockstep(self.host.sites(), self.changes, self.streams, self.processes) as lockstep:
-
-            def samples() -> Any:
-                sites = set(lockstep.changes)
-                return self.host.samples(
-                    self.concepts, sites, calibration, lockstep, self.generator, self.tick
-                )
-
-            yield Run(
-                self.host,
-                lockstep,
-                samples,
-                calibration.samples,
-                denoised,
-                self.memory_budget,
-                self.tick,
-                self.eta,
-            )
+            yield Run(self, lockstep)
 
 
 @dataclass
 class Run:
-    """A base model that runs rows under ``lockstep``. ``make`` makes their samples, so many of each
-    concept, by ``denoised`` forwards of a row."""
+    """The base model of a ``job``, which runs rows under ``lockstep``."""
 
-    host: Host
+    job: Job
     lockstep: Lockstep
-    make: Callable[[], Any]
-    samples_each: int
-    denoised: int
-    memory_budget: Budget
-    tick: Callable[..., None]
-    eta: Eta
 
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        samples = self.make()
-        self.eta.forecast.drop(DENOISING)  # which an application may have remembered
+        job, sites = self.job, set(self.lockstep.changes)
+        samples = job.host.samples(
+            job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
+        )
+        job.eta.forecast.drop(DENOISING)  # which an application may have remembered
         return samples
 
     def stages(self) -> Iterator[Stage]:
         """In execution order; all rows of one must have run before the next is asked for."""
-        for stage in self.host.stages(self.samples, set(self.lockstep.changes)):
-            yield replace(stage, samples=self.samples_each) if stage.samples is None else stage
-
-
-@dataclass
-class WeightJob:
-    """A merge that looks at weights alone. ``changes[site]`` are the LoRAs' there."""
-
-    changes: Mapping[str, SiteChanges]
-    weights: Sequence[float]
-    generator: torch.Generator
-    tick: Callable[..., None]
+        count = self.job.calibration.samples
+        for stage in self.job.host.stages(self.samples, set(self.lockstep.changes)):
+            yield replace(stage, samples=count) if stage.samples is None else stage

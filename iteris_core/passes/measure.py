@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..activations.activation_offload import ActivationOffload, Place
-from ..activations.host_pool import wait_for
+from ..activations.activation_offload import ActivationOffload
+from ..activations.host_pool import HostPool, wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter
 from ..activations.micro_batch import MicroBatch
@@ -94,7 +94,7 @@ class Measure:
     limit: Limit = None
     itemsize: int = 4
 
-    def row(self, barriers: Barriers | None = None, place: Place | None = None) -> Cost:
+    def row(self, barriers: Barriers | None = None, place: HostPool | None = None) -> Cost:
         """What a row costs that waits on the device, or in ``place``, at the end of each of the
         ``barriers`` (None: at every site).
 
@@ -150,7 +150,7 @@ class _Run:
         measure: Measure,
         rows: Sequence[int],
         barriers: Barriers | None,
-        place: Place | None,
+        place: HostPool | None,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import torch
 
-from ..activations.activation_offload import Place
 from ..activations.host_pool import HostPool
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
@@ -45,10 +44,10 @@ def planned(
     sweep: bool,
 ) -> Plan:
     """A plan that keeps the run's memory budget; without one the quickest strategy."""
-    strategy, budget = ON_DEVICE if sweep else Strategy(), run.memory_budget
+    strategy, budget = ON_DEVICE if sweep else Strategy(), run.job.memory_budget
     if budget is None or not stage.sites:
         return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
-    lockstep, room = run.lockstep, run.host.room
+    lockstep, room = run.lockstep, run.job.host.room
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, copies, limit, itemsize)
     cost, changes = measure.row(), lockstep.changes
@@ -86,20 +85,20 @@ def planned(
         room(made.bytes)  # weights that made way for more than this come back
     steps = (step for step in cost.steps if step.site)
     reached = {s.site: Reached(changes[s.site].shape, s.length, s.shares) for s in steps}
-    run.eta.measured(Seen(stage, reached, cost.seconds, cost.device))
-    made = replace(made, seconds=run.eta.seconds_of(made.stage, made.strategy.slower))
+    run.job.eta.measured(Seen(stage, reached, cost.seconds, cost.device))
+    made = replace(made, seconds=run.job.eta.seconds_of(made.stage, made.strategy.slower))
     if made.rows < made.offered:
         _log.warning(
             "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
             "more memory",
             made,
         )
-    run.tick(f"plan: {made}", 0, 0, str(made))
+    run.job.tick(f"plan: {made}", 0, 0, str(made))
     return made
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: Place | None, batching: ExecutionConfig
+    footprint: Footprint, measure: Measure, place: HostPool | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost

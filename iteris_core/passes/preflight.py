@@ -10,7 +10,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -30,20 +30,25 @@ MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 
 
-def unmergeable(
+def unmergeable_sites(
     host: Host,
     concepts: Sequence[Concept],
-    sites: Set[str],
+    changed: Collection[str],
     calibration: Calibration,
     tick: Tick,
     *,
     sweep: bool,
 ) -> tuple[dict[str, str], list[Seen]]:
-    """Site of ``sites`` → why its features cannot be collected, by a ``sweep`` or otherwise; empty
-    where all can be. And what was seen of every stage.
+    """Site of those that are ``changed`` → why its features cannot be collected, by a ``sweep`` or
+    otherwise; empty where all can be. And what was seen of every stage.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
+    Models of text are not looked at: their rows may be there once only, and their layers are all
+    reached.
     """
+    if not host.pictures:
+        return {}, []
+    sites = set(changed)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[Seen]()

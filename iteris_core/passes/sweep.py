@@ -78,7 +78,7 @@ def solve_sites(
             if run.lockstep.processes.least(int(settled)):
                 break
     if schedule.passes > 1:
-        run.tick("iterations", schedule.passes, schedule.passes)
+        run.job.tick("iterations", schedule.passes, schedule.passes)
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
         raise SiteError(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
@@ -97,7 +97,7 @@ class _Passes:
         self, run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule
     ) -> None:
         self.made: list[Plan] = []
-        self._run, self._lockstep = run, run.lockstep
+        self._run, self._job, self._lockstep = run, run.job, run.lockstep
         self._solver_of, self._batching, self._schedule = solver_of, batching, schedule
         self._plans: dict[str, Plan] = {}
         self._solutions: Solutions = {}
@@ -110,12 +110,12 @@ class _Passes:
             size = self._lockstep.processes.size
             changes, times = self._lockstep.changes, (schedule.copies, schedule.passes)
             expected = Passes(changes, self._batching, schedule.sweep, *times, size)
-            self._run.eta.expect(expected, self._run.denoised)
+            self._job.eta.expect(expected, self._job.denoised)
             _ = self._run.samples
         if schedule.sweep:
-            self._run.tick("solving sites", 0, len(self._lockstep.changes))
+            self._job.tick("solving sites", 0, len(self._lockstep.changes))
         if schedule.passes > 1:
-            self._run.tick("iterations", turn, schedule.passes)
+            self._job.tick("iterations", turn, schedule.passes)
         for stage in self._run.stages():
             plan = self._plans.get(stage.name) or self._planned(stage)
             plan = plan if not turn else replace(plan, stage=stage)
@@ -146,7 +146,7 @@ class _Passes:
     def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
         """All rows run, and then the sites are solved. Before the first solve there is no merged
         model: X̃ = X (Algorithm 1, initial)."""
-        run, turn, processes = self._run, self._turn, self._lockstep.processes
+        job, turn, processes = self._job, self._turn, self._lockstep.processes
         several = self._schedule.passes > 1
         collector = StreamCollector(
             self._lockstep.changes, solver.begin, **_options(solver, processes)
@@ -154,26 +154,26 @@ class _Passes:
         copies = 2 if turn else 1
         batches = list(micro_batches(stage, copies, collector, batching, processes))
         if not turn:
-            run.eta.begin(stage, 1.0)
+            job.eta.begin(stage, 1.0)
         for done, batch in enumerate(batches, 1):
             self._lockstep.run(batch)
-            run.eta.done(FORWARDS, stage, (turn, ""), 1 / (len(batches) - done + 1))
+            job.eta.done(FORWARDS, stage, (turn, ""), 1 / (len(batches) - done + 1))
             if several:
-                run.tick("iterations", turn, self._schedule.passes)
+                job.tick("iterations", turn, self._schedule.passes)
             else:
-                run.tick(f"features of the {stage.name}", done, len(batches))
+                job.tick(f"features of the {stage.name}", done, len(batches))
         for site in collector.sites:
             self._solve(solver, stage, site, collector.take(site))
             if not several:
-                run.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
+                job.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
 
     def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
         """Rows run in step, and wait at each site until it is solved."""
-        run, lockstep, stage, strategy = self._run, self._lockstep, plan.stage, plan.strategy
+        job, lockstep, stage, strategy = self._job, self._lockstep, plan.stage, plan.strategy
         place = offload = None
         if strategy.offloads is not None:
             place = HostPool(strategy.offloads, plan.host_limit)
-            offload = ActivationOffload(place, modules=list(run.host.sites().values()))
+            offload = ActivationOffload(place, modules=list(job.host.sites().values()))
         processes = lockstep.processes
         mine = processes.mine(len(stage.concept_ids)) if stage.sites else ()
         sampled = sampled_rows(stage, batching.policy)
@@ -188,9 +188,9 @@ class _Passes:
         )
 
         def solve(site: str) -> LowRank:
-            run.eta.done(FORWARDS, stage, (0, site))
+            job.eta.done(FORWARDS, stage, (0, site))
             change = self._solve(solver, stage, site, collector.take(site))
-            run.tick("solving sites", len(self._solutions), len(lockstep.changes))
+            job.tick("solving sites", len(self._solutions), len(lockstep.changes))
             return change
 
         # In every way of running it, so that all give the same.
@@ -203,12 +203,12 @@ class _Passes:
                 offload.stay = _first(batches, plan.on_device)
                 stack.enter_context(offload)
             stack.callback(collector.forget)  # else all that it holds would be put back
-            run.eta.begin(stage, strategy.slower)
+            job.eta.begin(stage, strategy.slower)
             lockstep.sweep(batches, solve, last, offload)
 
     def _solve(self, solver: StageSolver, stage: Stage, site: str, reduction: Reduction) -> LowRank:
         self._solutions[site] = solver.solved(site, reduction)
-        self._run.eta.done(SITES, stage, (self._turn, site))
+        self._job.eta.done(SITES, stage, (self._turn, site))
         return self._solutions[site].change
 
 

@@ -23,8 +23,8 @@ from statistics import fmean, variance
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import cut_to
 from ..lora import LowRank, concatenate
-from ..methods.cuts import cut_to
 from ..methods.registry import AtSite, on_weights, rank_setting
 from ..settings import Settings, setting
 

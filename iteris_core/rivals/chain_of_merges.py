@@ -39,15 +39,14 @@ class ChainOfMergesSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-class _WholeOutputs:
+class _WholeOutputs(OutputMoments):
     """Moments of the inputs and of the whole outputs, every token alike."""
 
-    @staticmethod
-    def begin(opening: SiteContext) -> OutputMoments:
-        return OutputMoments.begin(opening, "none", torch.float32)
+    def __init__(self, opening: SiteContext) -> None:
+        super().__init__(opening, "none", torch.float32)
 
     @staticmethod
-    def bytes(changes: SiteChanges) -> Bytes:
+    def bytes(changes: SiteChanges) -> Bytes:  # type: ignore[override]
         return OutputMoments.bytes(changes, torch.float32.itemsize, None, torch.float64)
 
 

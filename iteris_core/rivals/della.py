@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
+from ..linalg.lowrank import cut_dense
 from ..lora import LowRank
-from ..methods.cuts import cut
 from ..methods.registry import AtSite, on_weights, rank_setting
 from ..methods.ties import disjoint_mean
 from ..settings import Settings, setting
@@ -56,14 +56,14 @@ class DellaLinearSettings(DellaSettings):
 def della(at: AtSite, settings: DellaSettings) -> tuple[LowRank, float]:
     """Drop entries by magnitude, rescale, then elect signs as TIES does (DELLA, 2024)."""
     sampled = torch.stack([_sampled(change, at, settings) for change in at.dense()])
-    return cut(at.changes, settings.scale * disjoint_mean(sampled), settings.rank)
+    return cut_dense(at.changes, settings.scale * disjoint_mean(sampled), settings.rank)
 
 
 @on_weights("della-linear", DellaLinearSettings)
 def della_linear(at: AtSite, settings: DellaSettings) -> tuple[LowRank, float]:
     """Drop entries by magnitude, rescale, add up (DELLA without its election, 2024)."""
     total = sum(_sampled(change, at, settings) for change in at.dense())
-    return cut(at.changes, settings.scale * torch.as_tensor(total), settings.rank)
+    return cut_dense(at.changes, settings.scale * torch.as_tensor(total), settings.rank)
 
 
 def _sampled(change: Tensor, at: AtSite, settings: DellaSettings) -> Tensor:

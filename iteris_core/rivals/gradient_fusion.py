@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..linalg.lowrank import cut_to
 from ..linalg.precision import solve_device
 from ..lora import LowRank
-from ..methods.cuts import cut_to
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, StageSolver
@@ -58,7 +58,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
         return Solution(finite_as(change, reduction.changes.like), truncated=lost)
 
     solver = StageSolver(
-        begin=Gram.begin,
+        begin=Gram,
         solve=solve,
         bytes=lambda site, _: Gram.bytes(job.changes[site]),
     )

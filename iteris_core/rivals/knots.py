@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import cut_to
 from ..lora import LowRank
-from ..methods.cuts import cut_to
 from ..methods.registry import AtSite, on_weights, rank_setting
 from ..methods.ties import disjoint_mean, keep_largest
 from ..settings import Settings, setting

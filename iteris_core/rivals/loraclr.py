@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from ..linalg.lowrank import cut_dense
 from ..linalg.precision import full_precision, solve_device
 from ..lora import SiteChanges
-from ..methods.cuts import cut
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import ExecutionConfig
 from ..passes.job import Job, StageSolver
@@ -137,7 +137,7 @@ class _Pairs(Reduction):
                 best, best_loss = merged.clone(), loss
             adam.step()
         best = best.to(solve_device(best.device)).double()
-        change, lost = cut(self.changes, best, fit.rank)
+        change, lost = cut_dense(self.changes, best, fit.rank)
         return Solution(finite_as(change, self.changes.like), truncated=lost)
 
     def _loss(

@@ -24,8 +24,9 @@ from ..solve.weighting import token_values
 class Subspace(Reduction):
     """Z̃ᵀZ̃, (Σ r_i, Σ r_i), of every concept, and HᵀZ̃, (r_i, Σ r_i), of those with a change."""
 
-    def __init__(self, changes: SiteChanges, device: torch.device) -> None:
-        super().__init__(changes)
+    def __init__(self, opening: SiteContext) -> None:
+        super().__init__(opening.changes)
+        changes, device = opening.changes, opening.device
         self._stacked = changes.stacked()
         self._down = self._stacked.down.to(device, torch.float32)
         rank = changes.rank
@@ -35,10 +36,6 @@ class Subspace(Reduction):
             for i, change in changes.present.items()
         }
         self._counts = torch.zeros(len(changes), dtype=torch.float64)
-
-    @classmethod
-    def begin(cls, opening: SiteContext) -> Subspace:
-        return cls(opening.changes, opening.device)
 
     def add(self, tokens: Tokens) -> None:
         with full_precision(self._down.device):

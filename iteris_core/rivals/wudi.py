@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..linalg.lowrank import cut_dense
 from ..lora import LowRank, concatenate
-from ..methods.cuts import cut
 from ..methods.registry import AtSite, on_weights, rank_setting
 from ..settings import Settings, setting
 
@@ -49,7 +49,7 @@ def wudi(at: AtSite, settings: WudiSettings) -> tuple[LowRank, float]:
         merged = targets @ torch.linalg.pinv(rows)
     else:
         merged = _descended(concatenate(changes).dense(), rows, targets, settings)
-    return cut(at.changes, settings.scale * merged, settings.rank)
+    return cut_dense(at.changes, settings.scale * merged, settings.rank)
 
 
 def _problem(changes: list[LowRank]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from ..hosts.learned import embedding_triggers
 from ..hosts.learned_tokens import in_force
 from ..hosts.protocol import Host
 from ..merge import MergeResult, merge_loras
-from ..passes.always_on import always_on
+from ..passes.changes import always_on
 from ..presets import PresetName
 from ..progress import OnProgress
 from .compare_progress import ALONE, BASE, CompareProgress

@@ -27,18 +27,18 @@ _PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precisio
 
 
 class _LowRankTargets(MomentReduction):
-    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names."""
+    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names. Without a weigher ``by`` λ is
+    eq. 8's, of what the targets are counted by."""
 
     def __init__(
         self,
-        changes: SiteChanges,
-        inputs: InputMoments,
-        adds: bool,
-        weigher: Weigher,
-        outputs: ByAdapter,
+        opening: SiteContext,
+        inputs: type[InputMoments],
+        by: Weigher | None,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(changes, inputs, adds, weigher)
-        self._outputs = outputs
+        self._outputs = ByAdapter(opening.changes, dtype, opening.device)
+        super().__init__(opening, inputs, by or self._outputs)
 
     def _add_targets(self, tokens: Tokens) -> None:
         if self._outputs is not self._weigher:
@@ -93,15 +93,9 @@ class _LowRankTargets(MomentReduction):
 class AdapterMoments(_LowRankTargets):
     """X̃ᵀX̃ and XᵀX̃ of every concept."""
 
-    @classmethod
-    def begin(
-        cls, opening: SiteContext, weighting: Weighting, dtype: torch.dtype
-    ) -> AdapterMoments:
-        inputs, adds = opening.share(CrossMoments)
-        outputs = ByAdapter(opening.changes, dtype, opening.device)
-        by = weigher(weighting, opening.changes, dtype, opening.device)
-        by = outputs if weighting == "adapter" else by
-        return cls(opening.changes, inputs, adds, by, outputs)
+    def __init__(self, opening: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
+        by = None if weighting == "adapter" else weigher(weighting, opening, dtype)
+        super().__init__(opening, CrossMoments, by, dtype)
 
     def _add_inputs(self, tokens: Tokens) -> None:
         super()._add_inputs(tokens)
@@ -119,11 +113,8 @@ class AdapterMoments(_LowRankTargets):
 class Gram(_LowRankTargets):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
 
-    @classmethod
-    def begin(cls, opening: SiteContext, dtype: torch.dtype = torch.float32) -> Gram:
-        inputs, adds = opening.share(InputMoments)
-        outputs = ByAdapter(opening.changes, dtype, opening.device)
-        return cls(opening.changes, inputs, adds, Alike(), outputs)
+    def __init__(self, opening: SiteContext) -> None:
+        super().__init__(opening, InputMoments, Alike(), torch.float32)
 
     def _cross(self, concept: int) -> Tensor:
         return self.inputs.own[concept]

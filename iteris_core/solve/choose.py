@@ -82,11 +82,11 @@ class Policy:
     ) -> Reduction:
         """The reduction of a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
-            return AdapterMoments.begin(opening, fit.weighting, dtype)
+            return AdapterMoments(opening, fit.weighting, dtype)
         if self.takes_rows(opening, fit):
-            return OutputRows.begin(opening, dtype)
+            return OutputRows(opening, dtype)
         directions = self._directions(opening, fit)
-        return OutputMoments.begin(opening, fit.weighting, dtype, directions)
+        return OutputMoments(opening, fit.weighting, dtype, directions)
 
     def bytes(
         self,

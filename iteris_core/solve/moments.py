@@ -14,23 +14,19 @@ from ..linalg.lowrank import cut_factors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges
 from .inputs import NOT_FINITE, Factor, InputMoments
-from .problem import Reduction, RegressionSpec, Solution, Tokens, finite_as
+from .problem import Reduction, RegressionSpec, SiteContext, Solution, Tokens, finite_as
 from .residuals import residuals_of
 from .weighting import Weigher
 
 
 class MomentReduction(Reduction):
-    """X̃ᵀX̃ of every concept, and what a subclass adds about the targets.
+    """X̃ᵀX̃ of every concept, of the kind ``inputs``, and what a subclass adds about the targets."""
 
-    ``adds`` says that it is this site that adds its tokens to the shared ``inputs``.
-    """
+    inputs: InputMoments
 
-    def __init__(
-        self, changes: SiteChanges, inputs: InputMoments, adds: bool, weigher: Weigher
-    ) -> None:
-        super().__init__(changes)
-        self.inputs = inputs
-        self._adds = adds
+    def __init__(self, opening: SiteContext, inputs: type[InputMoments], weigher: Weigher) -> None:
+        super().__init__(opening.changes)
+        self.inputs, self._adds = opening.share(inputs)
         self._weigher = weigher
 
     def add(self, tokens: Tokens) -> None:

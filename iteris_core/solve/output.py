@@ -19,7 +19,7 @@ from .inputs import Factor, InputMoments
 from .moments import MomentReduction
 from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
 from .residuals import times
-from .weighting import Weigher, weigher
+from .weighting import weigher
 
 
 class OutputMoments(MomentReduction):
@@ -27,32 +27,18 @@ class OutputMoments(MomentReduction):
 
     def __init__(
         self,
-        changes: SiteChanges,
-        inputs: InputMoments,
-        adds: bool,
-        weigher: Weigher,
-        directions: Directions,
-    ) -> None:
-        super().__init__(changes, inputs, adds, weigher)
-        self.directions = directions
-        device = inputs.own[0].device
-        shape = (len(changes), directions.count, inputs.width)
-        self.targets = list(torch.zeros(shape, dtype=inputs.dtype, device=device))
-        self.energies = torch.zeros(len(changes), dtype=energy_dtype(device), device=device)
-        """‖T_i‖²_F of the whole T_i"""
-
-    @classmethod
-    def begin(
-        cls,
         opening: SiteContext,
         weighting: Weighting,
         dtype: torch.dtype,
         directions: Directions | None = None,
-    ) -> OutputMoments:
-        inputs, adds = opening.share(InputMoments)
-        changes = opening.changes
-        by = weigher(weighting, changes, dtype, opening.device)
-        return cls(changes, inputs, adds, by, directions or every_direction(changes.shape[0]))
+    ) -> None:
+        super().__init__(opening, InputMoments, weigher(weighting, opening, dtype))
+        self.directions = directions or every_direction(self.changes.shape[0])
+        count, device = len(self.changes), opening.device
+        shape = (count, self.directions.count, self.inputs.width)
+        self.targets = list(torch.zeros(shape, dtype=self.inputs.dtype, device=device))
+        self.energies = torch.zeros(count, dtype=energy_dtype(device), device=device)
+        """‖T_i‖²_F of the whole T_i"""
 
     def _add_targets(self, tokens: Tokens) -> None:
         target = tokens.target

@@ -18,18 +18,15 @@ from .problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, To
 class Router(Reduction):
     """Σ z zᵀ and, by rows, Σ z_k zᵀ, (Σ r_i, Σ r_i) both, in float32."""
 
-    def __init__(self, changes: SiteChanges, device: torch.device) -> None:
-        super().__init__(changes)
-        self._stacked = changes.stacked()
-        self._down = self._stacked.down.to(device, torch.float32)
-        self._gram = torch.zeros(changes.rank, changes.rank, device=device)
+    def __init__(self, opening: SiteContext) -> None:
+        super().__init__(opening.changes)
+        rank = self.changes.rank
+        self._stacked = self.changes.stacked()
+        self._down = self._stacked.down.to(opening.device, torch.float32)
+        self._gram = torch.zeros(rank, rank, device=opening.device)
         self._guide = torch.zeros_like(self._gram)
         self._count = torch.zeros((), dtype=torch.float64)
-        self._rows = rows_of(changes)
-
-    @classmethod
-    def begin(cls, opening: SiteContext) -> Router:
-        return cls(opening.changes, opening.device)
+        self._rows = rows_of(self.changes)
 
     def add(self, tokens: Tokens) -> None:
         rows = self._rows.get(tokens.concept)

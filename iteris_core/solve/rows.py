@@ -35,16 +35,12 @@ from .weighting import token_values
 class OutputRows(Reduction):
     """X̃_i, (tokens, in), and T_i, (tokens, out), of every concept, as they are."""
 
-    def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(changes)
-        out, width = changes.shape
-        empty = torch.empty(0, dtype=dtype, device=device)
-        self._inputs = [[empty.new_empty(0, width)] for _ in changes]
-        self._targets = [[empty.new_empty(0, out)] for _ in changes]
-
-    @classmethod
-    def begin(cls, opening: SiteContext, dtype: torch.dtype) -> OutputRows:
-        return cls(opening.changes, dtype, opening.device)
+    def __init__(self, opening: SiteContext, dtype: torch.dtype) -> None:
+        super().__init__(opening.changes)
+        out, width = self.changes.shape
+        empty = torch.empty(0, dtype=dtype, device=opening.device)
+        self._inputs = [[empty.new_empty(0, width)] for _ in self.changes]
+        self._targets = [[empty.new_empty(0, out)] for _ in self.changes]
 
     def add(self, tokens: Tokens) -> None:
         self._inputs[tokens.concept].append(tokens.merged)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg.precision import energy, energy_dtype
 from ..lora import LowRank, SiteChanges
 from .inputs import InputMoments
-from .problem import Tokens, Weighting
+from .problem import SiteContext, Tokens, Weighting
 from .residuals import output_energy
 
 
@@ -100,14 +100,12 @@ class ByOutput(Weigher):
         return [_inverse(1.0, value) for value in self._energies.tolist()]
 
 
-def weigher(
-    weighting: Weighting, changes: SiteChanges, dtype: torch.dtype, device: torch.device
-) -> Weigher:
-    """The weigher of that name for a site with these ``changes``."""
+def weigher(weighting: Weighting, opening: SiteContext, dtype: torch.dtype) -> Weigher:
+    """The weigher of that name for a site."""
     if weighting == "adapter":
-        return ByAdapter(changes, dtype, device)
+        return ByAdapter(opening.changes, dtype, opening.device)
     if weighting == "full":
-        return ByOutput(len(changes), device)
+        return ByOutput(len(opening.changes), opening.device)
     return ByTokens() if weighting == "tokens" else Alike()
 
 

@@ -16,7 +16,7 @@ from oracle import (
     make_data,
     make_lora,
 )
-from reductions import by_adapter, by_moments
+from reductions import by_adapter, by_moments, opening
 from small_merge import merge
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
@@ -119,7 +119,7 @@ def test_autocast_does_not_reach_the_small_moments(kind):
     tokens = torch.randn(64, 48, generator=generator)
 
     def sums():
-        reduction = kind(changes, torch.device("cpu"))
+        reduction = kind(opening(changes))
         for concept in range(2):
             reduction.add(SimpleNamespace(concept=concept, merged=tokens, reference=tokens))
         return reduction.sums()

@@ -92,7 +92,7 @@ def test_polish_on_rows_of_unlike_kinds(name, tmp_path):
     calibration = Calibration(samples=6, timesteps=2, denoising_steps=3)
     job = Job(host, concepts, changes, calibration, torch.Generator(), lambda *_: None)
     with job.run() as run, torch.no_grad():
-        stages = _FinalOutputs(job, run)
+        stages = _FinalOutputs(run)
         assert len(stages.owners) == 24
         assert len(set(stages.kinds)) > 1
         rows = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
