@@ -9,16 +9,13 @@ on which the base is to stay as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from pathlib import Path
 
 import torch
 
-from .concepts import KINDS, Calibration, Concept
+from .concepts import KINDS, Calibration, Concept, prompt_list
 from .errors import ConceptError
 
-CAPTIONS = tuple(
-    (Path(__file__).parent / "prompts" / "generic.txt").read_text(encoding="utf-8").splitlines()
-)
+CAPTIONS = prompt_list("generic")
 """Things, places, people, light, cameras, art and tags, in a few languages."""
 
 _MARKS = ("▁", "Ġ")

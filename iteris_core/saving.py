@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import IterisError, SaveError, brief
+from .errors import IterisError, OutputError, SaveError, brief
 
 _FULL = {
     code
@@ -41,6 +41,18 @@ def atomically(path: Path) -> Generator[Path]:
         if code is None:
             raise
         raise SaveError(_sentence(path, error, code)) from error
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raise :class:`OutputError` where something has that name, unless to ``overwrite``, and where
+    there is no folder for it."""
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} exists already; choose another name, or overwrite it (--overwrite, "
+            "overwrite=True)."
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
 
 
 def _code_of(error: Exception) -> int | None:

@@ -10,6 +10,7 @@ from ..concept_config import ConceptConfig
 from ..errors import ConceptError, LoraFileError, OutputError
 from ..lora_files import is_lora, read_header
 from ..report.provenance import shared_triggers
+from ..saving import check_new
 
 _FEW = 8
 """Tensors that a file of embeddings may have; a model has more."""
@@ -73,8 +74,7 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix.lower() not in _PLOTS:
         raise OutputError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
-    if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
+    check_new(path, overwrite=True)
     if importlib.util.find_spec("matplotlib") is None:
         raise OutputError("--plot needs matplotlib: pip install matplotlib")
 

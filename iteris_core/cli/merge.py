@@ -141,8 +141,7 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
         if adapter:
             folder = write_adapter(result.lora, path, base=config.base, dtype=DTYPES[dtype])
             return [folder / "adapter_model.safetensors"]
-        overwrite = options.overwrite
-        return save_lora(result.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        return save_lora(result.lora, options.overwrite, path, layout, dtype)
 
     in_words = not options.as_json and not options.quiet
     paths = save_or_keep(options.output, write, options.layout, options.dtype)

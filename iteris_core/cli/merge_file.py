@@ -15,7 +15,7 @@ import yaml
 from ..concept_config import ConceptConfig
 from ..config import KEYS, MergeConfig
 from ..errors import MergeFileError, OutputError, brief, did_you_mean
-from ..saving import atomically
+from ..saving import atomically, check_new
 from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
@@ -69,10 +69,7 @@ def check_merge_file(path: Path, *, overwrite: bool) -> None:
     """Raise :class:`IterisError` where no merge file can be written to ``path``."""
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path}: the name of a merge file must end in {' or '.join(SUFFIXES)}.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another name, or give --overwrite.")
-    if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
+    check_new(path, overwrite=overwrite)
 
 
 def to_yaml(data: Any, width: int = 1000) -> str:

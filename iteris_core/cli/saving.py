@@ -22,7 +22,7 @@ from .common import console
 
 
 def save_lora(
-    lora: Lora, path: Path, *, layout: Layout | None, dtype: str, overwrite: bool
+    lora: Lora, overwrite: bool, path: Path, layout: Layout | None, dtype: str
 ) -> list[Path]:
     """Write a LoRA to ``path``, or that of two experts to a file each."""
     denoiser = _denoiser(lora)

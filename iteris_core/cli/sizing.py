@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +60,5 @@ class Sizing:
 
     def save(self, lora: Lora, path: Path, layout: Layout | None) -> Path:
         """Write ``lora``, or keep it elsewhere; returns where it is."""
-
-        def write(path: Path, layout: Layout | None, dtype: str) -> Sequence[Path]:
-            return save_lora(lora, path, layout=layout, dtype=dtype, overwrite=self.overwrite)
-
+        write = partial(save_lora, lora, self.overwrite)
         return save_or_keep(path, write, layout, self.dtype)[0]

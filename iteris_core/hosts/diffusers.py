@@ -25,9 +25,8 @@ from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
-from .checkpointing import without_checkpointing
 from .diffusers_arguments import Arguments, study
-from .diffusers_loop import PipelineLoop
+from .diffusers_loop import PipelineLoop, without_checkpointing
 from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import EmbeddingTriggers

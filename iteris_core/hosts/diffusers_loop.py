@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -128,7 +128,6 @@ class PipelineLoop:
         self,
         prompts: Sequence[str],
         size: Mapping[str, int],
-        steps: int = 2,
         seed: int = 0,
         pictures: int = 1,
     ) -> Call:
@@ -140,5 +139,24 @@ class PipelineLoop:
             raise Enough
 
         generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
-        self.run(prompts, see, steps=steps, size=size, generators=generators, pictures=pictures)
+        self.run(prompts, see, steps=2, size=size, generators=generators, pictures=pictures)
         return calls[0]
+
+
+@contextmanager
+def without_checkpointing(models: Iterable[nn.Module]) -> Generator[None]:
+    """While it is entered, no block of ``models`` is checkpointed: such a block runs once more on
+    the way back, when its forward is over, and the hooks of a merge would give it nothing there."""
+    on: list[Any] = [
+        module
+        for model in models
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) is True
+    ]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True

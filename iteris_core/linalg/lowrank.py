@@ -126,11 +126,6 @@ def searches(out: int, width: int, rank: int) -> bool:
     return shorter > _SMALL and rank * 3 < shorter
 
 
-def search_width(rank: int) -> int:
-    """How many directions a search for ``rank`` of them goes by."""
-    return rank + max(10, rank // 4)
-
-
 def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Eigenvectors of a positive semidefinite float64 matrix as columns, at least ``rank`` of them,
     and their eigenvalues, descending: all of a small one, else those that a search finds."""
@@ -147,7 +142,7 @@ def _leading_directions(matrix: Tensor, rank: int, *, symmetric: bool = False) -
     """An orthonormal basis, (out, a quarter more than ``rank``), of the column space's directions
     of most energy: a randomised range finder with power iterations from a fixed seed (Halko,
     Martinsson and Tropp 2011, algorithm 4.4), four with A Aᵀ or five with a ``symmetric`` A."""
-    width = min(search_width(rank), *matrix.shape)
+    width = min(rank + max(10, rank // 4), *matrix.shape)
     generator = torch.Generator(device=matrix.device).manual_seed(0)
     probe = torch.randn(
         matrix.shape[1], width, dtype=matrix.dtype, device=matrix.device, generator=generator

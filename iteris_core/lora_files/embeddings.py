@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import LoraFileError, OutputError
+from ..errors import LoraFileError
+from ..saving import check_new
 from .metadata import parse_object
 from .tensors import read_tensors
 
@@ -109,11 +110,7 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
     for name, own in file_names(names).items():
         middle = "" if len(names) == 1 else f"_{own}"
         target = path.with_name(f"{path.stem}{middle}_emb.safetensors")
-        if target.exists() and not overwrite:
-            raise OutputError(
-                f"{target} exists already; choose another name, or overwrite it (--overwrite, "
-                "overwrite=True)."
-            )
+        check_new(target, overwrite=overwrite)
         targets[name] = target
     return targets
 

@@ -33,7 +33,7 @@ from ..architectures.row_mapping import Alias, file_rows
 from ..architectures.text import text_component
 from ..errors import OutputError
 from ..lora import Lora
-from ..saving import atomically
+from ..saving import atomically, check_new
 from .aliases import BaseModel, base_model
 from .alphas import lora_config
 from .embeddings import embedding_targets, to_file
@@ -170,13 +170,7 @@ def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overw
         raise OutputError(f'layout must be "kohya" or "peft", not {layout!r}.')
     if path.suffix != ".safetensors":
         raise OutputError(f"{path} must end in .safetensors.")
-    if path.exists() and not overwrite:
-        raise OutputError(
-            f"{path} exists already; choose another name, or overwrite it (--overwrite, "
-            "overwrite=True)."
-        )
-    if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
+    check_new(path, overwrite=overwrite)
 
 
 def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -64,11 +64,6 @@ def draw(
     return images
 
 
-def scheduler_of(pipeline: Any, name: str) -> Any:
-    """A scheduler of the class ``name`` with the pipeline's own configuration."""
-    return find_scheduler(name).from_config(pipeline.scheduler.config)
-
-
 def find_scheduler(name: str) -> Any:
     """The class of diffusers, which ``name`` may give without its ending. Raises
     :class:`IterisError` for what is none."""
@@ -88,7 +83,7 @@ def _scheduled(pipeline: Any, name: str | None) -> Generator[None]:
     """The pipeline with another scheduler, for as long as that takes."""
     scheduler = pipeline.scheduler
     if name is not None:
-        pipeline.scheduler = scheduler_of(pipeline, name)
+        pipeline.scheduler = find_scheduler(name).from_config(scheduler.config)
     try:
         yield
     finally:

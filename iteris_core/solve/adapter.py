@@ -17,10 +17,9 @@ from torch import Tensor
 from ..linalg.lowrank import cut_factors
 from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
-from .inputs import CrossMoments, Factor, InputMoments
+from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
 from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
-from .residuals import times
 from .weighting import Alike, ByAdapter, Weigher, weigher
 
 _PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precision.pieces

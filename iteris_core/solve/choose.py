@@ -106,7 +106,7 @@ class Policy:
 
     def takes_rows(self, opening: SiteContext, fit: RegressionSpec) -> bool:
         """Whether a site is solved from its rows, see :mod:`.rows`."""
-        if not self._may_take_rows(fit):
+        if fit.weighting not in ("tokens", "none") or fit.ridge <= 0 or fit.shrink != 1:
             return False
         if opening.tokens is None or opening.shared or opening.processes > 1:
             return False
@@ -124,9 +124,6 @@ class Policy:
         count = int(rank * self.reserve) + self.more_directions
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
-
-    def _may_take_rows(self, fit: RegressionSpec) -> bool:
-        return fit.weighting in ("tokens", "none") and fit.ridge > 0 and fit.shrink == 1
 
     def _directions(self, opening: SiteContext, fit: RegressionSpec) -> Directions | None:
         most = fit.rank if isinstance(fit.rank, int) else 0

@@ -13,9 +13,8 @@ from ..errors import SolveError
 from ..linalg.lowrank import cut_factors
 from ..linalg.precision import full_precision, solve_device
 from ..lora import LowRank, SiteChanges
-from .inputs import NOT_FINITE, Factor, InputMoments
+from .inputs import NOT_FINITE, Factor, InputMoments, residuals_of
 from .problem import Reduction, RegressionSpec, SiteContext, Solution, Tokens, finite_as
-from .residuals import residuals_of
 from .weighting import Weigher
 
 
@@ -93,7 +92,7 @@ class MomentReduction(Reduction):
 
     @abstractmethod
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
-        """See :data:`.residuals.Wanted`."""
+        """See :data:`.inputs.Wanted`."""
 
     def _energies(self) -> list[float]:
         """Energies that tell of whole tensors: that of a NaN or an infinity is none."""

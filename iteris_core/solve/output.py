@@ -15,10 +15,9 @@ from ..linalg.lowrank import cut_matrix, searches
 from ..linalg.precision import energy, energy_dtype, pieces
 from ..lora import LowRank, SiteChanges
 from .directions import Directions, every_direction
-from .inputs import Factor, InputMoments
+from .inputs import Factor, InputMoments, times
 from .moments import MomentReduction
 from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
-from .residuals import times
 from .weighting import weigher
 
 

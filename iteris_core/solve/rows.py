@@ -131,7 +131,7 @@ def _solved(
 def _residuals(
     candidate: LowRank, changes: SiteChanges, inputs: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> tuple[float, ...]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖, as :mod:`.residuals` has them."""
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖, as :func:`.inputs.residuals_of` has them."""
     errors: list[float] = []
     for rows, target in zip(inputs, targets, strict=True):
         left, scale = float((target - _outputs(rows, candidate)).norm()), float(target.norm())

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..linalg.precision import energy, energy_dtype
 from ..lora import LowRank, SiteChanges
-from .inputs import InputMoments
+from .inputs import InputMoments, output_energy
 from .problem import SiteContext, Tokens, Weighting
-from .residuals import output_energy
 
 
 class Weigher(ABC):

@@ -746,7 +746,7 @@ CASES = [
     ),
     (
         "init {world} -o {tmp}/mine.yaml",
-        "{tmp}/mine.yaml exists already; choose another name, or give --overwrite",
+        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (--overwrite",
     ),
     # resize
     ("resize {one} -o {out}", "Say to what a LoRA is brought by one of rank, size and energy"),

@@ -10,7 +10,6 @@ from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
-from iteris_core.activations.places import compose_halves
 from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
@@ -22,6 +21,7 @@ from iteris_core.methods.side_by_side import (
     PairStages,
     SideBySide,
     _wanted,
+    compose_halves,
     drawn_pairs,
     pairs_of,
 )
