@@ -11,7 +11,7 @@ from iteris_core.lora import SiteChanges
 from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
 from iteris_core.solve.output import OutputMoments
-from iteris_core.solve.problem import RegressionSpec, SiteContext, Solution
+from iteris_core.solve.problem import Bytes, RegressionSpec, SiteContext, Solution, StageSolver
 from iteris_core.solve.rows import OutputRows
 
 CPU = torch.device("cpu")
@@ -36,6 +36,11 @@ def opening(changes, dtype=torch.float64, **known) -> SiteContext:
         return kind(len(changes), changes.shape[1], dtype, CPU), True
 
     return SiteContext(changes, CPU, share, **known)
+
+
+def solver_of(begin, **more) -> StageSolver:
+    """One that begins reductions, which are solved elsewhere."""
+    return StageSolver(begin, lambda *_: Solution(None), lambda *_: Bytes(0, 0), **more)
 
 
 def by_moments(changes, inputs, targets, weighting="tokens", directions=None) -> OutputMoments:

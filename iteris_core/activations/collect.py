@@ -19,7 +19,7 @@ from ..errors import SiteError
 from ..lora import SiteChanges
 from ..solve.inputs import InputMoments
 from ..solve.moments import MomentReduction
-from ..solve.problem import Begin, Reduction, SiteContext
+from ..solve.problem import Reduction, SiteContext, StageSolver
 from .processes import ALONE, Processes
 from .tokens import ConceptTokens, Group, Observation
 
@@ -27,29 +27,18 @@ from .tokens import ConceptTokens, Group, Observation
 class Collector(ABC):
     """Reductions of sites until they are taken with :meth:`take`.
 
-    ``begin`` makes a site's reduction, with moments in ``dtype``. Sites that receive the same
-    tensor in the same geometry share the moments of their inputs. With ``processes`` every one of
-    them is shown its part of the rows, and what is taken is of all. ``acting`` are the sites whose
-    own changes tell an observation's saliency where a LoRA acts. ``inputs`` lists, for some sites,
-    which of their inputs count.
+    Sites that receive the same tensor in the same geometry share the moments of their inputs. With
+    ``processes`` every one of them is shown its part of the rows, and what is taken is of all.
     """
 
     def __init__(
         self,
         changes: Mapping[str, SiteChanges],
-        begin: Begin,
-        *,
-        dtype: torch.dtype = torch.float32,
+        solver: StageSolver,
         processes: Processes = ALONE,
-        acting: Set[str] = frozenset(),
-        inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._begin = begin
-        self._changes = changes
-        self._dtype = dtype
-        self._processes = processes
-        self._acting = acting
-        self._inputs = inputs or {}
+        self._changes, self._solver, self._processes = changes, solver, processes
+        self._inputs = solver.inputs or {}
         self._shared: dict[tuple[Group, Hashable], InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
 
@@ -60,7 +49,7 @@ class Collector(ABC):
                 f"The micro-batches took different paths through the model at site {shown.name}; "
                 "use one micro-batch."
             )
-        if shown.saliency is not None and shown.name in self._acting:
+        if shown.saliency is not None and shown.name in self._solver.acting:
             changes = self._changes[shown.name]
             for concept, start, stop in shown.spans:
                 change = changes[concept]
@@ -92,12 +81,12 @@ class Collector(ABC):
             if isinstance(shared, kind):
                 return shared, False
             width = changes.shape[1] if inputs is None else len(inputs)
-            moments = kind(len(changes), width, self._dtype, shown.inputs.device)
+            moments = kind(len(changes), width, self._solver.dtype, shown.inputs.device)
             if inputs is None:
                 self._shared[key] = moments
             return moments, True
 
-        return self._begin(
+        return self._solver.begin(
             SiteContext(
                 changes if inputs is None else changes.at(inputs),
                 shown.inputs.device,
@@ -111,7 +100,7 @@ class Collector(ABC):
 
     def _add(self, reduction: Reduction, shown: Observation) -> None:
         inputs = self._inputs.get(shown.name)
-        for tokens in shown.of_concepts(self._changes[shown.name], self._dtype, inputs):
+        for tokens in shown.of_concepts(self._changes[shown.name], self._solver.dtype, inputs):
             reduction.add(tokens)
 
     def _ready(self, reduction: Reduction) -> Reduction:
@@ -158,14 +147,16 @@ class SweepCollector(Collector):
 
     def __init__(
         self,
-        *args: Any,
+        changes: Mapping[str, SiteChanges],
+        solver: StageSolver,
+        processes: Processes = ALONE,
+        *,
         sampled: Set[int] | None = None,
         narrow: bool = False,
         rows: int | None = None,
         aside: Callable[[], AbstractContextManager[None]] = nullcontext,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(changes, solver, processes)
         self._sampled, self._narrow = sampled, narrow
         self._rows, self._aside = rows, aside
         self._waiting: dict[str, list[Observation]] = {}
@@ -241,14 +232,14 @@ class SweepCollector(Collector):
         rows, offered, counted = sizes.tolist()
         few = math.ceil(tokens / max(rows, 1) * offered / max(counted, 1))
         changes, shown = self._changes[site], waiting[0]
-        none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._dtype)
+        none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
         sample = [[none] for _ in changes]
         for shown in waiting:
             part = shown.fewer(few)
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
                 tokens_of = ConceptTokens(
-                    part, changes[concept], concept, row, row + 1, self._dtype
+                    part, changes[concept], concept, row, row + 1, self._solver.dtype
                 )
                 sample[concept].append(tokens_of.target)
         return [self._processes.gather(torch.cat(parts)) for parts in sample]

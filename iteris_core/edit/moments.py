@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..concepts import Calibration
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Run, StageSolver
+from ..passes.job import Run
 from ..passes.sweep import REFERENCE, solve_sites
 from ..solve.inputs import InputMoments
-from ..solve.problem import Bytes, Reduction, SiteContext, Solution, Tokens
+from ..solve.problem import Bytes, Reduction, SiteContext, Solution, StageSolver, Tokens
 
 _SPREAD = 0.1
 """How much of the mean energy of its inputs is added to each of them: a direction that no row

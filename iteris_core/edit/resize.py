@@ -17,12 +17,12 @@ from ..lora import Lora, LowRank
 from ..passes.batches import ExecutionConfig
 from ..passes.changes import changes_of, check_sites
 from ..passes.eta import Eta
-from ..passes.job import Job, Run, StageSolver
+from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import solve_sites
 from ..progress import OnProgress, Ticker
 from ..solve.choose import POLICY
-from ..solve.problem import RegressionSpec, Solution
+from ..solve.problem import RegressionSpec, Solution, StageSolver
 from .moments import Seen, calibration_of, look
 from .ranks import Components, Target, kept, share_out
 

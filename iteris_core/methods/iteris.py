@@ -16,10 +16,10 @@ import torch
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Job, StageSolver
+from ..passes.job import Job
 from ..passes.sweep import SWEEP, Schedule, solve_sites
 from ..report.report import SiteReport
-from ..solve.problem import Reduction, RegressionSpec, Solution
+from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish

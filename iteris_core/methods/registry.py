@@ -18,11 +18,11 @@ from torch import Tensor
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Job, RunLog, StageSolver
+from ..passes.job import Job, RunLog
 from ..passes.sweep import REFERENCE, SWEEP, solve_sites
 from ..report.report import SiteReport
 from ..settings import Settings, setting
-from ..solve.problem import RegressionSpec, Solution
+from ..solve.problem import RegressionSpec, Solution, StageSolver
 
 
 def rank_setting(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.processes import ALONE, Processes
 from ..concepts import Calibration, Concept
-from ..errors import SolveError
 from ..hosts.protocol import DENOISING, Host, Stage
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
-from ..solve.problem import Begin, Bytes, Reduction, Solution
 from .eta import Eta
 
 Budget = int | Literal["free"] | None
@@ -39,30 +37,6 @@ class RunLog:
 
     def with_notes(self, notes: Sequence[str]) -> RunLog:
         return replace(self, notes=[*self.notes, *notes])
-
-
-@dataclass(frozen=True)
-class StageSolver:
-    """What a method does at the sites of a stage.
-
-    ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
-    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
-    ``acting`` and ``inputs`` are as for :class:`..activations.collect.Collector`.
-    """
-
-    begin: Begin
-    solve: Callable[[str, Reduction], Solution]
-    bytes: Callable[[str, bool], Bytes]
-    dtype: torch.dtype = torch.float32
-    acting: Set[str] = frozenset()
-    inputs: Mapping[str, Tensor] | None = None
-
-    def solved(self, site: str, reduction: Reduction) -> Solution:
-        """``solve``, with the site's name in what it may raise."""
-        try:
-            return self.solve(site, reduction)
-        except SolveError as error:
-            raise SolveError(f"Site {site}: {error}") from error
 
 
 @dataclass(frozen=True)

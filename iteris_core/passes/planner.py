@@ -23,10 +23,11 @@ from ..activations.oom_retry import halved
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..solve.choose import Policy
+from ..solve.problem import StageSolver
 from .batches import ExecutionConfig, limit_of, sampled_rows
 from .eta import Reached, Seen
 from .footprint import Footprint, MemoryLimits
-from .job import Run, StageSolver
+from .job import Run
 from .measure import Measure, streams
 from .plan import Plan, plan_stage
 from .strategies import ON_DEVICE, Strategy, free_host, ladder

@@ -3,7 +3,7 @@
 In a sweep each site is solved in execution order, on inputs that passed the solved ones before.
 Else all are solved behind a pass: from reference rows, X with each LoRA alone active, and then, in
 the paper's Algorithm 1, from the last merged model's inputs again and again. What a method does at
-the sites of a stage is a :class:`.job.StageSolver`.
+the sites of a stage is a :class:`..solve.problem.StageSolver`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -23,15 +22,14 @@ from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
 from ..activations.micro_batch import MicroBatch
 from ..activations.oom_retry import with_less
-from ..activations.processes import Processes
 from ..activations.replay import Barriers
 from ..errors import SiteError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
-from ..solve.problem import Reduction, Solution
+from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import ExecutionConfig, micro_batches, sampled_rows
 from .eta import FORWARDS, SITES, Passes
-from .job import Run, RunLog, StageSolver
+from .job import Run, RunLog
 from .plan import Plan
 from .planner import attempts, complaint, planned
 
@@ -148,9 +146,7 @@ class _Passes:
         model: X̃ = X (Algorithm 1, initial)."""
         job, turn, processes = self._job, self._turn, self._lockstep.processes
         several = self._schedule.passes > 1
-        collector = StreamCollector(
-            self._lockstep.changes, solver.begin, **_options(solver, processes)
-        )
+        collector = StreamCollector(self._lockstep.changes, solver, processes)
         copies = 2 if turn else 1
         batches = list(micro_batches(stage, copies, collector, batching, processes))
         if not turn:
@@ -179,12 +175,12 @@ class _Passes:
         sampled = sampled_rows(stage, batching.policy)
         collector = SweepCollector(
             lockstep.changes,
-            solver.begin,
+            solver,
+            processes,
             sampled=None if sampled is None else sampled & set(mine),
             narrow=strategy.barriers is not None,
             rows=len(mine) if strategy.by_blocks else None,
             aside=nullcontext if offload is None else offload.aside,
-            **_options(solver, processes),
         )
 
         def solve(site: str) -> LowRank:
@@ -210,16 +206,6 @@ class _Passes:
         self._solutions[site] = solver.solved(site, reduction)
         self._job.eta.done(SITES, stage, (self._turn, site))
         return self._solutions[site].change
-
-
-def _options(solver: StageSolver, processes: Processes) -> dict[str, Any]:
-    """Those that a collector has of either kind."""
-    return {
-        "dtype": solver.dtype,
-        "processes": processes,
-        "acting": solver.acting,
-        "inputs": solver.inputs,
-    }
 
 
 def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:

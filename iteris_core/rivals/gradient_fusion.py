@@ -24,12 +24,12 @@ from ..linalg.precision import solve_device
 from ..lora import LowRank
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Job, StageSolver
+from ..passes.job import Job
 from ..passes.sweep import REFERENCE, solve_sites
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Reduction, Solution, finite_as
+from ..solve.problem import Reduction, Solution, StageSolver, finite_as
 
 _HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code
 _NEVER = 1e-16  # its tolerances there, for both gradient and change

@@ -24,11 +24,19 @@ from ..linalg.precision import full_precision, solve_device
 from ..lora import SiteChanges
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import ExecutionConfig
-from ..passes.job import Job, StageSolver
+from ..passes.job import Job
 from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.inputs import NOT_FINITE
-from ..solve.problem import Bytes, Reduction, RegressionSpec, Solution, Tokens, finite_as
+from ..solve.problem import (
+    Bytes,
+    Reduction,
+    RegressionSpec,
+    Solution,
+    StageSolver,
+    Tokens,
+    finite_as,
+)
 
 _DECAY = 1e-4  # of AdamW, as in the source
 _LEAST = 1e-12  # under a root, likewise

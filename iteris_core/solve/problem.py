@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -180,12 +180,34 @@ class Reduction(ABC):
         """The site's change. Raises :class:`SolveError` where a number is not finite."""
 
 
-Begin = Callable[[SiteContext], Reduction]
-
-
 def finite_as(change: LowRank, like: LowRank) -> LowRank:
     """``change`` in the dtype and on the device of ``like``; raises where it is not finite."""
     change = change.to(like.up.dtype, like.up.device)
     if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
         raise SolveError("the solution is not finite; raise `ridge`.")
     return change
+
+
+@dataclass(frozen=True)
+class StageSolver:
+    """What a method does at the sites of a stage.
+
+    ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
+    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
+    ``acting`` are the sites whose own changes tell where in a picture a LoRA acts. ``inputs``
+    lists, for some sites, which of their inputs count.
+    """
+
+    begin: Callable[[SiteContext], Reduction]
+    solve: Callable[[str, Reduction], Solution]
+    bytes: Callable[[str, bool], Bytes]
+    dtype: torch.dtype = torch.float32
+    acting: Set[str] = frozenset()
+    inputs: Mapping[str, Tensor] | None = None
+
+    def solved(self, site: str, reduction: Reduction) -> Solution:
+        """``solve``, with the site's name in what it may raise."""
+        try:
+            return self.solve(site, reduction)
+        except SolveError as error:
+            raise SolveError(f"Site {site}: {error}") from error

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from reductions import solver_of
 from test_diffusers_host import CALIBRATION, PROMPTS, difference
 from tiny import is_attention, random_lora
 
@@ -75,9 +76,11 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     with task.run() as run:
         collector = StreamCollector(
             run.lockstep.changes,
-            lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
-            dtype=torch.float64,
-            acting=acting,
+            solver_of(
+                lambda opening: POLICY.choose(opening, fit, "output", torch.float64),
+                dtype=torch.float64,
+                acting=acting,
+            ),
         )
         recorder = Recorder(references, collector)
         for stage in run.stages():

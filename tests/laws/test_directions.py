@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reductions import by_moments
+from reductions import by_moments, solver_of
 from tiny import random_lora, two_concepts
 
 from iteris_core import Calibration, Concept, Runtime, merge_loras
@@ -204,7 +204,7 @@ def test_short_texts_are_sampled_where_they_have_tokens():
     fit = RegressionSpec([1.0, 1.0], 1e-3)
     collector = SweepCollector(
         {"q": SiteChanges((change, change))},
-        lambda opening: Ten().choose(opening, fit, "output", torch.float32),
+        solver_of(lambda opening: Ten().choose(opening, fit, "output", torch.float32)),
     )
     collector.observe(shown)
     moments = collector.take("q")
