@@ -43,7 +43,7 @@ def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
         rows = "; ".join(f"{some} rows" if some > 1 else "one row" for some in tried)
         return (
             f"Memory ran out while samples were made ({said}). Tried: {rows} in a forward. Lower "
-            "latent_size or frames (smaller samples), or close what else takes memory. MODEL and "
+            "image_size or frames (smaller samples), or close what else takes memory. MODEL and "
             "CLIP are as they were."
         )
 

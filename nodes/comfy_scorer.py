@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer
 from .comfy_internals import comfy, memory
+from .open_clip_names import check_open_clip
 from .pictures import to_image
 
 
@@ -35,6 +37,23 @@ class ComfyScorer(ClipScorer):
         # Layers of open_clip do not move their weights themselves.
         memory.load_models_gpu([self._patcher], force_full_load=True)
         self._device = self._patcher.load_device
+
+
+class LazyScorer:
+    """The scorer that ``load`` makes, once something is scored."""
+
+    def __init__(self, load: Callable[[], ComfyScorer]) -> None:
+        self._load = load
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._scorer, name)
+
+    @cached_property
+    def _scorer(self) -> ComfyScorer:
+        check_open_clip()
+        return self._load()
 
 
 class ComfyVisionScorer(ImageScorer):

@@ -38,7 +38,7 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     if side is None:
         sides = token_sides(model)
         # What a UNet halves at every level has to stay whole.
-        height, width = default_size(_scale(model), middle_patch(sides), multiple=max(sides))
+        height, width = default_size(scale(model), middle_patch(sides), multiple=max(sides))
     else:
         height = width = side
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))
@@ -64,7 +64,8 @@ def token_sides(model: Any) -> list[int]:
     return [1]
 
 
-def _scale(model: Any) -> int:
+def scale(model: Any) -> int:
+    """The pixels that a side of a latent covers."""
     return _told(model, "spacial_downscale_ratio", _SCALES, 8)
 
 

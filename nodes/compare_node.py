@@ -40,6 +40,7 @@ class CompareMerges(io.ComfyNode):
                 preset_input(),
                 *beside_inputs(),
             ],
+            group="compare",
             outputs=[
                 io.Model.Output(display_name="MODEL", is_output_list=True),
                 io.Clip.Output(display_name="CLIP", is_output_list=True),
@@ -64,7 +65,7 @@ class CompareMerges(io.ComfyNode):
         for name in names:
             if name != _BASE:
                 find_method(name)
-        request = Request.of(values, files_behind(cls.hidden, "model"))
+        request = Request.of(values, files_behind(cls.hidden, "model"), model)
         node_id, specs = cls.hidden.unique_id, specs_of(concepts)
         models, clips, reports = [], [], []
         for name in names:

@@ -32,7 +32,11 @@ class IterisConcept(io.ComfyNode):
             "IterIS Concept",
             ["lora", "load lora", "merge lora", "concept"],
             inputs=[
-                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras")),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    default=NONE,
+                ),
                 io.String.Input("trigger", default=""),
                 io.String.Input("class_word", default=""),
                 strength_input("strength"),
@@ -63,6 +67,7 @@ class IterisConcept(io.ComfyNode):
                 ),
                 concepts_input(optional=True),
             ],
+            group="concepts",
             outputs=[concepts_output()],
         )
 
@@ -81,6 +86,8 @@ class IterisConcept(io.ComfyNode):
         kind: Kind = "subject",
         concepts: Any = (),
     ) -> io.NodeOutput:
+        if lora_name == NONE:
+            raise IterisError("IterIS Concept has no LoRA; choose one as lora_name.")
         spec = make_spec(
             lora_path(lora_name),
             trigger=trigger.strip(),
@@ -110,6 +117,7 @@ class ConceptsFromStack(io.ComfyNode):
             "IterIS Concepts from LoRA Stack",
             ["lora stack", "lora_stack"],
             inputs=[LoraStack.Input("lora_stack"), concepts_input(optional=True)],
+            group="concepts",
             outputs=[concepts_output()],
         )
 
@@ -134,6 +142,7 @@ class PreservePrompts(io.ComfyNode):
                 weight_input(default=PRESERVE_WEIGHT),
                 concepts_input(optional=True),
             ],
+            group="concepts",
             outputs=[concepts_output()],
         )
 

@@ -69,7 +69,7 @@ class _Edit:
 
     @property
     def request(self) -> Request:
-        return Request.of(self.values, files_behind(self.hidden, self.denoising))
+        return Request.of(self.values, files_behind(self.hidden, self.denoising), self.model)
 
     @property
     def target(self) -> Target:
@@ -110,6 +110,7 @@ class ResizeLora(io.ComfyNode):
                 io.Combo.Input("by", options=["outputs", "weights"], default="outputs"),
                 *_run_inputs(),
             ],
+            group="files",
             outputs=_outputs(),
             hidden=_HIDDEN,
         )
@@ -150,6 +151,7 @@ class ExtractLora(io.ComfyNode):
                 io.String.Input("prompts", default="", multiline=True),
                 *_run_inputs(),
             ],
+            group="files",
             outputs=_outputs(),
             hidden=_HIDDEN,
         )

@@ -46,6 +46,7 @@ class InspectLoras(io.ComfyNode):
                 *sampling_inputs(),
                 *beside_inputs(),
             ],
+            group="files",
             outputs=[io.Image.Output(display_name="plot"), io.String.Output(display_name="table")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
@@ -60,7 +61,7 @@ class InspectLoras(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
-        request = Request.of(values, files_behind(cls.hidden, "model"))
+        request = Request.of(values, files_behind(cls.hidden, "model"), model)
         specs = specs_of(concepts)
         with (
             ready_for_merge(clip),

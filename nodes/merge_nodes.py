@@ -136,7 +136,7 @@ def _merge(
     """The merge that the inputs' ``values`` ask for, and what the node says of it."""
     method: str = values.get("method", "iteris")
     strength: float = values.get("strength", 1.0)
-    request = Request.of(values, files)
+    request = Request.of(values, files, model)
     config = request.config(specs_of(concepts), method)
     result = merged(model, clip, config, request, node_id, **experts)
     result = replace(result, lora=scaled_lora(result.lora, strength))

@@ -15,10 +15,11 @@ from ..iteris_core.methods.iteris_settings import IterisSettings
 from ..iteris_core.presets import PresetName
 from ..iteris_core.settings import declared_settings
 from .comfy_conds import References
+from .comfy_sizes import scale
 from .merge_inputs import changed
 
 CALIBRATION = (
-    "timesteps", "latents", "latent_size", "frames", "denoising_steps", "guidance", "empty_share",
+    "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
     "contexts", "generic", "composites",
 )  # fmt: skip
 ITERIS = (
@@ -38,7 +39,8 @@ _DEFAULT_METHOD = "iteris"
 @dataclass(frozen=True)
 class Request:
     """``values`` are those of IterIS Settings, by name; ``files`` the names of those behind MODEL,
-    which may say that it is run without guidance; ``samples`` 0 is the preset's number."""
+    which may say that it is run without guidance; ``samples`` 0 is the preset's number. A side of
+    its latents covers so many ``pixels``."""
 
     preset: PresetName = "default"
     samples: int = 0
@@ -46,20 +48,24 @@ class Request:
     values: Mapping[str, Any] = field(default_factory=dict)
     files: Sequence[str] = ()
     references: References = field(default_factory=References)
+    pixels: int = 8
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], files: Sequence[str]) -> Request:
+    def of(cls, values: Mapping[str, Any], files: Sequence[str], model: Any) -> Request:
         """The request of a node's inputs by name; missing ones have their defaults."""
         direct = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
-        return cls(**direct, values=given, files=files, references=references)
+        pixels = scale(model)
+        return cls(**direct, values=given, files=files, references=references, pixels=pixels)
 
     def config(self, concepts: Sequence[ConceptConfig], method: str) -> MergeConfig:
         """The inputs over the preset."""
         values = {name: self.values[name] for name in CALIBRATION if name in self.values}
         calibration = changed(Calibration, {"seed": self.seed, **values})
         calibration |= {"samples": self.samples} if self.samples else {}
+        if size := self.values.get("image_size", 0):
+            calibration["latent_size"] = max(1, round(size / self.pixels))
         return MergeConfig(
             tuple(concepts),
             method,

@@ -7,6 +7,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.metadata import parse_object
 
 PAPERS = "ViT-L-14-quickgelu"
@@ -20,6 +21,15 @@ def architectures() -> list[str]:
     files = sorted(Path(folders[0], "model_configs").glob("*.json")) if folders else []
     names = [file.stem for file in files if _is_whole(file)]
     return [PAPERS, *(name for name in names if name != PAPERS)]
+
+
+def check_open_clip() -> None:
+    """Raise :class:`IterisError` where it is not installed."""
+    if importlib.util.find_spec("open_clip") is None:
+        raise IterisError(
+            "CLIP scores need the package open_clip. Install it into ComfyUI's Python (pip install "
+            "open_clip_torch), or score with IterIS Vision Scorer. Merges need neither."
+        )
 
 
 def _is_whole(file: Path) -> bool:

@@ -50,9 +50,11 @@ def schema(
     aliases: list[str],
     inputs: list[Any],
     outputs: list[Any],
+    group: str = "",
     **more: Any,
 ) -> io.Schema:
-    """A schema in our category; ``aliases`` are for the search of versions that know them.
+    """A schema in our category, or its ``group``; ``aliases`` are for the search of versions that
+    know them.
 
     What it says comes from ``locales/en``, but for tooltips that are made from what settings and
     methods declare.
@@ -68,7 +70,7 @@ def schema(
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
-        category="IterIS",
+        category=f"IterIS/{group}".rstrip("/"),
         description=texts["description"],
         inputs=inputs,
         outputs=outputs,

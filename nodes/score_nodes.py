@@ -15,7 +15,7 @@ from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tok
 from ..iteris_core.score.sheet import contact_sheet
 from .comfy_runtime import show_text
 from .comfy_scorer import ComfyScorer, ComfyVisionScorer
-from .open_clip_names import PAPERS, architectures
+from .open_clip_names import PAPERS, architectures, check_open_clip
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 from .score_plots import plot_scores
@@ -70,11 +70,13 @@ class ClipScorerLoader(io.ComfyNode):
                 io.Combo.Input("architecture", options=architectures(), default=PAPERS),
                 io.Combo.Input("weights", options=_weight_files()),
             ],
+            group="compare",
             outputs=[Scorer.Output(display_name="scorer")],
         )
 
     @classmethod
     def execute(cls, architecture: str, weights: str) -> io.NodeOutput:
+        check_open_clip()
         if architecture not in architectures():
             raise IterisError(f"{architecture!r} is none of open_clip's own architectures.")
         return io.NodeOutput(ComfyScorer.load(architecture, _weight_path(weights)))
@@ -88,6 +90,7 @@ class VisionScorer(io.ComfyNode):
             "IterIS Vision Scorer",
             ["dinov2", "dino score", "image similarity", "siglip"],
             inputs=[io.ClipVision.Input("clip_vision")],
+            group="compare",
             outputs=[Scorer.Output(display_name="scorer")],
         )
 
@@ -104,6 +107,7 @@ class ClipImageAlignment(io.ComfyNode):
             "IterIS CLIP Image Alignment",
             ["clip score", "image similarity", "clip-i"],
             inputs=[Scorer.Input("scorer"), io.Image.Input("images"), io.Image.Input("references")],
+            group="compare",
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
@@ -127,6 +131,7 @@ class ClipTextAlignment(io.ComfyNode):
                 io.String.Input("prompts", multiline=True, default=""),
                 io.String.Input("leave_out", default=""),
             ],
+            group="compare",
             outputs=_outputs(),
             hidden=[io.Hidden.unique_id],
         )
@@ -158,6 +163,7 @@ class ScoreSheet(io.ComfyNode):
                 io.Float.Input("scores", optional=True, force_input=True),
                 io.Int.Input("cell", default=192, min=32, max=1024),
             ],
+            group="compare",
             outputs=[io.Image.Output(display_name="sheet")],
             is_input_list=True,
         )

@@ -37,6 +37,7 @@ def rival_input(name: str) -> Any:
 
 
 def _all_inputs() -> Iterable[Any]:
+    yield io.Int.Input("image_size", default=0, min=0, max=4096, step=64, optional=True)
     yield from (setting_input(Calibration, name) for name in CALIBRATION)
     yield io.Combo.Input(
         "empty_prompts", options=["auto", "yes", "no"], default="auto", optional=True
@@ -55,7 +56,7 @@ class IterisMergeSettings(io.ComfyNode):
         return schema(
             "IterisSettings",
             "IterIS Settings",
-            ["merge settings", "density", "ridge", "latent size", "rank"],
+            ["merge settings", "density", "ridge", "image size", "rank"],
             inputs=list(_all_inputs()),
             outputs=[MergeSettings.Output(display_name="settings")],
         )

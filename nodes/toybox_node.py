@@ -9,7 +9,7 @@ from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from ..toybox import BASE, TEMPLATES, ToyConcept, load_clip, pivotal_concepts
 from ..toybox import concepts as toy_concepts
-from .comfy_scorer import ComfyScorer
+from .comfy_scorer import ComfyScorer, LazyScorer
 from .comfy_toybox import load_world
 from .concept_specs import make_spec
 from .pictures import to_image
@@ -46,7 +46,7 @@ class IterisToybox(io.ComfyNode):
             tuple(_spec(concept) for concept in chosen),
             [to_image([Image.open(path) for path in concept.references]) for concept in chosen],
             [_prompt(concept) for concept in chosen],
-            ComfyScorer(*load_clip()),
+            LazyScorer(lambda: ComfyScorer(*load_clip())),
         )
 
 

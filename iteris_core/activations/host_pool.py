@@ -104,8 +104,8 @@ class HostPool:
             raise OutOfMemory(
                 f"Host memory ran out: rows wait in {self.taken / 2**30:.2f} GiB of it, of "
                 f"{self.limit / 2**30:.2f} GiB that may be used, and one more piece of "
-                f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size, or "
-                "close what else takes memory."
+                f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size "
+                "(ComfyUI: image_size), or close what else takes memory."
             )
         self._slabs.append(_Slab(self._allocated(more)))
         self.taken += more

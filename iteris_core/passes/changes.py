@@ -29,7 +29,7 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     sums = sum(isinstance(concept, Composite) for concept in concepts)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
-        raise MismatchError("There is no LoRA to merge: every concept is empty or at strength 0.")
+        raise MismatchError("There is no LoRA to merge: none is chosen, or each is at strength 0.")
     kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
         raise MismatchError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")

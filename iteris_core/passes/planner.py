@@ -90,8 +90,8 @@ def planned(
     made = replace(made, seconds=run.job.eta.seconds_of(made.stage, made.strategy.slower))
     if made.rows < made.offered:
         _log.warning(
-            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size, or allow "
-            "more memory",
+            "Not enough memory for all rows: %s; lower samples, timesteps or latent_size (ComfyUI: "
+            "image_size), or allow more memory",
             made,
         )
     run.job.tick(f"plan: {made}", 0, 0, str(made))
@@ -150,7 +150,8 @@ def complaint(said: str, tried: Sequence[Plan]) -> str:
     return (
         f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: "
         f"{'; '.join(map(_attempt, tried))}. Lower samples or timesteps (fewer rows), or "
-        "latent_size (smaller ones), or close what else takes memory. The model is as it was."
+        "latent_size (smaller ones; ComfyUI: image_size), or close what else takes memory. The "
+        "model is as it was."
     )
 
 

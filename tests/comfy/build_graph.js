@@ -87,19 +87,10 @@ withPage(base, async (page, errors) => {
     await page.waitForTimeout(200);
   };
 
-  const spot = (name, widget) =>
-    page.evaluate(([id, wanted]) => {
-      const node = window.app.graph.getNodeById(id);
-      const found = node.widgets.find((w) => w.name === wanted);
-      return [node.pos[0] + node.size[0] * 0.6, node.pos[1] + found.last_y + 10];
-    }, [ids[name], widget]);
-  const press = async (name, widget) => {
-    await page.mouse.click(...(await at(...(await spot(name, widget)))));
-    await page.waitForTimeout(500);
-  };
-  const choose = async (name, widget, value) => {
-    await press(name, widget);
-    await page.locator('.litecontextmenu .litemenu-entry', { hasText: value }).first().click();
+  const list = page.locator('.iteris-loras');
+  const choose = async (file) => {
+    await list.locator('.add').click();
+    await page.locator('.litecontextmenu .litemenu-entry', { hasText: file }).first().click();
     await page.waitForTimeout(1200);
   };
   const set = (name, values) =>
@@ -111,13 +102,28 @@ withPage(base, async (page, errors) => {
         widget.callback?.(value);
       }
     }, [ids[name], values]);
-  const rows = () =>
-    page.evaluate((id) => {
+  const click = async (what) => {
+    await what.click();
+    await page.waitForTimeout(800);
+  };
+  const undo = async () => {
+    await page.evaluate(() => document.activeElement?.blur());
+    await page.keyboard.press('Control+z');
+    await page.waitForTimeout(2000);
+  };
+  // What the list shows, and what its node would send.
+  const rows = async () => ({
+    shown: await list.locator('> div, > label').evaluateAll((lines) =>
+      lines.map((line) => [
+        line.querySelector('.file')?.title ?? line.textContent,
+        line.querySelector('input[type=checkbox]')?.checked,
+      ])),
+    sent: await page.evaluate((id) => {
       const node = window.app.graph.getNodeById(id);
-      return Object.fromEntries(
-        node.widgets.filter((w) => !w.hidden).map((w) => [w.name, w.value]),
-      );
-    }, ids.loras);
+      const { widgets_values: saved } = node.serialize();
+      return [0, 1, 2].map((row) => saved.slice(7 * row, 7 * row + 7));
+    }, ids.loras),
+  });
   const values = (name, widget) =>
     page.evaluate(([id, wanted]) => {
       const node = window.app.graph.getNodeById(id);
@@ -138,16 +144,29 @@ withPage(base, async (page, errors) => {
 
   await view(1, 180, 160);
   seen.empty = await rows();
-  await choose('loras', 'lora_1', 'a.safetensors');
-  await choose('loras', 'lora_2', 'b.safetensors');
+  await choose('a.safetensors');
+  await choose('b.safetensors');
   seen.chosen = await rows();
   await picture('chosen');
-  await press('loras', 'on_2');
-  seen.folded = await rows();
-  await press('loras', 'on_2');
+  const [first, second] = [list.locator('.row').nth(0), list.locator('.row').nth(1)];
+  await click(first.locator('.fold'));
   seen.unfolded = await rows();
+  await click(first.locator('.fold'));
+  await second.hover();
+  await click(second.locator('.up'));
+  seen.moved = await rows();
+  await undo();
+  seen.undone = await rows();
+  await first.hover();
+  await click(first.locator('.remove'));
+  seen.removed = await rows();
+  await undo();
+  await click(list.locator('.all'));
+  seen.off = await rows();
+  await click(list.locator('.all'));
+  seen.on = await rows();
 
-  await set('settings', { latent_size: 8, timesteps: 2 });
+  await set('settings', { image_size: 64, timesteps: 2 });
   await set('sampler', { steps: 2, seed: 1 });
   await set('latent', { width: 64, height: 64 });
   await set('negative', { text: '' });

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 HERE = str(Path(__file__).resolve().parents[2]).encode()
-SETTINGS = {"latent_size": 8, "timesteps": 2, "denoising_steps": 4}
+SETTINGS = {"image_size": 64, "timesteps": 2, "denoising_steps": 4}
 
 
 class Desk:

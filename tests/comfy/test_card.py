@@ -341,7 +341,7 @@ def test_g13_inspect_runs_as_merge_does(kit: Kit, monkeypatch: pytest.MonkeyPatc
         return predict(self, *given)
 
     monkeypatch.setattr(kit.denoiser.Denoiser, "predict", seen)
-    settings = {"latent_size": 8, "timesteps": 2, "denoising_steps": 4, "memory": 1.0}
+    settings = {"image_size": 64, "timesteps": 2, "denoising_steps": 4, "memory": 1.0}
     with torch.inference_mode():
         node.InspectLoras.execute(
             kit.model, kit.concepts(), clip=kit.clip, samples=4, settings=settings

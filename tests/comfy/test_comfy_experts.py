@@ -228,7 +228,7 @@ def test_two_files_out_of_one_graph(client: Client, models: Path) -> None:
             samples=3,
             settings=["settings", 0],
         ),
-        "settings": node("IterisSettings", frames=5, timesteps=2, latent_size=8),
+        "settings": node("IterisSettings", frames=5, timesteps=2, image_size=64),
         "high": node("IterisSaveLora", lora=["merge", 3], filename_prefix="iteris/high"),
         "low": node("IterisSaveLora", lora=["merge", 4], filename_prefix="iteris/low"),
         "report": node("PreviewAny", source=["merge", 5]),

@@ -14,7 +14,7 @@ from client import Client, Graph, PromptError, node
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-ADVANCED = {"ridge": 1e-5, "timesteps": 2, "latent_size": 8}
+ADVANCED = {"ridge": 1e-5, "timesteps": 2, "image_size": 64}
 needs_toybox = pytest.mark.skipif(
     not (ROOT / "toybox" / "weights" / "loras").is_dir(), reason="the toybox has no LoRAs yet"
 )
@@ -199,7 +199,7 @@ def test_quick_start_shows_both_concepts(client: Client) -> None:
             samples=40,
             settings=["settings", 0],
         ),
-        "settings": node("IterisSettings", latent_size=8),
+        "settings": node("IterisSettings", image_size=64),
         "save": node("IterisSaveLora", lora=["merge", 2], filename_prefix="iteris/toybox"),
         **drawing("merged", ["merge", 0], ["merge", 1], ["toybox", 2], **own),
         **drawing("plain", ["toybox", 0], ["toybox", 1], ["toybox", 2], **own),
@@ -255,7 +255,7 @@ def test_compare_inspect_preserve_and_stack(client: Client) -> None:
             samples=10,
             settings=["settings", 0],
         ),
-        "settings": node("IterisSettings", timesteps=1, latent_size=8, latents="noise"),
+        "settings": node("IterisSettings", timesteps=1, image_size=64, latents="noise"),
         **drawing("drawn", ["compared", 0], ["compared", 1], ["toybox", 2], batch=2),
         "sheet": node(
             "IterisScoreSheet", images=["drawnd", 0], labels=["compared", 2], prompts="", cell=64
@@ -285,7 +285,7 @@ def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
     texts = client.get("/i18n")
     assert len(found) == 18
     for name, info in found.items():
-        assert info["category"] == "IterIS"
+        assert info["category"].split("/")[0] == "IterIS"
         page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()
         inputs = {
             key: spec

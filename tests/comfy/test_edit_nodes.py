@@ -10,7 +10,7 @@ import torch
 from kit import Kit, distance
 from safetensors.torch import load_file, save_file
 
-SETTINGS = {"latent_size": 8, "timesteps": 2, "denoising_steps": 4}
+SETTINGS = {"image_size": 64, "timesteps": 2, "denoising_steps": 4}
 SIZE = {"rank": 2, "megabytes": 0.0, "energy": 0.0}
 
 

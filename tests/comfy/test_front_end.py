@@ -82,7 +82,8 @@ def test_graph_opens_in_nodes_2(client: Client, graph: Path, tmp_path: Path) -> 
 
 
 def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path: Path) -> None:
-    """Rows that open and fold, words that are filled in, a run that is cancelled and others."""
+    """A list of LoRAs that is changed and undone, words that are filled in, a run that is cancelled
+    and others."""
     words = {"trainedWords": ["zwx dog", "zwx puppy"]}
     loras = models / "models" / "loras"
     (loras / "b.civitai.info").write_text(json.dumps(words))
@@ -94,13 +95,22 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     finally:
         (loras / "b.civitai.info").unlink()
     assert seen["links"] == 16
-    assert seen["empty"] == {"lora_1": "none"}
-    assert seen["chosen"]["words_1"] == "sks cat"
-    assert seen["chosen"]["words_2"] == "zwx dog; zwx puppy"
-    assert seen["chosen"]["lora_3"] == "none"
-    assert {name for name in seen["folded"] if name.endswith("_2")} == {"lora_2", "on_2"}
-    assert seen["folded"]["on_2"] is False
-    assert seen["unfolded"] == seen["chosen"]
+    a = ["a.safetensors", True, 1, 1, 1, "subject", "sks cat"]
+    b = ["b.safetensors", True, 1, 1, 1, "subject", "zwx dog; zwx puppy"]
+    none = ["none", True, 1, 1, 1, "subject", ""]
+    files = [["a.safetensors", True], ["b.safetensors", True]]
+    assert seen["empty"]["sent"] == [none] * 3
+    assert len(seen["empty"]["shown"]) == 1
+    assert seen["chosen"]["sent"] == [a, b, none]
+    assert seen["chosen"]["shown"][1:] == files
+    names, lines = ("clip strength", "weight", "prompts", "words"), seen["unfolded"]["shown"][2:6]
+    folded = zip(names, lines, strict=True)
+    assert all(text.startswith(name) for name, (text, _) in folded)
+    assert seen["moved"]["sent"] == [b, a, none]
+    assert seen["moved"]["shown"][1:] == files[::-1]
+    assert seen["undone"] == seen["chosen"] == seen["on"]
+    assert seen["removed"]["sent"] == [b, none, none]
+    assert [row[1] for row in seen["off"]["sent"]] == [False, False, True]
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
     # Another strength does not merge again, and a LoRA that was just saved is in the lists.
@@ -114,6 +124,24 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert "At 0.5 of its strength" in seen["text"]
     assert seen["errors"] == []
     assert (tmp_path / "left.png").stat().st_size > 20_000
+
+
+def test_a_blueprint_that_is_dropped_runs(client: Client) -> None:
+    name = "Merge LoRAs and draw (IterIS)"
+    seen = run("blueprint.js", client, ROOT / "subgraphs" / f"{name}.json")
+    assert seen["errors"] == []
+    assert seen["widgets"] == ["prompt", "negative", "seed"]
+    if seen["listed"]:  # of versions that know blueprints of packs
+        assert name in seen["listed"]
+    graph = seen["prompt"]
+    for entry in graph.values():
+        given = entry["inputs"]
+        given |= {n: v for n, v in (("width", 64), ("height", 64), ("steps", 2)) if n in given}
+        given |= {"samples": 2} if entry["class_type"] == "IterisMerge" else {}
+    outputs = client.run(graph)
+    said = {text for shown in outputs.values() for text in shown.get("text", ())}
+    assert any("iteris/merged" in text for text in said)
+    assert any(shown.get("images") for shown in outputs.values())
 
 
 def test_help_page_renders(client: Client, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from kit import Kit
 from safetensors.torch import load_file, save_file
 
-SETTINGS = {"latent_size": 8, "timesteps": 2, "denoising_steps": 4, "memory": 1.0}
+SETTINGS = {"image_size": 64, "timesteps": 2, "denoising_steps": 4, "memory": 1.0}
 
 
 @pytest.fixture

@@ -49,6 +49,19 @@ def test_a_speed_lora_on_model_counts_as_the_base(
     assert request(files=found, values={"empty_prompts": "no"}).distilled is True
 
 
+def test_the_size_of_pictures_is_in_pixels(kit: Kit) -> None:
+    """Of which a latent of SD 1.5 covers eight a side, and one of FLUX.2 sixteen."""
+    from comfy.latent_formats import Flux2
+
+    flux = SimpleNamespace(get_model_object=lambda _: Flux2())
+    for model, size, wanted in ((kit.model, 64, 8), (kit.model, 500, 62), (flux, 512, 32)):
+        values = {"settings": {"image_size": size}}
+        request = module(kit, "merge_settings").Request.of(values, [], model)
+        assert request.config((), "iteris").calibration["latent_size"] == wanted
+    request = module(kit, "merge_settings").Request.of({}, [], kit.model)
+    assert "latent_size" not in request.config((), "iteris").calibration
+
+
 def test_empty_prompts(kit: Kit) -> None:
     """As the calibration says, unless the model is run without guidance."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete

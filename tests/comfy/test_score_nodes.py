@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import socket
 from pathlib import Path
 from types import ModuleType
@@ -95,3 +96,20 @@ def test_dinov2_as_comfyui_loads_it(nodes: Any, monkeypatch: pytest.MonkeyPatch)
     core = importlib.import_module(nodes.__name__.replace("nodes.score_nodes", "iteris_core"))
     with pytest.raises(core.IterisError, match="knows no words"):
         scorer.text_alignment([Image.new("RGB", (4, 4))], ["a"])
+
+
+def test_without_open_clip_only_scores_are_missing(
+    nodes: Any, pack: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = importlib.import_module(f"{pack.__name__}.iteris_core")
+    toybox = importlib.import_module(f"{pack.__name__}.nodes.toybox_node")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name)
+    )
+    *_, scorer = toybox.IterisToybox.execute("sks1").result
+    picture = torch.zeros(1, 8, 8, 3)
+    with pytest.raises(core.IterisError, match="pip install open_clip_torch"):
+        nodes.ClipImageAlignment.execute(scorer, picture, picture)
+    with pytest.raises(core.IterisError, match="pip install open_clip_torch"):
+        nodes.ClipScorerLoader.execute("ViT-S-32", "small.pt")

@@ -8,7 +8,7 @@ made small and samples few, as a user in a hurry would.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from test_front_end import look, pytestmark  # noqa: F401
 
 SMALL: dict[str, Any] = {
     "width": 64, "height": 64, "batch_size": 1, "steps": 2, "samples": 2, "timesteps": 1,
-    "latent_size": 8, "latents": "noise", "length": 5,
+    "image_size": 64, "latents": "noise", "length": 5,
 }  # fmt: skip
 WORKFLOWS = {
-    "two_concepts_sd15": 2, "three_concepts_sdxl": 3, "lora_stack_sdxl": 3,
-    "subject_and_style_sdxl": 2, "flux": 2,
-}  # fmt: skip
-"""How many LoRAs each merges."""
+    "two_concepts_sd15": ("my_cat", "my_dog"),
+    "three_concepts_sdxl": ("xl_cat", "xl_dog", "xl_style"),
+    "lora_stack_sdxl": ("xl_cat", "xl_dog", "xl_style"),
+    "subject_and_style_sdxl": ("xl_cat", "xl_style"),
+    "flux": ("flux_cat", "flux_dog"),
+}
+"""The LoRAs that a user chooses in each."""
 REDUCED = {
     "z_image": ("zimage", ("attention.qkv", "attention.out", "feed_forward.w2")),
     "qwen_image": ("qwen", ("attn.to_q", "attn.to_v", "attn.to_out.0")),
@@ -63,8 +66,21 @@ def small(graph: Graph) -> Graph:
                 entry["inputs"][name] = SMALL[name]
     merge = graph[merging(graph)]["inputs"]
     if "settings" not in merge:
-        graph["settings"] = node("IterisSettings", timesteps=1, latent_size=8, latents="noise")
+        graph["settings"] = node("IterisSettings", timesteps=1, image_size=64, latents="noise")
         merge["settings"] = ["settings", 0]
+    return graph
+
+
+def with_loras(graph: Graph, names: Sequence[str]) -> Graph:
+    """The graph with these LoRAs chosen, and words for each."""
+    concepts = [entry for entry in graph.values() if entry["class_type"] == "IterisConcept"]
+    for number, name in enumerate(names, 1):
+        if concepts:
+            files = {f"lora_{part}": f"{name}_{part}.safetensors" for part in ("name", "low")}
+            concepts[number - 1]["inputs"] |= {**files, "trigger": name}
+        else:
+            rows = graph[of_class(graph, "IterisLoras")]["inputs"]
+            rows |= {f"lora_{number}": f"{name}.safetensors", f"words_{number}": name}
     return graph
 
 
@@ -121,7 +137,7 @@ def test_a_workflow_runs_from_its_file(
     assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])
     # Of a front end that is older than its server.
     assert [text for text in seen["toasts"] if "Version Compatibility" not in text] == []
-    graph = small(seen["prompt"])
+    graph = with_loras(small(seen["prompt"]), WORKFLOWS[name])
     outputs = server.run(graph)
     drawn = outputs[of_class(graph, "SaveImage")]
     picture = pixels(server, drawn)
@@ -138,7 +154,7 @@ def test_a_workflow_runs_from_its_file(
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
     recipe = metadata["iteris"]
     loras = loras_in(graph)
-    assert len(loras) == WORKFLOWS[name]
+    assert len(loras) == len(WORKFLOWS[name])
     assert all(Path(lora).stem in recipe for lora in loras)
     assert str(base) not in recipe
 
@@ -192,7 +208,7 @@ def test_a_workflow_runs_on_a_reduced_model(
     model, layers = REDUCED[name]
     seen = look(client, ROOT / "workflows" / f"{name}.json", tmp_path / "opened.png", "prompt")
     assert (seen["missing"], seen["dialogs"], seen["errors"]) == ([], [], [])
-    graph = on_reduced(small(seen["prompt"]), model)
+    graph = with_loras(on_reduced(small(seen["prompt"]), model), ("cat", "dog"))
     loras = loras_in(graph)
     write_loras(models / "models" / "loras", loras, model, layers)
     outputs = client.run(graph)

@@ -118,6 +118,25 @@ def test_a_loader_says_where_its_files_are(path: Path) -> None:
 
 
 @every_graph
+def test_no_graph_names_a_lora_of_somebody_s(path: Path) -> None:
+    """Its first run would end with a name that is not in the list."""
+    for node in read(path)["nodes"]:
+        if node["type"] in ("IterisLoras", "IterisConcept"):
+            assert not [v for v in node["widgets_values"] if str(v).endswith(".safetensors")]
+
+
+def test_two_graphs_are_apps() -> None:
+    """In App mode the front end shows these widgets, and what these nodes give."""
+    apps = [graph for path in GRAPHS if (graph := read(path))["extra"].get("linearData")]
+    assert len(apps) == 2
+    for graph in apps:
+        kinds = {node["id"]: node["type"] for node in graph["nodes"]}
+        app = graph["extra"]["linearData"]
+        assert {number for number, _ in app["inputs"]} <= kinds.keys()
+        assert {kinds[number] for number in app["outputs"]} <= {"PreviewImage", "SaveImage"}
+
+
+@every_graph
 def test_a_thumbnail_is_there(path: Path) -> None:
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.size[0] >= 800

@@ -144,7 +144,8 @@ def test_what_the_registry_hands_out():
     tracked = {name for name in git("ls-files") if (ROOT / name).is_file()}
     handed = tracked - set(git("ls-files", "-ci", "--exclude-from=.comfyignore"))
     folders = {name.split("/")[0] for name in handed if "/" in name}
-    assert folders == {"iteris_core", "locales", "nodes", "toybox", "web", "workflows"}
+    ours = {"iteris_core", "locales", "nodes", "subgraphs", "toybox", "web", "workflows"}
+    assert folders == ours
     assert {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"} <= handed
     assert {f"toybox/{name}" for name in ("world.json", "demo.py", "templates.txt")} <= handed
     assert any(name.startswith("toybox/weights/base/unet/") for name in handed)
@@ -153,14 +154,13 @@ def test_what_the_registry_hands_out():
 
 
 def test_the_lists_of_packages_agree():
-    extras = PROJECT["optional-dependencies"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines if not line.startswith("#")]
-    assert sorted(listed) == sorted([*PROJECT["dependencies"], *extras["score"]])
+    assert sorted(listed) == sorted(PROJECT["dependencies"])
     # Nothing that ComfyUI brings itself is asked for with its nodes.
     names = {re.split(r"[\[<>=!; ]", line)[0].lower() for line in PROJECT["dependencies"]}
     assert not names & {"torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"}
-    assert "comfyui-iteris[cli,score]" in extras["dev"]
+    assert "comfyui-iteris[cli,score]" in PROJECT["optional-dependencies"]["dev"]
 
 
 def test_the_version_is_in_the_changelog_and_the_licence_is_one_of_spdx():
