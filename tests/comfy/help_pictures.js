@@ -69,6 +69,7 @@ async function take(page, type, { values = {}, says }, file) {
         widget.value = value;
         widget.callback?.(value);
       }
+      node.onConfigure?.({}); // the list of IterIS LoRAs is drawn anew
     }, values);
     await page.waitForTimeout(700);
   }
