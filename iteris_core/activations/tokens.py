@@ -60,16 +60,14 @@ class Observation:
 
     def gathered(self) -> Observation:
         """The same with copies of only those tokens that the ``choice`` picks."""
-        length = self.site.length(self.outputs)
-        choice = self.choice.made(length, self.site.shape[1])
+        length, width = self.site.length(self.outputs), self.site.shape[1]
+        choice = self.choice.made(length, width)
         if choice is None:
             return self
+        picked = self.choice.indices(length, 0, self.rows, width=width)
 
         def narrow(tensor: Tensor, flatten: Callable[[Tensor], Tensor]) -> Tensor:
-            parts = [
-                self._picked(flatten(tensor[start : start + self.rows]), 0, self.rows)
-                for start in range(0, self.rows * self.copies, self.rows)
-            ]
+            parts = [_selected(flatten(part), picked) for part in tensor.split(self.rows)]
             tokens = parts[0] if len(parts) == 1 else torch.cat(parts)
             return tokens.reshape(self.rows * self.copies, -1, tokens.shape[-1])
 
@@ -77,7 +75,7 @@ class Observation:
             """(rows, tokens) of those that are picked."""
             if values is None:
                 return None
-            return self._picked(values.reshape(-1, 1), 0, self.rows).reshape(self.rows, -1)
+            return _selected(values.flatten(), picked).reshape(self.rows, -1)
 
         key = self.group, self.site.geometry
         inputs = self.choice.gathered.get(key)
@@ -165,18 +163,8 @@ class Observation:
         return self._chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
 
     def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        chosen = self._choice(tokens.shape[0] // (stop - start), start, stop)
-        if chosen is None:
-            return tokens
-        return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
-
-    def _picked(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Those that are chosen, masked or not."""
-        length = tokens.shape[0] // (stop - start)
-        picked = self.choice.indices(length, start, stop, width=self.site.shape[1])
-        if picked is None:
-            return tokens
-        return tokens.index_select(0, picked.to(tokens.device, non_blocking=True))
+        """Those of rows ``start`` to ``stop`` that count."""
+        return _selected(tokens, self._choice(tokens.shape[0] // (stop - start), start, stop))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
         """Which of the tokens of these rows count; None: all."""
@@ -188,6 +176,13 @@ class Observation:
             return mask.nonzero().flatten()
         chosen = chosen.to(mask.device)
         return chosen[mask[chosen]]
+
+
+def _selected(tokens: Tensor, chosen: Tensor | None) -> Tensor:
+    """(tokens, …) of which only the ``chosen`` are left; None: all."""
+    if chosen is None:
+        return tokens
+    return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..concepts import Calibration
-from ..passes.batches import ExecutionConfig
+from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.job import Run
-from ..passes.sweep import REFERENCE, solve_sites
+from ..passes.sweep import solve_sites
 from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Reduction, SiteContext, Solution, StageSolver, Tokens
 

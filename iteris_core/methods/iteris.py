@@ -15,9 +15,9 @@ import torch
 
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
-from ..passes.batches import ExecutionConfig
+from ..passes.batches import SWEEP, ExecutionConfig, Schedule
 from ..passes.job import Job
-from ..passes.sweep import SWEEP, Schedule, solve_sites
+from ..passes.sweep import solve_sites
 from ..report.report import SiteReport
 from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
-from ..passes.batches import ExecutionConfig
+from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
 from ..passes.job import Job, RunLog
-from ..passes.sweep import REFERENCE, SWEEP, solve_sites
+from ..passes.sweep import solve_sites
 from ..report.report import SiteReport
 from ..settings import Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver

@@ -1,4 +1,4 @@
-"""The rows of a stage as micro-batches."""
+"""How rows run: in which passes, and those of a stage as micro-batches."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ class ExecutionConfig:
     seed: int = 0
     saliency: float = 0.0
     policy: Policy = POLICY
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A ``sweep``; or at most so many passes, until no site's change moves by more than
+    ``tolerance`` of itself."""
+
+    sweep: bool = True
+    passes: int = 1
+    tolerance: float | None = None
+
+    @property
+    def copies(self) -> int:
+        """Of every row, at most."""
+        return 2 if self.sweep or self.passes > 1 else 1
+
+
+SWEEP, REFERENCE = Schedule(), Schedule(sweep=False)
 
 
 def micro_batches(

@@ -21,7 +21,7 @@ from ..hosts.protocol import DENOISING, Stage
 from ..linalg.precision import full_precision
 from ..lora import SiteChanges
 from ..progress import Forecast
-from .batches import ExecutionConfig, limit_of
+from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 
 FORWARDS, SITES = "forwards", "sites"
 _STAGES = "stages"
@@ -55,14 +55,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Passes:
-    """What is going to run: every row ``copies`` times in each of so many passes, in which the
-    sites of ``changes`` are solved; ``sweep``: on the way, else behind a pass."""
+    """What is going to run: passes in which the sites of ``changes`` are solved, on the way in a
+    sweep, else behind a pass."""
 
     changes: Mapping[str, SiteChanges]
     batching: ExecutionConfig
-    sweep: bool = True
-    copies: int = 2
-    count: int = 1
+    schedule: Schedule = SWEEP
     processes: int = 1
 
 
@@ -149,8 +147,8 @@ class Eta:
         solves: dict[Hashable, float] = {}
         sites = seen.sites or {s: Reached(passes.changes[s].shape, 1) for s in stage.sites}
         whole = sum(reached.products for reached in sites.values()) or 1
-        a_forward = rows * passes.copies * (seen.a_row * slower or 1.0)
-        for turn in range(passes.count):
+        a_forward = rows * passes.schedule.copies * (seen.a_row * slower or 1.0)
+        for turn in range(passes.schedule.passes):
             way = 0.0
             for site, reached in sites.items():
                 way += a_forward * reached.products / whole
@@ -160,10 +158,10 @@ class Eta:
                 tokens = reached.tokens if limit is None else min(reached.tokens, limit(width))
                 moments, solve = _work(reached, rows * tokens, passes.changes[site].rank)
                 second = _product_seconds(seen.device.type)
-                if passes.sweep:
+                if passes.schedule.sweep:
                     forwards[turn, site], solves[turn, site] = way, (moments + solve) * second
                 else:  # the first of several passes runs reference rows alone
-                    way *= 0.5 if passes.count > 1 and turn == 0 else 1.0
+                    way *= 0.5 if passes.schedule.passes > 1 and turn == 0 else 1.0
                     forwards[turn, ""] = forwards.get((turn, ""), 0.0) + way + moments * second
                     solves[turn, site] = solve * second
                 way = 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from ..errors import SiteError
 from ..hosts.protocol import Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
-from .batches import ExecutionConfig, micro_batches, sampled_rows
+from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
 from .eta import FORWARDS, SITES, Passes
 from .job import Run, RunLog
 from .plan import Plan
@@ -35,24 +35,6 @@ from .planner import attempts, complaint, planned
 
 Solutions = dict[str, Solution]
 SolverOf = Callable[[Stage], StageSolver]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A ``sweep``; or at most so many passes, until no site's change moves by more than
-    ``tolerance`` of itself."""
-
-    sweep: bool = True
-    passes: int = 1
-    tolerance: float | None = None
-
-    @property
-    def copies(self) -> int:
-        """Of every row, at most."""
-        return 2 if self.sweep or self.passes > 1 else 1
-
-
-SWEEP, REFERENCE = Schedule(), Schedule(sweep=False)
 
 
 def solve_sites(
@@ -105,9 +87,8 @@ class _Passes:
         """One pass, the number ``turn``."""
         schedule, self._turn, self._solutions = self._schedule, turn, {}
         if not turn:
-            size = self._lockstep.processes.size
-            changes, times = self._lockstep.changes, (schedule.copies, schedule.passes)
-            expected = Passes(changes, self._batching, schedule.sweep, *times, size)
+            changes, size = self._lockstep.changes, self._lockstep.processes.size
+            expected = Passes(changes, self._batching, schedule, size)
             self._job.eta.expect(expected, self._job.denoised)
             _ = self._run.samples
         if schedule.sweep:

@@ -23,9 +23,9 @@ from ..linalg.lowrank import cut_to
 from ..linalg.precision import solve_device
 from ..lora import LowRank
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import ExecutionConfig
+from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.job import Job
-from ..passes.sweep import REFERENCE, solve_sites
+from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.inputs import NOT_FINITE

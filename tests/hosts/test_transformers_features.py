@@ -53,9 +53,9 @@ def linear_inputs(model, batch, sites):
 @pytest.mark.parametrize("make", [make_t5, make_llama, make_gpt2, make_blip])
 def test_features_are_those_of_each_lora_generating(make, tmp_path):
     """Moments of a plain teacher-forced pass = moments of what peft's model sees as it generates"""
-    from iteris_core.passes.batches import ExecutionConfig
+    from iteris_core.passes.batches import REFERENCE, ExecutionConfig
     from iteris_core.passes.job import Job
-    from iteris_core.passes.sweep import REFERENCE, solve_sites
+    from iteris_core.passes.sweep import solve_sites
     from iteris_core.solve.choose import POLICY
     from iteris_core.solve.problem import Bytes, RegressionSpec, Solution, StageSolver
 
