@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -21,11 +21,10 @@ from .errors import SettingsError, SiteError
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
-from .linalg.lowrank import cut_factors
-from .lora import Lora, LowRank, SiteChanges
+from .lora import Lora, SiteChanges
 from .lora_files import Layout, write_lora
 from .methods import Method, find_method
-from .methods.registry import Merged
+from .methods.registry import Merged, settings_over
 from .passes import preflight
 from .passes.changes import (
     always_on,
@@ -33,11 +32,12 @@ from .passes.changes import (
     changes_always,
     changes_of,
     check_sites,
+    means_of,
     switched_on,
 )
 from .passes.eta import Eta
 from .passes.job import Budget, Job
-from .presets import PRESETS, PresetName, preset_settings
+from .presets import PresetName
 from .progress import OnProgress, Ticker
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
@@ -45,8 +45,6 @@ from .settings import Settings
 from .solve.choose import POLICY, Policy
 
 _log = logging.getLogger(__name__)
-
-_S = TypeVar("_S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -234,10 +232,11 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
         merged = method.merge(job, settings)
     if found:
         mean = unmergeable == "mean"
-        means = _means(job.concepts, others) if mean else {}
+        means = means_of(job.concepts, others) if mean else {}
+        reported = {site: (change, SiteReport(change.rank)) for site, change in means.items()}
         what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
-        merged = Merged({**merged.sites, **means}, merged.log.with_notes([note]))
+        merged = Merged({**merged.sites, **reported}, merged.log.with_notes([note]))
     return _Made(concepts, merged, calls[: len(concepts)], noted)
 
 
@@ -305,17 +304,6 @@ def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
     return read
 
 
-def _means(
-    concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]
-) -> dict[str, tuple[LowRank, SiteReport]]:
-    """The mean of the LoRAs' ``changes``, fitted to nothing; its components in the order
-    of their energy, so that a later cut to a rank keeps the best ones."""
-    weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
-    means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
-    means = {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
-    return {site: (change, SiteReport(change.rank)) for site, change in means.items()}
-
-
 def _added(job: Job, method: Method) -> list[Concept]:
     """The concepts that the host adds, of a kind that ``method`` takes."""
     added = job.host.added(job.concepts, job.calibration)
@@ -342,27 +330,3 @@ def _learned(
         for warning in warnings:
             _log.warning("%s: %s", concept.name, warning)
     return found
-
-
-def settings_over(
-    preset: PresetName,
-    method: str,
-    settings: Settings | Mapping[str, Any] | None,
-    calibration: Calibration | Mapping[str, Any] | None,
-) -> tuple[Settings, Calibration]:
-    """What is given over what the preset says of ``method``."""
-    if preset not in PRESETS:
-        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
-    return (
-        _over(preset_settings(preset, method), settings, find_method(method).settings),
-        _over(PRESETS[preset].calibration, calibration, Calibration),
-    )
-
-
-def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
-    """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
-    if isinstance(given, kind):
-        return given
-    if given is None or isinstance(given, Mapping):
-        return kind.from_mapping({**preset, **(given or {})})
-    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")

@@ -13,8 +13,9 @@ from .errors import UsageError
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import SiteChanges
-from .merge import Runtime, begun, prepared, settings_over
+from .merge import Runtime, begun, prepared
 from .methods import Method, find_method
+from .methods.registry import settings_over
 from .passes import preflight
 from .passes.changes import changes_of, switched_on
 from .passes.job import Job

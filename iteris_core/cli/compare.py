@@ -16,8 +16,8 @@ from ..concept_config import ConceptConfig
 from ..concepts import Calibration
 from ..errors import UsageError
 from ..lora_files import ReadOptions
-from ..merge import settings_over
 from ..methods import find_method
+from ..methods.registry import settings_over
 from ..presets import PresetName
 from ..score.compare import (
     ALONE,

@@ -18,8 +18,9 @@ from ..hosts.protocol import Host
 from ..lora_files import DTYPES, Layout, ReadOptions, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
-from ..merge import MergeResult, settings_over
+from ..merge import MergeResult
 from ..methods import find_method
+from ..methods.registry import settings_over
 from ..report.provenance import check_cut, cut_again, with_run
 from ..saving import atomically
 from .adapters import check_adapters, load_adapters

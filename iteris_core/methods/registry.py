@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..concepts import Calibration
 from ..errors import SettingsError, did_you_mean
 from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
 from ..passes.job import Job, RunLog
 from ..passes.sweep import solve_sites
+from ..presets import PRESETS, PresetName, preset_settings
 from ..report.report import SiteReport
 from ..settings import Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
@@ -73,6 +75,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_S = TypeVar("_S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,30 @@ def find_method(name: str) -> Method:
 
 def all_methods() -> list[Method]:
     return list(_METHODS.values())
+
+
+def settings_over(
+    preset: PresetName,
+    method: str,
+    settings: Settings | Mapping[str, Any] | None,
+    calibration: Calibration | Mapping[str, Any] | None,
+) -> tuple[Settings, Calibration]:
+    """What is given over what the preset says of ``method``."""
+    if preset not in PRESETS:
+        raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    return (
+        _over(preset_settings(preset, method), settings, find_method(method).settings),
+        _over(PRESETS[preset].calibration, calibration, Calibration),
+    )
+
+
+def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
+    """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
+    if isinstance(given, kind):
+        return given
+    if given is None or isinstance(given, Mapping):
+        return kind.from_mapping({**preset, **(given or {})})
+    raise SettingsError(f"Give a mapping or {kind.__name__}, not {type(given).__name__}.")
 
 
 def _registered(

@@ -20,6 +20,7 @@ from ..composites import Composite
 from ..concepts import Concept
 from ..errors import MismatchError
 from ..hosts.protocol import Host
+from ..linalg.lowrank import cut_factors
 from ..lora import LowRank, SiteChanges, concatenate
 
 
@@ -74,6 +75,14 @@ def check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
             f"{len(missing)} of {len(changes)} sites are not in the base model, such as "
             f"{', '.join(missing[:3])}; the LoRAs were made for another base model."
         )
+
+
+def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) -> dict[str, LowRank]:
+    """The mean of the LoRAs' ``changes``, fitted to nothing; its components in the order of their
+    energy, so that a later cut to a rank keeps the best ones."""
+    weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
+    means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
+    return {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
 
 
 def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:

@@ -14,7 +14,7 @@ from iteris_core import Calibration, Concept, IterisError, cli, merge_loras
 from iteris_core.cli.request import read_recipe
 from iteris_core.concept_config import ConceptConfig
 from iteris_core.config import MergeConfig
-from iteris_core.merge import settings_over
+from iteris_core.methods.registry import settings_over
 from iteris_core.settings import declared_settings
 
 CONFIG = MergeConfig(
