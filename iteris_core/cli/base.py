@@ -15,12 +15,11 @@ from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora_files import is_lora, read_header
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raise :class:`IterisError` for a device that is not here, before anything is loaded."""
+def device_of(device: str | None = None) -> str:
+    """``device``, or the best that is here. Raises :class:`IterisError` for one that is not here,
+    before anything is loaded."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -36,6 +35,7 @@ def check_device(device: str) -> None:
             f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
             "--device out for the best device, or give cpu; iteris doctor lists the devices."
         )
+    return device
 
 
 def check_base(base: str) -> None:
@@ -87,8 +87,7 @@ def load_base(
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    device = device or best_device()
-    check_device(device)
+    device = device_of(device)
     check_base(base)
     with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):

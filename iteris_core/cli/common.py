@@ -20,7 +20,7 @@ from ..hosts.protocol import Host
 from ..merge import MergeResult, Runtime, merge_loras
 from ..preview import Preview, preview_merge
 from ..progress import OnProgress, Progress
-from .base import best_device, check_device
+from .base import device_of
 
 console = Console(stderr=True)
 
@@ -114,8 +114,7 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
 def processes(device: str | None) -> Generator[tuple[Processes, str]]:
     """This process's part in one merge over those that ``accelerate launch`` or ``torchrun`` have
     started, and its device."""
-    device = device or best_device()
-    check_device(device)
+    device = device_of(device)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE, device
         return
@@ -154,12 +153,11 @@ def foresee(
 ) -> Preview:
     """Preview such a merge; nothing is merged."""
     with progress_bars(visible=not quiet) as on_progress:
-        host, concepts = _loaded(load, device or best_device(), on_progress)
+        host, concepts = _loaded(load, device_of(device), on_progress)
         return preview_merge(host, concepts, on_progress=on_progress, **options)
 
 
 def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
-    check_device(device)
     on_progress(Progress("loading the base", 0, 1))
     base_and_concepts = load(device)
     on_progress(Progress("loading the base", 1, 1))

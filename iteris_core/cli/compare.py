@@ -31,7 +31,7 @@ from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
 from ..score.results import check_results_folder, mean_rows, write_results
 from ..score.statistics import markdown_table
-from .base import best_device, check_base, load_base
+from .base import check_base, device_of, load_base
 from .checks import check_concepts, warnings_of
 from .common import (
     CALIBRATION,
@@ -124,7 +124,7 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
     from ..score import ClipScorer, DinoScorer
 
     config, listed, references = _checked(options)
-    device = options.device or best_device()
+    device = device_of(options.device)
     done: list[Comparison] = []
     with progress_bars() as on_progress, _said_where_it_stopped(options.output, done):
         pipeline = load_base(

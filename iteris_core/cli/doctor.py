@@ -16,7 +16,7 @@ import torch
 import typer
 
 from ..activations.meter import free_memory
-from .base import best_device
+from .base import device_of
 from .common import option, print_table
 
 PACKAGE = "comfyui-iteris"
@@ -77,7 +77,7 @@ def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")
 
 
 def _facts() -> dict[str, str]:
-    device = torch.device(best_device())
+    device = torch.device(device_of())
     facts = {
         "iteris": version_of(PACKAGE) or "from a checkout",
         "python": platform.python_version(),

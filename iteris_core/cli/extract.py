@@ -15,7 +15,7 @@ from ..edit.extract import Extracted, check_alike, extract_lora, other_differenc
 from ..edit.ranks import Target
 from ..errors import InputFileError
 from ..lora_files import check_target, read_header
-from .base import best_device, check_base, check_device, load_base
+from .base import check_base, device_of, load_base
 from .common import progress_bars
 from .options import command, given_by, read_prompts
 from .sizing import Sizing
@@ -44,8 +44,7 @@ def extract(context: typer.Context, options: ExtractOptions) -> None:
     """A LoRA of what a fine-tune changes of its base, held against the fine-tune."""
     target, how = options.target, options.run
     check_target(options.output, options.layout, options.dtype, options.overwrite)
-    device = options.device or best_device()
-    check_device(device)
+    device = device_of(options.device)
     for base in (options.base, options.tuned):
         check_base(base)
     one, two = (_header(Path(base)) for base in (options.base, options.tuned))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .base import best_device, check_device
+from .base import device_of
 from .common import Device, option, print_table
 from .options import read_lines
 from .pictures import open_images
@@ -47,8 +47,7 @@ def score(
             "picture, or one for all."
         )
     columns: dict[str, Any] = {}
-    device = device or best_device()
-    check_device(device)
+    device = device_of(device)
     scorer = ClipScorer.load(clip, clip_weights, device=device)
     if references is not None:
         columns["image"] = scorer.image_alignment(pictures, references)
