@@ -2,7 +2,7 @@
 // and lists that know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
-import { prepareLoras } from './lora_rows.js';
+import { fromPowerLoraLoader, prepareLoras } from './lora_rows.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
   'IterisSaveLora'];
@@ -39,6 +39,10 @@ app.registerExtension({
     if (node.comfyClass === 'IterisLoras') prepareLoras(node);
     // Wide enough for what it will say, before others are put beside it.
     if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
+  },
+  getNodeMenuItems(node) {
+    if (node.type !== 'Power Lora Loader (rgthree)') return [];
+    return [{ content: 'To IterIS LoRAs', callback: () => fromPowerLoraLoader(node) }];
   },
   setup() {
     api.addEventListener('progress_text', ({ detail }) => {

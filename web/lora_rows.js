@@ -209,6 +209,24 @@ function arrange(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
+// The LoRAs of rgthree's Power Lora Loader on a node of ours below it, or on a chain of them.
+export function fromPowerLoraLoader(node) {
+  const loras = node.widgets.map((widget) => widget.value).filter((value) => value?.lora && value.lora !== 'None');
+  let before = null;
+  for (let start = 0; start < loras.length; start += ROWS) {
+    const made = window.LiteGraph.createNode('IterisLoras');
+    made.pos = [node.pos[0] + (start / ROWS) * 2 * WIDTH, node.pos[1] + node.size[1] + 60];
+    node.graph.add(made);
+    before?.connect(0, made, made.inputs.findIndex((input) => input.name === 'concepts'));
+    before = made;
+    const rows = loras.slice(start, start + ROWS).map(({ lora, on, strength, strengthTwo }) => (
+      { ...EMPTY, lora, on, strength, clip: strengthTwo ?? strength }
+    ));
+    rewrite(made, rows);
+    for (const row of used(made)) fillIn(made, row).catch(console.warn);
+  }
+}
+
 export function prepareLoras(node) {
   node.iterisOpen = new Set();
   node.iterisList = make('div', { className: 'iteris-loras' });

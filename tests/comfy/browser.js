@@ -7,6 +7,7 @@ const { chromium } = require('playwright-core');
 const SETTINGS = {
   'Comfy.TutorialCompleted': true,
   'Comfy.Workflow.ShowMissingNodesWarning': true,
+  'Comfy.Workflow.ShowMissingModelsWarning': false, // it offers those that a graph names
   'Comfy.Minimap.Visible': false, // it would cover nodes on the picture
   'Comfy.VueNodes.Enabled': false,
   'LiteGraph.Canvas.MinFontSizeForLOD': 0, // text is drawn however far out

@@ -166,6 +166,33 @@ withPage(base, async (page, errors) => {
   await click(list.locator('.all'));
   seen.on = await rows();
 
+  // A stand-in for rgthree's node, whose menu has an entry of ours.
+  seen.converted = await page.evaluate(async () => {
+    const { app, LiteGraph } = window;
+    class PowerLoraLoader extends LiteGraph.LGraphNode {
+      constructor() {
+        super('Power Lora Loader');
+        this.serialize_widgets = true;
+        this.widgets = [
+          { name: 'header', type: 'custom', value: {} },
+          { name: 'lora_1', type: 'custom', value: { on: true, lora: 'a.safetensors', strength: 0.5, strengthTwo: null } },
+          { name: 'lora_2', type: 'custom', value: { on: false, lora: 'b.safetensors', strength: 1, strengthTwo: 0 } },
+        ];
+      }
+    }
+    LiteGraph.registerNodeType('Power Lora Loader (rgthree)', PowerLoraLoader);
+    const theirs = LiteGraph.createNode('Power Lora Loader (rgthree)');
+    app.graph.add(theirs);
+    const entry = app.canvas.getNodeMenuOptions(theirs).find((one) => one?.content === 'To IterIS LoRAs');
+    entry.callback();
+    await new Promise((done) => { setTimeout(done, 1500); });
+    const ours = app.graph._nodes.at(-1);
+    const saved = ours.serialize().widgets_values;
+    app.graph.remove(ours);
+    app.graph.remove(theirs);
+    return [saved.slice(0, 7), saved.slice(7, 14), saved[14]];
+  });
+
   await set('settings', { image_size: 64, timesteps: 2 });
   await set('sampler', { steps: 2, seed: 1 });
   await set('latent', { width: 64, height: 64 });

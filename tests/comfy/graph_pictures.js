@@ -51,7 +51,7 @@ withPage(`http://127.0.0.1:${port}`, async (page) => {
     const path = result || file.replace('.json', '.jpg');
     await page.screenshot({ path, type: 'jpeg', quality: 78, clip });
   }
-}, { 'Comfy.Workflow.ShowMissingModelsWarning': false }).catch((error) => {
+}).catch((error) => {
   console.error(error);
   process.exit(1);
 });

@@ -111,6 +111,8 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert seen["undone"] == seen["chosen"] == seen["on"]
     assert seen["removed"]["sent"] == [b, none, none]
     assert [row[1] for row in seen["off"]["sent"]] == [False, False, True]
+    half = ["a.safetensors", True, 0.5, 0.5, *a[4:]]
+    assert seen["converted"] == [half, ["b.safetensors", False, 1, 0, *b[4:]], "none"]
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
     # Another strength does not merge again, and a LoRA that was just saved is in the lists.

@@ -165,6 +165,28 @@ def test_a_workflow_runs_from_its_file(
     assert psnr(pixels(server, plain[of_class(graph, "SaveImage")]), picture) < 35
 
 
+def test_the_graph_that_bakes_writes_a_checkpoint(
+    server: Client, base: Path, tmp_path: Path
+) -> None:
+    file = ROOT / "workflows" / "bake_checkpoint_sd15.json"
+    seen = look(server, file, tmp_path / "opened.png", "prompt")
+    graph = with_loras(small(seen["prompt"]), WORKFLOWS["two_concepts_sd15"])
+    picture = pixels(server, server.run(graph)[of_class(graph, "SaveImage")])
+    (baked,) = (base / "output" / "checkpoints").glob("iteris_merged*.safetensors")
+    baked.rename(base / "models" / "checkpoints" / "baked.safetensors")
+    loader, merge = of_class(graph, "CheckpointLoaderSimple"), merging(graph)
+    ours = [n for n, entry in graph.items() if entry["class_type"].startswith("Iteris")]
+    for number in (*ours, of_class(graph, "CheckpointSave"), of_class(graph, "PreviewAny")):
+        del graph[number]
+    graph[loader]["inputs"]["ckpt_name"] = "baked.safetensors"
+    for entry in graph.values():
+        for key, value in entry["inputs"].items():
+            if isinstance(value, list) and value[0] == merge:
+                entry["inputs"][key] = [loader, value[1]]
+    drawn = pixels(server, server.run(graph)[of_class(graph, "SaveImage")])
+    assert psnr(drawn, picture) > 40
+
+
 def on_reduced(graph: Graph, model: str) -> Graph:
     """The same graph on a reduced model, up to the latents, which are saved."""
     for number, entry in list(graph.items()):
