@@ -116,6 +116,17 @@ def test_a_lora_on_a_model_is_extracted_from_it(kit: Kit, edits: Edits, clips: s
     assert kit.hooks() == 0
 
 
+def test_a_lora_on_the_text_encoder_alone_is_extracted(kit: Kit, edits: Edits) -> None:
+    """No denoiser runs then, and what is compared are the texts' conditionings."""
+    _, tuned = on_model(kit, "a.safetensors")
+    before = kit.outputs()[0]
+    *_, lora, report = edits.run("ExtractLora", kit.model, kit.model, kit.clip, tuned, rank=4)
+    assert {site.partition(".")[0] for site in lora.lora.sites} == {"text_encoder"}
+    assert "error 0." in report or "error 1." in report
+    assert torch.equal(kit.outputs()[0], before)
+    assert kit.hooks() == 0
+
+
 def test_both_models_are_as_they_were_after_a_failure_and_an_interrupt(
     kit: Kit, edits: Edits
 ) -> None:
