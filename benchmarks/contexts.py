@@ -1,15 +1,17 @@
-"""How many contexts: the denoiser's error and pictures, on calibration prompts and on new words.
+"""How many contexts and timesteps: the denoiser's error and pictures, on seen and on new words.
 
 ``python benchmarks/contexts.py`` merges four sets of the toybox's own ten on six templates, by
-`contexts`, and writes ``results/contexts.json``. Of each merge and set: the error of
-:mod:`held_out`, and the share of attributes and of backgrounds that are right in pictures, three a
-prompt; each on backgrounds that the templates have (seen) and on others (new). What is there is not
-made again.
+`contexts` and `timesteps`, and writes ``results/contexts.json``. Of each merge and set: the error
+of :mod:`held_out`, and the share of attributes and of backgrounds that are right in pictures, three
+a prompt; each on backgrounds that the templates have (seen) and on others (new). What is there is
+not made again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
+from typing import Any
 
 from held_out import HeldOut
 from outputs import read, result_file, write
@@ -27,7 +29,9 @@ CALIBRATIONS = {
     "none, and no generic rows": {"contexts": 0.0, "generic": 0.0},
     "none": {"contexts": 0.0},
     **{str(share): {"contexts": share} for share in (0.1, 0.25, 0.5, 0.8)},
+    "six timesteps": {"timesteps": 6},
 }
+"""At four timesteps, unless it says another number."""
 EACH, SEED = 3, 7
 
 
@@ -59,7 +63,8 @@ def main() -> None:
         for name, values in CALIBRATIONS.items():
             if key in found.setdefault(name, {}):
                 continue
-            calibration = Calibration(templates=TEMPLATES, seed=0, **values)
+            fields: Mapping[str, Any] = {"timesteps": 4, "seed": 0, **values}
+            calibration = Calibration(templates=TEMPLATES, **fields)
             concepts = world.merged_concepts(numbers)
             lora = merge_loras(world.host, concepts, calibration=calibration).lora
             found[name][key] = {

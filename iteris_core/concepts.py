@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -149,6 +149,10 @@ class Concept(Settings):
         return self.lora is None
 
 
+_STEPS, _STEPS_OF_MANY, _MANY = 4, 6, 5
+"""Timesteps, and those from so many LoRAs on: docs/decisions.md, "How many samples"."""
+
+
 @dataclass(frozen=True)
 class Calibration(Settings):
     """Settings of the samples on which features are collected."""
@@ -160,8 +164,12 @@ class Calibration(Settings):
         low=1,
         most=1000,
     )
-    timesteps: int = setting(
-        4, "Latents per prompt, from different steps of denoising.", low=1, most=10
+    timesteps: int | None = setting(
+        None,
+        "Latents per prompt, from different steps of denoising.",
+        none="4, and 6 from five LoRAs on",
+        low=1,
+        most=10,
     )
     latents: Literal["denoising", "noise"] = setting(
         "denoising",
@@ -220,9 +228,21 @@ class Calibration(Settings):
         most=0xFFFFFFFFFFFFFFFF,
     )
 
+    def settled(self, loras: int) -> Calibration:
+        """The same for a merge of so many LoRAs, with the number of ``timesteps``."""
+        if self.timesteps is not None:
+            return self
+        steps = _STEPS_OF_MANY if loras >= _MANY else _STEPS
+        return replace(self, timesteps=min(steps, self.denoising_steps))
+
+    @property
+    def rows_each(self) -> int:
+        """The number of rows for each sample; until it is :meth:`settled` that of a few LoRAs."""
+        return self.timesteps or min(_STEPS, self.denoising_steps)
+
     def check(self) -> None:
         super().check()
-        if self.timesteps > self.denoising_steps:
+        if self.timesteps is not None and self.timesteps > self.denoising_steps:
             raise SettingsError(
                 f"timesteps ({self.timesteps}) cannot exceed denoising_steps "
                 f"({self.denoising_steps})."

@@ -158,10 +158,12 @@ def begun(
 ) -> tuple[Job, list[Concept]]:
     """A job with its concepts and no changes yet, and the concepts that are on all the time."""
     counting = [concept for concept in concepts if concept.counts]
+    merged = always_on(counting, "no")
+    calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
     eta, generator = Eta(), torch.Generator().manual_seed(calibration.seed)
     job = Job(
         cast(Host, host),
-        always_on(counting, "no"),
+        merged,
         {},
         calibration,
         generator,

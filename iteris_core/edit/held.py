@@ -32,7 +32,7 @@ def output_error(
 ) -> float:
     """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that ``tuned`` denoised to
     prompts of ``concept`` with another seed: 0 of a LoRA that is the fine-tune, 1 of the base."""
-    size = min(_SAMPLES, calibration.samples), min(_TIMESTEPS, calibration.timesteps)
+    size = min(_SAMPLES, calibration.samples), min(_TIMESTEPS, calibration.rows_each)
     held_out = replace(
         calibration, samples=size[0], timesteps=size[1], seed=calibration.seed ^ _SEED
     )

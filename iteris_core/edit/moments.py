@@ -22,8 +22,9 @@ showed still counts a little. Chosen on two of the toybox's own concepts."""
 
 
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """A whole one as it is, or the defaults with what is ``given`` by name."""
-    return given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
+    """The calibration of one LoRA: a whole one, or the defaults with what is ``given`` by name."""
+    whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
+    return whole.settled(1)
 
 
 @dataclass(frozen=True)

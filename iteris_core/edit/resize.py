@@ -137,7 +137,7 @@ def _as_worthy(
 def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
     """The sites in ``ranks`` fitted at these to their whole output with all of the job's changes,
     in a sweep over what passed the sites before; those that are not there keep no change."""
-    size = job.calibration.samples, job.calibration.timesteps, 1
+    size = job.calibration.samples, job.calibration.rows_each, 1
     fit = RegressionSpec(job.weights, POLICY.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}
     solver = StageSolver(

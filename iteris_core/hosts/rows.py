@@ -66,7 +66,7 @@ def added_concepts(
 ) -> list[Concept]:
     """The concepts that a host with prompts adds to those of a merge: generic prompts, on which the
     base is to stay as it is, and composites, of which :func:`.composites_of` makes the prompts."""
-    rows = calibration.samples * calibration.timesteps
+    rows = calibration.samples * calibration.rows_each
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
     generic = _generic_concept(concepts, calibration, wording)
@@ -83,7 +83,7 @@ def _generic_concept(
     called = all(calling_words([concept]) for concept in loras)
     if not calibration.generic or len(loras) < 2 or not called:
         return None
-    count = _preserved_rows(calibration.samples * calibration.timesteps)
+    count = _preserved_rows(calibration.samples * calibration.rows_each)
     prompts = wording.generic(count)
     return Concept(None, prompts, trigger=GENERIC, weight=calibration.generic)
 
@@ -196,7 +196,7 @@ def drawn_steps(
     """The ``steps`` of a denoising at which each of ``count`` samples is kept, ascending,
     (count, timesteps)."""
     picks = [torch.randperm(steps, generator=generator) for _ in range(count)]
-    return torch.stack([pick[: calibration.timesteps] for pick in picks]).sort(dim=1)[0]
+    return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
 
 
 def _filled_up(prompts: Sequence[str], wording: Wording) -> list[str]:

@@ -63,7 +63,7 @@ def expect_block_polish(job: Job, how: BlockSteps) -> None:
     if how.pairs and (pairs := pairs_of(job, rows)):
         samples = len(pairs) * samples_each(job, pairs, rows)
         job.eta.later(SHOWING, samples * job.calibration.denoising_steps)
-        forwards += samples * job.calibration.timesteps * 3 * 3
+        forwards += samples * job.calibration.rows_each * 3 * 3
     job.eta.later(WHAT, forwards)
 
 

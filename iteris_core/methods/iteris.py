@@ -77,7 +77,7 @@ def _solver(
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
-        ran = stage.samples or job.calibration.samples, job.calibration.timesteps, job.loras
+        ran = stage.samples or job.calibration.samples, job.calibration.rows_each, job.loras
         ridge = job.policy.ridge_for(*ran)
         pull = pull or job.policy.pull_for(*ran)
     fit = RegressionSpec(

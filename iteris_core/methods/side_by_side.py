@@ -45,7 +45,7 @@ def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
     count = len(able)
     if not job.host.pictures or count < 2:
         return []
-    most = max(1, rows // job.calibration.timesteps)
+    most = max(1, rows // job.calibration.rows_each)
     found = [
         (one, able[(place + step) % count])
         for step in range(1, count)
@@ -63,7 +63,7 @@ def _is_shown(concept: Concept) -> bool:
 
 
 def samples_each(job: Job, pairs: Sequence[Any], rows: int) -> int:
-    return max(1, round(rows / (len(pairs) * job.calibration.timesteps)))
+    return max(1, round(rows / (len(pairs) * job.calibration.rows_each)))
 
 
 def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | None:

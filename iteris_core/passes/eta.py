@@ -78,7 +78,7 @@ class Eta:
         about how many rows the stage will have."""
         rows = Counter(seen.stage.concept_ids)
         if seen.stage.spatial:
-            more = calibration.samples * calibration.timesteps / calibration.denoising_steps
+            more = calibration.samples * calibration.rows_each / calibration.denoising_steps
             each = [round(rows[owner] * more) for owner in range(len(concepts))]
         else:
             shares = context_shares(concepts, calibration)
@@ -208,6 +208,6 @@ def _texts(concept: Concept, contexts: float, calibration: Calibration) -> int:
     pool = distinct_prompts(concept, calibration)
     if concept.lora is None:
         return pool
-    of_rows = calibration.samples * calibration.timesteps * (1 - calibration.empty_share)
+    of_rows = calibration.samples * calibration.rows_each * (1 - calibration.empty_share)
     plain = min(calibration.samples, pool)
     return round(plain + contexts * of_rows) + (calibration.empty_share > 0)

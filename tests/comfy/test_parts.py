@@ -242,7 +242,7 @@ def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
     assert (shown["default"], shown["min"], shown["max"]) == (-1.0, -1.0, 1.0)
     assert "-1: 1 - 2 / LoRAs" in shown["tooltip"]
     shown = inputs.setting_input(core.Calibration, "timesteps").as_dict()
-    assert (shown["default"], shown["min"], shown["max"]) == (4, 1, 10)
+    assert (shown["default"], shown["min"], shown["max"]) == (0, 0, 10)
     assert "the same result" not in inputs.setting_input(core.IterisSettings, "schedule").tooltip
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import make_lora, tiny
 
-from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError
+from iteris_core import Calibration, Concept, IterisError, Lora, SettingsError, merge_loras
 from iteris_core.calibration_prompts import (
     CAPTIONS,
     Wording,
@@ -16,6 +17,7 @@ from iteris_core.calibration_prompts import (
 )
 from iteris_core.concepts import KINDS, TEMPLATES, Words, words_in
 from iteris_core.errors import ConceptError
+from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.rows import (
     SamplePrompts,
     TextRows,
@@ -215,6 +217,26 @@ def test_from_six_loras_on_half_of_the_rows_carry_further_words():
     styled = [loras[0], Concept(Lora({}), trigger="t1", kind="style")]  # also with a style
     assert share(styled, None) == pytest.approx(0.5, abs=0.05)
     assert share(styled, 0.25) == pytest.approx(0.25, abs=0.05)
+
+
+def test_from_five_loras_on_a_sample_has_six_timesteps():
+    assert [Calibration().settled(loras).timesteps for loras in (1, 4, 5, 20)] == [4, 4, 6, 6]
+    assert Calibration(denoising_steps=3).settled(2).timesteps == 3
+    assert Calibration(timesteps=2).settled(9) == Calibration(timesteps=2)
+    assert Calibration().rows_each == 4
+
+
+def test_a_merge_of_five_runs_six_rows_a_sample():
+    host = DiffusersHost(tiny("sd1"))
+    site = next(site for site in host.sites() if site.endswith("attn1.to_q"))
+    given = {"samples": 2, "denoising_steps": 6, "generic": 0.0, "latent_size": 8}
+    for loras, rows in ((4, 2 * 4 * 4), (5, 2 * 5 * 6)):
+        concepts = [
+            Concept(make_lora("sd1", (site,), n), trigger=f"s{n}", class_word="dog")
+            for n in range(loras)
+        ]
+        result = merge_loras(host, concepts, calibration=given)
+        assert f"unet: {rows} rows" in result.report.plan[-1]
 
 
 def test_a_prompt_that_comes_often_is_denoised_with_further_words():
