@@ -2,9 +2,11 @@
 
 ``python benchmarks/memory.py`` writes ``results/memory.json``. The models are diffusers' classes on
 the meta device, in half precision, at their pipelines' own sizes; attention is counted as one
-fused kernel, as GPUs run it. ``left_out`` are samples that do not fit into the budget, which is
-what the merge may take beyond the model; ``waiting_mib`` is what the two rows of a sample wait with
-at most, where they do at every site.
+fused kernel, as GPUs run it. There is a plan for each of :data:`HOSTS`. ``left_out`` are samples
+that do not fit into the budget, which is what the merge may take beyond the model; ``waiting_mib``
+is what the two rows of a sample wait with at most, where they do at every site. ``forwards`` of one
+row are those of denoising and those of the sweep, without replays of blocks;
+``tera_operations`` are theirs, without attention.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import denoisers
 import torch
 from outputs import read, result_file, write
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from iteris_core import Calibration, Concept, Lora, LowRank
+from iteris_core.activations.host_pool import Slot
 from iteris_core.activations.meter import resize
 from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
@@ -40,7 +44,8 @@ from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
 
 FILE = result_file("memory.json")
 GIB = 2**30
-HOST = 80 * GIB
+HOSTS = (18, 45, 80)
+"""GiB of host memory that a merge may take: of PCs of 32 and 64 GiB, and of a large one."""
 RANK, LORAS, AT_ONCE = 16, 2, 32
 HALF = torch.bfloat16
 WORDS = 64
@@ -116,10 +121,10 @@ def wan_call(rows: int) -> Mapping[str, Any]:
 MODELS = {
     "SD 1.5, 512 px": Model(denoisers.sd15, unet_call(64, 768), 4),
     "SDXL, 1024 px": Model(
-        denoisers.sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 6
+        denoisers.sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 8
     ),
     "FLUX.1, 1024 px": Model(
-        denoisers.flux, flux_call, 8,
+        denoisers.flux, flux_call, 12,
         (".to_", ".add_", ".ff.net", ".ff_context.net", ".proj_mlp", ".proj_out"),
     ),
     "Z-Image, 1024 px": Model(
@@ -165,18 +170,18 @@ class Nowhere:
 
     device = torch.device("meta")
 
-    def put(self, storage: torch.UntypedStorage) -> list[Tensor]:
-        slot = [torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")]
+    def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
+        slot = Slot([torch.empty(storage.nbytes(), dtype=torch.uint8, device="meta")])
         resize(storage, 0)
         return slot
 
-    def fill(self, storage: torch.UntypedStorage, slot: list[Tensor]) -> None:
-        resize(storage, len(slot[0]))
+    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
+        resize(storage, slot.nbytes)
 
     def empty(self, storage: torch.UntypedStorage) -> None:
         resize(storage, 0)
 
-    def free(self, slot: list[Tensor]) -> None: ...
+    def free(self, slot: Slot) -> None: ...
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -193,11 +198,11 @@ def planned(model: Model) -> dict[str, Any]:
         out, width = host.sites()[site].weight.shape
         change = LowRank(torch.ones(out, RANK), torch.ones(RANK, width))
         changes[site] = SiteChanges((change,) * LORAS)
-    calibration, generator = Calibration(), torch.Generator()
+    calibration, generator = Calibration().settled(LORAS), torch.Generator()
     concepts = [Concept(Lora({}), trigger=str(number)) for number in range(LORAS)]
     job = Job(host, concepts, changes, calibration, generator, lambda *_: None)
     job, repairs = with_repairs(job)
-    each = calibration.samples * calibration.timesteps
+    each = calibration.samples * calibration.rows_each
 
     def run(rows: Any, copies: int) -> None:
         network(**model.call(len(rows) * copies), return_dict=False)
@@ -210,30 +215,41 @@ def planned(model: Model) -> dict[str, Any]:
         job.run() as session,
         patch("torch.nn.functional.scaled_dot_product_attention", fused),
         patch("torch.is_autocast_enabled", lambda *_: False),  # it knows no meta device
-        patch("iteris_core.activations.barriers._alike", lambda *_: True),  # nothing to compare
+        patch("iteris_core.activations.barriers.alike", lambda *_: True),  # nothing to compare
         patch("iteris_core.passes.strategies.is_apart", lambda *_: True),
     ):
         lockstep, limit = session.lockstep, limit_of(stage, batching)
         measure = Measure(stage, lockstep, 2, limit, solver.dtype.itemsize)
         sites = {site: solver.bytes(site, True) for site in stage.sites}
         cost, fixed = measure.row(), lockstep.cast_bytes
+        with FlopCounterMode(display=False) as counter:
+            run([0], 1)
         first = Footprint(stage, ON_DEVICE, cost, None, sites, fixed)
         footprints = [first, *others(first, measure, Nowhere(), batching)]
-    limits = MemoryLimits(round(model.budget_gib * GIB), HOST)
     [waiting] = [
         some.parked.waiting for some in footprints if some.parked and some.strategy.name == IN_HOST
     ]
-    made = plan_stage(footprints, limits, AT_ONCE)
-    return {
+    denoised = LORAS * calibration.samples * calibration.denoising_steps
+    found: dict[str, Any] = {
         "budget_gib": model.budget_gib,
-        "peak_gib": round(made.bytes / GIB, 2),
-        "way": made.strategy.name,
-        "rows": made.rows,
-        "at_once": made.at_once,
-        "left_out": made.offered - made.rows,
-        "host_gib": round(made.host_bytes / GIB, 1),
         "waiting_mib": round(waiting / 2**20, 1),
+        "by_host": {},
     }
+    for host_gib in HOSTS:
+        limits = MemoryLimits(round(model.budget_gib * GIB), host_gib * GIB)
+        made = plan_stage(footprints, limits, AT_ONCE)
+        forwards = denoised + 2 * made.rows
+        found["by_host"][str(host_gib)] = {
+            "peak_gib": round(made.bytes / GIB, 2),
+            "way": made.strategy.name,
+            "rows": made.rows,
+            "at_once": made.at_once,
+            "left_out": made.offered - made.rows,
+            "host_gib": round(made.host_bytes / GIB, 1),
+            "forwards": forwards,
+            "tera_operations": round(forwards * counter.get_total_flops() / 1e12),
+        }
+    return found
 
 
 def main() -> None:

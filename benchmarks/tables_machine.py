@@ -18,20 +18,27 @@ _GIB = 1024
 
 
 def memory() -> list[str]:
-    """What a merge takes of models of full size, by the plan."""
+    """What a merge takes of models of full size, by the plan and the computer's memory."""
     rows = [
         (
             name,
             f"{entry['budget_gib']} GiB",
-            f"{entry['peak_gib']:.1f} GiB",
-            f"{entry['host_gib']:.0f} GiB" if entry["host_gib"] else "",
-            f"{entry['left_out']} of {entry['rows'] + entry['left_out']}",
-            _way(entry["way"]),
+            f"{host} GiB",
+            f"{made['peak_gib']:.1f} GiB",
+            f"{made['host_gib']:.0f} GiB" if made["host_gib"] else "",
+            f"{made['left_out']} of {made['rows'] + made['left_out']}",
+            str(made["forwards"]),
+            str(made["tera_operations"]),
+            _way(made["way"]),
         )
         for name, entry in load("memory.json").items()
+        for host, made in entry["by_host"].items()
     ]
-    head = ("", "budget", "most that is held", "in the computer's memory", "rows left out", "how")
-    table = lines(head, rows, right=5)
+    head = (
+        *("", "card's budget", "computer's", "held on the card", "in the computer's memory"),
+        *("rows left out", "forwards", "10¹² operations", "how"),
+    )
+    table = lines(head, rows, right=8)
     table[1] = table[1].removesuffix("---:|") + "---|"
     return table
 
@@ -49,10 +56,9 @@ def waiting() -> list[str]:
         (
             name,
             f"{entry['waiting_mib']:.0f} MiB",
-            f"{entry['waiting_mib'] * (entry['rows'] + entry['left_out']) / _GIB:.0f} GiB",
+            f"{entry['waiting_mib'] * 400 / _GIB:.0f} GiB",
         )
         for name, entry in load("memory.json").items()
-        if "waiting_mib" in entry
     ]
     return lines(("model, half precision", "a sample's two rows wait with", "400 samples"), rows, 2)
 

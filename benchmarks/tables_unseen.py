@@ -107,6 +107,8 @@ def contexts() -> list[str]:
     for name, sets in load("contexts.json").items():
         few = [of for numbers, of in sets.items() if len(numbers.split(",")) < 6]
         six = [of for numbers, of in sets.items() if len(numbers.split(",")) == 6]
+        if not (few and six):
+            continue  # is being measured
         means = [
             [fmean(of[kind][i] for of in some) for kind in ("seen", "new")]
             for some in (few, six)
@@ -116,6 +118,18 @@ def contexts() -> list[str]:
     columns = ("error", "attributes", "backgrounds")
     heads = [f"{of}: {column}" for of in ("four and five", "six") for column in columns]
     return lines(("contexts", *heads), rows, right=6)
+
+
+def packed_rows() -> list[str]:
+    """Merges whose rows wait in one way or another, on new words."""
+    sets = load("packed_rows.json")
+    order = sorted(sets, key=len)
+    rows = [
+        [name, *(" / ".join(short(f"{value:.3f}") for value in sets[key][name]) for key in order)]
+        for name in sets[order[0]]
+    ]
+    counts = {2: "two LoRAs", 5: "five LoRAs"}
+    return lines(("rows wait", *(counts[len(key.split(","))] for key in order)), rows, right=2)
 
 
 def _cell(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: str) -> str:
@@ -155,6 +169,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "composites": composites,
     "minilm": minilm,
     "contexts": contexts,
+    "packed rows": packed_rows,
     "unseen styles": partial(unseen, "unseen_styles.json", "2", STYLED),
     **{
         f"unseen toybox before {size}": partial(

@@ -24,7 +24,15 @@ from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.passes import sweep as loops
 from iteris_core.passes.plan import Plan
-from iteris_core.passes.strategies import BLOCKS, IN_HOST, ON_DEVICE, Strategy, find, replayable
+from iteris_core.passes.strategies import (
+    BLOCKS,
+    IN_HOST,
+    ON_DEVICE,
+    PACKED,
+    Strategy,
+    find,
+    replayable,
+)
 from iteris_core.solve.choose import POLICY
 from toybox import TEMPLATES
 
@@ -49,13 +57,13 @@ WAYS = tuple(
     for blocks in ("", *(f", by {size}" for size in BLOCKS))
     for place in (ON_DEVICE.name, IN_HOST)
 )
-"""Every way to run a sweep, as plans call it; the first is the quickest."""
+"""Every way to run a sweep with one result, as plans call it; the first is the quickest."""
 
 
 @contextmanager
 def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     """Sweeps run so, whatever there is room for. Raises :class:`IterisError` where no stage can."""
-    place, _, size = way.partition(", by ")
+    place, _, size = way.removesuffix(PACKED).partition(", by ")
     ran: list[str] = []
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, *, sweep: bool, **__: Any) -> Plan:
@@ -71,7 +79,8 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             offloads = next(next(iter(run.job.host.sites().values())).parameters()).device
         if not size or barriers.blocks:
             ran.append(stage.name)
-        strategy = Strategy(way, barriers=barriers, offloads=offloads)
+        packs = way.endswith(PACKED)
+        strategy = Strategy(way, barriers=barriers, offloads=offloads, packs=packs)
         return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
 
     with patch.object(loops, "planned", planned):

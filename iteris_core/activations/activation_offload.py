@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .host_pool import HostPool, Slot
+from .host_pool import Place, Slot
 from .meter import storage_of
 
 IDLE_PAUSES = 3
@@ -35,11 +35,12 @@ when they run after v, or by way of a view."""
 
 @dataclass(eq=False)
 class _Held:
-    """A storage that forward ``owner`` made, last used before its pause number ``touched``. While
-    it is ``away`` its bytes are in ``slot``; a slot beside a storage that is there is a copy that
-    still holds."""
+    """A storage of ``dtype`` that forward ``owner`` made, last used before its pause number
+    ``touched``. While it is ``away`` its bytes are in ``slot``; a slot beside a storage that is
+    there is a copy that still holds."""
 
     storage: weakref.ref[torch.UntypedStorage]
+    dtype: torch.dtype
     owner: int
     touched: int
     slot: Slot | None = None
@@ -54,7 +55,7 @@ class ActivationOffload(TorchDispatchMode):
     """
 
     def __init__(
-        self, place: HostPool, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
+        self, place: Place, stay: Set[int] = frozenset(), modules: Sequence[nn.Module] = ()
     ) -> None:
         super().__init__()
         self.left = 0
@@ -70,7 +71,7 @@ class ActivationOffload(TorchDispatchMode):
     @property
     def away(self) -> int:
         """Bytes that wait in the place now."""
-        return sum(map(len, (p for h in self._held.values() if h.away for p in h.slot or ())))
+        return sum(h.slot.nbytes for h in self._held.values() if h.away and h.slot is not None)
 
     def turn(self, forward: int) -> None:
         """``forward`` goes on: what it used last is put back."""
@@ -168,7 +169,7 @@ class ActivationOffload(TorchDispatchMode):
         assert self._now is not None
 
         ref = weakref.ref(storage, lambda _: self._remove(key))
-        held = _Held(ref, self._now, self._pauses[self._now])
+        held = _Held(ref, tensor.dtype, self._now, self._pauses[self._now])
         self._held[key] = self._forwards[self._now][key] = held
 
     def _remove(self, key: int) -> None:
@@ -186,7 +187,7 @@ class ActivationOffload(TorchDispatchMode):
             self._forget(held)
             return
         if held.slot is None:
-            held.slot = self._place.put(storage)
+            held.slot = self._place.put(storage, held.dtype)
         else:
             self._place.empty(storage)
         held.away = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,18 @@ _PINNED = 0.4
 can neither be swapped nor had by another program."""
 _pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
 
-Slot = list[Tensor]
-"""Where one storage waits: pieces of slabs, as bytes."""
+
+@dataclass(eq=False)
+class Slot:
+    """The place of one storage that waits: ``pieces`` of slabs, as bytes; and of what was
+    ``packed`` its own dtype and number of bytes."""
+
+    pieces: Sequence[Tensor]
+    packed: tuple[torch.dtype, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.pieces))
 
 
 @contextmanager
@@ -33,6 +44,17 @@ def pinning_at_most(size: int | None) -> Generator[None]:
         yield
     finally:
         _pinnable.reset(token)
+
+
+class Place(Protocol):
+    """Where storages of ``device`` wait: a :class:`HostPool`, or a packing of what goes there."""
+
+    device: torch.device
+
+    def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot: ...
+    def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None: ...
+    def empty(self, storage: torch.UntypedStorage) -> None: ...
+    def free(self, slot: Slot) -> None: ...
 
 
 class HostPool:
@@ -58,8 +80,8 @@ class HostPool:
             wait_for(self.device)
             empty_host_cache()
 
-    def put(self, storage: torch.UntypedStorage) -> Slot:
-        """Copy what ``storage`` holds, and resize it to nothing."""
+    def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
+        """Copy the bytes of ``storage``, of whatever ``dtype``, and resize it to nothing."""
         slot = self._slot(storage.nbytes())
         self._copy(slot, storage, back=False)
         resize(storage, 0)
@@ -67,7 +89,7 @@ class HostPool:
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
         """Give ``storage`` its size and bytes back; they stay in ``slot`` as well."""
-        resize(storage, sum(map(len, slot)))
+        resize(storage, slot.nbytes)
         self._copy(slot, storage, back=True)
 
     def empty(self, storage: torch.UntypedStorage) -> None:
@@ -75,24 +97,22 @@ class HostPool:
         resize(storage, 0)
 
     def free(self, slot: Slot) -> None:
-        for piece in slot:
+        for piece in slot.pieces:
             slab = next(slab for slab in self._slabs if slab.has(piece))
             slab.free(piece)
 
     def _copy(self, slot: Slot, storage: torch.UntypedStorage, *, back: bool) -> None:
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         self.moved += len(whole)
-        for piece, part in zip(slot, whole.split([len(p) for p in slot]), strict=True):
+        parts = whole.split([len(piece) for piece in slot.pieces])
+        for piece, part in zip(slot.pieces, parts, strict=True):
             if back:
                 part.copy_(piece, non_blocking=True)
             else:
                 piece.copy_(part, non_blocking=True)
 
     def _slot(self, size: int) -> Slot:
-        slot: Slot = []
-        for start in range(0, size, _SLAB):
-            slot.append(self._piece(min(_SLAB, size - start)))
-        return slot
+        return Slot([self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)])
 
     def _piece(self, size: int) -> Tensor:
         for slab in self._slabs:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.host_pool import HostPool, wait_for
+from ..activations.host_pool import Place, wait_for
 from ..activations.lockstep import Lockstep
 from ..activations.meter import MemoryMeter
 from ..activations.micro_batch import MicroBatch
@@ -94,7 +94,7 @@ class Measure:
     limit: Limit = None
     itemsize: int = 4
 
-    def row(self, barriers: Barriers | None = None, place: HostPool | None = None) -> Cost:
+    def row(self, barriers: Barriers | None = None, place: Place | None = None) -> Cost:
         """What a row costs that waits on the device, or in ``place``, at the end of each of the
         ``barriers`` (None: at every site).
 
@@ -150,7 +150,7 @@ class _Run:
         measure: Measure,
         rows: Sequence[int],
         barriers: Barriers | None,
-        place: HostPool | None,
+        place: Place | None,
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device
@@ -227,14 +227,16 @@ class _Run:
         meter, offload = self._meter, self._offload
         if not self.keeps:
             self._level.clear()
-        waiting = meter.live + (0 if offload is None else offload.away)
+        running, waiting = meter.peak, meter.live
+        if offload is not None:
+            offload.rest()
+            waiting = meter.live + offload.away
         level = slice(self._solved, None)
         self.steps[level] = [
-            replace(step, waiting=waiting, running=meter.peak) for step in self.steps[level]
+            replace(step, waiting=waiting, running=running) for step in self.steps[level]
         ]
         self._solved = len(self.steps)
         if offload is not None:
-            offload.rest()
             offload.turn(0)
         self._level.clear()
         meter.peak = meter.live

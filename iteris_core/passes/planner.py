@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from ..activations.host_pool import HostPool
+from ..activations.host_pool import HostPool, Place
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_apart, is_out_of_memory
 from ..activations.oom_retry import halved
@@ -99,7 +99,7 @@ def planned(
 
 
 def others(
-    footprint: Footprint, measure: Measure, place: HostPool | None, batching: ExecutionConfig
+    footprint: Footprint, measure: Measure, place: Place | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
     """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost
@@ -107,7 +107,9 @@ def others(
         if strategy.barriers is not barriers:
             barriers = strategy.barriers
             cost = measure.row(barriers)
-        parked = None if strategy.offloads is None else measure.row(barriers, place)
+        parked = None
+        if strategy.offloads is not None and place is not None:
+            parked = measure.row(barriers, strategy.place(place))
         sampled = None
         if barriers is not None and streams(stage, barriers):
             sampled = sampled_rows(stage, batching.policy)

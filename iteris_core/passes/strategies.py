@@ -1,22 +1,25 @@
-"""The ladder of strategies to run a sweep, all with the same result, the quickest first.
+"""The ladder of strategies to run a sweep, the quickest first, all but the last with one result.
 
 Rows wait on the device at every site, which takes most; or in host memory, at the end of every
 level; or block by block (:mod:`..activations.replay`), on the device or in host memory: a row waits
-with what enters a block, small ones or large ones. The planner takes the first that fits, and where
-memory runs out all the same, the merge goes on from there.
+with what enters a block, small ones or large ones. Last, what waits in host memory is rounded to 8
+bits (:mod:`..activations.packing`). The planner takes the first that fits, and where memory runs
+out all the same, the merge goes on from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..activations.barriers import Found, watched, with_replayable
+from ..activations.host_pool import Place
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, is_apart, usable
 from ..activations.micro_batch import MicroBatch
+from ..activations.packing import PackedPlace
 from ..activations.processes import Processes
 from ..activations.replay import Barriers
 from ..hosts.protocol import Stage
@@ -25,19 +28,24 @@ from ..solve.choose import POLICY, Policy
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
 """Sizes of :attr:`..solve.choose.Policy.blocks`, and how many times longer a sweep takes, as
 measured (docs/decisions.md)."""
-_IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
+_IN_HOST, _BLOCKS_IN_HOST, _PACKED = 1.4, 1.25, 1.1  # times longer
 
 
 @dataclass(frozen=True)
 class Strategy:
     """Rows pause at the end of each of the ``barriers`` (None: at every site) and, if one
-    ``offloads`` a device, those that have no room there wait in host memory. A sweep takes so many
-    times longer (``slower``) than by the first one."""
+    ``offloads`` a device, those that have no room there wait in host memory, at 8 bits if it
+    ``packs`` them. A sweep takes so many times longer (``slower``) than by the first one."""
 
     name: str = ""
     slower: float = 1.0
     barriers: Barriers | None = field(default=None, repr=False)
     offloads: torch.device | None = None
+    packs: bool = False
+
+    def place(self, place: Place) -> Place:
+        """``place`` as rows wait in it."""
+        return PackedPlace(place) if self.packs else place
 
     @property
     def by_blocks(self) -> bool:
@@ -46,14 +54,16 @@ class Strategy:
 
 ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
+PACKED = ", at 8 bits"
 
 
 def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strategy]:
     """All but the first, :data:`ON_DEVICE`; a row or two run to find them."""
     found = find(stage, lockstep)
     apart = is_apart(found.device)
+    last = Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
     if apart:
-        yield Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
+        yield last
     before = None
     for most, (size, slower) in zip(policy.blocks, BLOCKS.items(), strict=False):
         barriers = replayable(stage, lockstep, found.barriers(most), policy)
@@ -63,7 +73,10 @@ def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strateg
         yield Strategy(f"{ON_DEVICE.name}, by {size}", slower, barriers)
         if apart:
             slower *= _BLOCKS_IN_HOST
-            yield Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
+            last = Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
+            yield last
+    if apart:
+        yield replace(last, name=f"{last.name}{PACKED}", slower=_PACKED * last.slower, packs=True)
 
 
 def find(stage: Stage, lockstep: Lockstep) -> Found:

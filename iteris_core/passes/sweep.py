@@ -150,7 +150,8 @@ class _Passes:
         place = offload = None
         if strategy.offloads is not None:
             place = HostPool(strategy.offloads, plan.host_limit)
-            offload = ActivationOffload(place, modules=list(job.host.sites().values()))
+            modules = list(job.host.sites().values())
+            offload = ActivationOffload(strategy.place(place), modules=modules)
         processes = lockstep.processes
         mine = processes.mine(len(stage.concept_ids)) if stage.sites else ()
         sampled = sampled_rows(stage, batching.policy)

@@ -64,7 +64,7 @@ def test_bytes_come_back_and_their_place_is_used_again():
     memory = HostPool(CPU, 1 << 20)
     tensors = [torch.randn(n) for n in (1000, 7, 3000)]
     wanted = [tensor.clone() for tensor in tensors]
-    slots = [memory.put(tensor.untyped_storage()) for tensor in tensors]
+    slots = [memory.put(tensor.untyped_storage(), tensor.dtype) for tensor in tensors]
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
     assert held(memory) == 4096 + 512 + 12288
     for tensor, slot in zip(tensors, slots, strict=True):
@@ -80,7 +80,7 @@ def test_what_does_not_fit_into_host_memory_is_said_and_stays():
     memory = HostPool(CPU, 5000)
     tensor = torch.ones(2000)
     with pytest.raises(OutOfMemory, match=r"Host memory ran out.*Lower samples"):
-        memory.put(tensor.untyped_storage())
+        memory.put(tensor.untyped_storage(), tensor.dtype)
     assert float(tensor.sum()) == 2000
 
 
@@ -89,8 +89,8 @@ def test_storages_of_more_than_a_slab(monkeypatch):
     memory = HostPool(CPU, 1 << 20)
     tensor = torch.randn(2500)
     wanted = tensor.clone()
-    slot = memory.put(tensor.untyped_storage())
-    assert [len(piece) for piece in slot] == [4096, 4096, 1808]
+    slot = memory.put(tensor.untyped_storage(), tensor.dtype)
+    assert [len(piece) for piece in slot.pieces] == [4096, 4096, 1808]
     memory.fill(tensor.untyped_storage(), slot)
     assert torch.equal(tensor, wanted)
 
