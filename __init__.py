@@ -7,7 +7,7 @@ _OLDEST = (3, 10)
 
 
 def _lacking() -> str:
-    """What the nodes need and is not there."""
+    """The packages that the nodes need and that are missing."""
     if sys.version_info[:2] < _OLDEST:
         return f"Python {'.'.join(map(str, _OLDEST))} or newer; this is {sys.version.split()[0]}"
     try:

@@ -145,7 +145,7 @@ class Concept(Settings):
 
     @property
     def preserves(self) -> bool:
-        """Whether there is no LoRA, but prompts on which the base is to stay as it is."""
+        """True if there is no LoRA, but prompts on which the base is to stay as it is."""
         return self.lora is None
 
 

@@ -81,7 +81,7 @@ class MergeConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
-        """Of built-in types alone; ``name`` and ``usual`` are as in
+        """The configuration in built-in types alone; ``name`` and ``usual`` are as in
         :meth:`.concept_config.ConceptConfig.to_dict`."""
         data = {
             "base": self.base,

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a launcher or an experiment sets.
+    """Settings of a launcher or an experiment.
 
     ``processes`` that call :func:`merge_loras` alike share the rows and get one result. ``policy``
     holds the thresholds by which ways of solving are chosen.
@@ -178,7 +178,7 @@ def begun(
 
 @dataclass(frozen=True)
 class _Made:
-    """What was ``merged`` of the ``concepts``, and notes on each of them by name. ``always`` are
+    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name. ``always`` are
     those that were on all the time."""
 
     concepts: Sequence[Concept]

@@ -61,7 +61,8 @@ def preview_merge(
     memory_budget: int | Literal["free"] | None = "free",
     policy: Policy = POLICY,
 ) -> Preview:
-    """Which sites a merge of ``concepts`` could not take, and how it would keep to the memory.
+    """Report the sites that a merge of ``concepts`` could not take, and how it would keep to the
+    memory.
 
     Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved: a row or two
     run through the model. Raises :class:`IterisError` for what no merge could begin with.

@@ -1,4 +1,4 @@
-"""How far a merge has come, and about how long it takes yet, from what is measured as it goes."""
+"""Progress of a merge and an estimate of the time left, from what is measured as it goes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIRST = 0.005  # of a kind of work: until so much is measured, what was expecte
 
 @dataclass(frozen=True)
 class Progress:
-    """What a merge is at: ``done`` of ``total`` of ``what``, a few words such as "solving sites".
+    """A step of a merge: ``done`` of ``total`` of ``what``, a few words such as "solving sites".
 
     ``seconds`` have passed since the merge began, and the whole of it takes about ``left`` more
     (None: too little is known yet). A message of its own has a ``total`` of 0; ``plan`` is the line
@@ -24,7 +24,7 @@ class Progress:
     seconds: float = 0.0
     left: float | None = None
     share: float = 0.0
-    """Of the whole merge's time, from 0 to 1; it never goes back."""
+    """The share of the whole merge's time, from 0 to 1; it never goes back."""
     plan: str = ""
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Forecast:
             self._kinds[kind].parts.clear()
 
     def mark(self) -> None:
-        """What is :meth:`spent` next began now."""
+        """Begin now what is :meth:`spent` next."""
         self._mark = self.clock()
 
     def spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:

@@ -43,7 +43,8 @@ class References:
 
     @classmethod
     def of(cls, conditioning: Any = None, latent: Any = None) -> References:
-        """From a CONDITIONING, of several the first, and the first picture of a LATENT."""
+        """The arguments out of a CONDITIONING, of several the first, and the first picture of a
+        LATENT."""
         entries = dict(conditioning[0][1]) if conditioning else {}
         entries = {
             name: value

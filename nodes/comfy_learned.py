@@ -81,7 +81,7 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
         look_up = own._try_get_embedding
 
     def find(text: str) -> tuple[Any, ...]:
-        """As ``_try_get_embedding``: the vectors, in later versions the name, and the text
+        """Replaces ``_try_get_embedding``: the vectors, in later versions the name, and the text
         behind it."""
         name, *rest = text.split()
         plain = name.rstrip(",")

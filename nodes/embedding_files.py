@@ -43,7 +43,7 @@ def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
 
 
 def _is_free(path: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether nothing is there, or just these vectors."""
+    """True if nothing is there, or just these vectors."""
     if any(path.with_suffix(end).exists() for end in (".pt", ".bin")):
         return False  # ComfyUI would take either
     if not path.exists():

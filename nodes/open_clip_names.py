@@ -33,7 +33,7 @@ def check_open_clip() -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether neither its tokenizer nor a tower comes from a hub."""
+    """True if neither its tokenizer nor a tower comes from a hub."""
     config = parse_object(file.read_text(encoding="utf-8"))
     parts = [part for name in ("text_cfg", "vision_cfg") if (part := config.get(name))]
     keys = [key for part in parts for key, value in part.items() if value]

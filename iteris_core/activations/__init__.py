@@ -1,1 +1,2 @@
-"""What a model shows at its sites while it runs, for reference rows and merged rows at once."""
+"""The inputs and outputs of a model's sites while it runs, for reference rows and merged rows at
+once."""

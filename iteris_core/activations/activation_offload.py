@@ -109,7 +109,7 @@ class ActivationOffload(TorchDispatchMode):
             self._now = now
 
     def __exit__(self, *error: Any) -> None:
-        """What outlives the forwards, such as a table that the model has made, is put back."""
+        """Put back what outlives the forwards, such as a table that the model has made."""
         self._now = None
         try:
             with _disable_current_modes():
@@ -199,7 +199,7 @@ class ActivationOffload(TorchDispatchMode):
         held.away = False
 
     def _leave(self, owners: Set[int] = frozenset()) -> None:
-        """What a solve has read of other forwards than ``owners`` is taken off again."""
+        """Take off again what a solve has read of other forwards than ``owners``."""
         with _disable_current_modes():
             for held in [held for held in self._visiting if held.owner not in owners]:
                 del self._visiting[held]
@@ -232,7 +232,7 @@ def _resizable(storage: torch.UntypedStorage) -> bool:
 
 
 def _storages(leaves: Iterable[Any], found: list[int]) -> None:
-    """Which storages the arguments of an operation have. At every operation: no generators here."""
+    """The storages of an operation's arguments. At every operation: no generators here."""
     for leaf in leaves:
         kind = type(leaf)
         if kind is list or kind is tuple:

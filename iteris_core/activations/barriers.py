@@ -35,9 +35,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """What the first forward told: ``sites`` in order, those that are ``joined`` to the one that
-    follows, and the modules in which each was called, from the outside in. ``device`` is where
-    what they received is."""
+    """The barriers that the first forward showed: ``sites`` in order, those that are ``joined`` to
+    the one that follows, and the modules in which each was called, from the outside in. ``device``
+    is where what they received is."""
 
     sites: list[str] = field(default_factory=list[str])
     joined: set[str] = field(default_factory=set[str])
@@ -153,7 +153,7 @@ class _Watch(TorchDispatchMode):
                 self._given[id(tensor)] = tensor, version_of(tensor), group
 
     def _begin(self) -> None:
-        """Of what was shown something was read or changed: a level ends with the last site."""
+        """Note that an output was read or changed: a level ends with the last site."""
         self._outputs.clear()
         self._given.clear()
 
@@ -224,12 +224,12 @@ def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
 
 
 def _storages(tree: Any) -> list[int | None]:
-    """Of every tensor; None where one has none."""
+    """The storage of every tensor; None where one has none."""
     found = [storage_of(leaf) for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [None if storage is None else storage._cdata for storage in found]
 
 
 def _is_view(func: Any, result: Any, asked: Set[int | None]) -> bool:
-    """Whether all that an operation gives are views of what it was asked for."""
+    """True if all outputs of an operation are views of its arguments."""
     made = _storages(result)
     return not func._schema.is_mutable and bool(made) and asked >= set(made)

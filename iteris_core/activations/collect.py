@@ -137,7 +137,7 @@ class StreamCollector(Collector):
 
 
 class SweepCollector(Collector):
-    """What is shown waits until its site is taken, and is reduced then.
+    """Keeps what forwards show at a site until the site is taken, and reduces it then.
 
     ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` says that copies
     of the tokens that count wait, not the model's own tensors. With ``rows``, how many this process
@@ -202,7 +202,7 @@ class SweepCollector(Collector):
             del self._waiting[shown.name]
 
     def _reduced(self, site: str, waiting: list[Observation], tokens: int) -> Reduction:
-        """What waits, reduced; all that will be shown has so many ``tokens``."""
+        """Reduce what waits; all that will be shown has so many ``tokens``."""
 
         def sample(tokens: int) -> list[Tensor]:
             return self._sample(site, waiting, tokens)
@@ -213,7 +213,7 @@ class SweepCollector(Collector):
         return reduction
 
     def _sample_of(self, shown: Observation) -> list[int]:
-        """Those of its rows from which targets are sampled."""
+        """The rows from which targets are sampled."""
         sampled = self._sampled
         return [i for i, row in enumerate(shown.choice.rows) if sampled is None or row in sampled]
 

@@ -17,8 +17,8 @@ from .meter import resize, total_memory
 _SLAB = 256 << 20  # bytes of one allocation: a power of two, to which pinned memory is rounded up
 _GRAIN = 512  # bytes, so that every copy is aligned
 _PINNED = 0.4
-"""How much of all host memory may be pinned: Windows pins half of it at most, and what is pinned
-can neither be swapped nor had by another program."""
+"""The share of all host memory that may be pinned: Windows pins half of it at most, and what is
+pinned can neither be swapped nor had by another program."""
 _pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
 
 
@@ -47,7 +47,8 @@ def pinning_at_most(size: int | None) -> Generator[None]:
 
 
 class Place(Protocol):
-    """Where storages of ``device`` wait: a :class:`HostPool`, or a packing of what goes there."""
+    """A place where storages of ``device`` wait: a :class:`HostPool`, or a packing of what goes
+    there."""
 
     device: torch.device
 

@@ -83,7 +83,7 @@ class Lockstep:
 
     @property
     def cast_bytes(self) -> int:
-        """What the changes take that were cast to the model's dtype or moved to its device."""
+        """Bytes of the changes that were cast to the model's dtype or moved to its device."""
         factors = (f for change in self._cast.values() for f in (change.up, change.down))
         return sum(factor.numel() * factor.element_size() for factor in factors)
 
@@ -308,7 +308,7 @@ def greenlets() -> Any:
 
 
 def _pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
-    """What hands over to the sweep until a site is solved.
+    """A pause that hands over to the sweep until a site is solved.
 
     Greenlets share the thread, and with it torch's modes: whoever goes on has those of its own.
     """

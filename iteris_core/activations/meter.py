@@ -1,4 +1,4 @@
-"""How much memory tensors take: what is live while something runs, and what is free."""
+"""Memory of tensors: what is live while something runs, and what is free."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def total_memory() -> int:
 
 
 def is_apart(device: torch.device) -> bool:
-    """Whether the device's memory is another than the host's."""
+    """True if the device has memory of its own."""
     return device.type in ("cuda", "xpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of any device: CPUs and MPS say it in words only."""
+    """True for errors of any device; CPUs and MPS report it in words only."""
     # torch before 2.5 has CUDA's alone.
     of_device: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     if isinstance(error, (of_device, MemoryError, OutOfMemory)):

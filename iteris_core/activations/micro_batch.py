@@ -43,7 +43,7 @@ class _Received:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often it was changed in place; inference tensors do not count it."""
+    """The number of changes in place; inference tensors do not count them."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -97,7 +97,7 @@ class MicroBatch:
         self._entered[site] = id(tensor), version_of(tensor)
 
     def group_of(self, site: str, tensor: Tensor) -> Group:
-        """What stands for this tensor as ``site`` has received it.
+        """A key for this tensor as ``site`` has received it.
 
         Sites that receive one tensor object, unchanged in between, are of one group: their tokens
         are the same, so that moments are made once. Layers in fp8 clamp their input in place. Of
@@ -122,7 +122,7 @@ class MicroBatch:
         return self.stage, self._groups
 
     def call_of(self, site: str) -> int:
-        """How often the site was called before in this forward, replays of blocks apart."""
+        """The number of earlier calls of the site in this forward, without replays of blocks."""
         if self.until is not None:
             return 0
         self._calls[site] += 1

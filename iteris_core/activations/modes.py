@@ -11,7 +11,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True)
 class Modes:
-    """Whether gradients are kept, autocast by device with its dtype, and whether it caches."""
+    """Torch's modes: gradients, autocast by device with its dtype, and its cache."""
 
     grad: bool
     inference: bool

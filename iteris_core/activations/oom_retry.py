@@ -1,4 +1,4 @@
-"""Where memory runs out, the same is tried with less of it."""
+"""A second try with less memory where memory runs out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def with_less(
     release: Callable[[], None] | None = None,
     ran_out: Callable[[Exception], bool] = is_out_of_memory,
 ) -> tuple[_Made, _Way]:
-    """What ``run`` gives for the first of ``ways`` for which there is memory, and that way.
+    """The result of ``run`` for the first of ``ways`` for which there is memory, and that way.
 
     ``release`` gives back what an allocator keeps, beside CUDA's; ``ran_out`` knows the errors.
     Raises :class:`OutOfMemory` with the ``complaint`` of the last error's text and of the ways that

@@ -1,4 +1,4 @@
-"""How much each token counts: more where a LoRA acts.
+"""Weights of tokens: more where a LoRA acts.
 
 A site has one change for all concepts, and where they want different things of like inputs nobody
 gets all. What is given up had better be background. With a share of f token t of a row counts

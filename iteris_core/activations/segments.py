@@ -90,8 +90,8 @@ def segments_of(found: Found, share: float) -> list[Segment]:
 
 @dataclass(frozen=True)
 class ByRow:
-    """What of a segment has an entry for every row: whether an argument has, by its path, and the
-    numbers of the tensors that it gives."""
+    """The arguments of a segment that have an entry for every row, by path, and the numbers of such
+    tensors among its outputs."""
 
     given: Mapping[str, bool]
     outputs: Sequence[int]
@@ -107,7 +107,7 @@ class ByRow:
         )
 
     def has(self, path: str, leaf: Tensor, rows: int) -> bool:
-        """Whether an argument of so many rows has an entry for each; what one row alone did not
+        """True if an argument of so many rows has an entry for each; what one row alone did not
         bring, such as the mask of shorter ones, is told by its length."""
         return self.given.get(path, _has_length(leaf, rows))
 
@@ -144,7 +144,7 @@ def pass_through(
 def outputs_of(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, by_row: ByRow
 ) -> list[Tensor]:
-    """What the segment gives by row for ``batch``, in host memory."""
+    """The segment's outputs by row for ``batch``, in host memory."""
     _, output = _passed(segment, lockstep, batch, lambda path, leaf: None)
     return by_row.outputs_of(output)
 
@@ -152,8 +152,8 @@ def outputs_of(
 def _passed(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, kept: Callable[[Any, Any], Any]
 ) -> tuple[Any, Sequence[Tensor]]:
-    """What is ``kept`` of the arguments by their paths, which the segment may change in place, and
-    in host memory the tensors that it gives."""
+    """The arguments that are ``kept``, by path, which the segment may change in place, and in host
+    memory the tensors that it gives."""
     seen: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

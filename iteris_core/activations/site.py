@@ -51,7 +51,7 @@ class Site(ABC):
 
     @abstractmethod
     def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
-        """What ``change`` adds to the output, without a bias, shaped as that output."""
+        """The output of ``change`` without a bias, shaped as the site's output."""
 
     def add(self, change: LowRank, inputs: Tensor, outputs: Tensor) -> None:
         """Add :meth:`delta` to ``outputs`` in place."""

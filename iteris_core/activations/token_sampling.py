@@ -1,4 +1,4 @@
-"""Which tokens of a row count, where a part of them is enough."""
+"""Choose tokens of a row, where a part of them is enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class TokenSampling:
         self.gathered: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
     def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
-        """Which of the flattened tokens of rows ``start`` to ``stop``; None: all of them."""
+        """The chosen ones of the flattened tokens of rows ``start`` to ``stop``; None: all of
+        them."""
         limit = length if self._limit is None else self._limit(width)
         if length <= limit:
             return None

@@ -1,4 +1,4 @@
-"""What one micro-batch shows at one site, as tokens."""
+"""The inputs and outputs of one micro-batch at one site, as tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ number. A model that changes the tensor in place makes it another one."""
 
 @dataclass(frozen=True)
 class Observation:
-    """What one micro-batch shows at one site, before the merged change is added.
+    """The inputs and outputs of one micro-batch at one site, before the merged change is added.
 
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
     rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
@@ -104,14 +104,15 @@ class Observation:
         return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
 
     def drift_tokens(self, start: int, stop: int) -> Tensor | None:
-        """How far the merged rows' residual stream is behind the reference rows', (tokens, out)."""
+        """The difference of the reference rows' residual stream to the merged rows', (tokens,
+        out)."""
         if self.stream is None or self.copies == 1:
             return None
         reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
         return reference - self._tokens(self.site.outputs, self.stream, start, stop, True)
 
     def count(self, start: int, stop: int) -> int:
-        """How many tokens :meth:`input_tokens` has."""
+        """The number of tokens of :meth:`input_tokens`."""
         length = self.site.length(self.outputs)
         chosen = self._choice(length, start, stop)
         return (stop - start) * length if chosen is None else len(chosen)
@@ -124,7 +125,7 @@ class Observation:
         return replace(self, mask=None)
 
     def change_tokens(self, change: LowRank, start: int, stop: int) -> Tensor:
-        """What ``change`` added to the outputs of reference rows, (tokens, out)."""
+        """The part of reference rows' outputs that ``change`` added, (tokens, out)."""
         return self._chosen(self._changed(change, start, stop), start, stop)
 
     def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
@@ -135,7 +136,7 @@ class Observation:
         return effect if self.mask is None else effect * self.mask[start:stop]
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
-        """How much each token of :meth:`input_tokens` counts, (tokens, 1); None: all alike."""
+        """The weight of each token of :meth:`input_tokens`, (tokens, 1); None: all alike."""
         if self.weights is None:
             return None
         return self._chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
@@ -167,7 +168,7 @@ class Observation:
         return _selected(tokens, self._choice(tokens.shape[0] // (stop - start), start, stop))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
-        """Which of the tokens of these rows count; None: all."""
+        """The tokens of these rows that count; None: all."""
         chosen = self.choice.indices(length, start, stop, width=self.site.shape[1])
         if self.mask is None:
             return chosen

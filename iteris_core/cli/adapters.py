@@ -28,7 +28,7 @@ _AUTO = {
 
 
 def is_model(base: str, folders: Sequence[str]) -> bool:
-    """Whether the base is a single model of transformers, and no pipeline of diffusers."""
+    """True if the base is a single model of transformers, not a pipeline of diffusers."""
     folder = Path(base)
     if folder.is_dir():
         return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()

@@ -72,7 +72,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 def _extracted(
     options: ExtractOptions, target: Target, device: str, how: Mapping[str, Any]
 ) -> tuple[Extracted, list[str]]:
-    """What was extracted, and the names of what differs and is in no LoRA."""
+    """The extracted LoRA, and the names of differences that no LoRA holds."""
     from ..hosts.diffusers import DiffusersHost
     from ..hosts.diffusers_lora import COMPONENTS, base_of
 

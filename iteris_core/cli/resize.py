@@ -76,7 +76,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
 
 
 def _outputs(configs: Sequence[ConceptConfig], output: Path) -> list[Path]:
-    """Where each file's result goes."""
+    """The output file of each LoRA."""
     if len(configs) == 1 and output.suffix:
         return [output]
     if output.suffix or (output.exists() and not output.is_dir()):

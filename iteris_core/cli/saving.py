@@ -37,7 +37,7 @@ def _denoiser(lora: Lora) -> str:
 
 
 def _has_second(lora: Lora) -> bool:
-    """Whether the LoRA is of two experts, which get a file each."""
+    """True if the LoRA is of two experts, which get a file each."""
     second = f"{second_of(_denoiser(lora))}."
     return any(site.startswith(second) for site in lora.sites)
 

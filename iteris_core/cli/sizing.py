@@ -51,7 +51,7 @@ class Sizing:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What the functions of :mod:`..edit` get of it."""
+        """The arguments for the functions of :mod:`..edit`."""
         return {
             "calibration": Calibration.from_mapping(self.calibration),
             "itemsize": DTYPES[self.dtype].itemsize,

@@ -1,1 +1,1 @@
-"""What is done with LoRAs beside merging: resize, extract, convert, bake."""
+"""Tools for LoRAs beside merging: resize, extract, convert, bake."""

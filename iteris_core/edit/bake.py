@@ -108,8 +108,8 @@ def _add_open_clip(
 
 
 def weight_in(places: Places) -> Callable[[str], Tensor]:
-    """What gives a site's weight, (out, in·kh·kw), float32, out of files whose tensors hold those
-    rows of sites."""
+    """A function that gives a site's weight, (out, in·kh·kw), float32, out of files whose tensors
+    hold those rows of sites."""
     held = {piece.site: (at, piece) for at, alias in places.items() for piece in alias}
 
     def weight(site: str) -> Tensor:

@@ -27,7 +27,7 @@ from .ranks import Components, Target, kept, share_out
 from .resize import fitted
 
 _LEAST, _MOST = 64, 256
-"""How many components of a change are looked at, at least and at most."""
+"""The least and the largest number of components of a change that are looked at."""
 _NAME = "extracted"
 
 
@@ -159,7 +159,7 @@ def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 def other_differences(
     base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """What differs of two models beside the weights of their layers, tuned less base, by component
+    """Differences of two models beside the weights of their layers, tuned less base, by component
     and name: normalisations, biases, embeddings."""
     found: dict[str, Tensor] = {}
     for component, model in base.items():

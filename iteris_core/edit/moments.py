@@ -1,4 +1,4 @@
-"""What the layers of a model see and give while it runs: one second moment for each layer."""
+"""Second moments of the inputs and outputs of a model's layers, one of each for each layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Reduction, SiteContext, Solution, StageSolver, Tokens
 
 _SPREAD = 0.1
-"""How much of the mean energy of its inputs is added to each of them: a direction that no row
-showed still counts a little. Chosen on two of the toybox's own concepts."""
+"""The share of the mean energy of a layer's inputs that is added to each of them: a direction that
+no row showed still counts a little. Chosen on two of the toybox's own concepts."""
 
 
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
@@ -29,9 +29,9 @@ def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a layer's tokens x: ``root`` is L, (in, in), float64, lower triangular, with
-    L Lᵀ = E[x xᵀ] + 0.1 E‖x‖²/in I; None where all tokens are zero. ``output`` is E‖y‖² of the
-    whole outputs y."""
+    """Moments of a layer's tokens x: ``root`` is L, (in, in), float64, lower triangular, with L Lᵀ
+    = E[x xᵀ] + 0.1 E‖x‖²/in I; None where all tokens are zero. ``output`` is E‖y‖² of the whole
+    outputs y."""
 
     root: Tensor | None
     output: float

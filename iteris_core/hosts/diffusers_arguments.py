@@ -24,8 +24,8 @@ from .diffusers_size import pipeline_size
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
-"""Of unlike length in every tokenizer, also where it pads to a multiple of 16 or 32 tokens; what a
-CLIP takes."""
+"""Prompts of unlike length in every tokenizer, also where it pads to a multiple of 16 or 32 tokens;
+what a CLIP takes."""
 
 _SAME = 1e-2
 """Two runs of one seed differ by rounding, of two seeds by all of the noise."""

@@ -145,8 +145,8 @@ def fingerprints(tensor: Tensor) -> Tensor:
 
 
 def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the loader makes of ``tensors``, which it may empty; alphas that it gives apart are
-    among them."""
+    """The loader's result for ``tensors``, which it may empty; alphas that it gives apart are among
+    them."""
     unet = getattr(pipeline, "unet", None)
     options = {} if unet is None else {"unet_config": unet.config}
     loaded: Any = type(pipeline).lora_state_dict(tensors, **options)

@@ -77,7 +77,7 @@ def factorise(
 
 
 def _has_digits(lower: Tensor, times: Callable[[Tensor], Tensor]) -> bool:
-    """Whether M x = v, solved with the factor for a probe v of signs, has a digit that is right.
+    """True if M x = v, solved with the factor for a probe v of signs, has a digit that is right.
 
     The probe has a part in every direction, so that its solution lies in those of the smallest
     eigenvalues, where digits are lost first.

@@ -121,7 +121,7 @@ def cut_matrix(
 
 
 def searches(out: int, width: int, rank: int) -> bool:
-    """Whether :func:`cut_matrix` searches for the leading directions, or takes all."""
+    """True if :func:`cut_matrix` searches for the leading directions, or takes all."""
     shorter = min(out, width)
     return shorter > _SMALL and rank * 3 < shorter
 

@@ -30,7 +30,7 @@ def full_precision(device: torch.device) -> Generator[None]:
 
 
 class _Setting:
-    """How precise PyTorch makes float32 products: one value, and from 2.9 on one of each backend,
+    """PyTorch's precision of float32 products: one value, and from 2.9 on one of each backend,
     which cannot be read as the one value while the two disagree."""
 
     def __init__(self) -> None:
@@ -104,5 +104,5 @@ def energy_dtype(device: torch.device) -> torch.dtype:
 
 
 def solve_device(device: torch.device) -> torch.device:
-    """Where factorisations are made: on the CPU for devices without float64."""
+    """The device of factorisations: the CPU for devices without float64."""
     return torch.device("cpu") if device.type == "mps" else device

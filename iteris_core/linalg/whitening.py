@@ -31,7 +31,8 @@ class Whitening:
 
     @classmethod
     def of(cls, tokens: Tensor, floor: float) -> Whitening:
-        """Of (tokens, in); finite. Tokens that are all zero give √floor everywhere."""
+        """The whitening of (tokens, in), which must be finite. Tokens that are all zero give √floor
+        everywhere."""
         tokens = tokens.double()
         count, width = tokens.shape
         with full_precision(tokens.device):

@@ -100,7 +100,7 @@ def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
 
 
 def is_whole_lokr(parts: Parts) -> bool:
-    """Whether both factors are there, each in full or as two halves."""
+    """True if both factors are there, each in full or as two halves."""
     counts = [
         (f"lokr_{end}" in parts, sum(f"lokr_{end}_{half}" in parts for half in "ab"))
         for end in ("w1", "w2")

@@ -43,7 +43,7 @@ def check_by_own_names(path: Path) -> None:
 
 
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
-    """What the modules of a file say of their base, with names to write if they are kohya's."""
+    """The base of a file by its modules, with names to write if they are kohya's."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes_in_file.items():
         split = split_key(key, ())
@@ -64,7 +64,7 @@ def _component(name: str) -> str:
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:
-    """That of the weight which a module of these ``parts`` changes."""
+    """The shape of the weight that a module of these ``parts`` changes."""
     if {"up", "down"} <= parts.keys() and not parts.keys() & {"magnitude", "output_magnitude"}:
         up, down = parts["up"], parts["down"]
         if len(up) >= 2 and len(down) >= 2:

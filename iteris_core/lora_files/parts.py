@@ -1,5 +1,5 @@
-"""What the keys of a LoRA file say: the part of a module's change that a tensor is, and for people
-to read the layout and parametrisation."""
+"""Keys of a LoRA file: the part of a module's change that a tensor is, and for people to read the
+layout and parametrisation."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether one of a file's ``keys`` ends like a part of a module's change: no model has such."""
+    """True if one of a file's ``keys`` ends like a part of a module's change: no model has such."""
     return any(split_key(key, ()) is not None or refusal(key) is not None for key in keys)
 
 
 def refusal(key: str) -> str | None:
-    """What ``key`` stands for if no low-rank change can say it."""
+    """The parametrisation of ``key`` if no low-rank change can express it."""
     return next((what for leaves, what in REFUSED.items() if key.endswith(leaves)), None)
 
 
@@ -100,6 +100,6 @@ def layouts_of(keys: Iterable[str]) -> list[str]:
 
 
 def kinds_of(keys: Iterable[str]) -> dict[str, int]:
-    """How many modules of each parametrisation; a DoRA counts as that and as what it is of."""
+    """The number of modules of each parametrisation; a DoRA counts as that and as what it is of."""
     parts = [split[1] for split in (split_key(key, ()) for key in keys) if split is not None]
     return dict(Counter(_KINDS[part] for part in parts if part in _KINDS))

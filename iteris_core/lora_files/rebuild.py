@@ -1,4 +1,4 @@
-"""From the tensors of one module to its change of weight, for every parametrisation."""
+"""Changes of weight from the tensors of one module, for every parametrisation."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class _StagePolish:
         self.notes.append(f"{first} to {last} are not polished, {why}")
 
     def _polish(self, segment: Segment, number: int, count: int) -> bool:
-        """Whether the segment came nearer to what it is to give."""
+        """True if the segment came nearer to its targets."""
 
         def tick(done: int = 0) -> None:
             self.job.tick(WHAT, number * self.how.steps + done, count * self.how.steps)
@@ -215,7 +215,7 @@ class _StagePolish:
     def _passages(
         self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]
     ) -> list[SegmentBatch]:
-        """As many as host memory holds."""
+        """As many batches as host memory holds."""
         passages: list[SegmentBatch] = []
         taken = 0
         for rows in chunks(chosen, self.stage.batch_keys, self.at_once):
@@ -236,7 +236,7 @@ class _StagePolish:
         return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2)
 
     def _rows(self) -> list[int]:
-        """As many of every concept, in any order."""
+        """As many rows of every concept, in any order."""
         order = torch.randperm(len(self.stage.concept_ids), generator=self.job.generator).tolist()
         each = _row_count(self.job) // len(self.job.concepts)
         left = dict.fromkeys(self.stage.concept_ids, each)

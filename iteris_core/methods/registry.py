@@ -182,7 +182,7 @@ def settings_over(
     settings: Settings | Mapping[str, Any] | None,
     calibration: Calibration | Mapping[str, Any] | None,
 ) -> tuple[Settings, Calibration]:
-    """What is given over what the preset says of ``method``."""
+    """The given settings over those that the preset has for ``method``."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     return (

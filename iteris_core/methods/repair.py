@@ -70,7 +70,7 @@ def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
 
 
 def _evenly(out: int, width: int, share: float) -> Tensor | None:
-    """Which of a site's inputs may be used, evenly over them; None: all."""
+    """The inputs of a site that may be used, evenly over them; None: all."""
     count = max(1, round(width * share))
     if width <= out or count == width:
         return None

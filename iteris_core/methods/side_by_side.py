@@ -39,7 +39,7 @@ class Pairs:
 
 
 def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
-    """Those that are shown, by whose count ``rows`` are shared: every concept as often, with
+    """The pairs that are shown, among which ``rows`` are shared: every concept as often, with
     another one each time. None without two that have words to call them by."""
     able = [number for number, concept in enumerate(job.concepts) if _is_shown(concept)]
     count = len(able)
@@ -125,7 +125,7 @@ def _batch(drawn: Pairs, side: _Side, stage: Stage, rows: Sequence[int]) -> Micr
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What segments of a stage are given and are to give on the rows of ``drawn``."""
+    """Inputs and targets of a stage's segments on the rows of ``drawn``."""
 
     job: Job
     lockstep: Lockstep
@@ -140,8 +140,8 @@ class SideBySide:
         most_bytes: int,
         tick: Callable[[], None],
     ) -> list[SegmentBatch]:
-        """As many as ``most_bytes`` hold, each of several pairs; none where no output of the
-        segment has places. ``tick`` is called before every one, and may raise."""
+        """As many batches as ``most_bytes`` hold, each of several pairs; none where no output of
+        the segment has places. ``tick`` is called before every one, and may raise."""
         stage = self.stages[None]
         order = torch.randperm(len(stage.concept_ids), generator=self.job.generator).tolist()
         found: list[SegmentBatch] = []

@@ -47,7 +47,7 @@ class Schedule:
 
     @property
     def copies(self) -> int:
-        """Of every row, at most."""
+        """The number of copies of every row, at most."""
         return 2 if self.sweep or self.passes > 1 else 1
 
 
@@ -76,15 +76,15 @@ def micro_batches(
 
 
 def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
-    """From which rows targets are sampled, evenly over those of each concept. None: from all, as
-    of texts, whose rows have few tokens."""
+    """The rows from which targets are sampled, evenly over those of each concept. None: all, as of
+    texts, whose rows have few tokens."""
     if stage.mask is not None:
         return None
     return {row for rows in _by_concept(stage) for row in _evenly(rows, policy.sample_rows)}
 
 
 def divided(rows: Sequence[int], first: Set[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """Those of ``rows`` that are among the ``first``, and the others."""
+    """The ``rows`` that are among the ``first``, and the others."""
     return [row for row in rows if row in first], [row for row in rows if row not in first]
 
 
@@ -104,8 +104,8 @@ def chunks(
 def limit_of(
     stage: Stage, batching: ExecutionConfig, count: int | None = None
 ) -> Callable[[int], int] | None:
-    """How many tokens of a row count at a site that is so many inputs wide; None: all. With
-    ``count``, if only so many rows were left (:func:`fewer`)."""
+    """The number of a row's tokens that count at a site that is so many inputs wide; None: all.
+    With ``count``, if only so many rows were left (:func:`fewer`)."""
     limit, policy = batching.row_tokens, batching.policy
     if limit is None or (limit == "enough" and not stage.spatial):
         return None

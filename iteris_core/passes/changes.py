@@ -1,4 +1,4 @@
-"""What a merge begins with: the concepts' changes by site, and whether the base has those sites.
+"""The concepts' changes by site, and a check that the base has those sites.
 
 Speed LoRAs, such as turbo and lightning, are on in every forward of a merge. A concept's target is
 then what its LoRA does together with them, on a model that has them on. They act as a part of the
@@ -56,7 +56,7 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
 
 def _change(concept: Concept, site: str) -> LowRank | None:
-    """What the concept's LoRA changes at ``site``, at its strength, or the LoRAs of its parts
+    """The change of the concept's LoRA at ``site``, at its strength, or the LoRAs of its parts
     together; None if that is nothing."""
     if isinstance(concept, Composite):
         found = [change for part in concept.parts if (change := _change(part, site)) is not None]
@@ -86,7 +86,7 @@ def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) ->
 
 
 def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:
-    """Those that are on in every forward; with ``kinds`` those whose ``always_on`` is one of
+    """The concepts that are on in every forward; with ``kinds`` those whose ``always_on`` is one of
     these."""
     return [one for one in concepts if one.always_on in (kinds or ("include", "outside"))]
 

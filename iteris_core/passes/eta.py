@@ -65,7 +65,7 @@ class Passes:
 
 
 class Eta:
-    """What one merge has before it."""
+    """The work that one merge has before it."""
 
     def __init__(self, forecast: Forecast | None = None) -> None:
         self.forecast = Forecast() if forecast is None else forecast
@@ -191,7 +191,7 @@ def _work(reached: Reached, tokens: int, rank: int) -> tuple[float, float]:
 
 @cache
 def _product_seconds(device: str) -> float:
-    """Of one multiplication and one addition in float32: the shortest of three runs."""
+    """Seconds of one multiplication and one addition in float32: the shortest of three runs."""
     size = 256 if device == "cpu" else 1024
     matrix = torch.ones(size, size, device=device)
     took: list[float] = []

@@ -1,4 +1,4 @@
-"""What a stage takes: bytes for so many rows, so many at once, waiting here or there.
+"""Memory of a stage: bytes for so many rows, so many at once, waiting here or there.
 
 In a sweep the peak is at one of its sites: while rows run there, beside all others that wait, or
 while it is solved. Else the moments of all sites are there at once, and no row waits.
@@ -26,7 +26,7 @@ class MemoryLimits:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What ``stage`` takes beyond the model by a ``strategy``: ``fixed`` bytes in any case,
+    """The memory of ``stage`` beyond the model by a ``strategy``: ``fixed`` bytes in any case,
     ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
     it waits in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled`` only so
     many rows wait with what they have shown, and the others are reduced as they run. Of fewer rows
@@ -59,7 +59,7 @@ class Footprint:
         return this.fixed + max(swept(mine, at_once, on_device))
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
-        """What rows take of the host's memory that do not wait on the device."""
+        """Bytes of host memory of the rows that do not wait on the device."""
         this = self._of_rows(rows)
         if this.parked is None or on_device is None:
             return 0

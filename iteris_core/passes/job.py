@@ -1,4 +1,4 @@
-"""What a method gets: the LoRAs' changes, the host, and what the run is to keep to."""
+"""The arguments of a method: the LoRAs' changes, the host, and the limits of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Budget = int | Literal["free"] | None
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a run reports of itself: how many ``rows`` it had, how each stage kept to the memory
+    """A run's account of itself: its number of ``rows``, how each stage kept to the memory
     (``short``: those of which rows were left out), the largest relative change of a site in each
     Jacobi iteration but the first, and ``notes``."""
 
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def loras(self) -> int:
-        """How many concepts have a LoRA; the others keep the base as it is."""
+        """The number of concepts with a LoRA; the others keep the base as it is."""
         return sum(concept.lora is not None for concept in self.concepts)
 
     @property

@@ -1,4 +1,4 @@
-"""What a row of a stage costs, measured: bytes at every site.
+"""The measured cost of a row of a stage: bytes at every site.
 
 It pauses as in a sweep, one way or another. One row runs, and the same row twice; what the second
 one adds is what a row takes, and the rest is what a forward takes whatever its rows (weights that
@@ -25,7 +25,7 @@ from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 
 Limit = Callable[[int], int] | None
-"""How many of a row's tokens count at a site that is so many inputs wide; None: all."""
+"""The number of a row's tokens that count at a site that is so many inputs wide; None: all."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one row, all its copies: its ``steps`` in order, the last one to the model's end (site
-    ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are. If a row
-    ``keeps`` what it has shown, that is among what it holds."""
+    """The cost of one row, all its copies: its ``steps`` in order, the last one to the model's end
+    (site ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are. If a
+    row ``keeps`` what it has shown, that is among what it holds."""
 
     steps: Sequence[Step]
     device: torch.device
@@ -85,7 +85,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured: the longest row of ``stage``, of which ``limit`` tokens count, with moments
+    """A measurement of the longest row of ``stage``, of which ``limit`` tokens count, with moments
     of ``itemsize`` bytes."""
 
     stage: Stage
@@ -95,7 +95,7 @@ class Measure:
     itemsize: int = 4
 
     def row(self, barriers: Barriers | None = None, place: Place | None = None) -> Cost:
-        """What a row costs that waits on the device, or in ``place``, at the end of each of the
+        """The cost of a row that waits on the device, or in ``place``, at the end of each of the
         ``barriers`` (None: at every site).
 
         The first run casts changes to the model's dtype, and brings weights that are offloaded as
@@ -120,7 +120,7 @@ class Measure:
 
 
 def _step(one: Step, two: Step, copies: int) -> Step:
-    """Of a row, from what one and two of them took."""
+    """A row's step, from what one and two of them took."""
 
     def more(first: int, second: int) -> int:
         return copies * max(second - first, 0)
@@ -137,7 +137,7 @@ def _step(one: Step, two: Step, copies: int) -> Step:
 
 
 def streams(stage: Stage, barriers: Barriers) -> bool:
-    """Whether rows are reduced as they are shown, once targets have been sampled."""
+    """True if rows are reduced as they are shown, once targets have been sampled."""
     return bool(barriers.blocks) and stage.mask is None
 
 
@@ -190,7 +190,7 @@ class _Run:
         return self._meter.live
 
     def observe(self, shown: Observation) -> None:
-        """What the solve of a site will read is kept until then, as in a sweep."""
+        """Keep what the solve of a site will read until then, as in a sweep."""
         self.device, meter = shown.inputs.device, self._meter
         before = meter.live, meter.peak
         length, limit = shown.site.length(shown.outputs), self._measure.limit

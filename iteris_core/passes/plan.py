@@ -1,4 +1,4 @@
-"""How a stage runs, out of the footprints of the strategies: the first that fits."""
+"""The plan of a stage: of the footprints of all strategies the first that fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .strategies import Strategy
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stage runs: ``at_once`` of its rows at a time, by a ``strategy``, out of ``offered``
+    """The plan of a stage: ``at_once`` of its rows at a time, by a ``strategy``, out of ``offered``
     rows, in ``bytes`` beyond the model of a ``budget`` and about so many ``seconds``. If the
     strategy offloads, ``on_device`` rows wait on the device and the others in ``host_bytes`` of the
     host's memory, of which ``host_limit`` may be used."""

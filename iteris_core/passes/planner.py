@@ -134,7 +134,8 @@ def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> 
 
 
 def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
-    """Those that can be found: a row is run for it, for which there may be no memory either."""
+    """The footprints that can be found: a row is run for each, for which there may be no memory
+    either."""
     strategies = [plan.strategy] if plan.on_device else []
     try:
         for strategy in ladder(plan.stage, lockstep, policy):
@@ -148,7 +149,7 @@ def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
 
 
 def complaint(said: str, tried: Sequence[Plan]) -> str:
-    """What to say where there was no memory for any of the plans ``tried``."""
+    """The message where there was no memory for any of the plans ``tried``."""
     return (
         f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: "
         f"{'; '.join(map(_attempt, tried))}. Lower samples or timesteps (fewer rows), or "
@@ -163,7 +164,7 @@ def _attempt(plan: Plan) -> str:
 
 
 def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
-    """What the merged changes take at most, float32 factors of Σ r_i: they are where the LoRAs'
+    """Bytes of the merged changes at most, float32 factors of Σ r_i: they are where the LoRAs'
     are."""
     return sum(
         4 * sum(site.shape) * site.rank

@@ -111,8 +111,8 @@ def _look(
 
 
 class _Calls:
-    """What a forward calls: every site that it ``reached``, and for those that are wanted how many
-    ``rows`` each call has."""
+    """The calls of a forward: every site that it ``reached``, and for those that are wanted how
+    many ``rows`` each call has."""
 
     def __init__(self, wanted: Set[str]) -> None:
         self.rows: dict[str, list[int]] = {}
@@ -139,7 +139,7 @@ class _Calls:
 def complaint(
     found: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
 ) -> str:
-    """What to say of sites that cannot be merged: where, by which file, and what to do."""
+    """The message on sites that cannot be merged: where, by which file, and what to do."""
     parts: list[str] = []
     for why, count in Counter(found.values()).items():
         site = min(name for name, reason in found.items() if reason == why)

@@ -99,7 +99,7 @@ def recipe(
 
 
 def is_ordered(report: MergeReport) -> bool:
-    """Whether the merged components stand in the order of their output energy."""
+    """True if the merged components stand in the order of their output energy."""
     polished = any(report.settings.get(name) for name in ("polish_steps", "block_steps"))
     return report.settings.get("objective") == "output" and not polished
 

@@ -69,7 +69,7 @@ class MergeReport:
 
     @property
     def converged(self) -> bool | None:
-        """Whether the last Jacobi iteration moved no change by more than the tolerance, or
+        """True if the last Jacobi iteration moved no change by more than the tolerance, or
         :data:`SETTLED` where none is set; None where there was nothing to converge."""
         if not self.convergence:
             return None
@@ -97,8 +97,8 @@ class MergeReport:
         ]
 
     def verdict(self) -> str:
-        """Whether the merge is closer to each LoRA's own outputs than the mean of the LoRAs is,
-        and to which least; empty where that was not measured.
+        """A sentence on whether the merge is closer to each LoRA's own outputs than the mean of the
+        LoRAs is, and to which least; empty where that was not measured.
 
         How much of a likeness is kept does not follow from errors of layers (docs/decisions.md).
         """

@@ -111,8 +111,8 @@ class _Texts:
 def _texts(
     job: Job, concepts: Sequence[Concept], sites: Sequence[str], size: int
 ) -> tuple[dict[str, list[list[Tensor]]], int]:
-    """What reaches ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept; and
-    how many rows ran."""
+    """The inputs of ``sites`` on the concepts' prompts: (tokens, in) of each prompt, by concept;
+    and how many rows ran."""
     texts, rows = _Texts(), 0
     reached = set(sites) | {site for site in job.changes if site.startswith("text_encoder")}
     calibration = replace(job.calibration, empty_share=0.0, contexts=0.0)

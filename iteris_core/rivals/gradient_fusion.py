@@ -69,7 +69,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
 
 
 def reads_text(site: str) -> bool:
-    """Whether nothing but the prompt reaches the site."""
+    """True if nothing but the prompt reaches the site."""
     return site.startswith("text_encoder") or site.endswith(("attn2.to_k", "attn2.to_v"))
 
 

@@ -172,8 +172,8 @@ class _Pairs(Reduction):
 
     @staticmethod
     def bytes(changes: SiteChanges) -> Bytes:
-        """What is summed up; a step of AdamW has six matrices of the change's size, and six of
-        every concept's and one of every two concepts'."""
+        """Bytes of what is summed up; a step of AdamW has six matrices of the change's size, and
+        six of every concept's and one of every two concepts'."""
         out, width = changes.shape
         concepts = len(changes)
         sums = 4 * concepts * width * (width + concepts * out)

@@ -21,7 +21,7 @@ class CompareProgress:
         self._methods, self._on_progress = methods, on_progress
         self._title = title and f"{title}: "
         self._took: dict[bool, dict[str, float]] = {True: {}, False: {}}
-        """Whether it is drawing → method → seconds."""
+        """True while drawing → method → seconds."""
 
     def of(self, name: str) -> OnProgress:
         def on_progress(progress: Progress) -> None:

@@ -123,7 +123,7 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """As given, but each LoRA alone directly behind iteris, for comparison."""
+    """The given order, but each LoRA alone directly behind iteris, for comparison."""
     given = list(names)
     alone = [name for name in given if name.partition(" ")[0] == ALONE]
     if OWN not in given:

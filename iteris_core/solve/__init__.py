@@ -1,1 +1,1 @@
-"""What the tokens of one site are reduced to, and the closed form that is solved from it."""
+"""Reductions of the tokens of one site, and the closed form that is solved from them."""

@@ -97,7 +97,8 @@ class Policy:
         *,
         sweep: bool,
     ) -> Bytes:
-        """What :meth:`choose` takes at most at a site; ``itemsize`` is that of its moments."""
+        """Bytes that :meth:`choose` takes at most at a site; ``itemsize`` is that of its
+        moments."""
         if objective == "adapter":
             return AdapterMoments.bytes(changes, itemsize)
         count = self.directions(*changes.shape, changes.rank) if sweep else None
@@ -105,7 +106,7 @@ class Policy:
         return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
 
     def takes_rows(self, opening: SiteContext, fit: RegressionSpec) -> bool:
-        """Whether a site is solved from its rows, see :mod:`.rows`."""
+        """True if a site is solved from its rows, see :mod:`.rows`."""
         if fit.weighting not in ("tokens", "none") or fit.ridge <= 0 or fit.shrink != 1:
             return False
         if opening.tokens is None or opening.shared or opening.processes > 1:
@@ -113,14 +114,14 @@ class Policy:
         return self.rows_are_fewer(opening.tokens, *opening.changes.shape)
 
     def rows_are_fewer(self, tokens: int, out: int, width: int) -> bool:
-        """Whether ``tokens`` rows take so many fewer operations than the (in, in) moments."""
+        """True if ``tokens`` rows take so many fewer operations than the (in, in) moments."""
         by_rows = tokens**2 * (width + 2 * out) + 3 * tokens * out**2
         moments = tokens * width * (width // 2 + out) + width**3 // 3 + out * width**2
         return self.rows_gain * by_rows < moments
 
     def directions(self, out: int, width: int, rank: int) -> int | None:
-        """How many directions stand for all ``out`` at a site where ``rank`` of them are kept; None
-        where all of them hardly cost more."""
+        """The number of directions that stand for all ``out`` at a site where ``rank`` of them are
+        kept; None where all of them hardly cost more."""
         count = int(rank * self.reserve) + self.more_directions
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
@@ -137,7 +138,8 @@ class Policy:
         return opening.agree(find_directions(opening.changes, targets, count))
 
     def row_tokens(self, width: int, rows: int) -> int:
-        """How many tokens of each of a concept's ``rows`` are enough for ``width`` inputs."""
+        """The number of tokens of each of a concept's ``rows`` that is enough for ``width``
+        inputs."""
         return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
 
     def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
@@ -158,7 +160,7 @@ class Policy:
         return samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
 
     def saliency_for(self, loras: int) -> float:
-        """How much more places count where a LoRA acts: two concepts hardly compete."""
+        """The saliency f: two concepts hardly compete."""
         return max(0.0, 1 - 2 / loras)
 
     def repair_inputs_for(self, loras: int, pictures: bool) -> float:

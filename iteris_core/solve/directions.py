@@ -1,4 +1,4 @@
-"""Which directions of a site's output a change may take, so that TᵀX̃ is made in those alone.
+"""The directions of a site's output that a change may take, so that TᵀX̃ is made in those alone.
 
 A change keeps as many directions as its rank, of outputs that are many more. The candidates are
 those of the LoRAs' own changes, [up_1 … up_N], and the principal directions of the targets T on a
@@ -48,7 +48,7 @@ class Directions:
 
     @property
     def others_stand_for(self) -> float:
-        """How many directions each of the others stands for."""
+        """The number of directions for which each of the others stands."""
         out, count = self.matrix.shape
         return (out - self.used) / max(count - self.used, 1)
 

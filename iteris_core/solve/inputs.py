@@ -75,7 +75,7 @@ class InputMoments:
         self._whole = True
 
     def sums(self) -> list[Tensor]:
-        """What several processes have to add up, once."""
+        """The tensors that several processes have to add up, once."""
         return [*self.own, self.tokens]
 
     def forget_factor(self) -> None:

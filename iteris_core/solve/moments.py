@@ -1,4 +1,4 @@
-"""What reductions to moments of the inputs have in common: λ, the factor of M, and the ending."""
+"""The common part of reductions to moments of the inputs: λ, the factor of M, and the ending."""
 
 from __future__ import annotations
 

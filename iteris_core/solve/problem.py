@@ -31,7 +31,7 @@ Pull = Literal["mean", "size"]
 
 @dataclass(frozen=True)
 class RegressionSpec:
-    """How the regression of a site is posed.
+    """The regression of a site.
 
     ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from: 1
     / ‖X_i ΔW_iᵀ‖² times ‖ΔW_i‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖²
@@ -129,7 +129,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What is known of a site when its reduction is begun.
+    """The facts about a site when its reduction is begun.
 
     ``changes`` are the LoRAs', on those inputs that count. ``share(kind)`` gives the moments of the
     inputs, which sites that receive one tensor share, and whether this site is to add to them;
@@ -151,9 +151,9 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a reduction holds until it is solved, what its solve takes on top of that, and what is
-    ``left`` of both while the next site is run to: moments and factors that it may share. Of what
-    is ``kept``, sites that receive one tensor have what is ``shared`` only once."""
+    """Bytes that a reduction holds until it is solved, that its solve takes on top of that, and
+    that are ``left`` of both while the next site is run to: moments and factors that it may share.
+    Of what is ``kept``, sites that receive one tensor have what is ``shared`` only once."""
 
     kept: int
     solve: int
@@ -162,7 +162,7 @@ class Bytes:
 
 
 class Reduction(ABC):
-    """What the tokens of one site are reduced to, and how that is solved."""
+    """A reduction of the tokens of one site, and its solution."""
 
     def __init__(self, changes: SiteChanges) -> None:
         self.changes = changes
@@ -172,7 +172,8 @@ class Reduction(ABC):
         """Add the tokens of one concept's rows; they may come in any number of pieces."""
 
     def sums(self) -> list[Tensor]:
-        """What several processes have to add up before the solve, but for shared moments."""
+        """The tensors that several processes have to add up before the solve, but for shared
+        moments."""
         return []
 
     @abstractmethod
@@ -190,7 +191,7 @@ def finite_as(change: LowRank, like: LowRank) -> LowRank:
 
 @dataclass(frozen=True)
 class StageSolver:
-    """What a method does at the sites of a stage.
+    """The part of a method that works at the sites of a stage.
 
     ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
     change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
