@@ -177,6 +177,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         )
         for size in ("2", "3", "5")
     },
+    "unseen many": partial(unseen, "unseen_reported_many.json", "5", NEW_WORDS),
     "unseen twenty": partial(unseen, "unseen_twenty.json", "20", NEW_WORDS),
     **{
         f"unseen few {size}": partial(unseen, "unseen_reported_few.json", size, NEW_WORDS)

@@ -69,6 +69,7 @@ def styled() -> dict:
 def results(tmp_path, monkeypatch):
     files = {
         "unseen_reported.json": {"default": "iteris", "sizes": {"3": of_size(), "10": of_size()}},
+        "unseen_reported_many.json": {"default": "iteris", "sizes": {"5": of_size()}},
         "unseen_twenty.json": {"default": "iteris", "sizes": {"20": of_size(None)}},
         "unseen_reported_few.json": {"default": "iteris", "sizes": {"3": of_size()}},
         "unseen_styles.json": {"default": "iteris", "sizes": {"2": styled()}},
@@ -92,6 +93,7 @@ def test_a_verdict_is_against_the_likest_rival_and_has_its_interval_and_n(result
     rows = results_page.verdicts()
     first = "| 3 LoRAs | Chain of Merges | first (+.100 ± .020) | behind (-.050 ± .020) | 3 |"
     assert rows[2] == first
+    assert rows[4] == first.replace("3 LoRAs", "5 LoRAs, six timesteps")
     assert "| 20 LoRAs | Chain of Merges | +.100 | -.050 | 3 |" in rows
 
 
