@@ -83,8 +83,8 @@ def main() -> None:
             add(FILE, f"{rank} svd", measured({s: _cut(s, dense, base, rank) for s in dense}))
         if f"{rank} ours" not in read(FILE):
             found = extract_lora(base, tuned, Target(rank), prompts=seen, calibration=calibration)
-            told = {"reported": round(found.error, 4)}
-            add(FILE, f"{rank} ours", {**measured(dict(found.lora.sites)), **told})
+            report = {"reported": round(found.error, 4)}
+            add(FILE, f"{rank} ours", {**measured(dict(found.lora.sites)), **report})
     if "all weights" not in read(FILE):
         add(FILE, "all weights", measured({s: _cut(s, dense, base, 10**6) for s in dense}))
     for name, host in (("base", base), ("tuned", tuned)):

@@ -1,9 +1,9 @@
-"""How right the time left is that a merge tells on its way.
+"""The error of the time left that a merge reports on its way.
 
 ``python benchmarks/time_left.py`` writes ``results/time_left.json``: of every merge how long it
-took, and by how much the time left that was told after 5, 10, 25, 50 and 75 % of it was off (0.1:
-ten per cent too long). ``--wall`` goes by the clock on the wall; without it the seconds are those
-of this process, on one thread, so that what else the machine does is not in them.
+took, and by how much the time left that it reported after 5, 10, 25, 50 and 75 % of it was off
+(0.1: ten per cent too long). ``--wall`` goes by the clock on the wall; without it the seconds are
+those of this process, on one thread, so that what else the machine does is not in them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ MERGES: Mapping[str, Callable[[], Merge]] = {
 }
 
 
-def told(merge: Merge, clock: Callable[[], float]) -> dict[str, Any]:
+def errors_of(merge: Merge, clock: Callable[[], float]) -> dict[str, Any]:
     """What a merge took, and how far off it was on its way."""
     host, concepts, options = merge
     seen: list[tuple[float, Progress]] = []
@@ -118,7 +118,7 @@ def main() -> None:
     clock = time.perf_counter if arguments.wall else time.process_time
     found = read(FILE)
     for name in arguments.names:
-        rounds = [told(MERGES[name](), clock) for _ in range(arguments.rounds)]
+        rounds = [errors_of(MERGES[name](), clock) for _ in range(arguments.rounds)]
         key = f"{name}, by the wall" if arguments.wall else name
         found[key] = rounds
         print(json.dumps({key: rounds}), flush=True)

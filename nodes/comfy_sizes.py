@@ -66,14 +66,14 @@ def token_sides(model: Any) -> list[int]:
 
 def scale(model: Any) -> int:
     """The pixels that a side of a latent covers."""
-    return _told(model, "spacial_downscale_ratio", _SCALES, 8)
+    return _declared(model, "spacial_downscale_ratio", _SCALES, 8)
 
 
 def _frames(model: Any) -> int:
-    return _told(model, "temporal_downscale_ratio", _FRAMES, 4)
+    return _declared(model, "temporal_downscale_ratio", _FRAMES, 4)
 
 
-def _told(model: Any, name: str, table: dict[str, int], usual: int) -> int:
+def _declared(model: Any, name: str, table: dict[str, int], usual: int) -> int:
     latent_format = model.get_model_object("latent_format")
     if hasattr(latent_format, name):
         return int(getattr(latent_format, name))

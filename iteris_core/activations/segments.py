@@ -108,7 +108,7 @@ class ByRow:
 
     def has(self, path: str, leaf: Tensor, rows: int) -> bool:
         """True if an argument of so many rows has an entry for each; what one row alone did not
-        bring, such as the mask of shorter ones, is told by its length."""
+        bring, such as the mask of shorter ones, shows in its length."""
         return self.given.get(path, _has_length(leaf, rows))
 
     def outputs_of(self, output: Any) -> list[Tensor]:

@@ -72,7 +72,7 @@ def sample_inputs(
                 found = runner(passage)
                 if not found or not alike(found, passage.found, policy.segment_error):
                     return None
-    except Exception as error:  # a row's share of an argument may not be told from another
+    except Exception as error:  # a row's share of an argument may be unknown
         if is_out_of_memory(error):
             raise
         _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
