@@ -285,7 +285,7 @@ def test_the_memory_that_is_asked_for_is_enough(
     monkeypatch.setattr(memory, "load_models_gpu", watch)
     preflight = importlib.import_module(f"{kit.core.__name__}.passes.preflight")
     monkeypatch.setattr(
-        preflight, "unmergeable", lambda *_, **__: ({}, [])
+        preflight, "unmergeable_sites", lambda *_, **__: ({}, [])
     )  # two rows, with what is always left
     kit.calibration = kit.core.Calibration(
         samples=6, timesteps=3, denoising_steps=3, latent_size=latent_size

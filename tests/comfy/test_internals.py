@@ -66,7 +66,7 @@ def test_one_is_gone(
     monkeypatch.delattr(found, name)
     caplog.set_level(logging.WARNING)
     nodes = again()
-    assert len(nodes.NODES) == 16
+    assert len(nodes.NODES) == 18
     for node in nodes.NODES:
         assert node.define_schema().node_id
     assert f"has no {path}" in caplog.text
