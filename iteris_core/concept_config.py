@@ -156,7 +156,8 @@ class ConceptConfig(Concept):
         return named.concept(rename_embeddings(lora, [*again, *renames]))
 
     def reading_options(self, reading: ReadOptions) -> ReadOptions:
-        """What a recipe has recorded, or else ``reading``, for the part that counts."""
+        """The options that a recipe has recorded, or else ``reading``, with the part that
+        counts."""
         partial = bool(self.reading.get("allow_partial")) or reading.allow_partial
         energy = self.reading.get("energy", reading.energy)
         parts = {name: getattr(self, name) or self.reading.get(name, "") for name in PARTS}

@@ -230,10 +230,8 @@ class Calibration(Settings):
 
     def settled(self, loras: int) -> Calibration:
         """The same for a merge of so many LoRAs, with the number of ``timesteps``."""
-        if self.timesteps is not None:
-            return self
         steps = _STEPS_OF_MANY if loras >= _MANY else _STEPS
-        return replace(self, timesteps=min(steps, self.denoising_steps))
+        return replace(self, timesteps=self.timesteps or min(steps, self.denoising_steps))
 
     @property
     def rows_each(self) -> int:

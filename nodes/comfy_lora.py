@@ -111,9 +111,9 @@ class ComfySites:
             made = getattr(self.modules[site], "get_weight", None)  # as ComfyUI-GGUF's layers have
             if made is None:
                 raise BaseError(
-                    f"The LoRA is made of the base's own weight at {site} (DoRA, OFT and GLoRA "
-                    "are), and this base has it as bytes of a quantised file (GGUF), which are not "
-                    "read here; load the base from a safetensors file."
+                    f"A DoRA, OFT or GLoRA, or an extraction, needs the base's weight of {site}, "
+                    "and this base has it as bytes of a quantised file (GGUF), which are not read "
+                    "here; load the base from a safetensors file."
                 )
             whole: Tensor = made(weight, torch.float32)
             if getattr(weight, "patches", None):  # which are in it then

@@ -79,7 +79,7 @@ class Found:
 
 
 def watched(lockstep: Lockstep, batch: MicroBatch) -> Found:
-    """What a forward of one row tells of its barriers."""
+    """The barriers of a forward of one row."""
     batch.observer = watch = _Watch()
     with watch, watch.modules():
         lockstep.run(batch)
@@ -213,8 +213,8 @@ def _trials(
 
 
 def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
-    """Whether tensors are those that they are to be, each to ``most`` of its norm: kernels round
-    otherwise when they run again. Of what is no tensor nothing is compared."""
+    """True if ``some`` tensors are the ``others``, each to ``most`` of its norm, since kernels may
+    round differently when they run again. Only tensors are compared."""
     return len(some) == len(others) and all(
         a.shape == b.shape
         and float((a.float() - b.to(a.device).float()).norm()) <= most * float(b.float().norm())

@@ -164,7 +164,7 @@ class Observation:
         return self._chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
 
     def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Those of rows ``start`` to ``stop`` that count."""
+        """The tokens of rows ``start`` to ``stop`` that count."""
         return _selected(tokens, self._choice(tokens.shape[0] // (stop - start), start, stop))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +33,35 @@ def weight_shape(module: Any) -> tuple[int, ...]:
     return (module.out_features, module.in_features)
 
 
-def plain_weight(site: str, module: Any) -> Tensor:
-    """The weight of ``module``, float32, on the CPU. Raises :class:`BaseError` where it is
-    quantised or not in memory."""
-    weight = module.weight
-    fits = tuple(weight.shape) == weight_shape(module)
-    if not fits or weight.is_meta or not weight.is_floating_point():
-        raise BaseError(
-            f"The weight of {site} is quantised or not in memory; load the model unquantised, "
-            "without offload."
-        )
-    return weight.detach().to("cpu", torch.float32)
+def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:
+    """The weight of ``module``, (out, in) or (out, in / groups, kh, kw), float32, on the CPU, also
+    where accelerate's hooks keep it elsewhere. Raises :class:`BaseError` for one that is quantised
+    or holds no values, naming its ``reader``."""
+    with _in_memory(module):
+        weight = module.weight
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()
+        if plain and hasattr(module, "nf"):
+            weight = weight.mT
+        if not plain or tuple(weight.shape) != weight_shape(module):
+            raise BaseError(
+                f"{reader} needs the base's weight of {site}, but that is quantised; load the base "
+                "unquantised."
+            )
+        if weight.is_meta:
+            raise BaseError(
+                f"{reader} needs the base's weight of {site}, but that is on the device 'meta' and "
+                "holds no values; load the base without offload."
+            )
+        return weight.detach().to("cpu", torch.float32)
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """While it is entered, a weight that accelerate took off the device is on the CPU."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module, torch.device("cpu"))
 
 
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:

@@ -93,7 +93,7 @@ class DiffusersHost:
         return self._sites
 
     def weight(self, site: str) -> Tensor:
-        return plain_weight(site, self._sites[site])
+        return plain_weight(site, self._sites[site], "An extraction")
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
-from ..architectures.sites import named_sites, weight_shape
+from ..architectures.sites import named_sites, plain_weight, weight_shape
 from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
@@ -101,7 +100,7 @@ def read_lora(
     """
 
     def weight(site: str) -> Tensor:
-        return _base_weight(sites[site], site, path)
+        return plain_weight(site, sites[site], f"{path} is a DoRA, OFT or GLoRA, which")
 
     base, options = base_of(pipeline, sites), options or ReadOptions()
     own = base.architecture in architectures()
@@ -111,34 +110,6 @@ def read_lora(
         return tensors if own else by_loader(pipeline, path, base, tensors, allow_partial=partial)
 
     return read_lora_file(path, base, weight, options, convert)
-
-
-def _base_weight(module: Any, site: str, path: Path) -> Tensor:
-    """The weight of ``module`` in float32, also where accelerate's hooks keep it elsewhere."""
-    with _in_memory(module):
-        stored = module.weight
-        plain = isinstance(stored, Tensor) and stored.is_floating_point()
-        if not plain or tuple(stored.shape) != weight_shape(module):
-            raise BaseError(
-                f"{path} is a DoRA, OFT or GLoRA, which needs the base's weight of {site}, "
-                "but that is quantised; load the base unquantised to read this file."
-            )
-        if stored.is_meta:
-            raise BaseError(
-                f"{path} is a DoRA, OFT or GLoRA, which needs the base's weight of {site}, "
-                "but that is on the device 'meta' and holds no values; read this file before the "
-                "base is offloaded, or load the base without offload."
-            )
-        return stored.to(torch.float32)
-
-
-def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
-    """While it is entered, a weight that accelerate took off the device is on the CPU."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module, torch.device("cpu"))
 
 
 def single_file_pipeline(path: Path, config: Path | None = None) -> Any:

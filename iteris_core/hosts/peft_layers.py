@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..architectures.sites import weight_shape
-from ..errors import BaseError, LoraFileError, ModelStateError
+from ..architectures.sites import plain_weight, weight_shape
+from ..errors import LoraFileError, ModelStateError
 from ..lora import LowRank
 from ..lora_files.factors import Factors
 from ..lora_files.rebuild import rebuild
@@ -72,14 +72,13 @@ def without_adapters(
 
 
 def has_bias(layer: Any, name: str) -> bool:
-    """Whether the adapter ``name`` adds to the outputs of ``layer`` what no input decides
-    (``lora_bias``)."""
+    """True if the adapter ``name`` adds a bias to the outputs of ``layer`` (``lora_bias``)."""
     known = getattr(layer, "lora_B", {})
     return name in known and known[name].bias is not None
 
 
 def change_of(layer: Any, place: str, name: str, site: nn.Module) -> LowRank | None:
-    """What the adapter ``name`` changes at ``site``, the base layer of ``layer``, at the strength
+    """The change of the adapter ``name`` at ``site``, the base layer of ``layer``, at the strength
     that it has there; None where it changes nothing.
 
     float32, exact: of a DoRA with the rank of the weight. With a further input of ``site`` (see
@@ -106,7 +105,7 @@ def change_of(layer: Any, place: str, name: str, site: nn.Module) -> LowRank | N
         parts["output_magnitude"] = _stored(layer.lora_magnitude_vector[name].weight)
     base, scale = layer.get_base_layer(), float(layer.scaling[name])
     kernel = tuple(down.weight.shape[2:]) or None
-    made = rebuild(parts, weight_shape(base), scale, place, lambda: base_weight(base, place))
+    made = rebuild(parts, weight_shape(base), scale, place, lambda: _base_weight(base, place))
     if isinstance(made, Factors):
         change = LowRank(made.up * made.scale, made.down, kernel)
     else:
@@ -121,19 +120,9 @@ def change_of(layer: Any, place: str, name: str, site: nn.Module) -> LowRank | N
     return change if bool(change.up.any()) and bool(change.down.any()) else None
 
 
-def base_weight(layer: Any, place: str) -> Tensor:
-    """The weight of a layer without adapters, (out, in·kh·kw), float32, on the CPU. Raises
-    :class:`BaseError` where it is quantised or not in memory."""
-    weight = layer.weight
-    shape = weight_shape(layer)
-    size = weight.numel() if isinstance(weight, Tensor) and weight.is_floating_point() else 0
-    if size != torch.Size(shape).numel() or weight.is_meta:
-        raise BaseError(
-            f"The weight of {place}, of which a DoRA or a bias is made, is quantised or not in "
-            "memory; load the base unquantised, without offload."
-        )
-    weight = _stored(weight)
-    return weight.mT if hasattr(layer, "nf") else weight.flatten(1)
+def _base_weight(layer: Any, place: str) -> Tensor:
+    """The weight of a layer without adapters, (out, in·kh·kw)."""
+    return plain_weight(place, layer, "A DoRA or a bias").flatten(1)
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -144,7 +133,7 @@ def _with_one(layer: Any, place: str) -> nn.Linear:
     """``layer`` with its bias as the weights of a further input, which is always 1."""
     if isinstance(layer, nn.Conv2d):
         raise LoraFileError(f"{place}: the bias of a convolution's adapter cannot be merged.")
-    weight = base_weight(layer, place)
+    weight = _base_weight(layer, place)
     bias = torch.zeros(len(weight)) if layer.bias is None else _stored(layer.bias)
     joined = torch.cat([weight, bias[:, None]], 1).to(layer.weight)
     made = nn.Linear(joined.shape[1], joined.shape[0], bias=False, device="meta")

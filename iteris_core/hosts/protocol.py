@@ -85,7 +85,7 @@ class Host(Protocol):
     def weight(self, site: str) -> torch.Tensor:
         """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
         where it cannot be read."""
-        return plain_weight(site, self.sites()[site])
+        return plain_weight(site, self.sites()[site], "An extraction")
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read a file of any layout that the host's ecosystem knows."""

@@ -1,4 +1,4 @@
-"""Which layers of a LoRA count, and how much: weights by block, and filters by name.
+"""The part of a LoRA that counts: weights by block, and filters of layers by name.
 
 Blocks and lists of weights are those of sd-webui-lora-block-weight ("lbw"): the blocks of the
 original code, with BASE for the text encoders. What a list has no number for is 0, and what is in

@@ -59,7 +59,7 @@ def sample_inputs(
     def noting(site: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             shown = site_of(site, module).tokens(args[0].detach())
-            # At random: tokens of a row come in turn, and every so manieth are not like the others.
+            # At random: every n-th token of a row may be of one column of the picture.
             some = torch.randperm(len(shown), generator=generator)[:each]
             tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
 

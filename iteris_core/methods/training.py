@@ -1,6 +1,6 @@
-"""Adam steps on merged changes: what is trained, and the loop of it.
+"""Adam steps on merged changes: the factors that are trained, and the loop.
 
-Which rows a loss is of, and toward what, is the objective's: :mod:`.polish` has the output of the
+The objective decides the rows and the targets of a loss: :mod:`.polish` has the output of the
 whole model, :mod:`.block_polish` that of one block after the other.
 """
 
@@ -20,11 +20,11 @@ from ..linalg.whitening import Whitening
 from ..lora import LowRank
 
 STEP = 3.0
-"""Forwards that a step takes the time of: one, and twice as much for the gradients."""
+"""The time of a step in forwards: one, and twice as much for the gradients."""
 
 
 class NoGradients(IterisError):
-    """What is trained does not reach the loss, or through what cannot be differentiated."""
+    """The factors do not reach the loss, or reach it through operations without gradients."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Factors:
     def white(
         cls, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor], floor: float
     ) -> Factors:
-        """Those of the sites whose inputs are given, (tokens, in), up and down of one size."""
+        """The factors of the sites whose inputs are given, (tokens, in), up and down of one
+        size."""
         ups: dict[str, Tensor] = {}
         downs: dict[str, Tensor] = {}
         whitenings = {site: Whitening.of(some, floor) for site, some in tokens.items()}
@@ -76,14 +77,15 @@ class Factors:
         return [*self.ups.values(), *self.downs.values()]
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Of an optimiser, each factor at ``rate`` times the root mean square of its entries."""
+        """Parameter groups of an optimiser: each factor at ``rate`` times the root mean square of
+        its entries."""
         return [
             {"params": [factor], "lr": rate * float(factor.detach().square().mean().sqrt())}
             for factor in self.all
         ]
 
     def put(self, lockstep: Lockstep) -> None:
-        """As merged changes, with their gradients where those are on."""
+        """Put the factors as merged changes, with gradients where those are on."""
         for site, kernel in self.kernels.items():
             up, down = self.ups[site], self.downs[site]
             if site in self.whitenings:
@@ -111,8 +113,9 @@ def train(
     least: float,
     tick: Callable[[int], None],
 ) -> bool:
-    """Whether ``error()`` came below ``least``, what it was before; the factors in ``groups`` (of
-    an optimiser: ``params`` and ``lr``) are then those of its least, else as they were.
+    """Make the steps, and return True if ``error()`` came below ``least``, its value before; the
+    factors in ``groups`` (of an optimiser: ``params`` and ``lr``) are then those of its least, else
+    as they were.
 
     ``loss()`` is of a batch drawn at random; ``tick`` gets the number of steps done. Raises
     :class:`NoGradients` where a step cannot be made.
@@ -142,7 +145,8 @@ def train(
 
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Of some sites nothing reaches the loss, such as a text encoder's last layers."""
+    """The gradients of ``factors``; None of a site that does not reach the loss, such as a text
+    encoder's last layers."""
     found: list[Tensor | None] = []
     try:
         if loss.requires_grad:

@@ -1,4 +1,4 @@
-"""How rows run: in which passes, and those of a stage as micro-batches."""
+"""The passes of a merge, and the rows of a stage as micro-batches."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Passes:
-    """What is going to run: passes in which the sites of ``changes`` are solved, on the way in a
-    sweep, else behind a pass."""
+    """The passes ahead, in which the sites of ``changes`` are solved, on the way in a sweep, else
+    behind a pass."""
 
     changes: Mapping[str, SiteChanges]
     batching: ExecutionConfig

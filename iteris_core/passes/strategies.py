@@ -28,7 +28,7 @@ from ..solve.choose import POLICY, Policy
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
 """Sizes of :attr:`..solve.choose.Policy.blocks`, and how many times longer a sweep takes, as
 measured (docs/decisions.md)."""
-_IN_HOST, _BLOCKS_IN_HOST, _PACKED = 1.4, 1.25, 1.1  # times longer
+_IN_HOST, _BLOCKS_IN_HOST, _PACKED = 1.4, 1.25, 1.1  # times longer; the last is a guess
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Interference:
 
 
 def block_facts(lora: Lora) -> dict[str, BlockFacts]:
-    """What each block holds, under the names that weights by block have, where there are such."""
+    """The facts of each block, under the names that weights by block have, where there are such."""
     names = blocks_of(lora.base) if lora.base is not None else {}
     squares: dict[str, list[float]] = defaultdict(list)
     for site, change in lora.sites.items():

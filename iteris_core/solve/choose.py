@@ -1,4 +1,5 @@
-"""Which way a site is solved, and every other threshold by which a merge goes one way or another.
+"""The choice of how a site is solved, and every other threshold by which a merge goes one way or
+another.
 
 A :class:`Policy` holds the numbers, with what they were chosen by in docs/decisions.md; a merge
 takes :data:`POLICY` unless it is given another. What is no choice of a merge stands where it is
