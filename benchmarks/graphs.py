@@ -34,7 +34,7 @@ FRONT_END = ROOT / "tests" / "comfy" / "front_end.js"
 
 def measured(name: str, base: Path) -> dict[str, Any]:
     (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     with running(base) as client:
         graph = opened(client, ROOT / "workflows" / f"{name}.json", base / "seen.png")
         load, started, busy = os.getloadavg()[0], time.perf_counter(), cpu()

@@ -21,7 +21,7 @@ def main() -> None:
         if not name or name in _OWN:
             raise
         extra = _EXTRAS.get(name, "cli")
-        package = f"'comfyui-iteris[{extra}]'" if extra else name
+        package = f"'iteris-lora[{extra}]'" if extra else name
         _stop(f"{name} is not installed; get it by: pip install {package}", 2)
 
 

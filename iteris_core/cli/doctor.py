@@ -19,7 +19,7 @@ from ..activations.meter import free_memory
 from .base import device_of
 from .common import option, print_table
 
-PACKAGE = "comfyui-iteris"
+PACKAGE = "iteris-lora"
 NEEDS = {
     "torch": "everything",
     "safetensors": "everything",

@@ -31,7 +31,7 @@ _NO_CONCEPT: Mapping[Purpose, str] = {
     "speed": "makes the base draw in few steps",
     "edit": "makes the base edit pictures",
 }
-_PACKAGES = ("comfyui-iteris", "torch", "diffusers", "transformers", "peft", "safetensors")
+_PACKAGES = ("iteris-lora", "torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 def merge_metadata(

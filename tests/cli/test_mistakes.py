@@ -352,7 +352,7 @@ main()
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("torch", "torch is not installed; get it by: pip install 'comfyui-iteris[cli]'"),
+    [("torch", "torch is not installed; get it by: pip install 'iteris-lora[cli]'"),
      ("typer", "typer is not installed")],
 )  # fmt: skip
 def test_without_its_extra_the_command_says_how_to_get_it(name, message):

@@ -104,7 +104,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
     base = tmp_path_factory.mktemp("comfyui")
     (base / "custom_nodes").mkdir()
     # Help pages are served by folder name, so it is the project's.
-    (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     (base / "custom_nodes" / "reduced_models_of_tests.py").write_text(_REDUCED)
     write_models(base / "models")
     (base / "models" / "loras" / "experts").mkdir()
@@ -160,7 +160,7 @@ def _wait_until_up(client: Client, process: subprocess.Popen[bytes], log: Path) 
 def pack(library: None) -> ModuleType:
     """This pack, imported the way ComfyUI does: by its folder, under a name of no meaning."""
     spec = importlib.util.spec_from_file_location(
-        "custom-nodes/comfyui-iteris", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        "custom-nodes/iteris-lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
     assert spec is not None
     assert spec.loader is not None

@@ -61,7 +61,7 @@ withPage(base, async (page, errors) => {
     toasts: [...document.querySelectorAll('.p-toast-message')].map((e) => e.innerText),
     dialogs: [...document.querySelectorAll('.p-dialog')].map((e) => e.innerText.slice(0, 300)),
     text: document.body.innerText.slice(0, 6000),
-    pictures: [...document.querySelectorAll('img[src*="comfyui-iteris/docs"]')].map((e) => [
+    pictures: [...document.querySelectorAll('img[src*="iteris-lora/docs"]')].map((e) => [
       new URL(e.src).pathname.replace(/\/+/g, '/'), e.naturalWidth > 0,
     ]),
     values: Object.fromEntries(

@@ -286,7 +286,7 @@ def test_every_node_has_help_tooltips_and_texts(client: Client) -> None:
     assert len(found) == 18
     for name, info in found.items():
         assert info["category"].split("/")[0] == "IterIS"
-        page = client.get(f"/extensions/comfyui-iteris/docs/{name}.md").decode()
+        page = client.get(f"/extensions/iteris-lora/docs/{name}.md").decode()
         inputs = {
             key: spec
             for part in ("required", "optional")

@@ -152,4 +152,4 @@ def test_help_page_renders(client: Client, tmp_path: Path) -> None:
         "help", "IterisMerge",
     )  # fmt: skip
     assert "Merges the concepts into one LoRA" in seen["text"].replace("\n", " ")
-    assert seen["pictures"] == [["/extensions/comfyui-iteris/docs/IterisMerge/en.jpg", True]]
+    assert seen["pictures"] == [["/extensions/iteris-lora/docs/IterisMerge/en.jpg", True]]

@@ -64,7 +64,7 @@ def test_what_comfyui_reads_of_the_project_file(library: None) -> None:
 
     root = Path(__file__).resolve().parents[2]
     found = extract_node_configuration(str(root))
-    assert found.project.name == "comfyui-iteris"
+    assert found.project.name == "iteris-lora"
     assert found.project.supported_comfyui_version == ">=0.3.77"
     assert found.project.supported_os == ["OS Independent"]
     assert found.tool_comfy.publisher_id

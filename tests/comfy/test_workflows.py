@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, library: None) -> Path:
 
     base = tmp_path_factory.mktemp("workflows")
     (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "comfyui-iteris").symlink_to(ROOT)
+    (base / "custom_nodes" / "iteris-lora").symlink_to(ROOT)
     (base / "custom_nodes" / "thin_encoders_of_tests.py").write_text(THIN_ENCODERS)
     write_workflow_models(base / "models")
     return base

@@ -160,7 +160,7 @@ def test_the_lists_of_packages_agree():
     # Nothing that ComfyUI brings itself is asked for with its nodes.
     names = {re.split(r"[\[<>=!; ]", line)[0].lower() for line in PROJECT["dependencies"]}
     assert not names & {"torch", "diffusers", "transformers", "safetensors", "numpy", "pillow"}
-    assert "comfyui-iteris[cli,score]" in PROJECT["optional-dependencies"]["dev"]
+    assert "iteris-lora[cli,score]" in PROJECT["optional-dependencies"]["dev"]
 
 
 def test_the_version_is_in_the_changelog_and_the_licence_is_one_of_spdx():
