@@ -23,10 +23,11 @@ from statistics import fmean, variance
 import torch
 from torch import Tensor
 
-from ..linalg.lowrank import cut_to
+from ..linalg.lowrank import cut_factors, cut_to
 from ..lora import LowRank, concatenate
 from ..methods.registry import AtSite, on_weights, rank_setting
 from ..settings import Settings, setting
+from .iso_c import evened
 
 _TINY = 1e-12  # added to traces in the source
 
@@ -92,7 +93,7 @@ def _merged(changes: list[LowRank], settings: AceSettings) -> LowRank:
     own = torch.cat([down @ down.mT @ some for down, some in zip(downs, inner, strict=True)])
     residual = LowRank(torch.cat([c.up for c in changes], dim=1), own - mean, merged.kernel)
     count = max(1, int(settings.leading * len(stacked)))
-    return concatenate([merged, _evened(concatenate([residual, merged]), count)])
+    return concatenate([merged, evened(cut_factors(concatenate([residual, merged]), count)[0])])
 
 
 def _over(right: Tensor, ridge: float, tall: Tensor, wide: Tensor) -> Tensor:
@@ -100,12 +101,3 @@ def _over(right: Tensor, ridge: float, tall: Tensor, wide: Tensor) -> Tensor:
     inner = wide @ tall
     inner.diagonal().add_(ridge)
     return (right - torch.linalg.solve(inner, right @ tall, left=False) @ wide) / ridge
-
-
-def _evened(change: LowRank, count: int) -> LowRank:
-    """The leading ``count`` directions of ``change``, all at their mean singular value."""
-    q_up, r_up = torch.linalg.qr(change.up)
-    q_down, r_down = torch.linalg.qr(change.down.mT)
-    u, s, vt = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    up, down = q_up @ u[:, :count], vt[:count] @ q_down.mT
-    return LowRank(up * s[:count].mean(), down, change.kernel)

@@ -56,11 +56,11 @@ def test_a_language_has_every_text(pack: ModuleType, language: str) -> None:
     for name, node in texts.items():
         for part in ("inputs", "outputs"):
             assert list(found[name][part]) == list(node[part]), name
+        found[name] = with_lists(found[name], node)
         translated = texts_of(found[name])
         for where, text in texts_of(node).items():
             assert translated[where].strip(), (name, where)
             assert lost(text, translated[where]) == [], (name, where)
-        found[name] = with_lists(found[name], node)
     expect(folder / "nodeDefs.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     categories = json.loads((folder / "main.json").read_text(encoding="utf-8"))
     assert set(categories["nodeCategories"]) == {

@@ -48,6 +48,7 @@ def test_every_method_is_listed_with_a_summary():
         *("average", "sum", "svd", "task-arithmetic", "ties", "dare-linear", "dare-ties"),
         *("knots", "regmean", "regmean++", "ssr", "custom-diffusion", "orthogonal"),
         *("della", "della-linear", "wudi", "ace"),
+        *("tsv-m", "iso-c", "core-space", "compress-then-merge", "pico"),
         *("chain-of-merges", "gradient-fusion", "loraclr"),
         *("iteris", "iteris-subspace"),
     }
@@ -255,7 +256,7 @@ def test_the_subspace_form_is_the_least_squares_router():
 
 DELLA = ("della", "della-linear")
 # What does not give a LoRA back: Custom Diffusion and LoRACLR go some way to it.
-NOT_ITSELF = ("custom-diffusion", "orthogonal", "loraclr")
+NOT_ITSELF = ("custom-diffusion", "orthogonal", "loraclr", "iso-c")
 
 
 @pytest.mark.parametrize("name", [m.name for m in all_methods() if m.name not in NOT_ITSELF])
@@ -263,7 +264,10 @@ def test_one_lora_alone(name):
     """What each method makes of a single LoRA: itself, but for known scales and random drops."""
     lora = make_lora(1)
     neutral = {"task-arithmetic": {"scale": 1.0}, "ties": {"density": 1.0}}
-    neutral |= {name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties")}
+    neutral |= {
+        name: {"density": 1.0} for name in ("knots", "dare-linear", "dare-ties", "core-space")
+    }
+    neutral |= {"compress-then-merge": {"density": 1.0, "scale": 1.0}}
     neutral |= {"iteris-subspace": {"ridge": 0.0}}
     neutral |= {name: {"density": 1.0, "window": 0.0, "scale": 1.0} for name in DELLA}
     neutral |= {"gradient-fusion": {"steps": 500}}
