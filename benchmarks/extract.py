@@ -24,9 +24,9 @@ from protocol.toybox import ToyboxWorld
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.edit.extract import differences, extract_lora
 from iteris_core.edit.held import output_error
-from iteris_core.edit.ranks import Target
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.linalg.lowrank import cut_matrix
+from iteris_core.solve.ranks import Target
 from toybox.pipeline import load
 from toybox.train.base import use_plain_attention
 from toybox.train.loras import fit

@@ -21,9 +21,9 @@ from protocol.toybox import ToyboxWorld
 from toybox_world import World
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
-from iteris_core.edit.ranks import Target
 from iteris_core.edit.resize import resize_lora
 from iteris_core.linalg.lowrank import cut_factors
+from iteris_core.solve.ranks import Target
 
 FILE = result_file("resize.json")
 NUMBERS = (1,) if QUICK else (1, 2, 3, 4, 5)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..iteris_core.concepts import Calibration, lines_of
 from ..iteris_core.edit.extract import extract_lora, other_differences
-from ..iteris_core.edit.ranks import Target
 from ..iteris_core.edit.resize import resize_lora
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.solve.ranks import Target
 from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, files_behind, show_text

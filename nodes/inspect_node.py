@@ -16,7 +16,7 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
 from ..iteris_core.report.inspection import Interference, describe, interference, numbered, to_table
-from ..iteris_core.report.plots import plot_interference
+from ..iteris_core.report.plots import plot_loras
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
@@ -24,7 +24,7 @@ from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
 from .merge_settings import Request
-from .pictures import figure_image, text_image
+from .pictures import figure_image
 from .schema import schema
 
 _ALIKE = 0.5
@@ -72,7 +72,8 @@ class InspectLoras(io.ComfyNode):
             if not loras:
                 raise IterisError("No LoRA is connected; connect one or more.")
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
-            lines = [to_table([describe(lora) for lora in loras], pairs)]
+            facts = [describe(lora) for lora in loras]
+            lines = [to_table(facts, pairs)]
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
             lines += _alike(pairs) + _words(specs, loaded)
@@ -81,14 +82,7 @@ class InspectLoras(io.ComfyNode):
             )
         table = "\n".join(lines)
         show_text(table, node_id)
-        return io.NodeOutput(_plot(pairs), table)
-
-
-def _plot(pairs: Sequence[Interference]) -> Any:
-    if any(pair.shared for pair in pairs):
-        return figure_image(plot_interference(pairs))
-    reason = "change no layer in common" if pairs else "is one: there is nothing to compare"
-    return text_image(f"What is connected {reason}.")
+        return io.NodeOutput(figure_image(plot_loras(facts, pairs)), table)
 
 
 def _alike(pairs: Sequence[Interference]) -> list[str]:

@@ -26,7 +26,8 @@ def lora_path(name: str) -> Path:
 
 def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
     """Concepts as they are, and every LoRA of a LORA_STACK with the words that are known of it."""
-    made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in value or ())
+    given = [one for one in value or () if one is not None]  # core's rows may have gaps
+    made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in given)
     return tuple(spec for spec in made if spec is not None)
 
 

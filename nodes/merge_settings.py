@@ -23,9 +23,9 @@ CALIBRATION = (
     "contexts", "generic", "composites",
 )  # fmt: skip
 ITERIS = (
-    "rank", "repair", "repair_inputs", "block_steps", "block_pairs", "schedule", "iterations",
-    "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency", "row_tokens",
-    "precision",
+    "rank", "share_ranks", "repair", "repair_inputs", "block_steps", "block_pairs", "schedule",
+    "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency",
+    "row_tokens", "precision",
 )  # fmt: skip
 """Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
 rows in a forward, which the memory decides, and without the rate of the polish."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..iteris_core.errors import IterisError, SaveError
 from ..iteris_core.lora_files import DTYPES
 from ..iteris_core.lora_files.tensors import content_hash, save_atomically
+from ..iteris_core.report.card import write_card
 from .comfy_runtime import show_text
 from .embedding_files import save_embeddings
 from .lora_folders import folder_names, new_file
@@ -41,6 +42,7 @@ class SaveMergedLora(io.ComfyNode):
                 io.Combo.Input("folder", options=folders, default=folders[0], optional=True),
                 io.Boolean.Input("overwrite", default=False, optional=True),
                 io.Image.Input("thumbnail", optional=True),
+                io.Boolean.Input("card", default=False, optional=True),
             ],
             outputs=[io.String.Output(display_name="lora_name")],
             hidden=[io.Hidden.unique_id],
@@ -57,6 +59,7 @@ class SaveMergedLora(io.ComfyNode):
         folder: str = "default",
         overwrite: bool = False,
         thumbnail: Tensor | None = None,
+        card: bool = False,
     ) -> io.NodeOutput:
         tensors, metadata = _at(lora, dtype)
         if rank:
@@ -68,6 +71,8 @@ class SaveMergedLora(io.ComfyNode):
             save_atomically(tensors, file, metadata)
             if thumbnail is not None:
                 save_thumbnail(thumbnail, file.with_suffix(".preview.png"))
+            if card:
+                write_card(file)
         except SaveError as error:
             raise SaveError(f"{error} The merge is kept: queue again, and it is saved.") from error
         name = str(Path(subfolder) / file.name)

@@ -49,12 +49,6 @@ TITLES = {
 }
 
 
-TITLES_OF_KINDS = {
-    "lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "oft": "OFT",
-    "boft": "BOFT", "glora": "GLoRA",
-}  # fmt: skip
-
-
 def page(found: Mapping[str, Any]) -> str:
     """The page in Markdown."""
     parts = [HEAD]
@@ -73,28 +67,7 @@ def page(found: Mapping[str, Any]) -> str:
             cells = [f"{figures[law]:.1e}" for law in ("alone", "rows", "file")]
             lines.append([name, *cells, _remarks(figures)])
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    return "\n".join([*parts, _kinds(found["kinds"])])
-
-
-KINDS = """\
-## Kinds of LoRA
-
-The change of a weight as it is read from a file, against what others make of the same file: the
-largest relative error of linear layers and convolutions. OFT, BOFT, GLoRA and DoRA are made of the
-base's own weight. A change that is not low rank by itself is cut to `energy` (99.9 %) of its size.
-Refused by name: IA3, changes of biases, normalisations and shapes, and OFT as peft writes it, which
-ComfyUI does not load.
-"""
-
-
-def _kinds(found: Mapping[str, Mapping[str, float]]) -> str:
-    """What :func:`architecture_results.record_kind` wrote, as a section."""
-    oracles = sorted({oracle for errors in found.values() for oracle in errors})
-    lines = [["kind", *oracles], ["---", *["---:"] * len(oracles)]]
-    for kind, errors in found.items():
-        cells = [f"{errors[oracle]:.1e}" if oracle in errors else "" for oracle in oracles]
-        lines.append([TITLES_OF_KINDS.get(kind, kind), *cells])
-    return f"{KINDS}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(parts)
 
 
 def _remarks(figures: Mapping[str, Any]) -> str:

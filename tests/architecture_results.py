@@ -1,7 +1,8 @@
 """Figures of the tests of architectures, for ``benchmarks/results/architectures.json``.
 
 ``{"comfyui": {name: {"alone", "rows", "file"}}, "diffusers": {…}, "versions": {…}, "kinds": {kind:
-{who computes its change: largest error}}}``. Nothing is written without ``WRITE_RESULTS=1``.
+{who computes its change: largest error}}, "layouts": {layout: {base: {"error", "diffusers"}}}}``.
+Nothing is written without ``WRITE_RESULTS=1``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,26 @@ def record_kind(kind: str, oracle: str, error: float) -> None:
     for other in [o for o in rows if o.partition(" ")[0] == oracle.partition(" ")[0]]:
         del rows[other]
     rows[oracle] = float(f"{_LARGEST[kind, oracle]:.2g}")
+    _write(found)
+
+
+_MISREAD: dict[tuple[str, str], set[str]] = {}
+
+
+def record_layout(layout: str, base: str, error: float, misread: str) -> None:
+    """Put how far a picture with a file of that ``layout``, as we read it, is from that with the
+    LoRA in the weights, and what diffusers' own loader does with it (empty: the same picture); both
+    of all alphas of a run."""
+    if not os.environ.get("WRITE_RESULTS"):
+        return
+    _LARGEST[layout, base] = max(error, _LARGEST.get((layout, base), 0.0))
+    found = _found()
+    said = _MISREAD.setdefault((layout, base), set())
+    said.add(misread)
+    found.setdefault("layouts", {}).setdefault(layout, {})[base] = {
+        "error": float(f"{_LARGEST[layout, base]:.2g}"),
+        "diffusers": "; ".join(sorted(said - {""})),
+    }
     _write(found)
 
 

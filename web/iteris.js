@@ -2,7 +2,7 @@
 // and lists that know of a LoRA that was saved.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
-import { fromPowerLoraLoader, prepareLoras } from './lora_rows.js';
+import { fromLoraList, isLoraList, prepareLoras } from './lora_rows.js';
 
 const TELLING = ['IterisMerge', 'IterisMergeExperts', 'IterisCompareMerges', 'IterisInspectLoras',
   'IterisSaveLora'];
@@ -41,8 +41,7 @@ app.registerExtension({
     if (TELLING.includes(node.comfyClass)) node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
   getNodeMenuItems(node) {
-    if (node.type !== 'Power Lora Loader (rgthree)') return [];
-    return [{ content: 'To IterIS LoRAs', callback: () => fromPowerLoraLoader(node) }];
+    return isLoraList(node) ? [{ content: 'To IterIS LoRAs', callback: () => fromLoraList(node) }] : [];
   },
   setup() {
     api.addEventListener('progress_text', ({ detail }) => {

@@ -209,9 +209,23 @@ function arrange(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-// The LoRAs of rgthree's Power Lora Loader on a node of ours below it, or on a chain of them.
-export function fromPowerLoraLoader(node) {
-  const loras = node.widgets.map((widget) => widget.value).filter((value) => value?.lora && value.lora !== 'None');
+const ownRows = (node) => node.widgets.filter(({ name }) => /^loras\.\d+\.lora_name$/.test(name)).map(({ name, value }) => (
+  { lora: value, on: true, strength: widgetOf(node, name.replace('lora_name', 'strength'))?.value ?? 1 }
+));
+
+// The LoRAs of a node: in one value each (rgthree), or in widgets loras.NUMBER.FIELD of ComfyUI's own
+// lists, of which one is for the model alone and one for the text encoder.
+const LISTS = {
+  'Power Lora Loader (rgthree)': (node) => node.widgets.map((widget) => widget.value),
+  LoadLoraModel: (node) => ownRows(node).map((row) => ({ ...row, strengthTwo: 0 })),
+  LoadLoraTextEncoder: (node) => ownRows(node).map((row) => ({ ...row, strength: 0, strengthTwo: row.strength })),
+};
+
+export const isLoraList = (node) => Object.hasOwn(LISTS, node.type);
+
+// The same on a node of ours below it, or on a chain of them.
+export function fromLoraList(node) {
+  const loras = LISTS[node.type](node).filter((value) => value?.lora && value.lora.toLowerCase() !== NONE);
   let before = null;
   for (let start = 0; start < loras.length; start += ROWS) {
     const made = window.LiteGraph.createNode('IterisLoras');

@@ -12,9 +12,9 @@ import torch
 import typer
 
 from ..edit.extract import Extracted, check_alike, extract_lora, other_differences
-from ..edit.ranks import Target
 from ..errors import InputFileError
 from ..lora_files import check_target, read_header
+from ..solve.ranks import Target
 from .base import check_base, device_of, load_base
 from .common import progress_bars
 from .options import command, given_by, read_prompts

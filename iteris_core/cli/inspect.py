@@ -37,7 +37,9 @@ def inspect(
         str | None, option("A base of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
-    plot: Annotated[Path | None, option("A PNG of the interference, block by block")] = None,
+    plot: Annotated[
+        Path | None, option("A PNG of what each block holds, and of the interference")
+    ] = None,
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     check_plot(plot)
@@ -47,10 +49,10 @@ def inspect(
     facts = [fact for _, fact in described]
     pairs = [interference(one, two) for one, two in combinations(loras, 2)]
     if plot is not None:
-        from ..report.plots import plot_interference
+        from ..report.plots import plot_loras
 
         with atomically(plot) as unfinished:
-            plot_interference(pairs).savefig(unfinished)
+            plot_loras(facts, pairs).savefig(unfinished)
     if as_json:
         data = {"files": [asdict(f) for f in facts], "interference": [asdict(p) for p in pairs]}
         typer.echo(json.dumps(data))

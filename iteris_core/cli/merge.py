@@ -21,8 +21,9 @@ from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult
 from ..methods import find_method
 from ..methods.registry import settings_over
+from ..report.card import card_files, write_card
 from ..report.provenance import check_cut, cut_again, with_run
-from ..saving import atomically
+from ..saving import atomically, check_new
 from .adapters import check_adapters, load_adapters
 from .base import check_base, load_base
 from .checks import check_apart, check_concepts, check_plot, warnings_of
@@ -69,6 +70,9 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     experts = expert_files(output) if any(one.low for one in config.concepts) else ()
     for path in experts:
         check_target(path, options.layout, options.dtype, options.overwrite)
+    for path in experts or (output,):
+        for beside in card_files(path) if options.card else ():
+            check_new(beside, overwrite=options.overwrite)
     check_apart([output, *experts], config.concepts)
     check_cut(config.cut)
     check_renames(options.rename or [])
@@ -92,7 +96,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
     """Raise :class:`IterisError` for what a merge of peft's adapters could not do or write."""
-    names = ("templates", "plot", "image", "base_dtype", "offload", "mask_image")
+    names = ("templates", "plot", "card", "image", "base_dtype", "offload", "mask_image")
     _refuse(_ONLY.format(config.base), options, *names)
     _refuse("files; give another folder, or move the old one.", options, "overwrite")
     check_folder(options.output)
@@ -155,6 +159,11 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
             typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
         for line in lines_of_embeddings(result.lora, paths[0]):
             typer.echo(line)
+    if options.card:
+        for path in paths:
+            written = write_card(path, result.report)
+            if in_words:
+                typer.echo(f"Wrote {' and '.join(map(str, written))}.")
     if options.plot is not None:
         from ..report.plots import plot_residuals
 

@@ -145,4 +145,10 @@ class MergeOptions:
         "LORA:NAME=NEW: another name for an embedding", panel=READING
     )
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
+    card: bool = given_by(
+        "Beside the file a card (.md), and the notes that browsers of LoRAs read (.metadata.json)",
+        "--card",
+        panel=RESULT,
+        default=False,
+    )
     plot: Path | None = given_by("A PNG of the output errors per block", panel=RESULT)

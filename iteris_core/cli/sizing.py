@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..concepts import Calibration
-from ..edit.ranks import Target
 from ..lora import Lora
 from ..lora_files import DTYPES, Layout
+from ..solve.ranks import Target
 from .common import CALIBRATION, RESULT, BaseDtype, Device, Memory, bytes_of, option
 from .options import Dtype, given_by, settings_of
 from .saving import save_lora, save_or_keep

@@ -21,9 +21,9 @@ from ..passes.eta import Eta
 from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
 from ..progress import OnProgress, Ticker
+from ..solve.ranks import Components, Target, kept, share_out
 from .held import output_error
 from .moments import Seen, calibration_of, look
-from .ranks import Components, Target, kept, share_out
 from .resize import fitted
 
 _LEAST, _MOST = 64, 256

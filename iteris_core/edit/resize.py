@@ -23,8 +23,8 @@ from ..passes.sweep import solve_sites
 from ..progress import OnProgress, Ticker
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
+from ..solve.ranks import Components, Target, kept, share_out
 from .moments import Seen, calibration_of, look
-from .ranks import Components, Target, kept, share_out
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that are of the tensors of another file."""
@@ -64,10 +64,11 @@ def resize_lora(
 ) -> Resized:
     """Bring a LoRA to ``target``, with the ranks shared out over its layers by what each is worth.
 
-    With a ``host`` worths (:class:`.ranks.Components`) are of what layers see while the model runs
-    on prompts that call for the LoRA, twice as many where it knows several concepts; a LoRA that
-    nothing calls for runs on captions. Then every layer in turn is fitted anew, at its rank, to
-    what the LoRA gives, on inputs that passed the layers before: E‖(W0 + ΔW)x − W0 x̃ − ΔW_r x̃‖² is
+    With a ``host`` worths (:class:`..solve.ranks.Components`) are of what layers see while the
+    model runs on prompts that call for the LoRA, twice as many where it knows several concepts; a
+    LoRA that nothing calls for runs on captions. Then every layer in turn is fitted anew, at its
+    rank, to what the LoRA gives, on inputs that passed the layers before: E‖(W0 + ΔW)x − W0 x̃ −
+    ΔW_r x̃‖² is
     least. Without a host they are of singular values of the weights, at one size of output for all
     layers.
 

@@ -29,7 +29,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
     """
     words = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
-    words += [str(concept.get("trigger") or "") for concept in _merged_concepts(metadata)]
+    words += [str(concept.get("trigger") or "") for concept in merged_concepts(metadata)]
     for folder in parse_object(metadata.get("ss_dataset_dirs")):
         number, _, name = folder.partition("_")
         if number.isdigit():
@@ -47,7 +47,7 @@ def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
     """Every phrase that a file itself says to call for it by, as a merge of ours or
     ``modelspec.trigger_phrase`` has them."""
     phrases: list[str] = []
-    for concept in _merged_concepts(metadata):
+    for concept in merged_concepts(metadata):
         called = concept.get("called") or concept.get("subjects")
         several = [str(phrase) for phrase in called] if isinstance(called, list) else []
         phrases += several or [f"{concept.get('trigger') or ''} {concept.get('class') or ''}"]
@@ -55,7 +55,7 @@ def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
 
 
-def _merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """The concepts with a LoRA of a file that is a merge of ours."""
     concepts = parse_object(metadata.get("iteris")).get("concepts")
     concepts = concepts if isinstance(concepts, list) else []

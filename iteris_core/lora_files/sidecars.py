@@ -1,6 +1,7 @@
-"""Trigger words beside a LoRA file, where download helpers note them: Lora-Manager's
-``.metadata.json``, Civitai Helper's ``.civitai.info``, rgthree's ``.rgthree-info.json``. Read
-without trusting them: any text may stand there."""
+"""Files beside a LoRA, in which browsers of LoRAs and download helpers keep its trigger words:
+Lora-Manager's ``.metadata.json``, Civitai Helper's ``.civitai.info``, rgthree's
+``.rgthree-info.json``. Read without trusting them: any text may stand there. Lora-Manager's is also
+written."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..saving import atomically
 from .metadata import noted_phrases, trigger_words
+from .tensors import file_digest
+
+_PREVIEWS = tuple(f".preview.{kind}" for kind in ("png", "jpg", "jpeg", "webp"))
+_BASES = {"sd_v1": "SD 1.5", "sd_v2": "SD 2.1", "sdxl_base_v1-0": "SDXL 1.0", "flux1": "Flux.1 D"}
+"""``ss_base_model_version`` → what Lora-Manager calls that base."""
 
 _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json")
 _NAMES = ("trainedWords", "trigger_words")
@@ -50,16 +57,60 @@ def sidecars(file: Path) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def previews(file: Path) -> list[Path]:
+    """The pictures beside ``file`` that browsers of LoRAs show for it."""
+    paths = [file.with_name(f"{file.stem}{end}") for end in _PREVIEWS]
+    return [path for path in paths if path.is_file()]
+
+
+def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
+    """Write Lora-Manager's ``.metadata.json`` for the LoRA in ``file``, and return its path.
+
+    What a person has noted in one that is there stays; trigger words and what is of the file itself
+    are new. Paths in it are names without a folder, which Lora-Manager completes.
+    """
+    path = file.with_suffix(_ENDINGS[0])
+    there = _content(path)
+    civitai = there.get("civitai")
+    facts = {
+        "file_name": file.stem,
+        "file_path": file.name,
+        "size": file.stat().st_size,
+        "modified": file.stat().st_mtime,
+        "sha256": file_digest(file),
+        "preview_url": next((picture.name for picture in previews(file)), ""),
+        "civitai": {
+            **(civitai if isinstance(civitai, dict) else {}),
+            _NAMES[0]: list(find_phrases(file, metadata).phrases),
+        },
+    }
+    first = {
+        "model_name": file.stem,
+        "base_model": _BASES.get(metadata.get("ss_base_model_version", ""), "Unknown"),
+        "modelDescription": metadata.get("modelspec.description", ""),
+        "from_civitai": False,
+    }
+    with atomically(path) as unfinished:
+        text = json.dumps({**first, **there, **facts}, indent=2, ensure_ascii=False)
+        unfinished.write_text(text, encoding="utf-8")
+    return path
+
+
 def _ending(path: Path) -> str:
     return next(end for end in _ENDINGS if path.name.endswith(end))
 
 
-def _phrases(path: Path) -> list[str]:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return []
-    tables = [content, content.get("civitai")] if isinstance(content, dict) else []
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _phrases(path: Path) -> list[str]:
+    content = _content(path)
+    tables = [content, content.get("civitai")]
     lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
     words = [word for some in lists if isinstance(some, list) for word in some]
     texts = [word.get("word") if isinstance(word, dict) else word for word in words]

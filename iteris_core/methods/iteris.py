@@ -8,15 +8,18 @@ since a site's inputs depend on the sites before it alone.
 
 from __future__ import annotations
 
-from collections.abc import Set
+import math
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
 
 from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
-from ..passes.job import Job
+from ..passes.job import Job, Run
 from ..passes.sweep import solve_sites
 from ..report.report import SiteReport
 from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
@@ -25,6 +28,7 @@ from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
 from .repair import Repairs, at_all_inputs, with_repairs
+from .shared_ranks import shared_ranks
 
 
 @on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep", sums=True)
@@ -48,13 +52,15 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     changed = job.changes.keys() - repairs.keys()
     acting = changed & job.host.streams(changed).keys() if saliency else set[str]()
 
-    def solver_of(stage: Stage) -> StageSolver:
-        return _solver(job, settings, stage, acting, repairs)
+    def solver_of(stage: Stage, ranks: Mapping[str, int] | None = None) -> StageSolver:
+        return _solver(job, settings, stage, acting, repairs, ranks)
 
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
     seed, policy = job.calibration.seed, job.policy
     batching = ExecutionConfig(settings.micro_batch, tokens, seed, saliency, policy)
     with job.run() as run:
+        if settings.share_ranks:
+            solver_of = partial(solver_of, ranks=_shared(run, settings, acting, repairs, batching))
         solutions, log = solve_sites(run, solver_of, batching, schedule)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
@@ -71,9 +77,36 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     return Merged(sites, log)
 
 
+def _shared(
+    run: Run,
+    settings: IterisSettings,
+    acting: Set[str],
+    repairs: Repairs,
+    batching: ExecutionConfig,
+) -> dict[str, int]:
+    """The ranks of all sites in a file as large as with ``settings.rank`` where a LoRA is."""
+    job, rank = run.job, cast(int, settings.rank)
+    whole = replace(job, policy=replace(job.policy, rows_gain=math.inf))
+    uncut = replace(settings, rank=None, share_ranks=False)
+    own = [changes for site, changes in job.changes.items() if site not in repairs]
+    numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
+
+    def solver_of(stage: Stage) -> StageSolver:
+        return _solver(whole, uncut, stage, acting, repairs, {})
+
+    return shared_ranks(run, solver_of, batching, numbers)
+
+
 def _solver(
-    job: Job, settings: IterisSettings, stage: Stage, acting: Set[str], repairs: Repairs
+    job: Job,
+    settings: IterisSettings,
+    stage: Stage,
+    acting: Set[str],
+    repairs: Repairs,
+    ranks: Mapping[str, int] | None,
 ) -> StageSolver:
+    """``ranks`` are the sites' own (None: the settings' for all); where they are yet to be found
+    (empty), residuals tell what a repair is worth, which else nobody reads."""
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
@@ -88,12 +121,12 @@ def _solver(
         rank=settings.rank,
         pull=pull or "mean",
     )
-    # Repair sites are many inputs wide, and nobody reads their residuals.
-    repairing = replace(fit, dtype=dtype, residuals=False)
+    repairing = replace(fit, dtype=dtype, residuals=ranks == {})  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
     def fit_of(site: str) -> RegressionSpec:
-        return repairing if site in repairs else fit
+        of = repairing if site in repairs else fit
+        return replace(of, rank=ranks[site]) if ranks else of
 
     def solve(site: str, reduction: Reduction) -> Solution:
         solution = reduction.solve(fit_of(site))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import SettingsError
 from ..settings import Settings, setting
 from .registry import micro_batch_setting, rank_setting
 
@@ -63,6 +64,11 @@ class IterisSettings(Settings):
     rank: int | float | None = rank_setting(
         "Largest rank of the merged LoRA.", share="output energy", most=1024
     )
+    share_ranks: bool = setting(
+        False,
+        "The rank is that of the file: it is as large as with that rank in every layer that a LoRA "
+        "changes, and each layer has what it is worth. The model is swept twice.",
+    )
     micro_batch: int = micro_batch_setting()
     row_tokens: int | Literal["all"] | None = setting(
         None,
@@ -117,3 +123,12 @@ class IterisSettings(Settings):
         low=0,
     )
     polish_rate: float = setting(5e-4, "Learning rate of the polish.", above=0)
+
+    def check(self) -> None:
+        super().check()
+        if not self.share_ranks:
+            return
+        if not isinstance(self.rank, int):
+            raise SettingsError("share_ranks wants a whole rank to share, such as rank=16.")
+        if self.schedule != "sweep" or self.objective != "output":
+            raise SettingsError("share_ranks is for schedule=sweep with objective=output.")

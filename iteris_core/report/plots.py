@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
-from .inspection import Interference
+from .inspection import Interference, LoraFacts
 from .report import MergeReport
 
 
@@ -23,43 +24,68 @@ def plot_residuals(report: MergeReport) -> Any:
         for part, title in enumerate(("mean of the LoRAs", "merged"))
     }
     label = "output error, relative to the LoRA's change"
-    return _heat_maps(maps, list(blocks), report.concepts, label)
+    return _drawn(_Maps(maps, list(blocks), report.concepts, label))
 
 
-def plot_interference(pairs: Sequence[Interference]) -> Any:
-    """Heat maps, block × pair, of what :class:`Interference` holds, as a matplotlib Figure."""
-    if not pairs:
-        raise UsageError("Interference needs two LoRA files; there is nothing to plot for one.")
-    blocks = list(dict.fromkeys(block for pair in pairs for block in pair.rated))
-    maps = {
-        title: [[pair.rated.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]
-        for index, title in enumerate(("row spaces", "column spaces", "conflict"))
-    }
-    names = [f"{pair.first}\n{pair.second}" for pair in pairs]
-    return _heat_maps(maps, blocks, names, "0: out of each other's way; 1: the same")
+def plot_loras(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> Any:
+    """A heat map, block × LoRA, of the share of each LoRA's energy that a block holds; under it
+    heat maps, block × pair, of what :class:`Interference` holds, where two have a layer in common.
+    Returns a matplotlib Figure."""
+    every = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
+    shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in every]
+    names, most = [lora.name for lora in facts], max(map(max, shares))
+    maps = [_Maps({"energy": shares}, every, names, "share of the LoRA's energy", most)]
+    if any(pair.shared for pair in pairs):
+        blocks = list(dict.fromkeys(block for pair in pairs for block in pair.rated))
+        rated = {
+            title: [[pair.rated.get(b, (0.0, 0.0, 0.0))[index] for pair in pairs] for b in blocks]
+            for index, title in enumerate(("row spaces", "column spaces", "conflict"))
+        }
+        names = [f"{pair.first}\n{pair.second}" for pair in pairs]
+        maps.append(_Maps(rated, blocks, names, "0: out of each other's way; 1: the same"))
+    return _drawn(*maps)
 
 
-def _heat_maps(
-    maps: Mapping[str, Sequence[Sequence[float]]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    label: str,
-) -> Any:
-    """Maps of values from 0 to 1 side by side, each under its title, with one colour bar."""
+@dataclass(frozen=True)
+class _Maps:
+    """Maps of values from 0 to ``most``, each under its title, with one colour bar, which says
+    ``label``: ``rows`` are blocks."""
+
+    maps: Mapping[str, Sequence[Sequence[float]]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    label: str
+    most: float = 1.0
+
+    @property
+    def width(self) -> float:
+        return 4 + len(self.maps) * max(1.5, 0.5 * len(self.columns))
+
+    @property
+    def height(self) -> float:
+        return 1.5 + 0.35 * len(self.rows)
+
+
+def _drawn(*parts: _Maps) -> Any:
+    """One figure with the parts under each other, and the maps of each side by side."""
     from matplotlib.figure import Figure
 
-    size = (4 + len(maps) * max(1.5, 0.5 * len(columns)), 1.5 + 0.35 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(maps), sharey=True)
-    image: Any = None
-    for axis, (title, values) in zip(axes, maps.items(), strict=True):
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(title)
-        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-        axis.set_yticks(range(len(rows)), rows)
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                color = "white" if value < 0.6 else "black"
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=axes, label=label)
-    return figure
+    size = max(part.width for part in parts), sum(part.height for part in parts)
+    whole = Figure(figsize=size, layout="constrained")
+    heights = [part.height for part in parts]
+    figures = whole.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
+    for part, figure in zip(parts, figures[:, 0], strict=True):
+        axes = figure.subplots(1, len(part.maps), sharey=True, squeeze=False)[0]
+        image: Any = None
+        for axis, (title, values) in zip(axes, part.maps.items(), strict=True):
+            image = axis.imshow(values, vmin=0, vmax=part.most, cmap="viridis", aspect="auto")
+            axis.set_title(title)
+            axis.set_xticks(range(len(part.columns)), part.columns, rotation=45, ha="right")
+            axis.set_yticks(range(len(part.rows)), part.rows)
+            for y, row in enumerate(values):
+                for x, value in enumerate(row):
+                    color = "white" if value < 0.6 * part.most else "black"
+                    text = f"{value:.2f}"
+                    axis.text(x, y, text, ha="center", va="center", color=color, fontsize=8)
+        figure.colorbar(image, ax=axes, label=part.label)
+    return whole

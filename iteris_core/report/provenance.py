@@ -41,8 +41,8 @@ def merge_metadata(
     calls: Sequence[EmbeddingTriggers],
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
-    of embeddings), ``modelspec.*`` and the merged ``ss_*`` of the inputs. Phrases call for the
-    embeddings by their names in the merged LoRA."""
+    of embeddings), ``modelspec.*``, the inputs' licences among them, and the merged ``ss_*`` of the
+    inputs. Phrases call for the embeddings by their names in the merged LoRA."""
     inside = [concept for concept in concepts if concept.always_on != "outside"]
     loras = [concept.lora for concept in inside if concept.lora is not None]
     names = [lora.name for lora in loras]
@@ -68,6 +68,9 @@ def merge_metadata(
     }
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+    named = [(lora.name, lora.metadata.get("modelspec.license", "").strip()) for lora in loras]
+    if licences := [f"{name}: {licence}" for name, licence in named if licence]:
+        metadata["modelspec.license"] = "; ".join(licences)
     base = next((lora.base for lora in loras if lora.base is not None), None)
     if base is not None and base.architecture.version:
         metadata["modelspec.architecture"] = f"{base.architecture.modelspec}/lora"

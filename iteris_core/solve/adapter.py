@@ -40,11 +40,11 @@ class _LowRankTargets(MomentReduction):
         super().__init__(opening, inputs, by or self._outputs)
 
     def _add_targets(self, tokens: Tokens) -> None:
-        if self._outputs is not self._weigher:
+        if self._outputs is not self.weigher:
             self._outputs.add(tokens)
 
     def sums(self) -> list[Tensor]:
-        shared = self._outputs is self._weigher
+        shared = self._outputs is self.weigher
         return [*super().sums(), *([] if shared else self._outputs.sums())]
 
     @abstractmethod

@@ -26,17 +26,17 @@ class MomentReduction(Reduction):
     def __init__(self, opening: SiteContext, inputs: type[InputMoments], weigher: Weigher) -> None:
         super().__init__(opening.changes)
         self.inputs, self._adds = opening.share(inputs)
-        self._weigher = weigher
+        self.weigher = weigher
 
     def add(self, tokens: Tokens) -> None:
         with full_precision(self.inputs.own[0].device):
             if self._adds:
                 self._add_inputs(tokens)
-            self._weigher.add(tokens)
+            self.weigher.add(tokens)
             self._add_targets(tokens)
 
     def sums(self) -> list[Tensor]:
-        return self._weigher.sums()
+        return self.weigher.sums()
 
     def solve(self, fit: RegressionSpec) -> Solution:
         """See :class:`.problem.Reduction`; a share of energy as rank is of the solution at Σ r_i.
@@ -47,7 +47,7 @@ class MomentReduction(Reduction):
         device = solve_device(self.inputs.own[0].device)
         changes, like = self.changes.to(device=device), self.changes.like
         rank = fit.rank_of(changes)
-        lambdas = fit.lambdas(self._weigher.values(changes, self.inputs))
+        lambdas = fit.lambdas(self.weigher.values(changes, self.inputs))
         factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
         if factor is None:
             mean = changes.mean(fit.weights, torch.float64)

@@ -87,16 +87,16 @@ class ByOutput(Weigher):
     """``full``: λ_i = 1 / ‖(W0 + ΔW_i) X_i‖²_F, the layer's bias included."""
 
     def __init__(self, concepts: int, device: torch.device) -> None:
-        self._energies = torch.zeros(concepts, dtype=energy_dtype(device), device=device)
+        self.energies = torch.zeros(concepts, dtype=energy_dtype(device), device=device)
 
     def add(self, tokens: Tokens) -> None:
-        self._energies[tokens.concept] += energy(tokens.output)
+        self.energies[tokens.concept] += energy(tokens.output)
 
     def sums(self) -> list[Tensor]:
-        return [self._energies]
+        return [self.energies]
 
     def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
-        return [_inverse(1.0, value) for value in self._energies.tolist()]
+        return [_inverse(1.0, value) for value in self.energies.tolist()]
 
 
 def weigher(weighting: Weighting, opening: SiteContext, dtype: torch.dtype) -> Weigher:

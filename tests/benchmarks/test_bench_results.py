@@ -25,6 +25,7 @@ import tables  # noqa: E402
 
 MADE_ELSEWHERE = {
     "architectures.md",  # tests/hosts/test_architecture_page.py
+    "layouts.md",
     "results.md",  # below
     "settings.md",  # tests/cli/test_settings.py
 }

@@ -65,9 +65,13 @@ def test_options_of_the_merge(world, tmp_path, monkeypatch, capsys):
     out.write_text("old")
     more = ["--method=regmean", "--set=rank=2", "--layout=peft", "--dtype=float32", "--overwrite",
             f"--plot={plot}", "--unmergeable=skip", "--energy=0.9", "--allow-partial",
-            "--memory=0.5"]  # fmt: skip
-    code, _, err = run(monkeypatch, capsys, *merge(world, out, *more))
+            "--memory=0.5", "--card"]  # fmt: skip
+    code, text, err = run(monkeypatch, capsys, *merge(world, out, *more))
     assert code == 0, err
+    card, sidecar = out.with_suffix(".md"), out.with_suffix(".metadata.json")
+    assert f"Wrote {card} and {sidecar}." in text.replace("\n", " ").replace("  ", " ")
+    assert "- method: `regmean`" in card.read_text()
+    assert json.loads(sidecar.read_text())["civitai"]["trainedWords"] == ["s1 dog", "s2 dog"]
     tensors = load_file(out)
     assert all(key.endswith(("lora_A.weight", "lora_B.weight")) for key in tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from bases import make_lora, tiny_base
+from PIL import Image
 from tiny import random_lora
 
 from iteris_core import Lora, LowRank, cli, write_lora
@@ -130,6 +131,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert found["interference"][0]["shared"] == 30
     assert 0 < found["interference"][0]["rows"] < 0.2
     assert plot.read_bytes()[:4] == b"\x89PNG"
+    both = Image.open(plot).size
+    code, text, _ = run(monkeypatch, capsys, files[0], "--json", f"--plot={plot}")
+    assert code == 0
+    assert Image.open(plot).size[1] < both[1]  # what its blocks hold, and no interference
     code, text, _ = run(monkeypatch, capsys, *files)
     assert code == 0
     assert "row spaces" in text

@@ -165,6 +165,14 @@ def test_stacks_of_other_packs(bench: Bench, kind: str) -> None:
     assert (alone.strength, alone.text_strength) == (0.3, None)
 
 
+def test_rows_of_comfyui_s_own_stack(bench: Bench) -> None:
+    """As a DynamicGroup gives them: a dictionary for a row, None for a gap."""
+    rows = [{"lora_name": "a.safetensors", "strength": 0.8}, None,
+            {"lora_name": "none", "strength": 1.0}]  # fmt: skip
+    (spec,) = bench.module("lora_stacks").specs_of(rows)
+    assert (spec.file.name, spec.strength, spec.text_strength) == ("a.safetensors", 0.8, None)
+
+
 def test_entries_that_are_not_known_are_refused(bench: Bench) -> None:
     core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
     for entry in (7, "a.safetensors", {"strength": 1.0}, ("a.safetensors", "much")):

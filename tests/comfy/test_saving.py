@@ -48,3 +48,11 @@ def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
 
     save.execute(lora, "iteris/merged")
     assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["merged.safetensors"]
+
+    save.execute(lora, "iteris/merged", card=True)
+    card, sidecar = (
+        tmp_path / "loras" / "iteris" / f"merged_2{end}" for end in (".md", ".metadata.json")
+    )
+    assert card.is_file()
+    assert "merged_2" in sidecar.read_text()
+    assert str(tmp_path) not in card.read_text() + sidecar.read_text()

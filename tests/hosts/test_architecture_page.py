@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import architecture_page
+import layout_page
 import pytest
-from architecture_page import page
 from architecture_results import FILE
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+DOCS = Path(__file__).parents[2] / "docs"
 LIMITS = {"alone": 1e-3, "rows": 5e-3, "file": 1e-3}
 FOUND = json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def test_the_page_is_made_from_the_figures():
-    assert PAGE.read_text(encoding="utf-8") == page(FOUND)
+@pytest.mark.parametrize(
+    ("name", "page"), [("architectures", architecture_page.page), ("layouts", layout_page.page)]
+)
+def test_a_page_is_made_from_the_figures(name, page):
+    assert (DOCS / f"{name}.md").read_text(encoding="utf-8") == page(FOUND)
 
 
 @pytest.mark.parametrize("application", ["comfyui", "diffusers"])
@@ -25,7 +29,13 @@ def test_every_figure_keeps_its_law(application):
             assert figures[law] < limit, (name, law)
 
 
+def test_every_layout_is_read_in_full():
+    assert FOUND["layouts"].keys() == layout_page.LAYOUTS.keys()
+    for layout, bases in FOUND["layouts"].items():
+        assert max(of["error"] for of in bases.values()) < 1e-5, layout
+
+
 def test_every_kind_of_lora_is_read_as_others_read_it():
-    assert {"oft", "boft", "glora", "dora"} <= FOUND["kinds"].keys()
+    assert FOUND["kinds"].keys() == layout_page.TITLES.keys()
     for kind, errors in FOUND["kinds"].items():
         assert max(errors.values()) < 1e-5, kind

@@ -93,41 +93,63 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
     """Site → its rank, 0 for one that is left out: the components worth most for each number that
     they take come first, until ``target`` is reached. ``itemsize`` is of a number in the file, in
     bytes. Raises :class:`SettingsError` where no component fits the size."""
-    costs = {site: sum(one.change.shape) for site, one in sites.items()}
-    every = sorted(
-        (
-            (worth / costs[site], worth, site)
-            for site, one in sites.items()
-            for worth in one.worths.tolist()
-        ),
-        reverse=True,
-    )
-    ranks = dict.fromkeys(sites, 0)
     if target.energy is not None:
-        missing = target.energy * sum(one.total for one in sites.values())
-        for _, worth, site in every:
-            if missing <= 0:
-                break
-            ranks[site] += 1
-            missing -= worth
-        return ranks
+        return _until(sites, target.energy * sum(one.total for one in sites.values()))
     if target.rank is not None:
-        left = sum(min(target.rank, one.change.rank) * costs[s] for s, one in sites.items())
+        numbers = sum(
+            min(target.rank, one.change.rank) * _cost(one.change) for one in sites.values()
+        )
     else:
-        left = int((target.megabytes or 0) * 1e6 - _HEADER * len(sites)) // itemsize
-    closed: set[str] = set()
-    for _, _, site in every:
-        if costs[site] > left:
-            closed.add(site)
-        if site not in closed:
-            ranks[site] += 1
-            left -= costs[site]
+        numbers = int((target.megabytes or 0) * 1e6 - _HEADER * len(sites)) // itemsize
+    ranks = share_numbers(sites, numbers)
     if not any(ranks.values()):
         raise SettingsError(
             f"In {target.megabytes:g} MB there is no place for one component of these layers; "
             "take a larger size."
         )
     return ranks
+
+
+def share_numbers(sites: Mapping[str, Components], numbers: int, least: int = 0) -> dict[str, int]:
+    """Site → its rank in a file of so many ``numbers``; every site has the rank ``least`` first."""
+    ranks = {site: min(least, one.change.rank) for site, one in sites.items()}
+    left = numbers - sum(rank * _cost(sites[site].change) for site, rank in ranks.items())
+    closed: set[str] = set()
+    for place, _, site in _by_worth(sites):
+        if place < least:
+            continue
+        if _cost(sites[site].change) > left:
+            closed.add(site)
+        if site not in closed:
+            ranks[site] += 1
+            left -= _cost(sites[site].change)
+    return ranks
+
+
+def _until(sites: Mapping[str, Components], missing: float) -> dict[str, int]:
+    ranks = dict.fromkeys(sites, 0)
+    for _, worth, site in _by_worth(sites):
+        if missing <= 0:
+            break
+        ranks[site] += 1
+        missing -= worth
+    return ranks
+
+
+def _by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
+    """(its place in its site, worth, site) of every component, those worth most for each number
+    first."""
+    every = [
+        (worth / _cost(one.change), worth, site, place)
+        for site, one in sites.items()
+        for place, worth in enumerate(one.worths.tolist())
+    ]
+    return [(place, worth, site) for _, worth, site, place in sorted(every, reverse=True)]
+
+
+def _cost(change: LowRank) -> int:
+    """Numbers of a component."""
+    return sum(change.shape)
 
 
 def kept(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:

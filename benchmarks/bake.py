@@ -1,0 +1,75 @@
+"""A LoRA baked in fp8, beside a plain rounding: ``python benchmarks/bake.py`` on the toybox.
+
+Writes ``benchmarks/results/bake.json``: by way of rounding the UNet's linear layers, each with the
+LoRA in it, the error of the guided output on held-out rows, as a share of what the LoRA changes in
+full precision. ``plain`` is torch's cast to float8; ``nearest`` and ``by chance`` are ``iteris bake
+--dtype fp8`` without and with ``--seed``. Means over the toybox's first three LoRAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+import torch
+from held_out import HeldOut, Outputs
+from outputs import result_file, write
+from torch import Tensor
+from toybox_world import World
+
+from iteris_core import Lora
+from iteris_core.edit.rounding import FP8, scaled_fp8
+
+NUMBERS = (1, 2, 3)
+LATENTS = 8
+
+
+def scaled(weight: Tensor, seed: int | None) -> Tensor:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    stored, scale = scaled_fp8(weight, generator)
+    return stored.float() * scale
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda weight: weight.to(FP8).float(),
+    "nearest": lambda weight: scaled(weight, None),
+    "by chance": lambda weight: scaled(weight, 0),
+}
+
+
+def rounded(
+    world: World, held: HeldOut, lora: Lora, way: Callable[[Tensor], Tensor], rows: Sequence[int]
+) -> Outputs:
+    """The outputs with the LoRA, and the linear layers of the UNet rounded with it in them."""
+    sites = world.host.sites()
+    linear = [s for s in sites if s.startswith("unet.") and sites[s].weight.ndim == 2]
+    kept = {site: sites[site].weight.data.clone() for site in linear}
+    alone = Lora({site: change for site, change in lora.sites.items() if site not in kept})
+    try:
+        for site in linear:
+            change = lora.sites.get(site)
+            whole = kept[site] if change is None else kept[site] + change.dense()
+            sites[site].weight.data.copy_(way(whole))
+        return held.outputs(alone, rows)
+    finally:
+        for site, weight in kept.items():
+            sites[site].weight.data.copy_(weight)
+
+
+def main() -> None:
+    world = World()
+    errors: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in NUMBERS:
+        held = HeldOut(world, (number,), LATENTS)
+        (rows,), (own,), (base,) = held.rows, held.own, held.base
+        wanted, start = (held._read(some, "guided") for some in (own, base))
+        for name, way in WAYS.items():
+            got = held._read(rounded(world, held, held.loras[0], way, rows), "guided")
+            errors[name].append(float((got - wanted).norm() / (start - wanted).norm()))
+    found = {name: round(fmean(of), 4) for name, of in errors.items()}
+    write(result_file("bake.json"), found)
+    print(found)
+
+
+if __name__ == "__main__":
+    main()

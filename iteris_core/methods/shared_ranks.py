@@ -1,0 +1,88 @@
+"""Ranks of a merge shared out over its layers: by what a sweep without a cut gives each.
+
+A layer's change there has components of the energies e_k at its output, in order. What is worth a
+place in the file is decided as for one LoRA (:mod:`..solve.ranks`): by e_k / √(E·Y). E is what the
+change gives of the layer's targets, Σ λ_i ‖X̃_i ΔWᵀ‖², and Y the layer's whole outputs under the
+LoRAs, Σ λ_i ‖(W0 + ΔW_i) X_i‖².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..hosts.protocol import Stage
+from ..lora import SiteChanges
+from ..passes.batches import ExecutionConfig
+from ..passes.job import Run
+from ..passes.sweep import solve_sites
+from ..solve.inputs import InputMoments
+from ..solve.output import OutputMoments
+from ..solve.problem import Reduction, SiteContext, Solution, StageSolver, Tokens
+from ..solve.ranks import Components, share_numbers
+from ..solve.weighting import ByOutput, Weigher
+
+
+def shared_ranks(
+    run: Run, solver_of: Callable[[Stage], StageSolver], batching: ExecutionConfig, numbers: int
+) -> dict[str, int]:
+    """Site → its rank in a file of so many ``numbers``, at least 1. ``solver_of`` makes solvers
+    that cut nothing, reduce to :class:`..solve.output.OutputMoments` and tell residuals."""
+    found: dict[str, Components] = {}
+
+    def weighed(stage: Stage) -> StageSolver:
+        solver = solver_of(stage)
+
+        def begin(opening: SiteContext) -> Reduction:
+            reduction = solver.begin(opening)
+            assert isinstance(reduction, OutputMoments)
+            reduction.weigher = _WithOutputs(reduction.weigher, opening)
+            return reduction
+
+        def solve(site: str, reduction: Reduction) -> Solution:
+            solution = solver.solve(site, reduction)
+            found[site] = _components(reduction, solution)
+            return solution
+
+        return replace(solver, begin=begin, solve=solve)
+
+    solve_sites(run, weighed, batching)
+    return share_numbers(found, numbers, least=1)
+
+
+class _WithOutputs(Weigher):
+    """λ as ``inner`` has it, and the energy of the whole outputs beside."""
+
+    def __init__(self, inner: Weigher, opening: SiteContext) -> None:
+        self._inner = inner
+        self.outputs = ByOutput(len(opening.changes), opening.device)
+
+    def add(self, tokens: Tokens) -> None:
+        self._inner.add(tokens)
+        self.outputs.add(tokens)
+
+    def sums(self) -> list[Tensor]:
+        return [*self._inner.sums(), *self.outputs.sums()]
+
+    def values(self, changes: SiteChanges, inputs: InputMoments) -> list[float]:
+        return self._inner.values(changes, inputs)
+
+
+def _components(reduction: Reduction, solution: Solution) -> Components:
+    assert isinstance(reduction, OutputMoments)
+    assert isinstance(reduction.weigher, _WithOutputs)
+    targets, outputs = reduction.energies, reduction.weigher.outputs.energies
+    explained = [1 - min(after, 1.0) ** 2 for after in solution.after]
+    weights = torch.tensor(solution.weighting, dtype=torch.float64)
+    given = float((weights * targets.double().cpu() * torch.tensor(explained)).sum())
+    whole = max(float((weights * outputs.double().cpu()).sum()), 1e-30)
+    # Both factors have the roots of the singular values at the output in their norms, but for one
+    # factor of all.
+    shares = solution.change.up.double().norm(dim=0) ** 4
+    shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
+    total = math.sqrt(given / whole)
+    return Components(solution.change, shares * total, total)

@@ -1,0 +1,109 @@
+"""A card of a merged file: Markdown beside it, made of what the file itself says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..lora_files.metadata import merged_concepts, noted_phrases, parse_object
+from ..lora_files.sidecars import previews, write_sidecar
+from ..lora_files.tensors import read_header
+from ..saving import atomically
+from .report import MergeReport
+
+_MARKS = re.compile(r"([\\`*_\[\]<>|#!])")
+_SETTINGS = ("preset", "settings", "calibration")
+
+
+def card_files(file: Path) -> list[Path]:
+    """The files that :func:`write_card` writes beside ``file``."""
+    return [file.with_suffix(".md"), file.with_suffix(".metadata.json")]
+
+
+def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
+    """Write the card of the LoRA in ``file`` beside it, over an older one, and the notes that
+    browsers of LoRAs read (:func:`..lora_files.sidecars.write_sidecar`); return both paths.
+
+    Trigger words, sources with their licences and the recipe come from the file's metadata, errors
+    by concept from the ``report``, and pictures are those that lie beside it under its name.
+    """
+    _, metadata = read_header(file)
+    card, _ = card_files(file)
+    with atomically(card) as unfinished:
+        unfinished.write_text(card_of(file, metadata, report), encoding="utf-8")
+    return [card, write_sidecar(file, metadata)]
+
+
+def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None = None) -> str:
+    """The Markdown of a card."""
+    recipe = parse_object(metadata.get("iteris"))
+    parts = [
+        "---\ntags:\n- lora\n- iteris\n---",
+        f"# {_plain(file.stem)}",
+        *[f"![{_plain(picture.stem)}](<{picture.name}>)" for picture in previews(file)],
+        _plain(metadata.get("modelspec.description", "")),
+    ]
+    if phrases := noted_phrases(metadata):
+        parts += ["## Trigger words", "\n".join(f"- {_code(phrase)}" for phrase in phrases)]
+    if concepts := merged_concepts(metadata):
+        parts += ["## Merged from", "\n".join(_sources(concepts))]
+    if licences := metadata.get("modelspec.license", ""):
+        parts += ["Licences that the sources name: " + _plain(licences)]
+    if report is not None and (rows := list(_errors(report))):
+        parts += [
+            "## Errors of layers, as shares of what the LoRA adds",
+            "\n".join(rows),
+            report.verdict(),
+        ]
+    if recipe:
+        parts += ["## Recipe", "\n".join(_recipe(recipe, file.name))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sources(concepts: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| LoRA | SHA-256 | strength | weight |"
+    yield "|---|---|--:|--:|"
+    for one in concepts:
+        digest = str(one.get("sha256") or "")[:12]
+        numbers = [str(one.get(name, 1.0)) for name in ("strength", "weight")]
+        yield f"| {' | '.join([_plain(str(one['lora'])), digest, *numbers])} |"
+
+
+def _errors(report: MergeReport) -> Iterator[str]:
+    """The lines of a table of what was measured; without any, none."""
+    pairs = zip(report.concepts, report.residuals(), strict=True)
+    known = [(name, *errors) for name, errors in pairs if not any(map(math.isnan, errors))]
+    if known:
+        yield "| | mean of the LoRAs | this merge |"
+        yield "|---|--:|--:|"
+    for name, before, after in known:
+        yield f"| {_plain(name)} | {before:.3f} | {after:.3f} |"
+
+
+def _recipe(recipe: Mapping[str, Any], name: str) -> Iterator[str]:
+    yield f"- method: {_code(str(recipe.get('method', 'iteris')))}"
+    if base := recipe.get("base"):
+        yield f"- base: {_code(str(base))}"
+    for part in _SETTINGS:
+        given = recipe.get(part)
+        if isinstance(given, Mapping) and given:
+            text = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+            yield f"- {part}: {_code(text)}"
+    versions = recipe.get("versions")
+    if isinstance(versions, Mapping):
+        text = ", ".join(f"{key} {value}" for key, value in versions.items())
+        yield f"- made with {_code(text)}"
+    yield ""
+    yield f"The file holds all of it: `iteris merge --from {name} -o again.safetensors`."
+
+
+def _plain(text: str) -> str:
+    """Text in which nothing is a mark of Markdown, on one line."""
+    return _MARKS.sub(r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"

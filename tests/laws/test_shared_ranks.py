@@ -1,0 +1,88 @@
+"""Ranks shared out over the layers of a merge, against plain matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import (
+    SITES,
+    ModuleHost,
+    Net,
+    captured_inputs,
+    changed,
+    dense_changes,
+    make_data,
+    make_lora,
+)
+
+from iteris_core import Concept, SettingsError, merge_loras
+
+PLAIN = {"ridge": 1e-9, "pull": "mean", "saliency": 0.0, "precision": "float64"}
+LORAS = [make_lora(1, rank=2), make_lora(2, rank=3), make_lora(3, rank=3, size=0.2)]
+
+
+def merge(**settings):
+    concepts = [Concept(lora, prompts=["unused"]) for lora in LORAS]
+    host = ModuleHost(Net(), make_data(3))
+    return merge_loras(host, concepts, settings={**PLAIN, **settings})
+
+
+def numbers(site):
+    return sum(LORAS[0].sites[site].shape)
+
+
+@torch.no_grad()
+def wanted_ranks(rank):
+    """By SVDs of the outputs of the whole merge, on plainly captured inputs."""
+    model, data, deltas = Net(), make_data(3), [dense_changes(lora) for lora in LORAS]
+    whole = dense_changes(merge().lora)
+    references = [captured_inputs(changed(model, d), x) for d, x in zip(deltas, data, strict=True)]
+    seen = [captured_inputs(changed(model, whole), x) for x in data]
+    every = []
+    for site in SITES:
+        module = model.get_submodule(site)
+        w0, bias = module.weight.flatten(1), 0 if module.bias is None else module.bias
+        given = torch.cat([x[site] @ whole[site].mT / len(x[site]) ** 0.5 for x in seen])
+        energies = torch.linalg.svdvals(given) ** 2
+        outputs = sum(
+            (x[site] @ (w0 + d[site]).mT + bias).square().sum() / len(x[site])
+            for x, d in zip(references, deltas, strict=True)
+        )
+        worths = energies / (energies.sum() * outputs).sqrt()
+        every += [(float(w) / numbers(site), k, site) for k, w in enumerate(worths) if k < 8]
+    ranks = dict.fromkeys(SITES, 1)
+    left = sum(min(rank, 8) * numbers(site) for site in SITES) - sum(map(numbers, SITES))
+    closed = set()
+    for _, k, site in sorted(every, reverse=True):
+        if k and site not in closed and numbers(site) <= left:
+            ranks[site] += 1
+            left -= numbers(site)
+        elif k:
+            closed.add(site)
+    return ranks
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_ranks_go_where_outputs_want_them(rank):
+    ours = merge(rank=rank, share_ranks=True).lora
+    found = {site: change.rank for site, change in ours.sites.items()}
+    assert found == wanted_ranks(rank)
+    assert len(set(found.values())) > 1
+    size = sum(sum(c.shape) * c.rank for c in ours.sites.values())
+    assert size <= rank * sum(map(numbers, SITES))
+
+
+def test_a_rank_that_all_layers_may_have_is_the_whole_merge():
+    ours, whole = merge(rank=8, share_ranks=True).lora, merge().lora
+    for site, change in ours.sites.items():
+        torch.testing.assert_close(change.dense(), whole.sites[site].dense())
+
+
+def test_what_ranks_cannot_be_shared_with():
+    with pytest.raises(SettingsError, match="wants a whole rank"):
+        merge(share_ranks=True)
+    with pytest.raises(SettingsError, match="wants a whole rank"):
+        merge(share_ranks=True, rank=0.9)
+    for other in ({"objective": "adapter"}, {"schedule": "jacobi"}):
+        with pytest.raises(SettingsError, match="schedule=sweep"):
+            merge(share_ranks=True, rank=2, **other)
