@@ -51,6 +51,7 @@ ITERIS: Mapping[str, Mapping[str, Any]] = {
     "no repair": {"repair": False},
     "float64": {"precision": "float64"},
     "of a rank": {"rank": 3},
+    "of shared ranks": {"rank": 3, "share_ranks": True},
     "of a share of energy": {"rank": 0.9},
     "few tokens": {"row_tokens": 7, "saliency": 0.5},
     "full weighting": {"weighting": "full", "shrink": 0.8},
