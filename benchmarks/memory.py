@@ -31,8 +31,7 @@ from iteris_core.architectures import unet
 from iteris_core.architectures.sites import residual_streams
 from iteris_core.hosts.protocol import Stage
 from iteris_core.lora import SiteChanges
-from iteris_core.methods.iteris import _solver
-from iteris_core.methods.iteris_settings import IterisSettings
+from iteris_core.methods.iteris import IterisSettings, _solver
 from iteris_core.methods.repair import with_repairs
 from iteris_core.passes.batches import ExecutionConfig, limit_of
 from iteris_core.passes.footprint import Footprint, MemoryLimits

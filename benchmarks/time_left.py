@@ -24,7 +24,6 @@ from iteris_core import Calibration, Concept, Progress, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.eta import Eta
-from iteris_core.progress import Forecast
 
 FILE = result_file("time_left.json")
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)
@@ -91,7 +90,7 @@ def errors_of(merge: Merge, clock: Callable[[], float]) -> dict[str, Any]:
     seen: list[tuple[float, Progress]] = []
     with ExitStack() as stack:
         stack.enter_context(patch("time.perf_counter", clock))
-        stack.enter_context(patch("iteris_core.merge.Eta", lambda: Eta(Forecast(clock))))
+        stack.enter_context(patch("iteris_core.merge.Eta", lambda told: Eta(told, clock)))
         started = clock()
         result = merge_loras(
             host,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lora_files.peft_folder import read_heads, write_adapter
     from .merge import MergeResult, Runtime, merge_loras
     from .methods import all_methods
-    from .methods.iteris_settings import IterisSettings
+    from .methods.iteris import IterisSettings
     from .progress import Progress
     from .report.report import MergeReport
 
@@ -31,7 +31,7 @@ _MODULES = {
     "lora_files.peft_folder": "read_heads write_adapter",
     "merge": "MergeResult Runtime merge_loras",
     "methods": "all_methods",
-    "methods.iteris_settings": "IterisSettings",
+    "methods.iteris": "IterisSettings",
     "progress": "Progress",
     "report.report": "MergeReport",
 }

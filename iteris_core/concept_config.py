@@ -34,7 +34,7 @@ class ConceptConfig(Concept):
     :func:`.lora_files.blocks.filtered`. ``samples`` are what a model of transformers is run on.
     ``sha256`` (of ``file``, or of both with a plus between) and ``reading`` are what a recipe has
     recorded. ``source`` says where the words come from, as
-    :class:`.lora_files.sidecars.FoundPhrases` does. ``changed`` is a time stamp of the files, for
+    :class:`.lora_files.metadata.FoundPhrases` does. ``changed`` is a time stamp of the files, for
     who remembers merges: a rewritten file is another concept.
     """
 
@@ -89,21 +89,12 @@ class ConceptConfig(Concept):
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
         """All :data:`KEYS`; ``name`` says how a file is written. Without ``usual`` what is as it
         is by default is left out."""
-        data = {
+        data = {key: getattr(self, "class_word" if key == "class" else key) for key in KEYS}
+        data |= {
             "file": "+".join(map(name, self.files)) or None,
-            "trigger": self.trigger,
-            "class": self.class_word,
-            "kind": self.kind,
-            "always_on": self.always_on,
-            "strength": self.strength,
-            "text_strength": self.text_strength,
-            "weight": self.weight,
-            "blocks": self.blocks,
-            "layers": self.layers,
             "prompts": None if self.prompts is None else list(self.prompts),
             "samples": None if self.samples is None else name(self.samples),
             "subjects": list(self.subjects),
-            "sha256": self.sha256,
             "reading": dict(self.reading),
         }
         if usual:

@@ -38,7 +38,7 @@ from .passes.changes import (
 from .passes.eta import Eta
 from .passes.job import Budget, Job
 from .presets import PresetName
-from .progress import OnProgress, Ticker
+from .progress import OnProgress
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .settings import Settings
@@ -145,7 +145,7 @@ def merge_loras(
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
-    return _result(_with_always(made, always), chosen, settings, calibration, seconds)
+    return _result(made, always, chosen, settings, calibration, seconds)
 
 
 def begun(
@@ -160,14 +160,14 @@ def begun(
     counting = [concept for concept in concepts if concept.counts]
     merged = always_on(counting, "no")
     calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
-    eta, generator = Eta(), torch.Generator().manual_seed(calibration.seed)
+    eta, generator = Eta(on_progress), torch.Generator().manual_seed(calibration.seed)
     job = Job(
         cast(Host, host),
         merged,
         {},
         calibration,
         generator,
-        Ticker(eta.forecast, on_progress),
+        eta.forecast.tick,
         processes=runtime.processes,
         memory_budget=memory_budget,
         policy=runtime.policy,
@@ -178,29 +178,12 @@ def begun(
 
 @dataclass(frozen=True)
 class _Made:
-    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name. ``always`` are
-    those that were on all the time."""
+    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name."""
 
     concepts: Sequence[Concept]
     merged: Merged
     calls: Sequence[EmbeddingTriggers]
     noted: list[tuple[str, list[str]]]
-    always: Sequence[Concept] = ()
-
-
-def _with_always(made: _Made, always: Sequence[Concept]) -> _Made:
-    """The same with the changes of those LoRAs that are on all the time and belong in the file."""
-    changes = {site: change for site, (change, _) in made.merged.sites.items()}
-    joined = beside(changes, changes_always(always_on(always, "include")))
-    reports = {site: report for site, (_, report) in made.merged.sites.items()}
-    sites = {
-        site: (change, replace(reports.get(site, SiteReport(0)), rank=change.rank))
-        for site, change in joined.items()
-    }
-    where = {"include": "part of the merged LoRA", "outside": "to be loaded beside the merged LoRA"}
-    noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
-    merged = replace(made.merged, sites=sites)
-    return replace(made, merged=merged, noted=[*made.noted, *noted], always=always)
 
 
 def prepared(
@@ -209,17 +192,14 @@ def prepared(
     """``job`` with the concepts that its host adds, and with the changes of the sites whose
     features can be collected; by site why those of the others cannot, and their changes."""
     concepts = [*job.concepts, *_added(job, method)]
-    changes = changes_of(concepts)
-    check_sites(job.host, changes)
-    sweep = method.sweeps(settings)
-    found, stages = preflight.unmergeable_sites(
-        job.host, concepts, changes, job.calibration, job.tick, sweep=sweep
-    )
+    job = replace(job, concepts=concepts, changes=changes_of(concepts))
+    check_sites(job.host, job.changes)
+    found, stages = preflight.unmergeable_sites(job, sweep=method.sweeps(settings))
     for seen in stages:
         job.eta.saw(seen, concepts, job.calibration)
-    kept = {site: some for site, some in changes.items() if site not in found}
-    others = {site: changes[site] for site in found}
-    return replace(job, concepts=concepts, changes=kept), found, others
+    kept = {site: some for site, some in job.changes.items() if site not in found}
+    others = {site: job.changes[site] for site in found}
+    return replace(job, changes=kept), found, others
 
 
 def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
@@ -251,20 +231,34 @@ def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
 
 
 def _result(
-    made: _Made, method: Method, settings: Settings, calibration: Calibration, seconds: float
+    made: _Made,
+    always: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    calibration: Calibration,
+    seconds: float,
 ) -> MergeResult:
-    sites, log = made.merged.sites, made.merged.log
-    concepts, every = made.concepts, [*made.concepts, *made.always]
+    """The merge with the changes of those LoRAs that were ``always`` on and belong in the file."""
+    log, concepts, every = made.merged.log, made.concepts, [*made.concepts, *always]
+    merged = {site: change for site, (change, _) in made.merged.sites.items()}
+    reports = {site: report for site, (_, report) in made.merged.sites.items()}
+    sites, count = beside(merged, changes_always(always_on(always, "include"))), len(concepts)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
-    for name, more in (*made.noted, ("sites", log.notes), ("embeddings", joined.warnings)):
+    where = {"include": "part of the merged LoRA", "outside": "to be loaded beside the merged LoRA"}
+    noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
+    of_all = ("sites", log.notes), ("embeddings", joined.warnings)
+    for name, more in (*made.noted, *noted, *of_all):
         if more:
             notes.setdefault(name, []).extend(more)
     report = MergeReport(
         method=method.name,
         concepts=[concept.name for concept in concepts],
-        sites={site: one.of_first(len(concepts)) for site, (_, one) in sites.items()},
+        sites={
+            site: replace(reports.get(site, SiteReport(0)), rank=change.rank).of_first(count)
+            for site, change in sites.items()
+        },
         seconds=seconds,
         settings=asdict(settings),
         calibration=asdict(calibration) if method.needs_host else {},
@@ -276,9 +270,9 @@ def _result(
         preserved=[concept.name for concept in concepts if concept.lora is None],
     )
     lora = Lora(
-        {site: change for site, (change, _) in sites.items()},
+        sites,
         "merged",
-        merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, made.always)]),
+        merge_metadata(every, report, joined, [*made.calls, *map(embedding_triggers, always)]),
         base=next((lora.base for lora in loras if lora.base is not None), None),
         embeddings=joined.embeddings,
     )

@@ -41,18 +41,6 @@ OnProgress = Callable[[Progress], None]
 """``on_progress(progress)`` is called at every step of a merge."""
 
 
-class Ticker:
-    """Reports the steps of a run, each with the time that is left."""
-
-    def __init__(self, forecast: Forecast, on_progress: OnProgress | None = None) -> None:
-        self._forecast, self._on_progress = forecast, on_progress
-
-    def __call__(self, what: str, done: int, total: int, plan: str = "") -> None:
-        progress = self._forecast.tick(what, done, total, plan)
-        if self._on_progress is not None:
-            self._on_progress(progress)
-
-
 def duration(seconds: float) -> str:
     """A time as a person says it."""
     if seconds < 90:
@@ -82,10 +70,13 @@ class Forecast:
 
     What each part of a kind takes is expected beforehand, in seconds or, where it is not ``known``,
     in any unit; by what the done parts of the kind took, those to come are corrected.
+    ``on_progress`` gets every step, with the time that is left then.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    def __init__(
+        self, on_progress: OnProgress | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock, self._on_progress = clock, on_progress
         self._began = self._mark = clock()
         self._kinds: dict[Hashable, _Kind] = {}
         self._phase, self._phase_began, self._share = "", 0.0, 0.0
@@ -123,7 +114,7 @@ class Forecast:
             found.took += now - self._mark
         self._mark = now
 
-    def tick(self, what: str, done: int, total: int, plan: str = "") -> Progress:
+    def tick(self, what: str, done: int, total: int, plan: str = "") -> None:
         """``done`` of ``total`` of ``what``, which is a kind of its own where it was expected to be
         or where it is all that is known."""
         now = self.clock()
@@ -135,7 +126,8 @@ class Forecast:
         seconds, left = now - self._began, self.left()
         if left is not None and seconds + left > 0:
             self._share = max(self._share, min(seconds / (seconds + left), 1.0))
-        return Progress(what, done, total, seconds, left, self._share, plan)
+        if self._on_progress is not None:
+            self._on_progress(Progress(what, done, total, seconds, left, self._share, plan))
 
     def left(self) -> float | None:
         """Seconds; None where some of the work is not known, or nothing is expected."""

@@ -8,12 +8,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
 from .comfy_routes import add_route
-from .compare_node import CompareMerges
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
 from .edit_nodes import ExtractLora, ResizeLora
 from .inspect_node import InspectLoras
 from .loras_node import IterisLoras
-from .merge_nodes import IterisMerge, IterisMergeExperts
+from .merge_nodes import CompareMerges, IterisMerge, IterisMergeExperts
+from .merge_settings import IterisMergeSettings
 from .save_node import SaveMergedLora
 from .score_nodes import (
     ClipImageAlignment,
@@ -22,7 +22,6 @@ from .score_nodes import (
     ScoreSheet,
     VisionScorer,
 )
-from .settings_node import IterisMergeSettings
 from .toybox_node import IterisToybox
 
 NODES: list[type[io.ComfyNode]] = [

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from ..iteris_core.errors import IterisError
+from ..iteris_core.lora_files import read_header
 from ..iteris_core.lora_files.sidecars import find_phrases
-from .concept_specs import read_metadata
 from .lora_stacks import lora_path
 
 
@@ -15,7 +15,7 @@ def words_of_lora(name: str) -> dict[str, str]:
     """``words`` as the nodes take them, and their ``source``; both empty for what is no LoRA."""
     try:
         file = lora_path(name)
-        phrases, source = find_phrases(file, read_metadata(file))
+        phrases, source = find_phrases(file, read_header(file)[1])
     except (IterisError, FileNotFoundError):
         return {"words": "", "source": ""}
     return {"words": "; ".join(phrases), "source": source}

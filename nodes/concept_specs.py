@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from safetensors import SafetensorError, safe_open
-
 from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Concept, PromptKind, lines_of
-from ..iteris_core.errors import IterisError, LoraFileError
+from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
-from ..iteris_core.lora_files import ReadOptions
+from ..iteris_core.lora_files import ReadOptions, read_header
 from ..iteris_core.lora_files.experts import joined_experts
 from ..iteris_core.lora_files.sidecars import sidecars
 
@@ -72,7 +70,7 @@ def make_spec(
         return replace(spec, always_on="include")
     if not spec.phrases:
         spec = (
-            spec.called(phrases, "you") if phrases else spec.with_found_words(read_metadata(file))
+            spec.called(phrases, "you") if phrases else spec.with_found_words(read_header(file)[1])
         )
     if embedding:
         spec = replace(spec, trigger=f"embedding:{embedding}", subjects=())
@@ -104,16 +102,6 @@ def changed(file: Path) -> int:
     beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
     beside += [*sidecars(file), *filter(Path.is_file, [_prompts_file(file)])]
     return max(path.stat().st_mtime_ns for path in (file, *beside))
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise LoraFileError(
-            f"{file} is not a whole safetensors file ({error}); download or save it again."
-        ) from error
 
 
 def _prompts_file(file: Path) -> Path:

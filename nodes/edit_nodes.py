@@ -22,10 +22,9 @@ from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER, read
 from .lora_stacks import specs_of
-from .merge_inputs import setting_input
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .schema import LoraModel, MergeSettings, concepts_input, schema
+from .schema import LoraModel, MergeSettings, concepts_input, schema, setting_input
 
 _ITEMSIZE = 2  # bytes of a number in the file: float16
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]

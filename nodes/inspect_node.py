@@ -22,10 +22,9 @@ from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
 from .concept_specs import read
 from .lora_stacks import specs_of
-from .merge_inputs import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs
 from .merge_settings import Request
 from .pictures import figure_image
-from .schema import schema
+from .schema import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs, schema
 
 _ALIKE = 0.5
 """The conflict from which two LoRAs are called alike. For changes of one size it is their cosine:

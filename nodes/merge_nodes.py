@@ -1,4 +1,4 @@
-"""Nodes that merge: on one model, and on two experts."""
+"""Nodes that merge: on one model, on two experts, and with several methods."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files.embeddings import bundled
 from ..iteris_core.merge import MergeResult
+from ..iteris_core.methods import all_methods, find_method
 from ..iteris_core.report.plots import plot_residuals
 from ..iteris_core.report.provenance import scaled_lora
 from .comfy_host import BOUNDARY
 from .comfy_lora import apply_lora
 from .comfy_runtime import files_behind, show_text
-from .embedding_files import how_to_call
+from .lora_folders import how_to_call
 from .lora_stacks import specs_of
-from .merge_cache import merged
-from .merge_inputs import (
+from .merge_settings import Request
+from .merging import as_lora_model, as_lora_models, merged
+from .pictures import figure_image, text_image
+from .schema import (
+    LoraModel,
     beside_inputs,
     method_input,
     model_inputs,
     preset_input,
     sampling_inputs,
+    schema,
+    strength_input,
 )
-from .merge_settings import Request
-from .merging import as_lora_model, as_lora_models
-from .pictures import figure_image, text_image
-from .schema import LoraModel, schema, strength_input
 
 _HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
 
@@ -159,3 +162,67 @@ def _shown(result: MergeResult) -> tuple[Any, str]:
         text = f"{result.report.method} looks at weights only: no output errors."
         return text_image(text), _words(result)
     return figure_image(plot_residuals(result.report)), _words(result)
+
+
+_BASE = "base"
+
+
+class CompareMerges(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "IterisCompareMerges",
+            "IterIS Compare Merges",
+            ["compare lora merges", "xy plot"],
+            inputs=[
+                *model_inputs(),
+                io.String.Input(
+                    "methods",
+                    default="iteris, average, sum, ties",
+                    tooltip="Names of methods with commas between them "
+                    f"({', '.join(method.name for method in all_methods())}); base stands for no "
+                    "LoRA at all.",
+                ),
+                *sampling_inputs(),
+                preset_input(),
+                *beside_inputs(),
+            ],
+            group="compare",
+            outputs=[
+                io.Model.Output(display_name="MODEL", is_output_list=True),
+                io.Clip.Output(display_name="CLIP", is_output_list=True),
+                io.String.Output(display_name="labels", is_output_list=True),
+                io.String.Output(display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concepts: Any,
+        methods: str,
+        clip: Any = None,
+        **values: Any,
+    ) -> io.NodeOutput:
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        if not names:
+            raise IterisError("Compare Merges has no methods; write iteris, average for example.")
+        for name in names:
+            if name != _BASE:
+                find_method(name)
+        request = Request.of(values, files_behind(cls.hidden, "model"), model)
+        node_id, specs = cls.hidden.unique_id, specs_of(concepts)
+        models, clips, reports = [], [], []
+        for name in names:
+            drawn = model, clip
+            if name != _BASE:
+                result = merged(model, clip, request.config(specs, name), request, node_id)
+                drawn = apply_lora(model, clip, as_lora_model(result))
+                reports.append(result.report.summary() + request.note)
+            models.append(drawn[0])
+            clips.append(drawn[1])
+        report = "\n".join(reports)
+        show_text(report, node_id)
+        return io.NodeOutput(models, clips, names, report)

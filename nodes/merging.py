@@ -1,9 +1,13 @@
-"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA as ComfyUI has it."""
+"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA as ComfyUI has it.
+
+Merges are kept: another strength, another name or one more method to compare does not run them
+again.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -24,13 +28,14 @@ from ..iteris_core.methods import find_method
 from ..iteris_core.report.provenance import is_ordered
 from ..iteris_core.settings import declared_settings
 from ..iteris_core.solve.choose import POLICY, Policy
-from .comfy_conds import Same
+from .comfy_conds import References, Same
 from .comfy_host import ComfyHost
 from .comfy_rows import ComfySamples
 from .comfy_runtime import NodeProgress
 from .comfy_sampling import Denoised
 from .comfy_state import ready_for_merge
 from .concept_specs import DENOISER, read
+from .merge_settings import Request
 
 _ROWS = 32
 _log = logging.getLogger(__name__)
@@ -129,11 +134,8 @@ class _RememberingHost(ComfyHost):
         self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
     ) -> ComfySamples:
         # The objects themselves: clones share weights, but not wrappers, hooks or a sampling shift.
-        parts = [part for part in (self.model, self.clip, self.low) if part is not None]
         key = (
-            [Same(part, self._forget) for part in parts],
-            [getattr(part, "patcher", part).patches_uuid for part in parts],
-            self.references.key(self._forget),
+            *_key_of((self.model, self.clip, self.low), self.references, self._forget),
             (self.boundary, self.distilled),
             self.recipe,
             asdict(calibration),
@@ -157,3 +159,57 @@ class _RememberingHost(ComfyHost):
     def _forget(_: Any) -> None:
         """The MODEL or CLIP is gone, and with it what its rows were good for."""
         _RememberingHost._last = _RememberingHost._begun = None
+
+
+_MOST = 2 * 2**30
+"""Bytes of merged LoRAs that are kept, in host memory; the last one is, however large."""
+
+_kept: list[tuple[Any, MergeResult]] = []
+
+
+def merged(
+    model: Any,
+    clip: Any,
+    config: MergeConfig,
+    request: Request,
+    node_id: str | None,
+    **experts: Any,
+) -> MergeResult:
+    """The merge of ``config``, from the cache if it is there; ``experts`` as in
+    :func:`.merging.merge_on`."""
+    key = (
+        *_key_of((model, clip, experts.get("low")), request.references, _forget),
+        (config, experts.get("boundary"), request.distilled, request.memory_budget),
+    )
+    for kept, result in _kept:
+        if kept == key:
+            return result
+    memory, base = request.memory_budget, {**request.base, **experts}
+    result = merge_on(model, clip, config, node_id, memory_budget=memory, **base)
+    _kept.insert(0, (key, result))
+    while sum(_bytes(kept.lora) for _, kept in _kept) > _MOST and len(_kept) > 1:
+        _kept.pop()
+    return result
+
+
+def _key_of(
+    parts: Sequence[Any], references: References, forget: Callable[[Any], None]
+) -> tuple[Any, ...]:
+    """Equal for the same MODELs, CLIPs and references, patched alike."""
+    parts = [part for part in parts if part is not None]
+    patches = [getattr(part, "patcher", part).patches_uuid for part in parts]
+    return [Same(part, forget) for part in parts], patches, references.key(forget)
+
+
+def forget() -> None:
+    _kept.clear()
+
+
+def _forget(_: Any) -> None:
+    """Drop the merges on a MODEL or CLIP that is gone."""
+    _kept[:] = [(key, result) for key, result in _kept if all(part == part for part in key[0])]
+
+
+def _bytes(lora: Lora) -> int:
+    factors = [factor for change in lora.sites.values() for factor in (change.up, change.down)]
+    return sum(factor.numel() * factor.element_size() for factor in factors)

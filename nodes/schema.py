@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from comfy_api.latest import io
+
+from ..iteris_core.concepts import Calibration
+from ..iteris_core.methods import all_methods
+from ..iteris_core.presets import PRESETS, PresetName
+from ..iteris_core.settings import Settings, declared_settings
 
 _LOCALES = Path(__file__).parents[1] / "locales"
 _TEXTS = json.loads((_LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
@@ -76,3 +82,97 @@ def schema(
         outputs=outputs,
         **more,
     )
+
+
+_NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
+"""Setting → the value for none, where 0 has a meaning of its own."""
+
+
+def none_of(name: str) -> float | str:
+    return _NONE.get(name, 0)
+
+
+def setting_input(owner: type[Settings], name: str, *, optional: bool = True) -> Any:
+    """The input of a setting, with its limits and help."""
+    declared = declared_settings(owner)[name]
+    none = none_of(name)
+    tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
+    default = none if declared.default is None else declared.default
+    if declared.kind is bool:
+        return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=optional)
+    if declared.kind is str:
+        choices = [none, *declared.choices] if declared.optional else list(declared.choices)
+        return io.Combo.Input(
+            name, options=choices, default=default, tooltip=tooltip, optional=optional
+        )
+    limits = {
+        "default": declared.kind(default),
+        "min": declared.kind(none if declared.optional else declared.low or 0),
+        "max": declared.kind(declared.most or declared.high or 1),
+        "tooltip": tooltip,
+        "optional": optional,
+    }
+    if declared.kind is int:
+        return io.Int.Input(name, **limits, control_after_generate=False)
+    return io.Float.Input(name, **limits, step=declared.step or 0.05, round=False)
+
+
+def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not the settings' defaults, with none where that is meant."""
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        declared = declared_settings(owner)[name]
+        value = None if declared.optional and value == none_of(name) else value
+        if value != declared.default:
+            given[name] = value
+    return given
+
+
+def model_inputs() -> list[Any]:
+    return [io.Model.Input("model"), io.Clip.Input("clip", optional=True), concepts_input()]
+
+
+def method_input() -> Any:
+    return io.Combo.Input(
+        "method", options=[method.name for method in all_methods()], default="iteris", optional=True
+    )
+
+
+def sampling_inputs() -> list[Any]:
+    return [_samples_input(), setting_input(Calibration, "seed")]
+
+
+def _samples_input() -> Any:
+    """0 leaves the number to the preset, so that an explicit one counts, whatever it is."""
+    declared = declared_settings(Calibration)["samples"]
+    numbers = {p: PRESETS[p].calibration.get("samples", declared.default) for p in PRESETS}
+    by_preset = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
+    return io.Int.Input(
+        "samples",
+        default=0,
+        min=0,
+        max=declared.most,
+        tooltip=f"{declared.help} 0: by the preset ({by_preset}).",
+        optional=True,
+        control_after_generate=False,
+    )
+
+
+def preset_input() -> Any:
+    helps = " ".join(f"{name}: {PRESETS[name].help}" for name in get_args(PresetName))
+    return io.Combo.Input(
+        "preset",
+        options=list(PRESETS),
+        default="default",
+        optional=True,
+        tooltip=f"{helps} Inputs that you change go over it. The figures are the toybox's.",
+    )
+
+
+def beside_inputs() -> list[Any]:
+    """Inputs beside the prompts, and the settings."""
+    return [
+        io.Conditioning.Input("conditioning", optional=True),
+        io.Latent.Input("latent", optional=True),
+        MergeSettings.Input("settings", optional=True),
+    ]

@@ -14,11 +14,9 @@ from ..iteris_core.errors import IterisError
 from ..iteris_core.score import ClipScorer, ImageScorer, clip_score, without_tokens
 from ..iteris_core.score.sheet import contact_sheet
 from .comfy_runtime import show_text
-from .comfy_scorer import ComfyScorer, ComfyVisionScorer
-from .open_clip_names import PAPERS, architectures, check_open_clip
+from .comfy_scorer import PAPERS, ComfyScorer, ComfyVisionScorer, architectures, check_open_clip
 from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
-from .score_plots import plot_scores
 
 _FOLDERS = ("clip_vision", "text_encoders")
 
@@ -192,3 +190,21 @@ class ScoreSheet(io.ComfyNode):
         columns += [""] * (width - len(columns))
         sheet = contact_sheet(rows, columns[:width], cell=cell[0], title=title)
         return io.NodeOutput(to_image([sheet]))
+
+
+def plot_scores(values: Sequence[float], title: str) -> Any:
+    """A bar for each picture and a line at the mean, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4, 1 + 0.5 * len(values)), 3), layout="constrained")
+    axis = figure.subplots()
+    numbers = range(1, len(values) + 1)
+    axis.bar(numbers, values)
+    mean = sum(values) / len(values)
+    axis.axhline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
+    axis.set_xticks(list(numbers))
+    axis.set_xlabel("picture")
+    axis.set_ylabel("cosine")
+    axis.set_title(title)
+    axis.legend()
+    return figure

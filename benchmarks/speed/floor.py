@@ -23,7 +23,7 @@ from models import (
 from rounds import in_turn, medians
 
 from iteris_core import Calibration, Concept, merge_loras
-from iteris_core.methods.iteris_settings import IterisSettings
+from iteris_core.methods.iteris import IterisSettings
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
 

@@ -48,7 +48,7 @@ class Found:
     def barriers(self, most: int = 0) -> Barriers:
         """With blocks that are the largest modules of 2 to ``most`` barriers. A level ends where a
         block does."""
-        blocks = self._blocks(most)
+        blocks = self.modules([site for site in self.sites if site not in self.joined], most)
         ends: dict[str, Sequence[str]] = {}
         level: list[str] = []
         lasts: dict[nn.Module, list[str]] = {}
@@ -63,19 +63,12 @@ class Found:
             level = []
         return Barriers(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
 
-    def _blocks(self, most: int) -> dict[str, nn.Module]:
-        """Site → the block that it is in."""
-        count: Counter[nn.Module] = Counter()
-        for site in self.sites:
-            if site not in self.joined:
-                count.update(self.inside[site])
-        blocks: dict[str, nn.Module] = {}
-        for site in self.sites:
-            for module in self.inside[site]:
-                if 2 <= count[module] <= most and self.calls[module] == 1:
-                    blocks[site] = module
-                    break
-        return blocks
+    def modules(self, counted: Sequence[str], most: float) -> dict[str, nn.Module]:
+        """Site → the largest module that it lies in that is called once and has 2 to ``most`` of
+        the sites that are ``counted``; without those that lie in none."""
+        count = Counter(module for site in counted for module in self.inside[site])
+        every = ((site, module) for site in self.sites for module in reversed(self.inside[site]))
+        return {s: m for s, m in every if 2 <= count[m] <= most and self.calls[m] == 1}
 
 
 def watched(lockstep: Lockstep, batch: MicroBatch) -> Found:

@@ -7,7 +7,6 @@ reduced knowing all of it; else tokens are reduced as they stream by.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,8 +23,9 @@ from .processes import ALONE, Processes
 from .tokens import ConceptTokens, Group, Observation
 
 
-class Collector(ABC):
-    """Reductions of sites until they are taken with :meth:`take`.
+class Collector:
+    """Reductions of sites until they are taken with :meth:`take`, to which tokens are added as they
+    come.
 
     Sites that receive the same tensor in the same geometry share the moments of their inputs. With
     ``processes`` every one of them is shown its part of the rows, and what is taken is of all.
@@ -41,6 +41,12 @@ class Collector(ABC):
         self._inputs = solver.inputs or {}
         self._shared: dict[tuple[Group, Hashable], InputMoments] = {}
         self._order: dict[tuple[str, int], Group] = {}
+        self._reductions: dict[str, Reduction] = {}
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites that have a reduction which nobody has taken, in execution order."""
+        return list(self._reductions)
 
     def observe(self, shown: Observation) -> None:
         group = self._order.setdefault((shown.name, shown.call), shown.group)
@@ -57,15 +63,18 @@ class Collector(ABC):
                     shown.saliency.add(shown.effect(change, start, stop), shown.rows, start)
         self._keep(shown.weighed())
 
-    @abstractmethod
     def take(self, site: str) -> Reduction:
         """Hand over a site's reduction, ready to be solved, and forget it."""
+        return self._ready(self._reductions.pop(site))
 
-    @abstractmethod
-    def _keep(self, shown: Observation) -> None: ...
+    def _keep(self, shown: Observation) -> None:
+        if shown.name not in self._reductions:
+            self._reductions[shown.name] = self._opened(shown)
+        self._add(self._reductions[shown.name], shown)
 
     def forget(self) -> None:
         """Let go of all that was shown and not taken."""
+        self._reductions.clear()
         self._shared.clear()
         self._order.clear()
 
@@ -114,28 +123,6 @@ class Collector(ABC):
         return reduction
 
 
-class StreamCollector(Collector):
-    """Tokens are reduced as they come; sites are taken when all have been shown."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._reductions: dict[str, Reduction] = {}
-
-    @property
-    def sites(self) -> list[str]:
-        """Sites that nobody has taken, in execution order."""
-        return list(self._reductions)
-
-    def take(self, site: str) -> Reduction:
-        return self._ready(self._reductions.pop(site))
-
-    def _keep(self, shown: Observation) -> None:
-        reduction = self._reductions.get(shown.name)
-        if reduction is None:
-            reduction = self._reductions[shown.name] = self._opened(shown)
-        self._add(reduction, shown)
-
-
 class SweepCollector(Collector):
     """Keeps what forwards show at a site until the site is taken, and reduces it then.
 
@@ -160,23 +147,17 @@ class SweepCollector(Collector):
         self._sampled, self._narrow = sampled, narrow
         self._rows, self._aside = rows, aside
         self._waiting: dict[str, list[Observation]] = {}
-        self._begun: dict[str, Reduction] = {}
 
     def take(self, site: str) -> Reduction:
-        begun = self._begun.pop(site, None)
-        if begun is None:
-            waiting = self._waiting[site]
-            tokens = sum(shown.count(0, shown.rows) for shown in waiting)
-            begun = self._reduced(site, waiting, tokens)
-            del self._waiting[site]
-        return self._ready(begun)
+        if site in self._waiting:
+            self._reduce(site)
+        return super().take(site)
 
     def forget(self) -> None:
         super().forget()
         for waiting in self._waiting.values():  # an error's traceback may hold the list
             waiting.clear()
         self._waiting.clear()
-        self._begun.clear()
 
     def _keep(self, shown: Observation) -> None:
         if shown.call:
@@ -184,10 +165,9 @@ class SweepCollector(Collector):
                 f"Site {shown.name} is called more than once in one forward, and a sweep solves it "
                 'at its first call; merge with schedule="jacobi", which counts all of them.'
             )
-        begun = self._begun.get(shown.name)
-        if begun is not None:
+        if shown.name in self._reductions:
             with self._aside():
-                self._add(begun, shown)
+                super()._keep(shown)
             return
         waiting = self._waiting.setdefault(shown.name, [])
         waiting.append(shown.gathered() if self._narrow else shown)
@@ -195,22 +175,20 @@ class SweepCollector(Collector):
             return
         rows = sum(shown.rows for shown in waiting)
         if rows < self._rows and sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
-            tokens = sum(shown.count(0, shown.rows) for shown in waiting)
             with self._aside():
-                begun = self._reduced(shown.name, waiting, tokens * self._rows // rows)
-            self._begun[shown.name] = begun
-            del self._waiting[shown.name]
+                self._reduce(shown.name, self._rows, rows)
 
-    def _reduced(self, site: str, waiting: list[Observation], tokens: int) -> Reduction:
-        """Reduce what waits; all that will be shown has so many ``tokens``."""
-
-        def sample(tokens: int) -> list[Tensor]:
-            return self._sample(site, waiting, tokens)
-
-        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
+    def _reduce(self, site: str, rows: int = 1, waiting_rows: int = 1) -> None:
+        """Reduce what waits, which is of so many of all ``rows``."""
+        waiting = self._waiting[site]
+        tokens = sum(shown.count(0, shown.rows) for shown in waiting) * rows // waiting_rows
+        reduction = self._opened(
+            waiting[0], tokens=tokens, sample=lambda count: self._sample(site, waiting, count)
+        )
         for shown in waiting:
             self._add(reduction, shown)
-        return reduction
+        self._reductions[site] = reduction
+        del self._waiting[site]
 
     def _sample_of(self, shown: Observation) -> list[int]:
         """The rows from which targets are sampled."""

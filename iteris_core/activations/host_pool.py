@@ -83,7 +83,8 @@ class HostPool:
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
         """Copy the bytes of ``storage``, of whatever ``dtype``, and resize it to nothing."""
-        slot = self._slot(storage.nbytes())
+        size = storage.nbytes()
+        slot = Slot([self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)])
         self._copy(slot, storage, back=False)
         resize(storage, 0)
         return slot
@@ -111,9 +112,6 @@ class HostPool:
                 part.copy_(piece, non_blocking=True)
             else:
                 piece.copy_(part, non_blocking=True)
-
-    def _slot(self, size: int) -> Slot:
-        return Slot([self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)])
 
     def _piece(self, size: int) -> Tensor:
         for slab in self._slabs:
@@ -160,7 +158,8 @@ class _Slab:
         wanted = _grains(size)
         for index, (start, stop) in enumerate(self._gaps):
             if stop - start >= wanted:
-                self._gaps[index : index + 1] = _some((start + wanted, stop))
+                rest = start + wanted
+                self._gaps[index : index + 1] = [(rest, stop)] if stop > rest else []
                 return self._memory.narrow(0, start, size)
         return None
 
@@ -192,10 +191,6 @@ def wait_for(device: torch.device) -> None:
         torch.xpu.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _some(gap: tuple[int, int]) -> list[tuple[int, int]]:
-    return [gap] if gap[1] > gap[0] else []
 
 
 def _grains(size: int) -> int:

@@ -15,6 +15,7 @@ import importlib
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges
 from .activation_offload import ActivationOffload
-from .micro_batch import MicroBatch, Pending
+from .micro_batch import MicroBatch
 from .modes import Modes
 from .processes import ALONE, Processes
 from .replay import Barriers, ReplayDone, replay_hook
@@ -96,10 +97,15 @@ class Lockstep:
 
     def run(self, batch: MicroBatch, *, grad: bool = False) -> None:
         """One forward, start to end; with ``grad`` it can be differentiated by merged changes."""
+        with self.active(batch), torch.set_grad_enabled(grad):
+            batch.run()
+
+    @contextmanager
+    def active(self, batch: MicroBatch) -> Generator[None]:
+        """Within it forwards of the model are that of ``batch``."""
         self._active = batch
         try:
-            with torch.set_grad_enabled(grad):
-                batch.run()
+            yield
         finally:
             self._active = None
 
@@ -249,34 +255,35 @@ class Lockstep:
                         batch.saliency,
                     )
                 )
-            shown = Pending(name, site, inputs, output)
+            add = partial(self._add_merged, batch, name, site, inputs, output)
             if batch.pause is None or solved:
-                self._add_merged(batch, shown)
+                add()
             else:
-                self._reach(batch, shown)
+                self._reach(batch, name, add)
             return output
 
         return hook
 
-    def _reach(self, batch: MicroBatch, shown: Pending) -> None:
+    def _reach(self, batch: MicroBatch, name: str, add: Callable[[], None]) -> None:
         """Wait at the end of a level, and give its sites their merged changes."""
-        batch.reached.append(shown.name)
+        batch.reached.append(name)
         if batch.until is None:
-            batch.pending.append(shown)
-        if not self._barriers.ends_at(shown.name):
+            batch.pending.append(add)
+        if not self._barriers.ends_at(name):
             return
-        if batch.until == shown.name:
+        if batch.until == name:
             raise ReplayDone
-        batch.wait(self._barriers.level(shown.name))
+        batch.wait(self._barriers.level(name))
         while batch.pending:
-            self._add_merged(batch, batch.pending.pop())
+            batch.pending.pop()()
 
-    def _add_merged(self, batch: MicroBatch, shown: Pending) -> None:
-        merged = self.merged.get(shown.name)
+    def _add_merged(
+        self, batch: MicroBatch, name: str, site: Site, inputs: Tensor, output: Tensor
+    ) -> None:
+        merged, rows = self.merged.get(name), len(batch.owners)
         if merged is not None and batch.copies == 2:
-            inputs, rows = shown.inputs, len(batch.owners)
             merged = merged.to(inputs.dtype, inputs.device)
-            shown.site.add(merged, inputs[rows:], shown.output[rows:])
+            site.add(merged, inputs[rows:], output[rows:])
 
     def _ready(self, site: str, change: LowRank, inputs: Tensor) -> LowRank:
         """The change in the inputs' dtype and on their device, made once."""

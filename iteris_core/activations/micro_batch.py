@@ -7,28 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import SiteError
 from .saliency import Saliency
-from .site import Site
 from .token_sampling import TokenSampling
 from .tokens import Group, Observation
 
 
 class Observer(Protocol):
     def observe(self, shown: Observation) -> None: ...
-
-
-class Pending(NamedTuple):
-    """A site that was shown and whose merged change is not added yet."""
-
-    name: str
-    site: Site
-    inputs: Tensor
-    output: Tensor
 
 
 @dataclass
@@ -56,8 +46,8 @@ class MicroBatch:
     tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
     and ``saliency`` tells how much each counts. With ``pause`` the forward stops at the end of
     every level: ``pause``, called with the level's last site, returns when its sites are solved.
-    Those are ``passed``; ``reached`` are those of the level that it is in, and ``pending`` what
-    their merged changes are added to when they are known. ``until`` is where a replay ends.
+    Those are ``passed``; ``reached`` are those of the level that it is in, and ``pending`` add
+    their merged changes when they are known. ``until`` is where a replay ends.
     """
 
     run: Callable[[], None]
@@ -75,7 +65,7 @@ class MicroBatch:
     passed: set[str] = field(default_factory=set[str])
     until: str | None = None
     reached: list[str] = field(default_factory=list[str])
-    pending: list[Pending] = field(default_factory=list[Pending])
+    pending: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
     _seen: list[_Received] = field(default_factory=list[Any])
     _entered: dict[str, tuple[int, int | None]] = field(default_factory=dict[str, Any])
     _groups: int = 0

@@ -16,8 +16,6 @@ from torch import Tensor, distributed
 
 from ..errors import DeviceError
 
-_SMALL = 1 << 16  # entries; tensors up to this size travel together
-
 Value = TypeVar("Value")
 
 
@@ -47,20 +45,8 @@ class Processes:
 
         Raises :class:`IterisError` when another process has ended.
         """
-        if self.size == 1:
-            return
-        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            if tensor.numel() <= _SMALL:
-                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-            else:
-                self._reduce(tensor)
-        for parts in small.values():
-            joined = torch.cat([tensor.reshape(-1) for tensor in parts])
-            self._reduce(joined)
-            pieces = joined.split([tensor.numel() for tensor in parts])
-            for tensor, piece in zip(parts, pieces, strict=True):
-                tensor.copy_(piece.view_as(tensor))
+            self._reduce(tensor)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The (some, width) rows of all processes, in the order of processes."""

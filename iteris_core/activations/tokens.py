@@ -124,13 +124,9 @@ class Observation:
     def unmasked(self) -> Observation:
         return replace(self, mask=None)
 
-    def change_tokens(self, change: LowRank, start: int, stop: int) -> Tensor:
-        """The part of reference rows' outputs that ``change`` added, (tokens, out)."""
-        return self._chosen(self._changed(change, start, stop), start, stop)
-
     def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
         """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
-        added = self._changed(change, start, stop)
+        added = self.changed(change, start, stop)
         added = added.to(torch.promote_types(added.dtype, torch.float32))
         effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
@@ -139,7 +135,7 @@ class Observation:
         """The weight of each token of :meth:`input_tokens`, (tokens, 1); None: all alike."""
         if self.weights is None:
             return None
-        return self._chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
+        return self.chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
 
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
@@ -148,7 +144,7 @@ class Observation:
         for concept, start, stop in self.spans:
             yield ConceptTokens(self, changes[concept], concept, start, stop, dtype, inputs)
 
-    def _changed(self, change: LowRank, start: int, stop: int) -> Tensor:
+    def changed(self, change: LowRank, start: int, stop: int) -> Tensor:
         inputs = self.inputs[start:stop]
         return self.site.outputs(self.site.delta(change.to(inputs.dtype, inputs.device), inputs))
 
@@ -161,9 +157,9 @@ class Observation:
         merged: bool,
     ) -> Tensor:
         offset = self.rows if merged and self.copies == 2 else 0
-        return self._chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
+        return self.chosen(flatten(tensor[offset + start : offset + stop]), start, stop)
 
-    def _chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+    def chosen(self, tokens: Tensor, start: int, stop: int) -> Tensor:
         """The tokens of rows ``start`` to ``stop`` that count."""
         return _selected(tokens, self._choice(tokens.shape[0] // (stop - start), start, stop))
 
@@ -199,12 +195,8 @@ class ConceptTokens:
     dtype: torch.dtype
     inputs: Tensor | None = None
 
-    @property
-    def merged(self) -> Tensor:
-        return self._merged
-
     @cached_property
-    def _merged(self) -> Tensor:
+    def merged(self) -> Tensor:
         tokens = self.shown.input_tokens(self.start, self.stop, merged=True)
         if self.inputs is not None:
             tokens = tokens.index_select(1, self.inputs.to(tokens.device))
@@ -235,7 +227,8 @@ class ConceptTokens:
             return self.shown.output_tokens(self.start, self.stop, merged=True)
         if self.change is None:
             return full
-        return full - self.shown.change_tokens(self.change, self.start, self.stop)
+        rows = self.start, self.stop
+        return full - self.shown.chosen(self.shown.changed(self.change, *rows), *rows)
 
     def _weighted(self, tokens: Tensor) -> Tensor:
         weights = self.shown.token_weights(self.start, self.stop)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from ..errors import KINDS, IterisError, UsageError, kind_of
+from ..errors import IterisError, UsageError
 from .bake import bake
 from .common import console
 from .compare import compare
@@ -74,12 +74,12 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except IterisError as error:
-        _stop(str(error), kind_of(error).code)
+        _stop(str(error), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
         message = error.format_message()
         end = "" if message.endswith((".", "?")) else "."
-        _stop(f"{message}{end} All options: {where} -h", KINDS[UsageError].code)
+        _stop(f"{message}{end} All options: {where} -h", UsageError.code)
     except typer.Abort:
         _stop("stopped; nothing was written.")
     except OSError as error:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from ..concept_config import ConceptConfig
@@ -15,19 +14,17 @@ from ..edit.bake import Precision, places_in, weight_in
 from ..edit.bake import bake as bake_model
 from ..edit.rounding import FP8
 from ..errors import BaseError, OutputError, UsageError
-from ..lora import Lora, LowRank, concatenate
-from ..lora_files import ReadOptions, check_target, read_header, read_lora_file
+from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
 from ..lora_files.peft_folder import check_folder
+from ..passes.changes import changes_always
 from ..progress import Progress
-from .base import check_base
+from .base import check_base, known_base
 from .checks import check_concepts
 from .common import option, progress_bars
-from .inspect import known_base
 from .sizing import Energy, Overwrite, Partial
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 _LORA = re.compile(rf"(.+\.safetensors)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def bake(
@@ -56,14 +53,16 @@ def bake(
 ) -> None:
     """Add LoRAs to the weights of a model, under the names that its files have."""
     source = Path(base)
-    loras = [_parsed(text) for text in lora]
-    _check(source, base, output, loras, dtype, overwrite=overwrite)
+    configs = [_parsed(text) for text in lora]
+    _check(source, base, output, configs, dtype, overwrite=overwrite)
     options = ReadOptions(allow_partial, energy)
-    precision = Precision(FP8 if dtype == "fp8" else dtype and _DTYPES[dtype], seed)
-    known = None if source.is_dir() else known_base(*read_header(loras[0][0]))
+    precision = Precision(FP8 if dtype == "fp8" else dtype and DTYPES[dtype], seed)
+    known = None if source.is_dir() else known_base(configs[0].files[0])
     places, model = places_in(source, known)
-    read = [read_lora_file(file, model, weight_in(places), options) for file, *_ in loras]
-    changes = _summed(read, [strengths for _, *strengths in loras])
+    weight, files = weight_in(places), [config.files[0] for config in configs]
+    read = [read_lora_file(file, model, weight, options) for file in files]
+    concepts = [config.concept(one) for config, one in zip(configs, read, strict=True)]
+    changes = changes_always(concepts)
     with progress_bars(visible=not quiet) as on_progress:
 
         def tick(done: int, total: int) -> None:
@@ -77,23 +76,23 @@ def bake(
         typer.echo(f"Wrote {output}: {len(changes)} layers changed.")
 
 
-def _parsed(text: str) -> tuple[Path, float, float]:
-    """File, and the strengths of the model and of the text encoders."""
+def _parsed(text: str) -> ConceptConfig:
     match = _LORA.fullmatch(text)
     if match is None:
         raise UsageError(
             f"--lora {text!r} is not FILE.safetensors, FILE.safetensors:0.8 or "
             "FILE.safetensors:0.8/0.5."
         )
-    strength = float(match[2] or 1)
-    return Path(match[1]), strength, float(match[3] or strength)
+    text_strength = None if match[3] is None else float(match[3])
+    file, strength = Path(match[1]), float(match[2] or 1)
+    return ConceptConfig(file=file, strength=strength, text_strength=text_strength)
 
 
 def _check(
     source: Path,
     base: str,
     output: Path,
-    loras: Sequence[tuple[Path, float, float]],
+    loras: Sequence[ConceptConfig],
     dtype: str | None,
     *,
     overwrite: bool,
@@ -102,7 +101,7 @@ def _check(
     if not source.exists():
         raise BaseError(f"The base {base!r} does not exist; give a file or a folder that is here.")
     check_base(base)
-    check_concepts([ConceptConfig(file=file) for file, *_ in loras], run_base=False)
+    check_concepts(loras, run_base=False)
     if output.exists() and output.samefile(source):
         raise OutputError(f"{output} is the base itself, which would be lost; choose another name.")
     if source.is_file():
@@ -111,12 +110,3 @@ def _check(
     check_folder(output)
     if dtype == "fp8":
         raise OutputError("A folder of diffusers holds no fp8 with scales; bake a single file.")
-
-
-def _summed(loras: Sequence[Lora], strengths: Sequence[Sequence[float]]) -> dict[str, LowRank]:
-    changes: dict[str, list[LowRank]] = {}
-    for lora, (model, text) in zip(loras, strengths, strict=True):
-        for site, change in lora.sites.items():
-            factor = text if site.startswith("text_encoder") else model
-            changes.setdefault(site, []).append(change.scaled(factor))
-    return {site: concatenate(parts) for site, parts in changes.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,17 @@ from typing import Any
 import torch
 
 from ..activations.meter import is_out_of_memory
-from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
-from ..lora_files import is_lora, read_header
+from ..architectures import architecture_of_file
+from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMemory, brief
+from ..lora import Lora
+from ..lora_files import (
+    BaseModel,
+    ReadOptions,
+    is_lora,
+    read_header,
+    read_lora_file,
+    released_base,
+)
 
 
 def device_of(device: str | None = None) -> str:
@@ -108,6 +117,33 @@ def load_base(
             pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def known_base(path: Path) -> BaseModel:
+    """The released model that a LoRA file is for."""
+    return released_base(architecture_of_file(*read_header(path)).name)
+
+
+def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
+    """A function that reads LoRA files for the ``base``; without one, each for the released model
+    that it was made for."""
+    if base is not None:
+        check_base(base)
+        from ..hosts.diffusers import DiffusersHost
+
+        return DiffusersHost(load_base(base, "cpu")).read_lora
+
+    def read(path: Path, options: ReadOptions) -> Lora:
+        known = known_base(path)
+        try:
+            return read_lora_file(path, known, options=options)
+        except LoraFileError as error:
+            raise LoraFileError(
+                f"{error} If it is a DoRA, or for a base of another shape than the released ones, "
+                "name it: --base BASE."
+            ) from error
+
+    return read
 
 
 @contextmanager

@@ -12,16 +12,14 @@ from rich.markup import escape
 
 from ..concept_config import ConceptConfig
 from ..edit.convert import Names, convert_lora, largest_error
-from ..errors import LoraFileError
 from ..lora import Lora
-from ..lora_files import DTYPES, ReadOptions, check_target, read_header, read_lora_file
+from ..lora_files import DTYPES, ReadOptions, check_target, read_lora_file
 from ..lora_files.peft_folder import check_folder
 from ..lora_files.sidecars import find_phrases
 from ..lora_files.tensors import dtypes_of, read_tensors
-from .base import check_base, load_base
+from .base import lora_reader
 from .checks import check_apart, check_concepts
 from .common import option
-from .inspect import known_base
 from .sizing import Energy, Overwrite, Partial
 
 _DTYPE = Literal["float16", "bfloat16", "float32"]
@@ -55,7 +53,9 @@ def convert(
     check_apart([output], [config])
     options = ReadOptions(allow_partial, energy)
     lora = _read(file, base, options)
-    written = dtype or _own_dtype(file)
+    # The commonest float type of the file, where one is written in it
+    own = (name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES)
+    written = dtype or next(own, "float16")
     path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
     notes, error = list(lora.notes), None
     if layout != "peft" and lora.base is not None:
@@ -79,28 +79,9 @@ def convert(
 
 def _read(file: Path, base: str | None, options: ReadOptions) -> Lora:
     """The LoRA, with the words that stand beside its file in its metadata."""
-    if base is not None:
-        check_base(base)
-        from ..hosts.diffusers import DiffusersHost
-
-        lora = DiffusersHost(load_base(base, "cpu")).read_lora(file, options)
-    else:
-        shapes, metadata = read_header(file)
-        known = known_base(shapes, metadata)
-        try:
-            lora = read_lora_file(file, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} For a DoRA, or a base of another shape than the released ones, name the "
-                "base: --base BASE."
-            ) from error
+    lora = lora_reader(base)(file, options)
     found = find_phrases(file, lora.metadata)
     if found.source in ("", "file"):
         return lora
     words = {"modelspec.trigger_phrase": ", ".join(found.phrases)}
     return replace(lora, metadata={**lora.metadata, **words})
-
-
-def _own_dtype(file: Path) -> str:
-    """The commonest float type of a file, where one is written in it; else float16."""
-    return next((name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES), "float16")

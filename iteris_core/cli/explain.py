@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import KINDS, IterisError, UsageError
+from ..errors import KINDS, IterisError, UsageError, remedy_of
 from .common import option
 
 _PAGE = """\
@@ -31,27 +31,24 @@ def explain(
     if markdown:
         typer.echo(errors_page(), nl=False)
         return
-    codes = {kind.code: (one, kind) for one, kind in KINDS.items()}
+    codes = {kind.code: kind for kind in KINDS}
     if code is None:
-        for name, (one, _) in codes.items():
-            typer.echo(f"{name}  {_what(one)}")
+        for name, kind in codes.items():
+            typer.echo(f"{name}  {_what(kind)}")
         return
     number = re.fullmatch(r"\[?(?:IT-?)?(\d+)\]?", code.strip().upper())
     name = f"IT-{int(number[1]):02d}" if number is not None else code
     if name not in codes:
         raise UsageError(f"There is no error {code!r}; the codes are {', '.join(codes)}.")
-    one, kind = codes[name]
-    remedy = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", kind.remedy).replace("`", "")
-    typer.echo(f"{name}  {_what(one)}\n{remedy}")
+    remedy = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", remedy_of(codes[name])).replace("`", "")
+    typer.echo(f"{name}  {_what(codes[name])}\n{remedy}")
 
 
 def errors_page() -> str:
     """``docs/errors/index.md``."""
-    parts = [_PAGE]
-    for one, kind in KINDS.items():
-        parts.append(f"## {kind.code}\n\n`{one.__name__}`: {_what(one)}\n\n{kind.remedy}\n")
-    return "\n".join(parts)
+    entries = [f"## {k.code}\n\n`{k.__name__}`: {_what(k)}\n\n{remedy_of(k)}\n" for k in KINDS]
+    return "\n".join([_PAGE, *entries])
 
 
-def _what(one: type[IterisError]) -> str:
-    return (one.__doc__ or "").partition("\n\n")[0]
+def _what(kind: type[IterisError]) -> str:
+    return (kind.__doc__ or "").partition("\n\n")[0]

@@ -11,15 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..architectures import architecture_of_file
-from ..architectures.row_mapping import Shapes
-from ..errors import LoraFileError
-from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, read_lora_file, read_tensors, released_base
+from ..lora_files import ReadOptions, read_tensors
 from ..report.inspection import Interference, LoraFacts, describe, interference
 from ..report.spikes import spike_note
 from ..saving import atomically
-from .base import load_base
+from .base import lora_reader
 from .checks import check_plot
 from .common import option, print_table
 
@@ -43,10 +39,10 @@ def inspect(
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     check_plot(plot)
-    known = _base_from(base) if base is not None else None
-    described = [_read(path, known) for path in files]
-    loras = [lora for lora, _ in described]
-    facts = [fact for _, fact in described]
+    read, options = lora_reader(base), ReadOptions(allow_partial=True, of_weight=False)
+    tensors = [read_tensors(path)[0] for path in files]
+    loras = [read(path, options) for path in files]
+    facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
     pairs = [interference(one, two) for one, two in combinations(loras, 2)]
     if plot is not None:
         from ..report.plots import plot_loras
@@ -67,32 +63,6 @@ def inspect(
     for pair in pairs:
         if pair.spikes:
             typer.echo(spike_note(pair.spikes, pair.first, pair.second))
-
-
-def _base_from(name: str) -> BaseModel:
-    from ..hosts.diffusers_lora import base_of, pipeline_sites
-
-    pipeline = load_base(name, "cpu")
-    return base_of(pipeline, pipeline_sites(pipeline))
-
-
-def known_base(shapes: Shapes, metadata: Mapping[str, str]) -> BaseModel:
-    """The released model that a LoRA file with tensors of these ``shapes`` is for."""
-    return released_base(architecture_of_file(shapes, metadata).name)
-
-
-def _read(path: Path, base: BaseModel | None) -> tuple[Lora, LoraFacts]:
-    tensors, metadata = read_tensors(path)
-    other = ""
-    if base is None:
-        base = known_base({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
-        other = " For a base of another shape than the released ones, name it: --base BASE."
-    options = ReadOptions(allow_partial=True, of_weight=False)
-    try:
-        lora = read_lora_file(path, base, options=options)
-    except LoraFileError as error:
-        raise LoraFileError(f"{error}{other}") from error
-    return lora, describe(lora, tensors)
 
 
 def _fact_rows(facts: LoraFacts) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from ..lora_files import BaseModel
 from ..passes.eta import Eta
 from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
-from ..progress import OnProgress, Ticker
+from ..progress import OnProgress
 from ..solve.ranks import Components, Target, kept, share_out
 from .held import output_error
 from .moments import Seen, calibration_of, look
@@ -72,8 +72,8 @@ def extract_lora(
     Raises :class:`MismatchError` where the two are not of one architecture, naming the first key;
     :class:`SolveError` where the LoRA is no nearer to the fine-tune than the base.
     """
-    eta = Eta()
-    tick = Ticker(eta.forecast, on_progress)
+    eta = Eta(on_progress)
+    tick = eta.forecast.tick
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
     dense = differences(base, tuned)
     if not dense:
@@ -115,10 +115,7 @@ def _components(
         kernel = sites[name].kernel
         found[name] = Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
 
-    every = job.changes
-    blind, _ = unmergeable_sites(
-        job.host, job.concepts, every, job.calibration, job.tick, sweep=True
-    )
+    blind, _ = unmergeable_sites(job, sweep=True)
     if blind:
         first = min(blind)
         raise MismatchError(

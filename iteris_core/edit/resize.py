@@ -20,7 +20,7 @@ from ..passes.eta import Eta
 from ..passes.job import Job, Run
 from ..passes.preflight import unmergeable_sites
 from ..passes.sweep import solve_sites
-from ..progress import OnProgress, Ticker
+from ..progress import OnProgress
 from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 from ..solve.ranks import Components, Target, kept, share_out
@@ -93,8 +93,8 @@ def resize_lora(
     if len(concept.phrases) > 1:
         chosen = replace(chosen, samples=2 * chosen.samples)
     generator = torch.Generator().manual_seed(chosen.seed)
-    eta = Eta()
-    tick = Ticker(eta.forecast, on_progress)
+    eta = Eta(on_progress)
+    tick = eta.forecast.tick
     job = Job(host, [concept], changes_of([concept]), chosen, generator, tick,
               memory_budget=memory_budget, eta=eta)  # fmt: skip
     check_sites(host, job.changes)
@@ -103,7 +103,7 @@ def resize_lora(
 
 def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
     host, concept, every = job.host, job.concepts[0], job.changes
-    blind, _ = unmergeable_sites(host, job.concepts, every, job.calibration, job.tick, sweep=True)
+    blind, _ = unmergeable_sites(job, sweep=True)
     found: dict[str, Components] = {}
 
     def visit(site: str, seen: Seen) -> None:

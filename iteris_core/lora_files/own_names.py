@@ -53,14 +53,14 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
     kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
     shapes = {name: _shape(path, name, parts) for name, parts in modules.items()}
-    sites = {name: f"{_component(name)}.{name}" if kohya else name for name in modules}
+    components = {
+        name: next((c for prefix, c in _COMPONENTS.items() if name.startswith(prefix)), "unet")
+        for name in modules
+    }
+    sites = {name: f"{components[name]}.{name}" if kohya else name for name in modules}
     by_site = {sites[name]: shape for name, shape in shapes.items()}
     names = {name: whole(site, by_site) for name, site in sites.items()}
     return BaseModel(_RECORD, by_site, names, names if kohya else {})
-
-
-def _component(name: str) -> str:
-    return next((c for prefix, c in _COMPONENTS.items() if name.startswith(prefix)), "unet")
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 The closed form fits every layer by itself. What a block makes of its layers' errors, such as the
 softmax of an attention of those of its queries and keys, no layer sees. Here the merged factors of
-a segment (:mod:`..activations.segments`) are trained together on
+a segment (:mod:`.segments`) are trained together on
 
     Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
 
@@ -13,7 +13,7 @@ nearer to what it is to give stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -24,22 +24,24 @@ from torch import Tensor
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
 from ..activations.oom_retry import halved, with_less
-from ..activations.segments import (
-    ByRow,
-    Segment,
-    SegmentBatch,
-    pass_through,
-    plain_weights,
-    segments_of,
-)
 from ..errors import OutOfMemory
 from ..hosts.protocol import Stage
 from ..lora import LowRank
 from ..passes.batches import ExecutionConfig, chunks, micro_batches
 from ..passes.job import Job, Run
 from ..passes.strategies import find
-from .segment_forward import SegmentForward, sample_inputs
-from .side_by_side import SHOWING, PairStages, SideBySide, drawn_pairs, pairs_of, samples_each
+from .segments import (
+    ByRow,
+    Segment,
+    SegmentBatch,
+    SegmentForward,
+    pass_through,
+    plain_weights,
+    sample_inputs,
+    segments_of,
+    within,
+)
+from .side_by_side import SHOWING, SideBySide, drawn_pairs, pairs_of, samples_each
 from .training import STEP, Factors, NoGradients, Steps, train, trained
 
 WHAT = "polishing blocks"
@@ -79,10 +81,10 @@ def polish_blocks(
             "have a trigger or a class word, and no embedding of their own"
         )
     lockstep.merged = dict(merged)
-    showing = drawn and PairStages(job, lockstep, drawn)
+    showing = drawn and SideBySide(job, lockstep, drawn)
     for stage in run.stages():
         if stage.sites and not stage.feeds_next:
-            shown = showing and showing.advance(stage.name)
+            shown = showing if showing and showing.advance(stage.name) else None
             at_once = job.policy.polish_at_once
             notes += _StagePolish(job, lockstep, stage, how, shown, at_once).run()
         if stage.feeds_next:
@@ -165,10 +167,12 @@ class _StagePolish:
 
         rows = self._rows()
         by_row = ByRow.of(segment, self.lockstep, self._batch(rows[:1]))
-        singles = self._passages(segment, rows, by_row, tick)
+        most = self.job.policy.polish_bytes // (1 if self.shown is None else 2)
+        singles = within(self._passages(segment, rows, by_row, tick), most, 4)
         pairs: list[SegmentBatch] = []
         if self.shown is not None:
-            pairs = self.shown.passages(segment, by_row, self.at_once, self._most_bytes, tick)
+            shown = self.shown.passages(segment, by_row, self.at_once, tick)
+            pairs = within(shown, most, 1)
             self.paired |= bool(pairs)
         checked = [p for some in (singles, pairs) for p in some[: self.job.policy.polish_checked]]
         modules, policy = self.job.host.sites(), self.job.policy
@@ -214,22 +218,10 @@ class _StagePolish:
 
     def _passages(
         self, segment: Segment, chosen: Sequence[int], by_row: ByRow, tick: Callable[[], None]
-    ) -> list[SegmentBatch]:
-        """As many batches as host memory holds."""
-        passages: list[SegmentBatch] = []
-        taken = 0
+    ) -> Iterator[SegmentBatch]:
         for rows in chunks(chosen, self.stage.batch_keys, self.at_once):
             tick()
-            batch = self._batch(rows)
-            passages.append(pass_through(segment, self.lockstep, batch, rows, by_row))
-            taken += passages[-1].bytes
-            if taken + passages[-1].bytes > self._most_bytes and len(passages) > 3:
-                break
-        return passages
-
-    @property
-    def _most_bytes(self) -> int:
-        return self.job.policy.polish_bytes // (1 if self.shown is None else 2)
+            yield pass_through(segment, self.lockstep, self._batch(rows), rows, by_row)
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.concept_ids[row] for row in rows]

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
-from ..activations.segments import ByRow, Segment, SegmentBatch, outputs_of, pass_through
 from ..calibration_prompts import pair_prompts
 from ..concepts import Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..lora import Lora, LowRank, SiteChanges
 from ..passes.batches import chunks
 from ..passes.job import Job
+from .segments import ByRow, Segment, SegmentBatch, outputs_of, pass_through
 
 SHOWING = "drawing two concepts"
 
@@ -93,100 +93,59 @@ _Side = int | None
 """0 or 1, the left or the right one's LoRA; None, the merged one."""
 
 
-@dataclass
-class _Asked:
-    """The host's stages with every row under the LoRA of one side of its picture."""
-
-    lockstep: Lockstep
-    drawn: Pairs
-    side: _Side
-    stages: Iterator[Stage]
-    at_once: int
-    stage: Stage | None = None
-
-    def advance(self, name: str) -> Stage | None:
-        """The stage of that name, with what feeds it run; None where no row reaches it."""
-        while self.stage is None or self.stage.name != name:
-            self.stage = next(self.stages, None)
-            if self.stage is None or not (self.stage.feeds_next or self.stage.name == name):
-                return None
-            if self.stage.feeds_next:
-                every = range(len(self.stage.concept_ids))
-                for rows in chunks(every, self.stage.batch_keys, self.at_once):
-                    self.lockstep.run(_batch(self.drawn, self.side, self.stage, rows))
-        return self.stage
-
-
-def _batch(drawn: Pairs, side: _Side, stage: Stage, rows: Sequence[int]) -> MicroBatch:
-    pairs = [drawn.pairs[stage.concept_ids[row]] for row in rows]
-    owners = [pair[side or 0] for pair in pairs]
-    return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=side is None)
-
-
-@dataclass(frozen=True)
 class SideBySide:
-    """Inputs and targets of a stage's segments on the rows of ``drawn``."""
-
-    job: Job
-    lockstep: Lockstep
-    drawn: Pairs
-    stages: Mapping[_Side, Stage]
-
-    def passages(
-        self,
-        segment: Segment,
-        by_row: ByRow,
-        at_once: int,
-        most_bytes: int,
-        tick: Callable[[], None],
-    ) -> list[SegmentBatch]:
-        """As many batches as ``most_bytes`` hold, each of several pairs; none where no output of
-        the segment has places. ``tick`` is called before every one, and may raise."""
-        stage = self.stages[None]
-        order = torch.randperm(len(stage.concept_ids), generator=self.job.generator).tolist()
-        found: list[SegmentBatch] = []
-        taken = 0
-        for rows in chunks(order, stage.batch_keys, at_once):
-            tick()
-            merged, *sides = (
-                _batch(self.drawn, side, self.stages[side], rows) for side in (None, 0, 1)
-            )
-            passage = pass_through(segment, self.lockstep, merged, rows, by_row)
-            left, right = (outputs_of(segment, self.lockstep, one, by_row) for one in sides)
-            wanted = _wanted(left, right, stage)
-            if wanted is None:
-                return []
-            pairs = [self.drawn.pairs[stage.concept_ids[row]] for row in rows]
-            found.append(replace(passage, owners=pairs, wanted=wanted))
-            taken += found[-1].bytes
-            if taken + found[-1].bytes > most_bytes:
-                break
-        return found
-
-
-class PairStages:
-    """The pictures of ``drawn``, which pass the host's stages beside the rows of one concept."""
+    """The pictures of ``drawn``, which pass the host's stages beside the rows of one concept: as
+    merged rows, and under the LoRA of each side."""
 
     def __init__(self, job: Job, lockstep: Lockstep, drawn: Pairs) -> None:
         self._job, self._lockstep, self._drawn = job, lockstep, drawn
-        self._asked = [
-            _Asked(
-                lockstep,
-                drawn,
-                side,
-                job.host.stages(drawn.samples, set(job.changes)),
-                job.policy.polish_at_once,
-            )
-            for side in (None, 0, 1)
-        ]
+        sites = set(job.changes)
+        self._ahead = {side: job.host.stages(drawn.samples, sites) for side in (None, 0, 1)}
+        self._stages: dict[_Side, Stage] = {}
 
-    def advance(self, name: str) -> SideBySide | None:
-        """On to the stage of that name; None where no row reaches it."""
-        found = {asked.side: asked.advance(name) for asked in self._asked}
-        stages = {side: stage for side, stage in found.items() if stage is not None}
-        if len(stages) < len(found):
-            return None
-        return SideBySide(self._job, self._lockstep, self._drawn, stages)
+    def advance(self, name: str) -> bool:
+        """On to the stage of that name, with what feeds it run; False where no row reaches it."""
+        return all(self._advanced(side, name) for side in self._ahead)
+
+    def _advanced(self, side: _Side, name: str) -> bool:
+        stage = self._stages.get(side)
+        while stage is None or stage.name != name:
+            stage = next(self._ahead[side], None)
+            if stage is None:
+                return False
+            self._stages[side] = stage
+            if stage.name != name and not stage.feeds_next:
+                return False
+            if stage.feeds_next:
+                every, at_once = range(len(stage.concept_ids)), self._job.policy.polish_at_once
+                for rows in chunks(every, stage.batch_keys, at_once):
+                    self._lockstep.run(self._batch(side, rows))
+        return True
+
+    def _batch(self, side: _Side, rows: Sequence[int]) -> MicroBatch:
+        stage = self._stages[side]
+        owners = [pair[side or 0] for pair in self._pairs(stage, rows)]
+        return MicroBatch(lambda: stage.run(rows, 1), owners, 1, merged_only=side is None)
+
+    def _pairs(self, stage: Stage, rows: Sequence[int]) -> list[tuple[int, int]]:
+        return [self._drawn.pairs[stage.concept_ids[row]] for row in rows]
+
+    def passages(
+        self, segment: Segment, by_row: ByRow, at_once: int, tick: Callable[[], None]
+    ) -> Iterator[SegmentBatch]:
+        """Inputs and targets of a segment of the stage, in batches of several pairs; none where no
+        output of the segment has places. ``tick`` is called before every one, and may raise."""
+        stage = self._stages[None]
+        order = torch.randperm(len(stage.concept_ids), generator=self._job.generator).tolist()
+        for rows in chunks(order, stage.batch_keys, at_once):
+            tick()
+            merged, *sides = (self._batch(side, rows) for side in (None, 0, 1))
+            passage = pass_through(segment, self._lockstep, merged, rows, by_row)
+            left, right = (outputs_of(segment, self._lockstep, one, by_row) for one in sides)
+            wanted = _wanted(left, right, stage)
+            if wanted is None:
+                return
+            yield replace(passage, owners=self._pairs(stage, rows), wanted=wanted)
 
 
 def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:

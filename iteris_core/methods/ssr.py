@@ -1,16 +1,22 @@
 """SSR-Merge (Wei et al., ICML 2026, arXiv 2606.10617): route signals between the LoRAs' subspaces.
 
-The regression is :mod:`..solve.router`.
+With z = A x for all down matrices stacked in A, the router is R = Q G⁻¹, G = mean z zᵀ + λ I,
+Q's k-th rows = mean z_k zᵀ on concept k's own tokens, and ΔW = [up_1 … up_N] R A. A LoRA that does
+not change a site takes no part there; a site of one LoRA is passed through.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ..linalg.precision import full_precision
+from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 from ..settings import Settings, setting
-from ..solve.problem import RegressionSpec
-from ..solve.router import Router
+from ..solve.problem import Bytes, Reduction, RegressionSpec, SiteContext, Solution, Tokens
 from .registry import micro_batch_setting, on_activations
 
 
@@ -18,6 +24,65 @@ from .registry import micro_batch_setting, on_activations
 class SsrSettings(Settings):
     ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
     micro_batch: int = micro_batch_setting()
+
+
+class Router(Reduction):
+    """Σ z zᵀ and, by rows, Σ z_k zᵀ, (Σ r_i, Σ r_i) both, in float32."""
+
+    def __init__(self, opening: SiteContext) -> None:
+        super().__init__(opening.changes)
+        rank = self.changes.rank
+        self._stacked = self.changes.stacked()
+        self._down = self._stacked.down.to(opening.device, torch.float32)
+        self._gram = torch.zeros(rank, rank, device=opening.device)
+        self._guide = torch.zeros_like(self._gram)
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._rows = rows_of(self.changes)
+
+    def add(self, tokens: Tokens) -> None:
+        rows = self._rows.get(tokens.concept)
+        if rows is None or len(self._rows) < 2:
+            return
+        reference = tokens.reference.float()
+        with full_precision(self._gram.device):
+            z = reference @ self._down.mT
+            self._gram.addmm_(z.mT, z)
+            self._guide[rows].addmm_(z[:, rows].mT, z)
+        self._count += len(reference)
+
+    def sums(self) -> list[Tensor]:
+        return [self._gram, self._guide, self._count]
+
+    def solve(self, fit: RegressionSpec) -> Solution:
+        """``fit.ridge`` is λ, absolute as in the source."""
+        if len(self._rows) < 2:
+            return Solution(self._stacked)
+        count = float(self._count)
+        gram, guide = (matrix.double() / count for matrix in (self._gram, self._guide))
+        gram.diagonal().add_(fit.ridge)
+        return routed(self._stacked, torch.linalg.solve(gram, guide.mT).mT)
+
+    @staticmethod
+    def bytes(changes: SiteChanges) -> Bytes:
+        """Two float32 matrices and A; the solve has three of them in float64."""
+        rank = changes.rank
+        return Bytes(8 * rank * rank + 4 * rank * changes.shape[1], 24 * rank * rank)
+
+
+def rows_of(changes: SiteChanges) -> dict[int, slice]:
+    """concept → its rows of the stacked down matrices."""
+    rows: dict[int, slice] = {}
+    start = 0
+    for concept, change in changes.present.items():
+        rows[concept] = slice(start, start + change.rank)
+        start += change.rank
+    return rows
+
+
+def routed(stacked: LowRank, router: Tensor) -> Solution:
+    """ΔW = [up_1 … up_N] R A for the router R, (Σ r_i, Σ r_i)."""
+    up = (stacked.up.double() @ router.to(stacked.up.device)).to(stacked.up)
+    return Solution(LowRank(up, stacked.down, stacked.kernel))
 
 
 @on_activations("ssr", SsrSettings, Router, merged_inputs=False, sums=False)

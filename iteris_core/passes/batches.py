@@ -60,7 +60,7 @@ def micro_batches(
     observer: Observer | None,
     batching: ExecutionConfig,
     processes: Processes = ALONE,
-    first: Set[int] | None = None,
+    first: Set[int] = frozenset(),
 ) -> Iterator[MicroBatch]:
     """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
     time. Where a later stage needs all rows, those of other processes follow, and no observer sees
@@ -69,7 +69,8 @@ def micro_batches(
         yield from _of(stage, range(len(stage.concept_ids)), copies, None, batching)
         return
     mine = processes.mine(len(stage.concept_ids))
-    for part in [mine] if first is None else divided(mine, first):
+    firsts = [row for row in mine if row in first]
+    for part in (firsts, [row for row in mine if row not in first]):
         yield from _of(stage, part, copies, observer, batching)
     if stage.feeds_next:
         yield from _of(stage, processes.others(len(stage.concept_ids)), copies, None, batching)
@@ -81,11 +82,6 @@ def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
     if stage.mask is not None:
         return None
     return {row for rows in _by_concept(stage) for row in _evenly(rows, policy.sample_rows)}
-
-
-def divided(rows: Sequence[int], first: Set[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """The ``rows`` that are among the ``first``, and the others."""
-    return [row for row in rows if row in first], [row for row in rows if row not in first]
 
 
 def chunks(
@@ -101,19 +97,14 @@ def chunks(
             yield rows[start : start + size]
 
 
-def limit_of(
-    stage: Stage, batching: ExecutionConfig, count: int | None = None
-) -> Callable[[int], int] | None:
-    """The number of a row's tokens that count at a site that is so many inputs wide; None: all.
-    With ``count``, if only so many rows were left (:func:`fewer`)."""
+def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | None:
+    """The number of a row's tokens that count at a site that is so many inputs wide; None: all."""
     limit, policy = batching.row_tokens, batching.policy
     if limit is None or (limit == "enough" and not stage.spatial):
         return None
     if limit != "enough":
         return lambda width: limit
     rows = max(Counter(stage.concept_ids).values())  # those without a LoRA have fewer
-    if count is not None:
-        rows = max(min(rows, rows * count // len(stage.concept_ids)), 1)
     return lambda width: policy.row_tokens(width, rows)
 
 

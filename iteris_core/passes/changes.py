@@ -9,13 +9,11 @@ beside it, Δ = Δ_always + Δ_merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor, nn
-
-from ..activations.site import Site, site_of
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
 from ..composites import Composite
 from ..concepts import Concept
 from ..errors import MismatchError
@@ -93,43 +91,19 @@ def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:
 
 def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
     """Site → the exact sum of the concepts' changes, at their strengths."""
-    return {site: some.stacked() for site, some in _changes(concepts).items()}
-
-
-def _changes(concepts: Sequence[Concept]) -> Mapping[str, SiteChanges]:
-    return changes_of(concepts) if concepts else {}
+    changes = changes_of(concepts) if concepts else {}
+    return {site: some.stacked() for site, some in changes.items()}
 
 
 @contextmanager
 def switched_on(host: Host, concepts: Sequence[Concept]) -> Generator[None]:
     """The base of ``host`` with the LoRAs of ``concepts`` on it; no weight is touched. Raises
     :class:`MismatchError` where they change sites that the base lacks."""
-    changes = _changes(concepts)
-    if changes:
-        check_sites(host, changes)
-    modules = host.sites() if changes else {}
-    handles = [
-        modules[site].register_forward_hook(_adding(site_of(site, modules[site]), some.stacked()))
-        for site, some in changes.items()
-    ]
-    try:
+    changes = {site: SiteChanges((some,)) for site, some in changes_always(concepts).items()}
+    check_sites(host, changes)
+    every = MicroBatch(lambda: None, [0], 1, of_one=True)
+    with Lockstep(host.sites(), changes) as lockstep, lockstep.active(every):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _adding(site: Site, change: LowRank) -> Callable[..., None]:
-    ready = {"change": change}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs: Tensor = args[0]
-        now = ready["change"]
-        if (now.up.dtype, now.up.device) != (inputs.dtype, inputs.device):
-            now = ready["change"] = change.to(inputs.dtype, inputs.device)
-        site.add(now, inputs, output)
-
-    return hook
 
 
 def beside(changes: Mapping[str, LowRank], always: Mapping[str, LowRank]) -> dict[str, LowRank]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -20,7 +20,7 @@ from ..concepts import Calibration, Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..linalg.precision import full_precision
 from ..lora import SiteChanges
-from ..progress import Forecast
+from ..progress import Forecast, OnProgress
 from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 
 FORWARDS, SITES = "forwards", "sites"
@@ -67,8 +67,10 @@ class Passes:
 class Eta:
     """The work that one merge has before it."""
 
-    def __init__(self, forecast: Forecast | None = None) -> None:
-        self.forecast = Forecast() if forecast is None else forecast
+    def __init__(
+        self, on_progress: OnProgress | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.forecast = Forecast(on_progress, clock)
         self._seen: dict[str, Seen] = {}
         self._later: dict[str, tuple[float, float]] = {}
         self._passes: Passes | None = None

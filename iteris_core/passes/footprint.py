@@ -6,13 +6,13 @@ while it is solved. Else the moments of all sites are there at once, and no row 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..activations.processes import Processes
 from ..hosts.protocol import Stage
 from ..solve.problem import Bytes
-from .measure import Cost, Limit, Step
+from .measure import Cost, Step
 from .strategies import Strategy
 
 
@@ -29,8 +29,7 @@ class Footprint:
     """The memory of ``stage`` beyond the model by a ``strategy``: ``fixed`` bytes in any case,
     ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
     it waits in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled`` only so
-    many rows wait with what they have shown, and the others are reduced as they run. Of fewer rows
-    more tokens count: up to ``limits(rows)`` (None: as many as when the cost was measured)."""
+    many rows wait with what they have shown, and the others are reduced as they run."""
 
     stage: Stage
     strategy: Strategy
@@ -41,7 +40,6 @@ class Footprint:
     processes: Processes = field(default_factory=Processes)
     waits: bool = True
     sampled: int = 0
-    limits: Callable[[int], Limit] | None = None
 
     def mine(self, rows: int) -> int:
         """This process's part."""
@@ -52,100 +50,58 @@ class Footprint:
         process wait on the device (None: all)."""
         mine = self.mine(rows)
         at_once = min(at_once, mine)
-        this = self._of_rows(rows)
-        if not this.waits:
-            return this.fixed + this._streamed(at_once)
-        swept = this._by_barriers if this.sampled else this._swept
-        return this.fixed + max(swept(mine, at_once, on_device))
+        peaks = self._swept(mine, at_once, on_device) if self.waits else self._streamed(at_once)
+        return self.fixed + max(peaks)
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
         """Bytes of host memory of the rows that do not wait on the device."""
-        this = self._of_rows(rows)
-        if this.parked is None or on_device is None:
+        if self.parked is None or on_device is None:
             return 0
         away = self.mine(rows) - on_device
-        shown = max(
-            sum(step.shown for step in level) for level in self._of_barriers(this.cost.steps)
-        )
-        return away * this.parked.waiting + min(self.sampled, away) * shown
-
-    def _of_rows(self, rows: int) -> Footprint:
-        """The same with the tokens that count of so many rows."""
-        if self.limits is None or rows >= len(self.stage.concept_ids):
-            return self
-        limit, parked = self.limits(rows), self.parked
-        return replace(
-            self,
-            cost=self._counting(self.cost, limit),
-            parked=None if parked is None else self._counting(parked, limit),
-        )
-
-    def _counting(self, cost: Cost, limit: Limit) -> Cost:
-        steps: list[Step] = []
-        for level in self._of_barriers(cost.steps):
-            counted = [step.counting(limit) for step in level]
-            more = sum(step.copied for step in counted) - sum(step.copied for step in level)
-            if cost.keeps:
-                counted = [
-                    replace(step, waiting=step.waiting + more, running=step.running + more)
-                    for step in counted
-                ]
-            steps += counted
-        return replace(cost, steps=steps)
+        shown = max(sum(s.shown for s in level) for level in self._of_barriers(self.cost.steps))
+        return away * self.parked.waiting + min(self.sampled, away) * shown
 
     def _swept(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """At every moment that may take most. Rows that run have left the site before, or not."""
+        """At every moment that may take most. Rows that run have left the barrier before, or not;
+        of ``sampled`` rows what a level shows waits there, and what others show is reduced while
+        they run."""
         there = mine if on_device is None else on_device
         parked = self.cost if on_device is None or self.parked is None else self.parked
+        sampled = min(-(-self.sampled // self.processes.size), mine)
         before = left = 0
-        for step, off in zip(self.cost.steps, parked.steps, strict=True):
-            held = max(before, step.waiting)
-            before = step.waiting
-            if there >= at_once:
-                yield (there - at_once) * held + at_once * step.running + step.forward + left
-            if there < mine:
-                yield there * held + at_once * off.running + off.forward + left
-            at_site = self.sites.get(step.site)
-            if at_site is not None:
-                read = at_once * step.shown if there < mine else 0
-                most = max(at_once * step.reduced, at_site.solve)
-                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
-                yield there * step.waiting + read + at_site.kept + most + shared
-                left = at_site.left + shared
-
-    def _by_barriers(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """As :meth:`_swept`, where the rows of a level are reduced while others run to it."""
-        there = mine if on_device is None else on_device
-        parked = self.cost if on_device is None or self.parked is None else self.parked
-        before = left = 0
-        barriers = zip(
-            self._of_barriers(self.cost.steps), self._of_barriers(parked.steps), strict=True
-        )
-        for steps, offs in barriers:
+        levels = map(self._of_barriers, (self.cost.steps, parked.steps))
+        for steps, offs in zip(*levels, strict=True):
             step, off = steps[-1], offs[-1]
-            step_before, held = before, max(before, step.waiting)
-            before = step.waiting
-            sites = [self.sites[some.site] for some in steps if some.site in self.sites]
-            shares = [some.shares for some in steps if some.site in self.sites]
-            kept = sum(
-                site.kept - site.shared * shared for site, shared in zip(sites, shares, strict=True)
-            )
-            sampled = min(-(-self.sampled // self.processes.size), mine)
-            kind = sum(some.shown for some in steps)
-            # The sampled rows run first; what the last of them show is among what they run with.
-            shown = max(min(sampled, there) - at_once, 0) * kind
-            gone = there * step_before + min(sampled, there) * max(step.waiting - step_before, 0)
-            for others, extra in ((gone, shown + kept), (there * held, kept)):
-                on_top = left + extra + step.forward
+            sites = [(some, self.sites[some.site]) for some in steps if some.site in self.sites]
+            kept = sum(site.kept - site.shared * some.shares for some, site in sites)
+            shown = sum(some.shown for some in steps)
+            running = [(there * max(before, step.waiting), kept if sampled else 0)]
+            if sampled:
+                # They run first; what the last of them show is among what they run with.
+                gone = there * before + min(sampled, there) * max(step.waiting - before, 0)
+                running.append((gone, max(min(sampled, there) - at_once, 0) * shown + kept))
+            for others, extra in running:
                 if there >= at_once:
-                    yield others * (there - at_once) // there + at_once * step.running + on_top
+                    rest = others * (there - at_once) // there
+                    yield rest + at_once * step.running + step.forward + left + extra
                 if there < mine:
-                    yield others + at_once * off.running + on_top
-            if sites:
-                shared = sum(self.sites[s].left for s in step.beside if s in self.sites)
-                waits = there * step.waiting + (sampled * kind if sampled == mine else 0)
-                yield waits + kept + max(site.solve for site in sites) + shared
-                left = max(site.left for site in sites) + shared
+                    yield others + at_once * off.running + off.forward + left + extra
+            before, waiting = step.waiting, there * step.waiting
+            if sampled and sites:
+                waiting += sampled * shown if sampled == mine else 0
+                shared = self._beside(step)
+                yield waiting + kept + max(site.solve for _, site in sites) + shared
+                left = max(site.left for _, site in sites) + shared
+                continue
+            for some, site in sites:
+                read, shared = at_once * some.shown if there < mine else 0, self._beside(some)
+                most = max(at_once * some.reduced, site.solve)
+                yield waiting + read + site.kept + most + shared
+                left = site.left + shared
+
+    def _beside(self, step: Step) -> int:
+        """Bytes that are left of sites whose inputs are still alive."""
+        return sum(self.sites[site].left for site in step.beside if site in self.sites)
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The last one of its own."""
@@ -156,11 +112,9 @@ class Footprint:
                 found.append([])
         return [level for level in found if level]
 
-    def _streamed(self, at_once: int) -> int:
-        steps = self.cost.steps
-        running = [
-            at_once * max(s.running, s.waiting + s.reduced if s.site else 0) + s.forward
-            for s in steps
-        ]
-        solve = max((site.solve for site in self.sites.values()), default=0)
-        return sum(site.kept for site in self.sites.values()) + max(solve, *running)
+    def _streamed(self, at_once: int) -> Iterator[int]:
+        kept = sum(site.kept for site in self.sites.values())
+        yield from (kept + site.solve for site in self.sites.values())
+        for step in self.cost.steps:
+            most = max(step.running, step.waiting + step.reduced if step.site else 0)
+            yield kept + at_once * most + step.forward

@@ -34,8 +34,7 @@ class Step:
     most on the way (``running``), of its tensors that the solve reads (``shown``) and that are made
     of them (``reduced``); ``forward`` is taken on the way however many rows run. The inputs of the
     sites ``beside`` are still alive there, so that others may share their moments; a site that
-    ``shares`` finds those of its own inputs made. Of a row's ``length`` tokens, ``width`` wide, so
-    many ``counted``; ``copied`` of what is shown are copies of those."""
+    ``shares`` finds those of its own inputs made. A row has ``length`` tokens there."""
 
     site: str
     waiting: int = 0
@@ -45,37 +44,17 @@ class Step:
     forward: int = 0
     beside: Sequence[str] = ()
     shares: bool = False
-    width: int = 0
     length: int = 0
-    counted: int = 0
-    copied: int = 0
-
-    def counting(self, limit: Limit) -> Step:
-        """The same where up to ``limit`` tokens count."""
-        if not self.counted:
-            return self
-        counted = self.length if limit is None else min(self.length, limit(self.width))
-        share = counted / self.counted
-        copied = round(share * self.copied)
-        return replace(
-            self,
-            counted=counted,
-            copied=copied,
-            shown=self.shown + copied - self.copied,
-            reduced=round(share * self.reduced),
-        )
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one row, all its copies: its ``steps`` in order, the last one to the model's end
-    (site ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are. If a
-    row ``keeps`` what it has shown, that is among what it holds."""
+    (site ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are."""
 
     steps: Sequence[Step]
     device: torch.device
     seconds: float = 0.0
-    keeps: bool = True
 
     @property
     def waiting(self) -> int:
@@ -115,7 +94,6 @@ class Measure:
             [_step(*pair, self.copies) for pair in zip(one.steps, two.steps, strict=True)],
             one.device,
             two.seconds / 2,
-            one.keeps,
         )
 
 
@@ -131,7 +109,6 @@ def _step(one: Step, two: Step, copies: int) -> Step:
         running=more(one.running, two.running),
         shown=more(one.shown, two.shown),
         reduced=two.reduced - one.reduced,
-        copied=more(one.copied, two.copied),
         forward=max(2 * one.running - two.running, 0),
     )
 
@@ -156,7 +133,7 @@ class _Run:
         self.device = torch.device("cpu") if place is None else place.device
         self._measure, self._meter = measure, MemoryMeter()
         self._narrow = barriers is not None
-        self.keeps = barriers is None or not streams(measure.stage, barriers)
+        self._keeps = barriers is None or not streams(measure.stage, barriers)
         self._groups: dict[Group, str] = {}
         self._level: list[Observation] = []
         self._solved = 0
@@ -192,9 +169,7 @@ class _Run:
     def observe(self, shown: Observation) -> None:
         """Keep what the solve of a site will read until then, as in a sweep."""
         self.device, meter = shown.inputs.device, self._meter
-        before = meter.live, meter.peak
-        length, limit = shown.site.length(shown.outputs), self._measure.limit
-        whole = shown
+        before, length = (meter.live, meter.peak), shown.site.length(shown.outputs)
         if self._narrow:
             shown = shown.gathered()
         tensors = (shown.inputs, shown.outputs, shown.stream)
@@ -204,28 +179,25 @@ class _Run:
         others = shown.alive - {shown.group}
         beside = [site for group, site in self._groups.items() if group in others]
         reduced = shown.rows * self._reduced(shown)
-        width = shown.site.shape[1]
+        shares = shown.group in self._groups
         self.steps.append(
             Step(
                 shown.name,
                 shown=held,
                 reduced=reduced,
                 beside=tuple(beside),
-                shares=shown.group in self._groups,
-                width=width,
+                shares=shares,
                 length=length,
-                counted=length if limit is None else min(length, limit(width)),
-                copied=0 if shown is whole else held,
             )
         )
         self._groups[shown.group] = shown.name
         self._level.append(shown)
-        if not self.keeps:  # it is reduced here
+        if not self._keeps:  # it is reduced here
             meter.peak = max(before[1], before[0] + reduced)
 
     def _pause(self, _: str) -> None:
         meter, offload = self._meter, self._offload
-        if not self.keeps:
+        if not self._keeps:
             self._level.clear()
         running, waiting = meter.peak, meter.live
         if offload is not None:

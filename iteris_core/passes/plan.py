@@ -72,7 +72,7 @@ def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int)
             return _first(footprints, limits, left(share), 1) is not None
 
         fewest = -(-size // concepts)
-        share = None if stage.feeds_next else _most_that_fits(fits, fewest, offered // concepts)
+        share = None if stage.feeds_next else _largest(fits, fewest, offered // concepts)
         if share is None:
             raise _too_much(footprints, limits, offered if stage.feeds_next else fewest * concepts)
         found = _first(footprints, limits, left(share), most)
@@ -149,17 +149,6 @@ def _size(count: float) -> str:
         if count >= unit / 10:
             return f"{count / unit:.2f} {name}"
     return f"{count:.0f} bytes"
-
-
-def _most_that_fits(fits: Callable[[int], bool], least: int, most: int) -> int | None:
-    """About the largest number that ``fits``. Smaller ones nearly always do, but of fewer rows
-    more tokens count, so that one may not."""
-    above = most
-    while most >= least:
-        if fits(most):
-            return _largest(fits, most, above)
-        above, most = most - 1, min(most - 1, round(0.9 * most))
-    return None
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -24,11 +25,11 @@ from ..hosts.protocol import Stage
 from ..lora import SiteChanges
 from ..solve.choose import Policy
 from ..solve.problem import StageSolver
-from .batches import ExecutionConfig, limit_of, sampled_rows
+from .batches import ExecutionConfig, Schedule, limit_of, sampled_rows
 from .eta import Reached, Seen
 from .footprint import Footprint, MemoryLimits
 from .job import Run
-from .measure import Measure, streams
+from .measure import Cost, Measure, streams
 from .plan import Plan, plan_stage
 from .strategies import ON_DEVICE, Strategy, free_host, ladder
 
@@ -36,54 +37,16 @@ _log = logging.getLogger(__name__)
 
 
 def planned(
-    run: Run,
-    stage: Stage,
-    solver: StageSolver,
-    batching: ExecutionConfig,
-    *,
-    copies: int,
-    sweep: bool,
+    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, schedule: Schedule
 ) -> Plan:
     """A plan that keeps the run's memory budget; without one the quickest strategy."""
-    strategy, budget = ON_DEVICE if sweep else Strategy(), run.job.memory_budget
+    budget = run.job.memory_budget
     if budget is None or not stage.sites:
+        strategy = ON_DEVICE if schedule.sweep else Strategy()
         return Plan(stage, batching.rows, strategy, len(stage.concept_ids))
-    lockstep, room = run.lockstep, run.job.host.room
-    limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
-    measure = Measure(stage, lockstep, copies, limit, itemsize)
-    cost, changes = measure.row(), lockstep.changes
-    footprint = Footprint(
-        stage,
-        strategy,
-        cost,
-        None,
-        {site: solver.bytes(site, sweep) for site in stage.sites},
-        changes_bytes(changes, cost.device) + lockstep.cast_bytes,
-        lockstep.processes,
-        sweep,
-        limits=lambda rows: limit_of(stage, batching, rows),
-    )
-    wanted = footprint.bytes_of(len(stage.concept_ids), batching.rows)
-    if budget == "free":
-        sharing = 1 if is_apart(cost.device) else lockstep.processes.size
-        # All processes have to leave out the same rows.
-        budget = lockstep.processes.least(room(wanted) // sharing)
-    else:
-        room(min(wanted, budget))
-    limits, footprints = MemoryLimits(budget), [footprint]
-    if sweep and wanted > budget:
-        with ExitStack() as stack:
-            place = None
-            if is_apart(cost.device):
-                limits = MemoryLimits(
-                    budget, lockstep.processes.least(free_host(lockstep.processes))
-                )
-                place = HostPool(cost.device, limits.host)
-                stack.callback(place.close)
-            footprints += others(footprint, measure, place, batching)
-    made = plan_stage(footprints, limits, batching.rows)
-    if made.bytes < wanted:
-        room(made.bytes)  # weights that made way for more than this come back
+    made, cost = _fitting(run, stage, solver, batching, schedule, budget)
+    made = replace(made, offered=len(stage.concept_ids))
+    changes = run.lockstep.changes
     steps = (step for step in cost.steps if step.site)
     reached = {s.site: Reached(changes[s.site].shape, s.length, s.shares) for s in steps}
     run.job.eta.measured(Seen(stage, reached, cost.seconds, cost.device))
@@ -96,6 +59,56 @@ def planned(
         )
     run.job.tick(f"plan: {made}", 0, 0, str(made))
     return made
+
+
+def _fitting(
+    run: Run,
+    stage: Stage,
+    solver: StageSolver,
+    batching: ExecutionConfig,
+    schedule: Schedule,
+    budget: int | Literal["free"],
+) -> tuple[Plan, Cost]:
+    """The plan of as many rows as fit, and the measured cost of one. Of fewer rows more tokens may
+    count, so that what is left of a stage is measured again."""
+    lockstep, room, sweep = run.lockstep, run.job.host.room, schedule.sweep
+    limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
+    measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
+    cost = measure.row()
+    footprint = Footprint(
+        stage,
+        ON_DEVICE if sweep else Strategy(),
+        cost,
+        None,
+        {site: solver.bytes(site, sweep) for site in stage.sites},
+        changes_bytes(lockstep.changes, cost.device) + lockstep.cast_bytes,
+        lockstep.processes,
+        sweep,
+    )
+    wanted = footprint.bytes_of(len(stage.concept_ids), batching.rows)
+    available = budget
+    if available == "free":
+        sharing = 1 if is_apart(cost.device) else lockstep.processes.size
+        # All processes have to leave out the same rows.
+        available = lockstep.processes.least(room(wanted) // sharing)
+    else:
+        room(min(wanted, available))
+    limits, footprints = MemoryLimits(available), [footprint]
+    if sweep and wanted > available:
+        with ExitStack() as stack:
+            place = None
+            if is_apart(cost.device):
+                host = lockstep.processes.least(free_host(lockstep.processes))
+                limits = MemoryLimits(available, host)
+                place = HostPool(cost.device, limits.host)
+                stack.callback(place.close)
+            footprints += others(footprint, measure, place, batching)
+    made = plan_stage(footprints, limits, batching.rows)
+    if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
+        return _fitting(run, made.stage, solver, batching, schedule, budget)
+    if made.bytes < wanted:
+        room(made.bytes)  # weights that made way for more than this come back
+    return made, cost
 
 
 def others(

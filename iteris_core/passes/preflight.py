@@ -10,7 +10,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..activations.host_pool import wait_for
 from ..activations.lockstep import Lockstep
 from ..architectures.sites import weight_shape
-from ..concepts import Calibration, Concept
-from ..hosts.protocol import Host, Stage, Tick
+from ..concepts import Concept
+from ..hosts.protocol import Stage
 from .eta import Reached, Seen
+from .job import Job
 
 UNREACHED = "is reached by no forward"
 PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
@@ -30,38 +31,30 @@ MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 
 
-def unmergeable_sites(
-    host: Host,
-    concepts: Sequence[Concept],
-    changed: Collection[str],
-    calibration: Calibration,
-    tick: Tick,
-    *,
-    sweep: bool,
-) -> tuple[dict[str, str], list[Seen]]:
-    """Site of those that are ``changed`` → why its features cannot be collected, by a ``sweep`` or
+def unmergeable_sites(job: Job, *, sweep: bool) -> tuple[dict[str, str], list[Seen]]:
+    """Site of the job's changes → why its features cannot be collected, by a ``sweep`` or
     otherwise; empty where all can be. And what was seen of every stage.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
     Models of text are not looked at: their rows may be there once only, and their layers are all
     reached.
     """
+    host, calibration, sites = job.host, job.calibration, set(job.changes)
     if not host.pictures:
         return {}, []
-    sites = set(changed)
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[Seen]()
 
     def quiet(what: str, done: int, total: int) -> None:
-        tick("looking at the sites", 0, 0)
+        job.tick("looking at the sites", 0, 0)
 
     found: dict[str, str | None] = {}
     # Some layers wait for words that one prompt may lack, such as those in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for some in (short, every_prompt):
-            samples = host.samples(concepts, sites, some, lockstep, generator, quiet)
+            samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 why, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)

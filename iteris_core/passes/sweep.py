@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from ..activations.activation_offload import ActivationOffload
-from ..activations.collect import StreamCollector, SweepCollector
+from ..activations.collect import Collector, SweepCollector
 from ..activations.host_pool import HostPool
 from ..activations.lockstep import greenlets
 from ..activations.micro_batch import MicroBatch
@@ -106,8 +106,8 @@ class _Passes:
         return self._solutions
 
     def _planned(self, stage: Stage) -> Plan:
-        schedule, given = self._schedule, (self._run, stage, self._solver_of(stage), self._batching)
-        plan = planned(*given, copies=schedule.copies, sweep=schedule.sweep)
+        solver = self._solver_of(stage)
+        plan = planned(self._run, stage, solver, self._batching, self._schedule)
         self.made.append(plan)
         return plan
 
@@ -127,7 +127,7 @@ class _Passes:
         model: X̃ = X (Algorithm 1, initial)."""
         job, turn, processes = self._job, self._turn, self._lockstep.processes
         several = self._schedule.passes > 1
-        collector = StreamCollector(self._lockstep.changes, solver, processes)
+        collector = Collector(self._lockstep.changes, solver, processes)
         copies = 2 if turn else 1
         batches = list(micro_batches(stage, copies, collector, batching, processes))
         if not turn:
@@ -172,7 +172,7 @@ class _Passes:
             return change
 
         # In every way of running it, so that all give the same.
-        batches = list(micro_batches(stage, 2, collector, batching, processes, sampled))
+        batches = list(micro_batches(stage, 2, collector, batching, processes, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
             stack.enter_context(lockstep.in_barriers(strategy.barriers or Barriers()))

@@ -23,8 +23,13 @@ from ..errors import RecipeError
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
 from ..lora import Lora
-from ..lora_files.metadata import merge_tag_frequency, parse_object, public_name
-from ..lora_files.purposes import Purpose, purpose_of
+from ..lora_files.metadata import (
+    Purpose,
+    merge_tag_frequency,
+    parse_object,
+    public_name,
+    purpose_of,
+)
 from .report import MergeReport
 
 _NO_CONCEPT: Mapping[Purpose, str] = {

@@ -38,12 +38,12 @@ def draw(
     pipeline: Any,
     prompts: Sequence[tuple[str, int]],
     drawing: Drawing,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress | None = None,
 ) -> list[Image.Image]:
     """One picture for each (prompt, seed)."""
     images: list[Image.Image] = []
-    forecast = Forecast()
-    on_progress(forecast.tick(DRAWING, 0, len(prompts)))
+    forecast = Forecast(on_progress)
+    forecast.tick(DRAWING, 0, len(prompts))
     size = dict(zip(("width", "height"), drawing.size or (), strict=False))
     with _scheduled(pipeline, drawing.scheduler):
         for start in range(0, len(prompts), drawing.batch):
@@ -60,7 +60,7 @@ def draw(
                 raise ScoreError(
                     f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
                 ) from error
-            on_progress(forecast.tick(DRAWING, len(images), len(prompts)))
+            forecast.tick(DRAWING, len(images), len(prompts))
     return images
 
 

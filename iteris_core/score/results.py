@@ -89,8 +89,10 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
     rows = mean_rows(comparisons)
     names = [" + ".join(comparison.concepts) for comparison in comparisons]
     sheets = {
-        "sheet.png" if len(names) == 1 else f"sheet-{number}.png": _sheet(comparison, name)
-        for number, (comparison, name) in enumerate(zip(comparisons, names, strict=True), 1)
+        "sheet.png" if len(names) == 1 else f"sheet-{number}.png": contact_sheet(
+            _first(one), one.prompts, cell=192 if len(one.prompts) < 9 else 128, title=name
+        )
+        for number, (one, name) in enumerate(zip(comparisons, names, strict=True), 1)
     }
     data = {
         **_figures(rows, comparisons[0]),
@@ -138,11 +140,6 @@ def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
     every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
     pictures = comparison.pictures
     return {name: list(pictures[name][::every]) for name in _in_order(pictures)}
-
-
-def _sheet(comparison: Comparison, title: str) -> Image.Image:
-    cell = 192 if len(comparison.prompts) < 9 else 128
-    return contact_sheet(_first(comparison), comparison.prompts, cell=cell, title=title)
 
 
 def _page(rows: Rows, comparisons: Sequence[Comparison], names: Sequence[str]) -> str:

@@ -43,7 +43,8 @@ class MomentReduction(Reduction):
 
         Where no input has energy any change fits, and the mean of the changes is taken.
         """
-        self._check_finite()
+        if not all(map(math.isfinite, self._energies())):
+            raise SolveError(NOT_FINITE)
         device = solve_device(self.inputs.own[0].device)
         changes, like = self.changes.to(device=device), self.changes.like
         rank = fit.rank_of(changes)
@@ -97,7 +98,3 @@ class MomentReduction(Reduction):
     def _energies(self) -> list[float]:
         """Energies that tell of whole tensors: that of a NaN or an infinity is none."""
         return []
-
-    def _check_finite(self) -> None:
-        if not all(map(math.isfinite, self._energies())):
-            raise SolveError(NOT_FINITE)

@@ -7,7 +7,7 @@ import torch
 
 from iteris_core import Concept
 from iteris_core.lora import Lora, LowRank
-from iteris_core.lora_files.purposes import is_fast, purpose_of
+from iteris_core.lora_files.metadata import is_fast, purpose_of
 from iteris_core.report.provenance import notes_of
 
 

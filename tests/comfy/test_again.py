@@ -25,7 +25,7 @@ class Desk:
         self.kit, self._monkeypatch = kit, monkeypatch
         self.merge_node = self.node("merge_nodes", "IterisMerge")
         self.save_node = self.node("save_node", "SaveMergedLora")
-        self.module("merge_cache").forget()
+        self.module("merging").forget()
         kit.merging._RememberingHost._last = None
 
     def module(self, name: str) -> Any:
@@ -130,7 +130,7 @@ def test_cancelled_while_denoising_and_run_again(
     monkeypatch.setattr(rows_guider, "predict_noise", counted)
     whole = desk.merge()[2]
     assert steps == [2] * 12  # three batches of four steps
-    desk.module("merge_cache").forget()
+    desk.module("merging").forget()
     desk.kit.merging._RememberingHost._last = None
     steps.clear()
     limit[0] = 7  # in the second of the batches

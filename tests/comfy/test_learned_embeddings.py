@@ -83,7 +83,7 @@ def test_the_merged_clip_and_the_saved_file_are_called_alike(
 
     result = merged(kit, with_embedding("<toy>"))
     lora = kit.merging.as_lora_model(result, "float32")
-    files, nodes = module(pack, "nodes.embedding_files"), module(pack, "nodes.save_node")
+    files, nodes = module(pack, "nodes.lora_folders"), module(pack, "nodes.save_node")
     assert "toy: write embedding:toy;" in files.how_to_call(lora)
     _, clip = kit.lora.apply_lora(kit.model, kit.clip, lora)
     with_it = encoded(clip, "a (embedding:toy, red:1.1) cat")

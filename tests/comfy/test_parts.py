@@ -140,7 +140,7 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
         "lora_unet_c.lora_up.weight": up[:, :1],
         "lora_unet_c.lora_down.weight": down[:1],
     }
-    found = module(pack, "nodes.lora_rank").cut_tensors(tensors, {}, 2, ordered=ordered)[0]
+    found = module(pack, "nodes.save_node").cut_tensors(tensors, {}, 2, ordered=ordered)[0]
     assert float(found["lora_unet_a.alpha"]) == 2.0  # still alpha / rank = 1
     assert found["lora_unet_b.lora_up.weight"].shape == (6, 2, 1, 1)
     assert found["lora_unet_b.lora_down.weight"].shape == (2, 5, 3, 3)
@@ -156,7 +156,7 @@ def test_a_file_at_a_smaller_rank(pack: ModuleType, ordered: bool) -> None:
 
 def test_the_metadata_of_a_smaller_rank(pack: ModuleType) -> None:
     tensors = {"a.lora_up.weight": torch.ones(3, 2)}
-    names = module(pack, "nodes.lora_rank")
+    names = module(pack, "nodes.save_node")
     metadata = {"modelspec.hash_sha256": "0xold", "ss_network_dim": "16", "iteris": "{}"}
     metadata["iteris"] = '{"method": "iteris"}'
     _, found = names.cut_tensors(tensors, metadata, 2, ordered=True)
@@ -231,7 +231,7 @@ def test_the_strength_in_clip_of_a_concept(
 
 
 def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
-    inputs, core = module(pack, "nodes.merge_inputs"), module(pack, "iteris_core")
+    inputs, core = module(pack, "nodes.schema"), module(pack, "iteris_core")
     shown = inputs.setting_input(core.IterisSettings, "ridge").as_dict()
     assert (shown["default"], shown["min"], shown["max"], shown["step"]) == (0.0, 0.0, 0.5, 1e-7)
     assert "0: by the number of prompts" in shown["tooltip"]
@@ -249,7 +249,7 @@ def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
 def test_inputs_go_over_a_preset_where_they_are_changed(pack: ModuleType) -> None:
     request = module(pack, "nodes.merge_settings").Request
     core = module(pack, "iteris_core")
-    usual = {i.id: i.default for i in module(pack, "nodes.settings_node")._all_inputs()}
+    usual = {i.id: i.default for i in module(pack, "nodes.merge_settings")._all_inputs()}
 
     def settings(method: str = "iteris", preset: str = "default", **values: Any) -> dict[str, Any]:
         config = request(preset, values={**usual, **values}).config((), method)
@@ -294,7 +294,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     }
     assert settings("sum", rank=0, density=0.3, scale=0.7) == {}
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
-    shown = {i.id: i.tooltip for i in module(pack, "nodes.settings_node")._all_inputs()}
+    shown = {i.id: i.tooltip for i in module(pack, "nodes.merge_settings")._all_inputs()}
     assert "0: the method's own (ties 0.2, dare-linear 0.5" in shown["density"]
     assert settings("iteris", pull="size")["pull"] == "size"
     assert "pull" not in settings("iteris", pull="auto")

@@ -53,7 +53,7 @@ def test_blocks_are_found_and_polished(
 
 def test_fused_operations_have_gradients_while_blocks_are_polished(pack: ModuleType) -> None:
     kitchen = pytest.importorskip("comfy_kitchen")
-    training = importlib.import_module(f"{pack.__name__}.nodes.comfy_gradients").training
+    training = importlib.import_module(f"{pack.__name__}.nodes.comfy_state").training
     angles = torch.randn(1, 1, 8, 8)
     cos, sin = angles.cos(), angles.sin()
     turns = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
@@ -87,7 +87,7 @@ def test_pictures_of_two_concepts_are_polished_on(
     seen: list[list[tuple[int, ...]]] = []
 
     def noted(*asked: object) -> object:
-        found = whole(*asked)
+        found = list(whole(*asked))
         seen.append([tuple(owners) for passage in found for owners in passage.owners])
         return found
 

@@ -11,7 +11,7 @@ from test_diffusers_host import CALIBRATION, PROMPTS, difference
 from tiny import is_attention, random_lora
 
 from iteris_core import Concept, merge_loras
-from iteris_core.activations.collect import StreamCollector
+from iteris_core.activations.collect import Collector
 from iteris_core.activations.saliency import Saliency
 from iteris_core.passes.batches import ExecutionConfig, micro_batches
 from iteris_core.passes.job import Job
@@ -74,7 +74,7 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     assert acting
     fit = RegressionSpec([1.0] * 3, 1e-6)
     with task.run() as run:
-        collector = StreamCollector(
+        collector = Collector(
             run.lockstep.changes,
             solver_of(
                 lambda opening: POLICY.choose(opening, fit, "output", torch.float64),

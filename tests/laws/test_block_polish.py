@@ -11,9 +11,9 @@ from torch import nn
 
 from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
 from iteris_core.activations.barriers import Found
-from iteris_core.activations.segments import segments_of
 from iteris_core.linalg.whitening import Whitening
-from iteris_core.methods import block_polish, segment_forward
+from iteris_core.methods import block_polish, segments
+from iteris_core.methods.segments import segments_of
 
 WIDTH = 12
 
@@ -160,7 +160,7 @@ def test_polish_is_the_same_again_and_never_ends_worse():
 
 def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch):
     loras, data = loras_of(), data_of()
-    whole, sizes = segment_forward.SegmentForward.__call__, set()
+    whole, sizes = segments.SegmentForward.__call__, set()
 
     def scarce(self, passage):
         sizes.add(len(passage.rows))
@@ -168,7 +168,7 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, passage)
 
-    monkeypatch.setattr(segment_forward.SegmentForward, "__call__", scarce)
+    monkeypatch.setattr(segments.SegmentForward, "__call__", scarce)
     result = merged(Blocks(), data, loras, block_steps=5)
     plain = merged(Blocks(), data, loras).lora
     assert sizes == {16, 8, 4, 2, 1}

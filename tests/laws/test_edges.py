@@ -24,8 +24,8 @@ from iteris_core.errors import IterisError
 from iteris_core.linalg.lowrank import at_rank, cut_factors
 from iteris_core.lora import SiteChanges
 from iteris_core.methods.registry import all_methods
+from iteris_core.methods.ssr import Router
 from iteris_core.rivals.subspace import Subspace
-from iteris_core.solve.router import Router
 
 WIDE = 1000  # a rank beyond every site's size: nothing is truncated
 

@@ -10,15 +10,14 @@ from pipelines import PIPELINES, applied, two_concepts
 from tiny import random_lora
 
 from iteris_core import Calibration, Concept, Lora, SettingsError, merge_loras
-from iteris_core.activations.segments import ByRow, Segment
 from iteris_core.calibration_prompts import concept_prompts, pair_prompts
 from iteris_core.concepts import PAIR_TEMPLATES, TEMPLATES
 from iteris_core.hosts.diffusers_size import token_sides
 from iteris_core.hosts.protocol import Stage
 from iteris_core.methods import block_polish
+from iteris_core.methods.segments import ByRow, Segment
 from iteris_core.methods.side_by_side import (
     SHOWING,
-    PairStages,
     SideBySide,
     _wanted,
     compose_halves,
@@ -133,9 +132,9 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     assert drawn.pairs == [(0, 1), (1, 0)]
     with job.run() as run:
         run.lockstep.merged = merged
-        shown = PairStages(job, run.lockstep, drawn).advance("unet")
-        by_row = ByRow({}, [0])
-        passages = shown.passages(segment, by_row, 3, 1 << 30, lambda: None)
+        shown = SideBySide(job, run.lockstep, drawn)
+        assert shown.advance("unet")
+        passages = list(shown.passages(segment, ByRow({}, [0]), 3, lambda: None))
     assert sum(len(passage.rows) for passage in passages) == 8
     seen = []
     handle = module.register_forward_hook(lambda *given: seen.append(given[-1].detach()))
@@ -224,7 +223,7 @@ def test_pictures_of_two_on_other_architectures(name, tmp_path, monkeypatch):
     whole, kinds = SideBySide.passages, set()
 
     def noting(self, *asked):
-        found = whole(self, *asked)
+        found = list(whole(self, *asked))
         kinds.add(bool(found))
         return found
 

@@ -133,37 +133,13 @@ def test_moments_count_where_they_are_while_rows_wait_there():
     )
 
 
-def test_of_fewer_rows_more_tokens_count():
-    """64 of 128 tokens were counted with all rows; with a quarter of them all 128 are."""
-    stage = stage_of([0] * 8)
-    step = Step("a", 10, 20, shown=9, reduced=4, width=8, length=128, counted=64, copied=6)
-    end = Step("", 0, 0)
-    need = Footprint(
-        stage,
-        ON_DEVICE,
-        Cost([step, end], CPU),
-        None,
-        {"a": Bytes(0, 0)},
-        limits=lambda rows: lambda width: 64 * 8 // rows,
-    )
+def test_what_sampled_rows_show_waits_and_others_are_reduced_as_they_run():
+    cost = Cost([Step("a", 10, 20, shown=9, reduced=4), Step("", 0, 0)], CPU)
+    need = Footprint(stage_of([0] * 8), ON_DEVICE, cost, None, {"a": Bytes(0, 0)})
     assert need.bytes_of(8, 1) == 7 * 10 + 20
-    assert need.bytes_of(2, 1) == (10 + 6) + (20 + 6)  # its copies are twice as many
-    streaming = replace(need, cost=Cost([step, end], CPU, keeps=False), sampled=8)
+    streaming = replace(need, sampled=8)
     assert streaming.bytes_of(8, 1) == 7 * 10 + 7 * 9 + 20  # while the last one runs
-    assert streaming.bytes_of(2, 1) == 2 * 10 + 2 * 15  # at the solve
-
-
-def test_rows_are_left_out_where_fewer_take_more_each():
-    """Eight rows take what two do, and all that is between takes more."""
-    stage = stage_of([0] * 16)
-
-    class Odd(Footprint):
-        def bytes_of(self, rows, at_once, on_device=None):
-            return {8: 5, 2: 5}.get(rows, 99)
-
-    need = Odd(stage, ON_DEVICE, cost_of(1, 1), None, {"a": Bytes(0, 0)})
-    made = plan_stage([need], MemoryLimits(10), 1)
-    assert made.rows in (2, 8)
+    assert streaming.bytes_of(2, 1) == 10 + 9 + 20
 
 
 def test_what_cannot_fit_is_said():

@@ -31,10 +31,22 @@ def clock() -> Clock:
     return Clock()
 
 
+class Watched(Forecast):
+    """Gives every step that it reports."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.told: list[Progress] = []
+        super().__init__(self.told.append, clock)
+
+    def tick(self, *step) -> Progress:
+        super().tick(*step)
+        return self.told[-1]
+
+
 @pytest.mark.parametrize("slower", [0.5, 1.0, 4.0])
 def test_what_is_measured_corrects_what_was_expected(clock: Clock, slower: float):
     """Sites of very different size, every kind of work so much slower than expected."""
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     sites = [(float(size), 10.0 / size) for size in (1, 20, 3, 3, 40, 1, 1, 30)]
     for kind in range(2):
         forecast.expect(kind, {site: parts[kind] for site, parts in enumerate(sites)})
@@ -54,7 +66,7 @@ def test_what_is_measured_corrects_what_was_expected(clock: Clock, slower: float
 
 def test_a_phase_is_measured_by_its_count(clock: Clock):
     """Denoising takes thrice as long as expected, and so will forwards behind it."""
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     forecast.expect("denoising steps", {"": 10.0}, "forwards")
     forecast.expect("sites", {"a": 10.0}, "forwards")
     shares: list[float] = []
@@ -73,7 +85,7 @@ def test_a_phase_is_measured_by_its_count(clock: Clock):
 
 
 def test_what_is_not_known_is_not_told(clock: Clock):
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     forecast.expect("stages", {"": 1.0}, known=False)
     clock.now += 5
     assert forecast.tick("generating", 1, 4).left is None
@@ -88,12 +100,12 @@ def test_what_is_not_known_is_not_told(clock: Clock):
 
 def test_all_that_there_is_may_be_one_count(clock: Clock):
     """A merge of weights: nothing was expected."""
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     for site in range(1, 5):
         clock.now += 2.0
         progress = forecast.tick("merging sites", site, 4)
     assert progress.seconds == 8
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     forecast.tick("drawing", 0, 4)
     clock.now += 2.0
     assert forecast.tick("drawing", 1, 4).left == pytest.approx(6.0)
@@ -112,7 +124,7 @@ def test_it_is_told_in_words():
 
 def test_kinds_of_a_family_are_as_much_slower(clock: Clock):
     """Forwards of a stage to come take as much longer as those of the one before."""
-    forecast = Forecast(clock)
+    forecast = Watched(clock)
     for stage, seconds in (("text", 10.0), ("unet", 30.0)):
         forecast.expect(("forwards", stage), {"a": seconds, "b": seconds}, "forwards")
     forecast.mark()
@@ -124,7 +136,7 @@ def test_kinds_of_a_family_are_as_much_slower(clock: Clock):
 def test_a_site_weighs_by_its_shapes(clock: Clock):
     """A stage of two rows, of which a forward takes ten seconds: of a site four times as wide four
     times as much; moments of inputs that a site before has are not made again."""
-    eta = Eta(Forecast(clock))
+    eta = Eta(clock=clock)
     changes = {
         name: SiteChanges((LowRank(torch.ones(out, 1), torch.ones(1, 64)),))
         for name, out in (("a", 64), ("b", 256), ("c", 64))
@@ -233,7 +245,7 @@ def test_the_time_left_on_the_toybox_is_right_after_a_tenth(monkeypatch):
     from iteris_core.hosts.diffusers import DiffusersHost
     from toybox import TEMPLATES
 
-    monkeypatch.setattr("iteris_core.merge.Eta", lambda: Eta(Forecast(time.process_time)))
+    monkeypatch.setattr("iteris_core.merge.Eta", lambda told: Eta(told, time.process_time))
     monkeypatch.setattr("time.perf_counter", time.process_time)
     host, world = DiffusersHost(toybox.load_pipeline()), toybox.concepts()
     concepts = [

@@ -6,19 +6,26 @@ level of a UNet. It is run again and again on what entered it once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree
 
-from .barriers import Found
-from .lockstep import Lockstep
-from .micro_batch import MicroBatch
-from .replay import tensors
+from ..activations.barriers import Found, alike
+from ..activations.lockstep import Lockstep
+from ..activations.meter import is_out_of_memory
+from ..activations.micro_batch import MicroBatch
+from ..activations.replay import tensors
+from ..activations.site import site_of
+from ..solve.choose import Policy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,17 +81,9 @@ class _Passed(BaseException):
 def segments_of(found: Found, share: float) -> list[Segment]:
     """The largest modules that are called once and have two sites or more, and at most that
     ``share`` of all; in execution order. A site that is in none is in no segment."""
-    count: dict[nn.Module, int] = {}
-    for site in found.sites:
-        for module in found.inside[site]:
-            count[module] = count.get(module, 0) + 1
-    most = share * len(found.sites)
     parts: dict[nn.Module, list[str]] = {}
-    for site in found.sites:
-        for module in found.inside[site]:
-            if 2 <= count[module] <= most and found.calls[module] == 1:
-                parts.setdefault(module, []).append(site)
-                break
+    for site, module in found.modules(found.sites, share * len(found.sites)).items():
+        parts.setdefault(module, []).append(site)
     return [Segment(module, sites) for module, sites in parts.items()]
 
 
@@ -141,6 +140,18 @@ def pass_through(
     )
 
 
+def within(batches: Iterable[SegmentBatch], most_bytes: int, least: int) -> list[SegmentBatch]:
+    """As many of ``batches`` as host memory may hold, and ``least`` of them at least."""
+    found: list[SegmentBatch] = []
+    taken = 0
+    for batch in batches:
+        found.append(batch)
+        taken += batch.bytes
+        if taken + batch.bytes > most_bytes and len(found) >= least:
+            break
+    return found
+
+
 def outputs_of(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, by_row: ByRow
 ) -> list[Tensor]:
@@ -192,3 +203,64 @@ def plain_weights(module: nn.Module) -> Generator[Mapping[str, Tensor]]:
     with torch.inference_mode(False), torch.enable_grad():
         named = [*module.named_parameters(), *module.named_buffers()]
         yield {name: value.detach().clone() for name, value in named if value.is_inference()}
+
+
+@dataclass(frozen=True)
+class SegmentForward:
+    """Runs a segment on merged rows alone."""
+
+    lockstep: Lockstep
+    segment: Segment
+    weights: Mapping[str, Tensor]
+    by_row: ByRow
+
+    def __call__(self, passage: SegmentBatch) -> Sequence[Tensor]:
+        outputs: list[Tensor] = []
+        args, kwargs = passage.arguments()
+
+        def run() -> None:
+            output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
+            outputs.extend(self.by_row.outputs_of(output))
+
+        batch = MicroBatch(run, [first for first, *_ in passage.owners], 1, merged_only=True)
+        self.lockstep.run(batch, grad=torch.is_grad_enabled())
+        return outputs
+
+
+def sample_inputs(
+    runner: SegmentForward,
+    modules: Mapping[str, nn.Module],
+    passages: Sequence[SegmentBatch],
+    policy: Policy,
+) -> dict[str, Tensor] | None:
+    """Some of the inputs of every site of the segment, (tokens, in); None where it does not give
+    by itself what it gave within the model."""
+    tokens: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    each = -(-policy.polish_tokens // len(passages))
+
+    def noting(site: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            shown = site_of(site, module).tokens(args[0].detach())
+            # At random: every n-th token of a row may be of one column of the picture.
+            some = torch.randperm(len(shown), generator=generator)[:each]
+            tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
+
+        return note
+
+    handles = [modules[s].register_forward_pre_hook(noting(s)) for s in runner.segment.sites]
+    try:
+        with torch.no_grad():
+            for passage in passages:
+                found = runner(passage)
+                if not found or not alike(found, passage.found, policy.segment_error):
+                    return None
+    except Exception as error:  # a row's share of an argument may be unknown
+        if is_out_of_memory(error):
+            raise
+        _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: torch.cat(some) for site, some in tokens.items()}
