@@ -66,8 +66,8 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     place, _, size = way.removesuffix(PACKED).partition(", by ")
     ran: list[str] = []
 
-    def planned(run: Any, stage: Any, _: Any, batching: Any, *, sweep: bool, **__: Any) -> Plan:
-        if not (sweep and stage.sites):
+    def planned(run: Any, stage: Any, _: Any, batching: Any, *, schedule: Any) -> Plan:
+        if not (schedule.sweep and stage.sites):
             return Plan(stage, batching.rows, Strategy())
         barriers = offloads = None
         if way != ON_DEVICE.name:

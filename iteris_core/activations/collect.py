@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,9 +183,8 @@ class SweepCollector(Collector):
         """Reduce what waits, which is of so many of all ``rows``."""
         waiting = self._waiting[site]
         tokens = sum(shown.count(0, shown.rows) for shown in waiting) * rows // waiting_rows
-        reduction = self._opened(
-            waiting[0], tokens=tokens, sample=lambda count: self._sample(site, waiting, count)
-        )
+        sample = partial(self._sample, site, waiting)
+        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
         for shown in waiting:
             self._add(reduction, shown)
         self._reductions[site] = reduction

@@ -195,8 +195,12 @@ class ConceptTokens:
     dtype: torch.dtype
     inputs: Tensor | None = None
 
-    @cached_property
+    @property
     def merged(self) -> Tensor:
+        return self._merged
+
+    @cached_property
+    def _merged(self) -> Tensor:
         tokens = self.shown.input_tokens(self.start, self.stop, merged=True)
         if self.inputs is not None:
             tokens = tokens.index_select(1, self.inputs.to(tokens.device))

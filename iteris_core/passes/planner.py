@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def planned(
-    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, schedule: Schedule
+    run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
 ) -> Plan:
     """A plan that keeps the run's memory budget; without one the quickest strategy."""
     budget = run.job.memory_budget

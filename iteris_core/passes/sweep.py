@@ -107,7 +107,7 @@ class _Passes:
 
     def _planned(self, stage: Stage) -> Plan:
         solver = self._solver_of(stage)
-        plan = planned(self._run, stage, solver, self._batching, self._schedule)
+        plan = planned(self._run, stage, solver, self._batching, schedule=self._schedule)
         self.made.append(plan)
         return plan
 
