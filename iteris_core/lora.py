@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import MismatchError, SettingsError
+from .errors import MismatchError
 
 if TYPE_CHECKING:
     from .lora_files.aliases import BaseModel
@@ -214,17 +214,6 @@ class SiteChanges:
 
 Rank = int | float
 """A number of at least 1, or the share of energy to keep, between 0 and 1."""
-
-
-def check_rank(rank: Rank | None) -> None:
-    """Raise :class:`SettingsError` unless ``rank`` is a :data:`Rank` or None (keep all)."""
-    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
-        return
-    if isinstance(rank, float) and 0 < rank < 1:
-        return
-    raise SettingsError(
-        f"rank must be at least 1, not {rank}; or a share of energy between 0 and 1, such as 0.99."
-    )
 
 
 def rank_for(squares: Tensor, rank: Rank) -> int:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..lora import LowRank, Rank, SiteChanges, check_rank, rank_for
+from ..lora import LowRank, Rank, SiteChanges, rank_for
 from .precision import full_precision
 
 _SMALL = 256  # up to here all directions are cheaper than a search for the leading ones
@@ -29,7 +29,6 @@ def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tu
     is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
     result has the input's dtype.
     """
-    check_rank(rank)
     up, down = change.up.double(), change.down.double()
     if metric is not None:
         down = down @ metric.double()
@@ -99,7 +98,6 @@ def cut_matrix(
     largest are not told apart, and do not count); others by :func:`_leading_directions` in
     ``search``.
     """
-    check_rank(rank)
     out, width = matrix.shape
     if rank < 1 or not searches(out, width, int(rank)):
         weighted = _over(matrix, metric).double()

@@ -88,8 +88,6 @@ def test_factors_that_do_not_fit_are_an_error():
         LowRank(torch.ones(3, 2), torch.ones(4, 3))
     with pytest.raises(IterisError, match="differ in shape"):
         concatenate([draw_change(2, 3, 1, 0), draw_change(3, 3, 1, 0)])
-    with pytest.raises(IterisError, match="rank must be at least 1"):
-        cut_factors(draw_change(2, 3, 1, 0), -1)
 
 
 @given(sizes, sizes, sizes, st.floats(0.05, 0.99), st.integers(0, 99))
@@ -110,9 +108,3 @@ def test_a_share_of_energy_is_kept_at_the_least_rank(out, fan, rank, share, seed
             assert lost <= 1 - share + 1e-9
             fewer = float(squares[: cut.rank - 1].sum() / squares.sum())
             assert fewer < share + 1e-9
-
-
-@pytest.mark.parametrize("rank", [0, -4, 1.0, 0.0, 1.5, True, float("nan")])
-def test_ranks_that_are_neither_a_number_nor_a_share(rank):
-    with pytest.raises(IterisError, match="rank must be at least 1"):
-        cut_factors(draw_change(2, 3, 1, 0), rank)
