@@ -21,7 +21,7 @@ from ..iteris_core.errors import ModelStateError
 from .comfy_conds import Inputs, References, joined, sharing
 from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
-from .comfy_sampling import run_uncompiled
+from .comfy_sampling import SEED, run_uncompiled
 from .comfy_sizes import latent_shape, token_sides
 from .comfy_state import in_full_precision
 from .comfy_text import Conditioning
@@ -156,7 +156,7 @@ class Denoiser:
             device,
             latent.to(device),
             None if mask is None else mask.to(device),
-            0,
+            SEED,
             latent_shapes=[torch.Size(shape)],
         )[_ONE][0]
         self._first = self._first or inputs

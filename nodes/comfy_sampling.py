@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .comfy_denoiser import Denoiser
 
 _KEY = "iteris"
+SEED = 0
+"""What some models draw noise by that they add to a picture which they are given."""
 
 Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
 """The conditioning of every sample with its own LoRA active, each with its concept's empty one."""
@@ -155,6 +157,7 @@ def _denoise(
                 denoise_mask=denoiser.references.mask,
                 callback=callback,
                 disable_pbar=True,
+                seed=SEED,
             ).to(ended)
         for row in rows:
             sampling.denoised[number, row] = kept.latents[row].clone(), ended[row].clone()

@@ -28,7 +28,7 @@ _SCALES = {
 ComfyUI say it themselves, as ``spacial_downscale_ratio``."""
 _FRAMES = {"Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
 """Frames that a frame of latents stands for, where it is not 4 (``temporal_downscale_ratio``)."""
-_PICTURES = re.compile("Image|T2I|Anima|Krea")
+_PICTURES = re.compile("Image|T2I|Anima$|Krea")
 """Classes of models that make pictures in a video's latents."""
 
 

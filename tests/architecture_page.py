@@ -16,10 +16,11 @@ from architecture_results import FILE
 HEAD = """\
 # Architectures that were tested
 
-Each line is a test on real classes at reduced widths with random weights, in float32. Its prompts
-are of unlike lengths; the empty one and one of more than 77 tokens are among them. Nothing else is
-promised. The tests write the figures into `benchmarks/results/architectures.json`, and this page is
-made from it: `python tests/architecture_page.py > docs/architectures.md`.
+Each line is a test on real classes at reduced widths with random weights, in float32; *version* is
+that of the application in which it ran. Its prompts are of unlike lengths; the empty one and one of
+more than 77 tokens are among them. Nothing else is promised. The tests write the figures into `benchmarks/results/architectures.json`
+(`WRITE_RESULTS=1`), and this page is made from it: `python tests/architecture_page.py >
+docs/architectures.md`.
 
 - **alone**: the merge of one LoRA against that LoRA in the application's own loader, as a share of
   what the LoRA changes in the picture. A test fails above 1e-3.
@@ -56,16 +57,16 @@ def page(found: Mapping[str, Any]) -> str:
         rows: Mapping[str, Mapping[str, Any]] = found.get(key, {})
         if not rows:
             continue
-        version = found.get("versions", {}).get(key, "")
-        parts.append(f"## {title} {version}\n\n{textwrap.fill(text, 100)}\n")
+        text = textwrap.fill(f"{len(rows)} of them, in {text}", 100)
+        parts.append(f"## {title}\n\n{text}\n")
         lines = [
-            ["architecture", "alone", "rows", "file", "remarks"],
-            ["---", *["---:"] * 3, "---"],
+            ["architecture", "version", "alone", "rows", "file", "remarks"],
+            ["---", "---", *["---:"] * 3, "---"],
         ]
         for name in sorted(rows, key=str.lower):
             figures = rows[name]
             cells = [f"{figures[law]:.1e}" for law in ("alone", "rows", "file")]
-            lines.append([name, *cells, _remarks(figures)])
+            lines.append([name, figures["version"], *cells, _remarks(figures)])
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(parts)
 

@@ -1,7 +1,7 @@
 """Figures of the tests of architectures, for ``benchmarks/results/architectures.json``.
 
-``{"comfyui": {name: {"alone", "rows", "file"}}, "diffusers": {…}, "versions": {…}, "kinds": {kind:
-{who computes its change: largest error}}, "layouts": {layout: {base: {"error", "diffusers"}}}}``.
+``{"comfyui": {name: {"version", "alone", "rows", "file"}}, "diffusers": {…}, "kinds": {kind: {who
+computes its change: largest error}}, "layouts": {layout: {base: {"error", "diffusers"}}}}``.
 Nothing is written without ``WRITE_RESULTS=1``.
 """
 
@@ -16,7 +16,8 @@ FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "archite
 
 
 def record(application: str, name: str, version: str, **figures: float | str) -> None:
-    """Put the figures of one class among those that are there; numbers with two digits.
+    """Put the figures of one class among those that are there, with the ``version`` of the
+    application; numbers with two digits.
 
     ``alone``: how far the merge of one LoRA is from that LoRA in the application's own loader, as a
     share of what it changes in the picture. ``rows``: the largest relative difference of a site
@@ -28,8 +29,7 @@ def record(application: str, name: str, version: str, **figures: float | str) ->
         return
     found = _found()
     rounded = {k: v if isinstance(v, str) else float(f"{v:.2g}") for k, v in figures.items()}
-    found.setdefault(application, {}).setdefault(name, {}).update(rounded)
-    found.setdefault("versions", {})[application] = version
+    found.setdefault(application, {})[name] = {"version": version, **rounded}
     _write(found)
 
 

@@ -101,23 +101,30 @@ class DiffusersHost:
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = self._tokenizers[0]
         texts = list(prompts) if owners is None else self._said(owners, prompts)
         encoded = tokenizer(texts, truncation=True, max_length=tokenizer.model_max_length)
         return [len(ids) for ids in encoded.input_ids]
 
     @property
+    def _tokenizers(self) -> list[Any]:
+        """What makes tokens of texts: its tokenizers, or that of its processor."""
+        parts = self.pipeline.components
+        named = [part for name, part in parts.items() if "tokenizer" in name]
+        found = [part for part in named if part is not None and not isinstance(part, nn.Module)]
+        return found or [parts["processor"].tokenizer]
+
+    @property
     def _vocabulary(self) -> list[str]:
         """The whole words of its first tokenizer, if that tells them."""
-        parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
-        tokenizer = next((part for part in parts if hasattr(part, "get_vocab")), None)
+        tokenizer = next((part for part in self._tokenizers if hasattr(part, "get_vocab")), None)
         return [] if tokenizer is None else whole_words(tokenizer.get_vocab())
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
         return added_concepts(concepts, calibration, self._vocabulary)
 
     def learned(self, prompt: str) -> Set[str]:
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = self._tokenizers[0]
         added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
         return added & set(tokenizer.tokenize(prompt))
 
@@ -283,10 +290,7 @@ class DiffusersHost:
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """The number of tokens of each prompt, by every tokenizer."""
-        parts = [part for name, part in self.pipeline.components.items() if "tokenizer" in name]
-        counts = [
-            map(len, part(text=list(prompts)).input_ids) for part in parts if part is not None
-        ]
+        counts = [map(len, part(text=list(prompts)).input_ids) for part in self._tokenizers]
         return list(zip(*counts, strict=True))
 
     def room(self, wanted: int) -> int:

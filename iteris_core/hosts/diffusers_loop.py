@@ -16,6 +16,14 @@ from ..lora_files.experts import second_of
 from .recorded import Call, Recorders, See
 
 
+_PLAIN = {
+    "use_kv_cache": False,
+    **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
+    **dict.fromkeys(("modality_scale", "audio_modality_scale", "audio_guidance_scale"), 1.0),
+}
+"""Arguments with which a denoiser is called once a step, on all tokens."""
+
+
 class Enough(Exception):
     """Ends a pipeline's loop once what was wanted is recorded."""
 
@@ -78,6 +86,7 @@ class PipelineLoop:
             "generator": list(generators),
             "output_type": "latent",
             **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), pictures),
+            **_PLAIN,
             **size,
             **self._call,
             **self._guidance(guidance, len(prompts)),

@@ -19,8 +19,8 @@ LONG = "a photo of a sks cat with a red hat on a wooden table beside an open win
 """Over 77 tokens of every tokenizer."""
 QUOTED = 'a sks cat with a sign that says "cat"'
 PROMPTS = ("", "a sks cat", "a sks dog", "a sks hat", QUOTED, LONG)
-EYES = ".visual."
-"""Layers of a text encoder that only pictures reach."""
+UNREACHED = (".visual.", ".lm_head")
+"""Layers of a text encoder that only pictures reach, or that make words of its states."""
 
 
 class Trial:
@@ -133,7 +133,9 @@ class Trial:
                 model, 3, model.load_device, "euler", "simple", model_options=model.model_options
             )
             texts = self.text(clip, LONG), self.text(clip, "")
-            drawn = sampler.sample(noise, *texts, cfg=2.0, latent_image=empty, disable_pbar=True)
+            drawn = sampler.sample(
+                noise, *texts, cfg=2.0, latent_image=empty, disable_pbar=True, seed=0
+            )
         return drawn.clone()
 
     def text(self, clip: Any, prompt: str) -> Any:
@@ -162,7 +164,7 @@ class Trial:
             for path, layer in module.named_modules()
             if isinstance(layer, nn.Linear)
         }
-        apart = (EYES, *self.reduced.apart)
+        apart = (*UNREACHED, *self.reduced.apart)
         return {name: m for name, m in found.items() if not any(part in name for part in apart)}
 
     def write_lora(self, seed: int, root: str = "") -> Path:

@@ -28,7 +28,6 @@ def test_a_merge(pack: ModuleType, tmp_path: Path, name: str) -> None:
     import comfyui_version
 
     reduced = ARCHITECTURES[name]
-    reduced.skip_if_later()
     trial = (Experts if reduced.experts else Trial)(pack, reduced, tmp_path)
     alone = trial.alone()
     rows, file = trial.rows_and_file()
@@ -52,7 +51,6 @@ def test_what_is_left_out_is_told_with_its_file(
 ) -> None:
     """Layers that cannot be merged, in a LoRA that changes them."""
     reduced = ARCHITECTURES[name]
-    reduced.skip_if_later()
     trial = Trial(pack, dataclasses.replace(reduced, apart=()), tmp_path)
     with pytest.raises(trial.core.IterisError, match=r"1\.safetensors") as error:
         trial.merge(1)

@@ -11,7 +11,8 @@ import pytest
 import reduced_models
 import torch
 from kit import merge_on
-from reduced_models import ARCHITECTURES, unets, videos
+from reduced_models import ARCHITECTURES, unets
+from reduced_models.wan import wan_i2v
 
 
 class Bench:
@@ -159,7 +160,7 @@ def test_only_the_masked_part_is_denoised(bench: Bench) -> None:
 
 def test_first_frame_and_what_clip_sees(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan I2V: without a picture nothing reaches img_emb, which is refused or left out."""
-    on = videos.wan_i2v()
+    on = wan_i2v()
     sites = {
         "diffusion_model.blocks.0.cross_attn.k_img": (96, 96),
         "diffusion_model.blocks.1.self_attn.q": (96, 96),
@@ -290,7 +291,7 @@ def test_the_size_rule_on_unets_of_all_their_levels(bench: Bench, kind: str) -> 
 
 
 def test_frames_and_a_latent_of_ones_own(bench: Bench) -> None:
-    model, _ = videos.wan()
+    model, _ = reduced_models.wan()
     calibration = bench.core.Calibration(frames=17, latent_size=6)
     assert bench.sizes.latent_shape(model, calibration) == (1, 16, 5, 6, 6)
     given = bench.conds.References.of(None, {"samples": torch.zeros(2, 16, 7, 4, 8)})

@@ -8,11 +8,13 @@ from .flux import FLUX
 from .loras import applied, loaded, lora_tensors, two_concepts, write_lora
 from .pictures import PICTURES
 from .reduced import PROMPTS, Reduced, draw, seeded
+from .sounds import SOUNDS
 from .stable_diffusion import STABLE_DIFFUSION
 from .videos import VIDEOS
 
 PIPELINES: dict[str, Callable[[], Reduced]] = {
-    name: seeded(make) for name, make in (STABLE_DIFFUSION | FLUX | PICTURES | VIDEOS).items()
+    name: seeded(make)
+    for name, make in (STABLE_DIFFUSION | FLUX | PICTURES | VIDEOS | SOUNDS).items()
 }
 
 __all__ = [

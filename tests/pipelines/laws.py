@@ -36,7 +36,8 @@ class Laws:
         """How far the merge of one LoRA draws from that LoRA, as a share of its effect."""
         files = self._files(1)
         merged = self._merged([files], 32).lora
-        self.left_out = _left_out(self._read(files), merged)
+        parts = (_left_out(self._read(files), merged), self.reduced.left_out)
+        self.left_out = ", ".join(filter(None, parts))
         # Without what is left out.
         return self._furthest(merged, self._files(1, set(merged.sites)))
 

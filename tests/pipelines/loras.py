@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.diffusers_lora import loaded_components, pipeline_sites
+from iteris_core.hosts.diffusers_lora import COMPONENTS, loaded_components, pipeline_sites
 from iteris_core.lora_files.experts import joined_experts
 
 from .reduced import Reduced
@@ -27,7 +27,7 @@ def lora_tensors(pipeline: Any, seed: int = 1, rank: int = 2, size: float = 0.5)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for component in loaded_components(pipeline):
-        if component == "transformer_2":
+        if component == "transformer_2" or component not in COMPONENTS:
             continue
         for name, module in getattr(pipeline, component).named_modules():
             if not isinstance(module, nn.Linear) or not PARTS.search(f".{name}"):

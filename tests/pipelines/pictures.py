@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import diffusers
+from diffusers.pipelines.ideogram4 import pipeline_ideogram4 as ideogram
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_edit
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_edit_plus
 
 from . import texts
 from .parts import SIDE, TEXT, autoencoder, flow, picture, qwen_autoencoder
@@ -28,22 +31,61 @@ def qwen_image() -> Reduced:
     return Reduced(pipeline, {**SIDE, "true_cfg_scale": 3.0, "negative_prompt": " "})
 
 
-def qwen_image_edit() -> Reduced:
-    # It makes its reference 1024 x 1024 pixels large, whatever the picture is.
-    of_area = qwen_edit.calculate_dimensions
+def _qwen_edit(name: str, module: Any, image: Any) -> Reduced:
+    # It makes its references 1024 x 1024 pixels large, whatever the picture is.
+    of_area = module.calculate_dimensions
     if not isinstance(of_area, functools.partial):
-        qwen_edit.calculate_dimensions = functools.partial(_reduced_dimensions, of_area)
-    pipeline = diffusers.QwenImageEditPipeline(
+        module.calculate_dimensions = functools.partial(_reduced_dimensions, of_area)
+    pipeline = getattr(diffusers, name)(
         scheduler=flow(use_dynamic_shifting=True), vae=qwen_autoencoder(),
         text_encoder=texts.qwen_vl(), tokenizer=texts.qwen_words(),
         processor=texts.qwen_processor(), transformer=_qwen_transformer(),
     )  # fmt: skip
     guided = {"true_cfg_scale": 3.0, "negative_prompt": " "}
-    return Reduced(pipeline, {**SIDE, "image": picture(), **guided})
+    return Reduced(pipeline, {**SIDE, "image": image, **guided})
 
 
 def _reduced_dimensions(of_area, area: int, ratio: float):
     return of_area(64 * 64, ratio)
+
+
+def qwen_image_edit() -> Reduced:
+    return _qwen_edit("QwenImageEditPipeline", qwen_edit, picture())
+
+
+def qwen_image_edit_plus() -> Reduced:
+    return _qwen_edit("QwenImageEditPlusPipeline", qwen_edit_plus, [picture(), picture(seed=10)])
+
+
+def qwen_image21() -> Reduced:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=16, out_channels=16, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, context_in_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipeline = diffusers.QwenImage21Pipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=None, text_encoder=texts.qwen3_vl(True),
+        processor=texts.qwen3_processor(), transformer=transformer,
+    )  # fmt: skip
+    return Reduced(pipeline, {**SIDE, "true_cfg_scale": 3.0, "negative_prompt": " "})
+
+
+def ideogram4() -> Reduced:
+    """A denoiser of its own stands for no text."""
+    # It looks at thirteen layers of its text encoder, which has three here.
+    ideogram.QWEN3_VL_ACTIVATION_LAYERS = (0, 1, 2)
+    transformers = [
+        diffusers.Ideogram4Transformer2DModel(
+            in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            intermediate_size=40, adaln_dim=16, llm_features_dim=3 * 32, mrope_section=(4, 2, 2),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    pipeline = diffusers.Ideogram4Pipeline(
+        scheduler=flow(), vae=None, text_encoder=texts.qwen3_vl(), tokenizer=texts.qwen_words(),
+        transformer=transformers[0], unconditional_transformer=transformers[1],
+    )  # fmt: skip
+    call = {"max_sequence_length": 256, "guidance_scale": 3.0, "guidance_schedule": None}
+    return Reduced(pipeline, {**SIDE, **call})
 
 
 def z_image() -> Reduced:
@@ -71,21 +113,39 @@ def lumina2() -> Reduced:
     return Reduced(pipeline, {**SIDE, **TEXT, "system_prompt": "draw"})
 
 
-def sana() -> Reduced:
-    transformer = diffusers.SanaTransformer2DModel(
+def _sana_transformer(**options: Any):
+    return diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
         num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
-        caption_channels=32, sample_size=8,
+        caption_channels=32, sample_size=8, **options,
     )  # fmt: skip
+
+
+_SANA = {
+    **{"height": 256, "width": 256, "use_resolution_binning": False},
+    **{**TEXT, "complex_human_instruction": None},
+}
+
+
+def sana() -> Reduced:
     pipeline = diffusers.SanaPipeline(
         scheduler=diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True
         ),
-        vae=None, transformer=transformer, tokenizer=texts.gemma_words(),
+        vae=None, transformer=_sana_transformer(), tokenizer=texts.gemma_words(),
         text_encoder=texts.language_model("Gemma2Model"),
     )  # fmt: skip
-    options = {"complex_human_instruction": None, "use_resolution_binning": False}
-    return Reduced(pipeline, {"height": 256, "width": 256, **TEXT, **options})
+    return Reduced(pipeline, _SANA)
+
+
+def sana_sprint() -> Reduced:
+    """In a few steps, with the guidance as an input."""
+    pipeline = diffusers.SanaSprintPipeline(
+        scheduler=diffusers.SCMScheduler(), vae=None, tokenizer=texts.gemma_words(),
+        text_encoder=texts.language_model("Gemma2Model"),
+        transformer=_sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+    )  # fmt: skip
+    return Reduced(pipeline, {**_SANA, "intermediate_timesteps": None})
 
 
 def cogview4() -> Reduced:
@@ -151,14 +211,17 @@ def krea2() -> Reduced:
     return Reduced(pipeline, {**SIDE, **TEXT})
 
 
-def kandinsky5() -> Reduced:
-    transformer = diffusers.Kandinsky5Transformer3DModel(
+def kandinsky5_transformer():
+    return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, out_visual_dim=4,
         patch_size=(1, 2, 2), model_dim=32, ff_dim=40, num_text_blocks=1, num_visual_blocks=2,
         axes_dims=(4, 4, 8),
     )  # fmt: skip
+
+
+def kandinsky5() -> Reduced:
     pipeline = diffusers.Kandinsky5T2IPipeline(
-        transformer=transformer, vae=autoencoder(), text_encoder=texts.qwen_vl(),
+        transformer=kandinsky5_transformer(), vae=autoencoder(), text_encoder=texts.qwen_vl(),
         tokenizer=texts.qwen_processor(), text_encoder_2=texts.clip(),
         tokenizer_2=texts.clip_words(), scheduler=flow(),
     )  # fmt: skip
@@ -169,9 +232,13 @@ def kandinsky5() -> Reduced:
 PICTURES = {
     "Qwen-Image": qwen_image,
     "Qwen-Image-Edit": qwen_image_edit,
+    "Qwen-Image-Edit Plus": qwen_image_edit_plus,
+    "Qwen-Image 2.1": qwen_image21,
+    "Ideogram 4": ideogram4,
     "Z-Image": z_image,
     "Lumina 2": lumina2,
     "Sana": sana,
+    "Sana Sprint": sana_sprint,
     "CogView 4": cogview4,
     "AuraFlow": auraflow,
     "HiDream": hidream,

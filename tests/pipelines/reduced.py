@@ -21,11 +21,12 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 @dataclass
 class Reduced:
     """``call`` has what ``pipeline(prompt=…, num_inference_steps=…, generator=…)`` takes beside;
-    ``settings`` are those of a merge."""
+    ``settings`` are those of a merge, ``left_out`` a part that is not merged at all."""
 
     pipeline: Any
     call: dict[str, Any] = field(default_factory=dict[str, Any])
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    left_out: str = ""
     prompts: tuple[str, ...] = PROMPTS
 
 

@@ -48,6 +48,15 @@ def sd_inpainting() -> Reduced:
     return Reduced(pipeline, {**SIDE, "image": picture(), "mask_image": mask()})
 
 
+def instruct_pix2pix() -> Reduced:
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=autoencoder(), text_encoder=texts.clip(), tokenizer=texts.clip_words(),
+        unet=unet(in_channels=8, out_channels=4), scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return Reduced(pipeline, {"image": picture()})
+
+
 def sdxl() -> Reduced:
     return Reduced(make_sdxl(), SIDE)
 
@@ -60,6 +69,13 @@ def sdxl_inpainting() -> Reduced:
     return Reduced(pipeline, call)
 
 
+def sdxl_instruct_pix2pix() -> Reduced:
+    parts = make_sdxl().components
+    parts["unet"] = widened(parts["unet"], in_channels=8, out_channels=4)
+    pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(**{**parts, "vae": autoencoder()})
+    return Reduced(pipeline, {**SIDE, "image": picture()})
+
+
 def sd3() -> Reduced:
     return Reduced(make_sd3(), {**SIDE, **TEXT})
 
@@ -68,7 +84,9 @@ STABLE_DIFFUSION = {
     "SD 1.5": sd,
     "SD 2": sd2,
     "SD inpainting": sd_inpainting,
+    "InstructPix2Pix": instruct_pix2pix,
     "SDXL": sdxl,
     "SDXL inpainting": sdxl_inpainting,
+    "SDXL InstructPix2Pix": sdxl_instruct_pix2pix,
     "SD 3": sd3,
 }

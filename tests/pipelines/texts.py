@@ -175,11 +175,11 @@ def qwen_processor():
     )
 
 
-def qwen3_vl():
-    """What Krea 2 has of Qwen3-VL."""
-    from transformers import Qwen3VLConfig, Qwen3VLModel
+def qwen3_vl(words: bool = False):
+    """Qwen3-VL without what makes words of its states, or with it."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-    return Qwen3VLModel(
+    return (Qwen3VLForConditionalGeneration if words else Qwen3VLModel)(
         Qwen3VLConfig(
             text_config={
                 **SIZES,
@@ -192,6 +192,33 @@ def qwen3_vl():
                 "num_heads": 2,
                 "out_hidden_size": WIDTH,
                 "deepstack_visual_indexes": [0],
+            },
+        )
+    )
+
+
+def qwen3_processor():
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(), qwen_words(), Qwen3VLVideoProcessor(), chat_template=CHAT
+    )
+
+
+def gemma3():
+    """Gemma 3 with its eyes, as LTX-2 has it."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=SIZES,
+            vision_config={
+                "hidden_size": WIDTH,
+                "intermediate_size": 40,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
             },
         )
     )

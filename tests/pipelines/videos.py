@@ -8,6 +8,7 @@ import diffusers
 
 from . import texts
 from .parts import TEXT, flow, picture
+from .pictures import kandinsky5_transformer
 from .reduced import Reduced
 
 SIDE = {"height": 32, "width": 32, "num_frames": 5}
@@ -65,16 +66,79 @@ def wan_picture() -> Reduced:
     return Reduced(pipeline, {**SIDE, **TEXT, "image": picture(32)})
 
 
-def ltx() -> Reduced:
-    transformer = diffusers.LTXVideoTransformer3DModel(
+def skyreels_v2() -> Reduced:
+    transformer = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=32,
+        freq_dim=16, ffn_dim=40, num_layers=2, rope_max_seq_len=64,
+    )  # fmt: skip
+    pipeline = diffusers.SkyReelsV2Pipeline(
+        tokenizer=texts.t5_tokens(), text_encoder=texts.t5(multilingual=True),
+        transformer=transformer, vae=_wan_autoencoder(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )  # fmt: skip
+    return Reduced(pipeline, {**SIDE, **TEXT})
+
+
+_LTX = {"height": 64, "width": 64, "num_frames": 9, **TEXT}
+
+
+def _ltx_transformer():
+    return diffusers.LTXVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
         cross_attention_dim=32, num_layers=2, caption_channels=32,
     )  # fmt: skip
+
+
+def ltx() -> Reduced:
     pipeline = diffusers.LTXPipeline(
         scheduler=flow(), vae=None, text_encoder=texts.t5(), tokenizer=texts.t5_tokens(),
-        transformer=transformer,
+        transformer=_ltx_transformer(),
     )  # fmt: skip
-    return Reduced(pipeline, {"height": 64, "width": 64, "num_frames": 9, **TEXT})
+    return Reduced(pipeline, _LTX)
+
+
+def ltx_picture() -> Reduced:
+    """Each token has a time of its own; the first frame's is the end."""
+    eye = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+    )  # fmt: skip
+    pipeline = diffusers.LTXImageToVideoPipeline(
+        scheduler=flow(), vae=eye, text_encoder=texts.t5(), tokenizer=texts.t5_tokens(),
+        transformer=_ltx_transformer(),
+    )  # fmt: skip
+    return Reduced(pipeline, {**_LTX, "image": picture(64)})
+
+
+def ltx2() -> Reduced:
+    """Video and sound at once."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, audio_num_attention_heads=2, audio_attention_head_dim=8,
+        audio_cross_attention_dim=16, num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
+    sizes |= {"num_learnable_registers": 8}
+    connectors = LTX2TextConnectors(
+        caption_channels=32, text_proj_in_factor=texts.SIZES["num_hidden_layers"] + 1,
+        **{f"{kind}_connector_{n}": v for kind in ("video", "audio") for n, v in sizes.items()},
+    )  # fmt: skip
+    eye = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4,
+    )  # fmt: skip
+    pipeline = diffusers.LTX2Pipeline(
+        scheduler=flow(), vae=eye, audio_vae=None, text_encoder=texts.gemma3(),
+        tokenizer=texts.gemma_words(), connectors=connectors, transformer=transformer,
+        vocoder=None,
+    )  # fmt: skip
+    alone = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0}
+    alone |= {"audio_modality_scale": 1.0, "audio_guidance_scale": 1.0, "guidance_scale": 1.0}
+    return Reduced(pipeline, {**_LTX, **alone}, left_out="connectors")
 
 
 def hunyuan() -> Reduced:
@@ -92,17 +156,31 @@ def hunyuan() -> Reduced:
     return Reduced(pipeline, {**SIDE, **TEXT, "prompt_template": template})
 
 
-def cogvideox() -> Reduced:
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+def _cogvideox_transformer(channels: int):
+    return diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
         time_embed_dim=8, text_embed_dim=32, num_layers=2, sample_width=4, sample_height=4,
         sample_frames=5, max_text_seq_length=96,
     )  # fmt: skip
+
+
+def cogvideox() -> Reduced:
     pipeline = diffusers.CogVideoXPipeline(
-        tokenizer=texts.t5_tokens(), text_encoder=texts.t5(), vae=None, transformer=transformer,
-        scheduler=diffusers.CogVideoXDDIMScheduler(),
+        tokenizer=texts.t5_tokens(), text_encoder=texts.t5(), vae=None,
+        transformer=_cogvideox_transformer(4), scheduler=diffusers.CogVideoXDDIMScheduler(),
     )  # fmt: skip
     return Reduced(pipeline, {**SIDE, **TEXT})
+
+
+def cogvideox_picture() -> Reduced:
+    eye = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    pipeline = diffusers.CogVideoXImageToVideoPipeline(
+        tokenizer=texts.t5_tokens(), text_encoder=texts.t5(), vae=eye,
+        transformer=_cogvideox_transformer(4 + 4), scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )  # fmt: skip
+    return Reduced(pipeline, {**SIDE, **TEXT, "image": picture(32)})
 
 
 def mochi() -> Reduced:
@@ -117,12 +195,26 @@ def mochi() -> Reduced:
     return Reduced(pipeline, {**SIDE, "num_frames": 7, **TEXT})
 
 
+def kandinsky5_video() -> Reduced:
+    pipeline = diffusers.Kandinsky5T2VPipeline(
+        transformer=kandinsky5_transformer(), vae=None, text_encoder=texts.qwen_vl(),
+        tokenizer=texts.qwen_processor(), text_encoder_2=texts.clip(),
+        tokenizer_2=texts.clip_words(), scheduler=flow(),
+    )  # fmt: skip
+    return Reduced(pipeline, {**SIDE, **TEXT})
+
+
 VIDEOS = {
     "Wan": wan,
     "Wan 2.2 with two experts": wan_two_experts,
     "Wan from a picture": wan_picture,
+    "SkyReels V2": skyreels_v2,
     "LTX-Video": ltx,
+    "LTX-Video from a picture": ltx_picture,
+    "LTX-2": ltx2,
     "HunyuanVideo": hunyuan,
     "CogVideoX": cogvideox,
+    "CogVideoX from a picture": cogvideox_picture,
     "Mochi": mochi,
+    "Kandinsky 5 video": kandinsky5_video,
 }

@@ -1,13 +1,20 @@
-"""NVIDIA's Cosmos: the first one of videos, and Predict2 of pictures."""
+"""NVIDIA's Cosmos Predict2, and Anima, which is made of it."""
 
 from __future__ import annotations
 
+import functools
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
+import torch
+
+from . import references as given
 from . import texts
-from .parts import model_of_class
+from .parts import clip_of, model_of_class
+from .reduced import Reduced
 
-_COSMOS = {
+_PREDICT2 = {
     "max_img_h": 240,
     "max_img_w": 240,
     "max_frames": 128,
@@ -21,39 +28,45 @@ _COSMOS = {
     "crossattn_emb_channels": 64,
     "concat_padding_mask": True,
     "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
     "pos_emb_interpolation": "crop",
+    "min_fps": 1,
+    "max_fps": 30,
     "use_adaln_lora": True,
     "adaln_lora_dim": 32,
 }
 
 
-def cosmos() -> tuple[Any, Any]:
-    config = {
-        **_COSMOS,
-        "image_model": "cosmos",
-        "block_config": "FA-CA-MLP",
-        "pos_emb_learnable": False,
-        "block_x_format": "THWBD",
-        "affline_emb_norm": True,
-        "extra_per_block_abs_pos_emb": True,
-        "extra_per_block_abs_pos_emb_type": "learnable",
-        "rope_h_extrapolation_ratio": 1.0,
-        "rope_w_extrapolation_ratio": 1.0,
-        "rope_t_extrapolation_ratio": 2.0,
-    }
-    return model_of_class("CosmosT2V", **config), _t5()
+def _predict2(kind: str, **other: Any) -> tuple[Any, Any]:
+    model = model_of_class(kind, **{**_PREDICT2, "image_model": "cosmos_predict2", **other})
+    return model, texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")
 
 
 def cosmos_predict2() -> tuple[Any, Any]:
-    config = {
-        **_COSMOS,
-        "image_model": "cosmos_predict2",
-        "pos_emb_learnable": True,
-        "min_fps": 1,
-        "max_fps": 30,
-    }
-    return model_of_class("CosmosT2IPredict2", **config), _t5()
+    return _predict2("CosmosT2IPredict2")
 
 
-def _t5() -> Any:
-    return texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")
+def cosmos_predict2_video() -> tuple[Any, Any]:
+    """A mask of the frames that are there already beside the latents."""
+    return _predict2("CosmosI2VPredict2", in_channels=17)
+
+
+def anima() -> tuple[Any, Any]:
+    """Tokens of T5 besides, for layers of the denoiser that rewrite the text."""
+    ldm = import_module("comfy.ldm.anima.model")
+    adapter = functools.partial(ldm.LLMAdapter, num_layers=1)
+    with mock.patch.object(ldm, "LLMAdapter", adapter):
+        wide = {**_PREDICT2, "image_model": "anima", "crossattn_emb_channels": 1024}
+        model = model_of_class("Anima", **wide)
+    text = import_module("comfy.text_encoders.anima")
+    options = {"qwen3_06b_model_config": {**texts.LANGUAGE_MODEL, "hidden_size": 1024}}
+    return model, clip_of(text.AnimaTokenizer, text.te(torch.float32), options)
+
+
+COSMOS = {
+    "Cosmos Predict2": Reduced(cosmos_predict2),
+    "Cosmos Predict2 I2V": Reduced(
+        cosmos_predict2_video, video=True, entries=given.first_frame(16, 3), slow=True
+    ),
+    "Anima": Reduced(anima, slow=True),
+}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import references as given
 from . import texts
 from .parts import model_of_class
+from .reduced import Reduced
 
 
 def config(**other: Any) -> dict[str, Any]:
@@ -93,6 +95,21 @@ def _pixart_t5() -> Any:
     return texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
 
 
+def longcat_image() -> tuple[Any, Any]:
+    found = config(guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2])
+    model = model_of_class("LongCatImage", **found)
+    return model, texts.qwen25("longcat_image", "LongCatImageTokenizer")
+
+
+def ovis_image() -> tuple[Any, Any]:
+    """Feed-forward layers with a gate."""
+    found = config(
+        guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2], yak_mlp=True, txt_norm=True
+    )
+    model = model_of_class("Flux", **found)
+    return model, texts.qwen3("ovis", "OvisTokenizer", "qwen3_2b")
+
+
 def chroma() -> tuple[Any, Any]:
     return model_of_class("Chroma", **_chroma(image_model="chroma")), _pixart_t5()
 
@@ -118,3 +135,23 @@ def chroma_radiance() -> tuple[Any, Any]:
         **{name: value for name, value in later.items() if name in Params.__dataclass_fields__},
     )
     return model_of_class("ChromaRadiance", **found), _pixart_t5()
+
+
+FLUX = {
+    "FLUX.1": Reduced(flux_narrow),
+    "FLUX.1 schnell": Reduced(flux_schnell, slow=True),
+    "FLUX.1 Kontext": Reduced(flux_narrow, entries=given.edited(16, 6, 6)),
+    "FLUX.1 Fill": Reduced(flux_fill, entries=given.inpainted(16)),
+    "FLUX.2": Reduced(flux2),
+    "FLUX.2 with references": Reduced(flux2, entries=given.edited(128, 6, 6), slow=True),
+    "Chroma": Reduced(chroma),
+    "Chroma Radiance": Reduced(
+        chroma_radiance,
+        side=64,
+        apart=("nerf_",),
+        left_out="nerf_*: each patch is a row of its own there",
+        slow=True,
+    ),
+    "LongCat-Image": Reduced(longcat_image),
+    "Ovis-Image": Reduced(ovis_image),
+}

@@ -1,27 +1,22 @@
-"""Architectures that came after ComfyUI 0.8.0."""
+"""Pictures by classes that came after ComfyUI 0.8.0."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
 
+from . import references as given
 from . import texts
-from .flux import config
 from .parts import clip_of, model_of_class
-
-
-def longcat_image() -> tuple[Any, Any]:
-    found = config(guidance_embed=False, vec_in_dim=None, txt_ids_dims=[1, 2])
-    clip = texts.qwen25("longcat_image", "LongCatImageTokenizer")
-    return model_of_class("LongCatImage", **found), clip
+from .reduced import Reduced
 
 
 def ernie_image() -> tuple[Any, Any]:
-    text = import_module("comfy.text_encoders.ernie")
     model = model_of_class(
         "ErnieImage",
         image_model="ernie",
@@ -32,15 +27,33 @@ def ernie_image() -> tuple[Any, Any]:
         text_in_dim=64,
         rope_axes_dim=(16, 16, 16),
     )
+    text = import_module("comfy.text_encoders.ernie")
     tokenizer = texts.qwen("ministral3_3b", start=1, pad=11, left=True)
     options = {"ministral3_3b_model_config": texts.LLAMA}
     with mock.patch.object(text, "Mistral3Tokenizer", tokenizer):
         return model, clip_of(text.ErnieTokenizer, text.te(torch.float32), options)
 
 
+@contextmanager
+def _narrow_eyes(size: str) -> Iterator[None]:
+    """Qwen 3's."""
+    narrow = {"hidden_size": 64, "intermediate_size": 64, "depth": 2}
+    narrow = {size: {**narrow, "deepstack_visual_indexes": [0]}}
+    eyes = import_module("comfy.text_encoders.qwen3vl")
+    with mock.patch.dict(eyes.QWEN3VL_VISION, narrow):
+        yield
+
+
+def _qwen3_vl(module: str, tokenizer: str, size: str, layers: int = 4) -> Any:
+    text = import_module(f"comfy.text_encoders.{module}")
+    config = {**texts.LANGUAGE_MODEL, "num_hidden_layers": layers}
+    with _narrow_eyes(size):
+        encoder = text.te(dtype_llama=torch.float32)
+        return clip_of(getattr(text, tokenizer), encoder, {f"{size}_model_config": config})
+
+
 def krea2() -> tuple[Any, Any]:
     """Twelve layers of its text encoder at once, for layers of its own to join."""
-    text, eyes = import_module("comfy.text_encoders.krea2"), "comfy.text_encoders.qwen3vl"
     model = model_of_class(
         "Krea2",
         image_model="krea2",
@@ -53,36 +66,85 @@ def krea2() -> tuple[Any, Any]:
         txtheads=2,
         txtkvheads=2,
     )
-    options = {"qwen3vl_4b_model_config": {**texts.LANGUAGE_MODEL, "num_hidden_layers": 13}}
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "depth": 2}
-    narrow = {"qwen3vl_4b": {**sizes, "deepstack_visual_indexes": [0]}}
-    layers = mock.patch.object(text, "KREA2_TAP_LAYERS", list(range(1, 13)))
-    with layers, mock.patch.dict(import_module(eyes).QWEN3VL_VISION, narrow):
-        return model, clip_of(text.Krea2Tokenizer, text.te(dtype_llama=torch.float32), options)
+    text = import_module("comfy.text_encoders.krea2")
+    with mock.patch.object(text, "KREA2_TAP_LAYERS", list(range(1, 13))):
+        return model, _qwen3_vl("krea2", "Krea2Tokenizer", "qwen3vl_4b", 13)
 
 
-def anima() -> tuple[Any, Any]:
-    """Tokens of T5 besides, for layers of the denoiser that rewrite the text."""
-    from .pictures import PREDICT2
-
-    ldm = import_module("comfy.ldm.anima.model")
-    adapter = functools.partial(ldm.LLMAdapter, num_layers=1)
-    with mock.patch.object(ldm, "LLMAdapter", adapter):
-        wide = {**PREDICT2, "image_model": "anima", "crossattn_emb_channels": 1024}
-        model = model_of_class("Anima", **wide)
-    text = import_module("comfy.text_encoders.anima")
-    options = {"qwen3_06b_model_config": {**texts.LANGUAGE_MODEL, "hidden_size": 1024}}
-    return model, clip_of(text.AnimaTokenizer, text.te(torch.float32), options)
-
-
-def cogvideox() -> tuple[Any, Any]:
+def ideogram4() -> tuple[Any, Any]:
+    """Thirteen layers of its text encoder side by side; no text at all without guidance."""
+    extra = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "intermediate_size": 128,
+        "adaln_dim": 32,
+        "llm_features_dim": 13 * 64,
+        "mrope_section": [6, 5, 5],
+    }
     model = model_of_class(
-        "CogVideoX_T2V",
-        image_model="cogvideox",
-        num_attention_heads=1,
-        time_embed_dim=64,
-        text_embed_dim=64,
-        num_layers=2,
-        use_rotary_positional_embeddings=True,
+        "Ideogram4", extra, image_model="ideogram4", in_channels=128, num_layers=2
     )
-    return model, texts.t5xxl("cogvideo", "CogVideoXTokenizer", "cogvideo_te")
+    text = import_module("comfy.text_encoders.ideogram4")
+    with mock.patch.object(text, "IDEOGRAM4_TAP_LAYERS", list(range(1, 14))):
+        return model, _qwen3_vl("ideogram4", "Ideogram4Tokenizer", "qwen3vl_8b", 14)
+
+
+def boogu() -> tuple[Any, Any]:
+    """OmniGen's blocks behind others with two streams."""
+    model = model_of_class(
+        "Boogu",
+        image_model="boogu",
+        in_channels=16,
+        hidden_size=96,
+        num_layers=2,
+        num_double_stream_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=32,
+        axes_dim_rope=(16, 16, 16),
+        axes_lens=(300, 512, 512),
+        instruction_feat_dim=64,
+    )
+    return model, _qwen3_vl("boogu", "BooguTokenizer", "qwen3vl_8b")
+
+
+def mage_flow() -> tuple[Any, Any]:
+    model = model_of_class(
+        "MageFlow",
+        image_model="mage_flow",
+        num_layers=2,
+        attention_head_dim=48,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        axes_dims_rope=(16, 16, 16),
+    )
+    return model, _qwen3_vl("mage_flow", "MageFlowTokenizer", "qwen3vl_4b")
+
+
+def joy_image() -> tuple[Any, Any]:
+    extra = {"rope_dim_list": [16, 16, 16]}
+    model = model_of_class(
+        "JoyImage",
+        extra,
+        image_model="joyimage",
+        hidden_size=96,
+        num_attention_heads=2,
+        text_dim=64,
+        num_layers=2,
+    )
+    return model, _qwen3_vl("joyimage", "JoyImageTokenizer", "qwen3vl_8b")
+
+
+LATER = {
+    "ERNIE-Image": Reduced(ernie_image),
+    "Krea 2": Reduced(
+        krea2,
+        apart=("txtfusion.layerwise_blocks.",),
+        left_out="txtfusion.layerwise_blocks: each layer of the text is a row of its own there",
+    ),
+    "Ideogram 4": Reduced(ideogram4),
+    "Boogu-Image": Reduced(boogu, entries=given.edited(16, 6, 6)),
+    "Mage-Flow": Reduced(mage_flow, entries=given.edited(128, 6, 6)),
+    "JoyImage": Reduced(joy_image, entries=given.edited(16, 1, 6, 6)),
+}

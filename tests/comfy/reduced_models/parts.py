@@ -41,12 +41,16 @@ def made(config: Any) -> Any:
             del config.unet_config[unknown[1]]
 
 
-def model_of_class(kind: str, **config: Any) -> Any:
+def model_of_class(kind: str, extra: Mapping[str, Any] | None = None, **config: Any) -> Any:
+    """The MODEL of a class of ``comfy.supported_models``; ``extra`` are other values of what the
+    class adds to a configuration."""
     import comfy.supported_models
 
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this ComfyUI has no {kind}")
-    return model_of(getattr(comfy.supported_models, kind)(config))
+    plain = getattr(comfy.supported_models, kind)
+    values = {**plain.unet_extra_config, **(extra or {})}
+    return model_of(type(kind, (plain,), {"unet_extra_config": values})(config))
 
 
 def clip_of(

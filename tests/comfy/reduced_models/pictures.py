@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import references as given
 from . import texts
 from .parts import model_of_class
+from .reduced import Reduced
 
 
 def _sd3(x_block_self_attn_layers: list[int]) -> Any:
@@ -57,37 +59,6 @@ def aura_flow() -> tuple[Any, Any]:
     return model, texts.aura()
 
 
-def pixart_sigma() -> tuple[Any, Any]:
-    model = model_of_class(
-        "PixArtSigma",
-        image_model="pixart_sigma",
-        patch_size=2,
-        in_channels=4,
-        hidden_size=96,
-        depth=2,
-        num_heads=2,
-        input_size=16,
-        caption_channels=64,
-        pe_interpolation=1,
-        micro_condition=False,
-    )
-    return model, texts.t5xxl("pixart_t5", "PixArtTokenizer", "pixart_te")
-
-
-def hunyuan_dit() -> tuple[Any, Any]:
-    model = model_of_class(
-        "HunyuanDiT",
-        image_model="hydit",
-        hidden_size=64,
-        depth=4,
-        num_heads=2,
-        text_states_dim_t5=64,
-        size_cond=False,
-        use_style_cond=False,
-    )
-    return model, texts.hydit()
-
-
 _NEXT_DIT = {
     "image_model": "lumina2",
     "patch_size": 2,
@@ -129,7 +100,7 @@ def zimage() -> tuple[Any, Any]:
         time_scale=1000.0,
         pad_tokens_multiple=32,
     )
-    return model, texts.qwen3()
+    return model, texts.qwen3("z_image", "ZImageTokenizer", "qwen3_4b")
 
 
 def qwen() -> tuple[Any, Any]:
@@ -238,29 +209,19 @@ def kandinsky5_image() -> tuple[Any, Any]:
     return model_of_class("Kandinsky5Image", **config), clip
 
 
-PREDICT2 = {
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 96,
-    "num_blocks": 2,
-    "num_heads": 2,
-    "crossattn_emb_channels": 64,
-    "concat_padding_mask": True,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
-    "min_fps": 1,
-    "max_fps": 30,
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 32,
+BYT5 = {"apart": ("byt5_in.",), "left_out": "byt5_in: only texts with quotes reach it"}
+PICTURES = {
+    "SD 3": Reduced(sd3, slow=True),
+    "SD 3.5 medium": Reduced(sd35_medium, slow=True),
+    "AuraFlow": Reduced(aura_flow),
+    "Lumina 2": Reduced(lumina2),
+    "Z-Image": Reduced(zimage),
+    "Qwen-Image": Reduced(qwen),
+    "Qwen-Image-Edit": Reduced(qwen, entries=given.edited(16, 1, 6, 6)),
+    "HunyuanImage 2.1": Reduced(hunyuan_image, **BYT5),
+    "HiDream": Reduced(
+        hidream, apart=(".experts.",), left_out="experts: each sees some tokens of all rows at once"
+    ),
+    "OmniGen 2": Reduced(omnigen2, entries=given.edited(16, 6, 6)),
+    "Kandinsky 5 image": Reduced(kandinsky5_image),
 }
-
-
-def cosmos_predict2() -> tuple[Any, Any]:
-    model = model_of_class("CosmosT2IPredict2", image_model="cosmos_predict2", **PREDICT2)
-    return model, texts.t5xxl("cosmos", "CosmosT5Tokenizer", "te")

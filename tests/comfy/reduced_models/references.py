@@ -48,3 +48,20 @@ def seen(width: int) -> dict[str, Any]:
 def prior() -> dict[str, Any]:
     """Of Stable Cascade's stage B Conditioning."""
     return {"stable_cascade_prior": picture(16, 4, 4)}
+
+
+def controlled(frames: int) -> dict[str, Any]:
+    """Of Wan Vace To Video: the control's inactive and reactive halves, and 8 × 8 pixels of its
+    mask for each latent."""
+    return {
+        "vace_frames": [picture(32, frames, 8, 8)],
+        "vace_mask": [picture(64, frames, 8, 8)],
+        "vace_strength": [0.8],
+    }
+
+
+def unclip(width: int) -> dict[str, Any]:
+    """Of unCLIP Conditioning."""
+    vision = SimpleNamespace(image_embeds=picture(width))
+    found = {"clip_vision_output": vision, "strength": 1.0, "noise_augmentation": 0.1}
+    return {"unclip_conditioning": [found]}

@@ -108,11 +108,11 @@ def gemma() -> Any:
     return clip_of(text.LuminaTokenizer, text.te(torch.float32), options, data)
 
 
-def qwen3() -> Any:
-    import comfy.text_encoders.z_image as text
-
-    options = {"qwen3_4b_model_config": LANGUAGE_MODEL}
-    return clip_of(text.ZImageTokenizer, text.te(torch.float32), options)
+def qwen3(module: str, tokenizer: str, key: str) -> Any:
+    """Qwen 3 without eyes; ``key`` is what ComfyUI calls it there."""
+    text = import_module(f"comfy.text_encoders.{module}")
+    options = {f"{key}_model_config": LANGUAGE_MODEL}
+    return clip_of(getattr(text, tokenizer), text.te(torch.float32), options)
 
 
 def qwen25(module: str, tokenizer: str, size: str = "7b") -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from . import references as given
 from . import texts
-from .parts import model_of, model_of_class
+from .parts import model_of_class
+from .reduced import Reduced
 
 _UNET = {
     "image_size": 32,
@@ -31,14 +34,10 @@ _SDXL = {
 _SDXL_NARROW = {**_SDXL, "context_dim": 128, "adm_in_channels": 64 + 6 * 256}
 
 
-def unet(kind: str, **config: Any) -> Any:
-    """A UNet of a class of ``comfy.supported_models`` with heads that fit its width."""
-    import comfy.supported_models
-
-    plain = getattr(comfy.supported_models, kind)
-    extra = {**plain.unet_extra_config, "num_heads": -1, "num_head_channels": 32}
-    small = type(kind, (plain,), {"unet_extra_config": extra})
-    return model_of(small({**_UNET, **config}))
+def unet(kind: str, extra: Mapping[str, Any] | None = None, **config: Any) -> Any:
+    """A UNet with heads that fit its width."""
+    heads = {"num_heads": -1, "num_head_channels": 32}
+    return model_of_class(kind, {**heads, **(extra or {})}, **{**_UNET, **config})
 
 
 def sd15() -> tuple[Any, Any]:
@@ -58,9 +57,27 @@ def sd15_instructpix2pix() -> tuple[Any, Any]:
 
 
 def sd2() -> tuple[Any, Any]:
-    options = {"clip_h_model_config": texts.CLIP}
-    clip = texts.clip("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "SD2ClipModel", **options)
-    return unet("SD20", context_dim=64, use_linear_in_transformer=True), clip
+    return unet("SD20", context_dim=64, use_linear_in_transformer=True), _clip_h()
+
+
+def sd21_unclip() -> tuple[Any, Any]:
+    """A picture as CLIP sees it beside the time."""
+    config = {"context_dim": 64, "adm_in_channels": 2 * 768, "num_classes": "sequential"}
+    return unet("SD21UnclipL", **config, use_linear_in_transformer=True), _clip_h()
+
+
+def sd_x4_upscaler() -> tuple[Any, Any]:
+    """The small picture beside the latents; its outer blocks see the text twice, not themselves."""
+    model = unet(
+        "SD_X4Upscaler",
+        {"disable_self_attentions": [True, False]},
+        context_dim=64,
+        in_channels=7,
+        transformer_depth=[1, 1],
+        transformer_depth_output=[1, 1, 1, 1],
+        use_linear_in_transformer=True,
+    )
+    return model, _clip_h()
 
 
 def sdxl() -> tuple[Any, Any]:
@@ -74,6 +91,23 @@ def sdxl_narrow() -> tuple[Any, Any]:
 
 def sdxl_inpainting() -> tuple[Any, Any]:
     return unet("SDXL", **_SDXL_NARROW, in_channels=9), _two_clips(texts.CLIP)
+
+
+def sdxl_instructpix2pix() -> tuple[Any, Any]:
+    return unet("SDXL_instructpix2pix", **_SDXL_NARROW, in_channels=8), _two_clips(texts.CLIP)
+
+
+def ssd1b() -> tuple[Any, Any]:
+    """Without attention in the middle."""
+    depths = {"transformer_depth": [0, 2], "transformer_depth_output": [0, 0, 1, 2]}
+    config = {**_SDXL_NARROW, **depths, "transformer_depth_middle": -1}
+    return unet("SSD1B", **config), _two_clips(texts.CLIP)
+
+
+def koala() -> tuple[Any, Any]:
+    """Without a block in the middle."""
+    config = {**_SDXL_NARROW, "transformer_depth_middle": -2}
+    return unet("KOALA_700M", **config), _two_clips(texts.CLIP)
 
 
 def sdxl_refiner() -> tuple[Any, Any]:
@@ -116,6 +150,11 @@ def _clip_l() -> Any:
     return texts.clip("comfy.sd1_clip", "SD1Tokenizer", "SD1ClipModel", **options)
 
 
+def _clip_h() -> Any:
+    options = {"clip_h_model_config": texts.CLIP}
+    return texts.clip("comfy.text_encoders.sd2_clip", "SD2Tokenizer", "SD2ClipModel", **options)
+
+
 def _two_clips(widths: Any) -> Any:
     options = {"clip_l_model_config": widths, "clip_g_model_config": widths}
     return texts.clip("comfy.sdxl_clip", "SDXLTokenizer", "SDXLClipModel", **options)
@@ -125,3 +164,25 @@ def _cascade_clip() -> Any:
     options = {"clip_g_model_config": texts.CLIP}
     name = "StableCascadeTokenizer", "StableCascadeClipModel"
     return texts.clip("comfy.sdxl_clip", *name, **options)
+
+
+UNETS = {
+    "SD 1.5": Reduced(sd15),
+    "SD 1.5 inpainting": Reduced(sd15_inpainting, entries=given.inpainted(4), slow=True),
+    "InstructPix2Pix": Reduced(sd15_instructpix2pix, entries=given.beside(4), slow=True),
+    "SD 2": Reduced(sd2, slow=True),
+    "SD 2.1 unCLIP": Reduced(sd21_unclip, entries=given.unclip(768), slow=True),
+    "SD x4 upscaler": Reduced(
+        sd_x4_upscaler, entries={"concat_image": given.picture(3, 8, 8)}, slow=True
+    ),
+    "SDXL": Reduced(sdxl_narrow),
+    "SDXL inpainting": Reduced(sdxl_inpainting, entries=given.inpainted(4), slow=True),
+    "SDXL InstructPix2Pix": Reduced(sdxl_instructpix2pix, entries=given.beside(4), slow=True),
+    "SDXL refiner": Reduced(sdxl_refiner, slow=True),
+    "SSD-1B": Reduced(ssd1b, slow=True),
+    "KOALA": Reduced(koala, slow=True),
+    "Stable Cascade C": Reduced(cascade_c),
+    "Stable Cascade B": Reduced(
+        cascade_b, side=16, entries=given.prior(), settings={"schedule": "jacobi"}, slow=True
+    ),
+}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import references as given
 from . import texts
 from .parts import model_of_class
-from .pictures import KANDINSKY5
+from .pictures import BYT5, KANDINSKY5
+from .reduced import Reduced
 
 _HUNYUAN = {
     "image_model": "hunyuan_video",
@@ -38,9 +40,14 @@ def hunyuan_video() -> tuple[Any, Any]:
 
 def hunyuan_video_i2v() -> tuple[Any, Any]:
     """The first frame and its mask beside the latents."""
-    return model_of_class(
-        "HunyuanVideoI2V", **{**_HUNYUAN, "in_channels": 33}
-    ), texts.hunyuan_video()
+    model = model_of_class("HunyuanVideoI2V", **{**_HUNYUAN, "in_channels": 33})
+    return model, texts.hunyuan_video()
+
+
+def skyreels_i2v() -> tuple[Any, Any]:
+    """The first frame without a mask."""
+    model = model_of_class("HunyuanVideoSkyreelsI2V", **{**_HUNYUAN, "in_channels": 32})
+    return model, texts.hunyuan_video()
 
 
 def hunyuan_video15() -> tuple[Any, Any]:
@@ -60,42 +67,6 @@ def hunyuan_video15() -> tuple[Any, Any]:
     return model_of_class("HunyuanVideo15", **config), clip
 
 
-def _wan(kind: str, **other: Any) -> tuple[Any, Any]:
-    config = {
-        "image_model": "wan2.1",
-        "model_type": "t2v",
-        "dim": 96,
-        "in_dim": 16,
-        "out_dim": 16,
-        "num_heads": 2,
-        "num_layers": 2,
-        "ffn_dim": 128,
-        "patch_size": (1, 2, 2),
-        "freq_dim": 32,
-        "window_size": (-1, -1),
-        "qk_norm": True,
-        "cross_attn_norm": True,
-        "eps": 1e-6,
-        "text_dim": 64,
-        **other,
-    }
-    return model_of_class(kind, **config), texts.umt5()
-
-
-def wan() -> tuple[Any, Any]:
-    """Also either of the two experts of Wan 2.2 14B."""
-    return _wan("WAN21_T2V")
-
-
-def wan_i2v() -> tuple[Any, Any]:
-    """The first frame beside the latents, and as CLIP sees it beside the text."""
-    return _wan("WAN21_I2V", model_type="i2v", in_dim=36)
-
-
-def wan22_5b() -> tuple[Any, Any]:
-    return _wan("WAN22_T2V", in_dim=48, out_dim=48)
-
-
 def ltxv() -> tuple[Any, Any]:
     model = model_of_class(
         "LTXV",
@@ -112,6 +83,26 @@ def ltxv() -> tuple[Any, Any]:
         vae_scale_factors=(8, 32, 32),
     )
     return model, texts.t5xxl("lt", "LTXVT5Tokenizer", "ltxv_te")
+
+
+def cogvideox(**other: Any) -> tuple[Any, Any]:
+    kind = "CogVideoX_I2V" if other else "CogVideoX_T2V"
+    model = model_of_class(
+        kind,
+        image_model="cogvideox",
+        num_attention_heads=1,
+        time_embed_dim=64,
+        text_embed_dim=64,
+        num_layers=2,
+        use_rotary_positional_embeddings=True,
+        **other,
+    )
+    return model, texts.t5xxl("cogvideo", "CogVideoXTokenizer", "cogvideo_te")
+
+
+def cogvideox_i2v() -> tuple[Any, Any]:
+    """The first frame beside the latents, and how far it is from the rest."""
+    return cogvideox(in_channels=32, ofs_embed_dim=64)
 
 
 def mochi() -> tuple[Any, Any]:
@@ -148,3 +139,40 @@ def mochi() -> tuple[Any, Any]:
 def kandinsky5_video() -> tuple[Any, Any]:
     model = model_of_class("Kandinsky5", **KANDINSKY5, visual_embed_dim=132)
     return model, texts.qwen25("kandinsky5", "Kandinsky5Tokenizer")
+
+
+VIDEOS = {
+    "HunyuanVideo": Reduced(hunyuan_video, video=True),
+    "HunyuanVideo I2V": Reduced(
+        hunyuan_video_i2v, video=True, entries=given.first_frame(16, 3), slow=True
+    ),
+    "SkyReels I2V": Reduced(
+        skyreels_i2v,
+        video=True,
+        entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
+        slow=True,
+    ),
+    "HunyuanVideo 1.5": Reduced(
+        hunyuan_video15,
+        video=True,
+        apart=("byt5_in.", "vision_in."),
+        left_out=f"{BYT5['left_out']}; vision_in: only a first frame reaches it",
+        slow=True,
+    ),
+    "HunyuanVideo 1.5 I2V": Reduced(
+        hunyuan_video15,
+        video=True,
+        entries={**given.first_frame(32, 3), **given.seen(64)},
+        **BYT5,
+    ),
+    "LTX-Video": Reduced(ltxv, video=True),
+    "Mochi": Reduced(mochi, video=True),
+    "CogVideoX": Reduced(cogvideox, video=True),
+    "CogVideoX I2V": Reduced(
+        cogvideox_i2v,
+        video=True,
+        entries={"concat_latent_image": given.picture(16, 3, 8, 8)},
+        slow=True,
+    ),
+    "Kandinsky 5 video": Reduced(kandinsky5_video, video=True, slow=True),
+}

@@ -1,0 +1,164 @@
+"""Wan 2.1 and 2.2, and what others have made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import references as given
+from . import texts
+from .parts import model_of_class
+from .reduced import Reduced
+
+
+def _wan(kind: str, model_type: str = "t2v", **other: Any) -> tuple[Any, Any]:
+    config = {
+        "image_model": "wan2.1",
+        "model_type": model_type,
+        "dim": 96,
+        "in_dim": 16,
+        "out_dim": 16,
+        "num_heads": 2,
+        "num_layers": 2,
+        "ffn_dim": 128,
+        "patch_size": (1, 2, 2),
+        "freq_dim": 32,
+        "window_size": (-1, -1),
+        "qk_norm": True,
+        "cross_attn_norm": True,
+        "eps": 1e-6,
+        "text_dim": 64,
+        **other,
+    }
+    return model_of_class(kind, **config), texts.umt5()
+
+
+def wan() -> tuple[Any, Any]:
+    """Also either of the two experts of Wan 2.2 14B."""
+    return _wan("WAN21_T2V")
+
+
+def wan_i2v() -> tuple[Any, Any]:
+    """The first frame beside the latents, and as CLIP sees it beside the text."""
+    return _wan("WAN21_I2V", "i2v", in_dim=36)
+
+
+def wan22_5b() -> tuple[Any, Any]:
+    return _wan("WAN22_T2V", in_dim=48, out_dim=48)
+
+
+def wan_fun_control() -> tuple[Any, Any]:
+    """A control video and a first frame beside the latents."""
+    return _wan("WAN21_FunControl2V", "i2v", in_dim=48)
+
+
+def wan_camera() -> tuple[Any, Any]:
+    """The camera's rays, pixel by pixel."""
+    return _wan("WAN21_Camera", "camera", in_dim=32)
+
+
+def wan22_camera() -> tuple[Any, Any]:
+    return _wan("WAN22_Camera", "camera_2.2", in_dim=36)
+
+
+def wan_vace() -> tuple[Any, Any]:
+    """Blocks of their own for a control video and its mask."""
+    return _wan("WAN21_Vace", "vace", vace_layers=2, vace_in_dim=96)
+
+
+def wan_humo() -> tuple[Any, Any]:
+    """Sound, sixteen tokens a frame."""
+    return _wan("WAN21_HuMo", "humo")
+
+
+def wan22_s2v() -> tuple[Any, Any]:
+    """Sound, a pose video and a reference picture."""
+    return _wan("WAN22_S2V", "s2v", audio_dim=32, audio_inject_layers=[0, 1])
+
+
+def wan22_animate() -> tuple[Any, Any]:
+    """A pose video, and a first frame as CLIP sees it. Its face blocks follow every fifth block."""
+    return _wan("WAN22_Animate", "animate", in_dim=36, num_layers=5)
+
+
+def wan_scail() -> tuple[Any, Any]:
+    """A pose video of half the size and a reference picture, as frames of the video."""
+    return _wan("WAN21_SCAIL", "scail", in_dim=20)
+
+
+def wan_causal() -> tuple[Any, Any]:
+    return _wan("WAN21_CausalAR_T2V", causal_ar=True)
+
+
+_FRAMES = 3
+_RAYS = {"camera_conditions": given.picture(24, _FRAMES, 64, 64)}
+_POSE = {"pose_video_latent": given.picture(16, _FRAMES - 1, 8, 8)}
+_FROM_A_PICTURE = {**given.first_frame(16, _FRAMES), **given.seen(1280)}
+
+WAN = {
+    "Wan 2.1 T2V": Reduced(wan, video=True),
+    "Wan 2.1 I2V": Reduced(wan_i2v, video=True, entries=_FROM_A_PICTURE),
+    "Wan 2.2 14B": Reduced(wan, video=True, experts=True),
+    "Wan 2.2 5B": Reduced(wan22_5b, video=True, slow=True),
+    "Wan 2.1 Fun Control": Reduced(
+        wan_fun_control,
+        video=True,
+        entries={
+            "concat_latent_image": given.picture(32, _FRAMES, 8, 8),
+            **given.seen(1280),
+        },
+        slow=True,
+    ),
+    "Wan 2.1 Camera": Reduced(
+        wan_camera,
+        video=True,
+        entries={
+            "concat_latent_image": given.picture(16, _FRAMES, 8, 8),
+            **given.seen(1280),
+            **_RAYS,
+        },
+        slow=True,
+    ),
+    "Wan 2.2 Camera": Reduced(
+        wan22_camera, video=True, entries={**given.first_frame(16, _FRAMES), **_RAYS}, slow=True
+    ),
+    "Wan 2.1 VACE": Reduced(wan_vace, video=True, entries=given.controlled(_FRAMES)),
+    "Wan 2.1 HuMo": Reduced(
+        wan_humo,
+        video=True,
+        entries={"audio_embed": given.picture(_FRAMES, 8, 5, 1280)},
+        apart=("audio_proj.",),
+        left_out="audio_proj: each frame is a row of its own there",
+        slow=True,
+    ),
+    "Wan 2.2 S2V": Reduced(
+        wan22_s2v,
+        video=True,
+        entries={
+            "audio_embed": given.picture(25, 32, 4 * _FRAMES),
+            "reference_latents": [given.picture(16, 1, 8, 8)],
+            "control_video": given.picture(16, _FRAMES, 8, 8),
+        },
+        apart=("audio_injector.", "time_embedding."),
+        left_out="audio_injector and time_embedding: each frame is a row of its own there",
+        slow=True,
+    ),
+    "Wan 2.2 Animate": Reduced(
+        wan22_animate,
+        video=True,
+        entries={**_FROM_A_PICTURE, **_POSE},
+        apart=("face_adapter.", "face_encoder."),
+        left_out="face_adapter and face_encoder: only a video of a face reaches them",
+        slow=True,
+    ),
+    "Wan 2.1 SCAIL": Reduced(
+        wan_scail,
+        video=True,
+        entries={
+            "pose_video_latent": given.picture(16, _FRAMES, 4, 4),
+            "reference_latents": [given.picture(16, 1, 8, 8)],
+            **given.seen(1280),
+        },
+        slow=True,
+    ),
+    "Wan 2.1 causal": Reduced(wan_causal, video=True, slow=True),
+}
