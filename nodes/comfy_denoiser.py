@@ -23,7 +23,7 @@ from .comfy_internals import comfy, memory, optional
 from .comfy_runtime import free_beside
 from .comfy_sampling import SEED, run_uncompiled
 from .comfy_sizes import latent_shape, token_sides
-from .comfy_state import in_full_precision
+from .comfy_state import forget, in_full_precision
 from .comfy_text import Conditioning
 
 _ONE = "positive"
@@ -58,6 +58,7 @@ class Denoiser:
 
     def close(self) -> None:
         self._collecting.close()
+        forget(self.model.model.diffusion_model)
         if self._options is not None:
             comfy.sampler_helpers.cleanup_models(self._conds, self._others)
             self.model.cleanup()
@@ -167,6 +168,7 @@ class Denoiser:
         one :func:`.comfy_conds.kind`."""
         device = self.model.load_device
         latents, sigmas = latents.to(device), sigmas.to(device)
+        forget(self.model.model.diffusion_model)
         return comfy.samplers.calc_cond_batch(
             self.model.model, [[joined(inputs)]], latents, sigmas, self._options
         )[0]

@@ -297,7 +297,7 @@ class ComfyHost:
             noisy.owners,
             run,
             spatial=True,
-            picture=noisy.latents.shape[2:],
+            picture=noisy.latents.shape[2:] if noisy.latents.ndim > 3 else None,
             patches=denoiser.patches,
             batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],

@@ -20,6 +20,7 @@ from ..iteris_core.passes.batches import chunks
 from .comfy_conds import Inputs, joined, kind
 from .comfy_internals import comfy, compiling, extension, memory
 from .comfy_preview import Show, preview_callback
+from .comfy_state import forget
 from .comfy_text import Conditioning
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ class RowsGuider(comfy.samplers.CFGGuider):
         outputs: list[Any] = []
 
         def run() -> None:
+            forget(self.model_patcher.model.diffusion_model)
             outputs.append(executor(x, *args, **given))
 
         self._lockstep.run(MicroBatch(run, self._owners * copies, 1))

@@ -28,13 +28,21 @@ _SCALES = {
 ComfyUI say it themselves, as ``spacial_downscale_ratio``."""
 _FRAMES = {"Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
 """Frames that a frame of latents stands for, where it is not 4 (``temporal_downscale_ratio``)."""
+_BANDS = {"ACEAudio": 16}
+"""The height of the latents of sounds that have one."""
+_LENGTH = 256
+"""The latents of a sound: about ten seconds."""
 _PICTURES = re.compile("Image|T2I|Anima$|Krea")
 """Classes of models that make pictures in a video's latents."""
 
 
 def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
-    """(1, channels, [frames,] height, width) of an empty latent of this MODEL."""
+    """(1, channels, [frames,] height, width) of an empty latent of this MODEL; (1, channels,
+    [height,] length) of a sound's."""
     side = calibration.latent_size
+    latent_format = model.get_model_object("latent_format")
+    if latent_format.latent_dimensions == 1 or _bands(model):
+        return (1, latent_format.latent_channels, *_bands(model), side or _LENGTH)
     if side is None:
         sides = token_sides(model)
         # What a UNet halves at every level has to stay whole.
@@ -69,6 +77,15 @@ def scale(model: Any) -> int:
     return _declared(model, "spacial_downscale_ratio", _SCALES, 8)
 
 
+def _bands(model: Any) -> tuple[int, ...]:
+    return tuple(_BANDS[kind] for kind in _formats(model) if kind in _BANDS)
+
+
+def _formats(model: Any) -> list[str]:
+    """The names of the class of its latents, and of what that is made of."""
+    return [kind.__name__ for kind in type(model.get_model_object("latent_format")).__mro__]
+
+
 def _frames(model: Any) -> int:
     return _declared(model, "temporal_downscale_ratio", _FRAMES, 4)
 
@@ -77,5 +94,4 @@ def _declared(model: Any, name: str, table: dict[str, int], usual: int) -> int:
     latent_format = model.get_model_object("latent_format")
     if hasattr(latent_format, name):
         return int(getattr(latent_format, name))
-    kinds = [kind.__name__ for kind in type(latent_format).__mro__]
-    return next((table[kind] for kind in kinds if kind in table), usual)
+    return next((table[kind] for kind in _formats(model) if kind in table), usual)

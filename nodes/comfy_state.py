@@ -67,6 +67,14 @@ def switched(path: str, value: Any) -> Generator[None]:
         set_optional(path, before)
 
 
+def forget(network: nn.Module) -> None:
+    """Empty what ``network`` keeps of one forward for the next: some keep the keys and values of a
+    text, by its tokens alone, whatever LoRA they were made with."""
+    clear = getattr(network, "clear_kv_cache", None)
+    if clear is not None:
+        clear()
+
+
 @contextmanager
 def in_full_precision(network: nn.Module) -> Generator[None]:
     """Within it layers with quantised weights take their input as it is. On some cards they

@@ -46,7 +46,7 @@ class TextEncoders:
             for name, module in clip.cond_stage_model.named_modules()
             if isinstance(module, comfy.sd1_clip.SDClipModel)
         }
-        if not self._encoders:
+        if not self._encoders and any(True for _ in clip.cond_stage_model.parameters()):
             raise IterisError(
                 f"A CLIP of the kind {type(clip.cond_stage_model).__name__} is not supported: it "
                 "has no text encoder that works on tokens."
@@ -76,7 +76,7 @@ class TextEncoders:
         tokenized = map(plain, prompts) if owners is None else self.tokenize(owners, prompts)
         for tokens in tokenized:
             name, sections = next(iter(tokens.items()))
-            end = self._encoder_of(name).special_tokens.get("end")
+            end = self._end_of(name)
             texts = [[t if isinstance(t, int) else -1 for t, *_ in some] for some in sections]
             counts.append(sum(some.index(end) + 1 if end in some else len(some) for some in texts))
         return counts
@@ -166,11 +166,11 @@ class TextEncoders:
         finally:
             self.close()
 
-    def _encoder_of(self, name: str) -> Any:
-        for known in (f"clip_{name}", name):
-            if known in self._encoders:
-                return self._encoders[known]
-        return next(iter(self._encoders.values()))
+    def _end_of(self, name: str) -> int | None:
+        """The token that ends a text; none where the denoiser reads the tokens itself."""
+        known = [self._encoders.get(key) for key in (f"clip_{name}", name)]
+        encoder = next((e for e in (*known, *self._encoders.values()) if e is not None), None)
+        return None if encoder is None else encoder.special_tokens.get("end")
 
 
 class TextBatch:

@@ -18,9 +18,9 @@ HEAD = """\
 
 Each line is a test on real classes at reduced widths with random weights, in float32; *version* is
 that of the application in which it ran. Its prompts are of unlike lengths; the empty one and one of
-more than 77 tokens are among them. Nothing else is promised. The tests write the figures into `benchmarks/results/architectures.json`
-(`WRITE_RESULTS=1`), and this page is made from it: `python tests/architecture_page.py >
-docs/architectures.md`.
+more than 77 tokens are among them. Nothing else is promised. The tests write the figures into
+`benchmarks/results/architectures.json` (`WRITE_RESULTS=1`), and this page is made from it: `python
+tests/architecture_page.py > docs/architectures.md`.
 
 - **alone**: the merge of one LoRA against that LoRA in the application's own loader, as a share of
   what the LoRA changes in the picture. A test fails above 1e-3.

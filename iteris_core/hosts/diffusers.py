@@ -299,7 +299,8 @@ class DiffusersHost:
     def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Any:
         """The denoiser's output, rows first."""
         call = joined(calls, arguments.batched, arguments.lists, self.device)
-        output = self._loop.denoisers[name](**arguments_of({**call, "return_dict": False}))[0]
+        output = self._loop.denoisers[name](**arguments_of({**call, "return_dict": False}))
+        output = output if isinstance(output, Tensor) else output[0]
         return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:

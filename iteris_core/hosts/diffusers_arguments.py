@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,12 +142,19 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
 
 def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
     """Calls of one row and of two, and whether the two may be of two prompts: with a picture to
-    edit some pipelines take one alone."""
+    edit some pipelines take one alone, and some want a picture for each."""
     one = loop.first_call([_SHORT], size)
     try:
         return one, loop.first_call([_SHORT] * 2, size, seed=1), True
-    except Exception:
-        return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
+    except Exception as error:
+        failed = error
+    if loop.draws_several:
+        with suppress(Exception):
+            return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
+    if loop.one_each or not loop.can_give_each:
+        raise failed
+    loop.one_each = True
+    return _one_and_two(loop, size)
 
 
 def _steps(

@@ -15,7 +15,8 @@ from ..architectures.record import Architecture
 from ..lora_files.experts import second_of
 from .recorded import Call, Recorders, See
 
-
+_EACH = ("image", "lyrics")
+_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
 _PLAIN = {
     "use_kv_cache": False,
     **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
@@ -31,7 +32,7 @@ class Enough(Exception):
 class PipelineLoop:
     """``call`` are arguments of the pipeline beside the prompt, such as an image. ``names`` are all
     that it takes, ``denoisers`` those that it calls. ``unguided`` is the scale at which it does
-    without guidance."""
+    without guidance; with ``one_each`` it is given its picture once for each prompt."""
 
     def __init__(self, pipeline: Any, kind: Architecture, call: Mapping[str, Any]) -> None:
         self.pipeline, self._call = pipeline, call
@@ -47,6 +48,23 @@ class PipelineLoop:
         self._scheduler: tuple[Any, Any] | None = None
         self._open = 0
         self.unguided = 1.0
+        self.one_each = False
+
+    @property
+    def can_give_each(self) -> bool:
+        """True if it takes what :attr:`one_each` gives."""
+        return bool(self._each)
+
+    @property
+    def _each(self) -> dict[str, Any]:
+        """The arguments that some pipelines want a list of, with one for each prompt."""
+        values = {n: self._call.get(n, self.names[n].default) for n in _EACH if n in self.names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def draws_several(self) -> bool:
+        """True if it draws several pictures of a prompt."""
+        return any(name in self.names for name in _SEVERAL)
 
     @property
     def _distilled(self) -> bool:
@@ -85,15 +103,20 @@ class PipelineLoop:
             "num_inference_steps": steps,
             "generator": list(generators),
             "output_type": "latent",
-            **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt"), pictures),
+            **dict.fromkeys(_SEVERAL, pictures),
             **_PLAIN,
             **size,
-            **self._call,
+            **self._given(len(prompts)),
             **self._guidance(guidance, len(prompts)),
         }
         known = {name: value for name, value in arguments.items() if name in self.names}
         with self._ready(), self._recorders.open(see), suppress(Enough):
             self._function(self.pipeline, **known)
+
+    def _given(self, count: int) -> dict[str, Any]:
+        """The arguments beside ``count`` prompts."""
+        each = self._each if self.one_each else {}
+        return {**self._call, **{name: [value] * count for name, value in each.items()}}
 
     def _guidance(self, scale: float, count: int) -> dict[str, Any]:
         name = self._scale_name

@@ -19,7 +19,7 @@ LONG = "a photo of a sks cat with a red hat on a wooden table beside an open win
 """Over 77 tokens of every tokenizer."""
 QUOTED = 'a sks cat with a sign that says "cat"'
 PROMPTS = ("", "a sks cat", "a sks dog", "a sks hat", QUOTED, LONG)
-UNREACHED = (".visual.", ".lm_head")
+UNREACHED = (".visual.", ".vision_model.", ".multi_modal_projector.", ".lm_head")
 """Layers of a text encoder that only pictures reach, or that make words of its states."""
 
 
@@ -127,6 +127,8 @@ class Trial:
     def draw(self, model: Any, clip: Any) -> Tensor:
         import comfy.samplers
 
+        # Keys and values that ComfyUI keeps by the text alone would be those of another LoRA.
+        getattr(model.model.diffusion_model, "clear_kv_cache", lambda: None)()
         with torch.inference_mode():
             noise, empty = self.latents()
             sampler = comfy.samplers.KSampler(
@@ -146,7 +148,8 @@ class Trial:
         """Noise, and what is empty."""
         import comfy.sample
 
-        empty = torch.zeros(1, 4, self.reduced.side, self.reduced.side)
+        side = self.reduced.side
+        empty = torch.zeros(self.reduced.shape or (1, 4, side, side))
         empty = comfy.sample.fix_empty_latent_channels(self.model, empty)
         if self.reduced.video:
             empty = empty.repeat_interleave(3, dim=2)

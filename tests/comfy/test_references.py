@@ -256,6 +256,9 @@ SIZES = {
     "LTX-Video": (1, 128, 2, 32, 32),
     "Mochi": (1, 12, 2, 64, 64),
     "Kandinsky 5 video": (1, 16, 3, 64, 64),
+    "Wan 2.2 Animate": (1, 16, 3, 64, 64),
+    "Stable Audio": (1, 64, 256),
+    "ACE-Step": (1, 8, 16, 256),
 }
 
 

@@ -72,6 +72,7 @@ def sdxl_inpainting() -> Reduced:
 def sdxl_instruct_pix2pix() -> Reduced:
     parts = make_sdxl().components
     parts["unet"] = widened(parts["unet"], in_channels=8, out_channels=4)
+    del parts["image_encoder"], parts["feature_extractor"]
     pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(**{**parts, "vae": autoencoder()})
     return Reduced(pipeline, {**SIDE, "image": picture()})
 

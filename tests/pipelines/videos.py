@@ -119,7 +119,8 @@ def ltx2() -> Reduced:
     transformer = diffusers.LTX2VideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
         cross_attention_dim=32, audio_num_attention_heads=2, audio_attention_head_dim=8,
-        audio_cross_attention_dim=16, num_layers=2, caption_channels=32,
+        audio_cross_attention_dim=16, audio_in_channels=32, audio_out_channels=32, num_layers=2,
+        caption_channels=32,
     )  # fmt: skip
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
     sizes |= {"num_learnable_registers": 8}
@@ -131,8 +132,11 @@ def ltx2() -> Reduced:
         latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4,
     )  # fmt: skip
+    ear = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=32, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2
+    )
     pipeline = diffusers.LTX2Pipeline(
-        scheduler=flow(), vae=eye, audio_vae=None, text_encoder=texts.gemma3(),
+        scheduler=flow(), vae=eye, audio_vae=ear, text_encoder=texts.gemma3(),
         tokenizer=texts.gemma_words(), connectors=connectors, transformer=transformer,
         vocoder=None,
     )  # fmt: skip
@@ -201,7 +205,7 @@ def kandinsky5_video() -> Reduced:
         tokenizer=texts.qwen_processor(), text_encoder_2=texts.clip(),
         tokenizer_2=texts.clip_words(), scheduler=flow(),
     )  # fmt: skip
-    return Reduced(pipeline, {**SIDE, **TEXT})
+    return Reduced(pipeline, {**SIDE, "max_sequence_length": 512})  # its template is long
 
 
 VIDEOS = {

@@ -14,6 +14,7 @@ from .later import LATER
 from .parts import RANK, write_lora
 from .pictures import PICTURES, qwen, zimage
 from .reduced import Reduced
+from .sounds import SOUNDS
 from .unets import UNETS, sdxl
 from .videos import VIDEOS
 from .wan import WAN, wan
@@ -30,4 +31,4 @@ __all__ = [
     "zimage",
 ]
 
-ARCHITECTURES = UNETS | DITS | FLUX | PICTURES | LATER | COSMOS | VIDEOS | WAN
+ARCHITECTURES = UNETS | DITS | FLUX | PICTURES | LATER | COSMOS | VIDEOS | WAN | SOUNDS

@@ -136,6 +136,20 @@ def joy_image() -> tuple[Any, Any]:
     return model, _qwen3_vl("joyimage", "JoyImageTokenizer", "qwen3vl_8b")
 
 
+def hidream_o1() -> tuple[Any, Any]:
+    """Pixels, and a text that the denoiser reads as tokens; it keeps keys and values of them."""
+    language_model = {**texts.LANGUAGE_MODEL, "num_hidden_layers": 2, "num_key_value_heads": 1}
+    eyes = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "depth": 1}
+    model = model_of_class(
+        "HiDreamO1",
+        image_model="hidream_o1",
+        text_config_overrides={**language_model, "head_dim": 32, "rope_dims": [6, 5, 5]},
+        vision_config_overrides=eyes,
+    )
+    text = import_module("comfy.text_encoders.hidream_o1")
+    return model, clip_of(text.HiDreamO1Tokenizer, text.HiDreamO1TE, {})
+
+
 LATER = {
     "ERNIE-Image": Reduced(ernie_image),
     "Krea 2": Reduced(
@@ -144,6 +158,7 @@ LATER = {
         left_out="txtfusion.layerwise_blocks: each layer of the text is a row of its own there",
     ),
     "Ideogram 4": Reduced(ideogram4),
+    "HiDream O1": Reduced(hidream_o1, side=64, left_out="visual: only reference pictures reach it"),
     "Boogu-Image": Reduced(boogu, entries=given.edited(16, 6, 6)),
     "Mage-Flow": Reduced(mage_flow, entries=given.edited(128, 6, 6)),
     "JoyImage": Reduced(joy_image, entries=given.edited(16, 1, 6, 6)),

@@ -15,25 +15,26 @@ from torch import Tensor, nn
 RANK = 4
 
 
-def model_of(config: Any) -> Any:
-    """The MODEL of a configuration of ``comfy.supported_models``, as its loader makes it."""
+def model_of(config: Any, weights: Mapping[str, Tensor]) -> Any:
+    """The MODEL of a configuration of ``comfy.supported_models``, as its loader makes it;
+    ``weights`` are those of a checkpoint that are not the network's."""
     import comfy.model_management as memory
     import comfy.model_patcher
 
     config.set_inference_dtype(torch.float32, None)
     with torch.inference_mode():
-        model = made(config)
+        model = made(config, weights)
         fill(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(
         model, memory.get_torch_device(), memory.unet_offload_device()
     )
 
 
-def made(config: Any) -> Any:
+def made(config: Any, weights: Mapping[str, Tensor]) -> Any:
     """The model, without what an older ComfyUI does not know of its configuration."""
     while True:
         try:
-            return config.get_model({}, "")
+            return config.get_model(dict(weights), "")
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[1] not in config.unet_config:
@@ -41,16 +42,21 @@ def made(config: Any) -> Any:
             del config.unet_config[unknown[1]]
 
 
-def model_of_class(kind: str, extra: Mapping[str, Any] | None = None, **config: Any) -> Any:
+def model_of_class(
+    kind: str,
+    extra: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    **config: Any,
+) -> Any:
     """The MODEL of a class of ``comfy.supported_models``; ``extra`` are other values of what the
-    class adds to a configuration."""
+    class adds to a configuration, ``weights`` as for :func:`model_of`."""
     import comfy.supported_models
 
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this ComfyUI has no {kind}")
     plain = getattr(comfy.supported_models, kind)
     values = {**plain.unet_extra_config, **(extra or {})}
-    return model_of(type(kind, (plain,), {"unet_extra_config": values})(config))
+    return model_of(type(kind, (plain,), {"unet_extra_config": values})(config), weights or {})
 
 
 def clip_of(

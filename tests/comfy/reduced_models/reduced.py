@@ -12,13 +12,15 @@ FLATTENED = "its forward joins the rows of a batch to one"
 
 @dataclass(frozen=True)
 class Reduced:
-    """``side`` is that of its latents; ``entries`` are what it is given beside a text, ``settings``
+    """``side`` is that of its latents, or the length of a sound's, whose ``shape`` is given;
+    ``entries`` are what it is given beside a text, ``settings``
     those of its merges. One with ``experts`` is a pair of models, for high and for low noise.
     ``apart`` are parts of the names of layers that cannot be merged, and ``left_out`` says why.
     Those that ``slow`` marks have a near relative that is not."""
 
     make: Callable[[], tuple[Any, Any]]
     side: int = 8
+    shape: tuple[int, ...] = ()
     video: bool = False
     experts: bool = False
     entries: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -84,7 +84,7 @@ def umt5() -> Any:
     import comfy.text_encoders.wan as text
 
     options = {"umt5xxl_model_config": {**T5, "vocab_size": 32128}}
-    data = {"spiece_model": _pile()}
+    data = {"spiece_model": pile()}
     return clip_of(text.WanT5Tokenizer, text.te(torch.float32), options, data)
 
 
@@ -96,7 +96,7 @@ def hydit() -> Any:
         "hydit_clip_model_config": _BERT,
         "mt5xl_model_config": {**T5, "vocab_size": 32128},
     }
-    data = {"mt5xl.spiece_model": _pile()}
+    data = {"mt5xl.spiece_model": pile()}
     return clip_of(text.HyditTokenizer, text.HyditModel, options, data)
 
 
@@ -104,7 +104,7 @@ def gemma() -> Any:
     import comfy.text_encoders.lumina2 as text
 
     options = {"gemma2_2b_model_config": {**LANGUAGE_MODEL, "vocab_size": 32128}}
-    data = {"spiece_model": _pile()}
+    data = {"spiece_model": pile()}
     return clip_of(text.LuminaTokenizer, text.te(torch.float32), options, data)
 
 
@@ -172,7 +172,8 @@ def hidream() -> Any:
         return clip_of(text.HiDreamTokenizer, encoder, options)
 
 
-def _pile() -> Tensor:
+def pile() -> Tensor:
+    """Pile-T5's SentencePiece model."""
     import comfy.text_encoders
 
     folder = Path(next(iter(comfy.text_encoders.__path__)))
