@@ -22,7 +22,7 @@ _PLAIN = {
     **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
     **dict.fromkeys(("modality_scale", "audio_modality_scale", "audio_guidance_scale"), 1.0),
 }
-"""Arguments with which a denoiser is called once a step, on all tokens."""
+"""The arguments with which every pipeline calls its denoiser once a step, on all tokens."""
 
 
 class Enough(Exception):
