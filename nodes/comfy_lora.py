@@ -199,7 +199,9 @@ def _site_names(model: Any, clip: Any, keys: set[str]) -> dict[str, str]:
             encoder, _, rest = key.partition(".")
             number = order.index(encoder) + 1
             component = "text_encoder" if number == 1 else f"text_encoder_{number}"
-            name = f"{component}.{rest.removeprefix('transformer.')}"
+            # A layer beside the encoders, such as LTX-2's projection, keeps its name.
+            rest = rest.removeprefix("transformer.") if "." in rest else key
+            name = f"{component}.{rest}"
         names[key] = name.removesuffix(".weight")
     return names
 
