@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from markdown_tables import lines, load, short
 
@@ -54,4 +55,43 @@ def bake() -> list[str]:
     return lines(("", "error"), rows, 1)
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"resize": resize, "extract": extract, "bake": bake}
+_SHARED = "iteris:rank=8:share_ranks=true"
+_FIXED = {
+    "single": "each LoRA alone",
+    "base": "the base",
+    _SHARED: "**IterIS**, `share_ranks=true`",
+    f"{_SHARED}:block_steps=120:block_pairs=0": "the same with `block_steps=120`",
+    "iteris:rank=8": "IterIS, rank 8 in every layer, repairs too",
+    "iteris:rank=8:repair=false": "IterIS, rank 8 in every layer, no repairs",
+}
+
+
+def fixed_rank() -> list[str]:
+    """Of every method the size of its file, and on new words what it keeps and its likeness."""
+    found = load("fixed_rank.json")
+    rows: list[list[str]] = []
+    methods = found["sizes"]["10"]["rows"]
+    for label, kinds in sorted(methods.items(), key=lambda row: -_kept(row[1])):
+        of, size = kinds["new words"], found["bytes"].get(label)
+        name, _, settings = label.partition(":rank=8:")
+        figures = [of[key]["mean"] for key in ("likeness kept", "judge kept", "likeness")]
+        rows.append(
+            [
+                _FIXED.get(label, f"{name}, {settings.replace('=', ' ')}"),
+                f"{size / 1e6:.2f}" if size else "",
+                *(short(f"{figure:.3f}") for figure in figures),
+            ]
+        )
+    return lines(("", "MB", "likeness kept", "judge kept", "likeness"), rows, 4)
+
+
+def _kept(kinds: Mapping[str, Any]) -> float:
+    return kinds["new words"]["likeness kept"]["mean"]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "resize": resize,
+    "extract": extract,
+    "bake": bake,
+    "fixed rank": fixed_rank,
+}

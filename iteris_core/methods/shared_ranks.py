@@ -1,9 +1,10 @@
 """Ranks of a merge shared out over its layers: by what a sweep without a cut gives each.
 
-A layer's change there has components of the energies e_k at its output, in order. What is worth a
-place in the file is decided as for one LoRA (:mod:`..solve.ranks`): by e_k / √(E·Y). E is what the
-change gives of the layer's targets, Σ λ_i ‖X̃_i ΔWᵀ‖², and Y the layer's whole outputs under the
-LoRAs, Σ λ_i ‖(W0 + ΔW_i) X_i‖².
+A layer counts as for one LoRA (:mod:`..solve.ranks`), by √(E / Y). E is what the change gives of
+the layer's targets, Σ λ_i ‖X̃_i ΔWᵀ‖², and Y the layer's whole outputs under the LoRAs,
+Σ λ_i ‖(W0 + ΔW_i) X_i‖². A merge of many has many components of about one energy. With the share s
+of E that is not yet held, a component is worth what it takes off s²: the first ones of every layer
+come before the last ones of any.
 """
 
 from __future__ import annotations
@@ -85,4 +86,5 @@ def _components(reduction: Reduction, solution: Solution) -> Components:
     shares = solution.change.up.double().norm(dim=0) ** 4
     shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
     total = math.sqrt(given / whole)
-    return Components(solution.change, shares * total, total)
+    lost = torch.cat([shares.new_ones(1), 1 - shares.cumsum(0)])
+    return Components(solution.change, total * (lost[:-1].square() - lost[1:].square()), total)

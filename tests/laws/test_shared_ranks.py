@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from oracle import (
@@ -48,8 +50,10 @@ def wanted_ranks(rank):
             (x[site] @ (w0 + d[site]).mT + bias).square().sum() / len(x[site])
             for x, d in zip(references, deltas, strict=True)
         )
-        worths = energies / (energies.sum() * outputs).sqrt()
-        every += [(float(w) / numbers(site), k, site) for k, w in enumerate(worths) if k < 8]
+        lost = [1.0, *(1 - energies.cumsum(0) / energies.sum()).tolist()]
+        total = float((energies.sum() / outputs).sqrt())
+        worths = [total * (a**2 - b**2) for a, b in itertools.pairwise(lost)]
+        every += [(worth / numbers(site), k, site) for k, worth in enumerate(worths) if k < 8]
     ranks = dict.fromkeys(SITES, 1)
     left = sum(min(rank, 8) * numbers(site) for site in SITES) - sum(map(numbers, SITES))
     closed = set()

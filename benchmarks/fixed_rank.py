@@ -1,0 +1,77 @@
+"""Ten concepts in a LoRA as large as one of them: ``python benchmarks/fixed_rank.py``.
+
+The ten LoRAs of rank 8 that nothing was chosen on are merged at rank 8, and drawn on new words, as
+``unseen.py`` does it. Rivals have the settings that their authors give, but for ``scale``: theirs
+is the best of three on the very pictures that are reported. Writes ``results/fixed_rank.json``;
+what is measured is kept line by line beside it, so that a run that was stopped goes on
+(``--seconds``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from outputs import result_file, write
+from protocol.plan import Plan, Unit, Variant
+from protocol.runs import Runs
+from protocol.settings import Chosen
+from unseen import results, rounded, tables
+from worlds import reported
+
+RANK, SIZE = 8, 10
+KIND = "new words"
+SCALES: Mapping[str, Sequence[float]] = {
+    "compress-then-merge": (0.75, 0.4, 0.2),
+    "pico": (1.0, 0.6, 0.3),
+    "tsv-m": (0.5, 0.3, 0.8),
+    "iso-c": (0.5, 0.3, 0.15),
+    "core-space": (1.0, 1.5, 0.6),
+    "task-arithmetic": (0.4, 0.2, 0.1),
+}
+OURS = f"iteris:rank={RANK}:share_ranks=true"
+POLISHED = f"{OURS}:block_steps=120:block_pairs=0"
+EACH = f"iteris:rank={RANK}"
+OWN_LAYERS = f"{EACH}:repair=false"
+NOT_SEARCHED = Chosen(result_file("no_settings.json", whole=False), {})
+
+
+def labels() -> list[str]:
+    """What is merged, the most wanted first."""
+    turns = [[f"{m}:rank={RANK}:scale={of[turn]}" for m, of in SCALES.items()] for turn in range(3)]
+    return [OURS, *turns[0], POLISHED, *turns[1], *turns[2], EACH, OWN_LAYERS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after")
+    until = time.monotonic() + parser.parse_args().seconds
+    world = reported()
+    world.kinds = (KIND,)
+    alone = Runs(world, result_file("unseen_reported_alone.jsonl"))
+    merged = Runs(world, result_file("fixed_rank_runs.jsonl"))
+    every = [Variant.parsed(label) for label in labels()]
+    whole = Plan(world, every, [SIZE], 1, NOT_SEARCHED)
+    alone.run(whole.references(), until - time.monotonic())
+    merged.run((unit for _, unit in whole.merges()), until - time.monotonic())
+
+    def likeness(unit: Unit) -> float:
+        return fmean(found["likeness"] for _, found in merged.known[unit.key][KIND])
+
+    best: dict[str, tuple[float, Variant]] = {}
+    for variant, unit in whole.merges():
+        if unit.key in merged.known:
+            name = variant.method if variant.method in SCALES else variant.label
+            before = best.get(name, (-1.0, variant))
+            best[name] = max(before, (likeness(unit), variant), key=lambda one: one[0])
+    plan = Plan(world, [of for _, of in best.values()], [SIZE], 1, NOT_SEARCHED)
+    data = rounded(results(plan, alone, merged))
+    data["bytes"] = {v.label: merged.known[unit.key]["bytes"] for v, unit in plan.merges()}
+    write(result_file("fixed_rank.json"), data)
+    print("\n".join(tables(data)))
+
+
+if __name__ == "__main__":
+    main()
