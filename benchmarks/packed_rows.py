@@ -1,10 +1,11 @@
-"""Rows that wait at 8 bits: ``python benchmarks/packed_rows.py``, ``results/packed_rows.json``.
+"""Rows that wait at few bits: ``python benchmarks/packed_rows.py``, ``results/packed_rows.json``.
 
-Where host memory is too small, the choice is between rows at 8 bits and half of the rows. Merges of
-a pair and a five of the toybox's own concepts, on the templates of :mod:`contexts`, with rows that
-wait in host memory by large blocks: as they are, at 8 bits, and half as many. The toybox runs in
-single precision, of which everything is packed here. Of each: the error of :mod:`held_out` on new
-words, and the share of attributes and of backgrounds that are right in pictures.
+Where host memory is too small, the choice is between rows at 8 or 4 bits and half of the rows.
+Merges of a pair and a five of the toybox's own concepts, on the templates of :mod:`contexts`, with
+rows that wait in host memory by large blocks: as they are, at 8 bits, at 4, and half as many. The
+toybox runs in single precision, of which everything is packed here. Of each: the error of
+:mod:`held_out` on new words, and the share of attributes and of backgrounds that are right in
+pictures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from toybox_world import World
 
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations import packing
-from iteris_core.activations.packing import PackedPlace
+from iteris_core.activations.packing import FORMATS, PackedPlace
 from iteris_core.passes import strategies
 from iteris_core.passes.strategies import IN_HOST, PACKED
 
@@ -32,7 +33,11 @@ from ways import forced
 FILE = result_file("packed_rows.json")
 SETS = ((1, 4), (2, 3, 5, 7, 9))
 WAY = f"{IN_HOST}, by large blocks"
-CASES = {"as they are": (WAY, 4), "at 8 bits": (WAY + PACKED, 4), "half of them": (WAY, 2)}
+CASES = {
+    "as they are": (WAY, 4),
+    **{f"at {bits} bits": (WAY + PACKED.format(bits), 4) for bits in FORMATS},
+    "half of them": (WAY, 2),
+}
 
 
 def main() -> None:
@@ -40,7 +45,7 @@ def main() -> None:
     with ExitStack() as stack:
         stack.enter_context(patch.object(packing, "KINDS", (torch.float32,)))
         small = patch.object(
-            strategies, "PackedPlace", lambda place: PackedPlace(place, least=4096)
+            strategies, "PackedPlace", lambda place, bits: PackedPlace(place, bits, least=4096)
         )
         stack.enter_context(small)
         for numbers in SETS:

@@ -176,6 +176,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         for size in ("2", "3", "5")
     },
     "unseen many": partial(unseen, "unseen_reported_many.json", "5", NEW_WORDS),
+    **{
+        f"unseen emoji {size}": partial(unseen, "unseen_emoji.json", size, NEW_WORDS)
+        for size in ("2", "3", "5", "9")
+    },
+    "unseen fast": partial(unseen, "unseen_reported_fast.json", "5", NEW_WORDS),
     "unseen twenty": partial(unseen, "unseen_twenty.json", "20", NEW_WORDS),
     **{
         f"unseen few {size}": partial(unseen, "unseen_reported_few.json", size, NEW_WORDS)

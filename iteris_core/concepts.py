@@ -164,6 +164,15 @@ class Calibration(Settings):
         low=1,
         most=1000,
     )
+    minutes: float | None = setting(
+        None,
+        "About how long the merge may take. It decides how many of the prompts run, 12 of each "
+        "concept at least; not of models of text.",
+        none="as long as all prompts take",
+        above=0,
+        most=1440,
+        step=1.0,
+    )
     timesteps: int | None = setting(
         None,
         "Latents per prompt, from different steps of denoising.",

@@ -37,6 +37,7 @@ from .passes.changes import (
 )
 from .passes.eta import Eta
 from .passes.job import Budget, Job
+from .passes.time_budget import within_time
 from .presets import PresetName
 from .progress import OnProgress
 from .report.provenance import join_embeddings, merge_metadata, notes_of
@@ -142,6 +143,7 @@ def merge_loras(
     else:
         with switched_on(host, always):
             made = _by_features(job, chosen, settings, unmergeable)
+        calibration = replace(calibration, samples=made.samples, minutes=None)  # of the recipe
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
@@ -178,12 +180,14 @@ def begun(
 
 @dataclass(frozen=True)
 class _Made:
-    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name."""
+    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name; ``samples`` are
+    as many as the time allowed."""
 
     concepts: Sequence[Concept]
     merged: Merged
     calls: Sequence[EmbeddingTriggers]
     noted: list[tuple[str, list[str]]]
+    samples: int = 0
 
 
 def prepared(
@@ -195,17 +199,20 @@ def prepared(
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     check_sites(job.host, job.changes)
     found, stages = preflight.unmergeable_sites(job, sweep=method.sweeps(settings))
-    for seen in stages:
-        job.eta.saw(seen, concepts, job.calibration)
     kept = {site: some for site, some in job.changes.items() if site not in found}
     others = {site: job.changes[site] for site in found}
-    return replace(job, changes=kept), found, others
+    job = within_time(replace(job, changes=kept), stages)
+    for seen in stages:
+        job.eta.saw(seen, concepts, job.calibration)
+    return job, found, others
 
 
 def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
-    concepts = job.concepts
+    concepts, wanted = job.concepts, job.calibration.samples
     job, found, others = prepared(job, method, settings)
     noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
+    if job.calibration.samples < wanted:
+        noted.append(("samples", [_time_note(job.calibration, wanted)]))
     if (found and unmergeable == "refuse") or not job.changes:
         raise SiteError(preflight.complaint(found, concepts))
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
@@ -219,7 +226,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
         what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
         merged = Merged({**merged.sites, **reported}, merged.log.with_notes([note]))
-    return _Made(concepts, merged, calls[: len(concepts)], noted)
+    return _Made(concepts, merged, calls[: len(concepts)], noted, job.calibration.samples)
 
 
 def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
@@ -304,6 +311,13 @@ def _added(job: Job, method: Method) -> list[Concept]:
     """The concepts that the host adds, of a kind that ``method`` takes."""
     added = job.host.added(job.concepts, job.calibration)
     return [one for one in added if method.sums or not isinstance(one, Composite)]
+
+
+def _time_note(calibration: Calibration, wanted: int) -> str:
+    return (
+        f"{calibration.samples} of {wanted} prompts of each concept, for a merge of about "
+        f"{calibration.minutes:g} min"
+    )
 
 
 def _added_note(added: Concept) -> str:

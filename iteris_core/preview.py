@@ -80,9 +80,8 @@ def preview_merge(
 
 def _preview(job: Job, method: Method, settings: Settings) -> Preview:
     """The same of a job that has nothing but its concepts yet."""
-    host, calibration = job.host, job.calibration
     job, found, _ = prepared(job, method, settings)
-    concepts, kept = job.concepts, job.changes
+    host, calibration, concepts, kept = job.host, job.calibration, job.concepts, job.changes
     plan: list[str] = []
     calls = [embedding_triggers(concept, host.learned) for concept in concepts]
 

@@ -22,7 +22,7 @@ from .comfy_sizes import scale
 from .schema import MergeSettings, changed, schema, setting_input
 
 CALIBRATION = (
-    "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
+    "minutes", "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
     "contexts", "generic", "composites",
 )  # fmt: skip
 ITERIS = (

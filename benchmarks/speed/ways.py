@@ -22,6 +22,7 @@ from rounds import in_turn, medians
 from iteris_core import Calibration, Concept, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.meter import MemoryMeter
+from iteris_core.activations.packing import FORMATS
 from iteris_core.passes import sweep as loops
 from iteris_core.passes.plan import Plan
 from iteris_core.passes.strategies import (
@@ -63,7 +64,8 @@ WAYS = tuple(
 @contextmanager
 def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
     """Sweeps run so, whatever there is room for. Raises :class:`IterisError` where no stage can."""
-    place, _, size = way.removesuffix(PACKED).partition(", by ")
+    bits = next((bits for bits in FORMATS if way.endswith(PACKED.format(bits))), None)
+    place, _, size = way.partition(", at ")[0].partition(", by ")
     ran: list[str] = []
 
     def planned(run: Any, stage: Any, _: Any, batching: Any, *, schedule: Any) -> Plan:
@@ -79,8 +81,7 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             offloads = next(next(iter(run.job.host.sites().values())).parameters()).device
         if not size or barriers.blocks:
             ran.append(stage.name)
-        packs = way.endswith(PACKED)
-        strategy = Strategy(way, barriers=barriers, offloads=offloads, packs=packs)
+        strategy = Strategy(way, barriers=barriers, offloads=offloads, bits=bits)
         return Plan(stage, batching.rows, strategy, host_limit=host_bytes)
 
     with patch.object(loops, "planned", planned):

@@ -1,11 +1,14 @@
-"""Half-precision activations at 8 bits, so that twice as many rows wait in host memory.
+"""Half-precision activations at 8 or 4 bits, so that more rows wait in host memory.
 
-A value x of a group of :data:`GROUP` becomes the code round(x / s) with s = max |x| / 127 of the
-group, so that it is off by s / 2 at most (absmax quantisation, as of bitsandbytes). Infinities
+A value x of a group becomes the code round(x / s) with s = max |x| / most of the group, so that it
+is off by s / 2 at most (absmax quantisation, as of bitsandbytes); ``most`` is 127 or 7. Infinities
 become the largest numbers of their dtype.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,26 +16,48 @@ from torch import Tensor
 from .host_pool import Place, Slot
 from .meter import resize
 
-GROUP = 128
-_SCALE = 4  # bytes
+
+@dataclass(frozen=True)
+class Format:
+    """``bits`` of a code, of which a ``group`` shares one number of dtype ``scale``."""
+
+    bits: int
+    group: int
+    scale: torch.dtype
+
+    @property
+    def most(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def width(self) -> int:
+        """Bytes of the codes of a group."""
+        return self.group * self.bits // 8
+
+
+FORMATS: Mapping[int, Format] = {
+    8: Format(8, 128, torch.float32),
+    4: Format(4, 32, torch.bfloat16),
+}
 _LEAST = 1 << 20
 """Bytes of the smallest storage that is packed: masks, tables and embeddings wait as they are."""
 KINDS = (torch.float16, torch.bfloat16)
-_AT_ONCE = 1 << 15  # groups, which take 16 MiB in single precision
+_AT_ONCE = 1 << 22  # values, which take 16 MiB in single precision
 
 
 class PackedPlace:
-    """A place in which what is in half precision waits at 8 bits, and all else as it is."""
+    """A place in which what is in half precision waits at 8 or 4 ``bits``, and all else as it
+    is."""
 
-    def __init__(self, place: Place, least: int = _LEAST) -> None:
-        self._place, self._least = place, least
+    def __init__(self, place: Place, bits: int, least: int = _LEAST) -> None:
+        self._place, self._format, self._least = place, FORMATS[bits], least
         self.device = place.device
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
         size = storage.nbytes()
         if dtype not in KINDS or size < self._least or size % dtype.itemsize:
             return self._place.put(storage, dtype)
-        packed = pack(_values(storage, dtype))
+        packed = pack(_values(storage, dtype), self._format)
         slot = self._place.put(packed.untyped_storage(), torch.uint8)
         slot.packed = dtype, size
         resize(storage, 0)
@@ -47,7 +72,7 @@ class PackedPlace:
         self._place.fill(packed.untyped_storage(), slot)
         resize(storage, size)
         whole = packed.new_empty(0).set_(packed.untyped_storage())
-        unpack(whole, _values(storage, dtype))
+        unpack(whole, _values(storage, dtype), self._format)
 
     def empty(self, storage: torch.UntypedStorage) -> None:
         self._place.empty(storage)
@@ -56,35 +81,56 @@ class PackedPlace:
         self._place.free(slot)
 
 
-def pack(values: Tensor) -> Tensor:
+def pack(values: Tensor, form: Format) -> Tensor:
     """``values``, (n,) of a floating dtype, as uint8: a code each, then a scale for each group."""
-    groups = -(-len(values) // GROUP)
-    packed = torch.empty(groups * (GROUP + _SCALE), dtype=torch.uint8, device=values.device)
-    codes, scales = _parts(packed)
-    most = torch.finfo(values.dtype).max
-    for start in range(0, groups, _AT_ONCE):
-        some = values[start * GROUP : (start + _AT_ONCE) * GROUP].float().clamp_(-most, most)
-        some = torch.nn.functional.pad(some, (0, -len(some) % GROUP)).view(-1, GROUP)
-        scale = some.abs().amax(1) / 127
+    groups = -(-len(values) // form.group)
+    size = groups * (form.width + form.scale.itemsize)
+    packed = torch.empty(size, dtype=torch.uint8, device=values.device)
+    codes, scales = _parts(packed, form)
+    most, step = torch.finfo(values.dtype).max, _AT_ONCE // form.group
+    for start in range(0, groups, step):
+        some = values[start * form.group : (start + step) * form.group].float().clamp_(-most, most)
+        some = torch.nn.functional.pad(some, (0, -len(some) % form.group)).view(-1, form.group)
+        scale = (some.abs().amax(1) / form.most).to(form.scale)
         scales[start : start + len(some)] = scale
-        some /= scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        codes[start : start + len(some)] = some.round_().to(torch.int8)
+        some /= scale.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        some = some.round_().clamp_(-form.most, form.most).to(torch.int8)
+        codes[start : start + len(some)] = _joined(some, form)
     return packed
 
 
-def unpack(packed: Tensor, into: Tensor) -> None:
+def unpack(packed: Tensor, into: Tensor, form: Format) -> None:
     """Write the values that :func:`pack` has packed ``into`` (n,)."""
-    codes, scales = _parts(packed)
-    for start in range(0, len(codes), _AT_ONCE):
-        some = codes[start : start + _AT_ONCE] * scales[start : start + _AT_ONCE, None]
-        target = into[start * GROUP : (start + _AT_ONCE) * GROUP]
-        target.copy_(some.view(-1)[: len(target)])
+    codes, scales = _parts(packed, form)
+    most, step = torch.finfo(into.dtype).max, _AT_ONCE // form.group
+    for start in range(0, len(codes), step):
+        scale = scales[start : start + step, None].float()
+        some = _parted(codes[start : start + step], form) * scale
+        target = into[start * form.group : (start + step) * form.group]
+        target.copy_(some.view(-1)[: len(target)].clamp_(-most, most))
 
 
-def _parts(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, (groups, :data:`GROUP`), int8, and scales, (groups,), float32."""
-    codes = packed[: len(packed) // (GROUP + _SCALE) * GROUP]
-    return codes.view(torch.int8).view(-1, GROUP), packed[len(codes) :].view(torch.float32)
+def _joined(codes: Tensor, form: Format) -> Tensor:
+    """(groups, group), int8, as bytes: at 4 bits two codes in one, the first one below."""
+    if form.bits == 8:
+        return codes.view(torch.uint8)
+    low, high = (codes + 8).view(torch.uint8).view(len(codes), -1, 2).unbind(-1)
+    return low + (high << 4)
+
+
+def _parted(codes: Tensor, form: Format) -> Tensor:
+    """The int8 codes that :func:`_joined` has joined."""
+    if form.bits == 8:
+        return codes.view(torch.int8)
+    both = torch.stack([codes & 15, codes >> 4], dim=-1)
+    return both.view(len(codes), -1).view(torch.int8) - 8
+
+
+def _parts(packed: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Codes, (groups, bytes of a group), uint8, and scales, (groups,)."""
+    groups = len(packed) // (form.width + form.scale.itemsize)
+    codes = packed[: groups * form.width]
+    return codes.view(-1, form.width), packed[len(codes) :].view(form.scale)
 
 
 def _values(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:

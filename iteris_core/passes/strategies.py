@@ -1,10 +1,10 @@
-"""The ladder of strategies to run a sweep, the quickest first, all but the last with one result.
+"""The ladder of strategies to run a sweep, the quickest first; all but two give one result.
 
 Rows wait on the device at every site, which takes most; or in host memory, at the end of every
 level; or block by block (:mod:`..activations.replay`), on the device or in host memory: a row waits
 with what enters a block, small ones or large ones. Last, what waits in host memory is rounded to 8
-bits (:mod:`..activations.packing`). The planner takes the first that fits, and where memory runs
-out all the same, the merge goes on from there.
+bits, or to 4 (:mod:`..activations.packing`). The planner takes the first that fits, and where
+memory runs out all the same, the merge goes on from there.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from ..solve.choose import POLICY, Policy
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
 """Sizes of :attr:`..solve.choose.Policy.blocks`, and how many times longer a sweep takes, as
 measured (docs/decisions.md)."""
-_IN_HOST, _BLOCKS_IN_HOST, _PACKED = 1.4, 1.25, 1.1  # times longer; the last is a guess
+_IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
+_PACKED = {8: 1.1, 4: 1.2}
+"""Bits at which rows wait, and how many times longer a sweep takes, which are guesses."""
 
 
 @dataclass(frozen=True)
 class Strategy:
     """Rows pause at the end of each of the ``barriers`` (None: at every site) and, if one
-    ``offloads`` a device, those that have no room there wait in host memory, at 8 bits if it
-    ``packs`` them. A sweep takes so many times longer (``slower``) than by the first one."""
+    ``offloads`` a device, those that have no room there wait in host memory, at so many ``bits``
+    (None: as they are). A sweep takes so many times longer (``slower``) than by the first one."""
 
     name: str = ""
     slower: float = 1.0
     barriers: Barriers | None = field(default=None, repr=False)
     offloads: torch.device | None = None
-    packs: bool = False
+    bits: int | None = None
 
     def place(self, place: Place) -> Place:
         """``place`` as rows wait in it."""
-        return PackedPlace(place) if self.packs else place
+        return PackedPlace(place, self.bits) if self.bits else place
 
     @property
     def by_blocks(self) -> bool:
@@ -54,7 +56,7 @@ class Strategy:
 
 ON_DEVICE = Strategy("waiting on the device")
 IN_HOST = "waiting in host memory"
-PACKED = ", at 8 bits"
+PACKED = ", at {} bits"
 
 
 def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strategy]:
@@ -76,7 +78,9 @@ def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strateg
             last = Strategy(f"{IN_HOST}, by {size}", slower, barriers, found.device)
             yield last
     if apart:
-        yield replace(last, name=f"{last.name}{PACKED}", slower=_PACKED * last.slower, packs=True)
+        for bits, slower in _PACKED.items():
+            name = last.name + PACKED.format(bits)
+            yield replace(last, name=name, slower=slower * last.slower, bits=bits)
 
 
 def find(stage: Stage, lockstep: Lockstep) -> Found:

@@ -70,6 +70,7 @@ def results(tmp_path, monkeypatch):
     files = {
         "unseen_reported.json": {"default": "iteris", "sizes": {"3": of_size(), "10": of_size()}},
         "unseen_reported_many.json": {"default": "iteris", "sizes": {"5": of_size()}},
+        "unseen_emoji.json": {"default": "iteris", "sizes": {"2": of_size()}},
         "unseen_twenty.json": {"default": "iteris", "sizes": {"20": of_size(None)}},
         "unseen_reported_few.json": {"default": "iteris", "sizes": {"3": of_size()}},
         "unseen_styles.json": {"default": "iteris", "sizes": {"2": styled()}},
@@ -95,6 +96,7 @@ def test_a_verdict_is_against_the_likest_rival_and_has_its_interval_and_n(result
     assert rows[2] == first
     assert rows[4] == first.replace("3 LoRAs", "5 LoRAs, six timesteps")
     assert "| 20 LoRAs | Chain of Merges | +.100 | -.050 | 3 |" in rows
+    assert first.replace("3 LoRAs", "2 LoRAs of emoji") in rows
 
 
 def test_neither_the_base_nor_a_variant_of_ours_is_a_rival(results):

@@ -42,6 +42,7 @@ CALIBRATION = [
     ("--composites=0.5", "composites", 0.5),
     ("--latent-size=4", "latent_size", 4),
     ("--frames=5", "frames", 5),
+    ("--minutes=600", "minutes", None),  # the recipe has the samples that ran
     ("--seed=7", "seed", 7),
     ("--templates={world}/lines.txt", "templates", ["a photo of {}", "{} at night"]),
     ("--set=samples=2", "samples", 2),

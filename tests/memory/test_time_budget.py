@@ -1,0 +1,59 @@
+"""Samples by a time budget."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from bases import make_lora, tiny
+
+from iteris_core import Calibration, Concept, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.passes import time_budget
+from iteris_core.passes.job import Job
+from iteris_core.passes.time_budget import LEAST, within_time
+from iteris_core.preview import preview_merge
+
+
+def job(**values):
+    return Job(None, [], {}, Calibration(**values), None, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "samples"),
+    [(None, 50), (3.0, 50), (110 / 60, 50), (109 / 60, 49), (1.0, 25), (0.1, LEAST)],
+)
+def test_as_many_samples_as_fit(monkeypatch, minutes, samples):
+    """Ten seconds, and two for each sample."""
+    monkeypatch.setattr(time_budget, "_seconds", lambda job, seen, count: 10 + 2 * count)
+    found = within_time(job(minutes=minutes), [SimpleNamespace(a_row=1.0)])
+    assert found.calibration.samples == samples
+
+
+def test_a_few_samples_and_unknown_forwards_stay():
+    assert within_time(job(minutes=0.01), []).calibration.samples == 50
+    unknown = [SimpleNamespace(a_row=0.0)]
+    assert within_time(job(minutes=0.01), unknown).calibration.samples == 50
+
+
+def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
+    host = DiffusersHost(tiny("sd1"))
+    site = next(site for site in host.sites() if site.endswith("attn1.to_q"))
+    concepts = [
+        Concept(make_lora("sd1", (site,), n), trigger=f"s{n}", class_word="dog") for n in (0, 1)
+    ]
+    given = {"timesteps": 1, "denoising_steps": 1, "generic": 0.0, "latent_size": 8}
+    short = {**given, "samples": 14, "minutes": 1e-6}
+    result = merge_loras(host, concepts, calibration=short)
+    assert result.report.rows == 2 * LEAST
+    assert result.report.notes["samples"] == [
+        "12 of 14 prompts of each concept, for a merge of about 1e-06 min"
+    ]
+    kept = result.report.calibration
+    assert (kept["samples"], kept["minutes"]) == (LEAST, None)
+    assert "24 rows" in preview_merge(host, concepts, calibration=short).plan[-1]
+    again = merge_loras(host, concepts, calibration={**given, "samples": LEAST})
+    assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
+    assert "samples" not in again.report.notes
+    long = merge_loras(host, concepts, calibration={**given, "samples": 14, "minutes": 60.0})
+    assert long.report.rows == 2 * 14
