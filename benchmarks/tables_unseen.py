@@ -184,7 +184,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "unseen twenty": partial(unseen, "unseen_twenty.json", "20", NEW_WORDS),
     **{
         f"unseen few {size}": partial(unseen, "unseen_reported_few.json", size, NEW_WORDS)
-        for size in ("3", "5")
+        for size in ("2", "3", "5", "7")
     },
     **{
         f"unseen reported {size}": partial(unseen, "unseen_reported.json", size, NEW_WORDS)
