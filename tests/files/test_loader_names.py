@@ -16,7 +16,7 @@ from iteris_core.hosts.diffusers_converters import fingerprints
 from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites, read_lora
 from iteris_core.lora_files import ReadOptions, write_lora
 
-OTHERS = [name for name in PIPELINES if not name.startswith(("SD", "FLUX.1"))]
+OTHERS = [n for n in PIPELINES if not n.startswith(("SD", "FLUX.1", "InstructPix2Pix"))]
 """Pipelines that no record of ours is for."""
 
 
