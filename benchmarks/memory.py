@@ -208,7 +208,7 @@ def planned(model: Model) -> dict[str, Any]:
 
     owners = [row // each for row in range(LORAS * each)]
     stage = Stage("denoiser", list(job.changes), owners, run, spatial=True, samples=each)
-    solver = _solver(job, IterisSettings(), stage, set(), repairs, None)
+    solver = _solver(job, IterisSettings(), stage, set(), repairs)
     batching = ExecutionConfig(AT_ONCE, "enough")
     with (
         job.run() as session,

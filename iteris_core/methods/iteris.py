@@ -30,6 +30,8 @@ from .registry import Merged, on_model
 from .repair import Repairs, at_all_inputs, with_repairs
 from .shared_ranks import shared_ranks
 
+_NO_RANKS: Mapping[str, int] = {}
+
 
 @on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep", sums=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
@@ -52,7 +54,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
     changed = job.changes.keys() - repairs.keys()
     acting = changed & job.host.streams(changed).keys() if saliency else set[str]()
 
-    def solver_of(stage: Stage, ranks: Mapping[str, int] | None = None) -> StageSolver:
+    def solver_of(stage: Stage, ranks: Mapping[str, int] = _NO_RANKS) -> StageSolver:
         return _solver(job, settings, stage, acting, repairs, ranks)
 
     tokens = None if settings.row_tokens == "all" else settings.row_tokens or "enough"
@@ -92,7 +94,7 @@ def _shared(
     numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
 
     def solver_of(stage: Stage) -> StageSolver:
-        return _solver(whole, uncut, stage, acting, repairs, {})
+        return _solver(whole, uncut, stage, acting, repairs, residuals=True)
 
     return shared_ranks(run, solver_of, batching, numbers)
 
@@ -103,10 +105,12 @@ def _solver(
     stage: Stage,
     acting: Set[str],
     repairs: Repairs,
-    ranks: Mapping[str, int] | None,
+    ranks: Mapping[str, int] = _NO_RANKS,
+    *,
+    residuals: bool = False,
 ) -> StageSolver:
-    """``ranks`` are the sites' own (None: the settings' for all); where they are yet to be found
-    (empty), residuals tell what a repair is worth, which else nobody reads."""
+    """``ranks`` are the sites' own; without any, all have the settings'. With ``residuals``
+    repairs tell what they leave too, which only the search for ranks reads."""
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:
@@ -121,7 +125,7 @@ def _solver(
         rank=settings.rank,
         pull=pull or "mean",
     )
-    repairing = replace(fit, dtype=dtype, residuals=ranks == {})  # many inputs wide
+    repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
     def fit_of(site: str) -> RegressionSpec:
