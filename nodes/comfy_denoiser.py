@@ -175,19 +175,15 @@ class Denoiser:
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
         conds = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
-        if self._is_dynamic and any(map(_has_hooks, conds)):
+        # Of such a model weights come to the device when they are used.
+        known = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
+        if known and self.model.is_dynamic() and any(map(_has_hooks, conds)):
             raise ModelStateError(
                 "The CLIP or the CONDITIONING brings hooks for MODEL, which under DynamicVRAM "
                 "run on a copy of the model that a merge does not see; load the LoRA with Load "
                 "LoRA in place of the hook, or start ComfyUI with --disable-dynamic-vram."
             )
         return conds
-
-    @property
-    def _is_dynamic(self) -> bool:
-        """True if weights come to the device when they are used."""
-        there = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
-        return there and self.model.is_dynamic()
 
     def _begun(self, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The LATENT that is connected as the model has it, and its mask; on the CPU."""

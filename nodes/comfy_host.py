@@ -27,7 +27,7 @@ from ..iteris_core.hosts.learned import EmbeddingTriggers
 from ..iteris_core.hosts.protocol import Stage, Tick
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows, added_concepts
 from ..iteris_core.lora import Lora
-from ..iteris_core.lora_files import BaseModel, ReadOptions
+from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.lora_files.experts import second_of
 from .comfy_conds import Inputs, References, kind, size
 from .comfy_denoiser import Denoiser
@@ -89,7 +89,8 @@ class ComfyHost:
         if distilled is None:
             distilled = any(denoiser.distilled for denoiser in self._denoisers)
         self.distilled = distilled
-        self._found = ComfySites(model, clip)
+        self._found = found = ComfySites(model, clip)
+        self.base, self.weight, self.read_lora = found.base, found.weight, found.read_lora
         self._low = None if low is None else ComfySites(low, clip)
         self._lockstep = Lockstep({}, {})
         self._running: TextEncoders | Denoiser = self._denoisers[0]
@@ -124,18 +125,6 @@ class ComfyHost:
         }
         return {**self._found.modules, **second}
 
-    @property
-    def base(self) -> BaseModel:
-        return self._found.base
-
-    def weight(self, site: str) -> Tensor:
-        return self._found.weight(site)
-
-    def read_lora(
-        self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
-    ) -> Lora:
-        return self._found.read_lora(path, options, text=text)
-
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
@@ -168,47 +157,35 @@ class ComfyHost:
         tick: Tick,
     ) -> ComfySamples:
         before = generator.get_state()
+        denoises = not all(map(_of_text, sites))
+        share = 0.0 if self.distilled else calibration.empty_share
 
         def make(rows: int) -> ComfySamples:
-            self._batch = rows
+            self._batch, self._lockstep = rows, lockstep
             generator.set_state(before)
-            return self._samples(concepts, sites, calibration, lockstep, generator, tick)
+            drawn = SamplePrompts.drawn(
+                concepts, calibration, self._vocabulary, generator, share, denoises=denoises
+            )
+            kept: Sequence[Kept] = ()
+            if denoises:
+                sampling = Sampling(
+                    drawn.owners,
+                    lambda: self._texts_alone(drawn.owners, drawn.prompts, sites, tick),
+                    calibration,
+                    1.0 if self.distilled else max(calibration.guidance, 1.0),
+                    lockstep,
+                    rows,
+                    generator,
+                    tick,
+                    self._denoised,
+                    self._show,
+                )
+                kept = make_latents(self._denoisers, self.boundary, sampling)
+            return comfy_samples(kept, drawn, self._texts.tokenize)
 
         samples = halving(self._batch, make)
         self._denoised = {}
         return samples
-
-    def _samples(
-        self,
-        concepts: Sequence[Concept],
-        sites: Set[str],
-        calibration: Calibration,
-        lockstep: Lockstep,
-        generator: torch.Generator,
-        tick: Tick,
-    ) -> ComfySamples:
-        self._lockstep = lockstep
-        denoises = not all(map(_of_text, sites))
-        share = 0.0 if self.distilled else calibration.empty_share
-        drawn = SamplePrompts.drawn(
-            concepts, calibration, self._vocabulary, generator, share, denoises=denoises
-        )
-        kept: Sequence[Kept] = ()
-        if denoises:
-            sampling = Sampling(
-                drawn.owners,
-                lambda: self._texts_alone(drawn.owners, drawn.prompts, sites, tick),
-                calibration,
-                1.0 if self.distilled else max(calibration.guidance, 1.0),
-                lockstep,
-                self._batch,
-                generator,
-                tick,
-                self._denoised,
-                self._show,
-            )
-            kept = make_latents(self._denoisers, self.boundary, sampling)
-        return comfy_samples(kept, drawn, self._texts.tokenize)
 
     @property
     def _vocabulary(self) -> list[str]:

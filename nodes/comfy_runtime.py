@@ -70,16 +70,13 @@ class NodeProgress:
         now = time.monotonic()
         if progress.what != self._what or now - self._said > _TEXT_EVERY:
             self._what, self._said = progress.what, now
-            self._say(progress)
+            line = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
+            show_text("\n".join(filter(None, [*self._plans, line])), self._node_id)
         self._bar.update_absolute(round(_WHOLE * progress.share))
 
     def preview(self, image: Any) -> None:
         """``image`` is as a previewer of ComfyUI gives it."""
         self._bar.update_absolute(self._bar.current, preview=image)
-
-    def _say(self, progress: Progress) -> None:
-        now = progress.time_left.capitalize() if progress.plan else _sentence(str(progress))
-        show_text("\n".join(filter(None, [*self._plans, now])), self._node_id)
 
 
 def files_behind(hidden: Any, name: str) -> list[str]:

@@ -32,18 +32,11 @@ class ComfyScorer(ClipScorer):
             self._model, load_device=memory.get_torch_device(), offload_device=offload
         )
 
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        self._load()
-        return super().embed_images(images)
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        self._load()
-        return super().embed_texts(texts)
-
-    def _load(self) -> None:
+    def _units(self, items: Sequence[Any], embed: Callable[[list[Any]], Tensor]) -> Tensor:
         # Layers of open_clip do not move their weights themselves.
         memory.load_models_gpu([self._patcher], force_full_load=True)
         self._device = self._patcher.load_device
+        return super()._units(items, embed)
 
 
 class LazyScorer:

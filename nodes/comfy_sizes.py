@@ -52,7 +52,8 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
     empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, 4, height, width))
     shape = list(empty.shape)
     if len(shape) == 5 and not _PICTURES.search(type(model.model.model_config).__name__):
-        shape[2] = ((calibration.frames or FRAMES) - 1) // _frames(model) + 1
+        frames = _declared(model, "temporal_downscale_ratio", _FRAMES, 4)
+        shape[2] = ((calibration.frames or FRAMES) - 1) // frames + 1
     return tuple(shape)
 
 
@@ -84,10 +85,6 @@ def _bands(model: Any) -> tuple[int, ...]:
 def _formats(model: Any) -> list[str]:
     """The names of the class of its latents, and of what that is made of."""
     return [kind.__name__ for kind in type(model.get_model_object("latent_format")).__mro__]
-
-
-def _frames(model: Any) -> int:
-    return _declared(model, "temporal_downscale_ratio", _FRAMES, 4)
 
 
 def _declared(model: Any, name: str, table: dict[str, int], usual: int) -> int:

@@ -148,23 +148,15 @@ class TextEncoders:
     ) -> list[Conditioning]:
         """The conditioning of every prompt, from what the text encoders gave."""
         conditionings: list[Conditioning] = []
-        for owner, some in zip(owners, tokens, strict=True):
-            with self._serving(batches, copy, owner, lockstep):
-                cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
-            conditionings.append((cond, extra))
-        return conditionings
-
-    @contextmanager
-    def _serving(
-        self, batches: Mapping[str, TextBatch], copy: int, owner: int, lockstep: Lockstep
-    ) -> Iterator[None]:
-        """Text encoders answer with what they gave in their batch."""
         try:
-            for batch in batches.values():
-                batch.encoder.encode = partial(batch.answer, copy, owner, lockstep)
-            yield
+            for owner, some in zip(owners, tokens, strict=True):
+                for batch in batches.values():  # encoders answer with what they gave in theirs
+                    batch.encoder.encode = partial(batch.answer, copy, owner, lockstep)
+                cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
+                conditionings.append((cond, extra))
         finally:
             self.close()
+        return conditionings
 
     def _end_of(self, name: str) -> int | None:
         """The token that ends a text; none where the denoiser reads the tokens itself."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import PRESERVE_WEIGHT, PromptKind, lines_of
 from ..iteris_core.errors import IterisError
 from .concept_specs import ALWAYS, Kind, changed, make_spec
-from .lora_stacks import NONE, lora_path, specs_of
+from .lora_stacks import lora_path, specs_of
 from .schema import (
+    NONE,
     LoraStack,
     advanced,
     concepts_input,
-    concepts_output,
+    file_input,
     schema,
     strength_input,
     weight_input,
@@ -29,36 +29,18 @@ class IterisConcept(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisConcept",
-            "IterIS Concept",
             ["lora", "load lora", "merge lora", "concept"],
             inputs=[
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
-                    default=NONE,
-                ),
+                file_input("lora_name", "loras"),
                 io.String.Input("trigger", default=""),
                 io.String.Input("class_word", default=""),
                 strength_input("strength"),
                 weight_input(),
                 io.String.Input("prompts", default="", multiline=True),
-                *advanced(
-                    io.Combo.Input(
-                        "embedding",
-                        options=[NONE, *folder_paths.get_filename_list("embeddings")],
-                        default=NONE,
-                    )
-                ),
+                advanced(file_input("embedding", "embeddings")),
                 # Optional and last: graphs that were saved without it keep their values' places.
                 strength_input("strength_clip", optional=True),
-                *advanced(
-                    io.Combo.Input(
-                        "lora_low",
-                        options=[NONE, *folder_paths.get_filename_list("loras")],
-                        default=NONE,
-                        optional=True,
-                    )
-                ),
+                advanced(file_input("lora_low", "loras", optional=True)),
                 io.Combo.Input(
                     "kind",
                     options=[*get_args(PromptKind), ALWAYS],
@@ -68,7 +50,7 @@ class IterisConcept(io.ComfyNode):
                 concepts_input(optional=True),
             ],
             group="concepts",
-            outputs=[concepts_output()],
+            outputs=("concepts",),
         )
 
     @classmethod
@@ -114,11 +96,10 @@ class ConceptsFromStack(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisConceptsFromStack",
-            "IterIS Concepts from LoRA Stack",
             ["lora stack", "lora_stack"],
             inputs=[LoraStack.Input("lora_stack"), concepts_input(optional=True)],
             group="concepts",
-            outputs=[concepts_output()],
+            outputs=("concepts",),
         )
 
     @classmethod
@@ -131,7 +112,6 @@ class PreservePrompts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisPreservePrompts",
-            "IterIS Preserve Prompts",
             ["regularization", "preservation"],
             inputs=[
                 io.String.Input(
@@ -143,7 +123,7 @@ class PreservePrompts(io.ComfyNode):
                 concepts_input(optional=True),
             ],
             group="concepts",
-            outputs=[concepts_output()],
+            outputs=("concepts",),
         )
 
     @classmethod

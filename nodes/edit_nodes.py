@@ -24,10 +24,9 @@ from .concept_specs import DENOISER, read
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
-from .schema import LoraModel, MergeSettings, concepts_input, schema, setting_input
+from .schema import GRAPH, MERGED, MergeSettings, concepts_input, schema, setting_input
 
 _ITEMSIZE = 2  # bytes of a number in the file: float16
-_HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
 
 
 def _target_inputs() -> list[Any]:
@@ -43,15 +42,6 @@ def _run_inputs() -> list[Any]:
         setting_input(Calibration, "samples"),
         setting_input(Calibration, "seed"),
         MergeSettings.Input("settings", optional=True),
-    ]
-
-
-def _outputs() -> list[Any]:
-    return [
-        io.Model.Output(display_name="MODEL"),
-        io.Clip.Output(display_name="CLIP"),
-        LoraModel.Output(display_name="lora"),
-        io.String.Output(display_name="report"),
     ]
 
 
@@ -99,7 +89,6 @@ class ResizeLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisResizeLora",
-            "IterIS Resize LoRA",
             ["resize lora", "reduce rank", "shrink lora", "lora rank", "compress lora"],
             inputs=[
                 io.Model.Input("model"),
@@ -110,8 +99,8 @@ class ResizeLora(io.ComfyNode):
                 *_run_inputs(),
             ],
             group="files",
-            outputs=_outputs(),
-            hidden=_HIDDEN,
+            outputs=MERGED,
+            hidden=GRAPH,
         )
 
     @classmethod
@@ -139,7 +128,6 @@ class ExtractLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisExtractLora",
-            "IterIS Extract LoRA",
             ["extract lora", "model difference", "checkpoint to lora", "subtract models"],
             inputs=[
                 io.Model.Input("model"),
@@ -151,8 +139,8 @@ class ExtractLora(io.ComfyNode):
                 *_run_inputs(),
             ],
             group="files",
-            outputs=_outputs(),
-            hidden=_HIDDEN,
+            outputs=MERGED,
+            hidden=GRAPH,
         )
 
     @classmethod

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.concepts import Concept
-from ..iteris_core.config import MergeConfig
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
@@ -24,7 +23,7 @@ from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .pictures import figure_image
-from .schema import beside_inputs, method_input, model_inputs, preset_input, sampling_inputs, schema
+from .schema import GRAPH, method_inputs, model_inputs, schema
 
 _ALIKE = 0.5
 """The conflict from which two LoRAs are called alike. For changes of one size it is their cosine:
@@ -36,18 +35,11 @@ class InspectLoras(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisInspectLoras",
-            "IterIS Inspect LoRAs",
             ["lora info", "lora interference", "dry run", "lora compatibility"],
-            inputs=[
-                *model_inputs(),
-                method_input(),
-                preset_input(),
-                *sampling_inputs(),
-                *beside_inputs(),
-            ],
+            inputs=[*model_inputs(), *method_inputs()],
             group="files",
-            outputs=[io.Image.Output(display_name="plot"), io.String.Output(display_name="table")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            outputs=("plot", "table"),
+            hidden=GRAPH,
         )
 
     @classmethod
@@ -62,10 +54,7 @@ class InspectLoras(io.ComfyNode):
         node_id = cls.hidden.unique_id
         request = Request.of(values, files_behind(cls.hidden, "model"), model)
         specs = specs_of(concepts)
-        with (
-            ready_for_merge(clip),
-            ComfyHost(model, clip, **request.base) as host,
-        ):
+        with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
             loaded = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
             loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
@@ -76,9 +65,16 @@ class InspectLoras(io.ComfyNode):
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
             lines += _alike(pairs) + _words(specs, loaded)
-            lines += _plan(
-                host, loaded, request.config(specs, method), request.memory_budget, node_id
-            )
+            try:
+                lines += preview_merge(
+                    host,
+                    loaded,
+                    **request.config(specs, method).choices,
+                    on_progress=NodeProgress(node_id),
+                    memory_budget=request.memory_budget,
+                ).lines()
+            except IterisError as error:
+                lines.append(f"A merge would stop: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
         return io.NodeOutput(figure_image(plot_loras(facts, pairs)), table)
@@ -99,24 +95,3 @@ def _words(specs: Sequence[ConceptConfig], concepts: Sequence[Concept]) -> list[
         for spec, concept in zip(specs, concepts, strict=True)
         if spec.file is not None and spec.prompts is None and not spec.phrases
     ]
-
-
-def _plan(
-    host: ComfyHost,
-    concepts: Sequence[Concept],
-    config: MergeConfig,
-    memory: int | Literal["free"],
-    node_id: str | None,
-) -> list[str]:
-    """The lines of the preview of a merge, or the error that would stop it."""
-    try:
-        preview = preview_merge(
-            host,
-            concepts,
-            **config.choices,
-            on_progress=NodeProgress(node_id),
-            memory_budget=memory,
-        )
-    except IterisError as error:
-        return [f"A merge would stop: {error}"]
-    return preview.lines()

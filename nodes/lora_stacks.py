@@ -11,8 +11,7 @@ import folder_paths
 from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .concept_specs import make_spec, phrases_in
-
-NONE = "none"
+from .schema import NONE
 
 _NAMES = ("name", "lora_name", "lora", "file", "path")
 _STRENGTHS = ("strength", "strength_model", "model_strength", "model_weight", "weight")

@@ -11,8 +11,8 @@ from ..iteris_core.concept_config import ConceptConfig
 from ..iteris_core.errors import IterisError
 from .comfy_runtime import show_text
 from .concept_specs import KINDS, changed, make_spec, phrases_in
-from .lora_stacks import NONE, lora_path, specs_of, with_words
-from .schema import concepts_input, concepts_output, schema, strength_input, weight_input
+from .lora_stacks import lora_path, specs_of, with_words
+from .schema import NONE, concepts_input, schema, strength_input, weight_input
 
 ROWS = 10
 """LoRAs of one node; the front end shows those in use and one more (web/iteris.js)."""
@@ -46,7 +46,6 @@ class IterisLoras(io.ComfyNode):
         names = [NONE, *folder_paths.get_filename_list("loras")]
         return schema(
             "IterisLoras",
-            "IterIS LoRAs",
             ["lora stack", "power lora loader", "multi lora", "lora merger", "load loras"],
             inputs=[
                 *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
@@ -54,7 +53,7 @@ class IterisLoras(io.ComfyNode):
                 io.String.Input("trigger_words", optional=True, force_input=True),
                 concepts_input(optional=True),
             ],
-            outputs=[concepts_output(), io.String.Output(display_name="trigger_words")],
+            outputs=("concepts", "trigger_words"),
             hidden=[io.Hidden.unique_id],
         )
 

@@ -23,9 +23,10 @@ from .merge_settings import Request
 from .merging import as_lora_model, as_lora_models, merged
 from .pictures import figure_image, text_image
 from .schema import (
-    LoraModel,
+    GRAPH,
+    MERGED,
     beside_inputs,
-    method_input,
+    method_inputs,
     model_inputs,
     preset_input,
     sampling_inputs,
@@ -33,25 +34,11 @@ from .schema import (
     strength_input,
 )
 
-_HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt]
+_SHOWN = ("plot", "trigger_words")
 
 
-def _method_inputs() -> list[Any]:
-    return [
-        method_input(),
-        preset_input(),
-        *sampling_inputs(),
-        strength_input("strength", optional=True),
-        *beside_inputs(),
-    ]
-
-
-def _report_outputs() -> list[Any]:
-    return [
-        io.String.Output(display_name="report"),
-        io.Image.Output(display_name="plot"),
-        io.String.Output(display_name="trigger_words"),
-    ]
+def _inputs() -> list[Any]:
+    return method_inputs(strength_input("strength", optional=True))
 
 
 class IterisMerge(io.ComfyNode):
@@ -59,22 +46,15 @@ class IterisMerge(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisMerge",
-            "IterIS Merge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
-            inputs=[*model_inputs(), *_method_inputs()],
-            outputs=[
-                io.Model.Output(display_name="MODEL"),
-                io.Clip.Output(display_name="CLIP"),
-                LoraModel.Output(display_name="lora"),
-                *_report_outputs(),
-            ],
-            hidden=_HIDDEN,
+            inputs=[*model_inputs(), *_inputs()],
+            outputs=(*MERGED, *_SHOWN),
+            hidden=GRAPH,
         )
 
     @classmethod
     def execute(cls, model: Any, concepts: Any, clip: Any = None, **values: Any) -> io.NodeOutput:
-        files = files_behind(cls.hidden, "model")
-        result, report = _merge(cls.hidden.unique_id, model, clip, concepts, files, values)
+        result, report = _merge(cls.hidden, model, clip, concepts, values)
         lora = as_lora_model(result)
         return io.NodeOutput(*apply_lora(model, clip, lora), lora, report, *_shown(result))
 
@@ -85,7 +65,6 @@ class IterisMergeExperts(io.ComfyNode):
         model, clip, concepts = model_inputs()
         return schema(
             "IterisMergeExperts",
-            "IterIS Merge Experts",
             ["wan 2.2 14b", "high noise low noise", "merge wan loras"],
             inputs=[
                 model,
@@ -93,17 +72,10 @@ class IterisMergeExperts(io.ComfyNode):
                 clip,
                 concepts,
                 io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
-                *_method_inputs(),
+                *_inputs(),
             ],
-            outputs=[
-                io.Model.Output(display_name="MODEL"),
-                io.Model.Output(display_name="MODEL low"),
-                io.Clip.Output(display_name="CLIP"),
-                LoraModel.Output(display_name="lora"),
-                LoraModel.Output(display_name="lora low"),
-                *_report_outputs(),
-            ],
-            hidden=_HIDDEN,
+            outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", *_SHOWN),
+            hidden=GRAPH,
         )
 
     @classmethod
@@ -116,11 +88,8 @@ class IterisMergeExperts(io.ComfyNode):
         clip: Any = None,
         **values: Any,
     ) -> io.NodeOutput:
-        files = [file for name in ("model", "model_low") for file in files_behind(cls.hidden, name)]
         experts = {"low": model_low, "boundary": boundary}
-        result, report = _merge(
-            cls.hidden.unique_id, model, clip, concepts, files, values, **experts
-        )
+        result, report = _merge(cls.hidden, model, clip, concepts, values, **experts)
         high, low = as_lora_models(result)
         model, clip_out = apply_lora(model, clip, high)
         model_low, _ = apply_lora(model_low, clip, low)
@@ -128,16 +97,12 @@ class IterisMergeExperts(io.ComfyNode):
 
 
 def _merge(
-    node_id: str,
-    model: Any,
-    clip: Any,
-    concepts: Any,
-    files: list[str],
-    values: Mapping[str, Any],
-    **experts: Any,
+    hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> tuple[MergeResult, str]:
     """The merge that the inputs' ``values`` ask for, and what the node says of it."""
-    method: str = values.get("method", "iteris")
+    inputs = ["model", "model_low"][: 2 if experts else 1]
+    files = [file for name in inputs for file in files_behind(hidden, name)]
+    node_id, method = hidden.unique_id, values.get("method", "iteris")
     strength: float = values.get("strength", 1.0)
     request = Request.of(values, files, model)
     config = request.config(specs_of(concepts), method)
@@ -172,7 +137,6 @@ class CompareMerges(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisCompareMerges",
-            "IterIS Compare Merges",
             ["compare lora merges", "xy plot"],
             inputs=[
                 *model_inputs(),
@@ -188,13 +152,9 @@ class CompareMerges(io.ComfyNode):
                 *beside_inputs(),
             ],
             group="compare",
-            outputs=[
-                io.Model.Output(display_name="MODEL", is_output_list=True),
-                io.Clip.Output(display_name="CLIP", is_output_list=True),
-                io.String.Output(display_name="labels", is_output_list=True),
-                io.String.Output(display_name="report"),
-            ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            outputs=("MODEL", "CLIP", "labels", "report"),
+            lists=("MODEL", "CLIP", "labels"),
+            hidden=GRAPH,
         )
 
     @classmethod

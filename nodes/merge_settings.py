@@ -19,7 +19,7 @@ from ..iteris_core.presets import PresetName
 from ..iteris_core.settings import declared_settings
 from .comfy_conds import References
 from .comfy_sizes import scale
-from .schema import MergeSettings, changed, schema, setting_input
+from .schema import changed, schema, setting_input
 
 CALIBRATION = (
     "minutes", "timesteps", "latents", "frames", "denoising_steps", "guidance", "empty_share",
@@ -156,10 +156,9 @@ class IterisMergeSettings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisSettings",
-            "IterIS Settings",
             ["merge settings", "density", "ridge", "image size", "rank"],
             inputs=list(_all_inputs()),
-            outputs=[MergeSettings.Output(display_name="settings")],
+            outputs=("settings",),
         )
 
     @classmethod

@@ -105,21 +105,17 @@ def merge_on(
 
 def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
     """``result`` as it is once saved and loaded again, with its embeddings in it."""
-    return _lora_model(result.lora, result, dtype)
-
-
-def as_lora_models(result: MergeResult, dtype: str = "float16") -> tuple[LoraModel, LoraModel]:
-    """The LoRAs of the models for high and for low noise."""
-    high, low = split_experts(result.lora, DENOISER)
-    return _lora_model(high, result, dtype), _lora_model(low, result, dtype)
-
-
-def _lora_model(lora: Lora, result: MergeResult, dtype: str) -> LoraModel:
-    ordered = is_ordered(result.report)
+    lora, ordered = result.lora, is_ordered(result.report)
     try:
         return LoraModel(lora, dtype, ordered=ordered)
     except IterisError:  # of values that half precision does not hold
         return LoraModel(lora, "float32", ordered=ordered)
+
+
+def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraModel]:
+    """The LoRAs of the models for high and for low noise."""
+    parts = split_experts(result.lora, DENOISER)
+    return [as_lora_model(replace(result, lora=part), dtype) for part in parts]
 
 
 class _RememberingHost(ComfyHost):

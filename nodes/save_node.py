@@ -31,7 +31,6 @@ class SaveMergedLora(io.ComfyNode):
         folders = folder_names()
         return schema(
             "IterisSaveLora",
-            "IterIS Save Merged LoRA",
             ["save lora", "export lora", "bake loras"],
             inputs=[
                 LoraModel.Input("lora"),
@@ -45,7 +44,7 @@ class SaveMergedLora(io.ComfyNode):
                 io.Image.Input("thumbnail", optional=True),
                 io.Boolean.Input("card", default=False, optional=True),
             ],
-            outputs=[io.String.Output(display_name="lora_name")],
+            outputs=("lora_name",),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

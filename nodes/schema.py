@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import folder_paths
 from comfy_api.latest import io
 
 from ..iteris_core.concepts import Calibration
@@ -24,15 +25,27 @@ Scorer = io.Custom("ITERIS_SCORER")
 LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
+NONE = "none"
+"""No file, of those that a node lists."""
+GRAPH = [io.Hidden.unique_id, io.Hidden.prompt]
+"""Hidden inputs of a node that looks at the nodes before it."""
+MERGED = ("MODEL", "CLIP", "lora", "report")
+"""Outputs of a node that makes a LoRA and applies it."""
+_OUTPUTS: Mapping[str, Any] = {
+    **dict.fromkeys(("MODEL", "MODEL low"), io.Model),
+    **dict.fromkeys(("lora", "lora low"), LoraModel),
+    **dict.fromkeys(("plot", "sheet", "references"), io.Image),
+    **dict.fromkeys(("cosine", "clip_score"), io.Float),
+    **{"CLIP": io.Clip, "VAE": io.Vae},
+    **{"concepts": Concepts, "settings": MergeSettings, "scorer": Scorer},
+}
+"""Output → its type; all others are text."""
+
 
 def concepts_input(*, optional: bool = False) -> Any:
     """Takes what our nodes say is merged, and LORA_STACKs of other packs."""
     types = [Concepts, LoraStack]
     return io.MultiType.Input("concepts", types=types, optional=optional)
-
-
-def concepts_output() -> Any:
-    return Concepts.Output(display_name="concepts")
 
 
 def strength_input(name: str, **more: Any) -> Any:
@@ -43,24 +56,30 @@ def weight_input(name: str = "weight", **more: Any) -> Any:
     return io.Float.Input(name, **{"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.05, **more})
 
 
-def advanced(*inputs: Any) -> list[Any]:
-    """Inputs that the front end folds away; 0.3.64's do not take that when they are made."""
-    for one in inputs:
-        one.extra_dict = {**one.extra_dict, "advanced": True}
-    return list(inputs)
+def file_input(name: str, folder: str, **more: Any) -> Any:
+    """A file of one of ComfyUI's folders, or none."""
+    files = [NONE, *folder_paths.get_filename_list(folder)]
+    return io.Combo.Input(name, options=files, default=NONE, **more)
+
+
+def advanced(one: Any) -> Any:
+    """An input that the front end folds away; 0.3.64's do not take that when they are made."""
+    one.extra_dict = {**one.extra_dict, "advanced": True}
+    return one
 
 
 def schema(
     node_id: str,
-    display_name: str,
     aliases: list[str],
     inputs: list[Any],
-    outputs: list[Any],
+    outputs: Sequence[str],
     group: str = "",
+    *,
+    lists: Container[str] = (),
     **more: Any,
 ) -> io.Schema:
     """A schema in our category, or its ``group``; ``aliases`` are for the search of versions that
-    know them.
+    know them. ``lists`` are those of the ``outputs`` that are lists.
 
     What it says comes from ``locales/en``, but for tooltips that are made from what settings and
     methods declare.
@@ -69,17 +88,23 @@ def schema(
     for one in inputs:
         first = re.sub(r"_\d+$", "_1", one.id)  # of the rows of a node
         one.tooltip = one.tooltip or texts["inputs"][first]["tooltip"]
-    for number, one in enumerate(outputs):
-        one.tooltip = texts["outputs"][str(number)]["tooltip"]
+    made = [
+        _OUTPUTS.get(name, io.String).Output(
+            display_name=name,
+            tooltip=texts["outputs"][str(number)]["tooltip"],
+            is_output_list=name in lists,
+        )
+        for number, name in enumerate(outputs)
+    ]
     if "search_aliases" in io.Schema.__dataclass_fields__:
         more["search_aliases"] = aliases
     return io.Schema(
         node_id=node_id,
-        display_name=display_name,
+        display_name=texts["display_name"],
         category=f"IterIS/{group}".rstrip("/"),
         description=texts["description"],
         inputs=inputs,
-        outputs=outputs,
+        outputs=made,
         **more,
     )
 
@@ -167,6 +192,11 @@ def preset_input() -> Any:
         optional=True,
         tooltip=f"{helps} Inputs that you change go over it. The figures are the toybox's.",
     )
+
+
+def method_inputs(*further: Any) -> list[Any]:
+    """The method with its preset and rows, ``further`` inputs and those beside the prompts."""
+    return [method_input(), preset_input(), *sampling_inputs(), *further, *beside_inputs()]
 
 
 def beside_inputs() -> list[Any]:

@@ -19,11 +19,7 @@ from .pictures import figure_image, to_image, to_pil
 from .schema import Scorer, schema
 
 _FOLDERS = ("clip_vision", "text_encoders")
-
-
-def _weight_files() -> list[str]:
-    files = [name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)]
-    return list(dict.fromkeys(files))
+_SCORED = ("cosine", "clip_score", "scores", "plot")
 
 
 def _weight_path(name: str) -> str:
@@ -32,15 +28,6 @@ def _weight_path(name: str) -> str:
         if path is not None:
             return path
     raise IterisError(f"{name} is in none of the folders {', '.join(_FOLDERS)}.")
-
-
-def _outputs() -> list[Any]:
-    return [
-        io.Float.Output(display_name="cosine"),
-        io.Float.Output(display_name="clip_score"),
-        io.String.Output(display_name="scores"),
-        io.Image.Output(display_name="plot"),
-    ]
 
 
 def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOutput:
@@ -60,16 +47,16 @@ def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOut
 class ClipScorerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = [name for folder in _FOLDERS for name in folder_paths.get_filename_list(folder)]
         return schema(
             "IterisClipScorerLoader",
-            "IterIS CLIP Scorer Loader",
             ["clip score", "open_clip"],
             inputs=[
                 io.Combo.Input("architecture", options=architectures(), default=PAPERS),
-                io.Combo.Input("weights", options=_weight_files()),
+                io.Combo.Input("weights", options=list(dict.fromkeys(files))),
             ],
             group="compare",
-            outputs=[Scorer.Output(display_name="scorer")],
+            outputs=("scorer",),
         )
 
     @classmethod
@@ -85,11 +72,10 @@ class VisionScorer(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisVisionScorer",
-            "IterIS Vision Scorer",
             ["dinov2", "dino score", "image similarity", "siglip"],
             inputs=[io.ClipVision.Input("clip_vision")],
             group="compare",
-            outputs=[Scorer.Output(display_name="scorer")],
+            outputs=("scorer",),
         )
 
     @classmethod
@@ -102,11 +88,10 @@ class ClipImageAlignment(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisClipImageAlignment",
-            "IterIS CLIP Image Alignment",
             ["clip score", "image similarity", "clip-i"],
             inputs=[Scorer.Input("scorer"), io.Image.Input("images"), io.Image.Input("references")],
             group="compare",
-            outputs=_outputs(),
+            outputs=_SCORED,
             hidden=[io.Hidden.unique_id],
         )
 
@@ -121,7 +106,6 @@ class ClipTextAlignment(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisClipTextAlignment",
-            "IterIS CLIP Text Alignment",
             ["clip score", "prompt alignment", "clip-t"],
             inputs=[
                 Scorer.Input("scorer"),
@@ -130,7 +114,7 @@ class ClipTextAlignment(io.ComfyNode):
                 io.String.Input("leave_out", default=""),
             ],
             group="compare",
-            outputs=_outputs(),
+            outputs=_SCORED,
             hidden=[io.Hidden.unique_id],
         )
 
@@ -152,7 +136,6 @@ class ScoreSheet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisScoreSheet",
-            "IterIS Score Sheet",
             ["contact sheet", "image grid", "xy plot"],
             inputs=[
                 io.Image.Input("images"),
@@ -162,7 +145,7 @@ class ScoreSheet(io.ComfyNode):
                 io.Int.Input("cell", default=192, min=32, max=1024),
             ],
             group="compare",
-            outputs=[io.Image.Output(display_name="sheet")],
+            outputs=("sheet",),
             is_input_list=True,
         )
 

@@ -13,7 +13,7 @@ from .comfy_scorer import ComfyScorer, LazyScorer
 from .comfy_toybox import load_world
 from .concept_specs import make_spec
 from .pictures import to_image
-from .schema import Concepts, Scorer, schema
+from .schema import schema
 
 
 class IterisToybox(io.ComfyNode):
@@ -21,18 +21,10 @@ class IterisToybox(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisToybox",
-            "IterIS Toybox",
             ["demo", "test model", "example"],
             inputs=[io.String.Input("tokens", default="sks1, sks6")],
-            outputs=[
-                io.Model.Output(display_name="MODEL"),
-                io.Clip.Output(display_name="CLIP"),
-                io.Vae.Output(display_name="VAE"),
-                Concepts.Output(display_name="concepts"),
-                io.Image.Output(display_name="references", is_output_list=True),
-                io.String.Output(display_name="prompts", is_output_list=True),
-                Scorer.Output(display_name="scorer"),
-            ],
+            outputs=("MODEL", "CLIP", "VAE", "concepts", "references", "prompts", "scorer"),
+            lists=("references", "prompts"),
         )
 
     @classmethod
