@@ -122,7 +122,7 @@ class ConceptConfig(Concept):
 
     def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
         """The same concept with ``phrases`` as its trigger words."""
-        return replace(self, **words_in(phrases)._asdict(), source=source)
+        return replace(self, **words_in(phrases), source=source)
 
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
         """The same with the trigger words of the file's ``metadata``, or of the notes beside it, if

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
@@ -109,7 +109,7 @@ class Concept(Settings):
         lora = host.read_lora(path)
         if not values.keys() & {"trigger", "class_word", "subjects", "prompts"}:
             phrases = find_phrases(Path(path), lora.metadata).phrases
-            values = {**words_in(phrases)._asdict(), **values}
+            values = {**words_in(phrases), **values}
         return cls(lora, **values)
 
     @classmethod
@@ -278,18 +278,10 @@ def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-class Words(NamedTuple):
-    """:class:`Concept`'s fields of these names."""
-
-    trigger: str = ""
-    class_word: str = ""
-    subjects: tuple[str, ...] = ()
-
-
-def words_in(phrases: Sequence[str]) -> Words:
-    """One phrase is split at its first blank: "sks dog" is "sks" and "dog". Several are kept as
-    they are."""
-    if len(phrases) > 1:
-        return Words(subjects=tuple(phrases))
-    trigger, _, class_word = "".join(phrases).partition(" ")
-    return Words(trigger, class_word.strip())
+def words_in(phrases: Sequence[str]) -> dict[str, Any]:
+    """``trigger``, ``class_word`` and ``subjects`` of a :class:`Concept`. One phrase is split at
+    its first blank: "sks dog" is "sks" and "dog". Several are kept as they are."""
+    several = len(phrases) > 1
+    trigger, _, class_word = "".join(() if several else phrases).partition(" ")
+    subjects = tuple(phrases if several else ())
+    return {"trigger": trigger, "class_word": class_word.strip(), "subjects": subjects}

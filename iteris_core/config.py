@@ -84,15 +84,10 @@ class MergeConfig:
         """The configuration in built-in types alone; ``name`` and ``usual`` are as in
         :meth:`.concept_config.ConceptConfig.to_dict`."""
         data = {
-            "base": self.base,
-            "method": self.method,
-            "preset": self.preset,
-            "unmergeable": self.unmergeable,
+            **{key: getattr(self, key) for key in _TEXTS},
             **self.outputs,
             "concepts": [concept.to_dict(name, usual=usual) for concept in self.concepts],
-            "settings": dict(self.settings),
-            "calibration": dict(self.calibration),
-            "cut": dict(self.cut),
+            **{key: dict(getattr(self, key)) for key in _MAPPINGS},
         }
         default = {"base": "", "preset": "default", "cut": {}}
         return {key: v for key, v in data.items() if usual or v != default.get(key)}

@@ -44,6 +44,7 @@ from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .settings import Settings
 from .solve.choose import POLICY, Policy
+from .solve.problem import Solution
 
 _log = logging.getLogger(__name__)
 
@@ -193,9 +194,12 @@ class _Made:
 def prepared(
     job: Job, method: Method, settings: Settings
 ) -> tuple[Job, dict[str, str], dict[str, SiteChanges]]:
-    """``job`` with the concepts that its host adds, and with the changes of the sites whose
-    features can be collected; by site why those of the others cannot, and their changes."""
-    concepts = [*job.concepts, *_added(job, method)]
+    """``job`` with the concepts that its host adds, of a kind that ``method`` takes, and with the
+    changes of the sites whose features can be collected; by site why those of the others cannot,
+    and their changes."""
+    added = job.host.added(job.concepts, job.calibration)
+    taken = [one for one in added if method.sums or not isinstance(one, Composite)]
+    concepts = [*job.concepts, *taken]
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     check_sites(job.host, job.changes)
     found, stages = preflight.unmergeable_sites(job, sweep=method.sweeps(settings))
@@ -212,7 +216,9 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     job, found, others = prepared(job, method, settings)
     noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
     if job.calibration.samples < wanted:
-        noted.append(("samples", [_time_note(job.calibration, wanted)]))
+        few, minutes = job.calibration.samples, job.calibration.minutes
+        note = f"{few} of {wanted} prompts of each concept, for a merge of about {minutes:g} min"
+        noted.append(("samples", [note]))
     if (found and unmergeable == "refuse") or not job.changes:
         raise SiteError(preflight.complaint(found, concepts))
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
@@ -222,10 +228,11 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     if found:
         mean = unmergeable == "mean"
         means = means_of(job.concepts, others) if mean else {}
-        reported = {site: (change, SiteReport(change.rank)) for site, change in means.items()}
+        solved = {site: Solution(change) for site, change in means.items()}
         what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
-        merged = Merged({**merged.sites, **reported}, merged.log.with_notes([note]))
+        sites = {**merged.sites, **solved}
+        merged = replace(merged, sites=sites, log=merged.log.with_notes([note]))
     return _Made(concepts, merged, calls[: len(concepts)], noted, job.calibration.samples)
 
 
@@ -247,9 +254,9 @@ def _result(
 ) -> MergeResult:
     """The merge with the changes of those LoRAs that were ``always`` on and belong in the file."""
     log, concepts, every = made.merged.log, made.concepts, [*made.concepts, *always]
-    merged = {site: change for site, (change, _) in made.merged.sites.items()}
-    reports = {site: report for site, (_, report) in made.merged.sites.items()}
-    sites, count = beside(merged, changes_always(always_on(always, "include"))), len(concepts)
+    solved, repairs = made.merged.sites, made.merged.repairs
+    merged = {site: solution.change for site, solution in solved.items()}
+    sites = beside(merged, changes_always(always_on(always, "include")))
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
@@ -263,7 +270,11 @@ def _result(
         method=method.name,
         concepts=[concept.name for concept in concepts],
         sites={
-            site: replace(reports.get(site, SiteReport(0)), rank=change.rank).of_first(count)
+            site: SiteReport.of(
+                replace(solved[site], change=change) if site in solved else Solution(change),
+                len(concepts),
+                repair=site in repairs,
+            )
             for site, change in sites.items()
         },
         seconds=seconds,
@@ -305,19 +316,6 @@ def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
             raise SettingsError(f"{one.name}: only a concept with a LoRA can be always on.")
         read.append(one)
     return read
-
-
-def _added(job: Job, method: Method) -> list[Concept]:
-    """The concepts that the host adds, of a kind that ``method`` takes."""
-    added = job.host.added(job.concepts, job.calibration)
-    return [one for one in added if method.sums or not isinstance(one, Composite)]
-
-
-def _time_note(calibration: Calibration, wanted: int) -> str:
-    return (
-        f"{calibration.samples} of {wanted} prompts of each concept, for a merge of about "
-        f"{calibration.minutes:g} min"
-    )
 
 
 def _added_note(added: Concept) -> str:

@@ -60,8 +60,3 @@ PRESETS: Mapping[PresetName, Preset] = {
         },
     ),
 }
-
-
-def preset_settings(preset: PresetName, method: str) -> dict[str, Any]:
-    """The settings of ``method`` in ``preset``."""
-    return dict(PRESETS[preset].settings) if method == "iteris" else {}

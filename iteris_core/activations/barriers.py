@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,15 +115,9 @@ class _Watch(TorchDispatchMode):
             if threading.get_ident() == mine:
                 self._inside.pop()
 
-        handles = [
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-        ]
-        try:
+        leaving = register_module_forward_hook(leave, always_call=True)
+        with register_module_forward_pre_hook(enter), leaving:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def observe(self, shown: Observation) -> None:
         found = self.found
@@ -190,19 +184,12 @@ def _trials(
         if alike(_pytree.tree_leaves(again), _pytree.tree_leaves(output), most):
             good[module] = Block(blocks[module].ends, frozenset(written))
 
-    handles = [
-        handle
-        for module in blocks
-        for handle in (
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
-        )
-    ]
-    try:
+    with ExitStack() as stack:
+        for module in blocks:
+            entering = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            stack.enter_context(entering)
+            stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -53,7 +53,7 @@ class Lockstep:
         self._modules = modules
         self._streams = streams or {}
         self._active: MicroBatch | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
         self._cast: dict[tuple[str, int], LowRank] = {}  # by site, and the id of its change
         self._barriers = Barriers()
         self.merged: dict[str, LowRank] = {}
@@ -63,12 +63,12 @@ class Lockstep:
             for name in self.changes:
                 module = self._modules[name]
                 hook = self._hook(name, site_of(name, module))
-                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
-                self._handles.append(module.register_forward_hook(hook))
+                self._hooks.enter_context(module.register_forward_pre_hook(self._entering(name)))
+                self._hooks.enter_context(module.register_forward_hook(hook))
                 if name in self._streams:
                     stream = self._streams[name]
                     keep = stream.register_forward_pre_hook(self._keep_stream, prepend=True)
-                    self._handles.append(keep)
+                    self._hooks.enter_context(keep)
         except BaseException:
             self.close()
             raise
@@ -89,9 +89,7 @@ class Lockstep:
         return sum(factor.numel() * factor.element_size() for factor in factors)
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self._cast.clear()
         self._active = None
 
@@ -114,17 +112,13 @@ class Lockstep:
         """Within it forwards that pause do so at the end of each of ``barriers``, and replay their
         blocks."""
         hook = replay_hook(barriers, lambda: self._active)
-        handles = [
-            block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            for block in barriers.blocks
-        ]
-        self._barriers = barriers
-        try:
+        with ExitStack() as stack:
+            for block in barriers.blocks:
+                own = block.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                stack.enter_context(own)
+            self._barriers = barriers
+            stack.callback(setattr, self, "_barriers", Barriers())
             yield
-        finally:
-            self._barriers = Barriers()
-            for handle in handles:
-                handle.remove()
 
     def sweep(
         self,

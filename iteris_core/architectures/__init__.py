@@ -13,15 +13,6 @@ from ..errors import LoraFileError, UsageError
 from .record import Architecture
 from .row_mapping import Shapes
 
-__all__ = [
-    "Architecture",
-    "architecture",
-    "architecture_of_file",
-    "architecture_of_sites",
-    "architectures",
-    "register",
-]
-
 _registered: tuple[Architecture, ...] = ()
 
 

@@ -29,19 +29,8 @@ from .score import score
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(cls=Group, pretty_exceptions_enable=False, context_settings=_HELP)
 for command in (
-    merge,
-    init,
-    inspect,
-    compare,
-    score,
-    resize,
-    extract,
-    convert,
-    bake,
-    methods,
-    explain,
-    demo,
-    doctor,
+    *(merge, init, inspect, compare, score, resize, extract, convert, bake),
+    *(methods, explain, demo, doctor),
 ):
     app.command(cls=Command, context_settings=_HELP)(command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -20,9 +20,8 @@ from ..lora_files.tensors import dtypes_of, read_tensors
 from .base import lora_reader
 from .checks import check_apart, check_concepts
 from .common import option
+from .options import Dtype
 from .sizing import Energy, Overwrite, Partial
-
-_DTYPE = Literal["float16", "bfloat16", "float32"]
 
 
 def convert(
@@ -37,7 +36,7 @@ def convert(
         str | None,
         option("The base: for a DoRA, and of another shape than SD 1.5, XL, 3 or FLUX"),
     ] = None,
-    dtype: Annotated[_DTYPE | None, option("Of the file; its own by default")] = None,
+    dtype: Annotated[Dtype | None, option("Of the file; its own by default")] = None,
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
@@ -61,12 +60,7 @@ def convert(
     if layout != "peft" and lora.base is not None:
         error = largest_error(lora, read_lora_file(path, lora.base))
     if as_json:
-        report: dict[str, Any] = {
-            "path": str(path),
-            "dtype": written,
-            "error": error,
-            "notes": notes,
-        }
+        report = {"path": str(path), "dtype": written, "error": error, "notes": notes}
         typer.echo(json.dumps(report))
         return
     for note in notes:

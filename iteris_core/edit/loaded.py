@@ -148,7 +148,7 @@ def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[s
     if isinstance(words, Mapping):
         return {"trigger": name, **words}
     if isinstance(words, str):
-        return words_in([words])._asdict()
+        return words_in([words])
     return {"trigger": name, "prompts": list(words)}
 
 

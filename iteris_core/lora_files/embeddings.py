@@ -46,7 +46,8 @@ def split_embeddings(
     """The embeddings of a LoRA file, bundled and beside it; the other tensors; and what is to be
     said of embeddings that ``metadata`` name and that are not there."""
     embeddings, rest = unbundled(path, tensors)
-    listed = listed_embeddings(metadata)
+    names = parse_object(metadata.get("iteris")).get("embeddings")  # of a merge of ours
+    listed = [str(name) for name in names] if isinstance(names, list) else []
     for file in _beside(path, listed):
         for name, parts in _embeddings_of(file, path.stem).items():
             if name in embeddings:
@@ -70,12 +71,6 @@ def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, di
             raise _no_embedding(path, key, tensor)
         embeddings.setdefault(name, {})[part] = _vectors(path, key, tensor)
     return embeddings, rest
-
-
-def listed_embeddings(metadata: Mapping[str, str]) -> list[str]:
-    """The embeddings that a merge of ours wrote with its file."""
-    names = parse_object(metadata.get("iteris")).get("embeddings")
-    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:

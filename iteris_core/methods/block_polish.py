@@ -202,11 +202,11 @@ class _StagePolish:
                 factors.put(self.lockstep)
                 return self._error(runner, checked)
 
-            steps = Steps(self.how.steps, self._falls, self.how.steps)
-            return train(factors.groups(self.how.rate), steps, loss, error, before, tick)
+            def falls(step: int) -> float:
+                return min(1.0, (step + 1) / 10) * (1 - step / self.how.steps)
 
-    def _falls(self, step: int) -> float:
-        return min(1.0, (step + 1) / 10) * (1 - step / self.how.steps)
+            steps = Steps(self.how.steps, falls, self.how.steps)
+            return train(factors.groups(self.how.rate), steps, loss, error, before, tick)
 
     def _picked(
         self, singles: Sequence[SegmentBatch], pairs: Sequence[SegmentBatch]
@@ -245,12 +245,9 @@ class _StagePolish:
             errors = (output.float() - wanted.to(output.device).float()).square()
             mask = self._mask(runner.segment, passage, errors)
             by_row.append((errors if mask is None else errors * mask).flatten(1).sum(1))
-        total = torch.stack(by_row).sum(0)
-        return (total * total.new_tensor(self._weights(passage))).sum()
-
-    def _weights(self, passage: SegmentBatch) -> list[float]:
-        weights = self.job.weights
-        return [fmean(weights[owner] for owner in owners) for owners in passage.owners]
+        total, weights = torch.stack(by_row).sum(0), self.job.weights
+        means = [fmean(weights[owner] for owner in owners) for owners in passage.owners]
+        return (total * total.new_tensor(means)).sum()
 
     def _mask(self, segment: Segment, passage: SegmentBatch, errors: Tensor) -> Tensor | None:
         """1 where a token counts, where the segment gives tokens."""

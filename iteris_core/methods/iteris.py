@@ -21,7 +21,6 @@ from ..lora import SiteChanges
 from ..passes.batches import SWEEP, ExecutionConfig, Schedule
 from ..passes.job import Job, Run
 from ..passes.sweep import solve_sites
-from ..report.report import SiteReport
 from ..solve.problem import Reduction, RegressionSpec, Solution, StageSolver
 from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
@@ -72,11 +71,8 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
             adam = settings.polish_steps, settings.polish_rate
             changes, notes = polish(run, changes, *adam, settings.micro_batch)
             log = log.with_notes(notes)
-    sites = {
-        site: (changes[site], SiteReport.of(solution, repair=site in repairs))
-        for site, solution in solutions.items()
-    }
-    return Merged(sites, log)
+    sites = {s: replace(solution, change=changes[s]) for s, solution in solutions.items()}
+    return Merged(sites, log, repairs.keys())
 
 
 def _shared(

@@ -8,7 +8,7 @@ the check that no site was missed are made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,8 +21,7 @@ from ..lora import LowRank, SiteChanges
 from ..passes.batches import REFERENCE, SWEEP, ExecutionConfig
 from ..passes.job import Job, RunLog
 from ..passes.sweep import solve_sites
-from ..presets import PRESETS, PresetName, preset_settings
-from ..report.report import SiteReport
+from ..presets import PRESETS, PresetName
 from ..settings import Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 
@@ -43,14 +42,11 @@ def micro_batch_setting() -> int:
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's change with its report, and what the run reports of itself."""
+    """Every site's solution, what the run reports of itself, and which sites are repairs."""
 
-    sites: Mapping[str, tuple[LowRank, SiteReport]]
+    sites: Mapping[str, Solution]
     log: RunLog = field(default_factory=RunLog)
-
-    @staticmethod
-    def of(solutions: Mapping[str, Solution], log: RunLog) -> Merged:
-        return Merged({site: (s.change, SiteReport.of(s)) for site, s in solutions.items()}, log)
+    repairs: Set[str] = frozenset()
 
 
 Sweeps = Callable[[Any], bool]
@@ -104,10 +100,10 @@ def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Func
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
-            merged: dict[str, tuple[LowRank, SiteReport]] = {}
+            merged: dict[str, Solution] = {}
             for site, changes in job.changes.items():
                 change, lost = function(AtSite(changes, job.weights, job.generator), given)
-                merged[site] = change, SiteReport(change.rank, truncated=lost)
+                merged[site] = Solution(change, truncated=lost)
                 job.tick("merging sites", len(merged), len(job.changes))
             return Merged(merged)
 
@@ -139,13 +135,9 @@ def on_activations(
                 solve=lambda _, reduced: reduced.solve(fit),
                 bytes=lambda site, _: reduction.bytes(job.changes[site]),
             )
-            schedule = SWEEP if merged_inputs else REFERENCE
+            how = ExecutionConfig(given.micro_batch), SWEEP if merged_inputs else REFERENCE
             with job.run() as run:
-                return Merged.of(
-                    *solve_sites(
-                        run, lambda _: solver, ExecutionConfig(given.micro_batch), schedule
-                    )
-                )
+                return Merged(*solve_sites(run, lambda _: solver, *how))
 
         return _registered(name, merge, settings, True, function, lambda _: merged_inputs, sums)
 
@@ -185,9 +177,11 @@ def settings_over(
     """The given settings over those that the preset has for ``method``."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    chosen = PRESETS[preset]
+    usual = chosen.settings if method == "iteris" else {}
     return (
-        _over(preset_settings(preset, method), settings, find_method(method).settings),
-        _over(PRESETS[preset].calibration, calibration, Calibration),
+        _over(usual, settings, find_method(method).settings),
+        _over(chosen.calibration, calibration, Calibration),
     )
 
 

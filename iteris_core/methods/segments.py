@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,17 +174,9 @@ def _passed(
         seen["outputs"] = [leaf.detach().cpu() for leaf in _tensors_of(output)]
         raise _Passed
 
-    handles = [
-        segment.module.register_forward_pre_hook(enter, with_kwargs=True),
-        segment.module.register_forward_hook(leave),
-    ]
-    try:
+    entering = segment.module.register_forward_pre_hook(enter, with_kwargs=True)
+    with entering, segment.module.register_forward_hook(leave), suppress(_Passed):
         lockstep.run(batch)
-    except _Passed:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen["given"], seen["outputs"]
 
 
@@ -248,19 +240,17 @@ def sample_inputs(
 
         return note
 
-    handles = [modules[s].register_forward_pre_hook(noting(s)) for s in runner.segment.sites]
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
+        for site in runner.segment.sites:
+            stack.enter_context(modules[site].register_forward_pre_hook(noting(site)))
+        try:
             for passage in passages:
                 found = runner(passage)
                 if not found or not alike(found, passage.found, policy.segment_error):
                     return None
-    except Exception as error:  # a row's share of an argument may be unknown
-        if is_out_of_memory(error):
-            raise
-        _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
+        except Exception as error:  # a row's share of an argument may be unknown
+            if is_out_of_memory(error):
+                raise
+            _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
+            return None
     return {site: torch.cat(some) for site, some in tokens.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -118,15 +119,12 @@ def _of(
     limit = limit_of(stage, batching)
     for rows in chunks(part, stage.batch_keys, batching.rows):
 
-        def run(rows: Sequence[int] = rows) -> None:
-            stage.run(rows, copies)
-
         def mask_of(site: str, rows: Sequence[int] = rows) -> Tensor | None:
             return stage.mask(site, rows) if stage.mask is not None else None
 
         weighs = stage.spatial and batching.saliency
         yield MicroBatch(
-            run,
+            partial(stage.run, rows, copies),
             [stage.concept_ids[row] for row in rows],
             copies,
             observer,

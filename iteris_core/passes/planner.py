@@ -163,17 +163,15 @@ def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
 
 def complaint(said: str, tried: Sequence[Plan]) -> str:
     """The message where there was no memory for any of the plans ``tried``."""
+    rows = [f"{p.at_once} rows at once" if p.at_once > 1 else "one row at once" for p in tried]
+    named = [
+        ", ".join(filter(None, (r, p.strategy.name))) for r, p in zip(rows, tried, strict=True)
+    ]
     return (
-        f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: "
-        f"{'; '.join(map(_attempt, tried))}. Lower samples or timesteps (fewer rows), or "
-        "latent_size (smaller ones; ComfyUI: image_size), or close what else takes memory. The "
-        "model is as it was."
+        f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
+        "samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI: image_size), or "
+        "close what else takes memory. The model is as it was."
     )
-
-
-def _attempt(plan: Plan) -> str:
-    tried = f"{plan.at_once} rows at once" if plan.at_once > 1 else "one row at once"
-    return ", ".join(filter(None, (tried, plan.strategy.name)))
 
 
 def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -79,8 +80,9 @@ def _look(
     mixed: set[str] = set()
     repeated: set[str] = set()
     took = 0.0
-    handles = [module.register_forward_hook(calls.hook(s)) for s, module in modules.items()]
-    try:
+    with ExitStack() as stack:
+        for site, module in modules.items():
+            stack.enter_context(module.register_forward_hook(calls.hook(site)))
         for row in firsts:
             for _ in range(1 if every_kind else 2):  # the first one may bring weights to the device
                 calls.rows.clear()
@@ -91,9 +93,6 @@ def _look(
             count.update(calls.rows.keys())
             mixed |= {site for site, rows in calls.rows.items() if set(rows) != {2}}
             repeated |= {site for site, rows in calls.rows.items() if len(rows) > 1}
-    finally:
-        for handle in handles:
-            handle.remove()
     for row in set(range(len(stage.concept_ids))) - set(firsts) if stage.feeds_next else ():
         stage.run([row], 1)
     why: dict[str, str | None] = dict.fromkeys(count)

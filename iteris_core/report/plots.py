@@ -57,22 +57,14 @@ class _Maps:
     label: str
     most: float = 1.0
 
-    @property
-    def width(self) -> float:
-        return 4 + len(self.maps) * max(1.5, 0.5 * len(self.columns))
-
-    @property
-    def height(self) -> float:
-        return 1.5 + 0.35 * len(self.rows)
-
 
 def _drawn(*parts: _Maps) -> Any:
     """One figure with the parts under each other, and the maps of each side by side."""
     from matplotlib.figure import Figure
 
-    size = max(part.width for part in parts), sum(part.height for part in parts)
-    whole = Figure(figsize=size, layout="constrained")
-    heights = [part.height for part in parts]
+    widths = [4 + len(part.maps) * max(1.5, 0.5 * len(part.columns)) for part in parts]
+    heights = [1.5 + 0.35 * len(part.rows) for part in parts]
+    whole = Figure(figsize=(max(widths), sum(heights)), layout="constrained")
     figures = whole.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
     for part, figure in zip(parts, figures[:, 0], strict=True):
         axes = figure.subplots(1, len(part.maps), sharey=True, squeeze=False)[0]

@@ -102,7 +102,10 @@ def recipe(
         {"lora": concept.lora.name if concept.lora else None, **entry, "called": list(phrases)}
         for concept, entry, phrases in zip(concepts, recorded["concepts"], called, strict=True)
     ]
-    versions = {"python": platform.python_version(), **_versions()}
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {"versions": versions, **recorded, "concepts": entries, "notes": report.notes}
 
 
@@ -162,14 +165,6 @@ def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
     """``lora`` at the strength and the rank to which the file was brought after its merge."""
     lora = scaled_lora(lora, cut.get("strength", 1.0))
     return cut_lora(lora, cut["rank"], ordered=cut["ordered"]) if "rank" in cut else lora
-
-
-def _versions() -> dict[str, str]:
-    versions: dict[str, str] = {}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..solve.problem import Solution
@@ -30,19 +30,12 @@ class SiteReport:
     repair: bool = False
 
     @classmethod
-    def of(cls, solution: Solution, *, repair: bool = False) -> SiteReport:
-        """The report of a ``solution``, without the change itself."""
-        values = {entry.name: getattr(solution, entry.name) for entry in fields(solution)}
-        return cls(values.pop("change").rank, **values, repair=repair)
-
-    def of_first(self, concepts: int) -> SiteReport:
-        """The same for the first ``concepts`` alone, without generic prompts."""
-        return replace(
-            self,
-            weighting=self.weighting[:concepts],
-            before=self.before[:concepts],
-            after=self.after[:concepts],
-        )
+    def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
+        """The report of a ``solution`` for its first ``concepts``, without generic prompts."""
+        every = solution.weighting, solution.before, solution.after
+        weighting, before, after = (values[:concepts] for values in every)
+        rest = solution.condition, solution.truncated, repair
+        return cls(solution.change.rank, weighting, before, after, *rest)
 
 
 @dataclass(frozen=True)

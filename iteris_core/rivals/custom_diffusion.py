@@ -22,13 +22,13 @@ from ..activations.tokens import Observation
 from ..concepts import Concept
 from ..errors import MismatchError
 from ..linalg.lowrank import cut_matrix
-from ..lora import LowRank, SiteChanges
+from ..lora import SiteChanges
 from ..methods.linear import LinearSettings, average
 from ..methods.registry import AtSite, Merged, micro_batch_setting, on_model
 from ..passes.batches import ExecutionConfig, micro_batches
 from ..passes.job import Job, RunLog
-from ..report.report import SiteReport
 from ..settings import Settings, setting
+from ..solve.problem import Solution
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
             "Custom Diffusion merges cross-attention keys and values, and none of these LoRAs "
             "changes any; use another method."
         )
-    merged: dict[str, tuple[LowRank, SiteReport]] = {}
+    merged: dict[str, Solution] = {}
     weights = [0.0 if c.lora is None else c.weight for c in job.concepts]
     for site, changes in job.changes.items():
         change, _ = average(AtSite(changes, weights, job.generator), LinearSettings())
-        merged[site] = change, SiteReport(change.rank)
+        merged[site] = Solution(change)
     subjects = [
         replace(concept, prompts=[concept.subject or next(iter(concept.prompts or [""]))])
         for concept in job.concepts
@@ -72,7 +72,7 @@ def custom_diffusion(job: Job, settings: CustomDiffusionSettings) -> Merged:
         dense = _constrained(changes, words[site], captions[site], settings.ridge)
         rank = min(sum(len(tokens) for tokens in words[site]), *changes.shape)
         change, lost = cut_matrix(dense, rank, like=changes.like)
-        merged[site] = change, SiteReport(change.rank, truncated=lost)
+        merged[site] = Solution(change, truncated=lost)
     return Merged(merged, RunLog(max(rows, more_rows)))
 
 

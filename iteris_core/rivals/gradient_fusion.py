@@ -63,9 +63,8 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
         bytes=lambda site, _: Gram.bytes(job.changes[site]),
     )
     with job.run() as run:
-        return Merged.of(
-            *solve_sites(run, lambda _: solver, ExecutionConfig(settings.micro_batch), REFERENCE)
-        )
+        how = ExecutionConfig(settings.micro_batch), REFERENCE
+        return Merged(*solve_sites(run, lambda _: solver, *how))
 
 
 def reads_text(site: str) -> bool:

@@ -76,7 +76,7 @@ def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
         settings.micro_batch, "enough", job.calibration.seed, policy=job.policy
     )
     with job.run() as run:
-        return Merged.of(*solve_sites(run, lambda _: solver, batching))
+        return Merged(*solve_sites(run, lambda _: solver, batching))
 
 
 class _Pairs(Reduction):

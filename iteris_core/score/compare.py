@@ -102,10 +102,7 @@ def compare_methods(
     seeds = [drawing.seed + index for index in range(drawing.images_per_prompt)]
     calls = [embedding_triggers(concept, host.learned) for concept in concepts]
     columns: dict[str, dict[str, Tensor]] = {}
-    pictures: dict[str, list[Image.Image | None]] = {}
-    seconds: dict[str, float] = {}
-    used: dict[str, Mapping[str, Any]] = {}
-    made: dict[str, Mapping[str, Any]] = {"drawing": asdict(drawing)}
+    comparison = Comparison({}, {}, prompts, {}, labels, made={"drawing": asdict(drawing)})
     how: dict[str, Any] = {
         name: getattr(config, name) for name in ("calibration", "preset", "memory_budget")
     }
@@ -113,7 +110,6 @@ def compare_methods(
     progress_of = CompareProgress(
         {name: method for name, (method, _) in wanted_rows.items()}, on_progress, title
     )
-    comparison = Comparison({}, {}, prompts, {}, labels)
     for name, (method, merged) in wanted_rows.items():
         of_method, drawn = progress_of.of(name), range(len(prompts))
         if name.startswith(f"{ALONE} "):
@@ -123,24 +119,27 @@ def compare_methods(
             parts = [*(concepts[index] for index in merged), *always]
             how["settings"] = config.settings.get(name)
             result = merge_loras(host, parts, method, on_progress=of_method, **how)
-            seconds[name], used[name] = result.report.seconds, result.report.settings
-            if result.report.calibration:
-                made["calibration"] = result.report.calibration
+            report = result.report
+            made = {"calibration": report.calibration} if report.calibration else {}
+            comparison = replace(
+                comparison,
+                seconds={**comparison.seconds, name: report.seconds},
+                settings={**comparison.settings, name: report.settings},
+                made={**comparison.made, **made},
+            )
         called = [] if result is None else calls
         with _loaded(pipeline, result), in_force(pipeline, called) as phrases:
             texts = fill_prompts(config.templates, concepts, phrases)
             pairs = [(texts[index], seed) for index in drawn for seed in seeds]
             images = draw(pipeline, pairs, drawing, of_method)
         queue = iter(images)
-        pictures[name] = [
+        shown = [
             next(queue) if index in drawn else None for index in range(len(prompts)) for _ in seeds
         ]
         columns[name] = measure(images, drawn, merged, len(seeds))
         add_shares(columns, labels)
         stats = {row: stats_of(values, seeds) for row, values in columns.items()}
-        comparison = Comparison(
-            stats, dict(pictures), prompts, dict(seconds), labels, dict(used), dict(made)
-        )
+        comparison = replace(comparison, rows=stats, pictures={**comparison.pictures, name: shown})
         on_row(comparison)
     return comparison
 

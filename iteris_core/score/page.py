@@ -6,7 +6,6 @@ import base64
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +58,15 @@ def html_gallery(
     return _PARTS.gallery(columns, pictures, highlighted, caption)
 
 
-@dataclass(frozen=True)
-class _Embedded:
-    """A picture inside the page itself; ``width`` and ``height`` are in pixels."""
-
-    source: str
-    width: int
-    height: int
-
-
-def _embedded(picture: Image.Image) -> _Embedded:
-    """Small ones as PNG, others as JPEG at most :data:`_SIDE` wide."""
+def _embedded(picture: Image.Image) -> dict[str, str | int]:
+    """A picture inside the page itself, with its size in pixels: small ones as PNG, others as JPEG
+    at most :data:`_SIDE` wide."""
     small = picture.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(small.size) <= 128 else "JPEG"
     data = base64.b64encode(picture_bytes(small, kind)).decode()
-    return _Embedded(f"data:image/{kind.lower()};base64,{data}", *small.size)
+    source = f"data:image/{kind.lower()};base64,{data}"
+    return {"source": source, "width": small.width, "height": small.height}
 
 
 def picture_bytes(picture: Image.Image, kind: str = "PNG") -> bytes:

@@ -9,7 +9,7 @@ right-hand sides, no dense ΔW and no SVD. An equivalent without the factors is
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ _PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precisio
 
 
 class _LowRankTargets(MomentReduction):
-    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names. Without a weigher ``by`` λ is
-    eq. 8's, of what the targets are counted by."""
+    """T_i = X ΔW_iᵀ with a (in, in) moment XᵀX̃ that a subclass names; it has so many ``moments`` of
+    a concept. Without a weigher ``by`` λ is eq. 8's, of what the targets are counted by."""
+
+    moments: ClassVar[int]
 
     def __init__(
         self,
@@ -46,6 +48,18 @@ class _LowRankTargets(MomentReduction):
     def sums(self) -> list[Tensor]:
         shared = self._outputs is self.weigher
         return [*super().sums(), *([] if shared else self._outputs.sums())]
+
+    @classmethod
+    def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> Bytes:
+        """The solve has M and a piece of a moment in float64, right-hand sides and their solution,
+        and the factors of a cut, of rank Σ r_i."""
+        out, width = changes.shape
+        rank = changes.listed_rank
+        square = width * width
+        low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
+        solve = 8 * square + min(8 * square, _PIECE) + low
+        kept = len(changes) * cls.moments * square * itemsize
+        return Bytes(kept, solve, kept + 8 * square, kept)
 
     @abstractmethod
     def _cross(self, concept: int) -> Tensor:
@@ -92,6 +106,8 @@ class _LowRankTargets(MomentReduction):
 class AdapterMoments(_LowRankTargets):
     """X̃ᵀX̃ and XᵀX̃ of every concept."""
 
+    moments = 2
+
     def __init__(self, opening: SiteContext, weighting: Weighting, dtype: torch.dtype) -> None:
         by = None if weighting == "adapter" else weigher(weighting, opening, dtype)
         super().__init__(opening, CrossMoments, by, dtype)
@@ -104,32 +120,14 @@ class AdapterMoments(_LowRankTargets):
     def _cross(self, concept: int) -> Tensor:
         return cast(CrossMoments, self.inputs).cross[concept]
 
-    @staticmethod
-    def bytes(changes: SiteChanges, itemsize: int) -> Bytes:
-        return _bytes(changes, itemsize, 2)
-
 
 class Gram(_LowRankTargets):
     """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
+
+    moments = 1
 
     def __init__(self, opening: SiteContext) -> None:
         super().__init__(opening, InputMoments, Alike(), torch.float32)
 
     def _cross(self, concept: int) -> Tensor:
         return self.inputs.own[concept]
-
-    @staticmethod
-    def bytes(changes: SiteChanges, itemsize: int = 4) -> Bytes:
-        return _bytes(changes, itemsize, 1)
-
-
-def _bytes(changes: SiteChanges, itemsize: int, moments: int) -> Bytes:
-    """``moments`` (in, in) matrices for every concept; the solve has M and a piece of a moment in
-    float64, right-hand sides and their solution, and the factors of a cut, of rank Σ r_i."""
-    out, width = changes.shape
-    rank = changes.listed_rank
-    square = width * width
-    low = 18 * rank * (4 * width + 2 * out) + 32 * rank * rank
-    solve = 8 * square + min(8 * square, _PIECE) + low
-    kept = len(changes) * moments * square * itemsize
-    return Bytes(kept, solve, kept + 8 * square, kept)

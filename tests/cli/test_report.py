@@ -68,7 +68,8 @@ def test_the_verdict_names_the_lora_that_is_kept_least():
 
 def test_a_site_report_is_what_its_solution_says():
     change = LowRank(torch.ones(3, 2), torch.ones(2, 4))
-    found = SiteReport.of(Solution(change, (0.5,), (1.0,), (0.2,), 9.0, 0.1), repair=True)
+    solution = Solution(change, (0.5, 0.5), (1.0, 0.9), (0.2, 0.3), 9.0, 0.1)
+    found = SiteReport.of(solution, 1, repair=True)
     assert found == SiteReport(2, (0.5,), (1.0,), (0.2,), 9.0, 0.1, True)
 
 

@@ -23,7 +23,9 @@ from iteris_core.cli.concept_options import parse_concept
 from iteris_core.cli.methods import settings_page
 from iteris_core.cli.options import Dtype, parse_settings
 from iteris_core.lora_files import DTYPES
-from iteris_core.presets import PRESETS, preset_settings
+from iteris_core.methods.registry import settings_over
+from iteris_core.methods.ties import TiesSettings
+from iteris_core.presets import PRESETS
 from iteris_core.settings import Settings, declared_settings, setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,9 +151,10 @@ def test_choices_that_typer_needs_as_types():
 
 def test_presets_are_settings():
     for name, preset in PRESETS.items():
-        IterisSettings.from_mapping(preset_settings(name, "iteris"))
-        Calibration.from_mapping(preset.calibration)
-        assert preset_settings(name, "ties") == {}
+        iteris = IterisSettings.from_mapping(preset.settings)
+        calibration = Calibration.from_mapping(preset.calibration)
+        assert settings_over(name, "iteris", None, None) == (iteris, calibration)
+        assert settings_over(name, "ties", None, None) == (TiesSettings(), calibration)
     with pytest.raises(SettingsError, match="preset must be one of default, fast, best, paper"):
         merge_loras(None, [Concept(make_lora(1))], "sum", preset="quick")
 

@@ -214,9 +214,9 @@ def test_a_merged_file_is_read_back_and_merged_again(pipeline, tmp_path):
     }  # fmt: skip
     assert torch.equal(again.embeddings["l2-toy"]["clip_l"], parts[1]["clip_l"])
     words = words_in(trigger_phrases(again.metadata))
-    assert words.subjects == ("toy dog", "l2-toy cat")
+    assert words["subjects"] == ("toy dog", "l2-toy cat")
     third = concept({"bird": parts[2]}, "bird", "", loras[2])
-    result = merge_loras(host, [Concept(again, **words._asdict()), third], calibration=QUICK)
+    result = merge_loras(host, [Concept(again, **words), third], calibration=QUICK)
     assert list(result.lora.embeddings) == ["toy", "l2-toy", "bird"]
     assert "NOT IN FORCE" not in result.report.summary()
     for word in ("toy", "l2-toy", "bird"):
@@ -344,7 +344,7 @@ def test_the_toybox_with_embeddings(tmp_path, monkeypatch, capsys):
     third = toybox.concepts()["sks1"]
     both = host.read_lora(out)
     concepts = [
-        Concept(both, **words_in(trigger_phrases(both.metadata))._asdict()),
+        Concept(both, **words_in(trigger_phrases(both.metadata))),
         Concept(host.read_lora(third.lora), trigger="sks1", class_word=third.class_word),
     ]
     result = merge_loras(host, concepts, calibration=QUICK)

@@ -15,7 +15,7 @@ from iteris_core.calibration_prompts import (
     concept_prompts,
     whole_words,
 )
-from iteris_core.concepts import KINDS, TEMPLATES, Words, words_in
+from iteris_core.concepts import KINDS, TEMPLATES, words_in
 from iteris_core.errors import ConceptError
 from iteris_core.hosts.diffusers import DiffusersHost
 from iteris_core.hosts.rows import (
@@ -58,23 +58,27 @@ def test_every_phrase_has_its_turn():
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, Words(subjects=("sks cat", "zwx dog"))),
-        ({"modelspec.trigger_phrase": "sks cat"}, Words("sks", "cat")),
-        ({"ss_dataset_dirs": '{"10_sks big dog": {"n_repeats": 10}}'}, Words("sks", "big dog")),
-        ({"iteris": '{"concepts": [3, {"lora": null, "trigger": "preserve"}]}'}, Words()),
+        ({"modelspec.trigger_phrase": "sks cat, zwx dog"}, {"subjects": ("sks cat", "zwx dog")}),
+        ({"modelspec.trigger_phrase": "sks cat"}, {"trigger": "sks", "class_word": "cat"}),
+        (
+            {"ss_dataset_dirs": '{"10_sks big dog": {"n_repeats": 10}}'},
+            {"trigger": "sks", "class_word": "big dog"},
+        ),
+        ({"iteris": '{"concepts": [3, {"lora": null, "trigger": "preserve"}]}'}, {}),
         (
             {
                 "modelspec.trigger_phrase": "sks, zwx",
                 "iteris": '{"concepts": [{"lora": "a", "trigger": "sks", "class": "cat"}, '
                 '{"lora": "b", "subjects": ["zwx dog", "a b"]}, {"lora": null, "trigger": "k"}]}',
             },
-            Words(subjects=("sks cat", "zwx dog", "a b")),
+            {"subjects": ("sks cat", "zwx dog", "a b")},
         ),
-        ({}, Words()),
+        ({}, {}),
     ],
 )
 def test_the_words_of_a_file(metadata, words):
-    assert words_in(find_phrases(Path("none.safetensors"), metadata).phrases) == words
+    found = words_in(find_phrases(Path("none.safetensors"), metadata).phrases)
+    assert found == {"trigger": "", "class_word": "", "subjects": (), **words}
 
 
 def test_no_prompts_are_errors():
