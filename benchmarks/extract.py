@@ -5,10 +5,10 @@ All weights of UNet and text encoder are trained on the pictures of three concep
 ``benchmarks/results/extract.json`` case by case. ``error`` is ‖f_LoRA − f_tuned‖ / ‖f_base −
 f_tuned‖ of the denoiser's output on prompts with backgrounds that nothing was fitted to;
 ``likeness`` is that of pictures of these prompts to the references. Ways: ``svd`` cuts each layer's
-change of weight at one rank, as kohya's and ComfyUI's extraction do, convolutions too; ``ours`` is
-``extract_lora`` at the same size, on prompts with other backgrounds. ``all weights`` has every
-change of weight in full: what is missing there are norms, biases and embeddings, which no LoRA
-holds.
+change of weight at one rank, as kohya's extraction does, convolutions too; ``svd with norms`` has
+all norms and biases beside that, as ComfyUI's *Extract and Save Lora* has them; ``ours`` is
+``extract_lora`` at the same rank, with norms and biases, on prompts with other backgrounds. ``all
+weights`` has every change of a layer's weight in full, and no norms and biases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from protocol.toybox import ToyboxWorld
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.edit.extract import differences, extract_lora
 from iteris_core.edit.held import output_error
+from iteris_core.edit.vectors import other_differences, with_vectors
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.diffusers_lora import base_of
 from iteris_core.linalg.lowrank import cut_matrix
 from iteris_core.solve.ranks import Target
 from toybox.pipeline import load
@@ -70,23 +72,32 @@ def main() -> None:
     wanted = world.prompted("new words", NAMES, 1)
     new = Concept(Lora({}), prompts=sorted({one.prompt for one in wanted}), trigger="new")
 
-    def measured(sites: dict[str, LowRank]) -> dict[str, float]:
-        error = output_error(base, tuned, new, sites, calibration, lambda *_: None)
-        read_off = world.read(world.draw(Lora(sites), wanted), wanted)
-        numbers = sum(change.up.numel() + change.down.numel() for change in sites.values())
+    def measured(lora: Lora) -> dict[str, float]:
+        error = output_error(base, tuned, new, lora, calibration, lambda *_: None)
+        with with_vectors(base, lora.vectors):
+            read_off = world.read(world.draw(lora, wanted), wanted)
+        numbers = sum(change.up.numel() + change.down.numel() for change in lora.sites.values())
+        numbers += sum(vector.numel() for vector in lora.vectors.values())
         likeness = fmean(one["likeness"] for one in read_off)
         return {"error": round(error, 4), "likeness": round(likeness, 4), "numbers": numbers}
 
-    dense = differences(base, tuned)
+    dense, kind = differences(base, tuned), base_of(base.pipeline, base.sites())
+    others = other_differences(base, tuned)
+    vectors = {name: vector for name, vector in others.items() if vector.ndim == 1}
     for rank in RANKS:
-        if f"{rank} svd" not in read(FILE):
-            add(FILE, f"{rank} svd", measured({s: _cut(s, dense, base, rank) for s in dense}))
+        for way, beside in (("svd", {}), ("svd with norms", vectors)):
+            if f"{rank} {way}" not in read(FILE):
+                cut = {s: _cut(s, dense, base, rank) for s in dense}
+                add(FILE, f"{rank} {way}", measured(Lora(cut, vectors=beside)))
         if f"{rank} ours" not in read(FILE):
-            found = extract_lora(base, tuned, Target(rank), prompts=seen, calibration=calibration)
-            report = {"reported": round(found.error, 4)}
-            add(FILE, f"{rank} ours", {**measured(dict(found.lora.sites)), **report})
+            found = extract_lora(
+                base, tuned, Target(rank), kind, prompts=seen, calibration=calibration
+            )
+            report = {"reported": round(found.error, 4), "left": len(found.left)}
+            add(FILE, f"{rank} ours", {**measured(found.lora), **report})
     if "all weights" not in read(FILE):
-        add(FILE, "all weights", measured({s: _cut(s, dense, base, 10**6) for s in dense}))
+        whole = {s: _cut(s, dense, base, 10**6) for s in dense}
+        add(FILE, "all weights", measured(Lora(whole)))
     for name, host in (("base", base), ("tuned", tuned)):
         if name not in read(FILE):
             settings = world._loaded.settings

@@ -34,7 +34,12 @@ def extract() -> list[str]:
     rows: list[list[str]] = []
     for key, of in found.items():
         rank, _, way = key.partition(" ")
-        name = {"svd": "SVD of weights, each layer", "ours": "`extract`"}.get(way, key)
+        names = {
+            "svd": "SVD of weights, each layer",
+            "svd with norms": "the same, with norms and biases",
+            "ours": "`extract`",
+        }
+        name = names.get(way, key)
         rank = rank if rank.isdigit() else ""
         error = short(f"{of['error']:.3f}") if "error" in of else ""
         rows.append([rank, name, error, short(f"{of['likeness']:.3f}")])

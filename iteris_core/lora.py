@@ -89,7 +89,8 @@ class Lora:
     ``scales`` are the factors that the reader folded into ``up`` (not there: 1), so that the file
     can be written again bit by bit. ``notes`` say what reading did beyond taking the file as it is.
     ``embeddings`` are (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …).
-    ``reading`` are the choices that the file was read with, to read it so again.
+    ``reading`` are the choices that the file was read with, to read it so again. ``vectors`` are
+    changes of biases and normalisations, (n,), by name of the parameter (``unet.conv_in.bias``).
     """
 
     sites: Mapping[str, LowRank]
@@ -104,6 +105,7 @@ class Lora:
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     reading: Mapping[str, object] = field(default_factory=dict[str, object])
+    vectors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __repr__(self) -> str:
         kept = sorted(self.ranks)

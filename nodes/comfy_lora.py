@@ -13,16 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..iteris_core.architectures import Architecture, architecture_of_sites
-from ..iteris_core.architectures.row_mapping import Alias, Shapes, permuted, whole
+from ..iteris_core.architectures.row_mapping import Alias, Shapes
 from ..iteris_core.architectures.sites import weight_shape
 from ..iteris_core.errors import BaseError, IterisError, LoraFileError
 from ..iteris_core.lora import Lora
 from ..iteris_core.lora_files import BaseModel, ReadOptions, read_lora_file
-from ..iteris_core.lora_files.aliases import kohya_names
 from ..iteris_core.lora_files.embeddings import file_names, unbundled
 from ..iteris_core.lora_files.parts import split_key
+from ..iteris_core.lora_files.vectors import vector_names
 from .comfy_internals import comfy, memory
 from .comfy_learned import with_embeddings
+from .comfy_names import (
+    alias_of,
+    best_names,
+    in_denoiser,
+    names_to_write,
+    our_names,
+    with_missing_names,
+)
 
 _TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")
 """The beginning of text encoders' names in LoRA files."""
@@ -45,8 +53,13 @@ class ComfySites:
             )
         self._model, self._clip = model, clip
         stock = _stock_key_map(model, clip)
-        self.key_map = _with_missing_names(stock)
-        self.names = _site_names(model, clip, set(map(_weight_key, self.key_map.values())))
+        self.key_map = with_missing_names(stock)
+        our_name = our_names(model, clip)
+        self.names = {
+            key: our_name(key).removesuffix(".weight")
+            for key in sorted(set(map(_weight_key, self.key_map.values())))
+            if key.endswith(".weight") and _is_site(self._root(key), key.removesuffix(".weight"))
+        }
         self.modules = {site: self._module(key) for key, site in self.names.items()}
         self._keys = {site: key for key, site in self.names.items()}
         shapes = {site: weight_shape(module) for site, module in self.modules.items()}
@@ -59,14 +72,25 @@ class ComfySites:
                 if (key := _weight_key(target)) in there:
                     self._refused[name] = f"{key}, {_NO_SITE}"
                 continue
-            alias = _alias(site, shapes, target)
+            alias = alias_of(site, shapes, target)
             if isinstance(alias, str):
                 self._refused[name] = alias
             else:
                 aliases[name] = alias
         kind = _architecture(model, shapes)
-        written = _names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
-        self.base = BaseModel(kind, shapes, aliases, written)
+        written = names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
+        self._parameters = {
+            our_name(key): (key, value)
+            for key, value in _parameters(model, clip).items()
+            if key not in self.names
+        }
+        best = best_names(stock).items()
+        vectors = vector_names(
+            {our_name(key).removesuffix(".weight"): name for key, name in best},
+            written,
+            {name: tuple(value.shape) for name, (_, value) in self._parameters.items()},
+        )
+        self.base = BaseModel(kind, shapes, aliases, written, vectors)
 
     def read_lora(
         self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
@@ -98,14 +122,27 @@ class ComfySites:
         lora = read_lora_file(path, self.base, self.weight, options, convert)
         return replace(lora, source=_name_of(path))
 
+    def _root(self, key: str) -> nn.Module:
+        root: nn.Module = self._model.model if in_denoiser(key) else self._clip.cond_stage_model
+        return root
+
     def _module(self, key: str) -> nn.Module:
-        root = self._model.model if _in_denoiser(key) else self._clip.cond_stage_model
-        return root.get_submodule(key.removesuffix(".weight"))
+        return self._root(key).get_submodule(key.rpartition(".")[0])
+
+    def parameters(self) -> dict[str, nn.Module]:
+        """The module of every parameter beside the sites' weights."""
+        return {name: self._module(key) for name, (key, _) in self._parameters.items()}
+
+    def parameter(self, name: str) -> Tensor:
+        """One of :meth:`parameters` in float32, with the LoRAs that are on it already."""
+        return self._value(self._parameters[name][0], name)
 
     def weight(self, site: str) -> Tensor:
         """The base's weight in float32, with the LoRAs that are on it already."""
-        key = self._keys[site]
-        patcher = self._model if _in_denoiser(key) else self._clip.patcher
+        return self._value(self._keys[site], site)
+
+    def _value(self, key: str, site: str) -> Tensor:
+        patcher = self._model if in_denoiser(key) else self._clip.patcher
         (weight, convert), *patches = patcher.get_key_patches(key)[key]
         if not weight.is_floating_point():
             made = getattr(self.modules[site], "get_weight", None)  # as ComfyUI-GGUF's layers have
@@ -134,7 +171,7 @@ def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, 
         clip, _ = with_embeddings(clip, {names[name]: parts for name, parts in embeddings.items()})
     patched = set(model.add_patches(loaded))
     patched |= set() if clip is None else set(clip.add_patches(loaded))
-    modules = sum(key.endswith(".alpha") for key in lora)
+    modules = sum(key.endswith((".alpha", ".diff", ".diff_b")) for key in lora)
     if len(patched) != len(loaded) or len(loaded) != modules:
         raise IterisError(
             f"Only {len(patched)} of {modules} changes of the LoRA fit this MODEL and CLIP."
@@ -149,18 +186,6 @@ def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
     return comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
 
 
-def _with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
-    """Names that today's diffusers and transformers write and ComfyUI's maps lack."""
-    added: dict[str, Any] = {}
-    for name, target in key_map.items():
-        if ".processor.to_" in name:
-            plain = name.replace(".processor.to_", ".to_")
-            added[f"{plain}.0" if plain.endswith(".to_out") else plain] = target
-        if name.startswith("text_encoder") and ".text_model." in name:
-            added[name.replace(".text_model.", ".", 1)] = target
-    return {**added, **key_map}
-
-
 def _name_of(path: Path) -> str:
     """The name below models/loras, as Load LoRA lists it; of a file elsewhere its own name."""
     for folder in folder_paths.get_folder_paths("loras"):
@@ -173,37 +198,11 @@ def _weight_key(target: Any) -> str:
     return target if isinstance(target, str) else target[0]
 
 
-def _in_denoiser(key: str) -> bool:
-    return key.startswith("diffusion_model.")
-
-
-def _site_names(model: Any, clip: Any, keys: set[str]) -> dict[str, str]:
-    """Weight key → site, for every linear layer and 2D convolution that a LoRA can name.
-
-    A UNet's sites have diffusers' names, other denoisers' their own, which is what a kohya file
-    calls them.
-    """
-    unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    named = {f"diffusion_model.{ours}": theirs for theirs, ours in unet.items()}
-    encoders = [] if clip is None else [n for n, _ in clip.cond_stage_model.named_children()]
-    order = [name for name in ("clip_l", "clip_h", "clip_g") if name in encoders]
-    order += [name for name in encoders if name not in order]
-    names: dict[str, str] = {}
-    for key in sorted(keys):
-        root = model.model if _in_denoiser(key) else clip.cond_stage_model
-        if not key.endswith(".weight") or not _is_site(root, key.removesuffix(".weight")):
-            continue
-        if _in_denoiser(key):
-            name = f"unet.{named.get(key, key.removeprefix('diffusion_model.'))}"
-        else:
-            encoder, _, rest = key.partition(".")
-            number = order.index(encoder) + 1
-            component = "text_encoder" if number == 1 else f"text_encoder_{number}"
-            # A layer beside the encoders, such as LTX-2's projection, keeps its name.
-            rest = rest.removeprefix("transformer.") if "." in rest else key
-            name = f"{component}.{rest}"
-        names[key] = name.removesuffix(".weight")
-    return names
+def _parameters(model: Any, clip: Any) -> dict[str, nn.Parameter]:
+    """Those of the denoiser and the text encoders that hold numbers, by key."""
+    found = {f"diffusion_model.{n}": p for n, p in model.model.diffusion_model.named_parameters()}
+    found |= {} if clip is None else dict(clip.cond_stage_model.named_parameters())
+    return {key: value for key, value in found.items() if value.is_floating_point()}
 
 
 def _architecture(model: Any, shapes: Shapes) -> Architecture:
@@ -211,48 +210,6 @@ def _architecture(model: Any, shapes: Shapes) -> Architecture:
     unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     kind = architecture_of_sites(shapes) if unet else None
     return kind or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
-
-
-def _alias(site: str, shapes: Shapes, target: Any) -> Alias | str:
-    """The alias behind a name of ComfyUI's key map, or in words a change that no alias can say.
-
-    ``target`` is a weight key, or (key, (dimension, start, length) or None[, function on the
-    change]), of which ComfyUI has swaps of the halves of the rows.
-    """
-    if isinstance(target, str):
-        return whole(site, shapes)
-    offset, function = (*target[1:], None)[:2]
-    dimension, start, length = offset or (0, 0, shapes[site][0])
-    if dimension != 0:
-        return f"columns {start} to {start + length} of {site}, which is not read here"
-    if start + length > shapes[site][0]:  # Lumina 2 under Z-Image's names, with fewer heads in k, v
-        return f"rows {start} to {start + length} of {site}, which has {shapes[site][0]}"
-    rows = torch.arange(length)[:, None]
-    if function is None:
-        return permuted(site, range(length), start)
-    try:
-        order = function(rows).flatten()
-    except Exception as error:  # it may want more than one column
-        return f"{site} by a function that is not known here ({error})"
-    if order.dtype != rows.dtype or order.sort().values.tolist() != list(range(length)):
-        return f"{site} by a function that is no order of its rows, which is not read here"
-    return permuted(site, order.tolist(), start)
-
-
-def _names_to_write(
-    kind: Architecture, shapes: Shapes, stock: Mapping[str, Alias]
-) -> dict[str, Alias]:
-    """One name of every site: sd-scripts' where the stock key map has it, else another of kohya's,
-    else ComfyUI's generic one (``text_encoders.…``)."""
-    written = {n: a for n, a in kohya_names(kind, shapes).items() if stock.get(n) == a}
-    named = {alias[0].site for alias in written.values()}
-    for prefix in ("lora_unet_", "lora_te", "lora_", "text_encoders.", ""):
-        for name, alias in stock.items():
-            site = alias[0].site
-            if name.startswith(prefix) and site not in named and alias == whole(site, shapes):
-                written[name] = alias
-                named.add(site)
-    return written
 
 
 def _is_nunchaku(module: nn.Module) -> bool:

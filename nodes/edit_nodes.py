@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from comfy_api.latest import io
-from torch import Tensor, nn
 
 from ..iteris_core.concepts import Calibration, lines_of
-from ..iteris_core.edit.extract import extract_lora, other_differences
+from ..iteris_core.edit.extract import extract_lora
 from ..iteris_core.edit.resize import resize_lora
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora import Lora
@@ -20,7 +19,7 @@ from .comfy_host import ComfyHost
 from .comfy_lora import apply_lora
 from .comfy_runtime import NodeProgress, files_behind, show_text
 from .comfy_state import ready_for_merge
-from .concept_specs import DENOISER, read
+from .concept_specs import read
 from .lora_stacks import specs_of
 from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
@@ -164,19 +163,4 @@ class ExtractLora(io.ComfyNode):
             found = extract_lora(
                 base, tuned, target, base.base, prompts=lines_of(prompts) or None, **edit.run
             )
-            left = other_differences(_denoiser(model), _denoiser(model_tuned))
-        return edit.output(found.lora, [found.summary(), *_left(left)])
-
-
-def _denoiser(model: Any) -> dict[str, nn.Module]:
-    return {DENOISER: model.model.diffusion_model}
-
-
-def _left(differences: Mapping[str, Tensor]) -> list[str]:
-    if not differences:
-        return []
-    first = min(differences)
-    return [
-        f"{len(differences)} parameters differ that no LoRA holds (norms, biases, embeddings), "
-        f"such as {first}."
-    ]
+        return edit.output(found.lora, [found.summary()])

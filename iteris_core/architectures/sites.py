@@ -8,7 +8,7 @@ repair.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,18 +64,47 @@ def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
     return align_module_device(module, torch.device("cpu"))
 
 
+def plain_parameter(name: str, module: nn.Module) -> Tensor:
+    """The parameter ``name`` of ``module``, float32, on the CPU, also where accelerate's hooks keep
+    it elsewhere. Raises :class:`BaseError` for one that holds no values."""
+    with _in_memory(module):
+        value: Tensor = getattr(module, name.rpartition(".")[2])
+        if value.is_meta:
+            raise BaseError(
+                f"An extraction needs the base's {name}, but that is on the device 'meta' and "
+                "holds no values; load the base without offload."
+            )
+        return value.detach().to("cpu", torch.float32)
+
+
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
     """Linear and Conv2d modules of a component under the names that LoRA files use for them."""
-    sites: dict[str, nn.Module] = {}
+    return {
+        name: module
+        for name, module in _named_modules(component, model)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+def other_parameters(component: str, model: nn.Module) -> dict[str, nn.Module]:
+    """The module of every parameter beside the weights of the sites, by the parameter's name."""
+    return {
+        f"{name}.{leaf}": module
+        for name, module in _named_modules(component, model)
+        for leaf, value in module.named_parameters(recurse=False)
+        if value.is_floating_point()
+        and not (leaf == "weight" and isinstance(module, nn.Linear | nn.Conv2d))
+    }
+
+
+def _named_modules(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            # transformers 5 took ``text_model.`` out of the names; files have it.
-            if component.startswith("text_encoder") and name.startswith(
-                ("encoder.layers.", "embeddings.")
-            ):
-                name = f"text_model.{name}"
-            sites[f"{component}.{name}"] = module
-    return sites
+        # transformers 5 took ``text_model.`` out of the names; files have it.
+        if component.startswith("text_encoder") and name.startswith(
+            ("encoder.layers.", "embeddings.", "final_layer_norm")
+        ):
+            name = f"text_model.{name}"
+        yield f"{component}.{name}", module
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def convert(
     config = ConceptConfig(file=file)
     check_concepts([config], run_base=False)
     check_apart([output], [config])
-    options = ReadOptions(allow_partial, energy)
+    options = ReadOptions(allow_partial, energy, vectors=layout in ("kohya", "comfyui"))
     lora = _read(file, base, options)
     # The commonest float type of the file, where one is written in it
     own = (name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES)
@@ -58,7 +58,8 @@ def convert(
     path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
     notes, error = list(lora.notes), None
     if layout != "peft" and lora.base is not None:
-        error = largest_error(lora, read_lora_file(path, lora.base))
+        back = read_lora_file(path, lora.base, options=ReadOptions(vectors=True))
+        error = largest_error(lora, back)
     if as_json:
         report = {"path": str(path), "dtype": written, "error": error, "notes": notes}
         typer.echo(json.dumps(report))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from ..edit.extract import Extracted, check_alike, extract_lora, other_differences
+from ..edit.extract import Extracted, check_alike, extract_lora
 from ..errors import InputFileError
 from ..lora_files import check_target, read_header
 from ..solve.ranks import Target
@@ -54,8 +53,7 @@ def extract(context: typer.Context, options: ExtractOptions) -> None:
         how["prompts"] = read_prompts(options.prompts)
         if not how["prompts"]:
             raise InputFileError(f"{options.prompts} has no prompts; write one a line.")
-    found, left = _extracted(options, target, device, how)
-    _write(found, left, options)
+    _write(_extracted(options, target, device, how), options)
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -71,10 +69,9 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _extracted(
     options: ExtractOptions, target: Target, device: str, how: Mapping[str, Any]
-) -> tuple[Extracted, list[str]]:
-    """The extracted LoRA, and the names of differences that no LoRA holds."""
+) -> Extracted:
     from ..hosts.diffusers import DiffusersHost
-    from ..hosts.diffusers_lora import COMPONENTS, base_of
+    from ..hosts.diffusers_lora import base_of
 
     pipelines = [
         load_base(base, device, dtype=options.base_dtype) for base in (options.base, options.tuned)
@@ -82,29 +79,20 @@ def _extracted(
     base, tuned = map(DiffusersHost, pipelines)
     with progress_bars(visible=not options.quiet) as on_progress:
         kind = base_of(pipelines[0], base.sites())
-        found = extract_lora(base, tuned, target, kind, on_progress=on_progress, **how)
-    one, two = (
-        {
-            name: model
-            for name in COMPONENTS
-            if isinstance(model := getattr(pipeline, name, None), torch.nn.Module)
-        }
-        for pipeline in pipelines
-    )
-    return found, sorted(other_differences(one, two))
+        return extract_lora(
+            base, tuned, target, kind, layout=options.layout, on_progress=on_progress, **how
+        )
 
 
-def _write(found: Extracted, left: Sequence[str], options: ExtractOptions) -> None:
+def _write(found: Extracted, options: ExtractOptions) -> None:
     path = options.save(found.lora, options.output, options.layout)
     if options.as_json:
         report = {"path": str(path), "error": found.error, "kept": found.kept,
-                "ranks": found.ranks, "left": list(left)}  # fmt: skip
+                "ranks": found.ranks, "exact": sorted(found.lora.vectors),
+                "left": list(found.left)}  # fmt: skip
         typer.echo(json.dumps(report))
         return
     if options.quiet:
         return
     typer.echo(found.summary())
-    if left:
-        what = "parameters differ that no LoRA holds (norms, biases, embeddings), such as"
-        typer.echo(f"{len(left)} {what} {left[0]}.")
     typer.echo(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")

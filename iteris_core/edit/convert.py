@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..architectures.row_mapping import Alias
 from ..errors import OutputError
 from ..lora import Lora, concatenate
@@ -63,7 +65,8 @@ def _denoiser_alone(lora: Lora, base: BaseModel) -> Lora:
 
 
 def largest_error(one: Lora, other: Lora) -> float:
-    """max over sites of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖; 1 where ``other`` lacks a site."""
+    """max over sites, biases and normalisations of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖; 1 where
+    ``other`` lacks one."""
     errors = [0.0]
     for site, change in one.sites.items():
         got = other.sites.get(site)
@@ -72,4 +75,7 @@ def largest_error(one: Lora, other: Lora) -> float:
             continue
         gap = concatenate([got, change.scaled(-1.0)]).squared_norm()
         errors.append((max(gap, 0.0) / max(change.squared_norm(), 1e-30)) ** 0.5)
+    for name, vector in one.vectors.items():
+        got = other.vectors.get(name, torch.zeros(()))
+        errors.append(float((got - vector).norm() / vector.norm()))
     return max(errors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,8 @@ from ..concepts import Calibration, Concept
 from ..errors import MismatchError, SolveError
 from ..hosts.protocol import Host
 from ..lora import Lora, LowRank, SiteChanges
-from ..lora_files import BaseModel
+from ..lora_files import BaseModel, Layout
+from ..lora_files.vectors import placed
 from ..passes.eta import Eta
 from ..passes.job import Job
 from ..passes.preflight import unmergeable_sites
@@ -25,6 +26,7 @@ from ..solve.ranks import Components, Target, kept, share_out
 from .held import output_error
 from .moments import Seen, calibration_of, look
 from .resize import fitted
+from .vectors import other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256
 """The least and the largest number of components of a change that are looked at."""
@@ -35,18 +37,29 @@ _NAME = "extracted"
 class Extracted:
     """``error`` is what the LoRA lacks of the fine-tune, as a share of what that changes:
     ‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that nothing was fitted to.
-    ``kept`` is of the change's worth at the outputs of its layers."""
+    ``kept`` is of the change's worth at the outputs of its layers. ``left`` are parameters that
+    differ and have no place in the file: embeddings, and of many layouts biases and
+    normalisations."""
 
     lora: Lora
     ranks: Mapping[str, int]
     kept: float
     error: float
+    left: tuple[str, ...] = ()
 
     def summary(self) -> str:
         used = [rank for rank in self.ranks.values() if rank]
+        exact = len(self.lora.vectors)
+        beside = f", {exact} biases and normalisations exactly" if exact else ""
+        text = (
+            f"{len(used)} layers at ranks {min(used)} to {max(used)}{beside}; error "
+            f"{self.error:.1%} of what the fine-tune changes."
+        )
+        if not self.left:
+            return text
         return (
-            f"{len(used)} layers at ranks {min(used)} to {max(used)}; error {self.error:.1%} of "
-            "what the fine-tune changes."
+            f"{text} {len(self.left)} parameters differ that the file has no place for (biases, "
+            f"normalisations, embeddings), such as {self.left[0]}."
         )
 
 
@@ -56,6 +69,7 @@ def extract_lora(
     target: Target,
     kind: BaseModel | None = None,
     *,
+    layout: Layout | None = None,
     prompts: Sequence[str] | None = None,
     calibration: Calibration | Mapping[str, Any] | None = None,
     itemsize: int = 2,
@@ -67,7 +81,8 @@ def extract_lora(
     The fine-tune runs on ``prompts`` (None: captions), and each layer's change of weight is cut by
     what the layer sees there; the ranks are shared out as by :func:`.resize.resize_lora`. Then
     every layer is fitted anew at its rank on inputs that passed the layers before, and the whole
-    LoRA is held against the fine-tune. ``kind`` says what names the file is to have.
+    LoRA is held against the fine-tune. ``kind`` and ``layout`` say what names the file is to have,
+    and with that which biases and normalisations it holds: those go into it as they are.
 
     Raises :class:`MismatchError` where the two are not of one architecture, naming the first key;
     :class:`SolveError` where the LoRA is no nearer to the fine-tune than the base.
@@ -77,7 +92,13 @@ def extract_lora(
     check_alike(_shapes(base.sites()), _shapes(tuned.sites()))
     dense = differences(base, tuned)
     if not dense:
-        raise MismatchError("The two models have the same weights; there is nothing to extract.")
+        raise MismatchError(
+            "The two models have the same weights in their layers; there is nothing to extract."
+        )
+    others = other_differences(base, tuned)
+    # As the writer chooses it where none is given
+    keys = kind.vectors if kind is not None and kind.written and layout != "peft" else {}
+    vectors = {name: others[name] for name in sorted(placed(others, keys))}
     sites = {name: site_of(name, tuned.sites()[name]) for name in dense}
     chosen = calibration_of(calibration)
     nothing = Lora({name: site.zero(1) for name, site in sites.items()}, _NAME)
@@ -89,20 +110,25 @@ def extract_lora(
         return Job(host, [concept], of, chosen, generator, tick,
                    memory_budget=memory_budget, eta=eta)  # fmt: skip
 
+    size = itemsize * sum(vector.numel() for vector in vectors.values()) / 1e6
+    if target.megabytes is not None and vectors:
+        target = replace(target, megabytes=target.megabytes - size)
     found = _components(job_on(tuned, nothing.sites), dense, sites, target)
     ranks = share_out(found, target, itemsize)
     cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
     whole = {name: LowRank.whole(dense[name], sites[name].kernel) for name in dense}
     job = job_on(base, whole)
-    with job.run() as run:
+    with with_vectors(base, vectors), job.run() as run:
         cut |= fitted(job, run, {name: ranks[name] for name in cut})
-    error = output_error(base, tuned, concept, cut, chosen, tick)
+    made = Lora(cut, _NAME, base=kind, vectors=vectors)
+    error = output_error(base, tuned, concept, made, chosen, tick)
     if not error < 1:
         raise SolveError(
             f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); take a "
             "larger rank, or prompts that show what it was tuned for."
         )
-    return Extracted(Lora(cut, _NAME, base=kind), ranks, kept(found, ranks), error)
+    left = tuple(name for name in others if name not in vectors)
+    return Extracted(made, ranks, kept(found, ranks), error, left)
 
 
 def _components(
@@ -151,21 +177,3 @@ def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
 
 def _shapes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     return {name: weight_shape(module) for name, module in modules.items()}
-
-
-def other_differences(
-    base: Mapping[str, nn.Module], tuned: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """Differences of two models beside the weights of their layers, tuned less base, by component
-    and name: normalisations, biases, embeddings."""
-    found: dict[str, Tensor] = {}
-    for component, model in base.items():
-        other = dict(tuned[component].named_parameters())
-        kinds = nn.Linear | nn.Conv2d
-        sites = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, kinds)}
-        for name, value in model.named_parameters():
-            if name not in sites and name in other and other[name].shape == value.shape:
-                change = (other[name].detach().float() - value.detach().float()).cpu()
-                if bool(change.any()):
-                    found[f"{component}.{name}"] = change
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from ..activations.lockstep import Lockstep
 from ..activations.oom_retry import halved, with_less
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Tick
-from ..lora import Lora, LowRank
+from ..lora import Lora
 from ..passes.batches import chunks
 from ..passes.changes import switched_on
+from .vectors import with_vectors
 
 _SAMPLES, _TIMESTEPS, _BATCH = 8, 2, 8
 _SEED = 1 << 20
@@ -26,7 +27,7 @@ def output_error(
     base: Host,
     tuned: Host,
     concept: Concept,
-    changes: Mapping[str, LowRank],
+    lora: Lora,
     calibration: Calibration,
     tick: Tick,
 ) -> float:
@@ -37,13 +38,13 @@ def output_error(
         calibration, samples=size[0], timesteps=size[1], seed=calibration.seed ^ _SEED
     )
     generator = torch.Generator().manual_seed(held_out.seed)
-    sites = set(changes)
+    sites = set(lora.sites)
     with torch.no_grad(), Lockstep({}, {}) as lockstep:
         samples = tuned.samples([concept], sites, held_out, lockstep, generator, tick)
         kinds = _kinds(tuned, samples, sites)
         wanted = _outputs(tuned, samples, kinds)
         before = _outputs(base, samples, kinds)
-        with switched_on(base, [Concept(Lora(changes))]):
+        with with_vectors(base, lora.vectors), switched_on(base, [Concept(lora)]):
             after = _outputs(base, samples, kinds)
     return float((after - wanted).norm() / (before - wanted).norm().clamp(min=1e-30))
 

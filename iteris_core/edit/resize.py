@@ -25,6 +25,7 @@ from ..solve.choose import POLICY
 from ..solve.problem import RegressionSpec, Solution, StageSolver
 from ..solve.ranks import Components, Target, kept, share_out
 from .moments import Seen, calibration_of, look
+from .vectors import with_vectors
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Metadata that are of the tensors of another file."""
@@ -111,7 +112,7 @@ def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
 
     job = replace(job, changes={site: some for site, some in every.items() if site not in blind})
     triggers = [embedding_triggers(concept, host.learned)]
-    with host.activate(triggers), job.run() as run:
+    with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
         if job.changes:
             look(run, visit)
         unseen = {site: Components.of(lora.sites[site]) for site in every if site not in found}

@@ -20,14 +20,25 @@ from torch import Tensor, nn
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
-from ..architectures.sites import in_changed_parts, plain_weight, residual_streams
+from ..architectures.sites import (
+    in_changed_parts,
+    plain_parameter,
+    plain_weight,
+    residual_streams,
+)
 from ..calibration_prompts import whole_words
 from ..concepts import Calibration, Concept
 from ..lora import Lora
 from ..lora_files import ReadOptions
 from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop, without_checkpointing
-from .diffusers_lora import base_of, check_parts, pipeline_sites, read_lora
+from .diffusers_lora import (
+    base_of,
+    check_parts,
+    pipeline_parameters,
+    pipeline_sites,
+    read_lora,
+)
 from .diffusers_rows import RecordedRows, record_rows
 from .learned import EmbeddingTriggers
 from .learned_tokens import Placeholders, in_force
@@ -94,6 +105,12 @@ class DiffusersHost:
 
     def weight(self, site: str) -> Tensor:
         return plain_weight(site, self._sites[site], "An extraction")
+
+    def parameters(self) -> Mapping[str, nn.Module]:
+        return pipeline_parameters(self.pipeline)
+
+    def parameter(self, name: str) -> Tensor:
+        return plain_parameter(name, self.parameters()[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
-from ..architectures.sites import named_sites, plain_weight, weight_shape
+from ..architectures.sites import named_sites, other_parameters, plain_weight, weight_shape
 from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
@@ -29,12 +29,25 @@ def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
     """Linear and Conv2d modules of every component of the pipeline that a LoRA may change. Raises
     :class:`IterisError` where a component is compiled."""
     sites: dict[str, nn.Module] = {}
+    for name, model in _components(pipeline):
+        check_uncompiled(model)
+        sites |= named_sites(name, model)
+    return sites
+
+
+def pipeline_parameters(pipeline: Any) -> dict[str, nn.Module]:
+    """The module of every parameter beside the weights of the pipeline's sites, by its name."""
+    found: dict[str, nn.Module] = {}
+    for name, model in _components(pipeline):
+        found |= other_parameters(name, model)
+    return found
+
+
+def _components(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
         if isinstance(model, nn.Module):
-            check_uncompiled(model)
-            sites |= named_sites(name, model)
-    return sites
+            yield name, model
 
 
 def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
@@ -43,7 +56,7 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
     if kind is not None and _is_of(pipeline, kind):
-        return base_model(kind, shapes)
+        return base_model(kind, shapes, pipeline_parameters(pipeline))
     loaded = loaded_components(pipeline)
     denoiser = next((name for name in ("unet", "transformer") if name in loaded), None)
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..activations.lockstep import Lockstep
-from ..architectures.sites import plain_weight
+from ..architectures.sites import plain_parameter, plain_weight
 from ..concepts import Calibration, Concept
 from ..errors import BaseError, ModelStateError
 from ..lora import Lora
@@ -86,6 +86,15 @@ class Host(Protocol):
         """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
         where it cannot be read."""
         return plain_weight(site, self.sites()[site], "An extraction")
+
+    def parameters(self) -> Mapping[str, nn.Module]:
+        """The module of every parameter that is no site's weight (biases, normalisations,
+        embeddings), by the parameter's name, such as ``unet.conv_in.bias``."""
+        return {}
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The value of one of :meth:`parameters`, as :meth:`weight` gives those of sites."""
+        return plain_parameter(name, self.parameters()[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         """Read a file of any layout that the host's ecosystem knows."""

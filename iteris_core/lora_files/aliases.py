@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..architectures import Architecture, architecture
 from ..architectures.row_mapping import Alias, Shapes, whole
-from ..architectures.sites import named_sites, weight_shape
+from ..architectures.sites import named_sites, other_parameters, weight_shape
 from ..architectures.text import is_t5, text_component
+from .vectors import vector_names
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
@@ -27,17 +29,28 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 class BaseModel:
     """All that reading and writing a LoRA file takes: ``shapes`` maps every site to the shape of
     its weight, ``aliases`` every name that a file may use for a module, with its prefix and without
-    the leaf, to what it stands for. ``written`` are the names to write, whole sites each."""
+    the leaf, to what it stands for. ``written`` are the names to write, whole sites each;
+    ``vectors`` are keys of changes of biases and normalisations, by name of the parameter."""
 
     architecture: Architecture
     shapes: Shapes
     aliases: Mapping[str, Alias]
     written: Mapping[str, Alias]
+    vectors: Mapping[str, Alias] = field(default_factory=dict[str, Alias])
 
 
-def base_model(kind: Architecture, shapes: Shapes) -> BaseModel:
-    """A base model whose sites have the names of diffusers' and transformers' modules."""
-    return BaseModel(kind, shapes, file_names(kind, shapes), kohya_names(kind, shapes))
+def base_model(
+    kind: Architecture, shapes: Shapes, parameters: Mapping[str, nn.Module] | None = None
+) -> BaseModel:
+    """A base model whose sites have the names of diffusers' and transformers' modules;
+    ``parameters`` are as in :meth:`..hosts.protocol.Host.parameters`."""
+    written = kohya_names(kind, shapes)
+    others = {
+        name: tuple(getattr(module, name.rpartition(".")[2]).shape)
+        for name, module in (parameters or {}).items()
+    }
+    vectors = vector_names(_module_names(kind, others), written, others)
+    return BaseModel(kind, shapes, file_names(kind, shapes), written, vectors)
 
 
 @functools.cache
@@ -46,8 +59,10 @@ def released_base(name: str) -> BaseModel:
     transformers. Raises :class:`IterisError` for an unknown name."""
     kind = architecture(name)
     with torch.device("meta"):
-        sites = [named_sites(name, part.make()) for name, part in kind.components.items()]
-    return base_model(kind, {site: weight_shape(m) for some in sites for site, m in some.items()})
+        parts = {name: part.make() for name, part in kind.components.items()}
+    sites = {s: m for name, part in parts.items() for s, m in named_sites(name, part).items()}
+    others = {n: m for name, part in parts.items() for n, m in other_parameters(name, part).items()}
+    return base_model(kind, {site: weight_shape(m) for site, m in sites.items()}, others)
 
 
 def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
@@ -82,6 +97,26 @@ def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
     return names
 
 
+def _module_names(kind: Architecture, parameters: Shapes) -> dict[str, str]:
+    """Module → the name under which ComfyUI reads changes of its vectors, of those that have one
+    whatever the sizes are: UNets' and text encoders'."""
+    names: dict[str, str] = {}
+    for parameter in parameters:
+        module = parameter.rpartition(".")[0]
+        component, _, path = module.partition(".")
+        if text_component(module) is not None:
+            names[module] = _comfyui_text_name(kind, module)
+        elif component == kind.denoiser == "unet":
+            names[module] = _flat("lora_unet", path)
+    return names
+
+
+def _comfyui_text_name(kind: Architecture, site: str) -> str:
+    index = text_component(site) or 0
+    encoder = "t5xxl" if is_t5(site) else kind.clips[min(index, len(kind.clips) - 1)]
+    return f"text_encoders.{encoder}.transformer.{site.partition('.')[2]}"
+
+
 def _flat(prefix: str, name: str) -> str:
     return f"{prefix}_{name.replace('.', '_')}"
 
@@ -107,8 +142,7 @@ def _text_names(kind: Architecture, site: str) -> Iterator[str]:
         for dotted in (name, name.removeprefix("text_model.")):
             yield f"{component}.{dotted}"
             yield f"{component}.base_model.model.{dotted}"
-    encoder = "t5xxl" if is_t5(site) else kind.clips[min(index, len(kind.clips) - 1)]
-    yield f"text_encoders.{encoder}.transformer.{path}"
+    yield _comfyui_text_name(kind, site)
     prefixes = [*kind.text_prefixes[index : index + 1], f"lora_te{index + 1}"]
     if index == 0:
         prefixes.append("lora_te")

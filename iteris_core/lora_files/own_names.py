@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..architectures import Architecture
-from ..architectures.row_mapping import Shapes, whole
+from ..architectures.row_mapping import Alias, Shapes, whole
 from ..errors import LoraFileError
 from ..lora import Lora
 from .aliases import BaseModel
@@ -45,13 +45,16 @@ def check_by_own_names(path: Path) -> None:
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     """The base of a file by its modules, with names to write if they are kohya's."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
+    vectors: dict[str, Alias] = {}
     for key, shape in shapes_in_file.items():
         split = split_key(key, ())
-        if split is not None:
+        if kohya and len(shape) == 1 and key.endswith((".diff", ".diff_b")):
+            vectors[key] = whole(key, shapes_in_file)
+        elif split is not None:
             modules.setdefault(split[0], {})[split[1]] = shape
     if not modules:
         raise LoraFileError(f"{path} changes no weight; it is not a LoRA file.")
-    kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
     shapes = {name: _shape(path, name, parts) for name, parts in modules.items()}
     components = {
         name: next((c for prefix, c in _COMPONENTS.items() if name.startswith(prefix)), "unet")
@@ -60,7 +63,7 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
     sites = {name: f"{components[name]}.{name}" if kohya else name for name in modules}
     by_site = {sites[name]: shape for name, shape in shapes.items()}
     names = {name: whole(site, by_site) for name, site in sites.items()}
-    return BaseModel(_RECORD, by_site, names, names if kohya else {})
+    return BaseModel(_RECORD, by_site, names, names if kohya else {}, vectors)
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from .of_weight import needs_weight
 from .parts import refusal, split_key
 from .rebuild import rebuild
 from .tensors import all_finite, file_digest, read_tensors
+from .vectors import vectors_of_file
 
 _NO_MODULE = "matches no module of the base model"
 
@@ -45,7 +46,8 @@ class ReadOptions:
     differences, DoRA, OFT, large LoHa and LoKr), when it is made low rank. Without ``of_weight`` a
     DoRA is read as if it were none, and what is nothing without the base model's weights (OFT,
     BOFT, GLoRA) is left out, to look at a file without them; a note says so. ``blocks`` and
-    ``layers`` are as in :func:`.blocks.filtered`.
+    ``layers`` are as in :func:`.blocks.filtered`. With ``vectors`` changes of biases and
+    normalisations are read too, which a merge has no use for.
     """
 
     allow_partial: bool = False
@@ -53,6 +55,7 @@ class ReadOptions:
     of_weight: bool = True
     blocks: str = ""
     layers: str = ""
+    vectors: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
@@ -100,6 +103,10 @@ def lora_of(
 ) -> Lora:
     """The LoRA that :func:`read_lora_file` makes of a file's ``tensors``; ``configs`` are the
     LoraConfigs of its components, where alpha stands if it is not among the tensors."""
+    vectors: dict[str, Tensor] = {}
+    for key in base.vectors.keys() & tensors.keys() if options.vectors else ():
+        vectors |= vectors_of_file(f"{path}: {key}", tensors[key], base.vectors[key])
+    tensors = {k: t for k, t in tensors.items() if not (options.vectors and k in base.vectors)}
     groups, left_out = _group(path, tensors, base)
     if left_out and not (options.allow_partial and groups):
         raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))
@@ -160,6 +167,7 @@ def lora_of(
         notes=[f"left out: {what}" for what in left_out.values()]
         + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
+        vectors={name: vector for name, vector in vectors.items() if bool(vector.any())},
     )
     return filtered(lora, options.blocks, options.layers)
 

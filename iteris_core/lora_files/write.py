@@ -39,6 +39,7 @@ from .alphas import lora_config
 from .embeddings import embedding_targets, to_file
 from .factors import Factors, store_all
 from .tensors import content_hash, save_tensors
+from .vectors import vectors_to_file
 
 Layout = Literal["kohya", "peft"]
 
@@ -124,6 +125,8 @@ def to_tensors(
             # Sites may share a down matrix in memory, which safetensors refuses.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
+    keys = base.vectors if layout == "kohya" else {}
+    tensors |= vectors_to_file(lora.vectors, keys, DTYPES[name_of(dtype)])
     if "modelspec.sai_model_spec" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return tensors, {**metadata, "format": "pt"}
@@ -144,6 +147,13 @@ def _unknown_base(lora: Lora) -> BaseModel:
 
 def _warn_of_unread(lora: Lora, layout: Layout) -> None:
     if lora.base is None:
+        return
+    if lora.vectors:
+        _log.warning(
+            "diffusers refuses this file, in which %d biases and normalisations change, such as "
+            "%s. ComfyUI reads it; for diffusers write peft, which leaves them out.",
+            len(lora.vectors), min(lora.vectors),
+        )  # fmt: skip
         return
     reads = lora.base.architecture.diffusers_reads
     unread = [site for site in lora.sites if not reads(site, layout)]

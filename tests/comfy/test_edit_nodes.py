@@ -116,6 +116,62 @@ def test_a_lora_on_a_model_is_extracted_from_it(kit: Kit, edits: Edits, clips: s
     assert kit.hooks() == 0
 
 
+def with_vectors(kit: Kit) -> tuple[Any, Any]:
+    """A LoRA, and another change on every norm and bias, as patches of MODEL and CLIP."""
+    model, clip = on_model(kit, "a.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for patcher in (model, clip.patcher):
+        vectors = {
+            key: ("diff", (0.05 * torch.randn(value.shape, generator=generator),))
+            for key, value in patcher.model.state_dict().items()
+            if value.ndim == 1 and key.startswith(("diffusion_model.", "clip_l.transformer."))
+        }
+        assert len(patcher.add_patches(vectors)) == len(vectors) > 50
+    return model, clip
+
+
+def weights(patcher: Any) -> dict[str, torch.Tensor]:
+    """Every weight with its patches, in float32."""
+    import comfy.lora
+
+    found: dict[str, torch.Tensor] = {}
+    for key in patcher.model.state_dict():
+        (weight, convert), *patches = patcher.get_key_patches(key)[key]
+        weight = convert(weight.detach().float().clone(), inplace=True)
+        found[key] = comfy.lora.calculate_weight(patches, weight, key)
+    return found
+
+
+def test_norms_and_biases_are_extracted_in_full(kit: Kit, edits: Edits) -> None:
+    """The file in the stock loader makes of the base what the fine-tune is, weight by weight."""
+    import comfy.sd
+    import comfy.utils
+
+    tuned = with_vectors(kit)
+    before = drawn(kit, kit.model, kit.clip)
+    *_, lora, report = edits.run("ExtractLora", kit.model, tuned[0], kit.clip, tuned[1], rank=4)
+    assert "biases and normalisations exactly" in report
+    assert "no place" not in report
+    assert float(report.partition("error ")[2].partition("%")[0]) < 2
+    path = kit.loras / "tuned.safetensors"
+    save_file(dict(lora), path)
+    with torch.inference_mode():
+        loaded = comfy.sd.load_lora_for_models(
+            kit.model, kit.clip, comfy.utils.load_torch_file(str(path)), 1.0, 1.0
+        )
+    for patched, wanted, base in (
+        (loaded[0], tuned[0], kit.model),
+        (loaded[1].patcher, tuned[1].patcher, kit.clip.patcher),
+    ):
+        plain, aim = weights(base), weights(wanted)
+        for key, weight in weights(patched).items():
+            gap, moved = (weight - aim[key]).norm(), (plain[key] - aim[key]).norm()
+            assert gap <= (0.02 if weight.ndim > 1 else 1e-3) * moved, key
+    assert torch.equal(drawn(kit, kit.model, kit.clip), before)
+    assert kit.hooks() == 0
+    path.unlink()
+
+
 def test_a_lora_on_the_text_encoder_alone_is_extracted(kit: Kit, edits: Edits) -> None:
     """No denoiser runs then, and what is compared are the texts' conditionings."""
     _, tuned = on_model(kit, "a.safetensors")

@@ -176,22 +176,22 @@ def test_parts_of_a_fused_weight_keep_their_ranks(pack: ModuleType, tmp_path: Pa
 
 
 def test_swaps_columns_and_unknown_functions(pack: ModuleType) -> None:
-    comfy_lora = part(pack, "nodes.comfy_lora")
+    comfy_names = part(pack, "nodes.comfy_names")
     shapes = {"s": (6, 4)}
 
     def swap(weight: Tensor) -> Tensor:
         shift, scale = weight.chunk(2, dim=0)
         return torch.cat([scale, shift])
 
-    ((piece),) = comfy_lora._alias("s", shapes, ("s.weight", None, swap))
+    ((piece),) = comfy_names.alias_of("s", shapes, ("s.weight", None, swap))
     matrix = torch.randn(6, 4)
     assert torch.equal(piece.of_file(matrix), swap(matrix))
-    ((piece),) = comfy_lora._alias("s", shapes, ("s.weight", (0, 2, 4), swap))
+    ((piece),) = comfy_names.alias_of("s", shapes, ("s.weight", (0, 2, 4), swap))
     assert (piece.start, piece.length) == (2, 4)
     assert torch.equal(piece.of_file(matrix[:4]), swap(matrix[:4]))
-    assert "columns 1 to 3" in comfy_lora._alias("s", shapes, ("s.weight", (1, 1, 2)))
+    assert "columns 1 to 3" in comfy_names.alias_of("s", shapes, ("s.weight", (1, 1, 2)))
     for function in (lambda w: w * 2, lambda w: w[:, :2] @ w, lambda w: w[:3]):
-        assert "function" in comfy_lora._alias("s", shapes, ("s.weight", None, function))
+        assert "function" in comfy_names.alias_of("s", shapes, ("s.weight", None, function))
 
 
 def test_weights_that_no_lora_is_of(pack: ModuleType, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ UNet, on an SD 1.5 with one block a side and on a reduced SDXL."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from thin_models import thin_pipeline
 from torch import Tensor
 
 from iteris_core import Lora, LowRank, write_lora
-from iteris_core.hosts.diffusers_lora import base_of, pipeline_sites
+from iteris_core.hosts.diffusers_lora import base_of, pipeline_parameters, pipeline_sites
 
 PROMPT = "a photo of a sks dog in the snow"
 
@@ -108,3 +109,33 @@ def test_outputs_are_those_of_diffusers(
     moved = {n: float((theirs[n] - before[n]).norm() / o.norm()) for n, o in ours.items()}
     assert all(error < 1e-5 for error in errors.values()), errors
     assert all(move > 0.1 for move in moved.values()), moved
+
+
+def test_norms_and_biases_are_those_of_a_fine_tune(
+    stock: Any, thin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file with all of them, and the same added to the weights of diffusers' pipeline."""
+    (model, clip), pipeline = thin, thin_pipeline()
+    sites, modules = pipeline_sites(pipeline), pipeline_parameters(pipeline)
+    lora, generator = everywhere(pipeline), torch.Generator().manual_seed(1)
+    vectors = {
+        name: 0.05 * torch.randn(getattr(module, leaf).shape, generator=generator)
+        for name, module in modules.items()
+        if getattr(module, leaf := name.rpartition(".")[2]).ndim == 1
+    }
+    file = write_lora(replace(lora, vectors=vectors), tmp_path / "all.safetensors", dtype="float32")
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with caplog.at_level(logging.WARNING):
+        patched = stock.load_lora(model, clip, file.name, 1.0, 1.0)
+    assert "not loaded" not in caplog.text
+    patches = len(patched[0].patches) + len(patched[1].patcher.patches)
+    assert patches == len(lora.sites) + len(vectors)
+    theirs = in_comfyui(*patched, latents)
+    with torch.no_grad():
+        for site, change in lora.sites.items():
+            sites[site].weight += change.dense().reshape(sites[site].weight.shape)
+        for name, vector in vectors.items():
+            getattr(modules[name], name.rpartition(".")[2]).add_(vector)
+    ours = in_diffusers(pipeline, latents, theirs["text"], theirs["pooled"])
+    errors = {n: float((theirs[n] - o).norm() / o.norm()) for n, o in ours.items()}
+    assert all(error < 1e-5 for error in errors.values()), errors
