@@ -142,7 +142,7 @@ class Wording:
         self, vocabulary: Sequence[str], concepts: Iterable[Concept], generator: torch.Generator
     ) -> None:
         avoided, known = calling_words(concepts), set(vocabulary)
-        self._generator = generator
+        self.generator = generator
         self._words = [word for word in vocabulary if word not in avoided]
         self._captions = [
             caption
@@ -166,7 +166,7 @@ class Wording:
 
     def chosen(self, chances: Sequence[float]) -> list[bool]:
         """Choose at random, each with a chance of its own."""
-        drawn = torch.rand(len(chances), generator=self._generator)
+        drawn = torch.rand(len(chances), generator=self.generator)
         return (drawn < torch.tensor(chances)).tolist()
 
     def _some(self, most: int) -> str:
@@ -177,7 +177,7 @@ class Wording:
         return " ".join(self._words[self._number(len(self._words))] for _ in range(count))
 
     def _number(self, below: int) -> int:
-        return int(torch.randint(below, (1,), generator=self._generator))
+        return int(torch.randint(below, (1,), generator=self.generator))
 
 
 def calling_words(concepts: Iterable[Concept]) -> Set[str]:

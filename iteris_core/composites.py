@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product, takewhile
 
-import torch
-
 from .calibration_prompts import Wording, concept_prompts
 from .concepts import Calibration, Concept
 
@@ -29,11 +27,7 @@ class Composite(Concept):
 
 
 def composites_of(
-    concepts: Sequence[Concept],
-    calibration: Calibration,
-    wording: Wording,
-    generator: torch.Generator,
-    rows: int,
+    concepts: Sequence[Concept], calibration: Calibration, wording: Wording, rows: int
 ) -> list[Composite]:
     """One of each subject with each style, of so many ``rows``; of many pairs together as many rows
     as one for each LoRA has. Half of the prompts carry further words.
@@ -47,7 +41,7 @@ def composites_of(
     return [
         Composite(
             None,
-            _prompts(subject, style, calibration, wording, generator, each),
+            _prompts(subject, style, calibration, wording, each),
             trigger=f"{subject.name} in {style.name}",
             weight=calibration.composites,
             parts=(subject, style),
@@ -72,15 +66,10 @@ def _words_of(style: Concept) -> Sequence[str]:
 
 
 def _prompts(
-    subject: Concept,
-    style: Concept,
-    calibration: Calibration,
-    wording: Wording,
-    generator: torch.Generator,
-    count: int,
+    subject: Concept, style: Concept, calibration: Calibration, wording: Wording, count: int
 ) -> list[str]:
     """The subject's prompts with the style's words behind them, with and without a comma."""
-    plain = concept_prompts(subject, calibration, generator)
+    plain = concept_prompts(subject, calibration, wording.generator)
     words = _words_of(style)
     found: list[str] = []
     for number in range(count):

@@ -228,24 +228,23 @@ def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
     return joined_experts(high, others[0], experts)
 
 
-def check_renames(renames: Sequence[str]) -> None:
-    """Raise :class:`IterisError` for what is no ``[LORA:]NAME=NEW``."""
-    for text in renames:
-        left, equals, new = text.partition("=")
-        if not equals or not new or not left.rpartition(":")[2]:
-            raise UsageError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+def parse_rename(text: str) -> tuple[str, str, str]:
+    """The LoRA (empty: every one), an embedding's name and the new one of ``[LORA:]NAME=NEW``.
+    Raises :class:`IterisError` for another text."""
+    left, _, new = text.partition("=")
+    owner, _, old = left.rpartition(":")
+    if not old or not new:
+        raise UsageError(f"--rename {text!r} is not LORA:NAME=NEW or NAME=NEW.")
+    return owner, old, new
 
 
 def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
     """``renames`` are LORA:NAME=NEW, or NAME=NEW for every LoRA."""
     if not renames:
         return lora
-    check_renames(renames)
     names = {name: name for name in lora.embeddings}
-    for text in renames:
-        left, _, new = text.partition("=")
-        owner, colon, old = left.rpartition(":")
-        if old in names and (not colon or owner == lora.name):
+    for owner, old, new in map(parse_rename, renames):
+        if old in names and owner in ("", lora.name):
             names[old] = new
     if len(set(names.values())) < len(names):
         raise UsageError(f"{lora.name}: two embeddings would have one name: {names}.")

@@ -20,10 +20,7 @@ class Preset:
 
 PRESETS: Mapping[PresetName, Preset] = {
     "default": Preset("Every setting at its own default."),
-    "fast": Preset(
-        "A quarter of the prompts.",
-        calibration={"samples": 12},
-    ),
+    "fast": Preset("A quarter of the prompts.", calibration={"samples": 12}),
     "best": Preset(
         "Twice the prompts, and 120 steps of polish for each block, in proportion more with more "
         "than two LoRAs: for several concepts in one picture, for many, or a low rank; six to "

@@ -67,12 +67,7 @@ class Denoiser:
             self._options = None
 
     def load(
-        self,
-        shape: Sequence[int],
-        schedule: Tensor,
-        text: Conditioning,
-        rows: int,
-        wanted: int = 0,
+        self, shape: Sequence[int], schedule: Tensor, text: Conditioning, rows: int, wanted: int = 0
     ) -> None:
         """Prepare the model as ``CFGGuider`` does before it samples, with the room that ComfyUI
         wants for ``rows`` rows, and at least ``wanted`` bytes. ``shape`` is (…, channels, height,

@@ -40,9 +40,7 @@ def _model(folder: Path) -> Any:
         {ours: state[theirs] for theirs, ours in names.items() if theirs in state}
     )
     return comfy.model_patcher.ModelPatcher(
-        model,
-        load_device=memory.get_torch_device(),
-        offload_device=memory.unet_offload_device(),
+        model, load_device=memory.get_torch_device(), offload_device=memory.unet_offload_device()
     )
 
 

@@ -44,12 +44,7 @@ class InspectLoras(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        concepts: Any,
-        clip: Any = None,
-        method: str = "iteris",
-        **values: Any,
+        cls, model: Any, concepts: Any, clip: Any = None, method: str = "iteris", **values: Any
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
         request = Request.of(values, files_behind(cls.hidden, "model"), model)

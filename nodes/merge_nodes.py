@@ -159,12 +159,7 @@ class CompareMerges(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        concepts: Any,
-        methods: str,
-        clip: Any = None,
-        **values: Any,
+        cls, model: Any, concepts: Any, methods: str, clip: Any = None, **values: Any
     ) -> io.NodeOutput:
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:

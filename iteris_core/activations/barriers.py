@@ -17,15 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .lockstep import Lockstep
-from .meter import storage_of
+from .meter import storage_of, tensors_in
 from .micro_batch import MicroBatch, version_of
 from .replay import Barriers, Block, tensors, unwritten
 from .tokens import Group, Observation
@@ -205,7 +202,7 @@ def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
 
 def _storages(tree: Any) -> list[int | None]:
     """The storage of every tensor; None where one has none."""
-    found = [storage_of(leaf) for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    found = map(storage_of, tensors_in(tree))
     return [None if storage is None else storage._cdata for storage in found]
 
 

@@ -33,10 +33,7 @@ class Collector:
     """
 
     def __init__(
-        self,
-        changes: Mapping[str, SiteChanges],
-        solver: StageSolver,
-        processes: Processes = ALONE,
+        self, changes: Mapping[str, SiteChanges], solver: StageSolver, processes: Processes = ALONE
     ) -> None:
         self._changes, self._solver, self._processes = changes, solver, processes
         self._inputs = solver.inputs or {}

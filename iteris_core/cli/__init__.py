@@ -48,8 +48,7 @@ def _version(show: bool) -> None:
 def program(
     context: typer.Context,
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Merge several LoRAs into one by least squares on what the merged model really sees."""

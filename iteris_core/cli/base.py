@@ -14,14 +14,7 @@ from ..activations.meter import is_out_of_memory
 from ..architectures import architecture_of_file
 from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import (
-    BaseModel,
-    ReadOptions,
-    is_lora,
-    read_header,
-    read_lora_file,
-    released_base,
-)
+from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
 
 
 def device_of(device: str | None = None) -> str:

@@ -141,9 +141,8 @@ def run_merge(
         processes(device) as (group, own_device),
         progress_bars(visible=group.rank == 0 and not quiet) as on_progress,
     ):
-        host, concepts = _loaded(load, own_device, on_progress)
-        runtime = Runtime(processes=group)
-        result = merge_loras(host, concepts, on_progress=on_progress, runtime=runtime, **options)
+        loaded, runtime = _loaded(load, own_device, on_progress), Runtime(processes=group)
+        result = merge_loras(*loaded, on_progress=on_progress, runtime=runtime, **options)
         group.wait()
     return None if group.rank else result
 
@@ -153,8 +152,8 @@ def foresee(
 ) -> Preview:
     """Preview such a merge; nothing is merged."""
     with progress_bars(visible=not quiet) as on_progress:
-        host, concepts = _loaded(load, device_of(device), on_progress)
-        return preview_merge(host, concepts, on_progress=on_progress, **options)
+        loaded = _loaded(load, device_of(device), on_progress)
+        return preview_merge(*loaded, on_progress=on_progress, **options)
 
 
 def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:

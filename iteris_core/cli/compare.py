@@ -19,14 +19,7 @@ from ..lora_files import ReadOptions
 from ..methods import find_method
 from ..methods.registry import settings_over
 from ..presets import PresetName
-from ..score.compare import (
-    ALONE,
-    BASE,
-    CompareConfig,
-    Comparison,
-    compare_methods,
-    compositions,
-)
+from ..score.compare import ALONE, BASE, CompareConfig, Comparison, compare_methods, compositions
 from ..score.drawing import Drawing, find_scheduler
 from ..score.judged import PROMPT_LISTS, fill_prompts
 from ..score.results import check_results_folder, mean_rows, write_results
@@ -160,9 +153,7 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
     typer.echo(f"Wrote {', '.join(path.name for path in written)} into {options.output}.")
 
 
-def _checked(
-    options: CompareOptions,
-) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
+def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
     """The comparison, its concepts, and the reference pictures of each. Raises
     :class:`IterisError` for any mistake before a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]

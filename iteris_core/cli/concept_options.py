@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concept_config import KEYS, WORDS, ConceptConfig
+from ..concept_config import KEYS, WORDS, ConceptConfig, parse_rename
 from ..concepts import Concept
 from ..errors import ConceptError, RecipeError, UsageError, did_you_mean
 from ..hosts.protocol import Host
-from ..lora import Lora
 from ..lora_files import ReadOptions
 from ..lora_files.tensors import file_digest
 from .options import read_prompts
@@ -128,26 +127,18 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
 
 
 def read_concepts(
-    options: Sequence[ConceptConfig],
-    host: Host,
-    reading: ReadOptions,
-    renames: Sequence[str] = (),
+    options: Sequence[ConceptConfig], host: Host, reading: ReadOptions, renames: Sequence[str] = ()
 ) -> list[Concept]:
     """The concepts with their LoRAs, as :meth:`ConceptConfig.read` has them; each of ``renames``
     has to fit an embedding."""
     concepts = [option.read(host, reading, renames) for option in options]
+    loras = [concept.lora for concept in concepts if concept.lora is not None]
     for text in renames:
-        if not any(_has_new_name(text, concept.lora) for concept in concepts):
-            loras = [concept.lora for concept in concepts if concept.lora is not None]
+        owner, _, new = parse_rename(text)
+        if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
             brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
             raise UsageError(
                 f"--rename {text!r} fits no embedding of these LoRAs, which bring "
                 f"{', '.join(brought) or 'none'}."
             )
     return concepts
-
-
-def _has_new_name(rename: str, lora: Lora | None) -> bool:
-    left, _, new = rename.partition("=")
-    owner = left.rpartition(":")[0]
-    return lora is not None and new in lora.embeddings and owner in ("", lora.name)

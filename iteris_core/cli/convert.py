@@ -33,8 +33,7 @@ def convert(
     ],
     layout: Annotated[Names, option("Whose names the file is to have")] = "kohya",
     base: Annotated[
-        str | None,
-        option("The base: for a DoRA, and of another shape than SD 1.5, XL, 3 or FLUX"),
+        str | None, option("The base: for a DoRA, and of another shape than SD 1.5, XL, 3 or FLUX")
     ] = None,
     dtype: Annotated[Dtype | None, option("Of the file; its own by default")] = None,
     energy: Energy = 0.999,

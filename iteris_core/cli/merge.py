@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from ..concept_config import check_renames
+from ..concept_config import parse_rename
 from ..concepts import Concept
 from ..config import MergeConfig
 from ..errors import UsageError
@@ -75,7 +75,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
             check_new(beside, overwrite=options.overwrite)
     check_apart([output, *experts], config.concepts)
     check_cut(config.cut)
-    check_renames(options.rename or [])
+    _ = [parse_rename(text) for text in options.rename or []]
     load = _loading(config, adapter, options)
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):

@@ -63,16 +63,12 @@ def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
     return field(default_factory=dict[str, Any], metadata={SETTINGS: made})
 
 
-def given_by(
-    help: str, *names: str, default: Any = None, panel: str | None = None, **more: Any
-) -> Any:
+def given_by(help: str, *names: str, default: Any = None, **more: Any) -> Any:
     """A field of a command's options, given by :func:`.common.option`."""
-    return field(default=default, metadata={OPTION: option(help, *names, panel=panel, **more)})
+    return field(default=default, metadata={OPTION: option(help, *names, **more)})
 
 
-def command(
-    kind: type[_O],
-) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
+def command(kind: type[_O]) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
     """Makes a function a command of typer, with an option for each field of the dataclass ``kind``,
     and for each setting of a field of :func:`settings_of`."""
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, MISSING)}

@@ -18,7 +18,7 @@ from ..errors import OutputError, UsageError
 from ..hosts.protocol import Host
 from ..lora_files import Layout, ReadOptions, check_target
 from ..lora_files.own_names import check_by_own_names, read_by_own_names
-from .base import check_base, device_of, load_base
+from .base import load_base
 from .checks import check_apart, check_concepts
 from .common import Offload, progress_bars
 from .concept_options import parse_concept
@@ -100,11 +100,11 @@ def _host(options: ResizeOptions, configs: Sequence[ConceptConfig]) -> Host | No
         for config in configs:
             check_by_own_names(config.files[0])
         return None
-    device = device_of(options.device)
-    check_base(options.base)
+    pipeline = load_base(
+        options.base, options.device, dtype=options.base_dtype, offload=options.offload
+    )
     from ..hosts.diffusers import DiffusersHost
 
-    pipeline = load_base(options.base, device, dtype=options.base_dtype, offload=options.offload)
     return DiffusersHost(pipeline)
 
 

@@ -194,11 +194,7 @@ def _check_plain(source: Path, keys: list[str]) -> None:
 
 
 def _with_changes(
-    source: Path,
-    key: str,
-    tensor: Tensor,
-    changes: Mapping[str, LowRank],
-    pieces: Sequence[Piece],
+    source: Path, key: str, tensor: Tensor, changes: Mapping[str, LowRank], pieces: Sequence[Piece]
 ) -> Tensor:
     """The tensor in float32 with the changes of its pieces."""
     if not tensor.is_floating_point():
@@ -223,16 +219,11 @@ def _stored(
         return {key: tensor}
     dtype = precision.dtype or own
     if dtype == FP8:
-        if _is_fp8_layer(key, tensor, places):
+        pieces = places.get(key, ())  # of linear layers of the denoiser, of those that are known
+        if tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces):
             stored, scale = scaled_fp8(tensor.float(), generator)
             return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}
         dtype = torch.float16
     if dtype == tensor.dtype:
         return {key: tensor}
     return {key: rounded(tensor.float(), dtype, generator)}
-
-
-def _is_fp8_layer(key: str, tensor: Tensor, places: Mapping[str, Alias]) -> bool:
-    """A linear layer of the denoiser, of those that are known."""
-    pieces = places.get(key, ())
-    return tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces)

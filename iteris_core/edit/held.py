@@ -67,8 +67,5 @@ def _outputs(host: Host, samples: Any, kinds: Sequence[Hashable]) -> Tensor:
         parts = chunks(range(len(kinds)), kinds, at_once)
         return torch.cat([host.forward(samples, rows).double().flatten().cpu() for rows in parts])
 
-    return with_less(halved(_BATCH), run, _complaint)[0]
-
-
-def _complaint(said: str, tried: Sequence[int]) -> str:
-    return f"Memory ran out while the LoRA was held against the model ({said})."
+    what = "Memory ran out while the LoRA was held against the model"
+    return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]

@@ -179,10 +179,7 @@ def _apart(change: LowRank, width: int | None) -> tuple[LowRank, Tensor | None]:
 
 
 def _add(
-    model: Any,
-    name: str,
-    changes: Mapping[str, tuple[LowRank, Tensor | None]],
-    heads: str | None,
+    model: Any, name: str, changes: Mapping[str, tuple[LowRank, Tensor | None]], heads: str | None
 ) -> None:
     """Put an adapter of ``changes``, by the names of layers, into a ``PeftModel``; on failure all
     is as before."""

@@ -157,11 +157,7 @@ class PipelineLoop:
             self.pipeline.maybe_free_model_hooks()
 
     def first_call(
-        self,
-        prompts: Sequence[str],
-        size: Mapping[str, int],
-        seed: int = 0,
-        pictures: int = 1,
+        self, prompts: Sequence[str], size: Mapping[str, int], seed: int = 0, pictures: int = 1
     ) -> Call:
         """The arguments of the denoiser's first call, which is not run."""
         calls: list[Call] = []

@@ -102,10 +102,7 @@ def check_parts(pipeline: Any, kind: Architecture) -> None:
 
 
 def read_lora(
-    pipeline: Any,
-    sites: Mapping[str, nn.Module],
-    path: Path,
-    options: ReadOptions | None = None,
+    pipeline: Any, sites: Mapping[str, nn.Module], path: Path, options: ReadOptions | None = None
 ) -> Lora:
     """Every layout that :mod:`..lora_files` knows, scale folded in, float32.
 

@@ -12,14 +12,7 @@ from torch import Tensor
 from ..concepts import Calibration
 from ..errors import BaseError
 from .diffusers_loop import PipelineLoop
-from .sizes import (
-    FRAMES,
-    MOST_PIXELS,
-    PICTURE_TOKENS,
-    default_size,
-    middle_patch,
-    unet_levels,
-)
+from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_patch, unet_levels
 
 _SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _FRAME_SCALES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")

@@ -53,11 +53,7 @@ class EmbeddingTriggers:
 
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
         """``phrase`` with the embeddings called by ``names``, as in a merged file."""
-
-        def nothing(word: str, call: EmbeddingRef) -> str:
-            return ""
-
-        others = self.replaced(phrase, nothing)
+        others = self.replaced(phrase, lambda word, call: "")
 
         def say(word: str, call: EmbeddingRef) -> str:
             name = names[call.name]

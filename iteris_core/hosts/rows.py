@@ -70,7 +70,7 @@ def added_concepts(
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
     generic = _generic_concept(concepts, calibration, wording)
-    composites = composites_of(concepts, calibration, wording, generator, _preserved_rows(rows))
+    composites = composites_of(concepts, calibration, wording, _preserved_rows(rows))
     return [*([] if generic is None else [generic]), *composites]
 
 
@@ -99,7 +99,6 @@ class SamplePrompts:
     concepts: Sequence[Concept]
     calibration: Calibration
     wording: Wording
-    generator: torch.Generator
     empty_share: float = 0.0
 
     @staticmethod
@@ -131,7 +130,6 @@ class SamplePrompts:
             concepts,
             calibration,
             wording,
-            generator,
             empty_share,
         )
 
@@ -145,7 +143,8 @@ class SamplePrompts:
             return TextRows.of(self.owners, self._in_contexts(self.owners, self.prompts))
         row_owners = [owner for owner in self.owners for _ in range(count)]
         row_prompts = [prompt for prompt in self.prompts for _ in range(count)]
-        empty = torch.rand(len(row_owners), generator=self.generator) < self.empty_share
+        generator = self.wording.generator
+        empty = torch.rand(len(row_owners), generator=generator) < self.empty_share
         for owner in dict.fromkeys(row_owners):
             own = [row for row, of in enumerate(row_owners) if of == owner]
             if bool(empty[own].all()):
@@ -164,8 +163,8 @@ class SamplePrompts:
                 if isinstance(concept, Composite):
                     wanted = min(wanted, len(pool))
                     free = [row for row in free if concept.has(self.concepts[row_owners[row]])]
-                said = in_random_order(pool, wanted, self.generator)
-                picks = torch.randint(len(free), (wanted,), generator=self.generator).tolist()
+                said = in_random_order(pool, wanted, generator)
+                picks = torch.randint(len(free), (wanted,), generator=generator).tolist()
                 rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
         rows.sort(key=lambda row: row[0])
         return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])

@@ -104,13 +104,11 @@ def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 def merge_tag_frequency(inputs: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
     """The tables of all inputs in one; equal tags of equal folders are added."""
-    merged: dict[str, dict[str, int]] = {}
+    merged: dict[str, Counter[str]] = {}
     for metadata in inputs:
         for folder, tags in tag_frequency(metadata).items():
-            table = merged.setdefault(folder, {})
-            for tag, count in tags.items():
-                table[tag] = table.get(tag, 0) + count
-    return merged
+            merged.setdefault(folder, Counter()).update(tags)
+    return {folder: dict(tags) for folder, tags in merged.items()}
 
 
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

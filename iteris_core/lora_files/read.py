@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ Weight = Callable[[str], Tensor]
 """The base's weight of a site; asked for only where a change is made of it (DoRA, OFT, GLoRA)."""
 
 _LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
+"""What the keys of LoRAs have in them."""
+_FEW = 8  # keys; a whole model has more
 
 _TOO_LARGE = 1e30  # of an entry of a change: sums of several are to fit float32
 
@@ -218,7 +220,8 @@ def _group(
     for key, tensor in tensors.items():
         split = split_key(key, aliases)
         if split is None or split[0] not in aliases:
-            if not _is_nothing(key, tensor):
+            # Some trainers save zeros as changes of biases and normalisations.
+            if not key.endswith((".diff_b", ".lora_B.bias")) or bool(tensor.float().any()):
                 left_out[key] = _describe(key, tensor, has_leaf=split is not None)
             continue
         name, part = split
@@ -248,11 +251,6 @@ def _group(
     return groups, left_out
 
 
-def _is_nothing(key: str, tensor: Tensor) -> bool:
-    """A change of a bias or normalisation that is all zeros, as some trainers save."""
-    return key.endswith((".diff_b", ".lora_B.bias")) and not bool(tensor.float().any())
-
-
 def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
     what = refusal(key)
     if what is not None:
@@ -264,7 +262,8 @@ def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
 
 def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: int) -> str:
     first = "; ".join(list(left_out.values())[:3])
-    if understood == 0 and _is_whole_model(left_out):
+    plain = not any(_LORA_PART.search(key.lower()) for key in left_out)
+    if understood == 0 and plain and len(left_out) > _FEW:
         advice = (
             "This is a whole model (a checkpoint), not a LoRA; give the LoRA's own file, or "
             "extract one from the model first."
@@ -282,12 +281,6 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
             "(--allow-partial)."
         )
     return f"{path}: {len(left_out)} of {total} tensors cannot be read: {first}. {advice}"
-
-
-def _is_whole_model(keys: Iterable[str]) -> bool:
-    """True if the keys are weights and biases, with nothing that a LoRA's have in their names."""
-    plain = [not _LORA_PART.search(key.lower()) for key in keys]
-    return len(plain) > 8 and all(plain)
 
 
 def _base_weight(

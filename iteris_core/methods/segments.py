@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from ..activations.barriers import Found, alike
 from ..activations.lockstep import Lockstep
-from ..activations.meter import is_out_of_memory
+from ..activations.meter import is_out_of_memory, tensors_in
 from ..activations.micro_batch import MicroBatch
 from ..activations.replay import tensors
 from ..activations.site import site_of
@@ -111,7 +111,7 @@ class ByRow:
         return self.given.get(path, _has_length(leaf, rows))
 
     def outputs_of(self, output: Any) -> list[Tensor]:
-        every = _tensors_of(output)
+        every = tensors_in(output)
         return [every[number] for number in self.outputs]
 
 
@@ -171,7 +171,7 @@ def _passed(
         seen["given"] = _pytree.tree_map_with_path(kept, (args, kwargs))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        seen["outputs"] = [leaf.detach().cpu() for leaf in _tensors_of(output)]
+        seen["outputs"] = [leaf.detach().cpu() for leaf in tensors_in(output)]
         raise _Passed
 
     entering = segment.module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -182,10 +182,6 @@ def _passed(
 
 def _has_length(leaf: Tensor, length: int) -> bool:
     return bool(leaf.ndim) and leaf.shape[0] == length
-
-
-def _tensors_of(output: Any) -> list[Tensor]:
-    return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

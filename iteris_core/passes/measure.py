@@ -123,11 +123,7 @@ class _Run:
     forward pauses."""
 
     def __init__(
-        self,
-        measure: Measure,
-        rows: Sequence[int],
-        barriers: Barriers | None,
-        place: Place | None,
+        self, measure: Measure, rows: Sequence[int], barriers: Barriers | None, place: Place | None
     ) -> None:
         self.steps: list[Step] = []
         self.device = torch.device("cpu") if place is None else place.device

@@ -58,9 +58,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
         return Solution(finite_as(change, reduction.changes.like), truncated=lost)
 
     solver = StageSolver(
-        begin=Gram,
-        solve=solve,
-        bytes=lambda site, _: Gram.bytes(job.changes[site]),
+        begin=Gram, solve=solve, bytes=lambda site, _: Gram.bytes(job.changes[site])
     )
     with job.run() as run:
         how = ExecutionConfig(settings.micro_batch), REFERENCE

@@ -18,8 +18,7 @@ class IterisSubspaceSettings(Settings):
         1e-5, "How strongly a layer is drawn toward the mean of the LoRAs.", low=0, below=1
     )
     weighting: Literal["tokens", "none"] = setting(
-        "tokens",
-        "What evens out the concepts: the number of tokens, or nothing.",
+        "tokens", "What evens out the concepts: the number of tokens, or nothing."
     )
     micro_batch: int = micro_batch_setting()
 

@@ -41,11 +41,7 @@ class Measure:
         return [self.scorer.embed_images(pictures) for pictures in self.references]
 
     def __call__(
-        self,
-        images: Sequence[Image.Image],
-        drawn: Sequence[int],
-        merged: Sequence[int],
-        seeds: int,
+        self, images: Sequence[Image.Image], drawn: Sequence[int], merged: Sequence[int], seeds: int
     ) -> dict[str, Tensor]:
         """Column → a value for each of ``images``, which are of the prompts ``drawn`` × ``seeds``;
         NaN where a picture says nothing of a column."""

@@ -160,7 +160,7 @@ def texts(owners, prompts, count, empty, generator, concepts=None, contexts=0.0)
     """Rows of concepts with LoRAs, as many as there are owners."""
     concepts = concepts or [Concept(Lora({}), trigger=f"t{owner}") for owner in set(owners)]
     calibration, wording = Calibration(contexts=contexts), Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, generator, empty)
+    drawn = SamplePrompts(owners, prompts, concepts, calibration, wording, empty)
     return drawn.texts(count)
 
 
@@ -340,7 +340,7 @@ def test_what_samples_are_worth():
     def worth(samples):
         calibration, generator = Calibration(samples=samples), torch.Generator()
         wording = Wording(WORDS, concepts, generator)
-        return SamplePrompts([], [], concepts, calibration, wording, generator).worth(rows)
+        return SamplePrompts([], [], concepts, calibration, wording).worth(rows)
 
     assert worth(50) == 4
     assert worth(3) == 3

@@ -121,9 +121,8 @@ def test_a_sum_counts_neither_in_the_mean_nor_when_all_are_stacked():
 
 
 def made(concepts, rows=40, **values):
-    generator = torch.Generator().manual_seed(0)
-    wording = Wording(WORDS, concepts, generator)
-    return composites_of(concepts, Calibration(**values), wording, generator, rows)
+    wording = Wording(WORDS, concepts, torch.Generator().manual_seed(0))
+    return composites_of(concepts, Calibration(**values), wording, rows)
 
 
 def test_prompts_name_the_subject_and_then_the_style():
@@ -191,7 +190,7 @@ def test_rows_of_a_composite_have_latents_of_its_parts():
     calibration = Calibration(contexts=0.0)
     owners = [owner for owner in range(3) for _ in range(50)]
     wording = Wording(WORDS, concepts, generator)
-    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording, generator)
+    drawn = SamplePrompts(owners, ["p"] * 150, concepts, calibration, wording)
     rows = drawn.texts(1)
     assert concepts[3].parts == (SUBJECT, STYLE)
     own = [n for n, owner in zip(rows.latent_rows, rows.owners, strict=True) if owner == 3]
