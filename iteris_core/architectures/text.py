@@ -40,6 +40,10 @@ WIRINGS = (
 """The places where layers of transformers' models add to their stream. ComfyUI uses their names."""
 
 
+CONNECTORS = ("text_conditioner", "connectors")
+"""Components that some pipelines have between their text encoder and their denoiser."""
+
+
 def text_component(site: str) -> int | None:
     """0 for ``text_encoder.…``, 1 for ``text_encoder_2.…`` and so on; None for other sites."""
     component = site.partition(".")[0]

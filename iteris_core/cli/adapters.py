@@ -13,7 +13,7 @@ from ..concepts import Concept
 from ..errors import BaseError, ConceptError, UsageError, brief
 from ..hosts.protocol import Host
 from ..lora_files import read_header, read_tensors
-from .base import loading
+from .base import INDEXES, loading
 from .options import read_lines
 
 _AUTO = {
@@ -31,7 +31,8 @@ def is_model(base: str, folders: Sequence[str]) -> bool:
     """True if the base is a single model of transformers, not a pipeline of diffusers."""
     folder = Path(base)
     if folder.is_dir():
-        return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+        whole = any((folder / name).is_file() for name in INDEXES)
+        return (folder / "config.json").is_file() and not whole
     return any((Path(name) / "adapter_config.json").is_file() for name in folders)
 
 

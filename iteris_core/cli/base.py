@@ -16,6 +16,10 @@ from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMe
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
 
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""A folder with a pipeline of diffusers has one of these files, the second if it is made of
+blocks."""
+
 
 def device_of(device: str | None = None) -> str:
     """``device``, or the best that is here. Raises :class:`IterisError` for one that is not here,
@@ -43,7 +47,7 @@ def device_of(device: str | None = None) -> str:
 def check_base(base: str) -> None:
     """Raise :class:`IterisError` for a local base of diffusers that cannot be one."""
     path = Path(base)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
         raise BaseError(
             f"The base {base!r} cannot be loaded: the folder has no model_index.json. Give a "
             "folder with a pipeline of diffusers, a .safetensors checkpoint or a hub name."
@@ -77,7 +81,6 @@ def load_base(
     ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
     part) for a single file; without it diffusers takes that of the released model from the hub.
     """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -85,6 +88,7 @@ def load_base(
     from transformers.utils import logging as transformers_logging
 
     from ..hosts.diffusers_lora import single_file_pipeline
+    from ..hosts.diffusers_modular import progress_bars
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
@@ -97,18 +101,41 @@ def load_base(
             where = {} if config is None else {"config": str(config)}
             pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
         else:
-            pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+            pipeline = _whole_pipeline(base)
         if dtype is None and device == "cpu":
             dtype = "float32"
         half = "float16" if hasattr(pipeline, "unet") else "bfloat16"
         pipeline.to(dtype=getattr(torch, dtype or half))
+        if offload is not None and not hasattr(pipeline, "enable_model_cpu_offload"):
+            raise BaseError(
+                f"The base {base!r} is a modular pipeline, which --offload cannot move. Leave the "
+                "option out, or load it in Python with a ComponentsManager that offloads it."
+            )
         if offload == "model":
             pipeline.enable_model_cpu_offload(device=device)
         elif offload == "sequential":
             pipeline.enable_sequential_cpu_offload(device=device)
         else:
             pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    for bar in progress_bars(pipeline):
+        bar.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _whole_pipeline(base: str) -> Any:
+    """The pipeline in a folder or of a hub name, in safetensors alone."""
+    from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    whole, modular = INDEXES
+    if not (Path(base) / modular).is_file():
+        try:
+            return DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+        except OSError as error:
+            if whole not in str(error) or Path(base).exists():
+                raise
+    pipeline: Any = ModularPipeline.from_pretrained(base)
+    pipeline.load_components(use_safetensors=True)
     return pipeline
 
 

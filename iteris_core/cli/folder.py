@@ -14,6 +14,7 @@ from ..concept_config import ConceptConfig
 from ..errors import InputFileError, LoraFileError
 from ..lora_files import is_lora, read_header
 from ..lora_files.metadata import parse_object
+from .base import INDEXES
 
 UNKNOWN = "an unknown base model"
 
@@ -107,7 +108,8 @@ def base_near(folder: Path, family: str) -> tuple[str, str]:
     """The base for LoRAs of ``family``, and how it was found: a pipeline of diffusers that lies in
     ``folder`` or beside it, or the released model; empty where neither is clear."""
     near = [folder, folder.absolute().parent]
-    pipelines = sorted({path.parent for place in near for path in place.glob("*/model_index.json")})
+    indexes = [path for place in near for name in INDEXES for path in place.glob(f"*/{name}")]
+    pipelines = sorted({path.parent for path in indexes})
     if len(pipelines) == 1:
         return str(pipelines[0]), "the pipeline beside the LoRAs"
     if family in _HUB:

@@ -33,6 +33,7 @@ from ..lora_files import ReadOptions
 from .diffusers_arguments import Arguments, study
 from .diffusers_loop import PipelineLoop, without_checkpointing
 from .diffusers_lora import (
+    OF_TEXT,
     base_of,
     check_parts,
     pipeline_parameters,
@@ -43,7 +44,7 @@ from .diffusers_rows import RecordedRows, record_rows
 from .learned import EmbeddingTriggers
 from .learned_tokens import Placeholders, in_force
 from .protocol import Stage, Tick, check_model, check_ready
-from .recorded import Call, arguments_of, entries, joined, kind, size
+from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
 
 Words = list[list[Call]]
@@ -171,7 +172,7 @@ class DiffusersHost:
     ) -> DiffusionSamples:
         for model in self._models():
             check_ready(model)
-        denoises = any(not site.startswith("text_encoder") for site in sites - self._direct)
+        denoises = any(not site.startswith(OF_TEXT) for site in sites - self._direct)
         arguments = study(self._loop, calibration, denoises=denoises)
         share = calibration.empty_share if self._loop.empty_prompts else 0.0
         drawn = SamplePrompts.drawn(
@@ -204,7 +205,7 @@ class DiffusersHost:
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         streams: dict[str, nn.Module] = {}
         for component in sorted({site.partition(".")[0] for site in sites}):
-            if component.startswith("text_encoder"):
+            if component.startswith(OF_TEXT):
                 encoder = getattr(self.pipeline, component)
                 known = residual_streams(encoder, self._sites, text_wirings.WIRINGS)
                 streams |= in_changed_parts(known, sites)
@@ -217,8 +218,8 @@ class DiffusersHost:
         said = self._said(samples.text.text_owners, samples.text.texts)
         samples = replace(samples, text=replace(samples.text, texts=said))
         text, recorded = samples.text, samples.recorded
-        text_sites = [site for site in sites if site.startswith("text_encoder")]
-        others = [site for site in sites if not site.startswith("text_encoder")]
+        text_sites = [site for site in sites if site.startswith(OF_TEXT)]
+        others = [site for site in sites if not site.startswith(OF_TEXT)]
         if not others and not text_sites:
             return
         words: Words = [[{}] * len(text.texts) for _ in range(2)]
@@ -313,12 +314,9 @@ class DiffusersHost:
     def room(self, wanted: int) -> int:
         return usable(free_memory(self.device))
 
-    def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Any:
-        """The denoiser's output, rows first."""
+    def _denoise(self, name: str, arguments: Arguments, calls: Sequence[Call]) -> Tensor:
         call = joined(calls, arguments.batched, arguments.lists, self.device)
-        output = self._loop.denoisers[name](**arguments_of({**call, "return_dict": False}))
-        output = output if isinstance(output, Tensor) else output[0]
-        return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
+        return self._loop.denoise(name, call)
 
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
         """For each prompt the denoiser's arguments that do not move with the steps."""

@@ -70,7 +70,7 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
     given.
     """
     try:
-        with torch.no_grad(), _long_prompt_unreported():
+        with torch.no_grad(), _trials_unreported():
             return _study(loop, calibration, denoises=denoises)
     except IterisError:
         raise
@@ -89,13 +89,13 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
 
 
 @contextmanager
-def _long_prompt_unreported() -> Generator[None]:
+def _trials_unreported() -> Generator[None]:
     """:data:`_LONG` may have more tokens than a text encoder takes: what the libraries warn of is
     no prompt of the user's."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(max(logger.level, logging.ERROR))
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -142,7 +142,7 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
 
 def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
     """Calls of one row and of two, and whether the two may be of two prompts: with a picture to
-    edit some pipelines take one alone, and some want a picture for each."""
+    edit some pipelines take one alone, some want a picture for each, and some draw one alone."""
     one = loop.first_call([_SHORT], size)
     try:
         return one, loop.first_call([_SHORT] * 2, size, seed=1), True
@@ -151,10 +151,31 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
     if loop.draws_several:
         with suppress(Exception):
             return one, loop.first_call([_SHORT], size, seed=1, pictures=2), False
-    if loop.one_each or not loop.can_give_each:
+    if loop.can_give_each and not loop.one_each:
+        loop.one_each = True
+        return _one_and_two(loop, size)
+    two = _joined(loop, one, loop.first_call([_SHORT], size, seed=1))
+    if two is None:
         raise failed
-    loop.one_each = True
-    return _one_and_two(loop, size)
+    return one, two, False
+
+
+def _joined(loop: PipelineLoop, one: Call, other: Call) -> Call | None:
+    """A call of the rows of two, of a pipeline that draws one picture alone; None where its
+    denoiser gives something else for them together."""
+    rows = [
+        path
+        for path, value in one.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == 1
+    ]
+    two = {**other, **{path: torch.cat([other[path], one[path]]) for path in rows}}
+    name = next(iter(loop.denoisers))
+    apart = torch.cat([loop.denoise(name, call) for call in (other, one)])
+    try:
+        together = loop.denoise(name, two)
+    except Exception:
+        return None
+    return None if differ(together, apart, _SAME) else two
 
 
 def _steps(

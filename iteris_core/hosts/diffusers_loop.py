@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures.record import Architecture
 from ..lora_files.experts import second_of
-from .recorded import Call, Recorders, See
+from .diffusers_modular import function_of, progress_bars
+from .recorded import Call, Recorders, See, arguments_of
 
 _EACH = ("image", "lyrics")
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -25,8 +26,9 @@ _PLAIN = {
 """The arguments with which every pipeline calls its denoiser once a step, on all tokens."""
 
 
-class Enough(Exception):
-    """Ends a pipeline's loop once what was wanted is recorded."""
+class Enough(BaseException):
+    """Ends a pipeline's loop once what was wanted is recorded. Not an Exception, which modular
+    pipelines log."""
 
 
 class PipelineLoop:
@@ -41,11 +43,12 @@ class PipelineLoop:
             n: m for n, m in parts.items() if isinstance(m, nn.Module)
         }
         # Without ``torch.no_grad``: polishing goes back through the text encoders.
-        self._function = inspect.unwrap(type(pipeline).__call__)
-        self.names = inspect.signature(self._function).parameters
+        self.modular = function_of(pipeline)
+        self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
+        self.names = self.modular.names if self.modular else _parameters(self._function)
         self._recorders = Recorders(self.denoisers)
-        self._before: dict[str, Any] = {}
-        self._scheduler: tuple[Any, Any] | None = None
+        self._before: list[tuple[Any, str, Any]] = []
+        self._copies: dict[str, tuple[Any, Any]] = {}
         self._open = 0
         self.unguided = 1.0
         self.one_each = False
@@ -99,9 +102,9 @@ class PipelineLoop:
     ) -> None:
         """Run the loop on ``prompts`` until ``see`` raises :class:`Enough`, or to its end."""
         arguments: dict[str, Any] = {
-            "prompt": list(prompts),
+            "prompt": self._alone(prompts),
             "num_inference_steps": steps,
-            "generator": list(generators),
+            "generator": self._alone(generators),
             "output_type": "latent",
             **dict.fromkeys(_SEVERAL, pictures),
             **_PLAIN,
@@ -112,6 +115,10 @@ class PipelineLoop:
         known = {name: value for name, value in arguments.items() if name in self.names}
         with self._ready(), self._recorders.open(see), suppress(Enough):
             self._function(self.pipeline, **known)
+
+    def _alone(self, values: Sequence[Any]) -> Any:
+        """A list, or a single one as it is for blocks, of which some take no list."""
+        return values[0] if self.modular and len(values) == 1 else list(values)
 
     def _given(self, count: int) -> dict[str, Any]:
         """The arguments beside ``count`` prompts."""
@@ -129,26 +136,34 @@ class PipelineLoop:
 
     @contextmanager
     def _ready(self) -> Generator[None]:
-        """A scheduler of its own, no progress bar, and afterwards what was there before."""
-        pipeline = self.pipeline
+        """Schedulers and a guider of its own, no progress bar, and afterwards what was before."""
         if not self._open:
-            self._before = {
-                "scheduler": pipeline.scheduler,
-                "_progress_bar_config": getattr(pipeline, "_progress_bar_config", {}),
-            }
-            if self._scheduler is None or self._scheduler[0] is not pipeline.scheduler:
-                self._scheduler = pipeline.scheduler, copy.deepcopy(pipeline.scheduler)
-            pipeline.scheduler = self._scheduler[1]
-            pipeline.set_progress_bar_config(disable=True)
+            for bar in progress_bars(self.pipeline):
+                self._put(bar, "_progress_bar_config", {"disable": True})
+            for name, part in self.pipeline.components.items():
+                if name == "guider" or name.endswith("scheduler"):
+                    if name not in self._copies or self._copies[name][0] is not part:
+                        self._copies[name] = part, copy.deepcopy(part)
+                    self._put(self.pipeline, name, self._copies[name][1])
         self._open += 1
         try:
             yield
         finally:
             self._open -= 1
             if not self._open:
-                for name, value in self._before.items():
-                    setattr(pipeline, name, value)
+                while self._before:
+                    setattr(*self._before.pop())
                 self.free()
+
+    def _put(self, where: Any, name: str, value: Any) -> None:
+        self._before.append((where, name, getattr(where, name, {})))
+        setattr(where, name, value)
+
+    def denoise(self, name: str, call: Call) -> Tensor:
+        """The output of a denoiser, rows first."""
+        output = self.denoisers[name](**arguments_of({**call, "return_dict": False}))
+        output = output if isinstance(output, Tensor) else output[0]
+        return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
     def free(self) -> None:
         """Take models off the device that the pipeline offloads as a whole: one that is called
@@ -169,6 +184,10 @@ class PipelineLoop:
         generators = [torch.Generator().manual_seed(seed) for _ in range(pictures * len(prompts))]
         self.run(prompts, see, steps=2, size=size, generators=generators, pictures=pictures)
         return calls[0]
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..architectures import Architecture, architecture_of_sites, architectures
 from ..architectures.sites import named_sites, other_parameters, plain_weight, weight_shape
+from ..architectures.text import CONNECTORS
 from ..errors import BaseError
 from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
@@ -19,9 +20,12 @@ from ..lora_files.aliases import file_names
 from .diffusers_converters import by_loader
 from .protocol import check_uncompiled
 
+OF_TEXT = ("text_encoder", *CONNECTORS)
+"""Begin the names of the components that run before the denoiser, on the text alone."""
+
 COMPONENTS = (
     *("unet", "transformer", "transformer_2"),
-    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4", *CONNECTORS),
 )
 
 

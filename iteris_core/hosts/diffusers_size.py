@@ -29,7 +29,7 @@ def pipeline_size(
     """
     size: dict[str, int] = {}
     if "num_frames" in loop.names:
-        size["num_frames"] = calibration.frames or FRAMES
+        size["num_frames"] = calibration.frames or max(FRAMES, _least_frames(loop.pipeline))
     scale = next((s for s in (getattr(loop.pipeline, n, 0) for n in _SCALES) if s), 8)
     if calibration.latent_size is not None:
         size |= dict.fromkeys(("height", "width"), calibration.latent_size * int(scale))
@@ -44,7 +44,13 @@ def pipeline_size(
         if large and "height" in loop.names:
             size |= dict(zip(("height", "width"), smaller, strict=True))
             _, latents = _prepared(loop, size, prompt)
-    return size, latents[0].numel()
+    packed = latents.ndim == 2  # without a dimension of the batch
+    return size, latents.numel() if packed else latents[0].numel()
+
+
+def _least_frames(pipeline: Any) -> int:
+    """The frames of the shortest video that a pipeline makes, if it has a bound."""
+    return math.ceil(getattr(pipeline, "min_duration", 0) * getattr(pipeline, "fps", 0))
 
 
 def _prepared(
@@ -52,11 +58,18 @@ def _prepared(
 ) -> tuple[dict[str, int], Tensor]:
     """The size that the pipeline passes to its ``prepare_latents``, and the latents it gets."""
     pipeline, kept = loop.pipeline, list[Any]()
+    unknown = BaseError(
+        f"{type(pipeline).__name__} makes its latents in a way that is not known here."
+    )
+    if loop.modular is not None:
+        loop.first_call([prompt], size)
+        sides, latents = loop.modular.prepared(pipeline)
+        if latents is None:
+            raise unknown
+        return sides, latents
     prepare = getattr(pipeline, "prepare_latents", None)
     if prepare is None:
-        raise BaseError(
-            f"{type(pipeline).__name__} makes its latents in a way that is not known here."
-        )
+        raise unknown
     names = inspect.signature(prepare)
 
     def keep(*args: Any, **kwargs: Any) -> Any:
@@ -77,10 +90,10 @@ def _prepared(
 
 def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
     """Tokens of one frame at the block in the middle."""
-    if latents.ndim == 3:  # packed; of a video with all frames
+    if latents.ndim < 4:  # packed; of a video with all frames
         names = (getattr(loop.pipeline, name, 0) for name in _FRAME_SCALES)
         scale = next((int(s) for s in names if s), 1)
-        return latents.shape[1] / ((frames - 1) // scale + 1)
+        return latents.shape[-2] / ((frames - 1) // scale + 1)
     denoiser = next(iter(loop.denoisers.values()))
     return latents.shape[-2] * latents.shape[-1] / middle_patch(token_sides(denoiser)) ** 2
 

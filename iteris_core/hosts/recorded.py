@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Recorders:
 def _through(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(type(module).forward)
 
+    @wraps(forward)  # pipelines ask for its arguments
     def through(*args: Any, **kwargs: Any) -> Any:
         see = _see.get()
         if see is None:

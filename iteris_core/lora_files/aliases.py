@@ -19,7 +19,7 @@ from torch import nn
 from ..architectures import Architecture, architecture
 from ..architectures.row_mapping import Alias, Shapes, whole
 from ..architectures.sites import named_sites, other_parameters, weight_shape
-from ..architectures.text import is_t5, text_component
+from ..architectures.text import CONNECTORS, is_t5, text_component
 from .vectors import vector_names
 
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
@@ -72,6 +72,8 @@ def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
         component = site.partition(".")[0]
         if component == kind.denoiser:
             names = _denoiser_names(site)
+        elif component in CONNECTORS:
+            names = (site,)
         else:
             names = _text_names(kind, site) if text_component(site) is not None else ()
         for name in names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import copy
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,24 +45,32 @@ def draw(
     images: list[Image.Image] = []
     forecast = Forecast(on_progress)
     forecast.tick(DRAWING, 0, len(prompts))
-    size = dict(zip(("width", "height"), drawing.size or (), strict=False))
-    with _scheduled(pipeline, drawing.scheduler):
+    size: dict[str, int] = dict(zip(("width", "height"), drawing.size or (), strict=False))
+    with _settled(pipeline, drawing):
         for start in range(0, len(prompts), drawing.batch):
             chunk = prompts[start : start + drawing.batch]
             try:
-                images += pipeline(
-                    [prompt for prompt, _ in chunk],
-                    num_inference_steps=drawing.steps,
-                    guidance_scale=drawing.guidance,
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in chunk],
-                    **size,
-                ).images
+                images += _drawn(pipeline, chunk, drawing, size)
             except ValueError as error:  # how pipelines refuse a size, a number of steps, …
                 raise ScoreError(
                     f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
                 ) from error
             forecast.tick(DRAWING, len(images), len(prompts))
     return images
+
+
+def _drawn(
+    pipeline: Any, chunk: Sequence[tuple[str, int]], drawing: Drawing, size: Mapping[str, int]
+) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(seed) for _, seed in chunk]
+    call = {"num_inference_steps": drawing.steps, **size}
+    if hasattr(pipeline, "blocks"):  # modular: some draw one picture alone
+        return [
+            pipeline(prompt=prompt, generator=generator, output="images", **call)[0]
+            for (prompt, _), generator in zip(chunk, generators, strict=True)
+        ]
+    prompts = [prompt for prompt, _ in chunk]
+    return pipeline(prompts, guidance_scale=drawing.guidance, generator=generators, **call).images
 
 
 def find_scheduler(name: str) -> Any:
@@ -79,12 +88,18 @@ def find_scheduler(name: str) -> Any:
 
 
 @contextmanager
-def _scheduled(pipeline: Any, name: str | None) -> Generator[None]:
-    """The pipeline with another scheduler, for as long as that takes."""
-    scheduler = pipeline.scheduler
-    if name is not None:
-        pipeline.scheduler = find_scheduler(name).from_config(scheduler.config)
+def _settled(pipeline: Any, drawing: Drawing) -> Generator[None]:
+    """The pipeline with another scheduler, and its guider at the scale of the pictures, for as long
+    as that takes."""
+    before = {n: getattr(pipeline, n) for n in ("scheduler", "guider") if hasattr(pipeline, n)}
+    if drawing.scheduler is not None:
+        kind = find_scheduler(drawing.scheduler)
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    if hasattr(before.get("guider"), "guidance_scale"):
+        pipeline.guider = copy.deepcopy(pipeline.guider)
+        pipeline.guider.guidance_scale = drawing.guidance
     try:
         yield
     finally:
-        pipeline.scheduler = scheduler
+        for name, part in before.items():
+            setattr(pipeline, name, part)

@@ -223,7 +223,7 @@ def test_settings_of_one_method_and_of_all(world, monkeypatch, capsys, reference
         return merge(host, concepts, method, **how)
 
     def draw_pictures(pipeline, wanted, drawing, on_progress):
-        with drawing_module._scheduled(pipeline, drawing.scheduler):
+        with drawing_module._settled(pipeline, drawing):
             drawn.append((type(pipeline.scheduler).__name__, drawing))
         return draw(pipeline, wanted, drawing, on_progress)
 

@@ -10,6 +10,8 @@ import pytest
 import reduced_models
 import torch
 
+from iteris_core.activations.lockstep import Lockstep
+
 
 @pytest.mark.parametrize("kind", ["zimage", "qwen"])
 def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kind: str) -> None:
@@ -24,7 +26,7 @@ def test_texts_of_several_lengths_are_what_a_sampler_gives(pack: ModuleType, kin
     encoders.load()
     batches = encoders.batches([0] * 4, tokens, {}, set())
     for batch in batches.values():
-        batch.run_all(2)
+        batch.run_all(2, Lockstep({}, {}))
     found = encoders.assemble([0] * 4, tokens, batches, 0, None)
     with torch.inference_mode():
         for prompt, (cond, extra) in zip(prompts, found, strict=True):

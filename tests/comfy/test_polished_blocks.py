@@ -26,7 +26,6 @@ def test_blocks_are_found_and_polished(
     pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     reduced = ARCHITECTURES[name]
-    reduced.skip_if_later()
     polish = importlib.import_module(f"{pack.__name__}.iteris_core.methods.block_polish")
     trial = Trial(pack, reduced, tmp_path)
     polished: list[bool] = []

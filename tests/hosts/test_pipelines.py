@@ -15,10 +15,10 @@ from iteris_core.hosts.diffusers import DiffusersHost
 ALONE, ROWS, FILE = 1e-3, 5e-3, 1e-3
 FAST = (
     *("SD inpainting", "FLUX.1 Kontext", "Z-Image", "Wan 2.2 with two experts", "HunyuanVideo"),
-    *("CogVideoX from a picture", "Qwen-Image 2.1"),
+    *("CogVideoX from a picture", "Qwen-Image 2.1", "Anima", "MiniMax H3"),
 )
-"""One of each kind: masks, references, lists, experts, frames, a picture for each prompt, and no
-tokenizer; the others are slow tests."""
+"""One of each kind: masks, references, lists, experts, frames, a picture for each prompt, no
+tokenizer, blocks, and one row alone; the others are slow tests."""
 
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .flux import FLUX
 from .loras import applied, loaded, lora_tensors, two_concepts, write_lora
+from .modular import MODULAR
 from .pictures import PICTURES
 from .reduced import PROMPTS, Reduced, draw, seeded
 from .sounds import SOUNDS
@@ -14,7 +15,7 @@ from .videos import VIDEOS
 
 PIPELINES: dict[str, Callable[[], Reduced]] = {
     name: seeded(make)
-    for name, make in (STABLE_DIFFUSION | FLUX | PICTURES | VIDEOS | SOUNDS).items()
+    for name, make in (STABLE_DIFFUSION | FLUX | PICTURES | VIDEOS | SOUNDS | MODULAR).items()
 }
 
 __all__ = [

@@ -88,7 +88,8 @@ class Laws:
         )
 
     def _drawn(self) -> list[Tensor]:
-        return [draw(self.reduced, prompt) for prompt in (PROMPTS[1], "", PROMPTS[4])]
+        prompts = [p for p in (PROMPTS[1], "", PROMPTS[4]) if p in self.reduced.prompts]
+        return [draw(self.reduced, prompt) for prompt in prompts]
 
     def _furthest(self, lora: Lora, files: Sequence[Path]) -> float:
         """Of all prompts, between the LoRA's changes and the loaded files."""

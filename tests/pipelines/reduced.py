@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iteris_core.hosts.diffusers_modular import progress_bars
+
 PROMPTS = (
     *("a dog", "sks cat on a table", "two red dogs in the rain with a small green bird"),
     *("", "a long story of one dog and one cat " * 4, "a bird"),
@@ -47,18 +49,23 @@ def seeded(make: Callable[[], Reduced]) -> Callable[[], Reduced]:
                 for weight in part.parameters() if name in DENOISERS and part else ():
                     if weight.ndim > 1:
                         weight.normal_(std=weight[0].numel() ** -0.5)
-        reduced.pipeline.set_progress_bar_config(disable=True)
+        _without_bars(reduced.pipeline)
         return reduced
 
     return made
 
 
+def _without_bars(pipeline: Any) -> None:
+    for bar in progress_bars(pipeline):
+        bar.set_progress_bar_config(disable=True)
+
+
 def draw(reduced: Reduced, prompt: str = "sks cat on a table", seed: int = 3) -> Tensor:
     """The latents after two steps."""
     generator = torch.Generator().manual_seed(seed)
+    call = {"prompt": prompt, "num_inference_steps": 2, "generator": generator, **reduced.call}
     with torch.no_grad():
-        drawn = reduced.pipeline(
-            prompt=prompt, num_inference_steps=2, generator=generator, output_type="latent",
-            return_dict=False, **reduced.call,
-        )[0]  # fmt: skip
+        if hasattr(reduced.pipeline, "blocks"):  # a modular one
+            return reduced.pipeline(output="latents", **call)
+        drawn = reduced.pipeline(output_type="latent", return_dict=False, **call)[0]
     return drawn[0] if isinstance(drawn, list) else drawn

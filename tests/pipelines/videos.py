@@ -142,7 +142,7 @@ def ltx2() -> Reduced:
     )  # fmt: skip
     alone = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0}
     alone |= {"audio_modality_scale": 1.0, "audio_guidance_scale": 1.0, "guidance_scale": 1.0}
-    return Reduced(pipeline, {**_LTX, **alone}, left_out="connectors")
+    return Reduced(pipeline, {**_LTX, **alone})
 
 
 def hunyuan() -> Reduced:
