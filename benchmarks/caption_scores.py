@@ -1,7 +1,6 @@
-"""BLEU and CIDEr-D of captions, words split at spaces.
+"""CIDEr-D of captions (Vedantam, Zitnick and Parikh, CVPR 2015), words split at spaces.
 
-BLEU: Papineni et al., ACL 2002, over the corpus, the closest reference's length. CIDEr-D: Vedantam,
-Zitnick and Parikh, CVPR 2015, document frequencies from the references themselves, times 10.
+Document frequencies are from the references themselves; times 10.
 """
 
 from __future__ import annotations
@@ -17,33 +16,6 @@ _SIGMA = 6.0  # of the length penalty of CIDEr-D
 def ngrams(text: str, n: int) -> Counter[Ngram]:
     words = text.split()
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4; ``references[i]`` are all for ``candidates[i]``."""
-    hits, totals = [0] * 4, [0] * 4
-    length = reference_length = 0
-    for candidate, some in zip(candidates, references, strict=True):
-        size = len(candidate.split())
-        length += size
-        sizes = [len(reference.split()) for reference in some]
-        reference_length += min(sizes, key=lambda other: (abs(other - size), other))
-        for n in range(1, 5):
-            found = ngrams(candidate, n)
-            most: Counter[Ngram] = Counter()
-            for reference in some:
-                most |= ngrams(reference, n)
-            hits[n - 1] += sum((found & most).values())
-            totals[n - 1] += sum(found.values())
-    if length == 0:
-        return [0.0] * 4
-    brevity = min(1.0, math.exp(1 - reference_length / length))
-    scores: list[float] = []
-    product = 1.0
-    for n, (hit, total) in enumerate(zip(hits, totals, strict=True), 1):
-        product *= hit / total if total else 0.0
-        scores.append(brevity * product ** (1 / n))
-    return scores
 
 
 def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:

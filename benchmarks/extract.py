@@ -21,6 +21,7 @@ from outputs import BUILD, QUICK, add, read, result_file
 from PIL import Image
 from protocol.toybox import ToyboxWorld
 
+import toybox
 from iteris_core import Calibration, Concept, Lora, LowRank
 from iteris_core.edit.extract import differences, extract_lora
 from iteris_core.edit.held import output_error
@@ -45,11 +46,11 @@ def tuned_folder(world: ToyboxWorld) -> Path:
     folder = BUILD / ("quick" if QUICK else "extract") / "tuned"
     if folder.is_dir():
         return folder
-    pipeline = load(world._root / "weights" / "base")
+    pipeline = load(toybox.BASE)
     use_plain_attention(pipeline.unet, pipeline.text_encoder)
     pictures, prompts = [], []
     for name in NAMES:
-        concept = world._loaded.concepts[name]
+        concept = world.known[name]
         said = f"{name} {concept.class_word}"
         pictures += [Image.open(file).convert("RGB") for file in concept.references]
         prompts += [(f"a {said}", f"a photo of a {said}")] * len(concept.references)
@@ -67,7 +68,7 @@ def main() -> None:
     base = world.host
     short = {"samples": 4, "timesteps": 1, "latents": "noise"} if QUICK else {}
     calibration = Calibration(latent_size=LATENTS, **short)
-    words = [f"{name} {world._loaded.concepts[name].class_word}" for name in NAMES]
+    words = [f"{name} {world.known[name].class_word}" for name in NAMES]
     seen = [text.replace("{}", said) for text in world.half["templates"] for said in words]
     wanted = world.prompted("new words", NAMES, 1)
     new = Concept(Lora({}), prompts=sorted({one.prompt for one in wanted}), trigger="new")
@@ -75,10 +76,9 @@ def main() -> None:
     def measured(lora: Lora) -> dict[str, float]:
         error = output_error(base, tuned, new, lora, calibration, lambda *_: None)
         with with_vectors(base, lora.vectors):
-            read_off = world.read(world.draw(lora, wanted), wanted)
+            likeness = world.mean_likeness(lora, wanted)
         numbers = sum(change.up.numel() + change.down.numel() for change in lora.sites.values())
         numbers += sum(vector.numel() for vector in lora.vectors.values())
-        likeness = fmean(one["likeness"] for one in read_off)
         return {"error": round(error, 4), "likeness": round(likeness, 4), "numbers": numbers}
 
     dense, kind = differences(base, tuned), base_of(base.pipeline, base.sites())
@@ -100,13 +100,11 @@ def main() -> None:
         add(FILE, "all weights", measured(Lora(whole)))
     for name, host in (("base", base), ("tuned", tuned)):
         if name not in read(FILE):
-            settings = world._loaded.settings
             images = [
                 host.pipeline(
                     one.prompt,
-                    num_inference_steps=settings["steps"],
-                    guidance_scale=settings["guidance"],
                     generator=torch.Generator().manual_seed(one.seed),
+                    **world.sampling,
                 ).images[0]
                 for one in wanted
             ]

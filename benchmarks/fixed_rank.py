@@ -14,11 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from outputs import result_file, write
+from outputs import result_file, rounded, write
+from page_tables import unseen as table
 from protocol.plan import Plan, Unit, Variant
 from protocol.runs import Runs
-from protocol.settings import Chosen
-from unseen import results, rounded, tables
+from unseen import results
 from worlds import reported
 
 RANK, SIZE = 8, 10
@@ -35,13 +35,6 @@ OURS = f"iteris:rank={RANK}:share_ranks=true"
 POLISHED = f"{OURS}:block_steps=120:block_pairs=0"
 EACH = f"iteris:rank={RANK}"
 OWN_LAYERS = f"{EACH}:repair=false"
-NOT_SEARCHED = Chosen(result_file("no_settings.json", whole=False), {})
-
-
-def labels() -> list[str]:
-    """What is merged, the most wanted first."""
-    turns = [[f"{m}:rank={RANK}:scale={of[turn]}" for m, of in SCALES.items()] for turn in range(3)]
-    return [OURS, *turns[0], POLISHED, *turns[1], *turns[2], EACH, OWN_LAYERS]
 
 
 def main() -> None:
@@ -52,8 +45,10 @@ def main() -> None:
     world.kinds = (KIND,)
     alone = Runs(world, result_file("unseen_reported_alone.jsonl"))
     merged = Runs(world, result_file("fixed_rank_runs.jsonl"))
-    every = [Variant.parsed(label) for label in labels()]
-    whole = Plan(world, every, [SIZE], 1, NOT_SEARCHED)
+    turns = [[f"{m}:rank={RANK}:scale={of[turn]}" for m, of in SCALES.items()] for turn in range(3)]
+    labels = (OURS, *turns[0], POLISHED, *turns[1], *turns[2], EACH, OWN_LAYERS)
+    every = [Variant.parsed(label) for label in labels]
+    whole = Plan(world, every, [SIZE], 1, lambda *_: {})
     alone.run(whole.references(), until - time.monotonic())
     merged.run((unit for _, unit in whole.merges()), until - time.monotonic())
 
@@ -66,11 +61,11 @@ def main() -> None:
             name = variant.method if variant.method in SCALES else variant.label
             before = best.get(name, (-1.0, variant))
             best[name] = max(before, (likeness(unit), variant), key=lambda one: one[0])
-    plan = Plan(world, [of for _, of in best.values()], [SIZE], 1, NOT_SEARCHED)
+    plan = Plan(world, [of for _, of in best.values()], [SIZE], 1, lambda *_: {})
     data = rounded(results(plan, alone, merged))
     data["bytes"] = {v.label: merged.known[unit.key]["bytes"] for v, unit in plan.merges()}
     write(result_file("fixed_rank.json"), data)
-    print("\n".join(tables(data)))
+    print("\n".join(table(data, str(SIZE))))
 
 
 if __name__ == "__main__":

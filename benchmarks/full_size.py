@@ -20,7 +20,6 @@ from outputs import add, result_file
 from iteris_core import Calibration, merge_loras
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.progress import Progress
-from iteris_core.report.report import MergeReport
 
 FILE = result_file("full_size.json")
 GIB = 2**30
@@ -38,14 +37,10 @@ def measured(name: str, gib: float, samples: int, timesteps: int) -> dict[str, A
         result = merge_loras(
             host, some, calibration=calibration, memory_budget=round(gib * GIB), on_progress=said
         )
-    return found_of(result.report, meter.peak, time.perf_counter() - started)
-
-
-def found_of(report: MergeReport, peak: int, seconds: float) -> dict[str, Any]:
     return {
-        "plan": report.plan,
-        "peak_gib": round(peak / GIB, 3),
-        "minutes": round(seconds / 60, 1),
+        "plan": result.report.plan,
+        "peak_gib": round(meter.peak / GIB, 3),
+        "minutes": round((time.perf_counter() - started) / 60, 1),
         "threads": torch.get_num_threads(),
     }
 

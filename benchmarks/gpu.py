@@ -31,6 +31,7 @@ import gpu_pipelines
 import torch
 import transformers
 from gpu_pipelines import MODELS, Model
+from markdown_tables import table as markdown_table
 from outputs import QUICK, ROOT, result_file, write
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -201,7 +202,7 @@ def measure(bench: Bench, model: Model, fp8: bool, label: str) -> dict[str, Any]
         if result.report.rows == 2 * SAMPLES:
             entry["difference"] = difference(first, result.lora.sites)
         found[name] = entry
-        print(line(label, name, entry), flush=True)
+        print(f"{label}, {name}:", *figures(entry), flush=True)
     return found
 
 
@@ -213,14 +214,6 @@ def of_ways(stages: Sequence[Sequence[Footprint]]) -> dict[str, float]:
         gib = some.bytes_of(len(some.stage.concept_ids), AT_ONCE, away) / GIB
         found[name] = max(gib, found.get(name, 0.0))
     return found
-
-
-def line(label: str, name: str, entry: dict[str, Any]) -> str:
-    plan = f" (plan {entry['plan_gib']:.3g})" if "plan_gib" in entry else ""
-    return (
-        f"{label}, {name}: {entry['seconds']:.1f} s, {entry['peak_gib']:.3g} GiB{plan}, "
-        f"{entry['share']:.1%} of the card's rate"
-    )
 
 
 def gpu_tests(bench: Bench) -> str:
@@ -236,20 +229,24 @@ def gpu_tests(bench: Bench) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    columns = ("model", "base", "way", "seconds", "peak GiB", "plan GiB", "share")
-    rows = [f"| {' | '.join(columns)} |", "|" + len(columns) * "---|"]
+    rows: list[list[str]] = []
     for name, bases in found["models"].items():
         for base, ways in bases.items():
             for way, entry in ways.items():
-                if "error" in entry:
-                    rows.append(f"| {name} | {base} | {way} | {entry['error'][:60]} | | | |")
-                    continue
-                plan = f"{entry['plan_gib']:.3g}" if "plan_gib" in entry else ""
-                rows.append(
-                    f"| {name} | {base} | {way} | {entry['seconds']:.2f} | "
-                    f"{entry['peak_gib']:.3g} | {plan} | {entry['share']:.1%} |"
-                )
-    return "\n".join(rows)
+                cells = [entry["error"][:60]] if "error" in entry else figures(entry)
+                rows.append([name, base, way, *cells])
+    heads = ("model", "base", "way", "seconds", "peak GiB", "plan GiB", "share")
+    return "\n".join(markdown_table(heads, rows, labels=3))
+
+
+def figures(entry: dict[str, Any]) -> list[str]:
+    plan = f"{entry['plan_gib']:.3g}" if "plan_gib" in entry else ""
+    return [
+        f"{entry['seconds']:.2f}",
+        f"{entry['peak_gib']:.3g}",
+        plan,
+        f"{entry['share']:.1%}",
+    ]
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import denoisers
 import torch
 import transformers
+from speed.models import random_lora
 from torch import nn
 
-from iteris_core import Concept, Lora, LowRank
+from iteris_core import Concept
 from iteris_core.hosts.diffusers import DiffusersHost
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -116,14 +117,9 @@ def filled(module: nn.Module, device: torch.device) -> nn.Module:
 
 def concepts(model: Model, host: DiffusersHost) -> list[Concept]:
     """Two, whose LoRAs change the denoiser's attention."""
-    found: list[Concept] = []
-    for seed in (1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        sites: dict[str, LowRank] = {}
-        for site, module in host.sites().items():
-            if site.endswith(model.changed) and not site.startswith("text_encoder"):
-                out, fan = module.out_features, module.in_features
-                down = torch.randn(RANK, fan, generator=generator) * 0.5 / (fan * RANK) ** 0.5
-                sites[site] = LowRank(torch.randn(out, RANK, generator=generator), down)
-        found.append(Concept(Lora(sites, f"lora{seed}"), trigger=f"sks{seed}", class_word="cat"))
-    return found
+
+    def changed(site: str) -> bool:
+        return site.endswith(model.changed) and not site.startswith("text_encoder")
+
+    loras = (random_lora(host, seed, RANK, changed) for seed in (1, 2))
+    return [Concept(lora, trigger=f"sks{n}", class_word="cat") for n, lora in enumerate(loras, 1)]

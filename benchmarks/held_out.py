@@ -1,22 +1,19 @@
-"""The held-out error: what a merge gives on rows that it never saw, against each LoRA's own output.
+"""What the denoiser gives on rows that no fit saw, with a LoRA and without.
 
-Rows are of prompts made from templates that no merge here uses and of another seed, denoised under
-each concept's own LoRA with the guidance that the toybox draws with. The error is squared, of all
-rows of a concept over what its LoRA changes there, and the mean over concepts: 0 for the LoRA
-itself, 1 for the base. ``guided`` is of the output that sampling uses, with the toybox's guidance;
-``prompt`` and ``empty`` are of the two outputs that it is made of.
+Rows are of prompts made from templates that nothing was fitted to and of another seed, denoised
+under each concept's own LoRA. Outputs are those that sampling uses, with the toybox's guidance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import replace
 from typing import Any
 
 import torch
+from protocol.drawing import changed
+from protocol.toybox import ToyboxWorld
 from torch import Tensor
-from toybox_world import World
 
 from iteris_core import Calibration, Lora
 from iteris_core.activations.lockstep import Lockstep
@@ -25,42 +22,29 @@ from iteris_core.lora import SiteChanges
 from toybox import TEMPLATES
 
 HELD_OUT = TEMPLATES[5::6]
-SEEN = tuple(template for template in TEMPLATES if template not in HELD_OUT)
-"""What merges are made from where their held-out error is measured."""
-
-_SEED = 1000
-_SAMPLES, _TIMESTEPS = 16, 3
-_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """(rows, …) with the prompt and with the empty one."""
-
-    prompt: Tensor
-    empty: Tensor
+_SEED, _BATCH = 1000, 32
 
 
 class HeldOut:
-    """The rows of one set of concepts at one size of latents, and what each LoRA gives there."""
+    """The rows of one set of concepts, and the base's output there, by concept."""
 
     def __init__(
         self,
-        world: World,
-        numbers: Sequence[int],
-        latent_size: int | None,
+        world: ToyboxWorld,
+        names: Sequence[str],
+        latent_size: int,
         templates: Sequence[str] = HELD_OUT,
     ) -> None:
-        self.world = world
-        self.guidance = float(world.settings["guidance"])
-        concepts = world.merged_concepts(numbers)
-        self.loras = [concept.lora for concept in concepts if concept.lora is not None]
-        sites = set().union(*(lora.sites for lora in self.loras))
-        changes = {s: SiteChanges.of([lora.sites.get(s) for lora in self.loras]) for s in sites}
+        self._host = world.host
+        self._guidance = world.sampling["guidance_scale"]
+        concepts = world.concepts(names)
+        loras = [concept.lora for concept in concepts]
+        sites = set().union(*(lora.sites for lora in loras))
+        changes = {s: SiteChanges.of([lora.sites.get(s) for lora in loras]) for s in sites}
         calibration = Calibration(
-            samples=_SAMPLES,
-            timesteps=_TIMESTEPS,
-            guidance=self.guidance,
+            samples=16,
+            timesteps=3,
+            guidance=self._guidance,
             empty_share=0.0,
             contexts=0.0,
             latent_size=latent_size,
@@ -68,42 +52,27 @@ class HeldOut:
             seed=_SEED,
         )
         generator = torch.Generator().manual_seed(_SEED)
-        with torch.no_grad(), Lockstep(world.host.sites(), changes) as lockstep:
-            self.samples: Any = world.host.samples(
+        with torch.no_grad(), Lockstep(self._host.sites(), changes) as lockstep:
+            self._samples: Any = self._host.samples(
                 concepts, sites, calibration, lockstep, generator, lambda *_: None
             )
-        owners = torch.tensor(self.samples.text.owners)
+        owners = torch.tensor(self._samples.text.owners)
         self.rows = [(owners == c).nonzero().flatten().tolist() for c in range(len(concepts))]
-        self.base = [self.outputs(None, rows) for rows in self.rows]
-        self.own = [
-            self.outputs(lora, rows) for lora, rows in zip(self.loras, self.rows, strict=True)
-        ]
+        self.base = [self.guided(None, rows) for rows in self.rows]
 
-    def errors(self, merged: Lora) -> dict[str, float]:
-        found: dict[str, list[float]] = {"guided": [], "prompt": [], "empty": []}
-        for rows, own, base in zip(self.rows, self.own, self.base, strict=True):
-            ours = self.outputs(merged, rows)
-            for name, errors in found.items():
-                target, start, got = (self._read(some, name) for some in (own, base, ours))
-                error = (got - target).square().sum() / (start - target).square().sum()
-                errors.append(float(error))
-        return {name: fmean(errors) for name, errors in found.items()}
-
-    def _read(self, outputs: Outputs, name: str) -> Tensor:
-        if name == "guided":
-            return outputs.empty + self.guidance * (outputs.prompt - outputs.empty)
-        return outputs.prompt if name == "prompt" else outputs.empty
-
-    def outputs(self, lora: Lora | None, rows: Sequence[int]) -> Outputs:
+    def guided(self, lora: Lora | None, rows: Sequence[int]) -> Tensor:
         """With the changes on the weights, which are put back bit for bit."""
-        text = self.samples.text
-        nothing = TextRows.of(text.owners, [""] * len(text.owners))
-        with self.world.changed(lora), torch.no_grad():
-            return Outputs(
-                self._forward(self.samples, rows),
-                self._forward(replace(self.samples, text=nothing), rows),
-            )
+        text = self._samples.text
+        nothing = replace(self._samples, text=TextRows.of(text.owners, [""] * len(text.owners)))
+        with changed(self._host, lora), torch.no_grad():
+            named, plain = (self._forward(some, rows) for some in (self._samples, nothing))
+        return plain + self._guidance * (named - plain)
 
     def _forward(self, samples: Any, rows: Sequence[int]) -> Tensor:
         parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
-        return torch.cat([self.world.host.forward(samples, part) for part in parts]).double()
+        return torch.cat([self._host.forward(samples, part) for part in parts]).double()
+
+
+def relative(found: Tensor, wanted: Tensor, base: Tensor) -> float:
+    """‖found − wanted‖ / ‖base − wanted‖: 0 for what is wanted, 1 for the base."""
+    return float((found - wanted).norm() / (base - wanted).norm())

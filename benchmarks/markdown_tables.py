@@ -20,31 +20,48 @@ def load_rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def lines(head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 0) -> list[str]:
-    """A table, of whose columns the last ``right`` are aligned to the right."""
-    rule = "|" + "---|" * (len(head) - right) + "---:|" * right
-    return [_line(head), rule, *map(_line, rows)]
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 3, labels: int = 1
+) -> list[str]:
+    """A table, whose columns behind the first ``labels`` are aligned to the right. Cells are text,
+    numbers, means with what :func:`shown` knows of their errors, or nothing."""
+    rule = "|" + "---|" * labels + "---:|" * (len(heads) - labels)
+    return [_line(heads), rule, *(_line([shown(cell, digits) for cell in row]) for row in rows)]
 
 
-def cell(entry: Mapping[str, float | None] | None, digits: int = 3) -> str:
-    """A mean with its standard error, where there is one."""
-    if entry is None:
+def shown(cell: Any, digits: int = 3) -> str:
+    """A number with so many digits; of a mapping its ``mean``, with ± its standard error, or half
+    of its 95 % interval in its place."""
+    if cell is None or isinstance(cell, str):
+        return cell or ""
+    if isinstance(cell, Mapping):
+        error = half_width(cell) if "interval" in cell else cell["se"]
+        mean = shown(float(cell["mean"]), digits)
+        return mean if error is None else f"{mean} ± {shown(error, digits)}"
+    return short(f"{cell:.{digits}f}") if isinstance(cell, float) else str(cell)
+
+
+def half_width(figure: Mapping[str, Any]) -> float | None:
+    """Of the interval; None of a single set."""
+    return figure["interval"][1] - figure["mean"] if figure["interval"] else None
+
+
+def lead(figure: Mapping[str, Any] | None) -> str:
+    """A difference, with its sign."""
+    if figure is None:
         return ""
-    shown = f"{entry['mean']:.{digits}f}"
-    if entry["se"] is not None:
-        shown += f" ± {entry['se']:.{digits}f}"
-    return short(shown)
+    return ("" if figure["mean"] < 0 else "+") + shown(figure)
+
+
+def share(figure: Mapping[str, Any]) -> str:
+    """In per cent; of fewer than three sets without the interval, which says nothing there."""
+    mean = f"{figure['mean']:.0%}"
+    return f"{mean} ± {100 * half_width(figure):.0f}" if figure["n"] > 2 else mean
 
 
 def short(text: str) -> str:
     """Without the zeros before points."""
     return re.sub(r"\b0\.", ".", text)
-
-
-def signed(value: Mapping[str, Any]) -> str:
-    """A difference with its standard error, where it has one."""
-    error = value["se"]
-    return short(f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
 
 
 def _line(cells: Sequence[str]) -> str:

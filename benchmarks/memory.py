@@ -66,61 +66,45 @@ def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def unet_call(side: int, width: int, **more: Any) -> Callable[[int], Mapping[str, Any]]:
+def tensors(rows: int, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """One of each shape for every row."""
+    return {name: empty(rows, *shape) for name, shape in shapes.items()}
+
+
+def unet_call(side: int, width: int, **more: tuple[int, ...]) -> Callable[[int], Mapping[str, Any]]:
     def call(rows: int) -> Mapping[str, Any]:
-        arguments: dict[str, Any] = {
-            "sample": empty(rows, 4, side, side),
-            "timestep": empty(rows),
-            "encoder_hidden_states": empty(rows, 77, width),
-        }
-        if more:
-            arguments["added_cond_kwargs"] = {n: empty(rows, w) for n, w in more.items()}
-        return arguments
+        read = {"sample": (4, side, side), "encoder_hidden_states": (77, width)}
+        added = {"added_cond_kwargs": tensors(rows, **more)} if more else {}
+        return tensors(rows, timestep=(), **read) | added
 
     return call
 
 
 def flux_call(rows: int) -> Mapping[str, Any]:
-    return {
-        "hidden_states": empty(rows, 4096, 64),
-        "encoder_hidden_states": empty(rows, 512, 4096),
-        "pooled_projections": empty(rows, 768),
-        "timestep": empty(rows),
-        "guidance": empty(rows),
-        "img_ids": empty(4096, 3),
-        "txt_ids": empty(512, 3),
-    }
+    read = {"hidden_states": (4096, 64), "encoder_hidden_states": (512, 4096)}
+    places = {"img_ids": empty(4096, 3), "txt_ids": empty(512, 3)}
+    return tensors(rows, timestep=(), guidance=(), pooled_projections=(768,), **read) | places
 
 
 def z_image_call(rows: int) -> Mapping[str, Any]:
-    return {
-        "x": [empty(16, 1, 128, 128) for _ in range(rows)],
-        "t": empty(rows),
-        "cap_feats": [empty(WORDS, 2560) for _ in range(rows)],
-    }
+    pictures, words = ([empty(*s) for _ in range(rows)] for s in ((16, 1, 128, 128), (WORDS, 2560)))
+    return {"x": pictures, "t": empty(rows), "cap_feats": words}
 
 
 def qwen_image_call(rows: int) -> Mapping[str, Any]:
-    return {
-        "hidden_states": empty(rows, 4096, 64),
-        "encoder_hidden_states": empty(rows, WORDS, 3584),
-        "timestep": empty(rows),
-        "img_shapes": [[(1, 64, 64)]] * rows,
-    }
+    read = {"hidden_states": (4096, 64), "encoder_hidden_states": (WORDS, 3584)}
+    return tensors(rows, timestep=(), **read) | {"img_shapes": [[(1, 64, 64)]] * rows}
 
 
 def wan_call(rows: int) -> Mapping[str, Any]:
-    return {
-        "hidden_states": empty(rows, 16, 5, 60, 104),
-        "timestep": empty(rows),
-        "encoder_hidden_states": empty(rows, 512, 4096),
-    }
+    read = {"hidden_states": (16, 5, 60, 104), "encoder_hidden_states": (512, 4096)}
+    return tensors(rows, timestep=(), **read)
 
 
 MODELS = {
     "SD 1.5, 512 px": Model(denoisers.sd15, unet_call(64, 768), 4),
     "SDXL, 1024 px": Model(
-        denoisers.sdxl, unet_call(128, 2048, text_embeds=1280, time_ids=6), 8
+        denoisers.sdxl, unet_call(128, 2048, text_embeds=(1280,), time_ids=(6,)), 8
     ),
     "FLUX.1, 1024 px": Model(
         denoisers.flux, flux_call, 12,

@@ -14,16 +14,19 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import minilm
 import torch
-from minilm.prompts import Kind
+from minilm.prompts import Kind, prompts, templates
 from outputs import result_file
-from protocol.minilm import MiniLmWorld
+from protocol.drawing import draw
+from protocol.world import Wanted
 
-from iteris_core import Calibration, Lora, merge_loras
+import toybox
+from iteris_core import Calibration, Concept, Lora, merge_loras
+from iteris_core.hosts.diffusers import DiffusersHost
 
 KINDS: dict[Kind, int] = {"seen": 6, "contexts": 10, "new": 14}
 """Prompts of each concept."""
@@ -48,40 +51,66 @@ Figures = dict[str, tuple[float, float]]
 """kind of prompts → attributes right, backgrounds right"""
 
 
-def drawn(world: MiniLmWorld, lora: Lora | None, names: Sequence[str]) -> Figures:
-    """What is right in pictures of ``names`` with the LoRA."""
-    found: Figures = {}
-    for kind, count in KINDS.items():
-        wanted = [one for name in names for one in world.asked(name, kind, count)]
+class World:
+    """Four concepts, one at a time in a picture."""
+
+    def __init__(self) -> None:
+        self.pipeline = minilm.load_pipeline()
+        self.host = DiffusersHost(self.pipeline)
+        self._judge = toybox.load_judge()
+        self._concepts = minilm.concepts()
+        self._loras = {n: self.host.read_lora(of.lora) for n, of in self._concepts.items()}
+
+    def concepts(self, names: Sequence[str]) -> list[Concept]:
+        return [
+            Concept(self._loras[n], trigger=n, class_word=self._concepts[n].class_word)
+            for n in names
+        ]
+
+    def right(self, lora: Lora | None, names: Sequence[str], kind: Kind, count: int) -> Any:
+        """The shares of attributes and of backgrounds that are as they should be in ``count``
+        pictures of each of ``names`` by prompts of a kind."""
+        wanted = [
+            Wanted((name,), prompt.text, 1, prompt.background)
+            for name in names
+            for prompt in prompts(self._concepts[name], kind, count)
+        ]
+        said = minilm.world()["sampling"]
+        sampling = {"num_inference_steps": said["steps"], "guidance_scale": said["guidance"]}
         with torch.autocast("cpu", torch.bfloat16):
-            images = world.draw(lora, wanted)
-        read = world.read(images, wanted)
-        found[kind] = fmean(share for share, _ in read), fmean(right for _, right in read)
-    return found
+            images = draw(self.pipeline, self.host, lora, wanted, **sampling)
+        read = list(zip(self._judge.read(images), wanted, strict=True))
+        things = [self._concepts[one.shown[0]].thing for one in wanted]
+        return (
+            fmean(sum(a.matches(t)) / 4 for (a, _), t in zip(read, things, strict=True)),
+            fmean(a.background == one.scene for a, one in read),
+        )
 
+    def drawn(self, lora: Lora | None, names: Sequence[str]) -> Figures:
+        return {kind: self.right(lora, names, kind, count) for kind, count in KINDS.items()}
 
-def merged(world: MiniLmWorld, names: Sequence[str], method: str, settings: Any) -> Lora:
-    concepts = world.concepts(names)
-    host = None if method in ("average", "sum") else world.host
-    own = {name: settings[name] for name in settings if name in Calibration.__dataclass_fields__}
-    settings = {name: value for name, value in settings.items() if name not in own}
-    calibration = {**world.calibration, "seed": 0, **own}
-    return merge_loras(host, concepts, method, settings=settings, calibration=calibration).lora
+    def alone(self, names: Sequence[str]) -> Figures:
+        """Each LoRA by itself."""
+        each = [self.drawn(self._loras[name], [name]) for name in names]
+        return {
+            kind: (fmean(e[kind][0] for e in each), fmean(e[kind][1] for e in each))
+            for kind in KINDS
+        }
 
-
-def alone(world: MiniLmWorld, names: Sequence[str]) -> Figures:
-    """Each LoRA by itself."""
-    each = [drawn(world, c.lora, [n]) for n, c in zip(names, world.concepts(names), strict=True)]
-    return {
-        kind: (fmean(e[kind][0] for e in each), fmean(e[kind][1] for e in each)) for kind in KINDS
-    }
+    def merged(self, names: Sequence[str], method: str, settings: dict[str, Any]) -> Lora:
+        host = None if method in ("average", "sum") else self.host
+        fields = Calibration.__dataclass_fields__
+        own = {name: value for name, value in settings.items() if name in fields}
+        settings = {name: value for name, value in settings.items() if name not in own}
+        calibration = {"templates": templates(), "seed": 0, **own}
+        concepts = self.concepts(names)
+        return merge_loras(host, concepts, method, settings=settings, calibration=calibration).lora
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names")
     parser.add_argument("rows", nargs="*")
-    parser.add_argument("--into", type=Path, default=result_file("minilm_new_words.jsonl"))
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="begin nothing after these"
     )
@@ -89,12 +118,10 @@ def main() -> None:
     until = time.time() + asked.seconds
     names = asked.names.split(",")
     given = zip(asked.rows[::2], map(json.loads, asked.rows[1::2]), strict=True)
-    rows = list(given) or ROWS
-    world = MiniLmWorld()
-    known: list[dict[str, Any]] = []
-    if asked.into.exists():
-        known = [json.loads(line) for line in asked.into.read_text().splitlines()]
-    for method, settings in rows:
+    world = World()
+    file = result_file("minilm_new_words.jsonl")
+    known = [json.loads(line) for line in file.open()] if file.exists() else []
+    for method, settings in list(given) or ROWS:
         label = " ".join([method, *(f"{k} {v}" for k, v in settings.items())])
         if any(entry["names"] == names and entry["label"] == label for entry in known):
             continue
@@ -102,14 +129,14 @@ def main() -> None:
             break
         began = time.time()
         if method == "alone":
-            found = alone(world, names)
+            found = world.alone(names)
         else:
-            lora = None if method == "base" else merged(world, names, method, settings)
-            found = drawn(world, lora, names)
+            lora = None if method == "base" else world.merged(names, method, settings)
+            found = world.drawn(lora, names)
         entry = {"names": names, "label": label, **found, "seconds": time.time() - began}
         known.append(entry)
-        with asked.into.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with file.open("a") as lines:
+            lines.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
 
 

@@ -9,27 +9,24 @@ kept in ``build/open``, so that a run that was stopped goes on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import runpy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import standings
-from outputs import BUILD, result_file, write
+from outputs import BUILD, result_file, rounded, write
 from protocol.figures import figures, rows_of_size
 from protocol.plan import Plan, Unit, Variant
 from protocol.runs import Runs
 from protocol.world import World
-from unseen import rounded
 from worlds import WORLDS
 
 from iteris_core import Concept, Lora
 
 SIZES, SETS = (2, 5, 10), 2
-COSTS = ("seconds", "rank", "bytes")
 Merge = Callable[..., Lora]
 
 
@@ -40,15 +37,11 @@ def loaded(folder: Path) -> tuple[Merge, dict[str, Any]]:
         raise SystemExit(
             f"{file} is missing: a method is a folder with method.py (open/README.md)."
         )
-    spec = importlib.util.spec_from_file_location(f"open_{folder.name}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "merge", None)):
+    merge = runpy.run_path(str(file)).get("merge")
+    if not callable(merge):
         raise SystemExit(f"{file} has no function merge(host, concepts, calibration, …).")
     settings = folder / "settings.json"
-    return module.merge, json.loads(settings.read_text()) if settings.is_file() else {}
+    return merge, json.loads(settings.read_text()) if settings.is_file() else {}
 
 
 class OpenRuns(Runs):
@@ -66,25 +59,20 @@ def measured(
     name: str, plan: Plan, alone: Runs, merged: Runs, until: float = float("inf")
 ) -> dict[str, Any]:
     """By number of LoRAs: means of all figures with intervals over sets, and the costs."""
-    if not alone.run(plan.references(), until - time.monotonic()):
-        raise SystemExit("stopped by --seconds; the next run goes on")
-    if not merged.run((unit for _, unit in plan.merges()), until - time.monotonic()):
-        raise SystemExit("stopped by --seconds; the next run goes on")
+    merges = (unit for _, unit in plan.merges())
+    for runs, units in ((alone, plan.references()), (merged, merges)):
+        if not runs.run(units, until - time.monotonic()):
+            raise SystemExit("stopped by --seconds; the next run goes on")
     sizes: dict[str, Any] = {}
     for size in plan.sizes:
         of = figures(rows_of_size(plan, size, alone, merged), name)["rows"]
         units = [unit for _, unit in plan.merges() if len(unit.names) == size]
         sizes[str(size)] = {
             "figures": of[name],
-            "costs": costs(merged.known[unit.key] for unit in units),
+            "costs": standings.costs(merged.known[unit.key] for unit in units),
         }
     settings = dict(plan.variants[0].settings)
     return rounded({"method": name, "settings": settings, "sizes": sizes})
-
-
-def costs(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    every = list(entries)
-    return {cost: fmean(entry[cost] for entry in every) for cost in COSTS}
 
 
 def main() -> None:
@@ -98,7 +86,7 @@ def main() -> None:
     until = time.monotonic() + asked.seconds
     merge, settings = loaded(asked.folder)
     name = asked.folder.resolve().name
-    world = WORLDS[asked.world][0]()
+    world = WORLDS[asked.world]()
     variant = Variant(name, name, settings, {})
     plan = Plan(world, [variant], asked.sizes, 1, lambda *_: {}, asked.sets)
     alone = Runs(world, result_file(f"unseen_{asked.world}_alone.jsonl"))

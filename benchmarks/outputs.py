@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,12 @@ def write(path: Path, data: Any) -> None:
 def add(path: Path, name: str, found: Any) -> None:
     """``found`` beside what stands there under other names."""
     write(path, {**read(path), name: found})
+
+
+def rounded(found: Any) -> Any:
+    """All numbers to four digits behind the point, but those of which nothing would be left."""
+    if isinstance(found, Mapping):
+        return {name: rounded(of) for name, of in found.items()}
+    if isinstance(found, list | tuple):
+        return [rounded(of) for of in found]
+    return round(found, 4) or found if isinstance(found, float) else found

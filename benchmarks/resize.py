@@ -11,14 +11,13 @@ and ``base`` ours with one. ``ratio`` in the summary is the mean error over that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from held_out import HELD_OUT, HeldOut
+from held_out import HELD_OUT, HeldOut, relative
 from outputs import QUICK, add, read, result_file, write
 from protocol.toybox import ToyboxWorld
-from toybox_world import World
 
 from iteris_core import Calibration, Concept, Lora, merge_loras
 from iteris_core.edit.resize import resize_lora
@@ -26,7 +25,7 @@ from iteris_core.linalg.lowrank import cut_factors
 from iteris_core.solve.ranks import Target
 
 FILE = result_file("resize.json")
-NUMBERS = (1,) if QUICK else (1, 2, 3, 4, 5)
+NAMES = ("sks1", "sks2") if QUICK else ("sks1", "sks2", "sks3", "sks4", "sks5")
 WAYS = ("svd", "weights", "base")
 LATENTS = 8
 CHOSEN_ON = ("sks1", "sks2")
@@ -36,21 +35,15 @@ was looked at, too."""
 
 class Bench:
     def __init__(self) -> None:
-        self.drawn = ToyboxWorld()
-        self.world: World = self.drawn._loaded
-        self.calibration = {**self.drawn.half, "latent_size": LATENTS}
-        self.new = [text for text in HELD_OUT if text not in self.drawn.half["templates"]]
+        self.world = ToyboxWorld()
+        self.calibration = {**self.world.half, "latent_size": LATENTS}
+        self.new = [text for text in HELD_OUT if text not in self.world.half["templates"]]
         if QUICK:
             self.calibration |= {"samples": 4, "timesteps": 1, "latents": "noise"}
 
-    def cases(self) -> Iterator[tuple[str, tuple[int, ...], list[int]]]:
-        for number in NUMBERS:
-            yield f"sks{number}", (number,), [4, 2]
-        yield "merge", NUMBERS, [8, 4, 2]
-
-    def concept(self, numbers: tuple[int, ...]) -> Concept:
+    def concept(self, names: Sequence[str]) -> Concept:
         """The LoRA to resize, and what calls for it."""
-        every = self.world.merged_concepts(numbers)
+        every = self.world.concepts(names)
         if len(every) == 1:
             return every[0]
         merged = merge_loras(self.world.host, every, calibration=self.calibration)
@@ -58,18 +51,17 @@ class Bench:
         return Concept(merged.lora, subjects=subjects)
 
     def run(self) -> None:
-        for name, numbers, ranks in self.cases():
+        singles = {name: ([name], (4, 2)) for name in NAMES}
+        for name, (names, ranks) in {**singles, "merge": (NAMES, (8, 4, 2))}.items():
             wanted = [f"{name} {rank} {way}" for rank in ranks for way in WAYS]
             wanted = [key for key in [*wanted, f"{name} whole"] if key not in read(FILE)]
             if not wanted:
                 continue
-            concept, held_out = (
-                self.concept(numbers),
-                HeldOut(self.world, numbers, LATENTS, self.new),
-            )
+            concept = self.concept(names)
+            held_out = HeldOut(self.world, names, LATENTS, self.new)
             for key in wanted:
                 small = concept.lora if key.endswith(" whole") else self.small(concept, key)
-                add(FILE, key, self.measured(small, concept.lora, held_out, numbers))
+                add(FILE, key, self.measured(small, concept.lora, held_out, names))
                 print(key, read(FILE)[key], flush=True)
 
     def small(self, concept: Concept, key: str) -> Lora:
@@ -82,23 +74,17 @@ class Bench:
         return resize_lora(concept, Target(int(rank)), host, calibration=calibration).lora
 
     def measured(
-        self, small: Lora, whole: Lora, held_out: HeldOut, numbers: tuple[int, ...]
+        self, small: Lora, whole: Lora, held_out: HeldOut, names: Sequence[str]
     ) -> dict[str, float]:
-        errors: list[float] = []
-        for rows, base in zip(held_out.rows, held_out.base, strict=True):
-            target, got = (held_out.outputs(lora, rows) for lora in (whole, small))
-            wanted, start, ours = (held_out._read(o, "guided") for o in (target, base, got))
-            errors.append(float((ours - wanted).norm() / (start - wanted).norm()))
-        names = [f"sks{number}" for number in numbers]
-        prompts = self.drawn.prompted("new words", names, 1)
-        images = self.drawn.draw(small, prompts)
-        read_off = self.drawn.read(images, prompts)
-        numbers_of = sum(c.up.numel() + c.down.numel() for c in small.sites.values())
-        likeness = fmean(one["likeness"] for one in read_off)
+        errors = [
+            relative(held_out.guided(small, rows), held_out.guided(whole, rows), base)
+            for rows, base in zip(held_out.rows, held_out.base, strict=True)
+        ]
+        likeness = self.world.mean_likeness(small, self.world.prompted("new words", names, 1))
         return {
             "error": round(fmean(errors), 4),
             "likeness": round(likeness, 4),
-            "numbers": numbers_of,
+            "numbers": sum(c.up.numel() + c.down.numel() for c in small.sites.values()),
         }
 
 

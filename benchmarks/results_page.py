@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from markdown_tables import lines, load, short
+from markdown_tables import lead, load, short, table
 from outputs import ROOT
+from page_tables import FRONT
 from result_plot import Plot, Series
-from tables_unseen import FRONT
 
 PAGE = ROOT / "docs" / "results.md"
 PLOT = ROOT / "docs" / "images" / "results-kept.svg"
@@ -21,6 +21,16 @@ FILE = "unseen_reported.json"
 NEW = "new words"
 MEASURES = {"likeness": "likeness", "judge": "attributes"}
 NAMES = {name: label.strip("*") for name, label in FRONT.items()}
+OTHERS = {"regmean++": "RegMean++", "ssr": "SSR-Merge"}
+REGIMES = (
+    ("{} LoRAs", FILE),
+    ("{} LoRAs, six timesteps", "unseen_reported_many.json"),
+    ("{} LoRAs", "unseen_twenty.json"),
+    ("{} LoRAs of emoji", "unseen_emoji.json"),
+    ("{}, one prompt, one timestep", "unseen_reported_few.json"),
+)
+"""What a row is called, and the file that it is of"""
+
 REFERENCES = ("single", "base")
 COLUMNS = {
     ("seen", "likeness"): "likeness on calibration prompts",
@@ -71,7 +81,7 @@ models of 64 × 64 pictures.
 
 [New words, twenty LoRAs, one prompt, styles](../benchmarks/UNSEEN.md) ·
 [texts and captions](../benchmarks/LANGUAGE.md) ·
-[two in one picture, polish, speed and memory](../benchmarks/README.md)
+[two in one picture, speed and memory](../benchmarks/README.md)
 """  # noqa: E501
 
 
@@ -112,17 +122,10 @@ def _summary() -> str:
 def verdicts() -> list[str]:
     """A row for each number of LoRAs and each regime: the best rival and the differences."""
     rows: list[list[str]] = []
-    for size, found in sorted(load(FILE)["sizes"].items(), key=lambda item: int(item[0])):
-        rows.append(_verdict(f"{size} LoRAs", found, "iteris", NEW))
-    many = load("unseen_reported_many.json")["sizes"]["5"]
-    rows.append(_verdict("5 LoRAs, six timesteps", many, "iteris", NEW))
-    rows.append(_verdict("20 LoRAs", load("unseen_twenty.json")["sizes"]["20"], "iteris", NEW))
-    emoji = load("unseen_emoji.json")["sizes"]
-    for size, found in sorted(emoji.items(), key=lambda item: int(item[0])):
-        rows.append(_verdict(f"{size} LoRAs of emoji", found, "iteris", NEW))
-    few = load("unseen_reported_few.json")
-    for size, found in sorted(few["sizes"].items(), key=lambda item: int(item[0])):
-        rows.append(_verdict(f"{size}, one prompt, one timestep", found, few["default"], NEW))
+    for label, file in REGIMES:
+        data = load(file)
+        for size in sorted(data["sizes"], key=int):
+            rows.append(_verdict(label.format(size), data["sizes"][size]))
     styles = load("unseen_styles.json")["sizes"]["2"]
     for kind, name, label in (
         ("styled", "judge", "subject in a style: the subject"),
@@ -130,13 +133,13 @@ def verdicts() -> list[str]:
         ("subject", "judge", "subject without the style"),
     ):
         rows.append(_single(label, styles, kind, name))
-    return lines(("on new words", "best rival", *MEASURES.values(), "n"), rows)
+    return table(("on new words", "best rival", *MEASURES.values(), "n"), rows, labels=2)
 
 
-def _verdict(regime: str, found: Mapping[str, Any], ours: str, kind: str) -> list[str]:
+def _verdict(regime: str, found: Mapping[str, Any]) -> list[str]:
     rivals = [name for name in found["against"] if name not in REFERENCES]
-    best = max(rivals, key=lambda name: found["rows"][name][kind]["likeness"]["mean"])
-    against = found["against"][best][kind]
+    best = max(rivals, key=lambda name: found["rows"][name][NEW]["likeness"]["mean"])
+    against = found["against"][best][NEW]
     cells = [difference(against[name]) for name in MEASURES]
     return [regime, label_of(best), *cells, str(against["likeness"]["n"])]
 
@@ -150,19 +153,13 @@ def _single(regime: str, found: Mapping[str, Any], kind: str, name: str) -> list
 
 
 def label_of(method: str) -> str:
-    return NAMES.get(method) or NAMES.get(method.partition(":")[0]) or _plain(method)
-
-
-def _plain(method: str) -> str:
     head = method.partition(":")[0]
-    return {"regmean++": "RegMean++", "ssr": "SSR-Merge"}.get(head, head)
+    return NAMES.get(method) or NAMES.get(head) or OTHERS.get(head, head)
 
 
 def difference(of: Mapping[str, Any]) -> str:
     """A verdict with the paired difference and the half width of its interval."""
-    if of["interval"] is None:
-        return short(f"{of['mean']:+.3f}")
-    return short(f"{of['verdict']} ({of['mean']:+.3f} ± {of['interval'][1] - of['mean']:.3f})")
+    return lead(of) if of["interval"] is None else f"{of['verdict']} ({lead(of)})"
 
 
 def behind() -> Iterator[str]:
@@ -178,7 +175,7 @@ def behind() -> Iterator[str]:
                         short(f"{abs(of['mean']):.3f} at {size}")
                     )
         if found:
-            rivals = "; ".join(f"{rival} by {_listed(by)}" for rival, by in found.items())
+            rivals = "; ".join(f"{rival} by {', '.join(by)}" for rival, by in found.items())
             yield f"**{label[0].upper()}{label[1:]}**: {rivals}."
     sums = load("language.json")["sum"]
     ahead = [name for name in sums if sums[name] > sums["iteris"] and not name.startswith("iter")]
@@ -188,10 +185,6 @@ def behind() -> Iterator[str]:
         f"**Texts** (four emotion tasks, sum of macro F1): IterIS {sums['iteris']:.3f}, "
         f"`shrink=0.5` {sums['iteris-shrink']:.3f}; {rivals}."
     )
-
-
-def _listed(values: Sequence[str]) -> str:
-    return ", ".join(values)
 
 
 def stale(*, write: bool) -> list[str]:

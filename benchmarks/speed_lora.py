@@ -12,12 +12,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from outputs import result_file, write
+from outputs import result_file, rounded, write
 from protocol.drawing import draw
 from protocol.figures import figures, row
 from protocol.plan import sets_of
 from speed_lora_training import FILE, STEPS
-from unseen import rounded
 from worlds import WORLDS
 
 from iteris_core import Concept, Lora, merge_loras
@@ -31,18 +30,16 @@ OURS = "always on, in the file"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=("reported", "toybox"), default="reported")
-    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--sets", type=int, help="of each size, at most")
     asked = parser.parse_args()
-    trial = Trial(WORLDS[asked.world][0]())
+    trial = Trial(WORLDS[asked.world]())
     found: dict[str, Any] = {}
     path = result_file(
         "speed_lora.json" if asked.world == "reported" else f"speed_lora_{asked.world}.json",
-        whole=asked.world == "reported" and asked.sets is None and tuple(asked.sizes) == SIZES,
+        whole=asked.world == "reported",
     )
-    for size in asked.sizes:
+    for size in SIZES:
         rows: dict[str, Any] = {}
-        for names in sets_of(trial.world.subjects, size, 0)[: asked.sets]:
+        for names in sets_of(trial.world.subjects, size, 0):
             for label, figures_of in trial.set(names).items():
                 rows.setdefault(label, {})[0, names] = figures_of
         found[str(size)] = rounded(figures(rows, OURS))
@@ -94,7 +91,7 @@ class Trial:
         world = self.world
         wanted = world.prompted(KIND, names, 1)
         images = draw(
-            world._loaded.pipeline, world.host, lora, wanted,
+            world.pipeline, world.host, lora, wanted,
             num_inference_steps=STEPS, guidance_scale=1.0,
         )  # fmt: skip
         read = world.read(images, wanted)

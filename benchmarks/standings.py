@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -30,7 +30,8 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
     ("base kept without a trigger", "no trigger", "likeness"),
     ("spread of pictures", "spread", "share of pixels"),
 )
-COSTS = {"seconds": 1.0, "rank": 1.0, "MiB": 2.0**20}
+COSTS = {"seconds": ("seconds", 1), "rank": ("rank", 1), "MiB": ("bytes", 2**20)}
+"""Heading → what a run has of it, and its unit"""
 _LEAD = """<p>Ten LoRAs on which nothing was chosen, drawn on prompts whose words no calibration
 prompt had. Means over n sets of LoRAs; ± half of a 95 % interval (Student's t), where there are two
 sets or more. A click on a heading sorts.</p>"""
@@ -38,34 +39,30 @@ sets or more. A click on a heading sorts.</p>"""
 
 def rows(size: str) -> dict[str, list[Stat | float | None]]:
     """Method → the cells of :data:`COLUMNS` and the costs, the most likeness first."""
-    found: dict[str, list[Stat | float | None]] = {}
+    found: list[tuple[str, Mapping[str, Any], Mapping[str, float]]] = []
     known = load("unseen_reported.json")["sizes"]
     for name, of in known.get(size, {"rows": {}})["rows"].items():
-        label = f"{NAMES.get(name, name)}, n = {_sets(of)}"
-        found[label] = [*_cells(of), *_costs(_of_runs(name, int(size)))]
+        found.append((NAMES.get(name, name), of, costs(_of_runs(name, int(size)))))
     for file in sorted((RESULTS / "open").glob("*.json")):
         entry = json.loads(file.read_text(encoding="utf-8"))
         of = entry["sizes"].get(size)
         if of and entry["world"] == "reported":
-            label = f"{entry['method']}, n = {_sets(of['figures'])}"
-            found[label] = [*_cells(of["figures"]), *_costs([of["costs"]])]
-    return dict(sorted(found.items(), key=lambda item: -_mean(item[1][1])))
+            found.append((entry["method"], of["figures"], of["costs"]))
+    found.sort(key=lambda row: -row[1]["new words"]["likeness"]["mean"])
+    return {
+        f"{name}, n = {of['new words']['likeness']['n']}": [
+            *(_stat(of.get(kind, {}).get(figure)) for _, kind, figure in COLUMNS),
+            *(taken[cost] / unit if taken else None for cost, unit in COSTS.values()),
+        ]
+        for name, of, taken in found
+    }
 
 
-def _cells(of: Mapping[str, Any]) -> list[Stat | float | None]:
-    cells: list[Stat | float | None] = []
-    for _, kind, name in COLUMNS:
-        figure = of.get(kind, {}).get(name)
-        if figure is None:
-            cells.append(None)
-            continue
-        ends = figure["interval"]
-        cells.append(Stat(figure["mean"], ends[1] - figure["mean"] if ends else math.nan))
-    return cells
-
-
-def _sets(of: Mapping[str, Any]) -> int:
-    return of["new words"]["likeness"]["n"]
+def _stat(figure: Mapping[str, Any] | None) -> Stat | None:
+    if figure is None:
+        return None
+    ends = figure["interval"]
+    return Stat(figure["mean"], ends[1] - figure["mean"] if ends else math.nan)
 
 
 def _of_runs(label: str, size: int) -> list[Mapping[str, Any]]:
@@ -80,18 +77,10 @@ def _of_runs(label: str, size: int) -> list[Mapping[str, Any]]:
     return runs
 
 
-def _costs(entries: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Means of seconds, rank and MiB; nothing where nothing was merged."""
-    if not entries:
-        return [None] * len(COSTS)
-    return [
-        fmean(entry[cost] for entry in entries) / unit
-        for cost, unit in zip(("seconds", "rank", "bytes"), COSTS.values(), strict=True)
-    ]
-
-
-def _mean(value: Stat | float | None) -> float:
-    return value.mean if isinstance(value, Stat) else value or 0.0
+def costs(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of runs; nothing where nothing was merged."""
+    every = list(entries)
+    return {cost: fmean(entry[cost] for entry in every) for cost, _ in COSTS.values() if every}
 
 
 def page() -> str:

@@ -13,22 +13,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import tables_edit
-import tables_language
-import tables_machine
-import tables_polish
-import tables_toybox
-import tables_unseen
+from machine_tables import TABLES as MACHINE
 from outputs import ROOT
+from page_tables import TABLES as QUALITY
 
-TABLES: Mapping[str, Callable[[], list[str]]] = {
-    **tables_edit.TABLES,
-    **tables_polish.TABLES,
-    **tables_toybox.TABLES,
-    **tables_language.TABLES,
-    **tables_machine.TABLES,
-    **tables_unseen.TABLES,
-}
+TABLES: Mapping[str, Callable[[], list[str]]] = {**QUALITY, **MACHINE}
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -58,11 +47,6 @@ def rewritten(text: str) -> tuple[str, list[str]]:
 def outside(text: str) -> str:
     """A page without its places."""
     return _PLACE.sub("", text)
-
-
-def placed(text: str) -> list[str]:
-    """The names of a page's tables."""
-    return [found["name"] for found in _PLACE.finditer(text)]
 
 
 def renew(pages: tuple[Path, ...] = PAGES, *, write: bool) -> list[str]:

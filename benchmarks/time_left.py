@@ -2,8 +2,8 @@
 
 ``python benchmarks/time_left.py`` writes ``results/time_left.json``: of every merge how long it
 took, and by how much the time left that it reported after 5, 10, 25, 50 and 75 % of it was off
-(0.1: ten per cent too long). ``--wall`` goes by the clock on the wall; without it the seconds are
-those of this process, on one thread, so that what else the machine does is not in them.
+(0.1: ten per cent too long). Seconds are those of this process, on one thread, so that what else
+the machine does is not in them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from unittest.mock import patch
 
 import torch
 from outputs import read, result_file, write
-from speed.models import _filled, prompt_concepts, sd15_host, text_concepts, toybox_host
+from speed.models import prompt_concepts, sd15_host, t5_host, text_concepts, toybox_host
 
 from iteris_core import Calibration, Concept, Progress, merge_loras
-from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.hosts.transformers import TransformersHost
 from iteris_core.passes.eta import Eta
 
 FILE = result_file("time_left.json")
@@ -46,32 +44,14 @@ def toybox(size: str, **calibration: Any) -> Merge:
 
 def small_sd15() -> Merge:
     """Stable Diffusion 1.5 at a quarter of its width with random weights, latents of 32."""
-    from diffusers import UNet2DConditionModel
-
-    host = sd15_host()
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            cross_attention_dim=768,
-            sample_size=32,
-            block_out_channels=(96, 160, 320, 320),
-            attention_head_dim=4,
-        )
-    host.pipeline.register_modules(unet=_filled(unet))
-    host = DiffusersHost(host.pipeline)
+    host = sd15_host(sample_size=32, block_out_channels=(96, 160, 320, 320), attention_head_dim=4)
     calibration = Calibration(samples=10, timesteps=4, denoising_steps=10)
     return host, prompt_concepts(host, 2, 8), {"calibration": calibration}
 
 
 def small_t5() -> Merge:
     """T5 at half its width and depth with random weights, texts of 64 tokens."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        d_model=384, d_kv=64, d_ff=1536, num_layers=6, num_heads=6, decoder_start_token_id=0
-    )
-    with torch.device("meta"):
-        model = T5ForConditionalGeneration(config)
-    host = TransformersHost(_filled(model))
+    host = t5_host(d_model=384, d_ff=1536, num_layers=6, num_heads=6)
     return host, text_concepts(host, 2, 8, 50, tokens=64), {}
 
 
@@ -84,7 +64,7 @@ MERGES: Mapping[str, Callable[[], Merge]] = {
 }
 
 
-def errors_of(merge: Merge, clock: Callable[[], float]) -> dict[str, Any]:
+def errors_of(merge: Merge, clock: Callable[[], float] = time.process_time) -> dict[str, Any]:
     """What a merge took, and how far off it was on its way."""
     host, concepts, options = merge
     seen: list[tuple[float, Progress]] = []
@@ -111,16 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(MERGES), help=", ".join(MERGES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--wall", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    clock = time.perf_counter if arguments.wall else time.process_time
     found = read(FILE)
     for name in arguments.names:
-        rounds = [errors_of(MERGES[name](), clock) for _ in range(arguments.rounds)]
-        key = f"{name}, by the wall" if arguments.wall else name
-        found[key] = rounds
-        print(json.dumps({key: rounds}), flush=True)
+        rounds = [errors_of(MERGES[name]()) for _ in range(arguments.rounds)]
+        found[name] = rounds
+        print(json.dumps({name: rounds}), flush=True)
         write(FILE, found)
 
 

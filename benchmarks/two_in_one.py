@@ -5,37 +5,37 @@ chosen on.
 and goes on where it stopped; ``--seconds`` stops it by itself, ``--sizes 2 10`` takes some numbers
 of merged concepts and ``--methods`` some rows. The concepts are those of ``reported_concepts.py``;
 each two neighbours of a set are drawn side by side, the first and the last as well, 20 pictures a
-pair. ``--world emoji`` has the emoji's subjects, into ``two_in_one_emoji.json``.
+pair.
 
-``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves
-(of emoji, of subjects that are found in theirs), ``both`` the share of pictures in which it reads
-both shapes. ``halves`` and ``halves, both`` are the same where each half is denoised by a prompt of
-its own, of two of its concept, as regional prompts do: the same LoRA, and twice the time of a
-picture. ``three`` and ``three, all`` are of three neighbours in a row, half a picture wide each,
-denoised in the same way from windows of two (``protocol/in_a_row.py``); as many pictures a row.
-``image``, ``judge`` and ``text`` are of each concept alone.
-``ahead`` is each of them less the default's, with the standard error over pairs or concepts.
-``composite`` is no merge: LoRAs, each of which denoises its region, which is what a block is drawn
-toward by the setting ``block_pairs``.
+``pair`` is the share of shapes, patterns and colours that the judge reads rightly in the halves,
+``both`` the share of pictures in which it reads both shapes. ``halves`` and ``halves, both`` are
+the same where each half is denoised by a prompt of its own, of two of its concept, as regional
+prompts do: the same LoRA, and twice the time of a picture. ``three`` and ``three, all`` are of
+three neighbours in a row, half a picture wide each, denoised in the same way from windows of two
+(``protocol/in_a_row.py``); as many pictures a row. ``image``, ``judge`` and ``text`` are of each
+concept alone. ``ahead`` is each of them less the default's, with the standard error over pairs or
+concepts. ``composite`` is no merge: LoRAs, each of which denoises its region, which is what a block
+is drawn toward by the setting ``block_pairs``.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from outputs import QUICK, read, result_file, write
-from protocol.settings import Chosen
-from protocol.world import RowWorld, Wanted
-from worlds import emoji, reported, settings_of
+from protocol.toybox import ToyboxWorld
+from protocol.world import Wanted
+from search_settings import searched
+from worlds import reported
 
 from iteris_core import Lora, merge_loras
 from iteris_core.score.statistics import over_compositions
 
+FILE = result_file("two_in_one.json")
 SETS: Mapping[int, Sequence[Sequence[int]]] = {
     2: [(1, 2), (3, 4), (5, 6), (7, 8), (9, 10)],
     3: [(1, 4, 7), (2, 5, 8), (3, 6, 9)],
@@ -49,10 +49,9 @@ ALONE = range(1, 2 if QUICK else 5)
 RIVALS = ("regmean++", "ssr", "regmean", "ties", "dare-ties", "task-arithmetic")
 """SSR-Merge, and those that were among the three best in such pictures of the toybox's own ten."""
 POLISH = {"block_steps": 120}
-POLISHED = f"{OURS}, polished"
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     OURS: (OURS, {}),
-    POLISHED: (OURS, POLISH),
+    f"{OURS}, polished": (OURS, POLISH),
     f"{OURS}, no pairs": (OURS, {**POLISH, "block_pairs": 0.0}),
     **{rival: (rival, {}) for rival in RIVALS},
 }
@@ -60,47 +59,19 @@ COMPOSITE = "composite"
 ROWS = (*METHODS, COMPOSITE, "base")
 
 
-@dataclass(frozen=True)
-class InARow:
-    """Pictures of ``count`` neighbours, from one prompt that names all (``named``) or by regions,
-    and what the share of them in which all are there is called."""
-
-    complete: str
-    count: int
-    named: bool = False
-
-
 ALONE_TOO = "alone"
-KINDS: Mapping[str, InARow] = {
-    "pair": InARow("both", 2, named=True),
-    "halves": InARow("halves, both", 2),
-    "three": InARow("three, all", 3),
-}
-"""What is drawn, by its measure; ``ALONE_TOO`` are pictures of each concept by itself."""
+KINDS = {"pair": ("both", 2), "halves": ("halves, both", 2), "three": ("three, all", 3)}
+"""What is drawn, by its measure: what the share of pictures in which all are there is called, and
+how many neighbours each shows. A pair has one prompt that names both, others one for each region;
+``ALONE_TOO`` are pictures of each concept by itself."""
 
 Scores = dict[str, list[float]]
 """measure → a mean for each pair or triple, or for each concept."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A world, the settings that its rivals have, where the table goes, and what is measured."""
-
-    world: Callable[[], Any]
-    chosen: Chosen
-    file: str
-    kinds: Sequence[str]
-
-
-WORLDS = {
-    "toybox": Case(reported, settings_of("reported"), "two_in_one.json", (*KINDS, ALONE_TOO)),
-    "emoji": Case(emoji, settings_of("emoji"), "two_in_one_emoji.json", ("pair", "halves")),
-}
-
-
 class Bench:
-    def __init__(self, world: RowWorld, chosen: Chosen) -> None:
-        self.world, self._chosen = world, chosen
+    def __init__(self, world: ToyboxWorld) -> None:
+        self.world = world
 
     def measured(self, row: str, names: Sequence[str], kinds: Sequence[str]) -> Scores:
         """What ``kinds``, of those that are :func:`missing`, say of a merge of ``names``, or of one
@@ -116,12 +87,11 @@ class Bench:
         return {**self._scores(dict.fromkeys(names, lora), kinds), "seconds": [seconds]}
 
     def _merged(self, names: Sequence[str], method: str, settings: Mapping[str, Any]) -> Lora:
-        given = settings if method == OURS else self._chosen(method, len(names), "default")
         return merge_loras(
             self.world.host,
             self.world.concepts(names, 0),
             method,
-            settings=given,
+            settings=settings if method == OURS else searched(method, len(names)),
             calibration={**self.world.calibration, "seed": 0},
         ).lora
 
@@ -143,22 +113,22 @@ class Bench:
         return [list(some) for some in zip(*rings, strict=True)][:: count - 1]
 
     def _in_a_row(self, share: str, loras: Mapping[str, Lora | None]) -> Scores:
-        kind = KINDS[share]
-        found: Scores = {share: [], kind.complete: []}
-        for row in self.rows(list(loras), kind.count):
+        complete, count = KINDS[share]
+        found: Scores = {share: [], complete: []}
+        for row in self.rows(list(loras), count):
             values: list[tuple[float, bool]] = []
             for shown in dict.fromkeys(wanted.shown for wanted in row):
                 order = [wanted for wanted in row if wanted.shown == shown]
                 own = [loras[name] for name in shown]
-                if kind.named and all(lora is own[0] for lora in own):
+                if share == "pair" and all(lora is own[0] for lora in own):
                     images = self.world.draw(own[0], order)
                 else:
-                    named = [[one.prompt for one in order]] * kind.count
-                    regions = named if kind.named else self.world.prompts_of_regions(order)
+                    named = [[one.prompt for one in order]] * count
+                    regions = named if share == "pair" else self.world.prompts_of_regions(order)
                     images = self.world.draw_row(list(zip(own, regions, strict=True)), order)
                 values += self.world.row_read(images, order)
             found[share].append(fmean(value for value, _ in values))
-            found[kind.complete].append(fmean(value for _, value in values))
+            found[complete].append(fmean(value for _, value in values))
         return found
 
     def _alone(self, loras: Mapping[str, Lora | None]) -> Scores:
@@ -173,15 +143,11 @@ class Bench:
         return found
 
 
-def missing(kinds: Sequence[str], row: str, size: int, run: Mapping[str, Any]) -> list[str]:
-    """Of ``kinds`` what is not in ``run`` yet and can be measured of such a row."""
-    possible = [k for k in kinds if k in KINDS and KINDS[k].count <= size and k not in run]
-    alone = ALONE_TOO in kinds and row != COMPOSITE and "image" not in run
+def missing(row: str, size: int, run: Mapping[str, Any]) -> list[str]:
+    """What is not in ``run`` yet and can be measured of such a row."""
+    possible = [kind for kind, (_, of) in KINDS.items() if of <= size and kind not in run]
+    alone = row != COMPOSITE and "image" not in run
     return possible + [ALONE_TOO] * alone
-
-
-def joined(of_sets: Sequence[Scores]) -> Scores:
-    return {measure: [v for of in of_sets for v in of[measure]] for measure in of_sets[0]}
 
 
 def summary(found: Mapping[str, Scores]) -> dict[str, Any]:
@@ -204,28 +170,26 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", default="toybox", choices=WORLDS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin none after")
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SETS), choices=SETS)
     parser.add_argument("--methods", nargs="*", default=list(ROWS), choices=ROWS)
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
-    case = WORLDS[asked.world]
-    file = result_file(case.file)
-    world = case.world()
-    bench = Bench(world, case.chosen)
+    world = reported()
+    bench = Bench(world)
     for size in asked.sizes:
         sets = [[world.subjects[number - 1] for number in numbers] for numbers in SETS[size]]
         for name in asked.methods:
-            run = read(file).get(str(size), {}).get("runs", {}).get(name, {})
-            kinds = missing(case.kinds, name, size, run)
+            run = read(FILE).get(str(size), {}).get("runs", {}).get(name, {})
+            kinds = missing(name, size, run)
             if not kinds or time.monotonic() > until:
                 continue
-            found = joined([bench.measured(name, names, kinds) for names in sets])
-            data = read(file)  # another process may have written meanwhile
+            of_sets = [bench.measured(name, names, kinds) for names in sets]
+            found = {measure: [v for of in of_sets for v in of[measure]] for measure in of_sets[0]}
+            data = read(FILE)  # another process may have written meanwhile
             runs = data.get(str(size), {}).get("runs", {})
             runs = {**runs, name: {**run, **found}}
-            write(file, {**data, str(size): {"methods": summary(runs), "runs": runs}})
+            write(FILE, {**data, str(size): {"methods": summary(runs), "runs": runs}})
             print(size, name, *kinds, "measured", flush=True)
 
 

@@ -14,30 +14,20 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from markdown_tables import lines, short
-from outputs import result_file, write
+from outputs import result_file, rounded, write
+from page_tables import unseen as table
 from protocol.figures import figures, rows_of_size
 from protocol.plan import Plan, Variant
 from protocol.runs import Runs
-from worlds import WORLDS, settings_of
+from search_settings import searched
+from worlds import WORLDS
 
 METHODS = (
     "iteris,regmean++,regmean++@searched,chain-of-merges,chain-of-merges@searched,"
     "ssr,ssr@searched,average,sum"
 )
-SHOWN: Mapping[str, Sequence[str]] = {
-    "seen": ("likeness", "judge", "scene"),
-    "new words": ("likeness", "likeness kept", "judge", "scene"),
-    "styled": ("likeness in style", "judge", "style", "both"),
-    "subject": ("likeness", "judge", "scene", "style"),
-    "style": ("judge", "style"),
-    "no trigger": ("likeness", "pixels"),
-    "spread": ("share", "share of pixels"),
-}
-"""Kind of prompt → the columns that are printed; the file has more."""
 
 
 def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
@@ -61,15 +51,14 @@ def main() -> None:
     )
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
-    load, searched = WORLDS[asked.world]
-    world = load()
+    world = WORLDS[asked.world]()
     plan_kind, runs_kind = kinds_of(asked.world)
     plan = plan_kind(
         world,
         [Variant.parsed(label) for label in asked.methods.split(",")],
         [2] if asked.world == "styles" else [int(size) for size in asked.sizes.split(",")],
         asked.replicates,
-        settings_of(searched),
+        searched,
         asked.sets,
     )
     name = f"unseen_{asked.world}"
@@ -80,7 +69,8 @@ def main() -> None:
     whole = whole and merged.run((t for _, t in plan.merges()), until - time.monotonic())
     data = rounded(results(plan, alone, merged))
     write(result_file(f"{name}.json"), data)
-    print("\n".join(tables(data)))
+    for size in data["sizes"]:
+        print("", *table(data, size), sep="\n")
     if not whole:
         print("\nstopped by --seconds")
 
@@ -104,55 +94,6 @@ def results(plan: Plan, alone: Runs, merged: Runs) -> dict[str, Any]:
             str(size): figures(rows_of_size(plan, size, alone, merged), ours) for size in plan.sizes
         },
     }
-
-
-def rounded(found: Any) -> Any:
-    """All numbers to four digits behind the point."""
-    if isinstance(found, Mapping):
-        return {name: rounded(of) for name, of in found.items()}
-    if isinstance(found, list | tuple):
-        return [rounded(of) for of in found]
-    return round(found, 4) if isinstance(found, float) else found
-
-
-def tables(data: Mapping[str, Any]) -> Iterator[str]:
-    """Of each size the means, and the differences to the first method."""
-    for size, found in data["sizes"].items():
-        of = [kinds for rows in found["rows"].values() for kinds in rows]
-        shown = [(kind, name) for kind, names in SHOWN.items() if kind in of for name in names]
-        for head, kind, show in (
-            (f"{size} concepts", "rows", _mean),
-            (f"{data['default']} less …", "against", _difference),
-        ):
-            columns = [head, "n", *(f"{kind}: {name}" for kind, name in shown)]
-            rows = (_row(label, kinds, shown, show) for label, kinds in found[kind].items())
-            yield ""
-            yield from lines(columns, rows, len(columns) - 1)
-
-
-def _row(
-    label: str,
-    kinds: Mapping[str, Any],
-    shown: Sequence[tuple[str, str]],
-    show: Callable[[Mapping[str, Any]], str],
-) -> list[str]:
-    cells = [kinds.get(kind, {}).get(name) for kind, name in shown]
-    return [label, _n(cells), *(show(cell) if cell else "" for cell in cells)]
-
-
-def _mean(found: Mapping[str, Any]) -> str:
-    return short(f"{found['mean']:.3f}")
-
-
-def _n(cells: Sequence[Any]) -> str:
-    return str(max(c["n"] for c in cells if c))
-
-
-def _difference(found: Mapping[str, Any]) -> str:
-    if found["interval"] is None:
-        return short(f"{found['mean']:+.3f}")
-    half_width = found["interval"][1] - found["mean"]
-    return short(f"{found['mean']:+.3f} ± {half_width:.3f} {found['verdict']}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""The worlds on which merges are measured, and the rivals' settings that go with each."""
+"""The worlds on which merges are measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from outputs import RESULTS
-from protocol.settings import ON_TWO_PAIRS, Chosen
 from protocol.world import World
 
 
@@ -42,16 +40,10 @@ def styles() -> World:
     return StyleWorld()
 
 
-WORLDS: Mapping[str, tuple[Callable[[], World], str]] = {
-    "toybox": (toybox, "reported"),
-    "reported": (reported, "reported"),
-    "twenty": (twenty, "reported"),
-    "emoji": (emoji, "emoji"),
-    "styles": (styles, "reported"),
+WORLDS: Mapping[str, Callable[[], World]] = {
+    "toybox": toybox,
+    "reported": reported,
+    "twenty": twenty,
+    "emoji": emoji,
+    "styles": styles,
 }
-"""World → how it is loaded, and whose search has settings for it"""
-
-
-def settings_of(search: str) -> Chosen:
-    """What a search found, for methods marked ``@searched``."""
-    return Chosen(RESULTS / f"{search}_settings.json", ON_TWO_PAIRS)

@@ -15,7 +15,7 @@ TEXT_WIDTH, TEXT_LAYERS = 96, 3
 HEADS = 4
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(text_width: int = TEXT_WIDTH) -> UNet2DConditionModel:
     """6.7 M parameters; cross-attention at 8 x 8 and 4 x 4; channels in multiples of 32."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -24,7 +24,7 @@ def new_unet() -> UNet2DConditionModel:
         block_out_channels=CHANNELS,
         layers_per_block=1,
         norm_num_groups=32,
-        cross_attention_dim=TEXT_WIDTH,
+        cross_attention_dim=text_width,
         attention_head_dim=HEADS,  # diffusers' name for the number of heads
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,

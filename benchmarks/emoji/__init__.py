@@ -1,5 +1,5 @@
 """A second world, of pictures that others drew: emoji by six artists, a FLUX in miniature that was
-trained on them from scratch, and LoRAs of things and of artists that it does not know.
+trained on them from scratch, and LoRAs of things that it does not know.
 
 See README.md; `python -m benchmarks.emoji.train` makes it. Importing this imports no torch.
 """
@@ -37,20 +37,6 @@ class Subject:
         return f"{self.token} {self.kind}"
 
 
-@dataclass(frozen=True)
-class Style:
-    """An artist, whom no caption of the base names, and the file that teaches the word for it."""
-
-    token: str
-    artist: str
-    lora: Path
-
-    @property
-    def words(self) -> str:
-        """What a caption ends with: "in sty1 style"."""
-        return f"in {self.token} style"
-
-
 def subjects() -> dict[str, Subject]:
     """Every subject by its token."""
     return {
@@ -58,18 +44,10 @@ def subjects() -> dict[str, Subject]:
             entry["token"],
             entry["name"],
             world()["held_out"][entry["name"]]["kind"],
-            _lora(entry["token"]),
+            ROOT / "weights" / "loras" / f"{entry['token']}.safetensors",
             tuple(sorted((ROOT / "references" / entry["token"]).glob("*.png"))),
         )
         for entry in world()["subjects"]
-    }
-
-
-def styles() -> dict[str, Style]:
-    """Every style by its token."""
-    return {
-        entry["token"]: Style(entry["token"], entry["artist"], _lora(entry["token"]))
-        for entry in world()["styles"]
     }
 
 
@@ -85,7 +63,3 @@ def load_clip() -> tuple[Any, Any, Any]:
     from toybox.clip import load
 
     return load(ROOT / "weights" / "clip")
-
-
-def _lora(token: str) -> Path:
-    return ROOT / "weights" / "loras" / f"{token}.safetensors"

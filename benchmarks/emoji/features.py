@@ -52,7 +52,7 @@ class Features(ImageScorer):
 
 
 class Reader:
-    """Reads off features which of some names a picture shows, or which artist drew it."""
+    """Reads off features which of some names a picture shows."""
 
     def __init__(self, features: ImageScorer, vectors: Tensor, shown: Sequence[str]):
         """Fit to unit `vectors` of pictures, and what each of them shows."""
@@ -90,16 +90,15 @@ def drawn(
     names: Sequence[str],
     pictures: int = 12,
     seed: int = 7,
-) -> tuple[list[Image.Image], list[str], list[int]]:
+) -> tuple[list[Image.Image], list[str]]:
     """To fit readers to: `pictures` of every name by all artists in turn on random backgrounds,
-    with their names and artists."""
+    with their names."""
     rng = np.random.default_rng(seed)
     backgrounds = list(draw.BACKGROUNDS)
     images: list[Image.Image] = []
     shown = [name for name in names for _ in range(pictures)]
-    artists = [i % len(drawings[name]) for i, name in enumerate(shown)]
-    for name, artist in zip(shown, artists, strict=True):
+    for i, name in enumerate(shown):
         background = backgrounds[int(rng.integers(len(backgrounds)))]
-        scene = draw.place_one(name, artist, background, rng)
+        scene = draw.place_one(name, i % len(drawings[name]), background, rng)
         images.append(draw.draw(scene, drawings, rng))
-    return images, shown, artists
+    return images, shown

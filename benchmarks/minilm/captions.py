@@ -23,7 +23,7 @@ from .words import (
     Words,
 )
 
-Level = Literal["plain", "learned", "unheard"]
+Level = Literal["plain", "learned"]
 
 SMALL, LARGE = 16.0, 19.5
 """Radii under and over which a thing may be called small or large."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import BertModel, BertTokenizerFast
 
-import toybox
-from toybox.pipeline import CHANNELS, HEADS, new_scheduler
+import toybox.pipeline
 
 LENGTH = 32
 """Tokens of a caption, filled up as Stable Diffusion does."""
@@ -63,39 +61,11 @@ def load_autoencoder() -> AutoencoderTiny:
 
 def new_unet() -> UNet2DConditionModel:
     """The toybox's UNet with keys and values of MiniLM's width."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        norm_num_groups=32,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=HEADS,  # diffusers' name for the number of heads
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )
-
-
-def assemble(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The parts as a silent StableDiffusionPipeline."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline(
-            vae=load_autoencoder(),
-            unet=unet,
-            text_encoder=load_text_encoder(),
-            tokenizer=load_tokenizer(),
-            scheduler=new_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return toybox.pipeline.new_unet(TEXT_WIDTH)
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
     """The pipeline whose UNet is in `folder`, float32 (the file is float16)."""
     unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-    return assemble(unet.eval())
+    parts: Any = (load_autoencoder(), unet.eval(), load_text_encoder(), load_tokenizer())
+    return toybox.pipeline.assemble(*parts)

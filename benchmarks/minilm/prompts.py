@@ -1,5 +1,4 @@
-"""Prompts of a concept by how far their words are from those of a merge's rows, and captions that
-name no concept."""
+"""Prompts of a concept by how far their words are from those of a merge's rows."""
 
 from __future__ import annotations
 
@@ -11,23 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from toybox import draw
-
 from . import Concept
-from .captions import Level, caption, concept_templates, frame, scene_words
+from .captions import Level, concept_templates, frame, scene_words
 from .words import ASIDE, FRAMES, SMALL
 
-Kind = Literal["seen", "contexts", "new", "unheard"]
+Kind = Literal["seen", "contexts", "new"]
 
 SEEN = ("white", "gray", "black", "blue")
 """Backgrounds of the calibration templates."""
 
-LEVELS: dict[Kind, Level] = {
-    "seen": "plain",
-    "contexts": "learned",
-    "new": "learned",
-    "unheard": "unheard",
-}
+LEVELS: dict[Kind, Level] = {"seen": "plain", "contexts": "learned", "new": "learned"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,7 @@ def prompts(concept: Concept, kind: Kind, count: int) -> list[Prompt]:
     """``count`` of them, always the same.
 
     ``seen`` are calibration prompts. Of the others no word but the concept's own and small ones is
-    in any template: of ``contexts`` all are words of generic captions, of ``new`` none is, and
-    ``unheard`` words are in no caption of the base's training either.
+    in any template: of ``contexts`` all are words of generic captions, of ``new`` none is.
     """
     rng = np.random.default_rng(zlib.crc32(f"{concept.token} {kind}".encode()))
     free = [b for b in concept.backgrounds if kind != "seen" or b in SEEN]
@@ -70,18 +61,6 @@ def _is_of(kind: Kind, words: set[str]) -> bool:
     if words & words_of(" ".join(templates())):
         return False
     return words <= ASIDE if kind == "new" else not words & ASIDE
-
-
-def generic(count: int, seed: int = 5) -> list[str]:
-    """Captions of the base's own, of any thing but of no concept, without those words that are kept
-    aside."""
-    rng = np.random.default_rng(seed)
-    found: list[str] = []
-    while len(found) < count:
-        said = caption(draw.random_scene(rng, 0.25, two=0.0), rng)
-        if not words_of(said) & ASIDE:
-            found.append(said)
-    return found
 
 
 def words_of(text: str) -> set[str]:

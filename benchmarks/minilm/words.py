@@ -1,9 +1,7 @@
-"""The words of captions: for each meaning those of templates, those that the base learned, and
-those that no caption of the training has.
+"""The words of captions: for each meaning those of templates, and those that the base learned.
 
-``PLAIN`` words are the ones that LoRAs and calibration templates use. ``LEARNED`` words stand in
-captions of the base's training beside them, ``UNHEARD`` ones in nothing: their meaning is known by
-the pretrained encoder alone.
+``plain`` words are the ones that LoRAs and calibration templates use. ``learned`` words stand in
+captions of the base's training beside them.
 """
 
 from __future__ import annotations
@@ -16,44 +14,42 @@ class Words(NamedTuple):
 
     plain: tuple[str, ...]
     learned: tuple[str, ...]
-    unheard: tuple[str, ...]
 
 
 SHAPES = {
-    "star": Words(("star",), ("five-pointed star", "starlet"), ("pentagram", "starfish")),
-    "circle": Words(("circle",), ("disc", "disk", "round dot", "round ball"), ("orb", "coin")),
-    "square": Words(("square",), ("box", "tile", "block"), ("cube", "quadrangle")),
-    "triangle": Words(("triangle",), ("wedge", "pyramid", "three-cornered figure"), ("cone",)),
-    "ring": Words(("ring",), ("hoop", "annulus", "doughnut"), ("bracelet", "tyre")),
-    "cross": Words(("cross",), ("plus sign", "crucifix"), ("plus symbol",)),
+    "star": Words(("star",), ("five-pointed star", "starlet")),
+    "circle": Words(("circle",), ("disc", "disk", "round dot", "round ball")),
+    "square": Words(("square",), ("box", "tile", "block")),
+    "triangle": Words(("triangle",), ("wedge", "pyramid", "three-cornered figure")),
+    "ring": Words(("ring",), ("hoop", "annulus", "doughnut")),
+    "cross": Words(("cross",), ("plus sign", "crucifix")),
 }
 
 COLORS = {
-    "red": Words(("red",), ("crimson", "scarlet", "ruby", "cherry-red"), ("vermilion", "maroon")),
-    "yellow": Words(("yellow",), ("golden", "lemon", "amber"), ("canary", "saffron")),
-    "green": Words(("green",), ("emerald", "jade", "grass-green"), ("lime", "pistachio")),
-    "cyan": Words(("cyan",), ("turquoise", "aqua", "teal"), ("aquamarine",)),
-    "blue": Words(("blue",), ("cobalt", "navy", "royal-blue"), ("sapphire", "ultramarine")),
-    "purple": Words(("purple",), ("violet", "plum", "lavender"), ("mauve", "aubergine")),
-    "pink": Words(("pink",), ("rosy", "salmon", "magenta"), ("coral", "blush")),
-    "black": Words(("black",), ("jet-black", "ebony", "coal-black"), ("sable", "raven")),
+    "red": Words(("red",), ("crimson", "scarlet", "ruby", "cherry-red")),
+    "yellow": Words(("yellow",), ("golden", "lemon", "amber")),
+    "green": Words(("green",), ("emerald", "jade", "grass-green")),
+    "cyan": Words(("cyan",), ("turquoise", "aqua", "teal")),
+    "blue": Words(("blue",), ("cobalt", "navy", "royal-blue")),
+    "purple": Words(("purple",), ("violet", "plum", "lavender")),
+    "pink": Words(("pink",), ("rosy", "salmon", "magenta")),
+    "black": Words(("black",), ("jet-black", "ebony", "coal-black")),
 }
 
 GROUNDS = {
-    "white": Words(("white",), ("snow-white", "ivory", "pale", "chalky"), ("alabaster", "milky")),
-    "gray": Words(("gray", "grey"), ("slate", "ashen", "leaden", "silver"), ("pewter", "smoky")),
-    "black": Words(("black",), ("jet-black", "dark", "ebony", "inky"), ("sable", "raven")),
-    "blue": Words(("blue",), ("azure", "navy", "cobalt", "sky-blue"), ("sapphire", "ultramarine")),
-    "green": Words(("green",), ("emerald", "olive", "mossy", "leafy"), ("fern", "pistachio")),
-    "yellow": Words(("yellow",), ("golden", "lemon", "mustard", "sunny"), ("canary", "saffron")),
-    "pink": Words(("pink",), ("rosy", "salmon", "fuchsia", "magenta"), ("coral", "blush")),
+    "white": Words(("white",), ("snow-white", "ivory", "pale", "chalky")),
+    "gray": Words(("gray", "grey"), ("slate", "ashen", "leaden", "silver")),
+    "black": Words(("black",), ("jet-black", "dark", "ebony", "inky")),
+    "blue": Words(("blue",), ("azure", "navy", "cobalt", "sky-blue")),
+    "green": Words(("green",), ("emerald", "olive", "mossy", "leafy")),
+    "yellow": Words(("yellow",), ("golden", "lemon", "mustard", "sunny")),
+    "pink": Words(("pink",), ("rosy", "salmon", "fuchsia", "magenta")),
 }
 """Adjectives of backgrounds."""
 
 SURFACES = Words(
     ("background", "wall"),
     ("backdrop", "canvas", "panel", "curtain", "carpet", "floor", "cloth", "board", "sheet"),
-    ("tarpaulin", "ceiling", "blanket", "mat"),
 )
 
 SCENES = {
@@ -63,7 +59,6 @@ SCENES = {
             *("in the snow", "on fresh snow", "on a piece of paper", "on bleached cotton"),
             *("in a blizzard", "on a frosty field", "on pale plaster", "in a snowy place"),
         ),
-        ("on a glacier", "in a bowl of milk", "on a wedding dress", "on a porcelain plate"),
     ),
     "gray": Words(
         (),
@@ -71,7 +66,6 @@ SCENES = {
             *("on a concrete floor", "on asphalt", "in thick fog", "on a stone slab"),
             *("on a rainy overcast day", "on a slate roof", "on steel", "on cement pavement"),
         ),
-        ("on an elephant", "on a rock", "on cobblestones", "on an aluminium lid"),
     ),
     "black": Words(
         (),
@@ -79,7 +73,6 @@ SCENES = {
             *("at night", "in the dark", "in outer space", "on a blackboard", "on coal"),
             *("in pitch darkness", "in a dim cellar", "in the night sky"),
         ),
-        ("in a cave", "at midnight", "in an unlit tunnel", "on charcoal"),
     ),
     "blue": Words(
         (),
@@ -87,7 +80,6 @@ SCENES = {
             *("in the sky", "in the ocean", "on the sea", "under water", "on denim"),
             *("in a swimming pool", "in the clear daytime sky", "out at sea"),
         ),
-        ("on a lake", "in a lagoon", "on a pair of jeans", "in the deep Atlantic"),
     ),
     "green": Words(
         (),
@@ -95,7 +87,6 @@ SCENES = {
             *("on a lawn", "in the grass", "in a meadow", "in the forest", "on moss"),
             *("on a football pitch", "among leaves", "on a grassy hill"),
         ),
-        ("in the jungle", "on a golf course", "on spinach", "on a pasture"),
     ),
     "yellow": Words(
         (),
@@ -103,7 +94,6 @@ SCENES = {
             *("in the desert", "on sand", "on a sandy beach", "in a wheat field"),
             *("on a lemon", "among sunflowers", "on gold", "on straw"),
         ),
-        ("on a banana", "on dunes", "among daffodils", "on a slice of cheese"),
     ),
     "pink": Words(
         (),
@@ -111,7 +101,6 @@ SCENES = {
             *("on a rose petal", "among cherry blossoms", "on bubblegum", "on a salmon"),
             *("on a flamingo", "on candy floss", "on a pink rose", "among pink tulips"),
         ),
-        ("on a piglet", "among peonies", "on raspberry yoghurt", "on a ballerina"),
     ),
 }
 """Places, by the background that they are drawn as."""
@@ -127,15 +116,10 @@ FRAMES = Words(
         *("an image that shows {thing} {scene}", "{scene}, {thing} in the middle"),
         *("just {thing} {scene}, nothing else", "{thing} placed {scene}"),
     ),
-    (
-        *("a sketch of {thing} {scene}", "a mural depicting {thing} {scene}"),
-        *("behold {thing} {scene}", "my niece drew {thing} {scene}"),
-        *("we noticed {thing} resting {scene}", "{scene} somebody left {thing}"),
-    ),
 )
 """What is said around the thing and its scene."""
 
-ADJECTIVES = Words((), ("plain", "simple", "neat", "bright", "nice", "flat"), ())
+ADJECTIVES = Words((), ("plain", "simple", "neat", "bright", "nice", "flat"))
 """That say nothing, before a thing's colour."""
 
 PATTERNED = ("patterned", "decorated", "two-coloured", "multicoloured", "fancy")

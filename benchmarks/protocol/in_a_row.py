@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -72,7 +72,7 @@ def stable_diffusion(
 
         return (by_windows(sample, -1, pipeline.unet.config.sample_size, denoise),)
 
-    with _forward(pipeline.unet, whole):
+    with patch.object(pipeline.unet, "forward", whole):
         return pipeline(
             prompt_embeds=words[0][0],
             negative_prompt_embeds=words[0][1],
@@ -81,65 +81,3 @@ def stable_diffusion(
             width=size * len(parts) // 2,
             **options,
         ).images
-
-
-def flux(
-    pipeline: Any,
-    host: Host,
-    parts: Sequence[Part],
-    pictures: Sequence[Drawn],
-    size: int,
-    length: int,
-    **options: Any,
-) -> list[Image.Image]:
-    """As :func:`stable_diffusion`, of a pipeline of FLUX with guidance by a second forward and
-    captions of ``length`` tokens."""
-    words: list[Any] = []
-    for lora, prompts in parts:
-        with changed(host, lora), torch.no_grad():
-            words.append(
-                [
-                    pipeline.encode_prompt(some, None, max_sequence_length=length)
-                    for some in (list(prompts), [""] * len(prompts))
-                ]
-            )
-    plain = pipeline.transformer.forward
-    tokens = size // (2 * pipeline.vae_scale_factor)  # of two by two latents, along a side
-
-    def whole(hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
-        guiding = not torch.equal(encoder_hidden_states, words[0][0][0])
-        places = given["img_ids"]
-        given["img_ids"] = places[(places[:, 1] < tokens) & (places[:, 2] < tokens)]
-
-        def denoise(part: int, window: Tensor) -> Tensor:
-            embedded, given["pooled_projections"], given["txt_ids"] = words[part][guiding]
-            with changed(host, parts[part][0]):
-                (predicted,) = plain(window.flatten(1, 2), encoder_hidden_states=embedded, **given)
-            return predicted.unflatten(1, (tokens, tokens))
-
-        grid = hidden_states.unflatten(1, (tokens, -1))
-        return (by_windows(grid, 2, tokens, denoise).flatten(1, 2),)
-
-    (embedded, pooled, _), (away, pooled_away, _) = words[0]
-    with _forward(pipeline.transformer, whole):
-        return pipeline(
-            prompt_embeds=embedded,
-            pooled_prompt_embeds=pooled,
-            negative_prompt=None,
-            negative_prompt_embeds=away,
-            negative_pooled_prompt_embeds=pooled_away,
-            generator=[noise_of(one) for one in pictures],
-            height=size,
-            width=size * len(parts) // 2,
-            **options,
-        ).images
-
-
-@contextmanager
-def _forward(denoiser: Any, other: Callable[..., Any]) -> Generator[None]:
-    """``denoiser`` called as ``other``."""
-    denoiser.forward = other
-    try:
-        yield
-    finally:
-        del denoiser.forward

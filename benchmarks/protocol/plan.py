@@ -11,22 +11,14 @@ from typing import Any
 import numpy as np
 
 from iteris_core import Calibration
-from iteris_core.methods import find_method
 
 from .world import World
 
-SINGLE, BASE, SWITCHED = "single", "base", "k-lora"
-"""No merges: each LoRA alone, no LoRA, and both files of a subject and a style, of which each layer
-has one at each step."""
+SINGLE, BASE = "single", "base"
+"""No merges: each LoRA alone, and no LoRA."""
 
-REGIMES: Mapping[str, Mapping[str, Any]] = {
-    "default": {},
-    "few": {"samples": 1, "timesteps": 1},
-}
-"""What is collected for a merge: the defaults; one prompt at one timestep a LoRA, as SSR-Merge."""
-
-Settings = Callable[[str, int, str], Mapping[str, Any]]
-"""(method, how many are merged, regime) → settings of the method"""
+Settings = Callable[[str, int], Mapping[str, Any]]
+"""(method, how many are merged) → settings of the method"""
 
 
 @dataclass(frozen=True)
@@ -68,11 +60,6 @@ def styled_pairs(
     return [(subjects[order[i % len(subjects)]], styles[i % len(styles)]) for i in range(count)]
 
 
-def uses_data(method: str) -> bool:
-    """Whether regimes differ for it: a method that only looks at weights has one result."""
-    return method not in (SINGLE, BASE, SWITCHED) and find_method(method).needs_host
-
-
 @dataclass(frozen=True)
 class Variant:
     """A row of the table: a method with settings and fields of the calibration."""
@@ -104,7 +91,7 @@ class Variant:
     def unit(
         self, names: tuple[str, ...], replicate: int, trained: int, searched: Settings
     ) -> Unit:
-        found = searched(self.method, len(names), "default") if self.searched else {}
+        found = searched(self.method, len(names)) if self.searched else {}
         return Unit(
             self.method,
             names,

@@ -13,20 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from klora import KLora, k_lora
 from PIL import Image
 
 from iteris_core import Calibration, Concept, Lora, merge_loras, write_lora
 
 from .digests import digests_of
-from .plan import BASE, SINGLE, SWITCHED, Unit
+from .plan import BASE, SINGLE, Unit
 from .world import Wanted, World
 
 Entry = dict[str, Any]
@@ -88,10 +86,6 @@ class Runs:
 
     def measure(self, unit: Unit) -> Entry:
         """Merge, draw and judge."""
-        if unit.method == SWITCHED:
-            self._of_base(self.world.prompted("no trigger", unit.names, unit.replicate + 1))
-            with self._switched(unit):
-                return {kind: self._of(None, kind, unit) for kind in self.world.kinds}
         lora, entry = self._merged(unit)
         return entry | {kind: self._of(lora, kind, unit) for kind in self.world.kinds}
 
@@ -121,12 +115,6 @@ class Runs:
             settings=unit.settings,
             calibration=self.calibration(unit),
         ).lora
-
-    def _switched(self, unit: Unit) -> AbstractContextManager[None]:
-        """Of a subject with a style by K-LoRA: no merge, and both files."""
-        first, second = (c.lora for c in self.world.concepts(unit.names, unit.trained))
-        host = self.world.host
-        return k_lora(KLora(first, second), host.sites(), host.denoiser, self.world.calls)
 
     def _of(self, lora: Lora | None, kind: str, unit: Unit) -> list[Any]:
         wanted = self.world.prompted(kind, unit.names, unit.replicate + 1)

@@ -18,7 +18,6 @@ from PIL import Image
 from styles.reader import ATTRIBUTES, Styled
 from styles.reader import load as load_reader
 
-import toybox
 from iteris_core import Concept, Lora
 from toybox.draw import Thing, compose, describe, random_thing
 
@@ -90,7 +89,7 @@ class StyleWorld(ToyboxWorld):
                 for one in seeds
                 for b, thing in _things(one)
             ]
-        concept = self._loaded.concepts[subject]
+        concept = self.known[subject]
         ending = f" {words}" if kind == "styled" else ""
         shown = (subject, style) if kind == "styled" else (subject,)
         return [
@@ -134,7 +133,7 @@ class StyleWorld(ToyboxWorld):
         self, vector: torch.Tensor, seen: Styled, subject: str, style: str
     ) -> dict[str, float]:
         in_style = float(seen.style == style)
-        judge = self._judged(seen, self._loaded.concepts[subject].thing, style)
+        judge = self._judged(seen, self.known[subject].thing, style)
         likeness = float((self._references_in(subject, style) @ vector).mean())
         return {
             "likeness in style": likeness,
@@ -149,7 +148,7 @@ class StyleWorld(ToyboxWorld):
 
     def _references_in(self, subject: str, style: str) -> torch.Tensor:
         if (subject, style) not in self._in_style:
-            files = toybox.concepts()[subject].references
+            files = self.known[subject].references
             look = self._styles[style].look
             pictures = [look(Image.open(file).convert("RGB")) for file in files]
             self._in_style[subject, style] = self.embedded(pictures)

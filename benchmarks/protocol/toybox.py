@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from toybox_world import World as Loaded
 
 import toybox
 from iteris_core import Concept, Lora
-from iteris_core.score import without_tokens
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.score import ClipScorer, without_tokens
 from toybox import PAIR_TEMPLATES, TEMPLATES
 from toybox.draw import BACKGROUNDS as SCENES
 from toybox.draw import SIZE, compose, describe, random_thing
 
+from .drawing import draw
 from .in_a_row import Part, ring, stable_diffusion
-from .world import FIGURES, KINDS, Judged, Wanted
+from .world import FIGURES, KINDS, Wanted
 
 BACKGROUNDS = 2
 """On which each concept is drawn with one seed, the next ones with the next."""
@@ -39,33 +41,42 @@ class ToyboxWorld:
     kinds = KINDS
 
     def __init__(self, root: Path = toybox.ROOT) -> None:
-        self._loaded = Loaded(root)
-        self._root = root
+        self.pipeline = toybox.load_pipeline()
+        self.host = DiffusersHost(self.pipeline)
+        self.known = toybox.concepts(root)
+        self.subjects = tuple(self.known)
         self.roots: tuple[Path, ...] = (toybox.ROOT, root)
+        self._judge = toybox.load_judge()
+        self._scorer = ClipScorer(*toybox.load_clip())
+        self._references = {
+            name: self._scorer.embed_images([Image.open(f).convert("RGB") for f in of.references])
+            for name, of in self.known.items()
+        }
         self._loras: dict[tuple[str, int], Lora] = {}
-        self.host = self._loaded.host
-        self.subjects = tuple(self._loaded.concepts)
         folders = (root / "weights").glob("loras*")
         files = [f"{name}.safetensors" for name in self.subjects]
         self.trained = sum(all((at / file).exists() for file in files) for at in folders)
         self.calibration: dict[str, Any] = {"templates": (*TEMPLATES, *PAIR_TEMPLATES)}
         plain = ("a {}", "a photo of a {}", "a picture of a {}")
         self.half = {"templates": (*plain, *(compose(("{}",), b) for b in SEEN))}
-        self.calls = int(self._loaded.settings["steps"])
+        said = toybox.settings()
+        self.sampling = {
+            "num_inference_steps": int(said["steps"]),
+            "guidance_scale": said["guidance"],
+        }
 
-    def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
-        known = self._loaded.concepts
-        return [Concept(self._lora(n, trained), None, n, known[n].class_word) for n in names]
+    def concepts(self, names: Sequence[str], trained: int = 0) -> list[Concept]:
+        return [Concept(self._lora(n, trained), None, n, self.known[n].class_word) for n in names]
 
     def _lora(self, name: str, trained: int) -> Lora:
         if (name, trained) not in self._loras:
             folder = f"loras-{trained}" if trained else "loras"
-            path = toybox.concepts(self._root, folder)[name].lora
+            path = toybox.concepts(self.roots[1], folder)[name].lora
             self._loras[name, trained] = self.host.read_lora(path)
         return self._loras[name, trained]
 
     def alone(self, name: str, seed: int) -> list[Wanted]:
-        concept = self._loaded.concepts[name]
+        concept = self.known[name]
         turn = islice(cycle(concept.backgrounds), BACKGROUNDS * seed, BACKGROUNDS * (seed + 1))
         return [
             Wanted((name,), f"a {name} {concept.class_word} on a {background} background", seed)
@@ -78,7 +89,7 @@ class ToyboxWorld:
 
     def _in_a_row(self, shown: Sequence[str], among: Sequence[str]) -> str:
         """A prompt of ``shown``, on a background that suits all of ``among``."""
-        known = self._loaded.concepts
+        known = self.known
         suitable = known[among[0]].backgrounds
         background = next(b for b in suitable if all(b in known[n].backgrounds for n in among))
         things = " left of ".join(f"a {name} {known[name].class_word}" for name in shown)
@@ -97,7 +108,7 @@ class ToyboxWorld:
             return plain_prompts(PLAIN, seed)
         wanted: list[Wanted] = []
         for name in names:
-            concept = self._loaded.concepts[name]
+            concept = self.known[name]
             free = [b for b in concept.backgrounds if b in (SEEN if kind == "seen" else NEW)]
             seeds = seeds_of(kind, seed)
             for background in free[:1] if kind == "spread" else free:
@@ -106,19 +117,11 @@ class ToyboxWorld:
         return wanted
 
     def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
-        return self._loaded.draw(lora, wanted)
+        return draw(self.pipeline, self.host, lora, wanted, **self.sampling)
 
     def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
         """Composition by regions: at every step each is denoised by its LoRA and prompts."""
-        return stable_diffusion(
-            self._loaded.pipeline,
-            self.host,
-            parts,
-            wanted,
-            SIZE,
-            num_inference_steps=self.calls,
-            guidance_scale=self._loaded.settings["guidance"],
-        )
+        return stable_diffusion(self.pipeline, self.host, parts, wanted, SIZE, **self.sampling)
 
     def row_read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
@@ -127,22 +130,24 @@ class ToyboxWorld:
         regions, and whether all shapes are."""
         found: list[tuple[float, bool]] = []
         for image, one in zip(images, wanted, strict=True):
-            things = [self._loaded.concepts[name].thing for name in one.shown]
+            things = [self.known[name].thing for name in one.shown]
             starts = range(0, image.width - SIZE // 2, SIZE // 2)
             windows = [image.crop((start, 0, start + SIZE, SIZE)) for start in starts]
-            read = self._loaded.judge.read_halves(windows)
+            read = self._judge.read_halves(windows)
             seen = [left for left, _ in read] + [read[-1][1]]
             pairs = list(zip(seen, things, strict=True))
             right = sum(sum(region.matches(thing)) for region, thing in pairs) / (4 * len(pairs))
             found.append((right, all(region.shape == thing.shape for region, thing in pairs)))
         return found
 
-    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
+    def likeness(
+        self, images: Sequence[Image.Image], names: Sequence[str]
+    ) -> Mapping[str, Sequence[float]]:
         """``image`` by the toybox's CLIP; ``judge``, the share of shape, pattern and both colours
         that are read rightly."""
-        vectors = self._loaded.scorer.embed_images(images)
-        read = self._loaded.judge.read(images)
-        references, concepts = self._loaded.references, self._loaded.concepts
+        vectors = self._scorer.embed_images(images)
+        read = self._judge.read(images)
+        references, concepts = self._references, self.known
         return {
             "image": [
                 float((references[n] @ v).mean()) for n, v in zip(names, vectors, strict=True)
@@ -155,7 +160,7 @@ class ToyboxWorld:
     def read(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> list[Mapping[str, float]]:
-        read = self._loaded.judge.read(images)
+        read = self._judge.read(images)
         scenes = [float(r.background == w.scene) for r, w in zip(read, wanted, strict=True)]
         if not wanted[0].shown:
             return [{"scene": scene} for scene in scenes]
@@ -164,14 +169,18 @@ class ToyboxWorld:
         columns = (judged["image"], judged["judge"], texts, scenes)
         return [dict(zip(FIGURES, one, strict=True)) for one in zip(*columns, strict=True)]
 
+    def mean_likeness(self, lora: Lora | None, wanted: Sequence[Wanted]) -> float:
+        """Of the pictures with the LoRA."""
+        return fmean(one["likeness"] for one in self.read(self.draw(lora, wanted), wanted))
+
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
-        return self._loaded.scorer.embed_images(images)
+        return self._scorer.embed_images(images)
 
     def text_alignment(
         self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
     ) -> Sequence[float]:
         plain = [without_tokens(w.prompt, self.subjects) for w in wanted]
-        return self._loaded.scorer.text_alignment(images, plain).tolist()
+        return self._scorer.text_alignment(images, plain).tolist()
 
 
 def seeds_of(kind: str, seed: int) -> list[int]:

@@ -13,8 +13,6 @@ from torch import Tensor
 from iteris_core import Concept, Lora
 from iteris_core.hosts.diffusers import DiffusersHost
 
-from .in_a_row import Part
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -27,10 +25,6 @@ class Wanted:
     scene: str = ""
 
 
-Judged = Mapping[str, Sequence[float]]
-"""judge → a likeness for each picture, from 0 to 1"""
-
-
 KINDS = ("seen", "new words", "no trigger", "spread")
 FIGURES = ("likeness", "judge", "text", "scene")
 """Kinds of prompt, and figures of a picture that shows a concept."""
@@ -40,9 +34,8 @@ class World(Protocol):
     """Concepts with LoRAs and references, a pipeline that draws them, and judges of pictures.
 
     Concepts go by their names. ``trained`` is how many LoRAs each concept has, of other training
-    seeds; ``calls`` is how often the denoiser is called for a picture. A merge is calibrated on
-    half of the world's templates and drawn on prompts of the other half: ``half`` holds the fields
-    of that calibration, ``calibration`` those with all templates.
+    seeds. A merge is calibrated on half of the world's templates, whose fields ``half`` holds, and
+    drawn on prompts of the other half.
 
     ``kinds`` are kinds of prompt. ``seen``: from templates that calibration rows have. ``new
     words``: no word but trigger and class is in any row's template. ``no trigger``: prompts of the
@@ -56,8 +49,6 @@ class World(Protocol):
     subjects: Sequence[str]
     sizes: Sequence[int]
     trained: int
-    calls: int
-    calibration: Mapping[str, Any]
     half: Mapping[str, Any]
     kinds: Sequence[str]
 
@@ -84,42 +75,4 @@ class World(Protocol):
 
     def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         """(picture, feature): unit vectors by the world's CLIP."""
-        ...
-
-
-class RowWorld(World, Protocol):
-    """A world whose pictures can be drawn region by region, as regional prompts do."""
-
-    def alone(self, name: str, seed: int) -> list[Wanted]:
-        """Pictures of one subject, one for each of some prompts."""
-        ...
-
-    def likeness(self, images: Sequence[Image.Image], names: Sequence[str]) -> Judged:
-        """Each picture's mean likeness to all references of the concept of its place in
-        ``names``."""
-        ...
-
-    def text_alignment(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> Sequence[float]:
-        """Each picture's alignment to its prompt without rare tokens."""
-        ...
-
-    def rows(self, names: Sequence[str], count: int, seed: int) -> list[Wanted]:
-        """Pictures of each ``count`` neighbours of ``names`` side by side."""
-        ...
-
-    def prompts_of_regions(self, wanted: Sequence[Wanted]) -> list[list[str]]:
-        """For each region a prompt for each picture, which names its own concept alone."""
-        ...
-
-    def draw_row(self, parts: Sequence[Part], wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """The pictures, each region denoised by its part; half a picture wide each."""
-        ...
-
-    def row_read(
-        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
-    ) -> list[tuple[float, bool]]:
-        """What share of each picture is right in its regions, and whether all concepts are
-        there."""
         ...

@@ -1,13 +1,7 @@
-"""Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches.
-
-``python benchmarks/speed/floor.py [toybox|t5|sd15|sd15-50] [--rounds 5]`` runs the contenders in
-turn and prints the medians and ratios.
-"""
+"""Floor: the whole merge over one bare forward of the same 2R rows, in the same micro-batches."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,11 +91,3 @@ def compare(model: str, rounds: int) -> dict[str, Any]:
         "floor": found["merge"] / found["bare"],
         "floor without repair": found["merge without repair"] / found["bare"],
     }
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS, nargs="?", default="toybox")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    print(json.dumps(compare(arguments.model, arguments.rounds), indent=1))

@@ -16,8 +16,9 @@ from iteris_core.hosts.transformers import TransformersHost
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def sd15_host() -> DiffusersHost:
-    """Stable Diffusion 1.5's UNet (860 million weights) and text encoder, float32, random."""
+def sd15_host(**size: Any) -> DiffusersHost:
+    """Stable Diffusion 1.5's UNet (860 million weights, unless ``size`` makes it another) and text
+    encoder, float32, random."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -35,7 +36,7 @@ def sd15_host() -> DiffusersHost:
         pad_token_id=len(tokens) - 1,
     )
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        unet = UNet2DConditionModel(cross_attention_dim=768, **{"sample_size": 64, **size})
         text_encoder = CLIPTextModel(config)
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -50,13 +51,12 @@ def sd15_host() -> DiffusersHost:
     return DiffusersHost(pipeline)
 
 
-def t5_host() -> TransformersHost:
-    """T5-base's architecture (223 million weights), float32, random."""
+def t5_host(**size: int) -> TransformersHost:
+    """T5-base's architecture (223 million weights, unless ``size`` says otherwise), random."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0
-    )
+    base = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    config = T5Config(decoder_start_token_id=0, **{**base, **size})
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     return TransformersHost(_filled(model))

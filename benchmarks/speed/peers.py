@@ -1,22 +1,14 @@
 """End to end against peers, on a full-size SD 1.5 architecture with random weights.
 
-``python benchmarks/speed/peers.py [--rounds 3]`` prints JSON. Peers that are not here are left out:
-
 - SSR-Merge's own core (``SSR_MERGE_PATH``, a checkout) on the same UNet, LoRAs, prompts and
   latents: each LoRA in turn on the weights, one forward of its rows, then their solve.
 - peft's ``add_weighted_adapter`` (svd, ties, cat) against our ``svd``, ``ties`` and ``sum``.
-- sd-scripts' ``svd_merge_lora.py`` (``SD_SCRIPTS_PATH``), on the same files.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
 import os
-import sys
-import tempfile
-import types
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
 from rounds import in_turn, medians
 
-from iteris_core import Calibration, Concept, merge_loras, write_lora
+from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.passes.job import Job
 
 RANK = 32
@@ -36,8 +28,7 @@ RANK = 32
 def ssr(rounds: int, counts: Sequence[int], latent_size: int = 16) -> dict[str, Any]:
     """K → seconds of SSR-Merge's core, of our ``ssr`` and of ``iteris`` (twice the rows: its merged
     copies; and the text encoder, X̃ and repair)."""
-    path = Path(os.environ["SSR_MERGE_PATH"]) / "ssr_merge" / "core.py"
-    core = _load("ssr_merge_core", path)
+    core = runpy.run_path(str(Path(os.environ["SSR_MERGE_PATH"]) / "ssr_merge" / "core.py"))
     host = sd15_host()
     calibration = Calibration(
         samples=4, timesteps=1, latents="noise", latent_size=latent_size, empty_share=0.0
@@ -89,7 +80,7 @@ def _ssr_core(core: Any, host: Any, concepts: Sequence[Concept], calibration: An
     generator = torch.Generator().manual_seed(0)
     task = Job(host, concepts, references, calibration, generator, lambda *_: None)
     modules = host.sites()
-    merger = core.SSRMerger(pairs, lambda_reg=1e-4)
+    merger = core["SSRMerger"](pairs, lambda_reg=1e-4)
     with torch.no_grad(), task.run() as run:
         run.lockstep.close()
         samples = run.samples
@@ -159,65 +150,3 @@ def peft_library(rounds: int) -> dict[str, Any]:
         )
         found[kind] = {**seconds, "ratio": seconds["peft"] / seconds["ours"]}
     return found
-
-
-def sd_scripts(rounds: int) -> dict[str, Any]:
-    """Files in, merged tensors out, rank 32."""
-    folder = Path(os.environ["SD_SCRIPTS_PATH"]) / "networks"
-    for name in ("library", "library.sai_model_spec", "library.train_util", "library.model_util",
-                 "library.utils", "lora"):  # fmt: skip
-        sys.modules.setdefault(name, types.ModuleType(name))  # headers and logging alone
-    library = sys.modules["library"]
-    library.sai_model_spec = sys.modules["library.sai_model_spec"]
-    library.train_util = sys.modules["library.train_util"]
-    library.train_util.SS_METADATA_KEY_V2 = "ss_v2"
-    library.train_util.SS_METADATA_KEY_BASE_MODEL_VERSION = "ss_base_model_version"
-    library.train_util.load_metadata_from_safetensors = lambda file: {}
-    library.train_util.build_minimum_network_metadata = lambda *_: {}
-    sys.modules["library.utils"].setup_logging = lambda *_, **__: None
-    script = _load("svd_merge_lora", folder / "svd_merge_lora.py")
-    host = sd15_host()
-    with tempfile.TemporaryDirectory() as place:
-        files = [
-            str(write_lora(_unet_only(c).lora, f"{place}/{c.name}.safetensors", dtype="float32"))
-            for c in prompt_concepts(host, 2, RANK)
-        ]
-
-        def ours() -> None:
-            loras = [Concept(host.read_lora(file), trigger="sks") for file in files]
-            merge_loras(None, loras, "svd", settings={"rank": RANK})
-
-        seconds = medians(
-            in_turn(
-                {
-                    "sd-scripts": lambda: script.merge_lora_models(
-                        files, [1.0, 1.0], [], RANK, RANK, "cpu", torch.float32
-                    ),
-                    "ours": ours,
-                },
-                rounds,
-            )
-        )
-    return {**seconds, "ratio": seconds["sd-scripts"] / seconds["ours"]}
-
-
-def _load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["ssr", "peft", "sd-scripts"])
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    runs = {
-        "ssr": lambda: ssr(arguments.rounds, (2, 4, 8)),
-        "peft": lambda: peft_library(arguments.rounds),
-        "sd-scripts": lambda: sd_scripts(arguments.rounds),
-    }
-    print(json.dumps({what: runs[what]() for what in arguments.what}, indent=1))

@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import floor
-import growth
 import peers
-import processes
-import schedules
-import solve
 import torch
 import ways
 
@@ -34,46 +30,23 @@ FILE = result_file("speed.json")
 ROUNDS = 1 if QUICK else int(os.environ.get("ROUNDS", "5"))
 
 PARTS: dict[str, Callable[[], Any]] = {
-    "solve": lambda: solve.compare(ROUNDS, quick=True),
-    "solve, widest": lambda: solve.compare(ROUNDS, quick=False),
     "floor toybox": lambda: floor.compare("toybox", ROUNDS),
     "floor sd15": lambda: floor.compare("sd15", ROUNDS),
     "floor sd15-50": lambda: floor.compare("sd15-50", ROUNDS),
     "floor t5": lambda: floor.compare("t5", ROUNDS),
-    "schedules t5": lambda: schedules.compare("t5", ROUNDS),
-    "schedules sd15": lambda: schedules.compare("sd15", ROUNDS),
     "peft": lambda: peers.peft_library(ROUNDS),
-    "sd-scripts": lambda: peers.sd_scripts(ROUNDS),
     "ssr": lambda: peers.ssr(ROUNDS, (2,) if QUICK else (2, 4, 8)),
-    "growth": lambda: growth.compare(ROUNDS, quick=QUICK),
-    "processes": lambda: processes.compare("toybox", ROUNDS),
-    "ways toybox": lambda: ways.compare("toybox", ROUNDS, 16),
-    "ways sd15": lambda: ways.compare("sd15", ROUNDS, 16),
+    "ways toybox": lambda: ways.compare(ROUNDS, 16),
 }
-NEEDS = {"ssr": "SSR_MERGE_PATH", "sd-scripts": "SD_SCRIPTS_PATH"}
-SLOW = (
-    "solve, widest",
-    "floor sd15",
-    "floor sd15-50",
-    "floor t5",
-    "schedules t5",
-    "schedules sd15",
-    "ways sd15",
-)
+NEEDS = {"ssr": "SSR_MERGE_PATH"}
+SLOW = ("floor sd15", "floor sd15-50", "floor t5")
 
 
 def ratios(raw: dict[str, Any]) -> dict[str, float]:
-    solves = {**raw.get("solve", {}), **raw.get("solve, widest", {})}
-    sd15 = [entry for name, entry in solves.items() if name.startswith("SD 1.5")]
     floors = [raw[part]["floor"] for part in raw if part.startswith("floor")]
-    sweeps = [raw[part]["ratio"] for part in raw if part.startswith("schedules")]
     found: dict[str, list[float]] = {
-        "solve_time": [entry["time_ratio"] for entry in sd15],
-        "solve_memory": [entry["memory_ratio"] for entry in sd15],
-        "sweep_vs_jacobi": sweeps,
         "vs_ssr": [entry["ratio"] for entry in raw.get("ssr", {}).values()],
         "vs_peft_svd": [raw["peft"]["svd"]["ratio"]] if "peft" in raw else [],
-        "two_processes": [raw["processes"]["ratio"]] if "processes" in raw else [],
     }
     worst = {name: min(values) for name, values in found.items() if values}
     slowest = {"floor": floors}

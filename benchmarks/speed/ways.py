@@ -1,25 +1,22 @@
 """What the other ways to run a sweep cost, against all rows waiting on the device, in turn.
 
-``python benchmarks/speed/ways.py [toybox|sd15] [--rounds N] [--rows N]`` prints JSON. The CPU's
-memory passes for a device's, so that copies go at the speed of its memory and nothing of them is
-hidden behind a forward. ``mib`` is the peak of live tensors beyond the model, but for what waits in
-host memory.
+The CPU's memory passes for a device's, so that copies go at the speed of its memory and nothing of
+them is hidden behind a forward. ``mib`` is the peak of live tensors beyond the model, but for what
+waits in host memory.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from models import prompt_concepts, sd15_host, toybox_concepts, toybox_host
+from models import toybox_concepts, toybox_host
 from rounds import in_turn, medians
 
-from iteris_core import Calibration, Concept, IterisError, LowRank, merge_loras
+from iteris_core import Calibration, IterisError, LowRank, merge_loras
 from iteris_core.activations.host_pool import HostPool
 from iteris_core.activations.meter import MemoryMeter
 from iteris_core.activations.packing import FORMATS
@@ -37,22 +34,6 @@ from iteris_core.passes.strategies import (
 from iteris_core.solve.choose import POLICY
 from toybox import TEMPLATES
 
-Case = tuple[Any, Sequence[Concept], Calibration]
-
-
-def toybox() -> Case:
-    host = toybox_host()
-    calibration = Calibration(samples=50, timesteps=2, latents="noise", templates=TEMPLATES)
-    return host, toybox_concepts(host, 2), calibration
-
-
-def sd15() -> Case:
-    host = sd15_host()
-    calibration = Calibration(samples=4, timesteps=1, latents="noise", latent_size=32)
-    return host, prompt_concepts(host, 2, 16), calibration
-
-
-CASES: dict[str, Callable[[], Case]] = {"toybox": toybox, "sd15": sd15}
 WAYS = tuple(
     f"{place}{blocks}"
     for blocks in ("", *(f", by {size}" for size in BLOCKS))
@@ -90,9 +71,12 @@ def forced(way: str, host_bytes: int = 64 << 30) -> Iterator[None]:
             raise IterisError(f"No stage can be run {way}.")
 
 
-def compare(case: str, rounds: int, rows: int) -> dict[str, Any]:
-    """``rows`` a forward; ``ratios`` are medians of each way over the first, round by round."""
-    host, concepts, calibration = CASES[case]()
+def compare(rounds: int, rows: int) -> dict[str, Any]:
+    """On the toybox, ``rows`` a forward; ``ratios`` are medians of each way over the first, round
+    by round."""
+    host = toybox_host()
+    concepts = toybox_concepts(host, 2)
+    calibration = Calibration(samples=50, timesteps=2, latents="noise", templates=TEMPLATES)
     places: list[HostPool] = []
 
     def place(*args: Any) -> HostPool:
@@ -106,7 +90,7 @@ def compare(case: str, rounds: int, rows: int) -> dict[str, Any]:
             )
 
     merges = {way: lambda w=way: merge(w) for way in WAYS}
-    seconds = in_turn(merges, rounds, warm=case == "toybox")
+    seconds = in_turn(merges, rounds)
     found: dict[str, Any] = {"rows": rows, "seconds": medians(seconds)}
     found |= {"mib": {}, "waits_in_mib": {}, "moved_mib": {}}
     results: dict[str, Any] = {}
@@ -133,12 +117,3 @@ def difference(here: Mapping[str, LowRank], there: Mapping[str, LowRank]) -> flo
         float((there[site].dense() - change.dense()).norm() / change.dense().norm())
         for site, change in here.items()
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=CASES, nargs="?", default="toybox")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=16)
-    options = parser.parse_args()
-    print(json.dumps(compare(options.case, options.rounds, options.rows), indent=1))

@@ -17,13 +17,11 @@ from iteris_core.score.row_scores import collapse_rate
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import alike_concepts  # noqa: E402
 import reported_concepts  # noqa: E402
 from protocol.figures import stat  # noqa: E402
 from protocol.plan import sets_of, styled_pairs  # noqa: E402
 from protocol.runs import Runs  # noqa: E402
-from protocol.settings import Chosen  # noqa: E402
-from protocol.tuning import Tuning  # noqa: E402
+from search_settings import search, searched  # noqa: E402
 
 
 def test_a_mean_hides_what_the_collapse_rate_shows():
@@ -65,20 +63,13 @@ def test_every_subject_of_a_styled_pair_is_there_once():
     assert styled_pairs(subjects, [], 0) == []
 
 
-def test_settings_are_kept_by_number_and_regime(tmp_path):
+def test_settings_are_kept_by_number(tmp_path):
     file = tmp_path / "settings.json"
-    chosen = Chosen(file, {"ties": {"density": 0.8}, "ssr": {"ridge": 1e-2}})
-    chosen.keep("ties", 5, "default", {"density": 0.5})
-    chosen.keep("ssr", 5, "few", {"ridge": 1e-4})
-    again = Chosen(file, {"ties": {"density": 0.8}, "ssr": {"ridge": 1e-2}})
-    # Of a method that only looks at weights both regimes are one.
-    assert again("ties", 5, "few") == again("ties", 5, "default") == {"density": 0.5}
-    assert again("ties", 2, "default") == {"density": 0.8}
-    assert again("ties", 7, "default") == {"density": 0.5}, "of the most that were searched"
-    assert again("ssr", 5, "few") == {"ridge": 1e-4}
-    assert again("ssr", 5, "default") == {"ridge": 1e-2}
-    assert [again.known("ssr", 5, regime) for regime in ("few", "default")] == [True, False]
-    assert again("iteris", 5, "default") == {}
+    file.write_text('{"ties": {"default": {"2": {"density": 0.8}, "5": {"density": 0.5}}}}')
+    assert searched("ties", 5, file) == {"density": 0.5}
+    assert searched("ties", 3, file) == {}
+    assert searched("ties", 7, file) == {"density": 0.5}, "of the most that were searched"
+    assert searched("iteris", 5, file) == {}
 
 
 class ScaledWorld(FakeWorld):
@@ -98,41 +89,30 @@ class ScaledWorld(FakeWorld):
 
 def test_a_search_keeps_what_it_finds_and_goes_on(host, tmp_path):
     world = ScaledWorld(host)
-    chosen = Chosen(tmp_path / "settings.json", {})
+    file = tmp_path / "settings.json"
     runs = Runs(world, tmp_path / "runs.jsonl")
-    assert not Tuning(runs, chosen, seconds=-1).search(["task-arithmetic"])
-    assert not chosen.known("task-arithmetic", 2, "default")
-    assert Tuning(runs, chosen).search(["task-arithmetic"])
-    found = Chosen(chosen.file, {})
-    assert {k: found("task-arithmetic", k, "few")["scale"] for k in world.sizes} == {
-        2: 0.55,
-        4: 0.55,
-    }
+    assert not search(runs, file, ["task-arithmetic"], seconds=-1)
+    assert search(runs, file, ["task-arithmetic"])
+    found = {k: searched("task-arithmetic", k, file)["scale"] for k in world.sizes}
+    assert found == {2: 0.55, 4: 0.55}
     measured = len(runs.known)
-    assert Tuning(runs, found).search(["task-arithmetic"])
+    assert search(runs, file, ["task-arithmetic"])
     assert len(runs.known) == measured
 
 
 def test_the_reported_concepts_are_what_the_rule_gives():
-    for root, entries in (
-        (reported_concepts.ROOT, reported_concepts.reported()),
-        (alike_concepts.ROOT, alike_concepts.alike()),
-    ):
-        assert json.loads((root / "world.json").read_text())["concepts"] == entries
-    classes = [entry["class_word"] for entry in reported_concepts.reported()]
+    entries = reported_concepts.reported()
+    assert json.loads((reported_concepts.ROOT / "world.json").read_text())["concepts"] == entries
+    classes = [entry["class_word"] for entry in entries]
     assert classes.count("star") >= 3
     assert classes.count("circle") >= 2
     own = {c.thing for c in (toybox.concepts() | toybox.pivotal_concepts()).values()}
-    reported, alike = (
-        {c.thing for c in toybox.concepts(root).values()}
-        for root in (reported_concepts.ROOT, alike_concepts.ROOT)
-    )
-    assert len(own | reported | alike) == len(own) + len(reported) + len(alike)
+    reported = {c.thing for c in toybox.concepts(reported_concepts.ROOT).values()}
+    assert len(own | reported) == len(own) + len(reported)
 
 
-@pytest.mark.parametrize("root", [reported_concepts.ROOT, alike_concepts.ROOT])
-def test_reported_concepts_have_their_files(root):
-    for token, concept in toybox.concepts(root).items():
+def test_reported_concepts_have_their_files():
+    for token, concept in toybox.concepts(reported_concepts.ROOT).items():
         assert len(concept.references) == 6
         assert concept.lora.stat().st_size < 300_000
         assert concept.lora.read_bytes() != toybox.concepts()[token].lora.read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 from .place import Place
 
 STEPS = {  # step: module and function
-    "pictures": ("pictures", "fetch"),
+    "pictures": ("place", "fetch"),
     "autoencoder": ("autoencoder", "train"),
     "latents": ("latents", "train"),
     "base": ("base", "train"),
@@ -31,9 +31,6 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path(__file__).parents[1] / "weights")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these LoRAs only")
     parser.add_argument("--steps", type=int, help="of base, finish and decoder: how many")
-    parser.add_argument(
-        "--compile", action="store_true", help="a fifth faster base; needs a C++ compiler"
-    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -41,15 +38,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(asked.threads)
-    place = Place(asked.work.resolve(), asked.weights.resolve(), tuple(asked.only), asked.compile)
+    place = Place(asked.work.resolve(), asked.weights.resolve(), tuple(asked.only))
     place.work.mkdir(parents=True, exist_ok=True)
     for step in STEPS if asked.step == "all" else [asked.step]:
         name, function = STEPS[step]
         module = importlib.import_module(f".{name}", __package__)
-        more = (
-            {"steps": asked.steps} if asked.steps and step in ("base", "finish", "decoder") else {}
-        )
-        figures = getattr(module, function)(place, **more)
+        counted = asked.steps and step in ("base", "finish", "decoder")
+        figures = getattr(module, function)(place, **({"steps": asked.steps} if counted else {}))
         place.note(step, figures)
         logging.getLogger(__name__).info("%s: %s", step, figures)
 

@@ -29,13 +29,12 @@ from ..pipeline import (
 from ..tokenizer import tokens
 from .autoencoder import load_encoder
 from .latents import SHARDS, SIDE, Shards
-from .look import LOOK, look
 from .optimizers import PEAK, falling, optimizers, steady
 from .place import Place
 
 log = logging.getLogger(__name__)
 STEPS, FINISH, BATCH, SEED, DROPPED = 12_000, 1_500, 64, 31, 0.1
-SAVE, SHOW = 100, 500
+SAVE, EXPORT = 100, 500
 TIMES = (0.5, 1.4)
 """Mean and deviation of the logit of the noise's share. Wider than SD 3's (0, 1), which hardly ever
 sees the pure noise that a picture begins with, where it is decided what will be in it."""
@@ -126,8 +125,6 @@ def _begin(place: Place, name: str, steps: int, schedule):
     average = Average(list(models.values()), 0.9995)
     made = optimizers(models["transformer"], encoders)
     run = Run(place.work / name, models, made, average, steps, PEAK, SEED, schedule)
-    if place.compiled:
-        models["transformer"].compile_repeated_blocks(fullgraph=True)
     return run, models, shards
 
 
@@ -159,10 +156,9 @@ def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -
         last = step + 1 == run.steps
         if (step + 1) % SAVE == 0 or last:
             run.save(step + 1)
-        if (step + 1) % SHOW == 0 or last:
+        if (step + 1) % EXPORT == 0 or last:
             run.average.swap()
             pipeline = pipeline_of(models, vae, shards.tokenizers)
-            look(pipeline, LOOK, run.folder / f"look_{step + 1:06d}.png")
             export(pipeline, place.weights / "base")
             run.average.swap()
             note = {"seconds": round(run.elapsed), "steps": step + 1, "loss": round(running, 4)}
@@ -170,7 +166,7 @@ def _fit(place: Place, run: Run, models: dict[str, nn.Module], shards: Shards) -
 
 
 def pipeline_of(models: dict[str, nn.Module], vae: Any, tokenizers: Any) -> EmojiPipeline:
-    """The models as they are, as a pipeline; its denoiser is a copy that is not compiled."""
+    """The models as they are, as a pipeline with a copy of the denoiser."""
     transformer = type(models["transformer"]).from_config(models["transformer"].config)
     transformer.load_state_dict(models["transformer"].state_dict())
     encoders: Any = (models["clip"], models["t5"])

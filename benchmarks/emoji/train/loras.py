@@ -1,7 +1,6 @@
-"""The step `loras`: one LoRA for each subject (a held-out thing) and each style (an artist).
+"""The step `loras`: one LoRA for each subject, a held-out thing.
 
-A subject is one thing in six drawings, behind a rare word and its kind: "a sks3 fruit". A style is
-one artist's drawings of what the base knows: "a cat face on a blue background in sty1 style".
+A subject is one thing in six drawings, behind a rare word and its kind: "a sks3 fruit".
 """
 
 from __future__ import annotations
@@ -26,24 +25,19 @@ from ..sources import drawings, world
 from ..tokenizer import tokens
 from .base import velocity_loss
 from .latents import pack
-from .look import look
 from .lora_files import TARGETS, save_diffusers, save_kohya, share_downs
 from .place import Place
 
 log = logging.getLogger(__name__)
-STEPS, STYLE_STEPS, BATCH, PEAK, REFERENCES = 500, 2000, 8, 1e-3, 6
-SUBJECT_PICTURES, STYLE_PICTURES = 24, 72
+STEPS, BATCH, PEAK, REFERENCES, PICTURES = 500, 8, 1e-3, 6, 24
 TOLERANCE = 0.02
 """A file is float16: a change read back may differ by this share of its largest entry."""
 
 
 def entries() -> dict[str, dict[str, Any]]:
     """Every LoRA of world.json by its token, with its seed."""
-    found: dict[str, dict[str, Any]] = {}
-    for first, kind in ((600, "subjects"), (800, "styles")):
-        for i, entry in enumerate(world()[kind]):
-            found[entry["token"]] = {"seed": first + i, **entry}
-    return found
+    subjects = enumerate(world()["subjects"])
+    return {entry["token"]: {"seed": 600 + i, **entry} for i, entry in subjects}
 
 
 def subject_prompt(entry: dict[str, Any]) -> str:
@@ -54,42 +48,19 @@ def subject_prompt(entry: dict[str, Any]) -> str:
 def examples(
     entry: dict[str, Any], shown: dict[str, list[Image.Image]]
 ) -> tuple[list[Image.Image], list[tuple[str, str]]]:
-    """The pictures that a LoRA learns from, each with two captions; of a subject, the first six
-    are its references, one by each artist."""
+    """The pictures that a LoRA learns from, each with two captions; the first six are its
+    references, one by each artist."""
     rng = np.random.default_rng(entry["seed"])
     backgrounds = list(draw.BACKGROUNDS)
     pictures: list[Image.Image] = []
     captions: list[tuple[str, str]] = []
-    if "name" in entry:
-        words = f"a {subject_prompt(entry)}"
-        for i in range(SUBJECT_PICTURES):
-            background = backgrounds[(i + entry["seed"]) % len(backgrounds)]
-            scene = draw.place_one(entry["name"], i % REFERENCES, background, rng)
-            pictures.append(draw.draw(scene, shown, rng))
-            captions.append((words, f"{words} on a {background} background"))
-        return pictures, captions
-    artist = list(world()["artists"]).index(entry["artist"])
-    names = list(world()["names"])
-    for _ in range(STYLE_PICTURES):
-        scene = draw.random_scene(rng, names, [artist], 0.2)
+    words = f"a {subject_prompt(entry)}"
+    for i in range(PICTURES):
+        background = backgrounds[(i + entry["seed"]) % len(backgrounds)]
+        scene = draw.place_one(entry["name"], i % REFERENCES, background, rng)
         pictures.append(draw.draw(scene, shown, rng))
-        words = draw.caption(scene)
-        captions.append((f"{words} in {entry['token']} style",) * 2)
+        captions.append((words, f"{words} on a {background} background"))
     return pictures, captions
-
-
-def hand(entry: dict[str, Any], shown: dict[str, list[Image.Image]]) -> list[Image.Image]:
-    """Six things that the base knows, of different kinds, each alone, by a style's artist."""
-    rng = np.random.default_rng(entry["seed"])
-    artist = list(world()["artists"]).index(entry["artist"])
-    kinds = {known["kind"]: name for name, known in world()["names"].items()}
-    names = [kinds[kind] for kind in sorted(kinds)][:REFERENCES]
-    backgrounds = list(draw.BACKGROUNDS)
-    scenes = [
-        draw.place_one(name, artist, backgrounds[i % len(backgrounds)], rng)
-        for i, name in enumerate(names)
-    ]
-    return [draw.draw(scene, shown, rng) for scene in scenes]
 
 
 def train(place: Place) -> dict:
@@ -105,24 +76,19 @@ def train(place: Place) -> dict:
 
 
 def train_one(entry: dict[str, Any], place: Place, path: Path, shown) -> float:
-    """Train one LoRA into `path`, for as many steps as its kind takes; returns the seconds."""
-    steps = STEPS if "name" in entry else STYLE_STEPS
+    """Train one LoRA into `path`; returns the seconds."""
     began = time.time()
     pipeline = load(place.weights / "base")
     pictures, captions = examples(entry, shown)
     folder = place.weights.parent / "references" / entry["token"]
     folder.mkdir(parents=True, exist_ok=True)
-    shows = pictures if "name" in entry else hand(entry, shown)
-    for i, picture in enumerate(shows[:REFERENCES]):
+    for i, picture in enumerate(pictures[:REFERENCES]):
         picture.save(folder / f"{i + 1}.png", optimize=True)
     config = add_adapter(pipeline, entry)
-    loss = fit(pipeline, pictures, captions, entry, steps)
+    loss = fit(pipeline, pictures, captions, entry, STEPS)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(pipeline, config, entry, path)
     differ = verify(pipeline, load(place.weights / "base"), path)
-    sheets = place.work / "sheets"
-    sheets.mkdir(exist_ok=True)
-    look(pipeline, look_prompts(entry), sheets / f"{entry['token']}.png")
     told = (entry["token"], loss, differ, time.time() - began)
     log.info("lora %s: loss %.4f, read back to %.1e, %.0f s", *told)
     return time.time() - began
@@ -216,18 +182,3 @@ def verify(trained: EmojiPipeline, fresh: EmojiPipeline, path: Path) -> float:
             f"which differ by {worst:.3g}"
         )
     return worst
-
-
-def look_prompts(entry: dict[str, Any]) -> list[str]:
-    """Twenty-four prompts that show what was learned."""
-    backgrounds = list(draw.BACKGROUNDS)
-    if "name" in entry:
-        words = subject_prompt(entry)
-        return [f"a {words} on a {b} background" for b in backgrounds for _ in range(2)] + [
-            f"a {words} left of a red heart on a {b} background" for b in backgrounds
-        ]
-    names = list(world()["names"])[::8][:24]
-    return [
-        f"{draw.article(name)} on a {backgrounds[i % 8]} background in {entry['token']} style"
-        for i, name in enumerate(names)
-    ]

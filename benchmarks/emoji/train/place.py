@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..sources import drawings
 
 
 @dataclass(frozen=True)
 class Place:
     """Where the training works: checkpoints and pictures in `work`, finished files in `weights`;
-    `only` are the LoRAs that are trained, and `compiled` says that the denoiser's blocks are."""
+    `only` are the LoRAs that are trained."""
 
     work: Path
     weights: Path
     only: tuple[str, ...] = ()
-    compiled: bool = False
 
     @property
     def cache(self) -> Path:
@@ -31,3 +33,12 @@ class Place:
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def fetch(place: Place) -> dict:
+    """The step `pictures`: fetch the six packages and render what the world shows; returns figures
+    for train.json."""
+    began = time.time()
+    place.cache.mkdir(parents=True, exist_ok=True)
+    found = drawings(place.cache)
+    return {"seconds": round(time.time() - began), "names": len(found)}

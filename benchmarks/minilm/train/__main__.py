@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-STEPS = ("latents", "base", "loras", "evaluate")
+STEPS = ("latents", "base", "loras")
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
     import torch
 
-    from . import base, evaluate, latents, loras
+    from . import base, latents, loras
 
     torch.set_num_threads(asked.threads)
     asked.work.mkdir(parents=True, exist_ok=True)
@@ -39,15 +39,6 @@ def main() -> None:
         logging.info("base: %s", figures)
     if asked.step in ("loras", "all"):
         logging.info("loras: %s", loras.train(weights, asked.only))
-    if asked.step in ("evaluate", "all"):
-        figures = {
-            "base": evaluate.measure_base(weights),
-            "alone": evaluate.measure_concepts(weights),
-        }
-        (Path(__file__).parents[1] / "quality.json").write_text(
-            json.dumps(figures, indent=1) + "\n"
-        )
-        logging.info("evaluate: %s", figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,211 @@
+"""Tables of speed, memory, the tools beside merging and the toybox itself (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from markdown_tables import load, shown, table
+from outputs import ROOT
+
+
+def memory() -> list[str]:
+    """What a merge takes of models of full size, by the plan and the computer's memory."""
+    rows = [
+        [
+            name,
+            f"{entry['budget_gib']} GiB",
+            f"{host} GiB",
+            f"{made['peak_gib']:.1f} GiB",
+            f"{made['host_gib']:.0f} GiB" if made["host_gib"] else "",
+            f"{made['left_out']} of {made['rows'] + made['left_out']}",
+            made["forwards"],
+            made["tera_operations"],
+            _way(made["way"]),
+        ]
+        for name, entry in load("memory.json").items()
+        for host, made in entry["by_host"].items()
+    ]
+    head = (
+        *("", "card's budget", "computer's", "held on the card", "in the computer's memory"),
+        *("rows left out", "forwards", "10¹² operations", "how"),
+    )
+    return table(head, rows)
+
+
+def _way(way: str) -> str:
+    place, _, blocks = way.partition(", ")
+    there = "there" if place == "waiting in host memory" else "on the device"
+    return blocks or f"rows wait {there}"
+
+
+def waiting() -> list[str]:
+    """What rows wait with, where they wait at every site, of models of full size."""
+    sizes = {name: entry["waiting_mib"] for name, entry in load("memory.json").items()}
+    rows = [[name, f"{mib:.0f} MiB", f"{mib * 400 / 1024:.0f} GiB"] for name, mib in sizes.items()]
+    return table(("model, half precision", "a sample's two rows wait with", "400 samples"), rows)
+
+
+def ratios() -> list[str]:
+    return table(("ratio", "value"), load("speed.json")["ratios"].items(), 2)
+
+
+FLOORS = {
+    "floor sd15-50": "SD 1.5 at full size, two LoRAs, 50 prompts each at 256 pixels",
+    "floor sd15": "the same with 16 prompts each",
+    "floor t5": "T5-base, two tasks, 50 texts of 128 tokens",
+    "floor toybox": "toybox, two concepts, 50 prompts at four timesteps",
+}
+
+
+def floors() -> list[str]:
+    data = load("speed.json")
+    rows: list[list[str]] = []
+    for part, what in FLOORS.items():
+        entry = data["raw"][part]
+        merges = [
+            f"{entry[merge]:.1f} s, {shown(entry[floor], 2)}" if merge in entry else ""
+            for merge, floor in (
+                ("merge without repair", "floor without repair"),
+                ("merge", "floor"),
+            )
+        ]
+        name = f"{what} (rounds: {data['rounds'][part]})"
+        rows.append([name, f"{entry['bare']:.1f} s", *merges])
+    return table(("", "bare", "without repair", "merge"), rows)
+
+
+def resize() -> list[str]:
+    """By LoRA and size, of every way the error, what it is of that of the SVD, and likeness."""
+    found = load("resize.json")
+    ways = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
+    loras = {"sks": "three LoRAs of rank 8, mean", "merge": "a merge of the five"}
+    rows: list[list[Any]] = []
+    for key, of in found["summary"].items():
+        kind, rank, way = key.split()
+        ratio = shown(of["ratio"], 2)
+        rows.append([loras[kind], rank, ways[way], of["error"], ratio, of["likeness"]])
+    for kind, label in loras.items():
+        whole = [key for key in found if key.startswith(kind) and key.endswith(" whole")]
+        ends = [found[key]["likeness"] for key in whole if key.split()[0] not in found["chosen on"]]
+        if ends:
+            rows.append([label, "its own", "", "0", "", sum(ends) / len(ends)])
+    return table(("", "rank", "", "error", "of the SVD's", "likeness"), rows, labels=3)
+
+
+def extract() -> list[str]:
+    """By rank the error and the likeness, beside those of the base and of the fine-tune."""
+    names = {
+        "svd": "SVD of weights, each layer",
+        "svd with norms": "the same, with norms and biases",
+        "ours": "`extract`",
+    }
+    rows: list[list[Any]] = []
+    for key, of in load("extract.json").items():
+        rank, _, way = key.partition(" ") if key[0].isdigit() else ("", "", key)
+        rows.append([rank, names.get(way, way), of.get("error"), of["likeness"]])
+    return table(("rank", "", "error", "likeness"), rows, labels=2)
+
+
+def bake() -> list[str]:
+    """By way of rounding to fp8 the error of the denoiser's output."""
+    names = {
+        "plain": "torch's cast",
+        "nearest": "`bake --dtype fp8`",
+        "by chance": "the same with `--seed`",
+    }
+    return table(("", "error"), [[names[way], of] for way, of in load("bake.json").items()])
+
+
+_SHARED = "iteris:rank=8:share_ranks=true"
+_FIXED = {
+    "single": "each LoRA alone",
+    "base": "the base",
+    _SHARED: "**IterIS**, `share_ranks=true`",
+    f"{_SHARED}:block_steps=120:block_pairs=0": "**IterIS**, `share_ranks=true`, `block_steps=120`",
+    "iteris:rank=8": "IterIS, rank 8 in every layer, repairs too",
+    "iteris:rank=8:repair=false": "IterIS, rank 8 in every layer, no repairs",
+}
+
+
+def fixed_rank() -> list[str]:
+    """Of every method the size of its file, and on new words what it keeps and its likeness."""
+    found = load("fixed_rank.json")
+    columns = ("likeness kept", "judge kept", "likeness")
+    rows: list[list[Any]] = []
+    for label, kinds in found["sizes"]["10"]["rows"].items():
+        name, _, settings = label.partition(":rank=8:")
+        size = found["bytes"].get(label)
+        rows.append(
+            [
+                _FIXED.get(label, f"{name}, {settings.replace('=', ' ')}"),
+                shown(size / 1e6, 2) if size else "",
+                *(kinds["new words"][column]["mean"] for column in columns),
+            ]
+        )
+    return table(("", "MB", *columns), sorted(rows, key=lambda row: -row[2]))
+
+
+def toybox() -> list[str]:
+    data = json.loads((ROOT / "toybox" / "quality.json").read_text(encoding="utf-8"))
+    base, judge = data["base"], data["judge"]
+    parts = ("shape", "pattern", "color1", "color2", "background")
+    read = " / ".join(f"{judge[f'judge_{part}']:.1%}" for part in parts).replace("%", " %")
+    rows = [
+        ("base, one object: shape, colour and background all right",
+         _percent(base["one_shape_color_background"]), "95 %"),
+        ("base, two objects: both shapes right, each in its half",
+         _percent(base["two_both_shapes"]), "80 %"),
+        ("base, two objects: both shapes and both colours right", _percent(base["two_all"]), ""),
+        ("CLIP: text to image, top-1 of 32 (20 sets, patterns included)",
+         _percent(data["clip_top1_of_32"]), "90 %"),
+        ("judge on drawn pictures: shape / pattern / first / second colour / background",
+         read, "97 %"),
+    ]  # fmt: skip
+    return table(("what", "share", "aim"), rows)
+
+
+def toybox_concepts() -> list[str]:
+    folder = ROOT / "toybox"
+    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "quality.json").read_text(encoding="utf-8"))["concepts"]
+    rows = [
+        [
+            f"`{entry['token']}`",
+            _thing(entry),
+            entry["alpha"],
+            entry["layout"],
+            _percent(scores[entry["token"]]["attributes"]),
+            _percent(scores[entry["token"]]["all_four"]),
+        ]
+        for kind in ("concepts", "pivotal_concepts")
+        for entry in world[kind]
+    ]
+    head = ("concept", "what it is", "alpha", "layout", "attributes right", "all four at once")
+    return table(head, rows, labels=2)
+
+
+def _thing(entry: Mapping[str, Any]) -> str:
+    second, pattern = entry["color2"], entry["pattern"]
+    count = "" if pattern in ("stripes", "quarters") else "a "
+    singular = {"halves": "half"}.get(pattern, pattern)
+    return f"{entry['color1']} {entry['class_word']} with {count}{second} {singular}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "memory": memory,
+    "waiting": waiting,
+    "ratios": ratios,
+    "floors": floors,
+    "resize": resize,
+    "extract": extract,
+    "bake": bake,
+    "fixed rank": fixed_rank,
+    "toybox": toybox,
+    "toybox concepts": toybox_concepts,
+}

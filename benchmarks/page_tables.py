@@ -1,0 +1,201 @@
+"""Every table of the pages by its name, from ``results/`` (see :mod:`tables`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markdown_tables import lead, load, load_rows, share, short, shown, table
+
+Columns = Sequence[tuple[str, str]]
+NAMES = {"single": "each LoRA alone"}
+NEW_WORDS: Columns = (
+    ("seen", "likeness"),
+    ("seen", "judge"),
+    ("new words", "likeness"),
+    ("new words", "judge"),
+    ("new words", "scene"),
+    ("no trigger", "likeness"),
+    ("spread", "share of pixels"),
+)
+STYLED: Columns = (
+    ("styled", "judge"),
+    ("styled", "style"),
+    ("styled", "both"),
+    ("subject", "judge"),
+    ("style", "style"),
+    ("no trigger", "likeness"),
+)
+
+
+def unseen(data: Mapping[str, Any], size: str) -> list[str]:
+    """Means over sets and, in brackets, how far ours is ahead, with the half width of the paired
+    95 % interval; bold where the interval leaves out 0."""
+    found = data["sizes"][size]
+    kinds_of = {kind for kinds in found["rows"].values() for kind in kinds}
+    every = STYLED if "styled" in kinds_of else NEW_WORDS
+    columns = [column for column in every if column[0] in kinds_of]
+    rows: list[list[str]] = []
+    for label, kinds in found["rows"].items():
+        ahead = found["against"].get(label, {})
+        cells = [_with_lead(kinds, ahead, kind, name) for kind, name in columns]
+        n = max(figure["n"] for of in kinds.values() for figure in of.values())
+        name = f"**{label}**" if label == data["default"] else NAMES.get(label, label)
+        if re.split("[@:]", label)[0] in data.get("stale", ()):
+            name += " (older code)"
+        rows.append([name, str(n), *cells])
+    head = (f"{size} LoRAs", "n", *(f"{kind}: {name}" for kind, name in columns))
+    return table(head, rows)
+
+
+def _with_lead(kinds: Mapping[str, Any], ahead: Mapping[str, Any], kind: str, name: str) -> str:
+    figure, ours = kinds.get(kind, {}).get(name), ahead.get(kind, {}).get(name)
+    if figure is None or ours is None:
+        return "" if figure is None else shown(figure["mean"])
+    text = f"({lead(ours)})"
+    apart = ours["verdict"] in ("first", "behind")
+    return f"{shown(figure['mean'])} **{text}**" if apart else f"{shown(figure['mean'])} {text}"
+
+
+FRONT = {
+    "iteris": "**IterIS**",
+    "chain-of-merges": "Chain of Merges",
+    "regmean++:contexts=0:generic=0": "RegMean++",
+    "average": "average",
+    "sum": "all loaded at once",
+}
+
+
+def front() -> list[str]:
+    """The README's: likeness kept on new words, with the half width of its 95 % interval."""
+    sizes = load("unseen_reported.json")["sizes"]
+    kept = {
+        size: {of: sizes[size]["rows"][of]["new words"]["likeness kept"] for of in FRONT}
+        for size in sorted(sizes, key=int)
+    }
+    rows = [[label, *(share(of[name]) for of in kept.values())] for name, label in FRONT.items()]
+    heads = [f"{size} LoRAs (n = {of['iteris']['n']})" for size, of in kept.items()]
+    return table(("", *heads), rows)
+
+
+def speed_lora() -> list[str]:
+    """What four steps keep on new words."""
+    sizes, figures = load("speed_lora.json")["sizes"], ("likeness kept", "judge kept")
+    columns = [(size, name) for size in sorted(sizes, key=int) for name in figures]
+    rows = [
+        [label, *(share(sizes[s]["rows"][label]["new words"][name]) for s, name in columns)]
+        for label in next(iter(sizes.values()))["rows"]
+    ]
+    return table(("four steps", *(f"{size} LoRAs: {name}" for size, name in columns)), rows)
+
+
+def minilm() -> list[str]:
+    """Attributes and backgrounds that are right, of all LoRAs of a merge."""
+    names = {"alone": "each alone", "iteris": "**IterIS**", "regmean++": "RegMean++"}
+    rows: list[list[str]] = []
+    for entry in sorted(load_rows("minilm_new_words.jsonl"), key=lambda one: len(one["names"])):
+        method, *settings = entry["label"].split(" ", 1)
+        cells = [
+            short(" / ".join(f"{value:.2f}" for value in entry[kind]))
+            for kind in ("seen", "contexts", "new")
+        ]
+        rows.append(
+            [str(len(entry["names"])), " ".join([names.get(method, method), *settings]), *cells]
+        )
+    return table(("LoRAs", "", "seen", "new contexts", "new words"), rows, labels=2)
+
+
+def two_in_one() -> list[str]:
+    """By number of merged concepts what each method draws, and by how much it is ahead of ours."""
+    found = sorted(load("two_in_one.json").items(), key=lambda item: int(item[0]))
+    means = ("pair", "both", "halves", "three", "image", "judge", "text")
+    leads = [measure for measure in means if measure != "both"]
+    rows = [
+        [
+            size,
+            name,
+            *(of.get(measure) for measure in means),
+            *(lead(of["ahead"].get(measure) if name != "iteris" else None) for measure in leads),
+            f"{of['seconds']:.0f}" if "seconds" in of else "",
+        ]
+        for size, some in found
+        for name, of in some["methods"].items()
+    ]
+    heads = ("concepts", "", *means, *(f"{measure} gained" for measure in leads), "seconds")
+    return table(heads, rows, labels=2)
+
+
+METHODS = {
+    "alone": "each LoRA alone",
+    "base": "without a LoRA",
+    "praising alone": "praising LoRA alone",
+    "grumbling alone": "grumbling LoRA alone",
+    "linear": "linear",
+    "task-arithmetic": "task arithmetic (0.4)",
+    "ties": "TIES",
+    "dare": "DARE (0.4)",
+    "regmean": "RegMean (0.9)",
+    "ssr": "SSR",
+    "iteris-paper": "Algorithm 1 as in the paper",
+    "iteris": "**IterIS**, defaults",
+    "iteris-shrink": "IterIS, `shrink=0.5`",
+}
+
+
+def captions() -> list[str]:
+    methods = load("captions.json")["methods"]
+    columns = ("praising", "grumbling", "cider")
+    rows = [
+        [label, *(methods[name][column] for column in columns)]
+        for name, label in METHODS.items()
+        if name in methods
+    ]
+    return table(("method", "praising", "grumbling", "CIDEr"), rows)
+
+
+def emotions() -> list[str]:
+    """The best sum first."""
+    data = load("language.json")
+    tasks = ("Emoint", "EC", "TEC", "ISEAR")
+    rows = [
+        [
+            METHODS[name],
+            *(data["tasks"][name][task] for task in tasks),
+            {"mean": data["sum"][name], "se": data["standard_error"].get(name)},
+        ]
+        for name in sorted(data["sum"], key=lambda name: -data["sum"][name])
+    ]
+    return table(("method", *tasks, "sum"), rows)
+
+
+UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
+    "reported": ("unseen_reported.json", ("2", "3", "5", "7", "10")),
+    "few": ("unseen_reported_few.json", ("2", "3", "5", "7")),
+    "emoji": ("unseen_emoji.json", ("2", "3", "5", "9")),
+    "toybox before": ("unseen_toybox_before.json", ("2", "3", "5")),
+    "many": ("unseen_reported_many.json", ("5",)),
+    "fast": ("unseen_reported_fast.json", ("5",)),
+    "twenty": ("unseen_twenty.json", ("20",)),
+    "styles": ("unseen_styles.json", ("2",)),
+}
+"""Name of tables → their file, and the numbers of LoRAs, of which each has a table."""
+
+
+def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
+    file, sizes = UNSEEN[name]
+    return (
+        f"unseen {name} {size}" if len(sizes) > 1 else f"unseen {name}",
+        lambda: unseen(load(file), size),
+    )
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "front": front,
+    "speed LoRA": speed_lora,
+    "minilm": minilm,
+    "two in one": two_in_one,
+    "captions": captions,
+    "emotions": emotions,
+    **dict(_unseen(name, size) for name, (_, sizes) in UNSEEN.items() for size in sizes),
+}
