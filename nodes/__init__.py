@@ -25,23 +25,10 @@ from .score_nodes import (
 from .toybox_node import IterisToybox
 
 NODES: list[type[io.ComfyNode]] = [
-    IterisLoras,
-    IterisConcept,
-    ConceptsFromStack,
-    PreservePrompts,
-    IterisMerge,
-    IterisMergeSettings,
-    IterisMergeExperts,
-    CompareMerges,
-    SaveMergedLora,
-    ResizeLora,
-    ExtractLora,
-    InspectLoras,
-    ClipScorerLoader,
-    VisionScorer,
-    ClipImageAlignment,
-    ClipTextAlignment,
-    ScoreSheet,
+    *(IterisLoras, IterisConcept, ConceptsFromStack, PreservePrompts),
+    *(IterisMerge, IterisMergeSettings, IterisMergeExperts, CompareMerges),
+    *(SaveMergedLora, ResizeLora, ExtractLora, InspectLoras),
+    *(ClipScorerLoader, VisionScorer, ClipImageAlignment, ClipTextAlignment, ScoreSheet),
     IterisToybox,
 ]
 

@@ -49,7 +49,7 @@ _SAMPLING_ROWS = 16
 _MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
 
 
-class ComfyHost:
+class ComfyHost(AbstractContextManager["ComfyHost"]):
     """Use as a context manager: leaving it gives MODEL and CLIP back as ComfyUI expects them.
 
     ``rows`` is how many rows a forward may have while samples are made, or half as many as often as
@@ -97,9 +97,6 @@ class ComfyHost:
         self._running: TextEncoders | Denoiser = self._denoisers[0]
         self._wanted: dict[TextEncoders | Denoiser, int] = {}
         self._denoised: Denoised = {}
-
-    def __enter__(self) -> ComfyHost:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:

@@ -97,8 +97,9 @@ def set_optional(path: str, value: Any) -> None:
 
 
 def sentence(names: Sequence[str]) -> str:
+    version = _find("comfyui_version", "__version__") or "of an unknown version"
     return (
-        f"This ComfyUI ({_version()}) has no {', '.join(names)}, which IterIS uses. Versions "
+        f"This ComfyUI ({version}) has no {', '.join(names)}, which IterIS uses. Versions "
         f"{KNOWN} are known to work: update IterIS, or use one of them."
     )
 
@@ -116,7 +117,7 @@ class _Module:
         found = _find(self._path, name)
         if name not in NAMES.get(self._path, ()):
             raise AttributeError(f"{path} is not among the names that are looked up")
-        return _stand_in(path) if found is None else found
+        return _Gone(name, (), {"path": path}) if found is None else found
 
 
 class _Gone(type):
@@ -131,10 +132,6 @@ class _Gone(type):
         raise IterisError(sentence([cls.path]))
 
 
-def _stand_in(path: str) -> type:
-    return _Gone(path.rpartition(".")[2], (), {"path": path})
-
-
 def _find(path: str, name: str) -> Any:
     """The object called ``name`` in a module, class or object, or None."""
     return getattr(_object(path), name, None)
@@ -146,10 +143,6 @@ def _object(path: str) -> Any:
     except ImportError:
         owner, _, name = path.rpartition(".")
         return _find(owner, name) if owner else None
-
-
-def _version() -> str:
-    return _find("comfyui_version", "__version__") or "of an unknown version"
 
 
 comfy = _Module("comfy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +78,14 @@ def _clip(folder: Path) -> Any:
         "pad": config["pad_token_id"],
     }
 
-    class TextModel(comfy.sd1_clip.SDClipModel):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(textmodel_json_config=dict(config), special_tokens=special, **options)
-
-    class Clip(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(clip_name="l", clip_model=TextModel, **options)
-
-    class Tokenizer(comfy.sd1_clip.SDTokenizer):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(
-                str(folder / "tokenizer"), embedding_size=config["hidden_size"], **options
-            )
-
-    class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(clip_name="l", tokenizer=Tokenizer, **options)
-
-    target = comfy.supported_models_base.ClipTarget(ClipTokenizer, Clip)
+    parts = comfy.sd1_clip
+    words, width = str(folder / "tokenizer"), config["hidden_size"]
+    model = partial(parts.SDClipModel, textmodel_json_config=dict(config), special_tokens=special)
+    tokenizer = partial(parts.SDTokenizer, words, embedding_size=width)
+    target = comfy.supported_models_base.ClipTarget(
+        partial(parts.SD1Tokenizer, clip_name="l", tokenizer=tokenizer),
+        partial(parts.SD1ClipModel, clip_name="l", clip_model=model),
+    )
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -108,7 +98,7 @@ def _clip(folder: Path) -> Any:
     key = "text_model.embeddings.token_embedding.weight"
     rows = text_model.get_input_embeddings().weight.shape[0] - named[key].shape[0]
     named[key] = torch.nn.functional.pad(named[key], (0, 0, 0, rows))
-    named["text_projection.weight"] = torch.eye(config["hidden_size"])
+    named["text_projection.weight"] = torch.eye(width)
     text_model.load_state_dict(named, strict=False)
     return clip
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..iteris_core.concept_config import ConceptConfig
-from ..iteris_core.concepts import Concept
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import ReadOptions
 from ..iteris_core.preview import preview_merge
-from ..iteris_core.report.inspection import Interference, describe, interference, numbered, to_table
+from ..iteris_core.report.inspection import describe, interference, numbered, to_table
 from ..iteris_core.report.plots import plot_loras
 from .comfy_host import ComfyHost
 from .comfy_runtime import NodeProgress, files_behind, show_text
@@ -59,7 +56,17 @@ class InspectLoras(io.ComfyNode):
             lines = [to_table(facts, pairs)]
             for lora in loras:
                 lines += [f"{lora.name}: {note}" for note in lora.notes]
-            lines += _alike(pairs) + _words(specs, loaded)
+            lines += [
+                f"{pair.first} and {pair.second} are ALIKE ({pair.conflict:.0%}): two versions of "
+                "one LoRA? Merge one of them."
+                for pair in pairs
+                if pair.conflict > _ALIKE
+            ]
+            lines += [
+                f"{concept.name}: no trigger words and no prompts; a merge needs either."
+                for spec, concept in zip(specs, loaded, strict=True)
+                if spec.file is not None and spec.prompts is None and not spec.phrases
+            ]
             try:
                 lines += preview_merge(
                     host,
@@ -73,20 +80,3 @@ class InspectLoras(io.ComfyNode):
         table = "\n".join(lines)
         show_text(table, node_id)
         return io.NodeOutput(figure_image(plot_loras(facts, pairs)), table)
-
-
-def _alike(pairs: Sequence[Interference]) -> list[str]:
-    return [
-        f"{pair.first} and {pair.second} are ALIKE ({pair.conflict:.0%}): two versions of one "
-        "LoRA? Merge one of them."
-        for pair in pairs
-        if pair.conflict > _ALIKE
-    ]
-
-
-def _words(specs: Sequence[ConceptConfig], concepts: Sequence[Concept]) -> list[str]:
-    return [
-        f"{concept.name}: no trigger words and no prompts; a merge needs either."
-        for spec, concept in zip(specs, concepts, strict=True)
-        if spec.file is not None and spec.prompts is None and not spec.phrases
-    ]

@@ -37,17 +37,13 @@ from .schema import (
 _SHOWN = ("plot", "trigger_words")
 
 
-def _inputs() -> list[Any]:
-    return method_inputs(strength_input("strength", optional=True))
-
-
 class IterisMerge(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             "IterisMerge",
             ["merge loras", "lora merger", "combine loras", "multi concept", "merge styles"],
-            inputs=[*model_inputs(), *_inputs()],
+            inputs=[*model_inputs(), *method_inputs(strength_input("strength", optional=True))],
             outputs=(*MERGED, *_SHOWN),
             hidden=GRAPH,
         )
@@ -72,7 +68,7 @@ class IterisMergeExperts(io.ComfyNode):
                 clip,
                 concepts,
                 io.Float.Input("boundary", default=BOUNDARY, min=0.0, max=1.0, step=0.005),
-                *_inputs(),
+                *method_inputs(strength_input("strength", optional=True)),
             ],
             outputs=("MODEL", "MODEL low", "CLIP", "lora", "lora low", "report", *_SHOWN),
             hidden=GRAPH,

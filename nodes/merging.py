@@ -207,5 +207,4 @@ def _forget(_: Any) -> None:
 
 
 def _bytes(lora: Lora) -> int:
-    factors = [factor for change in lora.sites.values() for factor in (change.up, change.down)]
-    return sum(factor.numel() * factor.element_size() for factor in factors)
+    return sum(change.up.nbytes + change.down.nbytes for change in lora.sites.values())

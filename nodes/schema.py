@@ -157,12 +157,6 @@ def model_inputs() -> list[Any]:
     return [io.Model.Input("model"), io.Clip.Input("clip", optional=True), concepts_input()]
 
 
-def method_input() -> Any:
-    return io.Combo.Input(
-        "method", options=[method.name for method in all_methods()], default="iteris", optional=True
-    )
-
-
 def sampling_inputs() -> list[Any]:
     return [_samples_input(), setting_input(Calibration, "seed")]
 
@@ -196,7 +190,9 @@ def preset_input() -> Any:
 
 def method_inputs(*further: Any) -> list[Any]:
     """The method with its preset and rows, ``further`` inputs and those beside the prompts."""
-    return [method_input(), preset_input(), *sampling_inputs(), *further, *beside_inputs()]
+    methods = [method.name for method in all_methods()]
+    method = io.Combo.Input("method", options=methods, default="iteris", optional=True)
+    return [method, preset_input(), *sampling_inputs(), *further, *beside_inputs()]
 
 
 def beside_inputs() -> list[Any]:
