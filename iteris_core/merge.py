@@ -202,9 +202,11 @@ def prepared(
     concepts = [*job.concepts, *taken]
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     check_sites(job.host, job.changes)
-    found, stages = preflight.unmergeable_sites(job, sweep=method.sweeps(settings))
+    sweeps = method.sweeps(settings)
+    found, stages = preflight.unmergeable_sites(job, sweep=sweeps > 0)
     kept = {site: some for site, some in job.changes.items() if site not in found}
     others = {site: job.changes[site] for site in found}
+    job.eta.rounds = max(sweeps, 1)
     job = within_time(replace(job, changes=kept), stages)
     for seen in stages:
         job.eta.saw(seen, concepts, job.calibration)

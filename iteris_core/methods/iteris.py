@@ -32,7 +32,11 @@ from .shared_ranks import shared_ranks
 _NO_RANKS: Mapping[str, int] = {}
 
 
-@on_model("iteris", IterisSettings, sweeps=lambda settings: settings.schedule == "sweep", sums=True)
+def _sweeps(settings: IterisSettings) -> int:
+    return 0 if settings.schedule == "jacobi" else 2 if settings.share_ranks else 1
+
+
+@on_model("iteris", IterisSettings, sweeps=_sweeps, sums=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
     """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
     repairs: Repairs = {}

@@ -49,14 +49,14 @@ class Merged:
     repairs: Set[str] = frozenset()
 
 
-Sweeps = Callable[[Any], bool]
+Sweeps = Callable[[Any], int]
 
 
 @dataclass(frozen=True)
 class Method:
     """``merge(job, settings)`` runs the job's host only with ``needs_host``. ``sweeps(settings)``
-    says whether forwards wait at every site until it is solved: then each has to reach all sites,
-    and once. ``sums`` says whether rows may have the sum of several LoRAs as their target
+    is how often forwards wait at every site until it is solved: if at all, each has to reach all
+    sites, and once. ``sums`` says whether rows may have the sum of several LoRAs as their target
     (:class:`..composites.Composite`)."""
 
     name: str
@@ -145,10 +145,10 @@ def on_activations(
 
 
 def on_model(
-    name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: False, sums: bool = False
+    name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: 0, sums: bool = False
 ) -> Callable[[Function], Function]:
     """Register ``function(job, settings) -> Merged``. One that calls
-    :func:`..passes.sweep.solve_sites` declares by ``sweeps`` with which settings it sweeps."""
+    :func:`..passes.sweep.solve_sites` declares by ``sweeps`` how often it sweeps."""
 
     def register(function: Function) -> Function:
         return _registered(name, function, settings, True, function, sweeps, sums)
@@ -200,7 +200,7 @@ def _registered(
     settings: type[Settings],
     needs_host: bool,
     function: Function,
-    sweeps: Sweeps = lambda _: False,
+    sweeps: Sweeps = lambda _: 0,
     sums: bool = False,
 ) -> Function:
     if name in _METHODS:

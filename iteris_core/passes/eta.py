@@ -25,6 +25,7 @@ from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 
 FORWARDS, SITES = "forwards", "sites"
 _STAGES = "stages"
+_AGAIN = "again"
 _FACTORS = 4.0  # what factors and eigenvectors take of the time of as many products
 
 
@@ -65,12 +66,17 @@ class Passes:
 
 
 class Eta:
-    """The work that one merge has before it."""
+    """The work that one merge has before it: ``rounds`` of passes, each over all stages, of which
+    :meth:`expect` begins one."""
 
     def __init__(
-        self, on_progress: OnProgress | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        on_progress: OnProgress | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        rounds: int = 1,
     ) -> None:
-        self.forecast = Forecast(on_progress, clock)
+        self.forecast, self.rounds = Forecast(on_progress, clock), rounds
         self._seen: dict[str, Seen] = {}
         self._later: dict[str, tuple[float, float]] = {}
         self._passes: Passes | None = None
@@ -95,7 +101,7 @@ class Eta:
 
     def expect(self, passes: Passes, denoised: int) -> None:
         """Before samples are made, by so many forwards of a row."""
-        self._passes = passes
+        self._passes, self.rounds = passes, max(self.rounds - 1, 0)
         if not self._seen:
             self.forecast.expect(_STAGES, {"": 1.0}, known=False)
         pictures = [seen.a_row for seen in self._seen.values() if seen.stage.spatial]
@@ -171,6 +177,9 @@ class Eta:
             self.forecast.drop((kind, stage.name))
             known = bool(seen.a_row) or kind == SITES
             self.forecast.expect((kind, stage.name), parts, kind, known=known)
+            rounds = self.rounds if seen.a_row else 0
+            again = rounds * sum(parts.values())
+            self.forecast.expect((_AGAIN, kind, stage.name), {"": again}, kind)
 
     def _expect_later(self) -> None:
         """By a row of the last stage."""

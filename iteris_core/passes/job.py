@@ -14,7 +14,7 @@ from torch import nn
 from ..activations.lockstep import Lockstep
 from ..activations.processes import ALONE, Processes
 from ..concepts import Calibration, Concept
-from ..hosts.protocol import DENOISING, Host, Stage
+from ..hosts.protocol import Host, Stage
 from ..lora import SiteChanges
 from ..solve.choose import POLICY, Policy
 from .eta import Eta
@@ -97,11 +97,9 @@ class Run:
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
         job, sites = self.job, set(self.lockstep.changes)
-        samples = job.host.samples(
+        return job.host.samples(
             job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
         )
-        job.eta.forecast.drop(DENOISING)  # which an application may have remembered
-        return samples
 
     def stages(self) -> Iterator[Stage]:
         """In execution order; all rows of one must have run before the next is asked for."""

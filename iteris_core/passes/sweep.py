@@ -24,7 +24,7 @@ from ..activations.micro_batch import MicroBatch
 from ..activations.oom_retry import with_less
 from ..activations.replay import Barriers
 from ..errors import SiteError
-from ..hosts.protocol import Stage
+from ..hosts.protocol import DENOISING, Stage
 from ..lora import LowRank, concatenate
 from ..solve.problem import Reduction, Solution, StageSolver
 from .batches import SWEEP, ExecutionConfig, Schedule, micro_batches, sampled_rows
@@ -91,6 +91,7 @@ class _Passes:
             expected = Passes(changes, self._batching, schedule, size)
             self._job.eta.expect(expected, self._job.denoised)
             _ = self._run.samples
+            self._job.eta.forecast.drop(DENOISING)  # made in a round before, or remembered
         if schedule.sweep:
             self._job.tick("solving sites", 0, len(self._lockstep.changes))
         if schedule.passes > 1:

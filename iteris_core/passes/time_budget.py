@@ -34,8 +34,8 @@ def _with_samples(job: Job, samples: int) -> Job:
 
 
 def _seconds(job: Job, seen: Sequence[Seen], samples: int) -> float:
-    """About how long a sweep takes with so many samples of a concept, in the quickest way."""
-    job = replace(_with_samples(job, samples), eta=Eta())
+    """About how long the sweeps take with so many samples of a concept, in the quickest way."""
+    job = replace(_with_samples(job, samples), eta=Eta(rounds=job.eta.rounds))
     for one in seen:
         job.eta.saw(one, job.concepts, job.calibration)
     batching = ExecutionConfig(1, "enough", policy=job.policy)

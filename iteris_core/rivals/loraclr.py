@@ -62,7 +62,7 @@ class LoraclrSettings(Settings):
     micro_batch: int = micro_batch_setting()
 
 
-@on_model("loraclr", LoraclrSettings, sweeps=lambda settings: True)
+@on_model("loraclr", LoraclrSettings, sweeps=lambda settings: 1)
 def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     """Each concept near its own LoRA's outputs, off the nearest other's (LoRACLR, CVPR 2025)."""
     fit = RegressionSpec(job.weights, 0.0, "none", rank=settings.rank)

@@ -157,6 +157,29 @@ def test_a_site_weighs_by_its_shapes(clock: Clock):
     assert eta.forecast._kinds[FORWARDS, "unet"].took == 7.0
 
 
+def test_a_second_sweep_is_expected_from_the_start(clock: Clock):
+    """Of two rounds the first leaves as much as it takes itself; what it took corrects the rest."""
+    changes = {"a": SiteChanges((LowRank(torch.ones(64, 1), torch.ones(1, 64)),))}
+    stage = Stage("unet", ["a"], [0, 0], lambda rows, copies: None)
+    passes = Passes(changes, ExecutionConfig(2))
+    left: dict[int, list[float]] = {}
+    for rounds in (1, 2):
+        eta = Eta(clock=clock, rounds=rounds)
+        left[rounds] = []
+        for turn in range(rounds):
+            eta.expect(passes, 0)
+            if not turn:
+                eta.measured(Seen(stage, {"a": Reached((64, 64), 50)}, 10.0))
+            eta.begin(stage, 1.0)
+            left[rounds].append(eta.forecast.left() or 0.0)
+            clock.now += 60.0  # half as long again as expected
+            eta.done(FORWARDS, stage, (0, "a"))
+            eta.done(SITES, stage, (0, "a"))
+            left[rounds].append(eta.forecast.left() or 0.0)
+    assert left[1] == pytest.approx([40.0, 0.0], rel=0.02)
+    assert left[2] == pytest.approx([80.0, 60.0, 60.0, 0.0], rel=0.02)
+
+
 def test_every_step_of_a_merge_is_told(host):
     """The count of each thing goes up, the share never goes back, and the time left is there from
     the first steps of denoising on."""
@@ -194,6 +217,7 @@ def test_every_step_of_a_merge_is_told(host):
         ("iteris", {"schedule": "jacobi", "iterations": 3}),
         ("iteris", {"objective": "adapter"}),
         ("iteris", {"polish_steps": 3}),
+        ("iteris", {"rank": 2, "share_ranks": True}),
         ("iteris", {"block_steps": 3}),
         ("custom-diffusion", {}),
         ("ties", {}),
