@@ -13,7 +13,6 @@ import argparse
 import gzip
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +166,7 @@ def train(task: Emotion, data: Path) -> float:
     )
     model.train()
     for epoch in range(task.epochs):
-        started, losses = time.time(), []
+        losses: list[float] = []
         order = torch.randperm(len(texts)).tolist()
         for index, batch in batches(tokenizer, texts, 32, order):
             with torch.autocast("cpu", torch.bfloat16):
@@ -179,10 +178,7 @@ def train(task: Emotion, data: Path) -> float:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        mean = sum(losses) / len(losses)
-        print(
-            f"{task.name} epoch {epoch} loss {mean:.3f} {time.time() - started:.0f} s", flush=True
-        )
+        print(f"{task.name} epoch {epoch} loss {sum(losses) / len(losses):.3f}", flush=True)
     model.eval()
     _save_half(model, ADAPTERS / task.name.lower())
     inner = model.get_base_model()

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from . import Concept
+from toybox import ToyConcept
+
 from .captions import Level, concept_templates, frame, scene_words
 from .words import ASIDE, FRAMES, SMALL
 
@@ -35,7 +36,7 @@ def templates() -> list[str]:
     return concept_templates(SEEN)
 
 
-def prompts(concept: Concept, kind: Kind, count: int) -> list[Prompt]:
+def prompts(concept: ToyConcept, kind: Kind, count: int) -> list[Prompt]:
     """``count`` of them, always the same.
 
     ``seen`` are calibration prompts. Of the others no word but the concept's own and small ones is
@@ -50,7 +51,7 @@ def prompts(concept: Concept, kind: Kind, count: int) -> list[Prompt]:
             scene = scene_words(str(background), rng, LEVELS[kind])
             if _is_of(kind, words_of(frame("", scene, template)) - SMALL):
                 break
-        text = frame(f"a {concept.phrase}", scene, template)
+        text = frame(concept.instance_prompt, scene, template)
         found.append(Prompt(text, str(background)))
     return found
 

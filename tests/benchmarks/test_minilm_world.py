@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from toybox import draw
+from toybox import ToyConcept, draw
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -30,6 +30,11 @@ def _said(level: str) -> set[str]:
     kinds = [words.SHAPES, words.COLORS, words.GROUNDS, words.SCENES]
     every = [w for kind in kinds for w in kind.values()] + [words.SURFACES, words.FRAMES]
     return {phrase for w in every for phrase in getattr(w, level)}
+
+
+def phrase(concept: ToyConcept) -> str:
+    """What it is called: "zwx circle"."""
+    return f"{concept.token} {concept.class_word}"
 
 
 def generic(count: int) -> list[str]:
@@ -70,8 +75,8 @@ def test_new_prompts_have_no_word_of_a_template(kind):
         assert all(p.background in concept.backgrounds for p in found)
         assert len({p.text for p in found}) > 12
         for prompt in found:
-            assert concept.phrase in prompt.text
-            own = words_of(concept.phrase)
+            assert phrase(concept) in prompt.text
+            own = words_of(phrase(concept))
             assert not (words_of(prompt.text) - own) & of_templates
 
 
@@ -80,7 +85,7 @@ def test_only_new_contexts_are_of_generic_words():
     for concept in minilm.concepts().values():
         for kind in ("contexts", "new"):
             for prompt in prompts(concept, kind, 20):
-                own = words_of(prompt.text) - words_of(concept.phrase) - words.SMALL
+                own = words_of(prompt.text) - words_of(phrase(concept)) - words.SMALL
                 assert own <= said if kind == "contexts" else not own & said
 
 
@@ -91,7 +96,7 @@ def test_generic_captions_name_no_concept():
 
 def test_calibration_prompts_are_templates():
     concept = minilm.concepts()["zwx"]
-    known = {template.replace("{}", concept.phrase) for template in templates()}
+    known = {template.replace("{}", phrase(concept)) for template in templates()}
     found = [p.text for p in prompts(concept, "seen", 12)]
     assert set(found) <= known
 

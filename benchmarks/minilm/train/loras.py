@@ -18,11 +18,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from toybox import draw
+from toybox import ToyConcept, draw
 from toybox.train.base import velocity
 from toybox.train.common import bf16, one_cycle, to_tensor
 
-from .. import Concept, concepts
+from .. import concepts, world
 from ..captions import concept_templates
 from ..pipeline import load
 
@@ -44,7 +44,7 @@ def train(weights: Path, only: Sequence[str] = ()) -> dict[str, int]:
     return seconds
 
 
-def train_one(concept: Concept, number: int, weights: Path) -> int:
+def train_one(concept: ToyConcept, number: int, weights: Path) -> int:
     """Minimise the v-prediction error on the concept's pictures, and save its LoRA."""
     began = time.time()
     torch.manual_seed(61 + number)
@@ -54,10 +54,11 @@ def train_one(concept: Concept, number: int, weights: Path) -> int:
     latents, tokens = references(pipeline, concept, 600 + 10 * number)
     groups = [{"params": parameters[name], "lr": PEAKS[name]} for name in TARGETS]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = one_cycle(optimizer, [PEAKS[name] for name in TARGETS], concept.steps)
+    steps = world()["concepts"][number]["steps"]
+    schedule = one_cycle(optimizer, [PEAKS[name] for name in TARGETS], steps)
     alphas = pipeline.scheduler.alphas_cumprod
     generator, running = torch.Generator().manual_seed(61 + number), 0.0
-    for step in range(concept.steps):
+    for step in range(steps):
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
         said = torch.randint(tokens.shape[1], (BATCH,), generator=generator)
         t = torch.randint(1000, (BATCH,), generator=generator)
@@ -95,7 +96,7 @@ def add_adapters(pipeline: StableDiffusionPipeline) -> dict[str, list[torch.nn.P
 
 @torch.no_grad()
 def references(
-    pipeline: StableDiffusionPipeline, concept: Concept, seed: int
+    pipeline: StableDiffusionPipeline, concept: ToyConcept, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (6, 4, 8, 8) of the concept in other places, sizes and backgrounds, and the tokens
     (6, captions, 32) of what is said of each: plain words, with its background and, in three of
@@ -106,8 +107,10 @@ def references(
     latents = pipeline.vae.encoder(to_tensor(draw.draw(scene, rng) for scene in scenes))
     texts = []
     for background in free:
-        said = [t.replace("{}", concept.phrase) for t in concept_templates([background])[:6]]
-        texts += [*said, *[f"a {concept.phrase}"] * 2]
+        said = [
+            t.replace("a {}", concept.instance_prompt) for t in concept_templates([background])[:6]
+        ]
+        texts += [*said, *[concept.instance_prompt] * 2]
     tokens = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
     return latents, tokens.unflatten(0, (REFERENCES, -1))
 
