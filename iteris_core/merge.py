@@ -203,12 +203,13 @@ def prepared(
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
-    found, stages = preflight.unmergeable_sites(job, sweep=sweeps > 0)
+    looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
+    found = dict(looked.refused)
     kept = {site: some for site, some in job.changes.items() if site not in found}
     others = {site: job.changes[site] for site in found}
     job.eta.rounds = max(sweeps, 1)
-    job = within_time(replace(job, changes=kept), stages)
-    for seen in stages:
+    job = within_time(replace(job, changes=kept, joined=looked.joined), looked.stages)
+    for seen in looked.stages:
         job.eta.saw(seen, concepts, job.calibration)
     return job, found, others
 

@@ -39,6 +39,7 @@ class Lockstep:
     ``changes[site][i]`` is concept i's change of that site, scaled by its strength, or None.
     ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
     :meth:`..hosts.protocol.Host.streams` gives them. ``processes`` says which rows are this one's.
+    The inputs of the sites that are ``joined`` are the tokens of row after row, in any shape.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class Lockstep:
         changes: Mapping[str, SiteChanges],
         streams: Mapping[str, nn.Module] | None = None,
         processes: Processes = ALONE,
+        joined: Set[str] = frozenset(),
     ) -> None:
         self.processes = processes
         self.changes = {name: SiteChanges.of(some) for name, some in changes.items()}
         self._modules = modules
         self._streams = streams or {}
+        self._joined = joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
         self._cast: dict[tuple[str, int], LowRank] = {}  # by site, and the id of its change
@@ -211,7 +214,9 @@ class Lockstep:
                     change = self._ready(name, change, inputs)
                     site.add(change, inputs, output)
                 return output
-            rows = len(batch.owners)
+            rows, shape = len(batch.owners), output.shape
+            if name in self._joined:
+                inputs, output = (_by_rows(t, rows * batch.copies) for t in (inputs, output))
             if inputs.shape[0] != rows * batch.copies:
                 raise SiteError(
                     f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
@@ -221,13 +226,14 @@ class Lockstep:
                 merged = self.merged.get(name)
                 if merged is None:
                     return None
-                return output + site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+                added = site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+                return (output + added).reshape(shape)
             for concept, start, stop in batch.spans:
                 change = changes[concept]
                 if change is not None:
                     change = self._ready(name, change, inputs)
                     site.add(change, inputs[start:stop], output[start:stop])
-            stream = self._stream_of(name, batch, output)
+            stream = None if name in self._joined else self._stream_of(name, batch, output)
             call = batch.call_of(name)
             solved = name in batch.passed and not call
             if batch.observer is not None and not solved:
@@ -240,7 +246,7 @@ class Lockstep:
                         rows,
                         batch.copies,
                         batch.spans,
-                        batch.group_of(name, inputs),
+                        batch.group_of(name, args[0]),
                         batch.alive(),
                         call,
                         batch.choice,
@@ -254,7 +260,7 @@ class Lockstep:
                 add()
             else:
                 self._reach(batch, name, add)
-            return output
+            return output.view(shape)
 
         return hook
 
@@ -287,6 +293,12 @@ class Lockstep:
         if cached is None or cached.up.dtype != inputs.dtype:
             cached = self._cast[site, id(change)] = change.to(inputs.dtype, inputs.device)
         return cached
+
+
+def _by_rows(tensor: Tensor, rows: int) -> Tensor:
+    """(rows, tokens, width) of the tokens of row after row; as it is where they are no such."""
+    tokens = tensor.numel() // tensor.shape[-1]
+    return tensor if tokens % rows else tensor.reshape(rows, -1, tensor.shape[-1])
 
 
 def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:

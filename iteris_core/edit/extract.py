@@ -141,13 +141,14 @@ def _components(
         kernel = sites[name].kernel
         found[name] = Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
 
-    blind, _ = unmergeable_sites(job, sweep=True)
+    looked = unmergeable_sites(job, sweep=True)
+    blind = looked.refused
     if blind:
         first = min(blind)
         raise MismatchError(
             f"{len(blind)} layers cannot be seen, such as {first}: it {blind[first]}."
         )
-    with job.run() as run:
+    with replace(job, joined=looked.joined).run() as run:
         look(run, visit)
     return found
 

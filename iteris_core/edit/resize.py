@@ -104,13 +104,14 @@ def resize_lora(
 
 def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
     host, concept, every = job.host, job.concepts[0], job.changes
-    blind, _ = unmergeable_sites(job, sweep=True)
+    looked = unmergeable_sites(job, sweep=True)
     found: dict[str, Components] = {}
 
     def visit(site: str, seen: Seen) -> None:
         found[site] = Components.of(lora.sites[site], seen.root, seen.output)
 
-    job = replace(job, changes={site: some for site, some in every.items() if site not in blind})
+    kept_sites = {site: some for site, some in every.items() if site not in looked.refused}
+    job = replace(job, changes=kept_sites, joined=looked.joined)
     triggers = [embedding_triggers(concept, host.learned)]
     with with_vectors(host, lora.vectors), host.activate(triggers), job.run() as run:
         if job.changes:

@@ -46,7 +46,8 @@ class Job:
     streams that a target is to hold.
 
     ``processes`` says which rows are this process's. ``policy`` holds the thresholds. ``tick``
-    reports progress, and ``eta`` the time that is left.
+    reports progress, and ``eta`` the time that is left. ``joined``: see
+    :class:`~.preflight.Looked`.
     """
 
     host: Host
@@ -60,6 +61,7 @@ class Job:
     memory_budget: Budget = None
     policy: Policy = POLICY
     eta: Eta = field(default_factory=Eta)
+    joined: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> list[float]:
@@ -82,7 +84,9 @@ class Job:
     @contextmanager
     def run(self) -> Generator[Run]:
         """The model with the changes on it."""
-        with Lockstep(self.host.sites(), self.changes, self.streams, self.processes) as lockstep:
+        with Lockstep(
+            self.host.sites(), self.changes, self.streams, self.processes, self.joined
+        ) as lockstep:
             yield Run(self, lockstep)
 
 

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..concepts import Concept
 from ..hosts.protocol import Stage
 from .eta import Reached, Seen
 from .job import Job
+from .joined_rows import joined_rows
 
 UNREACHED = "is reached by no forward"
 PARTLY = 'is reached by some of the prompts only, which schedule="jacobi" of iteris takes'
@@ -32,9 +33,19 @@ MIXED = "gets the rows of a batch mixed or split"
 REPEATED = 'is called more than once in a forward, which schedule="jacobi" of iteris takes'
 
 
-def unmergeable_sites(job: Job, *, sweep: bool) -> tuple[dict[str, str], list[Seen]]:
-    """Site of the job's changes → why its features cannot be collected, by a ``sweep`` or
-    otherwise; empty where all can be. And what was seen of every stage.
+@dataclass(frozen=True)
+class Looked:
+    """``refused``: site of a job's changes → why its features cannot be collected; empty where all
+    can be. ``stages``: what was seen of every stage. ``joined``: sites whose inputs have the rows
+    elsewhere than in their first dimension."""
+
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    stages: Sequence[Seen] = ()
+    joined: frozenset[str] = frozenset()
+
+
+def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
+    """What keeps the sites of the job's changes from being merged by a ``sweep`` or otherwise.
 
     The generator is one of its own, so that the merge draws what it would draw without this pass.
     Models of text are not looked at: their rows may be there once only, and their layers are all
@@ -42,7 +53,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> tuple[dict[str, str], list[Se
     """
     host, calibration, sites = job.host, job.calibration, set(job.changes)
     if not host.pictures:
-        return {}, []
+        return Looked()
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")
     generator = torch.Generator().manual_seed(calibration.seed)
     modules, seen = host.sites(), list[Seen]()
@@ -51,6 +62,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> tuple[dict[str, str], list[Se
         job.tick("looking at the sites", 0, 0)
 
     found: dict[str, str | None] = {}
+    joined: set[str] = set()
     # Some layers wait for words that one prompt may lack, such as those in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
@@ -59,13 +71,16 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> tuple[dict[str, str], list[Se
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 why, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
-                found |= why
+                mixed = {site: modules[site] for site, reason in why.items() if reason == MIXED}
+                ordered = joined_rows(stage, mixed) if mixed else set[str]()
+                joined |= ordered
+                found |= why | dict.fromkeys(ordered)
                 if not every_kind:
                     seen.append(stage_seen)
-            if sites <= found.keys():
+            if sites <= found.keys() and MIXED not in found.values():
                 break
     why_not = {s: why for s in sites if (why := found.get(s, UNREACHED)) is not None}
-    return why_not, seen
+    return Looked(why_not, seen, frozenset(joined - why_not.keys()))
 
 
 def _look(

@@ -284,9 +284,9 @@ def test_the_memory_that_is_asked_for_is_enough(
 
     monkeypatch.setattr(memory, "load_models_gpu", watch)
     preflight = importlib.import_module(f"{kit.core.__name__}.passes.preflight")
-    monkeypatch.setattr(
-        preflight, "unmergeable_sites", lambda *_, **__: ({}, [])
-    )  # two rows, with what is always left
+    monkeypatch.setattr(  # two rows, with what is always left
+        preflight, "unmergeable_sites", lambda *_, **__: preflight.Looked()
+    )
     kit.calibration = kit.core.Calibration(
         samples=6, timesteps=3, denoising_steps=3, latent_size=latent_size
     )

@@ -23,14 +23,64 @@ class Half(Net):
 
 
 class Mixed(Net):
-    """``up`` gets both rows as one."""
+    """``up`` gets the sum of the rows."""
+
+    def forward(self, x):
+        return self.up(self.q(x).sum(dim=0, keepdim=True))
+
+
+class Interleaved(Net):
+    """``up`` gets one token of every row, then the next one of every row."""
 
     def forward(self, x):
         x = self.q(x)
-        return self.up(x.reshape(1, -1, x.shape[-1]))
+        return self.up(x.transpose(0, 1).reshape(1, -1, x.shape[-1]))
 
 
-CASES = [(Half, "is reached by no forward"), (Mixed, "mixed or split")]
+class Plain(Net):
+    def forward(self, x):
+        return self.up(self.q(x))
+
+
+class Chosen(Net):
+    """``up`` gets those tokens of all rows that are above nothing, as the experts of a layer do."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x[x.sum(dim=2) > 0])
+
+
+class Repeated(Net):
+    """``up`` gets the sum of each row's tokens, once for all rows and then once more."""
+
+    def forward(self, x):
+        x = self.q(x).sum(dim=1, keepdim=True)
+        return self.up(x.repeat(2, 1, 1))
+
+
+class Joined(Net):
+    """``up`` gets the tokens of row after row as one row."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x.reshape(1, -1, x.shape[-1])).reshape(len(x), -1, self.up.out_features)
+
+
+class Frames(Net):
+    """``up`` gets every token as a row of its own."""
+
+    def forward(self, x):
+        x = self.q(x)
+        return self.up(x.reshape(-1, 1, x.shape[-1])).reshape(len(x), -1, self.up.out_features)
+
+
+CASES = [
+    (Half, "is reached by no forward"),
+    (Mixed, "mixed or split"),
+    (Interleaved, "mixed or split"),
+    (Chosen, "mixed or split"),
+    (Repeated, "mixed or split"),
+]
 
 
 class PictureHost(ModuleHost):
@@ -53,8 +103,7 @@ def test_it_is_refused_with_site_and_file_before_samples_are_made(model, why):
     ):
         merge_loras(host, concepts())
     # Once more with all prompts, for layers that wait for words which one of them may lack.
-    wanted = [1, Calibration().samples] if model is Half else [1]
-    assert [calibration.samples for calibration in host.asked] == wanted
+    assert [one.samples for one in host.asked] == [1, Calibration().samples]
     assert {calibration.latents for calibration in host.asked} == {"noise"}
     assert hooks_on(host.model) == 0
 
@@ -85,6 +134,39 @@ def test_a_mean_is_cut_to_a_rank_at_its_best():
     best = cut_factors(whole, 2)[0]
     assert cut.rank == 2
     torch.testing.assert_close(cut.dense(), best.dense())
+
+
+@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
+@pytest.mark.parametrize("model", [Joined, Frames])
+def test_rows_that_stand_in_another_dimension_are_told_apart(model, schedule):
+    """The merge is that of the model whose layer gets them in the first one."""
+
+    def merged(kind):
+        host = PictureHost(kind(), make_data())
+        settings = {"schedule": schedule, "precision": "float64", "micro_batch": 5}
+        return merge_loras(host, concepts(), settings=settings).lora.sites
+
+    wanted, found = merged(Plain), merged(model)
+    assert set(found) == {"q", "up"}
+    for site, change in wanted.items():
+        torch.testing.assert_close(found[site].dense(), change.dense())
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
+    """Else the order of the rows cannot be told."""
+    model = Joined()
+    given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
+    given = given.repeat(1 + repeats, 1).double()
+    forward = model.forward
+    model.forward = lambda x: forward(given.expand(len(x), -1, -1)) + x.sum()
+    some = [Concept(make_lora(i, sites=("up",)), prompts=["unused"]) for i in (1, 2)]
+    host = PictureHost(model, make_data())
+    if repeats:
+        with pytest.raises(IterisError, match="mixed or split"):
+            merge_loras(host, some)
+    else:
+        assert set(merge_loras(host, some).lora.sites) == {"up"}
 
 
 def test_nothing_is_left_of_it():

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import texts
 from .parts import model_of_class
-from .reduced import FLATTENED, Reduced
+from .reduced import Reduced
 
 
 def _pixart(kind: str, **other: Any) -> tuple[Any, Any]:
@@ -51,22 +51,18 @@ def hunyuan_dit1() -> tuple[Any, Any]:
 
 
 _HUNYUAN: dict[str, Any] = {
-    "apart": ("mlp_t5.", "pooler."),
-    "left_out": f"mlp_t5 and pooler: {FLATTENED}",
+    "apart": ("pooler.",),
+    "left_out": "pooler: it gets one token of every row, and then the next one",
 }
 DITS = {
     "PixArt Sigma": Reduced(
         pixart_sigma,
         side=34,
-        apart=("cross_attn.kv_linear",),
-        left_out=f"cross_attn.kv_linear: {FLATTENED}",
     ),
     "PixArt alpha": Reduced(
         pixart_alpha,
         side=34,
         entries={"width": 512, "height": 768},
-        apart=("cross_attn.kv_linear", "csize_embedder."),
-        left_out=f"cross_attn.kv_linear and csize_embedder: {FLATTENED}",
         slow=True,
     ),
     "HunyuanDiT": Reduced(hunyuan_dit, **_HUNYUAN),

@@ -148,8 +148,6 @@ FLUX = {
     "Chroma Radiance": Reduced(
         chroma_radiance,
         side=64,
-        apart=("nerf_",),
-        left_out="nerf_*: each patch is a row of its own there",
         slow=True,
     ),
     "LongCat-Image": Reduced(longcat_image),

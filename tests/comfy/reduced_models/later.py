@@ -154,8 +154,6 @@ LATER = {
     "ERNIE-Image": Reduced(ernie_image),
     "Krea 2": Reduced(
         krea2,
-        apart=("txtfusion.layerwise_blocks.",),
-        left_out="txtfusion.layerwise_blocks: each layer of the text is a row of its own there",
     ),
     "Ideogram 4": Reduced(ideogram4),
     "HiDream O1": Reduced(hidream_o1, side=64, left_out="visual: only reference pictures reach it"),

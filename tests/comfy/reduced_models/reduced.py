@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FLATTENED = "its forward joins the rows of a batch to one"
-"""Why a layer is left out."""
-
 
 @dataclass(frozen=True)
 class Reduced:
