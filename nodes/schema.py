@@ -117,29 +117,26 @@ def none_of(name: str) -> float | str:
     return _NONE.get(name, 0)
 
 
-def setting_input(owner: type[Settings], name: str, *, optional: bool = True) -> Any:
+def setting_input(owner: type[Settings], name: str) -> Any:
     """The input of a setting, with its limits and help."""
     declared = declared_settings(owner)[name]
     none = none_of(name)
     tooltip = f"{declared.help} {none}: {declared.none}." if declared.none else declared.help
     default = none if declared.default is None else declared.default
+    shared: dict[str, Any] = {"default": default, "tooltip": tooltip, "optional": True}
     if declared.kind is bool:
-        return io.Boolean.Input(name, default=default, tooltip=tooltip, optional=optional)
+        return io.Boolean.Input(name, **shared)
     if declared.kind is str:
         choices = [none, *declared.choices] if declared.optional else list(declared.choices)
-        return io.Combo.Input(
-            name, options=choices, default=default, tooltip=tooltip, optional=optional
-        )
-    limits = {
+        return io.Combo.Input(name, options=choices, **shared)
+    shared |= {
         "default": declared.kind(default),
         "min": declared.kind(none if declared.optional else declared.low or 0),
         "max": declared.kind(declared.most or declared.high or 1),
-        "tooltip": tooltip,
-        "optional": optional,
     }
     if declared.kind is int:
-        return io.Int.Input(name, **limits, control_after_generate=False)
-    return io.Float.Input(name, **limits, step=declared.step or 0.05, round=False)
+        return io.Int.Input(name, **shared, control_after_generate=False)
+    return io.Float.Input(name, **shared, step=declared.step or 0.05, round=False)
 
 
 def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,17 +70,10 @@ def check_base(base: str) -> None:
 
 
 def load_base(
-    base: str,
-    device: str | None,
-    config: Path | None = None,
-    dtype: str | None = None,
-    offload: str | None = None,
+    base: str, device: str | None, dtype: str | None = None, offload: str | None = None
 ) -> Any:
-    """The pipeline in a folder or of a hub name, or of a single file by what is in it.
-
-    ``config`` is a folder with the pipeline's configuration (``model_index.json`` and one folder a
-    part) for a single file; without it diffusers takes that of the released model from the hub.
-    """
+    """The pipeline in a folder or of a hub name, or of a single file by what is in it, for which
+    diffusers takes the released model's configuration from the hub."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -97,9 +90,8 @@ def load_base(
     check_base(base)
     with loading(base, "pipeline of diffusers, a .safetensors checkpoint"):
         if base.endswith(".safetensors"):
-            of_file = single_file_pipeline(Path(base), config) if Path(base).is_file() else None
-            where = {} if config is None else {"config": str(config)}
-            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base, **where)
+            of_file = single_file_pipeline(Path(base)) if Path(base).is_file() else None
+            pipeline = (of_file or StableDiffusionPipeline).from_single_file(base)
         else:
             pipeline = _whole_pipeline(base)
         if dtype is None and device == "cpu":

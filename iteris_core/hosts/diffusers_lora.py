@@ -126,11 +126,11 @@ def read_lora(
     return read_lora_file(path, base, weight, options, convert)
 
 
-def single_file_pipeline(path: Path, config: Path | None = None) -> Any:
+def single_file_pipeline(path: Path) -> Any:
     """The pipeline's class, told by diffusers' own detection from the names and shapes of the
-    tensors, of which none is read. Where no record of ours has it, the class stands in the folder
-    ``config``, or in the released model's configuration on the hub. Raises :class:`IterisError` for
-    what diffusers loads no pipeline from."""
+    tensors, of which none is read. Where no record of ours has it, the class stands in the released
+    model's configuration on the hub. Raises :class:`IterisError` for what diffusers loads no
+    pipeline from."""
     import diffusers
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -148,8 +148,7 @@ def single_file_pipeline(path: Path, config: Path | None = None) -> Any:
         if model_type in known.single_files:
             return getattr(diffusers, known.pipeline)
     source: dict[str, str] = DIFFUSERS_DEFAULT_PIPELINE_PATHS[model_type]
-    where = str(config or source["pretrained_model_name_or_path"])
-    configured: Any = DiffusionPipeline.load_config(where)
+    configured: Any = DiffusionPipeline.load_config(source["pretrained_model_name_or_path"])
     pipeline = getattr(diffusers, configured.get("_class_name", ""), None)
     if not hasattr(pipeline, "from_single_file") or not hasattr(pipeline, "load_lora_weights"):
         raise BaseError(
