@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from .comfy_internals import missing, sentence
-from .comfy_routes import add_route
+from .comfy_routes import add_routes
 from .concept_nodes import ConceptsFromStack, IterisConcept, PreservePrompts
 from .edit_nodes import ExtractLora, ResizeLora
 from .inspect_node import InspectLoras
@@ -43,5 +43,5 @@ class IterisExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> IterisExtension:
-    add_route()
+    add_routes()
     return IterisExtension()

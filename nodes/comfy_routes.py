@@ -1,12 +1,14 @@
-"""The words that are known of a LoRA, for the front end to fill in."""
+"""What the front end asks for of a LoRA: the words that are known of it, and its blocks."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+from ..iteris_core.architectures import architecture_of_file
 from ..iteris_core.errors import IterisError
 from ..iteris_core.lora_files import read_header
+from ..iteris_core.lora_files.blocks import LISTS, PRESETS
 from ..iteris_core.lora_files.sidecars import find_phrases
 from .lora_stacks import lora_path
 
@@ -21,8 +23,22 @@ def words_of_lora(name: str) -> dict[str, str]:
     return {"words": "; ".join(phrases), "source": source}
 
 
-def add_route() -> None:
-    """``GET /iteris/words?lora=NAME``, where there is a server."""
+_COUNTS = {"sd1": 17, "sd2": 17, "sdxl": 12, "flux": 61}
+"""Architecture → the usual number of weights by block."""
+
+
+def blocks_of_lora(name: str) -> dict[str, Any]:
+    """``count``, the usual number of weights of a LoRA by block (0: unknown), and all ``lists`` of
+    blocks and ``presets`` of weights."""
+    try:
+        kind = architecture_of_file(*read_header(lora_path(name))).name
+    except (IterisError, FileNotFoundError):
+        kind = ""
+    return {"count": _COUNTS.get(kind, 0), "lists": LISTS, "presets": PRESETS}
+
+
+def add_routes() -> None:
+    """``GET /iteris/words?lora=NAME`` and ``/iteris/blocks``, where there is a server."""
     try:
         from aiohttp import web
         from server import PromptServer
@@ -34,4 +50,9 @@ def add_route() -> None:
     @routes.get("/iteris/words")
     async def words(request: Any) -> Any:
         answer = await asyncio.to_thread(words_of_lora, request.query.get("lora", ""))
+        return web.json_response(answer)
+
+    @routes.get("/iteris/blocks")
+    async def blocks(request: Any) -> Any:
+        answer = await asyncio.to_thread(blocks_of_lora, request.query.get("lora", ""))
         return web.json_response(answer)

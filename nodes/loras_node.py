@@ -50,6 +50,16 @@ class IterisLoras(io.ComfyNode):
             inputs=[
                 *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
                 io.String.Input("lines", default="", multiline=True, optional=True),
+                # Behind all others: graphs that were saved without them keep their values' places.
+                *(
+                    io.String.Input(
+                        f"blocks_{number}",
+                        default="",
+                        display_name=f"{number} blocks",
+                        optional=True,
+                    )
+                    for number in range(1, ROWS + 1)
+                ),
                 io.String.Input("trigger_words", optional=True, force_input=True),
                 concepts_input(optional=True),
             ],
@@ -96,6 +106,7 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
         weight=value("weight", 1.0),
         kind=kind,
         phrases=phrases_in(value("words", "")),
+        blocks=value("blocks", "").strip(),
     )
 
 

@@ -2,13 +2,15 @@
 // widgets hold the values and are hidden.
 import { app } from '../../scripts/app.js';
 import { api } from '../../scripts/api.js';
+import { STRIP_LINES, STRIP_STYLE, blockStrip } from './block_strip.js';
 
 const ROWS = 10;
 const NONE = 'none';
-const EMPTY = { lora: NONE, on: true, strength: 1, clip: 1, weight: 1, prompts: 'subject', words: '' };
+const EMPTY = { lora: NONE, on: true, strength: 1, clip: 1, weight: 1, prompts: 'subject', words: '', blocks: '' };
 const PARTS = Object.keys(EMPTY);
-const FOLDED = ['clip', 'weight', 'prompts', 'words'];
+const FOLDED = ['clip', 'weight', 'prompts', 'words', 'blocks'];
 const FILLED = 'iteris_filled'; // words that were filled in, by row, and not by the user
+const OPEN = 'iteris_open'; // rows that are unfolded: a state without them would be of another size
 const [LINE, WIDTH, MARGIN] = [26, 320, 6];
 const STYLE = `
 .iteris-loras { font: 12px sans-serif; color: var(--input-text); overflow: hidden; }
@@ -30,7 +32,7 @@ const STYLE = `
   flex: 1; min-width: 0; height: 20px; box-sizing: border-box; color: inherit; font: inherit;
   border: none; border-radius: 4px; background: var(--comfy-menu-bg); }
 .iteris-loras input.strength { flex: 0 0 56px; }
-.iteris-loras .count { flex: 1; opacity: 0.7; }`;
+.iteris-loras .count { flex: 1; opacity: 0.7; }${STRIP_STYLE}`;
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 const linked = (node, name) =>
@@ -56,6 +58,8 @@ function used(node) {
   return every.filter((row) => widgetOf(node, `lora_${row}`)?.value !== NONE || rowLinked(node, row));
 }
 
+const isOpen = (node, row) => node.properties[OPEN]?.includes(row) ?? false;
+
 function setShown(widget, shown) {
   if (!widget) return;
   widget.hidden = !shown;
@@ -74,7 +78,7 @@ function changed(node) {
 // The LoRAs in another order, or fewer, from the first row on.
 function rewrite(node, rows) {
   for (let row = 1; row <= ROWS; row++) write(node, row, rows[row - 1] ?? EMPTY);
-  node.iterisOpen.clear();
+  node.properties[OPEN] = [];
   changed(node);
 }
 
@@ -144,10 +148,11 @@ function line(node, row, rows) {
   const { lora, on } = read(node, row);
   const widget = widgetOf(node, `lora_${row}`);
   const here = linked(node, `lora_${row}`) || choices(widget).includes(lora);
-  const open = node.iterisOpen.has(row);
+  const open = isOpen(node, row);
   const fold = button(open ? '▾' : '▸', '', 'fold', () => {
-    node.iterisOpen[open ? 'delete' : 'add'](row);
-    arrange(node);
+    const others = rows.filter((number) => number !== row && isOpen(node, number));
+    node.properties[OPEN] = open ? others : [...others, row];
+    changed(node);
   });
   const switched = toggle(on, widgetOf(node, `on_${row}`).tooltip ?? '', (value) => {
     widgetOf(node, `on_${row}`).value = value;
@@ -176,6 +181,22 @@ function details(node, row) {
     const widget = widgetOf(node, `${part}_${row}`);
     const text = (widget.label ?? widget.name).replace(/^\d+\s*|_\d+$/g, '');
     return make('label', {}, make('span', { textContent: text }), field(node, widget.name));
+  }).concat(strip(node, row));
+}
+
+// The weights by block as bars, and the list that they are of.
+function strip(node, row) {
+  const widget = widgetOf(node, `blocks_${row}`);
+  const redraw = () => { if (isOpen(node, row)) arrange(node); };
+  return blockStrip({
+    lora: read(node, row).lora,
+    text: widget.value,
+    layouts: node.iterisLayouts,
+    redraw,
+    set: (text) => {
+      widget.value = text;
+      changed(node);
+    },
   });
 }
 
@@ -200,10 +221,11 @@ function arrange(node) {
     if (PARTS.some((part) => widget.name.startsWith(`${part}_`))) setShown(widget, linked(node, widget.name));
   }
   setShown(widgetOf(node, 'lines'), rows.some(inLines));
-  const shown = rows.map((row) => [line(node, row, rows), ...(node.iterisOpen.has(row) ? details(node, row) : [])]);
+  const shown = rows.map((row) => [line(node, row, rows), ...(isOpen(node, row) ? details(node, row) : [])]);
   const lines = [header(node, rows), ...shown.flat()];
   node.iterisList.replaceChildren(make('style', { textContent: STYLE }), ...lines);
-  node.iterisHeight = lines.length * LINE + 2 * MARGIN;
+  const strips = lines.filter((element) => element.classList.contains('blocks')).length;
+  node.iterisHeight = (lines.length + strips * (STRIP_LINES - 1)) * LINE + 2 * MARGIN;
   const width = Math.max(node.size[0], WIDTH);
   node.setSize([width, node.computeSize([width, 0])[1]]);
   node.setDirtyCanvas?.(true, true);
@@ -242,7 +264,7 @@ export function fromLoraList(node) {
 }
 
 export function prepareLoras(node) {
-  node.iterisOpen = new Set();
+  node.iterisLayouts = new Map(); // of LoRAs without weights by block: the list that is shown
   node.iterisList = make('div', { className: 'iteris-loras' });
   for (const kind of ['pointerdown', 'wheel', 'contextmenu']) {
     node.iterisList.addEventListener(kind, (event) => event.stopPropagation());

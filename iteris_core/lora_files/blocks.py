@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from ..architectures.row_mapping import whole
 from ..architectures.text import text_component
 from ..errors import ConceptError, LoraFileError
 from ..lora import Lora
@@ -70,9 +71,13 @@ def weights_by_block(text: str) -> dict[str, float]:
 def blocks_of(base: BaseModel) -> dict[str, str]:
     """Site → the block that it is in; without those that are in none. Empty for an architecture
     whose blocks have no such names."""
-    unet = base.architecture.denoiser == "unet"
+    # Where no table is known, as in ComfyUI, sites have the original names themselves.
+    denoiser = [site for site in base.shapes if text_component(site) is None]
+    own = {site.partition(".")[2]: whole(site, base.shapes) for site in denoiser}
+    names = base.architecture.original_names(base.shapes) or own
+    unet = any(name.startswith("middle_block.") for name in names)
     found: dict[str, str] = {}
-    for name, alias in base.architecture.original_names(base.shapes).items():
+    for name, alias in names.items():
         numbered = _NUMBERED.match(name)
         if numbered is not None:
             block = f"{_SIDES[f'{numbered[1]}_blocks']}{int(numbered[2]):02}"
@@ -83,8 +88,7 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
         else:
             continue
         found |= {piece.site: block for piece in alias}
-    names = set(found.values())
-    if not names & {"M00", "S00"}:
+    if not {"M00", "S00"} & set(found.values()):
         return {}
     for site in base.shapes:
         encoder = text_component(site)
@@ -143,8 +147,10 @@ def _kept(lora: Lora, layers: str) -> set[str]:
 def _weights(lora: Lora, blocks: str) -> dict[str, float]:
     weights = weights_by_block(blocks)
     places = blocks_of(lora.base) if lora.base is not None else {}
-    unlike = {"CLIP", "D00"} if "M00" in places.values() else {"M00"}
-    if not places or unlike & weights.keys():
+    unet = "M00" in places.values()
+    unlike = {"CLIP", "D00"} if unet else {"M00"}
+    more = set() if unet else set(places.values()) - weights.keys()  # of a larger transformer
+    if not places or unlike & weights.keys() or more:
         title = "its base" if lora.base is None else lora.base.architecture.title
         raise LoraFileError(
             f"{lora.name}: {title} has no blocks for {len(weights)} weights. Stable Diffusion has "

@@ -17,7 +17,9 @@ const NODES = {
     values: {
       lora_1: 'my_cat.safetensors', words_1: 'sks cat', lora_2: 'xl_style.safetensors',
       prompts_2: 'style', words_2: 'in watercolor style', lora_3: 'my_dog.safetensors', on_3: false,
+      blocks_1: '1,0.3,0.4,0.5,0.7,0.9,1,1,1.1,1.2,1.2,1.1,1,0.8,0.6,0.4,0.3',
     },
+    properties: { iteris_open: [1] },
     says: 'my_cat at 1: sks cat (from the file)\nxl_style at 1: in watercolor style',
   },
   IterisConcept: { values: { lora_name: 'my_cat.safetensors', trigger: 'sks', class_word: 'cat' } },
@@ -50,7 +52,7 @@ const NODES = {
   IterisToybox: {},
 };
 
-async function take(page, type, { values = {}, says }, file) {
+async function take(page, type, { values = {}, properties = {}, says }, file) {
   await page.evaluate(([t]) => {
     const { graph, canvas } = window.app;
     graph.clear();
@@ -62,16 +64,17 @@ async function take(page, type, { values = {}, says }, file) {
     node.setSize([Math.max(node.size[0], 340), node.computeSize()[1]]);
   }, [type]);
   for (let round = 0; round < 2; round++) { // words that are filled in come later
-    await page.evaluate((given) => {
+    await page.evaluate(([given, more]) => {
       const node = window.app.graph._nodes[0];
+      Object.assign(node.properties, more);
       for (const [name, value] of Object.entries(given)) {
         const widget = node.widgets.find((w) => w.name === name);
         widget.value = value;
         widget.callback?.(value);
       }
       node.onConfigure?.({}); // the list of IterIS LoRAs is drawn anew
-    }, values);
-    await page.waitForTimeout(700);
+    }, [values, properties]);
+    await page.waitForTimeout(1500);
   }
   if (says) {
     await page.evaluate(async (text) => {

@@ -79,6 +79,20 @@ def test_rows_are_on_or_off_at_their_strengths(bench: Bench) -> None:
     assert bench.shown[-1] == "No LoRA is on."
 
 
+def test_weights_by_block_are_those_of_the_row(bench: Bench) -> None:
+    specs, _ = bench.run(
+        lora_1="a.safetensors", blocks_1=" INALL ", lora_2="b.safetensors", blocks_3="1"
+    )
+    assert [spec.blocks for spec in specs] == ["INALL", ""]
+    found = bench.module("comfy_routes").blocks_of_lora("a.safetensors")
+    assert found["count"] == 17
+    assert {count: len(names) for count, names in found["lists"].items()} == {
+        count: count for count in (12, 17, 20, 26, 61)
+    }
+    assert found["presets"]["INALL"] == "1,1,1,1,1,1,1,0,0,0,0,0,0,0,0,0,0"
+    assert bench.module("comfy_routes").blocks_of_lora("../../../etc/passwd")["count"] == 0
+
+
 def test_words_come_from_beside_the_file_or_from_the_user(bench: Bench) -> None:
     def phrases(**values: Any) -> list[str]:
         (spec,), _ = bench.run(lora_1="a.safetensors", **values)

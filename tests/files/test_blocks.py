@@ -11,7 +11,8 @@ from command_line import QUICK, make_world, recipe_of, run
 from safetensors.torch import load_file
 
 from iteris_core import IterisError, Lora, LowRank
-from iteris_core.lora_files import released_base
+from iteris_core.architectures import Architecture
+from iteris_core.lora_files import BaseModel, released_base
 from iteris_core.lora_files.blocks import LISTS, PRESETS, blocks_of, filtered, weights_by_block
 
 
@@ -73,6 +74,24 @@ def test_the_short_lists_have_every_layer_of_attention():
     assert all(len(text.split(",")) == 17 for text in PRESETS.values())
     kept = {block for block, weight in weights_by_block("OUTS").items() if weight}
     assert kept == {"BASE", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11"}
+
+
+def test_sites_that_have_the_original_names_are_in_the_same_blocks():
+    """As in ComfyUI, where no table of names is needed."""
+    base = released_base("flux")
+    originals = base.architecture.original_names(base.shapes)
+    shapes = {f"unet.{name}": (1, 1) for name in originals}
+    texts = {site: shape for site, shape in base.shapes.items() if site.startswith("text_encoder")}
+    kind = Architecture("comfyui", "Flux", denoiser="unet")
+    found, wanted = blocks_of(BaseModel(kind, shapes | texts, {}, {})), blocks_of(base)
+    assert {name: found.get(f"unet.{name}") for name in originals} == {
+        name: wanted.get(alias[0].site) for name, alias in originals.items()
+    }
+    assert set(found.values()) == set(LISTS[61])
+    larger = BaseModel(kind, {**shapes, "unet.double_blocks.19.img_mlp.0": (1, 1)}, {}, {})
+    lora = Lora({min(shapes): LowRank(torch.ones(1, 1), torch.ones(1, 1))}, base=larger)
+    with pytest.raises(IterisError, match="Flux has no blocks for 61 weights"):
+        filtered(lora, ",".join(["1"] * 61))
 
 
 def test_layers_are_kept_and_dropped_by_name():
