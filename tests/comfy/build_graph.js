@@ -124,6 +124,8 @@ withPage(base, async (page, errors) => {
       return [0, 1, 2].map((row) => saved.slice(7 * row, 7 * row + 7));
     }, ids.loras),
   });
+  const blocks = () =>
+    page.evaluate((id) => window.app.graph.getNodeById(id).widgets.find((w) => w.name === 'blocks_1').value, ids.loras);
   const values = (name, widget) =>
     page.evaluate(([id, wanted]) => {
       const node = window.app.graph.getNodeById(id);
@@ -150,7 +152,29 @@ withPage(base, async (page, errors) => {
   await picture('chosen');
   const [first, second] = [list.locator('.row').nth(0), list.locator('.row').nth(1)];
   await click(first.locator('.fold'));
+  await list.locator('.bars').waitFor();
   seen.unfolded = await rows();
+  await click(first.locator('.fold'));
+  seen.folded = await rows();
+  await click(first.locator('.fold'));
+  // Weights by block: a line from 1 at the first bar to 0 at the last, and 1 again by two clicks.
+  const bars = list.locator('.bars');
+  const { x, y, width, height } = await bars.boundingBox();
+  const bar = (number) => x + (width * (number + 0.5)) / 17;
+  await page.mouse.move(bar(0), y + height / 2);
+  await page.mouse.down();
+  await page.mouse.move(bar(16), y + height - 0.5, { steps: 3 });
+  await page.mouse.up();
+  await page.waitForTimeout(800);
+  await page.mouse.move(bar(8), y + height / 3);
+  seen.bars = { drawn: await blocks(), named: await bars.locator('.hovered').textContent() };
+  await page.mouse.dblclick(bar(16), y + height - 4);
+  await page.waitForTimeout(800);
+  seen.bars.reset = await blocks();
+  await picture('bars');
+  for (let step = 0; step < 3 && (await blocks()); step++) await undo();
+  seen.bars.undone = await blocks();
+  seen.bars.rows = await rows();
   await click(first.locator('.fold'));
   await second.hover();
   await click(second.locator('.up'));
@@ -193,11 +217,35 @@ withPage(base, async (page, errors) => {
     return [saved.slice(0, 7), saved.slice(7, 14), saved[14]];
   });
 
+  // ComfyUI's own lists of LoRAs: the version's node, or a stand-in where it has none.
+  seen.core = await page.evaluate(async () => {
+    const { app, LiteGraph } = window;
+    const found = {};
+    for (const type of ['LoadLoraModel', 'LoadLoraTextEncoder']) {
+      if (!LiteGraph.registered_node_types[type]) {
+        LiteGraph.registerNodeType(type, class extends LiteGraph.LGraphNode {});
+      }
+      const theirs = LiteGraph.createNode(type);
+      theirs.widgets = [['lora_name', 'b.safetensors'], ['strength', 0.25]].map(([name, value]) => (
+        { name: `loras.0.${name}`, type: 'custom', value }
+      ));
+      app.graph.add(theirs);
+      app.canvas.getNodeMenuOptions(theirs).find((one) => one?.content === 'To IterIS LoRAs').callback();
+      await new Promise((done) => { setTimeout(done, 1500); });
+      const ours = app.graph._nodes.at(-1);
+      found[type] = ours.serialize().widgets_values.slice(0, 8);
+      app.graph.remove(ours);
+      app.graph.remove(theirs);
+    }
+    return found;
+  });
+
   await set('settings', { image_size: 64, timesteps: 2 });
   await set('sampler', { steps: 2, seed: 1 });
   await set('latent', { width: 64, height: 64 });
   await set('negative', { text: '' });
   await set('merge', { samples: 60 });
+  await set('save', { card: true });
   await page.click(RUN);
   for (let second = 0; second < 120; second++) {
     await page.waitForTimeout(1000);

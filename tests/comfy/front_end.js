@@ -1,6 +1,7 @@
-// node front_end.js PORT GRAPH.json PICTURE.png [run] [prompt] [vue] [help NODE_TYPE]
+// node front_end.js PORT GRAPH.json PICTURE.png [set VALUES] [run] [prompt] [vue] [help NODE_TYPE]
 // Opens a graph in ComfyUI's own front end in headless Chromium and prints, as JSON, what the user
-// would see: node types that are missing, toasts, and the text of the help panel. With "run" it
+// would see: node types that are missing, toasts, and the text of the help panel. "set" gives nodes
+// values, as JSON by type of node and name of widget. With "run" it
 // presses the Run button and waits for the server to be idle again; with "prompt" it also prints what
 // the front end would send to the server; with "vue" nodes are drawn as Nodes 2.0, and it prints where
 // they stand.
@@ -16,6 +17,18 @@ async function open(page) {
   const name = path.basename(graph, '.json');
   await page.evaluate(([d, n]) => window.app.loadGraphData(d, true, true, n), [data, name]);
   await page.waitForTimeout(2000);
+}
+
+async function set(page, values) {
+  await page.evaluate((given) => {
+    for (const node of window.app.graph._nodes) {
+      for (const [name, value] of Object.entries(given[node.type] ?? {})) {
+        const widget = node.widgets.find((one) => one.name === name);
+        widget.value = value;
+        widget.callback?.(value);
+      }
+    }
+  }, values);
 }
 
 async function run(page) {
@@ -39,6 +52,7 @@ async function help(page, type) {
 
 withPage(base, async (page, errors) => {
   await open(page);
+  if (wishes.includes('set')) await set(page, JSON.parse(wishes[wishes.indexOf('set') + 1]));
   if (wishes.includes('run')) await run(page);
   if (wishes.includes('help')) await help(page, wishes[wishes.indexOf('help') + 1]);
   else {

@@ -18,7 +18,18 @@ from client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-RUNS = ("quick_start_toybox", "two_in_one_picture")
+RUNS = ("quick_start_toybox", "two_in_one_picture", "resize_lora", "extract_lora")
+THIN: dict[str, dict[str, Any]] = {
+    "CheckpointLoaderSimple": {"ckpt_name": "thin.safetensors"},
+    "IterisLoras": {
+        **{"lora_1": "a.safetensors", "words_1": "sks cat", "blocks_1": "INALL"},
+        **{"lora_2": "b.safetensors", "words_2": "zwx dog"},
+    },
+    "IterisMerge": {"method": "average"},  # without a forward: at 512 pixels those are slow
+    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 1},
+    "KSampler": {"steps": 2},
+}
+"""Values with which a graph of SD 1.5 runs on the thin checkpoint."""
 
 
 def _ready() -> bool:
@@ -65,6 +76,16 @@ def test_graph_opens(client: Client, graph: Path, tmp_path: Path) -> None:
     assert graph.with_suffix(".jpg").is_file()
 
 
+def test_a_bake_runs_from_the_page(client: Client, models: Path, tmp_path: Path) -> None:
+    graph = ROOT / "workflows" / "bake_checkpoint_sd15.json"
+    before = client.get("/history")
+    seen = look(client, graph, tmp_path / "seen.png", "set", json.dumps(THIN), "run")
+    assert (seen["toasts"], seen["dialogs"], seen["errors"]) == ([], [], [])
+    (new,) = [run for key, run in client.get("/history").items() if key not in before]
+    assert new["status"]["status_str"] == "success"
+    assert list((models / "output" / "checkpoints").glob("iteris_merged*.safetensors"))
+
+
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda path: path.stem)
 def test_graph_opens_in_nodes_2(client: Client, graph: Path, tmp_path: Path) -> None:
     """Every node is drawn, and none covers another, of sizes that are not those of the file."""
@@ -103,9 +124,17 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert len(seen["empty"]["shown"]) == 1
     assert seen["chosen"]["sent"] == [a, b, none]
     assert seen["chosen"]["shown"][1:] == files
-    names, lines = ("clip strength", "weight", "prompts", "words"), seen["unfolded"]["shown"][2:6]
-    folded = zip(names, lines, strict=True)
-    assert all(text.startswith(name) for name, (text, _) in folded)
+    names = ("clip strength", "weight", "prompts", "words", "blocks")
+    lines = seen["unfolded"]["shown"][2:7]
+    assert all(text.startswith(name) for name, (text, _) in zip(names, lines, strict=True))
+    assert seen["folded"] == seen["chosen"]
+    drawn = [float(weight) for weight in seen["bars"]["drawn"].split(",")]
+    assert drawn == sorted(drawn, reverse=True)
+    assert (len(drawn), drawn[0], drawn[8], drawn[-1]) == (17, 1, 0.5, 0)
+    assert seen["bars"]["named"] == "OUT03 0.5"
+    assert seen["bars"]["reset"].endswith(",1")
+    assert seen["bars"]["undone"] == ""
+    assert seen["bars"]["rows"] == seen["unfolded"]
     assert seen["moved"]["sent"] == [b, a, none]
     assert seen["moved"]["shown"][1:] == files[::-1]
     assert seen["undone"] == seen["chosen"] == seen["on"]
@@ -113,6 +142,9 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert [row[1] for row in seen["off"]["sent"]] == [False, False, True]
     half = ["a.safetensors", True, 0.5, 0.5, *a[4:]]
     assert seen["converted"] == [half, ["b.safetensors", False, 1, 0, *b[4:]], "none"]
+    quarter = ["b.safetensors", True, 0.25, 0, *b[4:], "none"]
+    assert seen["core"]["LoadLoraModel"] == quarter
+    assert seen["core"]["LoadLoraTextEncoder"] == [*quarter[:2], 0, 0.25, *quarter[4:]]
     assert "execution_interrupted" in seen["cancelled"]
     assert (seen["run"], seen["again"]) == ("success", "success")
     # Another strength does not merge again, and a LoRA that was just saved is in the lists.
@@ -122,6 +154,10 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     assert len(names) == 2
     assert names <= set(seen["listed"])
     assert len([name for name in saved if name.endswith(".preview.png")]) == 2
+    cards = [path.read_text() for path in loras.rglob("*.md") if path.name not in before]
+    assert len(cards) == 2
+    told = ("- `sks cat`", "| a | ", ".preview.png", "- method: `iteris`")
+    assert [text for card in cards for text in told if text not in card] == []
     assert "a at 1: sks cat" in seen["text"]
     assert "At 0.5 of its strength" in seen["text"]
     assert seen["errors"] == []
