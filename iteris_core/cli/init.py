@@ -94,7 +94,7 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
     for one in loras:
         entry = one.option.to_dict(name, usual=False)
         if not one.option.phrases:
-            entry["trigger"] = ""
+            entry |= {"trigger": "", "class": ""}  # the kind of thing, which may stay empty
         lines.append(f"  # {one.source}")
         lines += [f"  {line}" for line in to_yaml([entry]).splitlines()]
     return "\n".join(lines) + "\n"
