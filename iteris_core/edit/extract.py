@@ -113,11 +113,12 @@ def extract_lora(
     size = itemsize * sum(vector.numel() for vector in vectors.values()) / 1e6
     if target.megabytes is not None and vectors:
         target = replace(target, megabytes=target.megabytes - size)
-    found = _components(job_on(tuned, nothing.sites), dense, sites, target)
+    job = _seen(job_on(tuned, nothing.sites))
+    found = _components(job, dense, sites, target)
     ranks = share_out(found, target, itemsize)
     cut = {name: one.at(ranks[name]) for name, one in found.items() if ranks[name]}
     whole = {name: LowRank.whole(dense[name], sites[name].kernel) for name in dense}
-    job = job_on(base, whole)
+    job = replace(job_on(base, whole), joined=job.joined)
     with with_vectors(base, vectors), job.run() as run:
         cut |= fitted(job, run, {name: ranks[name] for name in cut})
     made = Lora(cut, _NAME, base=kind, vectors=vectors)
@@ -141,16 +142,22 @@ def _components(
         kernel = sites[name].kernel
         found[name] = Components.of_dense(dense[name], seen.root, seen.output, most, kernel)
 
-    looked = unmergeable_sites(job, sweep=True)
-    blind = looked.refused
-    if blind:
-        first = min(blind)
-        raise MismatchError(
-            f"{len(blind)} layers cannot be seen, such as {first}: it {blind[first]}."
-        )
-    with replace(job, joined=looked.joined).run() as run:
+    with job.run() as run:
         look(run, visit)
     return found
+
+
+def _seen(job: Job) -> Job:
+    """``job``, of whose layers all can be seen. Raises :class:`MismatchError`, naming one that
+    cannot."""
+    looked = unmergeable_sites(job, sweep=True)
+    if looked.refused:
+        first = min(looked.refused)
+        raise MismatchError(
+            f"{len(looked.refused)} layers cannot be seen, such as {first}: it "
+            f"{looked.refused[first]}."
+        )
+    return replace(job, joined=looked.joined)
 
 
 def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:
