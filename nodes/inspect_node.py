@@ -47,7 +47,8 @@ class InspectLoras(io.ComfyNode):
         request = Request.of(values, files_behind(cls.hidden, "model"), model)
         specs = specs_of(concepts)
         with ready_for_merge(clip), ComfyHost(model, clip, **request.base) as host:
-            loaded = [read(spec, host, ReadOptions(allow_partial=True)) for spec in specs]
+            reading = ReadOptions(allow_partial=True, vectors=True)
+            loaded = [read(spec, host, reading) for spec in specs]
             loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
                 raise IterisError("No LoRA is connected; connect one or more.")

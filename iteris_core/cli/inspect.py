@@ -39,7 +39,8 @@ def inspect(
 ) -> None:
     """Show what is in LoRA files, and where two of them will be in each other's way."""
     check_plot(plot)
-    read, options = lora_reader(base), ReadOptions(allow_partial=True, of_weight=False)
+    options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
+    read = lora_reader(base)
     tensors = [read_tensors(path)[0] for path in files]
     loras = [read(path, options) for path in files]
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]

@@ -152,6 +152,7 @@ def lora_of(
         "unseen": "are OFT, BOFT or GLoRA, of which nothing is known without the base's weights",
         "zero": "have a change of exactly zero and are left out: they change nothing",
     }
+    more = f"{len(vectors)} biases and normalisations change, which a merge does not take"
     lora = Lora(
         {
             site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
@@ -167,7 +168,8 @@ def lora_of(
             if len({scale for _, scale in parts}) == 1
         },
         notes=[f"left out: {what}" for what in left_out.values()]
-        + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]],
+        + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
+        + ([more] if vectors else []),
         reading={"allow_partial": options.allow_partial, "energy": options.energy},
         vectors={name: vector for name, vector in vectors.items() if bool(vector.any())},
     )

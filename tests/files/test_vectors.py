@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import make_lora, tiny_base, trained_sites
+from bases import make_lora, tiny, tiny_base, trained_sites
 from command_line import run
 from safetensors.torch import load_file, save_file
 
@@ -67,6 +67,20 @@ def test_a_value_that_half_precision_does_not_hold_is_refused(tmp_path):
     lora = replace(lora, vectors={**lora.vectors, name: 1e6 * torch.ones_like(lora.vectors[name])})
     with pytest.raises(IterisError, match="too large for"):
         write_lora(lora, tmp_path / "out.safetensors")
+
+
+def test_a_look_at_the_file_counts_them(tmp_path, monkeypatch, capsys):
+    lora = with_vectors("sd1")
+    path = write_lora(lora, tmp_path / "in.safetensors")
+    notes = read_lora_file(path, tiny_base("sd1"), options=WITH).notes
+    counted = f"{len(lora.vectors)} biases and normalisations change, which a merge does not take"
+    assert notes == [counted]
+    tiny("sd1").save_pretrained(tmp_path / "base")
+    code, text, err = run(
+        monkeypatch, capsys, "inspect", path, "--base", tmp_path / "base", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(text)["files"][0]["notes"] == [counted]
 
 
 def test_a_file_that_is_resized_keeps_them(tmp_path, monkeypatch, capsys):
