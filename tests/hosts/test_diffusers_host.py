@@ -91,6 +91,7 @@ def test_lockstep_rows_are_separate_runs(host, select):
             assert float((ours[rows] - plain).norm() / plain.norm()) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["adapter", "output"])
 def test_sweep_is_the_converged_iteration_in_both_precisions(host, host64, objective):
     for each, limit, precision in ((host, 1e-5, "float32"), (host64, 1e-9, "float64")):

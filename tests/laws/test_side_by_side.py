@@ -153,6 +153,7 @@ def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
     handle.remove()
 
 
+@pytest.mark.slow
 def test_polish_on_pictures_of_two_leaves_the_base_as_it_was(host):
     before = {name: value.clone() for name, value in host.pipeline.unet.state_dict().items()}
     told: set[str] = set()

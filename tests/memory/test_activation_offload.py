@@ -254,7 +254,9 @@ def merge(host, memory, policy=POLICY, **settings):
     )
 
 
-@pytest.mark.parametrize("share", [0.35, 0.25, 0.15])
+@pytest.mark.parametrize(
+    "share", [*(pytest.param(some, marks=pytest.mark.slow) for some in (0.35, 0.25)), 0.15]
+)
 def test_the_result_is_the_same_and_the_plan_is_kept(host64, apart, places, share):
     """Held against the same rows at once that all wait on the device."""
     with MemoryMeter() as meter:
@@ -277,6 +279,7 @@ def test_the_result_is_the_same_and_the_plan_is_kept(host64, apart, places, shar
         assert float((ours - wanted).norm()) <= 1e-11 * float(wanted.norm()), site
 
 
+@pytest.mark.slow
 def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
     plans, peaks = [], []
     sweep, make = Lockstep.sweep, planner.plan_stage
@@ -301,7 +304,9 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
     assert {p.strategy.name for p in plans} >= {strategies.ON_DEVICE.name, strategies.IN_HOST}
 
 
-@pytest.mark.parametrize("where", ["on the device", "in host memory"])
+@pytest.mark.parametrize(
+    "where", ["on the device", pytest.param("in host memory", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size, where):
     if where == "in host memory":

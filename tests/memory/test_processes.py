@@ -72,6 +72,7 @@ def merge_in_process(rank: int, size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_merge_as_one(tmp_path):
     torch.multiprocessing.spawn(merge_in_process, (2, str(tmp_path)), nprocs=2)
     alone = merge_all()

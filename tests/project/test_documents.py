@@ -73,6 +73,7 @@ def place(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_the_merges_of_the_pages_run(place, monkeypatch, capsys):
     """In their order, with fewer samples, on a small base."""
     done = []
