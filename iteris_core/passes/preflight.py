@@ -70,11 +70,12 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
             samples = host.samples(job.concepts, sites, some, lockstep, generator, quiet)
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
-                why, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
-                mixed = {site: modules[site] for site, reason in why.items() if reason == MIXED}
-                ordered = joined_rows(stage, mixed) if mixed else set[str]()
-                joined |= ordered
-                found |= why | dict.fromkeys(ordered)
+                why, mixed, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
+                if mixed:
+                    ordered = joined_rows(stage, {site: modules[site] for site in mixed})
+                    joined |= ordered
+                    mixed -= ordered
+                found |= why | dict.fromkeys(mixed, MIXED)
                 if not every_kind:
                     seen.append(stage_seen)
             if sites <= found.keys() and MIXED not in found.values():
@@ -85,9 +86,9 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
 
 def _look(
     stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
-) -> tuple[dict[str, str | None], Seen]:
-    """The sites that ``stage`` reaches with its first row, or with the first row of every kind,
-    and what keeps them from being merged."""
+) -> tuple[dict[str, str | None], set[str], Seen]:
+    """The sites that ``stage`` reaches with its first row, or with the first row of every kind, and
+    what keeps them from being merged; those that get other rows than there are."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
     calls = _Calls(set(stage.sites))
@@ -114,7 +115,7 @@ def _look(
     if sweep:
         why |= {site: PARTLY for site, reached in count.items() if reached < len(firsts)}
         why |= dict.fromkeys(repeated, REPEATED)
-    return why | dict.fromkeys(mixed, MIXED), Seen(stage, calls.reached, took / 2, calls.device)
+    return why, mixed, Seen(stage, calls.reached, took / 2, calls.device)
 
 
 class _Calls:

@@ -183,6 +183,19 @@ class Twice(Net):
         return self.up(x) + self.up(-x)
 
 
+class JoinedTwice(Joined):
+    """As :class:`Joined`, two times in a forward."""
+
+    def forward(self, x):
+        return super().forward(x) + super().forward(-x)
+
+
+def test_rows_that_are_told_apart_do_not_hide_a_repeated_layer():
+    host = PictureHost(JoinedTwice(), make_data())
+    with pytest.raises(IterisError, match="more than once"):
+        merge_loras(host, [Concept(make_lora(1, sites=("up",)), prompts=["unused"])])
+
+
 @pytest.mark.parametrize("method", [method.name for method in all_methods() if method.needs_host])
 def test_a_method_declares_whether_it_sweeps(method, monkeypatch):
     """Those that sweep refuse a repeated site beforehand, and no others do."""
