@@ -47,12 +47,10 @@ def add_routes() -> None:
     except (ImportError, AttributeError):
         return
 
-    @routes.get("/iteris/words")
-    async def words(request: Any) -> Any:
-        answer = await asyncio.to_thread(words_of_lora, request.query.get("lora", ""))
-        return web.json_response(answer)
+    for path, function in {"words": words_of_lora, "blocks": blocks_of_lora}.items():
 
-    @routes.get("/iteris/blocks")
-    async def blocks(request: Any) -> Any:
-        answer = await asyncio.to_thread(blocks_of_lora, request.query.get("lora", ""))
-        return web.json_response(answer)
+        async def answer(request: Any, function: Any = function) -> Any:
+            found = await asyncio.to_thread(function, request.query.get("lora", ""))
+            return web.json_response(found)
+
+        routes.get(f"/iteris/{path}")(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import folder_paths
@@ -21,10 +22,12 @@ _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from i
             "input": " (from trigger_words)"}  # fmt: skip
 
 
-def _row(number: int, names: list[str]) -> list[Any]:
-    def named(what: str) -> dict[str, Any]:
-        return {"display_name": f"{number} {what}", "optional": True}
+def _named(number: int, what: str) -> dict[str, Any]:
+    return {"display_name": f"{number} {what}", "optional": True}
 
+
+def _row(number: int, names: list[str]) -> list[Any]:
+    named = partial(_named, number)
     return [
         io.Combo.Input(f"lora_{number}", options=names, default=NONE, **named("LoRA")),
         io.Boolean.Input(
@@ -52,12 +55,7 @@ class IterisLoras(io.ComfyNode):
                 io.String.Input("lines", default="", multiline=True, optional=True),
                 # Behind all others: graphs that were saved without them keep their values' places.
                 *(
-                    io.String.Input(
-                        f"blocks_{number}",
-                        default="",
-                        display_name=f"{number} blocks",
-                        optional=True,
-                    )
+                    io.String.Input(f"blocks_{number}", default="", **_named(number, "blocks"))
                     for number in range(1, ROWS + 1)
                 ),
                 io.String.Input("trigger_words", optional=True, force_input=True),
@@ -71,14 +69,12 @@ class IterisLoras(io.ComfyNode):
     def execute(
         cls, lines: str = "", trigger_words: str | None = None, concepts: Any = (), **rows: Any
     ) -> io.NodeOutput:
-        specs = list(specs_of(concepts))
-        for number in range(1, ROWS + 1):
-            spec = _spec(number, lines, rows)
-            if spec is not None:
-                specs.append(spec)
+        of_rows = (_spec(number, lines, rows) for number in range(1, ROWS + 1))
+        specs = [*specs_of(concepts), *filter(None, of_rows)]
         specs = list(with_words(specs, trigger_words or ""))
         show_text("\n".join(map(_line, specs)) or "No LoRA is on.", cls.hidden.unique_id)
-        return io.NodeOutput(tuple(specs), words_of(specs))
+        phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
+        return io.NodeOutput(tuple(specs), ", ".join(dict.fromkeys(phrases)))
 
     @classmethod
     def fingerprint_inputs(cls, **values: Any) -> Any:
@@ -108,12 +104,6 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
         phrases=phrases_in(value("words", "")),
         blocks=value("blocks", "").strip(),
     )
-
-
-def words_of(specs: list[ConceptConfig]) -> str:
-    """The words of all LoRAs, as a prompt has them."""
-    phrases = [phrase for spec in specs if spec.file is not None for phrase in spec.phrases]
-    return ", ".join(dict.fromkeys(phrases))
 
 
 def _line(spec: ConceptConfig) -> str:
