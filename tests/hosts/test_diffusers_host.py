@@ -215,7 +215,7 @@ save_file({{"text": text.contiguous(), "noise": noise.contiguous()}}, {out!r})
 """
 
 
-@pytest.mark.parametrize("layout", ["kohya", "peft"])
+@pytest.mark.parametrize("layout", ["kohya", pytest.param("peft", marks=pytest.mark.slow)])
 def test_a_merged_file_loads_in_a_new_process_with_equal_outputs(host, tmp_path, layout, request):
     concepts = [
         Concept(random_lora(host, 1, rank=2), prompts=PROMPTS),

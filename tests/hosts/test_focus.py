@@ -107,7 +107,8 @@ def test_moments_are_weighted_by_the_effects_so_far(host64):
     assert unequal > len(acting)
 
 
-@pytest.mark.parametrize("objective", [pytest.param("adapter", marks=pytest.mark.slow), "output"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["adapter", "output"])
 def test_schedules_and_micro_batches_agree(host64, objective):
     concepts = concepts_of(host64)
     common = {"objective": objective, "precision": "float64", "ridge": 1e-4, "saliency": FOCUS}

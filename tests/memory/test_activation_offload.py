@@ -307,7 +307,7 @@ def test_the_planned_peak_is_the_measured_one(host, apart, monkeypatch):
 @pytest.mark.parametrize(
     "where", ["on the device", pytest.param("in host memory", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.slow)])
 def test_the_planned_peak_of_blocks_is_the_measured_one(host, monkeypatch, size, where):
     if where == "in host memory":
         monkeypatch.setattr(planner, "is_apart", lambda device: True)
