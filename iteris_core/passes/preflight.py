@@ -71,11 +71,9 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
             for stage in host.stages(samples, sites):
                 every_kind = some is every_prompt
                 why, mixed, stage_seen = _look(stage, modules, every_kind=every_kind, sweep=sweep)
-                if mixed:
-                    ordered = joined_rows(stage, {site: modules[site] for site in mixed})
-                    joined |= ordered
-                    mixed -= ordered
-                found |= why | dict.fromkeys(mixed, MIXED)
+                if mixed - joined:
+                    joined |= joined_rows(stage, {site: modules[site] for site in mixed - joined})
+                found |= why | dict.fromkeys(mixed - joined, MIXED)
                 if not every_kind:
                     seen.append(stage_seen)
             if sites <= found.keys() and MIXED not in found.values():

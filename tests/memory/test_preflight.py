@@ -1,6 +1,7 @@
 """What cannot be merged is found before anything is made: refused, left out, or averaged."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,32 @@ class Twice(Net):
     def forward(self, x):
         x = self.q(x)
         return self.up(x) + self.up(-x)
+
+
+class JoinedAndChosen(Joined):
+    """``up`` as in :class:`Joined`, and ``down`` as in :class:`Chosen`."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return self.down(x[x.sum(dim=2) > 0])
+
+
+class UnlikeRows(PictureHost):
+    """No two of its rows may share a forward, but for those of the first pass."""
+
+    def stages(self, samples, sites):
+        for stage in super().stages(samples, sites):
+            apart = self.asked[-1].samples > 1
+            yield replace(stage, batch_keys=range(len(stage.concept_ids)) if apart else None)
+
+
+def test_what_one_pass_has_told_apart_stays_so():
+    """The second one, which another layer wants, has no rows to compare."""
+    some = [Concept(make_lora(i, sites=("up", "down")), prompts=["unused"]) for i in (1, 2)]
+    host = UnlikeRows(JoinedAndChosen(), make_data())
+    result = merge_loras(host, some, unmergeable="skip", settings={"micro_batch": 1})
+    assert len(host.asked) == 3  # two passes, and the merge
+    assert set(result.lora.sites) == {"up"}
 
 
 class JoinedTwice(Joined):
