@@ -79,16 +79,13 @@ class ComfySites:
                 aliases[name] = alias
         kind = _architecture(model, shapes)
         written = names_to_write(kind, shapes, {n: a for n, a in aliases.items() if n in stock})
-        self._parameters = {
-            our_name(key): (key, value)
-            for key, value in _parameters(model, clip).items()
-            if key not in self.names
-        }
+        others = {k: p for k, p in _parameters(model, clip).items() if k not in self.names}
+        self._parameters = {our_name(key): key for key in others}
         best = best_names(stock).items()
         vectors = vector_names(
             {our_name(key).removesuffix(".weight"): name for key, name in best},
             written,
-            {name: tuple(value.shape) for name, (_, value) in self._parameters.items()},
+            {our_name(key): tuple(value.shape) for key, value in others.items()},
         )
         self.base = BaseModel(kind, shapes, aliases, written, vectors)
 
@@ -131,15 +128,19 @@ class ComfySites:
 
     def parameters(self) -> dict[str, nn.Module]:
         """The module of every parameter beside the sites' weights."""
-        return {name: self._module(key) for name, (key, _) in self._parameters.items()}
+        return {name: self._module(key) for name, key in self._parameters.items()}
 
     def parameter(self, name: str) -> Tensor:
         """One of :meth:`parameters` in float32, with the LoRAs that are on it already."""
-        return self._value(self._parameters[name][0], name)
+        return self._value(self._parameters[name], name)
 
     def weight(self, site: str) -> Tensor:
-        """The base's weight in float32, with the LoRAs that are on it already."""
-        return self._value(self._keys[site], site)
+        """The base's weight in float32, with the LoRAs that are on it already. A projection that no
+        one uses is zero: ComfyUI leaves it as the memory was."""
+        key = self._keys[site]
+        encoder = getattr(self._root(key), key.partition(".")[0], None)
+        unused = key.endswith(".text_projection.weight") and not encoder.return_projected_pooled
+        return torch.zeros(self.base.shapes[site]) if unused else self._value(key, site)
 
     def _value(self, key: str, site: str) -> Tensor:
         patcher = self._model if in_denoiser(key) else self._clip.patcher

@@ -226,8 +226,8 @@ class Lockstep:
                 merged = self.merged.get(name)
                 if merged is None:
                     return None
-                added = site.delta(merged.to(inputs.dtype, inputs.device), inputs)
-                return (output + added).reshape(shape)
+                changed = output + site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+                return changed.reshape(shape)
             for concept, start, stop in batch.spans:
                 change = changes[concept]
                 if change is not None:
@@ -260,7 +260,7 @@ class Lockstep:
                 add()
             else:
                 self._reach(batch, name, add)
-            return output.view(shape)
+            return output.view(shape) if name in self._joined else output
 
         return hook
 

@@ -81,7 +81,7 @@ def load_base(
     from transformers.utils import logging as transformers_logging
 
     from ..hosts.diffusers_lora import single_file_pipeline
-    from ..hosts.diffusers_modular import progress_bars
+    from ..hosts.diffusers_modular import is_modular, progress_bars
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
@@ -98,7 +98,7 @@ def load_base(
             dtype = "float32"
         half = "float16" if hasattr(pipeline, "unet") else "bfloat16"
         pipeline.to(dtype=getattr(torch, dtype or half))
-        if offload is not None and not hasattr(pipeline, "enable_model_cpu_offload"):
+        if offload is not None and is_modular(pipeline):
             raise BaseError(
                 f"The base {base!r} is a modular pipeline, which --offload cannot move. Leave the "
                 "option out, or load it in Python with a ComponentsManager that offloads it."

@@ -75,7 +75,8 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
             check_new(beside, overwrite=options.overwrite)
     check_apart([output, *experts], config.concepts)
     check_cut(config.cut)
-    _ = [parse_rename(text) for text in options.rename or []]
+    for text in options.rename or []:
+        parse_rename(text)  # refuses what is none
     load = _loading(config, adapter, options)
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):

@@ -45,11 +45,8 @@ class ResizeOptions(Sizing):
 @command(ResizeOptions)
 def resize(context: typer.Context, options: ResizeOptions) -> None:
     """Bring LoRAs to a lower rank, size or share of energy, the ranks shared out over layers."""
-    target, how, reading = (
-        options.target,
-        options.run,
-        ReadOptions(options.allow_partial, vectors=True),
-    )
+    target, how = options.target, options.run
+    reading = ReadOptions(options.allow_partial, vectors=True)
     configs = [
         parse_concept(text) if ":" in Path(text).name else ConceptConfig(file=Path(text))
         for text in options.files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,32 +25,43 @@ def other_differences(base: Host, tuned: Host) -> dict[str, Tensor]:
 
 @contextmanager
 def with_vectors(host: Host, vectors: Mapping[str, Tensor]) -> Generator[None]:
-    """The base of ``host`` with ``vectors`` added to its parameters; none is written to. To be
-    entered before sites have hooks, since a module's output is made anew."""
+    """The base of ``host`` with ``vectors`` added to its parameters, each while its module runs;
+    none is written to. To be entered before sites have hooks, which may pause a forward."""
     modules = host.parameters() if vectors else {}
     by_module: dict[nn.Module, dict[str, Tensor]] = {}
     for name, vector in vectors.items():
         by_module.setdefault(modules[name], {})[name.rpartition(".")[2]] = vector
     with ExitStack() as stack:
         for module, changes in by_module.items():
-            hook = module.register_forward_hook(_again(changes), with_kwargs=True)
-            stack.callback(hook.remove)
+            swap = _Swap(module, changes)
+            stack.callback(swap.back)  # hooks do not follow an interrupt
+            stack.enter_context(module.register_forward_pre_hook(swap.enter))
+            stack.enter_context(module.register_forward_hook(swap.leave, always_call=True))
         yield
 
 
-def _again(changes: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """A hook that runs the module's forward again on parameters with ``changes``."""
+class _Swap:
+    """Gives ``module`` parameters with ``changes`` while forwards are inside, several at a time
+    where they wait for each other."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        own: dict[str, nn.Parameter] = {leaf: getattr(module, leaf) for leaf in changes}
-        try:
-            for leaf, parameter in own.items():
-                change = changes[leaf].to(parameter.device)
-                moved = (parameter.detach().float() + change).to(parameter.dtype)
-                setattr(module, leaf, nn.Parameter(moved, requires_grad=False))
-            return module.forward(*args, **kwargs)
-        finally:
-            for leaf, parameter in own.items():
-                setattr(module, leaf, parameter)
+    def __init__(self, module: nn.Module, changes: Mapping[str, Tensor]) -> None:
+        self._module, self._changes = module, changes
+        self._own: dict[str, nn.Parameter] = {}
+        self._inside = 0
 
-    return hook
+    def enter(self, *_: Any) -> None:
+        self._inside += 1
+        for leaf, change in self._changes.items() if self._inside == 1 else ():
+            parameter: nn.Parameter = getattr(self._module, leaf)
+            moved = (parameter.detach().float() + change.to(parameter.device)).to(parameter.dtype)
+            self._own[leaf] = parameter
+            setattr(self._module, leaf, nn.Parameter(moved, requires_grad=False))
+
+    def leave(self, *_: Any) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self.back()
+
+    def back(self) -> None:
+        while self._own:
+            setattr(self._module, *self._own.popitem())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,14 @@ class DiffusersHost:
         return plain_weight(site, self._sites[site], "An extraction")
 
     def parameters(self) -> Mapping[str, nn.Module]:
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, nn.Module]:
         return pipeline_parameters(self.pipeline)
 
     def parameter(self, name: str) -> Tensor:
-        return plain_parameter(name, self.parameters()[name])
+        return plain_parameter(name, self._parameters[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
         return read_lora(self.pipeline, self._sites, Path(path), options)

@@ -90,8 +90,8 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
 
 @contextmanager
 def _trials_unreported() -> Generator[None]:
-    """:data:`_LONG` may have more tokens than a text encoder takes: what the libraries warn of is
-    no prompt of the user's."""
+    """The libraries log nothing of our trials: :data:`_LONG` may have more tokens than a text
+    encoder takes, and some pipelines fail on two prompts. What fails in earnest is raised."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

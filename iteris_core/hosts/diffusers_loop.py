@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures.record import Architecture
 from ..lora_files.experts import second_of
-from .diffusers_modular import function_of, progress_bars
+from .diffusers_modular import ModularFunction, is_modular, progress_bars
 from .recorded import Call, Recorders, See, arguments_of
 
 _EACH = ("image", "lyrics")
@@ -43,7 +43,7 @@ class PipelineLoop:
             n: m for n, m in parts.items() if isinstance(m, nn.Module)
         }
         # Without ``torch.no_grad``: polishing goes back through the text encoders.
-        self.modular = function_of(pipeline)
+        self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
         self.names = self.modular.names if self.modular else _parameters(self._function)
         self._recorders = Recorders(self.denoisers)

@@ -66,18 +66,14 @@ def _parameter(name: str, default: Any) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default)
 
 
-def function_of(pipeline: Any) -> ModularFunction | None:
-    """None for a pipeline that is not made of blocks."""
-    return ModularFunction(pipeline) if hasattr(pipeline, "_blocks") else None
+def is_modular(pipeline: Any) -> bool:
+    """True for a pipeline that is made of blocks."""
+    return hasattr(pipeline, "_blocks")
 
 
 def progress_bars(pipeline: Any) -> Iterator[Any]:
     """What shows a progress bar: the pipeline, or each of its loops."""
-    blocks = getattr(pipeline, "_blocks", None)
-    if blocks is None:
-        yield pipeline
-    else:
-        yield from _loops(blocks)
+    yield from _loops(pipeline._blocks) if is_modular(pipeline) else [pipeline]
 
 
 def _loops(block: Any) -> Iterator[Any]:

@@ -105,10 +105,11 @@ def lora_of(
 ) -> Lora:
     """The LoRA that :func:`read_lora_file` makes of a file's ``tensors``; ``configs`` are the
     LoraConfigs of its components, where alpha stands if it is not among the tensors."""
+    places = base.vectors if options.vectors else {}
     vectors: dict[str, Tensor] = {}
-    for key in base.vectors.keys() & tensors.keys() if options.vectors else ():
-        vectors |= vectors_of_file(f"{path}: {key}", tensors[key], base.vectors[key])
-    tensors = {k: t for k, t in tensors.items() if not (options.vectors and k in base.vectors)}
+    for key in places.keys() & tensors.keys():
+        vectors |= vectors_of_file(f"{path}: {key}", tensors[key], places[key])
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in places}
     groups, left_out = _group(path, tensors, base)
     if left_out and not (options.allow_partial and groups):
         raise LoraFileError(_complaint(path, left_out, len(tensors), len(groups)))

@@ -7,17 +7,18 @@ of the rows. That is found by running two rows together and apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hosts.protocol import Stage
+from ..hosts.recorded import differ
 
 _PAIRS = 4
+_NUMBERS = 8  # that stand for a token
 _ROUNDING = 1e-3
 
 
@@ -32,13 +33,8 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
     joined: set[str] = set()
     alike: set[str] = set()
     for one, other in _pairs(stage.batch_keys or [None] * len(stage.concept_ids)):
-        if not undecided:
-            break
-        with _inputs_of(undecided) as inputs:
-            alone, beside, both = (
-                {site: _halves(some) for site, some in inputs(partial(stage.run, rows, 1)).items()}
-                for rows in ([one, one], [other, other], [one, other])
-            )
+        pairs = [one, one], [other, other], [one, other]
+        alone, beside, both = (_halves(stage, rows, undecided) for rows in pairs)
         for site in list(undecided):
             first, second, mixed = alone.get(site), beside.get(site), both.get(site)
             if first is None or second is None or mixed is None or not _same(*first):
@@ -49,14 +45,9 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
                     joined.add(site)
             elif not _repeats(first[0]):
                 alike.add(site)
+        if not undecided:
+            break
     return joined | (alike & undecided.keys())
-
-
-def _repeats(tokens: Tensor) -> bool:
-    """True if (tokens, width) are one part, several times."""
-    count = len(tokens)
-    parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
-    return any(_same(some[1:], some[:-1]) for some in parts)
 
 
 def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
@@ -70,39 +61,40 @@ def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
     return [(one, other) for _, one, other in sorted(pairs)[:_PAIRS]]
 
 
-@contextmanager
-def _inputs_of(
-    modules: Mapping[str, nn.Module],
-) -> Generator[Callable[[Callable[[], None]], dict[str, Tensor]]]:
-    """A function that runs what it is given, and returns the inputs of ``modules`` there."""
-    found: dict[str, Tensor] = {}
+def _halves(
+    stage: Stage, rows: Sequence[int], modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The tokens that each of two rows gives the ``modules``, (tokens, :data:`_NUMBERS`) each, of
+    those that get as many of both. A random projection stands for a token: all inputs of a large
+    model at once would not fit."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(site: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[site] = args[0].detach().clone()
+            inputs: Tensor = args[0]
+            width = inputs.shape[-1]
+            if inputs.ndim > 1 and inputs.numel() // width % 2 == 0:
+                generator = torch.Generator().manual_seed(width)
+                factors = torch.randn(width, _NUMBERS, generator=generator)
+                tokens = inputs.detach().float() @ factors.to(inputs.device)
+                first, second = tokens.cpu().reshape(2, -1, _NUMBERS)
+                found[site] = first, second
 
         return hook
-
-    def inputs(run: Callable[[], None]) -> dict[str, Tensor]:
-        found.clear()
-        run()
-        return found
 
     with ExitStack() as stack:
         for site, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(keep(site)))
-        yield inputs
+        stage.run(rows, 1)
+    return found
 
 
-def _halves(inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The tokens of two rows, if there are as many of each."""
-    if inputs.ndim < 2 or inputs.numel() // inputs.shape[-1] % 2:
-        return None
-    first, second = inputs.double().reshape(2, -1, inputs.shape[-1])
-    return first, second
+def _repeats(tokens: Tensor) -> bool:
+    """True if (tokens, width) are one part, several times."""
+    count = len(tokens)
+    parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
+    return any(_same(some[1:], some[:-1]) for some in parts)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return bool(torch.linalg.norm(one - other) <= _ROUNDING * torch.linalg.norm(one))
+    return not differ(one, other, _ROUNDING)

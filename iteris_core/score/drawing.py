@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..errors import ScoreError, brief
+from ..hosts.diffusers_modular import is_modular
 from ..progress import Forecast, OnProgress
 from ..settings import Settings, setting
 from .compare_progress import DRAWING
@@ -64,7 +65,7 @@ def _drawn(
 ) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(seed) for _, seed in chunk]
     call = {"num_inference_steps": drawing.steps, **size}
-    if hasattr(pipeline, "blocks"):  # modular: some draw one picture alone
+    if is_modular(pipeline):  # some draw one picture alone
         return [
             pipeline(prompt=prompt, generator=generator, output="images", **call)[0]
             for (prompt, _), generator in zip(chunk, generators, strict=True)

@@ -155,7 +155,7 @@ def test_rows_that_stand_in_another_dimension_are_told_apart(model, schedule):
 
 @pytest.mark.parametrize("repeats", [False, True])
 def test_what_is_alike_for_all_rows_may_not_repeat_itself(repeats):
-    """Else the order of the rows cannot be told."""
+    """A row that repeats itself hides the order of the rows."""
     model = Joined()
     given = torch.randn(12 // (1 + repeats), 12, generator=torch.Generator().manual_seed(4))
     given = given.repeat(1 + repeats, 1).double()

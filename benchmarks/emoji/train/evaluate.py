@@ -1,6 +1,6 @@
 """The step `evaluate`: quality.json beside the weights, by the judge that saw none of the pictures.
 
-How often the base draws what it is told, how well each subject is drawn, and how like its
+How often the base draws what its prompt says, how well each subject is drawn, and how like its
 references.
 """
 
