@@ -14,38 +14,37 @@ from typing import Any
 from architecture_results import FILE
 
 HEAD = """\
-# Architectures that were tested
+# Tested architectures
 
-Each line is a test on real classes at reduced widths with random weights, in float32; *version* is
-that of the application in which it ran. Its prompts are of unlike lengths; the empty one and one of
-more than 77 tokens are among them. Nothing else is promised. The tests write the figures into
-`benchmarks/results/architectures.json` (`WRITE_RESULTS=1`), and this page is made from it: `python
-tests/architecture_page.py > docs/architectures.md`.
+Each row is a test on real classes at reduced widths with random weights, in float32. *version* is
+the application's version in the test. The prompts differ in length and include the empty prompt and
+one of more than 77 tokens. Nothing else is promised. The tests write the figures to
+`benchmarks/results/architectures.json` (`WRITE_RESULTS=1`); `python tests/architecture_page.py >
+docs/architectures.md` makes this page from it.
 
-- **alone**: the merge of one LoRA against that LoRA in the application's own loader, as a share of
-  what the LoRA changes in the picture. A test fails above 1e-3.
-- **rows**: merges with 32 and with 5 rows a forward, the largest relative difference of a layer. A
-  test fails above 5e-3.
+- **alone**: the merge of a single LoRA against that LoRA in the application's own loader, as a
+  share of the LoRA's effect on the image. A test fails above 1e-3.
+- **rows**: merges with 32 and with 5 rows per forward; the largest relative difference in any
+  layer. A test fails above 5e-3.
 - **file**: the saved file in the application's own loader against the merge itself, as a share of
-  what the merge changes in the picture. A test fails above 1e-3.
+  the merge's effect on the image. A test fails above 1e-3.
 
-Layers that are *left out* cannot be merged by their features, since they mix the rows of a batch or
-are reached by no forward: they are refused, or with `skip` left out and listed. The figures are of
-the rest.
+Layers that are *left out* cannot be merged by their features, because they mix the rows of a batch
+or no forward reaches them. They are refused, or with `skip` left out and listed. The figures are
+for the remaining layers.
 """
 
 TITLES = {
     "comfyui": (
         "ComfyUI",
-        "`tests/comfy/test_every_architecture.py`. In ComfyUI a LoRA file may use every name that "
-        "the loaded class's own key map has.",
+        "`tests/comfy/test_every_architecture.py`. In ComfyUI a LoRA file may use any name in the "
+        "loaded class's own key map.",
     ),
     "diffusers": (
         "diffusers",
-        "`tests/hosts/test_pipelines.py`. LoRA files in peft's and diffusers' layout are read for "
-        "all of them. Files in other layouts are read by tables of ours for Stable Diffusion and "
-        "FLUX.1, and for the others through the pipeline's own converter, as far as it loses "
-        "nothing.",
+        "`tests/hosts/test_pipelines.py`. LoRA files in peft's and diffusers' layout work for all "
+        "of them. Files in other layouts are read with built-in tables for Stable Diffusion and "
+        "FLUX.1. For the others the pipeline's own converter reads them, if it loses nothing.",
     ),
 }
 
@@ -57,7 +56,7 @@ def page(found: Mapping[str, Any]) -> str:
         rows: Mapping[str, Mapping[str, Any]] = found.get(key, {})
         if not rows:
             continue
-        text = textwrap.fill(f"{len(rows)} of them, in {text}", 100)
+        text = textwrap.fill(f"{len(rows)} architectures, tested in {text}", 100)
         parts.append(f"## {title}\n\n{text}\n")
         lines = [
             ["architecture", "version", "alone", "rows", "file", "remarks"],

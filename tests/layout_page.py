@@ -15,31 +15,31 @@ from architecture_results import FILE
 HEAD = """\
 # Layouts and kinds of LoRA files
 
-What a LoRA file may look like, what of it is read, and what is written. The tests write the figures
-into `benchmarks/results/architectures.json`, and this page is made from it: `python
-tests/layout_page.py > docs/layouts.md`. ComfyUI's names of further architectures are in
-[architectures](architectures.md).
+The LoRA file layouts and kinds that IterIS reads and writes. The tests write the figures to
+`benchmarks/results/architectures.json`; `python tests/layout_page.py > docs/layouts.md` makes this
+page from it. For ComfyUI's names of other architectures see [architectures](architectures.md).
 
 ## Layouts
 
-*error*: pictures of reduced models with the file as it is read here, against the LoRA added to the
-weights by hand; the largest of all bases and alphas. *diffusers' own loader*: what it gets wrong
-with the same file. Nothing means that its picture is the same. Names and alphas are read in full
-from every one of these layouts; `iteris convert` writes those that have an option.
+*error* compares images from reduced models: the file as IterIS reads it, against the LoRA added to
+the weights by hand. It is the largest over all bases and alphas. *diffusers' own loader* says what
+that loader gets wrong with the same file; an empty cell means that its image is the same. IterIS
+reads all names and alphas from every layout. `iteris convert` writes those that have an option.
 """
 
 KINDS = """\
 ## Kinds
 
-*error*: the change of a weight as it is read from a file, against what others make of the same
-file; the largest of linear layers and convolutions. What is written is a plain LoRA: *becomes* says
-what is lost. `energy` is the share of a layer's change that is kept, 99.9 % by default.
+The figures are errors: a weight's change as IterIS reads it from a file, against the change that
+the named program computes from the same file. Each is the largest over linear layers and
+convolutions. The output is always a plain LoRA; *becomes* says what is lost. `energy` is the share
+of a layer's change to keep, 99.9 % by default.
 """
 
 REFUSED = """\
-Refused by name: IA3, changes of biases, normalisations and shapes, and OFT as peft writes it, which
-ComfyUI does not load. With `--allow-partial` they are left out and listed. Learned embeddings in
-the file are read, and written beside the merged file.
+IterIS refuses IA3, changes of biases, normalisations and shapes, and OFT as peft writes it (which
+ComfyUI does not load). The message names them; with `--allow-partial` they are left out and listed.
+Learned embeddings in the file are read, and written beside the merged file.
 """
 
 BASES = {"sd1": "SD 1.x", "sdxl": "SDXL", "sd3": "SD 3", "flux": "FLUX.1"}
