@@ -31,7 +31,7 @@ MADE_ELSEWHERE = {
 }
 NOT_FROM_A_FILE = {
     "| path | what | parameters |",  # toybox/README.md: the sizes of what is there
-    "| step | threads | time | what came of it |",  # toybox/README.md: what its training says
+    "| step | threads | time | result |",  # toybox/README.md: what its training says
     "| setting | affects | default | change it when |",
 }
 """The first lines of tables with numbers that no JSON has."""
