@@ -65,9 +65,10 @@ bench-quality: .venv
 		--methods iteris,chain-of-merges,regmean++:contexts=0:generic=0,average,sum \
 		$(if $(SECONDS),--seconds $(SECONDS))
 
-# METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped.
+# METHOD=FOLDER with method.py; at most fifteen minutes, and goes on where it stopped. WORLD=FILE.yaml: on a model of
+# your own.
 bench-open: .venv
-	$(RUN) benchmarks/open_bench.py $(METHOD) $(if $(SECONDS),--seconds $(SECONDS))
+	$(RUN) benchmarks/open_bench.py $(METHOD) $(if $(WORLD),--world $(WORLD)) $(if $(SECONDS),--seconds $(SECONDS))
 
 toybox: .venv
 	$(RUN) -m toybox.train

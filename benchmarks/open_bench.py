@@ -2,8 +2,9 @@
 
 ``python benchmarks/open_bench.py FOLDER`` calls ``merge`` of ``FOLDER/method.py`` with the values
 of ``FOLDER/settings.json`` (``benchmarks/open/README.md``). It writes
-``benchmarks/results/open/NAME.json`` and the page ``build/standings.html``. What is measured is
-kept in ``build/open``, so that a run that was stopped goes on.
+``benchmarks/results/open/NAME.json`` and the page ``build/standings.html``; on a world of a YAML
+file, ``build/quick/open/NAME.json`` and ``build/standings_WORLD.html``. What is measured is kept in
+``build/open``, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import standings
-from outputs import BUILD, result_file, rounded, write
+from outputs import BUILD, RESULTS, result_file, rounded, write
 from protocol.figures import figures, rows_of_size
 from protocol.plan import Plan, Unit, Variant
 from protocol.runs import Runs
 from protocol.world import World
-from worlds import WORLDS
+from worlds import HELP, WORLDS, sizes_in, world_of
 
 from iteris_core import Concept, Lora
 
@@ -78,24 +79,26 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--world", choices=WORLDS, default="reported")
+    parser.add_argument("--world", default="reported", help=HELP)
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--sets", type=int, default=SETS, help="of each size, at most")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
     merge, settings = loaded(asked.folder)
-    name = asked.folder.resolve().name
-    world = WORLDS[asked.world]()
-    variant = Variant(name, name, settings, {})
-    plan = Plan(world, [variant], asked.sizes, 1, lambda *_: {}, asked.sets)
-    alone = Runs(world, result_file(f"unseen_{asked.world}_alone.jsonl"))
-    merged = OpenRuns(world, BUILD / "open" / f"{asked.world}_{name}.jsonl", merge)
+    name, label = asked.folder.resolve().name, Path(asked.world).stem
+    world, whole = world_of(asked.world), asked.world in WORLDS
+    sizes, variant = sizes_in(world, asked.sizes), Variant(name, name, settings, {})
+    plan = Plan(world, [variant], sizes, 1, lambda *_: {}, asked.sets)
+    alone = Runs(world, result_file(f"unseen_{label}_alone.jsonl", whole=whole))
+    merged = OpenRuns(world, BUILD / "open" / f"{label}_{name}.jsonl", merge)
     found = measured(name, plan, alone, merged, until)
-    write(result_file(f"open/{name}.json"), {"world": asked.world, **found})
-    page = BUILD / "standings.html"
-    page.write_text(standings.page(), encoding="utf-8")
-    print(f"{page}: {name} among {len(standings.rows('2')) - 1} others")
+    file = result_file(f"open/{name}.json", whole=whole)
+    write(file, {"world": label, **found})
+    shown = ("reported", RESULTS) if whole else (label, file.parents[1])
+    page = BUILD / ("standings.html" if whole else f"standings_{label}.html")
+    page.write_text(standings.page(*shown), encoding="utf-8")
+    print(f"{page}: {name} among {len(standings.rows(str(sizes[0]), *shown)) - 1} others")
 
 
 if __name__ == "__main__":

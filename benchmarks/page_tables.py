@@ -19,6 +19,12 @@ NEW_WORDS: Columns = (
     ("no trigger", "likeness"),
     ("spread", "share of pixels"),
 )
+UNJUDGED: Columns = (
+    *NEW_WORDS[:3],
+    *(("new words", name) for name in ("likeness kept", "dino", "text")),
+    *NEW_WORDS[3:],
+)
+"""Of a world in which nothing judges attributes and backgrounds."""
 STYLED: Columns = (
     ("styled", "judge"),
     ("styled", "style"),
@@ -33,9 +39,10 @@ def unseen(data: Mapping[str, Any], size: str) -> list[str]:
     """Means over sets and, in brackets, how far ours is ahead, with the half width of the paired
     95 % interval; bold where the interval leaves out 0."""
     found = data["sizes"][size]
-    kinds_of = {kind for kinds in found["rows"].values() for kind in kinds}
-    every = STYLED if "styled" in kinds_of else NEW_WORDS
-    columns = [column for column in every if column[0] in kinds_of]
+    known = {(kind, name) for of in found["rows"].values() for kind in of for name in of[kind]}
+    judged = NEW_WORDS if ("new words", "judge") in known else UNJUDGED
+    every = STYLED if ("styled", "judge") in known else judged
+    columns = [column for column in every if column in known]
     rows: list[list[str]] = []
     for label, kinds in found["rows"].items():
         ahead = found["against"].get(label, {})

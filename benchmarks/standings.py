@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from markdown_tables import load, load_rows
-from outputs import BUILD, RESULTS
+from outputs import BUILD, RESULTS, read
 from protocol.plan import Variant
 
 from iteris_core.score.page import html_page, html_table
@@ -25,6 +25,8 @@ APART = ("each LoRA alone", "no LoRA")
 COLUMNS: Sequence[tuple[str, str, str]] = (
     ("likeness kept", "new words", "likeness kept"),
     ("likeness", "new words", "likeness"),
+    ("likeness by DINO", "new words", "dino"),
+    ("text", "new words", "text"),
     ("attributes", "new words", "judge"),
     ("backgrounds", "new words", "scene"),
     ("base kept without a trigger", "no trigger", "likeness"),
@@ -32,21 +34,25 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 )
 COSTS = {"seconds": ("seconds", 1), "rank": ("rank", 1), "MiB": ("bytes", 2**20)}
 """Heading → what a run has of it, and its unit"""
-_LEAD = """<p>Ten LoRAs on which nothing was chosen, drawn on prompts whose words no calibration
+_REPORTED = "Ten LoRAs on which nothing was chosen"
+_LEAD = """<p>{}, drawn on prompts whose words no calibration
 prompt had. Means over n sets of LoRAs; ± half of a 95 % interval (Student's t), where there are two
 sets or more. A click on a heading sorts.</p>"""
 
 
-def rows(size: str) -> dict[str, list[Stat | float | None]]:
-    """Method → the cells of :data:`COLUMNS` and the costs, the most likeness first."""
+def rows(
+    size: str, world: str = "reported", folder: Path = RESULTS
+) -> dict[str, list[Stat | float | None]]:
+    """Method → the cells of :data:`COLUMNS` and the costs, the most likeness first, of what is
+    measured in a ``folder`` laid out as ``results/``."""
     found: list[tuple[str, Mapping[str, Any], Mapping[str, float]]] = []
-    known = load("unseen_reported.json")["sizes"]
+    known = _known(world, folder)
     for name, of in known.get(size, {"rows": {}})["rows"].items():
-        found.append((NAMES.get(name, name), of, costs(_of_runs(name, int(size)))))
-    for file in sorted((RESULTS / "open").glob("*.json")):
-        entry = json.loads(file.read_text(encoding="utf-8"))
+        runs = _of_runs(folder / f"unseen_{world}_runs.jsonl", name, int(size))
+        found.append((NAMES.get(name, name), of, costs(runs)))
+    for entry in _open(world, folder):
         of = entry["sizes"].get(size)
-        if of and entry["world"] == "reported":
+        if of:
             found.append((entry["method"], of["figures"], of["costs"]))
     found.sort(key=lambda row: -row[1]["new words"]["likeness"]["mean"])
     return {
@@ -65,12 +71,22 @@ def _stat(figure: Mapping[str, Any] | None) -> Stat | None:
     return Stat(figure["mean"], ends[1] - figure["mean"] if ends else math.nan)
 
 
-def _of_runs(label: str, size: int) -> list[Mapping[str, Any]]:
+def _known(world: str, folder: Path) -> Mapping[str, Any]:
+    return read(folder / f"unseen_{world}.json").get("sizes", {})
+
+
+def _open(world: str, folder: Path) -> list[Mapping[str, Any]]:
+    every = [read(file) for file in sorted((folder / "open").glob("*.json"))]
+    return [entry for entry in every if entry["world"] == world]
+
+
+def _of_runs(file: Path, label: str, size: int) -> list[Mapping[str, Any]]:
     """The kept runs of a row."""
     variant = Variant.parsed(label)
     wanted = [variant.method, dict(variant.settings), dict(variant.calibration)]
     runs: list[Mapping[str, Any]] = []
-    for entry in load_rows("unseen_reported_runs.jsonl"):
+    for line in file.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
         method, names, _, settings, _, calibration = json.loads(entry["key"])
         if [method, settings, calibration] == wanted and len(names) == size:
             runs.append(entry)
@@ -83,15 +99,19 @@ def costs(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {cost: fmean(entry[cost] for entry in every) for cost, _ in COSTS.values() if every}
 
 
-def page() -> str:
-    heads = [head for head, _, _ in COLUMNS] + list(COSTS)
-    sizes = sorted(load("unseen_reported.json")["sizes"], key=int)
-    parts = [("", _LEAD)]
-    for size in sizes:
-        found = rows(size)
+def page(world: str = "reported", folder: Path = RESULTS) -> str:
+    lead = _REPORTED if world == "reported" else f"The LoRAs of {world}"
+    parts = [("", _LEAD.format(lead))]
+    known = [_known(world, folder), *(entry["sizes"] for entry in _open(world, folder))]
+    for size in sorted({size for of in known for size in of}, key=int):
+        found = rows(size, world, folder)
+        heads = [head for head, _, _ in COLUMNS] + list(COSTS)
+        used = [i for i in range(len(heads)) if any(of[i] is not None for of in found.values())]
+        cells = {label: [of[i] for i in used] for label, of in found.items()}
         ours = next((label for label in found if label.startswith(f"{OURS}, n")), "")
         apart = [label for label in found if label.partition(", n")[0] in APART]
-        table = html_table(heads, found, ours, f"{size} LoRAs", apart=apart, low=list(COSTS))
+        heads = [heads[i] for i in used]
+        table = html_table(heads, cells, ours, f"{size} LoRAs", apart=apart, low=list(COSTS))
         parts.append((f"{size} LoRAs", table))
     return html_page("Merging LoRAs: standings on new words", parts)
 

@@ -4,7 +4,8 @@ Writes ``benchmarks/results/unseen_WORLD.json`` and prints its tables: for each 
 the means over sets, and the first method's difference to each other one, paired by set, with its
 95 % interval and ``first``, ``level`` or ``behind``. What is measured is kept line by line beside
 it, so that a run that was stopped goes on; ``--tag NAME`` keeps the merges of another state of the
-code apart, while the LoRAs alone and the base are shared.
+code apart, while the LoRAs alone and the base are shared. What is measured on a world of a YAML
+file is written into ``build/quick``.
 
 A method is ``NAME[@searched][:FIELD=VALUE]…`` with fields of its settings or of the calibration:
 ``iteris``, ``iteris:ridge=1e-4``, ``iteris:samples=20``, ``ssr@searched``.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 from outputs import result_file, rounded, write
@@ -22,7 +24,7 @@ from protocol.figures import figures, rows_of_size
 from protocol.plan import Plan, Variant
 from protocol.runs import Runs
 from search_settings import searched
-from worlds import WORLDS
+from worlds import HELP, WORLDS, sizes_in, world_of
 
 METHODS = (
     "iteris,regmean++,regmean++@searched,chain-of-merges,chain-of-merges@searched,"
@@ -40,7 +42,7 @@ def kinds_of(world: str) -> tuple[type[Plan], type[Runs]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", choices=WORLDS, default="toybox")
+    parser.add_argument("--world", default="toybox", help=HELP)
     parser.add_argument("--sizes", default="2,3,5", help="how many concepts are merged")
     parser.add_argument("--methods", default=METHODS, help="the first is held against the others")
     parser.add_argument("--replicates", type=int, default=1)
@@ -51,27 +53,27 @@ def main() -> None:
     )
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
-    world = WORLDS[asked.world]()
+    world = world_of(asked.world)
     plan_kind, runs_kind = kinds_of(asked.world)
     plan = plan_kind(
         world,
         [Variant.parsed(label) for label in asked.methods.split(",")],
-        [2] if asked.world == "styles" else [int(size) for size in asked.sizes.split(",")],
+        sizes_in(world, [2] if asked.world == "styles" else [*map(int, asked.sizes.split(","))]),
         asked.replicates,
         searched,
         asked.sets,
     )
-    name = f"unseen_{asked.world}"
-    alone = runs_kind(world, result_file(f"{name}_alone.jsonl"))
+    name, whole = f"unseen_{Path(asked.world).stem}", asked.world in WORLDS
+    alone = runs_kind(world, result_file(f"{name}_alone.jsonl", whole=whole))
     name += f"_{asked.tag}" if asked.tag else ""
-    merged = runs_kind(world, result_file(f"{name}_runs.jsonl"))
-    whole = alone.run(plan.references(), until - time.monotonic())
-    whole = whole and merged.run((t for _, t in plan.merges()), until - time.monotonic())
+    merged = runs_kind(world, result_file(f"{name}_runs.jsonl", whole=whole))
+    done = alone.run(plan.references(), until - time.monotonic())
+    done = done and merged.run((t for _, t in plan.merges()), until - time.monotonic())
     data = rounded(results(plan, alone, merged))
-    write(result_file(f"{name}.json"), data)
+    write(result_file(f"{name}.json", whole=whole), data)
     for size in data["sizes"]:
         print("", *table(data, size), sep="\n")
-    if not whole:
+    if not done:
         print("\nstopped by --seconds")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from protocol.world import World
+
+from iteris_core import IterisError
 
 
 def toybox() -> World:
@@ -47,3 +49,26 @@ WORLDS: Mapping[str, Callable[[], World]] = {
     "emoji": emoji,
     "styles": styles,
 }
+HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"
+
+
+def world_of(name: str) -> World:
+    """Of a name in :data:`WORLDS`, or of a YAML file. Raises SystemExit with what is wrong."""
+    if name in WORLDS:
+        return WORLDS[name]()
+    if Path(name).suffix not in (".yaml", ".yml"):
+        raise SystemExit(f"There is no world {name!r}; give {HELP}.")
+    from own_world import OwnWorld
+
+    try:
+        return OwnWorld(Path(name))
+    except IterisError as error:
+        raise SystemExit(str(error)) from error
+
+
+def sizes_in(world: World, sizes: Sequence[int]) -> list[int]:
+    """Those of ``sizes`` that the world has concepts for."""
+    known = [size for size in sizes if size <= len(world.subjects)]
+    if not known:
+        raise SystemExit(f"The world has {len(world.subjects)} concepts; give smaller --sizes.")
+    return known

@@ -46,10 +46,12 @@ def core(method: str) -> str:
 
 @cache
 def world(roots: tuple[Path, ...]) -> str:
-    files = sorted({file for root in roots for file in root.rglob("*") if file.suffix in _DATA})
+    """Of the files below ``roots``, of which each may be a file itself."""
+    inside = {file for root in roots for file in root.rglob("*") if file.suffix in _DATA}
     return _digest(
-        f"{file.relative_to(ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}"
-        for file in files
+        f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name} "
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        for file in sorted(inside | {root for root in roots if root.is_file()})
     )
 
 

@@ -16,9 +16,8 @@ from iteris_core.hosts.transformers import TransformersHost
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def sd15_host(**size: Any) -> DiffusersHost:
-    """Stable Diffusion 1.5's UNet (860 million weights, unless ``size`` makes it another) and text
-    encoder, float32, random."""
+def sd15_host() -> DiffusersHost:
+    """Stable Diffusion 1.5's UNet (860 million weights) and text encoder, float32, random."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -36,7 +35,7 @@ def sd15_host(**size: Any) -> DiffusersHost:
         pad_token_id=len(tokens) - 1,
     )
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, **{"sample_size": 64, **size})
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
         text_encoder = CLIPTextModel(config)
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -51,12 +50,12 @@ def sd15_host(**size: Any) -> DiffusersHost:
     return DiffusersHost(pipeline)
 
 
-def t5_host(**size: int) -> TransformersHost:
-    """T5-base's architecture (223 million weights, unless ``size`` says otherwise), random."""
+def t5_host() -> TransformersHost:
+    """T5-base's architecture (223 million weights), random."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    base = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
-    config = T5Config(decoder_start_token_id=0, **{**base, **size})
+    size = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+    config = T5Config(decoder_start_token_id=0, **size)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
     return TransformersHost(_filled(model))
@@ -121,15 +120,13 @@ def prompt_concepts(host: Any, count: int, rank: int) -> list[Concept]:
     ]
 
 
-def text_concepts(
-    host: TransformersHost, count: int, rank: int, samples: int, tokens: int = 128
-) -> list[Concept]:
-    """``samples`` rows of ``tokens`` for the encoder and a quarter as many for the decoder."""
+def text_concepts(host: TransformersHost, count: int, rank: int, samples: int) -> list[Concept]:
+    """``samples`` rows of 128 tokens for the encoder and of 32 for the decoder."""
     concepts: list[Concept] = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(100 + seed)
-        ids = torch.randint(2, 32000, (samples, tokens), generator=generator)
-        answers = torch.randint(2, 32000, (samples, tokens // 4), generator=generator)
+        ids = torch.randint(2, 32000, (samples, 128), generator=generator)
+        answers = torch.randint(2, 32000, (samples, 32), generator=generator)
         batch = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

@@ -160,7 +160,9 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
     if not names:
         raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
-    drawing = Drawing(**options.drawing, scheduler=options.scheduler, size=_size(options.size))
+    drawing = Drawing(
+        **options.drawing, scheduler=options.scheduler, size=picture_size(options.size)
+    )
     settings, calibration = parse_by_method(kinds, options.setting or [])
     lines = read_lines(options.templates) if options.templates else None
     calibration = {"seed": drawing.seed, **calibration, **options.calibration}
@@ -211,7 +213,7 @@ def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]
         raise
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def picture_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())

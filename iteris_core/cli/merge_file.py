@@ -55,7 +55,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
     if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
         return base
     path = Path(base)
-    data = _load(path)
+    data = read_mapping(path)
     file = MergeFile(path, {key: data[key] for key in KEYS[1:] if key in data})
     MergeConfig.from_dict(file.data, str(path), lambda entry, where: ConceptConfig())
     context.obj = file
@@ -116,7 +116,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _load(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise MergeFileError(f"{path} does not exist or is not a file; check the path.")
     try:

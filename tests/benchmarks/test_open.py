@@ -11,7 +11,6 @@ from new_words import FakeWorld
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import markdown_tables
 import open_bench
 import standings
 from protocol.plan import Plan, Variant
@@ -62,10 +61,7 @@ def test_a_folder_without_a_method_is_refused(tmp_path):
         open_bench.loaded(tmp_path)
 
 
-def test_the_standings_have_it_among_the_others(tmp_path, monkeypatch):
-    for module in (markdown_tables, standings):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-
+def test_the_standings_have_it_among_the_others(tmp_path):
     def figure(mean):
         return {"mean": mean, "interval": [mean - 0.1, mean + 0.1], "n": 3}
 
@@ -85,13 +81,13 @@ def test_the_standings_have_it_among_the_others(tmp_path, monkeypatch):
         "sizes": {"2": {"figures": row(0.4), "costs": costs}},
     }
     (tmp_path / "open" / "mine.json").write_text(json.dumps(entry))
-    found = standings.rows("2")
+    found = standings.rows("2", folder=tmp_path)
     order = ["each LoRA alone", "iteris", "mine", "all loaded at once"]
     assert list(found) == [f"{name}, n = 3" for name in order]
     assert found["mine, n = 3"][0].se == pytest.approx(0.1)
     assert found["iteris, n = 3"][-3:] == [8.0, 16, 2.0]
     assert found["mine, n = 3"][-3:] == [1.0, 8, 1.0]
     assert found["all loaded at once, n = 3"][-3:] == [None] * 3
-    page = standings.page()
+    page = standings.page(folder=tmp_path)
     assert "mine" in page
     assert "likeness kept" in page

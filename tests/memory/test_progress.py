@@ -264,7 +264,7 @@ def test_a_merge_is_cancelled_at_every_step():
 @pytest.mark.slow
 def test_the_time_left_on_the_toybox_is_right_after_a_tenth(monkeypatch):
     """By the seconds of this process, since the machine may do other things; the bound is loose for
-    the same reason, and benchmarks/time_left.py has figures."""
+    the same reason."""
     import toybox
     from iteris_core.hosts.diffusers import DiffusersHost
     from toybox import TEMPLATES

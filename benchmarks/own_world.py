@@ -1,0 +1,241 @@
+"""A world of one's own: a base, LoRAs, prompts and pictures that a YAML file names.
+
+``open/README.md`` has such a file whole. Its relative paths are relative to it, and its concepts
+have the keys of a merge file's. Everything that can be wrong is found before the base is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from protocol.drawing import noise_of
+from protocol.world import KINDS, Wanted
+from torch import Tensor
+
+from iteris_core import Calibration, Concept
+from iteris_core.cli.base import check_base, device_of, load_base
+from iteris_core.cli.checks import check_concepts
+from iteris_core.cli.compare import picture_size
+from iteris_core.cli.concept_options import concept_of
+from iteris_core.cli.merge_file import MergeFile, read_mapping
+from iteris_core.cli.options import check_settings
+from iteris_core.cli.pictures import open_images
+from iteris_core.concept_config import ConceptConfig
+from iteris_core.errors import ConceptError, MergeFileError, did_you_mean
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.lora import Lora
+from iteris_core.passes.changes import changes_always, switched_on
+from iteris_core.score import ClipScorer, DinoScorer, without_tokens
+from iteris_core.score.drawing import Drawing, draw, find_scheduler
+
+NEEDED = ("base", "concepts", "seen", "new", "plain")
+CHOICES = {"base_dtype": ("float16", "bfloat16", "float32"), "offload": ("model", "sequential")}
+KEYS = (*NEEDED, *CHOICES, "device", "drawing", "calibration", "clip", "clip_weights", "dino")
+SLOTS = {"seen": (1, 2), "new": (1,), "plain": (0,)}
+"""How often templates, and prompts of the base's own, hold "{}"."""
+
+SPREAD = 4
+"""Seeds of the one prompt on which the spread of pictures is measured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept: its LoRA files, one of each training, and the pictures that show it."""
+
+    trainings: Sequence[ConceptConfig]
+    files: Sequence[Path]
+    references: Sequence[Image.Image]
+
+
+class OwnWorld:
+    """Likeness is the mean cosine to a concept's references by CLIP, ``dino`` by a DINO model if
+    the file names one, and ``text`` by CLIP to the prompt without trigger words. Nothing judges
+    attributes or backgrounds.
+
+    A LoRA counts at the strength that the file gives it, alone and in a merge. Raises
+    :class:`IterisError` for a mistake in the file.
+    """
+
+    kinds = KINDS
+
+    def __init__(self, path: Path) -> None:
+        data = _checked(read_mapping(path), path)
+        self._file = MergeFile(path, data)
+        self._known = dict(map(self._subject, data["concepts"]))
+        self.subjects = tuple(self._known)
+        if len(self.subjects) < max(2, len(data["concepts"])):
+            raise MergeFileError(f"{path}: concepts must be two or more, each of another trigger.")
+        self.sizes = tuple(range(2, len(self.subjects) + 1))
+        self.trained = min(len(of.trainings) for of in self._known.values())
+        configs = [config for of in self._known.values() for config in of.trainings]
+        check_concepts(configs, run_base=True)
+        # Not the base: a digest of its weights would take minutes.
+        files = [file for of in (*configs, *self._known.values()) for file in of.files]
+        self.roots = (path, *files)
+        self._set_prompts(path, data)
+        self._drawing = _drawing(data.get("drawing") or {}, f"{path}: drawing")
+        self._load(data)
+
+    def _subject(self, entry: Any) -> tuple[str, Subject]:
+        where = f"{self._file.path}: concepts"
+        if not isinstance(entry, Mapping):
+            raise MergeFileError(f"{where}: each must be a mapping, not {entry!r}.")
+        where = f"{where}: {entry.get('trigger', entry)}"
+        for key in ("file", "trigger", "references"):
+            if not entry.get(key):
+                raise MergeFileError(f"{where}: the key {key!r} is missing.")
+        files = entry["file"] if isinstance(entry["file"], list) else [entry["file"]]
+        others = {key: value for key, value in entry.items() if key != "references"}
+        find = self._file.find
+        trainings = [
+            concept_of({**others, "file": str(find(str(file)))}, where, find) for file in files
+        ]
+        if trainings[0].always_on != "no" or trainings[0].kind != "subject":
+            raise MergeFileError(
+                f"{where}: only subjects are measured, by the templates of seen; put a speed LoRA "
+                "into the base first (iteris bake)."
+            )
+        paths, pictures = open_images(find(str(entry["references"])))
+        return trainings[0].trigger, Subject(trainings, paths, pictures)
+
+    def _set_prompts(self, path: Path, data: Mapping[str, Any]) -> None:
+        where = f"{path}: calibration"
+        given = check_settings(Calibration, data.get("calibration") or {}, where)
+        self.half: dict[str, Any] = {**given, "templates": tuple(data["seen"])}
+        self._seen = Calibration(templates=self.half["templates"]).single_templates
+        self._new, self._plain = data["new"], data["plain"]
+        known = _words(self.half["templates"])
+        for template in self._new:
+            if not _words([template]) - known:
+                raise MergeFileError(
+                    f"{path}: new: {template!r} has no word that the templates of seen lack."
+                )
+        for prompt in self._plain:
+            named = [name for name in self.subjects if _words([name]) <= _words([prompt])]
+            if named:
+                raise MergeFileError(f"{path}: plain: {prompt!r} has the trigger {named[0]!r}.")
+
+    def _load(self, data: Mapping[str, Any]) -> None:
+        base, device = self._file.place(str(data["base"])), device_of(data.get("device"))
+        check_base(base)
+        clip = str(data.get("clip", "ViT-L-14"))
+        self._clip = ClipScorer.load(clip, data.get("clip_weights"), device=device)
+        self._scorers: dict[str, ClipScorer | DinoScorer] = {"likeness": self._clip}
+        if data.get("dino"):
+            name = self._file.place(str(data["dino"]))
+            self._scorers["dino"] = DinoScorer.load(name, device=device)
+        self._references = {
+            (figure, name): scorer.embed_images(of.references)
+            for figure, scorer in self._scorers.items()
+            for name, of in self._known.items()
+        }
+        pipeline = load_base(base, device, data.get("base_dtype"), data.get("offload"))
+        self.host = DiffusersHost(pipeline)
+        self._concepts = {
+            (name, number): self._read(config)
+            for name, of in self._known.items()
+            for number, config in enumerate(of.trainings)
+        }
+
+    def _read(self, config: ConceptConfig) -> Concept:
+        """The concept with its strength in the LoRA."""
+        concept = config.read(self.host)
+        lora = concept.lora
+        assert lora is not None
+        if lora.embeddings:
+            raise ConceptError(
+                f"{config.file} brings embeddings ({', '.join(lora.embeddings)}), without which "
+                "the other LoRAs would be measured; leave it out."
+            )
+        lora = replace(lora, sites=changes_always([concept]))
+        return replace(concept, lora=lora, strength=1.0, text_strength=None)
+
+    def concepts(self, names: Sequence[str], trained: int) -> list[Concept]:
+        return [self._concepts[name, trained] for name in names]
+
+    def prompted(self, kind: str, names: Sequence[str], seed: int) -> list[Wanted]:
+        first = self._drawing.seed + 100 * seed
+        if kind == "no trigger":
+            return [Wanted((), prompt, first) for prompt in self._plain]
+        templates = {"seen": self._seen, "new words": self._new, "spread": self._new[:1]}[kind]
+        count = {"seen": 1, "spread": SPREAD}.get(kind, self._drawing.images_per_prompt)
+        return [
+            Wanted((name,), template.replace("{}", self._concepts[name, 0].subject), one)
+            for name in names
+            for template in templates
+            for one in range(first, first + count)
+        ]
+
+    def draw(self, lora: Lora | None, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """With the LoRA beside the weights, which may be of any dtype and on any device."""
+        pairs = [(one.prompt, noise_of(one).initial_seed()) for one in wanted]
+        with nullcontext() if lora is None else switched_on(self.host, [Concept(lora)]):
+            return draw(self.host.pipeline, pairs, self._drawing)
+
+    def read(
+        self, images: Sequence[Image.Image], wanted: Sequence[Wanted]
+    ) -> list[Mapping[str, float]]:
+        vectors = {figure: of.embed_images(images) for figure, of in self._scorers.items()}
+        prompts = [without_tokens(w.prompt, self.subjects) for w in wanted]
+        texts = (vectors["likeness"] * self._clip.embed_texts(prompts)).sum(1)
+        columns = {"text": texts.tolist()}
+        for figure, some in vectors.items() if wanted[0].shown else ():
+            columns[figure] = [
+                float((self._references[figure, w.shown[0]] @ vector).mean())
+                for w, vector in zip(wanted, some, strict=True)
+            ]
+        return [dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)]
+
+    def embedded(self, images: Sequence[Image.Image]) -> Tensor:
+        return self._clip.embed_images(images)
+
+
+def _checked(data: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
+    """``data`` without keys that are null."""
+    for key in data:
+        if key not in KEYS:
+            guess = did_you_mean(str(key), KEYS)
+            raise MergeFileError(
+                f"{path}: there is no key {key!r}{guess} The keys are {', '.join(KEYS)}."
+            )
+    for key in NEEDED:
+        if not data.get(key):
+            raise MergeFileError(f"{path}: the key {key!r} is missing.")
+        if key != "base" and not isinstance(data[key], list):
+            raise MergeFileError(f"{path}: {key} must be a list, not {data[key]!r}.")
+    for key, known in CHOICES.items():
+        if data.get(key) not in (None, *known):
+            raise MergeFileError(f"{path}: {key} must be {' or '.join(known)}, not {data[key]!r}.")
+    for key in ("drawing", "calibration"):
+        if not isinstance(data.get(key) or {}, Mapping):
+            raise MergeFileError(f"{path}: {key} must be a mapping, not {data[key]!r}.")
+    for key, slots in SLOTS.items():
+        for text in data[key]:
+            if str(text).count("{}") not in slots:
+                holds = "hold" if slots[0] else "not hold"
+                raise MergeFileError(
+                    f'{path}: {key}: {text!r} must {holds} "{{}}" where a concept goes.'
+                )
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _drawing(given: Mapping[str, Any], where: str) -> Drawing:
+    numbers = dict(given)
+    size, scheduler = numbers.pop("size", None), numbers.pop("scheduler", None)
+    if scheduler is not None:
+        find_scheduler(str(scheduler))
+    return Drawing(
+        **check_settings(Drawing, numbers, where),
+        size=picture_size(None if size is None else str(size)),
+        scheduler=scheduler,
+    )
+
+
+def _words(texts: Sequence[str]) -> set[str]:
+    return {word for text in texts for word in re.findall(r"\w+", text.lower())}

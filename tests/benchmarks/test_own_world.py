@@ -1,0 +1,207 @@
+"""A world of a YAML file: the toybox's files stand for somebody's model, LoRAs and pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import toybox
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import open_bench
+import outputs
+import unseen
+from protocol import digests
+from protocol.drawing import draw
+from protocol.toybox import ToyboxWorld
+from worlds import world_of
+
+LORAS = toybox.ROOT / "weights" / "loras"
+CLIP = f"local-dir:{toybox.ROOT / 'weights' / 'clip'}"
+METHOD = """
+from iteris_core import merge_loras
+
+def merge(host, concepts, calibration):
+    return merge_loras(host, concepts, "average").lora
+"""
+
+
+def described(**changed):
+    """The content of a file, with other keys; None takes one out."""
+    concepts = [
+        {
+            "file": [str(LORAS / f"sks{one}.safetensors") for one in (number, number + 1)],
+            "trigger": f"sks{number}",
+            "class": word,
+            "references": str(toybox.ROOT / "references" / f"sks{number}"),
+        }
+        for number, word in ((1, "star"), (4, "circle"))
+    ]
+    data = {
+        "base": str(toybox.BASE),
+        "device": "cpu",
+        "concepts": concepts,
+        "seen": ["a {}", "a {} on a white background"],
+        "new": ["a {} on a blue background"],
+        "plain": ["a red square on a gray background"],
+        "drawing": {"steps": 2, "guidance": 2.5, "images_per_prompt": 1, "size": 64},
+        "calibration": {"samples": 2, "timesteps": 1, "denoising_steps": 2},
+        "clip": CLIP,
+        **changed,
+    }
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def written(folder, **changed):
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(described(**changed)))
+    return file
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    script.main()
+
+
+def dino(folder):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    size = {"height": 28, "width": 28}
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder)
+
+
+def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, capsys):
+    for module in (outputs, open_bench):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    dino(tmp_path / "dino")
+    file = written(tmp_path, dino="dino")  # beside the file
+    run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average")
+    table = capsys.readouterr().out
+    head = "seen: likeness | new words: likeness | new words: likeness kept | new words: dino |"
+    assert head in table
+    assert "judge" not in table
+    assert "scene" not in table
+    assert "| **iteris** | 1 |" in table
+    data = json.loads((tmp_path / "build" / "quick" / "unseen_mine.json").read_text())
+    assert list(data["sizes"]) == ["2"]  # there are no three concepts
+    rows = data["sizes"]["2"]["rows"]
+    for kind in ("seen", "new words"):
+        assert set(rows["base"][kind]) >= {"likeness", "dino", "text"}
+        assert rows["single"][kind]["likeness"]["mean"] > rows["base"][kind]["likeness"]["mean"]
+    assert rows["base"]["no trigger"]["likeness"]["mean"] == pytest.approx(1)
+    assert rows["iteris"]["no trigger"]["pixels"]["mean"] > 0
+    assert data["stale"] == []
+
+    folder = tmp_path / "plainly"
+    folder.mkdir()
+    (folder / "method.py").write_text(METHOD)
+    run(monkeypatch, open_bench, folder, "--world", file)
+    assert "plainly among 4 others" in capsys.readouterr().out
+    found = json.loads((tmp_path / "build" / "quick" / "open" / "plainly.json").read_text())
+    of = found["sizes"]["2"]["figures"]
+    assert of["new words"] == rows["average"]["new words"]
+    page = (tmp_path / "build" / "standings_mine.html").read_text()
+    assert "The LoRAs of mine" in page
+    assert "likeness by DINO" in page
+    assert "backgrounds" not in page
+
+    file.write_text(f"{file.read_text()}# changed")
+    digests.world.cache_clear()
+    run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average")
+    assert "average (older code)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    entry = described()["concepts"][1] | {"strength": 0.5}
+    concepts = [described()["concepts"][0], entry]
+    return world_of(str(written(tmp_path_factory.mktemp("own"), concepts=concepts)))
+
+
+def test_pictures_and_figures_are_the_toybox_s_own(world):
+    known = ToyboxWorld()
+    wanted = world.prompted("new words", ["sks1"], 1) + world.prompted("seen", ["sks1"], 1)
+    assert [one.prompt for one in wanted] == [
+        "a sks1 star on a blue background",
+        "a sks1 star",
+        "a sks1 star on a white background",
+    ]
+    (concept,) = world.concepts(["sks1"], 0)
+    images = world.draw(concept.lora, wanted)
+    sampling = {"num_inference_steps": 2, "guidance_scale": 2.5}
+    theirs = draw(known.pipeline, known.host, concept.lora, wanted, **sampling)
+    for image, other in zip(images, theirs, strict=True):
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), other.tobytes(), strict=True)) <= 2
+    read = world.read(images, wanted)
+    assert [set(one) for one in read] == [{"likeness", "text"}] * 3
+    likeness = known.likeness(images, ["sks1"] * 3)["image"]
+    assert [one["likeness"] for one in read] == pytest.approx(likeness, abs=1e-5)
+    texts = known.text_alignment(images, wanted)
+    assert [one["text"] for one in read] == pytest.approx(texts, abs=1e-5)
+    assert set(world.read(images, world.prompted("no trigger", (), 1) * 3)[0]) == {"text"}
+
+
+def test_every_training_has_its_file_and_a_lora_its_strength(world):
+    assert (world.trained, world.sizes) == (2, (2,))
+    for training, number in ((0, 4), (1, 5)):
+        (concept,) = world.concepts(["sks4"], training)
+        plain = world.host.read_lora(LORAS / f"sks{number}.safetensors")
+        assert concept.strength == 1
+        for site, change in plain.sites.items():
+            assert (concept.lora.sites[site].dense() - change.dense() / 2).norm() < 1e-6
+
+
+def changed_concept(**keys):
+    first, second = described()["concepts"]
+    return [first | keys, second]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"new": None}, r"mine\.yaml: the key 'new' is missing"),
+        ({"news": ["a {}"]}, r"there is no key 'news'.* 'new'"),
+        ({"base": "nowhere"}, "The base 'nowhere' does not exist"),
+        (
+            {"concepts": changed_concept(references=None)},
+            "concepts: sks1: the key 'references' is missing",
+        ),
+        ({"concepts": described()["concepts"][:1]}, "concepts must be two or more"),
+        ({"seen": ["a star"]}, r"seen: 'a star' must hold \"\{\}\""),
+        ({"new": ["a {} and a {} by night"]}, "new: 'a {} and a {} by night' must hold"),
+        ({"new": ["{} on a white background"]}, "has no word that the templates of seen lack"),
+        ({"plain": ["a {}"]}, r"plain: 'a \{\}' must not hold"),
+        ({"plain": ["a sks4 circle"]}, "plain: 'a sks4 circle' has the trigger 'sks4'"),
+        ({"drawing": {"step": 4}}, "drawing: .*'step'"),
+        ({"drawing": 4}, "drawing must be a mapping, not 4"),
+        ({"offload": "models"}, "offload must be model or sequential, not 'models'"),
+        ({"concepts": changed_concept(kind="style")}, "sks1: only subjects are measured"),
+        ({"concepts": changed_concept(references=str(LORAS))}, "nor a folder with pictures"),
+        ({"drawing": {"scheduler": "None at all"}}, "There is no scheduler"),
+        ({"calibration": {"samples": 0}}, "calibration: samples"),
+        ({"dino": "none"}, "The DINO model 'none' cannot be loaded"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path, changed, said):
+    with pytest.raises(SystemExit, match=said) as found:
+        world_of(str(written(tmp_path, **changed)))
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"none\.yaml does not exist"):
+        world_of(str(tmp_path / "none.yaml"))
+    with pytest.raises(SystemExit, match=r"There is no world 'toybocks'; give toybox, .*\.yaml"):
+        world_of("toybocks")
+    concepts = changed_concept(file="sks1.safetensors")
+    with pytest.raises(SystemExit, match=r"sks1\.safetensors"):
+        world_of(str(written(tmp_path, concepts=concepts)))
