@@ -65,7 +65,7 @@ class OwnWorld:
     kinds = KINDS
 
     def __init__(self, path: Path) -> None:
-        data = _checked(read_mapping(path), path)
+        data = checked(read_mapping(path), path)
         self._file = MergeFile(path, data)
         self._known = dict(map(self._subject, data["concepts"]))
         self.subjects = tuple(self._known)
@@ -79,7 +79,7 @@ class OwnWorld:
         files = [file for of in (*configs, *self._known.values()) for file in of.files]
         self.roots = (path, *files)
         self._set_prompts(path, data)
-        self._drawing = _drawing(data.get("drawing") or {}, f"{path}: drawing")
+        self._drawing = drawing_of(data.get("drawing") or {}, f"{path}: drawing")
         self._load(data)
 
     def _subject(self, entry: Any) -> tuple[str, Subject]:
@@ -196,7 +196,7 @@ class OwnWorld:
         return self._clip.embed_images(images)
 
 
-def _checked(data: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
+def checked(data: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
     """``data`` without keys that are null."""
     for key in data:
         if key not in KEYS:
@@ -225,7 +225,7 @@ def _checked(data: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
     return {key: value for key, value in data.items() if value is not None}
 
 
-def _drawing(given: Mapping[str, Any], where: str) -> Drawing:
+def drawing_of(given: Mapping[str, Any], where: str) -> Drawing:
     numbers = dict(given)
     size, scheduler = numbers.pop("size", None), numbers.pop("scheduler", None)
     if scheduler is not None:

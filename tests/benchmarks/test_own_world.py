@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import open_bench
 import outputs
+import own_world
 import unseen
 from protocol import digests
 from protocol.drawing import draw
@@ -83,7 +85,7 @@ def test_a_model_of_one_s_own_is_measured_as_every_world(monkeypatch, tmp_path, 
     for module in (outputs, open_bench):
         monkeypatch.setattr(module, "BUILD", tmp_path / "build")
     dino(tmp_path / "dino")
-    file = written(tmp_path, dino="dino")  # beside the file
+    file = written(tmp_path, dino="dino", seen=["a {}"])  # the model lies beside the file
     run(monkeypatch, unseen, "--world", file, "--methods", "iteris,average")
     table = capsys.readouterr().out
     head = "seen: likeness | new words: likeness | new words: likeness kept | new words: dino |"
@@ -195,6 +197,15 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, changed, said):
     with pytest.raises(SystemExit, match=said) as found:
         world_of(str(written(tmp_path, **changed)))
     assert "\n" not in str(found.value)
+
+
+def test_the_file_of_the_page_has_every_key_in_its_place():
+    page = (Path(open_bench.__file__).parent / "open" / "README.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    data = own_world.checked(yaml.safe_load(text), Path("my_world.yaml"))
+    assert set(own_world.KEYS) - set(data) == {"offload", "clip_weights"}
+    drawn = own_world.drawing_of(data["drawing"], "drawing")
+    assert (drawn.size, drawn.images_per_prompt) == ((1024, 1024), 2)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
