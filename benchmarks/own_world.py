@@ -109,7 +109,7 @@ class OwnWorld:
         given = check_settings(Calibration, data.get("calibration") or {}, where)
         self.half: dict[str, Any] = {**given, "templates": tuple(data["seen"])}
         self._seen = Calibration(templates=self.half["templates"]).single_templates
-        self._new, self._plain = data["new"], data["plain"]
+        self._new, self._plain = data["new"], [str(prompt) for prompt in data["plain"]]
         known = _words(self.half["templates"])
         for template in self._new:
             if not _words([template]) - known:
