@@ -1,4 +1,4 @@
-"""IterIS: merge several LoRAs into one by least squares on what the merged model really sees."""
+"""IterIS: merges several LoRAs into one, by least squares on the inputs of the merged model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _MODULES = {
     "report.report": "MergeReport",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
-"""Name → its module, imported at the name's first use: torch takes seconds, diffusers and
-transformers more, and without them the command line still reports what is missing."""
+"""Name → its module, imported on first use. Importing torch takes seconds, diffusers and
+transformers longer; without them the command line can still report what is missing."""
 
 __all__ = [
     "Calibration",

@@ -1,17 +1,17 @@
-"""The program ``iteris``: :mod:`.cli`, with one line for what stops it while it is loaded."""
+"""The program ``iteris``: runs :mod:`.cli`, and prints one line if an import fails."""
 
 from __future__ import annotations
 
 import sys
 
 _EXTRAS = {"open_clip": "score", "matplotlib": ""}
-"""Module → the extra of this package that brings it; the others come with ``cli``."""
+"""Module → the extra of this package that installs it; ``cli`` installs the others."""
 _OWN = ("iteris_core", "toybox")
 
 
 def main() -> None:
     try:
-        from .cli import main as run  # takes seconds: torch comes with it
+        from .cli import main as run  # takes seconds: imports torch
 
         run()
     except KeyboardInterrupt:
@@ -22,7 +22,7 @@ def main() -> None:
             raise
         extra = _EXTRAS.get(name, "cli")
         package = f"'iteris-lora[{extra}]'" if extra else name
-        _stop(f"{name} is not installed; get it by: pip install {package}", 2)
+        _stop(f"{name} is not installed; install it with: pip install {package}", 2)
 
 
 def _stop(what: str, status: int) -> None:

@@ -1,9 +1,8 @@
-"""The prompts on which features are collected: of a concept, of two, and of none.
+"""Prompts on which features are collected: for one concept, for two, and for none.
 
-A least squares fit holds a merge to what its rows show and to nothing else: a word that no row has
-meets a change that was fitted to accidents. So some of a concept's rows have further words beside
-its own (:class:`Wording`), and rows of their own have *generic* prompts, which name no concept, and
-on which the base is to stay as it is.
+A least squares fit constrains a merge only on what its rows show: a word that no row contains meets
+a change fitted to accidents. Some of a concept's rows therefore get extra words (:class:`Wording`).
+Separate rows have *generic* prompts, which name no concept; on them the base should not change.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ CAPTIONS = prompt_list("generic")
 """Things, places, people, light, cameras, art and tags, in a few languages."""
 
 _MARKS = ("▁", "Ġ")
-"""The marks of a vocabulary's pieces with which a word begins, as sentencepiece and byte-level
-vocabularies write it; those of CLIP that end a word end with ``</w>``."""
+"""Marks at the start of a word in sentencepiece and byte-level vocabularies. In CLIP's, pieces that
+end a word end with ``</w>`` instead."""
 _LEAST_LETTERS = 3
 _KNOWN_SHARE = 0.75
 _MARKED = ",.;:!?()\"'"
 _LONG = 30  # words; a CLIP takes 75 tokens
 _SHARE, _SHARE_OF_MANY, _MANY = 0.25, 0.5, 6
-"""The share of contexts, and that from so many LoRAs on, or of a subject with a style:
+"""Share of contexts; the share for many LoRAs or for a subject with a style; how many are many. See
 docs/decisions.md, "How many contexts" and "A subject in a style"."""
 _READ_ALIKE = 8
-"""So many samples of a concept have rows that read the same prompt as it is."""
+"""At most about this many samples per distinct prompt read it unchanged."""
 
 
 def concept_prompts(
     concept: Concept, calibration: Calibration, generator: torch.Generator
 ) -> list[str]:
-    """``calibration.samples`` prompts, in random order, repeated evenly if there are fewer; of
-    several phrases each in turn. Raises :class:`IterisError` where there are none."""
+    """``calibration.samples`` prompts in random order, repeated evenly if there are fewer. Several
+    phrases take turns. Raises :class:`IterisError` if the concept has none."""
     pools = prompt_pools(concept, calibration)
     each = -(-calibration.samples // len(pools))
     columns = [in_random_order(pool, each, generator) for pool in pools]
@@ -45,18 +44,18 @@ def concept_prompts(
 
 
 def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
-    """The concept's own prompts, or those of each of its phrases. Raises :class:`IterisError` where
-    there are none."""
+    """The concept's own prompts, or one list per phrase made from templates. Raises
+    :class:`IterisError` if there are none."""
     if concept.prompts is not None:
         pools = [[str(prompt) for prompt in concept.prompts]]
         if not pools[0]:
             raise ConceptError(
                 f"Concept {concept.name!r} has an empty prompt list; give prompts, or a trigger "
-                "and a class word to make them from."
+                "and a class word from which to make them."
             )
     else:
         templates = _templates(concept, calibration)
-        # Not by format: a phrase of tags may hold braces.
+        # No str.format: a phrase of tags may contain braces.
         pools = [[t.replace("{}", phrase) for t in templates] for phrase in concept.phrases]
     if not pools:
         raise ConceptError(
@@ -67,7 +66,7 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
 
 
 def distinct_prompts(concept: Concept, calibration: Calibration) -> int:
-    """The number of prompts of a concept; 0 where it has inputs instead."""
+    """Number of different prompts of a concept; 0 if it has inputs instead."""
     if concept.prompts is not None:
         return len(set(map(str, concept.prompts)))
     return len(_templates(concept, calibration)) * len(concept.phrases)
@@ -78,8 +77,9 @@ def _templates(concept: Concept, calibration: Calibration) -> Sequence[str]:
 
 
 def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> list[float]:
-    """The share of each concept's rows that carry further words, 0 of those without a LoRA. Where
-    the calibration leaves it open, many LoRAs, subjects with a style, and few prompts have more."""
+    """Share of each concept's rows that get extra words; 0 for concepts without a LoRA. If the
+    calibration leaves it open, it is higher for many LoRAs, subjects with a style, and few
+    prompts."""
     kinds = [concept.kind for concept in concepts if concept.lora is not None]
     many = len(kinds) >= _MANY or {"subject", "style"} <= set(kinds)
     least = _SHARE_OF_MANY if many else _SHARE
@@ -96,7 +96,7 @@ def context_shares(concepts: Sequence[Concept], calibration: Calibration) -> lis
 
 
 def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> list[str]:
-    """Prompts that show the two side by side, one for each template and each two phrases."""
+    """Prompts that show the two side by side, one per template and pair of phrases."""
     return [
         one.join([head, other.join([middle, tail])])
         for head, middle, tail in (t.split("{}") for t in calibration.pair_templates)
@@ -106,7 +106,7 @@ def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> lis
 
 
 def in_random_order(pool: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """``count`` of the ``pool``, all of it before one comes again."""
+    """``count`` items of ``pool`` in random order; each occurs once before any repeats."""
     prompts: list[str] = []
     while len(prompts) < count:
         order: list[int] = torch.randperm(len(pool), generator=generator).tolist()
@@ -115,8 +115,8 @@ def in_random_order(pool: Sequence[str], count: int, generator: torch.Generator)
 
 
 def whole_words(pieces: Iterable[str]) -> list[str]:
-    """The words of a tokenizer's vocabulary that are one token each, sorted: of letters alone, and
-    at least three of them."""
+    """The words that are a single token in a tokenizer's vocabulary, sorted: only letters, at least
+    three of them."""
     every = list(pieces)
     ends = any(piece.endswith("</w>") for piece in every)
     begins = any(piece.startswith(_MARKS) for piece in every)
@@ -126,7 +126,7 @@ def whole_words(pieces: Iterable[str]) -> list[str]:
             word = piece.removesuffix("</w>") if piece.endswith("</w>") else ""
         elif begins:
             word = piece[1:] if piece.startswith(_MARKS) else ""
-        else:  # as in BERT's, where "##" begins what is no beginning
+        else:  # as in BERT's, where "##" marks a continuation
             word = piece
         if len(word) >= _LEAST_LETTERS and word.isalpha():
             found.add(word.lower())
@@ -134,9 +134,10 @@ def whole_words(pieces: Iterable[str]) -> list[str]:
 
 
 class Wording:
-    """Prompts of no concept, and contexts for those of one: captions of our own, and random words
-    of the ``vocabulary`` of the host's text encoder (empty: captions alone), which knows most words
-    of a caption. None holds a word that calls for one of the ``concepts``."""
+    """Makes generic prompts, and contexts for a concept's prompts, from built-in captions and
+    random words of the ``vocabulary`` of the host's text encoder (empty: captions only). A caption
+    is used only if the encoder knows most of its words. None contains a word that invokes one of
+    the ``concepts``."""
 
     def __init__(
         self, vocabulary: Sequence[str], concepts: Iterable[Concept], generator: torch.Generator
@@ -155,8 +156,8 @@ class Wording:
         return [self._some(8) for _ in range(count)]
 
     def in_context(self, prompt: str) -> str:
-        """``prompt`` with further words behind it, before it, or both; a long one as it is, since
-        text encoders cut what is too long for them."""
+        """``prompt`` with extra words after it, before it, or both. A long prompt stays as it is,
+        because text encoders truncate."""
         if len(prompt.split()) > _LONG:
             return prompt
         place = self._number(4)
@@ -165,12 +166,12 @@ class Wording:
         return f"{before}{prompt}{behind}"
 
     def chosen(self, chances: Sequence[float]) -> list[bool]:
-        """Choose at random, each with a chance of its own."""
+        """Choose items at random, each with its own probability."""
         drawn = torch.rand(len(chances), generator=self.generator)
         return (drawn < torch.tensor(chances)).tolist()
 
     def _some(self, most: int) -> str:
-        """A caption, or, three times in four, up to so many random words."""
+        """A caption, or, three times out of four, up to that many random words."""
         if not self._words or (self._captions and not self._number(4)):
             return self._captions[self._number(len(self._captions))]
         count = 1 + self._number(most)
@@ -181,8 +182,8 @@ class Wording:
 
 
 def calling_words(concepts: Iterable[Concept]) -> Set[str]:
-    """The words that call for concepts that have a LoRA: those of their triggers; without a trigger
-    those of its phrases, or those that all of its own prompts share."""
+    """Words that invoke the concepts with a LoRA: those of the trigger; without a trigger, those of
+    the phrases, or those that all of the concept's own prompts share."""
     found: set[str] = set()
     for concept in concepts:
         if concept.lora is None:

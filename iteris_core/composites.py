@@ -1,7 +1,7 @@
-"""Rows of a subject in a style, on which the merged model is to do what both LoRAs do together.
+"""Rows of a subject in a style, on which the merged model should do what both LoRAs do together.
 
-Rows of single concepts never show the two at once, and least squares then gives each its own
-prompts alone: the subject is lost where a prompt names both. A composite is a further concept whose
+Rows of single concepts never show the two at once, so least squares serves each only on its own
+prompts, and a prompt that names both loses the subject. A composite is an extra concept whose
 target is the sum of its parts' changes, T = X (ΔW_subject + ΔW_style)ᵀ.
 """
 
@@ -17,8 +17,8 @@ from .concepts import Calibration, Concept
 
 @dataclass(frozen=True)
 class Composite(Concept):
-    """Prompts that name all of its ``parts``, concepts of the same merge. It has no LoRA of its
-    own: the parts' act together, at their strengths."""
+    """Prompts that name all of its ``parts``, which are concepts of the same merge. It has no LoRA
+    of its own: the parts' LoRAs act together, at their strengths."""
 
     parts: Sequence[Concept] = ()
 
@@ -29,11 +29,12 @@ class Composite(Concept):
 def composites_of(
     concepts: Sequence[Concept], calibration: Calibration, wording: Wording, rows: int
 ) -> list[Composite]:
-    """One of each subject with each style, of so many ``rows``; of many pairs together as many rows
-    as one for each LoRA has. Half of the prompts carry further words.
+    """One composite per subject and style, each with ``rows`` rows. If there are more pairs than
+    LoRAs, they share the rows that one pair per LoRA would have. Half of the prompts get extra
+    words.
 
-    What calls for a style are its phrases, or the words with which all of its own prompts end. A
-    LoRA that brings embeddings has none: its words mean something under it alone.
+    A style is invoked by its phrases, or by the words with which all of its own prompts end. A LoRA
+    with embeddings takes no part: its words mean something only under that LoRA.
     """
     pairs = list(_pairs(concepts)) if calibration.composites else []
     loras = sum(concept.lora is not None for concept in concepts)
@@ -68,7 +69,7 @@ def _words_of(style: Concept) -> Sequence[str]:
 def _prompts(
     subject: Concept, style: Concept, calibration: Calibration, wording: Wording, count: int
 ) -> list[str]:
-    """The subject's prompts with the style's words behind them, with and without a comma."""
+    """The subject's prompts followed by the style's words, with and without a comma."""
     plain = concept_prompts(subject, calibration, wording.generator)
     words = _words_of(style)
     found: list[str] = []

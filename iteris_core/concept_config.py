@@ -1,4 +1,4 @@
-"""One concept of a merge as it is written down: a file in the place of a LoRA."""
+"""One concept of a merge as configuration: with a file name in place of the LoRA."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ WORDS = ("trigger", "class", "kind", "always_on")
 NUMBERS = ("strength", "text_strength", "weight")
 PARTS = ("blocks", "layers")
 KEYS = ("file", *WORDS, *NUMBERS, *PARTS, "prompts", "samples", "subjects", "sha256", "reading")
-"""Keys of a concept as a mapping; only recipes hold the last three."""
+"""Keys of a concept as a mapping; only recipes contain the last three."""
 
 
 @dataclass(frozen=True)
 class ConceptConfig(Concept):
-    """A :class:`Concept` with the name of a file in the place of a LoRA.
+    """A :class:`Concept` with a file name in place of the LoRA.
 
-    ``low`` is the file for the second of two experts; without ``file`` the base is to stay as it
-    is. ``blocks`` and ``layers`` are the part of it that counts, as in
-    :func:`.lora_files.blocks.filtered`. ``samples`` are what a model of transformers is run on.
-    ``sha256`` (of ``file``, or of both with a plus between) and ``reading`` are what a recipe has
-    recorded. ``source`` says where the words come from, as
-    :class:`.lora_files.metadata.FoundPhrases` does. ``changed`` is a time stamp of the files, for
-    who remembers merges: a rewritten file is another concept.
+    ``low`` is the file for the second of two experts. Without ``file`` the base should not change.
+    ``blocks`` and ``layers`` select the part that counts, as in
+    :func:`.lora_files.blocks.filtered`. ``samples`` are the inputs for a transformers model. A
+    recipe records ``sha256`` (of ``file``, or of both joined by a plus) and ``reading``. ``source``
+    says where the words come from, as in :class:`.lora_files.metadata.FoundPhrases`. ``changed`` is
+    a time stamp of the files, so that a cache treats a rewritten file as another concept.
     """
 
     lora: Lora | None = None
@@ -59,9 +58,9 @@ class ConceptConfig(Concept):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> ConceptConfig:
-        """The inverse of :meth:`to_dict`. ``where`` is what an error says of ``values``.
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``values``.
 
-        Raises :class:`ConceptError` for an unknown key, or for a value of another kind.
+        Raises :class:`ConceptError` for an unknown key or a value of the wrong type.
         """
         for key in values:
             if key not in KEYS:
@@ -80,15 +79,15 @@ class ConceptConfig(Concept):
             defaults: dict[str, Any] = {"weight": PRESERVE_WEIGHT, "trigger": "preserve"}
             given = {**defaults, **given}
         else:
-            raise ConceptError(f"{where} has neither a file nor prompts for the base to stay on.")
+            raise ConceptError(f"{where} has neither a file nor prompts that preserve the base.")
         try:
             return cls(**given)
         except SettingsError as error:
             raise ConceptError(f"{where}: {error}") from None
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
-        """All :data:`KEYS`; ``name`` says how a file is written. Without ``usual`` what is as it
-        is by default is left out."""
+        """All :data:`KEYS`; ``name`` formats file names. Unless ``usual``, defaults are left
+        out."""
         data = {key: getattr(self, "class_word" if key == "class" else key) for key in KEYS}
         data |= {
             "file": "+".join(map(name, self.files)) or None,
@@ -115,18 +114,18 @@ class ConceptConfig(Concept):
         return self.file is None
 
     def check(self) -> None:
-        Settings.check(self)  # who makes one says which it is
+        Settings.check(self)  # whoever makes one sets these
 
     def concept(self, lora: Lora | None = None) -> Concept:
         return Concept(lora, **{name: getattr(self, name) for name in _SHARED})
 
     def called(self, phrases: Sequence[str], source: str = "") -> ConceptConfig:
-        """The same concept with ``phrases`` as its trigger words."""
+        """A copy with ``phrases`` as trigger words."""
         return replace(self, **words_in(phrases), source=source)
 
     def with_found_words(self, metadata: Mapping[str, str]) -> ConceptConfig:
-        """The same with the trigger words of the file's ``metadata``, or of the notes beside it, if
-        it has none yet."""
+        """A copy with trigger words from the file's ``metadata`` or the notes beside it, if it has
+        none yet."""
         if self.file is None or self.phrases or self.always_on != "no":
             return self
         return self.called(*find_phrases(self.file, metadata))
@@ -136,7 +135,7 @@ class ConceptConfig(Concept):
     ) -> Concept:
         """The concept with its LoRA.
 
-        ``reading`` counts where a recipe has recorded no other; ``renames`` come after its own.
+        ``reading`` applies unless a recipe recorded other options; ``renames`` come after its own.
         Raises :class:`IterisError` for a file that does not fit ``host``.
         """
         if self.file is None:
@@ -147,8 +146,8 @@ class ConceptConfig(Concept):
         return named.concept(rename_embeddings(lora, [*again, *renames]))
 
     def reading_options(self, reading: ReadOptions) -> ReadOptions:
-        """The options that a recipe has recorded, or else ``reading``, with the part that
-        counts."""
+        """The options that a recipe recorded, or else ``reading``, with the selected blocks and
+        layers."""
         partial = bool(self.reading.get("allow_partial")) or reading.allow_partial
         energy = self.reading.get("energy", reading.energy)
         parts = {name: getattr(self, name) or self.reading.get(name, "") for name in PARTS}
@@ -160,13 +159,13 @@ _SHARED = [f.name for f in fields(Concept) if f.name not in ("lora", "inputs")]
 
 
 def split_files(text: str) -> tuple[Path, Path | None]:
-    """FILE, or HIGH+LOW of a model with two experts."""
+    """FILE, or HIGH+LOW for a model with two experts."""
     high, plus, low = text.partition(".safetensors+")
     return (Path(f"{high}.safetensors"), Path(low)) if plus else (Path(text), None)
 
 
 def number(value: Any, name: str) -> float:
-    """``value`` as a finite number, or a :class:`ConceptError`."""
+    """``value`` as a finite number; otherwise raises :class:`ConceptError`."""
     try:
         parsed = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -195,7 +194,7 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def _part(value: Any, name: str) -> str:
-    """A text, or a list of its parts."""
+    """A string, or a list of its parts."""
     parts = cast(Sequence[Any], value if isinstance(value, list | tuple) else [value])
     text = ",".join(_text(part, name) for part in parts)
     check = weights_by_block if name.endswith("blocks") else check_layers
@@ -214,23 +213,23 @@ _READERS: Mapping[str, Callable[[Any, str], Any]] = {
     "samples": lambda value, name: Path(_text(value, name)),
     "reading": _mapping,
 }
-"""Key → what reads its value, or raises with its name."""
+"""Key → the function that checks its value, and raises with its name."""
 
 
 def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
-    """The LoRA in one file, or in two of a model with two experts: for high noise and for low."""
+    """The LoRA in one file, or in two for a model with two experts: high noise and low noise."""
     high, *others = [host.read_lora(file, reading) for file in files]
     if not others:
         return high
     experts = getattr(host, "experts", None)
     if not experts:
-        raise ConceptError(f"{files[1]}: the base has one denoiser; give one file for a concept.")
+        raise ConceptError(f"{files[1]}: the base has one denoiser; give one file per concept.")
     return joined_experts(high, others[0], experts)
 
 
 def parse_rename(text: str) -> tuple[str, str, str]:
-    """The LoRA (empty: every one), an embedding's name and the new one of ``[LORA:]NAME=NEW``.
-    Raises :class:`IterisError` for another text."""
+    """Split ``[LORA:]NAME=NEW`` into the LoRA (empty: every one), an embedding's name and its new
+    name. Raises :class:`IterisError` for any other text."""
     left, _, new = text.partition("=")
     owner, _, old = left.rpartition(":")
     if not old or not new:
@@ -247,6 +246,6 @@ def rename_embeddings(lora: Lora, renames: Sequence[str]) -> Lora:
         if old in names and owner in ("", lora.name):
             names[old] = new
     if len(set(names.values())) < len(names):
-        raise UsageError(f"{lora.name}: two embeddings would have one name: {names}.")
+        raise UsageError(f"{lora.name}: two embeddings would get the same name: {names}.")
     renamed = {names[name]: parts for name, parts in lora.embeddings.items()}
     return replace(lora, embeddings=renamed, reading={**lora.reading, "rename": list(renames)})

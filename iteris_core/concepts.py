@@ -1,4 +1,4 @@
-"""Concepts to merge, and the calibration that collects their features."""
+"""Concepts to merge, and the calibration settings for collecting their features."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ KINDS: Mapping[PromptKind, tuple[str, ...]] = {
     "tags": prompt_list("tags"),
     "video": prompt_list("video"),
 }
-"""Templates by what a concept is: a thing, a look of everything, booru tags, or a movement."""
+"""Templates by kind of concept: a thing, a style, booru tags, or a motion."""
 PAIR_TEMPLATES = prompt_list("pairs")
-"""Templates of two things side by side, the left one first."""
+"""Templates for two things side by side, the left one first."""
 PRESERVE_WEIGHT = 0.2
-"""Weight of prompts on which the base model is to stay; a large one weakens the concepts."""
+"""Weight of prompts on which the base model should not change; a large one weakens the concepts."""
 
 
 _C = TypeVar("_C", bound="Concept")
@@ -49,42 +49,44 @@ class LoraReader(Protocol):
 class Concept(Settings):
     """One LoRA, its trigger words and its weight.
 
-    ``prompts`` are used as they are; without them they are made from ``trigger`` and
-    ``class_word``, or from each of several ``subjects`` in turn, as a LoRA has that is a merge
-    itself, by the templates of its ``kind``. ``inputs``, or what calling it gives, are batches of
-    keyword arguments of the model, for hosts that do not work from prompts. ``lora=None`` keeps the
-    base model as it is, see :meth:`preserve`. ``always_on`` is for a speed LoRA (turbo, lightning):
-    it is on while the others are merged, and its change is a part of the merged LoRA (``include``)
-    or to be loaded beside it (``outside``). Such a LoRA needs no words and no prompts.
+    ``prompts`` are used as they are. Without them, the templates of ``kind`` make prompts from
+    ``trigger`` and ``class_word``, or from each of several ``subjects`` in turn (for a LoRA that is
+    itself a merge). ``inputs``, or what calling it returns, are batches of keyword arguments for
+    hosts that do not work from prompts. ``lora=None`` keeps the base model as it is, see
+    :meth:`preserve`.
+
+    ``always_on`` is for a speed LoRA (turbo, lightning). It is on while the others are merged. With
+    ``include`` its change becomes part of the merged LoRA; with ``outside`` it is loaded beside it.
+    Such a LoRA needs no words and no prompts.
     """
 
     lora: Lora | None
     prompts: Sequence[str] | None = None
     trigger: str = ""
     class_word: str = ""
-    strength: float = setting(1.0, "What the LoRA would be loaded at.")
+    strength: float = setting(1.0, "The strength at which the LoRA would be loaded.")
     weight: float = setting(1.0, "How much the concept counts in the merge.", low=0)
     inputs: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | None = None
     text_strength: float | None = setting(
-        None, "The strength of the LoRA's part in the text encoders.", none="as strength"
+        None, "The strength of the LoRA in the text encoders.", none="as strength"
     )
     subjects: Sequence[str] = ()
     kind: PromptKind = setting(  # noqa: RUF009
-        "subject", "What its prompts are made for."
+        "subject", "The kind of concept for which its prompts are made."
     )
-    always_on: AlwaysOn = setting("no", "Whether it is on all the time.")  # noqa: RUF009
+    always_on: AlwaysOn = setting("no", "Whether the LoRA is always on.")  # noqa: RUF009
 
     def check(self) -> None:
-        """Raise :class:`ConceptError` for a field of another type or out of its range."""
+        """Raise :class:`ConceptError` for a field of the wrong type or out of range."""
         if isinstance(self.lora, str | Path):
             raise ConceptError(
-                f"Concept({str(self.lora)!r}): a concept has a LoRA, not the name of a file; give "
+                f"Concept({str(self.lora)!r}): a concept needs a LoRA, not a file name; pass "
                 f"host.read_lora({str(self.lora)!r}), which reads it for the base model."
             )
         for name in ("prompts", "subjects"):
             if isinstance(getattr(self, name), str):
                 raise ConceptError(
-                    f"{self.name}: {name} must be a list of texts, not one text; give "
+                    f"{self.name}: {name} must be a list of strings, not one string; pass "
                     f"{name}=[{getattr(self, name)!r}]."
                 )
         try:
@@ -97,13 +99,13 @@ class Concept(Settings):
         """The LoRA in a file, read for the base model of ``host``.
 
         ``values`` are the other fields, such as ``strength=0.8``. Without ``trigger``,
-        ``class_word``, ``subjects`` and ``prompts`` the file's metadata say how to call for it, or
-        the notes of a download helper beside it.
-        Raises :class:`LoraFileError` for a file that cannot be read.
+        ``class_word``, ``subjects`` and ``prompts``, the words come from the file's metadata or
+        from a download helper's notes beside it. Raises :class:`LoraFileError` for a file that
+        cannot be read.
         """
         if not hasattr(host, "read_lora"):
             raise ConceptError(
-                f"{type(host).__name__} reads no LoRA; give Concept.from_file a host of it, such "
+                f"{type(host).__name__} reads no LoRA; pass Concept.from_file a host for it, such "
                 "as DiffusersHost(pipeline)."
             )
         lora = host.read_lora(path)
@@ -114,7 +116,7 @@ class Concept(Settings):
 
     @classmethod
     def preserve(cls: type[_C], prompts: Sequence[str], weight: float = PRESERVE_WEIGHT) -> _C:
-        """Prompts on which the base model is to stay as it is."""
+        """Prompts on which the base model should not change."""
         return cls(None, prompts, trigger="preserve", weight=weight)
 
     @property
@@ -123,7 +125,7 @@ class Concept(Settings):
 
     @property
     def phrases(self) -> Sequence[str]:
-        """The trigger words of the concept with its class word; one phrase, as a rule."""
+        """The concept's trigger words with its class word; usually one phrase."""
         one = f"{self.trigger} {self.class_word}".strip()
         return self.subjects or ([one] if one else [])
 
@@ -133,29 +135,30 @@ class Concept(Settings):
         return " and ".join(self.phrases)
 
     def strength_at(self, site: str) -> float:
-        """The factor of the LoRA's change of ``site``."""
+        """The factor by which the LoRA's change of ``site`` is multiplied."""
         if self.text_strength is not None and site.startswith("text_encoder"):
             return self.text_strength
         return self.strength
 
     @property
     def counts(self) -> bool:
-        """Weight 0, or strength 0 everywhere, takes the concept out of the merge."""
+        """False for weight 0, or strength 0 everywhere: the concept is left out of the merge."""
         return self.weight > 0 and (self.preserves or any((self.strength, self.text_strength)))
 
     @property
     def preserves(self) -> bool:
-        """True if there is no LoRA, but prompts on which the base is to stay as it is."""
+        """True if there is no LoRA, only prompts on which the base should not change."""
         return self.lora is None
 
 
 _STEPS, _STEPS_OF_MANY, _MANY = 4, 6, 5
-"""Timesteps, and those from so many LoRAs on: docs/decisions.md, "How many samples"."""
+"""Timesteps; timesteps for many LoRAs; how many are many. See docs/decisions.md, "How many
+samples"."""
 
 
 @dataclass(frozen=True)
 class Calibration(Settings):
-    """Settings of the samples on which features are collected."""
+    """Settings for the samples on which features are collected."""
 
     samples: int = setting(
         50,
@@ -166,85 +169,86 @@ class Calibration(Settings):
     )
     minutes: float | None = setting(
         None,
-        "About how long the merge may take. It decides how many of the prompts run, 12 of each "
-        "concept at least; not of models of text.",
-        none="as long as all prompts take",
+        "Roughly how long the merge may take. Decides how many of the prompts run, at least 12 "
+        "per concept. Ignored for text models.",
+        none="no limit, all prompts run",
         above=0,
         most=1440,
         step=1.0,
     )
     timesteps: int | None = setting(
         None,
-        "Latents per prompt, from different steps of denoising.",
+        "Latents per prompt, from different denoising steps.",
         none="4, and 6 from five LoRAs on",
         low=1,
         most=10,
     )
     latents: Literal["denoising", "noise"] = setting(
         "denoising",
-        "denoising runs each LoRA's own denoising first. noise skips it: quick, a little worse.",
+        "denoising first denoises samples with each LoRA. noise skips this: faster, slightly "
+        "worse.",
     )
-    denoising_steps: int = setting(10, "Steps of each LoRA's own denoising.", low=1, most=100)
+    denoising_steps: int = setting(10, "Denoising steps for each LoRA's samples.", low=1, most=100)
     guidance: float = setting(
         1.0,
-        "Above 1 each LoRA denoises with classifier-free guidance, at twice the cost.",
+        "Above 1, samples are denoised with classifier-free guidance, at twice the cost.",
         low=0,
         most=30,
     )
     empty_share: float = setting(
         0.2,
-        "Share of the rows that get the empty prompt, since guidance runs on it too.",
+        "Share of rows with the empty prompt, because guidance also runs on it.",
         low=0,
         below=1,
     )
     latent_size: int | None = setting(
         None,
-        "Side of the latents: of a picture's pixels, divided by what the model compresses.",
-        none="by the model: 1024 tokens at its middle block, its own size at most",
+        "Side length of the latents: image pixels divided by the model's compression.",
+        none="set by the model: 1024 tokens at its middle block, at most its native size",
         low=1,
         most=256,
     )
     frames: int | None = setting(
-        None, "Frames of a video, before it is compressed.", none="9", low=1, most=1000
+        None, "Frames of a video, before compression.", none="9", low=1, most=1000
     )
     contexts: float | None = setting(
         None,
-        "Share of a concept's rows whose prompt has further words before or after its own, so that "
-        "the merge also holds on prompts that are not among them.",
-        none="a quarter, half from six LoRAs on or with a style, and more with few prompts",
+        "Share of a concept's rows whose prompt gets extra words before or after it, so that the "
+        "merge also works on other prompts.",
+        none="a quarter; half from six LoRAs on or with a style; more with few prompts",
         low=0,
         high=1,
     )
     generic: float = setting(
         0.2,
-        "Weight of prompts that name no concept, next to a concept's 1. They keep the base model "
-        "as it is, and with it what the words mean that no other prompt has. 0 leaves them out.",
+        "Weight of prompts that name no concept; a concept has 1. They preserve the base model, "
+        "and the meaning of words that no other prompt contains. 0 leaves them out.",
         low=0,
         most=10,
     )
     composites: float = setting(
         0.2,
-        "Weight of prompts that name a subject and a style at once, next to a concept's 1. There "
-        "both LoRAs act. 0 leaves them out.",
+        "Weight of prompts that name a subject and a style at once; a concept has 1. Both LoRAs "
+        "act on them. 0 leaves them out.",
         low=0,
         most=10,
     )
     templates: Sequence[str] = TEMPLATES
-    """With "{}" where the concept goes; those with two are of two concepts side by side."""
+    """With "{}" for the concept; templates with two "{}" show two concepts side by side."""
     seed: int = setting(
         0,
-        "Decides prompts and latents. The same seed gives the same LoRA.",
+        "Seeds prompts and latents. The same seed gives the same LoRA.",
         most=0xFFFFFFFFFFFFFFFF,
     )
 
     def settled(self, loras: int) -> Calibration:
-        """The same for a merge of so many LoRAs, with the number of ``timesteps``."""
+        """A copy for a merge of that many LoRAs, with ``timesteps`` set."""
         steps = _STEPS_OF_MANY if loras >= _MANY else _STEPS
         return replace(self, timesteps=self.timesteps or min(steps, self.denoising_steps))
 
     @property
     def rows_each(self) -> int:
-        """The number of rows for each sample; until it is :meth:`settled` that of a few LoRAs."""
+        """Rows per sample; until :meth:`settled`, the number for a few LoRAs."""
         return self.timesteps or min(_STEPS, self.denoising_steps)
 
     def check(self) -> None:
@@ -264,23 +268,23 @@ class Calibration(Settings):
 
     @property
     def single_templates(self) -> Sequence[str]:
-        """Templates of one concept."""
+        """Templates for one concept."""
         return self._with(1)
 
     @property
     def pair_templates(self) -> Sequence[str]:
-        """Templates of two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
+        """Templates for two concepts side by side; :data:`PAIR_TEMPLATES` if there are none."""
         return self._with(2) or PAIR_TEMPLATES
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of ``text`` without blanks around them, and without empty ones."""
+    """The lines of ``text``, stripped, without empty ones."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def words_in(phrases: Sequence[str]) -> dict[str, Any]:
-    """``trigger``, ``class_word`` and ``subjects`` of a :class:`Concept`. One phrase is split at
-    its first blank: "sks dog" is "sks" and "dog". Several are kept as they are."""
+    """``trigger``, ``class_word`` and ``subjects`` for a :class:`Concept`. A single phrase is split
+    at its first space: "sks dog" becomes "sks" and "dog". Several are kept as they are."""
     several = len(phrases) > 1
     trigger, _, class_word = "".join(() if several else phrases).partition(" ")
     subjects = tuple(phrases if several else ())

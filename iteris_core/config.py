@@ -1,6 +1,6 @@
-"""A merge as one value: what is merged, by which method and settings, and what becomes of it.
+"""A merge as one value: its concepts, method, settings and outputs.
 
-The command line, a merge file, the recipe in a merged file and the nodes are ways to write one.
+The command line, a merge file, the recipe in a merged file and the nodes all build one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _TEXTS = ("base", "method", *_WORDS)
 _KINDS = {**dict.fromkeys(_MAPPINGS, dict), **dict.fromkeys(_TEXTS, str), "concepts": list}
 _CALLED = {dict: "a mapping of names to values", str: "text", list: "a list"}
 KEYS = ("base", "concepts", *_MAPPINGS)
-"""Keys that are no option of ``iteris merge``."""
+"""Keys that are not options of ``iteris merge``."""
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """``settings`` are of the ``method``, ``calibration`` says how features are collected; both go
-    over what the ``preset`` says.
+    """A complete merge request. ``settings`` belong to the ``method``, ``calibration`` controls how
+    features are collected; both override the ``preset``.
 
-    ``base`` is the model's folder, file or name on the hub. ``unmergeable`` is as in
-    :func:`.merge.merge_loras`. ``cut`` is what was done to the merged LoRA afterwards: the ``rank``
-    with ``ordered`` of :func:`.report.provenance.cut_lora`, and the ``strength`` of
+    ``base`` is the model's folder, file or hub name. ``unmergeable`` is as in
+    :func:`.merge.merge_loras`. ``cut`` records later changes to the merged LoRA: ``rank`` and
+    ``ordered`` of :func:`.report.provenance.cut_lora`, and ``strength`` of
     :func:`.report.provenance.scaled_lora`. ``outputs`` are the other options of ``iteris merge`` by
     name: how the base is loaded, and how the result is written.
     """
@@ -54,10 +54,10 @@ class MergeConfig:
         where: str,
         concept: Callable[[Any, str], ConceptConfig] = ConceptConfig.from_dict,
     ) -> MergeConfig:
-        """The inverse of :meth:`to_dict`. ``where`` is what an error says of ``data``; ``concept``
-        makes one from an entry of its concepts and from what an error says of that.
+        """The inverse of :meth:`to_dict`. Error messages use ``where`` to name ``data``;
+        ``concept`` builds a concept from an entry and from the entry's name in messages.
 
-        Raises :class:`MergeFileError` for a value of another kind.
+        Raises :class:`MergeFileError` for a value of the wrong type.
         """
         given = {key: value for key, value in data.items() if value is not None}
         for name in _KINDS.keys() & given.keys():
@@ -81,7 +81,7 @@ class MergeConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self, name: Callable[[Path], str] = str, *, usual: bool = True) -> dict[str, Any]:
-        """The configuration in built-in types alone; ``name`` and ``usual`` are as in
+        """The configuration in built-in types only; ``name`` and ``usual`` are as in
         :meth:`.concept_config.ConceptConfig.to_dict`."""
         data = {
             **{key: getattr(self, key) for key in _TEXTS},

@@ -1,4 +1,4 @@
-"""Low-rank changes of a base model's weights, and what can be done to them without the model."""
+"""Low-rank changes of a base model's weights, and operations on them that need no model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class LowRank:
 
     @classmethod
     def whole(cls, dense: Tensor, kernel: tuple[int, int] | None = None) -> LowRank:
-        """ΔW, (out, in), exactly: one factor is the unit matrix of its shorter side."""
+        """An exact factorisation of a full ΔW, (out, in): one factor is the identity on its shorter
+        side."""
         out, width = dense.shape
         if width <= out:
             return cls(dense, torch.eye(width, dtype=dense.dtype, device=dense.device), kernel)
@@ -84,13 +85,13 @@ class Lora:
     """Changes by site name, such as ``unet.mid_block.attentions.0…to_q`` or
     ``text_encoder.text_model.encoder.layers.0.self_attn.q_proj``; ``name`` is for messages.
 
-    ``source`` is the file's name, without folders of this machine, since merged files record it;
-    ``sha256`` is of its content. ``base`` is what it was read for, if that is known.
-    ``scales`` are the factors that the reader folded into ``up`` (not there: 1), so that the file
-    can be written again bit by bit. ``notes`` say what reading did beyond taking the file as it is.
-    ``embeddings`` are (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …).
-    ``reading`` are the choices that the file was read with, to read it so again. ``vectors`` are
-    changes of biases and normalisations, (n,), by name of the parameter (``unet.conv_in.bias``).
+    ``source`` is the file's name without folders, because merged files record it; ``sha256`` is of
+    its content. ``base`` is the architecture for which it was read, if known. ``scales`` are the
+    factors that the reader folded into ``up`` (missing: 1), so that the file can be written again
+    bit for bit. ``notes`` list whatever the reader changed or left out. ``embeddings`` are
+    (vectors, width) by name and text encoder (``clip_l``, ``clip_g``, …). ``reading`` records the
+    options with which the file was read. ``vectors`` are changes of biases and normalisations,
+    (n,), by parameter name (``unet.conv_in.bias``).
     """
 
     sites: Mapping[str, LowRank]
@@ -121,7 +122,7 @@ class Lora:
 def concatenate(changes: Sequence[LowRank]) -> LowRank:
     """The exact sum of ``changes``, of rank Σ r_i: factors side by side."""
     if not changes:
-        raise MismatchError("There is nothing to add up: pass at least one change.")
+        raise MismatchError("Nothing to add up: pass at least one change.")
     first = changes[0]
     if any(change.shape != first.shape or change.kernel != first.kernel for change in changes):
         shapes = [change.shape for change in changes]
@@ -135,9 +136,9 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
 class SiteChanges:
     """The LoRAs' changes of one site, one for each concept.
 
-    None stands for a LoRA that leaves the site alone, which is a change of zero. At least one
-    concept has a change, and all have one shape. The last ``sums`` of them are sums of others:
-    targets of rows, which count neither in the rank nor in the mean.
+    None stands for a LoRA that does not change the site. At least one concept has a change, and all
+    changes have the same shape. The last ``sums`` entries are sums of others: targets of composite
+    rows, which count neither in the rank nor in the mean.
     """
 
     by_concept: tuple[LowRank | None, ...]
@@ -158,18 +159,18 @@ class SiteChanges:
 
     @cached_property
     def present(self) -> dict[int, LowRank]:
-        """concept → its change, of those that have one, in the order of concepts."""
+        """Concept → its change, for concepts that have one, in order."""
         return {i: change for i, change in enumerate(self.by_concept) if change is not None}
 
     @cached_property
     def own(self) -> dict[int, LowRank]:
-        """The changes that are present and are no sums of others."""
+        """The changes that are present and not sums of others."""
         first = len(self) - self.sums
         return {i: change for i, change in self.present.items() if i < first}
 
     @property
     def like(self) -> LowRank:
-        """The first change, whose dtype, device and kernel a merged change has."""
+        """The first change; a merged change has its dtype, device and kernel."""
         return next(iter(self.present.values()))
 
     @property
@@ -184,7 +185,7 @@ class SiteChanges:
 
     @property
     def listed_rank(self) -> int:
-        """Σ r_i, those of sums among them."""
+        """Σ r_i, including sums."""
         return sum(change.rank for change in self.present.values())
 
     def to(
@@ -193,7 +194,7 @@ class SiteChanges:
         return replace(self, by_concept=tuple(c and c.to(dtype, device) for c in self.by_concept))
 
     def at(self, inputs: Tensor) -> SiteChanges:
-        """The changes as those of the chosen ``inputs`` (indices) alone."""
+        """The changes restricted to the chosen ``inputs`` (indices)."""
         chosen = (
             c and LowRank(c.up, c.down[:, inputs.to(c.down.device)], c.kernel)
             for c in self.by_concept
@@ -201,7 +202,7 @@ class SiteChanges:
         return replace(self, by_concept=tuple(chosen))
 
     def weighted(self, weights: Sequence[float]) -> list[LowRank]:
-        """w_i ΔW_i of those that have a change."""
+        """w_i ΔW_i for concepts that have a change."""
         return [change.scaled(weights[i]) for i, change in self.own.items()]
 
     def stacked(self) -> LowRank:
@@ -209,7 +210,7 @@ class SiteChanges:
         return concatenate(list(self.own.values()))
 
     def mean(self, weights: Sequence[float], dtype: torch.dtype) -> LowRank:
-        """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts that are no sums of others."""
+        """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts that are not sums of others."""
         total = sum(weights[: len(self) - self.sums])
         return concatenate(self.to(dtype).weighted([weight / total for weight in weights]))
 
@@ -219,7 +220,7 @@ Rank = int | float
 
 
 def rank_for(squares: Tensor, rank: Rank) -> int:
-    """The number of the descending ``squares`` (energies) to keep."""
+    """How many of the descending ``squares`` (energies) to keep."""
     if isinstance(rank, int):
         return min(rank, squares.numel())
     total = float(squares.sum())

@@ -51,10 +51,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """Settings of a launcher or an experiment.
+    """Settings for a launcher or an experiment.
 
-    ``processes`` that call :func:`merge_loras` alike share the rows and get one result. ``policy``
-    holds the thresholds by which ways of solving are chosen.
+    ``processes`` that call :func:`merge_loras` with the same arguments share the rows and get the
+    same result. ``policy`` holds the thresholds for choosing a way of solving.
     """
 
     processes: Processes = ALONE
@@ -81,10 +81,10 @@ class MergeResult:
         return write_lora(self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
-        """Load the merged LoRA into a pipeline of diffusers, as it would load its file.
+        """Load the merged LoRA into a diffusers pipeline, just like its file.
 
-        ``pipeline.unload_lora_weights()`` takes it off again. Embeddings that came with the LoRAs
-        are not loaded; save the LoRA for them.
+        ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
+        loaded; to use them, save the LoRA.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = self.save(Path(folder) / "merged.safetensors", dtype="float32")
@@ -108,26 +108,26 @@ def merge_loras(
 
     The base model is bit-identical afterwards, whatever happens.
 
-    :param host: runs the base model: a pipeline of diffusers, a model of transformers, or a host
-        such as ``DiffusersHost(pipeline, image=…)``; None for a method that looks at weights only.
-    :param concepts: what is merged, each a :class:`Concept`, or a file with its trigger words in
-        its metadata or in a note beside it; those of strength or weight 0 are left out.
-    :param method: a name of :func:`.methods.all_methods`.
-    :param preset: a name of :data:`.presets.PRESETS`, over which ``settings`` and ``calibration``
-        go.
-    :param settings: of the method, by name, or its whole dataclass, which leaves nothing of the
-        preset.
-    :param calibration: how features are collected, by name, or a whole :class:`Calibration`.
-    :param unmergeable: what becomes of sites whose features cannot be collected, which a short
-        pass finds first: ``"refuse"`` the merge, ``"skip"`` them, or give them the ``"mean"`` of
-        the LoRAs' changes; the report lists them.
-    :param on_progress: is called at every step with a :class:`.progress.Progress`. An exception
-        that it raises cancels the merge.
-    :param memory_budget: bytes that the merge may take beyond the model (``"free"``: what is free;
-        None: no limit). It decides how many rows run at once and, if it must, how many run at all,
-        which the report's plan shows.
-    :param runtime: the processes that share the rows, and the thresholds of solving.
-    :returns: the merged LoRA and a report of every site.
+    :param host: runs the base model: a diffusers pipeline, a transformers model, or a host such as
+        ``DiffusersHost(pipeline, image=…)``; None for a method that looks at weights only.
+    :param concepts: what to merge: each a :class:`Concept`, or a file with its trigger words in its
+        metadata or in a note beside it. Those with strength or weight 0 are left out.
+    :param method: a name from :func:`.methods.all_methods`.
+    :param preset: a name from :data:`.presets.PRESETS`; ``settings`` and ``calibration`` override
+        it.
+    :param settings: the method's settings by name, or its dataclass, which replaces the preset's
+        entirely.
+    :param calibration: how to collect features: settings by name, or a whole :class:`Calibration`.
+    :param unmergeable: what to do with sites whose features cannot be collected; a short pass finds
+        them first. ``"refuse"`` the merge, ``"skip"`` the sites, or give them the ``"mean"`` of the
+        LoRAs' changes. The report lists them.
+    :param on_progress: called at every step with a :class:`.progress.Progress`. An exception raised
+        in it cancels the merge.
+    :param memory_budget: bytes that the merge may use beyond the model (``"free"``: what is free;
+        None: no limit). It decides how many rows run at once and, if necessary, how many run at
+        all. The report's plan shows this.
+    :param runtime: the processes that share the rows, and the thresholds for solving.
+    :returns: the merged LoRA and a report on every site.
     :raises IterisError: for input that cannot be merged; :class:`SettingsError` for a setting out
         of range.
     """
@@ -140,11 +140,11 @@ def merge_loras(
     if not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
     elif host is None:
-        raise SettingsError(f"Method {method!r} runs the base model: pass a host.")
+        raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     else:
         with switched_on(host, always):
             made = _by_features(job, chosen, settings, unmergeable)
-        calibration = replace(calibration, samples=made.samples, minutes=None)  # of the recipe
+        calibration = replace(calibration, samples=made.samples, minutes=None)  # for the recipe
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
     seconds = time.perf_counter() - started
@@ -159,7 +159,7 @@ def begun(
     memory_budget: Budget,
     runtime: Runtime,
 ) -> tuple[Job, list[Concept]]:
-    """A job with its concepts and no changes yet, and the concepts that are on all the time."""
+    """A job with its concepts and no changes yet, and the concepts that are always on."""
     counting = [concept for concept in concepts if concept.counts]
     merged = always_on(counting, "no")
     calibration = calibration.settled(sum(concept.lora is not None for concept in merged))
@@ -181,8 +181,8 @@ def begun(
 
 @dataclass(frozen=True)
 class _Made:
-    """The ``merged`` LoRA of the ``concepts``, and notes on each of them by name; ``samples`` are
-    as many as the time allowed."""
+    """The ``merged`` LoRA of the ``concepts``, and notes on each by name; ``samples`` is the number
+    that the time allowed."""
 
     concepts: Sequence[Concept]
     merged: Merged
@@ -194,9 +194,9 @@ class _Made:
 def prepared(
     job: Job, method: Method, settings: Settings
 ) -> tuple[Job, dict[str, str], dict[str, SiteChanges]]:
-    """``job`` with the concepts that its host adds, of a kind that ``method`` takes, and with the
-    changes of the sites whose features can be collected; by site why those of the others cannot,
-    and their changes."""
+    """``job`` with the concepts that its host adds and ``method`` supports, and with the changes of
+    the sites whose features can be collected. Also returns, for every other site, the reason why
+    they cannot, and its changes."""
     added = job.host.added(job.concepts, job.calibration)
     taken = [one for one in added if method.sums or not isinstance(one, Composite)]
     concepts = [*job.concepts, *taken]
@@ -220,7 +220,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
     noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
     if job.calibration.samples < wanted:
         few, minutes = job.calibration.samples, job.calibration.minutes
-        note = f"{few} of {wanted} prompts of each concept, for a merge of about {minutes:g} min"
+        note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
         noted.append(("samples", [note]))
     if (found and unmergeable == "refuse") or not job.changes:
         raise SiteError(preflight.complaint(found, concepts))
@@ -232,7 +232,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
         mean = unmergeable == "mean"
         means = means_of(job.concepts, others) if mean else {}
         solved = {site: Solution(change) for site, change in means.items()}
-        what = "have the mean of the LoRAs" if mean else "are LEFT OUT"
+        what = "get the mean of the LoRAs" if mean else "are LEFT OUT"
         note = f"{preflight.complaint(found, concepts, refused=False)}; they {what}"
         sites = {**merged.sites, **solved}
         merged = replace(merged, sites=sites, log=merged.log.with_notes([note]))
@@ -240,7 +240,7 @@ def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unme
 
 
 def _by_weights(job: Job, method: Method, settings: Settings) -> _Made:
-    """Prompts without a LoRA say nothing to a method that only looks at weights."""
+    """Drop concepts without a LoRA: a method on weights makes no use of prompts."""
     concepts = [concept for concept in job.concepts if concept.lora is not None]
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     merged = method.merge(job, settings)
@@ -255,7 +255,7 @@ def _result(
     calibration: Calibration,
     seconds: float,
 ) -> MergeResult:
-    """The merge with the changes of those LoRAs that were ``always`` on and belong in the file."""
+    """The result, including the changes of ``always`` on LoRAs that belong in the file."""
     log, concepts, every = made.merged.log, made.concepts, [*made.concepts, *always]
     solved, repairs = made.merged.sites, made.merged.repairs
     merged = {site: solution.change for site, solution in solved.items()}
@@ -263,7 +263,7 @@ def _result(
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     joined = join_embeddings(every)
     notes = notes_of(every)
-    where = {"include": "part of the merged LoRA", "outside": "to be loaded beside the merged LoRA"}
+    where = {"include": "part of the merged LoRA", "outside": "load it beside the merged LoRA"}
     noted = [(c.name, [f"on while the others were merged; {where[c.always_on]}"]) for c in always]
     of_all = ("sites", log.notes), ("embeddings", joined.warnings)
     for name, more in (*made.noted, *noted, *of_all):
@@ -301,14 +301,17 @@ def _result(
 
 
 def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
-    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for what is no concept."""
+    """``concepts`` with their LoRAs. Raises :class:`SettingsError` for anything that is not a
+    concept."""
     read: list[Concept] = []
     for one in concepts:
         if isinstance(one, str | Path):
             one = ConceptConfig(file=Path(one))
         if isinstance(one, ConceptConfig):
             if host is None:
-                raise SettingsError(f"{one.name}: a file is read for a base model; pass a host.")
+                raise SettingsError(
+                    f"{one.name}: reading a file requires a base model; pass a host."
+                )
             one = one.read(host)
         if not isinstance(one, Concept):
             raise SettingsError(
@@ -324,7 +327,7 @@ def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
 def _added_note(added: Concept) -> str:
     count = len(set(added.prompts or ()))
     if isinstance(added, Composite):
-        what = "that name both have the sum of both LoRAs"
+        what = "that name both get the sum of both LoRAs"
     else:
         what = "that name no concept keep the base as it is"
     return f"{count} prompts {what}, at weight {added.weight:g}"
@@ -333,7 +336,7 @@ def _added_note(added: Concept) -> str:
 def _learned(
     concepts: Sequence[Concept], calls: Sequence[EmbeddingTriggers], in_force: Sequence[Set[str]]
 ) -> list[tuple[str, list[str]]]:
-    """Notes on each concept's embeddings; its warnings are logged as well."""
+    """Notes on each concept's embeddings; warnings are logged as well."""
     found: list[tuple[str, list[str]]] = []
     for concept, of_one, names in zip(concepts, calls, in_force, strict=True):
         warnings = of_one.warnings(names)

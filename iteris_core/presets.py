@@ -1,4 +1,4 @@
-"""Presets: tables of settings by name, over which single ones go (``docs/choosing.md``)."""
+"""Presets: tables of settings by name; single settings override them (``docs/choosing.md``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PresetName = Literal["default", "fast", "best", "paper"]
 
 @dataclass(frozen=True)
 class Preset:
-    """``settings`` are of ``iteris``; another method takes only the ``calibration``."""
+    """``settings`` apply to ``iteris``; other methods use only the ``calibration``."""
 
     help: str
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -22,8 +22,8 @@ PRESETS: Mapping[PresetName, Preset] = {
     "default": Preset("Every setting at its own default."),
     "fast": Preset("A quarter of the prompts.", calibration={"samples": 12}),
     "best": Preset(
-        "Twice the prompts, and 120 steps of polish for each block, in proportion more with more "
-        "than two LoRAs: for several concepts in one picture, for many, or a low rank; six to "
+        "Twice the prompts, and 120 polish steps per block (proportionally more with more than "
+        "two LoRAs). For several concepts in one image, many concepts or a low rank. Takes six to "
         "seven times as long.",
         settings={"block_steps": 120},
         calibration={"samples": 100},
@@ -31,8 +31,8 @@ PRESETS: Mapping[PresetName, Preset] = {
     # Algorithm 1 with eqs. 5, 7 and 8. Section 3.2: "we typically set α to 1e-4 or lower", and
     # "we cap the iterations at 20 in our experiments"; 4.1: "50 input samples". 4.1 names no α.
     "paper": Preset(
-        "The paper's Algorithm 1 to the letter, 20 iterations over all layers: far slower, and "
-        "behind the default where there are many concepts.",
+        "The paper's Algorithm 1 to the letter, 20 iterations over all layers. Far slower, and "
+        "behind the default with many concepts.",
         settings={
             "schedule": "jacobi",
             "iterations": 20,

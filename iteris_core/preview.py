@@ -26,14 +26,14 @@ from .solve.choose import POLICY, Policy
 
 
 class _Planned(Exception):
-    """A stage has its plan, which is all that was wanted of it."""
+    """Raised when a stage has its plan, to stop it there."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``plan`` has a line for every part of the model, ``unmergeable`` says by site why its
-    features cannot be collected, and ``complaint`` the same in words. ``denoised`` counts the
-    forwards of one row that come before, in which samples are denoised."""
+    """``plan`` has one line per part of the model. ``unmergeable`` maps sites to the reason why
+    their features cannot be collected; ``complaint`` summarises this in words. ``denoised`` counts
+    the one-row forwards for denoising samples beforehand."""
 
     plan: Sequence[str]
     unmergeable: Mapping[str, str]
@@ -41,11 +41,11 @@ class Preview:
     denoised: int
 
     def lines(self) -> list[str]:
-        """The complaint and the plan, for a person."""
+        """The complaint and the plan as lines of text."""
         lines = [f"Cannot be merged by features: {self.complaint}."] if self.complaint else []
         lines += [f"Plan: {line}" for line in self.plan]
         if self.denoised:
-            lines.append(f"Before that, samples are denoised: {self.denoised} forwards of one row.")
+            lines.append(f"Samples are denoised first: {self.denoised} forwards of one row.")
         return lines
 
 
@@ -61,25 +61,25 @@ def preview_merge(
     memory_budget: int | Literal["free"] | None = "free",
     policy: Policy = POLICY,
 ) -> Preview:
-    """Report the sites that a merge of ``concepts`` could not take, and how it would keep to the
-    memory.
+    """Report which sites a merge of ``concepts`` could not handle, and how it would stay within its
+    memory budget.
 
-    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved: a row or two
-    run through the model. Raises :class:`IterisError` for what no merge could begin with.
+    Arguments are those of :func:`.merge.merge_loras`. Nothing is denoised or solved; a row or two
+    run through the model. Raises :class:`IterisError` if the merge could not start.
     """
     chosen = find_method(method)
     chosen_settings, calibration = settings_over(preset, method, settings, calibration)
     runtime = Runtime(policy=policy)
     job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
     if not chosen.needs_host:
-        changes_of(job.concepts)  # raises where there is nothing to merge
+        changes_of(job.concepts)  # raises if there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
     with switched_on(host, always):
         return _preview(job, chosen, chosen_settings)
 
 
 def _preview(job: Job, method: Method, settings: Settings) -> Preview:
-    """The same of a job that has nothing but its concepts yet."""
+    """The same for a job that has only its concepts so far."""
     job, found, _ = prepared(job, method, settings)
     host, calibration, concepts, kept = job.host, job.calibration, job.concepts, job.changes
     plan: list[str] = []
@@ -104,15 +104,15 @@ def _preview(job: Job, method: Method, settings: Settings) -> Preview:
                 method.merge(planned, settings)
             except _Planned:
                 continue
-            raise UsageError(f"{method.name} makes no plan of its memory.")
+            raise UsageError(f"{method.name} does not plan its memory.")
     denoised = job.denoised if any(_denoises(site) for site in kept) else 0
     complaint = preflight.complaint(found, concepts, refused=False) if found else ""
     return Preview(plan, found, complaint, denoised)
 
 
 def _parts(changes: Mapping[str, SiteChanges]) -> list[dict[str, SiteChanges]]:
-    """The changes of each part of the model: a stage is planned before it runs, and the next one
-    can only be planned where it has not to be waited for."""
+    """The changes, split by part of the model: a stage is planned before it runs, and the next one
+    can be planned only if it does not depend on that run."""
     parts: dict[str, dict[str, SiteChanges]] = {}
     for site, some in changes.items():
         parts.setdefault(site.partition(".")[0], {})[site] = some

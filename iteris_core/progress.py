@@ -1,4 +1,4 @@
-"""Progress of a merge and an estimate of the time left, from what is measured as it goes."""
+"""Progress of a merge, and an estimate of the time left from measurements as it runs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-_FIRST = 0.005  # of a kind of work: until so much is measured, what was expected counts as well
+_FIRST = (
+    0.005  # seconds per kind of work: until this much is measured, the expectation counts as well
+)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a merge: ``done`` of ``total`` of ``what``, a few words such as "solving sites".
+    """A step of a merge: ``done`` of ``total`` steps of ``what``, such as "solving sites".
 
-    ``seconds`` have passed since the merge began, and the whole of it takes about ``left`` more
-    (None: too little is known yet). A message of its own has a ``total`` of 0; ``plan`` is the line
-    of the memory plan that it brings. As text it is a line for a person.
+    ``seconds`` have passed since the merge began, and about ``left`` remain for the whole merge
+    (None: not known yet). A bare message has ``total`` 0; ``plan`` is a new line of the memory
+    plan. ``str()`` gives a readable line.
     """
 
     what: str
@@ -24,7 +26,7 @@ class Progress:
     seconds: float = 0.0
     left: float | None = None
     share: float = 0.0
-    """The share of the whole merge's time, from 0 to 1; it never goes back."""
+    """Share of the whole merge's time, from 0 to 1; it never decreases."""
     plan: str = ""
 
     def __str__(self) -> str:
@@ -33,7 +35,7 @@ class Progress:
 
     @property
     def time_left(self) -> str:
-        """Such as "about 3 min left"; empty while too little is known."""
+        """For example "about 3 min left"; empty until there is an estimate."""
         return "" if self.left is None else f"about {duration(self.left)} left"
 
 
@@ -42,7 +44,7 @@ OnProgress = Callable[[Progress], None]
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it."""
+    """Seconds as readable text."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -50,9 +52,9 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class _Kind:
-    """Work of one kind: the seconds that are expected of each of its ``parts`` to come, and how
-    many of those are done (``ahead`` were expected of them) and how long they ``took``. Kinds of
-    one ``family`` are as much quicker or slower than expected."""
+    """Work of one kind: the expected seconds of each of its remaining ``parts``, how many are done,
+    how long these were expected to take (``ahead``), and how long they ``took``. Kinds in one
+    ``family`` share the ratio between actual and expected time."""
 
     family: Hashable = None
     parts: dict[Hashable, float] = field(default_factory=dict[Hashable, float])
@@ -66,11 +68,11 @@ class _Kind:
 
 
 class Forecast:
-    """The time that a run has left, by kinds of work.
+    """Estimates the time that a run has left, by kinds of work.
 
-    What each part of a kind takes is expected beforehand, in seconds or, where it is not ``known``,
-    in any unit; by what the done parts of the kind took, those to come are corrected.
-    ``on_progress`` gets every step, with the time that is left then.
+    Each part has an expected time, in seconds or, unless ``known``, in any unit. The time that
+    finished parts took corrects the estimate for the remaining ones. ``on_progress`` gets every
+    step with the time left.
     """
 
     def __init__(
@@ -89,22 +91,22 @@ class Forecast:
         *,
         known: bool = True,
     ) -> None:
-        """So many seconds for each of the ``parts`` to come, in place of what was expected."""
+        """Set the expected seconds of the remaining ``parts``, replacing earlier expectations."""
         found = self._kinds.setdefault(kind, _Kind())
         found.parts.update(parts)
         found.known, found.family = known, family
 
     def drop(self, kind: Hashable) -> None:
-        """Expect nothing more of a kind."""
+        """Expect no more work of this kind."""
         if kind in self._kinds:
             self._kinds[kind].parts.clear()
 
     def mark(self) -> None:
-        """Begin now what is :meth:`spent` next."""
+        """Start timing the work that :meth:`spent` reports next."""
         self._mark = self.clock()
 
     def spent(self, kind: Hashable, part: Hashable, share: float = 1.0) -> None:
-        """Since the last mark this ``share`` of what is to come of a part was done; mark."""
+        """Record that this ``share`` of a part was done since the last mark; mark again."""
         now = self.clock()
         found = self._kinds.get(kind)
         if found is not None and found.parts.get(part):
@@ -115,8 +117,8 @@ class Forecast:
         self._mark = now
 
     def tick(self, what: str, done: int, total: int, plan: str = "") -> None:
-        """``done`` of ``total`` of ``what``, which is a kind of its own where it was expected to be
-        or where it is all that is known."""
+        """Report ``done`` of ``total`` for ``what``. It counts as a kind of work if it was
+        expected, or if nothing else is known."""
         now = self.clock()
         if what != self._phase and total:
             self._end_phase()
@@ -130,12 +132,12 @@ class Forecast:
             self._on_progress(Progress(what, done, total, seconds, left, self._share, plan))
 
     def left(self) -> float | None:
-        """Seconds; None where some of the work is not known, or nothing is expected."""
+        """Seconds; None if some of the work is unknown, or nothing is expected."""
         found = [self.left_of(kind) for kind, some in self._kinds.items() if some.to_come]
         return None if not found or None in found else sum(filter(None, found))
 
     def left_of(self, kind: Hashable) -> float | None:
-        """Seconds of one kind; None where they are not known."""
+        """Seconds for one kind; None if unknown."""
         found = self._kinds.get(kind, _Kind())
         if not found.known:
             return found.to_come * found.took / found.ahead if found.ahead else None
@@ -144,7 +146,7 @@ class Forecast:
         return found.to_come * (found.took + rate * weight) / max(found.ahead + weight, 1e-30)
 
     def _rate_of(self, family: Hashable) -> float:
-        """Seconds for each that was expected, of all kinds of a family; 1 before any is done."""
+        """Actual seconds per expected second over all kinds of a family; 1 before any is done."""
         some = [kind for kind in self._kinds.values() if kind.known and kind.family == family]
         ahead, took = (sum(getattr(kind, of) for kind in some) for of in ("ahead", "took"))
         weight = _FIRST * (ahead + sum(kind.to_come for kind in some))

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name only when they are whole."""
+"""Files and folders that appear under their name only when complete."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def atomically(path: Path) -> Generator[Path]:
-    """Yield a path to write the file or folder ``path`` to: in a temporary folder beside it, out of
-    which it is renamed at the end.
+    """Yield a path at which to write the file or folder ``path``: it lies in a temporary folder
+    beside it, and is renamed at the end.
 
-    Where the disk is full, or whatever else is raised, nothing is left of it and what had the name
-    keeps it; of the operating system's errors, safetensors' among them, :class:`SaveError` is made.
+    If the disk is full, or anything else is raised, nothing is left behind and an existing file
+    stays. Operating system errors, including safetensors', become :class:`SaveError`.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
@@ -44,19 +44,19 @@ def atomically(path: Path) -> Generator[Path]:
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`OutputError` where something has that name, unless to ``overwrite``, and where
-    there is no folder for it."""
+    """Raise :class:`OutputError` if ``path`` exists, unless ``overwrite``, or if its folder does
+    not."""
     if path.exists() and not overwrite:
         raise OutputError(
             f"{path} exists already; choose another name, or overwrite it (--overwrite, "
             "overwrite=True)."
         )
     if not path.parent.is_dir():
-        raise OutputError(f"The folder {path.parent} does not exist; make it first.")
+        raise OutputError(f"The folder {path.parent} does not exist; create it first.")
 
 
 def _code_of(error: Exception) -> int | None:
-    """The operating system's number of an error; other libraries have it in words."""
+    """The operating system's error number; other libraries have it only in their message."""
     if isinstance(error, OSError):
         return error.errno or 0
     match = _OS_ERROR.search(str(error))
@@ -64,13 +64,13 @@ def _code_of(error: Exception) -> int | None:
 
 
 def _sentence(path: Path, error: Exception, code: int) -> str:
-    there = "the file of that name is as it was" if path.exists() else "nothing of it is left there"
+    there = "the existing file is unchanged" if path.exists() else "no partial file is left"
     why, what = (
         os.strerror(code) if code else brief(error),
-        "Allow writing there, or give another folder.",
+        "Make it writable, or choose another folder.",
     )
     if code in _FULL:
         free = shutil.disk_usage(path.parent).free / 1e6
-        why = f"{why}; {free:.1f} MB of the disk are free"
-        what = "Make room, or give a folder on another disk."
+        why = f"{why}; {free:.1f} MB free on the disk"
+        what = "Make room, or choose a folder on another disk."
     return f"{path} cannot be written ({why}); {there}. {what}"

@@ -1,8 +1,8 @@
-"""Settings, declared once.
+"""Settings, each declared once.
 
-A setting is a field of a frozen dataclass over :class:`Settings`, declared by :func:`setting` with
-its default, its limits and its help; its type is the field's. The check, the command line's
-``NAME=VALUE``, the inputs of the nodes and the page ``docs/settings.md`` are made from that.
+A setting is a field of a frozen dataclass derived from :class:`Settings`. :func:`setting` declares
+its default, limits and help; its type is the field's. Checks, the command line's ``NAME=VALUE``,
+the nodes' inputs and the page ``docs/settings.md`` are all derived from this.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def setting(default: _T, help: str, **limits: Any) -> _T:
 class Setting:
     """The declaration of one setting.
 
-    ``none`` explains the value None. Numbers are at least ``low`` or ``above`` it, at most
-    ``high`` or ``below`` it; a form may offer less, up to ``most`` in steps of ``step``. A number
-    that may be whole or not is a count, or a share of ``share``. The rest comes
-    from the field.
+    ``none`` explains the value None. Numbers are at least ``low`` or greater than ``above``, at
+    most ``high`` or less than ``below``; a form may offer a smaller range, up to ``most`` in steps
+    of ``step``. If both whole numbers and fractions are allowed, a whole number is a count and a
+    fraction is a share of ``share``. The rest comes from the field.
     """
 
     help: str
@@ -59,11 +59,11 @@ class Setting:
 
     @property
     def kind(self) -> type:
-        """bool, int, float or str (a choice): the type of its field in a form."""
+        """bool, int, float or str (a choice): the type of its form field."""
         return next((kind for kind in (bool, int, float) if kind in self.types), str)
 
     def check(self, value: Any) -> None:
-        """Raise :class:`SettingsError` for a ``value`` of another type or out of the limits."""
+        """Raise :class:`SettingsError` for a ``value`` of the wrong type or out of range."""
         expected = self._type()
         if value is None or isinstance(value, bool):
             right = type(value) in self.types
@@ -81,7 +81,7 @@ class Setting:
             raise SettingsError(f"{self.name} must be {expected}, not {written}{others}.")
 
     def parse(self, text: str) -> Any:
-        """The value that ``text`` stands for, or the text itself where it stands for none."""
+        """The value that ``text`` represents, or the text itself if it represents none."""
         text = text.strip()
         word = text.lower()
         if word in self.choices:
@@ -101,13 +101,13 @@ class Setting:
         return ", or ".join([self._type(), *self._alternatives()])
 
     def shown(self, value: Any) -> str:
-        """A value as it is written after ``NAME=``."""
+        """A value as written after ``NAME=``."""
         if value is None or isinstance(value, bool):
             return str(value).lower()
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def explained(self) -> str:
-        """The help, with what None stands for."""
+        """The help text, with the meaning of None."""
         return f"{self.help} none: {self.none}." if self.none else self.help
 
     def _within(self, value: float) -> bool:
@@ -149,19 +149,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """The base of every settings dataclass: its fields are checked when it is made."""
+    """Base of every settings dataclass; checks the fields on construction."""
 
     def __post_init__(self) -> None:
         self.check()
 
     def check(self) -> None:
-        """Raise :class:`SettingsError` for the first field that is out of its range."""
+        """Raise :class:`SettingsError` for the first field that is out of range."""
         for declared in declared_settings(type(self)).values():
             declared.check(getattr(self, declared.name))
 
     @classmethod
     def from_mapping(cls: type[_Kind], values: Mapping[str, Any]) -> _Kind:
-        """Raises :class:`SettingsError` for a name that there is not, or a value out of range."""
+        """Build from names and values; raises :class:`SettingsError` for an unknown name or a value
+        out of range."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -172,7 +173,7 @@ class Settings:
 
 @cache
 def declared_settings(owner: type) -> Mapping[str, Setting]:
-    """The settings of a dataclass by name, in its order."""
+    """The settings of a dataclass by name, in order."""
     hints = get_type_hints(owner)
     return {
         f.name: replace(
@@ -188,7 +189,7 @@ def declared_settings(owner: type) -> Mapping[str, Setting]:
 
 
 def _parts(hint: Any) -> list[Any]:
-    """The types of a union and the words of a Literal."""
+    """The types of a union and the values of a Literal."""
     if get_origin(hint) in (Union, types.UnionType):
         return [part for inner in get_args(hint) for part in _parts(inner)]
     return list(get_args(hint)) if get_origin(hint) is Literal else [hint]

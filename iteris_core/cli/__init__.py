@@ -1,4 +1,4 @@
-"""The command line ``iteris``; one file a command."""
+"""The command line ``iteris``; one file per command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for command in (
     app.command(cls=Command, context_settings=_HELP)(command)
 
 _TyperError: Any = typer.BadParameter.__base__
-"""Raised by typer for an unknown option, a missing one or a value of the wrong kind."""
+"""Base of typer's errors for unknown or missing options and wrong values."""
 
 
 def _version(show: bool) -> None:
@@ -51,13 +51,13 @@ def program(
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Merge several LoRAs into one by least squares on what the merged model really sees."""
+    """Merge several LoRAs into one, by least squares on the inputs of the merged model."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit status 2."""
+    """Run the command line; a mistake that the user can fix gives one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING)
     try:
         sys.exit(app(standalone_mode=False))
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _stop(what: str, code: str = "") -> NoReturn:
-    """End with ``what`` on one line; ``iteris explain CODE`` says more of it."""
+    """Exit with ``what`` on one line; ``iteris explain CODE`` has the details."""
     what = f"{what} [{code}]" if code else what
     console.print(f"[bold red]iteris:[/] {escape(what)}", highlight=False, soft_wrap=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""``iteris merge`` on a base of transformers: the base, and adapter folders of peft."""
+"""``iteris merge`` on a transformers base: loads the base and peft adapter folders."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""peft's ``task_type`` → the class that adapters of it are trained on."""
+"""peft's ``task_type`` → the model class on which its adapters are trained."""
 
 
 def is_model(base: str, folders: Sequence[str]) -> bool:
-    """True if the base is a single model of transformers, not a pipeline of diffusers."""
+    """True if the base is a single transformers model, not a diffusers pipeline."""
     folder = Path(base)
     if folder.is_dir():
         whole = any((folder / name).is_file() for name in INDEXES)
@@ -43,10 +43,11 @@ def load_adapters(
     generate: int | None,
     device: str,
 ) -> tuple[Host, list[Concept]]:
-    """The base on ``device``, and a concept for each adapter, whose ``file`` is its folder.
+    """The base on ``device``, and a concept per adapter, whose ``file`` is its folder.
 
-    ``model_class``: of transformers, what the base is loaded as (None: what the first adapter was
-    trained on). ``generate``: collect features while each adapter writes up to that many tokens.
+    ``model_class``: the transformers class for loading the base (None: the class on which the first
+    adapter was trained). ``generate``: collect features while each adapter generates up to that
+    many tokens.
     """
     from ..hosts.transformers import TransformersHost
 
@@ -69,8 +70,8 @@ def load_adapters(
 
 
 def check_adapters(adapters: Sequence[ConceptConfig]) -> None:
-    """Raise :class:`IterisError` for a folder that is no adapter, for samples that cannot be read,
-    and for what only LoRA files have."""
+    """Raise :class:`IterisError` for a folder that is not an adapter, for unreadable samples, and
+    for options that only LoRA files support."""
     for one in adapters:
         name = one.file or "a concept"
         if one.file is None or one.samples is None:
@@ -81,23 +82,23 @@ def check_adapters(adapters: Sequence[ConceptConfig]) -> None:
         if one.prompts is not None or one.class_word or one.text_strength is not None:
             raise ConceptError(
                 f"{name}: prompts, class and text_strength are for diffusion bases; an adapter of "
-                "a model of transformers has samples, strength and weight."
+                "a transformers model has samples, strength and weight."
             )
         if not (one.file / "adapter_config.json").is_file():
             raise ConceptError(
-                f"{name} is no adapter folder of peft: it has no adapter_config.json."
+                f"{name} is not a peft adapter folder: it has no adapter_config.json."
             )
         if one.samples.suffix == ".safetensors":
             read_header(one.samples)
         elif not read_lines(one.samples):
-            raise ConceptError(f"{one.samples} has no samples; write one a line.")
+            raise ConceptError(f"{one.samples} has no samples; write one per line.")
 
 
 def _load(base: str, model_class: str | None, adapter: Path) -> Any:
-    """The base as the class on which the adapter was trained, in eval mode."""
+    """The base, in the class on which the adapter was trained, in eval mode."""
     import transformers
 
-    with loading(base, "model of transformers (config.json and safetensors)"):
+    with loading(base, "transformers model (config.json and safetensors)"):
         name = model_class or _class_of(adapter)
         if name is None:
             config = transformers.AutoConfig.from_pretrained(base)
@@ -119,7 +120,7 @@ def _class_of(adapter: Path) -> str | None:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # reading the adapter says what is wrong
+        return None  # reading the adapter later reports what is wrong
     mapping = config.get("auto_mapping") or {}
     return _AUTO.get(config.get("task_type") or "") or mapping.get("base_model_class")
 
@@ -136,7 +137,7 @@ def _load_tokenizer(base: str) -> Any:
 
 
 def _inputs(file: Path, tokenizer: Any) -> list[Mapping[str, Any]]:
-    """Batches: all rows of a .safetensors, or one line of text each."""
+    """Batches of inputs: all rows of a .safetensors, or one line of text each."""
     if file.suffix == ".safetensors":
         return [read_tensors(file)[0]]
     return [tokenizer([line], truncation=True, return_tensors="pt") for line in read_lines(file)]

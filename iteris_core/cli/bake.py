@@ -33,25 +33,23 @@ def bake(
     ],
     lora: Annotated[
         list[str],
-        option("FILE, FILE:0.8, or FILE:0.8/0.5: model and text encoders; once for each LoRA"),
+        option("FILE, FILE:0.8, or FILE:0.8/0.5 (model and text encoders); repeat for each LoRA"),
     ],
     output: Annotated[Path, option("The file or folder to write", "--output", "-o")],
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "fp8"] | None,
         option(
-            "Of the weights; their own by default. fp8: linear layers as float8 with a scale "
-            "each, for ComfyUI"
+            "Type of the weights; unchanged by default. fp8: linear layers as float8 with one "
+            "scale each, for ComfyUI"
         ),
     ] = None,
-    seed: Annotated[
-        int | None, option("Round up and down by chance from this seed, not to the nearest")
-    ] = None,
+    seed: Annotated[int | None, option("Round randomly up or down, with this seed")] = None,
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
-    quiet: Annotated[bool, option("Show nothing but what is wrong", "--quiet", "-q")] = False,
+    quiet: Annotated[bool, option("Show only warnings and errors", "--quiet", "-q")] = False,
 ) -> None:
-    """Add LoRAs to the weights of a model, under the names that its files have."""
+    """Add LoRAs to a model's weights; names in its files stay the same."""
     source = Path(base)
     configs = [_parsed(text) for text in lora]
     _check(source, base, output, configs, dtype, overwrite=overwrite)
@@ -97,9 +95,10 @@ def _check(
     *,
     overwrite: bool,
 ) -> None:
-    """Raise :class:`IterisError` for what could not be baked or written, by headers alone."""
+    """Raise :class:`IterisError` if the LoRAs cannot be baked or the result written; reads headers
+    only."""
     if not source.exists():
-        raise BaseError(f"The base {base!r} does not exist; give a file or a folder that is here.")
+        raise BaseError(f"The base {base!r} does not exist; give an existing file or folder.")
     check_base(base)
     check_concepts(loras, run_base=False)
     if output.exists() and output.samefile(source):
@@ -109,4 +108,4 @@ def _check(
         return
     check_folder(output)
     if dtype == "fp8":
-        raise OutputError("A folder of diffusers holds no fp8 with scales; bake a single file.")
+        raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")

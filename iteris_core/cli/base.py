@@ -1,4 +1,4 @@
-"""The base of a command: which device it is on, whether it is there, and loading it."""
+"""The base of a command: its device, whether it exists, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from ..lora import Lora
 from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
 
 INDEXES = ("model_index.json", "modular_model_index.json")
-"""A folder with a pipeline of diffusers has one of these files, the second if it is made of
-blocks."""
+"""A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
 
 
 def device_of(device: str | None = None) -> str:
-    """``device``, or the best that is here. Raises :class:`IterisError` for one that is not here,
+    """``device``, or the best available one. Raises :class:`IterisError` for a missing device
     before anything is loaded."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +29,7 @@ def device_of(device: str | None = None) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise DeviceError(
-            f"--device {device!r} is not a device of torch; give cpu, cuda, cuda:1, …"
+            f"--device {device!r} is not a torch device; give cpu, cuda, cuda:1, …"
         ) from error
     backend = getattr(torch, kind, None)
     available = getattr(backend, "is_available", None)
@@ -38,14 +37,14 @@ def device_of(device: str | None = None) -> str:
         available = torch.backends.mps.is_available
     if available is not None and not available():
         raise DeviceError(
-            f"--device {device}: torch {torch.__version__} finds no {kind} device here. Leave "
-            "--device out for the best device, or give cpu; iteris doctor lists the devices."
+            f"--device {device}: torch {torch.__version__} finds no {kind} device here. Omit "
+            "--device to use the best one, or give cpu; iteris doctor lists the devices."
         )
     return device
 
 
 def check_base(base: str) -> None:
-    """Raise :class:`IterisError` for a local base of diffusers that cannot be one."""
+    """Raise :class:`IterisError` for a local path that cannot be a diffusers base."""
     path = Path(base)
     if path.is_dir() and not any((path / name).is_file() for name in INDEXES):
         raise BaseError(
@@ -54,26 +53,27 @@ def check_base(base: str) -> None:
         )
     if path.is_file() and path.suffix != ".safetensors":
         raise BaseError(
-            f"The base {base!r} is no .safetensors. Give a folder with a pipeline of diffusers, a "
-            ".safetensors checkpoint or a hub name; files of other kinds are not opened."
+            f"The base {base!r} is not a .safetensors file. Give a folder with a pipeline of "
+            "diffusers, a .safetensors checkpoint or a hub name; files of other kinds are not "
+            "opened."
         )
     if path.is_file() and is_lora(read_header(path)[0]):
         raise BaseError(
-            f"The base {base!r} is a LoRA, not a model. BASE is what the LoRAs are merged on; give "
-            "this file with --concept."
+            f"The base {base!r} is a LoRA, not a model. BASE is the model on which LoRAs are "
+            "merged; pass this file with --concept."
         )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise BaseError(
-            f"The base {base!r} does not exist: there is no such folder or file, and a name on the "
-            "hub is OWNER/NAME."
+            f"The base {base!r} does not exist: there is no such folder or file, and a hub name "
+            "has the form OWNER/NAME."
         )
 
 
 def load_base(
     base: str, device: str | None, dtype: str | None = None, offload: str | None = None
 ) -> Any:
-    """The pipeline in a folder or of a hub name, or of a single file by what is in it, for which
-    diffusers takes the released model's configuration from the hub."""
+    """The pipeline from a folder, a hub name or a single file. For a single file, its contents
+    decide the class, and diffusers fetches the released model's configuration from the hub."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
         StableDiffusionPipeline,
     )
@@ -100,8 +100,8 @@ def load_base(
         pipeline.to(dtype=getattr(torch, dtype or half))
         if offload is not None and is_modular(pipeline):
             raise BaseError(
-                f"The base {base!r} is a modular pipeline, which --offload cannot move. Leave the "
-                "option out, or load it in Python with a ComponentsManager that offloads it."
+                f"The base {base!r} is a modular pipeline, which --offload cannot move. Omit the "
+                "option, or load it in Python with a ComponentsManager that offloads it."
             )
         if offload == "model":
             pipeline.enable_model_cpu_offload(device=device)
@@ -115,7 +115,7 @@ def load_base(
 
 
 def _whole_pipeline(base: str) -> Any:
-    """The pipeline in a folder or of a hub name, in safetensors alone."""
+    """The pipeline from a folder or hub name; only safetensors are loaded."""
     from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -132,13 +132,13 @@ def _whole_pipeline(base: str) -> Any:
 
 
 def known_base(path: Path) -> BaseModel:
-    """The released model that a LoRA file is for."""
+    """The released model for which a LoRA file was made."""
     return released_base(architecture_of_file(*read_header(path)).name)
 
 
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
-    """A function that reads LoRA files for the ``base``; without one, each for the released model
-    that it was made for."""
+    """A function that reads LoRA files for the ``base``; without a base, each file is read for the
+    released model for which it was made."""
     if base is not None:
         check_base(base)
         from ..hosts.diffusers import DiffusersHost
@@ -151,8 +151,8 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
             return read_lora_file(path, known, options=options)
         except LoraFileError as error:
             raise LoraFileError(
-                f"{error} If it is a DoRA, or for a base of another shape than the released ones, "
-                "name it: --base BASE."
+                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
+                "pass --base BASE."
             ) from error
 
     return read
@@ -160,16 +160,16 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
 
 @contextmanager
 def loading(base: str, what: str) -> Generator[None]:
-    """Turn what a library raises into an :class:`IterisError`, which suggests a folder with
+    """Turn any exception of a library into an :class:`IterisError` that suggests a folder with
     ``what`` or a hub name."""
     try:
         yield
     except IterisError:
         raise
-    except Exception as error:  # the libraries raise many kinds; the message is what helps
+    except Exception as error:  # libraries raise many types; their message is what helps
         if is_out_of_memory(error):
             raise OutOfMemory(
-                f"Memory ran out while the base {base!r} was loaded ({brief(error)}); try "
+                f"Out of memory while loading the base {base!r} ({brief(error)}); try "
                 "--offload model, --base-dtype bfloat16, or a device with more memory."
             ) from error
         here = "" if Path(base).exists() else " There is no folder or file of that name here."

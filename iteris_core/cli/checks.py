@@ -1,4 +1,4 @@
-"""Checks before a base is loaded: LoRA files, trigger words, and places of results."""
+"""Checks before a base is loaded: LoRA files, trigger words, and output paths."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ from ..report.provenance import shared_triggers
 from ..saving import check_new
 
 _FEW = 8
-"""Tensors that a file of embeddings may have; a model has more."""
+"""Most tensors in a file of embeddings; a model has more."""
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None:
-    """Raise :class:`IterisError` for a LoRA file that is missing or none, and, where a method is to
-    ``run_base``, for a concept that nothing says how to call for."""
+    """Raise :class:`IterisError` for a missing file or one that is not a LoRA. If the method will
+    ``run_base``, also for a concept without trigger words or prompts."""
     if concepts and not any(option.counts for option in concepts):
         raise ConceptError("There is nothing to merge: every concept has strength or weight 0.")
     for option in concepts:
         metadata = [_check_lora(file) for file in option.files]
         if option.samples is not None:
-            raise ConceptError(
-                f"{option.name}: samples are for models of transformers; give prompts."
-            )
+            raise ConceptError(f"{option.name}: samples are for transformers models; give prompts.")
         if option.prompts is not None and not option.prompts:
             raise ConceptError(f"{option.name}: its list of prompts is empty.")
         if not run_base or option.prompts is not None or option.file is None:
@@ -36,17 +34,17 @@ def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None
             continue
         if not option.with_found_words(metadata[0]).phrases:
             raise ConceptError(
-                f"{option.file} has no trigger word: neither its metadata nor a note beside it "
-                "names one. Give one "
-                f"({option.file}:TRIGGER:CLASS), or prompts that call for it (,prompts=FILE)."
+                f"{option.file} has no trigger word, neither in its metadata nor in a note beside "
+                f"it. Give one ({option.file}:TRIGGER:CLASS), or prompts that invoke it "
+                "(,prompts=FILE)."
             )
 
 
 def _check_lora(file: Path) -> dict[str, str]:
-    """The metadata of a LoRA file. Raises :class:`LoraFileError` for another kind of file."""
+    """The metadata of a LoRA file. Raises :class:`LoraFileError` for any other kind of file."""
     shapes, metadata = read_header(file)
     if not shapes:
-        raise LoraFileError(f"{file} holds no tensors; it is not a LoRA file.")
+        raise LoraFileError(f"{file} contains no tensors; it is not a LoRA file.")
     if not is_lora(shapes):
         what = "a whole model (a checkpoint)" if len(shapes) > _FEW else "another kind of file"
         raise LoraFileError(
@@ -57,19 +55,19 @@ def _check_lora(file: Path) -> dict[str, str]:
 
 
 def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> None:
-    """Raise :class:`IterisError` where a result would be written over one of the LoRAs."""
+    """Raise :class:`IterisError` if the result would overwrite one of the LoRAs."""
     for option in concepts:
         for file in option.files:
             for output in outputs:
                 if output.exists() and file.exists() and output.samefile(file):
                     raise OutputError(
-                        f"{output} is one of the LoRAs to merge, which would be lost; choose "
-                        "another name for the result."
+                        f"{output} is one of the LoRAs to merge and would be lost; choose another "
+                        "name for the result."
                     )
 
 
 def check_plot(path: Path | None) -> None:
-    """Raise :class:`IterisError` where a picture could not be drawn or written."""
+    """Raise :class:`IterisError` if a plot could not be drawn or written."""
     if path is None:
         return
     if path.suffix.lower() not in _PLOTS:
@@ -80,7 +78,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
-    """A sentence about each concept that is probably a mistake."""
+    """One sentence per concept that is probably a mistake."""
     for option in concepts:
         if not option.counts:
             what = "strength" if option.weight else "weight"
@@ -92,6 +90,6 @@ def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
         prompts = option.prompts or []
         if trigger and prompts and not any(trigger in prompt.lower() for prompt in prompts):
             yield (
-                f"None of the {len(prompts)} prompts of {option.name} has its trigger "
+                f"None of the {len(prompts)} prompts of {option.name} contains its trigger "
                 f"{option.trigger!r}: the merge fits what they show, which may not be the concept."
             )

@@ -1,4 +1,4 @@
-"""Options, tables and progress of all commands, and the run of a merge."""
+"""Options, tables and progress bars that all commands share, and the run of a merge."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ console = Console(stderr=True)
 
 
 def option(help: str, *names: str, panel: str | None = None, **limits: Any) -> Any:
-    """A typer option, whose ``names`` come from its parameter where none are given; ``panel`` is
-    under which heading the help has it."""
+    """A typer option. Its ``names`` default to the parameter's; ``panel`` is its heading in the
+    help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **limits)
 
 
-BASE, CALIBRATION, READING = "Base", "Calibration: on what features are collected", "LoRA files"
-RESULT, TEXT_MODELS, PICTURES = "Result", "Models of transformers", "Pictures"
-METHOD, AGAIN = "Method and settings", "Again, from a file"
+BASE, CALIBRATION, READING = "Base", "Calibration: prompts and latents", "LoRA files"
+RESULT, TEXT_MODELS, PICTURES = "Result", "Transformers models", "Pictures"
+METHOD, AGAIN = "Method and settings", "Repeat a merge, or use a merge file"
 """Headings of the help."""
 
-Device = Annotated[str | None, option("cpu, cuda, …; the best by default", panel=BASE)]
+Device = Annotated[str | None, option("cpu, cuda, …; default: the best available", panel=BASE)]
 BaseDtype = Annotated[
     Literal["float16", "bfloat16", "float32"] | None,
-    option("Of the base; on a GPU bfloat16, or float16 for a UNet, else float32", panel=BASE),
+    option(
+        "Type of the base; on a GPU bfloat16, or float16 for a UNet, otherwise float32", panel=BASE
+    ),
 ]
 Offload = Annotated[
     Literal["model", "sequential"] | None,
     option(
-        "Keep the base in host memory: the model that runs, or only its layer, is on the GPU",
+        "Keep the base in host memory; only the running model, or only its running layer, is on "
+        "the GPU",
         panel=BASE,
     ),
 ]
 Memory = Annotated[
     float | None,
-    option("GiB a merge may take beyond the model; what is free by default", panel=BASE, min=0),
+    option("GiB a merge may use beyond the model; default: all free memory", panel=BASE, min=0),
 ]
 
 
@@ -61,7 +64,7 @@ def bytes_of(memory: float | None) -> int | Literal["free"]:
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = ""
 ) -> None:
-    """Print a table to stdout; without ``headings`` it has none."""
+    """Print a table to stdout, with or without ``headings``."""
     table = Table(*headings, title=title or None, caption=caption or None)
     table.title_justify = table.caption_justify = "left"
     table.show_header = bool(headings)
@@ -72,8 +75,8 @@ def print_table(
 
 @contextmanager
 def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
-    """A progress bar per thing to do, on stderr, with the time that all of it has left at the one
-    that is being done. What has no count, such as a plan, is a line above them."""
+    """A progress bar per kind of work, on stderr; the active one shows the total time left.
+    Messages without a count, such as a plan, are lines above the bars."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +115,7 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
 
 @contextmanager
 def processes(device: str | None) -> Generator[tuple[Processes, str]]:
-    """This process's part in one merge over those that ``accelerate launch`` or ``torchrun`` have
+    """This process's part in a merge over all processes that ``accelerate launch`` or ``torchrun``
     started, and its device."""
     device = device_of(device)
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -135,8 +138,8 @@ Load = Callable[[str], tuple[Host, Sequence[Concept]]]
 def run_merge(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> MergeResult | None:
-    """Merge what ``load(device)`` gives, with :func:`..merge.merge_loras`'s ``options``. Of several
-    processes the first is to write the result; the others get None."""
+    """Merge what ``load(device)`` returns, with :func:`..merge.merge_loras`'s ``options``. With
+    several processes, the first writes the result; the others return None."""
     with (
         processes(device) as (group, own_device),
         progress_bars(visible=group.rank == 0 and not quiet) as on_progress,
@@ -150,7 +153,7 @@ def run_merge(
 def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
-    """Preview such a merge; nothing is merged."""
+    """Preview this merge; nothing is merged."""
     with progress_bars(visible=not quiet) as on_progress:
         loaded = _loaded(load, device_of(device), on_progress)
         return preview_merge(*loaded, on_progress=on_progress, **options)

@@ -55,47 +55,47 @@ from .score import ClipName, ClipWeights, DinoName
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """A field for each option, named like it."""
+    """One field per option, with the option's name."""
 
-    base: Annotated[str, typer.Argument(help="A pipeline of diffusers, as for merge")]
+    base: Annotated[str, typer.Argument(help="A diffusers pipeline, as for merge")]
     output: Path = given_by("A folder for the results", "--output", "-o", default=MISSING)
     concept: list[str] = given_by(CONCEPT_HELP, default=MISSING)
-    refs: list[Path] = given_by("A folder of pictures for each --concept", default=MISSING)
+    refs: list[Path] = given_by("A folder of reference images for each --concept", default=MISSING)
     methods: str = given_by(
-        "Names with commas between; base for no LoRA, alone for each LoRA by itself, of which "
-        "the others have their share",
+        "Comma-separated names. base: no LoRA. alone: each LoRA by itself; the other rows then "
+        "show their share of it",
         default="base,sum,average,iteris",
     )
     setting: list[str] | None = given_by(
-        "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: of one method, of all "
-        "that have it, or of the calibration",
+        "[METHOD.]NAME=VALUE, such as ties.density=0.3 or samples=25: for one method, for every "
+        "method with that setting, or for the calibration",
         "--set",
         autocompletion=setting_names,
     )
     preset: PresetName | None = given_by(PRESET_HELP)
     together: int | None = given_by(
-        "Merge every so many of the concepts, and give means over these compositions"
+        "Merge every combination of N concepts, and give means over these"
     )
     prompts: str = given_by(
         "composition, objects, animals, or a text file of prompts with {each}, {all}, or {1}, "
-        "{2} …, for the concepts. A concept's likeness is measured on the prompts that name it "
-        "alone",
+        "{2} …, for the concepts. A concept's likeness is measured on prompts that name only that "
+        "concept",
         panel=PICTURES,
         default="composition",
     )
     drawing: Mapping[str, Any] = settings_of(Drawing, PICTURES)
     scheduler: str | None = given_by(
-        "Of the pictures: a class of diffusers, such as DDIM or EulerDiscrete", panel=PICTURES
+        "Scheduler for the images: a diffusers class, such as DDIM or EulerDiscrete", panel=PICTURES
     )
     size: str | None = given_by(
-        "Of the pictures in pixels: 512, or 768x512 for width x height", panel=PICTURES
+        "Image size in pixels: 512, or 768x512 for width x height", panel=PICTURES
     )
     templates: Path | None = given_by(
         "A text file of prompt templates, with {} for the concept", panel=CALIBRATION
     )
     calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION, "samples", "latent_size")
     collapse_below: float | None = given_by(
-        "Adds the share of concepts and pictures whose image alignment is under this",
+        "Also report the share of concepts and images whose image alignment is below this",
         panel=PICTURES,
     )
     clip: ClipName = "ViT-L-14"
@@ -112,7 +112,8 @@ class CompareOptions:
 
 @command(CompareOptions)
 def compare(context: typer.Context, options: CompareOptions) -> None:
-    """Merge with several methods, draw the same prompts, score and show them side by side."""
+    """Merge with several methods, draw the same prompts with each, and score the results side by
+    side."""
     from ..hosts.diffusers import DiffusersHost
     from ..score import ClipScorer, DinoScorer
 
@@ -154,11 +155,11 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
 
 
 def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig], list[list[Any]]]:
-    """The comparison, its concepts, and the reference pictures of each. Raises
-    :class:`IterisError` for any mistake before a base is loaded."""
+    """The comparison, its concepts, and the reference images of each. Raises :class:`IterisError`
+    for any mistake before a base is loaded."""
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
-        raise UsageError("--methods has no name; give some, such as base,alone,average,iteris.")
+        raise UsageError("--methods is empty; give names, such as base,alone,average,iteris.")
     kinds = {name: find_method(name).settings for name in names if name not in (BASE, ALONE)}
     drawing = Drawing(
         **options.drawing, scheduler=options.scheduler, size=picture_size(options.size)
@@ -203,7 +204,7 @@ def _checked(options: CompareOptions) -> tuple[CompareConfig, list[ConceptConfig
 
 @contextmanager
 def _said_where_it_stopped(output: Path, done: Sequence[Any]) -> Generator[None]:
-    """Report the finished rows in ``output``, whatever stops the comparison."""
+    """If anything stops the comparison, report which rows in ``output`` are finished."""
     try:
         yield
     except BaseException:

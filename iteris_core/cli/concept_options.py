@@ -1,4 +1,4 @@
-"""Concepts as the command line names them, with their files found and their LoRAs read."""
+"""Concepts from the command line: parses them, finds their files and reads their LoRAs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
 Find = Callable[[str], Path]
-"""Name → path of a file."""
+"""File name → path."""
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-# A path may have colons, as in C:\loras\cat.safetensors:sks:cat.
+# A path may contain colons, as in C:\loras\cat.safetensors:sks:cat.
 _SHORT = re.compile(f"(.+?):([^:]*):([^:]*)(?::({_NUMBER})(?:/({_NUMBER}))?)?")
 _KEY = re.compile(rf",\s*(?=(?:{'|'.join(KEYS[:-3])})=)")
 _UNKNOWN_KEY = re.compile(r",\s*([A-Za-z_]\w*)=")
 
 
 def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> ConceptConfig:
-    """FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]][,KEY=VALUE]…, where FILE may be HIGH+LOW; of an
-    ``adapter`` of peft FOLDER:SAMPLES[:STRENGTH]."""
+    """Parse FILE[:TRIGGER:CLASS[:STRENGTH[/TEXT]]][,KEY=VALUE]…, where FILE may be HIGH+LOW; for a
+    peft ``adapter``, FOLDER:SAMPLES[:STRENGTH]."""
     where = f"--concept {text!r}"
     head, *pairs = _KEY.split(f",{text}")
     head = head.removeprefix(",")
     for part in (head, *pairs):
-        if unknown := _UNKNOWN_KEY.search(part):  # it would become a part of the words
+        if unknown := _UNKNOWN_KEY.search(part):  # otherwise it would become part of the words
             known = KEYS[:-3]
             raise ConceptError(
                 f"{where}: there is no key {unknown[1]!r}{did_you_mean(unknown[1], known)} The "
-                f"keys are {', '.join(known)}. Words that have a comma and an = go into a merge "
+                f"keys are {', '.join(known)}. Words with a comma and an = must go into a merge "
                 "file."
             )
     split = [pair.partition("=") for pair in pairs]
@@ -52,7 +52,7 @@ def parse_concept(text: str, find: Find = Path, *, adapter: bool = False) -> Con
 
 
 def first_name(text: str) -> str:
-    """The text before the first colon or key: with an adapter of peft, its folder."""
+    """The text before the first colon or key; for a peft adapter, its folder."""
     return _KEY.split(text)[0].removeprefix("file=").partition(":")[0]
 
 
@@ -64,7 +64,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     if named and words.count(":") > 1 and not re.fullmatch(f"{_NUMBER}(/{_NUMBER})?", strength):
         raise ConceptError(
             f"--concept {text!r}: the strength must be a number such as 0.8, or two such as "
-            f"0.8/0.5 (the model's and the text encoders'), not {strength!r}."
+            f"0.8/0.5 (model and text encoders), not {strength!r}."
         )
     parts = _SHORT.fullmatch(text)
     if parts is not None:
@@ -75,8 +75,8 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
     raise ConceptError(
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
         "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
-        "cat.safetensors:sks:cat:0.8/0.5, with ,weight=2 or ,prompts=cat.txt behind it; or FILE "
-        "alone, if its metadata have a trigger."
+        "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or ,prompts=cat.txt; "
+        "or FILE alone, if its metadata contain a trigger."
     )
 
 
@@ -94,7 +94,7 @@ def _adapter(text: str) -> dict[str, Any]:
 
 
 def concept_of(values: Mapping[str, Any], where: str, find: Find = Path) -> ConceptConfig:
-    """:meth:`ConceptConfig.from_dict`, with samples and a file of prompts found by ``find``."""
+    """Like :meth:`ConceptConfig.from_dict`; ``find`` locates samples and prompt files."""
     prompts, samples = values.get("prompts"), values.get("samples")
     if isinstance(prompts, str):
         values = {**values, "prompts": read_prompts(find(prompts))}
@@ -104,7 +104,7 @@ def concept_of(values: Mapping[str, Any], where: str, find: Find = Path) -> Conc
 
 
 def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
-    """``concept`` with its files in one of ``folders``."""
+    """``concept``, with its files looked up in ``folders``."""
     digests = concept.sha256.split("+")
     pairs = itertools.zip_longest(concept.files, digests, fillvalue="")
     files = [find_file(folders, str(name), digest) for name, digest in pairs if name]
@@ -112,8 +112,8 @@ def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
 
 
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
-    """The file in one of ``folders``, by its recorded name or its last part, or under
-    a whole path that it records; its content must be the same."""
+    """The file in one of ``folders``, by its recorded path or file name; its content must be the
+    same."""
     names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
     candidates = [folder / part for folder in folders for part in names]
     present = [path for path in candidates if path.exists()]
@@ -123,14 +123,16 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     if present:
         raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
     places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise RecipeError(f"{name} is in none of the folders {places}; name its folder with --loras.")
+    raise RecipeError(
+        f"{name} is not in any of the folders {places}; pass its folder with --loras."
+    )
 
 
 def read_concepts(
     options: Sequence[ConceptConfig], host: Host, reading: ReadOptions, renames: Sequence[str] = ()
 ) -> list[Concept]:
-    """The concepts with their LoRAs, as :meth:`ConceptConfig.read` has them; each of ``renames``
-    has to fit an embedding."""
+    """The concepts with their LoRAs, from :meth:`ConceptConfig.read`; each of ``renames`` must
+    match an embedding."""
     concepts = [option.read(host, reading, renames) for option in options]
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     for text in renames:
@@ -138,7 +140,7 @@ def read_concepts(
         if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
             brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
             raise UsageError(
-                f"--rename {text!r} fits no embedding of these LoRAs, which bring "
+                f"--rename {text!r} matches no embedding of these LoRAs, which have "
                 f"{', '.join(brought) or 'none'}."
             )
     return concepts

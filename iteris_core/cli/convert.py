@@ -29,19 +29,19 @@ def convert(
         Path, typer.Argument(help="A LoRA file of any layout and kind", metavar="FILE")
     ],
     output: Annotated[
-        Path, option("The .safetensors to write; of peft a folder", "--output", "-o")
+        Path, option("The .safetensors to write; for peft, a folder", "--output", "-o")
     ],
-    layout: Annotated[Names, option("Whose names the file is to have")] = "kohya",
+    layout: Annotated[Names, option("Naming scheme of the file")] = "kohya",
     base: Annotated[
-        str | None, option("The base: for a DoRA, and of another shape than SD 1.5, XL, 3 or FLUX")
+        str | None, option("The base, for a DoRA or if its shape differs from SD 1.5, XL, 3, FLUX")
     ] = None,
-    dtype: Annotated[Dtype | None, option("Of the file; its own by default")] = None,
+    dtype: Annotated[Dtype | None, option("Type of the file; unchanged by default")] = None,
     energy: Energy = 0.999,
     allow_partial: Partial = False,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, option("Print the report as JSON", "--json")] = False,
 ) -> None:
-    """A LoRA under another tool's names; LoHa, LoKr, LoCon and DoRA become a plain LoRA."""
+    """Rename a LoRA for another tool; LoHa, LoKr, LoCon and DoRA become a plain LoRA."""
     if layout == "peft":
         check_folder(output)
     else:
@@ -51,7 +51,7 @@ def convert(
     check_apart([output], [config])
     options = ReadOptions(allow_partial, energy, vectors=layout in ("kohya", "comfyui"))
     lora = _read(file, base, options)
-    # The commonest float type of the file, where one is written in it
+    # The most common float type in the file, if it is one that can be written
     own = (name for name in dtypes_of(read_tensors(file)[0]) if name in DTYPES)
     written = dtype or next(own, "float16")
     path = convert_lora(lora, output, layout, dtype=written, overwrite=overwrite)
@@ -66,13 +66,15 @@ def convert(
     for note in notes:
         typer.echo(escape(note))
     if error is not None:
-        outcome = "bit by bit what was read" if error == 0 else f"off by {error:.2g} at most"
+        outcome = (
+            "bit-identical to the original" if error == 0 else f"within {error:.2g} of the original"
+        )
         typer.echo(f"Read back: every layer's change is {outcome}.")
     typer.echo(f"Wrote {path} ({written}, {len(lora.sites)} layers).")
 
 
 def _read(file: Path, base: str | None, options: ReadOptions) -> Lora:
-    """The LoRA, with the words that stand beside its file in its metadata."""
+    """The LoRA; trigger words from notes beside its file are added to its metadata."""
     lora = lora_reader(base)(file, options)
     found = find_phrases(file, lora.metadata)
     if found.source in ("", "file"):

@@ -13,9 +13,9 @@ from .common import option, progress_bars
 
 
 def demo(
-    output: Annotated[Path, option("Where pictures and scores go")] = Path("build/demo"),
+    output: Annotated[Path, option("Folder for images and scores")] = Path("build/demo"),
 ) -> None:
-    """Merge two and four concepts of the embedded toybox, draw and score them."""
+    """Merge two and four concepts of the bundled toybox, draw and score them."""
     try:
         toybox_demo: Any = importlib.import_module("toybox.demo")
     except ModuleNotFoundError as error:

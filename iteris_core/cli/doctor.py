@@ -24,10 +24,10 @@ NEEDS = {
     "torch": "everything",
     "safetensors": "everything",
     "greenlet": "merging by features (iteris, regmean, ssr, …)",
-    "diffusers": "bases that draw pictures: merge, compare",
-    "transformers": "text encoders, and models of text: merge, compare",
-    "peft": "loading a merged LoRA: compare, demo; adapters of models of text",
-    "accelerate": "--offload, and merging in several processes",
+    "diffusers": "image bases: merge, compare",
+    "transformers": "text encoders and language models: merge, compare",
+    "peft": "loading a merged LoRA: compare, demo; adapters of language models",
+    "accelerate": "--offload, and merging with several processes",
     "open_clip_torch": "CLIP scores: score, compare, demo",
     "matplotlib": "--plot, and plots of the nodes",
     "psutil": "planning memory on a CPU",
@@ -38,7 +38,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A package: what is there, and what is wanted (None: not known here, or nothing)."""
+    """A package: its installed version, and the required one (None: unknown or not needed)."""
 
     name: str
     version: str | None
@@ -57,7 +57,7 @@ class Finding:
 
 
 def doctor(as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False) -> None:
-    """Show versions, the device and its free memory, and what is missing for what."""
+    """Show versions, the device and its free memory, and anything that is missing."""
     needed = _wanted()
     findings = [Finding(n, version_of(n), needed.get(n.lower()), why) for n, why in NEEDS.items()]
     trouble = {one.name: one.trouble for one in findings if one.trouble}
@@ -84,7 +84,7 @@ def _facts() -> dict[str, str]:
         "system": platform.platform(terse=True),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-    with suppress(ImportError):  # psutil: then it stands among what is missing
+    with suppress(ImportError):  # psutil, which is then listed as missing
         places = {"device": device, "host": torch.device("cpu")} if device.type != "cpu" else {}
         for name, place in (places or {"host": device}).items():
             facts[f"free memory of the {name}"] = f"{free_memory(place) / 2**30:.1f} GiB"
@@ -102,7 +102,7 @@ def version_of(name: str) -> str | None:
 
 
 def _wanted() -> dict[str, str]:
-    """Package → versions that this one declares; nothing from a checkout that is not installed."""
+    """Package → versions that this project requires; empty for a checkout that is not installed."""
     try:
         declared = requires(PACKAGE) or []
     except PackageNotFoundError:

@@ -25,22 +25,23 @@ _PREFIX = "model.diffusion_model."
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions(Sizing):
-    """A field for each option, named like it."""
+    """One field per option, with the option's name."""
 
     base: Annotated[
-        str, typer.Argument(help="What was tuned: a pipeline of diffusers", metavar="BASE")
+        str,
+        typer.Argument(help="The model that was fine-tuned: a diffusers pipeline", metavar="BASE"),
     ]
     tuned: Annotated[
         str, typer.Argument(help="The fine-tune, of the same architecture", metavar="TUNED")
     ]
     prompts: Path | None = given_by(
-        "A text file of prompts that show what was tuned, one a line; captions of ours by default"
+        "A text file of prompts that show the fine-tuning, one per line; default: built-in captions"
     )
 
 
 @command(ExtractOptions)
 def extract(context: typer.Context, options: ExtractOptions) -> None:
-    """A LoRA of what a fine-tune changes of its base, held against the fine-tune."""
+    """Extract a LoRA from a fine-tune and its base, and compare it with the fine-tune."""
     target, how = options.target, options.run
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     device = device_of(options.device)
@@ -52,13 +53,13 @@ def extract(context: typer.Context, options: ExtractOptions) -> None:
     if options.prompts is not None:
         how["prompts"] = read_prompts(options.prompts)
         if not how["prompts"]:
-            raise InputFileError(f"{options.prompts} has no prompts; write one a line.")
+            raise InputFileError(f"{options.prompts} has no prompts; write one per line.")
     _write(_extracted(options, target, device, how), options)
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a denoiser's tensors, from the headers of its files alone; nothing where they
-    are not here."""
+    """The shapes of a denoiser's tensors, from file headers only; empty if the files are not
+    local."""
     files = [path] if path.is_file() else []
     for name in _DENOISERS:
         files += sorted((path / name).glob("*.safetensors"))

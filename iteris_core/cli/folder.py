@@ -1,4 +1,4 @@
-"""The LoRAs in a folder: which files are one, for which base model, and what calls for them."""
+"""The LoRAs in a folder: which files are LoRAs, for which base model, and their trigger words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB = {
     "SDXL": "stabilityai/stable-diffusion-xl-base-1.0",
     "FLUX.1": "black-forest-labs/FLUX.1-dev",
 }
-"""Family → the base that most of its LoRAs are trained on; SD 2 and SD 3 have several."""
+"""Family → the base on which most of its LoRAs are trained; SD 2 and SD 3 have several."""
 _SOURCES = {
     "file": "words from the file's metadata",
     "captions": "words guessed from the captions in the file's metadata",
@@ -33,8 +33,8 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class FoundLora:
-    """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source`` says
-    in a few words where the trigger words come from."""
+    """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source``
+    describes briefly where the trigger words come from."""
 
     option: ConceptConfig
     family: str
@@ -46,9 +46,9 @@ class FoundLora:
 
 
 def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
-    """The LoRAs of the commonest family in ``folder``, by name, and why other files are left out.
+    """The LoRAs of the most common family in ``folder``, by name, and why other files are left out.
 
-    Raises :class:`IterisError` where there is no LoRA.
+    Raises :class:`IterisError` if there is no LoRA.
     """
     if not folder.is_dir():
         raise InputFileError(f"{folder} is not a folder; give the folder with your LoRAs.")
@@ -62,7 +62,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
             left_out[file.name] = str(error)
     if not loras:
         seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
-        raise InputFileError(f"{folder} has no LoRA in it ({seen}).")
+        raise InputFileError(f"{folder} contains no LoRA ({seen}).")
     family = Counter(one.family for one in loras).most_common(1)[0][0]
     for one in loras:
         if one.family != family:
@@ -71,7 +71,7 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
 
 
 def _look_at(file: Path) -> FoundLora:
-    """The LoRA in ``file``. Raises :class:`LoraFileError` with what the file is instead."""
+    """The LoRA in ``file``. Raises :class:`LoraFileError` that says what the file is instead."""
     shapes, metadata = read_header(file)
     if not is_lora(shapes):
         raise LoraFileError("no LoRA")
@@ -87,7 +87,7 @@ def _look_at(file: Path) -> FoundLora:
 
 
 def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
-    """``loras`` with the two files of a model with two experts as one."""
+    """``loras``, with the two files of a model with two experts joined into one entry."""
     by_name = {one.name: one for one in loras}
     words = {"HIGH": "LOW", "High": "Low"}
     low_of = {
@@ -105,8 +105,8 @@ def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:
 
 
 def base_near(folder: Path, family: str) -> tuple[str, str]:
-    """The base for LoRAs of ``family``, and how it was found: a pipeline of diffusers that lies in
-    ``folder`` or beside it, or the released model; empty where neither is clear."""
+    """The base for LoRAs of ``family``, and how it was found: a diffusers pipeline in ``folder`` or
+    beside it, or the released model; empty if neither is clear."""
     near = [folder, folder.absolute().parent]
     indexes = [path for place in near for name in INDEXES for path in place.glob(f"*/{name}")]
     pipelines = sorted({path.parent for path in indexes})

@@ -1,4 +1,4 @@
-"""The help of the commands: plain text in groups, with examples in front, for 80 columns."""
+"""The commands' help: plain text in groups, examples first, for 80 columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TYPES = {
     **{"<path>": "FILE", "<list[path]>": "FILE", "<str>": "TEXT", "<list[str]>": "TEXT"},
     **{"<int>": "N", "<float>": "X", "<float range>": "X", "<int range>": "N"},
 }
-"""Type in typer's words → in the help's."""
+"""typer's name of a type → the name in the help."""
 
 EXAMPLES = {
     "bake": ("iteris bake model.safetensors --lora cat.safetensors:0.8 -o model-cat.safetensors",),
@@ -37,24 +37,24 @@ EXAMPLES = {
     ),
     "score": ("iteris score pictures --refs references --prompts prompts.txt",),
 }
-"""Command → lines that it begins with; a test holds them against the options."""
+"""Command → its example lines; a test checks them against the options."""
 
 CONCEPT = (
-    ("FILE", "a LoRA whose metadata hold its trigger words"),
+    ("FILE", "a LoRA with its trigger words in its metadata"),
     ("FILE:TRIGGER:CLASS", 'cat.safetensors:sks:cat, in prompts "sks cat"'),
-    ("FILE:TRIGGER:CLASS:0.8", "as loaded at strength 0.8; 0.8/0.5: model and text encoders"),
+    ("FILE:TRIGGER:CLASS:0.8", "at strength 0.8; 0.8/0.5: model and text encoders"),
     ("HIGH+LOW:TRIGGER:CLASS", "two files, for a base with two experts"),
-    ("FOLDER:SAMPLES", "an adapter of peft, for a model of transformers; :0.8 behind it"),
+    ("FOLDER:SAMPLES", "a peft adapter, for a transformers model; append :0.8 for its strength"),
     (",weight=2", "how much it counts in the merge (1)"),
-    (",prompts=FILE", "its own prompts, one a line, in the place of templates"),
+    (",prompts=FILE", "its own prompts, one per line, instead of templates"),
     (",kind=style", "templates for a style; also tags, video (subject)"),
     (",trigger= ,class= ,strength= ,text_strength= ,samples=", "the same by name"),
 )
-"""The forms of ``--concept``, and what may stand behind them."""
+"""The forms of ``--concept``, and the keys that may follow."""
 
 
 class Command(TyperCommand):
-    """A command whose help is plain text, under the headings that its options name."""
+    """A command whose help is plain text, under its options' headings."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self.format_usage(ctx, formatter)
@@ -89,8 +89,8 @@ def _write(formatter: Any, groups: Mapping[str, Any]) -> None:
 
 
 def _groups(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-    """Heading → the names and the help of its parameters. Names have their type in a word; choices
-    stay, without brackets."""
+    """Heading → names and help of its parameters. A name includes its type in one word; choices
+    appear without brackets."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)

@@ -28,14 +28,14 @@ def init(
         str | None,
         option("The base model, if it is not the pipeline beside the LoRAs or the usual one"),
     ] = None,
-    yes: Annotated[bool, option("Ask nothing; take what is found", "--yes", "-y")] = False,
+    yes: Annotated[bool, option("Ask nothing; accept every guess", "--yes", "-y")] = False,
     overwrite: Annotated[bool, option("Replace an existing merge file", "--overwrite")] = False,
 ) -> None:
     """Write a merge file from a folder of LoRAs.
 
     Trigger words come from the files' metadata and from the notes that download helpers leave
-    beside them; the base model is guessed from the names in the files. In a terminal every guess is
-    shown first, to be accepted or changed.
+    beside them; the base model is guessed from the names in the files. In a terminal you can accept
+    or change every guess.
     """
     loras, left_out = loras_in(folder)
     check_merge_file(output, overwrite=overwrite)
@@ -52,12 +52,14 @@ def init(
     if todo:
         typer.echo(f"Fill in {', '.join(todo)}. Then merge: iteris merge {output}")
     else:
-        typer.echo(f"Look at the words in it, then merge: iteris merge {output}")
+        typer.echo(f"Check its trigger words, then merge: iteris merge {output}")
 
 
 def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
-    """``base`` and the trigger words as the user accepts or changes them."""
-    typer.echo(f"{len(loras)} LoRAs for {loras[0].family}. Enter accepts what is in brackets.")
+    """``base`` and the trigger words, after the user accepts or changes them."""
+    typer.echo(
+        f"{len(loras)} LoRAs for {loras[0].family}. Press Enter to accept the value in brackets."
+    )
     base = typer.prompt("Base model", default=base or None)
     typer.echo(f"Trigger words of each LoRA, such as: sks cat ({_LEAVE_OUT} leaves out)")
     kept: list[FoundLora] = []
@@ -76,7 +78,7 @@ def _ask(base: str, loras: Sequence[FoundLora]) -> tuple[str, list[FoundLora]]:
 
 
 def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
-    """The merge file, with what was guessed in comments."""
+    """The merge file's text, with comments on what was guessed."""
     folder = output.parent
 
     def name(path: Path) -> str:
@@ -94,7 +96,7 @@ def _text(output: Path, base: str, how: str, loras: Sequence[FoundLora]) -> str:
     for one in loras:
         entry = one.option.to_dict(name, usual=False)
         if not one.option.phrases:
-            entry |= {"trigger": "", "class": ""}  # the kind of thing, which may stay empty
+            entry |= {"trigger": "", "class": ""}  # the class word, which may stay empty
         lines.append(f"  # {one.source}")
         lines += [f"  {line}" for line in to_yaml([entry]).splitlines()]
     return "\n".join(lines) + "\n"

@@ -22,22 +22,23 @@ from .common import option, print_table
 _HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
 _BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
 _COLUMNS = (
-    "0: apart; 1: the same. Row spaces: what two LoRAs read of a layer's inputs. Column spaces: "
-    "what they write to. Conflict: the share of their outputs that they contend for."
+    "0: disjoint; 1: identical. Row spaces: the inputs that two LoRAs read from a layer. Column "
+    "spaces: the outputs that they write. Conflict: the share of their outputs in which they "
+    "disagree."
 )
 
 
 def inspect(
     files: Annotated[list[Path], typer.Argument(help="LoRA files")],
     base: Annotated[
-        str | None, option("A base of another shape than SD 1.5, XL, 3 or FLUX")
+        str | None, option("The base, if its shape differs from SD 1.5, XL, 3 or FLUX")
     ] = None,
     as_json: Annotated[bool, option("Print everything as JSON", "--json")] = False,
     plot: Annotated[
-        Path | None, option("A PNG of what each block holds, and of the interference")
+        Path | None, option("Write a PNG of each block's content and the interference")
     ] = None,
 ) -> None:
-    """Show what is in LoRA files, and where two of them will be in each other's way."""
+    """Show what LoRA files contain, and where two of them will interfere."""
     check_plot(plot)
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)

@@ -48,12 +48,12 @@ _ASKED = (
     *("base", "output", "overwrite", "plan", "quiet", "from_file", "loras", "method", "preset"),
     *("unmergeable", "preserve", "preserve_weight", "templates"),
 )
-"""Options that a merge file writes in other words, or not at all."""
+"""Options that a merge file writes differently, or not at all."""
 
 
 @command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions) -> None:
-    """Merge LoRAs on a pipeline of diffusers, or on a model of transformers, and write one."""
+    """Merge LoRAs into one, on a diffusers pipeline or a transformers model."""
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config, adapter = requested(file, options)
     output = options.output
@@ -76,7 +76,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     check_apart([output, *experts], config.concepts)
     check_cut(config.cut)
     for text in options.rename or []:
-        parse_rename(text)  # refuses what is none
+        parse_rename(text)  # refuses anything else
     load = _loading(config, adapter, options)
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):
@@ -96,7 +96,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
 
 
 def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
-    """Raise :class:`IterisError` for what a merge of peft's adapters could not do or write."""
+    """Raise :class:`IterisError` if a merge of peft adapters could not run or be written."""
     names = ("templates", "plot", "card", "image", "base_dtype", "offload", "mask_image")
     _refuse(_ONLY.format(config.base), options, *names)
     _refuse("files; give another folder, or move the old one.", options, "overwrite")
@@ -105,10 +105,10 @@ def _check_adapters(config: MergeConfig, options: MergeOptions) -> None:
 
 
 def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
-    """Raise :class:`IterisError` for what a merge on a pipeline could not do or write."""
+    """Raise :class:`IterisError` if a merge on a pipeline could not run or be written."""
     only = (
-        f"models of transformers; {config.base} is not a folder with a config.json, and no "
-        "--concept is an adapter folder of peft."
+        f"transformers models; {config.base} is not a folder with a config.json, and no --concept "
+        "is a peft adapter folder."
     )
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
@@ -122,7 +122,7 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
 
 
 def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
-    """A function that loads the base and the LoRAs; pictures for the base are opened at once."""
+    """A function that loads the base and the LoRAs; images for the base are opened immediately."""
     reading = ReadOptions(options.allow_partial, options.energy)
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
@@ -175,7 +175,7 @@ def _write(result: MergeResult, config: MergeConfig, adapter: bool, options: Mer
 
 
 def _refuse(why: str, options: MergeOptions, *names: str) -> None:
-    """Raise for the first of ``names`` that was given: it is for ``why``."""
+    """Raise if one of ``names`` was given: that option is for ``why``."""
     for name in names:
         if (value := getattr(options, name)) is not None and value is not False:
             raise UsageError(f"--{name.replace('_', '-')} is for {why}")

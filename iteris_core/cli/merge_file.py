@@ -1,5 +1,5 @@
-"""A merge file: YAML in which every option of ``iteris merge`` is a key, and the concepts, settings
-and calibration are written out. Its relative paths are relative to it."""
+"""A merge file: YAML with every option of ``iteris merge`` as a key, and with concepts, settings
+and calibration written out. Relative paths are relative to the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TARGETS = ("output", "plot")
 
 @dataclass(frozen=True)
 class MergeFile:
-    """The keys of a merge file but for its base and options, which become the command line's."""
+    """The keys of a merge file except base and options, which become those of the command line."""
 
     path: Path
     data: Mapping[str, Any]
@@ -34,24 +34,24 @@ class MergeFile:
         return self.data.get("concepts") or []
 
     def find(self, name: str) -> Path:
-        """The path of a file: beside the merge file, or else from the current folder."""
+        """The path of a file: beside the merge file, otherwise relative to the current folder."""
         beside = self.path.parent / name
         return beside if beside.exists() else Path(name)
 
     def place(self, base: str) -> str:
-        """The path of the base; a name on the hub stays as it is."""
+        """The path of the base; a hub name stays as it is."""
         path = self.find(base)
         return str(path) if path.exists() else base
 
     def folders(self) -> list[str]:
-        """The first thing that each concept names: with adapters of peft, their folders."""
+        """The first name in each concept; for peft adapters, their folders."""
         named = [e.get("file") if isinstance(e, Mapping) else e for e in self.entries]
         return [str(self.find(first_name(str(name)))) for name in named if name]
 
 
 def use_merge_file(context: typer.Context, base: str | None) -> str | None:
-    """The base that BASE names, or that a merge file names. The other keys of a merge file become
-    the defaults of the options."""
+    """The base given as BASE or in a merge file. The other keys of a merge file become defaults of
+    the options."""
     if base is None or context.resilient_parsing or Path(base).suffix not in SUFFIXES:
         return base
     path = Path(base)
@@ -66,7 +66,7 @@ def use_merge_file(context: typer.Context, base: str | None) -> str | None:
 
 
 def check_merge_file(path: Path, *, overwrite: bool) -> None:
-    """Raise :class:`IterisError` where no merge file can be written to ``path``."""
+    """Raise :class:`IterisError` if no merge file can be written to ``path``."""
     if path.suffix not in SUFFIXES:
         raise OutputError(f"{path}: the name of a merge file must end in {' or '.join(SUFFIXES)}.")
     check_new(path, overwrite=overwrite)
@@ -77,14 +77,14 @@ def to_yaml(data: Any, width: int = 1000) -> str:
 
 
 def write_merge_file(path: Path, text: str) -> None:
-    """Write a merge file, which begins with the command that runs it."""
+    """Write a merge file; its first line is the command that runs it."""
     with atomically(path) as unfinished:
         unfinished.write_text(f"# iteris merge {path.name}\n{text}", encoding="utf-8")
 
 
 def given_options(context: typer.Context, folder: Path, left_out: Sequence[str]) -> dict[str, Any]:
-    """The options that the command line or a merge file gives, as a merge file in ``folder`` has
-    them, without those that are ``left_out``."""
+    """The options given on the command line or in a merge file, as a merge file in ``folder``
+    writes them, except those ``left_out``."""
     given: dict[str, Any] = {}
     for key, parameter in _parameters(context).items():
         source = context.get_parameter_source(parameter.name)
@@ -97,20 +97,21 @@ def given_options(context: typer.Context, folder: Path, left_out: Sequence[str])
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """``path`` relative to ``folder``; a path that does not exist (a name on the hub, a file of a
+    """``path`` relative to ``folder``; a path that does not exist (a hub name, a file from a
     recipe) stays as it is."""
     return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: the later one would count silently."""
+    """A safe YAML loader that refuses duplicate keys; otherwise the later one would silently
+    win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    None, None, f"the key {key.value!r} occurs twice", key.start_mark
                 )
             seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep=deep)
@@ -131,7 +132,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 
 def _parameters(context: typer.Context) -> dict[str, Any]:
-    """Key → the option that it is the long name of, with underscores."""
+    """Key → the option with that long name, with underscores."""
     longest = {max(option.opts, key=len): option for option in context.command.params}
     return {
         name[2:].replace("-", "_"): option
@@ -141,8 +142,7 @@ def _parameters(context: typer.Context) -> dict[str, Any]:
 
 
 def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Parameter → value, converted as on the command line, so that an error names the file and the
-    key."""
+    """Parameter → value, converted as on the command line; an error names the file and the key."""
     parameters = _parameters(context)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
@@ -155,7 +155,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
             )
         if value is None:
             continue
-        # As it would stand on the command line; flags are flags there too.
+        # As on the command line, where flags are flags too.
         text = [str(one) for one in value] if isinstance(value, list) else str(value)
         try:
             converted = parameter.process_value(context, value if isinstance(value, bool) else text)

@@ -41,11 +41,11 @@ from .options import (
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """A field for each option, named like it."""
+    """One field per option, with the option's name."""
 
     output: Path = given_by(
-        "The .safetensors to write (transformers: a folder). A .yaml: write these options as a "
-        "merge file, and merge nothing",
+        "The .safetensors to write (transformers: a folder). With a .yaml, save these options as "
+        "a merge file instead of merging",
         "--output",
         "-o",
         default=MISSING,
@@ -54,8 +54,8 @@ class MergeOptions:
         default=None,
         metadata={
             OPTION: typer.Argument(
-                help="A pipeline of diffusers (a folder, a .safetensors, a hub name), a model of "
-                "transformers, or a merge file (.yaml), in which every option is a key.",
+                help="A diffusers pipeline (a folder, a .safetensors, a hub name), a transformers "
+                "model, or a merge file (.yaml), which can set every option.",
                 metavar="BASE",
                 is_eager=True,
                 callback=use_merge_file,
@@ -66,63 +66,61 @@ class MergeOptions:
     preset: PresetName | None = given_by(PRESET_HELP)
     overwrite: bool = given_by("Replace an existing output file", "--overwrite", default=False)
     plan: bool = given_by(
-        "Check everything, show how the merge would keep to the memory, and stop",
+        "Check everything, show the memory plan, and stop",
         "--plan",
         default=False,
     )
     quiet: bool = given_by(
-        "Show nothing but what is wrong", "--quiet", "-q", panel=RESULT, default=False
+        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
     )
     method: str | None = given_by(
-        "iteris by default; iteris methods lists the others",
+        "Default: iteris; the command iteris methods lists all",
         autocompletion=method_names,
         panel=METHOD,
     )
     setting: list[str] | None = given_by(
-        "NAME=VALUE of the method or the calibration, such as rank=16, guidance=2.5; "
-        "iteris methods lists all",
+        "NAME=VALUE for the method or the calibration, such as rank=16, guidance=2.5; iteris "
+        "methods lists all",
         "--set",
         autocompletion=setting_names,
         panel=METHOD,
     )
     preserve: Path | None = given_by(
-        "A text file of prompts on which the base is to stay", panel=METHOD
+        "A text file of prompts on which the base should not change", panel=METHOD
     )
     preserve_weight: float = given_by(
-        "What --preserve counts; much of it weakens the concepts",
+        "Weight of --preserve; a high weight weakens the concepts",
         panel=METHOD,
         min=0,
         default=PRESERVE_WEIGHT,
     )
     from_file: Path | None = given_by(
-        "Run the merge again that wrote this file; BASE is looked for beside it",
+        "Repeat the merge that wrote this file; by default BASE is looked up beside it",
         "--from",
         panel=AGAIN,
     )
     loras: Path | None = given_by(
-        "With --from or a merge file: the folder of the LoRAs, if they are not beside it",
+        "With --from or a merge file: the LoRAs' folder, if they are not beside it",
         panel=AGAIN,
     )
     templates: Path | None = given_by(
-        "A text file of prompt templates, with {} for the concept, or for two", panel=CALIBRATION
+        "A text file of prompt templates, with {} for the concept (two {} for pairs)",
+        panel=CALIBRATION,
     )
     calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
     generate: int | None = given_by(
-        "Features while each LoRA writes so many tokens", panel=TEXT_MODELS
+        "Collect features while each LoRA generates N tokens", panel=TEXT_MODELS
     )
     model_class: str | None = given_by(
-        "Class of the base, where the adapter does not name one", panel=TEXT_MODELS
+        "Class of the base, if the adapter does not name one", panel=TEXT_MODELS
     )
     layout: Layout | None = given_by(
-        "Of the file; kohya by default, or peft where a base has no such names", panel=RESULT
+        "Naming scheme of the file; default: kohya, or peft if the base has no kohya names",
+        panel=RESULT,
     )
     dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
-    image: Path | None = given_by(
-        "The picture that a base needs: to edit, to begin with, …", panel=BASE
-    )
-    mask_image: Path | None = given_by(
-        "Which part of --image an inpainting base paints", panel=BASE
-    )
+    image: Path | None = given_by("Input image of the base: to edit, to start from, …", panel=BASE)
+    mask_image: Path | None = given_by("Mask of --image, for an inpainting base", panel=BASE)
     device: Device = None
     base_dtype: BaseDtype = None
     offload: Offload = None
@@ -134,21 +132,19 @@ class MergeOptions:
         default=False,
     )
     unmergeable: Unmergeable | None = given_by(
-        "Layers whose features cannot be collected: refuse (default), skip, or take the LoRAs' "
-        "mean",
+        "For layers whose features cannot be collected: refuse (default), skip them, or use the "
+        "LoRAs' mean",
         panel=READING,
     )
     energy: float = given_by(
-        "Share kept of changes that are not low rank by themselves", panel=READING, default=0.999
+        "Share to keep of changes that are not low rank", panel=READING, default=0.999
     )
-    rename: list[str] | None = given_by(
-        "LORA:NAME=NEW: another name for an embedding", panel=READING
-    )
+    rename: list[str] | None = given_by("LORA:NAME=NEW: rename an embedding", panel=READING)
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
     card: bool = given_by(
-        "Beside the file a card (.md), and the notes that browsers of LoRAs read (.metadata.json)",
+        "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",
         "--card",
         panel=RESULT,
         default=False,
     )
-    plot: Path | None = given_by("A PNG of the output errors per block", panel=RESULT)
+    plot: Path | None = given_by("Write a PNG of the output errors per block", panel=RESULT)

@@ -1,4 +1,5 @@
-"""Options of commands: from fields and settings, and files of lines that they name."""
+"""Command options, from dataclass fields and settings; and reading the text files that they
+name."""
 
 from __future__ import annotations
 
@@ -17,40 +18,40 @@ from ..settings import Settings, declared_settings
 from .common import console, option
 
 OPTION, SETTINGS = "option", "settings"
-"""Keys of a field's metadata: of its option, and of the options of its settings by name."""
+"""Keys of a field's metadata: its option, and its settings' options by name."""
 MOST_PROMPTS = 2000
-"""Prompts read from one file; far more than are drawn for a concept."""
+"""Most prompts read from one file; far more than a concept uses."""
 
 _O = TypeVar("_O")
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 PRESET_HELP = (
-    "fast: a quarter of the prompts. best: for several concepts in one picture, many LoRAs or a "
-    "low rank; six to seven times as long. paper: the paper's Algorithm 1 to the letter. More: "
+    "fast: a quarter of the prompts. best: for several concepts in one image, many LoRAs or a low "
+    "rank; takes six to seven times as long. paper: the paper's Algorithm 1 to the letter. More: "
     "iteris methods"
 )
 
 CONCEPT_HELP = (
-    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; once for each LoRA. All forms "
-    "are below"
+    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; repeat for each LoRA. All "
+    "forms are listed below"
 )
 
 
 def method_names(incomplete: str) -> list[tuple[str, str]]:
-    """Completions of the name of a method, for a shell."""
+    """Shell completions for a method name."""
     return [(m.name, m.summary) for m in all_methods() if m.name.startswith(incomplete)]
 
 
 def setting_names(incomplete: str) -> list[tuple[str, str]]:
-    """Completions of ``NAME=``, for a shell: the settings of iteris and of the calibration."""
+    """Shell completions for ``NAME=``: the settings of iteris and the calibration."""
     owners = (find_method("iteris").settings, Calibration)
     declared = {name: one for owner in owners for name, one in declared_settings(owner).items()}
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
 
 
 def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
-    """A field of a command's options with those of ``kind``'s settings that are given, by name.
-    Each is an option of its own; ``names`` are fewer than all."""
+    """A field that holds the given settings of ``kind`` by name. Each setting is an option of its
+    own; ``names`` restricts them."""
     declared = [one for one in declared_settings(kind).values() if not names or one.name in names]
     hints = get_type_hints(kind)
     made = {
@@ -64,13 +65,13 @@ def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
 
 
 def given_by(help: str, *names: str, default: Any = None, **more: Any) -> Any:
-    """A field of a command's options, given by :func:`.common.option`."""
+    """A field whose option comes from :func:`.common.option`."""
     return field(default=default, metadata={OPTION: option(help, *names, **more)})
 
 
 def command(kind: type[_O]) -> Callable[[Callable[[typer.Context, _O], None]], Callable[..., None]]:
-    """Makes a function a command of typer, with an option for each field of the dataclass ``kind``,
-    and for each setting of a field of :func:`settings_of`."""
+    """Decorator: make a function a typer command, with an option for each field of the dataclass
+    ``kind``, and for each setting of a :func:`settings_of` field."""
     hinted: dict[str, tuple[Any, Any]] = {"context": (typer.Context, MISSING)}
     hints = get_type_hints(kind, include_extras=True)
     settings = {
@@ -110,8 +111,8 @@ def given(**values: Any) -> dict[str, Any]:
 def parse_settings(
     kind: type[Settings], pairs: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values of ``NAME=VALUE`` pairs: those of the method, whose settings are ``kind``, and
-    those of the calibration."""
+    """Split ``NAME=VALUE`` pairs into settings of the method, which are ``kind``, and of the
+    calibration."""
     values, calibration = parse_by_method({"": kind}, pairs)
     return values[""], calibration
 
@@ -119,8 +120,8 @@ def parse_settings(
 def parse_by_method(
     kinds: Mapping[str, type[Settings]], pairs: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The values of ``[METHOD.]NAME=VALUE`` pairs: those of each method, and those of the
-    calibration. Without METHOD a setting is of every method that has it."""
+    """Split ``[METHOD.]NAME=VALUE`` pairs into settings of each method and of the calibration.
+    Without METHOD, a setting applies to every method that has it."""
     values: dict[str, dict[str, Any]] = {method: {} for method in kinds}
     calibration: dict[str, Any] = {}
     for pair in pairs:
@@ -153,13 +154,13 @@ def parse_by_method(
 def _unknown(where: str, name: str, known: Iterable[str]) -> IterisError:
     return SettingsError(
         f"{where}: there is no setting {name!r}{did_you_mean(name, known)} iteris methods METHOD "
-        "lists those of a method."
+        "lists a method's settings."
     )
 
 
 def check_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``values`` of a file, of which what is text is read as after ``NAME=``; ``where`` is what an
-    error says of them."""
+    """``values`` from a file, checked; strings are parsed as after ``NAME=``. Error messages use
+    ``where`` to name the file."""
     for name in values:
         if name not in kind.__dataclass_fields__:
             raise _unknown(where, str(name), declared_settings(kind))
@@ -170,7 +171,7 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     declared = declared_settings(kind).get(name)
     if declared is None:  # templates
         if not isinstance(value, list):
-            raise SettingsError(f"{where}: {name} must be a list of text, not {value!r}.")
+            raise SettingsError(f"{where}: {name} must be a list of strings, not {value!r}.")
         return [str(one) for one in cast("list[Any]", value)]
     value = declared.parse(value) if isinstance(value, str) else value
     try:
@@ -181,21 +182,21 @@ def _value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file of prompts; of very many some, evenly spread, since every prompt that a
-    merge may draw goes into the metadata of its file."""
+    """The lines of a prompt file. A very long file is thinned out evenly, because a merged file's
+    metadata record every prompt that it may use."""
     lines = read_lines(path)
     if len(lines) <= MOST_PROMPTS:
         return lines
     chosen = [lines[index * len(lines) // MOST_PROMPTS] for index in range(MOST_PROMPTS)]
     console.print(
-        f"{path} has {len(lines)} prompts: {MOST_PROMPTS} of them, evenly spread, are used.",
+        f"{path} has {len(lines)} prompts; using {MOST_PROMPTS} of them, evenly spread.",
         style="yellow", markup=False, highlight=False,
     )  # fmt: skip
     return chosen
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8, without blanks around them and without empty ones."""
+    """The lines of a UTF-8 text file, stripped, without empty ones."""
     if not path.is_file():
         raise InputFileError(f"{path} does not exist or is not a file.")
     data = path.read_bytes()
@@ -206,5 +207,5 @@ def read_lines(path: Path) -> list[str]:
             f"{path} is not text in UTF-8 (byte {error.start}); save it again as UTF-8."
         ) from error
     if "\0" in text:
-        raise InputFileError(f"{path} is not a text file: it holds null bytes.")
+        raise InputFileError(f"{path} is not a text file: it contains null bytes.")
     return lines_of(text)

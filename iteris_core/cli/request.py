@@ -1,4 +1,4 @@
-"""The merge that ``iteris merge`` makes: the command line over a merge file, or over the recipe in
+"""The merge request of ``iteris merge``: the command line overrides a merge file, or the recipe in
 a merged file."""
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .options import check_settings, given, parse_settings, read_lines, read_pro
 _WHOLE = ("method", "settings", "calibration", "concepts")
 """Keys of every recipe."""
 _AFTER = ("cut", "strength", "base", "unmergeable")
-"""Further keys, of a file that was cut or scaled, or written by ``iteris merge``."""
+"""Extra keys, in files that were cut or scaled, or that ``iteris merge`` wrote."""
 
 
 def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
-    """The merge, and whether its base is a single model of transformers, whose concepts are
-    adapters of peft. Raises :class:`IterisError` for what is missing, unknown or broken."""
+    """The merge, and whether its base is a single transformers model with peft adapters as
+    concepts. Raises :class:`IterisError` for anything missing, unknown or broken."""
     config, adapter = (_again if options.from_file else _written)(file, options)
     settings, calibration = parse_settings(
         find_method(config.method).settings, options.setting or []
@@ -53,7 +53,7 @@ def requested(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfi
 
 
 def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
-    """The concepts of the command line or of the merge ``file``, and what else that says."""
+    """The concepts from the command line or the merge ``file``, and its other keys."""
     entries: Sequence[Any] = options.concept or (file.entries if file else [])
     if not entries:
         raise UsageError(
@@ -62,7 +62,7 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
             else "Give the LoRAs with --concept, or a merged file with --from."
         )
     if file is None and options.loras is not None:
-        raise UsageError("--loras is for --from; --concept names the LoRAs' files itself.")
+        raise UsageError("--loras is for --from; --concept already names the LoRA files.")
     if options.base is None:
         raise UsageError("Name the base: BASE on the command line, or base: in the merge file.")
     of_file = file if not options.concept else None
@@ -87,15 +87,16 @@ def _written(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig
 
 
 def _again(file: MergeFile | None, options: MergeOptions) -> tuple[MergeConfig, bool]:
-    """The merge that ``options.from_file`` records. The file may be anybody's: only its LoRAs are
-    read, and no base is fetched."""
+    """The merge that ``options.from_file`` records. The file is untrusted: only its LoRAs are read,
+    and no base is downloaded."""
     path = options.from_file
     assert path is not None
     if options.concept or (file is not None and file.entries):
         raise UsageError("Give the LoRAs with --concept, or a merged file with --from.")
     for name in given(preset=options.preset, method=options.method):
         raise UsageError(
-            f"--{name} is not for --from, which has all settings; change single ones by --set."
+            f"--{name} does not work with --from, which already has all settings; change single "
+            "ones with --set."
         )
     try:
         config = _checked(read_recipe(path), str(path))
@@ -119,7 +120,7 @@ def read_recipe(path: Path) -> MergeConfig:
         return MergeConfig.from_dict(data, str(path), _recorded)
     except MergeFileError as error:
         raise RecipeError(
-            f"{path} has no whole recipe of a merge in its metadata ({error}); it was not written "
+            f"{path} has no complete merge recipe in its metadata ({error}); it was not written "
             "by iteris merge, or another tool saved it without its metadata."
         ) from error
 
@@ -135,7 +136,7 @@ def _recorded(entry: Any, where: str) -> ConceptConfig:
 
 
 def _checked(config: MergeConfig, where: str) -> MergeConfig:
-    """``config`` of a file, with its settings checked, and what is text among them read as on the
+    """``config`` from a file, with its settings checked; strings among them are parsed as on the
     command line."""
     kind = find_method(config.method).settings
     return replace(
@@ -146,7 +147,7 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 
 def _folders(loras: Path | None, file: Path) -> list[Path]:
-    """The folders that are searched for the files that ``file`` names."""
+    """The folders in which to look for the files that ``file`` names."""
     return [*([] if loras is None else [loras]), file.parent, Path()]
 
 
@@ -155,14 +156,14 @@ def _base_in(folders: Sequence[Path], base: str) -> str:
     for folder in folders if local else ():
         if (folder / base).exists():
             return str(folder / base)
-    was = f"It was merged on {base}, which is not here" if base else "It names none"
-    raise RecipeError(f"There is no base to merge on. {was}; give BASE in front of --from.")
+    was = f"It was merged on {base}, which was not found" if base else "The file names none"
+    raise RecipeError(f"There is no base to merge on. {was}; give BASE before --from.")
 
 
 def merge_file_of(
     config: MergeConfig, output: Path, others: Mapping[str, Any], ending: str
 ) -> dict[str, Any]:
-    """The content of the merge file ``output`` for ``config``, with ``others`` of its options."""
+    """The content of the merge file ``output`` for ``config``, with its ``others`` options."""
 
     def name(path: Path) -> str:
         return relative_name(path, output.parent)

@@ -28,15 +28,15 @@ from .sizing import Partial, Sizing
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeOptions(Sizing):
-    """A field for each option, named like it."""
+    """One field per option, with the option's name."""
 
     files: Annotated[
         list[str],
         typer.Argument(help="LoRA files, each FILE or FILE:TRIGGER:CLASS", metavar="FILE…"),
     ]
     base: str | None = given_by(
-        "The base, on which every layer is fitted to what it sees; without it singular values of "
-        "the weights decide"
+        "The base; every layer is fitted to its inputs in that model. Without it, singular values "
+        "of the weights decide"
     )
     offload: Offload = None
     allow_partial: Partial = False
@@ -44,7 +44,7 @@ class ResizeOptions(Sizing):
 
 @command(ResizeOptions)
 def resize(context: typer.Context, options: ResizeOptions) -> None:
-    """Bring LoRAs to a lower rank, size or share of energy, the ranks shared out over layers."""
+    """Reduce LoRAs to a lower rank, size or share of energy, with ranks shared out over layers."""
     target, how = options.target, options.run
     reading = ReadOptions(options.allow_partial, vectors=True)
     configs = [
@@ -54,7 +54,7 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
     outputs = _outputs(configs, options.output)
     for path in outputs:
         made = options.output.with_name(f"{options.output.name}-{path.name}")
-        known = path if path.parent.is_dir() else made  # of a folder that is to be made
+        known = path if path.parent.is_dir() else made  # the folder will be created
         check_target(known, options.layout, options.dtype, options.overwrite)
     check_concepts(configs, run_base=False)
     check_apart(outputs, configs)
@@ -77,11 +77,11 @@ def resize(context: typer.Context, options: ResizeOptions) -> None:
 
 
 def _outputs(configs: Sequence[ConceptConfig], output: Path) -> list[Path]:
-    """The output file of each LoRA."""
+    """The output file for each LoRA."""
     if len(configs) == 1 and output.suffix:
         return [output]
     if output.suffix or (output.exists() and not output.is_dir()):
-        raise OutputError(f"{output} is no folder; results of several files go into one.")
+        raise OutputError(f"{output} is not a folder; results of several files go into one.")
     paths = [output / Path(config.name).name for config in configs]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -93,7 +93,7 @@ def _host(options: ResizeOptions, configs: Sequence[ConceptConfig]) -> Host | No
     if options.base is None:
         if options.calibration:
             name = next(iter(options.calibration)).replace("_", "-")
-            raise UsageError(f"--{name} is for a base, which runs: name it with --base.")
+            raise UsageError(f"--{name} needs a base to run: pass --base.")
         for config in configs:
             check_by_own_names(config.files[0])
         return None

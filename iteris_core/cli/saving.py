@@ -1,4 +1,4 @@
-"""Writing of the merged LoRA, and the lines about it."""
+"""Writes the merged LoRA, and the lines about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .common import console
 def save_lora(
     lora: Lora, overwrite: bool, path: Path, layout: Layout | None, dtype: str
 ) -> list[Path]:
-    """Write a LoRA to ``path``, or that of two experts to a file each."""
+    """Write a LoRA to ``path``; a LoRA for two experts becomes two files."""
     denoiser = _denoiser(lora)
     parts = {path: lora}
     if _has_second(lora):
@@ -37,7 +37,7 @@ def _denoiser(lora: Lora) -> str:
 
 
 def _has_second(lora: Lora) -> bool:
-    """True if the LoRA is of two experts, which get a file each."""
+    """True if the LoRA is for two experts, which get one file each."""
     second = f"{second_of(_denoiser(lora))}."
     return any(site.startswith(second) for site in lora.sites)
 
@@ -45,16 +45,16 @@ def _has_second(lora: Lora) -> bool:
 def check_embeddings(
     concepts: Sequence[Concept], output: Path, layout: Layout | None, *, overwrite: bool
 ) -> None:
-    """Raise :class:`IterisError` before the merge where its embeddings have no place beside
-    ``output``, or its base no names in ``layout``."""
+    """Raise :class:`IterisError` before the merge if its embeddings cannot be written beside
+    ``output``, or its base has no names in ``layout``."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     beside = expert_files(output)[0] if any(map(_has_second, loras)) else output
     embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
     for base in (lora.base for lora in loras):
         if layout == "kohya" and base is not None and not base.written:
             raise OutputError(
-                f"A base of {base.architecture.title} has no names in kohya layout; leave --layout "
-                "out, or give peft."
+                f"A base of {base.architecture.title} has no names in kohya layout; omit --layout, "
+                "or give peft."
             )
 
 
@@ -65,9 +65,9 @@ Write = Callable[[Path, Layout | None, str], Sequence[Path]]
 def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) -> Sequence[Path]:
     """Call ``write`` so that hours of merging are not lost; return the paths.
 
-    Where the values do not fit ``dtype`` they are written as float32. Where ``path`` or ``layout``
-    cannot be written at all, the merge goes into the system's folder for temporary files, in the
-    base's own layout as float32, and the error says where it is.
+    Values that do not fit in ``dtype`` are written as float32. If ``path`` or ``layout`` cannot be
+    written at all, the merge goes into the system's folder for temporary files, in the base's own
+    layout as float32, and the error says where it is.
     """
     try:
         return write(path, layout, dtype)
@@ -86,7 +86,7 @@ def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) ->
 
 
 def _kept(path: Path, write: Write, error: IterisError) -> IterisError:
-    """``error`` with where the merge is instead, if it could be written at all."""
+    """``error``, plus where the merge was written instead, if possible."""
     folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
     try:
         folder.mkdir()
@@ -99,12 +99,12 @@ def _kept(path: Path, write: Write, error: IterisError) -> IterisError:
 
 
 def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:
-    """Lines about the embeddings of the LoRA in ``path``: their files and their trigger words."""
+    """Lines about the embeddings of the LoRA in ``path``: their files and trigger words."""
     for name, file in embedding_targets(path, list(lora.embeddings), overwrite=True).items():
         yield f"Its embedding {name} is in {file}: load it beside the LoRA."
     if lora.embeddings:
         phrases = ", ".join(map(repr, trigger_phrases(lora.metadata)))
         yield (
-            f"In prompts write {phrases}; in ComfyUI, where the files go into models/embeddings, "
-            "embedding:FILE in the place of a name."
+            f"In prompts write {phrases}; in ComfyUI put the files into models/embeddings and "
+            "write embedding:FILE in place of a name."
         )

@@ -14,18 +14,16 @@ from .common import Device, option, print_table
 from .options import read_lines
 from .pictures import open_images
 
-ClipName = Annotated[str, option("An architecture of open_clip, or local-dir:FOLDER")]
-ClipWeights = Annotated[
-    str | None, option("A weights file or a tag of open_clip; openai by default")
-]
-DinoName = Annotated[str | None, option("A DINO model too: a hub name or a folder")]
+ClipName = Annotated[str, option("An open_clip architecture, or local-dir:FOLDER")]
+ClipWeights = Annotated[str | None, option("A weights file or an open_clip tag; default: openai")]
+DinoName = Annotated[str | None, option("Also score with a DINO model: a hub name or a folder")]
 
 
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
-    refs: Annotated[Path | None, option("A folder of reference pictures")] = None,
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images")],
+    refs: Annotated[Path | None, option("A folder of reference images")] = None,
     prompts: Annotated[
-        Path | None, option("A text file: one prompt per picture, or one for all")
+        Path | None, option("A text file: one prompt per image, or one for all")
     ] = None,
     clip: ClipName = "ViT-L-14",
     clip_weights: ClipWeights = None,
@@ -33,18 +31,18 @@ def score(
     device: Device = None,
     as_json: Annotated[bool, option("Print JSON", "--json")] = False,
 ) -> None:
-    """CLIP image and text alignment of pictures: raw cosine and the CLIPScore scale."""
+    """Measure CLIP image and text alignment of images: raw cosine and the CLIPScore scale."""
     from ..score import ClipScorer, DinoScorer, clip_score
 
     if refs is None and prompts is None:
-        raise UsageError("There is nothing to score against: give --refs, --prompts or both.")
+        raise UsageError("Nothing to score against: give --refs, --prompts or both.")
     files, pictures = open_images(*images)
     references = open_images(refs)[1] if refs is not None else None
     lines = read_lines(prompts) if prompts is not None else None
     if lines is not None and len(lines) not in (1, len(pictures)):
         raise UsageError(
-            f"{prompts} has {len(lines)} prompts for {len(pictures)} pictures; write one a "
-            "picture, or one for all."
+            f"{prompts} has {len(lines)} prompts for {len(pictures)} images; write one per image, "
+            "or one for all."
         )
     columns: dict[str, Any] = {}
     device = device_of(device)

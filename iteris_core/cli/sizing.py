@@ -1,4 +1,4 @@
-"""Options that several commands of :mod:`..edit` share: how small, on what, and where."""
+"""Options that several :mod:`..edit` commands share: the size, the base and the output."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .common import CALIBRATION, RESULT, BaseDtype, Device, Memory, bytes_of, op
 from .options import Dtype, given_by, settings_of
 from .saving import save_lora, save_or_keep
 
-Energy = Annotated[float, option("Share kept of changes that are not low rank by themselves")]
+Energy = Annotated[float, option("Share to keep of changes that are not low rank")]
 Partial = Annotated[
-    bool, option("Leave out what no LoRA can represent, and list it", "--allow-partial")
+    bool, option("Leave out what a LoRA cannot represent, and list it", "--allow-partial")
 ]
-Overwrite = Annotated[bool, option("Replace what has that name", "--overwrite")]
+Overwrite = Annotated[bool, option("Replace an existing file", "--overwrite")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """A field for each option, named like it."""
+    """One field per option, with the option's name."""
 
     output: Path = given_by(
-        "The .safetensors to write; for several files a folder", "--output", "-o", default=MISSING
+        "The .safetensors to write; for several files, a folder", "--output", "-o", default=MISSING
     )
-    rank: int | None = given_by("As small as with this rank in every layer")
-    size: float | None = given_by("At most so many megabytes")
-    energy: float | None = given_by("The share kept of what is added to the layers' outputs")
+    rank: int | None = given_by("Make the file as small as this rank in every layer would")
+    size: float | None = given_by("Limit the file to this many megabytes")
+    energy: float | None = given_by("Share to keep of what the LoRA adds to the layers' outputs")
     calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
     layout: Layout | None = given_by("Of the file", panel=RESULT)
     dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
     overwrite: Overwrite = False
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
     quiet: bool = given_by(
-        "Show nothing but what is wrong", "--quiet", "-q", panel=RESULT, default=False
+        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
     )
     device: Device = None
     base_dtype: BaseDtype = None
@@ -51,7 +51,7 @@ class Sizing:
 
     @property
     def run(self) -> dict[str, Any]:
-        """The arguments for the functions of :mod:`..edit`."""
+        """Arguments for the functions of :mod:`..edit`."""
         return {
             "calibration": Calibration.from_mapping(self.calibration),
             "itemsize": DTYPES[self.dtype].itemsize,
@@ -59,6 +59,6 @@ class Sizing:
         }
 
     def save(self, lora: Lora, path: Path, layout: Layout | None) -> Path:
-        """Write ``lora``, or keep it elsewhere; returns where it is."""
+        """Write ``lora``, or keep it elsewhere if that fails; returns its path."""
         write = partial(save_lora, lora, self.overwrite)
         return save_or_keep(path, write, layout, self.dtype)[0]

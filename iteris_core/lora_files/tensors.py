@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = dict(file.metadata() or {})
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if not tensors:
-        raise LoraFileError(f"{path} holds no tensors; it is not a LoRA file.")
+        raise LoraFileError(f"{path} contains no tensors; it is not a LoRA file.")
     for key, tensor in tensors.items():
         _check_numbers(path, key, tensor)
     return tensors, metadata

@@ -30,11 +30,11 @@ CASES = [
     # base
     (
         "merge {tmp}/none -o {out} --concept {one}:s1:dog",
-        "The base '{tmp}/none' does not exist: there is no such folder or file, and a name on the hub",
+        "The base '{tmp}/none' does not exist: there is no such folder or file, and a hub name has the form",
     ),
     (
         "merge none -o {out} --concept {one}:s1:dog",
-        "The base 'none' does not exist: there is no such folder or file, and a name on the hub is",
+        "The base 'none' does not exist: there is no such folder or file, and a hub name has the form",
     ),
     (
         "merge none.safetensors -o {out} --concept {one}:s1:dog",
@@ -50,7 +50,7 @@ CASES = [
     ),
     (
         "merge {tmp}/lines.txt -o {out} --concept {one}:s1:dog",
-        "The base '{tmp}/lines.txt' is no .safetensors",
+        "The base '{tmp}/lines.txt' is not a .safetensors file",
     ),
     (
         "merge {tmp}/pointer.safetensors -o {out} --concept {one}:s1:dog",
@@ -62,7 +62,7 @@ CASES = [
     ),
     (
         "merge {tmp}/pickle.ckpt -o {out} --concept {one}:s1:dog",
-        "The base '{tmp}/pickle.ckpt' is no .safetensors",
+        "The base '{tmp}/pickle.ckpt' is not a .safetensors file",
     ),
     (
         "merge {tmp}/cut.safetensors -o {out} --concept {one}:s1:dog",
@@ -70,7 +70,7 @@ CASES = [
     ),
     (
         "merge a/b/c -o {out} --concept {one}:s1:dog",
-        "The base 'a/b/c' does not exist: there is no such folder or file, and a name on the hub is",
+        "The base 'a/b/c' does not exist: there is no such folder or file, and a hub name has the form",
     ),
     ("merge {one} -o {out} --concept {one}:s1:dog", "The base '{one}' is a LoRA, not a model"),
     # the LoRA files
@@ -120,19 +120,19 @@ CASES = [
         "B --concept {tmp}/model.safetensors:a:b",
         "{lora} is a whole model (a checkpoint), not a LoRA",
     ),
-    ("B --concept {tmp}/nothing.safetensors:a:b", "{tmp}/nothing.safetensors holds no tensors"),
+    ("B --concept {tmp}/nothing.safetensors:a:b", "{tmp}/nothing.safetensors contains no tensors"),
     (
         "B --concept {tmp}/emb.safetensors:a:b",
         "{tmp}/emb.safetensors is another kind of file, not a LoRA",
     ),
     # concepts
     ("B --concept", "Option '--concept' requires an argument"),
-    ('B --concept ""', "--concept '' has neither a file nor prompts for the base to stay on"),
+    ('B --concept ""', "--concept '' has neither a file nor prompts that preserve the base"),
     ("B --concept :", "--concept ':' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
     ("B --concept ::", "--concept '::' is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or"),
     (
         "B --concept {one}",
-        "{one} has no trigger word: neither its metadata nor a note beside it names one",
+        "{one} has no trigger word, neither in its metadata nor in a note beside it",
     ),
     (
         "B --concept {one}:s1",
@@ -208,22 +208,22 @@ CASES = [
     ),
     (
         "B --concept {one}:s1:dog,prompts={tmp}/zeros.txt",
-        "{tmp}/zeros.txt is not a text file: it holds null bytes",
+        "{tmp}/zeros.txt is not a text file: it contains null bytes",
     ),
     ("B --concept {one}:s1:dog,prompts={tmp}/empty.txt", "{one}: its list of prompts is empty."),
     ("B --concept {one}:s1:dog,prompts={tmp}/blank.txt", "{one}: its list of prompts is empty."),
     (
         "B --concept {one}:s1:dog,samples={tmp}/lines.txt",
-        "{one}: samples are for models of transformers",
+        "{one}: samples are for transformers models",
     ),
     ("B --concept {one}:s1:dog,text_strength=much", "--concept '{one}:s1:dog,text_strength=much'"),
     (
         "B --concept trigger=sks",
-        "--concept 'trigger=sks' has neither a file nor prompts for the base to stay on",
+        "--concept 'trigger=sks' has neither a file nor prompts that preserve the base",
     ),
     (
         "B --concept file=,trigger=sks",
-        "--concept 'file=,trigger=sks' has neither a file nor prompts for the base to stay on",
+        "--concept 'file=,trigger=sks' has neither a file nor prompts that preserve the base",
     ),
     (
         "B --concept {tmp}/adapter:{tmp}/lines.txt",
@@ -248,7 +248,7 @@ CASES = [
     ("M --set rank=true", "--set 'rank=true': rank must be a whole number, at least 1, not 'true'"),
     (
         "M --set =3",
-        "--set '=3': there is no setting ''. iteris methods METHOD lists those of a method",
+        "--set '=3': there is no setting ''. iteris methods METHOD lists a method's settings",
     ),
     ("M --set smaples=3", "there is no setting 'smaples'; did you mean 'samples'"),
     ("M --set samples=0", "--set 'samples=0': samples must be at least 1, not 0"),
@@ -335,7 +335,7 @@ CASES = [
     ("M --templates {tmp}/latin.txt", "{tmp}/latin.txt is not text in UTF-8 (byte 3)"),
     ("M --preserve {tmp}/none.txt", "{tmp}/none.txt does not exist or is not a file"),
     ("M --preserve {tmp}/latin.txt", "{tmp}/latin.txt is not text in UTF-8 (byte 3)"),
-    ("M --preserve {tmp}/zeros.txt", "{tmp}/zeros.txt is not a text file: it holds null bytes"),
+    ("M --preserve {tmp}/zeros.txt", "{tmp}/zeros.txt is not a text file: it contains null bytes"),
     ("M --preserve {tmp}/empty.txt", "preserve: its list of prompts is empty"),
     (
         "M --preserve {tmp}/lines.txt --preserve-weight -1",
@@ -376,7 +376,7 @@ CASES = [
         "Invalid value for '--memory': Input should be a valid number, unable to parse string as a",
     ),
     ("M --memory nan", "Invalid value for '--memory': Input should be greater than or equal to 0"),
-    ("M --device gpu", "--device 'gpu' is not a device of torch; give cpu, cuda, cuda:1, …"),
+    ("M --device gpu", "--device 'gpu' is not a torch device; give cpu, cuda, cuda:1, …"),
     ("M --device cuda", "finds no cuda device here"),
     ("M --device cuda:7", "finds no cuda device here"),
     (
@@ -387,17 +387,17 @@ CASES = [
         "M --offload all",
         "Invalid value for '--offload': Value error, 'all' is not one of 'model', 'sequential'",
     ),
-    ("M --generate 8", "--generate is for models of transformers"),
-    ("M --model-class AutoModel", "--model-class is for models of transformers"),
-    ("M --image {tmp}/none.png", "{tmp}/none.png is not a picture that can be read"),
-    ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a picture that can be read"),
-    ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a picture that can be read"),
-    ("M --loras {tmp}", "--loras is for --from; --concept names the LoRAs' files itself"),
+    ("M --generate 8", "--generate is for transformers models"),
+    ("M --model-class AutoModel", "--model-class is for transformers models"),
+    ("M --image {tmp}/none.png", "{tmp}/none.png is not a readable image"),
+    ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a readable image"),
+    ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a readable image"),
+    ("M --loras {tmp}", "--loras is for --from; --concept already names the LoRA files"),
     (
         "M --plot {tmp}/plot.xyz",
         "--plot {tmp}/plot.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
     ),
-    ("M --plot {tmp}/none/plot.png", "The folder {tmp}/none does not exist; make it first"),
+    ("M --plot {tmp}/none/plot.png", "The folder {tmp}/none does not exist; create it first"),
     (
         "M --plot {tmp}",
         "--plot {tmp}: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
@@ -407,14 +407,14 @@ CASES = [
     ("M -o {tmp}", "{tmp} must end in .safetensors."),
     ("M -o out", "out must end in .safetensors."),
     ("M -o out.safetensor", "out.safetensor must end in .safetensors"),
-    ("M -o {tmp}/none/out.safetensors", "The folder {tmp}/none does not exist; make it first"),
+    ("M -o {tmp}/none/out.safetensors", "The folder {tmp}/none does not exist; create it first"),
     ("M -o {one}", "{one} exists already; choose another name, or overwrite it"),
-    ("M -o {one} --overwrite", "{one} is one of the LoRAs to merge, which would be lost"),
+    ("M -o {one} --overwrite", "{one} is one of the LoRAs to merge and would be lost"),
     ("M -o {tmp}/lines.txt/out.safetensors", "The folder {tmp}/lines.txt does not exist"),
     ("M -o {lora}", "{lora} exists already; choose another name, or overwrite it"),
     ("M -o {lora}.ckpt", "{lora}.ckpt must end in .safetensors."),
     ('M -o ""', ". must end in .safetensors."),
-    ("M -o {tmp}/none/merge.yaml", "The folder {tmp}/none does not exist; make it first"),
+    ("M -o {tmp}/none/merge.yaml", "The folder {tmp}/none does not exist; create it first"),
     # from
     ("merge --from", "Option '--from' requires an argument."),
     ("merge --from none.safetensors -o {out}", "none.safetensors does not exist or is not a file"),
@@ -422,22 +422,22 @@ CASES = [
         "merge {base} --from {tmp}/none.safetensors -o {out}",
         "{tmp}/none.safetensors does not exist or is not a file",
     ),
-    ("merge {base} --from {one} -o {out}", "{one} has no whole recipe of a merge in its metadata"),
+    ("merge {base} --from {one} -o {out}", "{one} has no complete merge recipe in its metadata"),
     (
         "merge {base} --from {tmp}/cut.safetensors -o {out}",
         "{tmp}/cut.safetensors is not a whole safetensors file",
     ),
     (
         "merge {base} --from {merged} -o {out}",
-        "lora1.safetensors is in none of the folders {tmp}, .",
+        "lora1.safetensors is not in any of the folders {tmp}, .",
     ),
     (
         "merge {base} --from {merged} --loras {tmp}/none -o {out}",
-        "lora1.safetensors is in none of the folders {tmp}/none, {tmp}, .",
+        "lora1.safetensors is not in any of the folders {tmp}/none, {tmp}, .",
     ),
     (
         "merge --from {merged} --loras {world} -o {out}",
-        "There is no base to merge on. It names none",
+        "There is no base to merge on. The file names none",
     ),
     (
         "merge {base} --from {merged} --loras {world} --concept {one} -o {out}",
@@ -445,11 +445,11 @@ CASES = [
     ),
     (
         "merge {base} --from {merged} --loras {world} --preset fast -o {out}",
-        "--preset is not for --from, which has all settings",
+        "--preset does not work with --from, which already has all settings",
     ),
     (
         "merge {base} --from {merged} --loras {world} --method ties -o {out}",
-        "--method is not for --from, which has all settings",
+        "--method does not work with --from, which already has all settings",
     ),
     (
         "merge {base} --from {merged} --loras {world} --set rnak=2 -o {out}",
@@ -461,7 +461,7 @@ CASES = [
     ),
     (
         "merge {base} --from {broken} --loras {world} -o {out}",
-        "{broken} has no whole recipe of a merge in its metadata",
+        "{broken} has no complete merge recipe in its metadata",
     ),
     (
         "merge {base} --from {nanstrength} --loras {world} -o {out}",
@@ -497,11 +497,11 @@ CASES = [
     ),
     (
         "Y |base: {base}\\nconcepts: [{trigger: x}]",
-        "merge.yaml: concept 1 has neither a file nor prompts for the base to stay on",
+        "merge.yaml: concept 1 has neither a file nor prompts that preserve the base",
     ),
     (
         "Y |base: {base}\\nconcepts: [none.safetensors:a:b]",
-        "none.safetensors is in none of the folders",
+        "none.safetensors is not in any of the folders",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: 3',
@@ -521,7 +521,7 @@ CASES = [
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncalibration: {templates: a cat}',
-        "merge.yaml: calibration: templates must be a list of text, not 'a cat'",
+        "merge.yaml: calibration: templates must be a list of strings, not 'a cat'",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nouput: x.safetensors',
@@ -545,7 +545,7 @@ CASES = [
     ),
     (
         "Y |base: {base}\\nbase: x",
-        "merge.yaml is not valid YAML: the key 'base' is there twice in \"<unicode string>\", line 2, column",
+        "merge.yaml is not valid YAML: the key 'base' occurs twice in \"<unicode string>\", line 2, column",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: 3',
@@ -597,11 +597,11 @@ CASES = [
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/none:{tmp}/lines.txt",
-        "{tmp}/none is no adapter folder of peft",
+        "{tmp}/none is not a peft adapter folder",
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/empty.txt",
-        "{empty}.txt has no samples; write one a line",
+        "{empty}.txt has no samples; write one per line",
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/latin.txt",
@@ -641,8 +641,8 @@ CASES = [
     ("compare {base} -o {results} --concept {one}:s1:dog", "Missing option '--refs'."),
     ("C --refs {pics}", "Give --refs once for each --concept, in the same order"),
     ("C --methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
-    ('C --methods ""', "--methods has no name; give some, such as base,alone,average,iteris"),
-    ("C --methods ,", "--methods has no name; give some, such as base,alone,average,iteris"),
+    ('C --methods ""', "--methods is empty; give names, such as base,alone,average,iteris"),
+    ("C --methods ,", "--methods is empty; give names, such as base,alone,average,iteris"),
     ("C --set rnak=3", "there is no setting 'rnak'; did you mean 'rank'"),
     ("C --set ties.density=3", "'ties' is not among the methods to compare"),
     ("C --set teis.density=0.3", "'teis' is not among the methods to compare"),
@@ -680,15 +680,15 @@ CASES = [
     ("C --samples 0", "samples must be at least 1, not 0."),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/none",
-        "{tmp}/none is neither a picture nor a folder with pictures",
+        "{tmp}/none is neither an image nor a folder of images",
     ),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {empty}",
-        "{empty} is neither a picture nor a folder with pictures",
+        "{empty} is neither an image nor a folder of images",
     ),
     (
         "compare {base} -o {results} --concept {one}:s1:dog --refs {tmp}/lines.txt",
-        "{tmp}/lines.txt is not a picture that can be read",
+        "{tmp}/lines.txt is not a readable image",
     ),
     (
         "compare {base} -o {results} --concept none.safetensors:s1:dog --refs {pics}",
@@ -696,21 +696,21 @@ CASES = [
     ),
     (
         "compare {tmp}/none -o {results} --concept {one}:s1:dog --refs {pics}",
-        "The base '{tmp}/none' does not exist: there is no such folder or file, and a name on the hub",
+        "The base '{tmp}/none' does not exist: there is no such folder or file, and a hub name has the form",
     ),
     # score
     ("score", "Missing argument 'images'."),
-    ("score {pic}", "There is nothing to score against: give --refs, --prompts or both"),
-    ("score none.png --refs {pics}", "none.png is neither a picture nor a folder with pictures"),
-    ("score {pic} --refs none", "none is neither a picture nor a folder with pictures"),
-    ("score {pic} --refs {empty}", "{empty} is neither a picture nor a folder with pictures"),
-    ("score {empty} --refs {pics}", "{empty} is neither a picture nor a folder with pictures"),
-    ("score {tmp}/lines.txt --refs {pics}", "{tmp}/lines.txt is not a picture that can be read"),
+    ("score {pic}", "Nothing to score against: give --refs, --prompts or both"),
+    ("score none.png --refs {pics}", "none.png is neither an image nor a folder of images"),
+    ("score {pic} --refs none", "none is neither an image nor a folder of images"),
+    ("score {pic} --refs {empty}", "{empty} is neither an image nor a folder of images"),
+    ("score {empty} --refs {pics}", "{empty} is neither an image nor a folder of images"),
+    ("score {tmp}/lines.txt --refs {pics}", "{tmp}/lines.txt is not a readable image"),
     ("score {pic} --prompts none.txt", "none.txt does not exist or is not a file"),
-    ("score {pic} --prompts {tmp}/empty.txt", "{empty}.txt has 0 prompts for 1 pictures"),
+    ("score {pic} --prompts {tmp}/empty.txt", "{empty}.txt has 0 prompts for 1 images"),
     (
         "score {pic} --refs {pics} --device gpu",
-        "--device 'gpu' is not a device of torch; give cpu, cuda, cuda:1, …",
+        "--device 'gpu' is not a torch device; give cpu, cuda, cuda:1, …",
     ),
     # inspect
     ("inspect", "Missing argument 'files'."),
@@ -723,7 +723,7 @@ CASES = [
         "inspect {tmp}/model.safetensors",
         "{lora}: 9 of 9 tensors cannot be read: model.diffusion_model.input_blocks.0.weight",
     ),
-    ("inspect {tmp}/nothing.safetensors", "{tmp}/nothing.safetensors holds no tensors"),
+    ("inspect {tmp}/nothing.safetensors", "{tmp}/nothing.safetensors contains no tensors"),
     ("inspect {tmp}/cut.safetensors", "{tmp}/cut.safetensors is not a whole safetensors file"),
     ("inspect {tmp}", "{tmp} does not exist or is not a file; check the path"),
     (
@@ -732,17 +732,17 @@ CASES = [
     ),
     (
         "inspect {one} --plot {tmp}/none/x.png",
-        "The folder {tmp}/none does not exist; make it first",
+        "The folder {tmp}/none does not exist; create it first",
     ),
     # init
     ("init", "Missing argument 'FOLDER'."),
     ("init none", "none is not a folder; give the folder with your LoRAs"),
-    ("init {empty}", "{empty} has no LoRA in it (no .safetensors)"),
+    ("init {empty}", "{empty} contains no LoRA (no .safetensors)"),
     ("init {one}", "{one} is not a folder; give the folder with your LoRAs"),
     ("init {world} -o merge.txt", "merge.txt: the name of a merge file must end in .yaml or .yml"),
     (
         "init {world} -o {tmp}/none/merge.yaml",
-        "The folder {tmp}/none does not exist; make it first",
+        "The folder {tmp}/none does not exist; create it first",
     ),
     (
         "init {world} -o {tmp}/mine.yaml",
@@ -757,11 +757,11 @@ CASES = [
     ("resize {one} {one} -o {tmp}/folder --rank 2", "Two of the files are named lora1.safetensors"),
     (
         "resize {one} {merged} -o {out} --rank 2",
-        "is no folder; results of several files go into one.",
+        "is not a folder; results of several files go into one.",
     ),
     ("resize {one} -o {one} --rank 2", "{one} exists already; choose another name"),
     ("resize {one} -o {one} --rank 2 --overwrite", "is one of the LoRAs to merge"),
-    ("resize {one} -o {out} --rank 2 --samples 3", "--samples is for a base, which runs"),
+    ("resize {one} -o {out} --rank 2 --samples 3", "--samples needs a base to run"),
     ("resize {one} -o {out} --rank 2 --base none", "The base 'none' does not exist"),
     # extract
     ("extract {base} -o {out} --rank 2", "Missing argument 'TUNED'."),
@@ -776,5 +776,5 @@ CASES = [
     ("bake {base} --lora {one}:x -o {out}", "is not FILE.safetensors, FILE.safetensors:0.8 or"),
     ("bake none --lora {one} -o {out}", "The base 'none' does not exist"),
     ("bake {base} --lora {one} -o {empty}", "{empty} exists already; choose another name"),
-    ("bake {base} --lora {one} -o {out} --dtype fp8", "holds no fp8 with scales"),
+    ("bake {base} --lora {one} -o {out} --dtype fp8", "cannot hold fp8 with scales"),
 ]

@@ -144,7 +144,7 @@ def test_pictures_reach_the_base(world, tmp_path, monkeypatch, capsys):
     options[0] = f"--image={world}/lines.txt"
     code, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *options))
     assert code == 2
-    assert "lines.txt is not a picture" in err
+    assert "lines.txt is not a readable image" in err
 
 
 @pytest.mark.parametrize(

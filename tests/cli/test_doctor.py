@@ -38,7 +38,7 @@ def test_what_is_missing_or_too_old_is_named_with_its_purpose(monkeypatch, capsy
     code, text, _ = run(monkeypatch, capsys, "doctor", "--json")
     assert code == 1
     assert json.loads(text)["trouble"] == {
-        "diffusers": "must be >=0.36, for bases that draw pictures: merge, compare",
+        "diffusers": "must be >=0.36, for image bases: merge, compare",
         "open_clip_torch": "missing, for CLIP scores: score, compare, demo",
     }
     code, text, _ = run(monkeypatch, capsys, "doctor")

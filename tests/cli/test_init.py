@@ -47,7 +47,7 @@ def place(world, tmp_path, monkeypatch):
 def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
     code, text, err = run(monkeypatch, capsys, "init", "loras")
     assert code == 0, err
-    assert text.startswith("Wrote merge.yaml: 2 LoRAs for SD 1.x.\nLook at the words")
+    assert text.startswith("Wrote merge.yaml: 2 LoRAs for SD 1.x.\nCheck its trigger words")
     for name, why in {
         "both": "a merge that iteris wrote", "toy": "no LoRA", "cut": "not a whole safetensors",
         "flux": "made for FLUX.1, the others for SD 1.x",
@@ -76,7 +76,7 @@ def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["none"], "none is not a folder"),
-        (["empty"], "empty has no LoRA in it (no .safetensors)"),
+        (["empty"], "empty contains no LoRA (no .safetensors)"),
         (["loras"], "merge.yaml exists already"),
         (["loras", "-o", "merge.txt"], "must end in .yaml or .yml"),
         (["loras", "-o", "none/merge.yaml"], "The folder none does not exist"),

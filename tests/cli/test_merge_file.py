@@ -179,7 +179,7 @@ BAD = [
     ({"concepts": [{"file": "lora1.safetensors", "trigger": ["a"]}]}, "trigger must be text"),
     ({"concepts": [{"file": "lora1.safetensors", "prompts": 3}]}, "prompts must be a list"),
     ({"concepts": [{"file": "lora1.safetensors", "reading": 3}]}, "reading must be a mapping"),
-    ({"concepts": [{"file": "none.safetensors"}]}, "is in none of the folders"),
+    ({"concepts": [{"file": "none.safetensors"}]}, "is not in any of the folders"),
     ({"settings": {"ranks": 3}}, "settings: there is no setting 'ranks'; did you mean 'rank'?"),
     ({"settings": {"rank": -3}}, "settings: rank must be at least 1"),
     ({"settings": [3]}, "settings must be a mapping"),
@@ -218,10 +218,10 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeyp
     recipe = {"method": "sum", "settings": {}, "calibration": {}, "base": "somebody/model"}
     for changes, message in (
         ({"concepts": [concept], "base": "base"}, "prompts must be a list"),
-        ({"concepts": []}, "merged on somebody/model, which is not here; give BASE"),
-        ({"concepts": [], "base": ""}, "It names none; give BASE"),
-        ({"concepts": [], "base": 3}, "no whole recipe"),
-        ({"concepts": [], "unmergeable": "all"}, "no whole recipe"),
+        ({"concepts": []}, "merged on somebody/model, which was not found; give BASE"),
+        ({"concepts": [], "base": ""}, "The file names none; give BASE"),
+        ({"concepts": [], "base": 3}, "no complete merge recipe"),
+        ({"concepts": [], "unmergeable": "all"}, "no complete merge recipe"),
     ):
         path = place / "anybody.safetensors"
         save_file({"a": torch.ones(1)}, path, {"iteris": json.dumps({**recipe, **changes})})

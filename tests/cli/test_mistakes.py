@@ -131,7 +131,7 @@ def test_a_lora_is_not_overwritten_by_its_own_merge(world, tmp_path, monkeypatch
     out = tmp_path / "copy" / ".." / "copy" / "lora1.safetensors"
     code, _, err = run(monkeypatch, capsys, *merge(folder, out, "--overwrite", "--method=average"))
     assert code == 2
-    assert "is one of the LoRAs to merge, which would be lost" in err
+    assert "is one of the LoRAs to merge and would be lost" in err
     assert (folder / "lora1.safetensors").read_bytes() == before
 
 
@@ -155,7 +155,7 @@ def test_a_base_that_is_not_there(world, tmp_path, monkeypatch, capsys, base, me
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is not a device of torch")],
+    [("cuda", "finds no cuda device here"), ("gpu", "--device 'gpu' is not a torch device")],
 )
 def test_a_device_that_is_not_there_is_not_blamed_on_the_base(
     world, tmp_path, monkeypatch, capsys, device, message
@@ -220,7 +220,10 @@ def test_a_merge_that_no_name_takes_is_kept_elsewhere(world, tmp_path, monkeypat
             ["--concept={lora2}:s2:cat:0"],
             "{lora2} is left out of the merge: its strength",
         ),
-        (["--concept={lora2},trigger=s2,prompts={lines}"], "None of the 2 prompts of {lora2} has"),
+        (
+            ["--concept={lora2},trigger=s2,prompts={lines}"],
+            "None of the 2 prompts of {lora2} contains",
+        ),
     ],
 )
 def test_what_is_probably_not_meant_is_said_before_the_merge(
@@ -261,7 +264,7 @@ def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "merge.yaml").write_text("base: x\nsettings:\n  rank: 2\n  rank: 3\n")
     code, _, err = run(monkeypatch, capsys, "merge", tmp_path / "merge.yaml")
     assert code == 2
-    assert "the key 'rank' is there twice" in err
+    assert "the key 'rank' occurs twice" in err
 
 
 def test_a_file_is_no_host_and_a_lora_no_concept():
@@ -271,9 +274,9 @@ def test_a_file_is_no_host_and_a_lora_no_concept():
         merge_loras("base", [Concept(lora, trigger="a")])
     with pytest.raises(IterisError, match="list of Concept, not of Lora"):
         merge_loras(pipeline, [lora])
-    with pytest.raises(IterisError, match="Pipeline reads no LoRA; give Concept"):
+    with pytest.raises(IterisError, match="Pipeline reads no LoRA; pass Concept"):
         Concept.from_file(pipeline, "a.safetensors")
-    with pytest.raises(IterisError, match="a file is read for a base model; pass a host"):
+    with pytest.raises(IterisError, match="reading a file requires a base model; pass a host"):
         merge_loras(None, ["a.safetensors"], "average")
 
 
@@ -325,7 +328,7 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
         monkeypatch, capsys, *merge(world, out, "--method=average", words=f"s1:dog,prompts={lines}")
     )
     assert code == 0, err
-    assert "has 100000 prompts: 2000 of them, evenly spread, are used" in err
+    assert "has 100000 prompts; using 2000 of them, evenly spread" in err
     prompts = recipe_of(out)["concepts"][0]["prompts"]
     assert len(prompts) == 2000
     assert prompts[-1] == "a s1 dog, 99950"
@@ -334,11 +337,11 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
     assert code == 2
-    assert "name it: --base BASE" in err
+    assert "pass --base BASE" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
     code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
     assert code == 0, err
-    assert "the share of their outputs that they contend for" in " ".join(text.split())
+    assert "the share of their outputs in which they disagree" in " ".join(text.split())
 
 
 MISSING = """
@@ -352,7 +355,7 @@ main()
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("torch", "torch is not installed; get it by: pip install 'iteris-lora[cli]'"),
+    [("torch", "torch is not installed; install it with: pip install 'iteris-lora[cli]'"),
      ("typer", "typer is not installed")],
 )  # fmt: skip
 def test_without_its_extra_the_command_says_how_to_get_it(name, message):

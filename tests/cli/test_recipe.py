@@ -116,7 +116,7 @@ def test_no_path_of_this_machine_is_written_and_the_loras_are_found_by_name(
     arguments = [*arguments[:3], "-o", again, f"--from={out}"]
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "name its folder with --loras" in " ".join(err.split())
+    assert "pass its folder with --loras" in " ".join(err.split())
     code, _, err = run(monkeypatch, capsys, *arguments, f"--loras={world}")
     assert code == 0, err
     one, two = load_file(out), load_file(again)
@@ -179,7 +179,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
     base = ["merge", world / "base", "-o", out, "--device=cpu"]
     code, _, err = run(monkeypatch, capsys, *base, f"--from={lora}")
     assert code == 2
-    assert "no whole recipe" in err
+    assert "no complete merge recipe" in err
     code, _, err = run(monkeypatch, capsys, *base)
     assert code == 2
     assert "Give the LoRAs with --concept" in err
@@ -189,7 +189,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ({}, "SHA-256 differs"),
         (
             {"concepts": [{**concept, "file": "/nowhere/a.safetensors"}]},
-            "is in none of the folders",
+            "is not in any of the folders",
         ),
         ({"concepts": [{**concept, "strength": "much"}]}, "broken concept"),
         ({"concepts": [{**concept, "sha256": "", "reading": 3}]}, "broken concept"),
@@ -199,8 +199,8 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
             {"calibration": {"magic": 1}},
             "calibration: there is no setting 'magic'",
         ),
-        ({"concepts": "none"}, "no whole recipe"),
-        ({"cut": 8}, "no whole recipe"),
+        ({"concepts": "none"}, "no complete merge recipe"),
+        ({"cut": 8}, "no complete merge recipe"),
         ({"strength": "much"}, "The cut {'strength': 'much'} is broken"),
     ):
         path = tmp_path / "recipe.safetensors"
@@ -270,7 +270,7 @@ def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):
     assert set(renamed(found, ["b:word=cat", "other:b=x"]).embeddings) == {"cat", "b"}
     with pytest.raises(IterisError, match="is not LORA:NAME=NEW"):
         renamed(found, ["word"])
-    with pytest.raises(IterisError, match="would have one name"):
+    with pytest.raises(IterisError, match="would get the same name"):
         renamed(found, ["word=b"])
     merged = write_lora(found, tmp_path / "c.safetensors")
     again = read_lora_file(merged, found.base)
@@ -459,7 +459,7 @@ def test_a_recipe_without_a_setting_runs_again_and_an_unknown_one_is_refused(
         monkeypatch, capsys, *base, "-o", tmp_path / "no", f"--from={old}", "--preset=paper"
     )
     assert code == 2
-    assert "--preset is not for --from" in err
+    assert "--preset does not work with --from" in err
     recipe["settings"] = {**settings, "align": "adapter"}
     save_file(load_file(first), old, {"iteris": json.dumps(recipe)})
     more = [f"--from={old}", f"--loras={world}"]
@@ -501,5 +501,5 @@ def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
     (concept,) = read_concepts([option], host, ReadOptions(), ["one:<toy>=bear"])
     assert list(concept.lora.embeddings) == ["bear"]
     for text in ("tyo=bear", "two:<toy>=bear"):
-        with pytest.raises(IterisError, match=r"fits no embedding .* which bring one:<toy>"):
+        with pytest.raises(IterisError, match=r"matches no embedding .* which have one:<toy>"):
             read_concepts([option], host, ReadOptions(), [text])

@@ -54,14 +54,14 @@ def test_score_with_dino(monkeypatch, capsys, references, tmp_path):
 def test_score_errors(monkeypatch, capsys, references, tmp_path):
     code, _, err = run(monkeypatch, capsys, "score", references, CLIP)
     assert code == 2
-    assert "nothing to score against" in err
+    assert "Nothing to score against" in err
     code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
     assert code == 2
-    assert "nor a folder with pictures" in err
+    assert "nor a folder of images" in err
     (tmp_path / "bad.png").write_text("no picture")
     code, _, err = run(monkeypatch, capsys, "score", tmp_path, f"--refs={references}", CLIP)
     assert code == 2
-    assert "bad.png is not a picture" in err
+    assert "bad.png is not a readable image" in err
     assert "Traceback" not in err
 
 

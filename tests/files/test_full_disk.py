@@ -67,7 +67,7 @@ def test_the_earlier_file_stays_and_nothing_half_is_left(tmp_path):
     said = str(failed.value)
     assert isinstance(failed.value, IterisError)
     assert said.startswith(f"{path} cannot be written (File too large; ")
-    assert "the file of that name is as it was. Make room, or give a folder on another" in said
+    assert "the existing file is unchanged. Make room, or choose a folder on another" in said
     assert path.read_bytes() == before
     assert files_in(tmp_path) == [path.name]
 
@@ -75,10 +75,10 @@ def test_the_earlier_file_stays_and_nothing_half_is_left(tmp_path):
 def test_a_disk_without_room(small_disk):
     path = write_lora(lora(64), small_disk / "merged.safetensors")
     before = path.read_bytes()
-    with pytest.raises(SaveError, match=r"No space left on device; 0\.\d MB of the disk are free"):
+    with pytest.raises(SaveError, match=r"No space left on device; 0\.\d MB free on the disk"):
         write_lora(lora(8192), path, overwrite=True)
     assert path.read_bytes() == before
-    with pytest.raises(SaveError, match="nothing of it is left there"):
+    with pytest.raises(SaveError, match="no partial file is left"):
         write_lora(lora(8192), small_disk / "other.safetensors")
     assert files_in(small_disk) == [path.name]
 
@@ -93,7 +93,7 @@ def test_a_lora_is_not_left_without_its_embedding_nor_one_expert_without_the_oth
 
 
 def test_an_adapter_folder_is_whole_or_not_there(tmp_path):
-    with largest_file(4096), pytest.raises(SaveError, match="nothing of it is left there"):
+    with largest_file(4096), pytest.raises(SaveError, match="no partial file is left"):
         write_adapter(lora(4096), tmp_path / "adapter")
     assert files_in(tmp_path) == []
 

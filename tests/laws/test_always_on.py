@@ -91,7 +91,7 @@ def test_a_cut_keeps_it_whole():
 def test_the_report_and_the_recipe_say_so():
     loras, speed = [make_lora(1), make_lora(2)], make_lora(7)
     speed = Lora(speed.sites, "fast", source="fast.safetensors")
-    for on, note in (("include", "part of the merged"), ("outside", "to be loaded beside")):
+    for on, note in (("include", "part of the merged"), ("outside", "load it beside")):
         result = merged(Net(), loras, on, speed=speed)
         assert note in result.report.notes["fast"][-1]
         recipe = json.loads(result.lora.metadata["iteris"])

@@ -47,7 +47,7 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     result = merge_loras(host, concepts, calibration=short)
     assert result.report.rows == 2 * LEAST
     assert result.report.notes["samples"] == [
-        "12 of 14 prompts of each concept, for a merge of about 1e-06 min"
+        "12 of 14 prompts per concept, for a merge of about 1e-06 min"
     ]
     kept = result.report.calibration
     assert (kept["samples"], kept["minutes"]) == (LEAST, None)
