@@ -8,7 +8,7 @@ the check that no site was missed are made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from ..passes.sweep import solve_sites
 from ..presets import PRESETS, PresetName
 from ..settings import Settings, setting
 from ..solve.problem import RegressionSpec, Solution, StageSolver
+from .trimming import least_kept, magnitudes
 
 
 def rank_setting(
@@ -69,6 +70,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_MERGING = "merging sites"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _S = TypeVar("_S", bound=Settings)
@@ -76,11 +78,13 @@ _S = TypeVar("_S", bound=Settings)
 
 @dataclass(frozen=True)
 class AtSite:
-    """One site for a method on weights: the changes there, at their strengths."""
+    """One site for a method on weights: the changes there, at their strengths. ``least`` is, by
+    concept, the magnitude below which a method that trims all sites together sets entries to 0."""
 
     changes: SiteChanges
     weights: Sequence[float]
     generator: torch.Generator
+    least: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def weighted(self) -> list[LowRank]:
         """w_i ΔW_i of those LoRAs that change the site."""
@@ -93,23 +97,54 @@ class AtSite:
             for concept, change in self.changes.present.items()
         ]
 
+    def trimmed(self, entries: Sequence[Tensor]) -> Tensor:
+        """(concepts, …): the ``entries`` of those that change the site, but for small ones."""
+        parts = zip(self.changes.present, entries, strict=True)
+        return torch.stack(
+            [e.where(magnitudes(e) >= self.least.get(concept, 0.0), 0) for concept, e in parts]
+        )
 
-def on_weights(name: str, settings: type[Settings]) -> Callable[[Function], Function]:
+
+def on_weights(
+    name: str,
+    settings: type[Settings],
+    trims: Callable[[AtSite], Sequence[Tensor]] | None = None,
+) -> Callable[[Function], Function]:
     """Register ``function(at, settings) -> (change, share of energy that a cut lost)``, which is
-    called for every site; the first line of its docstring is the method's summary."""
+    called for every site; the first line of its docstring is the method's summary.
+
+    ``trims(at)`` gives the entries, of each concept that changes the site, of which the settings'
+    ``density`` stays over all sites together: ``at.trimmed`` of them.
+    """
 
     def register(function: Function) -> Function:
         def merge(job: Job, given: Any) -> Merged:
             merged: dict[str, Solution] = {}
+            least = {} if trims is None else least_kept(_entries(job, trims), given.density)
             for site, changes in job.changes.items():
-                change, lost = function(AtSite(changes, job.weights, job.generator), given)
+                change, lost = function(AtSite(changes, job.weights, job.generator, least), given)
                 merged[site] = Solution(change, truncated=lost)
-                job.tick("merging sites", len(merged), len(job.changes))
+                job.tick(_MERGING, len(merged), len(job.changes))
             return Merged(merged)
 
         return _registered(name, merge, settings, False, function)
 
     return register
+
+
+def _entries(
+    job: Job, trims: Callable[[AtSite], Sequence[Tensor]]
+) -> Callable[[], Iterator[dict[int, Tensor]]]:
+    """A pass over all sites: their entries by concept."""
+
+    def sites() -> Iterator[dict[int, Tensor]]:
+        job.eta.forecast.expect(_MERGING, {"": 1.0}, known=False)
+        for done, changes in enumerate(job.changes.values(), 1):
+            at = AtSite(changes, job.weights, job.generator)
+            yield dict(zip(changes.present, trims(at), strict=True))
+            job.tick("trimming sites", done, len(job.changes))
+
+    return sites
 
 
 def on_activations(

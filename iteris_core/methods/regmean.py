@@ -2,12 +2,15 @@
 
 RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) is the paper's eq. 4, ΔW = (Σ ΔW_i G_i)(Σ G_i)⁻¹
 with G_i = X_iᵀX_i, its off-diagonal entries shrunk. RegMean++ (2025, arXiv 2508.03121) takes G_i
-from the inputs that reach the site through the layers merged already. Both are exactly low rank.
+from the inputs that reach the site through the layers merged already; its authors' code merges a
+transformer's block at a time, and has G_i within one from each LoRA's own layers. Both are exactly
+low rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..passes.job import Job
 from ..settings import Settings, setting
@@ -25,6 +28,11 @@ class RegMeanSettings(Settings):
         low=0,
         high=1,
     )
+    weighting: Literal["none", "tokens"] = setting(
+        "none",
+        "What evens out the concepts: nothing, as in the papers' equations, or their number of "
+        "tokens, as in the authors' code.",
+    )
     rank: int | float | None = rank_setting()
     micro_batch: int = micro_batch_setting()
 
@@ -32,7 +40,8 @@ class RegMeanSettings(Settings):
 @on_activations("regmean", RegMeanSettings, Gram, merged_inputs=False)
 def regmean(job: Job, settings: RegMeanSettings) -> RegressionSpec:
     """Least squares on each LoRA's own inputs (RegMean, ICLR 2023; paper, eq. 4)."""
-    return RegressionSpec(job.weights, 0.0, "none", shrink=settings.shrink, rank=settings.rank)
+    by = settings.weighting
+    return RegressionSpec(job.weights, 0.0, by, shrink=settings.shrink, rank=settings.rank)
 
 
 @on_activations("regmean++", RegMeanSettings, Gram, merged_inputs=True)

@@ -1,4 +1,8 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708): trim, elect sign, disjoint merge."""
+"""TIES-Merging (Yadav et al., NeurIPS 2023, arXiv 2306.01708): trim, elect sign, disjoint merge.
+
+A LoRA is trimmed over all of its sites together, as in the authors' code: a layer that it changes
+little is left to the others.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ class TiesSettings(Settings):
     rank: int | float | None = rank_setting()
 
 
-@on_weights("ties", TiesSettings)
+@on_weights("ties", TiesSettings, trims=AtSite.dense)
 def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     """Trim small entries, elect a sign per entry, average what agrees (NeurIPS 2023)."""
-    trimmed = torch.stack([keep_largest(change, settings.density) for change in at.dense()])
-    return cut_dense(at.changes, settings.scale * disjoint_mean(trimmed), settings.rank)
+    merged = disjoint_mean(at.trimmed(at.dense()))
+    return cut_dense(at.changes, settings.scale * merged, settings.rank)
 
 
 def keep_largest(change: Tensor, density: float) -> Tensor:

@@ -3,9 +3,13 @@
 The mean of ‖X_i ΔWᵀ − X_i ΔW_iᵀ‖² over all tokens, each LoRA's on its own inputs, is brought down
 by some steps of L-BFGS from the base's weights: where the moments tell little, the base stays.
 
-Every gradient lies within the columns of [up_1 … up_N] = Q R, and so does every step: ΔW = Q C, and
-L-BFGS on C, (Σ r_i, in), takes the steps that it takes on ΔW, but for the length of its first trial
-step. The result has rank Σ r_i exactly.
+Every gradient lies within the columns of [up_1 … up_N] = Q R, and so does every step: ΔW = c Q C,
+and L-BFGS on C, (Σ r_i, in), takes the steps that it takes on ΔW: no scale c matters to it but in
+its first trial step, and that is chosen by it. The result has rank Σ r_i exactly.
+
+Their code does so in three rounds, each on a model with the ones before merged: the text encoder,
+keys and values that read the text, the rest. Here every layer has its inputs from the LoRAs' own
+models.
 """
 
 from __future__ import annotations
@@ -90,6 +94,7 @@ def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:
     if not math.isfinite(float(moment.norm())):
         raise SolveError(NOT_FINITE)
     total = float(reduced.inputs.tokens.sum()) * changes.shape[0]
+    scale = _scale(basis, 2 * right / total)
     merged = torch.zeros_like(right)
     best, best_loss = merged.clone(), math.inf
     lbfgs = torch.optim.LBFGS(
@@ -104,12 +109,24 @@ def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:
 
     def loss() -> Tensor:
         nonlocal best, best_loss
-        over = merged @ moment
-        merged.grad = 2 * (over - right) / total
-        value = ((over - 2 * right) * merged).sum().add(constant) / total
+        change = scale * merged
+        over = change @ moment
+        merged.grad = 2 * scale * (over - right) / total
+        value = ((over - 2 * right) * change).sum().add(constant) / total
         if float(value) < best_loss:
-            best, best_loss = merged.clone(), float(value)
+            best, best_loss = change, float(value)
         return value
 
     lbfgs.step(loss)
     return LowRank(basis, best, changes.like.kernel)
+
+
+def _scale(basis: Tensor, gradient: Tensor) -> float:
+    """c for a first ``gradient``, with regard to C at c = 1.
+
+    The first trial step is min(1, 1 / ‖g‖₁) times the gradient g of what is optimised, which is
+    Q ``gradient`` for ΔW and c times ``gradient`` for C.
+    """
+    step = 1 / max(1.0, float((basis @ gradient).abs().sum()))
+    norm = float(gradient.abs().sum())
+    return max(step * norm, math.sqrt(step))

@@ -1,8 +1,8 @@
 """Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959): the sum with an even spectrum.
 
 Of the sum of the changes, U S Vᵀ, every singular value becomes their mean: ΔW = α s̄ U Vᵀ. The mean
-runs over the rank of the sum, as in the code of Core Space, since a LoRA has no more; at a ``rank``
-the sum is cut to it first.
+runs over the rank of the sum, as in the code of Compress-then-Merge; the authors' own counts zeros
+as well, and gives their arbitrary directions the mean. At a ``rank`` the sum is cut to it first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """KnOTS (Stoica et al., ICLR 2025, arXiv 2410.19735): merge in a basis that the LoRAs share.
 
-[ΔW_1 … ΔW_N] = U S [V_1 … V_N]; the V_i are merged with TIES and ΔW = U S V. The SVD of the wide
-matrix is one QR of the stacked up factors and one small SVD; the result has rank Σ r_i exactly.
+[ΔW_1 … ΔW_N] = U S [V_1 … V_N]; the S V_i are merged with TIES, trimmed over all sites together, as
+the authors' code has it, and ΔW = U (S V). The SVD of the wide matrix is one QR of the stacked up
+factors and one small SVD; the result has rank Σ r_i exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..linalg.lowrank import cut_to
 from ..lora import LowRank
 from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean, keep_largest
+from ..methods.ties import disjoint_mean
 from ..settings import Settings, setting
 
 
@@ -27,22 +28,21 @@ class KnotsSettings(Settings):
     rank: int | float | None = rank_setting()
 
 
-@on_weights("knots", KnotsSettings)
-def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
-    """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
-    basis, parts = shared_basis(at.weighted())
-    trimmed = torch.stack([keep_largest(part, settings.density) for part in parts])
-    like = at.changes.like
-    change = LowRank(basis, settings.scale * disjoint_mean(trimmed), like.kernel)
-    change, lost = cut_to(change, settings.rank)
-    return change.to(like.up.dtype), lost
-
-
 def shared_basis(changes: list[LowRank]) -> tuple[Tensor, list[Tensor]]:
-    """U S, (out, Σ r_i), and the V_i, (Σ r_i, in) each, with ΔW_i = U S V_i; float64."""
+    """U, (out, Σ r_i), and the S V_i, (Σ r_i, in) each, with ΔW_i = U S V_i; float64."""
     q, r = torch.linalg.qr(torch.cat([change.up.double() for change in changes], dim=1))
     columns = r.split([change.rank for change in changes], dim=1)
     downs = [change.down.double() for change in changes]
     wide = torch.cat([part @ down for part, down in zip(columns, downs, strict=True)], dim=1)
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)
-    return q @ (u * s), list(vt.split(changes[0].shape[1], dim=1))
+    return q @ u, list((s[:, None] * vt).split(changes[0].shape[1], dim=1))
+
+
+@on_weights("knots", KnotsSettings, trims=lambda at: shared_basis(at.weighted())[1])
+def knots(at: AtSite, settings: KnotsSettings) -> tuple[LowRank, float]:
+    """TIES in the basis of a joint SVD of all changes (KnOTS, ICLR 2025)."""
+    basis, parts = shared_basis(at.weighted())
+    like = at.changes.like
+    change = LowRank(basis, settings.scale * disjoint_mean(at.trimmed(parts)), like.kernel)
+    change, lost = cut_to(change, settings.rank)
+    return change.to(like.up.dtype), lost

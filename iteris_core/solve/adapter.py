@@ -19,8 +19,8 @@ from ..linalg.precision import frobenius, pieces
 from ..lora import LowRank, SiteChanges
 from .inputs import CrossMoments, Factor, InputMoments, times
 from .moments import MomentReduction
-from .problem import Bytes, RegressionSpec, SiteContext, Tokens, Weighting
-from .weighting import Alike, ByAdapter, Weigher, weigher
+from .problem import Bytes, RegressionSpec, SiteContext, Solution, Tokens, Weighting
+from .weighting import Alike, ByAdapter, ByTokens, Weigher, weigher
 
 _PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precision.pieces
 
@@ -128,6 +128,11 @@ class Gram(_LowRankTargets):
 
     def __init__(self, opening: SiteContext) -> None:
         super().__init__(opening, InputMoments, Alike(), torch.float32)
+
+    def solve(self, fit: RegressionSpec) -> Solution:
+        """``fit.weighting`` is ``tokens`` or ``none``."""
+        self.weigher = ByTokens() if fit.weighting == "tokens" else Alike()
+        return super().solve(fit)
 
     def _cross(self, concept: int) -> Tensor:
         return self.inputs.own[concept]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from oracle import (
@@ -22,6 +18,7 @@ from oracle import (
 from peft.utils import merge_utils
 
 from iteris_core import Concept, all_methods, merge_loras
+from iteris_core.methods.trimming import least_kept
 
 WIDE = 1000
 
@@ -74,12 +71,38 @@ def test_svd_is_the_best_low_rank_sum():
         assert torch.allclose(ours.sites[site].dense(), best, atol=1e-9)
 
 
+def jointly(function, parts):
+    """``function`` of each LoRA's ``parts`` of all sites as one vector, by site again."""
+    flat = [torch.cat([part[site].flatten() for site in SITES]) for part in parts]
+    sizes = [parts[0][site].numel() for site in SITES]
+    split = zip(SITES, function(flat).split(sizes), strict=True)
+    return {site: merged.reshape(parts[0][site].shape) for site, merged in split}
+
+
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 @pytest.mark.filterwarnings("ignore:The density")
-def test_ties_agrees_with_peft(density):
-    wanted = per_site(lambda d: merge_utils.ties(d, torch.ones(3), density))
+def test_ties_of_all_layers_together_agrees_with_peft(density):
+    """peft's own merge of adapters trims layer by layer; TIES's authors trim all of them."""
+    wanted = jointly(lambda d: merge_utils.ties(d, torch.ones(3), density), DENSE)
     ours = merge(LORAS, "ties", density=density, rank=WIDE)
     assert difference(ours.lora, wanted) < 1e-9
+
+
+def test_a_lora_is_trimmed_over_the_layers_that_it_changes():
+    """By the order statistic of all its entries; zeros and equal entries are entries as well."""
+    generator = torch.Generator().manual_seed(0)
+    sites = [
+        {0: torch.randn(7, 5, generator=generator, dtype=torch.float64)},
+        {0: torch.zeros(3, 4), 2: torch.full((2, 2), -0.25)},
+        {0: 1e-6 * torch.randn(20, generator=generator), 2: torch.randn(9, generator=generator)},
+    ]
+    for density in (1e-9, 0.05, 0.3, 0.5, 0.77, 0.999):
+        least = least_kept(lambda: sites, density)
+        for concept, found in least.items():
+            every = torch.cat([s[concept].flatten().float() for s in sites if concept in s]).abs()
+            keep = max(1, int(density * len(every)))
+            assert found == float(every.sort(descending=True).values[keep - 1])
+    assert least_kept(lambda: sites, 1.0) == {}
 
 
 def seeded_masks(monkeypatch, density):
@@ -120,21 +143,21 @@ def test_dare_is_unbiased_and_reproducible():
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_knots_is_ties_in_the_joint_basis(density):
+@pytest.mark.filterwarnings("ignore:The density")
+def test_knots_is_ties_in_the_joint_bases(density):
     ours = merge(LORAS, "knots", density=density)
+    bases, parts = {}, [{} for _ in LORAS]
     for site in SITES:
-        u, s, vt = torch.linalg.svd(
-            torch.cat([dense[site] for dense in DENSE], dim=1), full_matrices=False
-        )
+        wide = torch.cat([dense[site] for dense in DENSE], dim=1)
+        u, s, vt = torch.linalg.svd(wide, full_matrices=False)
         kept = min(7, len(u))
-        parts = [v[:kept] for v in vt.split(DENSE[0][site].shape[1], dim=1)]
-        if density < 1:
-            parts = [merge_utils.magnitude_based_pruning(part, density) for part in parts]
-        stacked = torch.stack(parts)
-        mask = merge_utils.calculate_majority_sign_mask(stacked)
-        merged = merge_utils.disjoint_merge(stacked, mask & (stacked != 0))
-        wanted = (u[:, :kept] * s[:kept]) @ merged
-        assert torch.allclose(ours.lora.sites[site].dense(), wanted, atol=1e-9)
+        bases[site] = u[:, :kept]
+        scaled = (s[:kept, None] * vt[:kept]).split(DENSE[0][site].shape[1], dim=1)
+        for part, own in zip(parts, scaled, strict=True):
+            part[site] = own
+    merged = jointly(lambda d: merge_utils.ties(d, torch.ones(3), density), parts)
+    wanted = {site: bases[site] @ merged[site] for site in SITES}
+    assert difference(ours.lora, wanted) < 1e-9
 
 
 def test_orthogonal_leaves_earlier_loras_alone():
@@ -169,6 +192,16 @@ def test_regmean_is_equation_four(shrink):
     assert difference(ours.lora, wanted) < 1e-4  # statistics are float32
 
 
+@pytest.mark.parametrize("name", ["regmean", "regmean++"])
+def test_by_tokens_regmean_counts_loras_alike(name):
+    """Whatever the number of a LoRA's rows."""
+    data = make_data(3)
+    more = [torch.cat([rows] * count) for rows, count in zip(data, (1, 3, 2), strict=True)]
+    for weighting, alike in (("tokens", True), ("none", False)):
+        first, again = (merge(LORAS, name, d, weighting=weighting).lora for d in (data, more))
+        assert (difference(first, dense_changes(again)) < 1e-5) == alike
+
+
 def test_regmean_plus_plus_sees_the_merged_layers():
     ours = merge(LORAS, "regmean++", shrink=1.0)
     seen = [captured_inputs(changed(Net(), dense_changes(ours.lora)), x) for x in make_data(3)]
@@ -198,31 +231,6 @@ def test_ssr_is_its_published_router():
         wanted = up @ router @ stacked
         found = ours.lora.sites[site].dense()
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4
-
-
-@pytest.mark.skipif(
-    "SSR_MERGE_PATH" not in os.environ, reason="SSR_MERGE_PATH names no checkout of SSR-Merge"
-)
-@pytest.mark.parametrize("ridge", [1e-4, 1e-2])
-def test_ssr_is_its_authors_own_core(ridge):
-    path = Path(os.environ["SSR_MERGE_PATH"]) / "ssr_merge" / "core.py"
-    spec = importlib.util.spec_from_file_location("ssr_merge_core", path)
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    linear = [site for site in SITES if site != "conv"]  # it has no convolutions
-    pairs = [{s: (lora.sites[s].down, lora.sites[s].up) for s in linear} for lora in LORAS]
-    merger = core.SSRMerger(pairs, lambda_reg=ridge)
-    for index, (dense, rows) in enumerate(zip(DENSE, make_data(3), strict=True)):
-        model = changed(Net(), dense)
-        merger.attach({site: model.get_submodule(site) for site in linear})
-        merger.set_active_task(index)
-        with torch.no_grad():
-            model(rows)
-        merger.detach()
-    ours = merge(LORAS, "ssr", ridge=ridge).lora
-    for site, (down, up) in merger.solve().items():
-        wanted = (up @ down).double()
-        assert float((ours.sites[site].dense() - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_ssr_passes_sites_of_one_lora_through():

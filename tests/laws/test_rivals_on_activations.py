@@ -70,8 +70,8 @@ def test_gradient_fusion_takes_the_steps_of_lbfgs_on_weights(steps):
     for site in SITES:
         wanted = fused(site, steps)
         found = ours.sites[site].dense()
-        # The first trial step is another; from then on the line searches differ a little.
-        assert float((found - wanted).norm() / wanted.norm()) < (0.05 if steps == 5 else 2e-2), site
+        # Rounding grows with the steps: moments are float32.
+        assert float((found - wanted).norm() / wanted.norm()) < (1e-5 if steps == 5 else 2e-3), site
         assert ours.sites[site].rank <= 7
 
 
