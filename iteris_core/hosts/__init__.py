@@ -1,1 +1,1 @@
-"""Base models on which LoRAs are merged: what they have to offer, and one file a library."""
+"""Base models on which LoRAs are merged: their interface, and one file per library."""

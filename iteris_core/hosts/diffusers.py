@@ -1,8 +1,8 @@
-"""A pipeline of diffusers as host.
+"""A diffusers pipeline as host.
 
-Its own ``__call__`` makes the rows: it runs under each concept's LoRA, and the arguments with which
-it calls its denoiser are kept. Text encoders are a stage of their own: the pipeline is run on each
-row's prompt up to its denoiser, and what comes from the words then takes its place in the row.
+Its own ``__call__`` makes the rows: it runs under each concept's LoRA, and the arguments of its
+denoiser calls are recorded. Text encoders are a separate stage: the pipeline runs on each row's
+prompt up to its denoiser, and the arguments that depend on the words then replace those in the row.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from .recorded import Call, entries, joined, kind, size
 from .rows import SamplePrompts, TextRows, added_concepts
 
 Words = list[list[Call]]
-"""For each of two copies, and each text: the denoiser's arguments that come from it."""
+"""For each of two copies, and each text: the denoiser's arguments that depend on the text."""
 
 
 @dataclass(frozen=True)
 class DiffusionSamples:
-    """``worth`` is how many samples of a concept the rows are worth. ``recorded`` is None where no
-    site needs the denoiser to run."""
+    """``worth`` is the effective number of samples per concept. ``recorded`` is None if no site
+    needs the denoiser to run."""
 
     text: TextRows
     arguments: Arguments
@@ -63,12 +63,12 @@ class DiffusionSamples:
 
 
 class DiffusersHost:
-    """Merges on a pipeline whose class loads LoRAs; ``call`` are further arguments of it, such as
-    the image that an edit or inpainting pipeline asks for.
+    """Merges on a pipeline whose class loads LoRAs; ``call`` are extra arguments for it, such as
+    the image for an editing or inpainting pipeline.
 
-    The pipeline is only run: no weight, adapter or scheduler of it is changed. Its text encoders
-    are one stage, its denoiser another, and each of two experts one. Raises :class:`IterisError`
-    for a pipeline without a denoiser, and where a part is missing.
+    The pipeline only runs: none of its weights, adapters or schedulers change. The text encoders
+    are one stage and the denoiser another; two experts are a stage each. Raises
+    :class:`IterisError` for a pipeline without a denoiser, or with a missing component.
     """
 
     pictures = True
@@ -90,7 +90,8 @@ class DiffusersHost:
 
     @property
     def experts(self) -> str:
-        """The name of the first denoiser, if there is a second one for low noise; else empty."""
+        """The name of the first denoiser, if there is a second one for low noise; otherwise
+        empty."""
         return self.architecture.denoiser if len(self._loop.denoisers) > 1 else ""
 
     def _models(self) -> list[nn.Module]:
@@ -130,7 +131,7 @@ class DiffusersHost:
 
     @property
     def _tokenizers(self) -> list[Any]:
-        """What makes tokens of texts: its tokenizers, or that of its processor."""
+        """The pipeline's tokenizers, or the tokenizer of its processor."""
         parts = self.pipeline.components
         named = [part for name, part in parts.items() if "tokenizer" in name]
         found = [part for part in named if part is not None and not isinstance(part, nn.Module)]
@@ -138,7 +139,7 @@ class DiffusersHost:
 
     @property
     def _vocabulary(self) -> list[str]:
-        """The whole words of its first tokenizer, if that tells them."""
+        """The whole words of the first tokenizer, if it exposes its vocabulary."""
         tokenizer = next((part for part in self._tokenizers if hasattr(part, "get_vocab")), None)
         return [] if tokenizer is None else whole_words(tokenizer.get_vocab())
 
@@ -160,7 +161,7 @@ class DiffusersHost:
             self._loop.free()
 
     def _said(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """The concepts' prompts as the pipeline gets them."""
+        """The concepts' prompts as passed to the pipeline."""
         if self._placeholders is None:
             return list(prompts)
         return [self._placeholders(o, prompt) for o, prompt in zip(owners, prompts, strict=True)]
@@ -198,7 +199,7 @@ class DiffusersHost:
     def _forward(self, samples: DiffusionSamples, rows: Sequence[int]) -> Tensor:
         text, recorded = samples.text, samples.recorded
         said = self._said(text.text_owners, text.texts)
-        if recorded is None:  # rows are those of the texts
+        if recorded is None:  # one row per text
             words = self._first(samples.arguments, [said[row] for row in rows])
             return torch.stack([some["encoder_hidden_states"] for some in words])
         words = self._first(samples.arguments, [said[text.text_rows[row]] for row in rows])
@@ -241,7 +242,8 @@ class DiffusersHost:
     def _text_stage(
         self, sites: Sequence[str], samples: DiffusionSamples, words: Words, *, feeds: bool
     ) -> Stage:
-        """Without ``sites`` text encoders give the same for every concept, and merged."""
+        """Without ``sites``, text encoders give the same output for every concept and for the
+        merge."""
         text, arguments = samples.text, samples.arguments
         where: dict[tuple[int, str], list[int]] = {}
         for number, (owner, prompt) in enumerate(zip(text.text_owners, text.texts, strict=True)):
@@ -289,7 +291,7 @@ class DiffusersHost:
         firsts = [call_of(row, 0) for row in rows]
         kinds = None
         if not arguments.alike or arguments.masked:
-            # The words are not there yet where the stages are only looked at.
+            # A preview only inspects the stages; the words are not encoded yet.
             lengths = self._lengths(text.texts)
             kinds = [
                 (lengths[text.text_rows[row]], kind(first, arguments.batched))
@@ -311,7 +313,7 @@ class DiffusersHost:
         )
 
     def _lengths(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The number of tokens of each prompt, by every tokenizer."""
+        """The number of tokens of each prompt, for every tokenizer."""
         counts = [map(len, part(text=list(prompts)).input_ids) for part in self._tokenizers]
         return list(zip(*counts, strict=True))
 
@@ -323,7 +325,7 @@ class DiffusersHost:
         return self._loop.denoise(name, call)
 
     def _first(self, arguments: Arguments, prompts: Sequence[str]) -> list[Call]:
-        """For each prompt the denoiser's arguments that do not move with the steps."""
+        """For each prompt, the denoiser's arguments that stay the same in all steps."""
         if not arguments.together and len(prompts) > 1:
             return [call for prompt in prompts for call in self._first(arguments, [prompt])]
         call = self._loop.first_call(prompts, arguments.size)
@@ -343,7 +345,7 @@ class DiffusersHost:
             module(states)
 
     def _sees_text_only(self, site: str) -> bool:
-        """True if a site's input is the text embedding itself, whatever the latents are."""
+        """True if a site's input is the text embedding itself, independent of the latents."""
         parent_name, _, leaf = site.rpartition(".")
         if leaf not in ("to_k", "to_v") or not parent_name.startswith("unet."):
             return False
@@ -357,7 +359,7 @@ class DiffusersHost:
 
 
 def _on_cpu(call: Call) -> Call:
-    """Move the tensors of ``call`` to the CPU, also those in lists."""
+    """Move the tensors of ``call`` to the CPU, including those in lists."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,7 +1,7 @@
 """The arguments of a pipeline's denoiser.
 
-Some have an entry a row, some are drawn, some tell the time and some come from the words. The
-module finds these by running the pipeline a few times to its first steps, never from names.
+Some have an entry per row, some are random, some depend on the timestep and some on the words. The
+module finds out by running the pipeline's first steps a few times, never by name.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from .diffusers_size import pipeline_size
 from .recorded import Axes, Call, batched_in, differ, entries, kind, passed, rows_in
 
 _SHORT, _LONG = "a cat", "two cats" + " and a dog" * 16
-"""Prompts of unlike length in every tokenizer, also where it pads to a multiple of 16 or 32 tokens;
-what a CLIP takes."""
+"""Prompts whose lengths differ in every tokenizer, even with padding to a multiple of 16 or 32
+tokens; both fit into CLIP."""
 
 _SAME = 1e-2
-"""Two runs of one seed differ by rounding, of two seeds by all of the noise."""
+"""Two runs with one seed differ by rounding, with two seeds by all of the noise."""
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of a denoiser, by what they depend on.
 
-    ``batched`` have an entry a row, those of ``lists`` are no tensors; ``drawn`` follow the noise,
-    ``timed`` the step, and of the others ``worded`` the prompt. ``together`` says that the pipeline
-    takes several prompts, ``alike`` that prompts of all lengths give equal shapes as well, so that
-    they may share a run, and ``masked`` that masks tell them apart, so that their rows may not
-    share a forward. ``steps`` are those of a whole denoising; ``size`` is what the pipeline is
-    asked for; ``numbers`` how many a row's noise has; ``given`` is the denoiser's output, for its
-    shape.
+    ``batched`` have an entry per row; those in ``lists`` are not tensors. ``drawn`` depend on the
+    noise, ``timed`` on the step, and ``worded`` among the others on the prompt. ``together``: the
+    pipeline takes several prompts. ``alike``: prompts of any length give equal shapes, so they may
+    share a run. ``masked``: masks distinguish them, so their rows may not share a forward.
+    ``steps`` is the number of steps in a denoising, ``size`` the requested size, ``numbers`` the
+    count of numbers in a row's noise, ``given`` the denoiser's output, for its shape.
     """
 
     batched: Axes
@@ -64,9 +63,9 @@ class Arguments:
 
 
 def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Arguments:
-    """Find out what the denoiser's arguments are; where it is not to denoise, it is not run.
+    """Classify the denoiser's arguments. The denoiser runs only if the calibration denoises.
 
-    Raises :class:`IterisError` where the pipeline cannot be run on prompts and what it was
+    Raises :class:`IterisError` if the pipeline cannot run on prompts and the arguments it was
     given.
     """
     try:
@@ -78,20 +77,20 @@ def study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> Ar
         if is_out_of_memory(error):
             raise OutOfMemory(
                 f"Memory ran out when {type(loop.pipeline).__name__} ran its first prompt "
-                f"({brief(error)}). Lower latent_size or frames, or close what else takes memory."
+                f"({brief(error)}). Lower latent_size or frames, or free memory elsewhere."
             ) from error
         needed = [n for n, p in loop.names.items() if p.default is p.empty and n != "self"]
         also = f" (it asks for {', '.join(needed)})" if needed else ""
         raise BaseError(
             f"{type(loop.pipeline).__name__} cannot be run on prompts alone{also}: "
-            f"{brief(error)}. Give the host what it needs beside them, such as image=…"
+            f"{brief(error)}. Pass the host the missing arguments, such as image=…"
         ) from error
 
 
 @contextmanager
 def _trials_unreported() -> Generator[None]:
-    """The libraries log nothing of our trials: :data:`_LONG` may have more tokens than a text
-    encoder takes, and some pipelines fail on two prompts. What fails in earnest is raised."""
+    """Silence the libraries' logs during trials: :data:`_LONG` may have more tokens than a text
+    encoder takes, and some pipelines fail on two prompts. Real failures still raise."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -117,8 +116,8 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
     timed = frozenset(timed - drawn)
     if denoises and not (drawn and timed):
         raise BaseError(
-            f"{type(loop.pipeline).__name__} has a denoiser whose noise or time cannot be "
-            "told from its arguments; it cannot be merged on here."
+            f"{type(loop.pipeline).__name__} has a denoiser whose noise or timestep cannot be "
+            "identified among its arguments; merging on it is not supported."
         )
     still = one.keys() - drawn - timed
     calls = [{path: call.get(path) for path in still} for call in (one, long)]
@@ -141,8 +140,9 @@ def _study(loop: PipelineLoop, calibration: Calibration, *, denoises: bool) -> A
 
 
 def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Call, bool]:
-    """Calls of one row and of two, and whether the two may be of two prompts: with a picture to
-    edit some pipelines take one alone, some want a picture for each, and some draw one alone."""
+    """Calls with one row and with two, and whether the two may have different prompts. With an
+    image to edit, some pipelines take only one prompt, some need an image for each, and some draw
+    only one."""
     one = loop.first_call([_SHORT], size)
     try:
         return one, loop.first_call([_SHORT] * 2, size, seed=1), True
@@ -161,8 +161,8 @@ def _one_and_two(loop: PipelineLoop, size: Mapping[str, int]) -> tuple[Call, Cal
 
 
 def _joined(loop: PipelineLoop, one: Call, other: Call) -> Call | None:
-    """A call of the rows of two, of a pipeline that draws one picture alone; None where its
-    denoiser gives something else for them together."""
+    """A two-row call joined from two calls, for a pipeline that draws only one image; None if the
+    denoiser's output differs for the joined rows."""
     rows = [
         path
         for path, value in one.items()
@@ -181,8 +181,8 @@ def _joined(loop: PipelineLoop, one: Call, other: Call) -> Call | None:
 def _steps(
     loop: PipelineLoop, calibration: Calibration, size: Mapping[str, int]
 ) -> tuple[set[str], int, Any]:
-    """The arguments that change over a denoising, how many steps it has, and what the denoiser
-    gives; it runs once, and then ones stand for its output."""
+    """The arguments that change during denoising, the number of steps, and the denoiser's output.
+    The denoiser runs once; after that, ones stand in for its output."""
     given: list[Any] = []
 
     def calls_of(steps: int) -> list[tuple[str, Call]]:
@@ -199,12 +199,12 @@ def _steps(
         return calls
 
     calls = calls_of(calibration.denoising_steps)
-    # A single step has nothing that it could be told apart from.
+    # With a single step there is nothing to compare.
     seen = calls if calibration.denoising_steps > 1 else calls_of(2)
     later = [call for _, call in seen]
     one = later[0]
     moving = {path for path in one if any(differ(one[path], c.get(path)) for c in later)}
-    # Ones move the latents, too; those that are not drawn are told apart by the caller.
+    # Ones change the latents too; the caller separates those that are not drawn.
     pairs = itertools.pairwise(calls)
     steps = 1 + sum(
         who != other or any(differ(a[p], b.get(p)) for p in moving)
@@ -214,14 +214,14 @@ def _steps(
 
 
 def ones_like(output: Any, rows: int) -> Any:
-    """A denoiser's ``output`` of one row, as one of ``rows`` rows, of ones."""
+    """An output like a denoiser's one-row ``output``, but with ``rows`` rows of ones."""
     if isinstance(output, Tensor):
         return output.new_ones(rows, *output.shape[1:])
-    if isinstance(output, list):  # a tensor for every row
+    if isinstance(output, list):  # one tensor per row
         return [torch.ones_like(output[0])] * rows
     if isinstance(output, tuple):
         return tuple(ones_like(part, rows) for part in output)  # pyright: ignore
-    if isinstance(output, dict):  # also diffusers' and transformers' outputs
+    if isinstance(output, dict):  # includes diffusers' and transformers' outputs
         return type(output)(**{name: ones_like(part, rows) for name, part in output.items()})  # pyright: ignore
     return output
 

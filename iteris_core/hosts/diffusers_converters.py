@@ -1,8 +1,7 @@
-"""LoRA files under names that only a pipeline's own loader knows, through its converter.
+"""LoRA files with names that only a pipeline's own loader knows, through its converter.
 
-A converter of diffusers may leave keys out without a word. So every row of a tensor that goes in
-has to come out whole. Alphas are folded in before, since converters differ in what they make of
-them.
+A diffusers converter may silently drop keys. Every row of every input tensor must therefore appear
+unchanged in the output. Alphas are folded in first, because converters treat them differently.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 
 @dataclass(frozen=True)
 class _Converted:
-    """A converter's output, and the ``lost`` tensors of which it drops something."""
+    """A converter's output, and the ``lost`` tensors, which it dropped at least in part."""
 
     tensors: dict[str, Tensor]
     lost: dict[str, Tensor]
@@ -35,11 +34,11 @@ class _Converted:
 def by_loader(
     pipeline: Any, path: Path, base: BaseModel, tensors: Tensors, *, allow_partial: bool
 ) -> dict[str, Tensor]:
-    """``tensors`` of the file ``path`` under names that ``base`` has.
+    """``tensors`` of the file ``path``, renamed to names that ``base`` has.
 
-    Where it has all of them they stay; else the pipeline's loader converts them, if need be under
-    another spelling of the same names. Raises :class:`LoraFileError` naming the keys that are lost
-    there; with ``allow_partial`` they stay, under names that say so.
+    If it has all of them, they stay. Otherwise the pipeline's loader converts them, if necessary
+    under another spelling of the same names. Raises :class:`LoraFileError` that names the lost
+    keys; with ``allow_partial`` they stay, under names that say so.
     """
     unknown = _unknown(tensors, base)
     if not unknown:
@@ -49,7 +48,7 @@ def by_loader(
     for spelled in _spellings(_with_alphas_folded(tensors)):
         try:
             converted = _convert(pipeline, spelled)
-        except Exception as failure:  # converters raise many kinds for what they do not expect
+        except Exception as failure:  # converters raise many types of exception
             error = error or failure
             continue
         if not converted.lost and not _unknown(converted.tensors, base):
@@ -65,8 +64,8 @@ def by_loader(
     text = [key for key in unknown if key.startswith(("text_encoder", "lora_te"))]
     if text:
         raise LoraFileError(
-            f"{path}: {text[0]} changes a text encoder, of which diffusers' loader of {name} reads "
-            "nothing. Allow partial reading (--allow-partial) to merge without it."
+            f"{path}: {text[0]} changes a text encoder, which diffusers' loader of {name} ignores. "
+            "Allow partial reading (--allow-partial) to merge without it."
         )
     lost = next((converted.lost for converted in tried if converted.lost), None)
     if lost and len(lost) < len(tensors):
@@ -105,8 +104,8 @@ def _with_alphas_folded(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _spellings(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The same tensors as they are, without alphas that say nothing, and under the prefixes by
-    which converters know ComfyUI's files and kohya's."""
+    """The same tensors: unchanged, without redundant alphas, and under the prefixes by which
+    converters recognise ComfyUI's and kohya's files."""
     bare = {k: t for k, t in tensors.items() if _part(k) != "alpha"}
     yield tensors
     yield bare
@@ -135,8 +134,8 @@ def _convert(pipeline: Any, tensors: dict[str, Tensor]) -> _Converted:
 
 
 def fingerprints(tensor: Tensor) -> Tensor:
-    """(rows,) int64, equal for equal rows; rows of zeros, which say nothing and may go, have
-    none."""
+    """(rows,) int64, equal for equal rows. Zero rows carry no information, may be dropped, and get
+    no fingerprint."""
     rows = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float().reshape(-1, 1)
     generator = torch.Generator().manual_seed(rows.shape[1])
     factors = torch.randint(2**62, rows.shape[1:], generator=generator)
@@ -145,8 +144,8 @@ def fingerprints(tensor: Tensor) -> Tensor:
 
 
 def _loaded(pipeline: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loader's result for ``tensors``, which it may empty; alphas that it gives apart are among
-    them."""
+    """The loader's result for ``tensors``, including alphas that it returns separately; the loader
+    may empty ``tensors``."""
     unet = getattr(pipeline, "unet", None)
     options = {} if unet is None else {"unet_config": unet.config}
     loaded: Any = type(pipeline).lora_state_dict(tensors, **options)

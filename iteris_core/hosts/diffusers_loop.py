@@ -1,4 +1,4 @@
-"""A pipeline of diffusers, run by its own ``__call__`` until what is wanted is recorded."""
+"""Runs a diffusers pipeline's own ``__call__`` until the required calls are recorded."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _PLAIN = {
     **dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0),
     **dict.fromkeys(("modality_scale", "audio_modality_scale", "audio_guidance_scale"), 1.0),
 }
-"""The arguments with which every pipeline calls its denoiser once a step, on all tokens."""
+"""Arguments that make every pipeline call its denoiser once per step, on all tokens."""
 
 
 class Enough(BaseException):
-    """Ends a pipeline's loop once what was wanted is recorded. Not an Exception, which modular
-    pipelines log."""
+    """Ends a pipeline's loop once everything required is recorded. Not an Exception, because
+    modular pipelines log those."""
 
 
 class PipelineLoop:
-    """``call`` are arguments of the pipeline beside the prompt, such as an image. ``names`` are all
-    that it takes, ``denoisers`` those that it calls. ``unguided`` is the scale at which it does
-    without guidance; with ``one_each`` it is given its picture once for each prompt."""
+    """``call`` are the pipeline's arguments besides the prompt, such as an image. ``names`` are all
+    its parameters, ``denoisers`` the models it calls. ``unguided`` is the scale that disables
+    guidance; with ``one_each`` its image is passed once per prompt."""
 
     def __init__(self, pipeline: Any, kind: Architecture, call: Mapping[str, Any]) -> None:
         self.pipeline, self._call = pipeline, call
@@ -42,7 +42,7 @@ class PipelineLoop:
         self.denoisers: dict[str, Any] = {
             n: m for n, m in parts.items() if isinstance(m, nn.Module)
         }
-        # Without ``torch.no_grad``: polishing goes back through the text encoders.
+        # Without ``torch.no_grad``: polish backpropagates through the text encoders.
         self.modular = ModularFunction(pipeline) if is_modular(pipeline) else None
         self._function = self.modular or inspect.unwrap(type(pipeline).__call__)
         self.names = self.modular.names if self.modular else _parameters(self._function)
@@ -55,18 +55,18 @@ class PipelineLoop:
 
     @property
     def can_give_each(self) -> bool:
-        """True if it takes what :attr:`one_each` gives."""
+        """True if it accepts the lists that :attr:`one_each` makes."""
         return bool(self._each)
 
     @property
     def _each(self) -> dict[str, Any]:
-        """The arguments that some pipelines want a list of, with one for each prompt."""
+        """The arguments for which some pipelines need a list with one item per prompt."""
         values = {n: self._call.get(n, self.names[n].default) for n in _EACH if n in self.names}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def draws_several(self) -> bool:
-        """True if it draws several pictures of a prompt."""
+        """True if it draws several images per prompt."""
         return any(name in self.names for name in _SEVERAL)
 
     @property
@@ -82,8 +82,8 @@ class PipelineLoop:
 
     @property
     def empty_prompts(self) -> bool:
-        """True if people draw with the empty prompt beside theirs, as the pipeline's default has
-        it; models that are distilled for guidance take its scale as an input instead."""
+        """True if the pipeline by default also runs the empty prompt; guidance-distilled models
+        take the guidance scale as an input instead."""
         scale = self.names.get(self._scale_name)
         if scale is None or self._distilled:
             return False
@@ -117,7 +117,7 @@ class PipelineLoop:
             self._function(self.pipeline, **known)
 
     def _alone(self, values: Sequence[Any]) -> Any:
-        """A list, or a single one as it is for blocks, of which some take no list."""
+        """A list, or a single item alone for modular blocks, because some take no list."""
         return values[0] if self.modular and len(values) == 1 else list(values)
 
     def _given(self, count: int) -> dict[str, Any]:
@@ -129,14 +129,15 @@ class PipelineLoop:
         name = self._scale_name
         if self._distilled or name not in self.names:
             return {name: scale} if scale > 1 else {}
-        # Of a true scale nothing is made without a negative prompt.
+        # A true guidance scale has no effect without a negative prompt.
         negative = name == "true_cfg_scale" and scale > 1
         words = {"negative_prompt": [""] * count} if negative else {}
         return {name: scale - 1 + self.unguided, **words}
 
     @contextmanager
     def _ready(self) -> Generator[None]:
-        """Schedulers and a guider of its own, no progress bar, and afterwards what was before."""
+        """Install separate schedulers and guider, hide the progress bar, and restore all
+        afterwards."""
         if not self._open:
             for bar in progress_bars(self.pipeline):
                 self._put(bar, "_progress_bar_config", {"disable": True})
@@ -166,15 +167,15 @@ class PipelineLoop:
         return torch.stack(output) if isinstance(output, list) else output  # pyright: ignore
 
     def free(self) -> None:
-        """Take models off the device that the pipeline offloads as a whole: one that is called
-        outside of its loop stays there."""
+        """Move models off the device that the pipeline offloads as a whole; a model called outside
+        the loop would stay there."""
         if getattr(self.pipeline, "_all_hooks", None):
             self.pipeline.maybe_free_model_hooks()
 
     def first_call(
         self, prompts: Sequence[str], size: Mapping[str, int], seed: int = 0, pictures: int = 1
     ) -> Call:
-        """The arguments of the denoiser's first call, which is not run."""
+        """The arguments of the denoiser's first call; the call itself does not run."""
         calls: list[Call] = []
 
         def see(name: str, call: Call, run: Callable[[], Any]) -> Any:
@@ -192,8 +193,8 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 @contextmanager
 def without_checkpointing(models: Iterable[nn.Module]) -> Generator[None]:
-    """While it is entered, no block of ``models`` is checkpointed: such a block runs once more on
-    the way back, when its forward is over, and the hooks of a merge would give it nothing there."""
+    """Context in which no block of ``models`` is checkpointed. A checkpointed block runs again
+    during backward, when its forward is over and the hooks of a merge add nothing."""
     on: list[Any] = [
         module
         for model in models

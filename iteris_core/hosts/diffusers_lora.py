@@ -1,4 +1,4 @@
-"""A pipeline of diffusers: its class, sites and architecture, and LoRA files for it."""
+"""A diffusers pipeline: its class, sites and architecture, and LoRA files for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .diffusers_converters import by_loader
 from .protocol import check_uncompiled
 
 OF_TEXT = ("text_encoder", *CONNECTORS)
-"""Begin the names of the components that run before the denoiser, on the text alone."""
+"""Name prefixes of the components that run before the denoiser, on text only."""
 
 COMPONENTS = (
     *("unet", "transformer", "transformer_2"),
@@ -30,8 +30,8 @@ COMPONENTS = (
 
 
 def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules of every component of the pipeline that a LoRA may change. Raises
-    :class:`IterisError` where a component is compiled."""
+    """Linear and Conv2d modules of every component that a LoRA may change. Raises
+    :class:`IterisError` if a component is compiled."""
     sites: dict[str, nn.Module] = {}
     for name, model in _components(pipeline):
         check_uncompiled(model)
@@ -40,7 +40,7 @@ def pipeline_sites(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def pipeline_parameters(pipeline: Any) -> dict[str, nn.Module]:
-    """The module of every parameter beside the weights of the pipeline's sites, by its name."""
+    """The module of every parameter that is not the weight of a site, by parameter name."""
     found: dict[str, nn.Module] = {}
     for name, model in _components(pipeline):
         found |= other_parameters(name, model)
@@ -55,8 +55,8 @@ def _components(pipeline: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
-    """The base model that a pipeline is: one of ours, or one with the names that its own LoRA
-    loader has. Raises :class:`IterisError` for a pipeline without a denoiser or a loader."""
+    """The base model of a pipeline: a built-in one, or one with the names of the pipeline's own
+    LoRA loader. Raises :class:`IterisError` for a pipeline without a denoiser or a loader."""
     shapes = {site: weight_shape(module) for site, module in sites.items()}
     kind = architecture_of_sites(shapes)
     if kind is not None and _is_of(pipeline, kind):
@@ -66,17 +66,18 @@ def base_of(pipeline: Any, sites: Mapping[str, nn.Module]) -> BaseModel:
     if denoiser is None or not any(site.startswith(f"{denoiser}.") for site in shapes):
         titles = ", ".join(known.title for known in architectures())
         raise BaseError(
-            f"{type(pipeline).__name__} has no unet or transformer that LoRAs can be merged on "
-            f"here; known are {titles}, and pipelines that diffusers loads LoRAs into."
+            f"{type(pipeline).__name__} has no supported unet or transformer; supported are "
+            f"{titles}, and pipelines into which diffusers loads LoRAs."
         )
     record = Architecture("diffusers", type(pipeline).__name__, denoiser=denoiser)
     read = {site: shape for site, shape in shapes.items() if site.partition(".")[0] in loaded}
-    # No name in kohya layout: of these pipelines few loaders read it back.
+    # No kohya names: for these pipelines few loaders read them back.
     return BaseModel(record, read, file_names(record, read), {})
 
 
 def loaded_components(pipeline: Any) -> list[str]:
-    """The components that the pipeline's own loader reads changes of: of text encoders CLIP's."""
+    """The components for which the pipeline's own loader reads changes; of text encoders, only
+    CLIP."""
     named: Sequence[str] = getattr(type(pipeline), "_lora_loadable_modules", ())
     parts = {name: getattr(pipeline, name, None) for name in named}
     return [
@@ -88,15 +89,15 @@ def loaded_components(pipeline: Any) -> list[str]:
 
 
 def _is_of(pipeline: Any, kind: Architecture) -> bool:
-    """True if the denoiser is of the class that the record names, if it names one: others have
-    sites of the same names (FLUX.2, HunyuanVideo and AuraFlow those of FLUX.1)."""
+    """True if the denoiser's class matches the record, if it names one. Other classes have sites
+    with the same names (FLUX.2, HunyuanVideo and AuraFlow share FLUX.1's)."""
     known = kind.components.get(kind.denoiser)
     classes = {ancestor.__name__ for ancestor in type(getattr(pipeline, kind.denoiser)).__mro__}
     return known is None or known.name in classes
 
 
 def check_parts(pipeline: Any, kind: Architecture) -> None:
-    """Raise :class:`IterisError` where a part is missing without which no picture is made."""
+    """Raise :class:`IterisError` if a component that drawing needs is missing."""
     name = type(pipeline).__name__
     for part, value in pipeline.components.items():
         needed = part in (kind.denoiser, "scheduler", "text_encoder", "tokenizer")
@@ -108,9 +109,9 @@ def check_parts(pipeline: Any, kind: Architecture) -> None:
 def read_lora(
     pipeline: Any, sites: Mapping[str, nn.Module], path: Path, options: ReadOptions | None = None
 ) -> Lora:
-    """Every layout that :mod:`..lora_files` knows, scale folded in, float32.
+    """Read any layout that :mod:`..lora_files` knows, scale folded in, float32.
 
-    Raises :class:`LoraFileError` naming the file, the key and both shapes where it does not fit.
+    Raises :class:`LoraFileError` with the file, the key and both shapes if it does not fit.
     """
 
     def weight(site: str) -> Tensor:
@@ -127,10 +128,9 @@ def read_lora(
 
 
 def single_file_pipeline(path: Path) -> Any:
-    """The pipeline's class, told by diffusers' own detection from the names and shapes of the
-    tensors, of which none is read. Where no record of ours has it, the class stands in the released
-    model's configuration on the hub. Raises :class:`IterisError` for what diffusers loads no
-    pipeline from."""
+    """The pipeline's class, detected by diffusers from tensor names and shapes; no tensor is read.
+    If no built-in record has it, the class comes from the released model's configuration on the
+    hub. Raises :class:`IterisError` if diffusers cannot load a pipeline from the file."""
     import diffusers
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -152,7 +152,7 @@ def single_file_pipeline(path: Path) -> Any:
     pipeline = getattr(diffusers, configured.get("_class_name", ""), None)
     if not hasattr(pipeline, "from_single_file") or not hasattr(pipeline, "load_lora_weights"):
         raise BaseError(
-            f"{path} is a checkpoint of the kind {model_type!r}, from which diffusers loads no "
-            "pipeline that LoRAs can be merged on; give a folder with the whole pipeline."
+            f"{path} is a checkpoint of type {model_type!r}, from which diffusers loads no "
+            "pipeline that supports merging; give a folder with the whole pipeline."
         )
     return pipeline

@@ -1,4 +1,4 @@
-"""A modular pipeline of diffusers, called as any other pipeline is."""
+"""A modular diffusers pipeline, made callable like any other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 class ModularFunction:
     """The blocks of a ``ModularPipeline`` as one function of keyword arguments.
 
-    ``names`` are these arguments: the inputs of the blocks, and ``guidance_scale`` where a guider
-    has it. A call sets it on that guider, which the caller puts back. Blocks run without gradients,
-    up to the end of the denoising; one that only writes the prompt anew is left out.
+    ``names`` are these arguments: the inputs of the blocks, and ``guidance_scale`` if a guider has
+    it. A call sets the scale on the guider; the caller restores it. Blocks run without gradients,
+    up to the end of the denoising; a block that only rewrites the prompt is skipped.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -54,7 +54,7 @@ class ModularFunction:
         return [block for block in blocks if block.intermediate_output_names != ["prompt"]]
 
     def prepared(self, pipeline: Any) -> tuple[dict[str, int], Tensor | None]:
-        """The sides in pixels, and the latents, of the last call; None where no block makes any."""
+        """The sides in pixels and the latents of the last call; None if no block makes any."""
         sides = {
             name: self._state.get(name) or getattr(pipeline, f"default_{name}", None)
             for name in ("height", "width")
@@ -67,12 +67,12 @@ def _parameter(name: str, default: Any) -> Parameter:
 
 
 def is_modular(pipeline: Any) -> bool:
-    """True for a pipeline that is made of blocks."""
+    """True for a pipeline made of blocks."""
     return hasattr(pipeline, "_blocks")
 
 
 def progress_bars(pipeline: Any) -> Iterator[Any]:
-    """What shows a progress bar: the pipeline, or each of its loops."""
+    """The objects that show a progress bar: the pipeline, or each of its loops."""
     yield from _loops(pipeline._blocks) if is_modular(pipeline) else [pipeline]
 
 

@@ -1,4 +1,4 @@
-"""The rows of a pipeline: calls of its denoiser while it denoises under each concept's LoRA."""
+"""The rows of a pipeline: its denoiser's calls while it denoises under each concept's LoRA."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .protocol import DENOISING, Tick
 from .recorded import Call, differ, entries
 from .rows import drawn_steps
 
-_BATCH = 16  # prompts of one run of the pipeline
+_BATCH = 16  # prompts per run of the pipeline
 
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """``each`` rows of every sample, in the samples' order. ``moving`` has the arguments that are
-    others at every step, (rows, …); ``ran`` is the number of the denoiser among ``names``."""
+    """``each`` rows per sample, in the samples' order. ``moving`` holds the arguments that change
+    with the step, (rows, …); ``ran`` is each row's denoiser, as an index into ``names``."""
 
     each: int
     moving: dict[str, Tensor]
@@ -39,8 +39,8 @@ class RecordedRows:
         return {path: value[row] for path, value in self.moving.items()}
 
     def picture(self, drawn: Set[str]) -> Sequence[int] | None:
-        """(…, height, width) of the one argument that is ``drawn``, where it has channels first, or
-        a token for each of a square's patches."""
+        """(…, height, width) of the single ``drawn`` argument, if it has channels first, or one
+        token per patch of a square."""
         shapes = [tuple(self.moving[path].shape[1:]) for path in drawn]
         if len(shapes) != 1:
             return None
@@ -51,7 +51,8 @@ class RecordedRows:
         return shape[1:] if len(shape) >= 3 else None
 
     def patches(self, drawn: Set[str], denoiser: Any) -> Sequence[int]:
-        """Sides of a token's patch, in the units of :meth:`picture`: packed latents are tokens."""
+        """Sides of a token's patch, in the units of :meth:`picture`; packed latents are already
+        tokens."""
         packed = any(self.moving[path].ndim == 3 for path in drawn)
         return (1,) if packed else sorted(set(token_sides(denoiser)))
 
@@ -72,14 +73,14 @@ def record_rows(
     generator: torch.Generator,
     tick: Tick,
 ) -> RecordedRows:
-    """Run the pipeline on every prompt under its concept's LoRA, and keep what its denoiser gets at
-    some of the steps. With ``latents="noise"`` the denoiser does not run, and every step gets the
-    noise that the first one had."""
+    """Run the pipeline on every prompt under its concept's LoRA, and record its denoiser's
+    arguments at some of the steps. With ``latents="noise"`` the denoiser does not run, and every
+    step gets the first step's noise."""
     generators = list(_generators(len(prompts), arguments.numbers, generator))
     picks = drawn_steps(len(prompts), calibration, arguments.steps, generator)
     mine = lockstep.processes.mine(len(prompts))
     runs = list(_runs(mine, owners, _BATCH if arguments.alike else 1))
-    steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last one is not run
+    steps = [len(rows) * int(picks[rows].max()) for rows in runs]  # the last step does not run
     noise = calibration.latents == "noise"
 
     def report(done: int) -> None:
@@ -106,8 +107,8 @@ def record_rows(
 
 
 def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterator[torch.Generator]:
-    """One for each sample, as if one draw had made the noise of all; ``generator`` goes on behind
-    it."""
+    """One generator per sample, as if a single draw had made all noise; ``generator`` continues
+    after it."""
     for _ in range(count):
         own = torch.Generator()
         own.set_state(generator.get_state())
@@ -116,15 +117,15 @@ def _generators(count: int, numbers: int, generator: torch.Generator) -> Iterato
 
 
 def _runs(rows: Sequence[int], owners: Sequence[int], most: int) -> Iterator[list[int]]:
-    """``rows`` of one concept, at most so many at a time."""
+    """``rows`` of one concept in groups of at most that size."""
     for _, own in groupby(rows, key=owners.__getitem__):
         some = list(own)
         yield from (some[start : start + most] for start in range(0, len(some), most))
 
 
 class _Record:
-    """``picks`` are the steps that are kept, (samples, T), ascending; ``report`` is given how many
-    steps of samples are done."""
+    """``picks`` are the steps to keep, (samples, T), ascending; ``report`` gets the number of
+    finished sample steps."""
 
     def __init__(
         self,
@@ -141,14 +142,15 @@ class _Record:
         self._ran = torch.zeros(picks.shape, dtype=torch.int64)
 
     def begin(self, rows: Sequence[int], before: int) -> None:
-        """Begin a run of the pipeline on the samples ``rows``, after so many steps of others."""
+        """Begin a run of the pipeline on the samples ``rows``, after that many steps of earlier
+        runs."""
         self._rows, self._before = rows, before
         self._step = -1
         self._time: Call = {}
         self._first: Call = {}
 
     def see(self, name: str, call: Call, run: Callable[[], Any]) -> Any:
-        """Keep one call of a denoiser."""
+        """Record one call of a denoiser."""
         rows = list(self._rows)
         self._report(self._before + len(rows) * (self._step + 1))
         time = {path: call[path] for path in self._arguments.timed}
@@ -178,7 +180,7 @@ class _Record:
                 self._ran[row, slot] = self._names.index(name)
 
     def rows(self, lockstep: Lockstep) -> RecordedRows:
-        """The rows that all processes have kept."""
+        """The rows that all processes recorded."""
         paths = sorted(self._kept)
         lockstep.processes.add_up([*(self._kept[path] for path in paths), self._ran])
         moving = {path: self._kept[path].flatten(0, 1) for path in paths}

@@ -1,4 +1,4 @@
-"""The size of the pictures that a pipeline draws: the rule of :mod:`.sizes` in pixels."""
+"""The image size for a pipeline: the rule of :mod:`.sizes` in pixels."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .sizes import FRAMES, MOST_PIXELS, PICTURE_TOKENS, default_size, middle_pat
 _SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _FRAME_SCALES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 _PIXEL_STEP = 32
-"""Sides in pixels that every pipeline takes are multiples of it."""
+"""Every pipeline accepts sides in pixels that are multiples of this."""
 
 
 def pipeline_size(
     loop: PipelineLoop, calibration: Calibration, prompt: str
 ) -> tuple[dict[str, int], int]:
-    """Height, width and frames to ask a pipeline for, and how many numbers of noise a row has then.
+    """Height, width and frames to request from a pipeline, and the count of noise numbers per row.
 
-    ``prompt`` is any.
+    ``prompt`` can be any prompt.
     """
     size: dict[str, int] = {}
     if "num_frames" in loop.names:
@@ -36,7 +36,7 @@ def pipeline_size(
     sides, latents = _prepared(loop, size, prompt)
     if calibration.latent_size is None and {"height", "width"} <= sides.keys():
         own = sides["height"], sides["width"]
-        # The rule, with pixels for latents.
+        # The rule, with pixels in place of latents.
         tokens = _tokens(loop, latents, size.get("num_frames", 1))
         patch = max(round(math.sqrt(own[0] * own[1] / tokens)), 1)
         smaller = default_size(1, patch, own, _PIXEL_STEP)
@@ -44,23 +44,22 @@ def pipeline_size(
         if large and "height" in loop.names:
             size |= dict(zip(("height", "width"), smaller, strict=True))
             _, latents = _prepared(loop, size, prompt)
-    packed = latents.ndim == 2  # without a dimension of the batch
+    packed = latents.ndim == 2  # without a batch dimension
     return size, latents.numel() if packed else latents[0].numel()
 
 
 def _least_frames(pipeline: Any) -> int:
-    """The frames of the shortest video that a pipeline makes, if it has a bound."""
+    """The frames of the shortest video that a pipeline supports, if it has a limit."""
     return math.ceil(getattr(pipeline, "min_duration", 0) * getattr(pipeline, "fps", 0))
 
 
 def _prepared(
     loop: PipelineLoop, size: Mapping[str, int], prompt: str
 ) -> tuple[dict[str, int], Tensor]:
-    """The size that the pipeline passes to its ``prepare_latents``, and the latents it gets."""
+    """The size that the pipeline passes to its ``prepare_latents``, and the latents that it
+    returns."""
     pipeline, kept = loop.pipeline, list[Any]()
-    unknown = BaseError(
-        f"{type(pipeline).__name__} makes its latents in a way that is not known here."
-    )
+    unknown = BaseError(f"{type(pipeline).__name__} makes its latents in an unsupported way.")
     if loop.modular is not None:
         loop.first_call([prompt], size)
         sides, latents = loop.modular.prepared(pipeline)
@@ -89,8 +88,8 @@ def _prepared(
 
 
 def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
-    """Tokens of one frame at the block in the middle."""
-    if latents.ndim < 4:  # packed; of a video with all frames
+    """Tokens of one frame at the middle block."""
+    if latents.ndim < 4:  # packed; for a video, with all frames
         names = (getattr(loop.pipeline, name, 0) for name in _FRAME_SCALES)
         scale = next((int(s) for s in names if s), 1)
         return latents.shape[-2] / ((frames - 1) // scale + 1)
@@ -99,8 +98,8 @@ def _tokens(loop: PipelineLoop, latents: Tensor, frames: int) -> float:
 
 
 def token_sides(denoiser: Any) -> list[int]:
-    """The latents that a side of a token covers, in each transformer block of a UNet, or in all
-    blocks of a transformer."""
+    """Latents per token side, in each transformer block of a UNet, or in all blocks of a
+    transformer."""
     if "block_out_channels" in denoiser.config:
         middle = getattr(denoiser, "mid_block", None)
         levels = unet_levels((*denoiser.down_blocks, middle, *denoiser.up_blocks))

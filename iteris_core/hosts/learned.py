@@ -1,4 +1,4 @@
-"""The words of a concept's prompts that call for the embeddings of its LoRA file."""
+"""The words in a concept's prompts that refer to the embeddings of its LoRA file."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class EmbeddingRef:
-    """``name`` is the embedding that a word calls for; ``vector`` which of its vectors (None: all
-    of them)."""
+    """``name`` is the embedding to which a word refers; ``vector`` selects one of its vectors
+    (None: all)."""
 
     name: str
     vector: int | None = None
 
     def of(self, vectors: Tensor) -> Tensor:
-        """The part of ``vectors`` that the word calls for."""
+        """The part of ``vectors`` to which the word refers."""
         return vectors if self.vector is None else vectors[self.vector : self.vector + 1]
 
 
 @dataclass(frozen=True)
 class EmbeddingTriggers:
-    """The triggers of one concept. ``embeddings`` are those that its words call for, ``words`` in
-    lower case.
+    """The triggers of one concept. ``embeddings`` are those to which its words refer; ``words`` are
+    in lower case.
 
-    ``loaded`` are embeddings that the user has put into the text encoders by hand, which stay as
-    they are; ``uncalled`` those for which no prompt calls. ``by_trigger`` is the trigger, where it
-    is taken for the only embedding, which no prompt names.
+    ``loaded`` are embeddings that the user already loaded into the text encoders; they stay as they
+    are. ``uncalled`` are those that no prompt uses. ``by_trigger`` is the trigger, if it stands for
+    the only embedding because no prompt names that.
     """
 
     words: Mapping[str, EmbeddingRef] = field(default_factory=dict[str, EmbeddingRef])
@@ -46,13 +46,14 @@ class EmbeddingTriggers:
     by_trigger: str = ""
 
     def replaced(self, prompt: str, say: Callable[[str, EmbeddingRef], str]) -> str:
-        """``prompt`` with what ``say(word, call)`` gives in the place of every word that calls."""
+        """``prompt`` with every word that refers to an embedding replaced by ``say(word,
+        call)``."""
         if not self.words:
             return prompt
         return _any_of(self.words).sub(lambda m: say(m[0], self.words[m[0].lower()]), prompt)
 
     def renamed(self, phrase: str, names: Mapping[str, str]) -> str:
-        """``phrase`` with the embeddings called by ``names``, as in a merged file."""
+        """``phrase`` with the embeddings' new ``names``, as in a merged file."""
         others = self.replaced(phrase, lambda word, call: "")
 
         def say(word: str, call: EmbeddingRef) -> str:
@@ -64,7 +65,7 @@ class EmbeddingTriggers:
         return self.replaced(phrase, say)
 
     def notes(self, in_force: Set[str]) -> list[str]:
-        """Notes for the report; the host has put the embeddings ``in_force`` into force."""
+        """Notes for the report; the host activated the embeddings ``in_force``."""
         notes: list[str] = []
         for name in in_force:
             words = [word for word, call in self.words.items() if call.name == name]
@@ -74,8 +75,8 @@ class EmbeddingTriggers:
         return [*notes, *(f"its embedding {name} is in the base already" for name in self.loaded)]
 
     def warnings(self, in_force: Set[str]) -> list[str]:
-        """Sentences on embeddings that are not in force: without one the LoRA is not what it was
-        trained to be, and its features are others."""
+        """Warnings about inactive embeddings: without its embedding a LoRA does not behave as
+        trained, and its features are wrong."""
         warnings: list[str] = []
         odd = [name for name in self.embeddings if name not in in_force]
         if odd:
@@ -98,19 +99,18 @@ class EmbeddingTriggers:
 def embedding_triggers(
     concept: Concept, learned: Callable[[str], Set[str]] = lambda _: set()
 ) -> EmbeddingTriggers:
-    """The ways in which prompts of ``concept`` call for its file's embeddings: by name, as
-    ``<name>`` or as ``embedding:name``; the tokens ``<s0><s1>…`` of pivotal tuning call for the
-    vectors of the only embedding; and where no prompt names the only one, the trigger stands for
-    it.
+    """How prompts of ``concept`` refer to its file's embeddings: by name, as ``<name>`` or as
+    ``embedding:name``. The tokens ``<s0><s1>…`` of pivotal tuning refer to the vectors of a single
+    embedding. If no prompt names a single embedding, the trigger stands for it.
 
-    ``learned`` is the host's: embeddings in a prompt that the text encoders know already.
+    ``learned`` comes from the host: embeddings in a prompt that the text encoders already know.
     """
     brought = concept.lora.embeddings if concept.lora is not None else {}
     if not brought:
         return EmbeddingTriggers()
     texts = list(concept.phrases if concept.prompts is None else concept.prompts)
     known = {name for text in texts for name in learned(text)}
-    # A class word says what kind of thing it is; a file that is called so as well does not own it.
+    # A class word is a common noun; a file of the same name does not own it.
     kind = {word.lower() for word in concept.class_word.split()}
     words: dict[str, EmbeddingRef] = {}
     loaded: list[str] = []
@@ -136,7 +136,7 @@ def embedding_triggers(
         else:
             uncalled.append(name)
     trigger = concept.trigger.strip().lower()
-    trigger = "" if trigger.startswith("embedding:") else trigger  # names another
+    trigger = "" if trigger.startswith("embedding:") else trigger  # names another embedding
     taken = len(brought) == 1 == len(uncalled) and trigger and _said([trigger], texts)
     if taken and not known:
         return EmbeddingTriggers({trigger: EmbeddingRef(uncalled[0])}, brought, by_trigger=trigger)
@@ -147,9 +147,9 @@ def embedding_triggers(
 
 @dataclass
 class Encoder:
-    """A text encoder, with the ``tokenizer`` that has this ``name`` beside it. Embeddings have
-    vectors for it under the names of ``parts``, or of its ``width``; ``vectors`` are those that it
-    was given, by the word that stands for them."""
+    """A text encoder, with its ``tokenizer`` called ``name``. Its vectors in an embedding are found
+    by the names in ``parts``, or by its ``width``; ``vectors`` are those it received, by the word
+    that stands for them."""
 
     tokenizer: Any
     parts: Set[str]
@@ -160,8 +160,8 @@ class Encoder:
 
 
 def give(encoders: Sequence[Encoder], word: str, parts: Parts) -> bool:
-    """Give the vectors of an embedding to the text encoders that take them, by name, else by their
-    width, and say whether one does."""
+    """Give an embedding's vectors to the text encoders that match by name, otherwise by width.
+    Returns True if one does."""
     for part, vectors in parts.items():
         named = [encoder for encoder in encoders if part in encoder.parts]
         anywhere = encoders if part == ANY or len(parts) == 1 else []
@@ -172,17 +172,18 @@ def give(encoders: Sequence[Encoder], word: str, parts: Parts) -> bool:
 
 
 def placeholder(number: int, start: str = "iterisword") -> str:
-    """A word for a tokenizer: small letters, which no cleaning of prompts touches."""
+    """A placeholder word for a tokenizer: lower-case letters, which prompt cleaning leaves
+    alone."""
     return start + "".join(chr(ord("a") + number // 26**place % 26) for place in (2, 1, 0))
 
 
 class Placeholders:
-    """``placeholders(owner, prompt)`` is what a tokenizer is to be given for a prompt of a concept,
-    with a mark in the place of each word that calls for an embedding; two concepts may bring one
-    name.
+    """``placeholders(owner, prompt)`` is a concept's prompt for a tokenizer, with a mark in place
+    of each word that refers to an embedding. Marks keep concepts apart that use the same name.
 
-    ``encoders`` are given the vectors, by mark; words of which none takes any stay as they are.
-    ``words`` are the others, by mark, and ``in_force`` the names of their embeddings, by concept.
+    ``encoders`` receive the vectors by mark; words for which no encoder takes vectors stay as they
+    are. ``words`` maps marks to the other words; ``in_force`` lists the names of their embeddings
+    by concept.
     """
 
     def __init__(self, triggers: Sequence[EmbeddingTriggers], encoders: Sequence[Encoder]) -> None:
@@ -199,7 +200,7 @@ class Placeholders:
         self.words = {mark: word for (_, word), mark in self._marks.items()}
 
     def __call__(self, owner: int, prompt: str, spell: Callable[[str], str] = str) -> str:
-        """``spell`` says how a mark is written."""
+        """``spell`` formats a mark."""
         if owner >= len(self._triggers):
             return prompt
 
@@ -211,16 +212,16 @@ class Placeholders:
 
 
 def _spellings(name: str) -> list[str]:
-    """The words that call for an embedding of that name, in lower case."""
+    """The words that refer to an embedding of that name, in lower case."""
     core = name.strip("<>").lower()
     words = [name.lower(), f"<{core}>", core, f"embedding:{name.lower()}", f"embedding:{core}"]
-    # Of a name such as "<>" no word is left: it would stand in every gap.
+    # A name such as "<>" leaves an empty word, which would match everywhere.
     return [word for word in dict.fromkeys(words) if word.removeprefix("embedding:").strip()]
 
 
 def _said(words: Iterable[str], texts: Sequence[str]) -> dict[str, str]:
-    """The ``words`` that stand in the texts, as they are spelled there first; where one is
-    part of another, the longer one counts."""
+    """The ``words`` that occur in the texts, in their first spelling there; if one is part of
+    another, the longer one wins."""
     pattern = _any_of(words)
     spellings: dict[str, str] = {}
     for text in texts:
@@ -235,7 +236,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 def _as_word(word: str) -> str:
-    """A pattern of ``word``, not within another one, or a path."""
+    """A pattern for ``word``, not inside another word or a path."""
     before = r"(?<![\w/<-])(?<!embedding:)" if re.match(r"[\w-]", word) else ""
     after = r"(?![\w-]|\.\w)" if re.search(r"[\w-]$", word) else ""
     return f"{before}{re.escape(word)}{after}"

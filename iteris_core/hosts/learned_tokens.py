@@ -1,8 +1,8 @@
-"""Embeddings in force on a pipeline whose texts go through tokenizers of transformers.
+"""Activates learned embeddings on a pipeline with transformers tokenizers.
 
-No weight is resized and nothing of the pipeline's tokenizers or text encoders is changed: while
-this lasts the pipeline has copies of its tokenizers, which know one token more for each vector, and
-the forwards of the text encoders' token embeddings answer for those.
+No weight is resized, and the pipeline's tokenizers and text encoders do not change. Within the
+context the pipeline uses copies of its tokenizers with one extra token per vector, and the forwards
+of the token embeddings return the vectors for those.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _TOKEN = "iterisvector"
 
 @contextmanager
 def in_force(pipeline: Any, triggers: Sequence[EmbeddingTriggers]) -> Generator[Placeholders]:
-    """The embeddings that ``triggers``, one of each concept, are put in force on ``pipeline``.
+    """Activate the embeddings of ``triggers``, one per concept, on ``pipeline``.
 
-    Two concepts may bring one name with different vectors. A text encoder for which an embedding
-    has no vectors reads the word as it stands there.
+    Two concepts may use the same name for different vectors. A text encoder for which an embedding
+    has no vectors reads the word itself.
     """
     encoders = _encoders(pipeline)
     placeholders = Placeholders(triggers, encoders)
@@ -40,8 +40,8 @@ def in_force(pipeline: Any, triggers: Sequence[EmbeddingTriggers]) -> Generator[
 
 @contextmanager
 def _taught(pipeline: Any, encoder: Encoder, plain: Mapping[str, str]) -> Generator[None]:
-    """The pipeline with a tokenizer that knows the encoder's words, and the encoder with their
-    vectors; a word without vectors is read as it is in ``plain``."""
+    """Context: the pipeline has a tokenizer that knows the encoder's words, and the encoder their
+    vectors; a word without vectors is read as in ``plain``."""
     tokenizer, name = copy.deepcopy(encoder.tokenizer), encoder.name
     said = dict(plain)
     tokens: list[str] = []
@@ -53,7 +53,7 @@ def _taught(pipeline: Any, encoder: Encoder, plain: Mapping[str, str]) -> Genera
         tokenizer.add_tokens(tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
     tokenizer.__class__ = _reading(type(tokenizer), said)
-    # Not by setattr, which enters the class of what is set into the pipeline's configuration.
+    # Not setattr, which would write the new class into the pipeline's configuration.
     pipeline.__dict__[name] = tokenizer
     with ExitStack() as stack:
         stack.callback(pipeline.__dict__.update, {name: encoder.tokenizer})
@@ -65,7 +65,8 @@ def _taught(pipeline: Any, encoder: Encoder, plain: Mapping[str, str]) -> Genera
 
 
 def _reading(kind: type, said: Mapping[str, str]) -> type:
-    """The tokenizer class ``kind``, which reads what ``said`` says in the place of its keys."""
+    """A subclass of the tokenizer class ``kind`` that reads the values of ``said`` in place of its
+    keys."""
     pattern = re.compile("|".join(sorted(said, key=len, reverse=True)))
 
     def read(text: Any) -> Any:
@@ -88,8 +89,7 @@ def _reading(kind: type, said: Mapping[str, str]) -> type:
 def _answering(
     ids: Tensor, vectors: Tensor, forward: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """The forward of a token embedding that gives ``vectors`` for ``ids``, which it has no rows
-    for."""
+    """The forward of a token embedding that returns ``vectors`` for ``ids`` beyond its rows."""
 
     def answered(tokens: Tensor) -> Tensor:
         equal = tokens[..., None] == ids.to(tokens.device)
@@ -117,7 +117,7 @@ def _encoders(pipeline: Any) -> list[Encoder]:
         parts: Set[str] = {"t5xxl", "umt5xxl"} if "T5" in kind else set()
         if kind.startswith("CLIP"):
             clips += 1
-            # Of SDXL's refiner, and of Hunyuan Video, the second is the only one.
+            # SDXL's refiner and Hunyuan Video have only the second one.
             parts = {"clip_g"} if clips == 2 else {"clip_l", "clip_h"}
             parts |= {"clip_g"} if end and clips == 1 else set()
         width: int = _token_embeddings(model)[0].weight.shape[-1]
@@ -126,7 +126,7 @@ def _encoders(pipeline: Any) -> list[Encoder]:
 
 
 def _token_embeddings(model: Any) -> list[Any]:
-    """The module that looks up a model's tokens; and others with its weight, as T5 has."""
+    """The module that embeds a model's tokens, and others that share its weight, as in T5."""
     first = model.get_input_embeddings()
     shared = [
         module

@@ -1,4 +1,4 @@
-"""A host of what people have in hand: a pipeline of diffusers, a model of transformers."""
+"""A host for a diffusers pipeline or a transformers model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .transformers import TransformersHost
 
 
 def host_of(model: Any) -> Host:
-    """A host as it is, else a new one with its defaults. Raises :class:`SettingsError` for what is
-    neither a pipeline nor a model."""
+    """A host unchanged, or a new host with defaults for a pipeline or model. Raises
+    :class:`SettingsError` for anything else."""
     if callable(getattr(model, "stages", None)):
         return model
     if isinstance(getattr(model, "components", None), Mapping):
@@ -23,6 +23,6 @@ def host_of(model: Any) -> Host:
     if isinstance(model, nn.Module) and hasattr(model, "config"):
         return TransformersHost(model)
     raise SettingsError(
-        f"{type(model).__name__} does not run a base model; pass a pipeline of diffusers, a model "
-        "of transformers, or a host of one."
+        f"{type(model).__name__} does not run a base model; pass a diffusers pipeline, a "
+        "transformers model, or a host for one."
     )

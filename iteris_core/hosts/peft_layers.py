@@ -1,7 +1,7 @@
-"""Adapters of peft that a model has loaded: what each of them changes, and the model without them.
+"""peft adapters loaded in a model: the change of each, and the model without them.
 
-peft puts a layer of its own in the place of each that an adapter changes. No weight is touched
-here: the base's own layers take their places back for a while.
+peft replaces each layer that an adapter changes with its own. No weight is touched here: the base's
+own layers are temporarily put back.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from ..lora_files.factors import Factors
 from ..lora_files.rebuild import rebuild
 
 Layers = Mapping[str, Any]
-"""Name in the model → the layer of peft there."""
+"""Name in the model → peft's layer there."""
 
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:
-    """All of a model. Raises :class:`ModelStateError` where an adapter is merged into weights."""
+    """All peft layers of a model. Raises :class:`ModelStateError` if an adapter is merged into
+    weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in layers.items():
         if layer.merged:
             raise ModelStateError(
-                f"Adapters are merged into the weight of {name}; take them out first "
+                f"Adapters are merged into the weight of {name}; remove them first "
                 "(model.unmerge_adapter(), pipeline.unfuse_lora())."
             )
     return layers
@@ -42,9 +43,9 @@ def peft_layers(model: nn.Module) -> dict[str, Any]:
 def without_adapters(
     models: Sequence[nn.Module], biased: Collection[Any] = ()
 ) -> Generator[Mapping[nn.Module, Any]]:
-    """While it is entered ``models`` are as they were before peft came, but for the layers of peft
-    in ``biased``, whose place a layer takes that has its bias as the weights of a further input,
-    always 1. It gives base layer → layer of peft."""
+    """Context in which ``models`` are as they were before peft. Exception: a peft layer in
+    ``biased`` is replaced by a layer with its bias as the weights of an extra input that is always
+    1. Yields base layer → peft layer."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     places: list[tuple[nn.Module, str, Any, nn.Module]] = []
@@ -78,26 +79,26 @@ def has_bias(layer: Any, name: str) -> bool:
 
 
 def change_of(layer: Any, place: str, name: str, site: nn.Module) -> LowRank | None:
-    """The change of the adapter ``name`` at ``site``, the base layer of ``layer``, at the strength
-    that it has there; None where it changes nothing.
+    """The change of the adapter ``name`` at ``site``, the base layer of ``layer``, at its current
+    strength; None if it changes nothing.
 
-    float32, exact: of a DoRA with the rank of the weight. With a further input of ``site`` (see
-    :func:`without_adapters`) the adapter's bias is its column. Raises :class:`LoraFileError`,
-    naming ``place``, for what is no LoRA of a linear layer or a convolution.
+    float32 and exact; a DoRA has the rank of the weight. If ``site`` has an extra input (see
+    :func:`without_adapters`), that column is the adapter's bias. Raises :class:`LoraFileError`,
+    naming ``place``, for anything but a LoRA of a linear layer or a convolution.
     """
     known = getattr(layer, "lora_A", {})
     if name not in known or hasattr(layer, "parameter_name"):
         if any(name in getattr(layer, kind) for kind in layer.adapter_layer_names):
             raise LoraFileError(
-                f"Adapter {name!r} changes {place} as a {type(layer).__name__}, no LoRA of a "
+                f"Adapter {name!r} changes {place} as a {type(layer).__name__}, not as a LoRA of a "
                 "linear layer or a convolution; it cannot be merged."
             )
         return None
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None and not type(variant).__name__.startswith("Dora"):
         raise LoraFileError(
-            f"Adapter {name!r} is of another kind at {place} ({type(variant).__name__}); LoRA and "
-            "DoRA are merged."
+            f"Adapter {name!r} has an unsupported type at {place} ({type(variant).__name__}); only "
+            "LoRA and DoRA can be merged."
         )
     up, down = layer.lora_B[name], layer.lora_A[name]
     parts = {"up": _stored(up.weight), "down": _stored(down.weight)}
@@ -130,7 +131,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _with_one(layer: Any, place: str) -> nn.Linear:
-    """``layer`` with its bias as the weights of a further input, which is always 1."""
+    """``layer`` with its bias as the weights of an extra input that is always 1."""
     if isinstance(layer, nn.Conv2d):
         raise LoraFileError(f"{place}: the bias of a convolution's adapter cannot be merged.")
     weight = _base_weight(layer, place)

@@ -1,8 +1,8 @@
 """The interface between a base model and the merge.
 
 A host is thin: it names the sites, reads LoRA files, makes samples and runs forwards. To add one,
-write a class with the members of :class:`Host`; nothing else has to change. A subclass of it has
-those that are given here as a host without prompts has them.
+write a class with the members of :class:`Host`; nothing else has to change. A subclass inherits the
+implementations given here, which suit a host without prompts.
 """
 
 from __future__ import annotations
@@ -28,33 +28,37 @@ Run = Callable[[Sequence[int], int], None]
 """``run(rows, copies)``: one forward, see :class:`Stage`."""
 
 Tick = Callable[[str, int, int], None]
-"""``tick(what, done, total)``: shows progress; what it raises ends the merge. What has no
-count has a ``total`` of 0."""
+"""``tick(what, done, total)`` shows progress; an exception raised in it ends the merge. ``total``
+is 0 for messages without a count."""
 
 DENOISING = "denoising steps"
-"""``what`` a host ticks while it denoises samples: a step of one sample is one."""
+"""The ``what`` of a host's ticks while it denoises samples; each step of one sample counts as
+one."""
 
 
 @dataclass(frozen=True)
 class Stage:
     """A part of the model that runs on its own, in execution order: an encoder, the denoiser.
 
-    ``concept_ids`` is the concept of every row, ascending. ``run(rows, copies)`` does one forward
-    on those rows, reference rows first, and then once more as merged rows if ``copies`` is 2.
-    ``sites`` are those of the wanted sites that it reaches. ``mask(site, rows)`` is (rows, tokens),
-    True where a token of the site's inputs counts (no padding); None where all do. ``feeds_next``
-    says that a later stage needs what all rows give: then every process of a merge runs all of
-    them, to their end, while the forwards of other stages may be left behind their last site.
-    ``spatial`` says that tokens are places of a picture, of which a LoRA may change a part.
-    ``picture`` is (…, height, width) of a row's latents (None: unknown). ``patches`` are the sides
-    of a token's patch, in latents: a transformer has one, a UNet one for each level. ``batch_keys``
-    is a kind for every row: only rows of one kind may share a forward (None: all may). ``lengths``
-    is the size of every row's inputs, in any unit: the longest row is the one whose memory is
-    measured (None: that with the most tokens by ``mask``, or the first). ``samples`` is how many
-    samples of a concept the rows are made from, of the concept with the fewest (None: as many as
-    the calibration says). ``rows`` are which of the samples' rows these are, where several stages
-    share them (None: all). ``gradients()`` is what a host wants entered where a part of the model
-    is going to be differentiated.
+    - ``concept_ids``: the concept of every row, ascending.
+    - ``run(rows, copies)``: one forward on these rows as reference rows, followed by the same rows
+      as merged rows if ``copies`` is 2.
+    - ``sites``: the requested sites that it reaches.
+    - ``mask(site, rows)``: (rows, tokens), True for tokens of the site's inputs that count (no
+      padding); None if all do.
+    - ``feeds_next``: a later stage needs the outputs of all rows. Every process of a merge then
+      runs all of them to the end; forwards of other stages may stop after their last site.
+    - ``spatial``: tokens are positions in an image, of which a LoRA may change a part.
+    - ``picture``: (…, height, width) of a row's latents (None: unknown).
+    - ``patches``: sides of a token's patch, in latents: one for a transformer, one per level for a
+      UNet.
+    - ``batch_keys``: a key per row; only rows with equal keys may share a forward (None: all may).
+    - ``lengths``: the size of every row's inputs, in any unit. Memory is measured on the longest
+      row (None: the one with the most tokens by ``mask``, or the first).
+    - ``samples``: the number of samples behind the rows, for the concept with the fewest (None: the
+      calibration's number).
+    - ``rows``: indices among the samples' rows, if several stages share them (None: all).
+    - ``gradients()``: a context to enter before differentiating a part of the model.
     """
 
     name: str
@@ -75,8 +79,8 @@ class Stage:
 
 class Host(Protocol):
     pictures: bool
-    """True if it makes pictures. There two concepts seldom compete for a place; two ways of writing
-    do for every word."""
+    """True for image models, in which two concepts rarely compete for the same region. In language
+    models they compete for every word."""
 
     def sites(self) -> Mapping[str, nn.Module]:
         """Every module that a LoRA may change, by site name."""
@@ -84,20 +88,20 @@ class Host(Protocol):
 
     def weight(self, site: str) -> torch.Tensor:
         """The weight of a site as forwards use it, float32, on the CPU. Raises :class:`BaseError`
-        where it cannot be read."""
+        if it cannot be read."""
         return plain_weight(site, self.sites()[site], "An extraction")
 
     def parameters(self) -> Mapping[str, nn.Module]:
-        """The module of every parameter that is no site's weight (biases, normalisations,
-        embeddings), by the parameter's name, such as ``unet.conv_in.bias``."""
+        """The module of every parameter that is not a site's weight (biases, normalisations,
+        embeddings), by parameter name, such as ``unet.conv_in.bias``."""
         return {}
 
     def parameter(self, name: str) -> torch.Tensor:
-        """The value of one of :meth:`parameters`, as :meth:`weight` gives those of sites."""
+        """The value of one of :meth:`parameters`, in the form of :meth:`weight`."""
         return plain_parameter(name, self.parameters()[name])
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """Read a file of any layout that the host's ecosystem knows."""
+        """Read a LoRA file in any layout that the host's ecosystem knows."""
         ...
 
     def samples(
@@ -109,22 +113,22 @@ class Host(Protocol):
         generator: torch.Generator,
         tick: Tick,
     ) -> Any:
-        """Make the rows on which features are collected; opaque to everybody but the host. With
+        """Make the rows on which features are collected; opaque outside the host. With
         ``lockstep.processes`` the work may be shared, but every process needs all rows."""
         ...
 
     def token_counts(
         self, prompts: Sequence[str], owners: Sequence[int] | None = None
     ) -> list[int]:
-        """The number of tokens of each prompt, with start and end but without padding; as prompts
-        of the concepts ``owners``, if they are given. Raises :class:`BaseError` where the host does
-        not work from prompts."""
+        """The number of tokens in each prompt, including start and end but not padding; ``owners``
+        are the prompts' concepts, if given. Raises :class:`BaseError` if the host does not work
+        from prompts."""
         raise BaseError(f"This method needs prompts; {type(self).__name__} has none.")
 
     def added(self, concepts: Sequence[Concept], calibration: Calibration) -> Sequence[Concept]:
-        """Further concepts of a merge, without a LoRA of their own: prompts, or inputs, that hold
-        the base where no concept is called for (``calibration.generic``), and behind them
-        composites (``calibration.composites``); none where there are none."""
+        """Extra concepts of a merge, without a LoRA of their own: generic prompts or inputs that
+        preserve the base (``calibration.generic``), followed by composites
+        (``calibration.composites``). May be empty."""
         return []
 
     def forward(self, samples: Any, rows: Sequence[int]) -> torch.Tensor:
@@ -132,21 +136,21 @@ class Host(Protocol):
         ...
 
     def learned(self, prompt: str) -> Set[str]:
-        """The embeddings in a prompt that were added to the text encoders' vocabulary (textual
-        inversion), by the names that call for them there."""
+        """Names in a prompt that refer to embeddings in the text encoders' vocabulary (textual
+        inversion)."""
         return set()
 
     def activate(
         self, triggers: Sequence[EmbeddingTriggers]
     ) -> AbstractContextManager[Sequence[Set[str]]]:
-        """While it is entered, prompts of a concept have the embeddings in force for which they
-        call; it gives the names of those that are, by concept."""
+        """Context in which each concept's prompts have their embeddings active; yields the names of
+        the active ones, by concept."""
         return nullcontext([set() for _ in triggers])
 
     def streams(self, sites: Set[str]) -> Mapping[str, nn.Module]:
         """Sites whose output is added to a residual stream, each with the module whose input is
-        that stream as it is. Those that are not among ``sites`` are advised as repair sites: a
-        change there takes out drift that the sites before have left (none: an empty mapping)."""
+        that stream. Those not among ``sites`` are suggested as repair sites: a change there removes
+        drift that earlier sites left. May be empty."""
         ...
 
     def stages(self, samples: Any, sites: Set[str]) -> Iterator[Stage]:
@@ -154,36 +158,36 @@ class Host(Protocol):
         ...
 
     def room(self, wanted: int) -> int:
-        """Bytes that the stage which was given last may take beyond the model. An application that
-        holds other things in memory first makes room for ``wanted`` bytes, as far as it can."""
+        """Bytes that the most recent stage may use beyond the model. An application that keeps
+        other data in memory first tries to free ``wanted`` bytes."""
         ...
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where peft's layers stand in place of the model's own, and as
-    :func:`check_uncompiled` does."""
+    """Raise :class:`IterisError` if peft's layers replace the model's own, or if it is compiled
+    (:func:`check_uncompiled`)."""
     check_uncompiled(model)
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ModelStateError(
-            f"{type(model).__name__} has adapters loaded; a merge needs the base model alone. "
-            "Unload them (pipeline.unload_lora_weights() or model.unload()), or load it again."
+            f"{type(model).__name__} has adapters loaded; a merge needs the plain base model. "
+            "Unload them (pipeline.unload_lora_weights() or model.unload()), or reload it."
         )
 
 
 def check_uncompiled(model: nn.Module) -> None:
-    """Raise :class:`IterisError` for what torch.compile has made: it does not see hooks that come
+    """Raise :class:`IterisError` for a model from torch.compile, which ignores hooks added
     later."""
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ModelStateError(
             f"{type(getattr(model, '_orig_mod', model)).__name__} is compiled (torch.compile), "
-            "which hides its layers. Load the pipeline again, and compile it after the merge."
+            "which hides its layers. Reload the pipeline, and compile it after the merge."
         )
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise :class:`IterisError` where dropout would make every forward another, where adapters
-    were put on the model since :func:`check_model`, and where diffusers offloads it by blocks:
-    while a row waits in a block, another one that leaves it takes the weights off the device."""
+    """Raise :class:`IterisError` if dropout would randomise forwards, if adapters were added since
+    :func:`check_model`, or if diffusers offloads the model by blocks: a row that leaves a block
+    would take its weights off the device while other rows still wait in it."""
     check_model(model)
     if any(_in_blocks(module) for module in model.modules()):
         raise ModelStateError(
@@ -193,8 +197,8 @@ def check_ready(model: nn.Module) -> None:
         )
     if model.training:
         raise ModelStateError(
-            f"{type(model).__name__} is in training mode, in which dropout makes its output "
-            "random; call its eval() first."
+            f"{type(model).__name__} is in training mode, so dropout randomises its output; call "
+            "its eval() first."
         )
 
 

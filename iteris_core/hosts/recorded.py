@@ -1,8 +1,8 @@
-"""Calls of a denoiser, kept while an application's own loop makes them, as rows to be run again.
+"""Denoiser calls, recorded while an application's own loop makes them, as rows to run again.
 
-Nothing is known of what the arguments mean. Some have an entry for every row of the batch, a tensor
-or a list; the others are shared. A row is its entries and what is shared; rows whose entries have
-equal shapes, and that share the same, can be joined to one call.
+The meaning of the arguments is unknown. Some, tensors or lists, have an entry for every row of the
+batch; the others are shared. A row consists of its entries and the shared arguments. Rows with
+entries of equal shapes and the same shared arguments can be joined into one call.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 from torch import Tensor, nn
 
 Axes = Mapping[str, int]
-"""Argument with an entry a row → the dimension in which it has them."""
+"""Argument with an entry per row → its batch dimension."""
 
 Call = dict[str, Any]
-"""Argument → value; of one that is a dictionary, ``argument.key`` → value."""
+"""Argument → value; a dictionary argument is flattened to ``argument.key`` → value."""
 
 See = Callable[[str, Call, Callable[[], Any]], Any]
-"""``see(denoiser, call, run)`` gives what the denoiser is to give; ``run()`` runs it."""
+"""``see(denoiser, call, run)`` returns the denoiser's output; ``run()`` runs the denoiser."""
 
 _see: ContextVar[See | None] = ContextVar("see", default=None)
-# Every greenlet has a context of its own: forwards that wait for each other do not mix.
+# Every greenlet has its own context, so interleaved forwards do not mix.
 
 
 @contextmanager
 def replaced_forward(
     module: nn.Module, replace: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Generator[None]:
-    """While it is entered, ``module`` runs what ``replace`` makes of its forward."""
-    # An own forward is there where something else has put it (offloading).
+    """Context in which ``module`` runs ``replace(forward)`` instead of its forward."""
+    # An instance forward exists if something else (offloading) set one.
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = replace(module.forward)
     try:
@@ -48,7 +48,7 @@ def replaced_forward(
 
 
 class Recorders:
-    """On the ``forward`` of denoisers, by name; taken off when the last who opened them is done."""
+    """Wraps the ``forward`` of denoisers, by name; removed when the last user is done."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
@@ -57,7 +57,7 @@ class Recorders:
 
     @contextmanager
     def open(self, see: See) -> Generator[None]:
-        """Forwards that are called in here, in this context, go through ``see``."""
+        """Context in which forwards called from it go through ``see``."""
         if not self._open:
             for name, module in self._modules.items():
                 self._on.enter_context(replaced_forward(module, partial(_through, name, module)))
@@ -75,7 +75,7 @@ class Recorders:
 def _through(name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(type(module).forward)
 
-    @wraps(forward)  # pipelines ask for its arguments
+    @wraps(forward)  # pipelines inspect its signature
     def through(*args: Any, **kwargs: Any) -> Any:
         see = _see.get()
         if see is None:
@@ -87,7 +87,7 @@ def _through(name: str, module: nn.Module, forward: Callable[..., Any]) -> Calla
 
 
 def _flat(arguments: Mapping[str, Any]) -> Call:
-    """``self`` left out; what ``**kwargs`` took stands beside the others."""
+    """Arguments without ``self``; those in ``**kwargs`` are listed like the others."""
     call: Call = {}
     for name, value in list(arguments.items())[1:]:
         if name == "kwargs":
@@ -100,7 +100,7 @@ def _flat(arguments: Mapping[str, Any]) -> Call:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """The keyword arguments that ``call`` was made from."""
+    """The keyword arguments from which ``call`` was made."""
     arguments: dict[str, Any] = {}
     for path, value in call.items():
         name, dot, key = path.partition(".")
@@ -112,8 +112,8 @@ def arguments_of(call: Call) -> dict[str, Any]:
 
 
 def batched_in(one: Call, two: Call) -> dict[str, int]:
-    """The arguments with an entry a row, and the dimension in which they have it, from a call of
-    one row and one of two."""
+    """The arguments with an entry per row, and their batch dimension, from a call with one row and
+    one with two."""
     axes = {path: _doubled(value, two.get(path)) for path, value in one.items()}
     return {path: axis for path, axis in axes.items() if axis is not None}
 
@@ -139,8 +139,8 @@ def _count(value: Any, axis: int) -> int:
 
 
 def entries(call: Call, batched: Axes, row: int) -> Call:
-    """One row of ``call``: of what is ``batched`` its entry, without the dimension of the batch. A
-    number for all rows is that of each."""
+    """One row of ``call``: its entry of each ``batched`` argument, without the batch dimension. A
+    single number applies to every row."""
     return {
         path: _entry(value, batched[path], row) if path in batched else value
         for path, value in call.items()
@@ -154,8 +154,8 @@ def _entry(value: Any, axis: int, row: int) -> Any:
 
 
 def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) -> Call:
-    """One call of ``rows``, which must be of one :func:`kind`; ``lists`` are those of ``batched``
-    that are no tensors."""
+    """Join ``rows`` of one :func:`kind` into one call; ``lists`` are the ``batched`` arguments that
+    are not tensors."""
     call: Call = {}
     for path, first in rows[0].items():
         if path not in batched:
@@ -170,8 +170,9 @@ def joined(rows: Sequence[Call], batched: Axes, lists: Set[str], device: Any) ->
 
 
 def kind(row: Call, batched: Axes, *, masks: bool = True) -> Hashable:
-    """Equal for rows that may share a call. With ``masks`` they also let as many entries pass:
-    some models pack what their rows' masks leave, and the shorter row would get padding."""
+    """A key that is equal for rows that may share a call. With ``masks``, their masks must also
+    pass the same number of entries: some models pack the unmasked entries, and a shorter row would
+    get padding."""
     return tuple(
         (path, _shape(value), masks and passed(value)) if path in batched else (path, _value(value))
         for path, value in sorted(row.items())
@@ -179,14 +180,14 @@ def kind(row: Call, batched: Axes, *, masks: bool = True) -> Hashable:
 
 
 def passed(value: Any) -> int | None:
-    """The number of entries of a row that a mask lets pass; None for what is no mask."""
+    """The number of entries in a row that a mask passes; None if it is not a mask."""
     if not isinstance(value, Tensor) or not value.ndim or value.is_floating_point():
         return None
     return int(value.sum()) if bool(((value == 0) | (value == 1)).all()) else None
 
 
 def size(row: Call) -> int:
-    """The number of elements in the entries of a row."""
+    """The number of elements in a row's entries."""
     return sum(value.numel() for value in row.values() if isinstance(value, Tensor))
 
 

@@ -1,6 +1,6 @@
-"""The rows of a host that works from prompts: which text, and what the denoiser sees.
+"""The rows of a host that works from prompts: their texts and latents.
 
-The host of diffusers and that of ComfyUI make the same ones from the same seed.
+The diffusers and ComfyUI hosts make the same rows from the same seed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
 
 GENERIC = "generic"
-"""The name of the concept of generic prompts."""
+"""The name of the generic-prompt concept."""
 _REPEATS = 2
-"""A prompt counts so often, with other noise each time."""
+"""How often a prompt counts, with new noise each time."""
 _DENOISED_ALIKE = 16
-"""So many samples of a concept denoise the same prompt as it is."""
+"""Most samples of a concept that denoise the same prompt unchanged."""
 _PRESERVED_ROWS = 0.4
-"""Rows of a concept without a LoRA, as a share of those of one that has one."""
+"""Rows of a concept without a LoRA, as a share of the rows of one with a LoRA."""
 
 
 @dataclass(frozen=True)
 class TextRows:
     """Rows sorted by concept. ``text_owners`` and ``texts`` list the distinct (concept, prompt)
-    pairs, and ``text_rows`` says which of them each row uses; ``owners`` is the concept of each,
-    and ``latent_rows`` the number of the latent that it has: those of concepts without a LoRA have
-    latents of others."""
+    pairs; ``text_rows`` gives each row's index into them. ``owners`` is each row's concept and
+    ``latent_rows`` the index of its latent; concepts without a LoRA use latents of others."""
 
     owners: Sequence[int]
     text_rows: Sequence[int]
@@ -64,8 +63,8 @@ class TextRows:
 def added_concepts(
     concepts: Sequence[Concept], calibration: Calibration, vocabulary: Sequence[str]
 ) -> list[Concept]:
-    """The concepts that a host with prompts adds to those of a merge: generic prompts, on which the
-    base is to stay as it is, and composites, of which :func:`.composites_of` makes the prompts."""
+    """The concepts that a host with prompts adds to a merge: generic prompts, on which the base
+    should not change, and composites, whose prompts :func:`.composites_of` makes."""
     rows = calibration.samples * calibration.rows_each
     generator = torch.Generator().manual_seed(calibration.seed)
     wording = Wording(vocabulary, concepts, generator)
@@ -77,8 +76,8 @@ def added_concepts(
 def _generic_concept(
     concepts: Sequence[Concept], calibration: Calibration, wording: Wording
 ) -> Concept | None:
-    """None where the calibration wants none, where one LoRA is alone, or where no word calls for
-    one of them, so that it is to act on every prompt."""
+    """None if the calibration disables it, if there is only one LoRA, or if a LoRA has no trigger
+    word and should therefore act on every prompt."""
     loras = [concept for concept in concepts if concept.lora is not None]
     called = all(calling_words([concept]) for concept in loras)
     if not calibration.generic or len(loras) < 2 or not called:
@@ -90,9 +89,9 @@ def _generic_concept(
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """The prompt and the concept of every sample, ascending, and the texts of the rows that are
-    made from the samples. ``empty_share`` of those rows get the empty prompt, since guidance runs
-    on it."""
+    """The prompt and concept of every sample, in ascending order of concepts, and the texts of the
+    rows made from them. ``empty_share`` of the rows get the empty prompt, because guidance runs on
+    it."""
 
     owners: Sequence[int]
     prompts: Sequence[str]
@@ -111,10 +110,10 @@ class SamplePrompts:
         *,
         denoises: bool,
     ) -> SamplePrompts:
-        """Prompts at random. A prompt that comes more than 16 times, where a concept has very few,
-        carries further words from then on. Where the host ``denoises``, concepts without a LoRA
-        have no samples: their rows take the latents of others. Elsewhere each concept has the empty
-        prompt once more, if there is an ``empty_share``."""
+        """Draw random prompts. If a concept has very few, a prompt gets extra words after its 16th
+        use. If the host ``denoises``, concepts without a LoRA have no samples: their rows use the
+        latents of others. Otherwise each concept also gets the empty prompt once, if there is an
+        ``empty_share``."""
         wording = Wording(vocabulary, concepts, generator)
         prompts = [
             concept_prompts(concept, calibration, generator) if concept.lora or not denoises else []
@@ -134,11 +133,10 @@ class SamplePrompts:
         )
 
     def texts(self, count: int | None) -> TextRows:
-        """The texts of ``count`` rows for each sample, of which some get the empty prompt, but
-        never all of a concept's, and some of the others carry further words; and of rows of the
-        concepts without a LoRA on some of the same latents (composites: on those of their parts),
-        since what the denoiser sees of noise hardly depends on the prompt. With None, where no
-        denoiser runs, samples are rows as they are."""
+        """The texts of ``count`` rows per sample. Some rows get the empty prompt, but never all of
+        a concept's, and some of the others get extra words. Concepts without a LoRA get rows on
+        some of the same latents (composites: on those of their parts), because noisy latents hardly
+        depend on the prompt. With None (no denoiser runs) each sample is one row."""
         if count is None:
             return TextRows.of(self.owners, self._in_contexts(self.owners, self.prompts))
         row_owners = [owner for owner in self.owners for _ in range(count)]
@@ -170,8 +168,8 @@ class SamplePrompts:
         return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
 
     def _in_contexts(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
-        """``prompts``, of which :func:`context_shares` carry further words. The empty prompt
-        stays."""
+        """``prompts``, where a share given by :func:`context_shares` gets extra words. The empty
+        prompt stays."""
         if self.calibration.contexts == 0:
             return list(prompts)
         shares = context_shares(self.concepts, self.calibration)
@@ -182,8 +180,8 @@ class SamplePrompts:
         ]
 
     def worth(self, text: TextRows) -> int:
-        """The number of samples of a concept that the rows are worth, for the concept with a LoRA
-        that has the fewest distinct prompts: with other noise a prompt counts once more."""
+        """The effective number of samples of the concept with a LoRA and the fewest distinct
+        prompts; with new noise, a repeated prompt counts once more."""
         prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
         own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
         return min(self.calibration.samples, _REPEATS * min(own, default=0))
@@ -192,8 +190,8 @@ class SamplePrompts:
 def drawn_steps(
     count: int, calibration: Calibration, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """The ``steps`` of a denoising at which each of ``count`` samples is kept, ascending,
-    (count, timesteps)."""
+    """The denoising steps, out of ``steps``, at which each of ``count`` samples is recorded,
+    ascending, (count, timesteps)."""
     picks = [torch.randperm(steps, generator=generator) for _ in range(count)]
     return torch.stack([pick[: calibration.rows_each] for pick in picks]).sort(dim=1)[0]
 

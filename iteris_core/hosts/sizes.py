@@ -1,8 +1,8 @@
-"""The size of the pictures on which features are collected: one rule for every host.
+"""The size of the images on which features are collected: one rule for all hosts.
 
-A picture has as many tokens as the least squares want, and never more than the model's own. They
-are counted at the transformer block in the middle of all: of a transformer at its patches, of a
-UNet at the level where half of its blocks see more.
+An image gets as many tokens as the least squares need, but no more than at the model's native size.
+They are counted at the middle transformer block: for a transformer at its patches, for a UNet at
+the level above which half of its blocks lie.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import nn
 
 PICTURE_TOKENS = 1024
 """The tokens of 512 pixels on SD 1.5 and FLUX.1, and of 1024 on SDXL. With the default number of
-rows that is a hundred tokens and more for every input of the widest site."""
+rows this gives at least a hundred tokens per input of the widest site."""
 
 MOST_PIXELS = 1024
-"""The longest side, where a model compresses so much that fewer tokens are a picture already."""
+"""The longest side, for models with such high compression that an image has fewer tokens."""
 
 FRAMES = 9
-"""The frames of a video, unless the calibration says: two or three frames of latents."""
+"""Default frames of a video: two or three latent frames."""
 
 
 def default_size(
@@ -28,8 +28,8 @@ def default_size(
 ) -> tuple[int, int]:
     """(height, width) in latents, at the ratio of the model's ``own`` size (None: a square).
 
-    ``scale`` is how many pixels a side of a latent covers, ``patch`` how many latents a side of a
-    token covers at the block in the middle. Sides are multiples of ``multiple`` and ``patch``.
+    ``scale`` is pixels per latent side; ``patch`` is latents per token side at the middle block.
+    Sides are multiples of ``multiple`` and ``patch``.
     """
     height, width = own or (MOST_PIXELS // scale,) * 2
     shrink = math.sqrt(PICTURE_TOKENS * patch**2 / (height * width))
@@ -40,8 +40,8 @@ def default_size(
 
 
 def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
-    """The latents that a side of a token covers in each transformer block of a UNet, whose
-    ``blocks`` come in the order in which they run."""
+    """Latents per token side in each transformer block of a UNet, whose ``blocks`` are in execution
+    order."""
     levels: list[int] = []
     level = 1
     for module in (module for block in blocks if block is not None for module in block.modules()):
@@ -56,6 +56,6 @@ def unet_levels(blocks: Iterable[nn.Module | None]) -> list[int]:
 
 
 def middle_patch(sides: Sequence[int]) -> int:
-    """The ``patch`` of :func:`default_size`; ``sides`` has for each transformer block, or for all,
-    how many latents a side of its tokens covers."""
+    """The ``patch`` of :func:`default_size`; ``sides`` lists latents per token side, one value per
+    transformer block or one for all."""
     return sorted(sides)[len(sides) // 2]

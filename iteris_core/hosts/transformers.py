@@ -1,4 +1,4 @@
-"""Any model of transformers as host, with peft adapters: encoders, decoders, both, with vision."""
+"""Any transformers model as host, with peft adapters: encoders, decoders, both, with vision."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ _CROSS = ("EncDecAttention", "encoder_attn", "crossattention")
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """One row a sample, sorted by concept: keyword arguments with a batch dimension of 1."""
+    """One row per sample, sorted by concept: keyword arguments with a batch dimension of 1."""
 
     owners: Sequence[int]
     rows: Sequence[Row]
 
 
 class TransformersHost(Host):
-    """Merges adapters of a ``PreTrainedModel`` on batches that the user gives (``Concept.inputs``).
+    """Merges adapters of a ``PreTrainedModel`` on batches that the user supplies
+    (``Concept.inputs``).
 
-    Each batch is a mapping of keyword arguments of the model's forward, tensors with rows first.
-    ``generate``: keyword arguments of ``model.generate``; with it each LoRA first continues its own
-    samples, and features are collected on every token that the model read meanwhile, as the paper
-    does; without it they are collected on the batches as they are (teacher-forced). Padding, as the
-    attention masks or labels of -100 mark it, on either side, is left out of the moments. Raises
-    :class:`IterisError` for what is no such model, or has adapters on it.
+    Each batch is a mapping of keyword arguments for the model's forward, tensors with rows first.
+    ``generate`` holds keyword arguments for ``model.generate``. With it, each LoRA first continues
+    its own samples, and features are collected on every token that the model reads, as in the
+    paper. Without it, they are collected on the batches as they are (teacher-forced). Padding on
+    either side, marked by attention masks or labels of -100, is left out of the moments. Raises
+    :class:`IterisError` for any other model, or if adapters are loaded.
     """
 
     pictures = False
@@ -53,7 +54,7 @@ class TransformersHost(Host):
         from transformers.pytorch_utils import Conv1D
 
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise BaseError(f"{type(model).__name__} is no model of transformers.")
+            raise BaseError(f"{type(model).__name__} is not a transformers model.")
         check_model(model)
         self.model: Any = model
         self._generate = dict(generate) if generate is not None else None
@@ -65,7 +66,7 @@ class TransformersHost(Host):
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs. accelerate's hooks know it if the weights are elsewhere."""
+        """The device for inputs; accelerate's hooks know it if the weights are elsewhere."""
         hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
         placed = (getattr(hook, "execution_device", None) for hook in hooks)
         known = next((device for device in placed if device is not None), None)
@@ -79,7 +80,7 @@ class TransformersHost(Host):
         return self._sites
 
     def read_lora(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """A folder of peft; of ``options`` only ``layers`` count."""
+        """Read a peft folder; of ``options`` only ``layers`` applies."""
         shapes = {site: weight_shape(module) for site, module in self._sites.items()}
         return read_adapter(Path(path), shapes, options.layers if options is not None else "")
 
@@ -128,8 +129,8 @@ class TransformersHost(Host):
         return usable(free_memory(self.device))
 
     def forward(self, samples: ModelSamples, rows: Sequence[int]) -> Tensor:
-        """Logits or the last hidden states; those of tokens, (rows, tokens, …), are as long for any
-        rows, and zero where there is padding."""
+        """Logits or the last hidden states. Per-token outputs, (rows, tokens, …), have the same
+        length for any rows, and are zero at padding."""
         batch = self._batch([samples.rows[row] for row in rows], 1, lengths(samples.rows))
         output = self.model(**batch)
         for name in ("logits", "last_hidden_state"):
@@ -140,10 +141,10 @@ class TransformersHost(Host):
                 if mask is not None and result.ndim == 3 and result.shape[:2] == mask.shape:
                     result = result * mask[..., None].to(result)
                 return result
-        raise BaseError(f"{type(self.model).__name__} gives no logits and no hidden state.")
+        raise BaseError(f"{type(self.model).__name__} returns neither logits nor hidden states.")
 
     def _fewest_logits(self, sites: Set[str]) -> dict[str, int]:
-        """The argument that keeps a decoder from making logits of every token, which no site
+        """The argument that stops a decoder from computing logits for every token, which no site
         needs."""
         names = inspect.signature(self.model.forward).parameters
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
@@ -151,8 +152,8 @@ class TransformersHost(Host):
         return {"logits_to_keep": 1} if "logits_to_keep" in names and not needed else {}
 
     def _mask_name(self, site: str) -> str | None:
-        """The mask that counts a site's tokens: a decoder's own, but for what it reads from the
-        encoder; None where they are parts of pictures."""
+        """The mask for a site's tokens: a decoder's own, except for what it reads from the encoder;
+        None for image tokens."""
         if self._encodes_and_decodes and ".decoder." in site:
             reads_encoder = any(mark in site for mark in _CROSS)
             leaf = site.rpartition(".")[2]
@@ -161,7 +162,7 @@ class TransformersHost(Host):
         elif "vision" in site or "visual" in site:
             return None
         elif any(mark in site for mark in _CROSS) and site.endswith(("key", "value")):
-            return None  # keys and values of pictures
+            return None  # keys and values from images
         return "attention_mask"
 
     def _batch(
@@ -178,13 +179,14 @@ class TransformersHost(Host):
     def _continued(
         self, rows: Sequence[Row], owners: Sequence[int], lockstep: Lockstep, tick: Tick
     ) -> list[Row]:
-        """Every row with what its own LoRA generates from it; one row a call, so no padding."""
+        """Every row, extended by what its own LoRA generates from it; one row per call, so no
+        padding."""
         continued: list[Row] = []
         for done, (row, owner) in enumerate(zip(rows, owners, strict=True), 1):
             given = {name: tensor for name, tensor in row.items() if name != "labels"}
             if "decoder_input_ids" not in given:
-                given.pop("decoder_attention_mask", None)  # that of the labels
-            ids = self._generated(given, owner, lockstep)[:, :-1]  # the last one is never read
+                given.pop("decoder_attention_mask", None)  # the labels' mask
+            ids = self._generated(given, owner, lockstep)[:, :-1]  # the last token is never read
             continued.append(extended(given, ids, decodes=self._encodes_and_decodes))
             tick("generating", done, len(rows))
         return continued
@@ -192,7 +194,7 @@ class TransformersHost(Host):
     def _generated(self, row: Row, owner: int, lockstep: Lockstep) -> Tensor:
         generated: list[Tensor] = []
         options = {"do_sample": False, "num_beams": 1, **(self._generate or {})}
-        # Models write into what they are given (BLIP its start token).
+        # Models write into their arguments (BLIP its start token).
         batch = self._batch([{name: tensor.clone() for name, tensor in row.items()}], 1)
 
         def run() -> None:
@@ -200,5 +202,5 @@ class TransformersHost(Host):
 
         lockstep.run(MicroBatch(run, [owner], 1))
         if generated[0].shape[1] < 2:
-            raise BaseError("The model generated nothing; look at the arguments of generate.")
+            raise BaseError("The model generated nothing; check the arguments of generate.")
         return generated[0].cpu()

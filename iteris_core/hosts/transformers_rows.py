@@ -1,4 +1,4 @@
-"""Samples of a transformers model as rows of one sample: batches taken apart and put together."""
+"""Samples of a transformers model as one-sample rows: splitting and collating batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attent
 
 
 def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
-    """The concept's batches as rows without padding, ``limit`` of them at the most.
+    """The concept's batches as rows without padding, at most ``limit``.
 
-    ``decodes``: the model is an encoder and a decoder. Raises :class:`IterisError` where there are
-    no samples and :class:`SettingsError` for batches that are not tensors with rows first.
+    ``decodes``: the model is an encoder-decoder. Raises :class:`IterisError` if there are no
+    samples and :class:`SettingsError` for batches that are not tensors with rows first.
     """
     inputs: Any = concept.inputs
     if inputs is None:
@@ -59,12 +59,13 @@ def rows_of(concept: Concept, limit: int, *, decodes: bool) -> list[Row]:
 def collate(
     rows: Sequence[Row], copies: int, pad: int, longest: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
-    """Rows padded on the right to one length (``longest``: that of each name), ``copies`` times."""
+    """Rows padded on the right to equal length (``longest``: by argument name), ``copies``
+    times."""
     if any(row.keys() != rows[0].keys() for row in rows):
         names = sorted({*rows[0]}.symmetric_difference(*rows[1:]))
         raise SettingsError(
-            f"Samples have different arguments ({', '.join(names)} are not in all); give every "
-            "batch of every concept the same."
+            f"Samples have different arguments ({', '.join(names)} are not in all); every batch of "
+            "every concept needs the same ones."
         )
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
@@ -87,7 +88,7 @@ def lengths(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def extended(row: Row, ids: Tensor, *, decodes: bool) -> Row:
-    """``row`` with the tokens ``ids``, (1, tokens), that a decoder has read of it so far."""
+    """``row`` with the tokens ``ids``, (1, tokens), that a decoder has read so far."""
     prefix = "decoder_" if decodes else ""
     mask = torch.ones_like(ids)
     given = row.get(f"{prefix}attention_mask")
@@ -100,7 +101,7 @@ def extended(row: Row, ids: Tensor, *, decodes: bool) -> Row:
 
 
 def _with_masks(batch: Mapping[str, Tensor], decodes: bool) -> dict[str, Tensor]:
-    """The batch with a mask for every kind of tokens, so that rows can be padded to one length."""
+    """The batch with a mask for every kind of token, so that rows can be padded to equal length."""
     masked = dict(batch)
     if "input_ids" in masked:
         masked.setdefault("attention_mask", torch.ones_like(masked["input_ids"]))
@@ -108,16 +109,16 @@ def _with_masks(batch: Mapping[str, Tensor], decodes: bool) -> dict[str, Tensor]
         ones = torch.ones_like(masked["decoder_input_ids"])
         masked.setdefault("decoder_attention_mask", ones)
     elif decodes and "labels" in masked and masked["labels"].ndim == 2:
-        # The model reads the labels shifted by one: a token counts where it has one to predict.
+        # The model reads the labels shifted by one: a token counts if it has one to predict.
         masked.setdefault("decoder_attention_mask", (masked["labels"] != -100).long())
     return masked
 
 
 def _without_padding(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut what the masks leave out at either end: tokens then stand where the model counts from.
+    """Cut masked tokens at either end, so that positions start where the model counts from.
 
-    Decoders that are given a text padded on the left would else number it by its padding, and go
-    on from padding when they generate.
+    With left padding, decoders would otherwise number positions including the padding, and would
+    continue from padding when they generate.
     """
     cut = dict(row)
     mask = row.get("attention_mask")

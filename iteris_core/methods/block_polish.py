@@ -1,14 +1,14 @@
-"""Adam steps on one part of the model after the other: gradients, but never through the model.
+"""Adam steps on one part of the model after another: gradients, but never through the whole model.
 
-The closed form fits every layer by itself. What a block makes of its layers' errors, such as the
-softmax of an attention of those of its queries and keys, no layer sees. Here the merged factors of
-a segment (:mod:`.segments`) are trained together on
+The closed form fits every layer by itself. No layer sees how a block combines its layers' errors,
+such as an attention's softmax those of queries and keys. Here the merged factors of a segment
+(:mod:`.segments`) are trained together on
 
-    Σ ‖segment(merged rows) − what the segment gives under each row's own LoRA‖²,
+    Σ ‖segment(merged rows) − segment under each row's own LoRA‖²,
 
-in execution order, on inputs that passed the segments before, by :mod:`.training`. A share of the
-steps is on pictures that show two concepts (:mod:`.side_by_side`). A segment that does not come
-nearer to what it is to give stays as it was.
+in execution order, on inputs that passed through the earlier segments, with :mod:`.training`. A
+share of the steps uses images of two concepts (:mod:`.side_by_side`). A segment that does not get
+closer to its targets stays as it was.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ WHAT = "polishing blocks"
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """``steps`` for every segment, a ``pairs`` share of them on pictures of two concepts. A
-    factor's learning rate is ``rate`` times the root mean square of its entries, and falls to
-    zero."""
+    """``steps`` for every segment; a ``pairs`` share of them use images of two concepts. A factor's
+    learning rate is ``rate`` times the root mean square of its entries, and decays to zero."""
 
     steps: int
     rate: float
@@ -59,7 +58,7 @@ class BlockSteps:
 
 
 def expect_block_polish(job: Job, how: BlockSteps) -> None:
-    """Foretell the time of it: of several segments each takes part of a forward."""
+    """Register its expected time: each of several segments takes part of a forward."""
     rows = _row_count(job)
     forwards = STEP * how.steps * job.policy.polish_at_once + 2 * 3 * rows
     if how.pairs and (pairs := pairs_of(job, rows)):
@@ -72,13 +71,13 @@ def expect_block_polish(job: Job, how: BlockSteps) -> None:
 def polish_blocks(
     run: Run, merged: Mapping[str, LowRank], how: BlockSteps
 ) -> tuple[dict[str, LowRank], list[str]]:
-    """The ``merged`` changes after some steps for every segment, and notes on them."""
+    """The ``merged`` changes after polishing every segment, and notes on them."""
     job, lockstep, notes = run.job, run.lockstep, list[str]()
     drawn = drawn_pairs(job, merged, _row_count(job)) if how.pairs else None
     if how.pairs and drawn is None and job.host.pictures and job.loras > 1:
         notes.append(
-            "blocks are polished without pictures of two concepts, which need two that are things, "
-            "have a trigger or a class word, and no embedding of their own"
+            "blocks are polished without images of two concepts; that takes two subjects, each "
+            "with a trigger or class word and without its own embedding"
         )
     lockstep.merged = dict(merged)
     showing = drawn and SideBySide(job, lockstep, drawn)
@@ -113,7 +112,7 @@ class _StagePolish:
     notes: list[str] = field(default_factory=list[str])
 
     def run(self) -> list[str]:
-        """Notes on what is not polished."""
+        """Polish the stage; returns notes on what is not polished."""
         share = self.job.policy.segment_share
         segments = segments_of(find(self.stage, self.lockstep), share)
         for number, segment in enumerate(segments):
@@ -122,16 +121,16 @@ class _StagePolish:
                 self.lockstep.merged |= before
         if segments and self.shown is not None and not self.paired:
             self.notes.append(
-                f"the {self.stage.name}'s blocks are polished without pictures of two concepts, "
-                "since it is not known where in a picture what they give belongs"
+                f"the {self.stage.name}'s blocks are polished without images of two concepts, "
+                "because it is unknown where in the image their outputs belong"
             )
         return self.notes
 
     def _gains(
         self, segment: Segment, number: int, count: int, before: Mapping[str, LowRank]
     ) -> bool:
-        """:meth:`_polish`; again with fewer rows at once where memory runs out, and with copies of
-        what the segment changes in place."""
+        """:meth:`_polish`; retries with fewer rows at once when memory runs out, and with copies of
+        arguments that the segment changes in place."""
 
         def polish(rows: int) -> bool:
             self.at_once = rows
@@ -145,12 +144,12 @@ class _StagePolish:
             return polish(rows)
 
         def complaint(said: str, tried: Sequence[int]) -> str:
-            return "for want of memory"
+            return "for lack of memory"
 
         try:
             return with_less(halved(self.at_once), polish, complaint)[0]
         except NoGradients as error:
-            self._note(segment, f"since it cannot be differentiated ({error})")
+            self._note(segment, f"because it cannot be differentiated ({error})")
         except OutOfMemory as error:
             self._note(segment, str(error))
         return False
@@ -160,7 +159,7 @@ class _StagePolish:
         self.notes.append(f"{first} to {last} are not polished, {why}")
 
     def _polish(self, segment: Segment, number: int, count: int) -> bool:
-        """True if the segment came nearer to its targets."""
+        """True if the segment got closer to its targets."""
 
         def tick(done: int = 0) -> None:
             self.job.tick(WHAT, number * self.how.steps + done, count * self.how.steps)
@@ -185,7 +184,7 @@ class _StagePolish:
             runner = SegmentForward(self.lockstep, segment, weights, by_row)
             tokens = sample_inputs(runner, modules, [*singles, *pairs], policy)
             if tokens is None:
-                self._note(segment, "since by themselves they give something else")
+                self._note(segment, "because they give a different result when run by themselves")
                 return False
             factors = Factors.white(self.lockstep.merged, tokens, policy.polish_floor)
             before = self._error(runner, checked)
@@ -228,7 +227,7 @@ class _StagePolish:
         return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2)
 
     def _rows(self) -> list[int]:
-        """As many rows of every concept, in any order."""
+        """Equally many rows of every concept, in random order."""
         order = torch.randperm(len(self.stage.concept_ids), generator=self.job.generator).tolist()
         each = _row_count(self.job) // len(self.job.concepts)
         left = dict.fromkeys(self.stage.concept_ids, each)
@@ -250,7 +249,7 @@ class _StagePolish:
         return (total * total.new_tensor(means)).sum()
 
     def _mask(self, segment: Segment, passage: SegmentBatch, errors: Tensor) -> Tensor | None:
-        """1 where a token counts, where the segment gives tokens."""
+        """1 for each token that counts, if the segment outputs tokens."""
         if self.stage.mask is None or errors.ndim != 3:
             return None
         mask = self.stage.mask(segment.sites[-1], passage.rows)

@@ -1,9 +1,9 @@
-"""IterIS (CVPR 2025, arXiv 2411.15231): least squares on the inputs the merged model really sees.
+"""IterIS (CVPR 2025, arXiv 2411.15231): least squares on the inputs of the merged model.
 
-Two schedules. ``jacobi`` is the paper's Algorithm 1: solve every site from the last merged model's
-features, again and again. ``sweep`` solves every site once, in execution order, on inputs that
-already passed the solved sites: one pass, which ends where the iteration ends if it converges,
-since a site's inputs depend on the sites before it alone.
+There are two schedules. ``jacobi`` is the paper's Algorithm 1: solve every site from the features
+of the last merged model, repeatedly. ``sweep`` solves every site once, in execution order, on
+inputs that already passed through the solved sites. A site's inputs depend only on earlier sites,
+so one sweep gives the same result as the iteration, if that converges.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _sweeps(settings: IterisSettings) -> int:
 
 @on_model("iteris", IterisSettings, sweeps=_sweeps, sums=True)
 def iteris(job: Job, settings: IterisSettings) -> Merged:
-    """Least squares on the inputs that the merged model really sees (IterIS, CVPR 2025)."""
+    """Least squares on the inputs of the merged model (IterIS, CVPR 2025)."""
     repairs: Repairs = {}
     if settings.repair and settings.objective == "output":
         job, repairs = with_repairs(job, settings.repair_inputs)
@@ -86,7 +86,7 @@ def _shared(
     repairs: Repairs,
     batching: ExecutionConfig,
 ) -> dict[str, int]:
-    """The ranks of all sites in a file as large as with ``settings.rank`` where a LoRA is."""
+    """Ranks of all sites, for a file as large as with ``settings.rank`` at every site of a LoRA."""
     job, rank = run.job, cast(int, settings.rank)
     whole = replace(job, policy=replace(job.policy, rows_gain=math.inf))
     uncut = replace(settings, rank=None, share_ranks=False)
@@ -109,8 +109,8 @@ def _solver(
     *,
     residuals: bool = False,
 ) -> StageSolver:
-    """``ranks`` are the sites' own; without any, all have the settings'. With ``residuals``
-    repairs tell what they leave too, which only the search for ranks reads."""
+    """A solver. ``ranks`` holds each site's rank (None: the settings'). With ``residuals``, repairs
+    report their residual too; only the search for ranks reads it."""
     dtype: torch.dtype = getattr(torch, settings.precision)
     ridge, pull = settings.ridge, settings.pull
     if ridge is None:

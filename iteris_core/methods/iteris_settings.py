@@ -14,35 +14,35 @@ from .registry import micro_batch_setting, rank_setting
 class IterisSettings(Settings):
     objective: Literal["output", "adapter"] = setting(
         "output",
-        "What a layer is held against: its whole output under each LoRA, or what each LoRA adds to "
-        "it (adapter: the paper's eq. 5).",
+        "Targets of a layer: its whole output under each LoRA, or only what each LoRA adds to it "
+        "(adapter: the paper's eq. 5).",
     )
     schedule: Literal["sweep", "jacobi"] = setting(
         "sweep",
-        "sweep solves every layer once, in order. jacobi is the paper's iteration over all layers: "
-        "many passes, and another result where it does not converge, as may be with repair or "
-        "saliency; the report says so. The paper's whole algorithm is the preset paper.",
+        "sweep solves every layer once, in order. jacobi is the paper's iteration over all "
+        "layers, with many passes. With repair or saliency it may not converge; the report says "
+        "so. For the paper's whole algorithm use the preset paper.",
     )
-    iterations: int = setting(10, "jacobi: at most so many iterations.", low=1, most=100)
+    iterations: int = setting(10, "jacobi: most iterations.", low=1, most=100)
     tolerance: float | None = setting(
         None,
-        "jacobi: stop as soon as no layer's change moves by more than this share of itself, such "
-        "as 0.001.",
+        "jacobi: stop when every layer's change moves by less than this share of itself, such as "
+        "0.001.",
         none="run all iterations",
         above=0,
         below=1,
     )
     weighting: Literal["tokens", "adapter", "full", "none"] = setting(
         "tokens",
-        "What evens out the concepts: the number of tokens, the size of each LoRA's own outputs "
-        "(adapter: the paper's eq. 8), the layer's whole output, or nothing.",
+        "How to balance the concepts: by the number of tokens, the size of each LoRA's own "
+        "outputs (adapter: the paper's eq. 8), the layer's whole output, or not at all.",
     )
     ridge: float | None = setting(
         None,
-        "How strongly a layer is drawn toward the plain LoRAs (the paper's eq. 7). Above 0.001 it "
-        "gives most of the merge away.",
-        none="by the number of prompts that ran: 1e-6 from 50 for each of two LoRAs, 20 of five or "
-        "10 of ten on; below, more",
+        "How strongly a layer is pulled toward the plain LoRAs (the paper's eq. 7). Above 0.001 "
+        "most of the merge is lost.",
+        none="set by the number of prompts: 1e-6 from 50 per LoRA with two LoRAs, 20 with five or "
+        "10 with ten; more with fewer",
         low=0,
         below=1,
         most=0.5,
@@ -50,14 +50,14 @@ class IterisSettings(Settings):
     )
     pull: Literal["mean", "size"] | None = setting(
         None,
-        "What the ridge draws a layer toward: the weighted mean of the LoRAs, as in the paper, or "
-        "that mean made as large as the LoRAs are (size), since a mean of unlike changes is small.",
-        none="mean; with so few prompts that the ridge, chosen as well, is larger, size",
+        "What the ridge pulls a layer toward: the weighted mean of the LoRAs, as in the paper, or "
+        "that mean scaled to the LoRAs' size (size), because a mean of unlike changes is small.",
+        none="mean; size, if prompts are few and the automatic ridge is larger",
     )
     shrink: float = setting(
         1.0,
-        "What off-diagonal entries of the moments are multiplied by; less than 1 where a concept "
-        "has not many more tokens than a layer has inputs, such as 0.5 for text classifiers.",
+        "Factor on off-diagonal entries of the moments. Use less than 1 if a concept has hardly "
+        "more tokens than a layer has inputs, such as 0.5 for text classifiers.",
         above=0,
         high=1,
     )
@@ -66,60 +66,60 @@ class IterisSettings(Settings):
     )
     share_ranks: bool = setting(
         False,
-        "The rank is that of the file: it is as large as with that rank in every layer that a LoRA "
-        "changes, and each layer has what it is worth. The model is swept twice.",
+        "rank limits the file as a whole: it is as large as with that rank in every layer that a "
+        "LoRA changes, and each layer gets the rank it is worth. The model is swept twice.",
     )
     micro_batch: int = micro_batch_setting()
     row_tokens: int | Literal["all"] | None = setting(
         None,
-        "At most so many tokens of every row are counted, chosen at random by the seed.",
-        none="of pictures 128, or what gives a concept 32 for each of a layer's inputs; of texts "
-        "all",
+        "Most tokens to use from each row, chosen at random by the seed.",
+        none="for images 128, or as many as give a concept 32 per input of a layer; for texts all",
         low=1,
         most=100_000,
     )
     saliency: float | None = setting(
         None,
-        "How much more those places of a picture count where a LoRA acts.",
-        none="1 - 2 / LoRAs, since two hardly compete",
+        "How much more the image regions count where a LoRA acts.",
+        none="1 - 2 / LoRAs, because two hardly compete",
         low=0,
         high=1,
     )
     precision: Literal["float32", "float64"] = setting("float32", "dtype of the moments.")
     repair: bool = setting(
         True,
-        "Also changes layers that no LoRA changes, to take out what the concepts leave of each "
-        "other: nearer to each LoRA alone, in a larger file.",
+        "Also change layers that no LoRA changes, to remove interference between the concepts. "
+        "The result is nearer to each LoRA alone; the file is larger.",
     )
     repair_inputs: float | None = setting(
         None,
-        "The share of a feed-forward's hidden units that a repair may use.",
-        none="half for two LoRAs of a model that makes pictures, else all",
+        "Share of a feed-forward's hidden units that a repair may use.",
+        none="half for two LoRAs on an image model, otherwise all",
         above=0,
         high=1,
     )
     block_steps: int = setting(
         0,
-        "Adam steps on what each block gives, block by block after the closed form: gradients, but "
-        "never through the whole model, and no data. For two LoRAs; for more, in proportion. "
-        "120 are worth their time for several concepts in one picture, for many, or a low rank.",
+        "Adam steps on each block's output, block by block after the closed form. Uses gradients, "
+        "but never through the whole model, and no data. The number is for two LoRAs and grows in "
+        "proportion with more. 120 are worth their time for several concepts in one image, many "
+        "concepts or a low rank.",
         low=0,
         most=1000,
     )
     block_rate: float = setting(
-        0.05, "Learning rate of those steps, relative to the size of what is trained.", above=0
+        0.05, "Learning rate of these steps, relative to the size of the trained factors.", above=0
     )
     block_pairs: float = setting(
         0.5,
-        "The share of those steps on pictures that show two of the concepts, from prompts that "
-        "name both: each half is drawn toward what its own LoRA makes of it.",
+        "Share of these steps on images of two concepts, from prompts that name both. Each half "
+        "is trained toward its own LoRA's output.",
         low=0,
         below=1,
     )
     polish_steps: int = setting(
         0,
-        "Adam steps on the final output after the closed form: gradients through the whole model, "
-        "but no data. Not in ComfyUI.",
+        "Adam steps on the final output after the closed form. Uses gradients through the whole "
+        "model, but no data. Not in ComfyUI.",
         low=0,
     )
     polish_rate: float = setting(5e-4, "Learning rate of the polish.", above=0)
@@ -129,6 +129,6 @@ class IterisSettings(Settings):
         if not self.share_ranks:
             return
         if not isinstance(self.rank, int):
-            raise SettingsError("share_ranks wants a whole rank to share, such as rank=16.")
+            raise SettingsError("share_ranks needs a whole number as rank, such as rank=16.")
         if self.schedule != "sweep" or self.objective != "output":
-            raise SettingsError("share_ranks is for schedule=sweep with objective=output.")
+            raise SettingsError("share_ranks needs schedule=sweep and objective=output.")

@@ -12,14 +12,12 @@ from .registry import AtSite, on_weights, rank_setting
 
 @dataclass(frozen=True)
 class LinearSettings(Settings):
-    rank: int | float | None = rank_setting("Rank to which a layer is cut by plain SVD.")
+    rank: int | float | None = rank_setting("Rank to which each layer is cut by plain SVD.")
 
 
 @dataclass(frozen=True)
 class TaskArithmeticSettings(LinearSettings):
-    scale: float = setting(
-        0.4, "What the sum is multiplied by; 0.3 to 0.4 is what its authors found best."
-    )
+    scale: float = setting(0.4, "Factor on the sum; its authors found 0.3 to 0.4 best.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def task_arithmetic(at: AtSite, settings: TaskArithmeticSettings) -> tuple[LowRa
 
 @on_weights("svd", SvdSettings)
 def svd(at: AtSite, settings: SvdSettings) -> tuple[LowRank, float]:
-    """The sum of the changes, cut to the rank of one LoRA by SVD (as kohya's and peft's svd)."""
+    """The sum of the changes, cut to the rank of one LoRA by SVD (like kohya's and peft's svd)."""
     largest = max(change.rank for change in at.changes.present.values())
     return _combined(at, 1.0, settings.rank or largest)
 

@@ -1,8 +1,8 @@
 """A few hundred Adam steps from a closed-form merge: gradients, but no data.
 
-The merged model's final output on each row is drawn toward what that row's own LoRA gives there,
-each concept's error counted relative to what its LoRA changes. Only the merged factors are
-trained; the best ones seen on held-out rows are kept, the closed form among them.
+The merged model's final output on each row is trained toward the output of that row's own LoRA;
+each concept's error is relative to the size of its LoRA's effect. Only the merged factors are
+trained. The best factors on held-out rows are kept, which may be the closed form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POLISHING, _TARGETS = "polishing", "outputs of each LoRA alone"
 
 
 def expect_polish(job: Job, steps: int, batch: int) -> None:
-    """Foretell the time of a polish behind the sites."""
+    """Register the expected time of a polish after the sites."""
     job.eta.later(_TARGETS, of_rows=2.0)
     job.eta.later(_POLISHING, STEP * steps * batch)
 
@@ -32,8 +32,8 @@ def expect_polish(job: Job, steps: int, batch: int) -> None:
 def polish(
     run: Run, merged: Mapping[str, LowRank], steps: int, rate: float, batch: int
 ) -> tuple[dict[str, LowRank], list[str]]:
-    """``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each. The changes, and
-    notes on them."""
+    """Run ``steps`` Adam steps at ``rate`` (cosine to zero) on ``batch`` rows each. Returns the
+    changes, and notes on them."""
     job, final = run.job, _FinalOutputs(run)
     targets, scales = final.targets(batch)
     order = torch.randperm(len(final.owners), generator=job.generator)
@@ -67,8 +67,8 @@ def polish(
         train(groups, how, loss, error, before, lambda done: job.tick(_POLISHING, done, steps))
     except NoGradients as why:
         return dict(merged), [
-            f"polish_steps do nothing: {why}. For LoRAs that change cross-attention keys and "
-            "values alone the merge runs no forward to the model's output"
+            f"polish_steps do nothing: {why}. If LoRAs change only cross-attention keys and "
+            "values, the merge never runs the model to its output"
         ]
     with torch.no_grad():
         factors.put(run.lockstep)
@@ -76,13 +76,13 @@ def polish(
 
 
 class _FinalOutputs:
-    """The rows of the stages that give the final output, and each one's concept."""
+    """The rows of the stages that produce the final output, and each row's concept."""
 
     def __init__(self, run: Run) -> None:
         self.job, self.lockstep, self.samples = run.job, run.lockstep, run.samples
         stages = list(run.stages())
         if not stages:
-            raise MismatchError("There is nothing to polish: no stage of the model is reached.")
+            raise MismatchError("Nothing to polish: no stage of the model is reached.")
         last = [stage for stage in stages if not stage.feeds_next] or stages[-1:]
         found: dict[int, tuple[int, Hashable]] = {}
         for stage in last:

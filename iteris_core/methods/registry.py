@@ -1,9 +1,9 @@
 """The register of merge methods.
 
-A method is registered by one of three decorators: :func:`on_weights` for what looks at one site's
-changes at a time, :func:`on_activations` for what reduces the tokens of a site and solves it from
-that, and :func:`on_model` for what needs more. The loop over sites, the passes over the model and
-the check that no site was missed are made here.
+One of three decorators registers a method. :func:`on_weights` is for methods that look at one
+site's changes at a time, :func:`on_activations` for methods that reduce a site's tokens and solve
+from the reduction, :func:`on_model` for everything else. The loop over sites, the passes over the
+model and the check that no site was missed happen here.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def rank_setting(
     share: str = "energy",
     most: float | None = None,
 ) -> Any:
-    """The setting of a rank, or of the ``share`` that is kept."""
+    """A setting for a rank, or for the ``share`` to keep."""
     return setting(None, help, none=none, share=share, low=1, most=most)
 
 
 def micro_batch_setting() -> int:
-    return setting(32, "Rows per forward; the result is the same for any number.", low=1)
+    return setting(32, "Rows per forward; the result does not depend on it.", low=1)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Every site's solution, what the run reports of itself, and which sites are repairs."""
+    """Every site's solution, the run's log, and which sites are repairs."""
 
     sites: Mapping[str, Solution]
     log: RunLog = field(default_factory=RunLog)
@@ -55,10 +55,10 @@ Sweeps = Callable[[Any], int]
 
 @dataclass(frozen=True)
 class Method:
-    """``merge(job, settings)`` runs the job's host only with ``needs_host``. ``sweeps(settings)``
-    is how often forwards wait at every site until it is solved: if at all, each has to reach all
-    sites, and once. ``sums`` says whether rows may have the sum of several LoRAs as their target
-    (:class:`..composites.Composite`)."""
+    """A registered method. ``merge(job, settings)`` runs the job's host only if ``needs_host``.
+    ``sweeps(settings)`` is the number of sweeps, in which forwards wait at every site until it is
+    solved; if it is not 0, every forward must reach all sites exactly once. ``sums`` says whether
+    rows may have the sum of several LoRAs as their target (:class:`..composites.Composite`)."""
 
     name: str
     merge: Callable[[Any, Any], Merged]
@@ -78,8 +78,8 @@ _S = TypeVar("_S", bound=Settings)
 
 @dataclass(frozen=True)
 class AtSite:
-    """One site for a method on weights: the changes there, at their strengths. ``least`` is, by
-    concept, the magnitude below which a method that trims all sites together sets entries to 0."""
+    """One site for a method on weights: the changes there, and their weights. ``least`` is each
+    concept's magnitude below which a method that trims all sites together sets entries to 0."""
 
     changes: SiteChanges
     weights: Sequence[float]
@@ -87,7 +87,7 @@ class AtSite:
     least: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def weighted(self) -> list[LowRank]:
-        """w_i ΔW_i of those LoRAs that change the site."""
+        """w_i ΔW_i for the LoRAs that change the site."""
         return self.changes.weighted(self.weights)
 
     def dense(self) -> list[Tensor]:
@@ -98,7 +98,8 @@ class AtSite:
         ]
 
     def trimmed(self, entries: Sequence[Tensor]) -> Tensor:
-        """(concepts, …): the ``entries`` of those that change the site, but for small ones."""
+        """(concepts, …): the ``entries`` of the concepts that change the site, with small ones set
+        to 0."""
         parts = zip(self.changes.present, entries, strict=True)
         return torch.stack(
             [e.where(magnitudes(e) >= self.least.get(concept, 0.0), 0) for concept, e in parts]
@@ -110,11 +111,11 @@ def on_weights(
     settings: type[Settings],
     trims: Callable[[AtSite], Sequence[Tensor]] | None = None,
 ) -> Callable[[Function], Function]:
-    """Register ``function(at, settings) -> (change, share of energy that a cut lost)``, which is
-    called for every site; the first line of its docstring is the method's summary.
+    """Register ``function(at, settings) -> (change, share of energy lost in a cut)``. It is called
+    for every site; the first line of its docstring is the method's summary.
 
-    ``trims(at)`` gives the entries, of each concept that changes the site, of which the settings'
-    ``density`` stays over all sites together: ``at.trimmed`` of them.
+    ``trims(at)`` returns the entries of each concept that changes the site. Of these, the settings'
+    ``density`` share is kept over all sites together; ``at.trimmed`` applies it.
     """
 
     def register(function: Function) -> Function:
@@ -155,11 +156,11 @@ def on_activations(
     merged_inputs: bool,
     sums: bool = True,
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> RegressionSpec``: what the ``reduction`` of a site's
-    tokens is solved with.
+    """Register ``function(job, settings) -> RegressionSpec``: how to solve from the ``reduction``
+    of a site's tokens.
 
-    With ``merged_inputs`` the sites are solved in one sweep, on what passed those solved before;
-    else on reference rows alone. ``settings`` have a ``micro_batch``.
+    With ``merged_inputs``, sites are solved in one sweep, on inputs that passed through the sites
+    solved before; otherwise on reference rows alone. ``settings`` must have a ``micro_batch``.
     """
 
     def register(function: Function) -> Function:
@@ -182,8 +183,8 @@ def on_activations(
 def on_model(
     name: str, settings: type[Settings], *, sweeps: Sweeps = lambda _: 0, sums: bool = False
 ) -> Callable[[Function], Function]:
-    """Register ``function(job, settings) -> Merged``. One that calls
-    :func:`..passes.sweep.solve_sites` declares by ``sweeps`` how often it sweeps."""
+    """Register ``function(job, settings) -> Merged``. If it calls
+    :func:`..passes.sweep.solve_sites`, ``sweeps`` must declare how often it sweeps."""
 
     def register(function: Function) -> Function:
         return _registered(name, function, settings, True, function, sweeps, sums)
@@ -195,7 +196,7 @@ def find_method(name: str) -> Method:
     method = _METHODS.get(name)
     if method is None:
         guess = did_you_mean(name, _METHODS)
-        raise SettingsError(f"There is no method {name!r}{guess} There are: {', '.join(_METHODS)}.")
+        raise SettingsError(f"There is no method {name!r}{guess} Methods: {', '.join(_METHODS)}.")
     return method
 
 
@@ -209,7 +210,7 @@ def settings_over(
     settings: Settings | Mapping[str, Any] | None,
     calibration: Calibration | Mapping[str, Any] | None,
 ) -> tuple[Settings, Calibration]:
-    """The given settings over those that the preset has for ``method``."""
+    """The given settings, over the preset's settings for ``method``."""
     if preset not in PRESETS:
         raise SettingsError(f"preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     chosen = PRESETS[preset]
@@ -221,7 +222,7 @@ def settings_over(
 
 
 def _over(preset: Mapping[str, Any], given: _S | Mapping[str, Any] | None, kind: type[_S]) -> _S:
-    """``given`` over what the preset says; a whole dataclass leaves nothing of it."""
+    """``given`` over the preset; a whole dataclass replaces the preset."""
     if isinstance(given, kind):
         return given
     if given is None or isinstance(given, Mapping):
@@ -239,7 +240,7 @@ def _registered(
     sums: bool = False,
 ) -> Function:
     if name in _METHODS:
-        raise ValueError(f"There is a method {name!r} already.")
+        raise ValueError(f"A method {name!r} already exists.")
     summary = (function.__doc__ or "").strip().splitlines()[0]
     _METHODS[name] = Method(name, merge, settings, needs_host, summary, sweeps, sums)
     return function

@@ -2,9 +2,9 @@
 
 RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) is the paper's eq. 4, ΔW = (Σ ΔW_i G_i)(Σ G_i)⁻¹
 with G_i = X_iᵀX_i, its off-diagonal entries shrunk. RegMean++ (2025, arXiv 2508.03121) takes G_i
-from the inputs that reach the site through the layers merged already; its authors' code merges a
-transformer's block at a time, and has G_i within one from each LoRA's own layers. Both are exactly
-low rank.
+from the inputs that reach the site through already merged layers; its authors' code merges one
+transformer block at a time, and takes G_i within a block from each LoRA's own layers. Both are
+exactly low rank.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from .registry import micro_batch_setting, on_activations, rank_setting
 class RegMeanSettings(Settings):
     shrink: float = setting(
         0.9,
-        "What off-diagonal entries of the moments are multiplied by; 0.9 in the paper, 1 is eq. 4 "
-        "of IterIS.",
+        "Factor on off-diagonal entries of the moments; 0.9 in the paper, 1 is eq. 4 of IterIS.",
         low=0,
         high=1,
     )
     weighting: Literal["none", "tokens"] = setting(
         "none",
-        "What evens out the concepts: nothing, as in the papers' equations, or their number of "
-        "tokens, as in the authors' code.",
+        "How to balance the concepts: not at all, as in the papers' equations, or by their number "
+        "of tokens, as in the authors' code.",
     )
     rank: int | float | None = rank_setting()
     micro_batch: int = micro_batch_setting()
@@ -46,5 +45,5 @@ def regmean(job: Job, settings: RegMeanSettings) -> RegressionSpec:
 
 @on_activations("regmean++", RegMeanSettings, Gram, merged_inputs=True)
 def regmean_plus_plus(job: Job, settings: RegMeanSettings) -> RegressionSpec:
-    """RegMean on the inputs that passed the layers merged already (RegMean++, 2025)."""
+    """RegMean on inputs that passed through already merged layers (RegMean++, 2025)."""
     return regmean(job, settings)

@@ -1,17 +1,17 @@
-"""Sites that no LoRA changes, added to a merge to take out the drift that the others leave.
+"""Sites that no LoRA changes, added to a merge to remove the drift that the others leave.
 
-Where the LoRAs want different things of like inputs, what least squares cannot give to all stays
-behind as drift in the residual stream, and no later site that aligns its own output sees it. With
-the host's ``streams`` a site's target holds that drift too (h_i is LoRA i's stream and h̃_i that of
-its merged rows):
+When LoRAs want different outputs for similar inputs, least squares cannot satisfy all of them. The
+rest stays in the residual stream as drift, and no later site that aligns its own output sees it.
+With the host's ``streams``, a site's target includes that drift (h_i is LoRA i's stream and h̃_i
+that of its merged rows):
 
     T_i = (W0 + ΔW_i) X_i - W0 X̃_i + h_i - h̃_i.
 
-The output of a block's feed-forward has the widest inputs and takes out most of it, whether the
-LoRAs change it or not; where they do not, ΔW_i = 0.
+A block's feed-forward output has the widest inputs and removes most of the drift, whether or not
+the LoRAs change it; if they do not, ΔW_i = 0.
 
-Its hidden units are many and like each other, so that a part of them repairs nearly as well, and
-the moments of half of them cost a quarter.
+It has many similar hidden units, so a part of them repairs nearly as well, and the moments of half
+of them cost a quarter.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
 
 Repairs = Mapping[str, Tensor | None]
-"""Repair sites, and which of their inputs may be used (None: all)."""
+"""Repair sites, and which of their inputs they may use (None: all)."""
 
 
 def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
-    """``job`` with the host's streams and repair sites, and those.
+    """``job`` with the host's streams and repair sites, and these sites.
 
-    ``share`` of the inputs of repair sites that have more inputs than outputs may be used (None: as
-    the job's policy says for so many LoRAs). Each concept that changes a component stands there
-    with a change of zero, at its largest rank in that component. One concept alone leaves no drift.
+    Repair sites with more inputs than outputs may use this ``share`` of their inputs (None: the
+    policy decides by the number of LoRAs). Each concept that changes a component gets a zero change
+    there, at its largest rank in that component. A single concept leaves no drift.
     """
     if len(job.concepts) < 2:
         return job, {}
@@ -63,14 +63,14 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
 
 
 def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
-    """A change of the chosen ``inputs`` as one of all ``width`` inputs."""
+    """Expand a change on the chosen ``inputs`` to all ``width`` inputs."""
     down = change.down.new_zeros(change.rank, width)
     down[:, inputs.to(down.device)] = change.down
     return LowRank(change.up, down)
 
 
 def _evenly(out: int, width: int, share: float) -> Tensor | None:
-    """The inputs of a site that may be used, evenly over them; None: all."""
+    """The inputs that a site may use, evenly spaced; None: all."""
     count = max(1, round(width * share))
     if width <= out or count == width:
         return None
@@ -78,7 +78,7 @@ def _evenly(out: int, width: int, share: float) -> Tensor | None:
 
 
 def _largest_ranks(changes: Mapping[str, SiteChanges]) -> dict[str, list[int]]:
-    """component → the largest rank of every concept there, 0 where it changes nothing."""
+    """Component → the largest rank of every concept there, 0 if it changes nothing."""
     ranks: dict[str, list[int]] = {}
     for site, by_concept in changes.items():
         largest = ranks.setdefault(site.partition(".")[0], [0] * len(by_concept))

@@ -1,7 +1,8 @@
-"""Parts of a model that run on their own: what enters them, and what each LoRA alone gives there.
+"""Parts of a model that can run on their own: their inputs, and their outputs under each LoRA
+alone.
 
-A segment is a module with a good part of a stage's sites, such as a block of a transformer or a
-level of a UNet. It is run again and again on what entered it once.
+A segment is a module with a substantial part of a stage's sites, such as a transformer block or a
+UNet level. It runs many times on inputs that were recorded once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A tensor in host memory, and the device that it is needed on."""
+    """A tensor in host memory, and the device on which it is needed."""
 
     tensor: Tensor
     device: torch.device
@@ -48,9 +49,8 @@ class _Kept:
 class SegmentBatch:
     """One micro-batch of merged rows through a segment, in host memory.
 
-    ``owners`` are the concepts of each row, of which a picture may show several. ``given`` are its
-    arguments, (args, kwargs); ``wanted`` are the tensors that it is to give, (rows, …), and
-    ``found`` those that it gave.
+    ``owners`` are the concepts of each row; an image may show several. ``given`` are the arguments,
+    (args, kwargs); ``wanted`` are the target tensors, (rows, …), and ``found`` the actual ones.
     """
 
     owners: Sequence[Sequence[int]]
@@ -66,7 +66,7 @@ class SegmentBatch:
         return sum(tensor.nbytes for tensor in tensors)
 
     def arguments(self) -> Any:
-        """Copies of ``given`` where they were, which the segment may change in place."""
+        """Copies of ``given`` on their original devices; the segment may change them in place."""
 
         def ready(leaf: Any) -> Any:
             return leaf.tensor.to(leaf.device, copy=True) if isinstance(leaf, _Kept) else leaf
@@ -75,12 +75,12 @@ class SegmentBatch:
 
 
 class _Passed(BaseException):
-    """Leaves a forward once the segment has been passed."""
+    """Raised to leave a forward once the segment has run."""
 
 
 def segments_of(found: Found, share: float) -> list[Segment]:
-    """The largest modules that are called once and have two sites or more, and at most that
-    ``share`` of all; in execution order. A site that is in none is in no segment."""
+    """The largest modules that are called once and contain two or more sites, but at most that
+    ``share`` of all; in execution order. Some sites may be in no segment."""
     parts: dict[nn.Module, list[str]] = {}
     for site, module in found.modules(found.sites, share * len(found.sites)).items():
         parts.setdefault(module, []).append(site)
@@ -89,16 +89,16 @@ def segments_of(found: Found, share: float) -> list[Segment]:
 
 @dataclass(frozen=True)
 class ByRow:
-    """The arguments of a segment that have an entry for every row, by path, and the numbers of such
-    tensors among its outputs."""
+    """The arguments of a segment with an entry per row, by path, and the indices of such tensors
+    among its outputs."""
 
     given: Mapping[str, bool]
     outputs: Sequence[int]
 
     @classmethod
     def of(cls, segment: Segment, lockstep: Lockstep, batch: MicroBatch) -> ByRow:
-        """``batch`` has one row, in two copies: what else is of that length would have two tokens,
-        say."""
+        """``batch`` has one row, in two copies; only unrelated data such as two tokens could have
+        that length too."""
         given, outputs = _passed(segment, lockstep, batch, lambda path, leaf: leaf)
         return cls(
             {path: _has_length(leaf, 2) for path, leaf in tensors(given).items()},
@@ -106,8 +106,8 @@ class ByRow:
         )
 
     def has(self, path: str, leaf: Tensor, rows: int) -> bool:
-        """True if an argument of so many rows has an entry for each; what one row alone did not
-        bring, such as the mask of shorter ones, shows in its length."""
+        """True if an argument has an entry for each of that many rows. An argument that a single
+        row lacks, such as a padding mask, is recognised by its length."""
         return self.given.get(path, _has_length(leaf, rows))
 
     def outputs_of(self, output: Any) -> list[Tensor]:
@@ -118,8 +118,8 @@ class ByRow:
 def pass_through(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, rows: Sequence[int], by_row: ByRow
 ) -> SegmentBatch:
-    """Run ``batch`` up to the end of the segment: merged rows, and with two copies before them the
-    same under each row's own LoRA, which is what is wanted."""
+    """Run ``batch`` up to the end of the segment as merged rows. With two copies, the same rows run
+    first under each row's own LoRA, which gives the targets."""
     count = len(batch.owners) * (batch.copies - 1)
     every = len(batch.owners) * batch.copies
 
@@ -141,7 +141,7 @@ def pass_through(
 
 
 def within(batches: Iterable[SegmentBatch], most_bytes: int, least: int) -> list[SegmentBatch]:
-    """As many of ``batches`` as host memory may hold, and ``least`` of them at least."""
+    """As many of ``batches`` as fit into host memory, but at least ``least``."""
     found: list[SegmentBatch] = []
     taken = 0
     for batch in batches:
@@ -163,8 +163,8 @@ def outputs_of(
 def _passed(
     segment: Segment, lockstep: Lockstep, batch: MicroBatch, kept: Callable[[Any, Any], Any]
 ) -> tuple[Any, Sequence[Tensor]]:
-    """The arguments that are ``kept``, by path, which the segment may change in place, and in host
-    memory the tensors that it gives."""
+    """The ``kept`` arguments by path, which the segment may change in place, and its output tensors
+    in host memory."""
     seen: dict[str, Any] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -186,8 +186,8 @@ def _has_length(leaf: Tensor, length: int) -> bool:
 
 @contextmanager
 def plain_weights(module: nn.Module) -> Generator[Mapping[str, Tensor]]:
-    """Copies of those weights of the module that were loaded in inference mode, which gradients
-    cannot pass; for :func:`torch.func.functional_call`. Gradients can be had within."""
+    """Copies of the module's weights that were loaded in inference mode, through which gradients
+    cannot pass; for :func:`torch.func.functional_call`. Gradients work within the context."""
     with torch.inference_mode(False), torch.enable_grad():
         named = [*module.named_parameters(), *module.named_buffers()]
         yield {name: value.detach().clone() for name, value in named if value.is_inference()}
@@ -195,7 +195,7 @@ def plain_weights(module: nn.Module) -> Generator[Mapping[str, Tensor]]:
 
 @dataclass(frozen=True)
 class SegmentForward:
-    """Runs a segment on merged rows alone."""
+    """Runs a segment on merged rows only."""
 
     lockstep: Lockstep
     segment: Segment
@@ -221,8 +221,8 @@ def sample_inputs(
     passages: Sequence[SegmentBatch],
     policy: Policy,
 ) -> dict[str, Tensor] | None:
-    """Some of the inputs of every site of the segment, (tokens, in); None where it does not give
-    by itself what it gave within the model."""
+    """Sampled inputs of every site in the segment, (tokens, in); None if the segment by itself does
+    not reproduce its output within the model."""
     tokens: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     each = -(-policy.polish_tokens // len(passages))
@@ -230,7 +230,7 @@ def sample_inputs(
     def noting(site: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             shown = site_of(site, module).tokens(args[0].detach())
-            # At random: every n-th token of a row may be of one column of the picture.
+            # At random: every n-th token of a row may lie in one column of the image.
             some = torch.randperm(len(shown), generator=generator)[:each]
             tokens.setdefault(site, []).append(shown[some.to(shown.device)].float())
 
@@ -247,6 +247,6 @@ def sample_inputs(
         except Exception as error:  # a row's share of an argument may be unknown
             if is_out_of_memory(error):
                 raise
-            _log.debug("%s cannot be run by itself", runner.segment.sites[0], exc_info=True)
+            _log.debug("%s cannot run by itself", runner.segment.sites[0], exc_info=True)
             return None
     return {site: torch.cat(some) for site, some in tokens.items()}

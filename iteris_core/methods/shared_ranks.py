@@ -1,9 +1,9 @@
-"""Ranks of a merge shared out over its layers: by what a sweep without a cut gives each.
+"""Ranks of a merge shared out over its layers, by the result of a sweep without a cut.
 
-A layer counts as for one LoRA (:mod:`..solve.ranks`), by √(E / Y). E is what the change gives of
-the layer's targets, Σ λ_i ‖X̃_i ΔWᵀ‖², and Y the layer's whole outputs under the LoRAs,
-Σ λ_i ‖(W0 + ΔW_i) X_i‖². A merge of many has many components of about one energy. With the share s
-of E that is not yet held, a component is worth what it takes off s²: the first ones of every layer
+A layer counts as for one LoRA (:mod:`..solve.ranks`), by √(E / Y). E is the energy of the change's
+outputs, Σ λ_i ‖X̃_i ΔWᵀ‖², and Y that of the layer's whole outputs under the LoRAs, Σ λ_i ‖(W0 +
+ΔW_i) X_i‖². A merge of many LoRAs has many components of similar energy. If s is the share of E not
+yet covered, a component is worth its reduction of s². The first components of every layer therefore
 come before the last ones of any.
 """
 
@@ -31,8 +31,8 @@ from ..solve.weighting import ByOutput, Weigher
 def shared_ranks(
     run: Run, solver_of: Callable[[Stage], StageSolver], batching: ExecutionConfig, numbers: int
 ) -> dict[str, int]:
-    """Site → its rank in a file of so many ``numbers``, at least 1. ``solver_of`` makes solvers
-    that cut nothing, reduce to :class:`..solve.output.OutputMoments` and tell residuals."""
+    """Site → its rank in a file of that many ``numbers``, at least 1. ``solver_of`` makes solvers
+    that cut nothing, reduce to :class:`..solve.output.OutputMoments` and report residuals."""
     found: dict[str, Components] = {}
 
     def weighed(stage: Stage) -> StageSolver:
@@ -56,7 +56,7 @@ def shared_ranks(
 
 
 class _WithOutputs(Weigher):
-    """λ as ``inner`` has it, and the energy of the whole outputs beside."""
+    """λ from ``inner``, plus the energy of the whole outputs."""
 
     def __init__(self, inner: Weigher, opening: SiteContext) -> None:
         self._inner = inner
@@ -81,8 +81,8 @@ def _components(reduction: Reduction, solution: Solution) -> Components:
     weights = torch.tensor(solution.weighting, dtype=torch.float64)
     given = float((weights * targets.double().cpu() * torch.tensor(explained)).sum())
     whole = max(float((weights * outputs.double().cpu()).sum()), 1e-30)
-    # Both factors have the roots of the singular values at the output in their norms, but for one
-    # factor of all.
+    # Both factors' norms contain the roots of the singular values at the output, up to one common
+    # factor.
     shares = solution.change.up.double().norm(dim=0) ** 4
     shares = (shares / shares.sum().clamp(min=1e-30)).cpu()
     total = math.sqrt(given / whole)

@@ -1,9 +1,9 @@
-"""Rows that show two concepts in one picture, for the polish of blocks.
+"""Rows that show two concepts in one image, for block polish.
 
-The merged model draws from a prompt that names both. On the latents that it passes each of the two
-LoRAs is asked alone, with the same prompt, and a block is to give in the left half what it gives
-under the left one's LoRA and in the right half what it gives under the other's: composition by
-regions, as of MultiDiffusion (arXiv 2302.08113), from which the merged LoRA learns.
+The merged model draws from a prompt that names both concepts. Each of the two LoRAs runs alone on
+the same latents and prompt. A block's target is its output under the left concept's LoRA in the
+left half and under the right one's in the right half. The merged LoRA thus learns a composition by
+regions, as in MultiDiffusion (arXiv 2302.08113).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ SHOWING = "drawing two concepts"
 
 @dataclass(frozen=True)
 class Pairs:
-    """``samples`` are the host's, of which a row's owner is its place in ``pairs``: the numbers of
-    the left and the right concept."""
+    """``samples`` are the host's; a row's owner is its index into ``pairs``, which hold the indices
+    of the left and the right concept."""
 
     pairs: Sequence[tuple[int, int]]
     samples: Any
 
 
 def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
-    """The pairs that are shown, among which ``rows`` are shared: every concept as often, with
-    another one each time. None without two that have words to call them by."""
+    """The pairs to show, which share ``rows`` rows: every concept occurs equally often, each time
+    with a different partner. Empty unless two concepts have trigger words."""
     able = [number for number, concept in enumerate(job.concepts) if _is_shown(concept)]
     count = len(able)
     if not job.host.pictures or count < 2:
@@ -55,8 +55,8 @@ def pairs_of(job: Job, rows: int) -> list[tuple[int, int]]:
 
 
 def _is_shown(concept: Concept) -> bool:
-    """A style or a movement has no half of a picture; and a learned embedding is in force in its
-    own concept's prompts only."""
+    """A style or motion cannot fill half an image, and a learned embedding is active only in its
+    own concept's prompts."""
     lora = concept.lora
     named = concept.kind == "subject" and bool(concept.phrases)
     return named and lora is not None and not lora.embeddings
@@ -67,7 +67,7 @@ def samples_each(job: Job, pairs: Sequence[Any], rows: int) -> int:
 
 
 def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | None:
-    """About so many rows of pictures that the merged model draws of each two concepts."""
+    """About that many rows of images of two concepts, drawn by the merged model."""
     pairs = pairs_of(job, rows)
     if not pairs:
         return None
@@ -90,11 +90,11 @@ def drawn_pairs(job: Job, merged: Mapping[str, LowRank], rows: int) -> Pairs | N
 
 
 _Side = int | None
-"""0 or 1, the left or the right one's LoRA; None, the merged one."""
+"""0 or 1: the left or right concept's LoRA; None: the merged one."""
 
 
 class SideBySide:
-    """The pictures of ``drawn``, which pass the host's stages beside the rows of one concept: as
+    """The images of ``drawn``, run through the host's stages beside the single-concept rows: as
     merged rows, and under the LoRA of each side."""
 
     def __init__(self, job: Job, lockstep: Lockstep, drawn: Pairs) -> None:
@@ -104,7 +104,8 @@ class SideBySide:
         self._stages: dict[_Side, Stage] = {}
 
     def advance(self, name: str) -> bool:
-        """On to the stage of that name, with what feeds it run; False where no row reaches it."""
+        """Advance to the stage of that name after running what feeds it; False if no row reaches
+        it."""
         return all(self._advanced(side, name) for side in self._ahead)
 
     def _advanced(self, side: _Side, name: str) -> bool:
@@ -133,8 +134,8 @@ class SideBySide:
     def passages(
         self, segment: Segment, by_row: ByRow, at_once: int, tick: Callable[[], None]
     ) -> Iterator[SegmentBatch]:
-        """Inputs and targets of a segment of the stage, in batches of several pairs; none where no
-        output of the segment has places. ``tick`` is called before every one, and may raise."""
+        """Inputs and targets of a segment of the stage, in batches of several pairs; empty if the
+        segment has no spatial output. ``tick`` is called before every batch, and may raise."""
         stage = self._stages[None]
         order = torch.randperm(len(stage.concept_ids), generator=self._job.generator).tolist()
         for rows in chunks(order, stage.batch_keys, at_once):
@@ -149,8 +150,8 @@ class SideBySide:
 
 
 def _wanted(left: Sequence[Tensor], right: Sequence[Tensor], stage: Stage) -> list[Tensor] | None:
-    """Words, which have no place, are to be what is between both. None where no output has places,
-    and where two outputs have as many tokens as the picture: one of them may be the words."""
+    """The targets. Text tokens have no position, so their target is the mean of both. None if no
+    output is spatial, or if two outputs have as many tokens as the image: one may be the text."""
     placed = [
         compose_halves(*both, stage.picture, stage.patches)
         for both in zip(left, right, strict=True)
@@ -169,9 +170,9 @@ def compose_halves(
 ) -> Tensor | None:
     """The left half of ``left`` beside the right half of ``right``, two tensors of one shape.
 
-    They are (rows, channels, …, height, width), or (rows, tokens, channels) with a token for each
-    patch of a ``picture`` of (…, height, width), in reading order. A side of a patch is one of
-    ``patches``. None where neither is so.
+    They are (rows, channels, …, height, width), or (rows, tokens, channels) with one token per
+    patch of a ``picture`` of (…, height, width), in reading order. A patch's side is one of
+    ``patches``. None for any other shape.
     """
     first = _in_left_half(left, picture, patches)
     return None if first is None else torch.where(first, left, right)

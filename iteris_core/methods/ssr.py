@@ -2,7 +2,7 @@
 
 With z = A x for all down matrices stacked in A, the router is R = Q G⁻¹, G = mean z zᵀ + λ I,
 Q's k-th rows = mean z_k zᵀ on concept k's own tokens, and ΔW = [up_1 … up_N] R A. A LoRA that does
-not change a site takes no part there; a site of one LoRA is passed through.
+not change a site takes no part there; a site of a single LoRA is passed through.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .registry import micro_batch_setting, on_activations
 
 @dataclass(frozen=True)
 class SsrSettings(Settings):
-    ridge: float = setting(1e-4, "λ, absolute as in the source.", low=0)
+    ridge: float = setting(1e-4, "λ, absolute, as in the source.", low=0)
     micro_batch: int = micro_batch_setting()
 
 
@@ -54,7 +54,7 @@ class Router(Reduction):
         return [self._gram, self._guide, self._count]
 
     def solve(self, fit: RegressionSpec) -> Solution:
-        """``fit.ridge`` is λ, absolute as in the source."""
+        """``fit.ridge`` is λ, absolute, as in the source."""
         if len(self._rows) < 2:
             return Solution(self._stacked)
         count = float(self._count)
@@ -64,13 +64,13 @@ class Router(Reduction):
 
     @staticmethod
     def bytes(changes: SiteChanges) -> Bytes:
-        """Two float32 matrices and A; the solve has three of them in float64."""
+        """Two float32 matrices and A; solving needs three of them in float64."""
         rank = changes.rank
         return Bytes(8 * rank * rank + 4 * rank * changes.shape[1], 24 * rank * rank)
 
 
 def rows_of(changes: SiteChanges) -> dict[int, slice]:
-    """concept → its rows of the stacked down matrices."""
+    """Concept → its rows of the stacked down matrices."""
     rows: dict[int, slice] = {}
     start = 0
     for concept, change in changes.present.items():

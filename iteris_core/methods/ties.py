@@ -20,9 +20,9 @@ from .registry import AtSite, on_weights, rank_setting
 @dataclass(frozen=True)
 class TiesSettings(Settings):
     density: float = setting(
-        0.2, "Share of entries kept of each LoRA; 0.2 in the paper.", above=0, high=1
+        0.2, "Share of each LoRA's entries to keep; 0.2 in the paper.", above=0, high=1
     )
-    scale: float = setting(1.0, "What the merged change is multiplied by (λ).")
+    scale: float = setting(1.0, "Factor on the merged change (λ).")
     rank: int | float | None = rank_setting()
 
 
@@ -45,7 +45,7 @@ def keep_largest(change: Tensor, density: float) -> Tensor:
 
 
 def elect_signs(changes: Tensor) -> Tensor:
-    """The sign of the sum of (concepts, …) per entry; where it is zero, the sign of the whole."""
+    """The sign of the sum over (concepts, …) per entry; if that is zero, the sign of the total."""
     total = changes.sum(dim=0)
     majority = total.sum().sign()
     return torch.where(total == 0, majority, total.sign())

@@ -1,7 +1,7 @@
-"""Adam steps on merged changes: the factors that are trained, and the loop.
+"""Adam steps on merged changes: the trained factors, and the training loop.
 
-The objective decides the rows and the targets of a loss: :mod:`.polish` has the output of the
-whole model, :mod:`.block_polish` that of one block after the other.
+The objective defines the rows and targets: :mod:`.polish` uses the output of the whole model,
+:mod:`.block_polish` that of one block after another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..linalg.whitening import Whitening
 from ..lora import LowRank
 
 STEP = 3.0
-"""The time of a step in forwards: one, and twice as much for the gradients."""
+"""The time of a step in forwards: one, plus two for the gradients."""
 
 
 class NoGradients(IterisError):
@@ -29,9 +29,9 @@ class NoGradients(IterisError):
 
 @dataclass(frozen=True)
 class Factors:
-    """Up and down factors by site, float32 leaves. Down factors are those of white inputs
-    (:mod:`..linalg.whitening`) where there are ``whitenings``: a step of one size then moves what a
-    site gives about as much in every direction."""
+    """Up and down factors by site, as float32 leaves. With ``whitenings``, down factors are those
+    for whitened inputs (:mod:`..linalg.whitening`), so a step of a given size moves a site's output
+    about equally in every direction."""
 
     ups: Mapping[str, Tensor]
     downs: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class Factors:
 
     @classmethod
     def of(cls, merged: Mapping[str, LowRank]) -> Factors:
-        """The factors of ``merged`` as they are."""
+        """The factors of ``merged``, unchanged."""
 
         def leaf(factor: Tensor) -> Tensor:
             return factor.float().clone().requires_grad_()
@@ -56,8 +56,8 @@ class Factors:
     def white(
         cls, merged: Mapping[str, LowRank], tokens: Mapping[str, Tensor], floor: float
     ) -> Factors:
-        """The factors of the sites whose inputs are given, (tokens, in), up and down of one
-        size."""
+        """The factors of the sites whose inputs, (tokens, in), are given; up and down have equal
+        norm."""
         ups: dict[str, Tensor] = {}
         downs: dict[str, Tensor] = {}
         whitenings = {site: Whitening.of(some, floor) for site, some in tokens.items()}
@@ -85,7 +85,7 @@ class Factors:
         ]
 
     def put(self, lockstep: Lockstep) -> None:
-        """Put the factors as merged changes, with gradients where those are on."""
+        """Install the factors as merged changes, with gradients if enabled."""
         for site, kernel in self.kernels.items():
             up, down = self.ups[site], self.downs[site]
             if site in self.whitenings:
@@ -97,8 +97,8 @@ class Factors:
 
 @dataclass(frozen=True)
 class Steps:
-    """``count`` steps, of which number i has ``falls(i)`` times a factor's rate. The error is
-    looked at every ``checked_every`` steps, and at the end."""
+    """``count`` steps; step i uses ``falls(i)`` times a factor's rate. The error is checked every
+    ``checked_every`` steps, and at the end."""
 
     count: int
     falls: Callable[[int], float]
@@ -113,12 +113,12 @@ def train(
     least: float,
     tick: Callable[[int], None],
 ) -> bool:
-    """Make the steps, and return True if ``error()`` came below ``least``, its value before; the
-    factors in ``groups`` (of an optimiser: ``params`` and ``lr``) are then those of its least, else
-    as they were.
+    """Run the steps; returns True if ``error()`` fell below ``least``, its initial value. The
+    factors in ``groups`` (optimiser groups with ``params`` and ``lr``) are then the best ones,
+    otherwise unchanged.
 
-    ``loss()`` is of a batch drawn at random; ``tick`` gets the number of steps done. Raises
-    :class:`NoGradients` where a step cannot be made.
+    ``loss()`` draws a random batch; ``tick`` gets the number of steps done. Raises
+    :class:`NoGradients` if a step is impossible.
     """
     factors = [factor for group in groups for factor in group["params"]]
     best, gained = [factor.detach().clone() for factor in factors], False
@@ -145,7 +145,7 @@ def train(
 
 
 def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The gradients of ``factors``; None of a site that does not reach the loss, such as a text
+    """The gradients of ``factors``; None for a site that does not reach the loss, such as a text
     encoder's last layers."""
     found: list[Tensor | None] = []
     try:
@@ -156,10 +156,10 @@ def _gradients(loss: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor | Non
             raise
         raise NoGradients(brief(error)) from error
     if all(gradient is None for gradient in found):
-        raise NoGradients("no change reaches what it is held against")
+        raise NoGradients("no change reaches the compared output")
     return found
 
 
 def trained(lockstep: Lockstep, merged: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The merged changes of ``lockstep`` in the dtypes that they had in ``merged``."""
+    """The merged changes of ``lockstep``, in the dtypes of ``merged``."""
     return {site: lockstep.merged[site].to(change.up.dtype) for site, change in merged.items()}

@@ -131,7 +131,7 @@ def test_architectures_are_told_by_the_denoisers_class(name):
 
 def test_a_pipeline_without_a_loader_is_refused():
     pipeline = type("OtherPipeline", (), {"transformer": pipeline_of("Wan").transformer})()
-    with pytest.raises(IterisError, match="OtherPipeline has no unet or transformer"):
+    with pytest.raises(IterisError, match="OtherPipeline has no supported unet or transformer"):
         base_of(pipeline, pipeline_sites(pipeline))
 
 

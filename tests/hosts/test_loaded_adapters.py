@@ -191,7 +191,7 @@ def test_what_cannot_be_merged_is_refused():
     model.unmerge_adapter()
     words = ["word_embeddings"]
     model.add_adapter("words", LoraConfig(target_modules=words, init_lora_weights=False))
-    with pytest.raises(IterisError, match="as a Embedding, no LoRA of a linear layer"):
+    with pytest.raises(IterisError, match="as a Embedding, not as a LoRA of a linear layer"):
         add_merged_adapter(model, ["words"], {"words": rows})
 
 

@@ -174,7 +174,7 @@ def test_without_memory_fewer_rows_go_at_once_and_then_a_block_stays(monkeypatch
     assert sizes == {16, 8, 4, 2, 1}
     assert torch.equal(result.lora.sites["blocks.1.q"].up, plain.sites["blocks.1.q"].up)
     assert not torch.equal(result.lora.sites["blocks.0.q"].up, plain.sites["blocks.0.q"].up)
-    assert "blocks.1.q to blocks.1.out are not polished, for want of memory" in said(result)
+    assert "blocks.1.q to blocks.1.out are not polished, for lack of memory" in said(result)
 
 
 def test_where_nothing_is_wrong_nothing_is_done():
@@ -252,7 +252,7 @@ def test_what_cannot_be_differentiated_stays_and_is_said():
     for site, change in plain.lora.sites.items():
         same = torch.equal(change.up, result.lora.sites[site].up)
         assert same == (not site.startswith(("blocks.0", "blocks.1")))
-    assert "blocks.2.q to blocks.2.out are not polished, since it cannot" in said(result)
+    assert "blocks.2.q to blocks.2.out are not polished, because it cannot" in said(result)
 
 
 def test_polish_of_a_pipeline_tells_its_progress_and_can_be_cancelled(host):

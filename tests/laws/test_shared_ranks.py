@@ -83,9 +83,9 @@ def test_a_rank_that_all_layers_may_have_is_the_whole_merge():
 
 
 def test_what_ranks_cannot_be_shared_with():
-    with pytest.raises(SettingsError, match="wants a whole rank"):
+    with pytest.raises(SettingsError, match="needs a whole number as rank"):
         merge(share_ranks=True)
-    with pytest.raises(SettingsError, match="wants a whole rank"):
+    with pytest.raises(SettingsError, match="needs a whole number as rank"):
         merge(share_ranks=True, rank=0.9)
     for other in ({"objective": "adapter"}, {"schedule": "jacobi"}):
         with pytest.raises(SettingsError, match="schedule=sweep"):

@@ -110,14 +110,14 @@ def test_styles_and_what_no_words_call_for_are_not_shown(host):
         host, [first, Concept(fourth.lora, ["a dog"])], settings={"block_steps": 2},
         calibration=CALIBRATION,
     )  # fmt: skip
-    assert "without pictures of two concepts, which need" in str(result.report.notes)
+    assert "without images of two concepts; that takes" in str(result.report.notes)
 
 
 def test_where_places_are_not_known_it_is_said(host, monkeypatch):
     monkeypatch.setattr("iteris_core.methods.side_by_side.compose_halves", lambda *_: None)
     settings = {"block_steps": 2}
     result = merge_loras(host, named(host), settings=settings, calibration=CALIBRATION)
-    assert "since it is not known where in a picture" in str(result.report.notes)
+    assert "because it is unknown where in the image" in str(result.report.notes)
 
 
 def test_a_block_is_to_give_each_half_as_its_own_lora_gives_it(host):
