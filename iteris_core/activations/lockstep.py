@@ -86,6 +86,11 @@ class Lockstep:
         self.close()
 
     @property
+    def batch(self) -> MicroBatch | None:
+        """The batch whose forward runs."""
+        return self._active
+
+    @property
     def cast_bytes(self) -> int:
         """Bytes of the changes that were cast to the model's dtype or moved to its device."""
         factors = (f for change in self._cast.values() for f in (change.up, change.down))

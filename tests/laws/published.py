@@ -55,5 +55,6 @@ def quiet(steps: Iterable[Any], **_: Any) -> Iterable[Any]:
 
 
 def off(ours: Any, wanted: Any) -> float:
-    """The largest relative distance over the sites of ``wanted``."""
-    return difference(Lora({site: ours.lora.sites[site] for site in wanted}), wanted)
+    """The largest relative distance of a merge, or its LoRA, over the sites of ``wanted``."""
+    sites = getattr(ours, "lora", ours).sites
+    return difference(Lora({site: sites[site] for site in wanted}), wanted)

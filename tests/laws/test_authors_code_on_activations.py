@@ -19,13 +19,14 @@ from typing import cast
 import numpy
 import pytest
 import torch
-from oracle import SITES, ModuleHost, Net, changed, dense_changes, make_data
+from oracle import SITES, Net, changed, dense_changes, make_data
 from published import LINEAR, checkout, needs, off, quiet, taken
 from test_methods import DENSE, LORAS, WIDE, merge, references
+from test_own_blocks import Blocks, random_loras
+from test_own_blocks import merge as merge_blocks
 from torch import nn
 from torch.nn import functional as F
 
-from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.lora import SiteChanges
 from iteris_core.rivals.custom_diffusion import _constrained
 
@@ -91,41 +92,6 @@ def test_regmean(rows):
     assert off(ours, wanted) < 1e-5
 
 
-class Block(nn.Module):
-    """A residual around so many layers: what the code for RegMean++ calls a layer."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(layers))
-
-    def forward(self, x, **_):
-        h = x
-        for layer in self.layers:
-            h = F.gelu(layer(h))
-        return (x + h,)
-
-
-class Blocks(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(layers) for _ in range(3))
-        self.double()
-
-    def forward(self, x):
-        for block in self.blocks:
-            (x,) = block(x)
-        return x
-
-    def linear(self):
-        return {n: m for n, m in self.named_modules() if isinstance(m, nn.Linear)}
-
-
-class BlocksHost(ModuleHost):
-    def sites(self):
-        return self.model.linear()
-
-
 class Models(SimpleNamespace):
     """The models to merge and their data, as the code for RegMean++ asks for them."""
 
@@ -174,34 +140,20 @@ def regmean_plus_plus(models, shrink):
 
 
 @needs("RegMean-plusplus/fusion_bench/method/regmean_plusplus/regmean.py")
-@pytest.mark.parametrize("layers", [1, 2])
-def test_regmean_plus_plus(monkeypatch, layers):
-    """Theirs merges a block of a transformer at a time: within one, a layer's inputs are those of
-    each LoRA's own block on what the merged blocks before give. Ours merges layer by layer, so
-    that both are the same only where a block has one layer."""
+@pytest.mark.parametrize(("layers", "by"), [(1, "layer"), (1, "block"), (2, "block"), (3, "block")])
+def test_regmean_plus_plus(monkeypatch, layers, by):
+    """Theirs merges a block at a time: within one, a layer's inputs are those of each LoRA's own
+    block on what the merged blocks before give. Layer by layer it is another method, unless a block
+    has one layer."""
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(concatenate_datasets=None))
     base, data = Blocks(layers), make_data(3)
-    generator = torch.Generator().manual_seed(1)
-    up, down = torch.randn(2, 3, 3 * layers, 24, generator=generator, dtype=torch.float64)
-    loras = [
-        Lora({
-            name: LowRank(up[i, j].reshape(12, 2), down[i, j].reshape(2, 12) / 24**0.5)
-            for j, name in enumerate(base.linear())
-        })
-        for i in range(3)
-    ]  # fmt: skip
+    loras = random_loras(base)
     tuned = {i: changed(base, dense_changes(lora)) for i, lora in enumerate(loras)}
     wanted = regmean_plus_plus(Models(base=base, tuned=tuned, data=data), 0.9)
-    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
-    ours = merge_loras(
-        BlocksHost(base, data),
-        concepts,
-        "regmean++",
-        settings={"shrink": 0.9, "weighting": "tokens"},
-    )
-    firsts = {name: wanted[name] for name in wanted if name.endswith("blocks.0.layers.0")}
-    assert off(ours, firsts) < 1e-5
-    assert off(ours, wanted) < 1e-5 if layers == 1 else off(ours, wanted) > 0.5
+    settings = {"shrink": 0.9, "weighting": "tokens"}
+    ours = merge_blocks(base, loras, data, by=by, **settings)
+    assert off(ours, wanted) < 1e-5
+    assert layers == 1 or off(merge_blocks(base, loras, data, **settings), wanted) > 0.5
 
 
 @needs("Mix-of-Show/gradient_fusion.py")

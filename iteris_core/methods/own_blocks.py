@@ -1,0 +1,119 @@
+"""Reference rows that enter every block of a model as the merged rows do.
+
+Within a block, such as a layer of a transformer or a residual block of a UNet, they then run under
+each LoRA's own changes on what the merged blocks before give. A block is an entry of a list of like
+modules that has two sites or more, the smallest there is; a site in none is one by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ..activations.barriers import Found
+from ..activations.lockstep import Lockstep
+from ..activations.micro_batch import MicroBatch
+from ..activations.replay import tensors
+from ..hosts.protocol import Stage
+from ..passes.job import Run
+from ..passes.strategies import find
+
+_Rows = dict[nn.Module, Set[str]]
+"""Of a block, the paths of those arguments, in (args, kwargs), that have an entry for every row."""
+
+
+class OwnBlocks:
+    """Hooks on the blocks of every stage that is :meth:`entered`; a context manager that takes them
+    off again."""
+
+    def __init__(self, run: Run) -> None:
+        self._modules, self._lockstep = run.job.host.sites(), run.lockstep
+        self._stages: set[str] = set()
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> OwnBlocks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def entered(self, stage: Stage) -> None:
+        """Put them on the blocks of a stage, which runs its first row."""
+        if stage.name in self._stages or not stage.sites:
+            return
+        self._stages.add(stage.name)
+        blocks = blocks_of(find(stage, self._lockstep), self._modules)
+        rows = _by_row(blocks, stage, self._lockstep)
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            batch = self._lockstep.batch
+            if batch is None or batch.of_one or batch.merged_only or batch.copies == 1:
+                return None
+            return _as_merged(rows.get(module, frozenset()), len(batch.owners), (args, kwargs))
+
+        for block in blocks:
+            hook = block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+            self._hooks.enter_context(hook)
+
+
+def blocks_of(found: Found, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The blocks that a forward came through, and the sites (``modules``) that lie in none."""
+    count = Counter(module for site in found.sites for module in found.inside[site])
+    of_site = {site: _smallest(found.inside[site], count) for site in found.sites}
+    outer = {
+        module
+        for site, block in of_site.items()
+        for module in found.inside[site]
+        if block is not None and module is not block
+    }
+    parts = (
+        modules[site] if block is None or block in outer else block
+        for site, block in of_site.items()
+    )
+    return list(dict.fromkeys(parts))
+
+
+def _smallest(inside: Sequence[nn.Module], count: Mapping[nn.Module, int]) -> nn.Module | None:
+    """Of the modules around a site, from the outside in, the smallest that may be a block."""
+    entries = {entry for module in inside for entry in _entries(module)}
+    return next((m for m in reversed(inside) if m in entries and count[m] > 1), None)
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for part in module.children():
+        if isinstance(part, nn.ModuleList) and len({type(entry) for entry in part}) == 1:
+            yield from part
+
+
+def _by_row(blocks: Sequence[nn.Module], stage: Stage, lockstep: Lockstep) -> _Rows:
+    """By the first row, in two copies."""
+    rows: _Rows = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = tensors((args, kwargs)).items()
+        rows[module] = {path for path, leaf in given if leaf.ndim and leaf.shape[0] == 2}
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
+        lockstep.run(MicroBatch(lambda: stage.run([0], 2), [stage.concept_ids[0]], 2))
+    return rows
+
+
+def _as_merged(paths: Set[str], rows: int, given: Any) -> Any:
+    """``given`` with the second half of those tensors, the merged rows, as the first half too."""
+
+    def same(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or _pytree.keystr(path) not in paths:
+            return leaf
+        if leaf.shape[0] != 2 * rows or torch.equal(leaf[:rows], leaf[rows:]):
+            return leaf  # sites that receive one tensor share its moments
+        return torch.cat([leaf[rows:], leaf[rows:]])
+
+    return _pytree.tree_map_with_path(same, given)
