@@ -7,9 +7,7 @@ Every gradient lies within the columns of [up_1 … up_N] = Q R, and so does eve
 and L-BFGS on C, (Σ r_i, in), takes the steps that it takes on ΔW: no scale c matters to it but in
 its first trial step, and that is chosen by it. The result has rank Σ r_i exactly.
 
-Their code does so in three rounds, each on a model with the ones before merged: the text encoder,
-keys and values that read the text, the rest. Here every layer has its inputs from the LoRAs' own
-models.
+It goes in :mod:`.rounds`.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ from ..lora import LowRank
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
 from ..passes.batches import REFERENCE, ExecutionConfig
 from ..passes.job import Job
-from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.adapter import Gram
 from ..solve.inputs import NOT_FINITE
 from ..solve.problem import Reduction, Solution, StageSolver, finite_as
+from .rounds import in_rounds, reads_text
 
 _HISTORY = 25  # pairs that L-BFGS remembers, in the authors' code
 _NEVER = 1e-16  # its tolerances there, for both gradient and change
@@ -64,14 +62,7 @@ def gradient_fusion(job: Job, settings: GradientFusionSettings) -> Merged:
     solver = StageSolver(
         begin=Gram, solve=solve, bytes=lambda site, _: Gram.bytes(job.changes[site])
     )
-    with job.run() as run:
-        how = ExecutionConfig(settings.micro_batch), REFERENCE
-        return Merged(*solve_sites(run, lambda _: solver, *how))
-
-
-def reads_text(site: str) -> bool:
-    """True if nothing but the prompt reaches the site."""
-    return site.startswith("text_encoder") or site.endswith(("attn2.to_k", "attn2.to_v"))
+    return in_rounds(job, solver, ExecutionConfig(settings.micro_batch), REFERENCE)
 
 
 def _descended(reduced: Gram, weights: Sequence[float], steps: int) -> LowRank:

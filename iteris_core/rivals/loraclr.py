@@ -7,7 +7,7 @@ By AdamW from the base's weights, on each LoRA's own inputs, as the authors' cod
 d_ij = ‖Ŷ_i − Y_j‖ over all tokens, Ŷ_i what the merged layer gives for concept i, Y_j what LoRA j's
 own gives for concept j, token by token in their order. With E_i = ΔW − ΔW_i, Ŷ_i − Y_j is
 X_i E_iᵀ + Y_i − Y_j, so that d_ij needs X_iᵀX_i, (Y_i − Y_j)ᵀX_i and ‖Y_i − Y_j‖² alone, and
-neither weights nor a bias.
+neither weights nor a bias. It goes in :mod:`.rounds`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from ..linalg.lowrank import cut_dense
 from ..linalg.precision import full_precision, solve_device
 from ..lora import SiteChanges
 from ..methods.registry import Merged, micro_batch_setting, on_model, rank_setting
-from ..passes.batches import ExecutionConfig
+from ..passes.batches import SWEEP, ExecutionConfig
 from ..passes.job import Job
-from ..passes.sweep import solve_sites
 from ..settings import Settings, setting
 from ..solve.inputs import NOT_FINITE
 from ..solve.problem import (
@@ -37,6 +36,7 @@ from ..solve.problem import (
     Tokens,
     finite_as,
 )
+from .rounds import in_rounds
 
 _DECAY = 1e-4  # of AdamW, as in the source
 _LEAST = 1e-12  # under a root, likewise
@@ -75,8 +75,7 @@ def loraclr(job: Job, settings: LoraclrSettings) -> Merged:
     batching = ExecutionConfig(
         settings.micro_batch, "enough", job.calibration.seed, policy=job.policy
     )
-    with job.run() as run:
-        return Merged(*solve_sites(run, lambda _: solver, batching))
+    return in_rounds(job, solver, batching, SWEEP)
 
 
 class _Pairs(Reduction):
