@@ -179,7 +179,7 @@ class Calibration(Settings):
     timesteps: int | None = setting(
         None,
         "Latents per prompt, from different denoising steps.",
-        none="4, and 6 from five LoRAs on",
+        none="4, or 6 from five LoRAs on",
         low=1,
         most=10,
     )

@@ -1,4 +1,4 @@
-"""The V3 nodes: thin over :mod:`iteris_core`."""
+"""The V3 nodes: a thin layer over :mod:`iteris_core`."""
 
 from __future__ import annotations
 

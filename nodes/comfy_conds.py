@@ -1,4 +1,4 @@
-"""The inputs that ComfyUI gives a denoiser beside its latents: those of each row's own text, and
+"""The inputs that ComfyUI gives a denoiser besides its latents: those from each row's own text, and
 those that the user connected (reference latents, a first frame, a mask, a control), equal for all
 rows."""
 
@@ -19,23 +19,23 @@ from .comfy_internals import comfy
 from .comfy_text import Conditioning
 
 Inputs = dict[str, Any]
-"""A conditioning as ComfyUI prepares it for one row: a dictionary with ``model_conds``."""
+"""A conditioning, as ComfyUI prepares it for one row: a dictionary with ``model_conds``."""
 
 _OF_THE_TEXT = ("pooled_output", "attention_mask", "conditioning_", "t5xxl_", "cross_attn")
-"""The first letters of entries that come from text encoders; every row has its own text's."""
+"""Prefixes of entries that come from text encoders; every row has those of its own text."""
 _WHERE_AND_WHEN = frozenset(
     ("area", "mask", "mask_strength", "strength", "set_area_to_bounds", "start_percent",
      "end_percent", "clip_start_percent", "clip_end_percent", "default", "hooks", "model_conds",
      "uuid")
 )  # fmt: skip
-"""Entries that say for which part of a picture or of its denoising a text counts."""
+"""Entries that restrict a text to a part of the image or of its denoising."""
 
 
 @dataclass(frozen=True)
 class References:
-    """The inputs that the user connected beside the texts: ``entries`` of a CONDITIONING that go
-    into every row's, a ``latent`` (1, …) that all rows begin with, and the ``mask`` of what is
-    denoised."""
+    """The inputs that the user connected besides the texts: ``entries`` of a CONDITIONING, added to
+    every row's; a ``latent`` (1, …) from which all rows start; and the ``mask`` of the area to
+    denoise."""
 
     entries: Mapping[str, Any] = field(default_factory=dict[str, Any])
     latent: Tensor | None = None
@@ -43,8 +43,7 @@ class References:
 
     @classmethod
     def of(cls, conditioning: Any = None, latent: Any = None) -> References:
-        """The arguments out of a CONDITIONING, of several the first, and the first picture of a
-        LATENT."""
+        """From the first entry of a CONDITIONING, and the first image of a LATENT."""
         entries = dict(conditioning[0][1]) if conditioning else {}
         entries = {
             name: value
@@ -56,40 +55,40 @@ class References:
         samples, mask = latent["samples"], latent.get("noise_mask")
         if samples.is_nested:
             raise IterisError(
-                "The LATENT has picture and sound in one, which a merge cannot take; connect a "
-                "LATENT of the picture alone, or none."
+                "The LATENT combines image and sound, which a merge does not support; connect a "
+                "LATENT of the image only, or none."
             )
-        frames_first = samples.ndim == 5  # of a video's mask, as ComfyUI takes it
+        frames_first = samples.ndim == 5  # for a video's mask, as ComfyUI expects it
         if mask is not None and (mask.ndim == 5 or (mask.ndim > 2 and not frames_first)):
             mask = mask[:1]
         return cls(entries, samples[:1], mask)
 
     @property
     def by_step(self) -> bool:
-        """True if rows of a forward must be of one step: control nets look at the first row's."""
+        """True if a forward's rows must share one step: control nets use only the first row's."""
         return "control" in self.entries
 
     def beside(self, text: Conditioning) -> list[Any]:
-        """``text`` as ComfyUI has it, with the references."""
+        """``text`` in ComfyUI's form, with the references."""
         states, own = text
         return [states, {**self.entries, **own}]
 
     def key(self, forget: Callable[[Any], None]) -> Hashable:
-        """Equal for references of the same objects, while they are there; ``forget`` is called when
-        one of them goes."""
+        """A key, equal for references to the same objects while they exist; ``forget`` is called
+        when one of them is deleted."""
         return _identity((self.entries, self.latent, self.mask), forget)
 
 
 def kind(inputs: Inputs) -> Hashable:
-    """Equal for two texts whose rows may share a forward: they have the same inputs, those of equal
-    shapes and the constants among them equal."""
+    """A key, equal for texts whose rows may share a forward: they have the same inputs, with equal
+    shapes and equal constants."""
     conds = inputs["model_conds"]
     rows = {n: 0 for n, c in conds.items() if not isinstance(c, comfy.conds.CONDConstant)}
     return recorded.kind(_call(inputs), rows, masks=False)
 
 
 def size(inputs: Inputs) -> int:
-    """The number of elements in the inputs of one row."""
+    """The number of elements in one row's inputs."""
     return recorded.size(_call(inputs))
 
 
@@ -98,8 +97,8 @@ def _call(inputs: Inputs) -> recorded.Call:
 
 
 def joined(rows: Sequence[Inputs]) -> Inputs:
-    """The inputs of several rows as those of one batch; what is not for the model is the first
-    row's, as it comes from one CLIP."""
+    """The inputs of several rows, joined into one batch. Entries that are not for the model come
+    from the first row; all rows use one CLIP."""
     first, *others = (row["model_conds"] for row in rows)
     conds = {
         name: type(cond)(cond.concat([other[name] for other in others]))
@@ -109,8 +108,8 @@ def joined(rows: Sequence[Inputs]) -> Inputs:
 
 
 def sharing(inputs: Inputs, first: Inputs) -> Inputs:
-    """``inputs`` with the tensors of ``first`` where they are equal: references are the same for
-    all texts, and may be larger than they."""
+    """``inputs``, sharing equal tensors with ``first``: references are the same for all texts, and
+    may be larger than the texts."""
     conds = dict(inputs["model_conds"])
     for name, cond in conds.items():
         known = first["model_conds"].get(name)
@@ -136,12 +135,12 @@ def _identity(value: Any, forget: Callable[[Any], None]) -> Hashable:
 
 
 class Same:
-    """Equal to another of the same object, while that is there."""
+    """Equal to another wrapper of the same object, while that exists."""
 
     def __init__(self, value: Any, forget: Callable[[Any], None]) -> None:
         try:
             self._value: Callable[[], Any] = weakref.ref(value, forget)
-        except TypeError:  # of a kind that has no weak references
+        except TypeError:  # a type without weak references
             self._value = lambda: value
 
     def __eq__(self, other: object) -> bool:

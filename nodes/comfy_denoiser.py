@@ -1,9 +1,9 @@
-"""The denoiser of a MODEL, run as ComfyUI's samplers run it, positive conditioning only.
+"""The denoiser of a MODEL, run as in ComfyUI's samplers, with positive conditioning only.
 
-The inputs of each text are made apart, by ComfyUI for one row, as its sampler does: masks, pooled
-outputs, sizes, guidance, references. Those of the rows of a forward are put together by ComfyUI's
-own classes of conditioning, and only where they have equal shapes. ``calc_cond_batch`` brings
-wrappers and hooks as they would be in sampling; one call is one forward, rows in order.
+ComfyUI prepares the inputs of each text separately for one row, as its sampler does: masks, pooled
+outputs, sizes, guidance, references. ComfyUI's own conditioning classes join the rows of a forward,
+if their shapes are equal. ``calc_cond_batch`` applies wrappers and hooks as in sampling; one call
+is one forward, with rows in order.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .comfy_text import Conditioning
 
 _ONE = "positive"
 _SPEEDY = ("lcm", "distilled")
-"""In the names of samplings that models without guidance are run with."""
+"""Parts of the names of sampling classes for models without guidance."""
 
 
 class Denoiser:
-    """The denoiser of one MODEL, with the user's references; :meth:`close` gives it back as
-    ComfyUI expects it."""
+    """The denoiser of one MODEL, with the user's references; :meth:`close` returns it in the state
+    that ComfyUI expects."""
 
     def __init__(self, model: Any, references: References | None = None) -> None:
         self.model = model
@@ -46,8 +46,8 @@ class Denoiser:
 
     @property
     def distilled(self) -> bool:
-        """True if the model is run without guidance and never sees the empty prompt, as far as it
-        tells: it takes guidance as an input, or has a sampling for few steps."""
+        """True if the model runs without guidance and never sees the empty prompt. It is detected
+        by a guidance input or a few-step sampling class."""
         config = self.model.model.model_config.unet_config
         kinds = type(self.model.get_model_object("model_sampling")).__mro__
         return (
@@ -69,9 +69,9 @@ class Denoiser:
     def load(
         self, shape: Sequence[int], schedule: Tensor, text: Conditioning, rows: int, wanted: int = 0
     ) -> None:
-        """Prepare the model as ``CFGGuider`` does before it samples, with the room that ComfyUI
-        wants for ``rows`` rows, and at least ``wanted`` bytes. ``shape`` is (…, channels, height,
-        width), ``schedule`` the sigmas of a whole denoising."""
+        """Prepare the model as ``CFGGuider`` does before sampling, with the memory that ComfyUI
+        reserves for ``rows`` rows, and at least ``wanted`` bytes. ``shape`` is (…, channels,
+        height, width), ``schedule`` the sigmas of a whole denoising."""
         model = self.model
         if self._options is None:
             self._conds = {_ONE: self._converted(text)}
@@ -83,7 +83,7 @@ class Denoiser:
             self._collecting.enter_context(in_full_precision(model.model))
             comfy.sampler_helpers.prepare_model_patcher(model, self._conds, options)
             run_uncompiled(options)
-            # Patches and wrappers of other nodes look up there how far denoising is.
+            # Other nodes' patches and wrappers read the denoising progress there.
             options["transformer_options"]["sample_sigmas"] = schedule.to(model.load_device)
         self.room(max(wanted, math.ceil(model.model.memory_required([rows, *shape[1:]]))))
         device, dtype = model.load_device, model.model_dtype()
@@ -91,8 +91,8 @@ class Denoiser:
         model.pre_run()
 
     def room(self, wanted: int) -> int:
-        """The bytes that are free beside the denoiser, once ComfyUI has made room for ``wanted``:
-        of other models, and of its own weights where that is not enough."""
+        """Free bytes besides the denoiser, after ComfyUI has freed ``wanted``: it evicts other
+        models first, then the denoiser's own weights."""
         model = self.model
         with torch.inference_mode():
             models = [model, *self._others, *model.get_nested_additional_models()]
@@ -100,7 +100,8 @@ class Denoiser:
         return free_beside(model)
 
     def shape(self, calibration: Calibration) -> tuple[int, ...]:
-        """(1, channels, …) of the latents: as those that are connected, else by the size rule."""
+        """(1, channels, …) of the latents: from the connected LATENT, otherwise by the size
+        rule."""
         latent = self.references.latent
         if latent is None:
             return latent_shape(self.model, calibration)
@@ -111,7 +112,7 @@ class Denoiser:
         return sorted(set(token_sides(self.model)))
 
     def empty(self, shape: Sequence[int]) -> Tensor:
-        """The latent, (1, …), to which a denoising adds noise: the LATENT that is connected."""
+        """The latent, (1, …), to which denoising adds noise: the connected LATENT."""
         latent = self.references.latent
         if latent is None:
             return torch.zeros(*shape)
@@ -124,12 +125,12 @@ class Denoiser:
         return comfy.samplers.calculate_sigmas(sampling, scheduler, steps).float().cpu()
 
     def shares(self, sigmas: Tensor) -> Tensor:
-        """The times of ``sigmas``, as shares of the longest."""
+        """The timesteps of ``sigmas``, as shares of the largest."""
         sampling = self.model.get_model_object("model_sampling")
         return sampling.timestep(sigmas).float() / float(sampling.timestep(sampling.sigma_max))
 
     def noised(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The denoiser's input at ``sigma``, of noise and the LATENT that is connected."""
+        """The denoiser's input at ``sigma``, from noise and the connected LATENT."""
         sampling = self.model.get_model_object("model_sampling")
         latent, mask = self._begun(noise.shape)
         noisy = sampling.noise_scaling(sigma.reshape(1), noise, latent, True)
@@ -141,8 +142,8 @@ class Denoiser:
         return noisy * mask + kept * (1 - mask)
 
     def inputs(self, text: Conditioning, shape: Sequence[int]) -> Inputs:
-        """The inputs from ComfyUI beside a latent of ``shape`` (…, channels, height, width)
-        for this text."""
+        """ComfyUI's inputs for this text, besides a latent of ``shape`` (…, channels, height,
+        width)."""
         device, shape = self.model.load_device, (1, *shape[1:])
         latent, mask = self._begun(shape)
         inputs = comfy.samplers.process_conds(
@@ -170,20 +171,20 @@ class Denoiser:
 
     def _converted(self, text: Conditioning) -> list[dict[str, Any]]:
         conds = comfy.sampler_helpers.convert_cond([self.references.beside(text)])
-        # Of such a model weights come to the device when they are used.
+        # For these models, weights move to the device when used.
         known = optional("comfy.model_patcher.ModelPatcher.is_dynamic") is not None
         if known and self.model.is_dynamic() and any(map(_has_hooks, conds)):
             raise ModelStateError(
-                "The CLIP or the CONDITIONING brings hooks for MODEL, which under DynamicVRAM "
-                "run on a copy of the model that a merge does not see; load the LoRA with Load "
-                "LoRA in place of the hook, or start ComfyUI with --disable-dynamic-vram."
+                "The CLIP or the CONDITIONING has hooks for MODEL. Under DynamicVRAM these run on "
+                "a copy of the model that a merge cannot see. Load the LoRA with Load LoRA "
+                "instead of the hook, or start ComfyUI with --disable-dynamic-vram."
             )
         return conds
 
     def _begun(self, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The LATENT that is connected as the model has it, and its mask; on the CPU."""
+        """The connected LATENT on the model's scale, and its mask; on the CPU."""
         latent, mask = self.empty(shape), self.references.mask
-        if bool(latent.any()):  # an empty one is not shifted
+        if bool(latent.any()):  # an empty latent is not shifted
             latent = self.model.model.process_latent_in(latent)
         if mask is not None:
             mask = comfy.sampler_helpers.prepare_mask(mask, torch.Size(shape), "cpu")

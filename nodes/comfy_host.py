@@ -1,7 +1,7 @@
 """A ComfyUI MODEL and CLIP as host. Only the files ``comfy_*.py`` know ComfyUI's internals.
 
-Nothing of MODEL and CLIP is patched: the text encoders (:mod:`.comfy_text`) and the denoiser
-(:mod:`.comfy_denoiser`) only run. LoRA files are read by :mod:`.comfy_lora`.
+MODEL and CLIP are not patched: the text encoders (:mod:`.comfy_text`) and the denoiser
+(:mod:`.comfy_denoiser`) only run. :mod:`.comfy_lora` reads LoRA files.
 """
 
 from __future__ import annotations
@@ -41,23 +41,22 @@ from .comfy_text import Conditioning, TextEncoders
 from .concept_specs import DENOISER
 
 LOW = f"{second_of(DENOISER)}."
-"""The prefix of sites of the model for low noise."""
+"""Site prefix of the model for low noise."""
 BOUNDARY = 0.875
-"""The share of noise at which the model for low noise goes on: Wan 2.2's own, for text to video."""
+"""Share of noise at which the model for low noise takes over: Wan 2.2's own, for text to video."""
 
 _SAMPLING_ROWS = 16
-_MEASURED_ROWS = 2  # that ComfyUI makes room for before a row is measured
+_MEASURED_ROWS = 2  # for which ComfyUI frees memory before a row is measured
 
 
 class ComfyHost(AbstractContextManager["ComfyHost"]):
-    """Use as a context manager: leaving it gives MODEL and CLIP back as ComfyUI expects them.
+    """Use as a context manager; on exit, MODEL and CLIP are in the state that ComfyUI expects.
 
-    ``rows`` is how many rows a forward may have while samples are made, or half as many as often as
-    memory runs out. ``low`` is the MODEL that
-    goes on where the share of noise is below ``boundary``, of models with two experts; its sites
-    are ``unet_2.…``. ``references`` are what the user connected beside the texts. ``distilled``
-    says whether the base is run without guidance and never sees the empty prompt (None: as the
-    model itself tells). ``clip`` may be None where nothing is run.
+    ``rows`` is the most rows per forward while samples are made; it is halved whenever memory runs
+    out. For models with two experts, ``low`` is the MODEL that takes over when the share of noise
+    is below ``boundary``; its sites are ``unet_2.…``. ``references`` are the user's inputs besides
+    the texts. ``distilled`` says whether the base runs without guidance and never sees the empty
+    prompt (None: detect). ``clip`` may be None if nothing runs.
     """
 
     pictures = True
@@ -77,7 +76,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         if low is not None and low.model is model.model:
             raise IterisError(
                 "model and model_low are the same model; connect the one for high noise and the "
-                "one for low noise, each from a loader of its own."
+                "one for low noise, each from its own loader."
             )
         self.model, self.clip, self.low, self.boundary = model, clip, low, boundary
         self.references = references or References()
@@ -107,9 +106,9 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def _texts(self) -> TextEncoders:
         if self._encoders is None:
             raise IterisError(
-                "There is no CLIP, and prompts are read with it; connect one (a checkpoint without "
+                "No CLIP is connected, and prompts need one; connect it (a checkpoint without "
                 "text encoders needs a Load CLIP node). Only methods that look at weights alone, "
-                "such as average or ties, need none."
+                "such as average or ties, work without."
             )
         return self._encoders
 
@@ -129,11 +128,11 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         return self._texts.token_counts(prompts, owners)
 
     def read_low(self, path: str | Path, options: ReadOptions | None = None) -> Lora:
-        """Read the file for low noise; its sites are named as if it were the other one's."""
+        """Read the file for low noise; its sites are named as for the other model."""
         if self._low is None:
             raise IterisError(
-                f"{Path(path).name} is for the model for low noise, and there is none here; merge "
-                "with IterIS Merge Experts, which takes both models."
+                f"{Path(path).name} is for the model for low noise, which is not connected; use "
+                "IterIS Merge Experts, which takes both models."
             )
         return self._low.read_lora(path, options)
 
@@ -195,9 +194,9 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def forward(self, samples: ComfySamples, rows: Sequence[int]) -> Tensor:
         if torch.is_grad_enabled():
             raise IterisError(
-                "ComfyUI loads weights in inference mode, which keeps no gradients, so a merge "
-                "cannot be polished through the whole model there; set polish_steps to 0, and "
-                "block_steps instead."
+                "ComfyUI loads weights in inference mode, without gradients, so polish through "
+                "the whole model is not possible; set polish_steps to 0 and use block_steps "
+                "instead."
             )
         owners, tokens = samples.text.text_owners, samples.tokens
         batches = self._texts.batches(owners, tokens, self._found.names, frozenset())
@@ -261,7 +260,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         noisy: DenoiserRows,
         conditionings: Sequence[Sequence[Conditioning]],
     ) -> Stage:
-        """The stage of a denoiser, which is loaded for it."""
+        """The stage of a denoiser; loads the denoiser."""
         run, inputs = self._loaded(number, noisy, conditionings)
         denoiser, texts = self._denoisers[number], noisy.text_rows
         kinds = {row: tuple(kind(copy[row]) for copy in inputs) for row in inputs[0]}
@@ -282,8 +281,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def _loaded(
         self, number: int, noisy: DenoiserRows, conditionings: Sequence[Sequence[Conditioning]]
     ) -> tuple[Callable[[Sequence[int], int], Tensor], Sequence[Mapping[int, Inputs]]]:
-        """A forward of a denoiser, which is loaded for it, and for each copy of the conditionings
-        the inputs of every text that is used."""
+        """A forward of a denoiser, after loading it, and, for each copy of the conditionings, the
+        inputs of every text in use."""
         denoiser = self._running = self._denoisers[number]
         latents, texts = noisy.latents, noisy.text_rows
         wanted = self._wanted.get(denoiser, 0)
@@ -304,7 +303,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
 
     def room(self, wanted: int) -> int:
         wanted = with_spare(wanted)
-        # Kept for the iterations of a method that runs its stages again.
+        # Kept for methods that run their stages again.
         self._wanted[self._running] = wanted
         return usable(self._running.room(wanted))
 
@@ -315,7 +314,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
     def _texts_alone(
         self, owners: Sequence[int], prompts: Sequence[str], sites: Set[str], tick: Tick
     ) -> list[tuple[Conditioning, Conditioning]]:
-        """For each sample its text and the empty one, both with its own LoRA active."""
+        """For each sample, its text and the empty text, both with its own LoRA active."""
         count = max(owners) + 1
         rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
         pair_owners = rows.text_owners

@@ -1,8 +1,8 @@
 """The names of ComfyUI's internals that the files ``comfy_*.py`` use, looked up in one place.
 
-They may move in any version. One that is gone fails what needs it, when it is used, with a sentence
-that names it and the versions that are known to work; every node is there all the same. Names are
-looked up each time, since other packs put functions of their own in their places.
+They may move in any version. Using a name that is gone raises an error that gives the name and the
+versions known to work; all nodes still load. Names are looked up on every use, because other packs
+replace these functions with their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from ..iteris_core.errors import IterisError
 
 KNOWN = "0.3.77, 0.8.0 and 0.33.0"
-"""The versions of ComfyUI that the tests are run with."""
+"""The ComfyUI versions with which the tests run."""
 
 NAMES: Mapping[str, Sequence[str]] = {
     "comfy.conds": ("CONDConstant",),
@@ -59,7 +59,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "comfy.sd.CLIP": ("encode_from_tokens_scheduled", "tokenize"),
     "comfy.sd1_clip.SDClipModel": ("encode", "set_clip_options"),
 }  # fmt: skip
-"""Methods of objects that a graph brings; only a check beforehand finds one that is gone."""
+"""Methods of objects from a graph; only an advance check finds a missing one."""
 WHERE_THERE: Mapping[str, str] = {
     "comfy.cli_args.args.disable_comfy_compiler": "the compiler records allocations",
     "comfy.cli_args.args.disable_cuda_graphs": "blocks are recorded and replayed",
@@ -75,7 +75,7 @@ WHERE_THERE: Mapping[str, str] = {
 
 
 def missing() -> list[str]:
-    """The names that this ComfyUI does not have."""
+    """The names that this ComfyUI lacks."""
     tables = [*NAMES.items(), *METHODS.items()]
     return [
         f"{path}.{name}" for path, names in tables for name in names if _find(path, name) is None
@@ -83,7 +83,7 @@ def missing() -> list[str]:
 
 
 def optional(path: str) -> Any:
-    """The object that :data:`WHERE_THERE` names, or None where this ComfyUI lacks it."""
+    """The object named in :data:`WHERE_THERE`, or None if this ComfyUI lacks it."""
     if path not in WHERE_THERE:
         raise AttributeError(f"{path} is not among the names that only some versions have")
     owner, _, name = path.rpartition(".")
@@ -91,7 +91,7 @@ def optional(path: str) -> Any:
 
 
 def set_optional(path: str, value: Any) -> None:
-    """Put ``value`` in the place of what :func:`optional` gives."""
+    """Replace the object that :func:`optional` returns with ``value``."""
     owner, _, name = path.rpartition(".")
     setattr(_object(owner), name, value)
 
@@ -99,13 +99,13 @@ def set_optional(path: str, value: Any) -> None:
 def sentence(names: Sequence[str]) -> str:
     version = _find("comfyui_version", "__version__") or "of an unknown version"
     return (
-        f"This ComfyUI ({version}) has no {', '.join(names)}, which IterIS uses. Versions "
-        f"{KNOWN} are known to work: update IterIS, or use one of them."
+        f"This ComfyUI ({version}) has no {', '.join(names)}, which IterIS uses. Versions {KNOWN} "
+        "are known to work; update IterIS, or use one of them."
     )
 
 
 class _Module:
-    """A module of ComfyUI's with the names of :data:`NAMES`, those that are gone as stand-ins."""
+    """A ComfyUI module with the names in :data:`NAMES`; missing ones become stand-ins."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -121,7 +121,7 @@ class _Module:
 
 
 class _Gone(type):
-    """A class in the place of one that is gone: it can be subclassed, and nothing else."""
+    """A stand-in for a missing class: it can only be subclassed."""
 
     def __call__(cls, *_: Any, **__: Any) -> NoReturn:
         raise IterisError(sentence([cls.path]))

@@ -1,7 +1,7 @@
 """Learned embeddings in ComfyUI's tokenizers, which know ``embedding:NAME`` from models/embeddings:
-those of concepts while they are merged, and those of a merged LoRA in the CLIP that a node gives.
+those of concepts during a merge, and those of a merged LoRA in a node's CLIP output.
 
-Nothing of a CLIP is changed: a copy of it has copies of its tokenizers.
+A CLIP itself never changes: a copy of it has copies of its tokenizers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .comfy_internals import comfy
 
 
 class EmbeddingTokenizer:
-    """A CLIP whose tokenizers have the embeddings in force for which ``triggers`` call, one of each
-    concept; ``in_force`` are their names."""
+    """A CLIP whose tokenizers have the embeddings of ``triggers`` active, one per concept;
+    ``in_force`` are their names."""
 
     def __init__(self, clip: Any, triggers: Sequence[EmbeddingTriggers] = ()) -> None:
         encoders = _encoders(clip) if any(one.words for one in triggers) else []
@@ -29,15 +29,15 @@ class EmbeddingTokenizer:
         self.in_force = self._placeholders.in_force
 
     def tokenize(self, owner: int, prompt: str) -> Any:
-        """Tokens of a concept's prompt, as ComfyUI makes them to draw."""
+        """Tokens of a concept's prompt, as ComfyUI makes them for drawing."""
         said = self._placeholders(owner, prompt, lambda mark: f" embedding:{mark} ")
         same = said == prompt
         return self._clip.tokenize(prompt if same else said.replace("  embedding:", " embedding:"))
 
 
 def with_embeddings(clip: Any, embeddings: Mapping[str, Parts]) -> tuple[Any, set[str]]:
-    """A copy of ``clip`` that has embeddings behind ``embedding:NAME``, before those of
-    models/embeddings, and the names of those that one of its text encoders takes."""
+    """A copy of ``clip`` in which ``embedding:NAME`` finds these embeddings before those in
+    models/embeddings, and the names of those that one of its text encoders accepts."""
     encoders = _encoders(clip)
     known = {name for name, parts in embeddings.items() if give(encoders, name, parts)}
     return _knowing(clip, encoders, known), known
@@ -48,7 +48,7 @@ def _encoders(clip: Any) -> list[Encoder]:
 
 
 def _knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:
-    """A copy of ``clip`` whose tokenizers know what its ``encoders`` were given."""
+    """A copy of ``clip`` whose tokenizers know the vectors of its ``encoders``."""
     own = copy.copy(clip)
     vectors = {id(encoder.tokenizer): encoder.vectors for encoder in encoders}
     own.tokenizer = _copied(clip.tokenizer, vectors, names)
@@ -56,7 +56,7 @@ def _knowing(clip: Any, encoders: Sequence[Encoder], names: Set[str]) -> Any:
 
 
 def tokenizers(tokenizer: Any) -> list[Any]:
-    """The tokenizers of a composite (SDXL, FLUX, …), or the one itself."""
+    """The tokenizers of a composite (SDXL, FLUX, …), or the single one."""
     if isinstance(tokenizer, comfy.sd1_clip.SDTokenizer):
         return [tokenizer]
     return [
@@ -77,18 +77,18 @@ def _copied(tokenizer: Any, vectors: Mapping[int, Mapping[str, Tensor]], names: 
         return own
     look_up = tokenizer._try_get_embedding
     if own.embedding_directory is None:
-        own.embedding_directory = []  # with None it does not look for the word
+        own.embedding_directory = []  # with None it does not search for the word
         look_up = own._try_get_embedding
 
     def find(text: str) -> tuple[Any, ...]:
-        """Replaces ``_try_get_embedding``: the vectors, in later versions the name, and the text
-        behind it."""
+        """Replaces ``_try_get_embedding``: returns the vectors, in later versions the name, and the
+        text after it."""
         name, *rest = text.split()
         plain = name.rstrip(",")
         theirs = look_up(text)
         if plain not in names:
             return theirs
-        # For a text encoder that it has no vectors for an embedding is nothing, as from a file.
+        # A text encoder without vectors ignores the embedding, as with a file.
         own_vectors = vectors[id(tokenizer)].get(plain, torch.zeros(0, tokenizer.embedding_size))
         return own_vectors, *theirs[1:-1], " ".join([name[len(plain) :], *rest]).strip()
 

@@ -1,4 +1,4 @@
-"""Sites of a MODEL and CLIP, and LoRA files for them: ComfyUI's key maps as our aliases."""
+"""Sites of a MODEL and CLIP, and LoRA files for them, with ComfyUI's key maps as aliases."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from .comfy_names import (
 )
 
 _TEXT = re.compile(r"(lora|lycoris)_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl|text_model|cond_")
-"""The beginning of text encoders' names in LoRA files."""
-_NO_SITE = "no weight of a linear layer or a 2D convolution, which alone are merged"
+"""Prefix of text encoders' names in LoRA files."""
+_NO_SITE = "not the weight of a linear layer or 2D convolution; only these can be merged"
 
 
 class ComfySites:
     """The weights of a MODEL and CLIP that a LoRA can change.
 
-    ``key_map`` is ComfyUI's, name in a LoRA file → weight key (and slice of it), with names added
-    that it lacks; ``names`` maps weight keys to sites, ``modules`` sites to modules. ``base`` has
-    the key map as aliases of the sites, and for every site one name that the stock loader takes.
+    ``key_map`` is ComfyUI's (name in a LoRA file → weight key, and slice of it), extended by
+    missing names. ``names`` maps weight keys to sites, ``modules`` sites to modules. ``base`` holds
+    the key map as aliases of sites, and one name per site that the stock loader accepts.
     """
 
     def __init__(self, model: Any, clip: Any) -> None:
         if any(map(_is_nunchaku, model.model.modules())):
             raise BaseError(
-                "MODEL is one of Nunchaku's, whose layers are fused: what they receive cannot be "
-                "seen there. Merge on the model that it was made from, for instance in fp8 or GGUF."
+                "MODEL is a Nunchaku model with fused layers, whose inputs cannot be observed. "
+                "Merge on the model from which it was made, for instance in fp8 or GGUF."
             )
         self._model, self._clip = model, clip
         stock = _stock_key_map(model, clip)
@@ -92,10 +92,10 @@ class ComfySites:
     def read_lora(
         self, path: str | Path, options: ReadOptions | None = None, *, text: bool = True
     ) -> Lora:
-        """Any file that ComfyUI reads, and those of diffusers that it reads only in part.
+        """Read any file that ComfyUI reads, and diffusers files that it reads only in part.
 
-        Whatever would be left out is an error; with ``allow_partial`` it is a note. Without
-        ``text`` what it changes in text encoders is not looked at.
+        Anything that would be left out is an error; with ``allow_partial`` it is a note. Without
+        ``text``, changes of text encoders are ignored.
         """
         path, options = Path(path), options or ReadOptions()
 
@@ -106,9 +106,9 @@ class ComfySites:
             elif of_text and self._clip is None and not options.allow_partial:
                 raise LoraFileError(
                     f"{path.name} changes the text encoder ({of_text[0]}), and no CLIP is "
-                    "connected; connect it, or set the LoRA's strength there to 0."
+                    "connected; connect one, or set the LoRA's strength there to 0."
                 )
-            # BFL's, Wan-Fun's and USO's keys, and what later versions know.
+            # BFL's, Wan-Fun's and USO's keys, and those of later versions.
             converted = comfy.lora_convert.convert_lora(tensors)
             for key in converted if not options.allow_partial else ():
                 name = (split_key(key, self._refused) or ("", ""))[0]
@@ -127,16 +127,16 @@ class ComfySites:
         return self._root(key).get_submodule(key.rpartition(".")[0])
 
     def parameters(self) -> dict[str, nn.Module]:
-        """The module of every parameter beside the sites' weights."""
+        """The module of every parameter that is not a site's weight."""
         return {name: self._module(key) for name, key in self._parameters.items()}
 
     def parameter(self, name: str) -> Tensor:
-        """One of :meth:`parameters` in float32, with the LoRAs that are on it already."""
+        """One of :meth:`parameters` in float32, including LoRAs already applied."""
         return self._value(self._parameters[name], name)
 
     def weight(self, site: str) -> Tensor:
-        """The base's weight in float32, with the LoRAs that are on it already. A projection that no
-        one uses is zero: ComfyUI leaves it as the memory was."""
+        """The base's weight in float32, including LoRAs already applied. An unused projection is
+        zero, because ComfyUI leaves its memory uninitialised."""
         key = self._keys[site]
         encoder = getattr(self._root(key), key.partition(".")[0], None)
         unused = key.endswith(".text_projection.weight") and not encoder.return_projected_pooled
@@ -146,15 +146,15 @@ class ComfySites:
         patcher = self._model if in_denoiser(key) else self._clip.patcher
         (weight, convert), *patches = patcher.get_key_patches(key)[key]
         if not weight.is_floating_point():
-            made = getattr(self.modules[site], "get_weight", None)  # as ComfyUI-GGUF's layers have
+            made = getattr(self.modules[site], "get_weight", None)  # as in ComfyUI-GGUF's layers
             if made is None:
                 raise BaseError(
                     f"A DoRA, OFT or GLoRA, or an extraction, needs the base's weight of {site}, "
-                    "and this base has it as bytes of a quantised file (GGUF), which are not read "
-                    "here; load the base from a safetensors file."
+                    "but this base stores it as quantised GGUF bytes, which cannot be read; load "
+                    "the base from a safetensors file."
                 )
             whole: Tensor = made(weight, torch.float32)
-            if getattr(weight, "patches", None):  # which are in it then
+            if getattr(weight, "patches", None):  # which are then included
                 return whole.detach()
             weight = whole
         weight = memory.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
@@ -162,8 +162,8 @@ class ComfySites:
 
 
 def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """MODEL and CLIP with a LoRA at strength 1, as the stock loader does it, but nothing lost:
-    the embeddings in it are behind ``embedding:NAME``."""
+    """MODEL and CLIP with a LoRA at strength 1, as from the stock loader, but complete:
+    ``embedding:NAME`` finds the embeddings in it."""
     embeddings, lora = unbundled(Path("merged"), lora)
     loaded = comfy.lora.load_lora(lora, _stock_key_map(model, clip))
     model, clip = model.clone(), None if clip is None else clip.clone()
@@ -175,7 +175,7 @@ def apply_lora(model: Any, clip: Any, lora: Mapping[str, Tensor]) -> tuple[Any, 
     modules = sum(key.endswith((".alpha", ".diff", ".diff_b")) for key in lora)
     if len(patched) != len(loaded) or len(loaded) != modules:
         raise IterisError(
-            f"Only {len(patched)} of {modules} changes of the LoRA fit this MODEL and CLIP."
+            f"Only {len(patched)} of {modules} changes of the LoRA match this MODEL and CLIP."
         )
     return model, clip
 
@@ -188,7 +188,7 @@ def _stock_key_map(model: Any, clip: Any) -> dict[str, Any]:
 
 
 def _name_of(path: Path) -> str:
-    """The name below models/loras, as Load LoRA lists it; of a file elsewhere its own name."""
+    """The name below models/loras, as Load LoRA lists it; for a file elsewhere, its own name."""
     for folder in folder_paths.get_folder_paths("loras"):
         if path.resolve().is_relative_to(Path(folder).resolve()):
             return path.resolve().relative_to(Path(folder).resolve()).as_posix()
@@ -207,7 +207,7 @@ def _parameters(model: Any, clip: Any) -> dict[str, nn.Parameter]:
 
 
 def _architecture(model: Any, shapes: Shapes) -> Architecture:
-    """A UNet's, whose sites have diffusers' names; of others their class's name is all there is."""
+    """A UNet's architecture, whose sites have diffusers' names; for others, just the class name."""
     unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     kind = architecture_of_sites(shapes) if unet else None
     return kind or Architecture("comfyui", type(model.model).__name__, denoiser="unet")
@@ -223,5 +223,5 @@ def _is_site(root: nn.Module, path: str) -> bool:
         module = root.get_submodule(path)
     except AttributeError:
         return False
-    # Quantised layers are no nn.Linear, but say how wide they are.
+    # Quantised layers are not nn.Linear, but expose their width.
     return isinstance(module, nn.Conv2d) or hasattr(module, "in_features")

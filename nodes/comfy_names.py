@@ -1,4 +1,5 @@
-"""Names of ComfyUI's modules: with us, and in LoRA files, by the stock loader's key map."""
+"""Names of ComfyUI's modules: site names, and names in LoRA files, from the stock loader's key
+map."""
 
 from __future__ import annotations
 
@@ -18,10 +19,9 @@ def in_denoiser(key: str) -> bool:
 
 
 def our_names(model: Any, clip: Any) -> Callable[[str], str]:
-    """A function that gives a parameter's name with us by its key in ComfyUI.
+    """A function from a parameter's key in ComfyUI to its name here.
 
-    A UNet's modules have diffusers' names, other denoisers' their own, which is what a kohya file
-    calls them.
+    A UNet's modules get diffusers' names; other denoisers keep their own, as in kohya files.
     """
     unet = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     named = {f"diffusion_model.{ours}": theirs for theirs, ours in unet.items()}
@@ -37,7 +37,7 @@ def our_names(model: Any, clip: Any) -> Callable[[str], str]:
         encoder, _, rest = key.partition(".")
         number = order.index(encoder) + 1 if encoder in order else 1
         component = "text_encoder" if number == 1 else f"text_encoder_{number}"
-        # A layer beside the encoders, such as LTX-2's projection, keeps its name.
+        # A layer outside the encoders, such as LTX-2's projection, keeps its name.
         rest = rest.removeprefix("transformer.") if "." in rest else key
         return f"{component}.{rest}"
 
@@ -45,7 +45,7 @@ def our_names(model: Any, clip: Any) -> Callable[[str], str]:
 
 
 def with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
-    """Names that today's diffusers and transformers write and ComfyUI's maps lack."""
+    """Names that current diffusers and transformers write but ComfyUI's maps lack."""
     added: dict[str, Any] = {}
     for name, target in key_map.items():
         if ".processor.to_" in name:
@@ -59,8 +59,8 @@ def with_missing_names(key_map: dict[str, Any]) -> dict[str, Any]:
 def names_to_write(
     kind: Architecture, shapes: Shapes, stock: Mapping[str, Alias]
 ) -> dict[str, Alias]:
-    """One name of every site: sd-scripts' where the stock key map has it, else another of kohya's,
-    else ComfyUI's generic one (``text_encoders.…``)."""
+    """One name per site: sd-scripts' if the stock key map has it, otherwise another kohya name,
+    otherwise ComfyUI's generic one (``text_encoders.…``)."""
     written = {n: a for n, a in kohya_names(kind, shapes).items() if stock.get(n) == a}
     named = {alias[0].site for alias in written.values()}
     for prefix in ("lora_unet_", "lora_te", "lora_", "text_encoders.", ""):
@@ -73,8 +73,8 @@ def names_to_write(
 
 
 def best_names(stock: Mapping[str, Any]) -> dict[str, str]:
-    """Key of a whole tensor → the name that a file is to have for it: sd-scripts' of a UNet, with
-    diffusers' names of modules, or ComfyUI's own."""
+    """Key of a whole tensor → its name for writing: sd-scripts' for a UNet, with diffusers' module
+    names, or ComfyUI's own."""
     best: dict[str, str] = {}
     for prefix in ("lora_unet_", "text_encoders.", ""):
         for name, target in reversed(stock.items()):
@@ -84,10 +84,11 @@ def best_names(stock: Mapping[str, Any]) -> dict[str, str]:
 
 
 def alias_of(site: str, shapes: Shapes, target: Any) -> Alias | str:
-    """The alias behind a name of ComfyUI's key map, or in words a change that no alias can say.
+    """The alias for a name in ComfyUI's key map, or a description of a change that no alias can
+    express.
 
     ``target`` is a weight key, or (key, (dimension, start, length) or None[, function on the
-    change]), of which ComfyUI has swaps of the halves of the rows.
+    change]); ComfyUI's functions swap the halves of the rows.
     """
     if isinstance(target, str):
         return whole(site, shapes)
@@ -102,8 +103,8 @@ def alias_of(site: str, shapes: Shapes, target: Any) -> Alias | str:
         return permuted(site, range(length), start)
     try:
         order = function(rows).flatten()
-    except Exception as error:  # it may want more than one column
-        return f"{site} by a function that is not known here ({error})"
+    except Exception as error:  # it may need more than one column
+        return f"{site} by an unknown function ({error})"
     if order.dtype != rows.dtype or order.sort().values.tolist() != list(range(length)):
-        return f"{site} by a function that is no order of its rows, which is not read here"
+        return f"{site} by a function that is not a row permutation, which is not supported"
     return permuted(site, order.tolist(), start)

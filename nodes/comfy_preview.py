@@ -1,4 +1,4 @@
-"""Pictures of samples while they are denoised, by ComfyUI's own previewer, as its user set it."""
+"""Previews of samples during denoising, with ComfyUI's own previewer and the user's settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .comfy_internals import previews
 _log = logging.getLogger(__name__)
 
 Show = Callable[[Any], None]
-"""Called with a previewer's picture of a step."""
+"""Called with a previewer's image of a step."""
 
 
 def preview_callback(model: Any, show: Show | None) -> Callable[..., None] | None:
-    """A sampler's callback that shows the first of the rows at every step; None where the user has
-    previews switched off, as is the default, or the model's latents have none."""
+    """A sampler callback that shows the first row at every step; None if previews are off, which is
+    the default, or if the model's latents have none."""
     if show is None:
         return None
     previewer = previews.get_previewer(model.load_device, model.model.latent_format)
@@ -32,9 +32,9 @@ def preview_callback(model: Any, show: Show | None) -> Callable[..., None] | Non
             return
         try:
             image = previewer.decode_latent_to_preview_image("JPEG", denoised)
-        except Exception:  # a merge is not to end for want of a picture
+        except Exception:  # a failed preview must not end a merge
             failed = True
-            _log.warning("IterIS: the latents cannot be shown.", exc_info=True)
+            _log.warning("IterIS: no preview of the latents is possible.", exc_info=True)
             return
         show(image)
 

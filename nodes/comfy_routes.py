@@ -1,4 +1,4 @@
-"""What the front end asks for of a LoRA: the words that are known of it, and its blocks."""
+"""Routes for the front end: a LoRA's known trigger words, and its blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .lora_stacks import lora_path
 
 
 def words_of_lora(name: str) -> dict[str, str]:
-    """``words`` as the nodes take them, and their ``source``; both empty for what is no LoRA."""
+    """``words`` in the nodes' format, and their ``source``; both empty for other files."""
     try:
         file = lora_path(name)
         phrases, source = find_phrases(file, read_header(file)[1])
@@ -24,11 +24,11 @@ def words_of_lora(name: str) -> dict[str, str]:
 
 
 _COUNTS = {"sd1": 17, "sd2": 17, "sdxl": 12, "flux": 61}
-"""Architecture → the usual number of weights by block."""
+"""Architecture → the usual number of block weights."""
 
 
 def blocks_of_lora(name: str) -> dict[str, Any]:
-    """``count``, the usual number of weights of a LoRA by block (0: unknown), and all ``lists`` of
+    """``count``, the usual number of block weights for a LoRA (0: unknown), and all ``lists`` of
     blocks and ``presets`` of weights."""
     try:
         kind = architecture_of_file(*read_header(lora_path(name))).name
@@ -38,7 +38,7 @@ def blocks_of_lora(name: str) -> dict[str, Any]:
 
 
 def add_routes() -> None:
-    """``GET /iteris/words?lora=NAME`` and ``/iteris/blocks``, where there is a server."""
+    """Add ``GET /iteris/words?lora=NAME`` and ``/iteris/blocks``, if there is a server."""
     try:
         from aiohttp import web
         from server import PromptServer

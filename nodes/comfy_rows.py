@@ -1,4 +1,4 @@
-"""The rows of a merge on MODEL and CLIP: which text, and what each denoiser sees."""
+"""The rows of a merge on MODEL and CLIP: their texts and each denoiser's inputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .comfy_sampling import Kept
 
 @dataclass(frozen=True)
 class DenoiserRows:
-    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas, of the
-    ``schedule`` that it runs through; ``text_rows`` says which text each row uses."""
+    """A denoiser's inputs: latents on ComfyUI's scale, (rows, …), and their sigmas from the
+    ``schedule``; ``text_rows`` gives each row's text."""
 
     owners: Sequence[int]
     text_rows: Sequence[int]
@@ -27,8 +27,8 @@ class DenoiserRows:
 
 @dataclass(frozen=True)
 class ComfySamples:
-    """``tokens`` are those of every text, ``worth`` is how many samples of a concept the rows are
-    worth; ``noisy`` is of each denoiser, and empty where no site needs one."""
+    """``tokens`` are those of every text, ``worth`` is the effective number of samples per concept;
+    ``noisy`` has one entry per denoiser, and is empty if no site needs one."""
 
     text: TextRows
     tokens: Sequence[Any]
@@ -41,7 +41,7 @@ def comfy_samples(
     drawn: SamplePrompts,
     tokenize: Callable[[Sequence[int], Sequence[str]], Sequence[Any]],
 ) -> ComfySamples:
-    """A row for each latent that a denoiser was given, and those that ``drawn`` adds on the same
+    """One row per recorded latent of a denoiser, plus those that ``drawn`` adds on the same
     latents."""
     parts = [drawn.texts(kept.picks.shape[1]) for kept in kept_by] or [drawn.texts(None)]
     text = TextRows.of(
@@ -57,6 +57,6 @@ def comfy_samples(
             kept.sigmas.flatten()[list(part.latent_rows)],
             kept.schedule,
         )
-        for part, kept in zip(parts, kept_by, strict=False)  # without a denoiser there are none
+        for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
     ]
     return ComfySamples(text, tokenize(text.text_owners, text.texts), drawn.worth(text), noisy)

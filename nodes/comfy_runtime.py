@@ -1,4 +1,4 @@
-"""ComfyUI around a merge: its device, memory, progress bar, interrupt and text on nodes."""
+"""ComfyUI's runtime for a merge: device, memory, progress bar, interrupt and text on nodes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ _Made = TypeVar("_Made")
 
 
 def _ran_out(error: Exception) -> bool:
-    # First what clears asynchronous errors of CUDA.
+    # First, clear asynchronous CUDA errors.
     is_oom = optional("comfy.model_management.is_oom")
     return (is_oom is not None and is_oom(error)) or is_out_of_memory(error)
 
 
 def free_beside(patcher: Any) -> int:
-    """The bytes that ComfyUI could give to what runs on the device of ``patcher``. Under
-    DynamicVRAM weights fill the device and make way when something needs the room: where the
-    patcher knows how many, they count as free."""
+    """The bytes that ComfyUI could free on the device of ``patcher``. Under DynamicVRAM, weights
+    fill the device and are evicted on demand; if the patcher knows how many, they count as free."""
     device = patcher.load_device
     if optional("comfy.model_patcher.ModelPatcher.get_free_memory") is None:
         return memory.get_free_memory(device)
@@ -36,15 +35,14 @@ def free_beside(patcher: Any) -> int:
 
 
 def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
-    """Call ``make`` with so many rows in a forward, and with half as many as often as memory
-    runs out."""
+    """Call ``make`` with that many rows per forward; halve the number whenever memory runs out."""
 
     def complaint(said: str, tried: Sequence[int]) -> str:
         rows = "; ".join(f"{some} rows" if some > 1 else "one row" for some in tried)
         return (
-            f"Memory ran out while samples were made ({said}). Tried: {rows} in a forward. Lower "
-            "image_size or frames (smaller samples), or close what else takes memory. MODEL and "
-            "CLIP are as they were."
+            f"Out of memory while making samples ({said}). Tried: {rows} per forward. Lower "
+            "image_size or frames (smaller samples), or free memory elsewhere. MODEL and CLIP are "
+            "unchanged."
         )
 
     return with_less(
@@ -53,8 +51,8 @@ def halving(rows: int, make: Callable[[int], _Made]) -> _Made:
 
 
 class NodeProgress:
-    """Shows on a node how far its merge is, how long it still takes, and pictures on the way; and
-    raises when the user interrupts. The lines of the memory plan stay above what is going on."""
+    """Shows a merge's progress, time left and previews on its node, and raises when the user
+    interrupts. The lines of the memory plan stay above the current status."""
 
     def __init__(self, node_id: str | None) -> None:
         self._node_id = node_id
@@ -75,12 +73,13 @@ class NodeProgress:
         self._bar.update_absolute(round(_WHOLE * progress.share))
 
     def preview(self, image: Any) -> None:
-        """``image`` is as a previewer of ComfyUI gives it."""
+        """``image`` comes from a ComfyUI previewer."""
         self._bar.update_absolute(self._bar.current, preview=image)
 
 
 def files_behind(hidden: Any, name: str) -> list[str]:
-    """The names of files that nodes behind the input ``name`` load: checkpoints, LoRAs on them."""
+    """The names of files that upstream nodes of the input ``name`` load: checkpoints, LoRAs on
+    them."""
     graph: dict[str, Any] = hidden.prompt or {}
     seen: set[str] = set()
     found: list[str] = []
@@ -100,9 +99,9 @@ def _sentence(text: str) -> str:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Text on the node itself, while there is a server to show it."""
+    """Show text on the node itself, if there is a server."""
     if node_id is not None:
         from server import PromptServer
 
-        # Nodes 2.0 read it as Markdown, where two spaces make the end of a line one.
+        # Nodes 2.0 read Markdown, where two trailing spaces break a line.
         PromptServer.instance.send_progress_text(text.replace("\n", "  \n"), node_id)

@@ -1,5 +1,5 @@
-"""Latents as ComfyUI's own sampler makes them, of many rows at once: each row with its own text and
-its own LoRA. What the denoiser is given at the steps that are wanted is kept."""
+"""Latents from ComfyUI's own sampler, for many rows at once: each row with its own text and its own
+LoRA. The denoiser's inputs at the selected steps are recorded."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 _KEY = "iteris"
 SEED = 0
-"""What some models draw noise by that they add to a picture which they are given."""
+"""The seed of the noise that some models add to an input image."""
 
 Texts = Callable[[], Sequence[tuple[Conditioning, Conditioning]]]
-"""The conditioning of every sample with its own LoRA active, each with its concept's empty one."""
+"""Each sample's conditioning with its own LoRA active, paired with its concept's empty one."""
 
 Denoised = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""(number of a denoiser, sample) → its latents that are kept, and the latent at the end: filled
-batch by batch, so that a run that was cancelled, or lacked memory, goes on where it stopped."""
+"""(denoiser index, sample) → its recorded latents and final latent. Filled batch by batch, so a
+cancelled or out-of-memory run resumes where it stopped."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The inputs of one denoiser: ``latents`` (samples, T, …) on ComfyUI's scale at the steps
-    ``picks`` (samples, T) of the ``schedule`` of sigmas that it runs through."""
+    """One denoiser's inputs: ``latents`` (samples, T, …) on ComfyUI's scale, at the steps ``picks``
+    (samples, T) of its ``schedule`` of sigmas."""
 
     latents: Tensor
     picks: Tensor
@@ -56,7 +56,7 @@ class Kept:
 @dataclass(frozen=True)
 class Sampling:
     """The samples to denoise: ``owners`` is the concept of each. A forward has at most ``rows`` of
-    them. ``show`` is called with pictures. Samples in ``denoised`` are there already."""
+    them. ``show`` is called with previews. Samples in ``denoised`` are already done."""
 
     owners: Sequence[int]
     texts: Texts
@@ -71,8 +71,8 @@ class Sampling:
 
 
 def make_latents(denoisers: Sequence[Denoiser], boundary: float, sampling: Sampling) -> list[Kept]:
-    """The inputs of each of ``denoisers``: of one, or a model's two experts, of which the second
-    goes on where the share of noise is below ``boundary``. Each has rows of its own steps alone."""
+    """The inputs of each of ``denoisers``: one, or a model's two experts; the second takes over
+    when the share of noise is below ``boundary``. Each gets only rows from its own steps."""
     first, calibration, count = denoisers[0], sampling.calibration, len(sampling.owners)
     schedule = first.schedule(calibration.denoising_steps)
     parts = _parts(first, schedule, boundary, len(denoisers))
@@ -111,9 +111,9 @@ def _denoise(
     begun: Tensor | None,
     steps_done: Callable[[int], None],
 ) -> Tensor:
-    """Denoise all samples by one denoiser through ``kept.schedule``, from ``noise`` or from what
-    another has ``begun``; fills ``kept.latents`` and gives what has become of all, on the scale of
-    a LATENT."""
+    """Denoise all samples with one denoiser through ``kept.schedule``, from ``noise`` or from
+    latents that another denoiser has ``begun``. Fills ``kept.latents`` and returns the final
+    latents, on the scale of a LATENT."""
     denoiser, shape, steps = denoisers[number], (1, *noise.shape[1:]), len(kept.schedule) - 1
     ended = torch.empty_like(noise)
     left = [row for row in range(len(noise)) if (number, row) not in sampling.denoised]
@@ -121,8 +121,8 @@ def _denoise(
         kept.latents[row], ended[row] = sampling.denoised[number, row]
     if not left:
         return ended
-    denoiser.close()  # sampling prepares the model anew, and gives it back
-    denoiser.room(0)  # some models make the inputs with weights of theirs
+    denoiser.close()  # sampling prepares the model again, and releases it
+    denoiser.room(0)  # some models compute inputs with their own weights
     own = {id(text): text for pair in texts for text in pair}  # rows of one prompt share one
     made = {key: denoiser.inputs(text, shape) for key, text in own.items()}
     inputs = [[made[id(text)] for text in pair] for pair in texts]
@@ -168,9 +168,9 @@ def _denoise(
 
 
 class RowsGuider(comfy.samplers.CFGGuider):
-    """``positive`` and ``negative`` are the inputs of all rows; ``owners`` is the concept of each,
-    whose LoRA is active in its row. ``keep(step, latents)`` is shown what the denoiser is given.
-    Hooks, control nets and the memory that is made room for are those of ``one`` conditioning."""
+    """``positive`` and ``negative`` are the inputs of all rows; ``owners`` is each row's concept,
+    whose LoRA is active in that row. ``keep(step, latents)`` gets the denoiser's input. Hooks,
+    control nets and memory reservation come from ``one`` conditioning."""
 
     def __init__(
         self,
@@ -214,12 +214,12 @@ class RowsGuider(comfy.samplers.CFGGuider):
         )
 
     def _with_own_loras(self, executor: Any, x: Tensor, *args: Any, **given: Any) -> Any:
-        """One forward, of all rows once or, with guidance, twice."""
+        """One forward: all rows once or, with guidance, twice."""
         copies, rest = divmod(len(x), len(self._owners))
         if rest:
             raise IterisError(
                 f"A node on MODEL splits the batch: a forward had {len(x)} of "
-                f"{len(self._owners)} rows. Connect the MODEL from before it."
+                f"{len(self._owners)} rows. Connect the MODEL from before that node."
             )
         outputs: list[Any] = []
 
@@ -232,8 +232,8 @@ class RowsGuider(comfy.samplers.CFGGuider):
 
 
 class _Euler(comfy.samplers.KSAMPLER):
-    """On ComfyUI's scale Euler is DDIM without noise. A ``whole`` denoising begins with noise,
-    as DDIM does, also where its first step is a little below the largest sigma."""
+    """On ComfyUI's scale, Euler is DDIM without noise. A ``whole`` denoising starts from noise, as
+    in DDIM, even if its first step is slightly below the largest sigma."""
 
     def __init__(self, *, whole: bool) -> None:
         super().__init__(comfy.k_diffusion.sampling.sample_euler)
@@ -244,7 +244,7 @@ class _Euler(comfy.samplers.KSAMPLER):
 
 
 def run_uncompiled(options: dict[str, Any]) -> None:
-    """Hooks on layers are not run inside compiled code; the plain module beneath gives the same."""
+    """Compiled code does not run layer hooks; the plain module underneath gives the same result."""
     wrappers = options["transformer_options"].get("wrappers", {})
     for found in (wrappers, options.get("to_load_options", {}).get("wrappers", {})):
         for keyed in found.values():
@@ -252,14 +252,14 @@ def run_uncompiled(options: dict[str, Any]) -> None:
 
 
 def _parts(first: Denoiser, schedule: Tensor, boundary: float, count: int) -> list[Tensor]:
-    """The schedule of each denoiser: the second begins with the sigma that the first ends with."""
+    """Each denoiser's schedule; the second starts at the sigma where the first ends."""
     if count == 1:
         return [schedule]
     shares = first.shares(schedule[:-1])
     turn = int((shares >= boundary).sum())
     if not 0 < turn < len(shares):
         raise IterisError(
-            f"With boundary {boundary:g} one of the two models has no step: of {len(shares)} steps "
-            f"the shares of noise go from {float(shares[0]):.2f} to {float(shares[-1]):.2f}."
+            f"With boundary {boundary:g} one of the two models gets no step: over {len(shares)} "
+            f"steps the share of noise goes from {float(shares[0]):.2f} to {float(shares[-1]):.2f}."
         )
     return [schedule[: turn + 1], schedule[turn:]]

@@ -1,8 +1,8 @@
-"""Scorers whose models ComfyUI moves to the GPU to score, and away when it needs the room; and the
-architectures of open_clip that need nothing but weights.
+"""Scorers whose models ComfyUI moves to the GPU for scoring, and off again when it needs memory;
+and the open_clip architectures that need only weights.
 
-open_clip is not imported for those: ComfyUI asks for them when it starts, and a shared graph must
-not make it fetch anything.
+Listing those does not import open_clip, because ComfyUI needs the list at startup. A shared graph
+must not trigger a download.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class ComfyScorer(ClipScorer):
         )
 
     def _units(self, items: Sequence[Any], embed: Callable[[list[Any]], Tensor]) -> Tensor:
-        # Layers of open_clip do not move their weights themselves.
+        # open_clip's layers do not move their own weights.
         memory.load_models_gpu([self._patcher], force_full_load=True)
         self._device = self._patcher.load_device
         return super()._units(items, embed)
 
 
 class LazyScorer:
-    """The scorer that ``load`` makes, once something is scored."""
+    """Calls ``load`` to make the scorer on first use."""
 
     def __init__(self, load: Callable[[], ComfyScorer]) -> None:
         self._load = load
@@ -57,21 +57,21 @@ class LazyScorer:
 
 
 class ComfyVisionScorer(ImageScorer):
-    """Cosines of what a CLIP_VISION of ComfyUI's own loader makes of pictures: DINOv2's class
-    token, or CLIP's and SigLIP's embedding. Blind to text."""
+    """Cosines between image embeddings of a CLIP_VISION from ComfyUI's own loader: DINOv2's class
+    token, or CLIP's and SigLIP's embedding. It cannot score text."""
 
     def __init__(self, vision: Any) -> None:
         self._vision, self._batch = vision, 16
 
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
-        # Pictures may differ in size, which a batch cannot.
+        # Images may differ in size; a batch may not.
         parts = [self._vision.encode_image(to_image([image]))["image_embeds"] for image in images]
         return torch.cat(parts)
 
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         raise IterisError(
-            "A vision model such as DINOv2 knows no words; connect the scorer of CLIP Scorer "
-            "Loader for text alignment."
+            "A vision model such as DINOv2 cannot read text; for text alignment connect the "
+            "scorer from CLIP Scorer Loader."
         )
 
 
@@ -80,7 +80,7 @@ PAPERS = "ViT-L-14-quickgelu"
 
 @cache
 def architectures() -> list[str]:
-    """The names, the paper's first; only that where open_clip is not there."""
+    """Architecture names, the paper's first; only that one if open_clip is not installed."""
     spec = importlib.util.find_spec("open_clip")
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = sorted(Path(folders[0], "model_configs").glob("*.json")) if folders else []
@@ -89,7 +89,7 @@ def architectures() -> list[str]:
 
 
 def check_open_clip() -> None:
-    """Raise :class:`IterisError` where it is not installed."""
+    """Raise :class:`IterisError` if open_clip is not installed."""
     if importlib.util.find_spec("open_clip") is None:
         raise IterisError(
             "CLIP scores need the package open_clip. Install it into ComfyUI's Python (pip install "

@@ -1,5 +1,5 @@
-"""The size of the latents on which the features of a MODEL are collected: the rule of all hosts,
-with ComfyUI's figures of the model's patches, levels and compression."""
+"""The size of the latents on which a MODEL's features are collected: the rule for all hosts, with
+ComfyUI's values for the model's patches, levels and compression."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _SCALES = {
     "HunyuanVideo15": 16,
     "ChromaRadiance": 1,
 }
-"""Pixels that a side of a latent covers, by latent format, where it is not 8. Later versions of
-ComfyUI say it themselves, as ``spacial_downscale_ratio``."""
+"""Pixels per latent side by latent format, if not 8. Later ComfyUI versions provide this as
+``spacial_downscale_ratio``."""
 _FRAMES = {"Mochi": 6, "LTXV": 8, "Cosmos1CV8x8x8": 8}
-"""Frames that a frame of latents stands for, where it is not 4 (``temporal_downscale_ratio``)."""
+"""Frames per latent frame, if not 4 (``temporal_downscale_ratio``)."""
 _BANDS = {"ACEAudio": 16}
-"""The height of the latents of sounds that have one."""
+"""Height of sound latents that have one."""
 _LENGTH = 256
-"""The latents of a sound: about ten seconds."""
+"""Length of a sound's latents: about ten seconds."""
 _PICTURES = re.compile("Image|T2I|Anima$|Krea")
-"""Classes of models that make pictures in a video's latents."""
+"""Model classes that make images in video latents."""
 
 
 def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
-    """(1, channels, [frames,] height, width) of an empty latent of this MODEL; (1, channels,
-    [height,] length) of a sound's."""
+    """(1, channels, [frames,] height, width) of an empty latent for this MODEL; (1, channels,
+    [height,] length) for sound."""
     side = calibration.latent_size
     latent_format = model.get_model_object("latent_format")
     if latent_format.latent_dimensions == 1 or _bands(model):
         return (1, latent_format.latent_channels, *_bands(model), side or _LENGTH)
     if side is None:
         sides = token_sides(model)
-        # What a UNet halves at every level has to stay whole.
+        # A UNet halves the sides at every level; they must stay integers.
         height, width = default_size(scale(model), middle_patch(sides), multiple=max(sides))
     else:
         height = width = side
@@ -58,8 +58,8 @@ def latent_shape(model: Any, calibration: Calibration) -> tuple[int, ...]:
 
 
 def token_sides(model: Any) -> list[int]:
-    """The latents that a side of a token covers, in each transformer block of a UNet, or in all
-    blocks of a transformer."""
+    """Latents per token side, in each transformer block of a UNet, or in all blocks of a
+    transformer."""
     network = model.model.diffusion_model
     if isinstance(network, comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel):
         blocks = (*network.input_blocks, network.middle_block, *network.output_blocks)
@@ -74,7 +74,7 @@ def token_sides(model: Any) -> list[int]:
 
 
 def scale(model: Any) -> int:
-    """The pixels that a side of a latent covers."""
+    """Pixels per latent side."""
     return _declared(model, "spacial_downscale_ratio", _SCALES, 8)
 
 
@@ -83,7 +83,7 @@ def _bands(model: Any) -> tuple[int, ...]:
 
 
 def _formats(model: Any) -> list[str]:
-    """The names of the class of its latents, and of what that is made of."""
+    """The names of its latent format's class and base classes."""
     return [kind.__name__ for kind in type(model.get_model_object("latent_format")).__mro__]
 
 

@@ -1,9 +1,8 @@
-"""ComfyUI in the state that a merge needs, and back.
+"""Puts ComfyUI into the state that a merge needs, and back.
 
-Forwards of a merge pause in hooks of the layers while others run. ComfyUI's compiler and CUDA
-graphs record one forward at a time and replay it past the hooks; prefetching keeps the weights of
-the next block on the layers, which all forwards share; fused operations read a layer's weights
-without calling it.
+Forwards of a merge pause in layer hooks while others run. ComfyUI's compiler and CUDA graphs record
+one forward at a time and bypass the hooks on replay. Prefetching keeps the next block's weights on
+the layers, which all forwards share. Fused operations read a layer's weights without calling it.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from .comfy_internals import optional, set_optional
 
 
 def _no_queue(*_: Any, **__: Any) -> None:
-    """Weights come when a layer is called."""
+    """Weights load when a layer is called."""
 
 
 _PRECISE = "_full_precision_mm"
-"""A flag of ComfyUI's layers of mixed precision: True if they leave their input as it is."""
+"""A flag of ComfyUI's mixed-precision layers: True if they do not quantise their input."""
 SWITCHES: Sequence[tuple[str, Any]] = (
     ("comfy.cli_args.args.disable_comfy_compiler", True),
     ("comfy.cli_args.args.disable_cuda_graphs", True),
     ("comfy.model_prefetch.make_prefetch_queue", _no_queue),
     ("comfy.model_management.in_training", True),
 )
-"""The values during a merge, of names that this ComfyUI has."""
+"""Values during a merge, for names that this ComfyUI has."""
 
 
 @contextmanager
 def ready_for_merge(clip: Any = None) -> Generator[None]:
-    """Within it MODEL and CLIP can be run by a merge; what was set before is put back, whatever
-    happens. Tensors have versions, by which sites that share an input are found, and no
-    gradients. The text encoders of ``clip`` are :func:`in_full_precision`; the denoiser is while
-    its features are collected, and draws as always."""
+    """Context in which a merge can run MODEL and CLIP; previous settings are always restored.
+    Tensors have version counters, which reveal sites that share an input, and no gradients. The
+    text encoders of ``clip`` are :func:`in_full_precision`. So is the denoiser while its features
+    are collected; it draws as usual."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -55,7 +54,7 @@ def ready_for_merge(clip: Any = None) -> Generator[None]:
 
 @contextmanager
 def switched(path: str, value: Any) -> Generator[None]:
-    """Within it what ``path`` names is ``value``, where this ComfyUI has it."""
+    """Context in which the object at ``path`` is ``value``, if this ComfyUI has it."""
     before = optional(path)
     if before is None:
         yield
@@ -68,8 +67,8 @@ def switched(path: str, value: Any) -> Generator[None]:
 
 
 def forget(network: nn.Module) -> None:
-    """Empty what ``network`` keeps of one forward for the next: some keep the keys and values of a
-    text, by its tokens alone, whatever LoRA they were made with."""
+    """Clear caches of ``network`` between forwards: some cache a text's keys and values by its
+    tokens alone, regardless of the active LoRA."""
     clear = getattr(network, "clear_kv_cache", None)
     if clear is not None:
         clear()
@@ -77,9 +76,8 @@ def forget(network: nn.Module) -> None:
 
 @contextmanager
 def in_full_precision(network: nn.Module) -> Generator[None]:
-    """Within it layers with quantised weights take their input as it is. On some cards they
-    quantise it as well: a target is a small difference of two outputs, and would be of what that
-    rounds."""
+    """Context in which layers with quantised weights do not quantise their input, as they do on
+    some cards. A target is a small difference of two outputs, so rounding would dominate it."""
     quantising = [m for m in network.modules() if getattr(m, _PRECISE, True) is False]
     for layer in quantising:
         setattr(layer, _PRECISE, True)
@@ -105,21 +103,21 @@ _FUSED = "comfy_kitchen"
 
 @contextmanager
 def training() -> Generator[None]:
-    """Within it ComfyUI takes operations that can be differentiated, where it has such a mode, and
-    fused ones, which have no formula for their gradients, are made of torch's own."""
+    """Context in which ComfyUI uses differentiable operations, if it has that mode. Fused
+    operations without gradients are replaced by torch's own."""
     with switched("comfy.model_management.in_training", True), _Unfused():
         yield
 
 
 class _Unfused(TorchFunctionMode):
-    """Operations of comfy-kitchen by what it has for machines without a kernel, which is written in
-    torch's own operations and gives the same."""
+    """comfy-kitchen's fallback for machines without a kernel: plain torch operations with the same
+    result."""
 
     def __init__(self) -> None:
         super().__init__()
         try:
             self._plain: Any = importlib.import_module(f"{_FUSED}.backends.eager")
-        except ImportError:  # of a ComfyUI that has no such package
+        except ImportError:  # a ComfyUI without this package
             self._plain = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,9 +1,9 @@
 """The text encoders of a CLIP, each run on all prompts in batches of its own.
 
-A composite (SDXL, FLUX, …) encodes one prompt at a time. So every encoder first runs all token
-lists in one stage, those of one length together: none is padded beyond what its tokenizer does,
-since encoders may attend padding. The composite is then asked as usual, with ``encode`` of its
-encoders answering from what they gave. Weights on words, pooled outputs and masks stay ComfyUI's.
+A composite (SDXL, FLUX, …) encodes one prompt at a time. Every encoder therefore first runs all
+token lists in one stage, grouped by length. They get no padding beyond their tokenizer's, because
+encoders may attend to padding. Then the composite encodes as usual, and ``encode`` of its encoders
+returns the stored outputs. Word weights, pooled outputs and masks stay ComfyUI's.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Conditioning = tuple[Tensor, dict[str, Any]]
 
 
 class TextEncoders:
-    """The text encoders of one CLIP; :meth:`close` gives it back as it was."""
+    """The text encoders of one CLIP; :meth:`close` restores it."""
 
     def __init__(self, clip: Any) -> None:
         if _changes_over_steps(clip):
             raise IterisError(
-                "The CLIP has a hook schedule, whose weights change over the steps; connect the "
+                "The CLIP has a hook schedule, so its weights change between steps; connect the "
                 "CLIP from before Set CLIP Hooks."
             )
         self._clip = clip
@@ -48,8 +48,8 @@ class TextEncoders:
         }
         if not self._encoders and any(True for _ in clip.cond_stage_model.parameters()):
             raise IterisError(
-                f"A CLIP of the kind {type(clip.cond_stage_model).__name__} is not supported: it "
-                "has no text encoder that works on tokens."
+                f"A CLIP of type {type(clip.cond_stage_model).__name__} is not supported: it has "
+                "no token-based text encoder."
             )
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class TextEncoders:
 
     @contextmanager
     def activate(self, triggers: Sequence[EmbeddingTriggers]) -> Iterator[Sequence[Set[str]]]:
-        """Prompts of concepts have the embeddings in force for which they call."""
+        """Context in which the concepts' prompts have their embeddings active."""
         self._tokenizer = EmbeddingTokenizer(self._clip, triggers)
         try:
             yield self._tokenizer.in_force
@@ -66,8 +66,8 @@ class TextEncoders:
             self._tokenizer = EmbeddingTokenizer(self._clip)
 
     def tokenize(self, owners: Sequence[int], prompts: Sequence[str]) -> list[Any]:
-        """Tokens of every prompt of a concept, as ComfyUI makes them to draw: of different lengths,
-        where a tokenizer does not pad."""
+        """Tokens of every prompt of a concept, as ComfyUI makes them for drawing; lengths differ if
+        a tokenizer does not pad."""
         return [self._tokenizer.tokenize(*pair) for pair in zip(owners, prompts, strict=True)]
 
     def token_counts(self, prompts: Sequence[str], owners: Sequence[int] | None) -> list[int]:
@@ -82,18 +82,18 @@ class TextEncoders:
         return counts
 
     def vocabulary(self) -> Sequence[str]:
-        """The pieces of the first tokenizer's vocabulary; none where it does not tell them."""
+        """The pieces of the first tokenizer's vocabulary; empty if it does not expose them."""
         tokenizer = next(iter(tokenizers(self._clip.tokenizer)), None)
         known = getattr(tokenizer, "inv_vocab", {})
         return [piece for piece in known.values() if isinstance(piece, str)]
 
     def learned(self, prompt: str) -> set[str]:
-        """The names behind ``embedding:`` in a prompt whose files ComfyUI finds."""
+        """The names after ``embedding:`` in a prompt for which ComfyUI finds files."""
         names = re.findall(r"embedding:([^\s,;:()]+)", prompt)
         return {name for name in names if self._holds_vectors(f"embedding:{name}")}
 
     def _holds_vectors(self, prompt: str) -> bool:
-        """True if some token of the prompt is no number, but a vector of an embedding."""
+        """True if some token of the prompt is an embedding vector instead of a number."""
         tokenized = self._clip.tokenize(prompt).values()
         tokens = [token for sections in tokenized for section in sections for token, *_ in section]
         return any(isinstance(token, Tensor) for token in tokens)
@@ -105,8 +105,8 @@ class TextEncoders:
         names: Mapping[str, str],
         sites: Set[str],
     ) -> dict[str, TextBatch]:
-        """Encoder → its distinct token lists, by owner where one of ``sites`` is in it; ``names``
-        maps weight keys to sites."""
+        """Encoder → its distinct token lists, separated by owner if it contains one of ``sites``;
+        ``names`` maps weight keys to sites."""
         batches: dict[str, TextBatch] = {}
         for name, encoder in self._encoders.items():
             prefix = f"{name}."
@@ -121,8 +121,8 @@ class TextEncoders:
         return batches
 
     def load(self, wanted: int = 0) -> None:
-        """Prepare as ``CLIP.encode_from_tokens`` does before it encodes, with ``wanted`` bytes of
-        room beyond what ComfyUI always leaves."""
+        """Prepare as ``CLIP.encode_from_tokens`` does before encoding, with ``wanted`` bytes free
+        beyond ComfyUI's usual reserve."""
         model = self._clip.cond_stage_model
         model.reset_clip_options()
         if self._clip.layer_idx is not None:
@@ -131,8 +131,8 @@ class TextEncoders:
         model.set_clip_options({"execution_device": self._clip.patcher.load_device})
 
     def room(self, wanted: int) -> int:
-        """The bytes that are free beside the text encoders, once ComfyUI has made room for
-        ``wanted``: of other models, and of their own weights where that is not enough."""
+        """Free bytes besides the text encoders, after ComfyUI has freed ``wanted``: it evicts other
+        models first, then the encoders' own weights."""
         patcher = self._clip.patcher
         with torch.inference_mode():
             memory.load_models_gpu([patcher], memory_required=wanted)
@@ -146,11 +146,11 @@ class TextEncoders:
         copy: int,
         lockstep: Lockstep,
     ) -> list[Conditioning]:
-        """The conditioning of every prompt, from what the text encoders gave."""
+        """The conditioning of every prompt, from the stored outputs of the text encoders."""
         conditionings: list[Conditioning] = []
         try:
             for owner, some in zip(owners, tokens, strict=True):
-                for batch in batches.values():  # encoders answer with what they gave in theirs
+                for batch in batches.values():  # encoders return their stored outputs
                     batch.encoder.encode = partial(batch.answer, copy, owner, lockstep)
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
                 conditionings.append((cond, extra))
@@ -166,8 +166,8 @@ class TextEncoders:
 
 
 class TextBatch:
-    """The distinct token lists of one text encoder, and what it gave for them. ``lengths`` is the
-    number of tokens of every row; only rows of one length may run together."""
+    """The distinct token lists of one text encoder, and its outputs for them. ``lengths`` is each
+    row's number of tokens; only rows of equal length may run together."""
 
     def __init__(
         self,
@@ -192,8 +192,8 @@ class TextBatch:
                 self._found[copy][self._keys[row]] = _slice(outputs, at)
 
     def run_all(self, size: int, lockstep: Lockstep, tick: Tick | None = None) -> None:
-        """All rows, at most ``size`` at a time, each time of one length, with their own LoRAs.
-        An encoder that no LoRA changes gives the same for everybody."""
+        """Run all rows with their own LoRAs, at most ``size`` at a time and of equal length. An
+        encoder that no LoRA changes gives every concept the same output."""
         done = 0
         with torch.no_grad():
             for rows in chunks(range(len(self.owners)), self.lengths, size):
@@ -212,12 +212,12 @@ class TextBatch:
         return bool(self._found[copy]) or not self._keys
 
     def answer(self, copy: int, owner: int, lockstep: Lockstep, sections: list[Any]) -> Any:
-        """The outputs of the encoder for token lists of a concept."""
+        """The encoder's outputs for token lists of a concept."""
         keys = [(owner if self.sites else -1, _key(section)) for section in sections]
         outputs_of = self._found[copy]
         if all(key in outputs_of for key in keys):
             return _join([outputs_of[key] for key in keys])
-        outputs: list[Any] = []  # of a composite that changes the tokens on their way
+        outputs: list[Any] = []  # for a composite that alters the tokens
 
         def run() -> None:
             outputs.append(self.encoder(sections))
@@ -235,7 +235,7 @@ def _changes_over_steps(clip: Any) -> bool:
 
 
 def _sections(encoder: Any, pairs: Sequence[Any]) -> list[list[Any]]:
-    """The token lists that ``encode_token_weights`` hands to ``encode``."""
+    """The token lists that ``encode_token_weights`` passes to ``encode``."""
     sections = [[token for token, *_ in section] for section in pairs]
     if sections and any(weight != 1.0 for section in pairs for _, weight, *_ in section):
         length = max(len(section) for section in sections)
@@ -251,7 +251,7 @@ def _is_of(key: str, encoder: str) -> bool:
 
 
 def _key(section: Sequence[Any]) -> tuple[int, ...]:
-    """Tokens are numbers or, in embeddings, tensors."""
+    """A hashable key; tokens are numbers or, for embeddings, tensors."""
     return tuple(token if isinstance(token, int) else id(token) for token in section)
 
 

@@ -1,4 +1,4 @@
-"""The embedded world's pipeline as ComfyUI's own MODEL, CLIP and VAE."""
+"""The toybox's pipeline as ComfyUI's own MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_world(folder: Path) -> tuple[Any, Any, Any]:
 
 
 class _SmallSD15(comfy.supported_models.SD15):
-    """SD 1.5's architecture with widths of its own, and v-prediction."""
+    """SD 1.5's architecture with smaller widths, and v-prediction."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012
 
@@ -94,7 +94,7 @@ def _clip(folder: Path) -> Any:
     state = _float32(folder / "text_encoder" / "model.safetensors")
     named = {f"text_model.{key.removeprefix('text_model.')}": t for key, t in state.items()}
     text_model = clip.cond_stage_model.clip_l.transformer
-    # The world has a small vocabulary; ComfyUI's embedding has CLIP's 49408 rows.
+    # The toybox has a small vocabulary; ComfyUI's embedding has CLIP's 49408 rows.
     key = "text_model.embeddings.token_embedding.weight"
     rows = text_model.get_input_embeddings().weight.shape[0] - named[key].shape[0]
     named[key] = torch.nn.functional.pad(named[key], (0, 0, 0, rows))

@@ -1,4 +1,4 @@
-"""Nodes that say what is to be merged."""
+"""Nodes that define what to merge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class IterisConcept(io.ComfyNode):
                 weight_input(),
                 io.String.Input("prompts", default="", multiline=True),
                 advanced(file_input("embedding", "embeddings")),
-                # Optional and last: graphs that were saved without it keep their values' places.
+                # Optional and last, so that older saved graphs keep the positions of their values.
                 strength_input("strength_clip", optional=True),
                 advanced(file_input("lora_low", "loras", optional=True)),
                 io.Combo.Input(
@@ -79,7 +79,7 @@ class IterisConcept(io.ComfyNode):
             text_strength=strength_clip,
             weight=weight,
             low=None if lora_low == NONE else lora_path(lora_low),
-            # A prompt names it by its path below models/embeddings.
+            # Prompts refer to it by its path below models/embeddings.
             embedding="" if embedding == NONE else Path(embedding).with_suffix("").as_posix(),
             kind=kind,
         )
@@ -130,6 +130,6 @@ class PreservePrompts(io.ComfyNode):
     def execute(cls, prompts: str, weight: float, concepts: Any = ()) -> io.NodeOutput:
         lines = lines_of(prompts)
         if not lines:
-            raise IterisError("Preserve Prompts is empty; write one prompt a line.")
+            raise IterisError("Preserve Prompts is empty; write one prompt per line.")
         spec = ConceptConfig.preserve(lines, weight)
         return io.NodeOutput((*specs_of(concepts), spec))

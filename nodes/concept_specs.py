@@ -1,4 +1,4 @@
-"""Concepts of the nodes, before a MODEL is there to read their LoRA files for."""
+"""The nodes' concepts, before there is a MODEL for which to read their LoRA files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..iteris_core.lora_files.experts import joined_experts
 from ..iteris_core.lora_files.sidecars import sidecars
 
 DENOISER = "unet"
-"""The component of a MODEL in the names of its sites."""
+"""The component name of a MODEL in site names."""
 
 ALWAYS = "always on"
 Kind = PromptKind | Literal["lines", "file", "always on"]
 KINDS = (*get_args(PromptKind), "lines", "file", ALWAYS)
-"""The source of prompts: templates of a kind, lines that the user wrote, or a file of them; a speed
-LoRA has none."""
+"""The source of prompts: templates by kind, lines from the user, or a file; a speed LoRA has
+none."""
 
 _PROMPTS = ".prompts.txt"
 _BETWEEN = re.compile(r",\s*,|[;|\n]")
@@ -40,7 +40,7 @@ class Reader(Protocol):
 
 def read(spec: ConceptConfig, reader: Reader, options: ReadOptions | None = None) -> Concept:
     """The concept with its LoRA."""
-    # At 0 a file may be of another text encoder, or there may be none.
+    # At 0 the file may be for another text encoder, or there may be none.
     options = spec.reading_options(options or ReadOptions())
     text = spec.strength if spec.text_strength is None else spec.text_strength
     lora = reader.read_lora(spec.file, options, text=text != 0) if spec.file else None
@@ -58,9 +58,10 @@ def make_spec(
     embedding: str = "",
     **fields: Any,
 ) -> ConceptConfig:
-    """``fields`` are :class:`ConceptConfig`'s. Without ``phrases``, trigger or class word they are
-    taken from the file or from beside it; an embedding stands for the trigger, of a file with
-    several phrases for all of them. One that is :data:`ALWAYS` on is a part of the merged LoRA."""
+    """``fields`` are :class:`ConceptConfig`'s. Without ``phrases``, trigger or class word, the
+    words come from the file or the notes beside it. An embedding stands for the trigger, or for all
+    phrases of a file with several. A LoRA that is :data:`ALWAYS` on becomes part of the merged
+    LoRA."""
     lines = _prompts_beside(file) if kind == "file" else lines_of(prompts)
     made_for = kind if kind not in ("lines", "file", ALWAYS) else "subject"
     files = [one for one in (file, fields.get("low")) if one is not None]
@@ -81,8 +82,8 @@ def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[st
     """``lines`` with every phrase in place of their ``{}``."""
     if not phrases and any("{}" in line for line in lines):
         raise IterisError(
-            f"The prompts of {file.name} have {{}} in them, but the LoRA has no trigger "
-            "words to put there; type them."
+            f"The prompts of {file.name} contain {{}}, but the LoRA has no trigger words to "
+            "insert; type them."
         )
     return tuple(
         line.replace("{}", phrase)
@@ -92,12 +93,12 @@ def filled(lines: Sequence[str], phrases: Sequence[str], file: Path) -> tuple[st
 
 
 def phrases_in(text: str) -> list[str]:
-    """The phrases of a text in which ``;``, ``|``, two commas or a new line stand between them."""
+    """The phrases of a text, separated by ``;``, ``|``, two commas or a new line."""
     return [phrase.strip(" ,") for phrase in _BETWEEN.split(text) if phrase.strip(" ,")]
 
 
 def changed(file: Path) -> int:
-    """The time stamp of a LoRA file, or of what is beside it and newer: embeddings, trigger words,
+    """The time stamp of a LoRA file, or of a newer file beside it: embeddings, trigger words,
     prompts."""
     beside = list(file.parent.glob(f"{glob.escape(file.stem)}_*.safetensors"))
     beside += [*sidecars(file), *filter(Path.is_file, [_prompts_file(file)])]
@@ -114,9 +115,9 @@ def _prompts_beside(file: Path) -> list[str]:
         lines = lines_of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise IterisError(
-            f"There is no file {path.name} beside {file.name} to take prompts from; write one "
-            "prompt a line there, or choose another kind of prompts."
+            f"There is no file {path.name} beside {file.name} for its prompts; create it with one "
+            "prompt per line, or choose another kind of prompts."
         ) from error
     if not lines:
-        raise IterisError(f"{path.name} is empty; write one prompt a line.")
+        raise IterisError(f"{path.name} is empty; write one prompt per line.")
     return lines

@@ -1,4 +1,4 @@
-"""Nodes beside merging: a LoRA brought to a lower rank, and one taken out of a fine-tune."""
+"""Nodes besides merging: resize a LoRA, and extract one from a fine-tune."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .merge_settings import Request
 from .merging import LoraModel as TensorsOfLora
 from .schema import GRAPH, MERGED, MergeSettings, concepts_input, schema, setting_input
 
-_ITEMSIZE = 2  # bytes of a number in the file: float16
+_ITEMSIZE = 2  # bytes per number in the file: float16
 
 
 def _target_inputs() -> list[Any]:
@@ -46,14 +46,15 @@ def _run_inputs() -> list[Any]:
 
 @dataclass(frozen=True)
 class _Edit:
-    """A node's ``values`` as what the library takes, and what the node shows and gives."""
+    """Translates a node's ``values`` into library arguments, and results into the node's display
+    and outputs."""
 
     hidden: Any
     model: Any
     clip: Any
     values: Mapping[str, Any]
     denoising: str = "model"
-    """The input with the model that makes the samples."""
+    """The name of the input whose model makes the samples."""
 
     @property
     def request(self) -> Request:
@@ -63,7 +64,7 @@ class _Edit:
     def target(self) -> Target:
         rank, megabytes, energy = (self.values[n] for n in ("rank", "megabytes", "energy"))
         if sum(map(bool, (rank, megabytes, energy))) != 1:
-            raise IterisError("Set one of rank, megabytes and energy, and the others to 0.")
+            raise IterisError("Set one of rank, megabytes and energy; set the others to 0.")
         return Target(rank or None, megabytes or None, energy or None)
 
     @property
@@ -114,7 +115,7 @@ class ResizeLora(io.ComfyNode):
         edit = _Edit(cls.hidden, model, clip, values)
         target, specs = edit.target, [spec for spec in specs_of(concepts) if spec.file]
         if len(specs) != 1:
-            raise IterisError(f"Resize LoRA takes one LoRA, and {len(specs)} are connected and on.")
+            raise IterisError(f"Resize LoRA takes one LoRA, but {len(specs)} are connected and on.")
         reading = ReadOptions(allow_partial=edit.request.config((), "iteris").unmergeable == "skip")
         with ready_for_merge(clip), ComfyHost(model, clip, **edit.request.base) as host:
             concept = read(specs[0], host, reading)

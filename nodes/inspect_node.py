@@ -23,8 +23,8 @@ from .pictures import figure_image
 from .schema import GRAPH, method_inputs, model_inputs, schema
 
 _ALIKE = 0.5
-"""The conflict from which two LoRAs are called alike. For changes of one size it is their cosine:
-half of what either does is the other's too."""
+"""The conflict at which two LoRAs count as alike. For changes of equal size it is their cosine:
+they share half of their effect."""
 
 
 class InspectLoras(io.ComfyNode):
@@ -51,7 +51,7 @@ class InspectLoras(io.ComfyNode):
             loaded = [read(spec, host, reading) for spec in specs]
             loras = numbered([replace(c.lora, name=c.name) for c in loaded if c.lora is not None])
             if not loras:
-                raise IterisError("No LoRA is connected; connect one or more.")
+                raise IterisError("No LoRA is connected; connect at least one.")
             pairs = [interference(one, two) for one, two in combinations(loras, 2)]
             facts = [describe(lora) for lora in loras]
             lines = [to_table(facts, pairs)]
@@ -64,7 +64,7 @@ class InspectLoras(io.ComfyNode):
                 if pair.conflict > _ALIKE
             ]
             lines += [
-                f"{concept.name}: no trigger words and no prompts; a merge needs either."
+                f"{concept.name}: no trigger words and no prompts; a merge needs one of them."
                 for spec, concept in zip(specs, loaded, strict=True)
                 if spec.file is not None and spec.prompts is None and not spec.phrases
             ]
@@ -77,7 +77,7 @@ class InspectLoras(io.ComfyNode):
                     memory_budget=request.memory_budget,
                 ).lines()
             except IterisError as error:
-                lines.append(f"A merge would stop: {error}")
+                lines.append(f"A merge would fail: {error}")
         table = "\n".join(lines)
         show_text(table, node_id)
         return io.NodeOutput(figure_image(plot_loras(facts, pairs)), table)

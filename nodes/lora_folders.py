@@ -1,4 +1,4 @@
-"""ComfyUI's folders for LoRAs, by names that say nothing of this machine."""
+"""ComfyUI's folders for LoRAs, by names that reveal nothing about this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT = "default"
 
 
 def folder_names() -> list[str]:
-    """``default``, and of each other folder the last two parts, numbered where others have them."""
+    """``default``, and the last two path parts of each other folder, numbered if ambiguous."""
     names = [_DEFAULT]
     for folder in folder_paths.get_folder_paths("loras")[1:]:
         name = "/".join(Path(folder).parts[-2:])
@@ -30,21 +30,19 @@ def folder_names() -> list[str]:
 
 
 def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) -> tuple[Path, str]:
-    """A file that is not there, unless it may be written over, and the folder below the one for
-    LoRAs; ``prefix`` may hold what Save Image understands, such as %year%."""
+    """A new file name, or an existing one if it may be overwritten, and its folder below the one
+    for LoRAs; ``prefix`` supports Save Image's placeholders, such as %year%."""
     prefix = prefix.strip().removesuffix(_END)
     names = folder_names()
     if folder not in names:
-        raise IterisError(f"There is no folder {folder} for LoRAs; there are {', '.join(names)}.")
+        raise IterisError(f"There is no folder {folder} for LoRAs; choose from {', '.join(names)}.")
     at = names.index(folder)
     root = os.path.abspath(folder_paths.get_folder_paths("loras")[at])
     target = os.path.normpath(os.path.join(root, prefix))
     if not prefix or prefix.endswith(("/", os.sep)) or target == root:
-        raise IterisError("Save Merged LoRA has no name; write one as filename_prefix.")
+        raise IterisError("Save Merged LoRA has no file name; enter one as filename_prefix.")
     if not target.startswith(root + os.sep):
-        raise IterisError(
-            f"{prefix} leads out of the folder for LoRAs; write a name or folder/name."
-        )
+        raise IterisError(f"{prefix} is outside the folder for LoRAs; use a name or folder/name.")
     where, name, _, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
     candidates = numbered_files(Path(where), name)
     file = next(path for path in candidates if overwrite or not path.exists())
@@ -57,7 +55,7 @@ def numbered_files(folder: Path, name: str) -> Iterator[Path]:
 
 
 def how_to_call(lora: Mapping[str, Tensor]) -> str:
-    """Lines that say what calls for the embeddings of a merged LoRA in its CLIP."""
+    """Lines that explain how to use a merged LoRA's embeddings with its CLIP."""
     embeddings, _ = unbundled(Path("merged"), lora)
     return "".join(
         f"\n  {name}: write embedding:{file_name}; Save Merged LoRA puts it into models/embeddings"
@@ -66,8 +64,8 @@ def how_to_call(lora: Mapping[str, Tensor]) -> str:
 
 
 def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
-    """Write each embedding into ``subfolder`` of models/embeddings, never over another, and give
-    lines that say what calls for them."""
+    """Write each embedding into ``subfolder`` of models/embeddings, without overwriting others;
+    returns lines that explain how to use them."""
     embeddings, _ = unbundled(Path("merged"), lora)
     root = Path(folder_paths.get_folder_paths("embeddings")[0])
     text = ""
@@ -83,9 +81,9 @@ def save_embeddings(lora: Mapping[str, Tensor], subfolder: str) -> str:
 
 
 def _is_free(path: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """True if nothing is there, or just these vectors."""
+    """True if the name is free, or the file holds just these vectors."""
     if any(path.with_suffix(end).exists() for end in (".pt", ".bin")):
-        return False  # ComfyUI would take either
+        return False  # ComfyUI would accept either
     if not path.exists():
         return True
     there = load_file(path)

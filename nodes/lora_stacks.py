@@ -1,4 +1,4 @@
-"""LoRA files by name, and the stacks of other packs as concepts."""
+"""LoRA files by name, and other packs' stacks as concepts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def lora_path(name: str) -> Path:
 
 
 def specs_of(value: Any) -> tuple[ConceptConfig, ...]:
-    """Concepts as they are, and every LoRA of a LORA_STACK with the words that are known of it."""
+    """Concepts unchanged, and every LoRA of a LORA_STACK with its known trigger words."""
     given = [one for one in value or () if one is not None]  # core's rows may have gaps
     made = (one if isinstance(one, ConceptConfig) else _spec(one) for one in given)
     return tuple(spec for spec in made if spec is not None)
 
 
 def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig, ...]:
-    """``specs`` with the trigger words of another node: one phrase for each LoRA in order, or
-    those that no other LoRA knows for the one that knows none."""
+    """``specs`` with another node's trigger words: one phrase per LoRA in order, or the unassigned
+    words for the only LoRA without any."""
     phrases = phrases_in(text)
     named = [spec.file is not None and spec.always_on == "no" for spec in specs]
     loras = [at for at, one in enumerate(named) if one]
@@ -51,15 +51,15 @@ def with_words(specs: Sequence[ConceptConfig], text: str) -> tuple[ConceptConfig
     elif silent:
         names = ", ".join(file.name for at in silent if (file := named[at].file))
         raise IterisError(
-            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and it is not clear "
-            f"which are for {names}; give one phrase for each LoRA, in order, with ; between them."
+            f"trigger_words has {len(phrases)} phrases for {len(loras)} LoRAs, and it is unclear "
+            f"which are for {names}; give one phrase per LoRA, in order, separated by ;."
         )
     return tuple(named)
 
 
 def _spec(entry: Any) -> ConceptConfig | None:
-    """An entry of a stack: (name, strength[, clip strength]), or a dictionary that says the same;
-    None for one that is off or names nothing."""
+    """An entry of a stack: (name, strength[, clip strength]), or an equivalent dictionary; None if
+    it is off or has no name."""
     if isinstance(entry, Mapping):
         values = dict(entry)
         if not all(values.get(name, True) for name in _ON):
@@ -83,7 +83,7 @@ def _spec(entry: Any) -> ConceptConfig | None:
 
 
 def _found(name: str) -> Path:
-    """The LoRA that is called ``name`` in models/loras, with or without its ending or folders."""
+    """The LoRA ``name`` in models/loras, with or without its extension or folders."""
     if path := folder_paths.get_full_path("loras", name):
         return Path(path)
     for known in folder_paths.get_filename_list("loras"):
@@ -91,7 +91,7 @@ def _found(name: str) -> Path:
         ours = name.replace("\\", "/")
         if ours in (plain, plain.rpartition(".")[0]) or ours.endswith(f"/{plain}"):
             return lora_path(known)
-    raise IterisError(f"There is no LoRA {name} in models/loras; is it in a folder of its own?")
+    raise IterisError(f"There is no LoRA {name} in models/loras; is it in a subfolder?")
 
 
 def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
@@ -101,6 +101,6 @@ def _first(values: Mapping[str, Any], names: Sequence[str], kind: Any) -> Any:
 def _unreadable(entry: Any) -> IterisError:
     keys = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
     return IterisError(
-        f"The LORA_STACK has an entry of an unknown form ({keys}); expected are (name, "
-        "strength, clip strength) or a dictionary with name and strength."
+        f"The LORA_STACK has an entry in an unknown format ({keys}); expected is (name, strength, "
+        "clip strength) or a dictionary with name and strength."
     )

@@ -16,7 +16,7 @@ from .lora_stacks import lora_path, specs_of, with_words
 from .schema import NONE, concepts_input, schema, strength_input, weight_input
 
 ROWS = 10
-"""LoRAs of one node; the front end shows those in use and one more (web/iteris.js)."""
+"""Number of LoRAs on one node; the front end shows those in use and one more (web/iteris.js)."""
 
 _SOURCES = {"you": "", "file": " (from the file)", "captions": " (a guess from its captions)",
             "input": " (from trigger_words)"}  # fmt: skip
@@ -53,7 +53,7 @@ class IterisLoras(io.ComfyNode):
             inputs=[
                 *(part for number in range(1, ROWS + 1) for part in _row(number, names)),
                 io.String.Input("lines", default="", multiline=True, optional=True),
-                # Behind all others: graphs that were saved without them keep their values' places.
+                # After all others, so that older saved graphs keep the positions of their values.
                 *(
                     io.String.Input(f"blocks_{number}", default="", **_named(number, "blocks"))
                     for number in range(1, ROWS + 1)
@@ -91,8 +91,8 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
         return None
     if kind == "lines" and not lines.strip():
         raise IterisError(
-            f"The prompts of LoRA {number}, {name}, are to be lines, but lines is empty; write one "
-            "prompt a line there, or choose another kind of prompts."
+            f"The prompts of LoRA {number}, {name}, are set to lines, but lines is empty; write "
+            "one prompt per line there, or choose another kind of prompts."
         )
     return make_spec(
         lora_path(name),
@@ -107,11 +107,11 @@ def _spec(number: int, lines: str, rows: dict[str, Any]) -> ConceptConfig | None
 
 
 def _line(spec: ConceptConfig) -> str:
-    """The line of a concept on the node."""
+    """The line for a concept on the node."""
     if spec.file is None:
-        return "base: as it is"
+        return "base: unchanged"
     if spec.always_on != "no":
-        return f"{spec.file.stem} at {spec.strength:g}: always on, and part of the merged LoRA"
+        return f"{spec.file.stem} at {spec.strength:g}: always on, part of the merged LoRA"
     words = "; ".join(spec.phrases) or "No trigger words found; type them"
     clip = spec.strength if spec.text_strength is None else spec.text_strength
     strengths = f"{spec.strength:g}" if clip == spec.strength else f"{spec.strength:g}/{clip:g}"

@@ -95,7 +95,7 @@ class IterisMergeExperts(io.ComfyNode):
 def _merge(
     hidden: Any, model: Any, clip: Any, concepts: Any, values: Mapping[str, Any], **experts: Any
 ) -> tuple[MergeResult, str]:
-    """The merge that the inputs' ``values`` ask for, and what the node says of it."""
+    """The merge for the inputs' ``values``, and the text for the node."""
     inputs = ["model", "model_low"][: 2 if experts else 1]
     files = [file for name in inputs for file in files_behind(hidden, name)]
     node_id, method = hidden.unique_id, values.get("method", "iteris")
@@ -104,7 +104,7 @@ def _merge(
     config = request.config(specs_of(concepts), method)
     result = merged(model, clip, config, request, node_id, **experts)
     result = replace(result, lora=scaled_lora(result.lora, strength))
-    scaled = "" if strength == 1 else f"\n  At {strength:g} of its strength, in the file as well."
+    scaled = "" if strength == 1 else f"\n  At strength {strength:g}, in the file as well."
     called = how_to_call(bundled(result.lora.embeddings))
     if words := _words(result):
         called = f"\n  Trigger words: {words}{called}"
@@ -118,7 +118,7 @@ def _words(result: MergeResult) -> str:
 
 
 def _shown(result: MergeResult) -> tuple[Any, str]:
-    """The plot, and the words."""
+    """The plot, and the trigger words."""
     if not result.report.blocks():
         text = f"{result.report.method} looks at weights only: no output errors."
         return text_image(text), _words(result)
@@ -139,9 +139,9 @@ class CompareMerges(io.ComfyNode):
                 io.String.Input(
                     "methods",
                     default="iteris, average, sum, ties",
-                    tooltip="Names of methods with commas between them "
-                    f"({', '.join(method.name for method in all_methods())}); base stands for no "
-                    "LoRA at all.",
+                    tooltip="Method names separated by commas "
+                    f"({', '.join(method.name for method in all_methods())}); base means "
+                    "no LoRA.",
                 ),
                 *sampling_inputs(),
                 preset_input(),
@@ -159,7 +159,7 @@ class CompareMerges(io.ComfyNode):
     ) -> io.NodeOutput:
         names = [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
-            raise IterisError("Compare Merges has no methods; write iteris, average for example.")
+            raise IterisError("Compare Merges has no methods; enter for example iteris, average.")
         for name in names:
             if name != _BASE:
                 find_method(name)

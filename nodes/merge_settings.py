@@ -1,5 +1,5 @@
-"""The node with the advanced options of a merge, and the inputs of a merging node as a request to
-the library."""
+"""The node with a merge's advanced options, and the inputs of a merging node as a request to the
+library."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ ITERIS = (
     "iterations", "tolerance", "objective", "weighting", "ridge", "pull", "shrink", "saliency",
     "row_tokens", "precision",
 )  # fmt: skip
-"""Without those that ComfyUI cannot follow (gradients through a whole model), without the number of
-rows in a forward, which the memory decides, and without the rate of the polish."""
+"""Excludes settings that ComfyUI does not support (gradients through a whole model), the number of
+rows per forward, which memory decides, and the polish rate."""
 RIVALS: Mapping[str, str] = {
-    "density": "Other methods: the share of entries that is kept of each LoRA.",
-    "scale": "Other methods: what the merged change is multiplied by.",
+    "density": "Other methods: share of each LoRA's entries to keep.",
+    "scale": "Other methods: factor on the merged change.",
 }
 _DEFAULT_METHOD = "iteris"
 
 
 @dataclass(frozen=True)
 class Request:
-    """``values`` are those of IterIS Settings, by name; ``files`` the names of those behind MODEL,
-    which may say that it is run without guidance; ``samples`` 0 is the preset's number. A side of
-    its latents covers so many ``pixels``."""
+    """``values`` are those of IterIS Settings, by name. ``files`` are the file names behind MODEL,
+    which may show that it runs without guidance. ``samples`` 0 means the preset's number.
+    ``pixels`` is pixels per latent side."""
 
     preset: PresetName = "default"
     samples: int = 0
@@ -55,7 +55,7 @@ class Request:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], files: Sequence[str], model: Any) -> Request:
-        """The request of a node's inputs by name; missing ones have their defaults."""
+        """The request from a node's inputs by name; missing ones have their defaults."""
         direct = {name: values[name] for name in ("preset", "samples", "seed") if name in values}
         references = References.of(values.get("conditioning"), values.get("latent"))
         given = values.get("settings") or {}
@@ -79,7 +79,7 @@ class Request:
         )
 
     def _settings(self, method: str) -> dict[str, Any]:
-        """Settings of the method; other methods than ours take the rank and :data:`RIVALS`, if they
+        """Settings of the method; methods other than iteris use rank and :data:`RIVALS`, if they
         have them."""
         if method != _DEFAULT_METHOD:
             known = declared_settings(find_method(method).settings)
@@ -109,7 +109,7 @@ class Request:
         if not self._fast:
             return ""
         return (
-            f"\n  Without empty prompts: by its name {self._fast} draws in few steps, without "
+            f"\n  Without empty prompts: the name {self._fast} suggests few steps without "
             "guidance. If you use guidance, set empty_prompts to yes."
         )
 
@@ -119,7 +119,7 @@ class Request:
 
 
 def rival_input(name: str) -> Any:
-    """A setting that some of the other methods have, each with a default of its own."""
+    """A setting of some other methods, each with its own default."""
     declared = {
         method.name: known[name]
         for method in all_methods()
@@ -133,7 +133,7 @@ def rival_input(name: str) -> Any:
         max=1.0 if all(one.high == 1 for one in declared.values()) else 10.0,
         step=0.05,
         optional=True,
-        tooltip=f"{RIVALS[name]} 0: the method's own ({defaults}).",
+        tooltip=f"{RIVALS[name]} 0: the method's default ({defaults}).",
     )
 
 

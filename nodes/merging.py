@@ -1,6 +1,6 @@
-"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA as ComfyUI has it.
+"""One merge on a MODEL and CLIP: memory, progress, interrupt, and the LoRA in ComfyUI's form.
 
-Merges are kept: another strength, another name or one more method to compare does not run them
+Merges are cached: another strength, another name or one more method to compare does not run them
 again.
 """
 
@@ -42,12 +42,12 @@ _log = logging.getLogger(__name__)
 
 
 class LoraModel(dict[str, Tensor]):
-    """A merged LoRA's tensors as its file holds them in half precision: core's ``LORA_MODEL``, with
-    the metadata, the ``lora`` itself for other precisions, and whether its components are
-    ``ordered`` by output energy."""
+    """A merged LoRA's tensors as in its half-precision file: core's ``LORA_MODEL``, plus the
+    metadata, the ``lora`` itself for other precisions, and whether its components are ``ordered``
+    by output energy."""
 
     def __init__(self, lora: Lora, dtype: str = "float16", *, ordered: bool = False) -> None:
-        # Copies of tensors that were made in inference mode would be of that kind as well.
+        # Copies of inference-mode tensors would be inference tensors too.
         with torch.inference_mode(False):
             tensors, self.metadata = to_tensors(lora, dtype=dtype)
             tensors |= bundled(lora.embeddings)
@@ -70,12 +70,12 @@ def merge_on(
     policy: Policy = POLICY,
     **base: Any,
 ) -> MergeResult:
-    """Merge at ``rows`` rows per forward at most, or at half as many as often as memory runs out.
+    """Merge with at most ``rows`` rows per forward; halved whenever memory runs out.
 
-    ``memory_budget`` is what the merge may take beyond the model, in bytes: by default what ComfyUI
-    says is free. The plan that keeps to it is shown on the node and is part of the report. Settings
-    that the method does not have are left out; ``policy`` holds the thresholds; ``base`` is how
-    :class:`.comfy_host.ComfyHost` runs the model. Raises :class:`IterisError` where it cannot fit.
+    ``memory_budget`` is the memory in bytes that the merge may use beyond the model; by default
+    ComfyUI's free memory. The node and the report show the resulting plan. Settings that the method
+    lacks are ignored; ``policy`` holds the thresholds; ``base`` are arguments of
+    :class:`.comfy_host.ComfyHost`. Raises :class:`IterisError` if the merge cannot fit.
     """
     known = declared_settings(find_method(config.method).settings)
     reading = ReadOptions(allow_partial=config.unmergeable == "skip")
@@ -89,7 +89,7 @@ def merge_on(
         host.recipe = tuple(
             replace(concept, weight=float(concept.weight > 0), source="")
             for concept in config.concepts
-        )  # what rows depend on: weights only count in the solve
+        )  # what rows depend on; weights only matter in the solve
         result = merge_loras(
             host,
             [read(concept, host, reading) for concept in config.concepts],
@@ -104,23 +104,23 @@ def merge_on(
 
 
 def as_lora_model(result: MergeResult, dtype: str = "float16") -> LoraModel:
-    """``result`` as it is once saved and loaded again, with its embeddings in it."""
+    """``result`` as if saved and reloaded, with its embeddings included."""
     lora, ordered = result.lora, is_ordered(result.report)
     try:
         return LoraModel(lora, dtype, ordered=ordered)
-    except IterisError:  # of values that half precision does not hold
+    except IterisError:  # for values that do not fit in half precision
         return LoraModel(lora, "float32", ordered=ordered)
 
 
 def as_lora_models(result: MergeResult, dtype: str = "float16") -> list[LoraModel]:
-    """The LoRAs of the models for high and for low noise."""
+    """The LoRAs for the models for high and low noise."""
     parts = split_experts(result.lora, DENOISER)
     return [as_lora_model(replace(result, lora=part), dtype) for part in parts]
 
 
 class _RememberingHost(ComfyHost):
-    """Keeps the last rows that were made, so that another rank or ridge does not denoise again, and
-    those that a run had made when it was cancelled, so that the next goes on from there."""
+    """Caches the last rows, so that another rank or ridge does not denoise again, and the rows of a
+    cancelled run, so that the next one resumes there."""
 
     _last: tuple[Any, ComfySamples] | None = None
     _begun: tuple[Any, Denoised] | None = None
@@ -129,7 +129,7 @@ class _RememberingHost(ComfyHost):
     def samples(
         self, concepts: Any, sites: Set[str], calibration: Calibration, lockstep: Any, *rest: Any
     ) -> ComfySamples:
-        # The objects themselves: clones share weights, but not wrappers, hooks or a sampling shift.
+        # The objects themselves: clones share weights, but not wrappers, hooks or sampling shift.
         key = (
             *_key_of((self.model, self.clip, self.low), self.references, self._forget),
             (self.boundary, self.distilled),
@@ -138,7 +138,7 @@ class _RememberingHost(ComfyHost):
             frozenset(sites),
         )
         self._lockstep = lockstep
-        if calibration.latents == "noise":  # made at once
+        if calibration.latents == "noise":  # made immediately
             return super().samples(concepts, sites, calibration, lockstep, *rest)
         kept = _RememberingHost._last
         if kept is None or kept[0] != key:
@@ -146,19 +146,19 @@ class _RememberingHost(ComfyHost):
             if begun is None or begun[0] != key:
                 begun = _RememberingHost._begun = (key, Denoised())
             self._denoised = begun[1]
-            _log.info("IterIS: making latents, of which %d are there", len(self._denoised))
+            _log.info("IterIS: making latents, %d of them cached", len(self._denoised))
             kept = (key, super().samples(concepts, sites, calibration, lockstep, *rest))
             _RememberingHost._last, _RememberingHost._begun = kept, None
         return kept[1]
 
     @staticmethod
     def _forget(_: Any) -> None:
-        """The MODEL or CLIP is gone, and with it what its rows were good for."""
+        """The MODEL or CLIP was deleted, so its rows are useless."""
         _RememberingHost._last = _RememberingHost._begun = None
 
 
 _MOST = 2 * 2**30
-"""Bytes of merged LoRAs that are kept, in host memory; the last one is, however large."""
+"""Bytes of merged LoRAs to cache in host memory; the last one is always kept."""
 
 _kept: list[tuple[Any, MergeResult]] = []
 
@@ -171,7 +171,7 @@ def merged(
     node_id: str | None,
     **experts: Any,
 ) -> MergeResult:
-    """The merge of ``config``, from the cache if it is there; ``experts`` as in
+    """The merge of ``config``, from the cache if possible; ``experts`` as in
     :func:`.merging.merge_on`."""
     key = (
         *_key_of((model, clip, experts.get("low")), request.references, _forget),
@@ -191,7 +191,7 @@ def merged(
 def _key_of(
     parts: Sequence[Any], references: References, forget: Callable[[Any], None]
 ) -> tuple[Any, ...]:
-    """Equal for the same MODELs, CLIPs and references, patched alike."""
+    """A key, equal for the same MODELs, CLIPs and references with the same patches."""
     parts = [part for part in parts if part is not None]
     patches = [getattr(part, "patcher", part).patches_uuid for part in parts]
     return [Same(part, forget) for part in parts], patches, references.key(forget)
@@ -202,7 +202,7 @@ def forget() -> None:
 
 
 def _forget(_: Any) -> None:
-    """Drop the merges on a MODEL or CLIP that is gone."""
+    """Drop the merges on a deleted MODEL or CLIP."""
     _kept[:] = [(key, result) for key, result in _kept if all(part == part for part in key[0])]
 
 

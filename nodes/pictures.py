@@ -1,4 +1,4 @@
-"""Between ComfyUI's IMAGE, (pictures, height, width, 3) in 0 to 1, and everybody else's."""
+"""Conversion between ComfyUI's IMAGE, (images, height, width, 3) in 0 to 1, and other formats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..iteris_core.saving import atomically
 
-_THUMBNAIL = 512  # pixels a side at most, as browsers of LoRAs show them
+_THUMBNAIL = 512  # largest side in pixels that LoRA browsers show
 
 
 def to_pil(batch: Tensor) -> list[Image.Image]:
@@ -23,7 +23,7 @@ def to_pil(batch: Tensor) -> list[Image.Image]:
 
 
 def to_image(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size."""
+    """Convert images of equal size to an IMAGE."""
     arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
     return torch.from_numpy(np.stack(arrays))
 
@@ -37,7 +37,7 @@ def figure_image(figure: Any) -> Tensor:
 
 
 def text_image(text: str) -> Tensor:
-    """A sentence where a plot would be."""
+    """A sentence in place of a plot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 1.2))
@@ -46,7 +46,8 @@ def text_image(text: str) -> Tensor:
 
 
 def save_thumbnail(batch: Tensor, path: Path) -> None:
-    """The first picture, small, as a PNG without metadata, which appears when it is whole."""
+    """Save the first image, scaled down, as a PNG without metadata; it appears only when
+    complete."""
     picture = to_pil(batch[:1])[0]
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     with atomically(path) as unfinished:

@@ -74,7 +74,7 @@ class SaveMergedLora(io.ComfyNode):
             if card:
                 write_card(file)
         except SaveError as error:
-            raise SaveError(f"{error} The merge is kept: queue again, and it is saved.") from error
+            raise SaveError(f"{error} The merge is cached; queue again to save it.") from error
         name = str(Path(subfolder) / file.name)
         text = f"{name}{embeddings}"
         show_text(f"Saved {text}", cls.hidden.unique_id)
@@ -93,7 +93,7 @@ def _at(lora: dict[str, Any], dtype: str) -> tuple[dict[str, Tensor], dict[str, 
         kept = key.endswith(".alpha") or not tensor.is_floating_point()
         tensors[key] = tensor if kept else tensor.to(DTYPES[dtype]).contiguous()
         if not kept and not bool(torch.isfinite(tensors[key]).all()):
-            raise IterisError(f"{key}: values do not fit {dtype}; save bfloat16 or float32.")
+            raise IterisError(f"{key}: values do not fit in {dtype}; save as bfloat16 or float32.")
     if "modelspec.hash_sha256" in metadata:
         metadata["modelspec.hash_sha256"] = "0x" + content_hash(tensors)
     return tensors, metadata
@@ -105,8 +105,8 @@ _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 def cut_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], rank: int, *, ordered: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in kohya layout and their metadata, with no module above ``rank``; ``ordered`` as in
-    :func:`..iteris_core.linalg.lowrank.at_rank`. Tensors of other layouts stay as they are."""
+    """Tensors in kohya layout and their metadata, with every module cut to ``rank``; ``ordered`` as
+    in :func:`..iteris_core.linalg.lowrank.at_rank`. Tensors in other layouts stay as they are."""
     cut = cut_lora(_larger(tensors, metadata, rank), rank, ordered=ordered)
     smaller = dict(tensors)
     for name, change in cut.sites.items():
@@ -123,7 +123,7 @@ def cut_tensors(
 
 
 def _larger(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], rank: int) -> Lora:
-    """The modules above ``rank`` under their names in the file, without their scales."""
+    """The modules above ``rank``, by name in the file, without their scales."""
     sites: dict[str, LowRank] = {}
     for key, up in tensors.items():
         if key.endswith(_UP) and up.shape[1] > rank:

@@ -26,9 +26,9 @@ LoraModel = io.Custom("LORA_MODEL")
 LoraStack = io.Custom("LORA_STACK")
 
 NONE = "none"
-"""No file, of those that a node lists."""
+"""The choice for no file in a node's list."""
 GRAPH = [io.Hidden.unique_id, io.Hidden.prompt]
-"""Hidden inputs of a node that looks at the nodes before it."""
+"""Hidden inputs of a node that inspects upstream nodes."""
 MERGED = ("MODEL", "CLIP", "lora", "report")
 """Outputs of a node that makes a LoRA and applies it."""
 _OUTPUTS: Mapping[str, Any] = {
@@ -43,7 +43,7 @@ _OUTPUTS: Mapping[str, Any] = {
 
 
 def concepts_input(*, optional: bool = False) -> Any:
-    """Takes what our nodes say is merged, and LORA_STACKs of other packs."""
+    """Accepts this pack's concepts and other packs' LORA_STACKs."""
     types = [Concepts, LoraStack]
     return io.MultiType.Input("concepts", types=types, optional=optional)
 
@@ -57,13 +57,13 @@ def weight_input(name: str = "weight", **more: Any) -> Any:
 
 
 def file_input(name: str, folder: str, **more: Any) -> Any:
-    """A file of one of ComfyUI's folders, or none."""
+    """A file from one of ComfyUI's folders, or none."""
     files = [NONE, *folder_paths.get_filename_list(folder)]
     return io.Combo.Input(name, options=files, default=NONE, **more)
 
 
 def advanced(one: Any) -> Any:
-    """An input that the front end folds away; 0.3.64's do not take that when they are made."""
+    """An input that the front end folds away; in 0.3.64 this is not a constructor argument."""
     one.extra_dict = {**one.extra_dict, "advanced": True}
     return one
 
@@ -78,15 +78,14 @@ def schema(
     lists: Container[str] = (),
     **more: Any,
 ) -> io.Schema:
-    """A schema in our category, or its ``group``; ``aliases`` are for the search of versions that
-    know them. ``lists`` are those of the ``outputs`` that are lists.
+    """A schema in the pack's category, or its ``group``; ``aliases`` are search terms, in versions
+    that support them. ``lists`` names the ``outputs`` that are lists.
 
-    What it says comes from ``locales/en``, but for tooltips that are made from what settings and
-    methods declare.
+    Texts come from ``locales/en``, except tooltips derived from settings and methods.
     """
     texts = _TEXTS[node_id]
     for one in inputs:
-        first = re.sub(r"_\d+$", "_1", one.id)  # of the rows of a node
+        first = re.sub(r"_\d+$", "_1", one.id)  # for the rows of a node
         one.tooltip = one.tooltip or texts["inputs"][first]["tooltip"]
     made = [
         _OUTPUTS.get(name, io.String).Output(
@@ -110,7 +109,7 @@ def schema(
 
 
 _NONE: Mapping[str, float | str] = {"saliency": -1, "contexts": -1, "pull": "auto"}
-"""Setting → the value for none, where 0 has a meaning of its own."""
+"""Setting → the value that means none, if 0 has another meaning."""
 
 
 def none_of(name: str) -> float | str:
@@ -140,7 +139,8 @@ def setting_input(owner: type[Settings], name: str) -> Any:
 
 
 def changed(owner: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not the settings' defaults, with none where that is meant."""
+    """The values that differ from the settings' defaults, with None for the value that means
+    none."""
     given: dict[str, Any] = {}
     for name, value in values.items():
         declared = declared_settings(owner)[name]
@@ -159,7 +159,7 @@ def sampling_inputs() -> list[Any]:
 
 
 def _samples_input() -> Any:
-    """0 leaves the number to the preset, so that an explicit one counts, whatever it is."""
+    """0 leaves the number to the preset; any explicit number counts."""
     declared = declared_settings(Calibration)["samples"]
     numbers = {p: PRESETS[p].calibration.get("samples", declared.default) for p in PRESETS}
     by_preset = ", ".join(f"{preset} {number}" for preset, number in numbers.items())
@@ -168,7 +168,7 @@ def _samples_input() -> Any:
         default=0,
         min=0,
         max=declared.most,
-        tooltip=f"{declared.help} 0: by the preset ({by_preset}).",
+        tooltip=f"{declared.help} 0: set by the preset ({by_preset}).",
         optional=True,
         control_after_generate=False,
     )
@@ -181,19 +181,19 @@ def preset_input() -> Any:
         options=list(PRESETS),
         default="default",
         optional=True,
-        tooltip=f"{helps} Inputs that you change go over it. The figures are the toybox's.",
+        tooltip=f"{helps} Inputs that you change override it. The figures are from the toybox.",
     )
 
 
 def method_inputs(*further: Any) -> list[Any]:
-    """The method with its preset and rows, ``further`` inputs and those beside the prompts."""
+    """Method, preset and rows, the ``further`` inputs, and those besides the prompts."""
     methods = [method.name for method in all_methods()]
     method = io.Combo.Input("method", options=methods, default="iteris", optional=True)
     return [method, preset_input(), *sampling_inputs(), *further, *beside_inputs()]
 
 
 def beside_inputs() -> list[Any]:
-    """Inputs beside the prompts, and the settings."""
+    """Inputs besides the prompts, and the settings."""
     return [
         io.Conditioning.Input("conditioning", optional=True),
         io.Latent.Input("latent", optional=True),

@@ -1,4 +1,4 @@
-"""Nodes that score pictures as the paper's table 1 does, and show them."""
+"""Nodes that score images as in the paper's table 1, and show them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _weight_path(name: str) -> str:
         path = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
-    raise IterisError(f"{name} is in none of the folders {', '.join(_FOLDERS)}.")
+    raise IterisError(f"{name} is not in any of the folders {', '.join(_FOLDERS)}.")
 
 
 def _score_output(values: Tensor, title: str, node_id: str | None) -> io.NodeOutput:
     mean, scaled = float(values.mean()), clip_score(values)
     lines = [
-        f"picture {number}: cosine {cosine:.4f}, CLIPScore {score:.4f}"
+        f"image {number}: cosine {cosine:.4f}, CLIPScore {score:.4f}"
         for number, (cosine, score) in enumerate(
             zip(values.tolist(), scaled.tolist(), strict=True), 1
         )
@@ -63,7 +63,7 @@ class ClipScorerLoader(io.ComfyNode):
     def execute(cls, architecture: str, weights: str) -> io.NodeOutput:
         check_open_clip()
         if architecture not in architectures():
-            raise IterisError(f"{architecture!r} is none of open_clip's own architectures.")
+            raise IterisError(f"{architecture!r} is not one of open_clip's architectures.")
         return io.NodeOutput(ComfyScorer.load(architecture, _weight_path(weights)))
 
 
@@ -176,7 +176,7 @@ class ScoreSheet(io.ComfyNode):
 
 
 def plot_scores(values: Sequence[float], title: str) -> Any:
-    """A bar for each picture and a line at the mean, as a matplotlib Figure."""
+    """One bar per image and a line at the mean, as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(4, 1 + 0.5 * len(values)), 3), layout="constrained")

@@ -1,4 +1,4 @@
-"""The embedded world as native ComfyUI objects."""
+"""The toybox as native ComfyUI objects."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class IterisToybox(io.ComfyNode):
 
 
 def _spec(concept: ToyConcept) -> ConceptConfig:
-    """Prompts in the words that the world knows."""
+    """Prompts in the toybox's vocabulary."""
     subject = f"{concept.token} {concept.class_word}"
     return make_spec(
         concept.lora,
@@ -54,7 +54,7 @@ def _spec(concept: ToyConcept) -> ConceptConfig:
 
 
 def _prompt(concept: ToyConcept) -> str:
-    """The prompt of the concept's training, with embeddings in ComfyUI's notation."""
+    """The concept's training prompt, with embeddings in ComfyUI's notation."""
     token = concept.token.strip("<>")
     call = concept.token if concept.embedding is None else f"embedding:{token}"
     return concept.instance_prompt.replace(concept.token, call)
@@ -67,7 +67,7 @@ def _chosen(tokens: str) -> list[ToyConcept]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise IterisError(
-            f"The toybox has no concept {', '.join(unknown) or 'of that name'}; there are: "
+            f"The toybox has no concept {', '.join(unknown) or 'of that name'}; its concepts are: "
             f"{', '.join(known)}."
         )
     return [known[name] for name in names]

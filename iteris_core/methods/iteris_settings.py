@@ -23,7 +23,7 @@ class IterisSettings(Settings):
         "layers, with many passes. With repair or saliency it may not converge; the report says "
         "so. For the paper's whole algorithm use the preset paper.",
     )
-    iterations: int = setting(10, "jacobi: most iterations.", low=1, most=100)
+    iterations: int = setting(10, "jacobi: maximum number of iterations.", low=1, most=100)
     tolerance: float | None = setting(
         None,
         "jacobi: stop when every layer's change moves by less than this share of itself, such as "
@@ -72,7 +72,7 @@ class IterisSettings(Settings):
     micro_batch: int = micro_batch_setting()
     row_tokens: int | Literal["all"] | None = setting(
         None,
-        "Most tokens to use from each row, chosen at random by the seed.",
+        "Maximum number of tokens used from each row, chosen at random by the seed.",
         none="for images 128, or as many as give a concept 32 per input of a layer; for texts all",
         low=1,
         most=100_000,
@@ -107,11 +107,11 @@ class IterisSettings(Settings):
         most=1000,
     )
     block_rate: float = setting(
-        0.05, "Learning rate of these steps, relative to the size of the trained factors.", above=0
+        0.05, "Learning rate of block_steps, relative to the size of the trained factors.", above=0
     )
     block_pairs: float = setting(
         0.5,
-        "Share of these steps on images of two concepts, from prompts that name both. Each half "
+        "Share of block_steps on images of two concepts, from prompts that name both. Each half "
         "is trained toward its own LoRA's output.",
         low=0,
         below=1,

@@ -139,7 +139,7 @@ def test_cancelled_while_denoising_and_run_again(
     assert desk.kit.hooks() == 0
     again = desk.merge()[2]
     assert len(steps) == 7 + 8
-    assert "making latents, of which 2 are there" in caplog.text
+    assert "making latents, 2 of them cached" in caplog.text
     assert desk.kit.merging._RememberingHost._begun is None
     assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
 

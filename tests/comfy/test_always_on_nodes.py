@@ -54,7 +54,7 @@ def test_the_node_reads_no_words_for_it(kit: Kit, tmp_path: Path) -> None:
     assert spec.always_on == "include"
     assert not spec.phrases
     node = importlib.import_module(f"{kit.specs.__package__}.loras_node")
-    assert node._line(spec) == "turbo at 1: always on, and part of the merged LoRA"
+    assert node._line(spec) == "turbo at 1: always on, part of the merged LoRA"
     stacks = importlib.import_module(f"{kit.specs.__package__}.lora_stacks")
     named = stacks.with_words([*kit.concepts(), spec], "sks cat; zwx dog")
     assert [list(one.phrases) for one in named] == [["sks cat"], ["zwx dog"], []]

@@ -138,7 +138,7 @@ def test_what_to_lower_is_said_when_memory_runs_out(
             return samples(*given)
 
     monkeypatch.setattr(kit.host.ComfyHost, "samples", limited)
-    made = "while samples were made .* Tried: one row in a forward. Lower image_size"
+    made = "while making samples .* Tried: one row per forward. Lower image_size"
     with pytest.raises(kit.core.IterisError, match=made):
         kit.merge(rows=1)
     monkeypatch.undo()

@@ -87,7 +87,7 @@ def test_a_share_or_a_size_says_the_rank(kit: Kit, edits: Edits) -> None:
     for wrong in ({"rank": 2, "energy": 0.5}, {"rank": 0}):
         with pytest.raises(kit.core.IterisError, match="Set one of rank, megabytes and energy"):
             edits.run("ResizeLora", *on, **{**SIZE, **wrong})
-    with pytest.raises(kit.core.IterisError, match="takes one LoRA, and 2 are connected"):
+    with pytest.raises(kit.core.IterisError, match="takes one LoRA, but 2 are connected"):
         edits.run("ResizeLora", kit.model, kit.concepts(), kit.clip)
 
 

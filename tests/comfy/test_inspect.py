@@ -71,9 +71,9 @@ def test_what_would_stop_a_merge(kit: Kit, inspect: Any) -> None:
     mute = dataclasses.replace(kit.concepts()[0], trigger="", class_word="")
     table = inspect(mute)
     assert "no trigger words and no prompts" in table
-    assert "A merge would stop: LoRA" in table
+    assert "A merge would fail: LoRA" in table
     table = inspect(kit.concepts()[0], settings={**SETTINGS, "memory": 1e-6})
-    assert "A merge would stop: " in table
+    assert "A merge would fail: " in table
     table = inspect(*kit.concepts(), method="ties")
     assert "Plan: ties looks at weights only" in table
     with pytest.raises(kit.core.IterisError, match="No LoRA is connected"):

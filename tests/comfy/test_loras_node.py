@@ -124,7 +124,7 @@ def test_words_of_other_nodes(bench: Bench) -> None:
     assert phrases("one,, two, red,, three") == [["one"], ["two, red"], ["three"]]
     assert phrases("sks cat,, tok, hat") == [["sks cat"], ["zwx"], ["tok, hat"]]
     core = importlib.import_module(f"{bench.pack.__name__}.iteris_core")
-    with pytest.raises(core.IterisError, match="one phrase for each LoRA"):
+    with pytest.raises(core.IterisError, match="one phrase per LoRA"):
         bench.run(trigger_words="one; two; three; four; five", lora_4="mute.safetensors", **rows)
 
 
@@ -145,7 +145,7 @@ def test_prompts_of_the_user(bench: Bench) -> None:
         prompts(prompts_1="lines")
     with pytest.raises(core.IterisError, match=r"no file b\.prompts\.txt beside b"):
         bench.run(lora_1="b.safetensors", prompts_1="file")
-    with pytest.raises(core.IterisError, match=r"mute\.safetensors have \{\} in them"):
+    with pytest.raises(core.IterisError, match=r"mute\.safetensors contain \{\}"):
         bench.run(lora_1="mute.safetensors", prompts_1="lines", lines="{} here")
 
 
@@ -226,7 +226,7 @@ def test_without_a_clip(bench: Bench, kit: Kit) -> None:
     assert model.patches.keys() - kit.model.patches.keys()
     with pytest.raises(kit.core.IterisError, match=r"a\.safetensors changes the text encoder"):
         merge("average", 1.0)
-    with pytest.raises(kit.core.IterisError, match="prompts are read with it"):
+    with pytest.raises(kit.core.IterisError, match="prompts need one"):
         merge("iteris", 0.0)
 
 

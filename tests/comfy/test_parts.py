@@ -234,7 +234,7 @@ def test_inputs_are_what_the_settings_declare(pack: ModuleType) -> None:
     inputs, core = module(pack, "nodes.schema"), module(pack, "iteris_core")
     shown = inputs.setting_input(core.IterisSettings, "ridge").as_dict()
     assert (shown["default"], shown["min"], shown["max"], shown["step"]) == (0.0, 0.0, 0.5, 1e-7)
-    assert "0: by the number of prompts" in shown["tooltip"]
+    assert "0: set by the number of prompts" in shown["tooltip"]
     shown = inputs.setting_input(core.IterisSettings, "weighting")
     assert shown.options == ["tokens", "adapter", "full", "none"]
     assert inputs.setting_input(core.IterisSettings, "repair").default is True
@@ -295,7 +295,7 @@ def test_the_settings_of_other_methods(pack: ModuleType) -> None:
     assert settings("sum", rank=0, density=0.3, scale=0.7) == {}
     assert settings("task-arithmetic", scale=0.7) == {"scale": 0.7}
     shown = {i.id: i.tooltip for i in module(pack, "nodes.merge_settings")._all_inputs()}
-    assert "0: the method's own (ties 0.2, dare-linear 0.5" in shown["density"]
+    assert "0: the method's default (ties 0.2, dare-linear 0.5" in shown["density"]
     assert settings("iteris", pull="size")["pull"] == "size"
     assert "pull" not in settings("iteris", pull="auto")
     declared = set(core.settings.declared_settings(core.IterisSettings))

@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_nothing_half_and_the_merge_is_kept(
     said = str(failed.value)
     assert "merged.safetensors cannot be written (File too large" in said
     assert "Make room" in said
-    assert said.endswith("The merge is kept: queue again, and it is saved.")
+    assert said.endswith("The merge is cached; queue again to save it.")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     save.execute(lora, "iteris/merged")
