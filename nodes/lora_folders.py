@@ -40,7 +40,7 @@ def new_file(prefix: str, folder: str = _DEFAULT, *, overwrite: bool = False) ->
     root = os.path.abspath(folder_paths.get_folder_paths("loras")[at])
     target = os.path.normpath(os.path.join(root, prefix))
     if not prefix or prefix.endswith(("/", os.sep)) or target == root:
-        raise IterisError("Save Merged LoRA has no file name; enter one as filename_prefix.")
+        raise IterisError("Save Merged LoRA has no name; enter one as filename_prefix.")
     if not target.startswith(root + os.sep):
         raise IterisError(f"{prefix} is outside the folder for LoRAs; use a name or folder/name.")
     where, name, _, subfolder, _ = folder_paths.get_save_image_path(prefix, root)

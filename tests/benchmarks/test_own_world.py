@@ -187,7 +187,7 @@ def changed_concept(**keys):
         ({"drawing": 4}, "drawing must be a mapping, not 4"),
         ({"offload": "models"}, "offload must be model or sequential, not 'models'"),
         ({"concepts": changed_concept(kind="style")}, "sks1: only subjects are measured"),
-        ({"concepts": changed_concept(references=str(LORAS))}, "nor a folder with pictures"),
+        ({"concepts": changed_concept(references=str(LORAS))}, "nor a folder of images"),
         ({"drawing": {"scheduler": "None at all"}}, "There is no scheduler"),
         ({"calibration": {"samples": 0}}, "calibration: samples"),
         ({"dino": "none"}, "The DINO model 'none' cannot be loaded"),

@@ -323,7 +323,7 @@ def test_g12_hooks_under_dynamic_vram_are_refused_in_one_sentence(
     kit.calibration = dataclasses.replace(kit.calibration, latents="noise")
     assert kit.merge(on=(kit.model, clip)).lora.sites
     monkeypatch.setattr(kit.model, "is_dynamic", lambda: True, raising=False)
-    with pytest.raises(kit.core.IterisError, match=r"brings hooks for MODEL.*DynamicVRAM"):
+    with pytest.raises(kit.core.IterisError, match=r"has hooks for MODEL.*DynamicVRAM"):
         kit.merge(on=(kit.model, clip))
     assert kit.hooks() == 0
 

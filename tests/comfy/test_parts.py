@@ -188,10 +188,10 @@ def test_names_of_saved_files(
         ".": "no name",
         "folder/": "no name",
         "folder/..": "no name",
-        "..": "leads out",
-        "../other": "leads out",
-        "/tmp/other": "leads out",
-        "folder/../../other": "leads out",
+        "..": "outside the folder",
+        "../other": "outside the folder",
+        "/tmp/other": "outside the folder",
+        "folder/../../other": "outside the folder",
     }.items():
         with pytest.raises(module(pack, "iteris_core").IterisError, match=message):
             save.execute(lora, prefix)

@@ -94,7 +94,7 @@ def test_dinov2_as_comfyui_loads_it(nodes: Any, monkeypatch: pytest.MonkeyPatch)
     apart, *_ = nodes.ClipImageAlignment.execute(scorer, images[:2], images[2:, :40]).result
     assert apart < 1 - 1e-4
     core = importlib.import_module(nodes.__name__.replace("nodes.score_nodes", "iteris_core"))
-    with pytest.raises(core.IterisError, match="knows no words"):
+    with pytest.raises(core.IterisError, match="cannot read text"):
         scorer.text_alignment([Image.new("RGB", (4, 4))], ["a"])
 
 
