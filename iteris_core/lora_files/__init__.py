@@ -1,8 +1,8 @@
-"""LoRA files: reading in every layout, and writing in those that everybody reads.
+"""LoRA files: reads every layout, and writes layouts that every tool reads.
 
-Only safetensors is read. What names a file may use is in :mod:`.aliases`, and in
-:mod:`..architectures` where only one has them; to teach the reader a parametrisation, add its
-leaves to :mod:`.parts` and its formula to :mod:`.rebuild`.
+Only safetensors is read. Names are defined in :mod:`.aliases`, or in :mod:`..architectures` if only
+one architecture uses them. To add a parametrisation, add its leaves to :mod:`.parts` and its
+formula to :mod:`.rebuild`.
 """
 
 from .aliases import BaseModel, base_model, released_base

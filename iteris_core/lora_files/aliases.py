@@ -1,9 +1,9 @@
 """Every name that a LoRA file may use for a module of one base model, and the names to write.
 
-Names are made from the base's own sites, so a name either is one of them or it is unknown; nothing
-is guessed from patterns. The layouts: kohya (``lora_unet_…``, with diffusers' or the original
-module names), peft and diffusers (with and without ``.processor`` and ``text_model``), OneTrainer
-(``lora_transformer_…``), LyCORIS and SimpleTuner (``lycoris_…``), ComfyUI and ai-toolkit
+Names are generated from the base's own sites, so a name either is one of them or is unknown;
+nothing is guessed from patterns. The layouts: kohya (``lora_unet_…``, with diffusers' or the
+original module names), peft and diffusers (with and without ``.processor`` and ``text_model``),
+OneTrainer (``lora_transformer_…``), LyCORIS and SimpleTuner (``lycoris_…``), ComfyUI and ai-toolkit
 (``diffusion_model.…``, ``text_encoders.…``), BFL (no prefix) and XLabs (``….processor.qkv_lora1``).
 """
 
@@ -27,10 +27,10 @@ _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "
 
 @dataclass(frozen=True)
 class BaseModel:
-    """All that reading and writing a LoRA file takes: ``shapes`` maps every site to the shape of
-    its weight, ``aliases`` every name that a file may use for a module, with its prefix and without
-    the leaf, to what it stands for. ``written`` are the names to write, whole sites each;
-    ``vectors`` are keys of changes of biases and normalisations, by name of the parameter."""
+    """Everything needed to read and write a LoRA file. ``shapes`` maps every site to its weight's
+    shape. ``aliases`` maps every name that a file may use for a module, with prefix and without
+    leaf, to its alias. ``written`` are the names to write, each for a whole site; ``vectors`` are
+    keys for changes of biases and normalisations, by parameter name."""
 
     architecture: Architecture
     shapes: Shapes
@@ -42,8 +42,8 @@ class BaseModel:
 def base_model(
     kind: Architecture, shapes: Shapes, parameters: Mapping[str, nn.Module] | None = None
 ) -> BaseModel:
-    """A base model whose sites have the names of diffusers' and transformers' modules;
-    ``parameters`` are as in :meth:`..hosts.protocol.Host.parameters`."""
+    """A base model whose sites are named like diffusers' and transformers' modules; ``parameters``
+    are as in :meth:`..hosts.protocol.Host.parameters`."""
     written = kohya_names(kind, shapes)
     others = {
         name: tuple(getattr(module, name.rpartition(".")[2]).shape)
@@ -55,7 +55,7 @@ def base_model(
 
 @functools.cache
 def released_base(name: str) -> BaseModel:
-    """The released model of an architecture, made without weights; needs diffusers and
+    """The released model of an architecture, built without weights; needs diffusers and
     transformers. Raises :class:`IterisError` for an unknown name."""
     kind = architecture(name)
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def released_base(name: str) -> BaseModel:
 
 
 def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
-    """Every known module name, and what it stands for."""
+    """Every known module name, with its alias."""
     aliases: dict[str, Alias] = {}
     for site in shapes:
         component = site.partition(".")[0]
@@ -86,7 +86,7 @@ def file_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
 
 
 def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
-    """The names that sd-scripts gives the modules: the ones to write."""
+    """sd-scripts' module names, which are the ones to write."""
     original = kind.original_names(shapes) if kind.native else {}
     names = {_flat("lora_unet", name): alias for name, alias in original.items()}
     for site in shapes:
@@ -100,8 +100,8 @@ def kohya_names(kind: Architecture, shapes: Shapes) -> dict[str, Alias]:
 
 
 def _module_names(kind: Architecture, parameters: Shapes) -> dict[str, str]:
-    """Module → the name under which ComfyUI reads changes of its vectors, of those that have one
-    whatever the sizes are: UNets' and text encoders'."""
+    """Module → the name under which ComfyUI reads changes of its vectors, for modules of UNets and
+    text encoders, whose names do not depend on sizes."""
     names: dict[str, str] = {}
     for parameter in parameters:
         module = parameter.rpartition(".")[0]
@@ -149,7 +149,7 @@ def _text_names(kind: Architecture, site: str) -> Iterator[str]:
     if index == 0:
         prefixes.append("lora_te")
     elif is_t5(site):
-        prefixes.append("lora_te3")  # sd-scripts' name whatever the number; OneTrainer counts
+        prefixes.append("lora_te3")  # sd-scripts does not number it; OneTrainer does
     for prefix in prefixes:
         yield _flat(prefix, path)
         yield _flat(prefix, path.removeprefix("text_model."))

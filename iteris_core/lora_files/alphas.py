@@ -1,4 +1,4 @@
-"""Alpha where peft keeps it: a LoraConfig, in ``lora_adapter_metadata`` or an adapter's folder."""
+"""Alpha as stored by peft: a LoraConfig, in ``lora_adapter_metadata`` or an adapter's folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"[\w.\\^$*+?|\[\]-]{1,300}")
 
 def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The LoraConfig of each component, as diffusers' pipelines save it: ``{"unet.lora_alpha": 8,
-    …}``; that of a model which saves itself (``{"lora_alpha": 8, …}``) is of the component ``""``.
+    …}``; for a model saved by itself (``{"lora_alpha": 8, …}``) the component is ``""``.
     """
     text = metadata.get("lora_adapter_metadata")
     if not text:
@@ -37,8 +37,8 @@ def adapter_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[s
 def scale_of(
     path: Path, configs: Mapping[str, Mapping[str, Any]], site: str, name: str, rank: int
 ) -> float | None:
-    """The scale that ``configs``, by component, give the module that is ``site`` and ``name`` in
-    the file; None where none of them is of its component."""
+    """The scale in ``configs``, by component, of the module called ``site`` here and ``name`` in
+    the file; None if its component has no config."""
     for full in (site, name):
         component, _, module = full.partition(".")
         if component in configs:
@@ -51,13 +51,13 @@ def scale_of(
 def configured_scale(
     path: Path, config: Mapping[str, Any], names: Collection[str], rank: int
 ) -> float:
-    """alpha / rank, or alpha / √rank for rsLoRA; the first pattern that fits decides alpha.
+    """alpha / rank, or alpha / √rank for rsLoRA; the first matching pattern decides alpha.
 
     A pattern is a regular expression for the end of a module's name, as in peft
-    (``peft.utils.other.get_pattern_key``, which is not called, since ComfyUI has no peft and a
-    hostile pattern could take it for ever). ``names`` are of one module; those of a text encoder
-    may have ``text_model.`` in front of them or not, as the writer's transformers had it. Raises
-    :class:`LoraFileError` for what peft cannot have written.
+    (``peft.utils.other.get_pattern_key``; not called, because ComfyUI has no peft and a hostile
+    pattern could make it hang). ``names`` are those of one module; in a text encoder they may start
+    with ``text_model.``, depending on the writer's transformers version. Raises
+    :class:`LoraFileError` for anything that peft cannot have written.
     """
     short = [name.removeprefix("text_model.") for name in names]
     names = {*names, *short, *(f"text_model.{name}" for name in short)}
@@ -83,11 +83,11 @@ def configured_scale(
 def _fits(path: Path, pattern: str, module: str) -> bool:
     if module == pattern or module.endswith(f".{pattern}"):
         return True
-    # Groups could nest repetitions and take for ever; no trainer writes them.
+    # Groups could nest repetitions and never finish; no trainer writes them.
     if not _PLAIN.fullmatch(pattern) or sum(pattern.count(c) for c in "*+?") > 3:
         raise LoraFileError(
-            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig is too complicated; "
-            "save the adapter with plain module names there."
+            f"{path}: alpha_pattern {pattern[:80]!r} of the LoraConfig is too complicated; save "
+            "the adapter with plain module names instead."
         )
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
@@ -98,8 +98,8 @@ def _fits(path: Path, pattern: str, module: str) -> bool:
 
 
 def lora_config(modules: Mapping[str, tuple[int, float]], mark: str) -> dict[str, Any]:
-    """The fields of a LoraConfig for ``modules``, name → (rank, alpha); ``mark`` goes before names
-    in patterns."""
+    """The fields of a LoraConfig for ``modules``, name → (rank, alpha); ``mark`` is prefixed to
+    names in patterns."""
     ranks = [rank for rank, _ in modules.values()]
     common = max(set(ranks), key=ranks.count)
     return {

@@ -1,8 +1,8 @@
-"""The part of a LoRA that counts: weights by block, and filters of layers by name.
+"""Selects a part of a LoRA: weights by block, and layer filters by name.
 
-Blocks and lists of weights are those of sd-webui-lora-block-weight ("lbw"): the blocks of the
-original code, with BASE for the text encoders. What a list has no number for is 0, and what is in
-no block (the embedding of time, the last layer) stays as it is, as there.
+Blocks and weight lists are those of sd-webui-lora-block-weight ("lbw"): the blocks of the original
+code, with BASE for the text encoders. As there, a block without a number in the list gets 0, and
+layers in no block (the time embedding, the last layer) stay as they are.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ LISTS: Mapping[int, tuple[str, ...]] = {
     26: ("BASE", *_range("IN", 0, 12), "M00", *_range("OUT", 0, 12)),
     61: ("CLIP", "T5", "IN", *_range("D", 0, 19), *_range("S", 0, 38), "OUT"),
 }
-"""Count of weights → the blocks that they are for: SDXL's attention, SD's, all of SDXL, all of SD,
-FLUX.1"""
+"""Number of weights → their blocks: SDXL's attention, SD's, all of SDXL, all of SD, FLUX.1"""
 _ALL = "1," * 16 + "1"
 PRESETS: Mapping[str, str] = {
     "NONE": _ALL.replace("1", "0"),
@@ -50,14 +49,14 @@ _NUMBERED = re.compile(r"(input|output|double|single)_blocks\.(\d+)\.")
 
 
 def weights_by_block(text: str) -> dict[str, float]:
-    """Block → weight, of a list of numbers between commas or the name of one. Raises
-    :class:`ConceptError` for another text."""
+    """Block → weight, from a comma-separated list of numbers or the name of a list. Raises
+    :class:`ConceptError` for any other text."""
     numbers = PRESETS.get(text.strip(), text).split(",")
     try:
         weights = [float(number) for number in numbers]
     except ValueError:
         raise ConceptError(
-            f"blocks={text!r} is no list of numbers such as 1,0,0.5 and none of "
+            f"blocks={text!r} is neither a list of numbers such as 1,0,0.5 nor one of "
             f"{', '.join(PRESETS)}."
         ) from None
     if len(weights) not in LISTS:
@@ -69,9 +68,9 @@ def weights_by_block(text: str) -> dict[str, float]:
 
 
 def blocks_of(base: BaseModel) -> dict[str, str]:
-    """Site → the block that it is in; without those that are in none. Empty for an architecture
-    whose blocks have no such names."""
-    # Where no table is known, as in ComfyUI, sites have the original names themselves.
+    """Site → its block, for sites in a block. Empty for an architecture whose blocks have no such
+    names."""
+    # Without a table, as in ComfyUI, sites already have the original names.
     denoiser = [site for site in base.shapes if text_component(site) is None]
     own = {site.partition(".")[2]: whole(site, base.shapes) for site in denoiser}
     names = base.architecture.original_names(base.shapes) or own
@@ -98,11 +97,11 @@ def blocks_of(base: BaseModel) -> dict[str, str]:
 
 
 def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
-    """``lora`` with its changes times the weights of ``blocks`` (empty: as they are), of those
-    ``layers`` alone that a pattern names: names of sites with ``*``, commas between them, and a
-    ``-`` before one whose layers are dropped. Raises :class:`ConceptError` for a text that is
-    neither, and :class:`LoraFileError`, naming the LoRA, where nothing is left, or where its
-    architecture has no such blocks."""
+    """``lora`` with its changes multiplied by the weights of ``blocks`` (empty: unchanged), and
+    restricted to ``layers``: comma-separated patterns of site names with ``*``; a ``-`` before a
+    pattern drops its layers. Raises :class:`ConceptError` for invalid text, and
+    :class:`LoraFileError`, naming the LoRA, if nothing is left or its architecture has no such
+    blocks."""
     if not blocks and not layers:
         return lora
     weights = _weights(lora, blocks) if blocks else {}
@@ -123,11 +122,13 @@ def filtered(lora: Lora, blocks: str = "", layers: str = "") -> Lora:
 
 
 def check_layers(text: str) -> list[tuple[bool, str]]:
-    """(whether it is kept, pattern) of each pattern. Raises :class:`ConceptError` for an empty
-    one."""
+    """(keep, pattern) for each pattern, where keep is False for ``-``. Raises :class:`ConceptError`
+    for an empty pattern."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.removeprefix("-") for part in parts):
-        raise ConceptError(f"layers={text!r} has an empty pattern; write such as *attn2*,-*ff*.")
+        raise ConceptError(
+            f"layers={text!r} has an empty pattern; write for example *attn2*,-*ff*."
+        )
     return [(not part.startswith("-"), part.removeprefix("-")) for part in parts]
 
 
@@ -138,7 +139,7 @@ def _kept(lora: Lora, layers: str) -> set[str]:
         fitting = {site for site in lora.sites if fnmatchcase(site, pattern)}
         if not fitting:
             raise LoraFileError(
-                f"{lora.name}: no layer has a name like {pattern!r}; one is {min(lora.sites)}."
+                f"{lora.name}: no layer name matches {pattern!r}; one name is {min(lora.sites)}."
             )
         kept = kept | fitting if keep else kept - fitting
     return kept
@@ -154,6 +155,6 @@ def _weights(lora: Lora, blocks: str) -> dict[str, float]:
         title = "its base" if lora.base is None else lora.base.architecture.title
         raise LoraFileError(
             f"{lora.name}: {title} has no blocks for {len(weights)} weights. Stable Diffusion has "
-            "17 or 26, SDXL 12 or 20, FLUX.1 61; for others choose by name (layers=)."
+            "17 or 26, SDXL 12 or 20, FLUX.1 61; for others select layers by name (layers=)."
         )
     return {site: weights.get(block, 0.0) for site, block in places.items()}

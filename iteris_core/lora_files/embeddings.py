@@ -1,8 +1,8 @@
 """Embeddings that come with a LoRA: bundled (``bundle_emb.NAME.…``) or beside it.
 
-Beside ``<stem>.safetensors`` these are ``<stem>_emb.safetensors`` (pivotal tuning) and
-``<stem>_embedding.safetensors`` (textual inversion), and ``<stem>_<name>_emb.safetensors``, as
-:func:`embedding_targets` names those of a merged LoRA.
+Beside ``<stem>.safetensors`` they are called ``<stem>_emb.safetensors`` (pivotal tuning),
+``<stem>_embedding.safetensors`` (textual inversion), or ``<stem>_<name>_emb.safetensors``, the
+names that :func:`embedding_targets` gives those of a merged LoRA.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .metadata import parse_object
 from .tensors import read_tensors
 
 Embeddings = dict[str, dict[str, Tensor]]
-"""name → text encoder (``clip_l``, ``clip_g``, ``t5xxl``, …, or :data:`ANY`) → (vectors, width)"""
+"""Name → text encoder (``clip_l``, ``clip_g``, ``t5xxl``, …, or :data:`ANY`) → (vectors, width)"""
 
 ANY = "emb_params"
-"""The part of an embedding that does not say which text encoder it is for."""
+"""The part of an embedding for an unspecified text encoder."""
 
 _MARK = "bundle_emb."
 _ENDS = ("emb", "embedding")
 _ALIASES = {
     "*": ANY,
-    "emp_params": ANY,  # sic, in files of A1111
+    "emp_params": ANY,  # sic, in A1111's files
     "string_to_param.*": ANY,
     "string_to_params.*": ANY,
     "text_encoders_0": "clip_l",
@@ -43,15 +43,15 @@ _ENCODERS = ("clip_", "t5", "umt5", "mt5", "byt5", "pile_t5", "qwen", "gemma", "
 def split_embeddings(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[Embeddings, dict[str, Tensor], list[str]]:
-    """The embeddings of a LoRA file, bundled and beside it; the other tensors; and what is to be
-    said of embeddings that ``metadata`` name and that are not there."""
+    """The embeddings of a LoRA file, bundled and beside it; the other tensors; and notes on
+    embeddings that ``metadata`` name but that are missing."""
     embeddings, rest = unbundled(path, tensors)
-    names = parse_object(metadata.get("iteris")).get("embeddings")  # of a merge of ours
+    names = parse_object(metadata.get("iteris")).get("embeddings")  # for a merged file
     listed = [str(name) for name in names] if isinstance(names, list) else []
     for file in _beside(path, listed):
         for name, parts in _embeddings_of(file, path.stem).items():
             if name in embeddings:
-                raise LoraFileError(f"{path} and {file} both hold an embedding {name!r}.")
+                raise LoraFileError(f"{path} and {file} both contain an embedding {name!r}.")
             embeddings[name] = parts
     order = (*(name for name in listed if name in embeddings), *embeddings)
     embeddings = {name: embeddings[name] for name in order}
@@ -74,7 +74,7 @@ def unbundled(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Embeddings, di
 
 
 def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a merged file that lists none, for one of two files of a merge."""
+    """The metadata of a merged file without its embeddings, for one of a merge's two files."""
     recipe = parse_object(metadata.get("iteris"))
     if "embeddings" not in recipe:
         return dict(metadata)
@@ -82,7 +82,7 @@ def without_embeddings(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of embeddings as they stand in a LoRA file that has them in it."""
+    """The tensors of embeddings as bundled in a LoRA file."""
     return {
         f"{_MARK}{name}.{'string_to_param.*' if part == ANY else part}": vectors.contiguous()
         for name, parts in embeddings.items()
@@ -91,16 +91,16 @@ def bundled(embeddings: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 
 def to_file(name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one embedding's own file. diffusers takes the key of a single one for the
-    token that calls for it; ComfyUI and A1111 take any key then."""
+    """The tensors of an embedding's own file. For a single tensor, diffusers uses its key as the
+    token; ComfyUI and A1111 accept any key then."""
     tensors = {part: vectors.clone() for part, vectors in parts.items()}
     return {name: tensors[ANY]} if list(tensors) == [ANY] else tensors
 
 
 def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str, Path]:
-    """The files for the embeddings of the LoRA ``path``: beside it, ``<stem>_emb.safetensors`` for
-    one, ``<stem>_<name>_emb.safetensors`` for each of several. Bundled in the file they would keep
-    diffusers from loading it. Raises :class:`IterisError` where that exists."""
+    """The files for the embeddings of the LoRA ``path``, beside it: ``<stem>_emb.safetensors`` for
+    a single one, ``<stem>_<name>_emb.safetensors`` for each of several. If they were bundled,
+    diffusers could not load the LoRA. Raises :class:`IterisError` if a file exists."""
     targets: dict[str, Path] = {}
     for name, own in file_names(names).items():
         middle = "" if len(names) == 1 else f"_{own}"
@@ -111,7 +111,7 @@ def embedding_targets(path: Path, names: list[str], overwrite: bool) -> dict[str
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Each embedding as a file's name, no two the same, as "<cat>" and "cat" would be."""
+    """A distinct file name for each embedding; "<cat>" and "cat" would collide."""
     files: dict[str, str] = {}
     for name in names:
         own, count = file_name(name), 1
@@ -123,13 +123,13 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def file_name(name: str) -> str:
-    """An embedding's name with nothing in it that a file's name cannot have."""
+    """An embedding's name without characters that file names cannot contain."""
     return re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
 
 
 def _beside(path: Path, listed: Sequence[str]) -> list[Path]:
-    """The files of embeddings beside a LoRA: of a merge of ours none that it does not list, which
-    would be left there by another merge of that name."""
+    """The embedding files beside a LoRA. For a merged file, only those that it lists: others may be
+    left over from an earlier merge of that name."""
     files = [path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS]
     names = {file: _name_in(file) for file in files if file.is_file()}
     for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}_*_emb.safetensors")):
@@ -146,8 +146,8 @@ def _name_in(file: Path) -> str:
 
 
 def _embeddings_of(file: Path, stem: str) -> Embeddings:
-    """The content of a file beside a LoRA: the parts of one embedding, or, as diffusers saves
-    textual inversion, vectors under the tokens that call for them."""
+    """The content of a file beside a LoRA: the parts of one embedding, or vectors by token, as
+    diffusers saves textual inversion."""
     tensors, metadata = read_tensors(file)
     parts = {_part(key): _vectors(file, key, tensor) for key, tensor in tensors.items()}
     name = metadata.get("name")
@@ -159,7 +159,7 @@ def _embeddings_of(file: Path, stem: str) -> Embeddings:
 
 
 def _bundled(key: str) -> tuple[str, str]:
-    """(name, part) of what stands behind the mark; a name may have dots."""
+    """(name, part) from the text after the mark; a name may contain dots."""
     for end in ("string_to_param.*", "string_to_params.*"):
         if key.endswith(f".{end}"):
             return key.removesuffix(f".{end}"), ANY
@@ -183,8 +183,8 @@ def _vectors(path: Path, key: str, tensor: Tensor) -> Tensor:
 
 def _no_embedding(path: Path, key: str, tensor: Tensor) -> LoraFileError:
     return LoraFileError(
-        f"{path}: key {key} {tuple(tensor.shape)} is no embedding, which has one vector a row; "
-        "bundled in a LoRA its key is bundle_emb.NAME.PART."
+        f"{path}: key {key} {tuple(tensor.shape)} is not an embedding, which has one vector per "
+        "row; bundled in a LoRA its key is bundle_emb.NAME.PART."
     )
 
 
@@ -192,5 +192,5 @@ def _missing(path: Path, name: str) -> str:
     return (
         f"its embedding {name} IS MISSING: it was written with this file, but neither "
         f"{path.stem}_emb.safetensors nor {path.stem}_{file_name(name)}_emb.safetensors is beside "
-        "it; copy it there, or the words that call for it mean nothing"
+        "it; copy it there, otherwise its trigger words have no effect"
     )

@@ -1,7 +1,7 @@
 """LoRAs of models with two denoisers (Wan 2.2 14B): one file for high noise, one for low noise.
 
-Both files have the same names in them. In a merge the sites of the second denoiser have its name:
-``transformer_2.…`` beside ``transformer.…``.
+Both files contain the same names. In a merge the sites of the second denoiser have its own prefix,
+``transformer_2.…`` instead of ``transformer.…``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ HIGH, LOW = "high_noise", "low_noise"
 
 
 def second_of(denoiser: str) -> str:
-    """The component's name of the denoiser for low noise."""
+    """The component name of the denoiser for low noise."""
     return f"{denoiser}_2"
 
 
 def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
-    """One LoRA of both denoisers; text encoders are those of ``high``, whatever ``low`` changes
-    there.
+    """One LoRA for both denoisers; text encoders come from ``high``, regardless of ``low``.
 
-    Raises :class:`IterisError` where a file has nothing for its denoiser.
+    Raises :class:`IterisError` if a file has nothing for its denoiser.
     """
     second = _renamed(low, f"{denoiser}.", f"{second_of(denoiser)}.")
     for lora, sites in ((high, high.sites), (low, second.sites)):
@@ -44,8 +43,8 @@ def joined_experts(high: Lora, low: Lora, denoiser: str) -> Lora:
 
 
 def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
-    """The changes of ``denoiser`` with those of text encoders, and those of the second denoiser
-    under the first one's names, as a file has them."""
+    """The changes of ``denoiser`` and the text encoders; and those of the second denoiser, under
+    the first one's names, as in files."""
     first, second = f"{denoiser}.", f"{second_of(denoiser)}."
 
     def of_first(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,13 +57,13 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:
-    """The files for the LoRAs of both: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
+    """The files for both LoRAs: ``<stem>_high_noise`` and ``<stem>_low_noise``."""
     high, low = (path.with_name(f"{path.stem}_{end}{path.suffix}") for end in (HIGH, LOW))
     return high, low
 
 
 def _renamed(lora: Lora, old: str, new: str) -> Lora:
-    """The changes of sites that begin with ``old``, which begin with ``new`` then."""
+    """The changes of sites that start with ``old``, with that prefix replaced by ``new``."""
 
     def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {new + s.removeprefix(old): v for s, v in values.items() if s.startswith(old)}

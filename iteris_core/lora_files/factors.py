@@ -1,4 +1,4 @@
-"""Factors as they go into a file: in half precision bit by bit where that is possible."""
+"""Factors for writing to a file: bit-exact in half precision where possible."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..lora import Lora, LowRank
 
 @dataclass(frozen=True)
 class Factors:
-    """ΔW = ``scale`` · ``up @ down``, as files have it: up (out, rank), down (rank, in·kh·kw), and
-    scale alpha / rank. ``kernel`` is (kh, kw) of what is written as a convolution."""
+    """ΔW = ``scale`` · ``up @ down``, as in files: up (out, rank), down (rank, in·kh·kw), and scale
+    alpha / rank. ``kernel`` is (kh, kw) for a convolution."""
 
     up: Tensor
     down: Tensor
@@ -42,9 +42,10 @@ class Factors:
 def store_all(
     lora: Lora, dtype: torch.dtype, one_alpha: Container[str], *, even: bool = False
 ) -> dict[str, Factors]:
-    """Every site's factors in ``dtype``, by component: exact with scale 1 if they all are, else
-    with the scales that were folded in (one scale in components of ``one_alpha``), else rounded.
-    With ``even`` what is rounded has one alpha in components of ``one_alpha``."""
+    """Every site's factors in ``dtype``, by component: exact with scale 1 if possible for all,
+    otherwise with the scales that were folded in (one scale in components of ``one_alpha``),
+    otherwise rounded. With ``even``, rounded factors share one alpha in components of
+    ``one_alpha``."""
     stored: dict[str, Factors] = {}
     for component in {site.partition(".")[0]: None for site in lora.sites}:
         sites = {s: c for s, c in lora.sites.items() if s.startswith(f"{component}.")}
@@ -64,7 +65,7 @@ def store_all(
 
 
 def _exactly(change: LowRank, scale: float, dtype: torch.dtype) -> Factors | None:
-    """The change without ``scale``, if ``dtype`` holds it bit by bit."""
+    """The change without ``scale``, if ``dtype`` represents it exactly."""
     up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
     stored = Factors((up / scale).to(dtype), down.to(dtype), scale, change.kernel)
     exact = torch.equal(stored.up.float() * scale, up)
@@ -72,8 +73,7 @@ def _exactly(change: LowRank, scale: float, dtype: torch.dtype) -> Factors | Non
 
 
 def _rounded(site: str, change: LowRank, dtype: torch.dtype, scale: float = 1.0) -> Factors:
-    """The change without ``scale`` in ``dtype``, up and down brought to one size by a power of
-    two."""
+    """The change without ``scale`` in ``dtype``, with up and down balanced by a power of two."""
     change = change.scaled(1 / scale)
     up, down = change.up.to("cpu", torch.float32), change.down.to("cpu", torch.float32)
     largest = float(up.abs().max()), float(down.abs().max())

@@ -1,4 +1,5 @@
-"""Formulas of changes that need no weight of the base: LoRA, LoCon, LoHa, LoKr, full differences.
+"""Formulas for changes that do not depend on the base's weight: LoRA, LoCon, LoHa, LoKr, full
+differences.
 
 LoRA, LoCon with and without ``mid`` and most LoHa and LoKr are low rank exactly, and stay factors:
 
@@ -27,11 +28,11 @@ Shape = tuple[int, ...]
 ScaleAt = Callable[[int], float]
 
 Rebuilt = Factors | Tensor
-"""ΔW as factors, or in full, (out, in·kh·kw), float32, where those would be no saving."""
+"""ΔW as factors, or in full, (out, in·kh·kw), float32, if factors would save nothing."""
 
 
 class Misfit(Exception):
-    """Parts do not fit each other or the weight."""
+    """Parts do not match each other or the weight."""
 
 
 def require(fits: bool) -> None:
@@ -100,7 +101,7 @@ def _tucker(t: Tensor, a: Tensor, b: Tensor, shape: Shape) -> Tensor:
 
 
 def is_whole_lokr(parts: Parts) -> bool:
-    """True if both factors are there, each in full or as two halves."""
+    """True if both factors are present, each in full or as two halves."""
     counts = [
         (f"lokr_{end}" in parts, sum(f"lokr_{end}_{half}" in parts for half in "ab"))
         for end in ("w1", "w2")
@@ -124,7 +125,7 @@ def lokr(parts: Parts, shape: Shape, scale: ScaleAt) -> Rebuilt:
 
 
 def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
-    """A factor of a Kronecker product: in full, or as a product itself; kernels flattened."""
+    """A factor of a Kronecker product: in full, or itself a product; kernels flattened."""
     if f"lokr_{end}" in parts:
         return (parts[f"lokr_{end}"].flatten(1),)
     a, b = parts[f"lokr_{end}_a"], parts[f"lokr_{end}_b"]
@@ -138,7 +139,7 @@ def _kronecker(parts: Parts, end: str) -> tuple[Tensor] | tuple[Tensor, Tensor]:
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix`` as a product with the unit matrix of its short side."""
+    """``matrix`` as a product with the identity on its short side."""
     if matrix.shape[0] <= matrix.shape[1]:
         return torch.eye(matrix.shape[0]), matrix
     return matrix, torch.eye(matrix.shape[1])

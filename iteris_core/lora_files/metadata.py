@@ -1,5 +1,5 @@
-"""What LoRA files say of themselves, in their metadata and their names. Read without trust: any
-text may stand there."""
+"""What LoRA files say about themselves, in metadata and file names. Untrusted: they may contain any
+text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 
 Purpose = Literal["speed", "edit"]
-"""What a LoRA that is no concept is for: it makes a base draw in few steps without guidance, or
-edit pictures. It belongs on the base model."""
+"""The purpose of a LoRA that is not a concept: it makes a base draw in few steps without guidance,
+or edit images. It belongs on the base model."""
 
 _BASES = re.compile(r"(z[-_ ]?image|sd|sdxl|sd3(\.5)?)[-_ ]?turbo|qwen[-_ ]?image[-_ ]?edit", re.I)
-"""Bases with such words in their names, of which LoRAs have them too."""
+"""Bases with these words in their names, which their LoRAs' names repeat."""
 _WORDS: Mapping[Purpose, re.Pattern[str]] = {
     "speed": re.compile(
         r"lightning|turbo|schnell|lightx2v|caus(al)?vid|distill|self[-_ ]?forcing"
@@ -43,10 +43,10 @@ def parse_object(text: str | None) -> dict[str, Any]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words that call for a LoRA, as its trainer noted them, best first.
+    """A LoRA's trigger words, as its trainer recorded them, best first.
 
-    ``modelspec.trigger_phrase``; the triggers of a merge of ours; the names of sd-scripts' dataset
-    folders (``10_sks dog``); the tag that every caption has (``ss_tag_frequency``).
+    ``modelspec.trigger_phrase``; the triggers in a merged file; the names of sd-scripts' dataset
+    folders (``10_sks dog``); the tag in every caption (``ss_tag_frequency``).
     """
     words = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
     words += [str(concept.get("trigger") or "") for concept in merged_concepts(metadata)]
@@ -59,13 +59,13 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def trigger_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """The phrases for a prompt: :func:`noted_phrases`, or the best word alone."""
+    """Phrases for a prompt: :func:`noted_phrases`, or the best word alone."""
     return noted_phrases(metadata) or trigger_words(metadata)[:1]
 
 
 def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
-    """Every phrase that a file itself says to call for it by, as a merge of ours or
-    ``modelspec.trigger_phrase`` has them."""
+    """Every trigger phrase that the file itself names, as a merged file or
+    ``modelspec.trigger_phrase`` does."""
     phrases: list[str] = []
     for concept in merged_concepts(metadata):
         called = concept.get("called") or concept.get("subjects")
@@ -76,7 +76,7 @@ def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
 
 
 def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The concepts with a LoRA of a file that is a merge of ours."""
+    """The concepts with a LoRA in a merged file."""
     concepts = parse_object(metadata.get("iteris")).get("concepts")
     concepts = concepts if isinstance(concepts, list) else []
     return [c for c in concepts if isinstance(c, dict) and c.get("lora") is not None]
@@ -103,7 +103,7 @@ def tag_frequency(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 
 def merge_tag_frequency(inputs: Sequence[Mapping[str, str]]) -> dict[str, dict[str, int]]:
-    """The tables of all inputs in one; equal tags of equal folders are added."""
+    """The tables of all inputs combined; counts of equal tags in equal folders are added."""
     merged: dict[str, Counter[str]] = {}
     for metadata in inputs:
         for folder, tags in tag_frequency(metadata).items():
@@ -115,23 +115,23 @@ _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def public_name(base: str) -> str:
-    """``base`` as a file may name it: a name on the hub, or the last part of a path. A folder of
-    this machine says nothing elsewhere, and tells where somebody keeps things."""
-    path = Path(os.path.expanduser(base))  # as it is where there is no such user
+    """``base`` as a file may name it: a hub name, or the last part of a path. A local folder is
+    useless elsewhere, and reveals private paths."""
+    path = Path(os.path.expanduser(base))  # unchanged if there is no such user
     if base and path.exists():
         return path.resolve().name
     return base if _ON_THE_HUB.fullmatch(base) else PureWindowsPath(base).name
 
 
 def is_fast(names: Iterable[str]) -> str:
-    """The first of ``names`` of models and LoRAs that says that the base draws in few steps, which
-    it does without guidance; empty if none does."""
+    """The first of ``names`` (models and LoRAs) that suggests that the base draws in few steps
+    without guidance; empty if none does."""
     words = _WORDS["speed"]
     return next((name for name in names if words.search(_words(PurePath(name).stem))), "")
 
 
 def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
-    """The purpose of a LoRA that is no concept, from its file's ``name`` and its metadata."""
+    """The purpose of a LoRA that is not a concept, from its file's ``name`` and its metadata."""
     known = [name, *(metadata.get(key, "") for key in _NAMED)]
     texts = [_words(_BASES.sub(" ", text)) for text in known]
     for purpose, words in _WORDS.items():
@@ -141,5 +141,5 @@ def purpose_of(name: str, metadata: Mapping[str, str]) -> Purpose | None:
 
 
 def _words(text: str) -> str:
-    """With blanks between the words, also where capitals or underscores part them."""
+    """Separate words by spaces, also at capitals or underscores."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|[_.]", " ", text)

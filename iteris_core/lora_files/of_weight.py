@@ -1,4 +1,4 @@
-"""Formulas of changes that are made of the base's own weight W: OFT, BOFT, GLoRA and DoRA.
+"""Formulas for changes that depend on the base's own weight W: OFT, BOFT, GLoRA and DoRA.
 
 * OFT (arXiv 2306.07280): W' = s · R W with R block-diagonal and orthogonal, each block a Cayley
   transform of a skew-symmetric Q. BOFT (arXiv 2311.06243): R is a product of such, with rows
@@ -7,8 +7,8 @@
 * GLoRA (arXiv 2306.07967) as LyCORIS writes it: ΔW = (W a₁ a₂ + b₁ b₂) alpha / rank, low rank
   exactly. Older files have the halves the other way round (W a₂ a₁ + b₂ b₁).
 
-LyCORIS is followed where ComfyUI differs from it: ComfyUI leaves out the rescale of OFT, and
-bounds ‖Q‖ by alpha alone.
+If ComfyUI differs from LyCORIS, LyCORIS is followed: ComfyUI omits OFT's rescale, and bounds ‖Q‖ by
+alpha alone.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ GLORA = {"a1", "a2", "b1", "b2"}
 
 
 def needs_weight(parts: Parts) -> str | None:
-    """The parametrisation of ``parts`` if its change is made of the base's weight, without which
-    nothing of it is known. A DoRA is not among them: it has a change of its own."""
+    """The parametrisation of ``parts`` if its change is unknown without the base's weight. DoRA is
+    not included: it has a change of its own."""
     if "oft_blocks" in parts:
         return "a BOFT" if parts["oft_blocks"].ndim == 4 else "an OFT"
     return "a GLoRA" if parts.keys() & GLORA else None
 
 
 def rotation(parts: Parts, weight: Tensor, alpha: float) -> Tensor:
-    """W' − W of an OFT, whose blocks are (count, size, size), or of a BOFT, (stages, count, size,
-    size); ``weight`` is (out, in·kh·kw)."""
+    """W' − W for OFT, with blocks (count, size, size), or for BOFT, (stages, count, size, size);
+    ``weight`` is (out, in·kh·kw)."""
     blocks, (outputs, width) = parts["oft_blocks"], weight.shape
     require(blocks.ndim in (3, 4) and blocks.shape[-1] == blocks.shape[-2])
     count, size = blocks.shape[-3:-1]
@@ -57,8 +57,8 @@ def rotation(parts: Parts, weight: Tensor, alpha: float) -> Tensor:
 
 
 def _butterfly(turns: Tensor, weight: Tensor) -> Tensor:
-    """R W. In stage i rows that are 2^i · size / 2 apart stand next to each other while the blocks
-    turn them."""
+    """R W. In stage i, rows at distance 2^i · size / 2 are placed next to each other while the
+    blocks rotate them."""
     stages, count, size, _ = turns.shape
     require(size % 2 == 0 and count % 2 ** (stages - 1) == 0)
     rows = torch.arange(len(weight))
@@ -69,7 +69,7 @@ def _butterfly(turns: Tensor, weight: Tensor) -> Tensor:
 
 
 def glora(parts: Parts, shape: Shape, scale: ScaleAt, weight: Tensor) -> Rebuilt:
-    """ΔW of a GLoRA; ``weight`` is (out, in·kh·kw)."""
+    """ΔW for GLoRA; ``weight`` is (out, in·kh·kw)."""
     require(all(parts[name].ndim >= 2 for name in GLORA))
     a1, a2, b1, b2 = (parts[name].flatten(1) for name in sorted(GLORA))
     outputs, inputs, taps = shape[0], shape[1], math.prod(shape[2:])
@@ -91,12 +91,12 @@ def glora(parts: Parts, shape: Shape, scale: ScaleAt, weight: Tensor) -> Rebuilt
 
 
 def fold_magnitude(change: Tensor, weight: Tensor, parts: Parts, place: str) -> Tensor:
-    """W' − W of a DoRA, W' = m · (W + ΔW) / ‖W + ΔW‖; ``change``, ``weight`` are (out, in·kh·kw).
+    """W' − W for DoRA, W' = m · (W + ΔW) / ‖W + ΔW‖; ``change``, ``weight`` are (out, in·kh·kw).
 
-    m is the part ``output_magnitude`` (peft's ``lora_magnitude_vector``; one number an output, the
-    norms over everything else) or ``magnitude`` (``dora_scale`` of LyCORIS and kohya; its shape
-    tells the axis: (out, 1, …) outputs, (1, in, …) inputs). Source: arXiv 2402.09353, eq. 5.
-    Raises :class:`LoraFileError`, beginning with ``place``, where it does not fit.
+    m is the part ``output_magnitude`` (peft's ``lora_magnitude_vector``; one number per output, the
+    norm over everything else) or ``magnitude`` (``dora_scale`` in LyCORIS and kohya; its shape
+    gives the axis: (out, 1, …) outputs, (1, in, …) inputs). Source: arXiv 2402.09353, eq. 5. Raises
+    :class:`LoraFileError`, starting with ``place``, if it does not fit.
     """
     moved = weight + change
     outputs, width = moved.shape

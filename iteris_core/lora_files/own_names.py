@@ -1,4 +1,4 @@
-"""A LoRA file read without any base: its sites are what the file itself calls its modules."""
+"""Reads a LoRA file without any base: its sites are the module names in the file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _COMPONENTS = {
     **{f"lora_{name}_": "text_encoder" for name in ("te", "te1")},
     **{"lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3"},
 }
-"""Kohya's prefixes of text encoders; all else is the denoiser."""
+"""Kohya's prefixes of text encoders; everything else is the denoiser."""
 _RECORD = Architecture("file", "the file", one_alpha=("unet", *_COMPONENTS.values()))
 
 
 def read_by_own_names(
     path: Path, options: ReadOptions | None = None
 ) -> tuple[Lora, Literal["kohya", "peft"]]:
-    """The LoRA with sites named as in the file, and the layout that it has.
+    """The LoRA with sites named as in the file, and the file's layout.
 
-    Raises :class:`LoraFileError` for what needs the base model's weights or shapes to be read:
-    LoHa, LoKr, DoRA, and whatever no LoRA can represent.
+    Raises :class:`LoraFileError` for kinds that need the base model's weights or shapes (LoHa,
+    LoKr, DoRA), and for anything that a LoRA cannot represent.
     """
     tensors, metadata = read_tensors(path)
     _, tensors, _ = split_embeddings(path, tensors, metadata)
@@ -38,12 +38,12 @@ def read_by_own_names(
 
 
 def check_by_own_names(path: Path) -> None:
-    """Raise :class:`LoraFileError` where :func:`read_by_own_names` would, by the header alone."""
+    """Raise :class:`LoraFileError` if :func:`read_by_own_names` would, from the header alone."""
     _base_of(path, read_header(path)[0])
 
 
 def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
-    """The base of a file by its modules, with names to write if they are kohya's."""
+    """A base made from the file's modules, with names to write if they are kohya's."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     kohya = any(key.endswith(".lora_down.weight") for key in shapes_in_file)
     vectors: dict[str, Alias] = {}
@@ -67,7 +67,7 @@ def _base_of(path: Path, shapes_in_file: Shapes) -> BaseModel:
 
 
 def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:
-    """The shape of the weight that a module of these ``parts`` changes."""
+    """The shape of the weight that a module with these ``parts`` changes."""
     if {"up", "down"} <= parts.keys() and not parts.keys() & {"magnitude", "output_magnitude"}:
         up, down = parts["up"], parts["down"]
         if len(up) >= 2 and len(down) >= 2:
@@ -75,6 +75,6 @@ def _shape(path: Path, name: str, parts: Shapes) -> tuple[int, ...]:
     elif set(parts) == {"diff"}:
         return parts["diff"]
     raise LoraFileError(
-        f"{path}: {name} is of a kind that is read with its base model only (it has "
-        f"{', '.join(sorted(parts))}); name the base: --base BASE."
+        f"{path}: {name} is of a kind that can only be read with its base model (it has "
+        f"{', '.join(sorted(parts))}); pass --base BASE."
     )

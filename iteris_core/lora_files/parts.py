@@ -1,5 +1,5 @@
-"""Keys of a LoRA file: the part of a module's change that a tensor is, and for people to read the
-layout and parametrisation."""
+"""Keys of a LoRA file: which part of a module's change a tensor is, and readable names for layout
+and parametrisation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEAVES = {
     **{f".{part}": part for part in _CALLED_SO},
     **{f".{part}.weight": part for part in ("a1", "a2", "b1", "b2")},
 }
-"""End of a key → the part that it is."""
+"""End of a key → its part."""
 
 REFUSED = {
     (".diff_b", ".lora_B.bias", ".lora_up.bias"): "a change of a bias",
@@ -42,7 +42,7 @@ REFUSED = {
     (".oft_diag", ".oft_R.weight", ".boft_R"): "OFT in a form that ComfyUI does not load",
     (".on_input", ".ia3_l"): "IA3, which multiplies the weight",
 }
-"""Ends of a key → what they mean, for what is not read as a change of a weight."""
+"""Ends of a key → their meaning, for keys that are not read as a weight's change."""
 
 _LAYOUTS = {
     ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_"): "kohya",
@@ -60,14 +60,16 @@ _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 
 
 def split_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
-    """(module name, part) of ``key``: by preference a name of ``modules``; None without a leaf."""
+    """(module name, part) of ``key``, preferably with a name from ``modules``; None without a
+    leaf."""
     leaves = [leaf for leaf in _LONGEST_FIRST if key.endswith(leaf)]
     splits = [(key.removesuffix(leaf), LEAVES[leaf]) for leaf in leaves]
     return next((split for split in splits if split[0] in modules), splits[0] if splits else None)
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """True if one of a file's ``keys`` ends like a part of a module's change: no model has such."""
+    """True if one of a file's ``keys`` ends like a part of a module's change; no model has such
+    keys."""
     return any(split_key(key, ()) is not None or refusal(key) is not None for key in keys)
 
 
@@ -77,7 +79,7 @@ def refusal(key: str) -> str | None:
 
 
 def layout_of(key: str) -> str:
-    """The layout that a key belongs to."""
+    """The layout of a key."""
     for prefixes, name in _LAYOUTS.items():
         if key.startswith(prefixes):
             return name
@@ -95,11 +97,11 @@ def layout_of(key: str) -> str:
 
 
 def layouts_of(keys: Iterable[str]) -> list[str]:
-    """All layouts in a file, the commonest first."""
+    """All layouts in a file, the most common first."""
     return [name for name, _ in Counter(layout_of(key) for key in keys).most_common()]
 
 
 def kinds_of(keys: Iterable[str]) -> dict[str, int]:
-    """The number of modules of each parametrisation; a DoRA counts as that and as what it is of."""
+    """The number of modules per parametrisation; a DoRA also counts as its underlying kind."""
     parts = [split[1] for split in (split_key(key, ()) for key in keys) if split is not None]
     return dict(Counter(_KINDS[part] for part in parts if part in _KINDS))

@@ -1,4 +1,4 @@
-"""Adapter folders of peft (``adapter_config.json`` and ``adapter_model.safetensors``)."""
+"""peft adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``)."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from .tensors import read_tensors, save_tensors
 _PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 _HARMLESS = frozenset({
-    # What and where: the tensors say it again, or the reader takes it into account.
+    # What and where: the tensors repeat it, or the reader handles it.
     "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "init_lora_weights",  # looked at for itself
-    # Of training, or of how the library runs it.
+    "init_lora_weights",  # checked separately
+    # About training, or how the library runs it.
     "lora_dropout", "bias", "inference_mode", "fan_in_fan_out", "megatron_config", "megatron_core",
     "runtime_config", "loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying",
     # Notes.
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
 })  # fmt: skip
-"""Settings of peft's LoraConfig under which a change is scale · up · down whatever they say; any
-other one that is set makes the adapter a variant, also one that comes after this was written"""
+"""Settings of peft's LoraConfig that keep a change equal to scale · up · down, whatever their
+value. Any other setting makes the adapter a variant, including settings added to peft later."""
 _TITLES = {"use_dora": "DoRA", "alora_invocation_tokens": "aLoRA"}
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Values of peft's ``init_lora_weights`` that take something out of the base's weights"""
+"""Values of peft's ``init_lora_weights`` that modify the base's weights"""
 
 
 def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
-    """A LoRA adapter as peft saves it, for a model whose sites have weights of these ``shapes``;
-    heads in ``modules_to_save`` stay out, named in metadata. ``layers`` are as in
+    """Read a LoRA adapter saved by peft, for a model whose sites have weights of these ``shapes``.
+    Heads in ``modules_to_save`` are left out and named in the metadata. ``layers`` are as in
     :func:`.blocks.filtered`.
 
-    Raises :class:`LoraFileError` for another kind of adapter, or one of another base model.
+    Raises :class:`LoraFileError` for another kind of adapter, or one for another base model.
     """
     config, tensors = _read_folder(folder)
     _check_plain(folder, config)
@@ -62,10 +62,10 @@ def read_adapter(folder: Path, shapes: Shapes, layers: str = "") -> Lora:
 
 
 def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise :class:`LoraFileError` where more than the two factors makes the change."""
+    """Raise :class:`LoraFileError` if the change consists of more than the two factors."""
     kind = config.get("peft_type") or "nameless"
     if kind != "LORA":
-        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA is merged here.")
+        raise LoraFileError(f"{folder} is a {kind} adapter; only plain LoRA can be merged.")
     unknown = {n: v for n, v in config.items() if n not in _HARMLESS | {"peft_type"} and v}
     if unknown:
         name, value = next(iter(unknown.items()))
@@ -85,10 +85,10 @@ def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_heads(folder: str | Path) -> dict[str, Tensor]:
-    """The modules that an adapter was saved with in full (``modules_to_save``), such as a head.
+    """The modules that an adapter saved in full (``modules_to_save``), such as a head.
 
-    Name of the parameter in the base model → tensor; load it with ``strict=False``. A merge leaves
-    them alone: every task keeps its own.
+    Parameter name in the base model → tensor; load it with ``strict=False``. A merge does not
+    change them: every task keeps its own.
     """
     config, tensors = _read_folder(Path(folder))
     return {name: tensor for name, tensor in tensors.items() if _is_apart(name, config)}
@@ -100,11 +100,11 @@ def _is_apart(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration, and the tensors by their names in the base model."""
+    """The configuration, and the tensors by parameter name in the base model."""
     config_file, weights = folder / "adapter_config.json", folder / _WEIGHTS
     if not config_file.is_file() or not weights.is_file():
         raise LoraFileError(
-            f"{folder} is no adapter folder of peft: it needs adapter_config.json and "
+            f"{folder} is not a peft adapter folder: it needs adapter_config.json and "
             "adapter_model.safetensors (a pickled adapter_model.bin is not read)."
         )
     try:
@@ -133,16 +133,15 @@ def write_adapter(
 ) -> Path:
     """Write an adapter folder that ``PeftModel.from_pretrained`` loads.
 
-    ``base`` is the name of the base model. ``heads`` are one task's, as :func:`read_heads` gives
-    them: they go into the folder as ``modules_to_save``. Raises :class:`IterisError` if the folder
-    exists.
+    ``base`` is the name of the base model. ``heads`` are one task's, from :func:`read_heads`; they
+    are written as ``modules_to_save``. Raises :class:`IterisError` if the folder exists.
     """
     folder = check_folder(folder)
     ranks = {site.removeprefix("model."): change.rank for site, change in lora.sites.items()}
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": public_name(base),
-        # peft's patterns fit ends of names unless they say otherwise.
+        # peft's patterns match the ends of names unless they say otherwise.
         **lora_config({name: (rank, rank) for name, rank in ranks.items()}, "^"),
         "inference_mode": True,
         "bias": "none",

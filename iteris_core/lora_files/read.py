@@ -1,4 +1,4 @@
-"""Read a LoRA file of any layout for a base model whose sites are known."""
+"""Reads a LoRA file of any layout for a base model with known sites."""
 
 from __future__ import annotations
 
@@ -31,25 +31,24 @@ from .vectors import vectors_of_file
 _NO_MODULE = "matches no module of the base model"
 
 Weight = Callable[[str], Tensor]
-"""The base's weight of a site; asked for only where a change is made of it (DoRA, OFT, GLoRA)."""
+"""The base's weight at a site; only called if a change depends on it (DoRA, OFT, GLoRA)."""
 
 _LORA_PART = re.compile(r"lora|lokr|loha|hada_|oft_|alpha|bundle_emb|\.diff(_b)?$|^w[ab]?[12]$")
-"""What the keys of LoRAs have in them."""
+"""Found in the keys of LoRAs."""
 _FEW = 8  # keys; a whole model has more
 
-_TOO_LARGE = 1e30  # of an entry of a change: sums of several are to fit float32
+_TOO_LARGE = 1e30  # limit for an entry of a change, so that sums fit in float32
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """``allow_partial`` leaves out what cannot be represented instead of refusing the file.
 
-    ``energy`` is the share of ‖ΔW‖² that is kept of a change that is not low rank by itself (full
-    differences, DoRA, OFT, large LoHa and LoKr), when it is made low rank. Without ``of_weight`` a
-    DoRA is read as if it were none, and what is nothing without the base model's weights (OFT,
-    BOFT, GLoRA) is left out, to look at a file without them; a note says so. ``blocks`` and
-    ``layers`` are as in :func:`.blocks.filtered`. With ``vectors`` changes of biases and
-    normalisations are read too, which a merge has no use for.
+    ``energy`` is the share of ‖ΔW‖² to keep when a change that is not low rank (full differences,
+    DoRA, OFT, large LoHa and LoKr) is made low rank. Without ``of_weight``, for inspecting a file
+    without its base, DoRA is read as its plain kind, and OFT, BOFT and GLoRA are left out; a note
+    says so. ``blocks`` and ``layers`` are as in :func:`.blocks.filtered`. With ``vectors``, changes
+    of biases and normalisations are read too; a merge does not use them.
     """
 
     allow_partial: bool = False
@@ -69,7 +68,7 @@ class ReadOptions:
 
 
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""The tensors of a file, by key, under other keys."""
+"""Renames the keys of a file's tensors."""
 
 
 def read_lora_file(
@@ -81,10 +80,10 @@ def read_lora_file(
 ) -> Lora:
     """Every change in the file by site, scale folded in, float32.
 
-    Sites whose change is exactly zero are left out, since they change nothing. ``convert`` is
-    called on the tensors before any name is looked up. Raises :class:`LoraFileError` naming file,
-    key and shapes for whatever cannot be read in full; nothing is skipped without
-    ``allow_partial``, and then it stands in :attr:`Lora.notes`.
+    Sites whose change is exactly zero are left out. ``convert`` is applied to the tensors before
+    names are looked up. Raises :class:`LoraFileError` with file, key and shapes for anything that
+    cannot be read in full. Only ``allow_partial`` skips it instead, with a note in
+    :attr:`Lora.notes`.
     """
     options = options or ReadOptions()
     tensors, metadata = read_tensors(path)
@@ -103,8 +102,8 @@ def lora_of(
     weight: Weight | None,
     options: ReadOptions,
 ) -> Lora:
-    """The LoRA that :func:`read_lora_file` makes of a file's ``tensors``; ``configs`` are the
-    LoraConfigs of its components, where alpha stands if it is not among the tensors."""
+    """The LoRA from a file's ``tensors``, as in :func:`read_lora_file`; ``configs`` are its
+    components' LoraConfigs, which contain alpha if the tensors do not."""
     places = base.vectors if options.vectors else {}
     vectors: dict[str, Tensor] = {}
     for key in places.keys() & tensors.keys():
@@ -140,7 +139,7 @@ def lora_of(
                 continue
             if _largest(part.up) * _largest(part.down) * part.rank > _TOO_LARGE:
                 raise LoraFileError(
-                    f"{place} holds values of which no sum is finite; the file is broken, or its "
+                    f"{place} contains values whose sums overflow; the file is broken, or its "
                     "training diverged."
                 )
             counts["extracted"] += isinstance(change, Tensor)
@@ -149,11 +148,11 @@ def lora_of(
     texts = {
         "extracted": "were not low rank and were extracted at "
         f"{options.energy:.4%} of their energy",
-        "undone": "are DoRA, of which the magnitudes are not looked at",
-        "unseen": "are OFT, BOFT or GLoRA, of which nothing is known without the base's weights",
-        "zero": "have a change of exactly zero and are left out: they change nothing",
+        "undone": "are DoRA; their magnitudes are ignored",
+        "unseen": "are OFT, BOFT or GLoRA, which are unknown without the base's weights",
+        "zero": "have a change of exactly zero and are left out",
     }
-    more = f"{len(vectors)} biases and normalisations change, which a merge does not take"
+    more = f"{len(vectors)} changes of biases and normalisations, which a merge does not support"
     lora = Lora(
         {
             site: parts[0][0] if len(parts) == 1 else concatenate([change for change, _ in parts])
@@ -184,8 +183,8 @@ def _largest(tensor: Tensor) -> float:
 def _part_of(
     change: Rebuilt, piece: Piece, shape: tuple[int, ...], energy: float
 ) -> LowRank | None:
-    """The rows of ``change`` that are ``piece``, as a change of its whole site with a weight of
-    ``shape``; None where they are zero."""
+    """The rows of ``change`` that belong to ``piece``, as a change of its whole site with a weight
+    of ``shape``; None if they are zero."""
     kernel = (shape[2], shape[3]) if len(shape) == 4 else None
     if isinstance(change, Tensor):
         dense = piece.of_file(change)
@@ -196,7 +195,7 @@ def _part_of(
         up, down = low.up, low.down
     else:
         up, down = piece.of_file(change.up) * change.scale, change.down
-        used = up.any(dim=0)  # of a fused module's ranks some are of other pieces alone
+        used = up.any(dim=0)  # some ranks of a fused module belong only to other pieces
         if not bool(used.all()):
             up, down = up[:, used], down[used]
     if not bool(up.any()) or not bool(down.any()):
@@ -209,14 +208,14 @@ def _part_of(
 def _check_finite(piece: Piece, *tensors: Tensor) -> None:
     if not all(map(all_finite, tensors)):
         raise LoraFileError(
-            f"Site {piece.site}: scale and factors multiply to more than float32 holds."
+            f"Site {piece.site}: the product of scale and factors overflows float32."
         )
 
 
 def _group(
     path: Path, tensors: Mapping[str, Tensor], base: BaseModel
 ) -> tuple[dict[Alias, tuple[str, dict[str, Tensor]]], dict[str, str]]:
-    """Parts by module, with its name in the file, and what is not understood: key → why."""
+    """Parts by module, with the module's name in the file; and unrecognised keys → why."""
     aliases = base.aliases
     groups: dict[Alias, tuple[str, dict[str, Tensor]]] = {}
     left_out: dict[str, str] = {}
@@ -231,13 +230,13 @@ def _group(
         known, parts = groups.setdefault(aliases[name], (name, {}))
         if name != known and part not in parts:
             raise LoraFileError(
-                f"{path}: key {key} is a part of what other keys call {known}; give all parts of a "
-                "module one name, since loaders take only some of them together."
+                f"{path}: key {key} is a part of the module that other keys call {known}; use one "
+                "name for all parts of a module, because loaders combine only some of them."
             )
         if part in parts:
             raise LoraFileError(
-                f"{path}: key {key} says again what another key says of {known}; remove one of "
-                "them, since loaders differ in which they take."
+                f"{path}: key {key} duplicates another key of {known}; remove one of them, because "
+                "loaders differ in which one they use."
             )
         parts[part] = tensor
     takers: dict[str, list[tuple[Piece, str]]] = {}
@@ -248,7 +247,7 @@ def _group(
                 if max(piece.start, other.start) < stop:
                     raise LoraFileError(
                         f"{path}: {known} and {name} both change {piece.site}; remove one of them, "
-                        "since loaders differ in which they take."
+                        "because loaders differ in which one they use."
                     )
             takers[piece.site].append((piece, name))
     return groups, left_out
@@ -257,9 +256,9 @@ def _group(
 def _describe(key: str, tensor: Tensor, *, has_leaf: bool) -> str:
     what = refusal(key)
     if what is not None:
-        what = f"is {what}, which is not read as a change of a weight"
+        what = f"is {what}, which is not supported as a change of a weight"
     else:
-        what = _NO_MODULE if has_leaf else "is of no kind that is known here"
+        what = _NO_MODULE if has_leaf else "is of an unknown kind"
     return f"{key} {tuple(tensor.shape)} {what}"
 
 
@@ -275,8 +274,8 @@ def _complaint(path: Path, left_out: Mapping[str, str], total: int, understood: 
         advice = "This LoRA was made for another base model, or it is not a LoRA."
     elif all(text.endswith(_NO_MODULE) for text in left_out.values()):
         advice = (
-            "This LoRA was made for another base model, or for one with more parts than yours; "
-            "to merge the rest of it, allow a partial reading (--allow-partial)."
+            "This LoRA was made for another base model, or for one with more parts; to merge the "
+            "rest of it, allow a partial reading (--allow-partial)."
         )
     else:
         advice = (

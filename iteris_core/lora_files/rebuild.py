@@ -1,4 +1,4 @@
-"""Changes of weight from the tensors of one module, for every parametrisation."""
+"""Weight changes from the tensors of one module, for every parametrisation."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def rebuild(
 ) -> Rebuilt:
     """The change of a weight of ``shape``.
 
-    ``scale`` is what an adapter's configuration says, if there is one; an ``alpha`` among the parts
-    goes before it. ``weight`` gives the base's, (out, in·kh·kw), and is called only where the
-    change is made of it. Raises :class:`LoraFileError`, beginning with ``place``, where parts are
+    ``scale`` comes from an adapter's configuration, if there is one; an ``alpha`` among the parts
+    overrides it. ``weight`` returns the base's weight, (out, in·kh·kw), and is called only if the
+    change depends on it. Raises :class:`LoraFileError`, starting with ``place``, if parts are
     missing or do not fit.
     """
     names = sorted(set(parts) - {"alpha"} - _MAGNITUDES)
@@ -56,7 +56,7 @@ def rebuild(
 def _formula(
     floats: Parts, place: str, parts: Parts, weight: Callable[[], Tensor]
 ) -> Callable[[Parts, Shape, ScaleAt], Rebuilt]:
-    """The formula that takes just these parts."""
+    """The formula for exactly these parts."""
     names = set(floats)
     if names in ({"down", "up"}, {"down", "mid", "up"}):
         return lora
@@ -71,13 +71,13 @@ def _formula(
     if names == GLORA:
         return lambda f, shape, scale: glora(f, shape, scale, weight())
     raise LoraFileError(
-        f"{place} has only the parts {', '.join(sorted(parts))}, which make no whole change; "
+        f"{place} has only the parts {', '.join(sorted(parts))}, which are not a complete change; "
         "its other half is missing. Save or download the file again."
     )
 
 
 def _scale(parts: Parts, configured: float | None, rank: int, place: str) -> float:
-    """alpha / rank, or what the configuration says."""
+    """alpha / rank, or the scale from the configuration."""
     alpha = _alpha(parts, place)
     if alpha is None:
         return 1.0 if configured is None else configured
@@ -98,7 +98,7 @@ def _alpha(parts: Parts, place: str) -> float | None:
 
 def _as_float(tensor: Tensor, name: str, place: str) -> Tensor:
     if not tensor.is_floating_point():
-        raise LoraFileError(f"{place}: {name} holds {tensor.dtype}, not floating-point numbers.")
+        raise LoraFileError(f"{place}: {name} has dtype {tensor.dtype}, not floating point.")
     if tensor.numel() == 0:
         raise LoraFileError(
             f"{place}: {name} is empty, {tuple(tensor.shape)}: rank 0; the file is broken."

@@ -1,6 +1,6 @@
-"""Files beside a LoRA, in which browsers of LoRAs and download helpers keep its trigger words:
+"""Files beside a LoRA in which LoRA browsers and download helpers keep its trigger words:
 Lora-Manager's ``.metadata.json``, Civitai Helper's ``.civitai.info``, rgthree's
-``.rgthree-info.json``. Read without trusting them: any text may stand there. Lora-Manager's is also
+``.rgthree-info.json``. They are untrusted and may contain any text. Lora-Manager's is also
 written."""
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from .tensors import file_digest
 
 _PREVIEWS = tuple(f".preview.{kind}" for kind in ("png", "jpg", "jpeg", "webp"))
 _BASES = {"sd_v1": "SD 1.5", "sd_v2": "SD 2.1", "sdxl_base_v1-0": "SDXL 1.0", "flux1": "Flux.1 D"}
-"""``ss_base_model_version`` → what Lora-Manager calls that base."""
+"""``ss_base_model_version`` → Lora-Manager's name for that base."""
 
 _ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json")
 _NAMES = ("trainedWords", "trigger_words")
 
 
 class FoundPhrases(NamedTuple):
-    """Phrases that call for what a LoRA knows, and where they stand: ``"file"``, the ending of a
-    sidecar, ``"captions"`` for what its trainer's notes let guess, or empty."""
+    """A LoRA's trigger phrases, and their source: ``"file"``, a sidecar's extension, ``"captions"``
+    for a guess from the trainer's notes, or empty."""
 
     phrases: tuple[str, ...] = ()
     source: str = ""
 
 
 def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
-    """The phrases that call for the LoRA in ``file``: those its ``metadata`` name outright, else
-    what stands beside it, else the best guess from its captions."""
+    """The trigger phrases of the LoRA in ``file``: those its ``metadata`` name explicitly,
+    otherwise from files beside it, otherwise the best guess from its captions."""
     if noted := noted_phrases(metadata):
         return FoundPhrases(tuple(noted), "file")
     beside = sidecar_phrases(file)
@@ -43,7 +43,7 @@ def find_phrases(file: Path, metadata: Mapping[str, str]) -> FoundPhrases:
 
 
 def sidecar_phrases(file: Path) -> FoundPhrases:
-    """The trigger words in the first file beside ``file`` that has any."""
+    """The trigger words from the first file beside ``file`` that has any."""
     for path in sidecars(file):
         if phrases := _phrases(path):
             return FoundPhrases(tuple(phrases), _ending(path))
@@ -51,14 +51,14 @@ def sidecar_phrases(file: Path) -> FoundPhrases:
 
 
 def sidecars(file: Path) -> list[Path]:
-    """The files beside ``file`` in which words may stand, named after it with or without its own
-    ending."""
+    """The files beside ``file`` that may contain words, named after it with or without its
+    extension."""
     paths = [file.with_name(f"{base}{end}") for end in _ENDINGS for base in (file.stem, file.name)]
     return [path for path in paths if path.is_file()]
 
 
 def previews(file: Path) -> list[Path]:
-    """The pictures beside ``file`` that browsers of LoRAs show for it."""
+    """The images beside ``file`` that LoRA browsers show for it."""
     paths = [file.with_name(f"{file.stem}{end}") for end in _PREVIEWS]
     return [path for path in paths if path.is_file()]
 
@@ -66,8 +66,8 @@ def previews(file: Path) -> list[Path]:
 def write_sidecar(file: Path, metadata: Mapping[str, str]) -> Path:
     """Write Lora-Manager's ``.metadata.json`` for the LoRA in ``file``, and return its path.
 
-    What a person has noted in one that is there stays; trigger words and what is of the file itself
-    are new. Paths in it are names without a folder, which Lora-Manager completes.
+    A user's notes in an existing file stay; trigger words and data about the LoRA file are updated.
+    Paths in it are names without a folder, which Lora-Manager completes.
     """
     path = file.with_suffix(_ENDINGS[0])
     there = _content(path)

@@ -1,4 +1,4 @@
-"""Safetensors files: checked when read, and under their name only when they are whole.
+"""Safetensors files: checked on reading, and written under their name only when complete.
 
 Pickled files are refused unopened.
 """
@@ -30,8 +30,8 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape of every tensor, by key, and the metadata of a safetensors file, of which only the
-    header is read. Raises :class:`LoraFileError` for what is no whole safetensors file."""
+    """The shape of every tensor, by key, and the metadata of a safetensors file; reads only the
+    header. Raises :class:`LoraFileError` for anything but a complete safetensors file."""
     with _opened(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes, dict(file.metadata() or {})
@@ -40,8 +40,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, in their own dtypes, and the metadata of a safetensors file.
 
-    Raises :class:`LoraFileError` for what is not a whole safetensors file, for NaN or Inf, and for
-    dtypes that are no numbers (packed 4-bit, complex, …).
+    Raises :class:`LoraFileError` for anything but a complete safetensors file, for NaN or Inf, and
+    for dtypes that are not plain real numbers (packed 4-bit, complex, …).
     """
     with _opened(path) as file:
         metadata = dict(file.metadata() or {})
@@ -55,12 +55,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def _opened(path: Path) -> Generator[Any]:
-    """The file, opened by safetensors; what is another kind of file is refused unopened."""
+    """The file, opened by safetensors; other kinds of file are refused unopened."""
     if not path.is_file():
         raise LoraFileError(f"{path} does not exist or is not a file; check the path.")
     with path.open("rb") as file:
         head = file.read(64)
-    # A safetensors file begins with a length, whose first bytes may be these too, and then JSON.
+    # A safetensors file starts with a length, whose first bytes may match too, and then JSON.
     if head[8:9] != b"{":
         _refuse_other_kinds(path, head)
     try:
@@ -69,23 +69,23 @@ def _opened(path: Path) -> Generator[Any]:
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         if "allocate memory" in str(error):
             raise OutOfMemory(
-                f"Host memory ran out while {path} was read; close what else takes memory."
+                f"Host memory ran out while reading {path}; free memory elsewhere."
             ) from error
         raise LoraFileError(
-            f"{path} is not a whole safetensors file ({error}); download or save it again."
+            f"{path} is not a complete safetensors file ({error}); download or save it again."
         ) from error
 
 
 def _refuse_other_kinds(path: Path, head: bytes) -> None:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         raise LoraFileError(
-            f"{path} is a pickled PyTorch file, which could run code when it is opened; "
-            "convert it to safetensors where you trust its source."
+            f"{path} is a pickled PyTorch file, which could run code when opened; convert it to "
+            "safetensors if you trust its source."
         )
     if head.startswith(b"version https://git-lfs"):
         raise LoraFileError(
-            f"{path} is a Git LFS pointer, a few lines of text in the place of the real file; run "
-            "git lfs pull, or download the file itself."
+            f"{path} is a Git LFS pointer, a few lines of text in place of the real file; run git "
+            "lfs pull, or download the file itself."
         )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise LoraFileError(
@@ -99,18 +99,19 @@ def _check_numbers(path: Path, key: str, tensor: Tensor) -> None:
         return
     if tensor.dtype not in _FLOATS:
         raise LoraFileError(
-            f"{path}: tensor {key} is {tensor.dtype}, which is not read; save the file as float16, "
-            "bfloat16, float32 or float8."
+            f"{path}: tensor {key} is {tensor.dtype}, which is not supported; save the file as "
+            "float16, bfloat16, float32 or float8."
         )
     if not all_finite(tensor.float() if tensor.element_size() == 1 else tensor):
         raise LoraFileError(
-            f"{path}: tensor {key} holds NaN or infinite values; the file is broken or its "
+            f"{path}: tensor {key} contains NaN or infinite values; the file is broken or its "
             "training diverged."
         )
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """True if no element is NaN or infinite. A finite sum shows it in a twentieth of the time."""
+    """True if no element is NaN or infinite. Checking for a finite sum takes a twentieth of the
+    time."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -130,19 +131,19 @@ def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the tensors without the metadata (modelspec: of everything behind the header)."""
+    """SHA-256 of the tensors without the metadata (modelspec: of everything after the header)."""
     data = save(dict(tensors))
     return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. Raises :class:`SaveError`, as :func:`..saving.atomically` does."""
+    """Write a safetensors file. Raises :class:`SaveError` like :func:`..saving.atomically`."""
     with atomically(path) as unfinished:
         save_tensors(tensors, unfinished, metadata)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     path.touch()
-    mode = path.stat().st_mode  # what safetensors makes is for the owner only
+    mode = path.stat().st_mode  # safetensors creates files readable by the owner only
     save_file(tensors, path, metadata=metadata)
     path.chmod(mode)

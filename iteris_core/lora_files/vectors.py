@@ -1,8 +1,8 @@
-"""Changes of biases and normalisations, which a file holds in full: ``….diff`` of a weight of one
-dimension, ``….diff_b`` of the bias beside any weight.
+"""Changes of biases and normalisations, which a file stores in full: ``….diff`` for a
+one-dimensional weight, ``….diff_b`` for the bias of any module.
 
-ComfyUI's stock loader reads them under the names of kohya's layout, and of modules that sd-scripts
-never trains under ComfyUI's own. Peft's layout has no place for them.
+ComfyUI's stock loader reads them under kohya's names, or under its own names for modules that
+sd-scripts never trains. peft's layout has no place for them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _LEAVES = {"weight": ".diff", "bias": ".diff_b"}
 def vector_names(
     names: Mapping[str, str], written: Mapping[str, Alias], shapes: Shapes
 ) -> dict[str, Alias]:
-    """Key of a file → the parameters that it changes, of those of ``shapes``. ``names`` are a
-    file's names by module, and by parameter of those that are no weight or bias; ``written`` those
-    of sites, whose biases are fused alike."""
+    """Key in a file → the parameters among ``shapes`` that it changes. ``names`` are the file's
+    names by module, or by parameter if it is neither weight nor bias; ``written`` are the sites'
+    names, whose biases are fused in the same way."""
     found: dict[str, Alias] = {}
     for name, alias in written.items():
         biases = tuple(replace(piece, site=f"{piece.site}.bias") for piece in alias)
@@ -42,7 +42,7 @@ def vector_names(
 
 
 def placed(vectors: Container[str], keys: Mapping[str, Alias]) -> set[str]:
-    """Those of ``vectors`` that ``keys`` have a place for."""
+    """The ``vectors`` for which ``keys`` have a place."""
     return {piece.site for alias in keys.values() for piece in alias if piece.site in vectors}
 
 
@@ -50,12 +50,12 @@ def vectors_to_file(
     vectors: Mapping[str, Tensor], keys: Mapping[str, Alias], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of a file under ``keys``. Raises :class:`OutputError` for a vector without a
-    place there, and for values that ``dtype`` does not hold."""
+    place, and for values that do not fit in ``dtype``."""
     missing = sorted(vectors.keys() - placed(vectors, keys))
     if missing:
         raise OutputError(
             f"{len(missing)} changes of biases and normalisations have no place in this layout, "
-            f"such as {missing[0]}; ComfyUI's (kohya) holds those that a file can hold."
+            f"such as {missing[0]}; use kohya, which holds all that a file can hold."
         )
     tensors: dict[str, Tensor] = {}
     for key, alias in keys.items():
@@ -71,8 +71,8 @@ def vectors_to_file(
 
 
 def vectors_of_file(place: str, tensor: Tensor, alias: Alias) -> dict[str, Tensor]:
-    """Parameter → its change, (n,), float32, of one tensor of a file. Raises
-    :class:`LoraFileError`, beginning with ``place``, for another shape."""
+    """Parameter → its change, (n,), float32, from one tensor of a file. Raises
+    :class:`LoraFileError`, starting with ``place``, for another shape."""
     if tensor.shape != (file_rows(alias),) or not tensor.is_floating_point():
         raise LoraFileError(
             f"{place} is {tuple(tensor.shape)} {tensor.dtype}, where the base model has "

@@ -1,18 +1,16 @@
-"""Write a LoRA so that every tool reads it in full.
+"""Writes a LoRA so that every tool reads it in full.
 
-``kohya`` is what ComfyUI, A1111, Forge, InvokeAI, diffusers and sd-scripts read for SD 1.x, 2.x
-and XL, and for FLUX's blocks and CLIP; modules are called what sd-scripts calls them, so q, k and
-v of FLUX and SD 3 are fused there. What diffusers has no reader for is warned of: T5, and in that
-layout SD 3 and the rest of FLUX, for which ``peft`` is to be written, which ComfyUI reads too. In
-both layouts alpha equals rank wherever that is exact, so that loaders which lose alpha are right
-as well.
+ComfyUI, A1111, Forge, InvokeAI, diffusers and sd-scripts read ``kohya`` for SD 1.x, 2.x and XL, and
+for FLUX's blocks and CLIP. It uses sd-scripts' module names, so q, k and v of FLUX and SD 3 are
+fused. A warning lists what diffusers cannot read: T5, and in this layout SD 3 and the rest of FLUX.
+For those write ``peft``, which ComfyUI reads too. In both layouts alpha equals rank where that is
+exact, so loaders that ignore alpha get it right as well.
 
-In kohya layout a UNet and a CLIP text encoder have one alpha each, since diffusers loses alphas
-that differ from site to site there (``Architecture.one_alpha``): where factors are rounded anyway
-they are scaled to it; exact ones of a smaller rank are scaled by a power of two or filled up with
-zeros. And where a text encoder has attention sites without any
-``out_proj`` (in peft layout: no attention) it gets one pair of zero factors for ``out_proj``, since
-diffusers recognises layouts by it. Zeros change nothing.
+In kohya layout a UNet and a CLIP text encoder have one alpha each, because diffusers loses alphas
+that differ between sites (``Architecture.one_alpha``). Factors that are rounded anyway are scaled
+to it; exact ones of a smaller rank are scaled by a power of two or padded with zeros. A text
+encoder that has attention sites but no ``out_proj`` (in peft layout: no attention) gets one pair of
+zero factors for ``out_proj``, by which diffusers recognises the layout. Zeros change nothing.
 """
 
 from __future__ import annotations
@@ -60,12 +58,12 @@ def write_lora(
     dtype: str | torch.dtype = "float16",
     overwrite: bool = False,
 ) -> Path:
-    """Write ``lora`` and return the path; the file appears under its name only when it is whole.
+    """Write ``lora`` and return the path; the file appears under its name only when complete.
 
-    Without a ``layout`` it is kohya's, or peft's for a base that has no names there. Raises
-    :class:`IterisError` if it exists (unless ``overwrite``), a value does not fit ``dtype`` or a
-    site has no name in ``layout``. Where the disk is full it is a :class:`SaveError`: nothing is
-    left of the file, and an older one of that name is as it was.
+    The default ``layout`` is kohya, or peft for a base without kohya names. Raises
+    :class:`IterisError` if the file exists (unless ``overwrite``), a value does not fit in
+    ``dtype`` or a site has no name in ``layout``. If the disk is full, raises :class:`SaveError`:
+    no partial file is left, and an older file of that name is unchanged.
     """
     return write_loras({Path(path): lora}, layout=layout, dtype=dtype, overwrite=overwrite)[0]
 
@@ -77,7 +75,7 @@ def write_loras(
     dtype: str | torch.dtype = "float16",
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write each as :func:`write_lora` does, with its embeddings: all of these files, or none."""
+    """Write each like :func:`write_lora`, with its embeddings: all of these files, or none."""
     files: dict[Path, tuple[dict[str, Tensor], dict[str, str]]] = {}
     for path, lora in loras.items():
         check_target(path, layout, dtype, overwrite)
@@ -95,9 +93,9 @@ def write_loras(
 def to_tensors(
     lora: Lora, *, layout: Layout | None = None, dtype: str | torch.dtype = "float16"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) as :func:`write_lora` writes them, without the embeddings.
+    """(tensors, metadata) as written by :func:`write_lora`, without embeddings.
 
-    Raises :class:`IterisError` if there is nothing to write, a value does not fit ``dtype`` or a
+    Raises :class:`IterisError` if there is nothing to write, a value does not fit in ``dtype`` or a
     site has no name in ``layout``.
     """
     if not lora.sites:
@@ -122,7 +120,7 @@ def to_tensors(
         stored |= _recognisable_to_peft(stored)
         for site, module in stored.items():
             up, down = module.tensors()
-            # Sites may share a down matrix in memory, which safetensors refuses.
+            # Sites may share a down matrix in memory; safetensors refuses that.
             tensors |= {f"{site}.lora_A.weight": down.clone(), f"{site}.lora_B.weight": up}
         metadata["lora_adapter_metadata"] = json.dumps(_peft_metadata(stored))
     keys = base.vectors if layout == "kohya" else {}
@@ -137,7 +135,7 @@ def _own_layout(lora: Lora) -> Layout:
 
 
 def _unknown_base(lora: Lora) -> BaseModel:
-    """A base that gives sites the names of SD 1.x, if nothing is known of the real one."""
+    """A base that names sites as in SD 1.x, if the real one is unknown."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site, change in lora.sites.items():
         kernel = change.kernel or ()
@@ -150,8 +148,8 @@ def _warn_of_unread(lora: Lora, layout: Layout) -> None:
         return
     if lora.vectors:
         _log.warning(
-            "diffusers refuses this file, in which %d biases and normalisations change, such as "
-            "%s. ComfyUI reads it; for diffusers write peft, which leaves them out.",
+            "diffusers refuses this file, because it changes %d biases and normalisations, such "
+            "as %s. ComfyUI reads it; for diffusers write peft, which leaves them out.",
             len(lora.vectors), min(lora.vectors),
         )  # fmt: skip
         return
@@ -166,7 +164,8 @@ def _warn_of_unread(lora: Lora, layout: Layout) -> None:
 
 
 def name_of(dtype: str | torch.dtype) -> str:
-    """float16 of torch.float16 as of "float16". Raises :class:`IterisError` for another one."""
+    """ "float16" for torch.float16 or "float16". Raises :class:`IterisError` for an unsupported
+    dtype."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise OutputError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
@@ -174,7 +173,7 @@ def name_of(dtype: str | torch.dtype) -> str:
 
 
 def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overwrite: bool) -> None:
-    """Raise :class:`IterisError` where :func:`write_lora` would, before any work is done."""
+    """Raise :class:`IterisError` if :func:`write_lora` would, before any work is done."""
     name_of(dtype)
     if layout not in (None, "kohya", "peft"):
         raise OutputError(f'layout must be "kohya" or "peft", not {layout!r}.')
@@ -184,7 +183,7 @@ def check_target(path: Path, layout: str | None, dtype: str | torch.dtype, overw
 
 
 def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Modules under the names to write, fused where those are."""
+    """Modules by the names to write, fused where the names are."""
     names = {n: a for n, a in base.written.items() if any(piece.site in stored for piece in a)}
     missing = stored.keys() - {piece.site for alias in names.values() for piece in alias}
     if missing:
@@ -208,7 +207,7 @@ def _kohya(base: BaseModel, stored: Mapping[str, Factors]) -> dict[str, Factors]
 
 
 def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
-    """One module from its pieces: side by side, or with one ``down`` if they have it in common."""
+    """One module from its pieces: side by side, or with a single ``down`` if they share it."""
     present = [piece for piece in alias if piece.site in stored]
     parts = [stored[piece.site] for piece in present]
     if len({part.scale for part in parts}) > 1:
@@ -224,7 +223,7 @@ def _fuse(name: str, alias: Alias, stored: Mapping[str, Factors]) -> Factors:
     for piece, part in zip(present, parts, strict=True):
         piece.place(part.up, up[:, column : column + part.rank])
         column += 0 if shared else part.rank
-    # Side by side, scale = alpha / rank holds for the whole, whatever the ranks of the parts are.
+    # Side by side, scale = alpha / rank holds for the whole, regardless of the parts' ranks.
     return Factors(up, down, first.scale, first.kernel)
 
 
@@ -247,8 +246,8 @@ def _even_out(modules: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _recognisable(text: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Zero factors for an ``out_proj`` where the text encoder of these modules needs them: CLIP's,
-    since language models have their own name for that layer, and nobody asks for it."""
+    """Zero factors for an ``out_proj`` if the text encoder of these modules needs them. Only CLIP
+    does: language models name that layer differently, and no loader looks for it."""
     inputs = ("_q_proj", "_k_proj", "_v_proj")
     attention = [name for name in text if "_text_model_" in name and name.endswith(inputs)]
     if not attention or any(name.endswith("_out_proj") for name in text):
@@ -278,7 +277,7 @@ def _zeros(width: int, like: Factors) -> Factors:
 
 
 def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:
-    """``ss_*``: what sd-scripts and A1111 show; the commonest rank and alpha."""
+    """``ss_*``, which sd-scripts and A1111 show: the most common rank and alpha."""
     ranks = [module.rank for module in modules.values()]
     dim = max(set(ranks), key=ranks.count)
     scales = [module.scale for module in modules.values() if module.rank == dim]
@@ -291,7 +290,7 @@ def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
     """``lora_adapter_metadata`` as diffusers writes it: a LoraConfig for each component."""
     config: dict[str, object] = {}
     for component in sorted({site.partition(".")[0] for site in stored}):
-        # transformers 5 took ``text_model.`` out of the module names that peft compares with.
+        # transformers 5 dropped ``text_model.`` from the module names that peft compares with.
         modules = {
             site.removeprefix(f"{component}.").removeprefix("text_model."): (
                 module.rank,
@@ -300,8 +299,8 @@ def _peft_metadata(stored: Mapping[str, Factors]) -> dict[str, object]:
             for site, module in stored.items()
             if site.startswith(f"{component}.")
         }
-        # Patterns fit the ends of names: FLUX's ``proj_out`` would be every block's without a mark.
-        # Text encoders go without, since there a ``text_model.`` may come before.
+        # Patterns match name ends: without a mark, FLUX's ``proj_out`` would match every block's.
+        # Text encoders get no mark, because ``text_model.`` may come first.
         fields = lora_config(modules, "" if component.startswith("text") else "^")
         config |= {f"{component}.{name}": value for name, value in fields.items()}
     return config

@@ -66,7 +66,7 @@ CASES = [
     ),
     (
         "merge {tmp}/cut.safetensors -o {out} --concept {one}:s1:dog",
-        "{tmp}/cut.safetensors is not a whole safetensors file",
+        "{tmp}/cut.safetensors is not a complete safetensors file",
     ),
     (
         "merge a/b/c -o {out} --concept {one}:s1:dog",
@@ -97,19 +97,19 @@ CASES = [
     ),
     (
         "B --concept {tmp}/cut.safetensors:a:b",
-        "{tmp}/cut.safetensors is not a whole safetensors file",
+        "{tmp}/cut.safetensors is not a complete safetensors file",
     ),
     (
         "B --concept {tmp}/letter.safetensors:a:b",
-        "{tmp}/letter.safetensors is not a whole safetensors file",
+        "{tmp}/letter.safetensors is not a complete safetensors file",
     ),
     (
         "B --concept {tmp}/huge.safetensors:a:b",
-        "{tmp}/huge.safetensors is not a whole safetensors file",
+        "{tmp}/huge.safetensors is not a complete safetensors file",
     ),
     (
         "B --concept {tmp}/zero.safetensors:a:b",
-        "{tmp}/zero.safetensors is not a whole safetensors file",
+        "{tmp}/zero.safetensors is not a complete safetensors file",
     ),
     ("B --concept {tmp}/none.pt:a:b", "{tmp}/none.pt does not exist or is not a file"),
     (
@@ -425,7 +425,7 @@ CASES = [
     ("merge {base} --from {one} -o {out}", "{one} has no complete merge recipe in its metadata"),
     (
         "merge {base} --from {tmp}/cut.safetensors -o {out}",
-        "{tmp}/cut.safetensors is not a whole safetensors file",
+        "{tmp}/cut.safetensors is not a complete safetensors file",
     ),
     (
         "merge {base} --from {merged} -o {out}",
@@ -609,7 +609,7 @@ CASES = [
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/cut.safetensors",
-        "{tmp}/cut.safetensors is not a whole safetensors file",
+        "{tmp}/cut.safetensors is not a complete safetensors file",
     ),
     (
         "merge {tmp}/model -o {tmp}/new --concept {tmp}/adapter:{tmp}/lines.txt:much",
@@ -724,7 +724,7 @@ CASES = [
         "{lora}: 9 of 9 tensors cannot be read: model.diffusion_model.input_blocks.0.weight",
     ),
     ("inspect {tmp}/nothing.safetensors", "{tmp}/nothing.safetensors contains no tensors"),
-    ("inspect {tmp}/cut.safetensors", "{tmp}/cut.safetensors is not a whole safetensors file"),
+    ("inspect {tmp}/cut.safetensors", "{tmp}/cut.safetensors is not a complete safetensors file"),
     ("inspect {tmp}", "{tmp} does not exist or is not a file; check the path"),
     (
         "inspect {one} --plot x.xyz",

@@ -183,9 +183,9 @@ def _missing(world, folder):
 
 
 BAD_FILES = [
-    (_not_safetensors, "not a whole safetensors file"),
-    (_truncated, "not a whole safetensors file"),
-    (_huge_header, "not a whole safetensors file"),
+    (_not_safetensors, "not a complete safetensors file"),
+    (_truncated, "not a complete safetensors file"),
+    (_huge_header, "not a complete safetensors file"),
     (_pickle, "pickled"),
     (_torch_zip, "pickled"),
     (_other_base_names, "another base model"),

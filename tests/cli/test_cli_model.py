@@ -127,7 +127,7 @@ def test_features_while_generating_and_inputs_from_tensors(tmp_path, monkeypatch
     [
         (lambda w: [f"--concept={w}/a1"], "is not FOLDER:SAMPLES"),
         (lambda w: [f"--concept={w}/a1:{w}/none.txt"], "does not exist"),
-        (lambda w: [f"--concept={w}/base:{w}/t1.txt"], "no adapter folder"),
+        (lambda w: [f"--concept={w}/base:{w}/t1.txt"], "not a peft adapter folder"),
         (lambda w: [f"--concept={w}/a1:{w}/t1.txt:x"], "is not FOLDER:SAMPLES"),
         (lambda w: ["--overwrite", f"--concept={w}/a1:{w}/t1.txt"], "--overwrite is for files"),
         (lambda w: ["--model-class=X", f"--concept={w}/a1:{w}/t1.txt"], "no class of that name"),

@@ -49,7 +49,7 @@ def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
     assert code == 0, err
     assert text.startswith("Wrote merge.yaml: 2 LoRAs for SD 1.x.\nCheck its trigger words")
     for name, why in {
-        "both": "a merge that iteris wrote", "toy": "no LoRA", "cut": "not a whole safetensors",
+        "both": "a merge that iteris wrote", "toy": "no LoRA", "cut": "not a complete safetensors",
         "flux": "made for FLUX.1, the others for SD 1.x",
     }.items():  # fmt: skip
         assert f"Left out: {name}.safetensors ({why}" in err.replace(

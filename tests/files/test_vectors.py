@@ -73,7 +73,9 @@ def test_a_look_at_the_file_counts_them(tmp_path, monkeypatch, capsys):
     lora = with_vectors("sd1")
     path = write_lora(lora, tmp_path / "in.safetensors")
     notes = read_lora_file(path, tiny_base("sd1"), options=WITH).notes
-    counted = f"{len(lora.vectors)} biases and normalisations change, which a merge does not take"
+    counted = (
+        f"{len(lora.vectors)} changes of biases and normalisations, which a merge does not support"
+    )
     assert notes == [counted]
     tiny("sd1").save_pretrained(tmp_path / "base")
     code, text, err = run(

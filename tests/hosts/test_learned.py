@@ -261,7 +261,7 @@ def test_embeddings_in_every_place(pipeline, tmp_path):
     fresh.load_textual_inversion(str(tmp_path / "out_tok_emb.safetensors"))
     assert "<tok>" in fresh.tokenizer.get_added_vocab()
     save_file({"bundle_emb.x.clip_l": torch.ones(1, 2, 3)}, tmp_path / "bad.safetensors")
-    with pytest.raises(LoraFileError, match="is no embedding"):
+    with pytest.raises(LoraFileError, match="is not an embedding"):
         host.read_lora(tmp_path / "bad.safetensors")
 
 

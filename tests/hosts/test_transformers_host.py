@@ -214,7 +214,7 @@ def test_heads_are_kept_apart(tmp_path):
 def test_bad_adapters_and_inputs_are_errors(tmp_path):
     model, targets = make_bert()
     host = TransformersHost(model.eval())
-    with pytest.raises(IterisError, match="no adapter folder"):
+    with pytest.raises(IterisError, match="not a peft adapter folder"):
         host.read_lora(tmp_path)
     config = LoraConfig(target_modules=targets, init_lora_weights=False)  # B is not zero
     get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a")
