@@ -1,1 +1,1 @@
-"""Tools for LoRAs beside merging: resize, extract, convert, bake."""
+"""LoRA tools besides merging: resize, extract, convert, bake."""

@@ -1,4 +1,4 @@
-"""LoRAs added to the weights of a model's files, under the names that these have."""
+"""Adds LoRAs to the weights in a model's files, whose names stay the same."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ _OWN = {"out_proj": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
 
 @dataclass(frozen=True)
 class Precision:
-    """``dtype`` of the written weights (None: each its own); of :data:`.rounding.FP8` those of the
-    denoiser's linear layers have a scale each and all others are float16. ``seed`` rounds up and
-    down by chance (None: to the nearest)."""
+    """``dtype`` of the written weights (None: unchanged). With :data:`.rounding.FP8`, the
+    denoiser's linear layers get one scale each and everything else is float16. ``seed`` enables
+    stochastic rounding (None: to the nearest)."""
 
     dtype: torch.dtype | None = None
     seed: int | None = None
 
 
 Places = Mapping[tuple[Path, str], Alias]
-"""File and key of each tensor that is known → the rows of sites that it holds."""
+"""File and key of each known tensor → the rows of sites that it contains."""
 
 
 def places_in(source: Path, base: BaseModel | None) -> tuple[Places, BaseModel]:
-    """The weights of a single file of ``base``, or of a folder of diffusers, whose names show what
-    its base is."""
+    """The weights of a single file for ``base``, or of a diffusers folder, whose names identify its
+    base."""
     if source.is_dir() or base is None:
         return _in_folder(source)
     shapes, found = read_header(source)[0], dict[str, Alias]()
@@ -93,7 +93,7 @@ def _add(found: dict[str, Alias], shapes: Shapes, keys: list[str], alias: Alias)
 def _add_open_clip(
     found: dict[str, Alias], shapes: Shapes, prefix: str, site: str, sites: Shapes
 ) -> None:
-    """q, k and v are one tensor there, one after the other."""
+    """There, q, k and v are one tensor, in that order."""
     match = _LAYER.search(site)
     if match is None:
         return
@@ -108,8 +108,8 @@ def _add_open_clip(
 
 
 def weight_in(places: Places) -> Callable[[str], Tensor]:
-    """A function that gives a site's weight, (out, in·kh·kw), float32, out of files whose tensors
-    hold those rows of sites."""
+    """A function that returns a site's weight, (out, in·kh·kw), float32, from files whose tensors
+    contain the sites' rows."""
     held = {piece.site: (at, piece) for at, alias in places.items() for piece in alias}
 
     def weight(site: str) -> Tensor:
@@ -130,8 +130,8 @@ def bake(
     precision: Precision,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write ``source`` to ``target`` with ``changes`` added in float32; names, metadata and all
-    other tensors and files stay, in their own precision unless ``precision`` has another.
+    """Write ``source`` to ``target`` with ``changes`` added in float32. Names, metadata and all
+    other tensors and files stay, in their own precision unless ``precision`` sets another.
 
     Raises :class:`OutputError` for a change that has no place there.
     """
@@ -139,7 +139,7 @@ def bake(
     if missing:
         raise OutputError(
             f"{len(missing)} of {len(changes)} layers have no place in this model's files, such as "
-            f"{missing[0]}; bake into the base that the LoRA was made for."
+            f"{missing[0]}; bake into the base for which the LoRA was made."
         )
     with atomically(target) as unfinished:
         if source.is_dir():
@@ -177,7 +177,7 @@ def _baked(
             tensors |= _stored(key, moved, tensor.dtype, precision, generator, places)
             tick(done, len(keys))
     if any(key.endswith(".scale_weight") for key in tensors):
-        # By two entries ComfyUI multiplies in full precision, on every card alike.
+        # These two entries make ComfyUI multiply in full precision on every card.
         prefix = next(p for p in _DENOISER if any(key.startswith(p) for key in tensors))
         tensors[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=FP8)
     return tensors, metadata
@@ -188,17 +188,17 @@ def _check_plain(source: Path, keys: list[str]) -> None:
     scaled = next((key for key in keys if key.endswith(marks)), None)
     if scaled is not None:
         raise BaseError(
-            f"{source} is quantised already (it has {scaled}); bake into the file that is not, and "
-            "say --dtype fp8."
+            f"{source} is already quantised (it has {scaled}); bake into the unquantised file, and "
+            "pass --dtype fp8."
         )
 
 
 def _with_changes(
     source: Path, key: str, tensor: Tensor, changes: Mapping[str, LowRank], pieces: Sequence[Piece]
 ) -> Tensor:
-    """The tensor in float32 with the changes of its pieces."""
+    """The tensor in float32, with the changes of its pieces added."""
     if not tensor.is_floating_point():
-        raise BaseError(f"{source}: {key} holds {tensor.dtype}, to which nothing can be added.")
+        raise BaseError(f"{source}: {key} has dtype {tensor.dtype}, to which nothing can be added.")
     flat = tensor.float().flatten(1).clone()
     for piece in pieces:
         delta = torch.zeros_like(flat)
@@ -219,7 +219,7 @@ def _stored(
         return {key: tensor}
     dtype = precision.dtype or own
     if dtype == FP8:
-        pieces = places.get(key, ())  # of linear layers of the denoiser, of those that are known
+        pieces = places.get(key, ())  # known linear layers of the denoiser
         if tensor.ndim == 2 and any(not p.site.startswith("text_encoder") for p in pieces):
             stored, scale = scaled_fp8(tensor.float(), generator)
             return {key: stored, f"{key.removesuffix('.weight')}.scale_weight": scale}

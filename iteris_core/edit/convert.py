@@ -1,4 +1,4 @@
-"""A LoRA under the names of another tool, as a plain LoRA."""
+"""Writes a LoRA with another tool's names, as a plain LoRA."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..lora_files import DTYPES, BaseModel, write_loras
 from ..lora_files.peft_folder import write_adapter
 
 Names = Literal["kohya", "diffusers", "comfyui", "peft"]
-"""``kohya``: sd-scripts' names. ``diffusers``: module names by component. ``comfyui``: the names
-that the modules have in ComfyUI. ``peft``: an adapter folder, for the denoiser alone."""
+"""``kohya``: sd-scripts' names. ``diffusers``: module names by component. ``comfyui``: ComfyUI's
+own module names. ``peft``: an adapter folder, for the denoiser only."""
 
 
 def convert_lora(
@@ -24,13 +24,12 @@ def convert_lora(
 ) -> Path:
     """Write ``lora``, which was read for its base, under ``names``; its metadata stay.
 
-    Raises :class:`OutputError` where that base has no such names, and for a ``peft`` folder of a
-    LoRA that changes text encoders too; what else keeps a file from being written as
-    :func:`..lora_files.write_lora` does.
+    Raises :class:`OutputError` if the base has no such names, or for a ``peft`` folder if the LoRA
+    changes text encoders too; otherwise raises like :func:`..lora_files.write_lora`.
     """
     path = Path(path)
     if lora.base is None:
-        raise OutputError("Nothing is known of this LoRA's base; read it for one.")
+        raise OutputError("This LoRA's base is unknown; read it for a base.")
     if names == "peft":
         return write_adapter(_denoiser_alone(lora, lora.base), path, dtype=DTYPES[dtype])
     if names == "comfyui":
@@ -40,13 +39,13 @@ def convert_lora(
 
 
 def comfyui_names(base: BaseModel) -> dict[str, Alias]:
-    """The names of the base's modules in ComfyUI. Raises :class:`OutputError` for a base whose
-    modules are not known by their original names."""
+    """The names of the base's modules in ComfyUI. Raises :class:`OutputError` if the original names
+    of the base's modules are unknown."""
     original = base.architecture.original_names(base.shapes)
     if not original:
         raise OutputError(
-            f"For a base of {base.architecture.title} the names that ComfyUI has are not known; "
-            "ComfyUI reads diffusers' too (--layout diffusers)."
+            f"ComfyUI's names for {base.architecture.title} are unknown; ComfyUI also reads "
+            "diffusers' names (--layout diffusers)."
         )
     texts = {n: alias for n, alias in base.aliases.items() if n.startswith("text_encoders.")}
     return {f"diffusion_model.{name}": alias for name, alias in original.items()} | texts
@@ -57,7 +56,7 @@ def _denoiser_alone(lora: Lora, base: BaseModel) -> Lora:
     others = sorted(site for site in lora.sites if not site.startswith(prefix))
     if others:
         raise OutputError(
-            f"A folder of peft is for one model, and this LoRA changes {len(others)} layers beside "
+            f"A peft folder is for one model, but this LoRA changes {len(others)} layers outside "
             f"the denoiser, such as {others[0]}; write --layout diffusers."
         )
     sites = {site.removeprefix(prefix): change for site, change in lora.sites.items()}
@@ -65,7 +64,7 @@ def _denoiser_alone(lora: Lora, base: BaseModel) -> Lora:
 
 
 def largest_error(one: Lora, other: Lora) -> float:
-    """max over sites, biases and normalisations of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖; 1 where
+    """Maximum over sites, biases and normalisations of ‖ΔW_other − ΔW_one‖ / ‖ΔW_one‖; 1 if
     ``other`` lacks one."""
     errors = [0.0]
     for site, change in one.sites.items():

@@ -1,4 +1,4 @@
-"""``extract_lora``: what a fine-tune changes of its base, as a LoRA."""
+"""``extract_lora``: the difference between a fine-tune and its base, as a LoRA."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ from .resize import fitted
 from .vectors import other_differences, with_vectors
 
 _LEAST, _MOST = 64, 256
-"""The least and the largest number of components of a change that are looked at."""
+"""The smallest and largest number of components of a change to consider."""
 _NAME = "extracted"
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """``error`` is what the LoRA lacks of the fine-tune, as a share of what that changes:
-    ‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that nothing was fitted to.
-    ``kept`` is of the change's worth at the outputs of its layers. ``left`` are parameters that
-    differ and have no place in the file: embeddings, and of many layouts biases and
-    normalisations."""
+    """``error`` is the share of the fine-tune's effect that the LoRA lacks: ‖f_LoRA − f_tuned‖ /
+    ‖f_base − f_tuned‖ of final outputs, on rows to which nothing was fitted. ``kept`` is the share
+    of the change's worth at its layers' outputs. ``left`` are differing parameters without a place
+    in the file: embeddings, and in many layouts biases and normalisations."""
 
     lora: Lora
     ranks: Mapping[str, int]
@@ -58,7 +57,7 @@ class Extracted:
         if not self.left:
             return text
         return (
-            f"{text} {len(self.left)} parameters differ that the file has no place for (biases, "
+            f"{text} {len(self.left)} differing parameters have no place in the file (biases, "
             f"normalisations, embeddings), such as {self.left[0]}."
         )
 
@@ -76,16 +75,16 @@ def extract_lora(
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
 ) -> Extracted:
-    """The LoRA that makes of ``base`` what ``tuned`` is, brought to ``target``.
+    """The LoRA that turns ``base`` into ``tuned``, reduced to ``target``.
 
-    The fine-tune runs on ``prompts`` (None: captions), and each layer's change of weight is cut by
-    what the layer sees there; the ranks are shared out as by :func:`.resize.resize_lora`. Then
-    every layer is fitted anew at its rank on inputs that passed the layers before, and the whole
-    LoRA is held against the fine-tune. ``kind`` and ``layout`` say what names the file is to have,
-    and with that which biases and normalisations it holds: those go into it as they are.
+    The fine-tune runs on ``prompts`` (None: captions), and each layer's weight change is cut
+    according to the layer's inputs there; ranks are shared out as in :func:`.resize.resize_lora`.
+    Then every layer is refitted at its rank, on inputs that passed through the earlier layers, and
+    the whole LoRA is compared with the fine-tune. ``kind`` and ``layout`` decide the file's names,
+    and therefore which biases and normalisations it can contain; those are stored in full.
 
-    Raises :class:`MismatchError` where the two are not of one architecture, naming the first key;
-    :class:`SolveError` where the LoRA is no nearer to the fine-tune than the base.
+    Raises :class:`MismatchError`, naming the first key, if the architectures differ;
+    :class:`SolveError` if the LoRA is no nearer to the fine-tune than the base is.
     """
     eta = Eta(on_progress)
     tick = eta.forecast.tick
@@ -93,10 +92,10 @@ def extract_lora(
     dense = differences(base, tuned)
     if not dense:
         raise MismatchError(
-            "The two models have the same weights in their layers; there is nothing to extract."
+            "The two models have the same layer weights; there is nothing to extract."
         )
     others = other_differences(base, tuned)
-    # As the writer chooses it where none is given
+    # As the writer chooses by default
     keys = kind.vectors if kind is not None and kind.written and layout != "peft" else {}
     vectors = {name: others[name] for name in sorted(placed(others, keys))}
     sites = {name: site_of(name, tuned.sites()[name]) for name in dense}
@@ -125,7 +124,7 @@ def extract_lora(
     error = output_error(base, tuned, concept, made, chosen, tick)
     if not error < 1:
         raise SolveError(
-            f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); take a "
+            f"The LoRA is no nearer to the fine-tune than the base is (error {error:.2f}); use a "
             "larger rank, or prompts that show what it was tuned for."
         )
     left = tuple(name for name in others if name not in vectors)
@@ -148,33 +147,34 @@ def _components(
 
 
 def _seen(job: Job) -> Job:
-    """``job``, of whose layers all can be seen. Raises :class:`MismatchError`, naming one that
-    cannot."""
+    """``job``, after checking that all its layers can be observed. Raises :class:`MismatchError`,
+    naming one that cannot."""
     looked = unmergeable_sites(job, sweep=True)
     if looked.refused:
         first = min(looked.refused)
         raise MismatchError(
-            f"{len(looked.refused)} layers cannot be seen, such as {first}: it "
+            f"{len(looked.refused)} layers cannot be observed, such as {first}: it "
             f"{looked.refused[first]}."
         )
     return replace(job, joined=looked.joined)
 
 
 def check_alike(base: Mapping[str, tuple[int, ...]], tuned: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise :class:`MismatchError` naming the first key that one lacks or has in another shape."""
+    """Raise :class:`MismatchError` naming the first key that is missing in one or differs in
+    shape."""
     for name in sorted(base.keys() | tuned.keys()):
         one, two = base.get(name), tuned.get(name)
         if one != two:
             shapes = f"{one or 'nothing'} in the base and {two or 'nothing'} in the fine-tune"
             raise MismatchError(
-                f"The two models are not of one architecture: {name} is {shapes}. Give the base "
-                "that the fine-tune was made from."
+                f"The two models have different architectures: {name} is {shapes}. Give the base "
+                "from which the fine-tune was made."
             )
 
 
 def differences(base: Host, tuned: Host) -> dict[str, Tensor]:
-    """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, where that is not zero. Raises
-    :class:`BaseError` for weights that cannot be read."""
+    """Site → W_tuned − W_base, (out, in·kh·kw), float32, on the CPU, for nonzero differences.
+    Raises :class:`BaseError` for weights that cannot be read."""
     found: dict[str, Tensor] = {}
     for name in base.sites():
         change = tuned.weight(name) - base.weight(name)

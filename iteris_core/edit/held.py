@@ -1,4 +1,4 @@
-"""A LoRA held against the model that it is to stand for: the final output on rows of their own."""
+"""Compares a LoRA with the model that it should replace, by the final output on separate rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .vectors import with_vectors
 
 _SAMPLES, _TIMESTEPS, _BATCH = 8, 2, 8
 _SEED = 1 << 20
-"""Added to the seed of what a LoRA was fitted on."""
+"""Added to the seed of the rows on which a LoRA was fitted."""
 
 
 def output_error(
@@ -31,8 +31,8 @@ def output_error(
     calibration: Calibration,
     tick: Tick,
 ) -> float:
-    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that ``tuned`` denoised to
-    prompts of ``concept`` with another seed: 0 of a LoRA that is the fine-tune, 1 of the base."""
+    """‖f_LoRA − f_tuned‖ / ‖f_base − f_tuned‖ of final outputs, on rows that ``tuned`` denoised
+    from prompts of ``concept`` with another seed: 0 for a perfect LoRA, 1 for the base."""
     size = min(_SAMPLES, calibration.samples), min(_TIMESTEPS, calibration.rows_each)
     held_out = replace(
         calibration, samples=size[0], timesteps=size[1], seed=calibration.seed ^ _SEED
@@ -50,7 +50,7 @@ def output_error(
 
 
 def _kinds(host: Host, samples: Any, sites: Set[str]) -> list[Hashable]:
-    """The kind of every row of the stages whose outputs are final."""
+    """The batch key of every row in the stages whose outputs are final."""
     kinds: list[Hashable] = []
     for stage in host.stages(samples, sites):
         count = len(stage.concept_ids)
@@ -67,5 +67,5 @@ def _outputs(host: Host, samples: Any, kinds: Sequence[Hashable]) -> Tensor:
         parts = chunks(range(len(kinds)), kinds, at_once)
         return torch.cat([host.forward(samples, rows).double().flatten().cpu() for rows in parts])
 
-    what = "Memory ran out while the LoRA was held against the model"
+    what = "Out of memory while comparing the LoRA with the model"
     return with_less(halved(_BATCH), run, lambda said, tried: f"{what} ({said}).")[0]

@@ -1,6 +1,6 @@
-"""Adapters that are loaded already become one merged adapter beside them.
+"""Merges adapters that are already loaded into a new adapter beside them.
 
-``add_merged_adapter`` is for a ``PeftModel``, ``merge_loaded`` for a pipeline of diffusers.
+``add_merged_adapter`` is for a ``PeftModel``, ``merge_loaded`` for a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def add_merged_adapter(
 ) -> MergeReport:
     """Merge adapters of a ``PeftModel`` into a new one beside them.
 
-    Each is what it does there: at the scale that its layers have, with its rank and alpha patterns,
-    rslora, DoRA and the biases of ``lora_bias``. Base, other adapters and the active adapter are as
-    before, whatever happens. Its layers of DoRA make the merged adapter large; ``settings={"rank":
-    64}`` bounds it.
+    Each adapter counts with its full effect in the model: its layers' scales, rank and alpha
+    patterns, rslora, DoRA and ``lora_bias`` biases. The base, the other adapters and the active
+    adapter are always left unchanged. DoRA layers make the merged adapter large;
+    ``settings={"rank": 64}`` limits it.
 
     :param names: the adapters to merge.
-    :param inputs: for each of them what calls for it, as :class:`.Concept` has them: batches of
-        keyword arguments of the model, or what gives those when it is called.
-    :param weights: how much an adapter counts, 1 where it is not named.
-    :param heads: the adapter whose ``modules_to_save`` the merged one gets a copy of; every task
+    :param inputs: for each adapter its inputs, as in :class:`.Concept`: batches of keyword
+        arguments of the model, or a callable that returns them.
+    :param weights: how much each adapter counts; 1 if not given.
+    :param heads: the adapter whose ``modules_to_save`` are copied to the merged one; every task
         keeps its own head.
     :param generate: as for :class:`.TransformersHost`.
     :param choices: further arguments of :func:`.merge_loras`.
-    :raises IterisError: for what :func:`.merge_loras` raises it, and for an adapter of another
-        kind, a name that is not there, or one that is taken.
+    :raises IterisError: like :func:`.merge_loras`; also for an unsupported adapter, an unknown
+        name, or a name already in use.
     """
     model_of: nn.Module = model.base_model.model
     _check_names(names, model.peft_config, inputs)
@@ -92,15 +92,16 @@ def merge_loaded(
     call: Mapping[str, Any] | None = None,
     **choices: Any,
 ) -> MergeResult:
-    """Merge the active adapters of a pipeline of diffusers, at the weights that ``set_adapters``
-    gave them, into a new one, which is the only active one afterwards.
+    """Merge the active adapters of a diffusers pipeline, at the weights from ``set_adapters``, into
+    a new one, which is then the only active one.
 
-    :param words: for each active adapter its trigger words ("sks cat"), a list of prompts that call
-        for it, or fields of :class:`.Concept` by name, such as ``{"trigger": "sks", "weight": 2}``.
+    :param words: for each active adapter its trigger words ("sks cat"), a list of prompts that
+        invoke it, or fields of :class:`.Concept` by name, such as ``{"trigger": "sks", "weight":
+        2}``.
     :param call: further arguments of the pipeline, as for :class:`.DiffusersHost`.
     :param choices: further arguments of :func:`.merge_loras`.
-    :raises IterisError: for what :func:`.merge_loras` raises it, and for an adapter of another kind
-        or without words; all adapters are then as before.
+    :raises IterisError: like :func:`.merge_loras`; also for an adapter that is unsupported or has
+        no words. All adapters are then as before.
     """
     names: list[str] = list(pipeline.get_active_adapters())
     known = {name for some in pipeline.get_list_adapters().values() for name in some}
@@ -114,7 +115,7 @@ def merge_loaded(
         for layer in of_base.values():
             if any(has_bias(layer, name) for name in names):
                 raise LoraFileError(
-                    "An active adapter changes biases, which files of diffusers do not hold; "
+                    "An active adapter changes biases, which diffusers files cannot store; "
                     "deactivate it."
                 )
         host = DiffusersHost(pipeline, **(call or {}))
@@ -132,16 +133,15 @@ def _check_names(
     given: Collection[str] | None = None,
     what: str = "adapter",
 ) -> None:
-    """Raise :class:`IterisError` for a name that is not ``known``, or that nothing is ``given``
-    for."""
+    """Raise :class:`IterisError` for a name that is not ``known``, or not in ``given``."""
     names = list(names)
     if not names or len(set(names)) < len(names):
         raise SettingsError(f"Name each {what} to merge once; they are {', '.join(known)}.")
     for name in names:
         if name not in known:
-            raise SettingsError(f"There is no {what} {name!r}; there are {', '.join(known)}.")
+            raise SettingsError(f"There is no {what} {name!r}; known are {', '.join(known)}.")
         if given is not None and name not in given:
-            raise ConceptError(f"Adapter {name!r}: say what calls for it, {name!r}: ….")
+            raise ConceptError(f"Adapter {name!r}: give its words or inputs, {name!r}: ….")
 
 
 def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -153,13 +153,13 @@ def _fields(name: str, words: str | Sequence[str] | Mapping[str, Any]) -> dict[s
 
 
 def _loaded(host: Host, of_base: Mapping[nn.Module, Any], names: Sequence[str]) -> dict[str, Lora]:
-    """The adapters ``names`` as LoRAs of the sites of ``host``. Raises :class:`LoraFileError` for
-    one that changes nothing there."""
+    """The adapters ``names`` as LoRAs for the sites of ``host``. Raises :class:`LoraFileError` for
+    an adapter that changes nothing there."""
     every: dict[str, dict[str, LowRank]] = {name: {} for name in names}
     places = {module: site for site, module in host.sites().items()}
     for module, layer in of_base.items():
         if not hasattr(layer, "get_delta_weight") and not hasattr(layer, "lora_A"):
-            continue  # a whole module of its own, such as a head
+            continue  # a separate whole module, such as a head
         for name in names:
             change = change_of(layer, places.get(module, type(layer).__name__), name, module)
             if change is not None:
@@ -181,8 +181,8 @@ def _apart(change: LowRank, width: int | None) -> tuple[LowRank, Tensor | None]:
 def _add(
     model: Any, name: str, changes: Mapping[str, tuple[LowRank, Tensor | None]], heads: str | None
 ) -> None:
-    """Put an adapter of ``changes``, by the names of layers, into a ``PeftModel``; on failure all
-    is as before."""
+    """Add an adapter with ``changes``, by layer name, to a ``PeftModel``; on failure everything is
+    restored."""
     from peft import LoraConfig
 
     base: nn.Module = model.base_model.model

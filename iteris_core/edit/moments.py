@@ -1,4 +1,4 @@
-"""Second moments of the inputs and outputs of a model's layers, one of each for each layer."""
+"""Second moments of the inputs and outputs of a model's layers, one of each per layer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ..solve.inputs import InputMoments
 from ..solve.problem import Bytes, Reduction, SiteContext, Solution, StageSolver, Tokens
 
 _SPREAD = 0.1
-"""The share of the mean energy of a layer's inputs that is added to each of them: a direction that
-no row showed still counts a little. Chosen on two of the toybox's own concepts."""
+"""Share of the mean input energy added to every direction of a layer's inputs, so that directions
+without data still count a little. Chosen on two of the toybox's own concepts."""
 
 
 def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration:
-    """The calibration of one LoRA: a whole one, or the defaults with what is ``given`` by name."""
+    """The calibration for one LoRA: a whole one, or the defaults with the ``given`` values by
+    name."""
     whole = given if isinstance(given, Calibration) else Calibration.from_mapping(given or {})
     return whole.settled(1)
 
@@ -30,7 +31,7 @@ def calibration_of(given: Calibration | Mapping[str, Any] | None) -> Calibration
 @dataclass(frozen=True)
 class Seen:
     """Moments of a layer's tokens x: ``root`` is L, (in, in), float64, lower triangular, with L Lᵀ
-    = E[x xᵀ] + 0.1 E‖x‖²/in I; None where all tokens are zero. ``output`` is E‖y‖² of the whole
+    = E[x xᵀ] + 0.1 E‖x‖²/in I; None if all tokens are zero. ``output`` is E‖y‖² for the whole
     outputs y."""
 
     root: Tensor | None
@@ -38,7 +39,7 @@ class Seen:
 
 
 class _Moments(Reduction):
-    """Σ x xᵀ and Σ ‖y‖² of the one concept's rows."""
+    """Σ x xᵀ and Σ ‖y‖² over the single concept's rows."""
 
     def __init__(self, opening: SiteContext) -> None:
         super().__init__(opening.changes)
@@ -67,8 +68,8 @@ class _Moments(Reduction):
 
 
 def look(run: Run, visit: Callable[[str, Seen], None]) -> None:
-    """Run the rows of one concept under its LoRA, and ``visit`` every site of its changes with what
-    it saw."""
+    """Run the rows of one concept under its LoRA, and ``visit`` every site of its changes with its
+    moments."""
 
     def solve(site: str, reduction: Reduction) -> Solution:
         assert isinstance(reduction, _Moments)

@@ -1,4 +1,4 @@
-"""``resize_lora``: a LoRA at a lower rank that gives what it gave."""
+"""``resize_lora``: reduces a LoRA's rank while preserving its outputs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .moments import Seen, calibration_of, look
 from .vectors import with_vectors
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-"""Metadata that are of the tensors of another file."""
+"""Metadata that describe the original file's tensors."""
 
 
 @dataclass(frozen=True)
 class Resized:
-    """``ranks`` by site, 0 where it is left out; ``kept`` is the share of the LoRA's worth at the
-    outputs of its layers that they hold; ``by_weights`` are sites whose inputs were not seen."""
+    """``ranks`` by site, 0 if it is left out; ``kept`` is the share that remains of the LoRA's
+    worth at its layers' outputs; ``by_weights`` are sites whose inputs were not observed."""
 
     lora: Lora
     ranks: Mapping[str, int]
@@ -47,7 +47,7 @@ class Resized:
         text = (
             f"{self.lora.name}: ranks {min(used)} to {max(used)} in {len(used)} layers"
             + (f", {gone} left out" if gone else "")
-            + f"; {self.kept:.1%} of what it adds to their outputs is kept"
+            + f"; {self.kept:.1%} of its effect on their outputs kept"
         )
         more = f" ({len(self.by_weights)} layers by weights alone)" if self.by_weights else ""
         return f"{text}{more}."
@@ -63,17 +63,16 @@ def resize_lora(
     on_progress: OnProgress | None = None,
     memory_budget: int | Literal["free"] | None = "free",
 ) -> Resized:
-    """Bring a LoRA to ``target``, with the ranks shared out over its layers by what each is worth.
+    """Reduce a LoRA to ``target``, with ranks shared out over its layers by worth.
 
-    With a ``host`` worths (:class:`..solve.ranks.Components`) are of what layers see while the
-    model runs on prompts that call for the LoRA, twice as many where it knows several concepts; a
-    LoRA that nothing calls for runs on captions. Then every layer in turn is fitted anew, at its
-    rank, to what the LoRA gives, on inputs that passed the layers before: E‖(W0 + ΔW)x − W0 x̃ −
-    ΔW_r x̃‖² is
-    least. Without a host they are of singular values of the weights, at one size of output for all
-    layers.
+    With a ``host``, worths (:class:`..solve.ranks.Components`) come from the layers' inputs while
+    the model runs on prompts that invoke the LoRA, twice as many if it has several concepts. A LoRA
+    without trigger words runs on captions. Then every layer in turn is refitted at its rank to the
+    LoRA's outputs, on inputs that passed through the earlier layers; this minimises E‖(W0 + ΔW)x −
+    W0 x̃ − ΔW_r x̃‖². Without a host, worths come from the weights' singular values, assuming equal
+    output size for all layers.
 
-    ``itemsize`` is of a number in the file, in bytes, for a target in megabytes. The base model is
+    ``itemsize`` is the bytes per number in the file, for a target in megabytes. The base model is
     bit-identical afterwards. Raises :class:`IterisError` for a LoRA that does not fit the host.
     """
     if isinstance(concept, Lora):
@@ -129,7 +128,7 @@ def _resized(job: Job, lora: Lora, target: Target, itemsize: int) -> Resized:
 def _as_worthy(
     unseen: Mapping[str, Components], found: Mapping[str, Components]
 ) -> dict[str, Components]:
-    """Components of sites whose inputs nobody saw, at the mean worth of those of the others."""
+    """Components of sites without observed inputs, at the mean worth of the other sites."""
     mean = sum(one.total for one in found.values()) / len(found) if found else 1.0
     return {
         site: replace(one, worths=one.worths * (mean / max(one.total, 1e-30)), total=mean)
@@ -138,8 +137,8 @@ def _as_worthy(
 
 
 def fitted(job: Job, run: Run, ranks: Mapping[str, int]) -> dict[str, LowRank]:
-    """The sites in ``ranks`` fitted at these to their whole output with all of the job's changes,
-    in a sweep over what passed the sites before; those that are not there keep no change."""
+    """The sites in ``ranks``, fitted at these ranks to their whole output under all of the job's
+    changes, in a sweep on inputs that passed through earlier sites; other sites keep no change."""
     size = job.calibration.samples, job.calibration.rows_each, 1
     fit = RegressionSpec(job.weights, POLICY.ridge_for(*size), residuals=False)
     fits = {site: replace(fit, rank=rank) for site, rank in ranks.items()}

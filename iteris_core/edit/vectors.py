@@ -1,4 +1,4 @@
-"""What a fine-tune changes of its base beside the weights of layers, and the base with that on."""
+"""A fine-tune's changes outside layer weights, and the base with these applied."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..hosts.protocol import Host
 
 
 def other_differences(base: Host, tuned: Host) -> dict[str, Tensor]:
-    """Parameter → tuned − base, float32, on the CPU, of normalisations, biases and embeddings that
-    both have and that differ."""
+    """Parameter → tuned − base, float32, on the CPU, for normalisations, biases and embeddings that
+    both models have and that differ."""
     found: dict[str, Tensor] = {}
     own = base.parameters().keys() & tuned.parameters().keys()
     for name in sorted(own):
@@ -25,8 +25,9 @@ def other_differences(base: Host, tuned: Host) -> dict[str, Tensor]:
 
 @contextmanager
 def with_vectors(host: Host, vectors: Mapping[str, Tensor]) -> Generator[None]:
-    """The base of ``host`` with ``vectors`` added to its parameters, each while its module runs;
-    none is written to. To be entered before sites have hooks, which may pause a forward."""
+    """Context in which ``vectors`` are added to the parameters of ``host``'s base, each while its
+    module runs; no parameter is written to. Enter it before sites get hooks, which may pause a
+    forward."""
     modules = host.parameters() if vectors else {}
     by_module: dict[nn.Module, dict[str, Tensor]] = {}
     for name, vector in vectors.items():
@@ -34,15 +35,15 @@ def with_vectors(host: Host, vectors: Mapping[str, Tensor]) -> Generator[None]:
     with ExitStack() as stack:
         for module, changes in by_module.items():
             swap = _Swap(module, changes)
-            stack.callback(swap.back)  # hooks do not follow an interrupt
+            stack.callback(swap.back)  # hooks do not run after an interrupt
             stack.enter_context(module.register_forward_pre_hook(swap.enter))
             stack.enter_context(module.register_forward_hook(swap.leave, always_call=True))
         yield
 
 
 class _Swap:
-    """Gives ``module`` parameters with ``changes`` while forwards are inside, several at a time
-    where they wait for each other."""
+    """Gives ``module`` parameters with ``changes`` while forwards are inside it; several may be, if
+    they wait for each other."""
 
     def __init__(self, module: nn.Module, changes: Mapping[str, Tensor]) -> None:
         self._module, self._changes = module, changes

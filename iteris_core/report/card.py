@@ -1,4 +1,4 @@
-"""A card of a merged file: Markdown beside it, made of what the file itself says."""
+"""A card for a merged file: Markdown beside it, made from the file's own metadata."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def card_files(file: Path) -> list[Path]:
 
 
 def write_card(file: Path, report: MergeReport | None = None) -> list[Path]:
-    """Write the card of the LoRA in ``file`` beside it, over an older one, and the notes that
-    browsers of LoRAs read (:func:`..lora_files.sidecars.write_sidecar`); return both paths.
+    """Write the card of the LoRA in ``file`` beside it, replacing an older one, and the notes that
+    LoRA browsers read (:func:`..lora_files.sidecars.write_sidecar`); returns both paths.
 
     Trigger words, sources with their licences and the recipe come from the file's metadata, errors
-    by concept from the ``report``, and pictures are those that lie beside it under its name.
+    per concept from the ``report``, and images from files of the same name beside it.
     """
     _, metadata = read_header(file)
     card, _ = card_files(file)
@@ -51,10 +51,10 @@ def card_of(file: Path, metadata: Mapping[str, str], report: MergeReport | None 
     if concepts := merged_concepts(metadata):
         parts += ["## Merged from", "\n".join(_sources(concepts))]
     if licences := metadata.get("modelspec.license", ""):
-        parts += ["Licences that the sources name: " + _plain(licences)]
+        parts += ["Licences of the sources: " + _plain(licences)]
     if report is not None and (rows := list(_errors(report))):
         parts += [
-            "## Errors of layers, as shares of what the LoRA adds",
+            "## Layer errors, as shares of what the LoRA adds",
             "\n".join(rows),
             report.verdict(),
         ]
@@ -73,7 +73,7 @@ def _sources(concepts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _errors(report: MergeReport) -> Iterator[str]:
-    """The lines of a table of what was measured; without any, none."""
+    """The lines of a table of measured errors; empty if there are none."""
     pairs = zip(report.concepts, report.residuals(), strict=True)
     known = [(name, *errors) for name, errors in pairs if not any(map(math.isnan, errors))]
     if known:
@@ -97,11 +97,11 @@ def _recipe(recipe: Mapping[str, Any], name: str) -> Iterator[str]:
         text = ", ".join(f"{key} {value}" for key, value in versions.items())
         yield f"- made with {_code(text)}"
     yield ""
-    yield f"The file holds all of it: `iteris merge --from {name} -o again.safetensors`."
+    yield f"The file contains the full recipe: `iteris merge --from {name} -o again.safetensors`."
 
 
 def _plain(text: str) -> str:
-    """Text in which nothing is a mark of Markdown, on one line."""
+    """Text on one line, with Markdown escaped."""
     return _MARKS.sub(r"\\\1", " ".join(text.split()))
 
 

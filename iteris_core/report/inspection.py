@@ -1,11 +1,11 @@
-"""Facts about LoRA files, and the interference of two of them; no base model is run.
+"""Facts about LoRA files, and the interference of two of them; no base model runs.
 
-Interference of two LoRAs at a site is read from their factors. ``rows`` and ``columns`` are the
-mean squared cosines of the principal angles between the row spaces (what the LoRAs look at) and
-between the column spaces (what they write to): 1 if one holds the other, 0 if they are orthogonal
-(Björck and Golub 1973). ``conflict`` is the share of output energy that they have in common on
-inputs of equal size in all directions, 2·|⟨ΔW_1, ΔW_2⟩| / (‖ΔW_1‖² + ‖ΔW_2‖²): 0 for orthogonal
-changes, 1 for equal or opposite ones.
+Interference of two LoRAs at a site is computed from their factors. ``rows`` and ``columns`` are the
+mean squared cosines of the principal angles between the row spaces (the inputs that the LoRAs read)
+and between the column spaces (the outputs that they write): 1 if one contains the other, 0 if they
+are orthogonal (Björck and Golub 1973). ``conflict`` is the share of output energy that they have in
+common on isotropic inputs, 2·|⟨ΔW_1, ΔW_2⟩| / (‖ΔW_1‖² + ‖ΔW_2‖²): 0 for orthogonal changes, 1 for
+equal or opposite ones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .spikes import shared_spikes, spike_note
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """``layers`` that are changed, ‖ΔW‖_F of them together, and the ``share`` of that squared in
-    the whole LoRA's."""
+    """The number of changed ``layers``, their total ‖ΔW‖_F, and the ``share`` of its square in the
+    whole LoRA's."""
 
     layers: int
     norm: float
@@ -39,10 +39,9 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class LoraFacts:
-    """``blocks`` are what each block holds; ``ranks`` and ``alphas`` count sites; ``sites`` of
-    the base's that could be changed, by component (``coverage``). ``embeddings`` are names, each
-    with how many vectors it has for which text encoder. ``layouts``, ``kinds`` and
-    ``dtypes`` count what stands in the file."""
+    """``blocks`` holds each block's facts; ``ranks`` and ``alphas`` count sites. ``coverage`` gives
+    changed and changeable sites by component. ``embeddings`` are names with the number of vectors
+    per text encoder. ``layouts``, ``kinds`` and ``dtypes`` count entries in the file."""
 
     name: str
     base: str
@@ -61,9 +60,9 @@ class LoraFacts:
 
 @dataclass(frozen=True)
 class Interference:
-    """Two LoRAs: how many sites they share, and the means over the sites of each block, weighted
-    by ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}; ``spikes`` are the sites at which both
-    have the same spike (:mod:`.spikes`)."""
+    """Two LoRAs: how many sites they share, and the means over each block's sites, weighted by
+    ‖ΔW_1‖ ‖ΔW_2‖: {block: (rows, columns, conflict)}. ``spikes`` are the sites where both have the
+    same spike (:mod:`.spikes`)."""
 
     first: str
     second: str
@@ -76,12 +75,12 @@ class Interference:
 
     @property
     def rated(self) -> dict[str, tuple[float, float, float]]:
-        """The figures of all blocks together, under ``all``, and of each block."""
+        """The figures over all blocks, under ``all``, and per block."""
         return {"all": (self.rows, self.columns, self.conflict), **self.blocks}
 
 
 def block_facts(lora: Lora) -> dict[str, BlockFacts]:
-    """The facts of each block, under the names that weights by block have, where there are such."""
+    """The facts of each block, named as in block weights where possible."""
     names = blocks_of(lora.base) if lora.base is not None else {}
     squares: dict[str, list[float]] = defaultdict(list)
     for site, change in lora.sites.items():
@@ -94,13 +93,13 @@ def block_facts(lora: Lora) -> dict[str, BlockFacts]:
 
 
 def _place(block: str) -> int:
-    """Sorts blocks as lists of weights do; others keep their order."""
+    """Sort key: blocks in the order of weight lists; others keep their order."""
     every = (*LISTS[26], *LISTS[61])
     return every.index(block) if block in every else len(every)
 
 
 def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
-    """Changed sites and all sites of each component of the base."""
+    """Changed sites and all sites, for each component of the base."""
     shapes = lora.base.shapes if lora.base is not None else {}
     changed = Counter(site.partition(".")[0] for site in lora.sites)
     total = Counter(site.partition(".")[0] for site in shapes)
@@ -108,7 +107,7 @@ def coverage(lora: Lora) -> dict[str, tuple[int, int]]:
 
 
 def describe(lora: Lora, tensors: Mapping[str, Tensor] | None = None) -> LoraFacts:
-    """Facts of a LoRA that was read, and of its file's ``tensors``."""
+    """Facts about a LoRA, and about its file's ``tensors``."""
     tensors = tensors or {}
     scales = {s: lora.scales.get(s, 1.0) * change.rank for s, change in lora.sites.items()}
     return LoraFacts(
@@ -142,7 +141,7 @@ def interference(first: Lora, second: Lora) -> Interference:
             weighted = weight * torch.tensor([*figures, 1.0], dtype=torch.float64)
             sums[""] += weighted
             sums[block_of(site)] += weighted
-    # Where nothing has any weight every figure is zero.
+    # If nothing has any weight, every figure is zero.
     means = {block: (s[:3] / s[3].clamp(min=1e-300)).tolist() for block, s in sums.items()}
     rows, columns, conflict = means.pop("", (0.0, 0.0, 0.0))
     blocks = {block: (a, b, c) for block, (a, b, c) in means.items()}
@@ -152,7 +151,7 @@ def interference(first: Lora, second: Lora) -> Interference:
 
 
 def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, float]:
-    """(rows, columns, conflict, ‖ΔW_1‖ ‖ΔW_2‖) of one site, from rank × rank products."""
+    """(rows, columns, conflict, ‖ΔW_1‖ ‖ΔW_2‖) for one site, from rank × rank products."""
     up, other_up = one.up.double(), two.up.double()
     down, other_down = one.down.double().mT, two.down.double().mT
     writes = up.mT @ up, up.mT @ other_up, other_up.mT @ other_up
@@ -165,7 +164,7 @@ def site_interference(one: LowRank, two: LowRank) -> tuple[float, float, float, 
 
 
 def _alignment(one: Tensor, cross: Tensor, two: Tensor) -> float:
-    """Mean squared cosine of the principal angles of two column spaces, AᵀA, AᵀB and BᵀB given:
+    """Mean squared cosine of the principal angles of two column spaces, from AᵀA, AᵀB and BᵀB:
     ‖(AᵀA)^-½ AᵀB (BᵀB)^-½‖²_F over the smaller rank."""
     left, right = _whitening(one), _whitening(two)
     count = min(left.shape[1], right.shape[1])
@@ -180,7 +179,7 @@ def _whitening(gram: Tensor) -> Tensor:
 
 
 def numbered(loras: Sequence[Lora]) -> list[Lora]:
-    """The LoRAs under names of their own: "sks" and another "sks" are "sks" and "sks (2)"."""
+    """The LoRAs with unique names: two LoRAs "sks" become "sks" and "sks (2)"."""
     names = [lora.name for lora in loras]
     counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
     return [
@@ -190,7 +189,7 @@ def numbered(loras: Sequence[Lora]) -> list[Lora]:
 
 
 def to_table(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> str:
-    """A line for each LoRA and each pair, as plain text; overlap is that of the row spaces."""
+    """One line per LoRA and per pair, as plain text; overlap is that of the row spaces."""
     lines = [f"{'LoRA':24} {'sites':>6} {'rank':>8} {'size':>8}"]
     for lora in facts:
         ranks, size = (

@@ -1,4 +1,4 @@
-"""Figures of merges and of LoRA files, with matplotlib; nothing is shown on a screen."""
+"""Matplotlib figures of merges and LoRA files; nothing is displayed on screen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .report import MergeReport
 
 
 def plot_residuals(report: MergeReport) -> Any:
-    """Heat maps, block × concept, of the output error with the mean change and after the merge.
+    """Heat maps, block × concept, of the output error for the mean change and after the merge.
 
     Returns a matplotlib Figure; save it with ``savefig``.
     """
@@ -28,9 +28,9 @@ def plot_residuals(report: MergeReport) -> Any:
 
 
 def plot_loras(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> Any:
-    """A heat map, block × LoRA, of the share of each LoRA's energy that a block holds; under it
-    heat maps, block × pair, of what :class:`Interference` holds, where two have a layer in common.
-    Returns a matplotlib Figure."""
+    """A heat map, block × LoRA, of each block's share of the LoRA's energy; below it heat maps,
+    block × pair, of :class:`Interference`, if two LoRAs share a layer. Returns a matplotlib
+    Figure."""
     every = list(dict.fromkeys(block for lora in facts for block in lora.blocks))
     shares = [[lora.blocks[b].share if b in lora.blocks else 0.0 for lora in facts] for b in every]
     names, most = [lora.name for lora in facts], max(map(max, shares))
@@ -42,14 +42,14 @@ def plot_loras(facts: Sequence[LoraFacts], pairs: Sequence[Interference]) -> Any
             for index, title in enumerate(("row spaces", "column spaces", "conflict"))
         }
         names = [f"{pair.first}\n{pair.second}" for pair in pairs]
-        maps.append(_Maps(rated, blocks, names, "0: out of each other's way; 1: the same"))
+        maps.append(_Maps(rated, blocks, names, "0: disjoint; 1: identical"))
     return _drawn(*maps)
 
 
 @dataclass(frozen=True)
 class _Maps:
-    """Maps of values from 0 to ``most``, each under its title, with one colour bar, which says
-    ``label``: ``rows`` are blocks."""
+    """Maps of values from 0 to ``most``, each with a title, and one colour bar labelled ``label``;
+    ``rows`` are blocks."""
 
     maps: Mapping[str, Sequence[Sequence[float]]]
     rows: Sequence[str]
@@ -59,7 +59,7 @@ class _Maps:
 
 
 def _drawn(*parts: _Maps) -> Any:
-    """One figure with the parts under each other, and the maps of each side by side."""
+    """One figure with the parts stacked, and the maps of each part side by side."""
     from matplotlib.figure import Figure
 
     widths = [4 + len(part.maps) * max(1.5, 0.5 * len(part.columns)) for part in parts]

@@ -1,4 +1,4 @@
-"""Metadata of a merged file: its origin, and the recipe to make it again."""
+"""Metadata of a merged file: its origin, and the recipe to repeat the merge."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def merge_metadata(
     calls: Sequence[EmbeddingTriggers],
 ) -> dict[str, str]:
     """``iteris`` (JSON: versions, method, settings, calibration, concepts with input hashes, names
-    of embeddings), ``modelspec.*``, the inputs' licences among them, and the merged ``ss_*`` of the
-    inputs. Phrases call for the embeddings by their names in the merged LoRA."""
+    of embeddings), ``modelspec.*`` including the inputs' licences, and the merged ``ss_*`` of the
+    inputs. Phrases use the embeddings' names in the merged LoRA."""
     inside = [concept for concept in concepts if concept.always_on != "outside"]
     loras = [concept.lora for concept in inside if concept.lora is not None]
     names = [lora.name for lora in loras]
@@ -89,8 +89,8 @@ def merge_metadata(
 def recipe(
     concepts: Sequence[Concept], report: MergeReport, called: Sequence[Sequence[str]]
 ) -> dict[str, object]:
-    """Everything that ``iteris merge --from`` needs to run the same merge again, and the phrases by
-    which each concept is ``called`` for afterwards."""
+    """Everything that ``iteris merge --from`` needs to repeat the merge, and each concept's trigger
+    phrases (``called``) in the result."""
     config = MergeConfig(
         [ConceptConfig.of(concept) for concept in concepts],
         report.method,
@@ -110,13 +110,13 @@ def recipe(
 
 
 def is_ordered(report: MergeReport) -> bool:
-    """True if the merged components stand in the order of their output energy."""
+    """True if the merged components are sorted by output energy."""
     polished = any(report.settings.get(name) for name in ("polish_steps", "block_steps"))
     return report.settings.get("objective") == "output" and not polished
 
 
 def with_recipe(lora: Lora, **more: Any) -> Lora:
-    """``lora`` with ``more`` in its recipe, if it has one."""
+    """``lora`` with ``more`` added to its recipe, if it has one."""
     recipe = parse_object(lora.metadata.get("iteris"))
     if not recipe:
         return lora
@@ -124,20 +124,20 @@ def with_recipe(lora: Lora, **more: Any) -> Lora:
 
 
 def with_run(lora: Lora, base: str, unmergeable: str) -> Lora:
-    """``lora`` with what it was merged on in its recipe: a name on the hub, or the last part of a
-    path, since no path of this machine goes into a file."""
+    """``lora`` with its base in the recipe: a hub name, or the last part of a path, because no
+    local path goes into a file."""
     return with_recipe(lora, base=public_name(base), unmergeable=unmergeable)
 
 
 def cut_lora(lora: Lora, rank: int, *, ordered: bool) -> Lora:
-    """``lora`` with no site above ``rank``, and with a recipe that says so; ``ordered`` as in
+    """``lora`` with every site cut to ``rank``, recorded in its recipe; ``ordered`` as in
     :func:`..linalg.lowrank.at_rank`."""
     sites = {site: at_rank(change, rank, ordered=ordered) for site, change in lora.sites.items()}
     return with_recipe(replace(lora, sites=sites), cut={"rank": rank, "ordered": ordered})
 
 
 def scaled_lora(lora: Lora, strength: float) -> Lora:
-    """``lora`` with its changes multiplied by ``strength``, and with a recipe that says so."""
+    """``lora`` with its changes multiplied by ``strength``, recorded in its recipe."""
     if strength == 1:
         return lora
     sites = {site: change.scaled(strength) for site, change in lora.sites.items()}
@@ -156,19 +156,19 @@ def check_cut(cut: Mapping[str, Any]) -> None:
     )
     if not good:
         raise RecipeError(
-            f"The cut {dict(cut)} is broken: it takes rank, a whole number of at least 1, with "
-            "ordered, true or false, beside it; and strength, a finite number."
+            f"The cut {dict(cut)} is invalid: it needs rank, a whole number of at least 1, with "
+            "ordered, true or false; and strength, a finite number."
         )
 
 
 def cut_again(cut: Mapping[str, Any], lora: Lora) -> Lora:
-    """``lora`` at the strength and the rank to which the file was brought after its merge."""
+    """``lora`` at the strength and rank that the file was given after its merge."""
     lora = scaled_lora(lora, cut.get("strength", 1.0))
     return cut_lora(lora, cut["rank"], ordered=cut["ordered"]) if "rank" in cut else lora
 
 
 def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """Notes on each concept by name: on its file, and on triggers that it shares."""
+    """Notes on each concept by name: about its file, and about triggers that it shares."""
     notes: dict[str, list[str]] = {}
     for concept, shared in zip(concepts, shared_triggers(concepts), strict=True):
         of_file = list(concept.lora.notes) if concept.lora is not None else []
@@ -178,18 +178,18 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
 
 
 def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
-    """For each concept a sentence about each trigger that another one has too."""
+    """For each concept, a sentence about each trigger that another one shares."""
     words: list[set[str]] = []
     for concept in concepts:
         texts = [] if concept.preserves else concept.subjects or [concept.trigger]
         triggers = {" ".join(text.lower().split()) for text in texts}
-        # Also the first word: "sks dog" and "sks cat" share a token.
+        # The first word too: "sks dog" and "sks cat" share a token.
         words.append({w for text in triggers for w in (text, text.partition(" ")[0])} - {""})
     count = Counter(word for triggers_of in words for word in triggers_of)
     return [
         [
-            f"the trigger {word!r} also calls for another of the concepts: one prompt cannot tell "
-            "them apart. Give other class words, or train one of them with another trigger"
+            f"another concept has the trigger {word!r} too: a prompt cannot tell them apart. Give "
+            "other class words, or train one of them with another trigger"
             for word in sorted(triggers_of)
             if count[word] > 1
         ]
@@ -198,7 +198,8 @@ def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
 
 
 def _of_the_base(concept: Concept) -> list[str]:
-    """A LoRA that is no concept; one that is a merge itself may have such a name among others."""
+    """A note on a LoRA that is not a concept; a merged LoRA may contain such a name among
+    others."""
     lora = concept.lora
     if lora is None or concept.always_on != "no" or "iteris" in lora.metadata:
         return []
@@ -206,15 +207,15 @@ def _of_the_base(concept: Concept) -> list[str]:
     if purpose is None:
         return []
     return [
-        f"by its name this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
-        "(always_on=include): all concepts are then merged with it on, and the file holds it"
+        f"judging by its name, this LoRA {_NO_CONCEPT[purpose]}. Mark it as always on "
+        "(always_on=include): all concepts are then merged with it on, and the file includes it"
     ]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """All embeddings of a merged LoRA; ``names`` are their former names, by concept, → those that
-    they have there."""
+    """All embeddings of a merged LoRA; ``names`` maps their original names, by concept, to their
+    names there."""
 
     embeddings: Mapping[str, Mapping[str, Tensor]]
     names: Sequence[Mapping[str, str]]
@@ -222,7 +223,7 @@ class Joined:
 
 
 def join_embeddings(concepts: Sequence[Concept]) -> Joined:
-    """Every concept's embeddings in one; a name that is taken gets the LoRA's name in front."""
+    """Every concept's embeddings combined; a duplicate name is prefixed with the LoRA's name."""
     joined: dict[str, Mapping[str, Tensor]] = {}
     names: list[dict[str, str]] = []
     warnings: list[str] = []
@@ -235,7 +236,7 @@ def join_embeddings(concepts: Sequence[Concept]) -> Joined:
                 while joined_name in joined:
                     joined_name += "-2"
                 warnings.append(
-                    f"two LoRAs bring an embedding {name!r}; that of {lora.name} is saved as "
+                    f"two LoRAs have an embedding {name!r}; the one from {lora.name} is saved as "
                     f"{joined_name!r}. To choose the name: --rename {lora.name}:{name}=NEW"
                 )
             joined[joined_name] = parts

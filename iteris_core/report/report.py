@@ -10,15 +10,15 @@ from typing import Any
 from ..solve.problem import Solution
 
 SETTLED = 1e-3
-"""The largest relative change of a site at which iterations count as converged."""
+"""Iterations count as converged below this relative change of every site."""
 
 
 @dataclass(frozen=True)
 class SiteReport:
     """One site. Sequences run over the concepts, as in :class:`.solve.Solution`.
 
-    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`: it has no ``before``
-    and ``after`` of its own.
+    ``repair`` marks a site that no LoRA changes, see :mod:`.methods.repair`; it has no ``before``
+    and ``after``.
     """
 
     rank: int
@@ -31,7 +31,7 @@ class SiteReport:
 
     @classmethod
     def of(cls, solution: Solution, concepts: int, *, repair: bool = False) -> SiteReport:
-        """The report of a ``solution`` for its first ``concepts``, without generic prompts."""
+        """The report on a ``solution`` for its first ``concepts``, without generic prompts."""
         every = solution.weighting, solution.before, solution.after
         weighting, before, after = (values[:concepts] for values in every)
         rest = solution.condition, solution.truncated, repair
@@ -40,12 +40,12 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """``sites`` in execution order; ``convergence`` is the largest relative change of a site in
-    each Jacobi iteration but the first, ``converged`` whether it got small enough (None: nothing
-    was iterated); ``settings`` and ``calibration`` are what was asked for; ``notes`` say by
-    concept what was left out or extracted when its file was read, and which names it shares;
-    ``plan`` how each stage kept to the memory, and ``short`` those of its lines with rows left out;
-    ``preserved`` the concepts without a LoRA, on which the base was to stay as it is."""
+    """``sites`` are in execution order. ``convergence`` is the largest relative change of a site in
+    each Jacobi iteration after the first; ``converged`` says whether it became small enough (None:
+    no iterations). ``settings`` and ``calibration`` are as requested. ``notes`` list, by concept,
+    what was left out or extracted when reading its file, and shared names. ``plan`` shows how each
+    stage stayed within its memory, ``short`` the lines with rows left out. ``preserved`` are the
+    concepts without a LoRA, on which the base should not change."""
 
     method: str
     concepts: Sequence[str]
@@ -62,18 +62,18 @@ class MergeReport:
 
     @property
     def converged(self) -> bool | None:
-        """True if the last Jacobi iteration moved no change by more than the tolerance, or
-        :data:`SETTLED` where none is set; None where there was nothing to converge."""
+        """True if the last Jacobi iteration moved no change by more than the tolerance (default:
+        :data:`SETTLED`); None without iterations."""
         if not self.convergence:
             return None
         return self.convergence[-1] <= (self.settings.get("tolerance") or SETTLED)
 
     def residuals(self) -> list[tuple[float, float]]:
-        """(before, after) of every concept: root mean square over the sites."""
+        """(before, after) for every concept: root mean square over the sites."""
         return self._errors([site for site in self.sites.values() if site.after])
 
     def blocks(self) -> dict[str, list[tuple[float, float]]]:
-        """block → (before, after) of every concept, root mean square over the block's sites."""
+        """Block → (before, after) for every concept: root mean square over the block's sites."""
         groups: dict[str, list[SiteReport]] = {}
         for name, site in self.sites.items():
             if site.after:
@@ -91,9 +91,9 @@ class MergeReport:
 
     def verdict(self) -> str:
         """A sentence on whether the merge is closer to each LoRA's own outputs than the mean of the
-        LoRAs is, and to which least; empty where that was not measured.
+        LoRAs, and to which least; empty if not measured.
 
-        How much of a likeness is kept does not follow from errors of layers (docs/decisions.md).
+        Layer errors do not predict how much likeness is kept (docs/decisions.md).
         """
         pairs = zip(self.concepts, self.residuals(), strict=True)
         left = {
@@ -107,8 +107,8 @@ class MergeReport:
         farther = [name for name, share in left.items() if share >= 1]
         if farther:
             return (
-                f"NOT CLOSER to {', '.join(farther)} than the mean of the LoRAs is. Look at "
-                "pictures of it (iteris compare); give it more prompts or a larger weight."
+                f"NOT CLOSER to {', '.join(farther)} than the mean of the LoRAs is. Check images "
+                "of it (iteris compare); give it more prompts or a larger weight."
             )
         least = max(left, key=lambda name: left[name])
         which = "every LoRA" if len(left) > 1 else least
@@ -120,16 +120,17 @@ class MergeReport:
         passes, change = len(self.convergence) + 1, self.convergence[-1]
         if self.converged:
             return (
-                f"Converged after {passes} iterations: the last moved no site by more than "
-                f"{change:.2g} of it."
+                f"Converged after {passes} iterations: the last one changed no site by more than "
+                f"{change:.2g} of its size."
             )
         return (
             f"DID NOT CONVERGE: after {passes} iterations the largest change of a site was still "
-            f"{change:.2g} of it. Use schedule=sweep, which needs no iterations, or more of them."
+            f"{change:.2g} of its size. Use schedule=sweep, which needs no iterations, or allow "
+            "more of them."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN and no infinity: None stands for what was not measured."""
+        """For JSON, which has no NaN or infinity; None stands for anything not measured."""
         data = asdict(self)
         data["verdict"] = self.verdict()
         data["converged"] = self.converged
@@ -140,7 +141,7 @@ class MergeReport:
         return _in_json(data)
 
     def summary(self) -> str:
-        """A few lines for a person."""
+        """A few readable lines."""
         ranks = sorted({site.rank for site in self.sites.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         repairs = sum(site.repair for site in self.sites.values())
@@ -174,8 +175,8 @@ def _in_json(value: Any) -> Any:
 
 
 def block_of(site: str) -> str:
-    """``up_blocks.1`` of a UNet site, ``text_encoder.layers.3`` of a text encoder's; of a model of
-    transformers the whole way, which tells its encoder from its decoder."""
+    """``up_blocks.1`` for a UNet site, ``text_encoder.layers.3`` for a text encoder's; for a
+    transformers model the whole path, which distinguishes encoder and decoder."""
     component, *parts = site.split(".")
     prefix = [] if component in ("unet", "transformer") else [component]
     for index, part in enumerate(parts):

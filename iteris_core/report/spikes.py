@@ -1,8 +1,8 @@
-"""Rank-1 spikes: one direction in which a LoRA changes a layer more than in all others together.
+"""Rank-1 spikes: one direction in which a LoRA changes a layer more than in all others combined.
 
-On some bases (Krea 2's gates) every LoRA learns nearly the same one. Loaded together, such LoRAs
-change that direction as often as there are LoRAs, where each alone looks fine. A merge has each
-LoRA's own outputs as targets, so that the direction counts once.
+On some bases (Krea 2's gates) every LoRA learns nearly the same spike. Each LoRA alone looks fine,
+but loaded together they apply that change once per LoRA. A merge's targets are each LoRA's own
+outputs, so the direction counts once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from ..lora import Lora, LowRank
 
 DOMINATES = 0.5
-"""Share of ‖ΔW‖²_F that the first singular value of a spike has at least."""
+"""Minimum share of ‖ΔW‖²_F in the first singular value of a spike."""
 SAME = 0.9
-"""cos of the two left singular vectors times that of the two right ones, of one and the same."""
+"""Minimum product of the cosines between left and between right singular vectors of equal
+spikes."""
 
 
 class Spike(NamedTuple):
@@ -40,7 +41,7 @@ def spike_of(change: LowRank) -> Spike | None:
 
 
 def shared_spikes(first: Lora, second: Lora) -> list[str]:
-    """The sites at which both LoRAs have the same spike, with the same sign."""
+    """The sites where both LoRAs have the same spike, with the same sign."""
     found: list[str] = []
     for site, change in first.sites.items():
         other = second.sites.get(site)
@@ -55,7 +56,7 @@ def shared_spikes(first: Lora, second: Lora) -> list[str]:
 
 
 def spike_note(sites: Sequence[str], first: str, second: str) -> str:
-    """A sentence on the ``sites`` of :func:`shared_spikes`."""
+    """A sentence about the ``sites`` of :func:`shared_spikes`."""
     layers = f"{len(sites)} layer{'s' if len(sites) > 1 else ''}"
     named = ", ".join([*sites[:3], *(["…"] if len(sites) > 3 else [])])
     return (

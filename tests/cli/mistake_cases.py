@@ -553,11 +553,11 @@ CASES = [
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rnak: 3}',
-        "The cut {'rnak': 3} is broken: it takes rank, a whole number of at least 1, with ordered, true",
+        "The cut {'rnak': 3} is invalid: it needs rank, a whole number of at least 1, with ordered, true",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rank: 3}',
-        "The cut {'rank': 3} is broken: it takes rank, a whole number of at least 1, with ordered, true",
+        "The cut {'rank': 3} is invalid: it needs rank, a whole number of at least 1, with ordered, true",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rank: many, ordered: true}',

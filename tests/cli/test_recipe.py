@@ -233,7 +233,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     concepts = [Concept(loras[0], trigger="sks"), Concept(loras[1], trigger="SKS ")]
     result = merge_loras(None, concepts, "sum")
     text = result.report.summary()
-    assert "the trigger 'sks' also calls for another" in text
+    assert "another concept has the trigger 'sks' too" in text
     assert "--rename l1:word=NEW" in text
     assert json.loads(result.lora.metadata["iteris"])["notes"] == result.report.notes
     path = result.save(tmp_path / "merged.safetensors")
@@ -251,7 +251,7 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
         concepts = [Concept(loras[0], trigger=one), Concept(loras[1], trigger=two)]
         text = merge_loras(None, concepts, "sum").report.summary()
         assert ("the trigger" in text) == bool(shared)
-        assert shared is None or f"the trigger {shared} also calls for another" in text
+        assert shared is None or f"another concept has the trigger {shared} too" in text
 
 
 def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):

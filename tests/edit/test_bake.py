@@ -110,7 +110,7 @@ def test_fp8_with_scales_is_near_and_quantised_files_are_refused(seed, checkpoin
         assert error < (0.04 if seed is None else 0.06), name
     text = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
     assert small[text].dtype == torch.float16
-    with pytest.raises(IterisError, match="is quantised already"):
+    with pytest.raises(IterisError, match="is already quantised"):
         bake(out, tmp_path / "c.safetensors", lora.sites, places_in(out, tiny_base("sd1"))[0],
              Precision())  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_names_that_nobody_knows_are_refused(tmp_path):
     known = tiny_base("sd1")
     unknown = base_model(type(known.architecture)("other", "Other"), known.shapes)
     lora = Lora({"unet.x": LowRank(torch.ones(2, 1), torch.ones(1, 2))}, base=unknown)
-    with pytest.raises(IterisError, match="ComfyUI reads diffusers' too"):
+    with pytest.raises(IterisError, match="ComfyUI also reads diffusers' names"):
         convert_lora(lora, tmp_path / "out.safetensors", "comfyui")
 
 

@@ -193,7 +193,7 @@ def test_the_command_writes_one_file_or_a_folder(world, tmp_path, monkeypatch, c
         "--base", world / "base", "--energy", 0.8, *QUICK, "--latent-size=4",
     )  # fmt: skip
     assert code == 0, err
-    assert "of what it adds to their outputs is kept" in out
+    assert "of its effect on their outputs kept" in out
 
 
 def test_what_only_a_base_can_read_is_refused_at_once(world, tmp_path, monkeypatch, capsys):
