@@ -1,4 +1,4 @@
-"""Base models that are known: one file each, and tables that several share.
+"""Known base models: one file each, and shared tables.
 
 Every module of this package that has an ``ARCHITECTURE`` is registered when the package loads.
 """
@@ -17,25 +17,25 @@ _registered: tuple[Architecture, ...] = ()
 
 
 def register(*added: Architecture) -> None:
-    """Make architectures known; they are asked before those that were there before.
+    """Register architectures; they take precedence over earlier ones.
 
-    Raises :class:`IterisError` for a name that is taken, and then none of them is added.
+    Raises :class:`IterisError` for a name already in use; then none is added.
     """
     global _registered
     names = [known.name for known in (*_registered, *added)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UsageError(f"There is an architecture {twice[0]} already; choose another name.")
+        raise UsageError(f"An architecture {twice[0]} already exists; choose another name.")
     _registered = (*_registered, *added)
 
 
 def architectures() -> Sequence[Architecture]:
-    """All that are known."""
+    """All registered architectures."""
     return _registered
 
 
 def architecture(name: str) -> Architecture:
-    """The one of that name. Raises :class:`IterisError` where there is none."""
+    """The architecture of that name. Raises :class:`IterisError` if there is none."""
     for known in _registered:
         if known.name == name:
             return known
@@ -44,22 +44,22 @@ def architecture(name: str) -> Architecture:
 
 
 def architecture_of_sites(shapes: Shapes) -> Architecture | None:
-    """The one that a loaded model with these sites is of; None where no known one fits."""
+    """The architecture of a loaded model with these sites; None if no known one matches."""
     return next((known for known in reversed(_registered) if known.fits_sites(shapes)), None)
 
 
 def architecture_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> Architecture:
-    """The one that a LoRA file is for: ``shapes`` are of its tensors, by key.
+    """The architecture for which a LoRA file was made; ``shapes`` are its tensors', by key.
 
-    Raises :class:`LoraFileError` where no known one fits.
+    Raises :class:`LoraFileError` if no known one matches.
     """
     for known in reversed(_registered):
         if known.fits_file(shapes, metadata):
             return known
     titles = ", ".join(known.title for known in _registered)
     raise LoraFileError(
-        f"The file is for no base model that is known here ({titles}); is it a LoRA of such a "
-        f"model? Its first tensor is {next(iter(shapes), None)}."
+        f"The file is for none of the known base models ({titles}); is it a LoRA for one of them? "
+        f"Its first tensor is {next(iter(shapes), None)}."
     )
 
 

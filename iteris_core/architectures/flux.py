@@ -52,7 +52,7 @@ _XLABS = {
 
 
 def _xlabs(shapes: Shapes) -> dict[str, Alias]:
-    """XLabs' names of the attention modules; its ``qkv_lora`` leaves the MLP out."""
+    """XLabs' names of the attention modules; its ``qkv_lora`` excludes the MLP."""
     aliases: dict[str, Alias] = {}
     for name, alias in mmdit.aliases({}, _BLOCKS, shapes).items():
         block = ".".join(name.split(".")[:2])
@@ -66,7 +66,7 @@ def _fits_sites(shapes: Shapes) -> bool:
 
 
 def _reads_kohya(site: str) -> bool:
-    """Nothing of the transformer outside of its blocks."""
+    """False for the transformer outside its blocks."""
     return text.text_component(site) is not None or "_blocks." in site
 
 

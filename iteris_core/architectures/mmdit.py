@@ -1,7 +1,7 @@
 """Names that diffusion transformers with fused modules share: SD 3 and FLUX.
 
-The original code has one ``qkv`` where diffusers has three modules, and swaps shift and scale where
-diffusers has an ``AdaLayerNormContinuous``.
+The original code has one ``qkv`` for diffusers' three modules, and swaps shift and scale compared
+with diffusers' ``AdaLayerNormContinuous``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _PREFIX = "transformer."
 
 
 Blocks = Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]
-"""diffusers' name of a list of blocks → the original's, and what is in a block: names of the
-original code → the modules of diffusers that it has in one."""
+"""diffusers' name of a list of blocks → the original name, and the block's modules: original name →
+the diffusers modules that it fuses."""
 
 
 def aliases(top: Mapping[str, str], blocks: Blocks, shapes: Shapes) -> dict[str, Alias]:
-    """Original module name → the sites that it holds, where all of them are in ``shapes``; ``top``
-    is outside of blocks."""
+    """Original module name → the sites that it contains, if all of them are in ``shapes``; ``top``
+    lists modules outside blocks."""
     named = {name: [_PREFIX + path] for name, path in top.items()}
     for ours, (theirs, modules) in blocks.items():
         prefix = f"{_PREFIX}{ours}."
@@ -37,12 +37,12 @@ def aliases(top: Mapping[str, str], blocks: Blocks, shapes: Shapes) -> dict[str,
 
 
 def has_transformer(shapes: Shapes) -> bool:
-    """True if a file has the names of diffusers or OneTrainer for a transformer's modules."""
+    """True if a file uses diffusers' or OneTrainer's names for a transformer's modules."""
     return any(key.startswith(("transformer.", "lora_transformer_")) for key in shapes)
 
 
 def has_single_blocks(shapes: Shapes) -> bool:
-    """True if a file has the blocks that FLUX alone has, under either name."""
+    """True if a file has the blocks that only FLUX has, under either name."""
     return any("single_blocks" in key or "single_transformer_blocks" in key for key in shapes)
 
 

@@ -1,7 +1,7 @@
-"""The record of one architecture of base models, of which each file here has one.
+"""The record type for base model architectures; each file here defines one.
 
-To add an architecture put a file into this package that has an :data:`ARCHITECTURE`; nothing else
-changes. Whoever has one outside of it calls :func:`..architectures.register`.
+To add an architecture, add a file with an :data:`ARCHITECTURE` to this package; nothing else
+changes. From outside the package, call :func:`..architectures.register`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from .text import is_t5
 
 @dataclass(frozen=True)
 class Architecture:
-    """``title`` is for people; every other field has a default, for what is unknown.
+    """``title`` is the display name; every other field has a default that means unknown.
 
-    ``fits_sites(shapes)`` looks at the sites of a loaded model, name → shape of the weight;
-    ``fits_file(shapes, metadata)`` at the tensors of a LoRA file; those that were registered last
-    are asked first. ``components`` are its models at the released size; a pipeline's denoiser is of
-    the class that is named there. ``denoiser`` is the component that denoises.
-    ``original_names(shapes)`` are the names of the original code for the denoiser's modules,
-    without prefix; ``native`` tells whether sd-scripts uses them in its files (else diffusers').
-    ``further_names`` are names that some tool has beside those.
-    ``text_prefixes`` are the kohya prefixes of the components ``text_encoder``, ``text_encoder_2``,
-    ``text_encoder_3``; ``clips`` are ComfyUI's names of the CLIP encoders in that order.
-    ``version``, ``modelspec`` and ``network`` go into a file's ``ss_base_model_version``,
-    ``modelspec.architecture`` (before ``/lora``) and ``ss_network_module``; empty ones stay out.
-    ``one_alpha`` are components of which diffusers reads one alpha only in kohya layout;
-    ``reads_kohya(site)`` tells whether it reads the site's change in that layout at all.
-    ``wirings`` say where the denoiser adds to its residual stream. ``pipeline`` is the name of
-    diffusers' class for what its single-file detection calls ``single_files``.
+    ``fits_sites(shapes)`` checks a loaded model's sites, name → weight shape; ``fits_file(shapes,
+    metadata)`` checks a LoRA file's tensors. The most recently registered architecture is tried
+    first. ``components`` are its models at the released size; they name the class of a pipeline's
+    denoiser. ``denoiser`` is the denoising component. ``original_names(shapes)`` are the original
+    code's names for the denoiser's modules, without prefix; ``native`` says whether sd-scripts uses
+    them in its files (otherwise diffusers'). ``further_names`` are additional names from some
+    tools. ``text_prefixes`` are the kohya prefixes of the components ``text_encoder``,
+    ``text_encoder_2``, ``text_encoder_3``; ``clips`` are ComfyUI's names of the CLIP encoders in
+    that order. ``version``, ``modelspec`` and ``network`` are written to a file's
+    ``ss_base_model_version``, ``modelspec.architecture`` (before ``/lora``) and
+    ``ss_network_module``, unless empty. ``one_alpha`` are components for which diffusers reads only
+    one alpha in kohya layout; ``reads_kohya(site)`` says whether it reads the site's change in that
+    layout at all. ``wirings`` describe where the denoiser adds to its residual stream. ``pipeline``
+    is the diffusers class for the ``single_files`` types of its single-file detection.
     """
 
     name: str
@@ -56,17 +55,17 @@ class Architecture:
     single_files: tuple[str, ...] = ()
 
     def diffusers_reads(self, site: str, layout: str) -> bool:
-        """True if diffusers (0.42) reads a site's change in a file of ours. It never reads T5's."""
+        """True if diffusers (0.42) reads a site's change in a written file. It never reads T5's."""
         return not is_t5(site) and (layout != "kohya" or self.reads_kohya(site))
 
 
 def said_base(metadata: Mapping[str, str]) -> str:
-    """The base model that a file's metadata name."""
+    """The base model named in a file's metadata."""
     return metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
 
 
 def key_width(shapes: Shapes, part: str) -> int | None:
-    """Number of inputs of the first key projection in a file whose name has ``part``."""
+    """Number of inputs of the first key projection in a file whose name contains ``part``."""
     for key, shape in shapes.items():
         down = any(mark in key for mark in ("lora_A", "lora_down", ".down."))
         if part in key and "to_k" in key and down and len(shape) > 1:

@@ -1,4 +1,4 @@
-"""The sites behind a name in a LoRA file: rows of one site, or of several that are fused there."""
+"""Maps a name in a LoRA file to rows of one site, or of several sites fused there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Site, or key of a tensor → shape."""
+"""Site or tensor key → shape."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``rows``, (start, stop) each, of a file's tensor are in this order the rows of ``site`` from
-    ``start`` on."""
+    """The ``rows`` of a file's tensor, (start, stop) each and in this order, are the rows of
+    ``site`` starting at ``start``."""
 
     site: str
     rows: tuple[tuple[int, int], ...]
@@ -27,11 +27,11 @@ class Piece:
         return sum(stop - start for start, stop in self.rows)
 
     def of_file(self, matrix: Tensor) -> Tensor:
-        """The rows that the piece is of a file's ``matrix``, in the site's order."""
+        """The piece's rows of a file's ``matrix``, in the site's order."""
         return torch.cat([matrix[start:stop] for start, stop in self.rows])
 
     def place(self, matrix: Tensor, into: Tensor) -> None:
-        """Write the piece's rows of the site's ``matrix`` to their places in a file's tensor."""
+        """Write the piece's rows of the site's ``matrix`` to their positions in a file's tensor."""
         at = self.start
         for start, stop in self.rows:
             into[start:stop] = matrix[at : at + stop - start]
@@ -43,12 +43,12 @@ Alias = tuple[Piece, ...]
 
 
 def whole(site: str, shapes: Shapes) -> Alias:
-    """The alias of a module that is one site."""
+    """The alias for a module that is one site."""
     return fused([site], shapes)
 
 
 def fused(sites: Sequence[str], shapes: Shapes) -> Alias:
-    """The alias of a module that has the rows of ``sites`` one after the other."""
+    """The alias for a module with the rows of ``sites`` concatenated."""
     pieces: list[Piece] = []
     start = 0
     for site in sites:
@@ -59,13 +59,13 @@ def fused(sites: Sequence[str], shapes: Shapes) -> Alias:
 
 
 def swapped(site: str, shapes: Shapes) -> Alias:
-    """The alias of a module whose two halves of rows (shift and scale) trade places."""
+    """The alias for a module whose two halves of rows (shift and scale) are swapped."""
     rows = shapes[site][0]
     return (Piece(site, ((rows // 2, rows), (0, rows // 2))),)
 
 
 def permuted(site: str, order: Sequence[int], start: int = 0) -> Alias:
-    """The alias of a module whose row ``order[i]`` is row ``start + i`` of ``site``."""
+    """The alias for a module whose row ``order[i]`` is row ``start + i`` of ``site``."""
     runs: list[tuple[int, int]] = []
     for row in order:
         if runs and runs[-1][1] == row:

@@ -38,7 +38,7 @@ def _original_names(shapes: Shapes) -> dict[str, Alias]:
     aliases = mmdit.aliases(_TOP, {"transformer_blocks": ("joint_blocks", _JOINT)}, shapes)
     for name, alias in list(aliases.items()):
         site = alias[0].site
-        # The last block gives no text, so its norm has shift and scale only, which are swapped.
+        # The last block outputs no text, so its norm has only shift and scale, which are swapped.
         if site.endswith(".norm1_context.linear") and shapes[site][0] == 2 * shapes[site][1]:
             aliases[name] = swapped(site, shapes)
     return aliases

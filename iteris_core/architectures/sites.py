@@ -1,8 +1,8 @@
-"""The sites of a model: their names, the shapes of their weights, and which add to a stream.
+"""A model's sites: their names, weight shapes, and which of them add to a residual stream.
 
-A layer is known by the names of its parts, which say how it is wired; layers that no entry fits
-(norms after a branch, parallel branches, gates, factors) have no streams: merges there do not
-repair.
+A layer is recognised by the names of its parts, which determine its wiring. Layers that match no
+entry (norms after a branch, parallel branches, gates, factors) have no streams, and merges there do
+not repair.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..errors import BaseError
 
 _SCALES = ("residual_multiplier", "residual_scale")
-"""Names of a layer's factor on what it adds to the stream (Granite, MiniCPM)"""
+"""Names of a layer's factor on its additions to the stream (Granite, MiniCPM)."""
 
 
 def weight_shape(module: Any) -> tuple[int, ...]:
-    """(out, in) or (out, in / groups, kh, kw) of the weight, also where it is stored transposed
-    (Conv1D of transformers) or packed (quantised)."""
+    """(out, in) or (out, in / groups, kh, kw) of the weight, even if it is stored transposed
+    (transformers' Conv1D) or packed (quantised)."""
     if isinstance(module, nn.Conv2d):
         kernel = (module.kernel_size[0], module.kernel_size[1])
         return (module.out_channels, module.in_channels // module.groups, *kernel)
@@ -34,9 +34,9 @@ def weight_shape(module: Any) -> tuple[int, ...]:
 
 
 def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:
-    """The weight of ``module``, (out, in) or (out, in / groups, kh, kw), float32, on the CPU, also
-    where accelerate's hooks keep it elsewhere. Raises :class:`BaseError` for one that is quantised
-    or holds no values, naming its ``reader``."""
+    """The weight of ``module``, (out, in) or (out, in / groups, kh, kw), float32, on the CPU, even
+    if accelerate's hooks keep it elsewhere. Raises :class:`BaseError`, naming its ``reader``, if it
+    is quantised or has no values."""
     with _in_memory(module):
         weight = module.weight
         plain = isinstance(weight, Tensor) and weight.is_floating_point()
@@ -44,19 +44,19 @@ def plain_weight(site: str, module: Any, reader: str = "This") -> Tensor:
             weight = weight.mT
         if not plain or tuple(weight.shape) != weight_shape(module):
             raise BaseError(
-                f"{reader} needs the base's weight of {site}, but that is quantised; load the base "
+                f"{reader} needs the base's weight of {site}, but it is quantised; load the base "
                 "unquantised."
             )
         if weight.is_meta:
             raise BaseError(
-                f"{reader} needs the base's weight of {site}, but that is on the device 'meta' and "
-                "holds no values; load the base without offload."
+                f"{reader} needs the base's weight of {site}, but it is on the device 'meta' and "
+                "has no values; load the base without offload."
             )
         return weight.detach().to("cpu", torch.float32)
 
 
 def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
-    """While it is entered, a weight that accelerate took off the device is on the CPU."""
+    """Context in which a weight that accelerate offloaded is on the CPU."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -65,20 +65,20 @@ def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def plain_parameter(name: str, module: nn.Module) -> Tensor:
-    """The parameter ``name`` of ``module``, float32, on the CPU, also where accelerate's hooks keep
-    it elsewhere. Raises :class:`BaseError` for one that holds no values."""
+    """The parameter ``name`` of ``module``, float32, on the CPU, even if accelerate's hooks keep it
+    elsewhere. Raises :class:`BaseError` if it has no values."""
     with _in_memory(module):
         value: Tensor = getattr(module, name.rpartition(".")[2])
         if value.is_meta:
             raise BaseError(
-                f"An extraction needs the base's {name}, but that is on the device 'meta' and "
-                "holds no values; load the base without offload."
+                f"An extraction needs the base's {name}, but it is on the device 'meta' and has no "
+                "values; load the base without offload."
             )
         return value.detach().to("cpu", torch.float32)
 
 
 def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and Conv2d modules of a component under the names that LoRA files use for them."""
+    """Linear and Conv2d modules of a component, by their names in LoRA files."""
     return {
         name: module
         for name, module in _named_modules(component, model)
@@ -87,7 +87,7 @@ def named_sites(component: str, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def other_parameters(component: str, model: nn.Module) -> dict[str, nn.Module]:
-    """The module of every parameter beside the weights of the sites, by the parameter's name."""
+    """The module of every parameter that is not a site's weight, by parameter name."""
     return {
         f"{name}.{leaf}": module
         for name, module in _named_modules(component, model)
@@ -99,7 +99,7 @@ def other_parameters(component: str, model: nn.Module) -> dict[str, nn.Module]:
 
 def _named_modules(component: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        # transformers 5 took ``text_model.`` out of the names; files have it.
+        # transformers 5 dropped ``text_model.`` from the names; files have it.
         if component.startswith("text_encoder") and name.startswith(
             ("encoder.layers.", "embeddings.", "final_layer_norm")
         ):
@@ -109,15 +109,15 @@ def _named_modules(component: str, model: nn.Module) -> Iterator[tuple[str, nn.M
 
 @dataclass(frozen=True)
 class Component:
-    """A model at the released size: its ``library``, diffusers or transformers, the ``name`` of its
-    class there and ``sizes``, arguments of the class or of its configuration."""
+    """A model at the released size: its ``library`` (diffusers or transformers), the ``name`` of
+    its class there, and ``sizes``, arguments of the class or of its configuration."""
 
     library: str
     name: str
     sizes: Mapping[str, Any]
 
     def make(self) -> nn.Module:
-        """A new one; to be called under torch's meta device."""
+        """A new instance; call it under torch's meta device."""
         kind: Any = getattr(importlib.import_module(self.library), self.name)
         if self.library == "transformers":
             return kind(kind.config_class(**self.sizes))
@@ -126,12 +126,13 @@ class Component:
 
 @dataclass(frozen=True)
 class Wiring:
-    """``added`` maps a site to the module that reads the stream as the site's output will find it.
+    """``added`` maps a site to the module whose input is the stream to which the site's output is
+    added.
 
-    The layer's children (dropouts aside) are those that ``added`` names; some of ``extra`` may be
-    there too, or be missing. ``requires`` and ``forbids`` are modules by which layers of equal
-    names are told apart; ``layer`` is the name of the layer's class, where only that does. Layers
-    that gate or modulate what they add (adaptive norms) are of no wiring.
+    The layer's children (except dropouts) are those that ``added`` names, and optionally those in
+    ``extra``. ``requires`` and ``forbids`` are modules that distinguish layers with equal names;
+    ``layer`` is the layer's class name, if only that distinguishes them. Layers that gate or
+    modulate what they add (adaptive norms) match no wiring.
     """
 
     added: Mapping[str, str]
@@ -141,7 +142,7 @@ class Wiring:
     layer: str = ""
 
     def fits(self, layer: nn.Module, inner: Set[str]) -> bool:
-        """True if ``layer``, whose modules are called ``inner``, is wired so."""
+        """True if ``layer``, with modules named ``inner``, has this wiring."""
         names = {n for n, child in layer.named_children() if not isinstance(child, nn.Dropout)}
         parts = {path.partition(".")[0] for pair in self.added.items() for path in pair}
         return (
@@ -157,7 +158,7 @@ class Wiring:
 def residual_streams(
     model: nn.Module, sites: Mapping[str, nn.Module], wirings: Iterable[Wiring]
 ) -> dict[str, nn.Module]:
-    """Site of ``sites`` → the module whose input is its residual stream, in the model's order."""
+    """Site in ``sites`` → the module whose input is its residual stream, in the model's order."""
     names = {module: site for site, module in sites.items()}
     wirings = tuple(wirings)
     streams: dict[str, nn.Module] = {}
@@ -174,7 +175,7 @@ def residual_streams(
 
 
 def in_changed_parts(streams: Mapping[str, nn.Module], changed: Set[str]) -> dict[str, nn.Module]:
-    """``streams`` of those parts of the model (its children: encoder, decoder, vision model, …) in
-    which some site of ``changed`` lies."""
+    """The ``streams`` in those parts of the model (its children: encoder, decoder, vision model, …)
+    that contain a ``changed`` site."""
     parts = {tuple(site.split(".")[:2]) for site in changed}
     return {site: stream for site, stream in streams.items() if (*site.split("."),)[:2] in parts}

@@ -25,7 +25,7 @@ WIRINGS = (
         }
     ),
     # BERT, RoBERTa, BLIP's text model. The sum is normalised after the branch, so the branch reads
-    # the stream as it is.
+    # the stream directly.
     Wiring(
         {
             "attention.output.dense": "attention.self.query",
@@ -37,11 +37,11 @@ WIRINGS = (
         forbids=("attention.LayerNorm", "LayerNorm"),
     ),
 )
-"""The places where layers of transformers' models add to their stream. ComfyUI uses their names."""
+"""Where layers of transformers models add to their stream. ComfyUI uses the same names."""
 
 
 CONNECTORS = ("text_conditioner", "connectors")
-"""Components that some pipelines have between their text encoder and their denoiser."""
+"""Components between text encoder and denoiser in some pipelines."""
 
 
 def text_component(site: str) -> int | None:
@@ -54,7 +54,7 @@ def text_component(site: str) -> int | None:
 
 
 def is_t5(site: str) -> bool:
-    """True if a site is one of T5."""
+    """True if a site belongs to T5."""
     return text_component(site) is not None and site.partition(".")[2].startswith(
         ("encoder.block.", "shared")
     )

@@ -13,7 +13,7 @@ from .sites import Component, Wiring
 from .text import clip
 
 WIRINGS = (
-    # diffusers' and ComfyUI's UNets name these modules alike.
+    # diffusers' and ComfyUI's UNets use the same names for these modules.
     Wiring(
         {"attn1.to_out.0": "norm1", "attn2.to_out.0": "norm2", "ff.net.2": "norm3"},
         extra=frozenset({"norm2", "attn2", "norm_in", "ff_in", "pos_embed", "fuser"}),
@@ -45,7 +45,7 @@ _PATH = re.compile(
 
 
 def aliases(shapes: Shapes) -> dict[str, Alias]:
-    """The original code's names of a whole UNet's modules, each one site; modules without one are
+    """The original code's names of a whole UNet's modules, one site each; modules without one are
     left out.
 
     The numbering follows from the sites: ``layers`` resnets per down block, one more per up block.
@@ -81,8 +81,8 @@ def _block_name(match: re.Match[str], layers: int, attentive: bool) -> str | Non
 
 
 def kind_of_sites(shapes: Shapes) -> str | None:
-    """Name of the architecture that sites of a UNet are of: SDXL alone has a second text encoder,
-    or added sizes, and SD 2.x reads text embeddings 1024 wide."""
+    """The architecture name for a UNet's sites: only SDXL has a second text encoder or added sizes,
+    and SD 2.x reads text embeddings of width 1024."""
     if not any(site.startswith("unet.") for site in shapes):
         return None
     if any(site.startswith(("unet.add_embedding.", "text_encoder_2.")) for site in shapes):
@@ -92,7 +92,7 @@ def kind_of_sites(shapes: Shapes) -> str | None:
 
 
 def kind_of_file(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
-    """Name of the architecture that a file of a UNet is for."""
+    """The architecture name for a UNet file."""
     keys, width = " ".join(shapes), key_width(shapes, "attn2")
 
     def has(*marks: str) -> bool:
@@ -122,7 +122,7 @@ def stable_diffusion(
     **fields: Any,
 ) -> Architecture:
     """SD 1.x, 2.x or XL: ``sizes`` are arguments of the released UNet, ``encoders`` those of
-    :func:`.text.clip` for each CLIP encoder, ``fields`` further ones of the record."""
+    :func:`.text.clip` for each CLIP encoder, ``fields`` additional fields of the record."""
     ends = ["", "_2"][: len(encoders)]
     texts = {f"text_encoder{end}": clip(*of) for end, of in zip(ends, encoders, strict=True)}
     model = Component("diffusers", "UNet2DConditionModel", sizes)

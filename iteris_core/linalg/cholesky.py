@@ -1,11 +1,11 @@
-"""Cholesky factors of positive semidefinite matrices that are sums, in as few digits as will do.
+"""Cholesky factors of positive semidefinite matrices that are sums, in the lowest sufficient
+precision.
 
-The matrix is given by a function that adds it to zeros, so that no second copy of it is kept: the
-factorisation is made in place. Single precision is enough where the factor solves with at least
-one right digit in every direction, which one step of refinement on a probe tells; else, and where
-it fails, double precision; and where the matrix is singular in that too, with the smallest multiple
-of the identity on top that lets a factorisation through. Where nothing is singular an equivalent is
-``torch.linalg.cholesky``.
+A function adds the matrix to zeros, so no second copy exists: the factorisation is in place. Single
+precision suffices if the factor solves with at least one correct digit in every direction; one
+refinement step on a probe checks this. Otherwise, or if it fails, double precision is used. If the
+matrix is singular even then, the smallest multiple of the identity that allows a factorisation is
+added. For nonsingular matrices this equals ``torch.linalg.cholesky``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import SolveError
 
-_ERROR = 0.1  # of a probe's solution; more is too few digits for single precision
+_ERROR = 0.1  # relative change of a probe's solution; above it single precision is not enough
 _NOT_FINITE = "the normal equations are not finite; lower the concepts' weights."
 CANNOT = "the normal equations cannot be factorised; raise `ridge`."
 
@@ -47,12 +47,12 @@ def factorise(
     device: torch.device,
     step: float,
 ) -> Cholesky | None:
-    """The factor of M, which ``add(zeros)`` adds to an (n, n) matrix; None where M is zero.
+    """The factor of M; ``add(zeros)`` adds M to an (n, n) matrix. None if M is zero.
 
     ``times(v)`` is M v in float64 for a probe v, (n,). ``dtype`` is float32 or float64; the factor
-    has it, or float64 where float32 has not digits enough. ``step`` is the first multiple of I that
-    is tried, relative to the mean of M's diagonal. Raises :class:`SolveError` where M has no factor
-    even so.
+    has that dtype, or float64 if float32 is not precise enough. ``step`` is the first multiple of I
+    to try, relative to the mean of M's diagonal. Raises :class:`SolveError` if M still has no
+    factor.
     """
     matrix = torch.zeros(size, size, dtype=dtype, device=device)
     add(matrix)
@@ -77,9 +77,9 @@ def factorise(
 
 
 def _has_digits(lower: Tensor, times: Callable[[Tensor], Tensor]) -> bool:
-    """True if M x = v, solved with the factor for a probe v of signs, has a digit that is right.
+    """True if M x = v, solved with the factor for a probe v of signs, has a correct digit.
 
-    The probe has a part in every direction, so that its solution lies in those of the smallest
+    The probe has a component in every direction, so its solution is dominated by the smallest
     eigenvalues, where digits are lost first.
     """
     generator = torch.Generator(device=lower.device).manual_seed(0)

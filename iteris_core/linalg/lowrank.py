@@ -1,9 +1,9 @@
-"""Changes of lower rank: of factors, of whole matrices, and of the answers to normal equations.
+"""Rank reduction of factors, of full matrices, and of solutions to normal equations.
 
-Precondition: finite matrices. Everything is float64 but for two things: :func:`cut_matrix` looks
-for the leading directions in the precision that it is given, since their errors count only squared
-in the energy that is kept, and a matrix or metric that comes in float32 is divided in float32.
-Without a metric an equivalent of each is ``torch.linalg.svd``, at ten times the time.
+Precondition: finite matrices. Everything is float64, with two exceptions. :func:`cut_matrix`
+searches for the leading directions in the input's precision, because their errors enter the kept
+energy only squared. A float32 matrix or metric is divided in float32. Without a metric, each is
+equivalent to ``torch.linalg.svd``, which takes ten times as long.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from ..lora import LowRank, Rank, SiteChanges, rank_for
 from .precision import full_precision
 
-_SMALL = 256  # up to here all directions are cheaper than a search for the leading ones
+_SMALL = 256  # up to here, all directions are cheaper than a search for the leading ones
 
 
 def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tuple[LowRank, float]:
-    """The best change of at most ``rank``, and the share of energy that was cut off.
+    """The best change of rank at most ``rank``, and the share of energy lost.
 
     A ``rank`` between 0 and 1 is the share of energy to keep, in the same norm.
 
-    Best is in ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
-    inputs' second moment M = L Lᵀ, so that the outputs on those inputs change least; without it L
-    is the identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The
-    result has the input's dtype.
+    It minimises ‖(ΔW − ΔW_k) L‖_F, where ``metric`` is L, (in, in), a lower Cholesky factor of the
+    inputs' second moment M = L Lᵀ, so the outputs on those inputs change least; without it L is the
+    identity (plain SVD). Works on factors: two QR and one SVD of rank × rank, float64. The result
+    has the input's dtype.
     """
     up, down = change.up.double(), change.down.double()
     if metric is not None:
@@ -41,13 +41,14 @@ def cut_factors(change: LowRank, rank: Rank, metric: Tensor | None = None) -> tu
 
 
 def cut_to(change: LowRank, rank: Rank | None) -> tuple[LowRank, float]:
-    """:func:`cut_factors`, but of ``rank`` None, or one that it has, the ``change`` as it is."""
+    """Like :func:`cut_factors`, but returns ``change`` itself if ``rank`` is None or not
+    smaller."""
     return (change, 0.0) if rank is None or rank >= change.rank else cut_factors(change, rank)
 
 
 def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[LowRank, float]:
-    """``dense``, (out, in), which is of full rank in general, at ``rank`` by SVD (None: Σ r_i of
-    the ``changes`` that it was made of), and the share of energy that is lost."""
+    """``dense``, (out, in), usually of full rank, cut to ``rank`` by SVD (None: Σ r_i of the
+    ``changes`` from which it was made), and the share of energy lost."""
     limit = rank if isinstance(rank, int) else changes.rank
     change, lost = cut_matrix(dense, min(limit, *dense.shape), like=changes.like)
     if isinstance(rank, float):
@@ -57,9 +58,8 @@ def cut_dense(changes: SiteChanges, dense: Tensor, rank: Rank | None) -> tuple[L
 
 
 def at_rank(change: LowRank, rank: int, *, ordered: bool) -> LowRank:
-    """``change`` at no more than ``rank``. ``ordered`` says that its components stand in the order
-    of their output energy, as ``iteris`` leaves them: then the first ones are the best of their
-    number. Else it is cut by an SVD."""
+    """``change`` at rank at most ``rank``. ``ordered`` says that its components are sorted by
+    output energy, as from ``iteris``, so the first ones are the best. Otherwise an SVD cuts it."""
     if change.rank <= rank:
         return change
     if ordered:
@@ -71,8 +71,7 @@ def extract(
     dense: Tensor, energy: float, kernel: tuple[int, int] | None = None
 ) -> tuple[LowRank, float]:
     """Float32 factors of ``dense``, (out, in), that keep the share ``energy`` of ‖ΔW‖²_F, and the
-    share that was lost. An ``energy`` of 1 leaves out what is below 1e-12 of the largest singular
-    value, and nothing else."""
+    share lost. An ``energy`` of 1 drops only singular values below 1e-12 of the largest."""
     u, s, vt = _gram_svd(dense.double())
     keep = rank_for(s**2, energy) if energy < 1 else int((s > s[0] * 1e-12).sum())
     change = _change(u, s, vt, keep, None, kernel).to(torch.float32)
@@ -91,12 +90,11 @@ def cut_matrix(
 ) -> tuple[LowRank, float]:
     """:func:`cut_factors` for a change that is not given by factors, as K = ΔW L Lᵀ, (out, in).
 
-    With L from a Cholesky factorisation of M this solves ΔW M = K and cuts ΔW at once; without a
-    ``metric`` K is ΔW. ``like`` gives dtype and kernel of the result; ``elsewhere`` is energy that
-    K does not hold, and that counts as lost. Small matrices, and ranks of more than a third of the
-    shorter side, by the eigenvectors of that side's Gram matrix (singular values below 1e-8 of the
-    largest are not told apart, and do not count); others by :func:`_leading_directions` in
-    ``search``.
+    With L from a Cholesky factorisation of M, this solves ΔW M = K and cuts ΔW in one step; without
+    a ``metric``, K is ΔW. ``like`` gives dtype and kernel of the result; ``elsewhere`` is energy
+    outside K, which counts as lost. Small matrices, and ranks above a third of the shorter side,
+    use the eigenvectors of that side's Gram matrix (singular values below 1e-8 of the largest
+    cannot be resolved, and do not count); others use :func:`_leading_directions` in ``search``.
     """
     out, width = matrix.shape
     if rank < 1 or not searches(out, width, int(rank)):
@@ -109,7 +107,7 @@ def cut_matrix(
             q = _leading_directions(weighted, int(rank))
             total = float(torch.linalg.vector_norm(weighted)) ** 2
         del weighted
-        # Of the directions found everything is exact again.
+        # From here on, everything is exact for the directions found.
         q = torch.linalg.qr(q.to(matrix)).Q
         u, s, vt = _gram_svd(_over(q.mT @ matrix, metric).double())
         u = q.double() @ u
@@ -119,14 +117,14 @@ def cut_matrix(
 
 
 def searches(out: int, width: int, rank: int) -> bool:
-    """True if :func:`cut_matrix` searches for the leading directions, or takes all."""
+    """True if :func:`cut_matrix` searches for the leading directions instead of using all."""
     shorter = min(out, width)
     return shorter > _SMALL and rank * 3 < shorter
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of a positive semidefinite float64 matrix as columns, at least ``rank`` of them,
-    and their eigenvalues, descending: all of a small one, else those that a search finds."""
+    """At least ``rank`` eigenvectors of a positive semidefinite float64 matrix, as columns, and
+    their eigenvalues, descending: all for a small matrix, otherwise those that a search finds."""
     basis = None
     if searches(len(gram), len(gram), rank):
         basis = _leading_directions(gram, rank, symmetric=True)
@@ -138,7 +136,7 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _leading_directions(matrix: Tensor, rank: int, *, symmetric: bool = False) -> Tensor:
     """An orthonormal basis, (out, a quarter more than ``rank``), of the column space's directions
-    of most energy: a randomised range finder with power iterations from a fixed seed (Halko,
+    with most energy: a randomised range finder with power iterations from a fixed seed (Halko,
     Martinsson and Tropp 2011, algorithm 4.4), four with A Aᵀ or five with a ``symmetric`` A."""
     width = min(rank + max(10, rank // 4), *matrix.shape)
     generator = torch.Generator(device=matrix.device).manual_seed(0)
@@ -159,7 +157,7 @@ def _over(matrix: Tensor, metric: Tensor | None) -> Tensor:
 
 
 def _gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s, vᵀ by an eigendecomposition of the shorter side, ten times sooner than an SVD."""
+    """u, s, vᵀ from an eigendecomposition of the shorter side, ten times as fast as an SVD."""
     if matrix.shape[0] > matrix.shape[1]:
         v, s, ut = _gram_svd(matrix.mT)
         return ut.mT, s, v.mT
@@ -183,13 +181,13 @@ def _change(
     metric: Tensor | None,
     kernel: tuple[int, int] | None,
 ) -> LowRank:
-    """Factors of equal norm from an SVD of ΔW L, with L taken out again."""
+    """Factors of equal norm from an SVD of ΔW L, with L divided out."""
     root = s[:rank].sqrt()
     up = u[:, :rank] * root
     down = root[:, None] * vt[:rank]
     if metric is not None:
         down = torch.linalg.solve_triangular(metric, down.to(metric), upper=False, left=False)
-    # A weighted SVD leaves the two factors of unequal size; half-precision files want them alike.
+    # A weighted SVD leaves factors of unequal size; half-precision files need similar sizes.
     balance = math.sqrt(float(down.norm() / up.norm())) if float(up.norm()) > 0 else 1.0
     if not math.isfinite(balance) or balance == 0.0:
         balance = 1.0

@@ -1,4 +1,4 @@
-"""In which precision products are made, and how matrices are taken to another in pieces."""
+"""Precision of products, and piecewise conversion of matrices to another precision."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _EXACT = ("none", "ieee")
 
 @contextmanager
 def full_precision(device: torch.device) -> Generator[None]:
-    """float32 products that are float32: no TF32, no bfloat16 passes, no autocast.
+    """True float32 products: no TF32, no bfloat16 passes, no autocast.
 
-    PyTorch's setting is the process's: of several threads the first one in changes it, where it
-    allows less, and the last one out puts it back.
+    PyTorch's setting is process-wide: with several threads, the first to enter raises it if needed,
+    and the last to leave restores it.
     """
     _SETTING.enter()
     try:
@@ -30,8 +30,8 @@ def full_precision(device: torch.device) -> Generator[None]:
 
 
 class _Setting:
-    """PyTorch's precision of float32 products: one value, and from 2.9 on one of each backend,
-    which cannot be read as the one value while the two disagree."""
+    """PyTorch's precision of float32 products: one value, and from 2.9 on one per backend. The
+    single value cannot be read while they disagree."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class _Setting:
             backend.fp32_precision = "ieee"
         self._value = torch.get_float32_matmul_precision()
         if self._value != _HIGHEST:
-            self._backends = backends  # those of all backends follow the one value
+            self._backends = backends  # the backends' values follow the single value
             torch.set_float32_matmul_precision(_HIGHEST)
 
     def _put_back(self) -> None:
@@ -74,28 +74,28 @@ _SETTING = _Setting()
 
 
 def _backends() -> list[Any]:
-    """PyTorch's settings of products by backend; none before 2.9."""
+    """PyTorch's per-backend settings for products; empty before 2.9."""
     named: list[Any] = [torch.backends.cuda.matmul]
     named.append(getattr(torch.backends.mkldnn, "matmul", None))
     return [backend for backend in named if hasattr(backend, "fp32_precision")]
 
 
 def pieces(matrix: Tensor) -> list[slice]:
-    """Its rows in pieces of 2 MiB in float64 (more on a GPU), to be taken to float64 in turn."""
+    """A matrix's rows in pieces of 2 MiB in float64 (more on a GPU), for piecewise conversion."""
     entries = 1 << (18 if matrix.device.type == "cpu" else 24)
     step = max(1, entries // matrix.shape[1])
     return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def frobenius(matrix: Tensor) -> float:
-    """‖matrix‖_F, summed up in float64 where the device has that, piece by piece."""
+    """‖matrix‖_F, summed piecewise in float64 if the device supports it."""
     dtype = torch.float32 if matrix.device.type == "mps" else torch.float64
     norms = [torch.linalg.vector_norm(matrix[rows], dtype=dtype) for rows in pieces(matrix)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def energy(matrix: Tensor) -> Tensor:
-    """‖matrix‖²_F as a float64 scalar (float32 where the device has no float64), without a copy."""
+    """‖matrix‖²_F as a float64 scalar (float32 if the device lacks float64), without a copy."""
     return torch.linalg.vector_norm(matrix).to(energy_dtype(matrix.device)) ** 2
 
 
@@ -104,5 +104,5 @@ def energy_dtype(device: torch.device) -> torch.dtype:
 
 
 def solve_device(device: torch.device) -> torch.device:
-    """The device of factorisations: the CPU for devices without float64."""
+    """The device for factorisations: the CPU if the device lacks float64."""
     return torch.device("cpu") if device.type == "mps" else device

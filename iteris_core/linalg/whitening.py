@@ -1,9 +1,8 @@
 """The square root of a layer's input moments and its inverse, without an (in, in) matrix.
 
-A step of gradient descent on a change D of (rank, in) moves most where inputs are large, and hardly
-where they are small, however much the outputs depend on it. On P = D M^½, with M the moments of the
-inputs, every direction counts by what it does to the outputs: the natural gradient as far as inputs
-go.
+A gradient step on a change D, (rank, in), moves most where inputs are large and hardly where they
+are small, however much the outputs depend on it. For P = D M^½, with M the inputs' moments, every
+direction counts by its effect on the outputs: a natural gradient with respect to inputs.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from .precision import full_precision
 
 @dataclass(frozen=True)
 class Whitening:
-    """M = XᵀX / tr(XᵀX) · in + floor I of tokens X, (tokens, in), so that M's eigenvalues have a
-    mean of 1 + ``floor``.
+    """M = XᵀX / tr(XᵀX) · in + floor I for tokens X, (tokens, in); M's eigenvalues have mean 1 +
+    ``floor``.
 
-    ``directions`` are the eigenvectors of XᵀX that are not zero, (k, in), and ``roots`` the square
-    roots of M's eigenvalues there, (k,); in all others that root is √floor. float32.
+    ``directions`` are the eigenvectors of XᵀX with nonzero eigenvalues, (k, in), and ``roots`` the
+    square roots of M's eigenvalues there, (k,); elsewhere the root is √floor. float32.
     """
 
     directions: Tensor

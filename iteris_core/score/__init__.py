@@ -1,4 +1,4 @@
-"""Scores of pictures, and what shows them."""
+"""Scores of images, and their presentation."""
 
 from .scorers import ClipScorer, DinoScorer, ImageScorer, clip_score, without_tokens
 

@@ -1,4 +1,5 @@
-"""The paper's protocol (section 4.1, table 1): several methods, one composition, scored alike."""
+"""The paper's protocol (section 4.1, table 1): several methods on one composition, with the same
+scoring."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One composition. ``rows``: method → column → value; ``pictures``: method → in the order of
-    ``prompts`` × seeds, None where a LoRA alone is not drawn; ``concepts``: their names as they
-    stand in columns and rows; ``settings``: method → all of its settings; ``made`` is how features
-    were collected and pictures drawn."""
+    """One composition. ``rows``: method → column → value. ``pictures``: method → images in the
+    order of ``prompts`` × seeds, None for prompts that a LoRA alone does not draw. ``concepts``:
+    their names in columns and rows. ``settings``: method → all its settings. ``made`` describes the
+    calibration and drawing."""
 
     rows: Mapping[str, Mapping[str, Stat]]
     pictures: Mapping[str, Sequence[Image.Image | None]]
@@ -48,11 +49,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """``methods`` are merged, with ``settings`` by method over those of the ``preset``; ``base``
-    draws without a LoRA, ``alone`` with each of them by itself, a row for each, from which the
-    other rows have their ``share``. ``templates`` are as :func:`.judged.fill_prompts` takes them.
-    ``collapse_below`` adds the share of concepts and pictures whose image alignment is under
-    it (SCR)."""
+    """``methods`` to merge with, with ``settings`` by method over those of the ``preset``. ``base``
+    draws without a LoRA. ``alone`` draws with each LoRA by itself, one row per LoRA, relative to
+    which the other rows get their ``share``. ``templates`` are for :func:`.judged.fill_prompts`.
+    ``collapse_below`` adds the share of concepts and images whose image alignment is below it
+    (SCR)."""
 
     methods: Sequence[str]
     templates: Sequence[str] = PROMPT_LISTS["composition"]
@@ -79,12 +80,11 @@ def compare_methods(
 ) -> Comparison:
     """Merge ``concepts`` with every method of ``config``, draw the same prompts and score them.
 
-    ``references[i]`` are pictures of concept i. LoRAs that are always on have none: they are a
-    part of every merge, and of each LoRA alone. A LoRA alone draws only what its concept is judged
-    on, see :func:`judged_prompts`. Every merge goes through a file that the pipeline loads, as a
-    user's would, with the embeddings in force that came with the LoRAs. ``on_row`` is called
-    with the comparison so far whenever a row of it is finished; ``title`` is in front of what
-    ``on_progress`` reports.
+    ``references[i]`` are images of concept i. LoRAs that are always on have none: they are part of
+    every merge, and of each LoRA alone. A LoRA alone draws only the prompts on which its concept is
+    judged, see :func:`judged_prompts`. As for a user, every merge goes through a file that the
+    pipeline loads, with the LoRAs' embeddings active. ``on_row`` gets the comparison so far
+    whenever a row is finished; ``title`` prefixes the reports to ``on_progress``.
     """
     drawing = config.drawing
     always = [replace(one, always_on="include") for one in always_on(concepts)]
@@ -146,7 +146,7 @@ def compare_methods(
 
 @contextmanager
 def _loaded(pipeline: Any, result: MergeResult | None) -> Generator[None]:
-    """The pipeline with the merged LoRA, and without it afterwards."""
+    """Context in which the pipeline has the merged LoRA loaded."""
     if result is None:
         yield
         return
@@ -158,8 +158,7 @@ def _loaded(pipeline: Any, result: MergeResult | None) -> Generator[None]:
 
 
 def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[str, Sequence[int]]]:
-    """Name of a row → its method and which of the concepts it merges; a LoRA alone is the sum of
-    one."""
+    """Row name → its method and the concepts it merges; a LoRA alone is the sum of one."""
     rows: dict[str, tuple[str, Sequence[int]]] = {}
     for name in methods:
         if name == ALONE:
@@ -172,9 +171,9 @@ def rows_of(methods: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[st
 def compositions(
     concepts: Sequence[Concept], references: Sequence[_R], together: int | None
 ) -> list[tuple[Sequence[Concept], Sequence[_R]]]:
-    """Every ``together`` of the concepts with their references, as in the paper's table 1; None
-    takes all of them at once. LoRAs that are always on are in each. Raises :class:`IterisError`
-    where there are not so many."""
+    """Every combination of ``together`` concepts with their references, as in the paper's table 1;
+    None means all at once. Each includes the LoRAs that are always on. Raises :class:`IterisError`
+    if there are too few concepts."""
     always, concepts = always_on(concepts), always_on(concepts, "no")
     if together is not None and not 1 <= together <= len(concepts):
         raise ScoreError(f"{together} of {len(concepts)} concepts cannot be merged together.")

@@ -1,4 +1,4 @@
-"""Progress of a comparison of several methods, from that of each merge and drawing."""
+"""Progress of a comparison of several methods, derived from each merge and drawing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ BASE, ALONE, DRAWING = "base", "alone", "drawing"
 
 
 class CompareProgress:
-    """Progress of merges and drawings as that of the whole comparison, of rows and their methods:
-    the rows to come take as long as those before, or as the one that is at it."""
+    """Converts progress of merges and drawings into that of the whole comparison. Remaining rows
+    are expected to take as long as earlier ones, or as the current one."""
 
     def __init__(
         self, methods: Mapping[str, str], on_progress: OnProgress, title: str = ""

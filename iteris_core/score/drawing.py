@@ -1,4 +1,4 @@
-"""Pictures of a pipeline, one for each prompt and seed."""
+"""Images from a pipeline, one for each prompt and seed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from .compare_progress import DRAWING
 
 @dataclass(frozen=True)
 class Drawing(Settings):
-    """Settings of the pictures; the paper has 100 steps of DDPM at guidance 12.
+    """Settings for drawing; the paper uses 100 DDPM steps at guidance 12.
 
-    ``scheduler`` is a class of diffusers, by its name with or without "Scheduler" behind it; None
-    leaves the pipeline's own. ``size`` is (width, height) in pixels; None leaves it to the
-    pipeline.
+    ``scheduler`` names a diffusers class, with or without the suffix "Scheduler"; None keeps the
+    pipeline's own. ``size`` is (width, height) in pixels; None leaves it to the pipeline.
     """
 
     images_per_prompt: int = setting(4, "Seeds per prompt.", low=1)
-    steps: int = setting(25, "Denoising steps of the pictures.", low=1)
-    guidance: float = setting(7.5, "Guidance scale of the pictures.")
-    seed: int = setting(0, "Of the first picture of each prompt, and of the calibration.")
-    batch: int = setting(8, "Pictures that are drawn at once.", low=1)
+    steps: int = setting(25, "Denoising steps of the images.", low=1)
+    guidance: float = setting(7.5, "Guidance scale of the images.")
+    seed: int = setting(0, "Seed of each prompt's first image, and of the calibration.")
+    batch: int = setting(8, "Images per batch.", low=1)
     scheduler: str | None = None
     size: tuple[int, int] | None = None
 
@@ -42,7 +41,7 @@ def draw(
     drawing: Drawing,
     on_progress: OnProgress | None = None,
 ) -> list[Image.Image]:
-    """One picture for each (prompt, seed)."""
+    """Draw one image for each (prompt, seed)."""
     images: list[Image.Image] = []
     forecast = Forecast(on_progress)
     forecast.tick(DRAWING, 0, len(prompts))
@@ -52,9 +51,9 @@ def draw(
             chunk = prompts[start : start + drawing.batch]
             try:
                 images += _drawn(pipeline, chunk, drawing, size)
-            except ValueError as error:  # how pipelines refuse a size, a number of steps, …
+            except ValueError as error:  # pipelines raise these for a size, a number of steps, …
                 raise ScoreError(
-                    f"{type(pipeline).__name__} does not draw with these settings ({brief(error)})."
+                    f"{type(pipeline).__name__} cannot draw with these settings ({brief(error)})."
                 ) from error
             forecast.tick(DRAWING, len(images), len(prompts))
     return images
@@ -65,7 +64,7 @@ def _drawn(
 ) -> list[Image.Image]:
     generators = [torch.Generator().manual_seed(seed) for _, seed in chunk]
     call = {"num_inference_steps": drawing.steps, **size}
-    if is_modular(pipeline):  # some draw one picture alone
+    if is_modular(pipeline):  # some draw only one image
         return [
             pipeline(prompt=prompt, generator=generator, output="images", **call)[0]
             for (prompt, _), generator in zip(chunk, generators, strict=True)
@@ -75,8 +74,8 @@ def _drawn(
 
 
 def find_scheduler(name: str) -> Any:
-    """The class of diffusers, which ``name`` may give without its ending. Raises
-    :class:`IterisError` for what is none."""
+    """The diffusers class ``name``, with or without its suffix. Raises :class:`IterisError` if
+    there is none."""
     import diffusers
 
     whole = name if name.endswith("Scheduler") else f"{name}Scheduler"
@@ -90,8 +89,7 @@ def find_scheduler(name: str) -> Any:
 
 @contextmanager
 def _settled(pipeline: Any, drawing: Drawing) -> Generator[None]:
-    """The pipeline with another scheduler, and its guider at the scale of the pictures, for as long
-    as that takes."""
+    """Context in which the pipeline has another scheduler, and its guider the scale for drawing."""
     before = {n: getattr(pipeline, n) for n in ("scheduler", "guider") if hasattr(pipeline, n)}
     if drawing.scheduler is not None:
         kind = find_scheduler(drawing.scheduler)

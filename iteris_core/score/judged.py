@@ -1,4 +1,4 @@
-"""Prompts of a comparison, and on which of them each concept is judged."""
+"""Prompts of a comparison, and which of them judge each concept."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..errors import ScoreError
 PROMPT_LISTS: Mapping[str, tuple[str, ...]] = {
     name: prompt_list(name) for name in ("composition", "objects", "animals")
 }
-"""Our own, in the manner of the lists of DreamBooth (contexts, outfits, properties) and of
-CustomConcept101 (compositions), whose own list is for research only."""
+"""Our own lists, in the style of DreamBooth's (contexts, outfits, properties) and
+CustomConcept101's (compositions), whose list is for research only."""
 
 
 def each_expanded(templates: Sequence[str], count: int) -> list[str]:
-    """A template with ``{each}`` becomes one for each of ``count`` concepts, with ``{1}``, ``{2}``
-    and so on in its place."""
+    """A template with ``{each}`` becomes one template for each of ``count`` concepts, with ``{1}``,
+    ``{2}`` and so on in place of ``{each}``."""
     expanded: list[str] = []
     for template in templates:
         numbers = range(1, count + 1) if "{each}" in template else [0]
@@ -31,8 +31,7 @@ def fill_prompts(
     say: Callable[[int, str], str] = lambda _, subject: subject,
 ) -> list[str]:
     """``{1}``, ``{2}`` … stand for the concepts, ``{all}`` for "sks1 cat and sks2 dog", ``{each}``
-    for one prompt a concept; each concept's words are what ``say(concept, words)`` makes of
-    them."""
+    makes one prompt per concept; ``say(concept, words)`` formats each concept's words."""
     subjects = [say(index, concept.subject) for index, concept in enumerate(concepts)]
     prompts: list[str] = []
     for template in each_expanded(templates, len(concepts)):
@@ -41,7 +40,7 @@ def fill_prompts(
             prompt = prompt.replace(f"{{{index}}}", subject)
         if "{" in prompt:
             raise ScoreError(
-                f"Prompt {template!r} has a placeholder that is not {{all}}, {{each}} or {{1}} to "
+                f"Prompt {template!r} has a placeholder other than {{all}}, {{each}} or {{1}} to "
                 f"{{{len(subjects)}}}."
             )
         prompts.append(prompt)
@@ -51,11 +50,11 @@ def fill_prompts(
 
 
 def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> list[list[int]]:
-    """For each concept the prompts (indices of :func:`fill_prompts`) on which its likeness is
-    measured: those that name it and no other concept, or, without such, all that name it.
+    """For each concept, the prompts (indices into :func:`fill_prompts`) on which its likeness is
+    measured: those that name it and no other concept or, if there are none, all that name it.
 
-    A picture of two concepts resembles the references of neither, however well it shows both.
-    Raises :class:`IterisError` for a concept that no prompt names.
+    An image of two concepts resembles the references of neither, however well it shows both. Raises
+    :class:`IterisError` for a concept that no prompt names.
     """
     named = [_named(text, concepts) for text in each_expanded(templates, len(concepts))]
     judged: list[list[int]] = []
@@ -63,7 +62,7 @@ def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> lis
         naming = [number for number, indices in enumerate(named) if index in indices]
         if not naming:
             raise ScoreError(
-                f"No prompt names concept {index + 1} ({concept.subject!r}), so that its likeness "
+                f"No prompt names concept {index + 1} ({concept.subject!r}), so its likeness "
                 f"cannot be measured; add one with {{{index + 1}}}, {{each}} or {{all}}."
             )
         judged.append([number for number in naming if len(named[number]) == 1] or naming)
@@ -71,7 +70,7 @@ def judged_prompts(templates: Sequence[str], concepts: Sequence[Concept]) -> lis
 
 
 def _named(template: str, concepts: Sequence[Concept]) -> set[int]:
-    """The concepts that a template names, by placeholder or by its own words."""
+    """The concepts that a template names, by placeholder or by their own words."""
     return {
         index
         for index, concept in enumerate(concepts)
@@ -82,7 +81,7 @@ def _named(template: str, concepts: Sequence[Concept]) -> set[int]:
 
 
 def labels_of(concepts: Sequence[Concept]) -> list[str]:
-    """The concepts' names, for columns and rows; a number behind those that several have."""
+    """The concepts' names for columns and rows; duplicates get a number."""
     names = [concept.name for concept in concepts]
     return [
         f"{name} ({index})" if names.count(name) > 1 else name

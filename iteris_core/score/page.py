@@ -1,4 +1,4 @@
-"""Score tables and pictures as one self-contained HTML page, for phones and screen readers too."""
+"""Score tables and images as one self-contained HTML page, also for phones and screen readers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .statistics import Stat
 _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
 _PARTS: Any = _TEMPLATES.get_template("parts.html").module
 _SIDE = 320
-"""Pixels a side of a picture in the page, at most: twice the widest cell."""
+"""Largest side in pixels of an image on the page: twice the widest cell."""
 
 
 def html_table(
@@ -28,10 +28,10 @@ def html_table(
     apart: Collection[str] = (),
     low: Collection[str] = (),
 ) -> str:
-    """A sortable table of three-digit figures, standard errors behind ±.
+    """A sortable table of three-digit figures, with standard errors after ±.
 
-    Row ``highlighted`` is set off. The best of each column is marked, the least of those in
-    ``low``; rows ``apart``, such as without any LoRA, are not in the running.
+    Row ``highlighted`` stands out. The best value of each column is marked, in columns ``low`` the
+    smallest; rows ``apart``, such as the one without any LoRA, do not compete.
     """
     stats = {
         name: [Stat(v, math.nan) if isinstance(v, float | int) else v for v in values]
@@ -52,15 +52,14 @@ def html_gallery(
     caption: str,
     highlighted: str = "",
 ) -> str:
-    """Pictures by row and column, each with its own text for those who do not see it; None leaves
-    a gap."""
+    """Images by row and column, each with alt text; None leaves a gap."""
     pictures = {name: [one and _embedded(one) for one in row] for name, row in rows.items()}
     return _PARTS.gallery(columns, pictures, highlighted, caption)
 
 
 def _embedded(picture: Image.Image) -> dict[str, str | int]:
-    """A picture inside the page itself, with its size in pixels: small ones as PNG, others as JPEG
-    at most :data:`_SIDE` wide."""
+    """An image embedded in the page, with its size in pixels: small ones as PNG, others as JPEG at
+    most :data:`_SIDE` wide."""
     small = picture.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     kind = "PNG" if max(small.size) <= 128 else "JPEG"
@@ -76,10 +75,10 @@ def picture_bytes(picture: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def html_details(summary: str, text: str) -> str:
-    """Plain text that is folded away."""
+    """Collapsible plain text."""
     return _PARTS.details(summary, text)
 
 
 def html_page(title: str, parts: Sequence[tuple[str, str]]) -> str:
-    """``parts`` are (heading, HTML) in order; an empty heading leaves it out."""
+    """``parts`` are (heading, HTML) in order; an empty heading is omitted."""
     return _TEMPLATES.get_template("page.html").render(title=title, parts=parts)

@@ -1,4 +1,4 @@
-"""Files of a comparison: figures as JSON, CSV and Markdown, pictures as a sheet and a page."""
+"""Files of a comparison: figures as JSON, CSV and Markdown, images as a sheet and a page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sheet import contact_sheet
 from .statistics import Rows, Stat, columns_of, csv_table, markdown_table, over_compositions
 
 OWN = "iteris"
-"""The row that pages set off."""
+"""The row that pages highlight."""
 _FIGURES = "comparison.json"
 _LEAD = (
     "<p>image: mean CLIP cosine to the reference pictures of a concept, on the prompts that name "
@@ -31,8 +31,8 @@ _LEAD = (
 
 
 def mean_rows(comparisons: Sequence[Comparison]) -> Rows:
-    """method → column → value: of one composition its own, over its seeds; of several the means
-    over them, with each composition's concepts, and its LoRAs alone, taken together."""
+    """Method → column → value. For one composition, over its seeds; for several, means over them,
+    with each composition's concepts, and its LoRAs alone, pooled."""
     if len(comparisons) == 1:
         return comparisons[0].rows
     together = [_together(comparison) for comparison in comparisons]
@@ -46,7 +46,8 @@ def mean_rows(comparisons: Sequence[Comparison]) -> Rows:
 
 
 def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """``image sks``, ``image zwx``, … as one ``image``, and so the rows ``alone sks``, …"""
+    """Pool ``image sks``, ``image zwx``, … into one ``image``, and likewise the rows ``alone sks``,
+    …"""
 
     def common(name: str) -> str:
         first, _, label = name.partition(" ")
@@ -64,13 +65,13 @@ def _together(comparison: Comparison) -> dict[str, dict[str, float]]:
 
 
 def check_results_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise :class:`IterisError` where :func:`write_results` could not write, or would replace the
-    results of another comparison, before any work is done. Nothing is made."""
+    """Before any work is done, raise :class:`IterisError` if :func:`write_results` could not write,
+    or would replace the results of another comparison. Creates nothing."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder for the results.")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise SaveError(f"{folder} cannot be made: {there} is not a writable folder.")
+        raise SaveError(f"{folder} cannot be created: {there} is not a writable folder.")
     if not overwrite and (folder / _FIGURES).exists():
         raise OutputError(
             f"{folder} has the results of a comparison; give another folder, or --overwrite."
@@ -78,12 +79,12 @@ def check_results_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]:
-    """comparison.json, .csv, .md, index.html and a sheet of each composition, all of them or none;
-    returns what was written."""
+    """Write comparison.json, .csv, .md, index.html and a sheet per composition, all of them or
+    none; returns the paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SaveError(f"{folder} cannot be made ({brief(error)}); give another folder.") from (
+        raise SaveError(f"{folder} cannot be created ({brief(error)}); give another folder.") from (
             error
         )
     rows = mean_rows(comparisons)
@@ -125,7 +126,7 @@ def _figures(rows: Rows, comparison: Comparison) -> dict[str, object]:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """The given order, but each LoRA alone directly behind iteris, for comparison."""
+    """The given order, but with each LoRA alone directly after iteris, for comparison."""
     given = list(names)
     alone = [name for name in given if name.partition(" ")[0] == ALONE]
     if OWN not in given:
@@ -136,7 +137,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _first(comparison: Comparison) -> dict[str, list[Image.Image | None]]:
-    """method → the picture of every prompt's first seed."""
+    """Method → the image of every prompt's first seed."""
     every = len(next(iter(comparison.pictures.values()))) // len(comparison.prompts)
     pictures = comparison.pictures
     return {name: list(pictures[name][::every]) for name in _in_order(pictures)}
@@ -155,7 +156,7 @@ def _page(rows: Rows, comparisons: Sequence[Comparison], names: Sequence[str]) -
 
 
 def _made(comparison: Comparison) -> str:
-    """A line for each method, and for the calibration and the drawing."""
+    """One line per method, and for the calibration and the drawing."""
     lines: list[str] = []
     for name, values in {**comparison.settings, **comparison.made}.items():
         text = ", ".join(f"{key}={value}" for key, value in values.items() if key != "templates")

@@ -1,4 +1,4 @@
-"""Scores of one row of a comparison: of each picture, and their means over seeds."""
+"""Scores of one row of a comparison: per image, and their means over seeds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .statistics import Stat, over_seeds
 
 @dataclass(frozen=True)
 class Measure:
-    """Scores of the pictures of one row. ``judged[i]`` are the prompts on which concept i is;
-    ``references[i]`` are pictures of it."""
+    """Scores of one row's images. ``judged[i]`` are the prompts that judge concept i;
+    ``references[i]`` are images of it."""
 
     concepts: Sequence[Concept]
     references: Sequence[Sequence[Image.Image]]
@@ -43,8 +43,8 @@ class Measure:
     def __call__(
         self, images: Sequence[Image.Image], drawn: Sequence[int], merged: Sequence[int], seeds: int
     ) -> dict[str, Tensor]:
-        """Column → a value for each of ``images``, which are of the prompts ``drawn`` × ``seeds``;
-        NaN where a picture says nothing of a column."""
+        """Column → a value for each of ``images``, which are in the order of prompts ``drawn`` ×
+        ``seeds``; NaN if a column does not apply to an image."""
         numbers = [index for index in drawn for _ in range(seeds)]
         prompts = [self.prompts[index] for index in numbers]
         vectors = self.scorer.embed_images(images)
@@ -75,17 +75,18 @@ class Measure:
 
 
 def collapse_rate(likeness: Sequence[float], below: float) -> float:
-    """SCR@τ of one picture: the share of the concepts judged in it whose likeness is ``below``.
+    """SCR@τ of one image: the share of the concepts judged in it whose likeness is ``below``.
 
-    A mean hides that one concept of several is lost; this counts the lost ones.
+    A mean hides the loss of one concept among several; this counts the lost ones.
     """
     judged = [value < below for value in likeness if not math.isnan(value)]
     return fmean(judged) if judged else math.nan
 
 
 def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) -> None:
-    """Add the share of each concept's likeness that each row keeps of its LoRA alone, on the same
-    prompts. Nothing is added until every LoRA was drawn alone; a likeness of 0 or less has none."""
+    """Add each row's share of each concept's likeness under its LoRA alone, on the same prompts.
+    Nothing is added until every LoRA has been drawn alone; a likeness of 0 or less gets no
+    share."""
     alone: dict[str, float] = {}
     for label in labels:
         if f"{ALONE} {label}" not in columns:
@@ -99,7 +100,7 @@ def add_shares(columns: Mapping[str, dict[str, Tensor]], labels: Sequence[str]) 
 
 
 def stats_of(columns: Mapping[str, Tensor], seeds: Sequence[int]) -> dict[str, Stat]:
-    """Column → mean and standard error of what the pictures, prompts × ``seeds``, say of it."""
+    """Column → mean and standard error over the images, prompts × ``seeds``."""
     stats: dict[str, Stat] = {}
     for column, values in columns.items():
         every = zip(values.tolist(), [*seeds] * (len(values) // len(seeds)), strict=True)

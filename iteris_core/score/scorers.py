@@ -1,4 +1,4 @@
-"""CLIP alignment, as the paper's table 1 measures it, and DINO image alignment of pictures."""
+"""CLIP alignment, as in the paper's table 1, and DINO image alignment."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class ImageScorer:
     def image_alignment(
         self, images: Sequence[Image.Image], references: Sequence[Image.Image]
     ) -> Tensor:
-        """(images,): each picture's mean cosine to the reference pictures of a concept."""
+        """(images,): each image's mean cosine to the reference images of a concept."""
         if not images or not references:
-            raise ScoreError("Image alignment needs at least one picture and one reference.")
+            raise ScoreError("Image alignment needs at least one image and one reference.")
         return (self.embed_images(images) @ self.embed_images(references).mT).mean(dim=1)
 
 
@@ -64,10 +64,10 @@ class ClipScorer(ImageScorer):
     def load(
         cls, architecture: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
     ) -> ClipScorer:
-        """Any architecture of open_clip with one of its weight tags or a weights file.
+        """Load any open_clip architecture with one of its weight tags or a weights file.
 
-        ``local-dir:FOLDER`` is a model with its weights; another architecture without weights gets
-        OpenAI's.
+        ``local-dir:FOLDER`` is a model with its weights; any other architecture without weights
+        gets OpenAI's.
         """
         import open_clip
 
@@ -77,10 +77,11 @@ class ClipScorer(ImageScorer):
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, pretrained=pretrained
             )
-        except Exception as error:  # the library raises many kinds; the message is what helps
+        except Exception as error:  # the library raises many types; its message is what helps
             raise ScoreError(
                 f"open_clip cannot load {architecture!r} with weights {pretrained!r} "
-                f"({brief(error)}); the weights must be of that architecture, in open_clip's names."
+                f"({brief(error)}); the weights must be for that architecture, with open_clip's "
+                "names."
             ) from error
         return cls(model, preprocess, open_clip.get_tokenizer(architecture), device=device)  # type: ignore[arg-type]
 
@@ -95,18 +96,17 @@ class ClipScorer(ImageScorer):
         )
 
     def text_alignment(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """(images,): the cosine of each picture to its prompt."""
+        """(images,): the cosine of each image to its prompt."""
         if len(images) != len(prompts) or not images:
             raise ScoreError(
-                f"Text alignment needs one prompt per picture, not {len(prompts)} for "
-                f"{len(images)}."
+                f"Text alignment needs one prompt per image, not {len(prompts)} for {len(images)}."
             )
         return (self.embed_images(images) * self.embed_texts(prompts)).sum(dim=1)
 
 
 class DinoScorer(ImageScorer):
-    """Cosines of class tokens of a vision model of transformers (Dinov2, DINO ViT-S/16); harder on
-    identity than CLIP, blind to text."""
+    """Cosines of class tokens of a transformers vision model (Dinov2, DINO ViT-S/16). It judges
+    identity more strictly than CLIP, and cannot score text."""
 
     def __init__(
         self, model: Any, processor: Any, *, device: torch.device | str = "cpu", batch: int = 64
@@ -118,7 +118,7 @@ class DinoScorer(ImageScorer):
     def load(
         cls, name: str = "facebook/dinov2-small", *, device: torch.device | str = "cpu"
     ) -> DinoScorer:
-        """A hub name or a folder with a model and an image processor."""
+        """Load from a hub name, or a folder with a model and an image processor."""
         from transformers import AutoImageProcessor, AutoModel
 
         try:

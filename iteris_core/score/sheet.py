@@ -1,4 +1,4 @@
-"""A contact sheet: pictures in labelled rows and columns on one image."""
+"""A contact sheet: images in labelled rows and columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def contact_sheet(
 ) -> Image.Image:
     """One row per label of ``rows``, one column per label of ``columns``; None leaves a gap.
 
-    Pictures are scaled to ``cell`` pixels; column labels wrap to the width of a cell.
+    Images are scaled to ``cell`` pixels; column labels wrap to the width of a cell.
     """
     small, large = ImageFont.load_default(12), ImageFont.load_default(16)
     gap, left = 4, 8 + max(int(large.getlength(label)) for label in rows)

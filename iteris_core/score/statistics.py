@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 @dataclass(frozen=True)
 class Stat:
-    """A mean and its standard error; ``se`` is NaN where there is only one seed."""
+    """A mean and its standard error; ``se`` is NaN for a single seed."""
 
     mean: float
     se: float
@@ -27,7 +27,7 @@ class Stat:
 def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
     """The mean of the seeds' means, and the standard error of that mean.
 
-    Pictures of one seed share their noise, so that seeds, not pictures, are what is independent.
+    Images with the same seed share their noise, so seeds are independent, but images are not.
     """
     groups: dict[int, list[float]] = {}
     for value, seed in zip(values, seeds, strict=True):
@@ -36,17 +36,17 @@ def over_seeds(values: Sequence[float], seeds: Sequence[int]) -> Stat:
 
 
 def over_compositions(values: Sequence[float]) -> Stat:
-    """The mean of independent ``values``, such as of merges, and its standard error."""
+    """The mean of independent ``values``, such as merges, and its standard error."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Stat(fmean(values), error)
 
 
 Rows = Mapping[str, Mapping[str, Stat]]
-"""method → column → value"""
+"""Method → column → value"""
 
 
 def markdown_table(rows: Rows) -> str:
-    """A table of four digits; a column that a row lacks stays empty."""
+    """A table with four digits; missing values stay empty."""
     columns = columns_of(rows)
     lines = [["method", *columns], ["---", *("---:" for _ in columns)]]
     lines += [
@@ -67,5 +67,5 @@ def csv_table(rows: Rows) -> str:
 
 
 def columns_of(rows: Rows) -> list[str]:
-    """The columns of all rows, in the order in which they come."""
+    """The columns of all rows, in order of appearance."""
     return list(dict.fromkeys(column for row in rows.values() for column in row))

@@ -469,7 +469,7 @@ CASES = [
     ),
     (
         "merge {base} --from {badcut} --loras {world} -o {out}",
-        "The cut {'rank': 0, 'ordered': True} is broken",
+        "The cut {'rank': 0, 'ordered': True} is invalid",
     ),
     # merge files
     ("Y", "merge.yaml has no LoRAs: list them under concepts:, or give them with --concept"),
@@ -561,7 +561,7 @@ CASES = [
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {rank: many, ordered: true}',
-        "The cut {'rank': 'many', 'ordered': True} is broken",
+        "The cut {'rank': 'many', 'ordered': True} is invalid",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\ncut: {strength: .nan}',

@@ -48,7 +48,7 @@ def test_alignments_are_mean_cosines():
 def test_bad_calls_are_errors():
     with pytest.raises(IterisError, match="at least one"):
         scorer().image_alignment([], [RED])
-    with pytest.raises(IterisError, match="one prompt per picture"):
+    with pytest.raises(IterisError, match="one prompt per image"):
         scorer().text_alignment([RED], ["red", "green"])
     with pytest.raises(IterisError, match="open_clip cannot load"):
         ClipScorer.load("no-such-architecture")

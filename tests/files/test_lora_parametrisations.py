@@ -190,7 +190,7 @@ def test_dora_on_a_base_of_eight_bits_is_refused(tmp_path):
     site = pipeline_sites(pipeline)[LINEAR]
     packed = (site.weight * 127 / site.weight.abs().max()).round().to(torch.int8)
     site.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but that is quantised"):
+    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but it is quantised"):
         read_lora(pipeline, pipeline_sites(pipeline), path)
 
 
@@ -213,7 +213,7 @@ def test_dora_on_a_base_without_values_is_refused(tmp_path):
     path, _ = dora_file(tmp_path)
     pipeline = copy.copy(tiny("sd1"))
     pipeline.unet = copy.deepcopy(pipeline.unet).to("meta")
-    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but that is on the device 'meta'"):
+    with pytest.raises(IterisError, match=f"weight of {LINEAR}, but it is on the device 'meta'"):
         read_lora(pipeline, pipeline_sites(pipeline), path)
 
 
