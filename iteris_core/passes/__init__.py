@@ -1,1 +1,1 @@
-"""A job's rows, run through a model: micro-batches, the memory budget, sweeps and iterations."""
+"""Runs a job's rows through a model: micro-batches, the memory budget, sweeps and iterations."""

@@ -23,11 +23,11 @@ _GOLDEN = 0.618034
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """``rows`` a forward; at most ``row_tokens`` tokens of each row count (None: all; "enough": of
-    a picture's as many as the ``policy`` says, of texts all), chosen at random by ``seed``.
+    """``rows`` per forward. At most ``row_tokens`` tokens of each row count (None: all; "enough":
+    for images the ``policy``'s number, for texts all), chosen at random by ``seed``.
 
-    Of stages whose tokens are places of a picture, ``saliency`` is the share of
-    :mod:`..activations.saliency`.
+    ``saliency`` is the share in :mod:`..activations.saliency`, for stages whose tokens are image
+    positions.
     """
 
     rows: int
@@ -39,8 +39,8 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A ``sweep``; or at most so many passes, until no site's change moves by more than
-    ``tolerance`` of itself."""
+    """A ``sweep``; or at most that many passes, until no site's change moves by more than
+    ``tolerance`` times itself."""
 
     sweep: bool = True
     passes: int = 1
@@ -48,7 +48,7 @@ class Schedule:
 
     @property
     def copies(self) -> int:
-        """The number of copies of every row, at most."""
+        """The largest number of copies of every row."""
         return 2 if self.sweep or self.passes > 1 else 1
 
 
@@ -63,9 +63,9 @@ def micro_batches(
     processes: Processes = ALONE,
     first: Set[int] = frozenset(),
 ) -> Iterator[MicroBatch]:
-    """This process's rows of a stage, kind by kind and in order within each, ``batching.rows`` at a
-    time. Where a later stage needs all rows, those of other processes follow, and no observer sees
-    them. Those rows come before all others that are among the ``first``."""
+    """This process's rows of a stage, grouped by kind and in order within each, ``batching.rows``
+    at a time. If a later stage needs all rows, those of other processes follow, unobserved. Rows in
+    ``first`` come before all others."""
     if not stage.sites:
         yield from _of(stage, range(len(stage.concept_ids)), copies, None, batching)
         return
@@ -78,7 +78,7 @@ def micro_batches(
 
 
 def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
-    """The rows from which targets are sampled, evenly over those of each concept. None: all, as of
+    """The rows from which targets are sampled, evenly over each concept's rows. None: all, as for
     texts, whose rows have few tokens."""
     if stage.mask is not None:
         return None
@@ -88,8 +88,8 @@ def sampled_rows(stage: Stage, policy: Policy) -> Set[int] | None:
 def chunks(
     part: Sequence[int], kinds: Sequence[Hashable] | None, size: int
 ) -> Iterator[Sequence[int]]:
-    """The rows of ``part``, at most ``size`` at a time, and only rows of one kind together; in
-    order within a kind. ``kinds`` has an entry for every row that ``part`` may name."""
+    """The rows of ``part``, at most ``size`` at a time, only rows of one kind together, and in
+    order within a kind. ``kinds`` has an entry for every row that ``part`` may contain."""
     alike: dict[Hashable, list[int]] = {}
     for row in part:
         alike.setdefault(None if kinds is None else kinds[row], []).append(row)
@@ -99,13 +99,13 @@ def chunks(
 
 
 def limit_of(stage: Stage, batching: ExecutionConfig) -> Callable[[int], int] | None:
-    """The number of a row's tokens that count at a site that is so many inputs wide; None: all."""
+    """The number of a row's tokens that count at a site with that many inputs; None: all."""
     limit, policy = batching.row_tokens, batching.policy
     if limit is None or (limit == "enough" and not stage.spatial):
         return None
     if limit != "enough":
         return lambda width: limit
-    rows = max(Counter(stage.concept_ids).values())  # those without a LoRA have fewer
+    rows = max(Counter(stage.concept_ids).values())  # concepts without a LoRA have fewer
     return lambda width: policy.row_tokens(width, rows)
 
 
@@ -136,8 +136,8 @@ def _of(
 
 
 def fewer(stage: Stage, count: int) -> Stage:
-    """``count`` rows of ``stage`` at most, the same share of each concept's, of all steps and of as
-    many of its samples as can be."""
+    """At most ``count`` rows of ``stage``: the same share of each concept, over all steps and as
+    many of its samples as possible."""
     total = len(stage.concept_ids)
     kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
     return _selected(stage, [row for rows in kept for row in rows])
@@ -151,7 +151,8 @@ def _by_concept(stage: Stage) -> list[list[int]]:
 
 
 def _evenly(rows: Sequence[int], count: int) -> list[int]:
-    """``count`` of the ``rows``, spread over all; of more than half, the others are."""
+    """``count`` of the ``rows``, spread evenly; if more than half, the omitted ones are spread
+    evenly."""
     if count * 2 <= len(rows):
         return [rows[index] for index in _spread(len(rows), count)]
     gone = set(_spread(len(rows), max(len(rows) - count, 0)))
@@ -159,8 +160,9 @@ def _evenly(rows: Sequence[int], count: int) -> list[int]:
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """One of each of ``count`` equal parts of ``range(total)``, at golden ratios of the parts: a
-    sample's rows go by step, so that every fourth would always be its first step, the noisiest."""
+    """One index from each of ``count`` equal parts of ``range(total)``, at golden-ratio offsets. A
+    sample's rows are ordered by step, so taking every fourth would always pick its noisiest
+    step."""
     ends = [part * total // max(count, 1) for part in range(count + 1)]
     return [
         start + int(part * _GOLDEN % 1 * (stop - start))

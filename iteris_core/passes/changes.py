@@ -1,10 +1,9 @@
-"""The concepts' changes by site, and a check that the base has those sites.
+"""The concepts' changes by site, and a check that the base has these sites.
 
 Speed LoRAs, such as turbo and lightning, are on in every forward of a merge. A concept's target is
-then what its LoRA does together with them, on a model that has them on. They act as a part of the
-base: hooks add their change to each site's output before anything else sees it. So the merged
-change is that of the concepts alone, and a file that is to hold them too has their exact change
-beside it, Δ = Δ_always + Δ_merged.
+then its LoRA's effect together with them. They act as part of the base: hooks add their change to
+each site's output before anything else sees it. The merged change therefore covers only the
+concepts; a file that includes speed LoRAs adds their exact change, Δ = Δ_always + Δ_merged.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ..lora import LowRank, SiteChanges, concatenate
 
 
 def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
-    """Every concept's change of every site that any of them changes, at its strength; composites
+    """Every concept's change, at its strength, at every site that any concept changes; composites
     come last."""
     sums = sum(isinstance(concept, Composite) for concept in concepts)
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
-        raise MismatchError("There is no LoRA to merge: none is chosen, or each is at strength 0.")
+        raise MismatchError("There is no LoRA to merge: none is selected, or all have strength 0.")
     kinds = sorted({lora.base.architecture.title for lora in loras if lora.base is not None})
     if len(kinds) > 1:
         raise MismatchError(f"The LoRAs were made for different base models: {', '.join(kinds)}.")
@@ -47,15 +46,15 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
         changes[site] = at_site
     if not changes:
         raise MismatchError(
-            "The LoRAs change no site at all; are the files empty, or the strengths where they "
-            "have sites 0?"
+            "The LoRAs change no site; are the files empty, or are the strengths 0 where they "
+            "have sites?"
         )
     return changes
 
 
 def _change(concept: Concept, site: str) -> LowRank | None:
-    """The change of the concept's LoRA at ``site``, at its strength, or the LoRAs of its parts
-    together; None if that is nothing."""
+    """The change of the concept's LoRA at ``site``, at its strength, or the sum over its parts;
+    None if there is none."""
     if isinstance(concept, Composite):
         found = [change for part in concept.parts if (change := _change(part, site)) is not None]
         return concatenate(found) if found else None
@@ -76,16 +75,16 @@ def check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
 
 
 def means_of(concepts: Sequence[Concept], changes: Mapping[str, SiteChanges]) -> dict[str, LowRank]:
-    """The mean of the LoRAs' ``changes``, fitted to nothing; its components in the order of their
-    energy, so that a later cut to a rank keeps the best ones."""
+    """The mean of the LoRAs' ``changes``, without any fit; its components are sorted by energy, so
+    a later cut to a rank keeps the best ones."""
     weights = [0.0 if concept.lora is None else concept.weight for concept in concepts]
     means = {s: some.mean(weights, some.like.up.dtype) for s, some in changes.items()}
     return {site: cut_factors(mean, mean.rank)[0] for site, mean in means.items()}
 
 
 def always_on(concepts: Sequence[Concept], *kinds: str) -> list[Concept]:
-    """The concepts that are on in every forward; with ``kinds`` those whose ``always_on`` is one of
-    these."""
+    """The concepts that are on in every forward; with ``kinds``, only those whose ``always_on`` is
+    one of these."""
     return [one for one in concepts if one.always_on in (kinds or ("include", "outside"))]
 
 
@@ -97,8 +96,8 @@ def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
 
 @contextmanager
 def switched_on(host: Host, concepts: Sequence[Concept]) -> Generator[None]:
-    """The base of ``host`` with the LoRAs of ``concepts`` on it; no weight is touched. Raises
-    :class:`MismatchError` where they change sites that the base lacks."""
+    """Context in which the LoRAs of ``concepts`` are on the base of ``host``; no weight is touched.
+    Raises :class:`MismatchError` if they change sites that the base lacks."""
     changes = {site: SiteChanges((some,)) for site, some in changes_always(concepts).items()}
     check_sites(host, changes)
     every = MicroBatch(lambda: None, [0], 1, of_one=True)
@@ -107,8 +106,8 @@ def switched_on(host: Host, concepts: Sequence[Concept]) -> Generator[None]:
 
 
 def beside(changes: Mapping[str, LowRank], always: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """``always`` and ``changes`` in one, site by site. Those that are always on come first: a later
-    cut to a rank keeps the first components."""
+    """``always`` and ``changes`` combined site by site. Those that are always on come first,
+    because a later cut to a rank keeps the first components."""
     joined = dict(changes)
     for site, change in always.items():
         if site in changes:

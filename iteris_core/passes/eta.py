@@ -1,8 +1,8 @@
-"""The seconds that a merge has before it: a weight for every site from its shapes, measured rates.
+"""Estimates a merge's remaining seconds, from site weights by shape and measured rates.
 
-A row's forward is timed once, and its seconds are shared among the sites by their products; moments
-and solves take what so many products take here. :class:`..progress.Forecast` corrects both by what
-is measured as the merge goes on.
+A row's forward is timed once, and its seconds are divided among the sites by their products.
+Moments and solves are priced by their products on this machine. :class:`..progress.Forecast`
+corrects both from measurements during the merge.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .batches import SWEEP, ExecutionConfig, Schedule, limit_of
 FORWARDS, SITES = "forwards", "sites"
 _STAGES = "stages"
 _AGAIN = "again"
-_FACTORS = 4.0  # what factors and eigenvectors take of the time of as many products
+_FACTORS = 4.0  # cost of factors and eigenvectors, relative to the same number of products
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A site as a forward comes to it: (out, in), and ``tokens`` of a row. If it ``shares`` them,
-    the moments of its inputs are made at a site before."""
+    """A site in a forward: (out, in), and ``tokens`` per row. If it ``shares`` its inputs, an
+    earlier site makes their moments."""
 
     shape: tuple[int, int]
     tokens: int
@@ -45,8 +45,8 @@ class Reached:
 
 @dataclass(frozen=True)
 class Seen:
-    """A stage that has run: the sites that a forward reached, in order, and ``a_row``, the seconds
-    that it takes for a row (0: unknown)."""
+    """A stage that has run: the sites that a forward reached, in order, and ``a_row``, its seconds
+    per row (0: unknown)."""
 
     stage: Stage
     sites: Mapping[str, Reached]
@@ -56,8 +56,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes ahead, in which the sites of ``changes`` are solved, on the way in a sweep, else
-    behind a pass."""
+    """The passes ahead, in which the sites of ``changes`` are solved: during a sweep, otherwise
+    after each pass."""
 
     changes: Mapping[str, SiteChanges]
     batching: ExecutionConfig
@@ -66,8 +66,8 @@ class Passes:
 
 
 class Eta:
-    """The work that one merge has before it: ``rounds`` of passes, each over all stages, of which
-    :meth:`expect` begins one."""
+    """The remaining work of one merge: ``rounds`` of passes, each over all stages; :meth:`expect`
+    starts one."""
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class Eta:
         self._passes: Passes | None = None
 
     def saw(self, seen: Seen, concepts: Sequence[Concept], calibration: Calibration) -> None:
-        """A short pass ran one sample of each of the ``concepts`` at every step, from which follows
-        about how many rows the stage will have."""
+        """Record a short pass with one sample of each of the ``concepts`` at every step, which
+        predicts roughly how many rows the stage will have."""
         rows = Counter(seen.stage.concept_ids)
         if seen.stage.spatial:
             more = calibration.samples * calibration.rows_each / calibration.denoising_steps
@@ -100,7 +100,7 @@ class Eta:
         self._later[what] = forwards, of_rows
 
     def expect(self, passes: Passes, denoised: int) -> None:
-        """Before samples are made, by so many forwards of a row."""
+        """Expect the samples to be made by that many one-row forwards."""
         self._passes, self.rounds = passes, max(self.rounds - 1, 0)
         if not self._seen:
             self.forecast.expect(_STAGES, {"": 1.0}, known=False)
@@ -113,22 +113,22 @@ class Eta:
         self._expect_later()
 
     def measured(self, seen: Seen) -> None:
-        """A row of a stage has been measured; a short pass knows more sites, if there was one."""
+        """Record a stage's measured row; a short pass, if there was one, knows more sites."""
         known = self._seen.get(seen.stage.name, seen)
         a_row = min(known.a_row or seen.a_row, seen.a_row)
         sites = {**known.sites, **seen.sites}  # in the order of the first one
         self._seen[seen.stage.name] = replace(seen, sites=sites, a_row=a_row)
 
     def seconds_of(self, stage: Stage, slower: float) -> float:
-        """About how long the passes over a stage take that has been measured, by a strategy that
-        makes forwards so many times ``slower``."""
+        """About how long the passes over a measured stage take, with a strategy that makes forwards
+        that many times ``slower``."""
         if self._passes is None:
             return 0.0
         self._expect(replace(self._seen[stage.name], stage=stage), slower)
         return sum(self.forecast.left_of((kind, stage.name)) or 0.0 for kind in (FORWARDS, SITES))
 
     def begin(self, stage: Stage, slower: float) -> None:
-        """A stage begins, or begins again."""
+        """Record that a stage begins, or begins again."""
         if self._passes is not None:
             self.forecast.drop(_STAGES)
             seen = self._seen.get(stage.name) or Seen(stage, {})
@@ -138,11 +138,11 @@ class Eta:
         self.forecast.mark()
 
     def done(self, kind: str, stage: Stage, part: Hashable, share: float = 1.0) -> None:
-        """Since the last of these, this ``share`` of what was to come of a part was done."""
+        """Record that this ``share`` of a part's remaining work was done since the last call."""
         self.forecast.spent((kind, stage.name), part, share)
 
     def _expect(self, seen: Seen, slower: float = 1.0) -> None:
-        """A part is (pass, site), or (pass, "") of all forwards that no site waits in."""
+        """A part is (pass, site), or (pass, "") for forwards in which no site waits."""
         passes, stage = self._passes, seen.stage
         assert passes is not None
         rows = (
@@ -168,7 +168,7 @@ class Eta:
                 second = _product_seconds(seen.device.type)
                 if passes.schedule.sweep:
                     forwards[turn, site], solves[turn, site] = way, (moments + solve) * second
-                else:  # the first of several passes runs reference rows alone
+                else:  # the first of several passes runs only reference rows
                     way *= 0.5 if passes.schedule.passes > 1 and turn == 0 else 1.0
                     forwards[turn, ""] = forwards.get((turn, ""), 0.0) + way + moments * second
                     solves[turn, site] = solve * second
@@ -182,7 +182,7 @@ class Eta:
             self.forecast.expect((_AGAIN, kind, stage.name), {"": again}, kind)
 
     def _expect_later(self) -> None:
-        """By a row of the last stage."""
+        """Based on a row of the last stage."""
         if self._later and self._seen:
             seen = list(self._seen.values())[-1]
             for what, (forwards, of_rows) in self._later.items():
@@ -191,8 +191,8 @@ class Eta:
 
 
 def _work(reached: Reached, tokens: int, rank: int) -> tuple[float, float]:
-    """The products of a site's moments, and what its solve is worth of them: X̃ᵀX̃ or, of fewer
-    tokens than inputs, X̃X̃ᵀ, its factor, and the target in some directions of the output."""
+    """The products for a site's moments, and the equivalent products for its solve: X̃ᵀX̃ or, with
+    fewer tokens than inputs, X̃X̃ᵀ; its factor; and the target in some output directions."""
     out, width = reached.shape
     few, rows = min(tokens, width), min(out, int(1.25 * rank) + 32)
     own = 0 if reached.shares else 1
@@ -202,7 +202,7 @@ def _work(reached: Reached, tokens: int, rank: int) -> tuple[float, float]:
 
 @cache
 def _product_seconds(device: str) -> float:
-    """Seconds of one multiplication and one addition in float32: the shortest of three runs."""
+    """Seconds per float32 multiply-add: the shortest of three runs."""
     size = 256 if device == "cpu" else 1024
     matrix = torch.ones(size, size, device=device)
     took: list[float] = []
@@ -215,7 +215,7 @@ def _product_seconds(device: str) -> float:
 
 
 def _texts(concept: Concept, contexts: float, calibration: Calibration) -> int:
-    """About how many prompts of a concept differ, the empty one among them."""
+    """Roughly the number of different prompts per concept, including the empty one."""
     pool = distinct_prompts(concept, calibration)
     if concept.lora is None:
         return pool

@@ -1,7 +1,7 @@
-"""Memory of a stage: bytes for so many rows, so many at once, waiting here or there.
+"""Memory of a stage: bytes by number of rows, rows at once, and where rows wait.
 
-In a sweep the peak is at one of its sites: while rows run there, beside all others that wait, or
-while it is solved. Else the moments of all sites are there at once, and no row waits.
+In a sweep the peak is at one of its sites: while rows run there and all others wait, or while it is
+solved. Otherwise the moments of all sites exist at once, and no row waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .strategies import Strategy
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes of the device, and of the host beside it, that may be used."""
+    """Bytes that may be used on the device, and additionally on the host."""
 
     device: int
     host: int = 0
@@ -26,10 +26,10 @@ class MemoryLimits:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The memory of ``stage`` beyond the model by a ``strategy``: ``fixed`` bytes in any case,
-    ``sites`` for moments and solves, and a ``cost`` for each row of this process, or ``parked`` if
-    it waits in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled`` only so
-    many rows wait with what they have shown, and the others are reduced as they run."""
+    """The memory of ``stage`` beyond the model with a ``strategy``: ``fixed`` bytes, ``sites`` for
+    moments and solves, and a ``cost`` per row of this process, or ``parked`` for a row that waits
+    in host memory. ``waits`` says that all rows wait (a sweep). With ``sampled``, only that many
+    rows wait with their observed tensors; the others are reduced as they run."""
 
     stage: Stage
     strategy: Strategy
@@ -46,15 +46,15 @@ class Footprint:
         return rows if self.stage.feeds_next else -(-rows // self.processes.size)
 
     def bytes_of(self, rows: int, at_once: int, on_device: int | None = None) -> int:
-        """Bytes for ``rows`` rows of all processes, ``at_once`` a forward, of which so many of this
-        process wait on the device (None: all)."""
+        """Bytes for ``rows`` rows over all processes, ``at_once`` per forward, with that many of
+        this process's rows waiting on the device (None: all)."""
         mine = self.mine(rows)
         at_once = min(at_once, mine)
         peaks = self._swept(mine, at_once, on_device) if self.waits else self._streamed(at_once)
         return self.fixed + max(peaks)
 
     def host_bytes(self, rows: int, on_device: int | None) -> int:
-        """Bytes of host memory of the rows that do not wait on the device."""
+        """Bytes of host memory for the rows that do not wait on the device."""
         if self.parked is None or on_device is None:
             return 0
         away = self.mine(rows) - on_device
@@ -62,9 +62,9 @@ class Footprint:
         return away * self.parked.waiting + min(self.sampled, away) * shown
 
     def _swept(self, mine: int, at_once: int, on_device: int | None) -> Iterator[int]:
-        """At every moment that may take most. Rows that run have left the barrier before, or not;
-        of ``sampled`` rows what a level shows waits there, and what others show is reduced while
-        they run."""
+        """Bytes at every moment that may be the peak. Running rows may or may not have left the
+        previous barrier. Observed tensors of ``sampled`` rows wait at their level; those of other
+        rows are reduced while they run."""
         there = mine if on_device is None else on_device
         parked = self.cost if on_device is None or self.parked is None else self.parked
         sampled = min(-(-self.sampled // self.processes.size), mine)
@@ -77,7 +77,7 @@ class Footprint:
             shown = sum(some.shown for some in steps)
             running = [(there * max(before, step.waiting), kept if sampled else 0)]
             if sampled:
-                # They run first; what the last of them show is among what they run with.
+                # They run first; the last one's observed tensors count towards its running memory.
                 gone = there * before + min(sampled, there) * max(step.waiting - before, 0)
                 running.append((gone, max(min(sampled, there) - at_once, 0) * shown + kept))
             for others, extra in running:
@@ -100,7 +100,7 @@ class Footprint:
                 left = site.left + shared
 
     def _beside(self, step: Step) -> int:
-        """Bytes that are left of sites whose inputs are still alive."""
+        """Bytes left over from sites whose inputs are still alive."""
         return sum(self.sites[site].left for site in step.beside if site in self.sites)
 
     def _of_barriers(self, steps: Sequence[Step]) -> list[list[Step]]:

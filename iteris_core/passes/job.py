@@ -1,4 +1,4 @@
-"""The arguments of a method: the LoRAs' changes, the host, and the limits of the run."""
+"""A method's arguments: the LoRAs' changes, the host, and the run's limits."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Budget = int | Literal["free"] | None
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run's account of itself: its number of ``rows``, how each stage kept to the memory
-    (``short``: those of which rows were left out), the largest relative change of a site in each
-    Jacobi iteration but the first, and ``notes``."""
+    """The log of a run: its number of ``rows``, each stage's memory plan (``short``: those with
+    rows left out), the largest relative change of a site in each Jacobi iteration after the first,
+    and ``notes``."""
 
     rows: int = 0
     plan: Sequence[str] = ()
@@ -41,13 +41,12 @@ class RunLog:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge of ``concepts`` on a ``host``, which a method on weights does not look at.
-    ``changes[site]`` are the LoRAs' there, at their strength, and ``streams`` the host's residual
-    streams that a target is to hold.
+    """A merge of ``concepts`` on a ``host``, which a method on weights ignores. ``changes[site]``
+    are the LoRAs' changes there, at their strength; ``streams`` are the host's residual streams to
+    include in targets.
 
-    ``processes`` says which rows are this process's. ``policy`` holds the thresholds. ``tick``
-    reports progress, and ``eta`` the time that is left. ``joined``: see
-    :class:`~.preflight.Looked`.
+    ``processes`` assigns rows to this process. ``policy`` holds the thresholds. ``tick`` reports
+    progress, and ``eta`` the time left. ``joined``: see :class:`~.preflight.Looked`.
     """
 
     host: Host
@@ -69,12 +68,12 @@ class Job:
 
     @property
     def loras(self) -> int:
-        """The number of concepts with a LoRA; the others keep the base as it is."""
+        """The number of concepts with a LoRA; the others preserve the base."""
         return sum(concept.lora is not None for concept in self.concepts)
 
     @property
     def denoised(self) -> int:
-        """By how many forwards of a row samples are made."""
+        """The number of one-row forwards for making samples."""
         calibration = self.calibration
         if calibration.latents == "noise":
             return 0
@@ -83,7 +82,7 @@ class Job:
 
     @contextmanager
     def run(self) -> Generator[Run]:
-        """The model with the changes on it."""
+        """The model with the changes applied by hooks."""
         with Lockstep(
             self.host.sites(), self.changes, self.streams, self.processes, self.joined
         ) as lockstep:
@@ -92,7 +91,7 @@ class Job:
 
 @dataclass
 class Run:
-    """The base model of a ``job``, which runs rows under ``lockstep``."""
+    """The base model of a ``job``; runs rows under ``lockstep``."""
 
     job: Job
     lockstep: Lockstep
@@ -106,7 +105,7 @@ class Run:
         )
 
     def stages(self) -> Iterator[Stage]:
-        """In execution order; all rows of one must have run before the next is asked for."""
+        """The stages in execution order; all rows of one must run before the next is requested."""
         count = self.job.calibration.samples
         for stage in self.job.host.stages(self.samples, set(self.lockstep.changes)):
             yield replace(stage, samples=count) if stage.samples is None else stage

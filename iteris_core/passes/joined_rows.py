@@ -1,8 +1,8 @@
-"""Sites whose inputs have the rows of a batch elsewhere than in their first dimension.
+"""Sites whose inputs have the batch's rows in another dimension than the first.
 
-A layer may get the tokens of all rows as one row, or every frame of a video as a row of its own.
-Such a site is merged like any other where the tokens of one row still stand together, in the order
-of the rows. That is found by running two rows together and apart.
+A layer may get the tokens of all rows as one row, or every frame of a video as a separate row. Such
+a site is merged like any other if each row's tokens stay together, in the order of the rows.
+Running two rows together and separately checks this.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..hosts.protocol import Stage
 from ..hosts.recorded import differ
 
 _PAIRS = 4
-_NUMBERS = 8  # that stand for a token
+_NUMBERS = 8  # numbers that represent a token
 _ROUNDING = 1e-3
 
 
 def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Those of ``modules``, sites of ``stage``, whose inputs are the tokens of row after row.
+    """The ``modules``, sites of ``stage``, whose inputs are the rows' tokens one row after another.
 
-    Two rows that may share a forward, run together, give such a site the tokens of the one and then
-    those of the other. Where all rows give it the same tokens, they have to come twice, and may not
-    repeat themselves within a row: else tokens in another order would look alike.
+    Two rows that may share a forward, run together, give such a site the first row's tokens
+    followed by the second's. If all rows give the same tokens, they must occur twice and not repeat
+    within a row; otherwise tokens in another order would look the same.
     """
     undecided = {s: m for s, m in modules.items() if not isinstance(m, nn.Conv2d)}
     joined: set[str] = set()
@@ -51,7 +51,7 @@ def joined_rows(stage: Stage, modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-    """Rows of one kind, as far apart as they are."""
+    """Pairs of rows of one kind, as far apart as possible."""
     rows: dict[Hashable, list[int]] = {}
     for row, kind in enumerate(kinds):
         rows.setdefault(kind, []).append(row)
@@ -64,9 +64,9 @@ def _pairs(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
 def _halves(
     stage: Stage, rows: Sequence[int], modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The tokens that each of two rows gives the ``modules``, (tokens, :data:`_NUMBERS`) each, of
-    those that get as many of both. A random projection stands for a token: all inputs of a large
-    model at once would not fit."""
+    """The tokens that each of two rows gives the ``modules``, (tokens, :data:`_NUMBERS`) each, for
+    modules with equally many from both. A random projection represents a token, because a large
+    model's inputs would not fit in memory at once."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(site: str) -> Callable[..., None]:
@@ -90,7 +90,7 @@ def _halves(
 
 
 def _repeats(tokens: Tensor) -> bool:
-    """True if (tokens, width) are one part, several times."""
+    """True if (tokens, width) consist of one part, repeated."""
     count = len(tokens)
     parts = (tokens.reshape(n, -1) for n in range(2, count + 1) if count % n == 0)
     return any(_same(some[1:], some[:-1]) for some in parts)

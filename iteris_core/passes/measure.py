@@ -1,8 +1,8 @@
-"""The measured cost of a row of a stage: bytes at every site.
+"""Measures the cost of a stage's row: bytes at every site.
 
-It pauses as in a sweep, one way or another. One row runs, and the same row twice; what the second
-one adds is what a row takes, and the rest is what a forward takes whatever its rows (weights that
-are cast or brought to the device).
+It pauses as in a sweep, with any strategy. One row runs, then the same row twice. The second row's
+addition is the cost of a row; the rest is a forward's fixed cost (weights that are cast or moved to
+the device).
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from ..activations.tokens import Group, Observation
 from ..hosts.protocol import Stage
 
 Limit = Callable[[int], int] | None
-"""The number of a row's tokens that count at a site that is so many inputs wide; None: all."""
+"""The number of a row's tokens that count at a site with that many inputs; None: all."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A row's way to ``site``, from the site before: bytes that it holds there (``waiting``), at
-    most on the way (``running``), of its tensors that the solve reads (``shown``) and that are made
-    of them (``reduced``); ``forward`` is taken on the way however many rows run. The inputs of the
-    sites ``beside`` are still alive there, so that others may share their moments; a site that
-    ``shares`` finds those of its own inputs made. A row has ``length`` tokens there."""
+    """A row's step to ``site`` from the previous site: bytes that it holds there (``waiting``), its
+    peak on the way (``running``), its tensors that the solve reads (``shown``), and their
+    reductions (``reduced``). ``forward`` is used on the way regardless of the number of rows. The
+    inputs of the sites ``beside`` are still alive there, so others may share their moments; for a
+    site that ``shares``, the moments of its inputs already exist. A row has ``length`` tokens
+    there."""
 
     site: str
     waiting: int = 0
@@ -49,8 +50,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one row, all its copies: its ``steps`` in order, the last one to the model's end
-    (site ""). One copy takes about so many ``seconds``. ``device`` is where its tensors are."""
+    """The cost of one row with all its copies: its ``steps`` in order, the last one to the model's
+    end (site ""). One copy takes about ``seconds``. ``device`` is where its tensors are."""
 
     steps: Sequence[Step]
     device: torch.device
@@ -58,14 +59,14 @@ class Cost:
 
     @property
     def waiting(self) -> int:
-        """At most, at any site."""
+        """The maximum over all sites."""
         return max(step.waiting for step in self.steps)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measurement of the longest row of ``stage``, of which ``limit`` tokens count, with moments
-    of ``itemsize`` bytes."""
+    """A measurement of the longest row of ``stage``, with ``limit`` on the tokens that count, and
+    moments of ``itemsize`` bytes."""
 
     stage: Stage
     lockstep: Lockstep
@@ -77,8 +78,8 @@ class Measure:
         """The cost of a row that waits on the device, or in ``place``, at the end of each of the
         ``barriers`` (None: at every site).
 
-        The first run casts changes to the model's dtype, and brings weights that are offloaded as
-        a whole model. Both stay on the device and no row holds them: a run that leaves something
+        The first run casts changes to the model's dtype, and loads weights that are offloaded as a
+        whole model. Both stay on the device and belong to no row, so a run that leaves something
         behind does not count.
         """
         row = _longest(self.stage)
@@ -98,7 +99,7 @@ class Measure:
 
 
 def _step(one: Step, two: Step, copies: int) -> Step:
-    """A row's step, from what one and two of them took."""
+    """A row's step, from the memory of one and of two rows."""
 
     def more(first: int, second: int) -> int:
         return copies * max(second - first, 0)
@@ -114,13 +115,13 @@ def _step(one: Step, two: Step, copies: int) -> Step:
 
 
 def streams(stage: Stage, barriers: Barriers) -> bool:
-    """True if rows are reduced as they are shown, once targets have been sampled."""
+    """True if rows are reduced as they are observed, once targets have been sampled."""
     return bool(barriers.blocks) and stage.mask is None
 
 
 class _Run:
-    """One forward of so many times the same row under a meter, which notes what is alive when the
-    forward pauses."""
+    """One forward of the same row, repeated, under a meter that records what is alive at every
+    pause."""
 
     def __init__(
         self, measure: Measure, rows: Sequence[int], barriers: Barriers | None, place: Place | None
@@ -159,11 +160,11 @@ class _Run:
 
     @property
     def left(self) -> int:
-        """Bytes that the forward made and that are alive still."""
+        """Bytes that the forward made and that are still alive."""
         return self._meter.live
 
     def observe(self, shown: Observation) -> None:
-        """Keep what the solve of a site will read until then, as in a sweep."""
+        """Keep what a site's solve will read until then, as in a sweep."""
         self.device, meter = shown.inputs.device, self._meter
         before, length = (meter.live, meter.peak), shown.site.length(shown.outputs)
         if self._narrow:
@@ -210,8 +211,8 @@ class _Run:
         meter.peak = meter.live
 
     def _reduced(self, shown: Observation) -> int:
-        """Tokens of a row in the moments' precision, on their way there in the model's; patches of
-        a convolution are made of all its tokens first."""
+        """Tokens of a row in the moments' precision, plus the conversion from the model's; for a
+        convolution, patches of all its tokens are made first."""
         (out, width), size = shown.site.shape, shown.inputs.element_size()
         limit, itemsize = self._measure.limit, self._measure.itemsize
         length = shown.site.length(shown.outputs)

@@ -1,4 +1,4 @@
-"""The plan of a stage: of the footprints of all strategies the first that fits."""
+"""The plan of a stage: the first strategy whose footprint fits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .strategies import Strategy
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a stage: ``at_once`` of its rows at a time, by a ``strategy``, out of ``offered``
-    rows, in ``bytes`` beyond the model of a ``budget`` and about so many ``seconds``. If the
-    strategy offloads, ``on_device`` rows wait on the device and the others in ``host_bytes`` of the
-    host's memory, of which ``host_limit`` may be used."""
+    """The plan of a stage: ``at_once`` rows at a time out of ``offered``, with a ``strategy``,
+    using ``bytes`` of the ``budget`` beyond the model, in about ``seconds``. If the strategy
+    offloads, ``on_device`` rows wait on the device and the others in ``host_bytes`` of host memory,
+    limited to ``host_limit``."""
 
     stage: Stage
     at_once: int
@@ -54,10 +54,10 @@ class Plan:
 
 def plan_stage(footprints: Sequence[Footprint], limits: MemoryLimits, most: int) -> Plan:
     """The first plan of up to ``most`` rows at once that fits into the ``limits``. ``footprints``
-    are those of the strategies, the quickest first.
+    are those of the strategies, fastest first.
 
-    Where none fits rows are left out, evenly over the concepts; a stage that a later one needs in
-    full loses none. Raises :class:`OutOfMemory` where a row for each concept is too much.
+    If none fits, rows are left out evenly over the concepts, except in a stage that a later one
+    needs in full. Raises :class:`OutOfMemory` if even one row per concept does not fit.
     """
     stage, size = footprints[0].stage, footprints[0].processes.size
     offered = len(stage.concept_ids)
@@ -88,7 +88,7 @@ def _first(
 
 
 def _plan_of(footprint: Footprint, limits: MemoryLimits, stage: Stage, most: int) -> Plan | None:
-    """By one strategy: as many rows at once as fit, and of them as many as can wait there."""
+    """With one strategy: as many rows at once as fit, with as many as possible waiting there."""
     rows = len(stage.concept_ids)
     mine = footprint.mine(rows)
     most = min(most, mine)
@@ -130,21 +130,21 @@ def _too_much(footprints: Sequence[Footprint], limits: MemoryLimits, fewest: int
     tried = ""
     if smallest.parked is not None:
         waiting, free = _size(smallest.host_bytes(fewest, 0)), _size(limits.host)
-        tried = f", with rows waiting in {waiting} of host memory, of which {free} are free"
+        tried = f", with rows waiting in {waiting} of host memory, with {free} free"
     what = (
-        "all rows, which later stages need"
+        "all rows, because later stages need them"
         if smallest.stage.feeds_next
-        else "a row for each concept"
+        else "one row per concept"
     )
     return OutOfMemory(
         f"The {smallest.stage.name} needs at least {_size(least(smallest))} beyond the model for "
-        f"{what}{tried}, and {_size(limits.device)} may be used; lower samples, timesteps "
-        "or latent_size (ComfyUI: image_size), or allow more memory."
+        f"{what}{tried}, but only {_size(limits.device)} may be used; lower samples, timesteps or "
+        "latent_size (ComfyUI: image_size), or allow more memory."
     )
 
 
 def _size(count: float) -> str:
-    """Bytes in the largest unit of which there is a tenth at least."""
+    """Bytes as text, in the largest unit of which there is at least a tenth."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if count >= unit / 10:
             return f"{count / unit:.2f} {name}"
@@ -152,7 +152,7 @@ def _size(count: float) -> str:
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
-    """The largest number that ``fits``, where all smaller ones do."""
+    """The largest number that ``fits``, assuming all smaller ones do."""
     if most < least or not fits(least):
         return None
     while least < most:

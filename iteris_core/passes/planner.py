@@ -1,10 +1,10 @@
-"""A memory budget, kept: how many rows run at once, where the others wait, and how many run at all.
+"""Keeps a memory budget: how many rows run at once, where others wait, and how many run at all.
 
-The budget is what the user allows, or what the host says there is room for. Before a stage runs,
-its longest row is measured (:mod:`.measure`). In a sweep every row waits at each site, on the
-device or in host memory, and the moments and the solve of one site come on top; else there are the
-moments of all sites. The first strategy that fits is taken; where memory runs out all the same,
-since others may take what was counted on, the next ones are tried.
+The budget is the user's limit, or the host's free memory. Before a stage runs, its longest row is
+measured (:mod:`.measure`). In a sweep every row waits at each site, on the device or in host
+memory, in addition to the moments and the solve of one site; otherwise there are the moments of all
+sites. The first strategy that fits is used. If memory runs out anyway, because other programs took
+it, the next ones are tried.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 def planned(
     run: Run, stage: Stage, solver: StageSolver, batching: ExecutionConfig, *, schedule: Schedule
 ) -> Plan:
-    """A plan that keeps the run's memory budget; without one the quickest strategy."""
+    """A plan within the run's memory budget; without a budget, the fastest strategy."""
     budget = run.job.memory_budget
     if budget is None or not stage.sites:
         strategy = ON_DEVICE if schedule.sweep else Strategy()
@@ -69,8 +69,8 @@ def _fitting(
     schedule: Schedule,
     budget: int | Literal["free"],
 ) -> tuple[Plan, Cost]:
-    """The plan of as many rows as fit, and the measured cost of one. Of fewer rows more tokens may
-    count, so that what is left of a stage is measured again."""
+    """The plan for as many rows as fit, and the measured cost of one. With fewer rows, more tokens
+    per row may count, so a reduced stage is measured again."""
     lockstep, room, sweep = run.lockstep, run.job.host.room, schedule.sweep
     limit, itemsize = limit_of(stage, batching), solver.dtype.itemsize
     measure = Measure(stage, lockstep, schedule.copies, limit, itemsize)
@@ -89,7 +89,7 @@ def _fitting(
     available = budget
     if available == "free":
         sharing = 1 if is_apart(cost.device) else lockstep.processes.size
-        # All processes have to leave out the same rows.
+        # All processes must leave out the same rows.
         available = lockstep.processes.least(room(wanted) // sharing)
     else:
         room(min(wanted, available))
@@ -107,14 +107,14 @@ def _fitting(
     if made.rows < made.offered and stage.spatial and batching.row_tokens == "enough":
         return _fitting(run, made.stage, solver, batching, schedule, budget)
     if made.bytes < wanted:
-        room(made.bytes)  # weights that made way for more than this come back
+        room(made.bytes)  # weights evicted for more than this come back
     return made, cost
 
 
 def others(
     footprint: Footprint, measure: Measure, place: Place | None, batching: ExecutionConfig
 ) -> Iterator[Footprint]:
-    """``footprint`` by the further strategies; rows that are offloaded wait in ``place``."""
+    """``footprint`` with the other strategies; offloaded rows wait in ``place``."""
     stage, barriers, cost = footprint.stage, None, footprint.cost
     for strategy in ladder(stage, measure.lockstep, batching.policy):
         if strategy.barriers is not barriers:
@@ -132,8 +132,8 @@ def others(
 
 
 def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> Iterator[Plan]:
-    """``plan``, and what takes less where memory runs out: in a sweep the further strategies, in
-    host memory where that is another, and then half as many rows at once, down to one."""
+    """``plan``, followed by plans that use less in case memory runs out: in a sweep the other
+    strategies (in host memory, if it is separate), then half as many rows at once, down to one."""
     yield plan
     if sweep:
         for strategy in _further(plan, lockstep, policy):
@@ -147,8 +147,8 @@ def attempts(plan: Plan, lockstep: Lockstep, policy: Policy, *, sweep: bool) -> 
 
 
 def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
-    """The footprints that can be found: a row is run for each, for which there may be no memory
-    either."""
+    """The footprints that can be measured: each needs a row to run, for which memory may be missing
+    too."""
     strategies = [plan.strategy] if plan.on_device else []
     try:
         for strategy in ladder(plan.stage, lockstep, policy):
@@ -162,21 +162,21 @@ def _further(plan: Plan, lockstep: Lockstep, policy: Policy) -> list[Strategy]:
 
 
 def complaint(said: str, tried: Sequence[Plan]) -> str:
-    """The message where there was no memory for any of the plans ``tried``."""
+    """The message if memory did not suffice for any of the plans ``tried``."""
     rows = [f"{p.at_once} rows at once" if p.at_once > 1 else "one row at once" for p in tried]
     named = [
         ", ".join(filter(None, (r, p.strategy.name))) for r, p in zip(rows, tried, strict=True)
     ]
     return (
-        f"Memory ran out in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
-        "samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI: image_size), or "
-        "close what else takes memory. The model is as it was."
+        f"Out of memory in the {tried[0].stage.name} ({said}). Tried: {'; '.join(named)}. Lower "
+        "samples or timesteps (fewer rows), or latent_size (smaller ones; ComfyUI: image_size), "
+        "or free memory elsewhere. The model is unchanged."
     )
 
 
 def changes_bytes(changes: Mapping[str, SiteChanges], device: torch.device) -> int:
-    """Bytes of the merged changes at most, float32 factors of Σ r_i: they are where the LoRAs'
-    are."""
+    """Largest size in bytes of the merged changes, as float32 factors of rank Σ r_i; they are on
+    the LoRAs' device."""
     return sum(
         4 * sum(site.shape) * site.rank
         for site in changes.values()

@@ -1,7 +1,7 @@
-"""One short pass before a merge: which sites no forward reaches, and which mix rows.
+"""A short pass before a merge: finds sites that no forward reaches, and sites that mix rows.
 
-Every stage runs a row or two of pure noise, with no LoRA in force. What is found there would
-otherwise be found at the end, after minutes or hours.
+Every stage runs a row or two of pure noise, with no LoRA active. Otherwise these problems would
+show only at the end, after minutes or hours.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ REPEATED = 'is called more than once in a forward, which schedule="jacobi" of it
 
 @dataclass(frozen=True)
 class Looked:
-    """``refused``: site of a job's changes → why its features cannot be collected; empty where all
-    can be. ``stages``: what was seen of every stage. ``joined``: sites whose inputs have the rows
-    elsewhere than in their first dimension."""
+    """``refused``: site of a job's changes → why its features cannot be collected; empty if all
+    can. ``stages``: observations of every stage. ``joined``: sites whose inputs have the rows in
+    another dimension than the first."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     stages: Sequence[Seen] = ()
@@ -45,11 +45,10 @@ class Looked:
 
 
 def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
-    """What keeps the sites of the job's changes from being merged by a ``sweep`` or otherwise.
+    """Why sites of the job's changes cannot be merged, by a ``sweep`` or otherwise.
 
-    The generator is one of its own, so that the merge draws what it would draw without this pass.
-    Models of text are not looked at: their rows may be there once only, and their layers are all
-    reached.
+    A separate generator keeps the merge's random draws independent of this pass. Text models are
+    skipped: their rows may be available only once, and all their layers are reached.
     """
     host, calibration, sites = job.host, job.calibration, set(job.changes)
     if not host.pictures:
@@ -59,11 +58,11 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
     modules, seen = host.sites(), list[Seen]()
 
     def quiet(what: str, done: int, total: int) -> None:
-        job.tick("looking at the sites", 0, 0)
+        job.tick("checking the sites", 0, 0)
 
     found: dict[str, str | None] = {}
     joined: set[str] = set()
-    # Some layers wait for words that one prompt may lack, such as those in quotes.
+    # Some layers need words that one prompt may lack, such as text in quotes.
     every_prompt = replace(short, samples=calibration.samples, timesteps=1)
     with Lockstep({}, {}) as lockstep, torch.no_grad():
         for some in (short, every_prompt):
@@ -85,8 +84,8 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
 def _look(
     stage: Stage, modules: Mapping[str, nn.Module], *, every_kind: bool, sweep: bool
 ) -> tuple[dict[str, str | None], set[str], Seen]:
-    """The sites that ``stage`` reaches with its first row, or with the first row of every kind, and
-    what keeps them from being merged; those that get other rows than there are."""
+    """The sites that ``stage`` reaches with its first row, or with the first row of every kind, why
+    they cannot be merged, and those that get a different number of rows."""
     kinds = stage.batch_keys if stage.batch_keys and every_kind else [None] * len(stage.concept_ids)
     firsts = {kind: row for row, kind in reversed(list(enumerate(kinds)))}.values()
     calls = _Calls(set(stage.sites))
@@ -98,7 +97,7 @@ def _look(
         for site, module in modules.items():
             stack.enter_context(module.register_forward_hook(calls.hook(site)))
         for row in firsts:
-            for _ in range(1 if every_kind else 2):  # the first one may bring weights to the device
+            for _ in range(1 if every_kind else 2):  # the first one may load weights to the device
                 calls.rows.clear()
                 started = time.perf_counter()
                 stage.run([row, row], 1)
@@ -117,8 +116,8 @@ def _look(
 
 
 class _Calls:
-    """The calls of a forward: every site that it ``reached``, and for those that are wanted how
-    many ``rows`` each call has."""
+    """The calls of a forward: every site that it ``reached``, and the ``rows`` of each call for the
+    selected sites."""
 
     def __init__(self, wanted: Set[str]) -> None:
         self.rows: dict[str, list[int]] = {}
@@ -145,7 +144,7 @@ class _Calls:
 def complaint(
     found: Mapping[str, str], concepts: Sequence[Concept], *, refused: bool = True
 ) -> str:
-    """The message on sites that cannot be merged: where, by which file, and what to do."""
+    """The message about sites that cannot be merged: where, from which file, and what to do."""
     parts: list[str] = []
     for why, count in Counter(found.values()).items():
         site = min(name for name, reason in found.items() if reason == why)
@@ -160,6 +159,6 @@ def complaint(
         return text
     return (
         f"Of the LoRAs' sites {len(found)} cannot be merged by their features: {text}. Give the "
-        "model what those layers wait for (a picture, a first frame, a control), leave them out, "
-        "or give them the mean of the LoRAs' changes (unmergeable: skip or mean)."
+        "model the input that these layers need (an image, a first frame, a control), leave them "
+        "out, or give them the mean of the LoRAs' changes (unmergeable: skip or mean)."
     )

@@ -1,10 +1,10 @@
-"""The ladder of strategies to run a sweep, the quickest first; all but two give one result.
+"""The ladder of strategies for running a sweep, fastest first; all but two give the same result.
 
-Rows wait on the device at every site, which takes most; or in host memory, at the end of every
-level; or block by block (:mod:`..activations.replay`), on the device or in host memory: a row waits
-with what enters a block, small ones or large ones. Last, what waits in host memory is rounded to 8
-bits, or to 4 (:mod:`..activations.packing`). The planner takes the first that fits, and where
-memory runs out all the same, the merge goes on from there.
+Rows wait on the device at every site, which needs most memory; or in host memory, at the end of
+every level; or block by block (:mod:`..activations.replay`), on the device or in host memory. In
+the last case a row waits with only the inputs of a small or large block. As a last resort, rows in
+host memory are rounded to 8 or 4 bits (:mod:`..activations.packing`). The planner uses the first
+strategy that fits; if memory runs out anyway, the merge continues from there.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ..hosts.protocol import Stage
 from ..solve.choose import POLICY, Policy
 
 BLOCKS = {"small blocks": 1.4, "large blocks": 2.1}
-"""Sizes of :attr:`..solve.choose.Policy.blocks`, and how many times longer a sweep takes, as
-measured (docs/decisions.md)."""
+"""Sizes of :attr:`..solve.choose.Policy.blocks`, and the measured slowdown of a sweep
+(docs/decisions.md)."""
 _IN_HOST, _BLOCKS_IN_HOST = 1.4, 1.25  # times longer
 _PACKED = {8: 1.1, 4: 1.2}
-"""Bits at which rows wait, and how many times longer a sweep takes, which are guesses."""
+"""Bits at which rows wait, and the estimated slowdown of a sweep."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Rows pause at the end of each of the ``barriers`` (None: at every site) and, if one
-    ``offloads`` a device, those that have no room there wait in host memory, at so many ``bits``
-    (None: as they are). A sweep takes so many times longer (``slower``) than by the first one."""
+    """Rows pause at the end of each of the ``barriers`` (None: at every site). If it ``offloads`` a
+    device, rows without space there wait in host memory, at ``bits`` bits (None: unchanged). A
+    sweep takes ``slower`` times as long as with the first strategy."""
 
     name: str = ""
     slower: float = 1.0
@@ -46,7 +46,7 @@ class Strategy:
     bits: int | None = None
 
     def place(self, place: Place) -> Place:
-        """``place`` as rows wait in it."""
+        """``place``, packed if this strategy packs rows."""
         return PackedPlace(place, self.bits) if self.bits else place
 
     @property
@@ -60,7 +60,7 @@ PACKED = ", at {} bits"
 
 
 def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strategy]:
-    """All but the first, :data:`ON_DEVICE`; a row or two run to find them."""
+    """All strategies after the first, :data:`ON_DEVICE`; a row or two run to find them."""
     found = find(stage, lockstep)
     apart = is_apart(found.device)
     last = Strategy(IN_HOST, _IN_HOST, found.barriers(), found.device)
@@ -84,7 +84,7 @@ def ladder(stage: Stage, lockstep: Lockstep, policy: Policy) -> Iterator[Strateg
 
 
 def find(stage: Stage, lockstep: Lockstep) -> Found:
-    """The barriers of a stage, by its first row."""
+    """The barriers of a stage, found with its first row."""
     return watched(lockstep, _first_row(stage))
 
 
@@ -96,7 +96,7 @@ def replayable(
 
 
 def free_host(processes: Processes) -> int:
-    """Bytes of the host's memory that each process may use."""
+    """Bytes of host memory that each process may use."""
     return usable(free_memory(torch.device("cpu"))) // processes.size
 
 

@@ -1,9 +1,9 @@
-"""Passes over the model in which all sites are solved: one sweep, or several that are iterated.
+"""Passes over the model that solve all sites: a single sweep, or several iterations.
 
-In a sweep each site is solved in execution order, on inputs that passed the solved ones before.
-Else all are solved behind a pass: from reference rows, X with each LoRA alone active, and then, in
-the paper's Algorithm 1, from the last merged model's inputs again and again. What a method does at
-the sites of a stage is a :class:`..solve.problem.StageSolver`.
+In a sweep each site is solved in execution order, on inputs that passed through the sites solved
+before. Otherwise all sites are solved after a pass: from reference rows, X with each LoRA alone
+active, and then, in the paper's Algorithm 1, repeatedly from the last merged model's inputs. A
+:class:`..solve.problem.StageSolver` defines a method's work at a stage's sites.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def solve_sites(
     if missed := sorted(run.lockstep.changes.keys() - solutions.keys()):
         raise SiteError(
             f"{len(missed)} sites were never reached by a forward, such as {missed[0]}; "
-            "they cannot be merged by their features. Leave them out of the LoRAs."
+            "they cannot be merged by their features. Remove them from the LoRAs."
         )
     rows = max((plan.rows for plan in passes.made), default=0)
     lines = [str(plan) for plan in passes.made if plan.budget < math.inf]
@@ -71,7 +71,7 @@ def solve_sites(
 
 
 class _Passes:
-    """``made`` are the plans of all stages, as they were before memory ran out."""
+    """``made`` are the plans of all stages, as before any out-of-memory retry."""
 
     def __init__(
         self, run: Run, solver_of: SolverOf, batching: ExecutionConfig, schedule: Schedule
@@ -84,14 +84,14 @@ class _Passes:
         self._turn = 0
 
     def solved(self, turn: int) -> Solutions:
-        """One pass, the number ``turn``."""
+        """One pass, number ``turn``."""
         schedule, self._turn, self._solutions = self._schedule, turn, {}
         if not turn:
             changes, size = self._lockstep.changes, self._lockstep.processes.size
             expected = Passes(changes, self._batching, schedule, size)
             self._job.eta.expect(expected, self._job.denoised)
             _ = self._run.samples
-            self._job.eta.forecast.drop(DENOISING)  # made in a round before, or remembered
+            self._job.eta.forecast.drop(DENOISING)  # made in an earlier round, or cached
         if schedule.sweep:
             self._job.tick("solving sites", 0, len(self._lockstep.changes))
         if schedule.passes > 1:
@@ -113,7 +113,9 @@ class _Passes:
         return plan
 
     def _attempt(self, solver: StageSolver, plan: Plan) -> None:
-        for site in self._solutions.keys() & set(plan.stage.sites):  # of one that had no memory
+        for site in self._solutions.keys() & set(
+            plan.stage.sites
+        ):  # from an attempt that ran out of memory
             del self._solutions[site]
             if self._schedule.sweep:
                 del self._lockstep.merged[site]
@@ -124,8 +126,8 @@ class _Passes:
             self._stream(solver, plan.stage, batching)
 
     def _stream(self, solver: StageSolver, stage: Stage, batching: ExecutionConfig) -> None:
-        """All rows run, and then the sites are solved. Before the first solve there is no merged
-        model: X̃ = X (Algorithm 1, initial)."""
+        """Run all rows, then solve the sites. Before the first solve there is no merged model: X̃ =
+        X (Algorithm 1, initial)."""
         job, turn, processes = self._job, self._turn, self._lockstep.processes
         several = self._schedule.passes > 1
         collector = Collector(self._lockstep.changes, solver, processes)
@@ -146,7 +148,7 @@ class _Passes:
                 job.tick("solving sites", len(self._solutions), len(self._lockstep.changes))
 
     def _sweep(self, solver: StageSolver, plan: Plan, batching: ExecutionConfig) -> None:
-        """Rows run in step, and wait at each site until it is solved."""
+        """Run rows in step; they wait at each site until it is solved."""
         job, lockstep, stage, strategy = self._job, self._lockstep, plan.stage, plan.strategy
         place = offload = None
         if strategy.offloads is not None:
@@ -172,7 +174,7 @@ class _Passes:
             job.tick("solving sites", len(self._solutions), len(lockstep.changes))
             return change
 
-        # In every way of running it, so that all give the same.
+        # With every strategy, so that all give the same result.
         batches = list(micro_batches(stage, 2, collector, batching, processes, sampled or set()))
         last = set[str]() if stage.feeds_next else set(stage.sites)
         with ExitStack() as stack:
@@ -181,7 +183,7 @@ class _Passes:
                 stack.callback(place.close)
                 offload.stay = _first(batches, plan.on_device)
                 stack.enter_context(offload)
-            stack.callback(collector.forget)  # else all that it holds would be put back
+            stack.callback(collector.forget)  # otherwise everything it holds would be put back
             job.eta.begin(stage, strategy.slower)
             lockstep.sweep(batches, solve, last, offload)
 
@@ -192,7 +194,7 @@ class _Passes:
 
 
 def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
-    """The first batches, of so many rows together."""
+    """The first batches that together have that many rows."""
     numbers: set[int] = set()
     for number, batch in enumerate(batches):
         rows -= len(batch.owners)
@@ -203,7 +205,7 @@ def _first(batches: Sequence[MicroBatch], rows: int) -> set[int]:
 
 
 def _largest_change(old: Solutions, new: Solutions) -> float:
-    """max over sites of ‖ΔW_new − ΔW_old‖ / ‖ΔW_new‖, on factors."""
+    """Maximum over sites of ‖ΔW_new − ΔW_old‖ / ‖ΔW_new‖, on factors."""
     largest = 0.0
     for site, solution in new.items():
         after, before = solution.change.to(torch.float64), old[site].change.to(torch.float64)

@@ -1,4 +1,4 @@
-"""The number of samples that a time budget leaves room for."""
+"""The number of samples that fits into a time budget."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from .eta import Eta, Passes, Seen
 from .job import Job
 
 LEAST = 12
-"""Samples of a concept below which a merge keeps too little (the preset ``fast`` has as many)."""
+"""Minimum samples per concept; with fewer, a merge keeps too little (the preset ``fast`` uses
+this)."""
 
 
 def within_time(job: Job, seen: Sequence[Seen]) -> Job:
-    """``job`` with as many samples of a concept as fit into its calibration's ``minutes``: those
-    that it has at most, :data:`LEAST` at least. What was ``seen`` of its stages says how long a
-    forward takes. Without a limit, or where nothing was seen, ``job`` itself."""
+    """``job`` with as many samples per concept as fit into its calibration's ``minutes``: at least
+    :data:`LEAST`, at most the requested number. The observations ``seen`` of its stages give the
+    time of a forward. Without a limit or observations, ``job`` itself."""
     calibration = job.calibration
     if calibration.minutes is None or not any(one.a_row for one in seen):
         return job
@@ -34,7 +35,8 @@ def _with_samples(job: Job, samples: int) -> Job:
 
 
 def _seconds(job: Job, seen: Sequence[Seen], samples: int) -> float:
-    """About how long the sweeps take with so many samples of a concept, in the quickest way."""
+    """Rough duration of the sweeps with that many samples per concept, with the fastest
+    strategy."""
     job = replace(_with_samples(job, samples), eta=Eta(rounds=job.eta.rounds))
     for one in seen:
         job.eta.saw(one, job.concepts, job.calibration)

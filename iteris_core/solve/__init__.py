@@ -1,1 +1,1 @@
-"""Reductions of the tokens of one site, and the closed form that is solved from them."""
+"""Reductions of one site's tokens, and the closed-form solutions from them."""

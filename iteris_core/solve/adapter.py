@@ -1,8 +1,8 @@
-"""The paper's objective: the merged change gives what each LoRA's change gave, T_i = X_i ΔW_iᵀ.
+"""The paper's objective: the merged change reproduces each LoRA's change, T_i = X_i ΔW_iᵀ.
 
-The ridge on the right is τ α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7, where τ is 1). The solution is exactly low
-rank: ``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i = X_iᵀX̃_i + ridge: Σ r_i
-right-hand sides, no dense ΔW and no SVD. An equivalent without the factors is
+The ridge on the right-hand side is τ α ‖X_iᵀX̃_i‖_F ΔW_i (eq. 7, with τ = 1). The solution is
+exactly low rank: ``up = [up_1 … up_N]``, ``down = [λ_i down_i C_i] M⁻¹`` with C_i = X_iᵀX̃_i +
+ridge: Σ r_i right-hand sides, no dense ΔW and no SVD. Without factors it is equivalent to
 ``scipy.linalg.solve(M, K.T, assume_a="pos").T``.
 """
 
@@ -22,7 +22,7 @@ from .moments import MomentReduction
 from .problem import Bytes, RegressionSpec, SiteContext, Solution, Tokens, Weighting
 from .weighting import Alike, ByAdapter, ByTokens, Weigher, weigher
 
-_PIECE = 1 << 21  # bytes of a moment on its way to float64, see linalg.precision.pieces
+_PIECE = 1 << 21  # bytes of a moment during conversion to float64, see linalg.precision.pieces
 
 
 class _LowRankTargets(MomentReduction):
@@ -51,8 +51,8 @@ class _LowRankTargets(MomentReduction):
 
     @classmethod
     def bytes(cls, changes: SiteChanges, itemsize: int = 4) -> Bytes:
-        """The solve has M and a piece of a moment in float64, right-hand sides and their solution,
-        and the factors of a cut, of rank Σ r_i."""
+        """The solve needs M and a piece of a moment in float64, right-hand sides and their
+        solution, and the factors of a cut, of rank Σ r_i."""
         out, width = changes.shape
         rank = changes.listed_rank
         square = width * width
@@ -63,7 +63,7 @@ class _LowRankTargets(MomentReduction):
 
     @abstractmethod
     def _cross(self, concept: int) -> Tensor:
-        """XᵀX̃ of a concept, (in, in)."""
+        """A concept's XᵀX̃, (in, in)."""
 
     def _change(
         self,
@@ -104,7 +104,7 @@ class _LowRankTargets(MomentReduction):
 
 
 class AdapterMoments(_LowRankTargets):
-    """X̃ᵀX̃ and XᵀX̃ of every concept."""
+    """X̃ᵀX̃ and XᵀX̃ for every concept."""
 
     moments = 2
 
@@ -122,7 +122,7 @@ class AdapterMoments(_LowRankTargets):
 
 
 class Gram(_LowRankTargets):
-    """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments are one."""
+    """X̃ᵀX̃ alone, for targets X̃ ΔW_iᵀ: RegMean, where both moments coincide."""
 
     moments = 1
 

@@ -1,10 +1,9 @@
-"""The choice of how a site is solved, and every other threshold by which a merge goes one way or
-another.
+"""Chooses how a site is solved, and holds every other threshold for a merge's decisions.
 
-A :class:`Policy` holds the numbers, with what they were chosen by in docs/decisions.md; a merge
-takes :data:`POLICY` unless it is given another. What is no choice of a merge stands where it is
-used: digits of an algorithm (:mod:`..linalg`), margins and pieces of memory
-(:mod:`..activations.meter`), and which prompts and sizes rows have (:mod:`..hosts.rows`).
+A :class:`Policy` holds the numbers; docs/decisions.md gives the evidence for them. A merge uses
+:data:`POLICY` unless it is given another. Constants that are not decisions of a merge are defined
+where they are used: an algorithm's precision (:mod:`..linalg`), memory margins and pieces
+(:mod:`..activations.meter`), and the rows' prompts and sizes (:mod:`..hosts.rows`).
 """
 
 from __future__ import annotations
@@ -24,30 +23,29 @@ from .rows import OutputRows
 
 @dataclass(frozen=True)
 class Policy:
-    """Thresholds, and the choices that are made by them.
+    """Thresholds, and the choices based on them.
 
-    Rows stand for themselves where that takes ``rows_gain`` times fewer operations than
-    moments. TᵀX̃ is made in ``reserve`` times the rank and ``more_directions`` directions of
-    the output where it has more than ``small_target`` entries and that takes
-    ``directions_gain`` times fewer operations; they are found from ``tokens_a_direction``
-    tokens for each, of pictures' from those of ``sample_rows`` rows of a concept. Of a row of a
-    picture ``least_row_tokens`` tokens count, or what gives every concept ``tokens_an_input``
-    for each of a site's inputs. With fewer prompts than ``enough_samples`` for each of two
-    LoRAs, or fewer in proportion for each of more, a fit follows its sample, so that the
-    ``ridge`` grows with the ``ridge_power`` of what is missing, up to ``most_ridge``, and pulls
-    to the mean at the changes' own size. Two concepts in pictures, which hardly compete, are
-    repaired by ``repair_share`` of a feed-forward's hidden units.
+    Rows replace moments if that takes ``rows_gain`` times fewer operations. TᵀX̃ is restricted to
+    output directions, ``reserve`` times the rank plus ``more_directions``, if it has more than
+    ``small_target`` entries and this takes ``directions_gain`` times fewer operations. Directions
+    are found from ``tokens_a_direction`` tokens each; for images, from those of ``sample_rows``
+    rows per concept. An image row contributes ``least_row_tokens`` tokens, or as many as give every
+    concept ``tokens_an_input`` tokens per input of a site. With fewer prompts than
+    ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit follows
+    its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
+    ``most_ridge``, and pulls to the mean at the changes' own size. Two concepts on an image model
+    hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units.
 
-    Blocks that rows wait in have at most so many barriers (``blocks``: small ones, such as an
-    attention, and large ones, which a transformer repeats); one is replayed where its second run
-    gives the first one's output to ``replay_error`` of it, and polished by itself where it does
-    so to ``segment_error``. A part that is polished has at most ``segment_share`` of a stage's
-    sites, so that gradients never go back through the whole model. ``polish_rows`` rows pass it,
-    or ``polish_rows_each`` of each concept where they are many, ``polish_at_once`` at a time and
-    in ``polish_bytes`` of host memory at most; ``polish_checked`` batches tell whether it gained,
-    and ``polish_tokens`` tokens the moments of its inputs, of which ``polish_floor`` of the mean
-    is added to each. The polish of the whole model is checked every ``polish_checked_every``
-    steps on ``polish_held_out`` rows, a quarter of all at most.
+    Blocks in which rows wait have at most this many barriers (``blocks``: small ones, such as an
+    attention, and large ones, which a transformer repeats). A block is replayed if its second run
+    reproduces the first output within ``replay_error``, and polished by itself if within
+    ``segment_error``. A polished part has at most ``segment_share`` of a stage's sites, so
+    gradients never pass through the whole model. It gets ``polish_rows`` rows, or
+    ``polish_rows_each`` per concept if there are many, ``polish_at_once`` at a time and within
+    ``polish_bytes`` of host memory. ``polish_checked`` batches check the gain. ``polish_tokens``
+    tokens give its input moments; ``polish_floor`` times their mean is added to each. Whole-model
+    polish is checked every ``polish_checked_every`` steps on ``polish_held_out`` rows, at most a
+    quarter of all.
     """
 
     rows_gain: float = 3.0
@@ -81,7 +79,7 @@ class Policy:
     def choose(
         self, opening: SiteContext, fit: RegressionSpec, objective: Objective, dtype: torch.dtype
     ) -> Reduction:
-        """The reduction of a site; ``dtype`` is that of its moments."""
+        """The reduction for a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
             return AdapterMoments(opening, fit.weighting, dtype)
         if self.takes_rows(opening, fit):
@@ -98,8 +96,7 @@ class Policy:
         *,
         sweep: bool,
     ) -> Bytes:
-        """Bytes that :meth:`choose` takes at most at a site; ``itemsize`` is that of its
-        moments."""
+        """Most bytes that :meth:`choose` uses at a site; ``itemsize`` is that of its moments."""
         if objective == "adapter":
             return AdapterMoments.bytes(changes, itemsize)
         count = self.directions(*changes.shape, changes.rank) if sweep else None
@@ -115,14 +112,14 @@ class Policy:
         return self.rows_are_fewer(opening.tokens, *opening.changes.shape)
 
     def rows_are_fewer(self, tokens: int, out: int, width: int) -> bool:
-        """True if ``tokens`` rows take so many fewer operations than the (in, in) moments."""
+        """True if ``tokens`` rows take enough fewer operations than the (in, in) moments."""
         by_rows = tokens**2 * (width + 2 * out) + 3 * tokens * out**2
         moments = tokens * width * (width // 2 + out) + width**3 // 3 + out * width**2
         return self.rows_gain * by_rows < moments
 
     def directions(self, out: int, width: int, rank: int) -> int | None:
-        """The number of directions that stand for all ``out`` at a site where ``rank`` of them are
-        kept; None where all of them hardly cost more."""
+        """The number of directions that represent all ``out`` outputs at a site that keeps ``rank``
+        of them; None if all of them hardly cost more."""
         count = int(rank * self.reserve) + self.more_directions
         gains = 2 * self.directions_gain * count * (out + width) <= 2 * out * width
         return count if out * width > self.small_target and gains else None
@@ -135,29 +132,29 @@ class Policy:
             return None
         targets = opening.sample(self.tokens_a_direction * count)
         if not all(bool(torch.isfinite(rows).all()) for rows in targets):
-            return None  # the solve says so
+            return None  # the solve reports it
         return opening.agree(find_directions(opening.changes, targets, count))
 
     def row_tokens(self, width: int, rows: int) -> int:
-        """The number of tokens of each of a concept's ``rows`` that is enough for ``width``
+        """The number of tokens per row, of a concept's ``rows``, that suffices for ``width``
         inputs."""
         return max(self.least_row_tokens, -(-self.tokens_an_input * width // rows))
 
     def ridge_for(self, samples: int, timesteps: int, loras: int) -> float:
-        """α for so many samples of each of so many LoRAs that run."""
+        """α for that many samples of each of that many LoRAs."""
         few = max(1.0, self.enough_samples / self._worth(samples, timesteps, loras))
         return max(self.ridge, min(self.ridge * few**self.ridge_power, self.most_ridge))
 
     def pull_for(self, samples: int, timesteps: int, loras: int) -> Pull:
-        """For so many samples of each of so many LoRAs that run: where they are few the pull
+        """The pull for that many samples of each of that many LoRAs. With few samples the pull
         decides much of a merge, and the mean of unlike changes is too small."""
         few = self._worth(samples, timesteps, loras) < self.enough_samples
         return "size" if few else "mean"
 
     @staticmethod
     def _worth(samples: int, timesteps: int, loras: int) -> float:
-        """Samples of each of two LoRAs at four timesteps: a site is fitted to the rows of all
-        LoRAs, and rows of one sample are much alike."""
+        """The equivalent samples of each of two LoRAs at four timesteps: a site is fitted to the
+        rows of all LoRAs, and rows of one sample are similar."""
         return samples * max(loras, 2) / 2 * (timesteps / 4) ** 0.25
 
     def saliency_for(self, loras: int) -> float:
@@ -165,7 +162,7 @@ class Policy:
         return max(0.0, 1 - 2 / loras)
 
     def repair_inputs_for(self, loras: int, pictures: bool) -> float:
-        """The share of a feed-forward's hidden units that a repair may use."""
+        """Share of a feed-forward's hidden units that a repair may use."""
         return self.repair_share if pictures and loras == 2 else 1.0
 
     def __post_init__(self) -> None:

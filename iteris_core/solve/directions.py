@@ -1,9 +1,9 @@
-"""The directions of a site's output that a change may take, so that TᵀX̃ is made in those alone.
+"""Restricts a site's change to some output directions, so that TᵀX̃ is computed only in those.
 
-A change keeps as many directions as its rank, of outputs that are many more. The candidates are
+A change uses as many directions as its rank, far fewer than there are outputs. The candidates are
 those of the LoRAs' own changes, [up_1 … up_N], and the principal directions of the targets T on a
-sample of tokens. Reduced-rank regression (Izenman 1975) within them is what :mod:`.output` then
-does; on held-out rows it is as good as among all directions (docs/decisions.md).
+sample of tokens. :mod:`.output` then does reduced-rank regression (Izenman 1975) within them; on
+held-out rows it is as good as with all directions (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..linalg.precision import full_precision
 from ..lora import SiteChanges
 
 OTHERS = 8
-"""Directions at random beside those that are used, to tell what the use leaves out."""
+"""Random extra directions, to estimate what the used ones leave out."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Orthonormal columns of a site's outputs, (out, k + q): ``used`` of them, k, are what a change
-    may be made of, and the other q, at random, tell about how much the rest of the outputs holds.
+    """Orthonormal columns in a site's outputs, (out, k + q): a change may use the first k,
+    ``used``; the other q, chosen at random, estimate the energy in the rest of the outputs.
     """
 
     matrix: Tensor
@@ -48,21 +48,21 @@ class Directions:
 
     @property
     def others_stand_for(self) -> float:
-        """The number of directions for which each of the others stands."""
+        """The number of directions that each of the others represents."""
         out, count = self.matrix.shape
         return (out - self.used) / max(count - self.used, 1)
 
     def of(self, target: Tensor) -> Tensor:
-        """T D of T, (tokens, out)."""
+        """T D for T, (tokens, out)."""
         return target @ self.matrix
 
     def within(self, up: Tensor) -> Tensor:
-        """Dᵀ up of ``up``, (out, rank)."""
+        """Dᵀ up for ``up``, (out, rank)."""
         return self.matrix.to(up).mT @ up
 
 
 class _Every(Directions):
-    """All directions: D is the identity, and is not kept."""
+    """All directions: D is the identity, and is not stored."""
 
     some = False
 
@@ -83,14 +83,14 @@ def every_direction(out: int) -> Directions:
 
 
 def find_directions(changes: SiteChanges, targets: Sequence[Tensor], count: int) -> Directions:
-    """``count`` directions at most, and a few others to tell from what those leave out.
+    """At most ``count`` directions, and a few others to estimate what those leave out.
 
-    ``targets`` are a sample of T of every concept, (tokens, out), on one device, in one dtype.
-    Concepts count alike, however many tokens they have. Deterministic up to the order of tokens.
+    ``targets`` are a sample of T for every concept, (tokens, out), on one device, in one dtype.
+    Concepts count equally, however many tokens they have. Deterministic up to the order of tokens.
     """
     tokens = torch.cat([rows / max(len(rows), 1) ** 0.5 for rows in targets])
     device = tokens.device
-    if device.type == "mps":  # it knows no QR
+    if device.type == "mps":  # it has no QR
         tokens = tokens.cpu()
     ups = [change.up.to(tokens) for change in changes.own.values()]
     ups = [up for up in ups if bool(up.any())]

@@ -1,8 +1,8 @@
-"""Second moments of what reaches a site, of every concept, streamed; the factor of M; and how much
-of its targets a change gets wrong.
+"""Streamed second moments of a site's inputs per concept; the factor of M; and a change's error on
+its targets.
 
-Sites that receive the same tensor share them, and the factor with them. Tokens may arrive in any
-number of pieces.
+Sites that receive the same tensor share the moments, and with them the factor. Tokens may arrive in
+any number of pieces.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..linalg.cholesky import Cholesky, factorise
 from ..linalg.precision import frobenius, full_precision, pieces, solve_device
 from ..lora import LowRank, SiteChanges, concatenate
 
-NOT_FINITE = "its inputs or outputs hold NaN or infinite values; try a base model in float32."
+NOT_FINITE = "its inputs or outputs contain NaN or infinite values; try a base model in float32."
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), with ‖X̃_iᵀX̃_i‖_F of every concept."""
+    """The factor of M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I), with ‖X̃_iᵀX̃_i‖_F for every concept."""
 
     cholesky: Cholesky
     norms: Sequence[float]
 
 
 class InputMoments:
-    """X̃_iᵀX̃_i of every concept, (in, in) each; ``tokens`` counts them.
+    """X̃_iᵀX̃_i for every concept, (in, in) each; ``tokens`` counts tokens.
 
-    While tokens are added only the upper block triangle is right, which :meth:`complete` mirrors.
+    While tokens are added, only the upper block triangle is valid; :meth:`complete` mirrors it.
     """
 
     def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,20 +75,20 @@ class InputMoments:
         self._whole = True
 
     def sums(self) -> list[Tensor]:
-        """The tensors that several processes have to add up, once."""
+        """The tensors that several processes must add up, once."""
         return [*self.own, self.tokens]
 
     def forget_factor(self) -> None:
-        """Let the factor go, so that the next site makes it anew."""
+        """Drop the factor; the next site computes it again."""
         self._factors.clear()
 
     def factor(
         self, lambdas: Sequence[float], ridge: float, shrink: float, dtype: torch.dtype
     ) -> Factor | None:
-        """The factor of M, kept for the next site that asks; None where no input has energy.
+        """The factor of M, cached for the next site that needs it; None if no input has energy.
 
         Off-diagonal entries of X̃_iᵀX̃_i are multiplied by ``shrink``. Raises :class:`SolveError`
-        where a moment is not finite, or M cannot be factorised.
+        if a moment is not finite, or M cannot be factorised.
         """
         self.complete()
         key = (*lambdas, ridge, shrink, dtype)
@@ -106,7 +106,7 @@ class InputMoments:
 
         def add(matrix: Tensor) -> None:
             for value, own in zip(lambdas, self.own, strict=True):
-                for rows in pieces(own):  # mixed dtypes are added by way of a copy
+                for rows in pieces(own):  # adding mixed dtypes makes a copy
                     matrix[rows].add_(own[rows].to(matrix.device), alpha=value)
             if shrink != 1:
                 diagonal = matrix.diagonal().clone()
@@ -135,7 +135,7 @@ class InputMoments:
 
 
 class CrossMoments(InputMoments):
-    """XᵀX̃ of every concept beside X̃ᵀX̃, (in, in) each, for the targets X ΔW_iᵀ."""
+    """XᵀX̃ in addition to X̃ᵀX̃ for every concept, (in, in) each, for the targets X ΔW_iᵀ."""
 
     def __init__(self, concepts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(concepts, width, dtype, device)
@@ -155,23 +155,25 @@ def _block(width: int, device: torch.device) -> int:
 
 
 Wanted = Callable[[int, LowRank], tuple[float, Tensor]]
-"""``wanted(concept, candidate)``: ‖T_i‖² and, by components of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
+"""``wanted(concept, candidate)``: ‖T_i‖² and, per component of the candidate, tr(T_iᵀ X̃_i ΔWᵀ)."""
 
 
 def residuals_of(
     mean: LowRank, solution: LowRank, changes: SiteChanges, inputs: InputMoments, wanted: Wanted
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ of every concept, with the mean and with the solution, from rank ×
-    rank products with finite, completed moments. An equivalent from the rows is
-    ``(T - X @ change.dense().mT).norm() / T.norm()``.
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖ for every concept, with the mean and with the solution, from rank ×
+    rank products with finite, completed moments. From rows it would be ``(T - X @
+    change.dense().mT).norm() / T.norm()``.
 
-    Where T_i is zero, relative to what the other concepts' own changes would do there. Everything
-    is float64 but for products with the moments themselves, which are in their precision.
+    If T_i is zero, it is relative to the other concepts' own changes there. Everything is float64,
+    except products with the moments themselves, which have the moments' precision.
     """
     before: list[float] = []
     after: list[float] = []
     sizes = [mean.rank, solution.rank]
-    both = concatenate([mean, solution])  # the dear products, by (in, in), are made once for both
+    both = concatenate(
+        [mean, solution]
+    )  # the expensive (in, in) products are computed once for both
     downs = both.down.split(sizes)
     grams = [up.mT @ up for up in both.up.split(sizes, dim=1)]
     for concept, own in enumerate(inputs.own):
@@ -196,6 +198,6 @@ def output_energy(change: LowRank, own: Tensor) -> float:
 
 
 def times(left: Tensor, moment: Tensor) -> Tensor:
-    """left · moment in the moment's dtype, which is as exact as it is; ``left``'s dtype out."""
+    """left · moment, computed in the moment's dtype (no less exact) and returned in ``left``'s."""
     with full_precision(moment.device):
         return (left.to(moment) @ moment).to(left)

@@ -1,4 +1,4 @@
-"""The common part of reductions to moments of the inputs: λ, the factor of M, and the ending."""
+"""The common part of reductions to input moments: λ, the factor of M, and the final steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .weighting import Weigher
 
 
 class MomentReduction(Reduction):
-    """X̃ᵀX̃ of every concept, of the kind ``inputs``, and what a subclass adds about the targets."""
+    """X̃ᵀX̃ for every concept, of class ``inputs``, plus a subclass's data about the targets."""
 
     inputs: InputMoments
 
@@ -39,9 +39,10 @@ class MomentReduction(Reduction):
         return self.weigher.sums()
 
     def solve(self, fit: RegressionSpec) -> Solution:
-        """See :class:`.problem.Reduction`; a share of energy as rank is of the solution at Σ r_i.
+        """See :class:`.problem.Reduction`; a share of energy as rank refers to the solution at Σ
+        r_i.
 
-        Where no input has energy any change fits, and the mean of the changes is taken.
+        If no input has energy, any change fits, and the mean of the changes is used.
         """
         if not all(map(math.isfinite, self._energies())):
             raise SolveError(NOT_FINITE)
@@ -89,12 +90,12 @@ class MomentReduction(Reduction):
         fit: RegressionSpec,
         rank: int,
     ) -> tuple[LowRank, float]:
-        """ΔW at ``rank``, and the share of energy that the cut lost."""
+        """ΔW at ``rank``, and the share of energy lost in the cut."""
 
     @abstractmethod
     def _wanted(self, concept: int, candidate: LowRank) -> tuple[float, Tensor]:
         """See :data:`.inputs.Wanted`."""
 
     def _energies(self) -> list[float]:
-        """Energies that tell of whole tensors: that of a NaN or an infinity is none."""
+        """Energies of whole tensors, which reveal NaN and infinite values."""
         return []

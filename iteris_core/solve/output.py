@@ -1,9 +1,9 @@
-"""The official objective: the merged *layer* gives what LoRA i's layer gave.
+"""The official objective: the merged *layer* reproduces LoRA i's layer.
 
-T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i, so that drift from the layers before is repaired too. The
-ridge is ρ_i on both sides: the pull is toward ΔW_i, and no weight is read. ΔW is dense, and is cut
-in the metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F. Where outputs are many, TᵀX̃ is made in a few
-:mod:`.directions` of them, D, and ΔW within those: reduced-rank regression.
+T_i is (W0 + ΔW_i) on X_i minus W0 on X̃_i, so drift from earlier layers is repaired too. The ridge
+is ρ_i on both sides: the pull is toward ΔW_i, and no weight is read. ΔW is dense, and is cut in the
+metric of M, ‖(ΔW − ΔW_k) M^{1/2}‖_F. If there are many outputs, TᵀX̃ and ΔW are restricted to a few
+:mod:`.directions`, D: reduced-rank regression.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .weighting import weigher
 
 
 class OutputMoments(MomentReduction):
-    """X̃ᵀX̃ and DᵀTᵀX̃, (directions, in), of every concept."""
+    """X̃ᵀX̃ and DᵀTᵀX̃, (directions, in), for every concept."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class OutputMoments(MomentReduction):
     def bytes(
         changes: SiteChanges, itemsize: int, directions: int | None, dtype: torch.dtype
     ) -> Bytes:
-        """X̃ᵀX̃ and the targets for every concept. The solve, in float64, has M and the right side;
-        a search for the leading directions has M's factor and the right side once more in the
-        moments' precision and products of that size; all directions at once have six of the right
-        side in float64. In float32 all of it is half of that or less."""
+        """X̃ᵀX̃ and the targets for every concept. The float64 solve needs M and the right side. A
+        search for the leading directions also needs M's factor and the right side in the moments'
+        precision, and products of that size; using all directions needs six times the right side in
+        float64. In float32 everything takes at most half."""
         out, width = changes.shape
         rows = out if directions is None else directions
         kept = len(changes) * width * (width + rows) * itemsize

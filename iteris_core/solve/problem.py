@@ -1,13 +1,13 @@
-"""The regression of one site, and what every way of solving it has in common.
+"""The regression at one site, and the common part of all ways to solve it.
 
 With rows as tokens, a site's change solves (paper, eqs. 5 to 8)
 
     M = Σ λ_i (X̃_iᵀX̃_i + ρ_i I),   K = Σ λ_i (T_iᵀX̃_i + ρ_i τ ΔW_i),   ΔW = K M⁻¹,
 
-where ρ_i = α ‖X̃_iᵀX̃_i‖_F, X̃_i are the inputs that the merged model sees on concept i's samples, and
-T_i is what its outputs there are to be. In directions that no input has ΔW is τ times the mean of
-the ΔW_i by λ_i ρ_i; the paper's τ is 1. What the tokens are reduced to, and how that is solved, is
-a :class:`Reduction`; there is one file for each.
+where ρ_i = α ‖X̃_iᵀX̃_i‖_F, X̃_i are the merged model's inputs on concept i's samples, and T_i are
+the target outputs there. In directions without input, ΔW is τ times the mean of the ΔW_i weighted
+by λ_i ρ_i; the paper's τ is 1. A :class:`Reduction` defines what the tokens are reduced to and how
+that is solved; there is one file for each.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ Pull = Literal["mean", "size"]
 class RegressionSpec:
     """The regression of a site.
 
-    ``weights`` are the concepts' own, which multiply λ_i; ``weighting`` is where λ_i comes from: 1
-    / ‖X_i ΔW_iᵀ‖² times ‖ΔW_i‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖²
-    (``full``), or 1 (``none``). ``ridge`` is α of eq. 7. ``pull`` says what τ is: 1 (``mean``), or
-    what gives the mean the size of the changes (``size``, see :meth:`pull_of`). Where tokens are
-    few a second pull, per feature, keeps the fit from following the sample: with ``shrink`` s the
-    off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in RegMean, and T_iᵀX̃_i
-    becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s times each feature's
-    own energy, toward ΔW_i. ``rank`` is the largest of the result, or the share of output energy to
-    keep (None: Σ r_i). ``dtype`` is what the normal equations are solved in where that is enough;
-    else it is float64. ``residuals`` says whether the solution tells how far it is from the
-    targets.
+    ``weights`` are the concepts' weights, which multiply λ_i. ``weighting`` defines λ_i: ‖ΔW_i‖² /
+    ‖X_i ΔW_iᵀ‖² (``adapter``, eq. 8), 1 / tokens, 1 / ‖(W0 + ΔW_i) X_i‖² (``full``), or 1
+    (``none``). ``ridge`` is α in eq. 7. ``pull`` defines τ: 1 (``mean``), or the factor that gives
+    the mean the changes' size (``size``, see :meth:`pull_of`).
+
+    With few tokens, a second pull per feature keeps the fit from following the sample. With
+    ``shrink`` s, the off-diagonal entries of X̃_iᵀX̃_i and X_iᵀX̃_i are multiplied by s, as in
+    RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s
+    times each feature's own energy, toward ΔW_i.
+
+    ``rank`` is the largest rank of the result, or the share of output energy to keep (None: Σ r_i).
+    ``dtype`` is the precision of the normal equations if it suffices; otherwise float64.
+    ``residuals``: report the solution's distance from the targets.
     """
 
     weights: Sequence[float]
@@ -56,16 +58,16 @@ class RegressionSpec:
     pull: Pull = "mean"
 
     def rank_of(self, changes: SiteChanges) -> int:
-        """The largest rank that the change of a site may have."""
+        """The largest rank that a site's change may have."""
         rank = self.rank if isinstance(self.rank, int) else changes.rank
         return min(rank, *changes.shape)
 
     def pull_of(self, changes: SiteChanges) -> float:
-        """τ of a site: with ``size`` (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius.
+        """τ for a site: with ``size``, (Σ w_i ‖ΔW_i‖² / Σ w_i)^½ / ‖mean of ΔW_i‖, all Frobenius.
 
-        The mean of changes that have nothing to do with each other is √N times smaller than each of
-        them, and that of like ones is as large, so that τ is √N there and 1 here; never more than
-        √N, and 1 where the mean is zero.
+        The mean of unrelated changes is √N times smaller than each of them, so τ is √N; the mean of
+        equal changes is as large as each, so τ is 1. τ never exceeds √N, and is 1 if the mean is
+        zero.
         """
         if self.pull == "mean":
             return 1.0
@@ -79,9 +81,10 @@ class RegressionSpec:
         return math.sqrt(min(own / mean, count))
 
     def lambdas(self, values: Sequence[float]) -> list[float]:
-        """λ_i times the concepts' weights, so that the largest is 1; the weights where all are 0.
+        """λ_i times the concepts' weights, scaled so that the largest is 1; just the weights if all
+        are 0.
 
-        A common factor does not matter, since the ridge is relative.
+        A common factor does not matter, because the ridge is relative.
         """
         weighted = [value * weight for value, weight in zip(values, self.weights, strict=True)]
         largest = max(weighted)
@@ -92,12 +95,12 @@ class RegressionSpec:
 
 @dataclass(frozen=True)
 class Solution:
-    """A site's change and how well it does.
+    """A site's change and its quality.
 
-    Per concept: ``weighting`` is λ_i with the concept's weight in it, scaled to sum to 1;
-    ``before`` and ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the changes and with
-    the solution (empty where the fit asks for none). ``condition`` is an estimate of M's condition
-    number. ``truncated`` is the share of output energy that the cut to the rank lost.
+    Per concept: ``weighting`` is λ_i times the concept's weight, scaled to sum to 1; ``before`` and
+    ``after`` are ‖T_i − X̃_i ΔWᵀ‖_F / ‖T_i‖_F with the mean of the changes and with the solution
+    (empty if not requested). ``condition`` is an estimate of M's condition number. ``truncated`` is
+    the share of output energy lost in the cut to the rank.
     """
 
     change: LowRank
@@ -109,10 +112,10 @@ class Solution:
 
 
 class Tokens(Protocol):
-    """Tokens that one concept's rows show at a site, all in the precision of the moments.
+    """Tokens of one concept's rows at a site, all in the moments' precision.
 
-    ``merged`` X̃ and ``reference`` X are (tokens, in), ``target`` T and ``output``, the whole
-    output (W0 + ΔW_i) X, are (tokens, out). Each is made when it is asked for.
+    ``merged`` X̃ and ``reference`` X are (tokens, in); ``target`` T and ``output``, the whole
+    output (W0 + ΔW_i) X, are (tokens, out). Each is computed on demand.
     """
 
     @property
@@ -129,14 +132,14 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class SiteContext:
-    """The facts about a site when its reduction is begun.
+    """The context of a site when its reduction begins.
 
-    ``changes`` are the LoRAs', on those inputs that count. ``share(kind)`` gives the moments of the
-    inputs, which sites that receive one tensor share, and whether this site is to add to them;
-    ``shared`` says that another site does already. ``tokens`` counts those of all rows, and
-    ``sample(n)`` gives about n of all targets T by concept, (tokens, out); both are None where
-    tokens stream by and are not known before the end. ``processes`` share the rows; ``agree(x)`` is
-    the first one's ``x`` on all of them.
+    ``changes`` are the LoRAs', restricted to the inputs that count. ``share(kind)`` returns the
+    input moments, shared by sites that receive the same tensor, and whether this site should add to
+    them; ``shared`` says that another site already does. ``tokens`` counts those of all rows, and
+    ``sample(n)`` returns about n of all targets T by concept, (tokens, out); both are None if
+    tokens are streamed and unknown until the end. ``processes`` share the rows; ``agree(x)``
+    returns the first process's ``x`` on all of them.
     """
 
     changes: SiteChanges
@@ -151,9 +154,9 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes that a reduction holds until it is solved, that its solve takes on top of that, and
-    that are ``left`` of both while the next site is run to: moments and factors that it may share.
-    Of what is ``kept``, sites that receive one tensor have what is ``shared`` only once."""
+    """Bytes that a reduction keeps until solved (``kept``), that solving needs in addition, and
+    that remain of both (``left``) until the next site: moments and factors that may be shared.
+    Sites that receive the same tensor hold the ``shared`` part of ``kept`` only once."""
 
     kept: int
     solve: int
@@ -169,20 +172,20 @@ class Reduction(ABC):
 
     @abstractmethod
     def add(self, tokens: Tokens) -> None:
-        """Add the tokens of one concept's rows; they may come in any number of pieces."""
+        """Add tokens of one concept's rows, in any number of pieces."""
 
     def sums(self) -> list[Tensor]:
-        """The tensors that several processes have to add up before the solve, but for shared
+        """The tensors that several processes must add up before the solve, except shared
         moments."""
         return []
 
     @abstractmethod
     def solve(self, fit: RegressionSpec) -> Solution:
-        """The site's change. Raises :class:`SolveError` where a number is not finite."""
+        """The site's change. Raises :class:`SolveError` if a number is not finite."""
 
 
 def finite_as(change: LowRank, like: LowRank) -> LowRank:
-    """``change`` in the dtype and on the device of ``like``; raises where it is not finite."""
+    """``change`` in the dtype and on the device of ``like``; raises if it is not finite."""
     change = change.to(like.up.dtype, like.up.device)
     if not (bool(torch.isfinite(change.up).all()) and bool(torch.isfinite(change.down).all())):
         raise SolveError("the solution is not finite; raise `ridge`.")
@@ -191,12 +194,12 @@ def finite_as(change: LowRank, like: LowRank) -> LowRank:
 
 @dataclass(frozen=True)
 class StageSolver:
-    """The part of a method that works at the sites of a stage.
+    """The part of a method that works at a stage's sites.
 
-    ``begin`` makes a site's reduction, with moments in ``dtype``, and ``solve`` turns it into its
-    change; ``bytes`` is what both take at a site, for the plan (``sweep``: whether forwards wait).
-    ``acting`` are the sites whose own changes tell where in a picture a LoRA acts. ``inputs``
-    lists, for some sites, which of their inputs count.
+    ``begin`` makes a site's reduction, with moments in ``dtype``; ``solve`` turns it into a change.
+    ``bytes`` is their memory at a site, for the plan (``sweep``: whether forwards wait). ``acting``
+    are the sites whose own changes show where in an image a LoRA acts. ``inputs`` lists, for some
+    sites, which of their inputs count.
     """
 
     begin: Callable[[SiteContext], Reduction]
@@ -207,7 +210,7 @@ class StageSolver:
     inputs: Mapping[str, Tensor] | None = None
 
     def solved(self, site: str, reduction: Reduction) -> Solution:
-        """``solve``, with the site's name in what it may raise."""
+        """``solve``, with the site's name added to errors."""
         try:
             return self.solve(site, reduction)
         except SolveError as error:

@@ -1,4 +1,4 @@
-"""Ranks shared out over the layers of a LoRA by what each is worth at its output."""
+"""Ranks shared out over a LoRA's layers, by their worth at the layers' outputs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..linalg.lowrank import cut_factors, cut_matrix
 from ..lora import LowRank
 
 _HEADER = 400
-"""Bytes that the header of a file takes for a module, at most."""
+"""Most bytes that a file's header needs per module."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of three: ``rank``, the mean rank of a file of the same size, in which all layers have
-    one; ``megabytes`` of the file; or ``energy``, the share kept of what the LoRA adds to the
-    outputs of all layers. Raises :class:`SettingsError` for a number out of range."""
+    """One of three: ``rank``, for a file as large as with that rank in every layer; ``megabytes``
+    of the file; or ``energy``, the share to keep of what the LoRA adds to the outputs of all
+    layers. Raises :class:`SettingsError` for a number out of range."""
 
     rank: int | None = None
     megabytes: float | None = None
@@ -30,8 +30,7 @@ class Target:
         given = [value for value in (self.rank, self.megabytes, self.energy) if value is not None]
         if len(given) != 1:
             raise SettingsError(
-                "Say to what a LoRA is brought by one of rank, size and energy (--rank 8, --size "
-                "20, --energy 0.95)."
+                "Give exactly one of rank, size and energy (--rank 8, --size 20, --energy 0.95)."
             )
         if self.rank is not None and self.rank < 1:
             raise SettingsError(f"rank must be at least 1, not {self.rank}.")
@@ -43,10 +42,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Components:
-    """``change`` with its components in the order of their energies e_k, descending. ``worths`` are
-    e_k / √(E·Y), with E the energy of all that the change adds and Y that of the layer's whole
-    output: a layer counts by √(E / Y), the size of what it adds beside what it gives, and a
-    component by its share of E. ``total`` is √(E / Y); there may be more components than these."""
+    """``change`` with its components in descending order of their energies e_k. ``worths`` are e_k
+    / √(E·Y), with E the energy that the change adds and Y that of the layer's whole output. A layer
+    counts by √(E / Y), the size of its addition relative to its output, and a component by its
+    share of E. ``total`` is √(E / Y); there may be more components than these."""
 
     change: LowRank
     worths: Tensor
@@ -54,8 +53,8 @@ class Components:
 
     @staticmethod
     def of(change: LowRank, root: Tensor | None = None, output: float = 1.0) -> Components:
-        """On inputs with the second moment L Lᵀ, L being ``root``, (in, in); without one every
-        input counts alike. ``output`` is the mean energy of the layer's whole outputs."""
+        """For inputs with second moment L Lᵀ, where L is ``root``, (in, in); without it every input
+        counts equally. ``output`` is the mean energy of the layer's whole outputs."""
         ordered = cut_factors(change, min(change.rank, *change.shape), root)[0]
         return Components._ordered(ordered, root, output, 0.0)
 
@@ -67,7 +66,7 @@ class Components:
         most: int,
         kernel: tuple[int, int] | None = None,
     ) -> Components:
-        """The same of the ``most`` first components of a change in full, (out, in)."""
+        """The same for the first ``most`` components of a full change, (out, in)."""
         like = LowRank(dense.new_zeros(1, 1).float(), dense.new_zeros(1, 1).float(), kernel)
         matrix = dense.double()
         if root is not None:
@@ -90,9 +89,9 @@ class Components:
 
 
 def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2) -> dict[str, int]:
-    """Site → its rank, 0 for one that is left out: the components worth most for each number that
-    they take come first, until ``target`` is reached. ``itemsize`` is of a number in the file, in
-    bytes. Raises :class:`SettingsError` where no component fits the size."""
+    """Site → its rank, 0 if left out. Components with the most worth per stored number are taken
+    first, until ``target`` is reached. ``itemsize`` is bytes per number in the file. Raises
+    :class:`SettingsError` if no component fits the size."""
     if target.energy is not None:
         return _until(sites, target.energy * sum(one.total for one in sites.values()))
     if target.rank is not None:
@@ -104,14 +103,14 @@ def share_out(sites: Mapping[str, Components], target: Target, itemsize: int = 2
     ranks = share_numbers(sites, numbers)
     if not any(ranks.values()):
         raise SettingsError(
-            f"In {target.megabytes:g} MB there is no place for one component of these layers; "
-            "take a larger size."
+            f"{target.megabytes:g} MB is too small for a single component of these layers; use a "
+            "larger size."
         )
     return ranks
 
 
 def share_numbers(sites: Mapping[str, Components], numbers: int, least: int = 0) -> dict[str, int]:
-    """Site → its rank in a file of so many ``numbers``; every site has the rank ``least`` first."""
+    """Site → its rank in a file with that many ``numbers``; every site starts at rank ``least``."""
     ranks = {site: min(least, one.change.rank) for site, one in sites.items()}
     left = numbers - sum(rank * _cost(sites[site].change) for site, rank in ranks.items())
     closed: set[str] = set()
@@ -137,7 +136,7 @@ def _until(sites: Mapping[str, Components], missing: float) -> dict[str, int]:
 
 
 def _by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
-    """(its place in its site, worth, site) of every component, those worth most for each number
+    """(index within its site, worth, site) of every component, those with the most worth per number
     first."""
     every = [
         (worth / _cost(one.change), worth, site, place)
@@ -148,12 +147,12 @@ def _by_worth(sites: Mapping[str, Components]) -> list[tuple[int, float, str]]:
 
 
 def _cost(change: LowRank) -> int:
-    """Numbers of a component."""
+    """Count of numbers in a component."""
     return sum(change.shape)
 
 
 def kept(sites: Mapping[str, Components], ranks: Mapping[str, int]) -> float:
-    """The share of all worth that ``ranks`` keep."""
+    """The share of the total worth that ``ranks`` keep."""
     total = sum(one.total for one in sites.values())
     some = sum(float(one.worths[: ranks[site]].sum()) for site, one in sites.items())
     return some / total if total > 0 else 1.0

@@ -1,16 +1,16 @@
-"""The objective of :mod:`.output` from its rows, where they are fewer than the site's inputs.
+"""The objective of :mod:`.output`, solved from rows if they are fewer than the site's inputs.
 
-That makes an (in, in) matrix and factorises it. The same solution for n tokens in all, with rows
-A = [√λ_i X̃_i], B = [√λ_i T_i] and ρ = Σ λ_i ρ_i, is
+:mod:`.output` factorises an (in, in) matrix. The same solution for n tokens in total, with rows A =
+[√λ_i X̃_i], B = [√λ_i T_i] and ρ = Σ λ_i ρ_i, is
 
     ΔW = W̄ + Cᵀ A,   C = (A Aᵀ + ρ I)⁻¹ (B − A W̄ᵀ),   W̄ = Σ λ_i ρ_i ΔW_i / ρ
 
-(kernel ridge regression, by the identity of Woodbury): an (n, n) matrix. The cut to a rank is the
-same as well: ‖ΔW M^{1/2}‖² is the trace of G = ΔW M ΔWᵀ = PᵀP + ρ ΔW ΔWᵀ with P = A ΔWᵀ, so that
+(kernel ridge regression, by the Woodbury identity), needs only an (n, n) matrix. The cut to a rank
+is the same as well: ‖ΔW M^{1/2}‖² is the trace of G = ΔW M ΔWᵀ = PᵀP + ρ ΔW ΔWᵀ with P = A ΔWᵀ, so
 the best change of rank k is U Uᵀ ΔW with G's k leading eigenvectors.
 
-Precondition: the ridge is above 0, ``shrink`` is 1, and the weighting is by tokens or none. Rows of
-zeros give the mean change, as there.
+Precondition: the ridge is above 0, ``shrink`` is 1, and the weighting is by tokens or none. Zero
+rows give the mean change, as in :mod:`.output`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .weighting import token_values
 
 
 class OutputRows(Reduction):
-    """X̃_i, (tokens, in), and T_i, (tokens, out), of every concept, as they are."""
+    """X̃_i, (tokens, in), and T_i, (tokens, out), for every concept, stored directly."""
 
     def __init__(self, opening: SiteContext, dtype: torch.dtype) -> None:
         super().__init__(opening.changes)
@@ -86,10 +86,10 @@ def _solved(
     pulls: Sequence[float],
     fit: RegressionSpec,
 ) -> tuple[LowRank, float, float] | None:
-    """ΔW, the share of energy that was cut off, and about M's condition number; None where float32
-    is not enough."""
+    """ΔW, the share of energy cut off, and an estimate of M's condition number; None if float32 is
+    not enough."""
     pull, most = sum(pulls), fit.rank_of(changes)
-    if pull <= 0:  # no input energy at all: any change fits, so take the mean
+    if pull <= 0:  # no input energy at all: any change fits, so use the mean
         mean = changes.mean(fit.weights, torch.float64)
         return (*cut_factors(mean, most), math.inf)
     toward = fit.pull_of(changes)
@@ -131,7 +131,7 @@ def _solved(
 def _residuals(
     candidate: LowRank, changes: SiteChanges, inputs: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> tuple[float, ...]:
-    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖, as :func:`.inputs.residuals_of` has them."""
+    """‖T_i − X̃_i ΔWᵀ‖ / ‖T_i‖, as in :func:`.inputs.residuals_of`."""
     errors: list[float] = []
     for rows, target in zip(inputs, targets, strict=True):
         left, scale = float((target - _outputs(rows, candidate)).norm()), float(target.norm())

@@ -1,4 +1,4 @@
-"""λ_i, what evens out the concepts of a site, from what is summed over their tokens."""
+"""λ_i, which balances a site's concepts, from sums over their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .problem import SiteContext, Tokens, Weighting
 
 
 class Weigher(ABC):
-    """Sums that λ is made of; λ_i are then what ``values`` gives times the concepts' weights."""
+    """Sums for λ; λ_i is then ``values`` times the concepts' weights."""
 
     def add(self, tokens: Tokens) -> None:
         """Add the tokens of one concept's rows."""
@@ -45,8 +45,8 @@ class ByTokens(Weigher):
 class ByAdapter(Weigher):
     """``adapter``: λ_i = ‖ΔW_i‖²_F / ‖X_i ΔW_iᵀ‖²_F (eq. 8), from (X downᵀ)ᵀ(X downᵀ), (r_i, r_i).
 
-    Where a LoRA leaves the site alone (eq. 8 is 0/0) it is the gain that the other LoRAs' changes
-    have on that concept's inputs.
+    If a LoRA does not change the site (eq. 8 is 0/0), it is the gain of the other LoRAs' changes on
+    that concept's inputs.
     """
 
     def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class ByAdapter(Weigher):
         return list(self._grams.values())
 
     def energy(self, concept: int) -> float:
-        """‖X_i ΔW_iᵀ‖²_F; 0 where the LoRA leaves the site alone."""
+        """‖X_i ΔW_iᵀ‖²_F; 0 if the LoRA does not change the site."""
         change = self._present.get(concept)
         if change is None:
             return 0.0
@@ -100,7 +100,7 @@ class ByOutput(Weigher):
 
 
 def weigher(weighting: Weighting, opening: SiteContext, dtype: torch.dtype) -> Weigher:
-    """The weigher of that name for a site."""
+    """The weigher of that name, for a site."""
     if weighting == "adapter":
         return ByAdapter(opening.changes, dtype, opening.device)
     if weighting == "full":
@@ -109,7 +109,7 @@ def weigher(weighting: Weighting, opening: SiteContext, dtype: torch.dtype) -> W
 
 
 def token_values(counts: Sequence[float]) -> list[float]:
-    """1 / tokens of every concept."""
+    """1 / tokens for every concept."""
     return [1.0 / max(count, 1.0) for count in counts]
 
 

@@ -749,8 +749,8 @@ CASES = [
         "{tmp}/mine.yaml exists already; choose another name, or overwrite it (--overwrite",
     ),
     # resize
-    ("resize {one} -o {out}", "Say to what a LoRA is brought by one of rank, size and energy"),
-    ("resize {one} -o {out} --rank 2 --size 3", "by one of rank, size and energy"),
+    ("resize {one} -o {out}", "Give exactly one of rank, size and energy"),
+    ("resize {one} -o {out} --rank 2 --size 3", "Give exactly one of rank, size and energy"),
     ("resize {one} -o {out} --rank 0", "rank must be at least 1, not 0."),
     ("resize {tmp}/none.safetensors -o {out} --rank 2", "does not exist or is not a file"),
     ("resize {lora} -o {out} --rank 2", "is a whole model (a checkpoint), not a LoRA"),
@@ -766,7 +766,7 @@ CASES = [
     # extract
     ("extract {base} -o {out} --rank 2", "Missing argument 'TUNED'."),
     ("extract {base} none -o {out} --rank 2", "The base 'none' does not exist"),
-    ("extract {base} {base} -o {out}", "by one of rank, size and energy"),
+    ("extract {base} {base} -o {out}", "Give exactly one of rank, size and energy"),
     ("extract {base} {base} -o {out} --rank 2 --prompts {tmp}/blank.txt", "has no prompts"),
     # convert
     ("convert {one} -o x.txt", "x.txt must end in .safetensors"),

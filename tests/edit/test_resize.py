@@ -135,7 +135,7 @@ def test_a_target_out_of_range_is_refused(values):
 
 
 def test_a_size_in_which_nothing_fits_is_refused(host):
-    with pytest.raises(IterisError, match="no place for one component"):
+    with pytest.raises(IterisError, match="too small for a single component"):
         resize_lora(decaying(host), Target(megabytes=1e-6))
 
 
