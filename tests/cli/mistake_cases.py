@@ -25,7 +25,7 @@ CASES = [
     ("demo --out x", "No such option: --out (Possible options"),
     # a part of a LoRA
     ("merge {base} -o {out} --concept {one}:s1:dog,blocks=1,2", "blocks='1,2' has 2 weights"),
-    ("merge {base} -o {out} --concept {one}:s1:dog,blocks=OUTSIDE", "none of NONE, ALL, INS"),
+    ("merge {base} -o {out} --concept {one}:s1:dog,blocks=OUTSIDE", "nor one of NONE, ALL, INS"),
     ("merge {base} -o {out} --concept {one}:s1:dog,layers=a,,b", "has an empty pattern"),
     # base
     (
@@ -54,7 +54,7 @@ CASES = [
     ),
     (
         "merge {tmp}/pointer.safetensors -o {out} --concept {one}:s1:dog",
-        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in place of the real",
     ),
     (
         "merge {tmp}/page.safetensors -o {out} --concept {one}:s1:dog",
@@ -81,7 +81,7 @@ CASES = [
     ("B --concept {tmp}:a:b", "{tmp} does not exist or is not a file; check the path"),
     (
         "B --concept {tmp}/pointer.safetensors:a:b",
-        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in place of the real",
     ),
     (
         "B --concept {tmp}/page.safetensors:a:b",
@@ -89,11 +89,11 @@ CASES = [
     ),
     (
         "B --concept {tmp}/pickle.safetensors:a:b",
-        "{tmp}/pickle.safetensors is a pickled PyTorch file, which could run code when it is opened",
+        "{tmp}/pickle.safetensors is a pickled PyTorch file, which could run code when opened",
     ),
     (
         "B --concept {tmp}/zip.safetensors:a:b",
-        "{tmp}/zip.safetensors is a pickled PyTorch file, which could run code when it is opened",
+        "{tmp}/zip.safetensors is a pickled PyTorch file, which could run code when opened",
     ),
     (
         "B --concept {tmp}/cut.safetensors:a:b",
@@ -114,7 +114,7 @@ CASES = [
     ("B --concept {tmp}/none.pt:a:b", "{tmp}/none.pt does not exist or is not a file"),
     (
         "B --concept {tmp}/pickle.ckpt:a:b",
-        "{tmp}/pickle.ckpt is a pickled PyTorch file, which could run code when it is opened",
+        "{tmp}/pickle.ckpt is a pickled PyTorch file, which could run code when opened",
     ),
     (
         "B --concept {tmp}/model.safetensors:a:b",
@@ -662,7 +662,7 @@ CASES = [
     ("C --prompts {tmp}/empty.txt", "There are no prompts to draw."),
     (
         "C --prompts {tmp}/nine.txt",
-        "Prompt 'a {9}' has a placeholder that is not {all}, {each} or {1} to {1}",
+        "Prompt 'a {9}' has a placeholder other than {all}, {each} or {1} to {1}",
     ),
     ("C --together 5", "5 of 1 concepts cannot be merged together"),
     ("C --together 0", "0 of 1 concepts cannot be merged together"),
@@ -673,7 +673,7 @@ CASES = [
     ("C -o {tmp}/lines.txt", "{tmp}/lines.txt is a file; give a folder for the results"),
     (
         "C -o {tmp}/lines.txt/x",
-        "{tmp}/lines.txt/x cannot be made: {tmp}/lines.txt is not a writable folder",
+        "{tmp}/lines.txt/x cannot be created: {tmp}/lines.txt is not a writable folder",
     ),
     ("C -o {done}", "{done} has the results of a comparison"),
     ("C --templates {tmp}/lines.txt", 'templates must hold "{}" where the concept goes'),
@@ -717,7 +717,7 @@ CASES = [
     ("inspect none.safetensors", "none.safetensors does not exist or is not a file"),
     (
         "inspect {tmp}/pointer.safetensors",
-        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in the place of the real",
+        "{tmp}/pointer.safetensors is a Git LFS pointer, a few lines of text in place of the real",
     ),
     (
         "inspect {tmp}/model.safetensors",

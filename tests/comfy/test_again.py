@@ -57,7 +57,7 @@ def test_another_strength_does_not_merge_again(
     assert words == "sks cat, zwx dog"
     assert caplog.text.count("IterIS: merged with") == 1
     assert distance(half.lora, scaled(whole.lora, 0.5)) < 1e-6
-    assert "At 0.5 of its strength" in report
+    assert "At strength 0.5" in report
     assert json.loads(half.metadata["iteris"])["strength"] == 0.5
     assert "strength" not in json.loads(whole.metadata["iteris"])
     # Another weight merges again, on the samples that are there.

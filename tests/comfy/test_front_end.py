@@ -159,7 +159,7 @@ def test_a_first_graph_by_search_and_drag(client: Client, models: Path, tmp_path
     told = ("- `sks cat`", "| a | ", ".preview.png", "- method: `iteris`")
     assert [text for card in cards for text in told if text not in card] == []
     assert "a at 1: sks cat" in seen["text"]
-    assert "At 0.5 of its strength" in seen["text"]
+    assert "At strength 0.5" in seen["text"]
     assert seen["errors"] == []
     assert (tmp_path / "left.png").stat().st_size > 20_000
 

@@ -160,7 +160,7 @@ def test_the_command(pipeline, tuned, tmp_path, monkeypatch, capsys):
                           "-o", out, "--rank", 4, "--layout", "peft", *QUICK,
                           "--latent-size=4")  # fmt: skip
     assert code == 0, err
-    assert "1 parameters differ that the file has no place for" in text.replace("\n", " ")
+    assert "1 differing parameters have no place in the file" in text.replace("\n", " ")
     assert "unet.conv_norm_out.weight" in text
     pipeline.load_lora_weights(str(out))
     smaller = make_pipeline()

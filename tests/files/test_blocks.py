@@ -112,11 +112,11 @@ def test_layers_are_kept_and_dropped_by_name():
     ("name", "blocks", "layers", "message"),
     [
         ("sd1", "1,0,0", "", "has 3 weights; Stable Diffusion has 17"),
-        ("sd1", "OUTSIDE", "", "none of NONE, ALL, INS"),
+        ("sd1", "OUTSIDE", "", "nor one of NONE, ALL, INS"),
         ("sd1", ",".join("1" * 61), "", "SD 1.x has no blocks for 61 weights"),
         ("flux", "ALL", "", "FLUX.1 has no blocks for 17 weights"),
         ("sd3", "ALL", "", "has no blocks for 17 weights"),
-        ("sd1", "", "*attn9*", "no layer has a name like '\\*attn9\\*'; one is "),
+        ("sd1", "", "*attn9*", "no layer name matches '\\*attn9\\*'; one name is "),
         ("sd1", "", "a,,b", "has an empty pattern"),
         ("sd1", "NONE", "*attn*", "leave nothing of it"),
     ],

@@ -47,7 +47,7 @@ def test_a_card_says_what_the_file_says(tmp_path: Path) -> None:
     assert "(<my_merge.preview.png>)" in text
     assert "- `sk's0 cat`\n- `sk's1 a_dog`" in text
     assert "| cat | abababababab | 1.0 | 1.0 |\n| a\\_dog | abab" in text
-    assert "Licences that the sources name: cat: CC-BY-4.0" in text
+    assert "Licences of the sources: cat: CC-BY-4.0" in text
     assert "- method: `ties`" in text
     assert "density=0.5" in text
     assert "iteris merge --from my_merge.safetensors" in text

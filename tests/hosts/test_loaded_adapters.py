@@ -178,8 +178,8 @@ def test_what_cannot_be_merged_is_refused():
     model = tuned_model(["rslora", "dora"])
     rows = make_batches("encoder", 1)
     for names, inputs, name, message in (
-        (["none"], {"none": rows}, "merged", "no adapter 'none'; there are rslora, dora"),
-        (["rslora"], {}, "merged", "'rslora': say what calls for it"),
+        (["none"], {"none": rows}, "merged", "no adapter 'none'; known are rslora, dora"),
+        (["rslora"], {}, "merged", "'rslora': give its words or inputs"),
         (["rslora"], {"rslora": rows}, "dora", "an adapter 'dora' already"),
         ([], {}, "merged", "Name each adapter"),
     ):
@@ -275,9 +275,9 @@ def test_a_pipelines_adapters_are_as_before_when_its_merge_fails(loaded):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert [name for name, _ in pipeline.unet.named_modules()] == modules
     assert pipeline.get_active_adapters() == ["cat", "dog"]
-    with pytest.raises(IterisError, match="'dog': say what calls for it"):
+    with pytest.raises(IterisError, match="'dog': give its words or inputs"):
         merge_loaded(pipeline, {"cat": "a"})
-    with pytest.raises(IterisError, match="no active adapter 'cow'; there are cat, dog"):
+    with pytest.raises(IterisError, match="no active adapter 'cow'; known are cat, dog"):
         merge_loaded(pipeline, {"cow": "a"})
     with pytest.raises(IterisError, match="an adapter 'dog' already"):
         merge_loaded(pipeline, {"cat": "a", "dog": "b"}, "dog")

@@ -357,7 +357,7 @@ def test_when_host_memory_runs_out_fewer_rows_are_tried_and_the_model_is_as_it_w
     weights = [weight.clone() for weight in host.model.parameters()]
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
     monkeypatch.setattr(sweep, "HostPool", lambda device, limit: HostPool(device, 20_000))
-    with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
+    with pytest.raises(OutOfMemory, match="Out of memory in the model") as caught:
         merge_loras(host, concepts, memory_budget=70_000, settings={"precision": "float64"})
     assert "Tried: " in str(caught.value)
     assert "one row at once" in str(caught.value)
@@ -519,7 +519,7 @@ def test_g7_a_merge_gives_its_host_memory_back_whatever_happens(host, apart, mon
 def test_what_was_tried_is_said_when_nothing_helps(whole):
     host = ModuleHost(Net(), make_data(rows=20))
     weights = [weight.clone() for weight in host.model.parameters()]
-    with pytest.raises(OutOfMemory, match="Memory ran out in the model") as caught:
+    with pytest.raises(OutOfMemory, match="Out of memory in the model") as caught:
         merge_on(Card(0.3 * whole[1]), host)
     said = str(caught.value)
     tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")

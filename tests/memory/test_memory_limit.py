@@ -80,7 +80,7 @@ def test_with_less_memory_fewer_rows_run_at_once():
 def test_with_too_little_it_is_said_what_was_tried_and_what_to_change():
     found = within(8)
     said = found["said"]
-    assert said.startswith("Memory ran out in the model (")
+    assert said.startswith("Out of memory in the model (")
     assert "()" not in said
     tried = said.partition("Tried: ")[2].partition(". Lower")[0].split("; ")
     assert tried[0] == "32 rows at once, waiting on the device"

@@ -120,7 +120,7 @@ def test_the_merge_goes_on_without_it(model, why):
 def test_or_it_has_the_mean(model, why):
     some = concepts()
     result = merge_loras(PictureHost(model(), make_data()), some, unmergeable="mean")
-    assert f"{why}; they have the mean" in result.report.summary()
+    assert f"{why}; they get the mean" in result.report.summary()
     one, two = (concept.lora.sites["up"].dense() for concept in some)
     torch.testing.assert_close(result.lora.sites["up"].dense(), (one + 2 * two) / 3)
 
