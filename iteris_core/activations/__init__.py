@@ -1,2 +1,2 @@
-"""The inputs and outputs of a model's sites while it runs, for reference rows and merged rows at
+"""Observes the inputs and outputs of a model's sites while it runs reference and merged rows at
 once."""

@@ -1,15 +1,15 @@
-"""Forwards that wait in host memory instead of on the device.
+"""Lets forwards wait in host memory instead of on the device.
 
-In a sweep every micro-batch waits at each site with all that it needs to run on. Here what it made
-on the device is taken off while it waits, storage by storage, and put back before it goes on, as
-FSDP frees and refills a flat parameter: tensors and views stay the objects that they are. The
-device holds one micro-batch, whatever their number.
+In a sweep every micro-batch waits at each site with everything it needs to run on. While it waits,
+the storages that it made are moved off the device; before it goes on, they are refilled. Tensors
+and views remain the same objects, as when FSDP frees and refills a flat parameter. The device holds
+only one micro-batch, regardless of their number.
 
-A storage that has rested for some pauses is put back only when an operation asks for it (skip
-connections cross once instead of at every site), and so is what a solve reads, one micro-batch
-after the other. Left where they are: weights, storages made outside of the forwards, those of
-tensor subclasses and those that cannot be resized; and what another micro-batch turns out to use
-(tables that a model keeps) is put back for good.
+A storage that has been idle for some pauses is put back only when an operation needs it, so skip
+connections move once instead of at every site. A solve's inputs are put back one micro-batch after
+another. Weights, storages made outside the forwards, those of tensor subclasses, and those that
+cannot be resized stay where they are. A storage that another micro-batch turns out to use (such as
+a cached table) is put back for good.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .host_pool import Place, Slot
 from .meter import storage_of
 
 IDLE_PAUSES = 3
-"""Pauses after which a storage stays away until an operation asks for it, a view included. Kernels
-that are launched past PyTorch's dispatcher ask for nothing: they get what was made or used since q,
-when they run after v, or by way of a view."""
+"""Pauses after which a storage stays away until an operation, including a view, needs it. Kernels
+launched outside PyTorch's dispatcher do not trigger this: they get storages made or used since q
+when they run after v, or through a view."""
 
 
 @dataclass(eq=False)
 class _Held:
-    """A storage of ``dtype`` that forward ``owner`` made, last used before its pause number
-    ``touched``. While it is ``away`` its bytes are in ``slot``; a slot beside a storage that is
-    there is a copy that still holds."""
+    """A storage of ``dtype`` made by forward ``owner``, last used before its pause number
+    ``touched``. While ``away``, its bytes are in ``slot``; a slot for a storage that is present is
+    a copy that is still valid."""
 
     storage: weakref.ref[torch.UntypedStorage]
     dtype: torch.dtype
@@ -48,10 +48,11 @@ class _Held:
 
 
 class ActivationOffload(TorchDispatchMode):
-    """On around a sweep, which says whose turn it is. Forwards in ``stay`` wait on the device.
+    """Active during a sweep, which announces whose turn it is. Forwards in ``stay`` wait on the
+    device.
 
-    ``modules`` are those whose weights are never moved. ``left`` counts the bytes that the forwards
-    made and that could not be moved.
+    The weights of ``modules`` never move. ``left`` counts bytes that the forwards made but that
+    could not be moved.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class ActivationOffload(TorchDispatchMode):
 
     @property
     def away(self) -> int:
-        """Bytes that wait in the place now."""
+        """Bytes currently waiting off the device."""
         return sum(h.slot.nbytes for h in self._held.values() if h.away and h.slot is not None)
 
     def turn(self, forward: int) -> None:
-        """``forward`` goes on: what it used last is put back."""
+        """``forward`` continues: storages that it used last are put back."""
         self._leave()
         self._now = forward
         pauses = self._pauses.setdefault(forward, 0)
@@ -82,10 +83,10 @@ class ActivationOffload(TorchDispatchMode):
             for held in list(self._forwards.setdefault(forward, {}).values()):
                 if held.away and pauses - held.touched < IDLE_PAUSES:
                     self._put_back(held)
-                    self._drop(held)  # nobody knows whether it is written to
+                    self._drop(held)  # it may be written to
 
     def rest(self) -> None:
-        """The forward whose turn it is waits, or has ended: what it holds is taken off."""
+        """The current forward waits or has ended: its storages are moved off the device."""
         forward, self._now = self._now, None
         if forward is None or forward in self.stay:
             return
@@ -99,8 +100,8 @@ class ActivationOffload(TorchDispatchMode):
 
     @contextmanager
     def aside(self) -> Generator[None]:
-        """Within it a forward's turn is interrupted: what is made is nobody's, and stays; what is
-        read of other forwards is taken off again."""
+        """Context that interrupts a forward's turn: new storages have no owner and stay; storages
+        of other forwards that are read are moved off again."""
         now, self._now = self._now, None
         try:
             yield
@@ -109,7 +110,7 @@ class ActivationOffload(TorchDispatchMode):
             self._now = now
 
     def __exit__(self, *error: Any) -> None:
-        """Put back what outlives the forwards, such as a table that the model has made."""
+        """Put back storages that outlive the forwards, such as a table that the model caches."""
         self._now = None
         try:
             with _disable_current_modes():
@@ -156,7 +157,7 @@ class ActivationOffload(TorchDispatchMode):
                 self._forget(held)
 
     def _note(self, tensor: Tensor, used: Sequence[int]) -> None:
-        """A result of an operation on storages that were ``used``."""
+        """Record a result of an operation that ``used`` these storages."""
         storage = storage_of(tensor)
         if storage is None:
             return
@@ -183,7 +184,7 @@ class ActivationOffload(TorchDispatchMode):
         storage = held.storage()
         if storage is None or held.away or not storage.nbytes():
             return
-        if not _resizable(storage):  # NumPy or another process has it by now
+        if not _resizable(storage):  # NumPy or another process shares it by now
             self._forget(held)
             return
         if held.slot is None:
@@ -199,7 +200,7 @@ class ActivationOffload(TorchDispatchMode):
         held.away = False
 
     def _leave(self, owners: Set[int] = frozenset()) -> None:
-        """Take off again what a solve has read of other forwards than ``owners``."""
+        """Move off again what a solve has read from forwards other than ``owners``."""
         with _disable_current_modes():
             for held in [held for held in self._visiting if held.owner not in owners]:
                 del self._visiting[held]
@@ -227,12 +228,12 @@ class ActivationOffload(TorchDispatchMode):
 
 
 def _resizable(storage: torch.UntypedStorage) -> bool:
-    # All of CUDA's count as shared.
+    # All CUDA storages count as shared.
     return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
 
 
 def _storages(leaves: Iterable[Any], found: list[int]) -> None:
-    """The storages of an operation's arguments. At every operation: no generators here."""
+    """The storages of an operation's arguments. Runs at every operation, so no generators here."""
     for leaf in leaves:
         kind = type(leaf)
         if kind is list or kind is tuple:
@@ -246,7 +247,7 @@ def _storages(leaves: Iterable[Any], found: list[int]) -> None:
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with a storage of their own that ``tensor`` is made of."""
+    """The tensors with their own storage of which ``tensor`` consists."""
     parts = getattr(tensor, "__tensor_flatten__", None)
     if parts is not None:
         for name in parts()[0]:

@@ -1,8 +1,8 @@
 """Finds a model's barriers and blocks (:mod:`.replay`) by watching two forwards of one row.
 
-The first tells which sites' outputs are read before another site is called, and in which modules
-sites lie; the second, whether a block gives the same when it is run again, and which of its
-arguments it changes in place.
+The first forward shows which sites' outputs are read before another site is called, and which
+modules contain the sites. The second shows whether a block gives the same output when run again,
+and which of its arguments it changes in place.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """The barriers that the first forward showed: ``sites`` in order, those that are ``joined`` to
-    the one that follows, and the modules in which each was called, from the outside in. ``device``
-    is where what they received is."""
+    """The barriers found in the first forward: ``sites`` in order, those ``joined`` to the next
+    one, and the modules around each call, outermost first. ``device`` is the device of their
+    inputs."""
 
     sites: list[str] = field(default_factory=list[str])
     joined: set[str] = field(default_factory=set[str])
@@ -43,8 +43,8 @@ class Found:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barriers(self, most: int = 0) -> Barriers:
-        """With blocks that are the largest modules of 2 to ``most`` barriers. A level ends where a
-        block does."""
+        """Barriers with blocks: the largest modules with 2 to ``most`` barriers. A level ends where
+        a block ends."""
         blocks = self.modules([site for site in self.sites if site not in self.joined], most)
         ends: dict[str, Sequence[str]] = {}
         level: list[str] = []
@@ -61,8 +61,8 @@ class Found:
         return Barriers(ends, {block: Block(tuple(some)) for block, some in lasts.items()})
 
     def modules(self, counted: Sequence[str], most: float) -> dict[str, nn.Module]:
-        """Site → the largest module that it lies in that is called once and has 2 to ``most`` of
-        the sites that are ``counted``; without those that lie in none."""
+        """Site → the largest module around it that is called once and has 2 to ``most`` of the
+        ``counted`` sites; sites without one are omitted."""
         count = Counter(module for site in counted for module in self.inside[site])
         every = ((site, module) for site in self.sites for module in reversed(self.inside[site]))
         return {s: m for s, m in every if 2 <= count[m] <= most and self.calls[m] == 1}
@@ -79,8 +79,8 @@ def watched(lockstep: Lockstep, batch: MicroBatch) -> Found:
 def with_replayable(
     barriers: Barriers, lockstep: Lockstep, batch: MicroBatch, most: float
 ) -> Barriers:
-    """``barriers`` with those blocks that give the same again when they are replayed, to ``most``
-    of it, and what they write to; ``batch`` is of one row."""
+    """``barriers`` with the blocks whose replay reproduces their output within ``most``, and the
+    arguments that they write to; ``batch`` has one row."""
     blocks: dict[nn.Module, Block] = {}
     with _trials(barriers.blocks, blocks, most):
         lockstep.run(batch)
@@ -88,7 +88,7 @@ def with_replayable(
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation between one site and the next."""
+    """Observes every operation between one site and the next."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class _Watch(TorchDispatchMode):
 
     @contextmanager
     def modules(self) -> Generator[None]:
-        """Notes the modules that this thread calls: the hooks are those of the whole process, in
-        which other merges may run."""
+        """Record the modules that this thread calls; the hooks are process-wide, and other merges
+        may be running."""
         mine = threading.get_ident()
 
         def enter(module: nn.Module, _: Any) -> None:
@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
                 self._given[id(tensor)] = tensor, version_of(tensor), group
 
     def _begin(self) -> None:
-        """Note that an output was read or changed: a level ends with the last site."""
+        """Record that an output was read or changed: the level ends with the last site."""
         self._outputs.clear()
         self._given.clear()
 
@@ -153,7 +153,7 @@ class _Watch(TorchDispatchMode):
 def _trials(
     blocks: Mapping[nn.Module, Block], good: dict[nn.Module, Block], most: float
 ) -> Generator[None]:
-    """Every block is run on copies of its arguments before it is run on them."""
+    """Run every block on copies of its arguments before the real run."""
     entered: dict[nn.Module, tuple[Any, dict[str, tuple[Tensor, int | None]]]] = {}
     trying: list[nn.Module] = []
 
@@ -166,7 +166,7 @@ def _trials(
         try:
             again = module(*given[0], **given[1])
             entered[module] = again, {path: (t, version_of(t)) for path, t in there.items()}
-        except Exception:  # only of the trial: a site that fails does so again in the forward
+        except Exception:  # only the trial's error: a failing site fails again in the forward
             _log.debug("%s cannot be replayed", type(module).__name__, exc_info=True)
         finally:
             trying.pop()
@@ -190,8 +190,8 @@ def _trials(
 
 
 def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
-    """True if ``some`` tensors are the ``others``, each to ``most`` of its norm, since kernels may
-    round differently when they run again. Only tensors are compared."""
+    """True if ``some`` tensors equal the ``others``, each within ``most`` of its norm, because
+    kernels may round differently when run again. Only tensors are compared."""
     return len(some) == len(others) and all(
         a.shape == b.shape
         and float((a.float() - b.to(a.device).float()).norm()) <= most * float(b.float().norm())
@@ -201,7 +201,7 @@ def alike(some: Sequence[Any], others: Sequence[Any], most: float) -> bool:
 
 
 def _storages(tree: Any) -> list[int | None]:
-    """The storage of every tensor; None where one has none."""
+    """The storage of every tensor; None for tensors without one."""
     found = map(storage_of, tensors_in(tree))
     return [None if storage is None else storage._cdata for storage in found]
 

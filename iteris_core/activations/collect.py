@@ -1,7 +1,7 @@
-"""Observers that reduce what they are shown to one :class:`..solve.problem.Reduction` a site.
+"""Observers that reduce a site's tensors to one :class:`..solve.problem.Reduction`.
 
-In a sweep forwards wait at a site until it is solved, so that what they show is kept until then and
-reduced knowing all of it; else tokens are reduced as they stream by.
+In a sweep, forwards wait at a site until it is solved, so their tensors are kept until then and
+reduced together; otherwise tokens are reduced as they stream by.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from .tokens import ConceptTokens, Group, Observation
 
 
 class Collector:
-    """Reductions of sites until they are taken with :meth:`take`, to which tokens are added as they
-    come.
+    """Holds the sites' reductions until :meth:`take`, and adds tokens to them as they arrive.
 
-    Sites that receive the same tensor in the same geometry share the moments of their inputs. With
-    ``processes`` every one of them is shown its part of the rows, and what is taken is of all.
+    Sites that receive the same tensor in the same geometry share their input moments. With
+    ``processes``, each observes its part of the rows, and the result covers all.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Collector:
 
     @property
     def sites(self) -> list[str]:
-        """Sites that have a reduction which nobody has taken, in execution order."""
+        """Sites with a reduction that has not been taken, in execution order."""
         return list(self._reductions)
 
     def observe(self, shown: Observation) -> None:
@@ -71,14 +70,14 @@ class Collector:
         self._add(self._reductions[shown.name], shown)
 
     def forget(self) -> None:
-        """Let go of all that was shown and not taken."""
+        """Drop everything that was observed but not taken."""
         self._reductions.clear()
         self._shared.clear()
         self._order.clear()
 
     def _opened(self, shown: Observation, **known: Any) -> Reduction:
         changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
-        # Only tensors that are still alive can be shared; letting go frees what the others had.
+        # Only tensors still alive can be shared; the rest is freed.
         for key in [key for key in self._shared if key[0] not in shown.alive]:
             del self._shared[key]
         key = shown.group, shown.site.geometry
@@ -111,7 +110,7 @@ class Collector:
             reduction.add(tokens)
 
     def _ready(self, reduction: Reduction) -> Reduction:
-        """Added up over all processes; what sites share only once."""
+        """Sums over all processes; data shared between sites is added once."""
         if self._processes.size > 1:
             sums = reduction.sums()
             if isinstance(reduction, MomentReduction) and not reduction.inputs.summed:
@@ -122,12 +121,12 @@ class Collector:
 
 
 class SweepCollector(Collector):
-    """Keeps what forwards show at a site until the site is taken, and reduces it then.
+    """Keeps a site's observed tensors until the site is taken, and reduces them then.
 
-    ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` says that copies
-    of the tokens that count wait, not the model's own tensors. With ``rows``, how many this process
-    has, nothing waits once all of ``sampled`` have been shown: it is reduced at once, within what
-    ``aside()`` gives. Rows whose tokens are masked wait in any case.
+    ``sampled`` are the rows from which targets are sampled (None: all). ``narrow`` keeps copies of
+    the tokens that count instead of the model's own tensors. With ``rows``, the number of this
+    process's rows, nothing waits once all of ``sampled`` have been observed: later tensors are
+    reduced immediately, within the context ``aside()``. Rows with masked tokens always wait.
     """
 
     def __init__(
@@ -153,7 +152,7 @@ class SweepCollector(Collector):
 
     def forget(self) -> None:
         super().forget()
-        for waiting in self._waiting.values():  # an error's traceback may hold the list
+        for waiting in self._waiting.values():  # an error's traceback may keep the list alive
             waiting.clear()
         self._waiting.clear()
 
@@ -177,7 +176,7 @@ class SweepCollector(Collector):
                 self._reduce(shown.name, self._rows, rows)
 
     def _reduce(self, site: str, rows: int = 1, waiting_rows: int = 1) -> None:
-        """Reduce what waits, which is of so many of all ``rows``."""
+        """Reduce the waiting tensors, which cover that many of all ``rows``."""
         waiting = self._waiting[site]
         tokens = sum(shown.count(0, shown.rows) for shown in waiting) * rows // waiting_rows
         sample = partial(self._sample, site, waiting)
@@ -193,9 +192,10 @@ class SweepCollector(Collector):
         return [i for i, row in enumerate(shown.choice.rows) if sampled is None or row in sampled]
 
     def _sample(self, site: str, waiting: Sequence[Observation], tokens: int) -> list[Tensor]:
-        """About so many of all targets, by concept: as many of every sampled row's tokens."""
+        """About that many of all targets, by concept: equally many tokens from every sampled
+        row."""
         of_rows = [(shown, row) for shown in waiting for row in self._sample_of(shown)]
-        # Of a row's tokens that may be chosen some are masked.
+        # Some of a row's selectable tokens are masked.
         sizes = torch.tensor(
             [
                 len(of_rows),

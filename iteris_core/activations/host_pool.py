@@ -1,4 +1,4 @@
-"""Host memory in which storages of a device wait, and from which they are filled again."""
+"""Host memory in which a device's storages wait, and from which they are refilled."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from torch import Tensor
 from ..errors import OutOfMemory
 from .meter import resize, total_memory
 
-_SLAB = 256 << 20  # bytes of one allocation: a power of two, to which pinned memory is rounded up
+_SLAB = (
+    256 << 20
+)  # bytes per allocation: a power of two, because pinned memory is rounded up to one
 _GRAIN = 512  # bytes, so that every copy is aligned
 _PINNED = 0.4
-"""The share of all host memory that may be pinned: Windows pins half of it at most, and what is
-pinned can neither be swapped nor had by another program."""
+"""Share of host memory that may be pinned. Windows pins at most half, and pinned memory can neither
+be swapped nor used by other programs."""
 _pinnable: ContextVar[int | None] = ContextVar("pinnable", default=None)
 
 
 @dataclass(eq=False)
 class Slot:
-    """The place of one storage that waits: ``pieces`` of slabs, as bytes; and of what was
-    ``packed`` its own dtype and number of bytes."""
+    """The location of one waiting storage: ``pieces`` of slabs, as bytes; if ``packed``, also its
+    original dtype and size in bytes."""
 
     pieces: Sequence[Tensor]
     packed: tuple[torch.dtype, int] | None = None
@@ -37,7 +39,7 @@ class Slot:
 
 @contextmanager
 def pinning_at_most(size: int | None) -> Generator[None]:
-    """Within it every :class:`HostPool` that is made pins up to ``size`` bytes, where an
+    """Context in which every new :class:`HostPool` pins at most ``size`` bytes, because an
     application has pinned others (None: no such limit)."""
     token = _pinnable.set(size)
     try:
@@ -47,8 +49,7 @@ def pinning_at_most(size: int | None) -> Generator[None]:
 
 
 class Place(Protocol):
-    """A place where storages of ``device`` wait: a :class:`HostPool`, or a packing of what goes
-    there."""
+    """A place where storages of ``device`` wait: a :class:`HostPool`, possibly with packing."""
 
     device: torch.device
 
@@ -59,11 +60,11 @@ class Place(Protocol):
 
 
 class HostPool:
-    """At most ``limit`` bytes, taken as they are needed. Where ``device`` is of CUDA they are
-    pinned, as far as that goes: what cannot be pinned is pageable, which is only slower.
+    """At most ``limit`` bytes, allocated on demand. For a CUDA ``device`` they are pinned if
+    possible; the rest is pageable, which is only slower.
 
-    All copies are made on the stream on which the model runs, so that none has to be waited for.
-    :meth:`close` gives all of it back to the system.
+    All copies use the model's stream, so nothing has to wait for them. :meth:`close` returns
+    everything to the system.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -75,14 +76,15 @@ class HostPool:
         self._slabs: list[_Slab] = []
 
     def close(self) -> None:
-        """Nothing waits any more; torch would keep what is pinned for as long as it runs."""
+        """Release everything; torch would otherwise keep pinned memory for the life of the
+        process."""
         self._slabs.clear()
         if self.pinned:
             wait_for(self.device)
             empty_host_cache()
 
     def put(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Slot:
-        """Copy the bytes of ``storage``, of whatever ``dtype``, and resize it to nothing."""
+        """Copy the bytes of ``storage``, of any ``dtype``, and resize it to zero."""
         size = storage.nbytes()
         slot = Slot([self._piece(min(_SLAB, size - start)) for start in range(0, size, _SLAB)])
         self._copy(slot, storage, back=False)
@@ -90,12 +92,12 @@ class HostPool:
         return slot
 
     def fill(self, storage: torch.UntypedStorage, slot: Slot) -> None:
-        """Give ``storage`` its size and bytes back; they stay in ``slot`` as well."""
+        """Restore the size and bytes of ``storage``; they stay in ``slot`` as well."""
         resize(storage, slot.nbytes)
         self._copy(slot, storage, back=True)
 
     def empty(self, storage: torch.UntypedStorage) -> None:
-        """Resize a storage to nothing whose bytes are in a slot as they are."""
+        """Resize a storage to zero whose bytes are unchanged in a slot."""
         resize(storage, 0)
 
     def free(self, slot: Slot) -> None:
@@ -124,7 +126,7 @@ class HostPool:
                 f"Host memory ran out: rows wait in {self.taken / 2**30:.2f} GiB of it, of "
                 f"{self.limit / 2**30:.2f} GiB that may be used, and one more piece of "
                 f"{size / 2**20:.1f} MiB does not fit. Lower samples, timesteps or latent_size "
-                "(ComfyUI: image_size), or close what else takes memory."
+                "(ComfyUI: image_size), or free memory elsewhere."
             )
         self._slabs.append(_Slab(self._allocated(more)))
         self.taken += more
@@ -136,7 +138,7 @@ class HostPool:
         if self.pinned + size <= self._pinnable:
             try:
                 memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # the system lets less be pinned than it has
+            except RuntimeError:  # the system allows less pinning than it has memory
                 self._pinnable = 0
             else:
                 self.pinned += size
@@ -145,7 +147,7 @@ class HostPool:
 
 
 class _Slab:
-    """One allocation; ``gaps`` are the parts of it that are free, as [start, stop), ascending."""
+    """One allocation; ``gaps`` are its free parts, as [start, stop), ascending."""
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
@@ -175,16 +177,16 @@ class _Slab:
 
 
 def empty_host_cache() -> None:
-    """Give back to the system what torch keeps of pinned memory that nobody uses."""
+    """Return torch's unused cached pinned memory to the system."""
     accelerator: Any = getattr(torch, "accelerator", None)
     empty = getattr(accelerator, "empty_host_cache", None)
-    empty = empty or getattr(torch._C, "_host_emptyCache", None)  # of older ones
+    empty = empty or getattr(torch._C, "_host_emptyCache", None)  # older versions
     if empty is not None:
         empty()
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was asked for."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "xpu":

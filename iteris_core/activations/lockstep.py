@@ -1,12 +1,13 @@
-"""Run one base model on reference rows and merged rows at once.
+"""Runs a base model on reference rows and merged rows at once.
 
 The batch holds R reference rows, each with its own LoRA's change added at every site, and, with
 ``copies=2``, the same R samples again as merged rows, with the merged change added. A forward hook
-on every site adds the changes to the site's output, so no weight is read or patched, and shows an
-observer what it saw on the way. Nothing is stored here.
+on every site adds the changes to the site's output, so no weight is read or patched, and passes the
+tensors to an observer. Nothing is stored here.
 
-In a sweep every micro-batch's forward runs in a greenlet of its own that pauses at the end of each
-level of sites; when all have arrived these are solved and they go on, one at a time.
+In a sweep every micro-batch's forward runs in its own greenlet, which pauses at the end of each
+level of sites. When all have arrived, these sites are solved and the forwards continue, one at a
+time.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from .tokens import Observation
 
 
 class Lockstep:
-    """Hooks on the sites of one model; a context manager that always takes them off again.
+    """Hooks on the sites of one model; a context manager that always removes them.
 
     ``changes[site][i]`` is concept i's change of that site, scaled by its strength, or None.
-    ``merged`` holds the merged changes that are active on merged rows. ``streams`` are as
-    :meth:`..hosts.protocol.Host.streams` gives them. ``processes`` says which rows are this one's.
-    The inputs of the sites that are ``joined`` are the tokens of row after row, in any shape.
+    ``merged`` holds the changes that are active on merged rows. ``streams`` come from
+    :meth:`..hosts.protocol.Host.streams`. ``processes`` assigns rows to this process. The inputs of
+    ``joined`` sites are the rows' tokens one row after another, in any shape.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Lockstep:
         self._joined = joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
-        self._cast: dict[tuple[str, int], LowRank] = {}  # by site, and the id of its change
+        self._cast: dict[tuple[str, int], LowRank] = {}  # by site and id of its change
         self._barriers = Barriers()
         self.merged: dict[str, LowRank] = {}
 
@@ -87,12 +88,12 @@ class Lockstep:
 
     @property
     def batch(self) -> MicroBatch | None:
-        """The batch whose forward runs."""
+        """The batch whose forward is running."""
         return self._active
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the changes that were cast to the model's dtype or moved to its device."""
+        """Bytes of changes that were cast to the model's dtype or moved to its device."""
         factors = (f for change in self._cast.values() for f in (change.up, change.down))
         return sum(factor.numel() * factor.element_size() for factor in factors)
 
@@ -102,13 +103,14 @@ class Lockstep:
         self._active = None
 
     def run(self, batch: MicroBatch, *, grad: bool = False) -> None:
-        """One forward, start to end; with ``grad`` it can be differentiated by merged changes."""
+        """One complete forward; with ``grad`` it can be differentiated with respect to merged
+        changes."""
         with self.active(batch), torch.set_grad_enabled(grad):
             batch.run()
 
     @contextmanager
     def active(self, batch: MicroBatch) -> Generator[None]:
-        """Within it forwards of the model are that of ``batch``."""
+        """Context in which the model's forwards belong to ``batch``."""
         self._active = batch
         try:
             yield
@@ -117,8 +119,8 @@ class Lockstep:
 
     @contextmanager
     def in_barriers(self, barriers: Barriers) -> Generator[None]:
-        """Within it forwards that pause do so at the end of each of ``barriers``, and replay their
-        blocks."""
+        """Context in which pausing forwards pause at the end of each of ``barriers``, and replay
+        their blocks."""
         hook = replay_hook(barriers, lambda: self._active)
         with ExitStack() as stack:
             for block in barriers.blocks:
@@ -135,9 +137,9 @@ class Lockstep:
         last: Set[str] = frozenset(),
         offload: ActivationOffload | None = None,
     ) -> None:
-        """Run all micro-batches in step; ``solve(site)`` is called once all have shown it. When
-        the ``last`` sites are solved, the forwards are not run to their end. With ``offload``,
-        which has to be on, they wait there."""
+        """Run all micro-batches in step; ``solve(site)`` is called once all have reached it. After
+        the ``last`` sites are solved, the forwards do not run to their end. With ``offload``, which
+        must be active, they wait there."""
         greenlet = greenlets()
         workers = [greenlet.greenlet(batch.run) for batch in batches]
         before = Modes.now()
@@ -196,16 +198,16 @@ class Lockstep:
         stream = batch.streams.pop(module, None) if module is not None else None
         if stream is not None and stream.shape != outputs.shape:
             raise SiteError(
-                f"Site {name} gives {tuple(outputs.shape)}, which cannot be added to its residual "
-                f"stream {tuple(stream.shape)}; merge with repair=false."
+                f"Site {name} outputs {tuple(outputs.shape)}, which cannot be added to its "
+                f"residual stream {tuple(stream.shape)}; merge with repair=false."
             )
         return stream
 
     def _hook(self, name: str, site: Site) -> Callable[..., Tensor | None]:
-        """Called when the site has given its output, in this order: reference rows get their own
-        LoRA's change, the observer is shown both, the forward waits for the solve, and merged rows
-        get the merged change."""
-        # A change of zeros, as repair sites have, adds nothing.
+        """Called with the site's output. In this order: reference rows get their own LoRA's change,
+        the observer sees both, the forward waits for the solve, and merged rows get the merged
+        change."""
+        # A zero change, as at repair sites, adds nothing.
         changes = [c if c is None or bool(c.up.any()) else None for c in self.changes[name]]
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -270,7 +272,7 @@ class Lockstep:
         return hook
 
     def _reach(self, batch: MicroBatch, name: str, add: Callable[[], None]) -> None:
-        """Wait at the end of a level, and give its sites their merged changes."""
+        """Wait at the end of a level, then add its sites' merged changes."""
         batch.reached.append(name)
         if batch.until is None:
             batch.pending.append(add)
@@ -291,7 +293,7 @@ class Lockstep:
             site.add(merged, inputs[rows:], output[rows:])
 
     def _ready(self, site: str, change: LowRank, inputs: Tensor) -> LowRank:
-        """The change in the inputs' dtype and on their device, made once."""
+        """The change in the inputs' dtype and on their device, converted once."""
         if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
             return change
         cached = self._cast.get((site, id(change)))
@@ -301,7 +303,7 @@ class Lockstep:
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:
-    """(rows, tokens, width) of the tokens of row after row; as it is where they are no such."""
+    """(rows, tokens, width) from the rows' concatenated tokens; unchanged for other inputs."""
     tokens = tensor.numel() // tensor.shape[-1]
     return tensor if tokens % rows else tensor.reshape(rows, -1, tensor.shape[-1])
 
@@ -315,7 +317,7 @@ def _mask_for(batch: MicroBatch, site: str, inputs: Tensor) -> Tensor | None:
 
 
 def greenlets() -> Any:
-    """The package of this name. Raises :class:`UsageError` where it is not installed."""
+    """The greenlet package. Raises :class:`UsageError` if it is not installed."""
     try:
         return importlib.import_module("greenlet")
     except ImportError as error:
@@ -328,7 +330,7 @@ def greenlets() -> Any:
 def _pausing(outside: Modes, current: Callable[[], Any]) -> Callable[[str], None]:
     """A pause that hands over to the sweep until a site is solved.
 
-    Greenlets share the thread, and with it torch's modes: whoever goes on has those of its own.
+    Greenlets share the thread, and with it torch's modes; each one restores its own.
     """
 
     def pause(site: str) -> None:

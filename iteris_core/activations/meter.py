@@ -15,10 +15,10 @@ from ..errors import OutOfMemory
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of tensors made within it that are still alive: ``live`` and ``peak``.
+    """Context that counts the bytes of new tensors still alive: ``live`` and ``peak``.
 
-    It sees what PyTorch is asked for, on any device; what an allocator rounds up or keeps is not
-    in it, nor what a kernel takes for itself.
+    It counts requests to PyTorch, on any device; it excludes allocator rounding and caching, and
+    kernel workspaces.
     """
 
     _on: ClassVar[list[MemoryMeter]] = []
@@ -75,7 +75,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """None of quantised, sparse and other tensors that have none of their own."""
+    """A tensor's storage; None for quantised, sparse and other tensors without their own."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -83,7 +83,7 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def resize(storage: torch.UntypedStorage, size: int) -> None:
-    """Resize ``storage``, which no meter could see otherwise."""
+    """Resize ``storage``; meters could not see this otherwise."""
     storage.resize_(size)
     for meter in MemoryMeter._on:  # pyright: ignore[reportPrivateUsage]
         meter._resized(storage)  # pyright: ignore[reportPrivateUsage]
@@ -94,21 +94,21 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-_KEPT_FREE = 0.1  # of the memory that is free: for what allocators round up and libraries take
+_KEPT_FREE = 0.1  # share of free memory, for allocator rounding and libraries
 
 
 def usable(free: int) -> int:
-    """The part of ``free`` bytes that a plan may count on."""
+    """The part of ``free`` bytes on which a plan may count."""
     return round((1 - _KEPT_FREE) * free)
 
 
 def with_spare(size: int) -> int:
-    """Bytes of which a plan may count on ``size``."""
+    """Free bytes needed so that a plan may count on ``size``."""
     return math.ceil(size / (1 - _KEPT_FREE))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free, of the device or of the machine; what PyTorch keeps to itself counts."""
+    """Free bytes on the device or the machine, including PyTorch's cache."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -119,20 +119,20 @@ def free_memory(device: torch.device) -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Total bytes of memory of the machine."""
     import psutil
 
     return int(psutil.virtual_memory().total)
 
 
 def is_apart(device: torch.device) -> bool:
-    """True if the device has memory of its own."""
+    """True if the device has its own memory."""
     return device.type in ("cuda", "xpu")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for errors of any device; CPUs and MPS report it in words only."""
-    # torch before 2.5 has CUDA's alone.
+    """True for any device's out-of-memory error; CPUs and MPS report it only in the message."""
+    # torch before 2.5 only has CUDA's.
     of_device: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
     if isinstance(error, (of_device, MemoryError, OutOfMemory)):
         return True

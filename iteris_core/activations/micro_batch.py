@@ -1,4 +1,4 @@
-"""One forward among those that run in step, and what is known of it on its way."""
+"""One of the forwards that run in step, and its state."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Observer(Protocol):
 
 @dataclass
 class _Received:
-    """A tensor that sites have received, the version in which the last of them left it, whether
-    the first of them ``changed`` it itself, and the number of its group."""
+    """A tensor that sites have received, its version after the last of them, whether the first of
+    them ``changed`` it, and its group number."""
 
     tensor: weakref.ref[Tensor]
     version: int
@@ -33,7 +33,7 @@ class _Received:
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """The number of changes in place; inference tensors do not count them."""
+    """The number of in-place changes; inference tensors do not count them."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -41,13 +41,13 @@ def version_of(tensor: Tensor) -> int | None:
 class MicroBatch:
     """``run`` does one forward of ``copies`` times the rows that ``owners`` (concepts) lists.
 
-    ``merged_only`` gives all of them the merged changes and none their LoRA's. ``of_one`` says that
-    all are the first owner's, however many rows the model makes of them. ``mask_of(site)``
-    tells which tokens of the site's inputs count, (rows, tokens); ``choice`` picks some of them,
-    and ``saliency`` tells how much each counts. With ``pause`` the forward stops at the end of
-    every level: ``pause``, called with the level's last site, returns when its sites are solved.
-    Those are ``passed``; ``reached`` are those of the level that it is in, and ``pending`` add
-    their merged changes when they are known. ``until`` is where a replay ends.
+    With ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
+    belong to the first owner, however many rows the model makes of them. ``mask_of(site)`` says
+    which tokens of the site's inputs count, (rows, tokens); ``choice`` selects some of them, and
+    ``saliency`` weights them. With ``pause`` the forward stops at the end of every level:
+    ``pause``, called with the level's last site, returns when its sites are solved. ``passed`` are
+    the solved sites, ``reached`` those of the current level; ``pending`` add their merged changes
+    once known. ``until`` is where a replay ends.
     """
 
     run: Callable[[], None]
@@ -83,17 +83,16 @@ class MicroBatch:
         return spans
 
     def enter(self, site: str, tensor: Tensor) -> None:
-        """``site`` is called with ``tensor``, which it may change in place."""
+        """Record that ``site`` is called with ``tensor``, which it may change in place."""
         self._entered[site] = id(tensor), version_of(tensor)
 
     def group_of(self, site: str, tensor: Tensor) -> Group:
-        """A key for this tensor as ``site`` has received it.
+        """A key for this tensor as ``site`` received it.
 
-        Sites that receive one tensor object, unchanged in between, are of one group: their tokens
-        are the same, so that moments are made once. Layers in fp8 clamp their input in place. Of
-        two in a row that change it themselves the second is taken to change nothing: it does again
-        what the first one did. Groups are numbered in execution order, which is that of every
-        micro-batch.
+        Sites that receive the same tensor object, unchanged in between, form a group: their tokens
+        are the same, so moments are computed once. fp8 layers clamp their input in place; if two in
+        a row change it, the second is assumed to repeat the first one's change. Groups are numbered
+        in execution order, which is the same for every micro-batch.
         """
         self._seen = [entry for entry in self._seen if entry.tensor() is not None]
         now = version_of(tensor)
@@ -112,14 +111,14 @@ class MicroBatch:
         return self.stage, self._groups
 
     def call_of(self, site: str) -> int:
-        """The number of earlier calls of the site in this forward, without replays of blocks."""
+        """The number of earlier calls of the site in this forward, excluding block replays."""
         if self.until is not None:
             return 0
         self._calls[site] += 1
         return self._calls[site] - 1
 
     def wait(self, level: Sequence[str]) -> None:
-        """Until the sites of ``level`` are solved, which have to be those that were reached."""
+        """Wait until the sites of ``level`` are solved; they must be those that were reached."""
         reached, self.reached = self.reached, []
         if reached != list(level):
             raise SiteError(

@@ -1,4 +1,4 @@
-"""Torch's modes of this thread, which greenlets share: what is on, and how to have it again."""
+"""Saves and restores torch's modes of this thread, which greenlets share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True)
 class Modes:
-    """Torch's modes: gradients, autocast by device with its dtype, and its cache."""
+    """Torch's modes: gradients, autocast per device with its dtype, and its cache."""
 
     grad: bool
     inference: bool

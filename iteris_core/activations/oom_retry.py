@@ -1,4 +1,4 @@
-"""A second try with less memory where memory runs out."""
+"""Retries with less memory when memory runs out."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def with_less(
     release: Callable[[], None] | None = None,
     ran_out: Callable[[Exception], bool] = is_out_of_memory,
 ) -> tuple[_Made, _Way]:
-    """The result of ``run`` for the first of ``ways`` for which there is memory, and that way.
+    """The result of ``run`` for the first of ``ways`` for which memory suffices, and that way.
 
-    ``release`` gives back what an allocator keeps, beside CUDA's; ``ran_out`` knows the errors.
-    Raises :class:`OutOfMemory` with the ``complaint`` of the last error's text and of the ways that
-    were tried.
+    ``release`` frees caches of allocators other than CUDA's; ``ran_out`` recognises the errors.
+    Raises :class:`OutOfMemory` with ``complaint`` applied to the last error's text and the ways
+    tried.
     """
     tried: list[_Way] = []
-    said = ""  # not the error itself, whose frames hold tensors
+    said = ""  # not the error itself, whose frames keep tensors alive
     for way in ways:
         try:
             return run(way), way
@@ -39,7 +39,7 @@ def with_less(
                 raise
             tried.append(way)
             said = brief(error)
-        gc.collect()  # frames that the error has left
+        gc.collect()  # frames that the error left behind
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if release is not None:
@@ -48,7 +48,7 @@ def with_less(
 
 
 def halved(rows: int) -> Iterator[int]:
-    """``rows``, half as many, and so on down to one."""
+    """``rows``, then half as many, and so on down to one."""
     while rows > 1:
         yield rows
         rows //= 2

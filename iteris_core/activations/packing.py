@@ -1,8 +1,8 @@
-"""Half-precision activations at 8 or 4 bits, so that more rows wait in host memory.
+"""Packs half-precision activations into 8 or 4 bits, so that more rows fit in host memory.
 
-A value x of a group becomes the code round(x / s) with s = max |x| / most of the group, so that it
-is off by s / 2 at most (absmax quantisation, as of bitsandbytes); ``most`` is 127 or 7. Infinities
-become the largest numbers of their dtype.
+A value x in a group becomes the code round(x / s) with the group's s = max |x| / most, so its error
+is at most s / 2 (absmax quantisation, as in bitsandbytes); ``most`` is 127 or 7. Infinities become
+the largest numbers of their dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .meter import resize
 
 @dataclass(frozen=True)
 class Format:
-    """``bits`` of a code, of which a ``group`` shares one number of dtype ``scale``."""
+    """``bits`` per code; the codes of a ``group`` share one number of dtype ``scale``."""
 
     bits: int
     group: int
@@ -31,7 +31,7 @@ class Format:
 
     @property
     def width(self) -> int:
-        """Bytes of the codes of a group."""
+        """Bytes for a group's codes."""
         return self.group * self.bits // 8
 
 
@@ -40,14 +40,14 @@ FORMATS: Mapping[int, Format] = {
     4: Format(4, 32, torch.bfloat16),
 }
 _LEAST = 1 << 20
-"""Bytes of the smallest storage that is packed: masks, tables and embeddings wait as they are."""
+"""Smallest storage in bytes to pack; masks, tables and embeddings wait unpacked."""
 KINDS = (torch.float16, torch.bfloat16)
-_AT_ONCE = 1 << 22  # values, which take 16 MiB in single precision
+_AT_ONCE = 1 << 22  # values; 16 MiB in single precision
 
 
 class PackedPlace:
-    """A place in which what is in half precision waits at 8 or 4 ``bits``, and all else as it
-    is."""
+    """A place in which half-precision data wait at 8 or 4 ``bits``, and all other data
+    unchanged."""
 
     def __init__(self, place: Place, bits: int, least: int = _LEAST) -> None:
         self._place, self._format, self._least = place, FORMATS[bits], least
@@ -82,7 +82,7 @@ class PackedPlace:
 
 
 def pack(values: Tensor, form: Format) -> Tensor:
-    """``values``, (n,) of a floating dtype, as uint8: a code each, then a scale for each group."""
+    """``values``, (n,) of a floating dtype, as uint8: one code each, then one scale per group."""
     groups = -(-len(values) // form.group)
     size = groups * (form.width + form.scale.itemsize)
     packed = torch.empty(size, dtype=torch.uint8, device=values.device)
@@ -100,7 +100,7 @@ def pack(values: Tensor, form: Format) -> Tensor:
 
 
 def unpack(packed: Tensor, into: Tensor, form: Format) -> None:
-    """Write the values that :func:`pack` has packed ``into`` (n,)."""
+    """Unpack values from :func:`pack` ``into`` (n,)."""
     codes, scales = _parts(packed, form)
     most, step = torch.finfo(into.dtype).max, _AT_ONCE // form.group
     for start in range(0, len(codes), step):
@@ -111,7 +111,7 @@ def unpack(packed: Tensor, into: Tensor, form: Format) -> None:
 
 
 def _joined(codes: Tensor, form: Format) -> Tensor:
-    """(groups, group), int8, as bytes: at 4 bits two codes in one, the first one below."""
+    """(groups, group), int8, as bytes; at 4 bits, two codes per byte, the first in the low half."""
     if form.bits == 8:
         return codes.view(torch.uint8)
     low, high = (codes + 8).view(torch.uint8).view(len(codes), -1, 2).unbind(-1)
@@ -119,7 +119,7 @@ def _joined(codes: Tensor, form: Format) -> Tensor:
 
 
 def _parted(codes: Tensor, form: Format) -> Tensor:
-    """The int8 codes that :func:`_joined` has joined."""
+    """The inverse of :func:`_joined`: int8 codes."""
     if form.bits == 8:
         return codes.view(torch.int8)
     both = torch.stack([codes & 15, codes >> 4], dim=-1)

@@ -1,7 +1,7 @@
-"""One merge over several processes: each runs a part of the rows, and sums are made over all.
+"""One merge over several processes: each runs a part of the rows, and sums are taken over all.
 
-Every process takes every step of a merge with the same moments, so all of them end with the same
-result. Torch's default process group has to be there; ``accelerate`` or ``torchrun`` make it.
+Every process takes every step of a merge with the same moments, so all end with the same result.
+Torch's default process group must exist; ``accelerate`` or ``torchrun`` creates it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's part: every ``size``-th row from ``rank`` on. ``device`` is where the process
-    group's backend can add up (None: where a tensor is)."""
+    """This process's part: every ``size``-th row starting at ``rank``. ``device`` is where the
+    process group's backend can sum (None: wherever a tensor is)."""
 
     rank: int = 0
     size: int = 1
     device: torch.device | None = None
 
     def mine(self, count: int) -> Sequence[int]:
-        """This process's of ``count`` rows. Raises :class:`IterisError` if a process gets none."""
+        """This process's share of ``count`` rows. Raises :class:`IterisError` if a process gets
+        none."""
         if count < self.size:
             raise DeviceError(
-                f"{count} rows cannot be shared by {self.size} processes; start fewer, or take "
-                "more samples."
+                f"{count} rows cannot be shared by {self.size} processes; start fewer, or use more "
+                "samples."
             )
         return range(self.rank, count, self.size)
 
@@ -49,7 +50,7 @@ class Processes:
             self._reduce(tensor)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The (some, width) rows of all processes, in the order of processes."""
+        """The (n, width) rows of all processes, in process order."""
         if self.size == 1:
             return rows
         every: list[Any] = [None] * self.size
@@ -58,7 +59,7 @@ class Processes:
         return torch.cat(every).to(rows.device)
 
     def first(self, value: Value) -> Value:
-        """The first process's ``value``: where machines may round differently, all take one."""
+        """The first process's ``value``, so that all use the same despite different rounding."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -67,13 +68,13 @@ class Processes:
         return values[0]
 
     def least(self, value: int) -> int:
-        """The smallest ``value`` of all processes: what they have to agree on."""
+        """The smallest ``value`` over all processes, on which all can agree."""
         smallest = torch.tensor(value)
         self._reduce(smallest, distributed.ReduceOp.MIN)
         return int(smallest)
 
     def wait(self) -> None:
-        """Until all processes are here. Raises :class:`IterisError` when one has ended."""
+        """Wait for all processes. Raises :class:`IterisError` if one has ended."""
         if self.size > 1:
             with _still_there():
                 distributed.barrier()

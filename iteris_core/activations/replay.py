@@ -1,10 +1,10 @@
-"""Barriers of sites that are solved together, and blocks that are replayed.
+"""Levels of sites that are solved together, and blocks that are replayed.
 
-A level is a run of sites none of whose outputs is read before the last of them is called, such as
-the query, key and value of an attention: a forward pauses once for all. A block is a module of a
-few barriers. Where blocks are replayed a forward pauses at no site within: it runs a block from its
-arguments up to the end of a level, drops what it made, waits until the level is solved, and does so
-for every level, before it runs the block for good. So it waits with what enters the block.
+A level is a run of sites whose outputs are not read before the last of them is called, such as an
+attention's query, key and value: a forward pauses once for all of them. A block is a module with a
+few barriers. If blocks are replayed, a forward does not pause inside them. It runs a block from its
+arguments up to the end of a level, drops the results, and waits until the level is solved. It does
+this for every level before the final run of the block, so it waits with only the block's inputs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .micro_batch import MicroBatch
 
 
 class ReplayDone(BaseException):
-    """Leaves a replay once the level has been shown."""
+    """Raised to leave a replay once the level has been observed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """The last sites of a module's barriers, in order. ``written`` are those of its arguments, as
-    paths in (args, kwargs), that it changes in place."""
+    """The last sites of a module's barriers, in order. ``written`` are the arguments that it
+    changes in place, as paths in (args, kwargs)."""
 
     ends: Sequence[str]
     written: Set[str] = frozenset()
@@ -35,8 +35,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Barriers:
-    """``ends`` has the sites of every level, in order, by the last one; ``blocks`` are those that
-    are replayed. A site that is in no level is one of its own."""
+    """``ends`` maps the last site of every level to its sites in order; ``blocks`` are those that
+    are replayed. A site in no level is its own level."""
 
     ends: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     blocks: Mapping[nn.Module, Block] = field(default_factory=dict[nn.Module, Block])
@@ -55,8 +55,8 @@ class Barriers:
 def replay_hook(
     barriers: Barriers, active: Callable[[], MicroBatch | None]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """A pre-hook of every block: the active forward waits in it until the block's sites are solved,
-    level by level."""
+    """A pre-hook for every block, in which the active forward waits until the block's sites are
+    solved, level by level."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = active()
@@ -81,12 +81,12 @@ def _replay(batch: MicroBatch, module: nn.Module, given: Any, last: str) -> None
     finally:
         batch.until = None
         batch.streams = streams
-    batch.reached.append(f"no {last}")  # which waiting for it complains of
+    batch.reached.append(f"no {last}")  # waiting for it then raises the error
 
 
 def unwritten(written: Set[str], *given: Any) -> Any:
-    """``given`` with copies of the tensors that a block will change in place, and of lists and
-    dictionaries, to which it may add."""
+    """``given`` with copies of tensors that a block will change in place, and of lists and
+    dictionaries, which it may extend."""
 
     def copied(path: Any, leaf: Any) -> Any:
         return leaf.clone() if _pytree.keystr(path) in written else leaf

@@ -1,13 +1,13 @@
-"""Weights of tokens: more where a LoRA acts.
+"""Token weights: larger where a LoRA acts.
 
-A site has one change for all concepts, and where they want different things of like inputs nobody
-gets all. What is given up had better be background. With a share of f token t of a row counts
+A site has one change for all concepts. When they want different outputs for similar inputs,
+something must be given up, preferably background. With a share f, token t of a row has the weight
 
     w_t = 1 − f + f · e_t,   e_t = mean over sites of ‖ΔW_i x_t‖² / (their mean over the row),
 
-where the sites are those that LoRA i changes, that write to the residual stream and that this
-forward has passed with as many tokens. Weights are 1 in the mean of a row. They come from
-reference rows alone, so a sweep and Jacobi iterations have the same.
+over the sites that LoRA i changes, that write to the residual stream, and that this forward has
+passed with the same number of tokens. A row's mean weight is 1. Weights come only from reference
+rows, so they are the same in a sweep and in Jacobi iterations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass
 class Saliency:
-    """The running e of one micro-batch's rows, by number of tokens; ``share`` is f."""
+    """The running e for one micro-batch's rows, by number of tokens; ``share`` is f."""
 
     share: float
     _given: dict[tuple[Hashable, int], Tensor | None] = field(
@@ -31,8 +31,8 @@ class Saliency:
     _counts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def add(self, effect: Tensor, rows: int, start: int) -> None:
-        """``effect`` is ‖ΔW_i x_t‖² of the rows from ``start`` on, out of ``rows``: (some rows,
-        tokens), 0 where a token does not count. Rows of zeros say nothing."""
+        """``effect`` is ‖ΔW_i x_t‖² for rows starting at ``start``, out of ``rows``: (n, tokens), 0
+        for tokens that do not count. Zero rows are ignored."""
         length = effect.shape[1]
         if length not in self._sums:
             self._sums[length] = effect.new_zeros(rows, length)
@@ -43,8 +43,8 @@ class Saliency:
         self._counts[length][part] += (mean > 0).to(effect)
 
     def weights(self, tensor: Hashable, alive: Set[Hashable], length: int) -> Tensor | None:
-        """(rows, tokens), or None where all count alike; the same for all sites that see as many
-        tokens of the ``tensor`` that this stands for. ``alive`` are those that may come again."""
+        """(rows, tokens), or None if all count equally; the same for all sites that see equally
+        many tokens of the ``tensor`` with this key. ``alive`` are keys that may occur again."""
         key = tensor, length
         if key not in self._given:
             self._given = {k: weights for k, weights in self._given.items() if k[0] in alive}

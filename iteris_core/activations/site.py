@@ -1,4 +1,4 @@
-"""A site: a layer of the model as one linear map of tokens, whatever its tensors look like.
+"""A site: a layer of the model as a linear map of tokens, whatever its tensor layout.
 
 Linear layers (of any quantisation), GPT-2's Conv1D and two-dimensional convolutions; a convolution
 is a linear map of its patches.
@@ -21,9 +21,9 @@ from ..lora import LowRank
 
 
 class Site(ABC):
-    """``weight_shape`` is that of the whole weight, see :func:`..architectures.sites.weight_shape`.
-    ``geometry`` is how tokens are cut from an input: sites of one tensor and one geometry have the
-    same tokens."""
+    """``weight_shape`` is the shape of the whole weight, see
+    :func:`..architectures.sites.weight_shape`. ``geometry`` describes how tokens are extracted from
+    an input: sites with the same tensor and geometry have the same tokens."""
 
     geometry: Hashable = "linear"
     kernel: tuple[int, int] | None = None
@@ -47,7 +47,7 @@ class Site(ABC):
 
     @abstractmethod
     def length(self, outputs: Tensor) -> int:
-        """Tokens of one row of ``outputs``."""
+        """Tokens per row of ``outputs``."""
 
     @abstractmethod
     def delta(self, change: LowRank, inputs: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Site(ABC):
         outputs += self.delta(change, inputs)
 
     def zero(self, rank: int) -> LowRank:
-        """A change of zeros, float32."""
+        """A zero change, float32."""
         out, width = self.shape
         return LowRank(torch.zeros(out, rank), torch.zeros(rank, width), self.kernel)
 
@@ -114,19 +114,19 @@ class ConvSite(Site):
 
 
 def site_of(name: str, module: nn.Module) -> Site:
-    """The site that ``module`` is. Raises :class:`IterisError`, naming it, where it is none."""
+    """The site for ``module``. Raises :class:`IterisError`, naming it, if it is not supported."""
     try:
         shape = weight_shape(module)
     except AttributeError as error:
         raise SiteError(
-            f"Site {name} is a {type(module).__name__}, which is no linear layer and no "
-            "convolution; leave it out of the LoRA."
+            f"Site {name} is a {type(module).__name__}, which is neither a linear layer nor a "
+            "convolution; remove it from the LoRA."
         ) from error
     if not isinstance(module, nn.Conv2d):
         return LinearSite(shape)
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise SiteError(
             f"Site {name} is a grouped or specially padded convolution, which cannot be merged; "
-            "leave it out of the LoRA."
+            "remove it from the LoRA."
         )
     return ConvSite(shape, module)

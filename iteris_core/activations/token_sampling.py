@@ -1,4 +1,4 @@
-"""Choose tokens of a row, where a part of them is enough."""
+"""Selects tokens of a row, if a part of them is enough."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 class TokenSampling:
     """At most ``limit(width)`` tokens of every row at a site with that many inputs (None: all).
 
-    ``rows`` are the rows' numbers among all samples: the choice of a row depends on its number,
-    ``seed`` and the count of tokens alone, not on the micro-batch; a smaller one is part of a
-    larger. ``whole`` says that the tokens which are there were chosen from so many.
-    ``gathered`` are the chosen tokens of tensors, as long as somebody has them.
+    ``rows`` are the rows' indices among all samples. A row's selection depends only on its index,
+    ``seed`` and the number of tokens, not on the micro-batch; a smaller selection is a subset of a
+    larger one. ``whole`` is the original number of tokens, if the present ones are already a
+    selection. ``gathered`` caches selected tokens of tensors while they are in use.
     """
 
     def __init__(
@@ -35,8 +35,7 @@ class TokenSampling:
         self.gathered: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
     def indices(self, length: int, start: int, stop: int, *, width: int) -> Tensor | None:
-        """The chosen ones of the flattened tokens of rows ``start`` to ``stop``; None: all of
-        them."""
+        """Selected indices into the flattened tokens of rows ``start`` to ``stop``; None: all."""
         limit = length if self._limit is None else self._limit(width)
         if length <= limit:
             return None
@@ -47,18 +46,19 @@ class TokenSampling:
         return (self._picks[length, limit][start:stop] + offsets).flatten()
 
     def at_most(self, tokens: int) -> TokenSampling:
-        """A part of this choice."""
+        """A subset of this selection."""
         limit = self._limit
 
         def fewer(width: int) -> int:
             return tokens if limit is None else min(tokens, limit(width))
 
         part = TokenSampling(self.rows, fewer, self._seed, self._whole)
-        part._picks = self._picks  # found once
+        part._picks = self._picks  # computed once
         return part
 
     def made(self, length: int, width: int) -> TokenSampling | None:
-        """This choice for tokens of which only those are left that it picks; None: all are."""
+        """This selection for tokens already reduced to the selected ones; None: all are
+        selected."""
         if self._limit is None or length <= self._limit(width) or self._whole is not None:
             return None
         if length not in self._made:

@@ -15,8 +15,8 @@ from .site import LinearSite, Site
 from .token_sampling import TokenSampling
 
 Group = tuple[str, int]
-"""Stands for one tensor as it was when a site received it: the stage that it belongs to, and a
-number. A model that changes the tensor in place makes it another one."""
+"""Identifies a tensor as a site received it: its stage, and a number. An in-place change of the
+tensor gives it another number."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Observation:
     """The inputs and outputs of one micro-batch at one site, before the merged change is added.
 
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
-    rows; ``outputs`` has the reference rows' changes in it. ``spans`` lists (concept, start, stop)
+    rows; ``outputs`` includes the reference rows' changes. ``spans`` lists (concept, start, stop)
     in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
-    itself (``copies=1``). ``group`` is the same for sites that received the same tensor, and
-    ``alive`` lists the groups that may still come again; ``call`` counts the site's earlier calls
-    in this forward. ``choice`` picks some of every row's tokens. ``mask`` is (rows, tokens), True
-    where a token counts; None where all do. ``stream`` is the residual stream that the output will
-    be added to, shaped as ``outputs``; None where the site has none. ``saliency`` is that of the
-    micro-batch, and ``weights``, (rows, tokens), what it came to at this site; None where all count
-    alike. Copy or reduce: the model may change these tensors later.
+    itself (``copies=1``). ``group`` is the same for sites that received the same tensor; ``alive``
+    lists the groups that may still occur; ``call`` counts the site's earlier calls in this forward.
+    ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
+    count; None if all do. ``stream`` is the residual stream to which the output will be added,
+    shaped like ``outputs``; None if there is none. ``saliency`` is the micro-batch's, and
+    ``weights``, (rows, tokens), its values at this site; None if all count equally. Copy or reduce:
+    the model may change these tensors later.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Observation:
     weights: Tensor | None = None
 
     def weighed(self) -> Observation:
-        """The same with the weights that its tokens have by now."""
+        """A copy with the current weights of its tokens."""
         if self.saliency is None:
             return self
         length = self.site.length(self.outputs)
         return replace(self, weights=self.saliency.weights(self.group, self.alive, length))
 
     def gathered(self) -> Observation:
-        """The same with copies of only those tokens that the ``choice`` picks."""
+        """A copy with only the tokens that ``choice`` selects."""
         length, width = self.site.length(self.outputs), self.site.shape[1]
         choice = self.choice.made(length, width)
         if choice is None:
@@ -72,7 +72,7 @@ class Observation:
             return tokens.reshape(self.rows * self.copies, -1, tokens.shape[-1])
 
         def of_rows(values: Tensor | None) -> Tensor | None:
-            """(rows, tokens) of those that are picked."""
+            """(rows, tokens), restricted to the selected ones."""
             if values is None:
                 return None
             return _selected(values.flatten(), picked).reshape(self.rows, -1)
@@ -95,17 +95,16 @@ class Observation:
     def input_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
         """Inputs of the reference rows ``start`` to ``stop``, or of the merged rows, (tokens, in).
 
-        A convolution is a linear map of its patches; masked tokens are left out.
+        For a convolution, tokens are patches; masked tokens are left out.
         """
         return self._tokens(self.site.tokens, self.inputs, start, stop, merged)
 
     def output_tokens(self, start: int, stop: int, *, merged: bool = False) -> Tensor:
-        """The outputs that belong to :meth:`input_tokens`, (tokens, out)."""
+        """The outputs for :meth:`input_tokens`, (tokens, out)."""
         return self._tokens(self.site.outputs, self.outputs, start, stop, merged)
 
     def drift_tokens(self, start: int, stop: int) -> Tensor | None:
-        """The difference of the reference rows' residual stream to the merged rows', (tokens,
-        out)."""
+        """The reference rows' residual stream minus the merged rows', (tokens, out)."""
         if self.stream is None or self.copies == 1:
             return None
         reference = self._tokens(self.site.outputs, self.stream, start, stop, False)
@@ -118,21 +117,21 @@ class Observation:
         return (stop - start) * length if chosen is None else len(chosen)
 
     def fewer(self, tokens: int) -> Observation:
-        """The same with at most so many of the tokens of every row."""
+        """A copy with at most that many tokens of every row."""
         return replace(self, choice=self.choice.at_most(tokens))
 
     def unmasked(self) -> Observation:
         return replace(self, mask=None)
 
     def effect(self, change: LowRank, start: int, stop: int) -> Tensor:
-        """‖ΔW x‖² of every token of reference rows, (rows, tokens), 0 where it is masked."""
+        """‖ΔW x‖² for every token of the reference rows, (rows, tokens), 0 if masked."""
         added = self.changed(change, start, stop)
         added = added.to(torch.promote_types(added.dtype, torch.float32))
         effect = added.square().sum(1).reshape(stop - start, -1)
         return effect if self.mask is None else effect * self.mask[start:stop]
 
     def token_weights(self, start: int, stop: int) -> Tensor | None:
-        """The weight of each token of :meth:`input_tokens`, (tokens, 1); None: all alike."""
+        """The weight of each token in :meth:`input_tokens`, (tokens, 1); None: all equal."""
         if self.weights is None:
             return None
         return self.chosen(self.weights[start:stop].reshape(-1, 1), start, stop)
@@ -140,7 +139,7 @@ class Observation:
     def of_concepts(
         self, changes: SiteChanges, dtype: torch.dtype, inputs: Tensor | None
     ) -> Iterator[ConceptTokens]:
-        """The tokens of every span; ``inputs`` are those that count (None: all)."""
+        """The tokens of every span; ``inputs`` are the input indices that count (None: all)."""
         for concept, start, stop in self.spans:
             yield ConceptTokens(self, changes[concept], concept, start, stop, dtype, inputs)
 
@@ -164,7 +163,7 @@ class Observation:
         return _selected(tokens, self._choice(tokens.shape[0] // (stop - start), start, stop))
 
     def _choice(self, length: int, start: int, stop: int) -> Tensor | None:
-        """The tokens of these rows that count; None: all."""
+        """Indices of these rows' tokens that count; None: all."""
         chosen = self.choice.indices(length, start, stop, width=self.site.shape[1])
         if self.mask is None:
             return chosen
@@ -176,7 +175,7 @@ class Observation:
 
 
 def _selected(tokens: Tensor, chosen: Tensor | None) -> Tensor:
-    """(tokens, …) of which only the ``chosen`` are left; None: all."""
+    """(tokens, …), reduced to the ``chosen`` ones; None: all."""
     if chosen is None:
         return tokens
     return tokens.index_select(0, chosen.to(tokens.device, non_blocking=True))
@@ -184,8 +183,8 @@ def _selected(tokens: Tensor, chosen: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ConceptTokens:
-    """Tokens of one concept's rows ``start`` to ``stop``, in the precision of the moments, each
-    times the root of its weight; see :class:`..solve.problem.Tokens`."""
+    """Tokens of one concept's rows ``start`` to ``stop``, in the moments' precision, each
+    multiplied by the root of its weight; see :class:`..solve.problem.Tokens`."""
 
     shown: Observation
     change: LowRank | None
@@ -216,8 +215,8 @@ class ConceptTokens:
 
     @property
     def target(self) -> Tensor:
-        """(W0 + ΔW_i) X less W0 X̃, both with the layer's bias, and what the residual stream of the
-        merged rows lacks of LoRA i's own."""
+        """(W0 + ΔW_i) X minus W0 X̃, both with the layer's bias, plus the difference between LoRA
+        i's residual stream and the merged rows'."""
         full = self.shown.output_tokens(self.start, self.stop)
         target = full.to(self.dtype) - self._base(full).to(self.dtype)
         drift = self.shown.drift_tokens(self.start, self.stop)

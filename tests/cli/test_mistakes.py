@@ -270,7 +270,7 @@ def test_a_key_twice_in_a_merge_file(world, tmp_path, monkeypatch, capsys):
 def test_a_file_is_no_host_and_a_lora_no_concept():
     pipeline = make_pipeline()
     lora = random_lora(DiffusersHost(pipeline), 1)
-    with pytest.raises(IterisError, match="str does not run a base model; pass a diffusers pipeline"):
+    with pytest.raises(IterisError, match="str does not run a base model; pass a diffusers"):
         merge_loras("base", [Concept(lora, trigger="a")])
     with pytest.raises(IterisError, match="list of Concept, not of Lora"):
         merge_loras(pipeline, [lora])

@@ -130,5 +130,5 @@ def test_one_lora_alone_gives_itself_back_on_a_resnet():
 def test_what_is_no_site_is_said():
     with pytest.raises(IterisError, match="grouped"):
         site_of("x", nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(IterisError, match="no linear layer"):
+    with pytest.raises(IterisError, match="neither a linear layer"):
         site_of("x", nn.LayerNorm(4))
