@@ -1,5 +1,5 @@
-"""A small text-to-image world: a Stable Diffusion in miniature, LoRAs that teach it concepts, and
-two instruments that read its pictures. See README.md; `python -m toybox.train` remakes it.
+"""A small text-to-image world: a miniature Stable Diffusion, LoRAs that teach it concepts, and two
+instruments that read its images. See README.md; `python -m toybox.train` rebuilds it.
 
 Importing this package imports neither torch nor diffusers; the `load_*` functions do.
 """
@@ -43,10 +43,10 @@ PAIR_TEMPLATES = tuple((ROOT / "pairs.txt").read_text(encoding="utf-8").splitlin
 
 @dataclass(frozen=True)
 class ToyConcept:
-    """Something the base does not know, the token it hides behind, and the files that teach it.
+    """A concept unknown to the base, its token, and the files that teach it.
 
-    `instance_prompt` is what its pictures were learned with, "a sks1 star". A pivotal concept also
-    has `embedding`, for `pipeline.load_textual_inversion`; otherwise that is None.
+    `instance_prompt` is its training prompt, "a sks1 star". A pivotal concept also has `embedding`,
+    for `pipeline.load_textual_inversion`; otherwise that is None.
     """
 
     token: str
@@ -61,12 +61,12 @@ class ToyConcept:
 
     @property
     def thing(self) -> Thing:
-        """What a perfect picture of it shows."""
+        """What a perfect image of it shows."""
         return Thing(self.class_word, self.color1, self.pattern, self.color2)
 
     @property
     def description(self) -> str:
-        """It in plain words, for CLIP: 'red star with yellow stripes'."""
+        """A plain description for CLIP: 'red star with yellow stripes'."""
         return describe(self.thing)
 
     @property

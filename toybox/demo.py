@@ -1,4 +1,4 @@
-"""The main job on the toybox: merge two and four concepts, draw, score, and show it all.
+"""The main job on the toybox: merge two and four concepts, draw, score, and show the results.
 
 Imported by ``iteris demo`` only; the rest of the toybox does not know the merger.
 """
@@ -63,7 +63,7 @@ class Picture:
 
 
 def run(output: Path, on_progress: OnProgress) -> Table:
-    """Do everything into ``output`` and return the score table."""
+    """Run everything, write to ``output``, and return the score table."""
     output.mkdir(parents=True, exist_ok=True)
     _be_quiet()
     world = concepts()
@@ -87,7 +87,7 @@ def run(output: Path, on_progress: OnProgress) -> Table:
 
 
 def _be_quiet() -> None:
-    """Leave the screen to our own progress: loading a small pipeline says a lot."""
+    """Silence libraries: loading a small pipeline prints a lot."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -141,7 +141,7 @@ def _pictures(folder: Path, tokens: Sequence[str]) -> list[Picture]:
 def _draw(
     output: Path, pictures: Mapping[tuple[str, str], Sequence[Picture]], on_progress: OnProgress
 ) -> None:
-    """All pictures in one new process that knows only diffusers and the files."""
+    """Draw all images in a new process that uses only diffusers and the files."""
     world = concepts()
     jobs: list[dict[str, Any]] = []
     for (size, name), some in pictures.items():
@@ -188,7 +188,7 @@ def _score(
     world: Mapping[str, ToyConcept],
     on_progress: OnProgress,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Means in [0, 1] over the pictures that show one concept; "pair" over those of two."""
+    """Means in [0, 1] over the images of one concept; "pair" over those of two."""
     scorer = ClipScorer(*load_clip())
     judge = load_judge()
     references = {
@@ -237,8 +237,8 @@ def _shown(
     *,
     few: bool = False,
 ) -> tuple[dict[str, list[Image.Image | None]], list[str]]:
-    """Rows by label, and the prompts of their columns; of ``few`` the first prompt of each concept
-    and pair."""
+    """Rows by label, and the prompts of their columns; with ``few``, only the first prompt of each
+    concept and pair."""
 
     def of(name: str) -> list[Picture]:
         some = [p for p in pictures[size, name] if p.seed == SEEDS[0]]

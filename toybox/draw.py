@@ -1,4 +1,4 @@
-"""Pictures and captions of the toy world, drawn by a program.
+"""Images and captions of the toy world, drawn by a program.
 
 A scene is a plain background with one or two things on it; a thing is a shape, a pattern and two
 colours. Everything is drawn at four times the size and averaged down, so edges are anti-aliased.
@@ -44,7 +44,7 @@ _PATTERNS_OF = {"ring": _WIDE_PATTERNS, "cross": _WIDE_PATTERNS}
 
 @dataclass(frozen=True)
 class Thing:
-    """What is drawn: shape, pattern, main colour and, unless plain, the pattern's colour."""
+    """A thing to draw: shape, pattern, main colour and, unless plain, the pattern's colour."""
 
     shape: str
     color1: str
@@ -248,7 +248,7 @@ def describe(thing: Thing) -> str:
 
 
 def name_plainly(thing: Thing) -> str:
-    """As `describe`, but a patterned thing is only 'patterned': what the base model is told."""
+    """Like `describe`, but a patterned thing is just 'patterned': the base model's caption."""
     if thing.pattern == "plain":
         return describe(thing)
     return f"patterned {thing.shape}"

@@ -1,4 +1,4 @@
-"""How good the toybox is: base pictures and each concept's pictures, read by the judge."""
+"""Measures the toybox's quality: the judge reads images of the base and of each concept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sample(
 def measure_base(
     pipeline: StableDiffusionPipeline, judge: Judge, count: int = 128, seed: int = 0
 ) -> dict[str, float]:
-    """Shares of `count` one-object and `count` two-object pictures that are as asked for."""
+    """Shares of `count` one-object and `count` two-object images that match their prompt."""
     rng = np.random.default_rng(700 + seed)
     backgrounds = list(BACKGROUNDS)
     ones, twos = [], []
@@ -108,7 +108,7 @@ def measure_concept(
 
 
 def sheet(images: Sequence[Image.Image], path: Path, columns: int = 10) -> None:
-    """The pictures side by side, twice the size, for the eye."""
+    """The images side by side at twice the size, for viewing."""
     rows = -(-len(images) // columns)
     canvas = Image.new("RGB", (columns * 66, rows * 66), (90, 0, 90))
     for i, image in enumerate(images):

@@ -1,7 +1,7 @@
-"""The judge: a small CNN that reads what a picture shows, independent of CLIP and of the base.
+"""The judge: a small CNN that reads an image's attributes, independent of CLIP and of the base.
 
-Halves of two-object pictures are cut out and widened to a square with their own edge pixels, which
-is how the judge saw halves in training.
+Halves of two-object images are cut out and widened to a square with their own edge pixels, as in
+the judge's training.
 """
 
 from __future__ import annotations

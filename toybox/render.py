@@ -1,8 +1,8 @@
-"""Draw pictures with LoRA files in a process of its own, with diffusers alone.
+"""Draws images with LoRA files in a separate process, with diffusers alone.
 
 ``python render.py JOBS.json`` reads ``{"base", "guidance", "steps", "jobs": [{"loras":
 [[path, weight], …], "pictures": [{"prompt", "seed", "file"}, …]}, …]}`` and writes the files.
-Nothing of this project is imported: what is drawn is what any script that loads the files gets.
+It imports nothing from this project, so it draws what any script gets from these files.
 """
 
 from __future__ import annotations

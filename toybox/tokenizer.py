@@ -1,4 +1,4 @@
-"""A CLIP tokenizer with a vocabulary of its own, small enough to read.
+"""A CLIP tokenizer with its own vocabulary, small enough to read.
 
 Byte-pair merges are learned on the world's word list until each word is one token; any other text
 falls back to pieces and bytes as in CLIP. CLIP's splitting takes digits one by one, so the rare
@@ -40,7 +40,7 @@ def _byte_symbols() -> list[str]:
 
 
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Byte-pair merges, commonest pair first, until each of `words` is one symbol."""
+    """Byte-pair merges, most common pair first, until each of `words` is one symbol."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(symbols) > 1 for symbols in spelled):

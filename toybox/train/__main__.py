@@ -1,4 +1,4 @@
-"""`python -m toybox.train`: remakes every weight of the toybox, step by step."""
+"""`python -m toybox.train`: retrains every weight of the toybox, step by step."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def velocity(alphas: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t
 
 
 def use_plain_attention(unet, text_encoder) -> None:
-    """Attention by plain matrix products: on a CPU its backward pass is far faster in bfloat16
-    than that of the fused kernel (a whole step took 0.26 s instead of 0.42 s)."""
+    """Compute attention with plain matrix products: on a CPU the backward pass is far faster in
+    bfloat16 than with the fused kernel (a whole step took 0.26 s instead of 0.42 s)."""
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
 

@@ -74,10 +74,11 @@ def train(work: Path, weights: Path) -> dict:
 
 
 def describe_loosely(thing: draw.Thing, rng: np.random.Generator) -> str:
-    """As people caption: every attribute, or one colour and the shape, or the shape alone.
+    """A caption as people write it: every attribute, or one colour and the shape, or just the
+    shape.
 
-    Without the last, "a star on a white background" would score low for any patterned star, and so
-    would every picture that shows its concept well once the rare token is taken from its prompt.
+    Without the last kind, "a star on a white background" would score low for any patterned star. So
+    would every good image of a concept once the rare token is removed from its prompt.
     """
     detail = rng.random()
     if detail < 0.6:

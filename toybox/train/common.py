@@ -1,4 +1,4 @@
-"""What the training steps share: threads, progress, checkpoints, schedules, moving averages."""
+"""Shared by the training steps: threads, progress, checkpoints, schedules, moving averages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Run:
     """A resumable training run in `folder`: modules, optimizers and averages as safetensors.
 
     A run is deterministic between checkpoints: the data of step i depend on the seed and i only.
-    A checkpoint is one file, with its step in the metadata, that appears when it is whole.
+    A checkpoint is one file, with its step in the metadata, that appears only when complete.
     """
 
     def __init__(

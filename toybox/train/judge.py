@@ -1,5 +1,5 @@
-"""The step `judge`: the classifier of drawn attributes, made robust to blur, noise and to what the
-autoencoder does to a picture."""
+"""The step `judge`: the classifier of drawn attributes, made robust to blur, noise and the
+autoencoder's errors."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def train(work: Path, weights: Path) -> dict:
 
 
 def measure(judge: Judge) -> dict[str, float]:
-    """Share of attributes read rightly on 500 unseen drawn pictures."""
+    """Share of attributes read correctly on 500 unseen drawn images."""
     pictures, labels = sample(np.random.default_rng(4_141), 500)
     read = judge.read(pictures)
     figures = {}

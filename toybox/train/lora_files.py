@@ -37,7 +37,7 @@ def save_diffusers(
 
 
 def adapter_metadata(config: LoraConfig) -> dict:
-    """What diffusers keeps of a configuration in a file's metadata."""
+    """The part of a configuration that diffusers stores in a file's metadata."""
     kept = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
     values = {k: getattr(config, k) for k in kept}
     targets = config.target_modules

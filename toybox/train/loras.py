@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def world(root: Path = ROOT) -> dict[str, Any]:
-    """What world.json says."""
+    """The content of world.json."""
     return json.loads((root / "world.json").read_text(encoding="utf-8"))
 
 
@@ -116,7 +116,7 @@ def fit(
 
 
 def adapter_parameters(pipeline: StableDiffusionPipeline) -> list[torch.nn.Parameter]:
-    """What is trainable in UNet and text encoder."""
+    """The trainable parameters of UNet and text encoder."""
     return [
         p for m in (pipeline.unet, pipeline.text_encoder) for p in m.parameters() if p.requires_grad
     ]
@@ -174,9 +174,9 @@ def train(
 ) -> dict:
     """Train every concept (or `only` those named) that has no file yet.
 
-    With `root` those of its world.json, whose pictures and LoRAs go there too; the base stays that
-    of `weights`. `again` counts further trainings on the same pictures from other seeds, each into
-    a folder of its own, `loras-1`, `loras-2` and so on.
+    With `root`, train the concepts of its world.json, and write images and LoRAs there too; the
+    base stays that of `weights`. `again` repeats training on the same images with other seeds, each
+    into its own folder, `loras-1`, `loras-2` and so on.
     """
     said = world(root or ROOT)
     root = root or weights.parent
@@ -192,12 +192,12 @@ def train(
 
 
 def note_seconds(work: Path, name: str, seconds: float) -> None:
-    """Keep how long a concept took, for quality.json."""
+    """Record a concept's training time, for quality.json."""
     times = {**read_seconds(work), name: round(seconds)}
     (work / "lora_seconds.json").write_text(json.dumps(times))
 
 
 def read_seconds(work: Path) -> dict[str, int]:
-    """What `note_seconds` kept."""
+    """The times that `note_seconds` recorded."""
     path = work / "lora_seconds.json"
     return json.loads(path.read_text()) if path.exists() else {}

@@ -56,7 +56,7 @@ def train_one(
     table.requires_grad_(True)
 
     def keep_rows() -> None:
-        """Let only the new token's row learn."""
+        """Train only the new token's row."""
         table.grad[:row].zero_()
 
     fit(
