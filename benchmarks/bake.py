@@ -1,8 +1,8 @@
-"""A LoRA baked in fp8, beside a plain rounding: ``python benchmarks/bake.py`` on the toybox.
+"""A LoRA baked in fp8, compared with plain rounding: ``python benchmarks/bake.py`` on the toybox.
 
-Writes ``benchmarks/results/bake.json``: by way of rounding the UNet's linear layers, each with the
-LoRA in it, the error of the guided output on held-out rows, as a share of what the LoRA changes in
-full precision. ``plain`` is torch's cast to float8; ``nearest`` and ``by chance`` are ``iteris bake
+Writes ``benchmarks/results/bake.json``: for each way of rounding the UNet's linear layers, with the
+LoRA added, the error of the guided output on held-out rows, as a share of the LoRA's effect in full
+precision. ``plain`` is torch's cast to float8; ``nearest`` and ``by chance`` are ``iteris bake
 --dtype fp8`` without and with ``--seed``. Means over the toybox's first three LoRAs.
 """
 
@@ -40,7 +40,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 def error_of(
     world: ToyboxWorld, held: HeldOut, lora: Lora, way: Callable[[Tensor], Tensor]
 ) -> float:
-    """With the linear layers of the UNet rounded, the LoRA in them."""
+    """The error with the LoRA added to the UNet's linear layers, and these rounded."""
     sites = world.host.sites()
     linear = [s for s in sites if s.startswith("unet.") and sites[s].weight.ndim == 2]
     kept = {site: sites[site].weight.data.clone() for site in linear}

@@ -1,9 +1,10 @@
-"""A small BLIP that captions the toybox's pictures, and two LoRAs that praise and grumble.
+"""A small BLIP that captions the toybox's images, and two LoRAs, one that praises and one that
+grumbles.
 
 `python benchmarks/caption_world.py` trains what is missing in benchmarks/data/captions: the base,
 from scratch, on plain captions (two fifths of them with a style's words, whatever the prompt asks
 for, so that the base knows the words but not what the prompts mean), then one LoRA a style on the
-self-attention of its text decoder, as in the paper (B.2). Each LoRA sees its own prompt only.
+self-attention of its text decoder, as in the paper (B.2). Each LoRA sees only its own prompt.
 """
 
 from __future__ import annotations

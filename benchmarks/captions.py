@@ -1,11 +1,11 @@
 """Two caption styles merged in a small BLIP, steered by the prompt (paper, table 2).
 
-Style accuracy of both prompts, CIDEr against captions of that style, and the share of captions that
-name the picture rightly, for the base without a LoRA, each LoRA alone, rivals and IterIS; into
-results/captions.json. Each merge sees 50 prompt and picture pairs a style, and features are
-collected while each LoRA writes. The pictures that are captioned, their references and the pictures
-that merges see are drawn anew three times; errors are over the draws. What is known stays in
-build/captions.json. `python benchmarks/caption_world.py` trains what is merged.
+Writes to results/captions.json, for the base without a LoRA, each LoRA alone, rivals and IterIS:
+style accuracy for both prompts, CIDEr against captions of that style, and the share of captions
+that name the image correctly. Each merge sees 50 prompt-image pairs per style, and features are
+collected while each LoRA writes. The captioned images, their references and the merges' images are
+drawn three times; errors are over the draws. Finished results are cached in build/captions.json.
+`python benchmarks/caption_world.py` trains the LoRAs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PICTURES, SAMPLES, DRAWS = (4, 2, 1) if QUICK else (200, 50, 3)
 
 
 class Bench:
-    """One draw of all pictures."""
+    """One draw of all images."""
 
     def __init__(self, draw: int) -> None:
         self.draw = draw
@@ -114,7 +114,7 @@ class Bench:
         }
 
     def row(self, name: str) -> dict[str, Any]:
-        """The scores of a method, a LoRA alone or the base; what is known, from the cache."""
+        """The scores of a method, a LoRA alone or the base; from the cache if possible."""
         key = f"{name}, {PICTURES} pictures, {SAMPLES} samples, draw {self.draw}"
         known = read(CACHE)
         if key not in known:
@@ -126,14 +126,14 @@ class Bench:
 
 
 def style_of(caption: str) -> str | None:
-    """The style whose words are in the caption; None where there is none, or both are."""
+    """The style whose words are in the caption; None if there is none, or both occur."""
     words = set(caption.split())
     found = [style for style in STYLES if words & MARKS[style]]
     return found[0] if len(found) == 1 else None
 
 
 def total(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """column → mean and standard error over the draws, and captions of the first."""
+    """Column → mean and standard error over the draws, and captions of the first."""
     return {
         name: over_seeds([draw[name] for draw in draws], range(len(draws))).to_dict()
         for name in (*STYLES, "cider", "content")

@@ -1,7 +1,7 @@
-"""Denoisers at their released size, of diffusers' classes: no weights are downloaded.
+"""Denoisers at their released size, from diffusers' classes; no weights are downloaded.
 
-Where no size is given it is the class's own default, which is that of the released model: FLUX.1,
-Z-Image, Qwen-Image and Wan 2.1 14B.
+Without a given size the class's default applies, which is the released model's: FLUX.1, Z-Image,
+Qwen-Image and Wan 2.1 14B.
 """
 
 from __future__ import annotations

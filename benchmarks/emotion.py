@@ -1,4 +1,4 @@
-"""Four emotion LoRAs on a small sentence encoder, each with a head of its own: trained, and read.
+"""Trains and loads four emotion LoRAs on a small sentence encoder, each with its own head.
 
 The tasks are the paper's in-domain ones (table 3): Emoint, EC, TEC and ISEAR, with all the classes
 that each has. `python benchmarks/emotion.py` trains what is missing in benchmarks/data/emotion (one
@@ -33,7 +33,7 @@ MAX_LENGTH = 64
 
 @dataclass(frozen=True)
 class Emotion:
-    """One task: what the paper calls it, its files, its classes, and epochs of training."""
+    """One task: its name in the paper, its files, its classes, and epochs of training."""
 
     name: str
     file: str
@@ -54,7 +54,7 @@ TASKS = {
 
 
 class MeanPooledClassifier(BertPreTrainedModel):
-    """A BERT whose mean over the tokens goes into a linear head, as sentence encoders are used."""
+    """A BERT whose token mean goes into a linear head, as usual for sentence encoders."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -82,7 +82,7 @@ def load_tokenizer() -> Any:
 
 
 def load_head(task: Emotion) -> nn.Linear:
-    """The head that the task's adapter keeps apart, float32."""
+    """The head stored separately in the task's adapter, float32."""
     from safetensors.torch import load_file
 
     tensors = load_file(ADAPTERS / task.name.lower() / "adapter_model.safetensors")
@@ -105,7 +105,7 @@ def read_texts(task: Emotion, part: str, data: Path = TEXTS) -> tuple[list[str],
 def batches(
     tokenizer: Any, texts: Sequence[str], size: int, order: Iterable[int] | None = None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices, model inputs), texts of like length together; ``order`` shuffles before that."""
+    """(indices, model inputs), grouping texts of similar length; ``order`` shuffles first."""
     ids = tokenizer(list(texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
     index = list(order) if order is not None else list(range(len(ids)))
     pool = size * 20  # sorted within pools, so that a shuffle still mixes the epochs

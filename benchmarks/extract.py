@@ -1,14 +1,14 @@
-"""A LoRA out of a full fine-tune: ``python benchmarks/extract.py`` on the toybox.
+"""A LoRA from a full fine-tune: ``python benchmarks/extract.py`` on the toybox.
 
-All weights of UNet and text encoder are trained on the pictures of three concepts (into
-``build/extract``, once), and taken out again at ranks 32, 16 and 8. Writes
+All weights of UNet and text encoder are trained on the images of three concepts (into
+``build/extract``, once), and extracted at ranks 32, 16 and 8. Writes
 ``benchmarks/results/extract.json`` case by case. ``error`` is ‖f_LoRA − f_tuned‖ / ‖f_base −
-f_tuned‖ of the denoiser's output on prompts with backgrounds that nothing was fitted to;
-``likeness`` is that of pictures of these prompts to the references. Ways: ``svd`` cuts each layer's
-change of weight at one rank, as kohya's extraction does, convolutions too; ``svd with norms`` has
-all norms and biases beside that, as ComfyUI's *Extract and Save Lora* has them; ``ours`` is
-``extract_lora`` at the same rank, with norms and biases, on prompts with other backgrounds. ``all
-weights`` has every change of a layer's weight in full, and no norms and biases.
+f_tuned‖ of the denoiser's output on prompts with backgrounds to which nothing was fitted;
+``likeness`` is that of these prompts' images to the references. Ways: ``svd`` cuts each layer's
+weight change at one rank, convolutions included, like kohya's extraction. ``svd with norms`` adds
+all norms and biases, like ComfyUI's *Extract and Save Lora*. ``ours`` is ``extract_lora`` at the
+same rank, with norms and biases, on prompts with other backgrounds. ``all weights`` has every
+layer's weight change in full, without norms and biases.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LATENTS = 8
 
 
 def tuned_folder(world: ToyboxWorld) -> Path:
-    """The fine-tune, trained where it is not there yet."""
+    """The fine-tune; trained on first use."""
     folder = BUILD / ("quick" if QUICK else "extract") / "tuned"
     if folder.is_dir():
         return folder

@@ -1,10 +1,9 @@
 """Ten concepts in a LoRA as large as one of them: ``python benchmarks/fixed_rank.py``.
 
-The ten LoRAs of rank 8 that nothing was chosen on are merged at rank 8, and drawn on new words, as
-``unseen.py`` does it. Rivals have the settings that their authors give, but for ``scale``: theirs
-is the best of three on the very pictures that are reported. Writes ``results/fixed_rank.json``;
-what is measured is kept line by line beside it, so that a run that was stopped goes on
-(``--seconds``).
+Merges ten LoRAs of rank 8, on which nothing was tuned, at rank 8, and draws them on new words as in
+``unseen.py``. Rivals use their authors' settings, except ``scale``, which is the best of three on
+the reported images themselves. Writes ``results/fixed_rank.json``; measurements are stored line by
+line beside it, so an interrupted run resumes (``--seconds``).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """A merge on one graphics card, in less than nine minutes: ``make bench-gpu``.
 
-Nothing but this checkout and its Python packages is needed. In this order, as long as there is time
-(``--minutes``): the rate at which the card multiplies matrices; GPU against CPU on small models;
-SD 1.5 at 512, SDXL, FLUX.1 and Z-Image at 1024 pixels, of full size with random weights, in
-bfloat16 and with a base in float8; ``tests/memory/test_gpu.py``. Each model is merged as the plan
-has it, with all memory and with four fifths of what that took, and in every way that a sweep can be
-run. What there was no time for is listed under ``skipped``.
+It needs only this checkout and its Python packages. It measures, in this order and as time permits
+(``--minutes``): the rate at which the card multiplies matrices; GPU against CPU on small models; SD
+1.5 at 512, SDXL, FLUX.1 and Z-Image at 1024 pixels, of full size with random weights, in bfloat16
+and with a base in float8; ``tests/memory/test_gpu.py``. Each model is merged according to the plan,
+with all memory and with four fifths of what that used, and with every strategy for a sweep.
+Anything without time is listed under ``skipped``.
 
-``share`` is what the forwards of all rows are worth, at the measured rate, of the seconds that a
-merge took. ``python benchmarks/gpu.py --tiny`` (or ``QUICK=1``) does all of it on reduced models,
-and on the CPU where there is no card.
+``share`` is the time of all rows' forwards at the measured rate, as a share of the merge's seconds.
+``python benchmarks/gpu.py --tiny`` (or ``QUICK=1``) runs everything on reduced models, and on the
+CPU if there is no card.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ALL, LESS = "planned, all memory", "planned, less memory"
 
 
 class Bench:
-    """What is measured goes into ``found``, and to ``path`` as it comes."""
+    """Measurements go into ``found``, and to ``path`` as they arrive."""
 
     def __init__(self, device: torch.device, path: Path, seconds: float, *, tiny: bool) -> None:
         self.device, self.path, self.tiny = device, path, tiny
@@ -72,7 +72,7 @@ class Bench:
         return self.ends - time.perf_counter()
 
     def within(self, expected: float, what: str) -> bool:
-        """Whether there is time for ``what``; if not, it is said."""
+        """Whether there is time for ``what``; if not, prints so."""
         if self.left() - TESTS_SECONDS * (not self.tiny) >= expected:
             return True
         self.found["skipped"].append(what)
@@ -84,7 +84,7 @@ class Bench:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations a second of products of square matrices, the best of five rounds."""
+    """Operations per second for products of square matrices, best of five rounds."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):  # the first one warms up
@@ -98,8 +98,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def against_cpu(model: Model, device: torch.device) -> float:
-    """The largest relative difference of a site's merged change, of a reduced pipeline in float32;
-    with some ridge, else a site of a random model has directions of which neither knows much."""
+    """The largest relative difference of a site's merged change, for a reduced pipeline in float32.
+    Some ridge is needed, because otherwise both are arbitrary in some directions of a random
+    model."""
     found: list[Any] = []
     for place in (torch.device("cpu"), device):
         host = gpu_pipelines.make_host(model, place, tiny=True, dtype=torch.float32)
@@ -115,7 +116,7 @@ def against_cpu(model: Model, device: torch.device) -> float:
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds and the peak of memory beyond what was there before, of what runs in here."""
+    """Context that records seconds and the peak of additional memory."""
     seen: dict[str, float] = {}
     gc.collect()
     cuda = device.type == "cuda"
@@ -137,7 +138,7 @@ def watched(device: torch.device) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def plans() -> Iterator[list[tuple[Sequence[Footprint], Plan]]]:
-    """What :func:`plan_stage` was given and gave, for every stage that is planned in here."""
+    """Context that records arguments and results of :func:`plan_stage` for every planned stage."""
     made: list[tuple[Sequence[Footprint], Plan]] = []
     plan_stage = planner.plan_stage
 
@@ -151,7 +152,7 @@ def plans() -> Iterator[list[tuple[Sequence[Footprint], Plan]]]:
 
 
 def measure(bench: Bench, model: Model, fp8: bool, label: str) -> dict[str, Any]:
-    """way → seconds, peak, share; and the bare forward of the same rows."""
+    """Way → seconds, peak, share; and the bare forward of the same rows."""
     device = bench.device
     host = gpu_pipelines.make_host(model, device, tiny=bench.tiny, fp8=fp8)
     concepts = gpu_pipelines.concepts(model, host)
@@ -207,7 +208,7 @@ def measure(bench: Bench, model: Model, fp8: bool, label: str) -> dict[str, Any]
 
 
 def of_ways(stages: Sequence[Sequence[Footprint]]) -> dict[str, float]:
-    """What the plan expects of each way in GiB, with all rows waiting there."""
+    """The plan's expected GiB for each way, with all rows waiting there."""
     found: dict[str, float] = {}
     for some in (some for footprints in stages for some in footprints):
         away, name = None if some.parked is None else 0, some.strategy.name

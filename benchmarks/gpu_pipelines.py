@@ -1,7 +1,7 @@
-"""Pipelines of full size with random weights, made on the device itself: nothing is downloaded.
+"""Full-size pipelines with random weights, made on the device itself; nothing is downloaded.
 
-Text encoders have the width of the released ones and two layers: what they cost is no part of what
-is measured. ``tiny`` ones are the reduced pipelines of the tests.
+Text encoders have the released width but only two layers, because their cost is not measured.
+``tiny`` ones are the reduced pipelines of the tests.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def z_image() -> Mapping[str, nn.Module]:
 
 @dataclass(frozen=True)
 class Model:
-    """``reduced`` names the tests' pipeline, of which ``parts`` replaces modules by large ones;
-    ``side`` is a picture's in latents, ``changed`` are ends of the sites that its LoRAs change."""
+    """``reduced`` names the tests' pipeline, in which ``parts`` replaces modules by large ones;
+    ``side`` is an image's side in latents, ``changed`` are suffixes of the sites that its LoRAs
+    change."""
 
     reduced: str
     parts: Callable[[], Mapping[str, nn.Module]]
@@ -81,7 +82,7 @@ def make_host(
     fp8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> DiffusersHost:
-    """With ``fp8`` the denoiser's weights are float8, and are cast where they are used."""
+    """With ``fp8`` the denoiser's weights are float8, and are cast when used."""
     pipeline = PIPELINES[model.reduced]().pipeline
     if not tiny:
         before = torch.get_default_dtype()
@@ -107,7 +108,7 @@ def make_host(
 
 @torch.no_grad()
 def filled(module: nn.Module, device: torch.device) -> nn.Module:
-    """Random weights, scaled by what a row of them reads: activations neither die nor grow."""
+    """Random weights, scaled by fan-in so that activations neither vanish nor grow."""
     generator = torch.Generator(device).manual_seed(0)
     for weight in module.parameters():
         if weight.ndim > 1:
@@ -116,7 +117,7 @@ def filled(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def concepts(model: Model, host: DiffusersHost) -> list[Concept]:
-    """Two, whose LoRAs change the denoiser's attention."""
+    """Two concepts whose LoRAs change the denoiser's attention."""
 
     def changed(site: str) -> bool:
         return site.endswith(model.changed) and not site.startswith("text_encoder")

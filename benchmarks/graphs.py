@@ -1,4 +1,4 @@
-"""Seconds of the processor, and memory, of the toybox's example graphs on a ComfyUI without a card.
+"""CPU seconds and memory of the toybox's example graphs, on a ComfyUI without a graphics card.
 
 ``COMFYUI_PATH=… NODE_PATH=… python benchmarks/graphs.py [NAME …]`` with ComfyUI's own Python. Each
 graph is opened in its front end (which needs what ``tests/comfy/test_front_end.py`` says), and what
@@ -50,7 +50,7 @@ def measured(name: str, base: Path) -> dict[str, Any]:
 
 
 def opened(client: Client, file: Path, picture: Path) -> dict[str, Any]:
-    """What the front end would send."""
+    """The prompt that the front end would send."""
     port = client.base.rpartition(":")[2]
     command = ["node", str(FRONT_END), port, str(file), str(picture), "prompt"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
@@ -63,13 +63,13 @@ def server() -> psutil.Process:
 
 
 def cpu() -> float:
-    """Seconds of the processor that the server has taken so far."""
+    """CPU seconds that the server has used so far."""
     times = server().cpu_times()
     return times.user + times.system
 
 
 def peak() -> int:
-    """The most that the server has held, in bytes."""
+    """The server's peak memory, in bytes."""
     status = Path(f"/proc/{server().pid}/status").read_text(encoding="utf-8")
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return int(kib) * 1024

@@ -1,7 +1,7 @@
-"""What the denoiser gives on rows that no fit saw, with a LoRA and without.
+"""The denoiser's output on rows that no fit saw, with and without a LoRA.
 
-Rows are of prompts made from templates that nothing was fitted to and of another seed, denoised
-under each concept's own LoRA. Outputs are those that sampling uses, with the toybox's guidance.
+Rows use prompts from templates to which nothing was fitted, and another seed, denoised under each
+concept's own LoRA. Outputs are those that sampling uses, with the toybox's guidance.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class HeldOut:
         self.base = [self.guided(None, rows) for rows in self.rows]
 
     def guided(self, lora: Lora | None, rows: Sequence[int]) -> Tensor:
-        """With the changes on the weights, which are put back bit for bit."""
+        """The output with the changes added to the weights, which are restored bit for bit."""
         text = self._samples.text
         nothing = replace(self._samples, text=TextRows.of(text.owners, [""] * len(text.owners)))
         with changed(self._host, lora), torch.no_grad():
@@ -74,5 +74,5 @@ class HeldOut:
 
 
 def relative(found: Tensor, wanted: Tensor, base: Tensor) -> float:
-    """‖found − wanted‖ / ‖base − wanted‖: 0 for what is wanted, 1 for the base."""
+    """‖found − wanted‖ / ‖base − wanted‖: 0 for the target, 1 for the base."""
     return float((found - wanted).norm() / (base - wanted).norm())

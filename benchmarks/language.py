@@ -1,9 +1,8 @@
 """Four emotion LoRAs merged in all 11 ways: macro F1 against rivals (paper, table 3, in-domain).
 
 ``python benchmarks/language.py`` writes ``results/language.json``. Each merge sees 50 unlabelled
-training texts a task, drawn anew ``--draws`` times. Every method has the settings that its authors
-publish (``iteris``: our defaults). What was computed is kept in build/language.jsonl, line by line,
-and not computed again.
+training texts per task, redrawn ``--draws`` times. Every method uses its authors' published
+settings (``iteris``: our defaults). Results are cached line by line in build/language.jsonl.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ from iteris_core.score.statistics import Stat, over_seeds
 CACHE = BUILD / "language.jsonl"
 SAMPLES = 50
 DRAWN = ("regmean", "ssr", "iteris", "iteris-shrink")
-"""Methods that see texts: their figures depend on which are drawn."""
+"""Methods that see texts; their figures depend on the draw."""
 COMBINATIONS = [c for n in (2, 3, 4) for c in itertools.combinations(TASKS, n)]
 SHRINK = {"shrink": 0.5, "ridge": 1e-5}
 METHODS = {**USUAL, "iteris-shrink": ("iteris", SHRINK)}
-"""`shrink` is the only setting that was chosen, on other texts than those reported here."""
+"""`shrink` is the only tuned setting, chosen on texts other than those reported here."""
 
 
 class Bench:
-    """The encoder, its LoRAs and heads, and the texts that merges see and are scored on."""
+    """The encoder, its LoRAs and heads, and the texts for merging and scoring."""
 
     def __init__(self, data: Path) -> None:
         self.model = load_encoder()

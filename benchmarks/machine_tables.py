@@ -11,7 +11,7 @@ from outputs import ROOT
 
 
 def memory() -> list[str]:
-    """What a merge takes of models of full size, by the plan and the computer's memory."""
+    """A merge's planned memory on full-size models, by the computer's memory."""
     rows = [
         [
             name,
@@ -41,7 +41,7 @@ def _way(way: str) -> str:
 
 
 def waiting() -> list[str]:
-    """What rows wait with, where they wait at every site, of models of full size."""
+    """Memory of waiting rows on full-size models, if they wait at every site."""
     sizes = {name: entry["waiting_mib"] for name, entry in load("memory.json").items()}
     rows = [[name, f"{mib:.0f} MiB", f"{mib * 400 / 1024:.0f} GiB"] for name, mib in sizes.items()]
     return table(("model, half precision", "a sample's two rows wait with", "400 samples"), rows)
@@ -77,7 +77,7 @@ def floors() -> list[str]:
 
 
 def resize() -> list[str]:
-    """By LoRA and size, of every way the error, what it is of that of the SVD, and likeness."""
+    """By LoRA and size: for every way the error, its ratio to the SVD's, and the likeness."""
     found = load("resize.json")
     ways = {"svd": "SVD of weights, each layer", "weights": "`resize`", "base": "`resize --base`"}
     loras = {"sks": "three LoRAs of rank 8, mean", "merge": "a merge of the five"}
@@ -95,7 +95,7 @@ def resize() -> list[str]:
 
 
 def extract() -> list[str]:
-    """By rank the error and the likeness, beside those of the base and of the fine-tune."""
+    """By rank: error and likeness, with those of the base and of the fine-tune."""
     names = {
         "svd": "SVD of weights, each layer",
         "svd with norms": "the same, with norms and biases",
@@ -109,7 +109,7 @@ def extract() -> list[str]:
 
 
 def bake() -> list[str]:
-    """By way of rounding to fp8 the error of the denoiser's output."""
+    """By way of rounding to fp8: the error of the denoiser's output."""
     names = {
         "plain": "torch's cast",
         "nearest": "`bake --dtype fp8`",
@@ -130,7 +130,7 @@ _FIXED = {
 
 
 def fixed_rank() -> list[str]:
-    """Of every method the size of its file, and on new words what it keeps and its likeness."""
+    """For every method: file size, and on new words the share kept and the likeness."""
     found = load("fixed_rank.json")
     columns = ("likeness kept", "judge kept", "likeness")
     rows: list[list[Any]] = []

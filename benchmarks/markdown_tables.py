@@ -1,4 +1,4 @@
-"""What the tables of the pages are made of."""
+"""Building blocks of the pages' tables."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from outputs import RESULTS
 
 
 def load(name: str) -> dict[str, Any]:
-    """A file of ``results/``."""
+    """Load a file from ``results/``."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def load_rows(name: str) -> list[dict[str, Any]]:
-    """A file of ``results/`` with a row in each line."""
+    """Load a file from ``results/`` with one row per line."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
 def table(
     heads: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 3, labels: int = 1
 ) -> list[str]:
-    """A table, whose columns behind the first ``labels`` are aligned to the right. Cells are text,
-    numbers, means with what :func:`shown` knows of their errors, or nothing."""
+    """A table; columns after the first ``labels`` are right-aligned. Cells are text, numbers, means
+    with errors in the form of :func:`shown`, or empty."""
     rule = "|" + "---|" * labels + "---:|" * (len(heads) - labels)
     return [_line(heads), rule, *(_line([shown(cell, digits) for cell in row]) for row in rows)]
 
 
 def shown(cell: Any, digits: int = 3) -> str:
-    """A number with so many digits; of a mapping its ``mean``, with ± its standard error, or half
-    of its 95 % interval in its place."""
+    """A number with that many digits; for a mapping, its ``mean`` with ± its standard error or half
+    its 95 % interval."""
     if cell is None or isinstance(cell, str):
         return cell or ""
     if isinstance(cell, Mapping):
@@ -42,7 +42,7 @@ def shown(cell: Any, digits: int = 3) -> str:
 
 
 def half_width(figure: Mapping[str, Any]) -> float | None:
-    """Of the interval; None of a single set."""
+    """Half the width of the interval; None for a single set."""
     return figure["interval"][1] - figure["mean"] if figure["interval"] else None
 
 
@@ -54,13 +54,14 @@ def lead(figure: Mapping[str, Any] | None) -> str:
 
 
 def share(figure: Mapping[str, Any]) -> str:
-    """In per cent; of fewer than three sets without the interval, which says nothing there."""
+    """A percentage; with fewer than three sets, without the interval, which is meaningless
+    there."""
     mean = f"{figure['mean']:.0%}"
     return f"{mean} ± {100 * half_width(figure):.0f}" if figure["n"] > 2 else mean
 
 
 def short(text: str) -> str:
-    """Without the zeros before points."""
+    """Remove zeros before decimal points."""
     return re.sub(r"\b0\.", ".", text)
 
 

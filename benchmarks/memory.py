@@ -1,12 +1,12 @@
-"""What a merge of two LoRAs takes of full-size models, by the plan: default samples, on no device.
+"""The planned memory of merging two LoRAs on full-size models, with default samples, on no device.
 
 ``python benchmarks/memory.py`` writes ``results/memory.json``. The models are diffusers' classes on
 the meta device, in half precision, at their pipelines' own sizes; attention is counted as one
 fused kernel, as GPUs run it. There is a plan for each of :data:`HOSTS`. ``left_out`` are samples
-that do not fit into the budget, which is what the merge may take beyond the model; ``waiting_mib``
-is what the two rows of a sample wait with at most, where they do at every site. ``forwards`` of one
-row are those of denoising and those of the sweep, without replays of blocks;
-``tera_operations`` are theirs, without attention.
+that do not fit into the budget, the memory that the merge may use beyond the model. ``waiting_mib``
+is the peak memory of a sample's two waiting rows, if they wait at every site. ``forwards`` of one
+row include denoising and the sweep, without block replays; ``tera_operations`` are theirs, without
+attention.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from iteris_core.passes.strategies import IN_HOST, ON_DEVICE
 FILE = result_file("memory.json")
 GIB = 2**30
 HOSTS = (18, 45, 80)
-"""GiB of host memory that a merge may take: of PCs of 32 and 64 GiB, and of a large one."""
+"""GiB of host memory that a merge may use: on PCs with 32 and 64 GiB, and on a large one."""
 RANK, LORAS, AT_ONCE = 16, 2, 32
 HALF = torch.bfloat16
 WORDS = 64
-"""Tokens of a text where models do not pad it."""
+"""Tokens of a text, if the model does not pad it."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """``call(rows)`` are the arguments of one forward; ``parts`` are in the names of what a LoRA
-    changes."""
+    """``call(rows)`` are the arguments of one forward; ``parts`` occur in the names of sites that a
+    LoRA changes."""
 
     make: Callable[[], nn.Module]
     call: Callable[[int], Mapping[str, Any]]
@@ -123,7 +123,7 @@ MODELS = {
 
 
 class MetaHost:
-    """What a plan asks a host for."""
+    """A host with only the members that a plan needs."""
 
     pictures = True
 
@@ -149,7 +149,7 @@ class MetaHost:
 
 
 class Nowhere:
-    """A place of storages that have no bytes."""
+    """A place for storages without bytes."""
 
     device = torch.device("meta")
 

@@ -1,7 +1,7 @@
-"""Where the benchmarks write: ``results/`` holds what the pages quote, ``build/`` all the rest.
+"""Output paths of the benchmarks: ``results/`` for files that pages quote, ``build/`` for the rest.
 
-What ``QUICK=1`` or an option makes smaller is not what a page quotes, so it is written beside and
-never over it. Every script here gets the file that it writes from :func:`result_file`.
+A run reduced by ``QUICK=1`` or an option must not overwrite quoted figures, so it is written
+elsewhere. Every script here gets its output file from :func:`result_file`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ QUICK = os.environ.get("QUICK") == "1"
 
 
 def result_file(name: str, *, whole: bool = True) -> Path:
-    """``results/NAME``, or ``build/quick/NAME`` of a run that is not the ``whole`` one."""
+    """``results/NAME``, or ``build/quick/NAME`` for a run that is not ``whole``."""
     return RESULTS / name if whole and not QUICK else BUILD / "quick" / name
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What stands there; nothing where there is no such file."""
+    """The file's content; empty if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write(path: Path, data: Any) -> None:
-    """As JSON, and whole or not at all."""
+    """Write as JSON, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -37,12 +37,12 @@ def write(path: Path, data: Any) -> None:
 
 
 def add(path: Path, name: str, found: Any) -> None:
-    """``found`` beside what stands there under other names."""
+    """Add ``found`` to the file, keeping entries with other names."""
     write(path, {**read(path), name: found})
 
 
 def rounded(found: Any) -> Any:
-    """All numbers to four digits behind the point, but those of which nothing would be left."""
+    """All numbers rounded to four decimals, except those that would become zero."""
     if isinstance(found, Mapping):
         return {name: rounded(of) for name, of in found.items()}
     if isinstance(found, list | tuple):

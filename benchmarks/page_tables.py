@@ -24,7 +24,7 @@ UNJUDGED: Columns = (
     *(("new words", name) for name in ("likeness kept", "dino", "text")),
     *NEW_WORDS[3:],
 )
-"""Of a world in which nothing judges attributes and backgrounds."""
+"""For a world without a judge of attributes and backgrounds."""
 STYLED: Columns = (
     ("styled", "judge"),
     ("styled", "style"),
@@ -36,8 +36,8 @@ STYLED: Columns = (
 
 
 def unseen(data: Mapping[str, Any], size: str) -> list[str]:
-    """Means over sets and, in brackets, how far ours is ahead, with the half width of the paired
-    95 % interval; bold where the interval leaves out 0."""
+    """Means over sets and, in brackets, our lead with half the width of the paired 95 % interval;
+    bold if the interval excludes 0."""
     found = data["sizes"][size]
     known = {(kind, name) for of in found["rows"].values() for kind in of for name in of[kind]}
     judged = NEW_WORDS if ("new words", "judge") in known else UNJUDGED
@@ -75,7 +75,7 @@ FRONT = {
 
 
 def front() -> list[str]:
-    """The README's: likeness kept on new words, with the half width of its 95 % interval."""
+    """The README's table: likeness kept on new words, with half the width of its 95 % interval."""
     sizes = load("unseen_reported.json")["sizes"]
     kept = {
         size: {of: sizes[size]["rows"][of]["new words"]["likeness kept"] for of in FRONT}
@@ -87,7 +87,7 @@ def front() -> list[str]:
 
 
 def speed_lora() -> list[str]:
-    """What four steps keep on new words."""
+    """Shares kept by four-step images on new words."""
     sizes, figures = load("speed_lora.json")["sizes"], ("likeness kept", "judge kept")
     columns = [(size, name) for size in sorted(sizes, key=int) for name in figures]
     rows = [
@@ -98,7 +98,7 @@ def speed_lora() -> list[str]:
 
 
 def minilm() -> list[str]:
-    """Attributes and backgrounds that are right, of all LoRAs of a merge."""
+    """Correct attributes and backgrounds, over all LoRAs of a merge."""
     names = {"alone": "each alone", "iteris": "**IterIS**", "regmean++": "RegMean++"}
     rows: list[list[str]] = []
     for entry in sorted(load_rows("minilm_new_words.jsonl"), key=lambda one: len(one["names"])):
@@ -114,7 +114,7 @@ def minilm() -> list[str]:
 
 
 def two_in_one() -> list[str]:
-    """By number of merged concepts what each method draws, and by how much it is ahead of ours."""
+    """By number of merged concepts: each method's scores, and its lead over ours."""
     found = sorted(load("two_in_one.json").items(), key=lambda item: int(item[0]))
     means = ("pair", "both", "halves", "three", "image", "judge", "text")
     leads = [measure for measure in means if measure != "both"]
@@ -186,7 +186,7 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "twenty": ("unseen_twenty.json", ("20",)),
     "styles": ("unseen_styles.json", ("2",)),
 }
-"""Name of tables → their file, and the numbers of LoRAs, of which each has a table."""
+"""Table name → file, and the numbers of LoRAs, with one table each."""
 
 
 def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:

@@ -1,9 +1,9 @@
 """LoRAs at a lower rank: ``python benchmarks/resize.py`` on the toybox's own concepts.
 
-Writes ``benchmarks/results/resize.json`` case by case; what stands there is not measured again.
-Each of five LoRAs of rank 8 is brought to the size of rank 4 and 2, and a merge of all five to that
-of rank 8, 4 and 2. ``error`` is that of the guided denoiser output on prompts of templates that
-nothing was fitted to, ‖f_small − f_whole‖ / ‖f_base − f_whole‖; ``likeness`` is that of pictures to
+Writes ``benchmarks/results/resize.json`` case by case; existing cases are not measured again. Each
+of five LoRAs of rank 8 is reduced to the size of rank 4 and 2, and a merge of all five to that of
+rank 8, 4 and 2. ``error`` is that of the guided denoiser output on prompts from templates to which
+nothing was fitted, ‖f_small − f_whole‖ / ‖f_base − f_whole‖; ``likeness`` is that of pictures to
 the references, on backgrounds that no fitted prompt had. Ways: ``svd`` cuts each layer's weights at
 one rank, as kohya's ``resize_lora.py`` does with a fixed rank; ``weights`` is ours without a base,
 and ``base`` ours with one. ``ratio`` in the summary is the mean error over that of ``svd``.
@@ -42,7 +42,7 @@ class Bench:
             self.calibration |= {"samples": 4, "timesteps": 1, "latents": "noise"}
 
     def concept(self, names: Sequence[str]) -> Concept:
-        """The LoRA to resize, and what calls for it."""
+        """The LoRA to resize, and its trigger words."""
         every = self.world.concepts(names)
         if len(every) == 1:
             return every[0]

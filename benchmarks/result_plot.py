@@ -1,7 +1,7 @@
 """A plot of means with intervals as SVG, with a digest of its figures.
 
-Text stays text, and nothing in the file depends on when it is made. The digest, in its metadata,
-shows whether a plot is that of today's figures without drawing it again.
+Text stays text, and the file does not depend on its date. The digest in its metadata shows whether
+a plot matches today's figures, without redrawing it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLORS = ("#c2410c", "#7c3aed", "#1d4ed8", "#737373", "#171717")
 
 @dataclass(frozen=True)
 class Plot:
-    """``ticks`` are places on the x axis with their labels; what is below ``floor`` is cut off."""
+    """``ticks`` are positions on the x axis with labels; values below ``floor`` are cut off."""
 
     series: Sequence[Series]
     ticks: Sequence[tuple[float, str]]
@@ -33,7 +33,7 @@ class Plot:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def is_at(self, path: Path) -> bool:
-        """Whether the plot of these figures is there."""
+        """Whether the plot of these figures exists."""
         return path.is_file() and self.digest in path.read_text(encoding="utf-8")
 
     def save(self, path: Path) -> None:

@@ -2,8 +2,8 @@
 
 ``python benchmarks/speed_lora.py`` writes ``benchmarks/results/speed_lora.json`` of the reported
 ten, with the speed LoRA of ``speed_lora_training.py``; ``--world toybox`` the toybox's own ten, on
-which choices are made, into ``build/quick``. All pictures have four steps and no guidance. What is
-kept is that of each LoRA beside the speed LoRA, above the speed LoRA on the base.
+which choices are made, into ``build/quick``. All pictures have four steps and no guidance. *Kept*
+is relative to each LoRA beside the speed LoRA, above the speed LoRA on the base.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Trial:
         return Lora(beside(lora.sites if lora else {}, changes_always([self.speed])))
 
     def read(self, lora: Lora, names: tuple[str, ...]) -> Mapping[str, Any]:
-        """What is read of pictures of each of ``names``, drawn in four steps without guidance."""
+        """Figures of images of each of ``names``, drawn in four steps without guidance."""
         world = self.world
         wanted = world.prompted(KIND, names, 1)
         images = draw(

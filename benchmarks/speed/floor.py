@@ -25,8 +25,8 @@ from iteris_core.passes.job import Job
 def bare_forward(
     host: Any, concepts: Sequence[Concept], calibration: Calibration, at_once: int | None = None
 ) -> None:
-    """What no merge can do without: 2R rows through every stage, nothing collected; as many at once
-    as a merge has by default, or so many."""
+    """The minimum work of any merge: 2R rows through every stage, nothing collected; with a merge's
+    default number at once, or the given one."""
     sites = {site: None for c in concepts if c.lora is not None for site in c.lora.sites}
     references = {site: [None] * len(concepts) for site in sites}
     generator = torch.Generator().manual_seed(0)

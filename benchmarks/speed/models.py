@@ -104,12 +104,12 @@ def random_lora(
 
 
 def is_attention(site: str) -> bool:
-    """The projections that diffusers' and kohya's trainers change by default."""
+    """True for projections that diffusers' and kohya's trainers change by default."""
     return "attn" in site and site.endswith(_ATTENTION)
 
 
 def is_query_or_value(site: str) -> bool:
-    """What peft changes in T5, and the paper did."""
+    """True for the projections that peft changes in T5, as in the paper."""
     return site.endswith((".q", ".v"))
 
 

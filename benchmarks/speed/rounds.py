@@ -1,4 +1,4 @@
-"""Contenders in turn, so that what else the machine does hits all of them."""
+"""Runs contenders in turn, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def in_turn(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, *, warm: bool = True
 ) -> dict[str, list[float]]:
-    """name → seconds of every round, after one that does not count if ``warm`` is asked for."""
+    """Name → seconds of every round; with ``warm``, after a round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(0 if warm else 1, rounds + 1):
         for name, run in contenders.items():

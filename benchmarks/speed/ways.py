@@ -1,8 +1,7 @@
-"""What the other ways to run a sweep cost, against all rows waiting on the device, in turn.
+"""The cost of the other strategies for a sweep, compared with all rows waiting on the device.
 
-The CPU's memory passes for a device's, so that copies go at the speed of its memory and nothing of
-them is hidden behind a forward. ``mib`` is the peak of live tensors beyond the model, but for what
-waits in host memory.
+The CPU's memory stands in for a device's, so copies run at its speed and do not overlap with a
+forward. ``mib`` is the peak of live tensors beyond the model, excluding those in host memory.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ WAYS = tuple(
     for blocks in ("", *(f", by {size}" for size in BLOCKS))
     for place in (ON_DEVICE.name, IN_HOST)
 )
-"""Every way to run a sweep with one result, as plans call it; the first is the quickest."""
+"""Every strategy with the same result, by its name in plans; the first is the fastest."""
 
 
 @contextmanager
