@@ -87,8 +87,10 @@ def test_a_note_says_memory_and_minutes_that_were_measured(path: Path) -> None:
     if path.stem not in REAL:
         seconds, peak = TOYBOX[path.stem]["cpu_seconds"], TOYBOX[path.stem]["peak_gib"]
         minutes = f"{seconds / 60:.1f}" if seconds >= 60 else f"less than one ({seconds:.0f} s)"
-        assert f"**Minutes:** {minutes} of one core of a processor, without a card." in note
-        assert f"**Memory:** {peak:.1f} GiB for the whole of ComfyUI without a card" in note
+        assert f"**Minutes:** {minutes} on one CPU core, without a graphics card." in note
+        assert (
+            f"**Memory:** {peak:.1f} GiB peak for all of ComfyUI, without a graphics card" in note
+        )
         return
     case = MEMORY[REAL[path.stem]]
     figures = re.search(
