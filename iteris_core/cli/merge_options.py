@@ -118,7 +118,7 @@ class MergeOptions:
         "Naming scheme of the file; default: kohya, or peft if the base has no kohya names",
         panel=RESULT,
     )
-    dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
+    dtype: Dtype = given_by("Type of the file", panel=RESULT, default="float16")
     image: Path | None = given_by("Input image of the base: to edit, to start from, …", panel=BASE)
     mask_image: Path | None = given_by("Mask of --image, for an inpainting base", panel=BASE)
     device: Device = None

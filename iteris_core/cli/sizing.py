@@ -34,8 +34,8 @@ class Sizing:
     size: float | None = given_by("Limit the file to this many megabytes")
     energy: float | None = given_by("Share to keep of what the LoRA adds to the layers' outputs")
     calibration: Mapping[str, Any] = settings_of(Calibration, CALIBRATION)
-    layout: Layout | None = given_by("Of the file", panel=RESULT)
-    dtype: Dtype = given_by("Of the file", panel=RESULT, default="float16")
+    layout: Layout | None = given_by("Naming scheme of the file", panel=RESULT)
+    dtype: Dtype = given_by("Type of the file", panel=RESULT, default="float16")
     overwrite: Overwrite = False
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
     quiet: bool = given_by(

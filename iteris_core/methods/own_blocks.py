@@ -1,8 +1,8 @@
-"""Reference rows that enter every block of a model as the merged rows do.
+"""Makes reference rows enter every block of a model with the merged rows' inputs.
 
-Within a block, such as a layer of a transformer or a residual block of a UNet, they then run under
-each LoRA's own changes on what the merged blocks before give. A block is an entry of a list of like
-modules that has two sites or more, the smallest there is; a site in none is one by itself.
+Within a block, such as a transformer layer or a UNet's residual block, they then run under each
+LoRA's own changes, on the output of the merged blocks before it. A block is the smallest entry in a
+list of similar modules that contains two or more sites; a site outside all blocks is its own block.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..passes.job import Run
 from ..passes.strategies import find
 
 _Rows = dict[nn.Module, Set[str]]
-"""Of a block, the paths of those arguments, in (args, kwargs), that have an entry for every row."""
+"""Block → paths, in (args, kwargs), of its arguments with an entry per row."""
 
 
 class OwnBlocks:
-    """Hooks on the blocks of every stage that is :meth:`entered`; a context manager that takes them
-    off again."""
+    """Hooks on the blocks of every stage that is :meth:`entered`; a context manager that removes
+    them."""
 
     def __init__(self, run: Run) -> None:
         self._modules, self._lockstep = run.job.host.sites(), run.lockstep
@@ -44,7 +44,7 @@ class OwnBlocks:
         self._hooks.close()
 
     def entered(self, stage: Stage) -> None:
-        """Put them on the blocks of a stage, which runs its first row."""
+        """Put the hooks on a stage's blocks; runs its first row."""
         if stage.name in self._stages or not stage.sites:
             return
         self._stages.add(stage.name)
@@ -63,7 +63,7 @@ class OwnBlocks:
 
 
 def blocks_of(found: Found, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The blocks that a forward came through, and the sites (``modules``) that lie in none."""
+    """The blocks in a forward, and the sites (``modules``) outside all blocks."""
     count = Counter(module for site in found.sites for module in found.inside[site])
     of_site = {site: _smallest(found.inside[site], count) for site in found.sites}
     outer = {
@@ -80,7 +80,7 @@ def blocks_of(found: Found, modules: Mapping[str, nn.Module]) -> list[nn.Module]
 
 
 def _smallest(inside: Sequence[nn.Module], count: Mapping[nn.Module, int]) -> nn.Module | None:
-    """Of the modules around a site, from the outside in, the smallest that may be a block."""
+    """The smallest possible block among the modules around a site, outermost first."""
     entries = {entry for module in inside for entry in _entries(module)}
     return next((m for m in reversed(inside) if m in entries and count[m] > 1), None)
 
@@ -92,7 +92,7 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _by_row(blocks: Sequence[nn.Module], stage: Stage, lockstep: Lockstep) -> _Rows:
-    """By the first row, in two copies."""
+    """The row-wise arguments, found with two copies of the first row."""
     rows: _Rows = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -107,13 +107,13 @@ def _by_row(blocks: Sequence[nn.Module], stage: Stage, lockstep: Lockstep) -> _R
 
 
 def _as_merged(paths: Set[str], rows: int, given: Any) -> Any:
-    """``given`` with the second half of those tensors, the merged rows, as the first half too."""
+    """``given``, with the first half of these tensors replaced by the second, the merged rows."""
 
     def same(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or _pytree.keystr(path) not in paths:
             return leaf
         if leaf.shape[0] != 2 * rows or torch.equal(leaf[:rows], leaf[rows:]):
-            return leaf  # sites that receive one tensor share its moments
+            return leaf  # sites that receive the same tensor share its moments
         return torch.cat([leaf[rows:], leaf[rows:]])
 
     return _pytree.tree_map_with_path(same, given)

@@ -158,7 +158,7 @@ def complaint(
     if not refused:
         return text
     return (
-        f"Of the LoRAs' sites {len(found)} cannot be merged by their features: {text}. Give the "
+        f"{len(found)} of the LoRAs' layers cannot be merged by their features: {text}. Give the "
         "model the input that these layers need (an image, a first frame, a control), leave them "
         "out, or give them the mean of the LoRAs' changes (unmergeable: skip or mean)."
     )
