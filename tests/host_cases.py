@@ -1,4 +1,4 @@
-"""What the suite over all hosts runs on: tiny pipelines of diffusers and models of transformers."""
+"""Cases for the suite over all hosts: tiny diffusers pipelines and transformers models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of transformers of every kind, adapters for them as peft saves them, and samples."""
+"""Tiny transformers models of every kind, adapters for them as saved by peft, and samples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A fixed set of small merges, and what each writes.
+"""A fixed set of small merges, and the files that they write.
 
 ``python tests/merged_files.py`` writes :data:`KEPT` anew; with ``--diff`` it names the merges that
-differ from it. A change of the code that is to keep every merged file is checked by it.
+differ from it. Use it to check that a change of the code keeps every merged file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reductions of tokens that are at hand, without a model."""
+"""Reductions of given tokens, without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make bench-gpu`` on reduced models and the CPU, so that it runs where a card is at hand."""
+"""``make bench-gpu`` with reduced models on the CPU, so that it will also run on a card."""
 
 from __future__ import annotations
 

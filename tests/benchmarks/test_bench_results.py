@@ -1,4 +1,4 @@
-"""The figures of the pages are those of ``benchmarks/results``, and those what scripts make."""
+"""The pages' figures match ``benchmarks/results``, and these match what the scripts produce."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every script of benchmarks imports: a name that the code no longer has is found here."""
+"""Every benchmark script imports; this finds names that the code no longer has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of results: its verdicts, and what stands under where IterIS is behind."""
+"""The results page: its verdicts, and the list of where IterIS is behind."""
 
 from __future__ import annotations
 

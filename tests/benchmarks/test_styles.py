@@ -1,4 +1,4 @@
-"""Looks of the toybox's pictures, what reads them, and the world of subjects in styles."""
+"""Styles for the toybox's images, their reader, and the world of subjects in styles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The toybox: its files are there and small, and its instruments and pictures are good."""
+"""The toybox: its files exist and are small, and its instruments and images are good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a new user gets wrong, and what the program answers: nothing is loaded for any of them.
+"""Mistakes of new users, and the program's answers; none of them loads a model.
 
 ``M``, ``B`` and ``C`` stand for the beginnings in ``mistakes.FORMS``; ``Y |…`` is a merge file.
 Names in braces are files of :func:`mistakes.make_mess`. A comment is a group.

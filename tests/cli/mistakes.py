@@ -1,4 +1,4 @@
-"""The files that the cases in ``mistake_cases.py`` are about, and their command lines."""
+"""Files for the cases in ``mistake_cases.py``, and their command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``iteris merge`` on models of transformers, from folders to a folder."""
+"""``iteris merge`` on transformers models, from folders to a folder."""
 
 from __future__ import annotations
 

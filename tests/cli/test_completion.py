@@ -1,4 +1,4 @@
-"""What a shell completes, by typer's own completion."""
+"""Shell completion, through typer's own mechanism."""
 
 from __future__ import annotations
 

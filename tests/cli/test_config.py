@@ -1,4 +1,4 @@
-"""A merge is one value, which a merge file, a recipe and the command line write alike."""
+"""A merge is one value; a merge file, a recipe and the command line write it in the same way."""
 
 from __future__ import annotations
 

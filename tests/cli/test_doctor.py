@@ -1,4 +1,4 @@
-"""``iteris doctor`` says what is there, and what is missing for what."""
+"""``iteris doctor`` shows what is installed, and what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong on the command line or in Python is one clear line, before any work."""
+"""A user's mistake on the command line or in Python gives one clear line, before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metadata of merged files: what they say, and that the same merge comes out of them again."""
+"""Metadata of merged files: their content, and that they reproduce the same merge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores and what shows them."""
+"""Scores and their presentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on every architecture: a merge of one LoRA, of two, and its file."""
+"""Measurements on every architecture: a merge of one LoRA, of two, and its file."""
 
 from __future__ import annotations
 

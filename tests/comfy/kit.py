@@ -1,4 +1,4 @@
-"""A MODEL and CLIP with what the tests of the host do to them."""
+"""A MODEL and CLIP, with helpers for the host's tests."""
 
 from __future__ import annotations
 

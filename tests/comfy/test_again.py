@@ -1,4 +1,4 @@
-"""Changed and run again: only what changed is computed."""
+"""After a change, a new run computes only what changed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a card would show, shown by stubs: ComfyUI's DynamicVRAM, its compiler, prefetched weights,
-layers that are read without being called, quantised weights. Each test is named after its finding.
+"""Behaviour that needs a card, simulated by stubs: ComfyUI's DynamicVRAM, its compiler, prefetched
+weights, layers that are read without being called, quantised weights. Each test is named after its
+finding.
 """
 
 from __future__ import annotations

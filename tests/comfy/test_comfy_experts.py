@@ -1,5 +1,5 @@
-"""Models in two parts, for high and for low noise: each part has rows of its own steps alone, and
-two files of each concept give two files."""
+"""Models in two parts, for high and for low noise: each part only has rows from its own steps, and
+two files per concept give two files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The host on MODEL and CLIP in this process: what it merges on, and what it leaves behind."""
+"""The host on MODEL and CLIP in this process: what it supports, and that it leaves nothing
+behind."""
 
 from __future__ import annotations
 

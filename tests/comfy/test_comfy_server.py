@@ -1,4 +1,4 @@
-"""Real prompts on a real server: what a user of the pack does."""
+"""Real prompts on a real server, as a user of the pack would run them."""
 
 from __future__ import annotations
 

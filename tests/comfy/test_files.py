@@ -1,4 +1,4 @@
-"""Files of ours in stock ComfyUI: every key is taken, and ΔW and outputs are those of diffusers."""
+"""Our files in stock ComfyUI: every key is read, and ΔW and outputs match diffusers."""
 
 from __future__ import annotations
 

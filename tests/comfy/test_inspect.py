@@ -1,4 +1,4 @@
-"""Inspect says what fits, what is alike and what a merge would take, and merges nothing."""
+"""Inspect shows what fits, what is alike and a merge's plan, and merges nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A name of ComfyUI that is gone: the other nodes are there, and what needs it says so."""
+"""A missing ComfyUI name: the other nodes still load, and code that needs it reports it."""
 
 from __future__ import annotations
 

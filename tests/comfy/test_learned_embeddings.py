@@ -1,4 +1,4 @@
-"""Learned embeddings in ComfyUI: in force while a merge runs, and called for afterwards."""
+"""Learned embeddings in ComfyUI: active during a merge, and usable afterwards."""
 
 from __future__ import annotations
 

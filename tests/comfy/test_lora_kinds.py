@@ -1,4 +1,4 @@
-"""Every parametrisation: ΔW as our reader has it against what ComfyUI adds to the weight itself."""
+"""Every parametrisation: ΔW from our reader, against ComfyUI's own change of the weight."""
 
 from __future__ import annotations
 

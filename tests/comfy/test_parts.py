@@ -1,4 +1,4 @@
-"""What the nodes say about files and LoRAs, without a model."""
+"""The nodes' texts about files and LoRAs, without a model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What other nodes put on MODEL and CLIP counts as the base: hooks, wrappers, patches, another
-sampling; what cannot be merged on is refused in one sentence."""
+"""Other nodes' changes of MODEL and CLIP count as the base: hooks, wrappers, patches, another
+sampling. Unsupported ones are refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node shows while it merges: one bar, and pictures as the user of ComfyUI set them."""
+"""A node's display during a merge: one bar, and previews according to the user's settings."""
 
 from __future__ import annotations
 

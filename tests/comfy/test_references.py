@@ -1,4 +1,4 @@
-"""What is connected beside the prompts, and how large the latents are without it."""
+"""Inputs besides the prompts, and the latents' size without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Save Merged LoRA on a disk that takes no more."""
+"""Save Merged LoRA on a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shared graph can load to score with: files of the models folders, and nothing else."""
+"""A shared graph can only load scorers from the models folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locales and help pages say what the nodes say; see texts.py."""
+"""Locales and help pages match the nodes; see texts.py."""
 
 from __future__ import annotations
 

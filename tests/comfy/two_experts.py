@@ -1,4 +1,4 @@
-"""What is measured on a model with two experts, as on any other."""
+"""Measurements on a model with two experts, as on any other."""
 
 from __future__ import annotations
 

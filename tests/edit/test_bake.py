@@ -1,4 +1,4 @@
-"""LoRAs in the weights of checkpoints: what is added, the names, and fewer digits."""
+"""LoRAs added to checkpoints' weights: the changes, the names, and rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with changes of norms and biases on it: once a forward, and as it was afterwards."""
+"""A model with changed norms and biases: applied once per forward, and restored afterwards."""
 
 from __future__ import annotations
 

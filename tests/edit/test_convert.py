@@ -1,4 +1,4 @@
-"""LoRAs under the names of other tools, and of other kinds as plain ones."""
+"""LoRAs with other tools' names, and other kinds as plain LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LoRA of what a fine-tune changes: nearer to it than the base, and what is refused."""
+"""A LoRA extracted from a fine-tune: nearer to it than the base; and refused inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full while a merge is written: a limit that binds, and a disk of 64 kB."""
+"""A disk that fills up while a merge is written: with a file size limit, and on a 64 kB disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thousands of broken and hostile files: each is read right or refused with an IterisError."""
+"""Thousands of broken and hostile files: each is read correctly or refused with an IterisError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card of a merged file, and the notes for browsers of LoRAs beside it."""
+"""The card of a merged file, and the notes for LoRA browsers beside it."""
 
 from __future__ import annotations
 

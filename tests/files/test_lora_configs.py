@@ -1,4 +1,4 @@
-"""Adapters of peft as diffusers saves them, with everything that a LoraConfig can say."""
+"""peft adapters as saved by diffusers, with everything that a LoraConfig can contain."""
 
 from __future__ import annotations
 

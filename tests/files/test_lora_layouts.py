@@ -1,4 +1,4 @@
-"""Every layout on every kind of base: read in full, and equal to what the library makes of it."""
+"""Every layout on every kind of base: read in full, and equal to the library's own result."""
 
 from __future__ import annotations
 

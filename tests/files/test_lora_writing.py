@@ -1,4 +1,4 @@
-"""What we write: read back bit by bit, and in full by diffusers and under sd-scripts' names."""
+"""Written files: read back bit for bit, in full by diffusers, and with sd-scripts' names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trigger words beside a LoRA file, and which of all that is said of it counts."""
+"""Trigger words beside a LoRA file, and the precedence of sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page of architectures promises is what the tests have measured."""
+"""The architectures page states what the tests measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One record an architecture: a new one is read, written and named, and nothing else is touched."""
+"""One record per architecture: a new one can be read, written and named without other changes."""
 
 from __future__ import annotations
 

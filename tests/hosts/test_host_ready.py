@@ -1,4 +1,4 @@
-"""A base that is no longer as it was when its host was made, or that cannot wait, is refused."""
+"""A base that changed after its host was made, or that cannot wait, is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned embeddings: which words call for them, and that they are in force while a merge runs."""
+"""Learned embeddings: which words refer to them, and that they are active during a merge."""
 
 from __future__ import annotations
 

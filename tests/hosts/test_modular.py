@@ -1,4 +1,4 @@
-"""Modular pipelines of diffusers, beside the laws that every class holds."""
+"""Modular diffusers pipelines, in addition to the laws for every class."""
 
 from __future__ import annotations
 

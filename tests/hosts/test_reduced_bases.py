@@ -1,4 +1,4 @@
-"""Bases in half precision, and bases whose weights lie elsewhere until they are needed."""
+"""Bases in half precision, and bases with offloaded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The size rule: what users' models have, in latents."""
+"""The size rule: latent sizes for common models."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""LoRAs that are on in every forward: as if the base had them, in the file or outside of it."""
+"""LoRAs that are on in every forward, as if part of the base; in the file or outside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Polish block by block: every part comes closer to what it gives under each LoRA, nothing else."""
+"""Block polish: every part gets closer to its output under each LoRA, and nothing else changes."""
 
 from __future__ import annotations
 

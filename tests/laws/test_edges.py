@@ -1,4 +1,4 @@
-"""What a merge does at the edges: degenerate inputs, other precisions, failures, wrong settings."""
+"""Edge cases of a merge: degenerate inputs, other precisions, failures, wrong settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sites that receive one tensor and cut it to tokens in different ways."""
+"""Sites that receive the same tensor and split it into tokens in different ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streamed moments against the products they stand for, and which tokens are counted."""
+"""Streamed moments against direct products, and which tokens count."""
 
 from __future__ import annotations
 

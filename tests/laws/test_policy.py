@@ -1,4 +1,4 @@
-"""Every threshold in one place, and what a merge decides by it."""
+"""All thresholds in one place, and a merge's decisions based on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Polishing: the final output comes closer to each LoRA's own, and nothing else changes."""
+"""Polish: the final output gets closer to each LoRA's own, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products in full precision, whatever PyTorch was set to, and its settings as they were."""
+"""Products in full precision regardless of PyTorch's settings, which are restored."""
 
 from __future__ import annotations
 

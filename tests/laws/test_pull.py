@@ -1,4 +1,4 @@
-"""What the ridge draws a site to, against a dense oracle."""
+"""The target of the ridge's pull, against a dense oracle."""
 
 from __future__ import annotations
 

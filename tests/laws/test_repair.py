@@ -1,4 +1,4 @@
-"""Residual streams held and repaired, against dense float64 weights."""
+"""Residual streams in targets and repair, against dense float64 weights."""
 
 from __future__ import annotations
 

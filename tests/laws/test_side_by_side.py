@@ -1,4 +1,4 @@
-"""Pictures of two concepts: which there are, and what blocks are to give on them."""
+"""Images of two concepts: which pairs are drawn, and the blocks' targets on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that wait in host memory: same result, and only a micro-batch on the device."""
+"""Rows that wait in host memory: the same result, with only one micro-batch on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that the system does not give: what is tried, and what is said."""
+"""Memory that the system refuses: the retries, and the message."""
 
 from __future__ import annotations
 

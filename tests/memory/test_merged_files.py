@@ -1,4 +1,4 @@
-"""A fixed set of merges writes what it wrote before: see :mod:`merged_files`."""
+"""A fixed set of merges still writes the same files: see :mod:`merged_files`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which memory that runs out is answered: the same with less."""
+"""Out of memory is always handled by a retry with less."""
 
 from __future__ import annotations
 

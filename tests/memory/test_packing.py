@@ -1,4 +1,4 @@
-"""What waits in host memory at 8 or 4 bits, and a merge whose rows wait so."""
+"""Packing of waiting data into 8 or 4 bits, and a merge that uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory budget: what is planned, and that it is kept."""
+"""The memory budget: plans, and that merges stay within them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be merged is found before anything is made: refused, left out, or averaged."""
+"""Layers that cannot be merged are found before any work: refused, left out, or averaged."""
 
 from contextlib import suppress
 from dataclasses import replace

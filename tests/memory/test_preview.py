@@ -1,4 +1,4 @@
-"""What a merge would do is what it does, and nothing is left of having asked."""
+"""A preview predicts the merge, and leaves nothing behind."""
 
 import pytest
 import torch

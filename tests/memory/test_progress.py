@@ -1,4 +1,4 @@
-"""The time left that a merge tells: by clocks that are made up, and of real merges."""
+"""The reported time left: with fake clocks, and in real merges."""
 
 from __future__ import annotations
 

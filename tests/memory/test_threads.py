@@ -1,4 +1,4 @@
-"""Two merges at once, in two threads of one process, each on a pipeline of its own."""
+"""Two merges at once, in two threads of one process, each on its own pipeline."""
 
 from __future__ import annotations
 

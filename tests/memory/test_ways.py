@@ -1,4 +1,4 @@
-"""The ways to run a sweep agree on every class of model, bit by bit."""
+"""All strategies for a sweep agree on every class of model, bit for bit."""
 
 from __future__ import annotations
 

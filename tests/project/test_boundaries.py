@@ -1,4 +1,5 @@
-"""What import-linter (``make lint``) does not see: how modules import, and what nodes import."""
+"""Checks that import-linter (``make lint``) does not cover: how modules import, and the nodes'
+imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README and the pages say is so: commands run, code compiles, links lead somewhere."""
+"""The README and the pages are correct: commands run, code compiles, links resolve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples for models of transformers run on what is in the repository."""
+"""The examples for transformers models run with files from the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray example merges every pair, goes on where it stopped, and makes one table."""
+"""The Ray example merges every pair, resumes where it stopped, and makes one table."""
 
 from __future__ import annotations
 

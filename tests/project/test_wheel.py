@@ -1,5 +1,5 @@
-"""Wheel, source distribution and what the registry hands out hold all that is read once they are
-installed, and nothing that is not ours."""
+"""Wheel, source distribution and registry archive contain everything needed after installation, and
+nothing from outside the project."""
 
 from __future__ import annotations
 
