@@ -50,6 +50,8 @@ def main() -> None:
     whole = Plan(world, every, [SIZE], 1, lambda *_: {})
     alone.run(whole.references(), until - time.monotonic())
     merged.run((unit for _, unit in whole.merges()), until - time.monotonic())
+    if not merged.known:
+        raise SystemExit("stopped by --seconds before the first merge")
 
     def likeness(unit: Unit) -> float:
         return fmean(found["likeness"] for _, found in merged.known[unit.key][KIND])

@@ -10,29 +10,24 @@ from markdown_tables import lead, load, load_rows, share, short, shown, table
 
 Columns = Sequence[tuple[str, str]]
 NAMES = {"single": "each LoRA alone"}
-NEW_WORDS: Columns = (
+COLUMNS: Columns = (
     ("seen", "likeness"),
     ("seen", "judge"),
+    *((kind, name) for kind in ("pair", "halves", "three") for name in ("right", "complete")),
+    *(("styled", name) for name in ("judge", "style", "both")),
+    ("subject", "judge"),
+    ("style", "style"),
     ("new words", "likeness"),
+    *(("new words", name) for name in ("likeness kept", "dino", "text")),
     ("new words", "judge"),
     ("new words", "scene"),
     ("no trigger", "likeness"),
     ("spread", "share of pixels"),
 )
-UNJUDGED: Columns = (
-    *NEW_WORDS[:3],
-    *(("new words", name) for name in ("likeness kept", "dino", "text")),
-    *NEW_WORDS[3:],
-)
-"""For a world without a judge of attributes and backgrounds."""
-STYLED: Columns = (
-    ("styled", "judge"),
-    ("styled", "style"),
-    ("styled", "both"),
-    ("subject", "judge"),
-    ("style", "style"),
-    ("no trigger", "likeness"),
-)
+"""Kind of prompt and figure of each column; a table has those that were measured."""
+
+UNJUDGED = {("new words", name) for name in ("likeness kept", "dino", "text")}
+"""Columns of worlds in which nothing judges attributes."""
 
 
 def unseen(data: Mapping[str, Any], size: str) -> list[str]:
@@ -40,9 +35,9 @@ def unseen(data: Mapping[str, Any], size: str) -> list[str]:
     bold if the interval excludes 0."""
     found = data["sizes"][size]
     known = {(kind, name) for of in found["rows"].values() for kind in of for name in of[kind]}
-    judged = NEW_WORDS if ("new words", "judge") in known else UNJUDGED
-    every = STYLED if ("styled", "judge") in known else judged
-    columns = [column for column in every if column in known]
+    if ("new words", "judge") in known:
+        known -= UNJUDGED
+    columns = [column for column in COLUMNS if column in known]
     rows: list[list[str]] = []
     for label, kinds in found["rows"].items():
         ahead = found["against"].get(label, {})
@@ -74,16 +69,47 @@ FRONT = {
 }
 
 
+def kept(columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Likeness kept on new words, with the half width of its 95 % interval: a column for each
+    heading's file and number of LoRAs."""
+    found = {head: load(file)["sizes"][size]["rows"] for head, (file, size) in columns.items()}
+    rows = [
+        [label, *(_kept(of.get(name)) for of in found.values())]
+        for name, label in FRONT.items()
+        if any(name in of for of in found.values())
+    ]
+    counts = {head: of["iteris"]["new words"]["likeness"]["n"] for head, of in found.items()}
+    return table(("", *(f"{head} (n = {n})" for head, n in counts.items())), rows)
+
+
+def _kept(row: Mapping[str, Any] | None) -> str:
+    return share(row["new words"]["likeness kept"]) if row else ""
+
+
 def front() -> list[str]:
-    """The README's table: likeness kept on new words, with half the width of its 95 % interval."""
-    sizes = load("unseen_reported.json")["sizes"]
-    kept = {
-        size: {of: sizes[size]["rows"][of]["new words"]["likeness kept"] for of in FRONT}
-        for size in sorted(sizes, key=int)
-    }
-    rows = [[label, *(share(of[name]) for of in kept.values())] for name, label in FRONT.items()]
-    heads = [f"{size} LoRAs (n = {of['iteris']['n']})" for size, of in kept.items()]
-    return table(("", *heads), rows)
+    """The README's."""
+    sizes = sorted(load("unseen_reported.json")["sizes"], key=int)
+    return kept({f"{size} LoRAs": ("unseen_reported.json", size) for size in sizes})
+
+
+OTHERS = {"rank 2": "rank_2", "rank 8": "reported", "rank 64": "rank_64", "kohya": "kohya"}
+
+
+def other_loras() -> list[str]:
+    """Three LoRAs of other ranks and of another trainer."""
+    return kept({head: (f"unseen_{world}.json", "3") for head, world in OTHERS.items()})
+
+
+def strengths(figure: str) -> list[str]:
+    """A row for each method, a column for each strength that the merge is loaded at."""
+    (found,) = load("strengths.json")["sizes"].values()
+    rows: dict[str, dict[str, str]] = {}
+    for label, of in found["rows"].items():
+        method, _, strength = label.partition(":strength=")
+        if strength:
+            rows.setdefault(method, {})[strength] = share(of["new words"][figure])
+    cells = [[{**NAMES, **FRONT}[method], *of.values()] for method, of in rows.items()]
+    return table((figure, *next(iter(rows.values()))), cells)
 
 
 def speed_lora() -> list[str]:
@@ -111,26 +137,6 @@ def minilm() -> list[str]:
             [str(len(entry["names"])), " ".join([names.get(method, method), *settings]), *cells]
         )
     return table(("LoRAs", "", "seen", "new contexts", "new words"), rows, labels=2)
-
-
-def two_in_one() -> list[str]:
-    """By number of merged concepts: each method's scores, and its lead over ours."""
-    found = sorted(load("two_in_one.json").items(), key=lambda item: int(item[0]))
-    means = ("pair", "both", "halves", "three", "image", "judge", "text")
-    leads = [measure for measure in means if measure != "both"]
-    rows = [
-        [
-            size,
-            name,
-            *(of.get(measure) for measure in means),
-            *(lead(of["ahead"].get(measure) if name != "iteris" else None) for measure in leads),
-            f"{of['seconds']:.0f}" if "seconds" in of else "",
-        ]
-        for size, some in found
-        for name, of in some["methods"].items()
-    ]
-    heads = ("concepts", "", *means, *(f"{measure} gained" for measure in leads), "seconds")
-    return table(heads, rows, labels=2)
 
 
 METHODS = {
@@ -180,11 +186,10 @@ UNSEEN: Mapping[str, tuple[str, Sequence[str]]] = {
     "reported": ("unseen_reported.json", ("2", "3", "5", "7", "10")),
     "few": ("unseen_reported_few.json", ("2", "3", "5", "7")),
     "emoji": ("unseen_emoji.json", ("2", "3", "5", "9")),
-    "toybox before": ("unseen_toybox_before.json", ("2", "3", "5")),
-    "many": ("unseen_reported_many.json", ("5",)),
     "fast": ("unseen_reported_fast.json", ("5",)),
     "twenty": ("unseen_twenty.json", ("20",)),
     "styles": ("unseen_styles.json", ("2",)),
+    "rows": ("two_in_one.json", ("2",)),
 }
 """Table name → file, and the numbers of LoRAs, with one table each."""
 
@@ -199,9 +204,11 @@ def _unseen(name: str, size: str) -> tuple[str, Callable[[], list[str]]]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "front": front,
+    "other LoRAs": other_loras,
+    "strengths": lambda: strengths("likeness kept"),
+    "strengths attributes": lambda: strengths("judge kept"),
     "speed LoRA": speed_lora,
     "minilm": minilm,
-    "two in one": two_in_one,
     "captions": captions,
     "emotions": emotions,
     **dict(_unseen(name, size) for name, (_, sizes) in UNSEEN.items() for size in sizes),

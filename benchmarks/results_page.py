@@ -24,14 +24,18 @@ NAMES = {name: label.strip("*") for name, label in FRONT.items()}
 OTHERS = {"regmean++": "RegMean++", "ssr": "SSR-Merge"}
 REGIMES = (
     ("{} LoRAs", FILE),
-    ("{} LoRAs, six timesteps", "unseen_reported_many.json"),
     ("{} LoRAs", "unseen_twenty.json"),
     ("{} LoRAs of emoji", "unseen_emoji.json"),
     ("{}, one prompt, one timestep", "unseen_reported_few.json"),
+    ("{} LoRAs of rank 2", "unseen_rank_2.json"),
+    ("{} LoRAs of rank 64", "unseen_rank_64.json"),
+    ("{} LoRAs by kohya's scripts", "unseen_kohya.json"),
 )
 """What a row is called, and the file that it is of"""
 
-REFERENCES = ("single", "base")
+REFERENCES = ("single", "base", "composite")
+"""What is no merge."""
+
 COLUMNS = {
     ("seen", "likeness"): "likeness on calibration prompts",
     ("seen", "judge"): "attributes on calibration prompts",
@@ -49,22 +53,24 @@ _HEAD = """\
 # Results
 
 How much of each LoRA a merge keeps on prompts whose words no calibration prompt had. Ten concepts
-of a small model on which nothing was chosen, three trainings. Methods get the same rows and draw
-from the same noise. This page is made from `benchmarks/results/` by
-`python benchmarks/results_page.py --write`.
+of a small model on which nothing was chosen, each trained three times. All methods get the same
+rows and draw from the same noise. `python benchmarks/results_page.py --write` makes this page from
+`benchmarks/results/`.
 
 ![Likeness kept by the number of merged LoRAs, with 95 % intervals: {summary}.](images/{plot})
-
-"""
-_MIDDLE = """
-*First*, *level* and *behind* come from paired 95 % intervals (Student's t over n sets). Differences
-are IterIS less the rival, which is the one with the most likeness in that row. Without another
-number a sample has four timesteps. Emoji have today's default, which is six from five LoRAs on.
 
 ## Where IterIS is behind
 
 """
+_MIDDLE = """
+## Against the best rival
+
+"""
 _TAIL = """
+*First*, *level* and *behind* come from paired 95 % intervals (Student's t over n sets). A difference
+is IterIS less the rival with the most likeness in that row. Rivals have the settings of their authors.
+Twenty LoRAs have four timesteps a sample; elsewhere it is four, and six from five LoRAs on.
+
 ## Pictures
 
 ![Six prompts in columns. Rows: without a LoRA, with each LoRA alone, all at once, averaged, and merged with IterIS.](images/demo-sheet.png)
@@ -73,9 +79,8 @@ Four LoRAs of the toybox, by `make demo`.
 
 ## What is not measured
 
-Full-size Stable Diffusion, SDXL or FLUX with trained LoRAs; a graphics card; the judgement of people. Seven and
-ten of the ten concepts at six timesteps; strengths other than 1; LoRAs of rank 64; LoRAs by other trainers. The worlds are
-models of 64 × 64 pictures.
+Full-size Stable Diffusion, SDXL or FLUX with trained LoRAs; a graphics card; the judgement of people. The worlds are
+models of 64 × 64 pictures. [Your own model](../benchmarks/open/README.md) can be one.
 
 ## All tables
 
@@ -89,9 +94,9 @@ def page() -> str:
     return "".join(
         (
             _HEAD.format(plot=PLOT.name, summary=_summary()),
-            "\n".join(verdicts()) + "\n",
-            _MIDDLE,
             "\n".join(f"- {line}" for line in behind()) + "\n",
+            _MIDDLE,
+            "\n".join(verdicts()) + "\n",
             _TAIL,
         )
     )
@@ -126,13 +131,14 @@ def verdicts() -> list[str]:
         data = load(file)
         for size in sorted(data["sizes"], key=int):
             rows.append(_verdict(label.format(size), data["sizes"][size]))
-    styles = load("unseen_styles.json")["sizes"]["2"]
-    for kind, name, label in (
-        ("styled", "judge", "subject in a style: the subject"),
-        ("styled", "style", "subject in a style: the style"),
-        ("subject", "judge", "subject without the style"),
+    for file, kind, name, label in (
+        ("unseen_styles.json", "styled", "judge", "subject in a style: the subject"),
+        ("unseen_styles.json", "styled", "style", "subject in a style: the style"),
+        ("unseen_styles.json", "subject", "judge", "subject without the style"),
+        ("two_in_one.json", "pair", "right", "two in one picture"),
+        ("two_in_one.json", "halves", "right", "two in one picture, a prompt for each"),
     ):
-        rows.append(_single(label, styles, kind, name))
+        rows.append(_single(label, load(file)["sizes"]["2"], kind, name))
     return table(("on new words", "best rival", *MEASURES.values(), "n"), rows, labels=2)
 
 
@@ -175,8 +181,23 @@ def behind() -> Iterator[str]:
                         short(f"{abs(of['mean']):.3f} at {size}")
                     )
         if found:
-            rivals = "; ".join(f"{rival} by {', '.join(by)}" for rival, by in found.items())
+            rivals = ". ".join(
+                f"{rival[0].upper()}{rival[1:]} by {', '.join(by)}" for rival, by in found.items()
+            )
             yield f"**{label[0].upper()}{label[1:]}**: {rivals}."
+    (loaded,) = load("strengths.json")["sizes"].values()
+    at = {
+        (name, strength): loaded["rows"][f"{name}:strength={strength}"][NEW]["likeness kept"][
+            "mean"
+        ]
+        for name in ("iteris", "single")
+        for strength in ("1.25", "1.5")
+    }
+    yield (
+        f"**Loaded above strength 1**: each LoRA alone keeps {at['single', '1.25']:.0%} at 1.25 "
+        f"and {at['single', '1.5']:.0%} at 1.5, IterIS {at['iteris', '1.25']:.0%} and "
+        f"{at['iteris', '1.5']:.0%}."
+    )
     sums = load("language.json")["sum"]
     ahead = [name for name in sums if sums[name] > sums["iteris"] and not name.startswith("iter")]
     shown = {"regmean": "RegMean", "ssr": "SSR-Merge", "linear": "the average"}

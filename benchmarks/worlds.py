@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from protocol.world import World
@@ -30,6 +31,14 @@ def twenty() -> World:
     return ToyboxWorld(ROOT)
 
 
+def other(kind: str) -> World:
+    """Six of the reported ten with LoRAs of another rank or trainer."""
+    from other_loras import root_of
+    from protocol.toybox import ToyboxWorld
+
+    return ToyboxWorld(root_of(kind))
+
+
 def emoji() -> World:
     from protocol.emoji import EmojiWorld
 
@@ -48,6 +57,7 @@ WORLDS: Mapping[str, Callable[[], World]] = {
     "twenty": twenty,
     "emoji": emoji,
     "styles": styles,
+    **{kind: partial(other, kind) for kind in ("rank_2", "rank_64", "kohya")},
 }
 HELP = f"{', '.join(WORLDS)}, or a .yaml file of your own (open/README.md)"
 

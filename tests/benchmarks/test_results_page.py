@@ -47,7 +47,24 @@ def of_size(wide: float | None = 0.02) -> dict:
 
 def styled() -> dict:
     names = {"iteris": 0.5, "sum": 0.6, "iteris:composites=0": 0.9, "base": 0.95}
-    kinds = {"styled": ("judge", "style"), "subject": ("judge",)}
+    return by_kind(names, {"styled": ("judge", "style"), "subject": ("judge",)})
+
+
+def in_one_picture() -> dict:
+    names = {"iteris": 0.5, "regmean++": 0.6, "iteris:block_steps=120": 0.7, "composite": 0.9}
+    return by_kind(names, {"pair": ("right",), "halves": ("right",)})
+
+
+def at_strengths() -> dict:
+    kept = {"iteris": (0.5, -0.2), "single": (0.9, 0.7)}
+    return {
+        f"{name}:strength={strength}": {"new words": {"likeness kept": figure(mean)}}
+        for name, means in kept.items()
+        for strength, mean in zip(("1.25", "1.5"), means, strict=True)
+    }
+
+
+def by_kind(names: dict, kinds: dict) -> dict:
     return {
         "rows": {
             name: {
@@ -69,11 +86,16 @@ def styled() -> dict:
 def results(tmp_path, monkeypatch):
     files = {
         "unseen_reported.json": {"default": "iteris", "sizes": {"3": of_size(), "10": of_size()}},
-        "unseen_reported_many.json": {"default": "iteris", "sizes": {"5": of_size()}},
+        **{
+            f"unseen_{kind}.json": {"default": "iteris", "sizes": {"3": of_size()}}
+            for kind in ("rank_2", "rank_64", "kohya")
+        },
+        "two_in_one.json": {"default": "iteris", "sizes": {"2": in_one_picture()}},
         "unseen_emoji.json": {"default": "iteris", "sizes": {"2": of_size()}},
         "unseen_twenty.json": {"default": "iteris", "sizes": {"20": of_size(None)}},
         "unseen_reported_few.json": {"default": "iteris", "sizes": {"3": of_size()}},
         "unseen_styles.json": {"default": "iteris", "sizes": {"2": styled()}},
+        "strengths.json": {"sizes": {"3": {"rows": at_strengths()}}},
         "language.json": {
             "sum": {
                 "iteris": 2.7,
@@ -94,7 +116,7 @@ def test_a_verdict_is_against_the_likest_rival_and_has_its_interval_and_n(result
     rows = results_page.verdicts()
     first = "| 3 LoRAs | Chain of Merges | first (+.100 ± .020) | behind (-.050 ± .020) | 3 |"
     assert rows[2] == first
-    assert rows[4] == first.replace("3 LoRAs", "5 LoRAs, six timesteps")
+    assert first.replace("3 LoRAs", "3 LoRAs of rank 64") in rows
     assert "| 20 LoRAs | Chain of Merges | +.100 | -.050 | 3 |" in rows
     assert first.replace("3 LoRAs", "2 LoRAs of emoji") in rows
 
@@ -104,6 +126,8 @@ def test_neither_the_base_nor_a_variant_of_ours_is_a_rival(results):
     assert len(rows) == 3
     assert all("| all loaded at once |" in row for row in rows)
     assert "level" not in "".join(rows)
+    (halves,) = (row for row in results_page.verdicts() if "a prompt for each" in row)
+    assert halves.startswith("| two in one picture, a prompt for each | RegMean++ |")
 
 
 def test_what_is_behind_is_named_with_the_rival_and_the_number(results):
@@ -112,6 +136,7 @@ def test_what_is_behind_is_named_with_the_rival_and_the_number(results):
     assert "Chain of Merges by .050 at 3, .050 at 10" in attributes
     assert "base" not in attributes
     assert not any(line.startswith("**Likeness**") for line in lines)
+    assert lines[-2].endswith("keeps 90% at 1.25 and 70% at 1.5, IterIS 50% and -20%.")
     assert lines[-1].endswith("RegMean 2.790, the average 2.750.")
 
 

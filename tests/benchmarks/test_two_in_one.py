@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import two_in_one
 from protocol.in_a_row import by_windows, ring
+from protocol.plan import Unit
 from protocol.toybox import ToyboxWorld
 from protocol.world import Wanted
 
@@ -21,8 +21,8 @@ NAMES = ("sks1", "sks4", "sks6", "sks7", "sks8")
 
 
 class Rows:
-    """Draws nothing, and keeps what was to be drawn. Two of a picture's attributes are right, or
-    all where regions have a prompt of their own."""
+    """Draws nothing, and keeps what was to be drawn. A quarter of a picture's attributes is right,
+    or all where regions have a prompt of their own."""
 
     def __init__(self) -> None:
         self.drawn: list[tuple] = []
@@ -49,38 +49,24 @@ class Rows:
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], NAMES[:3], NAMES])
-def test_each_region_is_its_own_concept_s_in_all_orders(names):
+def test_each_region_is_its_own_concept_s_in_all_orders(names, tmp_path):
     world = Rows()
-    bench = two_in_one.Bench(world)
-    kinds = two_in_one.missing("composite", len(names), {})
-    found = bench.measured("composite", names, kinds)
-    pairs = 1 if len(names) == 2 else len(names)
-    triples = {2: 0, 3: 1, 5: 3}[len(names)]
-    expected = {
-        "pair": [0.25] * pairs,
-        "both": [0.0] * pairs,
-        "halves": [1.0] * pairs,
-        "halves, both": [1.0] * pairs,
-    }
-    if triples:
-        expected |= {"three": [1.0] * triples, "three, all": [1.0] * triples}
-    assert found == expected
+    runs = two_in_one.RowRuns(world, tmp_path / "runs.jsonl")
+    found = runs.measure(Unit("composite", names))
+    pictures = len(names) * two_in_one.SEEDS
+    expected = {"pair": {"right": 0.25, "complete": 0.0}}
+    expected["halves"] = expected["three"] = {"right": 1.0, "complete": 1.0}
+    assert set(found) == {"pair", "halves", "three"} - ({"three"} if len(names) == 2 else set())
+    for kind, rows in found.items():
+        assert len(rows) == pictures
+        assert all(of == expected[kind] for _, of in rows)
+        count = two_in_one.KINDS[kind]
+        assert {shown for shown, _ in rows} == {" ".join(of) for of in ring(names, count)}
     for parts, wanted in world.drawn:
         (shown,) = {one.shown for one in wanted}
         assert [lora for lora, _ in parts] == [f"LoRA of {name}" for name in shown]
         named = [{" and ".join(shown), f"two of {name}"} for name in shown]
         assert all(set(prompts) < of for (_, prompts), of in zip(parts, named, strict=True))
-    for count, drawn in ((2, pairs * 2), (3, triples)):
-        rows = [wanted for _, wanted in world.drawn if len(wanted[0].shown) == count]
-        assert sum(map(len, rows)) == drawn * two_in_one.PICTURES
-    together = {pair for _, wanted in world.drawn for pair in itertools.pairwise(wanted[0].shown)}
-    assert together == set(ring(names, 2))
-
-
-def test_what_is_measured_is_not_measured_again():
-    assert two_in_one.missing("iteris", 2, {"pair": []}) == ["halves", "alone"]
-    assert two_in_one.missing("iteris", 3, {"image": [], "pair": []}) == ["halves", "three"]
-    assert two_in_one.missing("composite", 3, {"three": []}) == ["pair", "halves"]
 
 
 def test_two_windows_of_one_region_are_averaged():

@@ -201,7 +201,7 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
         ),
         ({"concepts": "none"}, "no complete merge recipe"),
         ({"cut": 8}, "no complete merge recipe"),
-        ({"strength": "much"}, "The cut {'strength': 'much'} is broken"),
+        ({"strength": "much"}, "The cut {'strength': 'much'} is invalid"),
     ):
         path = tmp_path / "recipe.safetensors"
         text = json.dumps({**recipe, **change})

@@ -143,7 +143,7 @@ def test_what_sampled_rows_show_waits_and_others_are_reduced_as_they_run():
 
 
 def test_what_cannot_fit_is_said():
-    with pytest.raises(OutOfMemory, match=r"needs at least \d{3} bytes .* and 101 bytes may"):
+    with pytest.raises(OutOfMemory, match=r"needs at least \d{3} bytes .* only 101 bytes may"):
         plan_stage(needs_of(stage_of([0, 1])), MemoryLimits(101), 8)
     with pytest.raises(OutOfMemory, match="needs at least"):  # a later stage needs all rows
         plan_stage(needs_of(stage_of([0] * 9, feeds_next=True)), MemoryLimits(105), 8)

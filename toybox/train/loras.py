@@ -54,12 +54,14 @@ def write_references(entry: dict[str, Any], folder: Path, seed: int):
     return scenes, pictures
 
 
-def add_adapters(pipeline: StableDiffusionPipeline, alpha: float) -> dict[str, LoraConfig]:
+def add_adapters(
+    pipeline: StableDiffusionPipeline, alpha: float, rank: int = RANK
+) -> dict[str, LoraConfig]:
     """Fresh adapters on every attention projection of UNet and text encoder."""
     configs = {}
     for name, targets in TARGETS.items():
         configs[name] = LoraConfig(
-            r=RANK, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
+            r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"
         )
         model = getattr(pipeline, name)
         model.requires_grad_(False)
