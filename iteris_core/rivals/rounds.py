@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import DeviceError
 from ..lora import SiteChanges
 from ..methods.registry import Merged
 from ..passes.batches import ExecutionConfig, Schedule
@@ -35,7 +36,10 @@ def reads_text(site: str) -> bool:
 def in_rounds(
     job: Job, solver: StageSolver, batching: ExecutionConfig, schedule: Schedule
 ) -> Merged:
-    """Every site's solution by ``solver``; each round has the same random numbers."""
+    """Every site's solution by ``solver``; each round has the same random numbers. Raises
+    :class:`DeviceError` in several processes."""
+    if job.processes.size > 1:
+        raise DeviceError("A merge in rounds runs in one process; start only one.")
     solved: dict[str, Solution] = {}
     log, state = RunLog(), job.generator.get_state()
 
