@@ -33,17 +33,6 @@ def ties(at: AtSite, settings: TiesSettings) -> tuple[LowRank, float]:
     return cut_dense(at.changes, settings.scale * merged, settings.rank)
 
 
-def keep_largest(change: Tensor, density: float) -> Tensor:
-    """Zero all but the ``density`` share of largest magnitudes."""
-    keep = max(1, int(density * change.numel()))
-    if keep == change.numel():
-        return change
-    kept = torch.zeros_like(change).flatten()
-    index = change.abs().flatten().topk(keep).indices
-    kept[index] = change.flatten()[index]
-    return kept.reshape(change.shape)
-
-
 def elect_signs(changes: Tensor) -> Tensor:
     """The sign of the sum over (concepts, …) per entry; if that is zero, the sign of the total."""
     total = changes.sum(dim=0)

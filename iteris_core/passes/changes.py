@@ -8,8 +8,8 @@ concepts; a file that includes speed LoRAs adds their exact change, Δ = Δ_alwa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from ..activations.lockstep import Lockstep
 from ..activations.micro_batch import MicroBatch
@@ -64,7 +64,7 @@ def _change(concept: Concept, site: str) -> LowRank | None:
     return concept.lora.sites[site].scaled(strength)
 
 
-def check_sites(host: Host, changes: Mapping[str, SiteChanges]) -> None:
+def check_sites(host: Host, changes: Collection[str]) -> None:
     known = host.sites()
     missing = [site for site in changes if site not in known]
     if missing:
@@ -94,14 +94,19 @@ def changes_always(concepts: Sequence[Concept]) -> dict[str, LowRank]:
     return {site: some.stacked() for site, some in changes.items()}
 
 
-@contextmanager
-def switched_on(host: Host, concepts: Sequence[Concept]) -> Generator[None]:
+def switched_on(host: Host, concepts: Sequence[Concept]) -> AbstractContextManager[None]:
     """Context in which the LoRAs of ``concepts`` are on the base of ``host``; no weight is touched.
     Raises :class:`MismatchError` if they change sites that the base lacks."""
-    changes = {site: SiteChanges((some,)) for site, some in changes_always(concepts).items()}
+    return added(host, changes_always(concepts))
+
+
+@contextmanager
+def added(host: Host, changes: Mapping[str, LowRank]) -> Generator[None]:
+    """Context in which ``changes``, by site, act as part of the base of ``host``."""
     check_sites(host, changes)
+    on = {site: SiteChanges((change,)) for site, change in changes.items()}
     every = MicroBatch(lambda: None, [0], 1, of_one=True)
-    with Lockstep(host.sites(), changes) as lockstep, lockstep.active(every):
+    with Lockstep(host.sites(), on) as lockstep, lockstep.active(every):
         yield
 
 

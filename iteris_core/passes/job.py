@@ -99,7 +99,7 @@ class Run:
     @cached_property
     def samples(self) -> Any:
         """The rows on which features are collected, made once, with each LoRA active."""
-        job, sites = self.job, set(self.lockstep.changes)
+        job, sites = self.job, self.lockstep.changes.keys()
         return job.host.samples(
             job.concepts, sites, job.calibration, self.lockstep, job.generator, job.tick
         )
@@ -107,5 +107,5 @@ class Run:
     def stages(self) -> Iterator[Stage]:
         """The stages in execution order; all rows of one must run before the next is requested."""
         count = self.job.calibration.samples
-        for stage in self.job.host.stages(self.samples, set(self.lockstep.changes)):
+        for stage in self.job.host.stages(self.samples, self.lockstep.changes.keys()):
             yield replace(stage, samples=count) if stage.samples is None else stage

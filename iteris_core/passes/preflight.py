@@ -50,7 +50,7 @@ def unmergeable_sites(job: Job, *, sweep: bool) -> Looked:
     A separate generator keeps the merge's random draws independent of this pass. Text models are
     skipped: their rows may be available only once, and all their layers are reached.
     """
-    host, calibration, sites = job.host, job.calibration, set(job.changes)
+    host, calibration, sites = job.host, job.calibration, job.changes.keys()
     if not host.pictures:
         return Looked()
     short = replace(calibration, samples=1, timesteps=calibration.denoising_steps, latents="noise")

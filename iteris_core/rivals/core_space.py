@@ -16,7 +16,8 @@ from torch import Tensor
 from ..linalg.lowrank import cut_factors
 from ..lora import LowRank
 from ..methods.registry import AtSite, on_weights, rank_setting
-from ..methods.ties import disjoint_mean, keep_largest
+from ..methods.ties import disjoint_mean
+from ..methods.trimming import keep_largest
 from ..settings import Settings, setting
 from .iso_c import evened
 

@@ -140,8 +140,10 @@ def regmean_plus_plus(models, shrink):
 
 
 @needs("RegMean-plusplus/fusion_bench/method/regmean_plusplus/regmean.py")
-@pytest.mark.parametrize(("layers", "by"), [(1, "layer"), (1, "block"), (2, "block"), (3, "block")])
-def test_regmean_plus_plus(monkeypatch, layers, by):
+@pytest.mark.parametrize(
+    ("layers", "method"), [(1, "regmean++"), *((n, "regmean++-blocks") for n in (1, 2, 3))]
+)
+def test_regmean_plus_plus(monkeypatch, layers, method):
     """Theirs merges a block at a time: within one, a layer's inputs are those of each LoRA's own
     block on what the merged blocks before give. Layer by layer it is another method, unless a block
     has one layer."""
@@ -151,9 +153,11 @@ def test_regmean_plus_plus(monkeypatch, layers, by):
     tuned = {i: changed(base, dense_changes(lora)) for i, lora in enumerate(loras)}
     wanted = regmean_plus_plus(Models(base=base, tuned=tuned, data=data), 0.9)
     settings = {"shrink": 0.9, "weighting": "tokens"}
-    ours = merge_blocks(base, loras, data, by=by, **settings)
+    ours = merge_blocks(base, loras, data, method, **settings)
     assert off(ours, wanted) < 1e-5
-    assert layers == 1 or off(merge_blocks(base, loras, data, **settings), wanted) > 0.5
+    assert (
+        layers == 1 or off(merge_blocks(base, loras, data, "regmean++", **settings), wanted) > 0.5
+    )
 
 
 @needs("Mix-of-Show/gradient_fusion.py")

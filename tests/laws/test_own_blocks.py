@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from iteris_core import Concept, Lora, LowRank, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.methods import own_blocks
+from iteris_core.rivals import own_blocks
 
 
 class Block(nn.Module):
@@ -61,9 +61,9 @@ def random_loras(model, count=3):
     return [Lora({name: change() for name in model.linear()}) for _ in range(count)]
 
 
-def merge(model, loras, data, **settings):
+def merge(model, loras, data, method="regmean++-blocks", **settings):
     concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
-    return merge_loras(BlocksHost(model, data), concepts, "regmean++", settings=settings).lora
+    return merge_loras(BlocksHost(model, data), concepts, method, settings=settings).lora
 
 
 @torch.no_grad()
@@ -95,9 +95,9 @@ def test_a_layer_is_fitted_on_each_loras_own_block(layers):
     tuned = [changed(base, dense_changes(lora)) for lora in loras]
     wanted = blockwise(base, tuned, data, 0.9)
     for batch in (32, 4):
-        ours = merge(base, loras, data, shrink=0.9, by="block", micro_batch=batch)
+        ours = merge(base, loras, data, shrink=0.9, micro_batch=batch)
         assert difference(ours, wanted) < 1e-5
-    plain = merge(base, loras, data, shrink=0.9)
+    plain = merge(base, loras, data, "regmean++", shrink=0.9)
     assert (difference(plain, wanted) < 1e-5) == (layers == 1)
     assert hooks_on(base) == 0
 
@@ -128,9 +128,7 @@ def test_blocks_are_the_layers_of_transformers(monkeypatch, kind):
         for seed in (1, 2)
     ]
     calibration = {"samples": 2, "timesteps": 1, "denoising_steps": 2, "latent_size": 8}
-    merged = merge_loras(
-        host, concepts, "regmean++", settings={"by": "block"}, calibration=calibration
-    )
+    merged = merge_loras(host, concepts, "regmean++-blocks", calibration=calibration)
     assert set(merged.lora.sites) == set(sites)
     assert {type(block).__name__ for blocks in found for block in blocks} == set(LAYERS[kind])
     names = {path.split("'")[1] if "'" in path else "first" for p in rows.values() for path in p}

@@ -29,6 +29,8 @@ METHODS = {
     "regmean": {},
     "ssr": {},
     "chain-of-merges": {"ridge": 1e-3},
+    "gradient-fusion": {"steps": 5, "text_steps": 5},
+    "loraclr": {"rate": 1e-2},
     "iteris-subspace": {},
     "custom-diffusion": {},
     "iteris, a concept each": {"precision": "float64", "ridge": 1e-3},
