@@ -26,7 +26,7 @@ from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
-from .repair import Repairs, at_all_inputs, with_repairs
+from .repair import Repairs, at_all_inputs, with_repairs, without_idle
 from .shared_ranks import shared_ranks
 
 _NO_RANKS: Mapping[str, int] = {}
@@ -67,6 +67,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         if settings.share_ranks:
             solver_of = partial(solver_of, ranks=_shared(run, settings, acting, repairs, batching))
         solutions, log = solve_sites(run, solver_of, batching, schedule)
+        solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
             changes, notes = polish_blocks(run, changes, by_blocks)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..activations.site import site_of
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
+from ..solve.problem import Solution
 
 Repairs = Mapping[str, Tensor | None]
 """Repair sites, and which of their inputs they may use (None: all)."""
@@ -60,6 +61,12 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
             )
             inputs[name] = _evenly(*site.shape, share)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
+
+
+def without_idle(solutions: Mapping[str, Solution], repairs: Repairs) -> dict[str, Solution]:
+    """``solutions`` without repairs of zero, such as those before the first site of a LoRA, where
+    nothing has drifted yet."""
+    return {s: one for s, one in solutions.items() if s not in repairs or one.change.squared_norm()}
 
 
 def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:

@@ -54,14 +54,15 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
 def _change(concept: Concept, site: str) -> LowRank | None:
     """The change of the concept's LoRA at ``site``, at its strength, or the sum over its parts;
-    None if there is none."""
+    None if there is none, or it is zero."""
     if isinstance(concept, Composite):
         found = [change for part in concept.parts if (change := _change(part, site)) is not None]
         return concatenate(found) if found else None
     strength = concept.strength_at(site)
-    if concept.lora is None or site not in concept.lora.sites or strength == 0:
+    change = None if concept.lora is None else concept.lora.sites.get(site)
+    if change is None or strength == 0 or not (change.up.any() and change.down.any()):
         return None
-    return concept.lora.sites[site].scaled(strength)
+    return change.scaled(strength)
 
 
 def check_sites(host: Host, changes: Collection[str]) -> None:
