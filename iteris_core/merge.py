@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,12 +18,14 @@ from .composites import Composite
 from .concept_config import ConceptConfig
 from .concepts import Calibration, Concept
 from .config import Unmergeable
-from .errors import SettingsError, SiteError
+from .errors import IterisError, SettingsError, SiteError
+from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .lora import Lora, SiteChanges
-from .lora_files import Layout, write_lora
+from .lora_files import Layout
+from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
 from .passes import preflight
@@ -42,6 +45,7 @@ from .presets import PresetName
 from .progress import OnProgress
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
+from .saving import rescued
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 from .solve.problem import Solution
@@ -77,18 +81,34 @@ class MergeResult:
         dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
-        """Write the merged LoRA; see :func:`.lora_files.write_lora`."""
-        return write_lora(self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
+        where the merge is instead, as float32. One for two experts becomes two files,
+        ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
+        path = Path(path)
+        with self._rescued(f"{path.stem}.safetensors"):
+            return write_by_expert(
+                self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite
+            )[0]
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
-        """Load the merged LoRA into a diffusers pipeline, just like its file.
+        """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
+        adapter; an earlier one of that name is replaced.
 
         ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
-        loaded; to use them, save the LoRA.
+        loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
+        all of it, which also says in which file the merge is.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.save(Path(folder) / "merged.safetensors", dtype="float32")
-            pipeline.load_lora_weights(str(path), adapter_name=adapter_name)
+        with self._rescued(f"{adapter_name}.safetensors"):
+            load_adapter(pipeline, self.lora, adapter_name)
+
+    @contextmanager
+    def _rescued(self, name: str) -> Generator[None]:
+        """Context whose errors say in which file, called ``name``, the merge is."""
+        try:
+            yield
+        except IterisError as error:
+            write = partial(write_by_expert, self.lora, dtype="float32")
+            raise rescued(write, name, error) from error
 
 
 def merge_loras(
