@@ -84,10 +84,9 @@ class MergeResult:
         """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
         where the merge is instead, as float32. One for two experts becomes two files,
         ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
-        path = Path(path)
-        with self._rescued(f"{path.stem}.safetensors"):
+        with self._rescued():
             return write_by_expert(
-                self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite
+                self.lora, Path(path), layout=layout, dtype=dtype, overwrite=overwrite
             )[0]
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
@@ -98,17 +97,17 @@ class MergeResult:
         loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
         all of it, which also says in which file the merge is.
         """
-        with self._rescued(f"{adapter_name}.safetensors"):
+        with self._rescued():
             load_adapter(pipeline, self.lora, adapter_name)
 
     @contextmanager
-    def _rescued(self, name: str) -> Generator[None]:
-        """Context whose errors say in which file, called ``name``, the merge is."""
+    def _rescued(self) -> Generator[None]:
+        """Context whose errors say in which file the merge is."""
         try:
             yield
         except IterisError as error:
             write = partial(write_by_expert, self.lora, dtype="float32")
-            raise rescued(write, name, error) from error
+            raise rescued(write, "merged.safetensors", error) from error
 
 
 def merge_loras(

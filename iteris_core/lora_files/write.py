@@ -271,8 +271,8 @@ def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _zeros(width: int, like: Factors) -> Factors:
-    zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
-    return Factors(zeros, zeros.mT.contiguous(), like.scale)
+    up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
+    return Factors(up, down, like.scale)
 
 
 def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:
