@@ -58,7 +58,7 @@ class Lockstep:
         self._joined = joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
-        self._cast: dict[tuple[str, int], LowRank] = {}  # by site and id of its change
+        self._cast: dict[tuple[str, int | None], tuple[LowRank, LowRank]] = {}
         self._barriers = Barriers()
         self.merged: dict[str, LowRank] = {}
 
@@ -94,7 +94,7 @@ class Lockstep:
     @property
     def cast_bytes(self) -> int:
         """Bytes of changes that were cast to the model's dtype or moved to its device."""
-        factors = (f for change in self._cast.values() for f in (change.up, change.down))
+        factors = (f for _, cast in self._cast.values() for f in (cast.up, cast.down))
         return sum(factor.numel() * factor.element_size() for factor in factors)
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class Lockstep:
             if batch.of_one:
                 change = changes[batch.owners[0]]
                 if change is not None:
-                    change = self._ready(name, change, inputs)
+                    change = self._ready(name, batch.owners[0], change, inputs)
                     site.add(change, inputs, output)
                 return output
             rows, shape = len(batch.owners), output.shape
@@ -233,12 +233,12 @@ class Lockstep:
                 merged = self.merged.get(name)
                 if merged is None:
                     return None
-                changed = output + site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+                changed = output + site.delta(self._ready(name, None, merged, inputs), inputs)
                 return changed.reshape(shape)
             for concept, start, stop in batch.spans:
                 change = changes[concept]
                 if change is not None:
-                    change = self._ready(name, change, inputs)
+                    change = self._ready(name, concept, change, inputs)
                     site.add(change, inputs[start:stop], output[start:stop])
             stream = None if name in self._joined else self._stream_of(name, batch, output)
             call = batch.call_of(name)
@@ -289,17 +289,21 @@ class Lockstep:
     ) -> None:
         merged, rows = self.merged.get(name), len(batch.owners)
         if merged is not None and batch.copies == 2:
-            merged = merged.to(inputs.dtype, inputs.device)
+            merged = self._ready(name, None, merged, inputs)
             site.add(merged, inputs[rows:], output[rows:])
 
-    def _ready(self, site: str, change: LowRank, inputs: Tensor) -> LowRank:
-        """The change in the inputs' dtype and on their device, converted once."""
+    def _ready(self, site: str, concept: int | None, change: LowRank, inputs: Tensor) -> LowRank:
+        """The concept's change, or with None the merged one, in the inputs' dtype and on their
+        device, converted once."""
         if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
             return change
-        cached = self._cast.get((site, id(change)))
-        if cached is None or cached.up.dtype != inputs.dtype:
-            cached = self._cast[site, id(change)] = change.to(inputs.dtype, inputs.device)
-        return cached
+        if change.up.requires_grad:  # a step of training changes it in place
+            return change.to(inputs.dtype, inputs.device)
+        source, cast = self._cast.get((site, concept), (None, change))
+        if source is not change or cast.up.dtype != inputs.dtype:
+            cast = change.to(inputs.dtype, inputs.device)
+            self._cast[site, concept] = change, cast
+        return cast
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:

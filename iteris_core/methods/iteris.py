@@ -8,7 +8,6 @@ so one sweep gives the same result as the iteration, if that converges.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
@@ -89,13 +88,12 @@ def _shared(
 ) -> dict[str, int]:
     """Ranks of all sites, for a file as large as with ``settings.rank`` at every site of a LoRA."""
     job, rank = run.job, cast(int, settings.rank)
-    whole = replace(job, policy=replace(job.policy, rows_gain=math.inf))
     uncut = replace(settings, rank=None, share_ranks=False)
     own = [changes for site, changes in job.changes.items() if site not in repairs]
     numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
 
     def solver_of(stage: Stage) -> StageSolver:
-        return _solver(whole, uncut, stage, acting, repairs, residuals=True)
+        return _solver(job, uncut, stage, acting, repairs, residuals=True)
 
     return shared_ranks(run, solver_of, batching, numbers)
 
