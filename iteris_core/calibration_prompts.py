@@ -8,11 +8,14 @@ Separate rows have *generic* prompts, which name no concept; on them the base sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from typing import TypeVar
 
 import torch
 
 from .concepts import KINDS, Calibration, Concept, prompt_list
 from .errors import ConceptError
+
+_T = TypeVar("_T")
 
 CAPTIONS = prompt_list("generic")
 """Things, places, people, light, cameras, art and tags, in a few languages."""
@@ -105,13 +108,13 @@ def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> lis
     ]
 
 
-def in_random_order(pool: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+def in_random_order(pool: Sequence[_T], count: int, generator: torch.Generator) -> list[_T]:
     """``count`` items of ``pool`` in random order; each occurs once before any repeats."""
-    prompts: list[str] = []
-    while len(prompts) < count:
+    items: list[_T] = []
+    while len(items) < count:
         order: list[int] = torch.randperm(len(pool), generator=generator).tolist()
-        prompts += [pool[index] for index in order]
-    return prompts[:count]
+        items += [pool[index] for index in order]
+    return items[:count]
 
 
 def whole_words(pieces: Iterable[str]) -> list[str]:

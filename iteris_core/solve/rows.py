@@ -39,8 +39,8 @@ class OutputRows(Reduction):
         super().__init__(opening.changes)
         out, width = self.changes.shape
         empty = torch.empty(0, dtype=dtype, device=opening.device)
-        self._inputs = [[empty.new_empty(0, width)] for _ in self.changes]
-        self._targets = [[empty.new_empty(0, out)] for _ in self.changes]
+        self._inputs = [[empty.new_empty(0, width)] for _ in range(len(self.changes))]
+        self._targets = [[empty.new_empty(0, out)] for _ in range(len(self.changes))]
 
     def add(self, tokens: Tokens) -> None:
         self._inputs[tokens.concept].append(tokens.merged)
