@@ -213,8 +213,6 @@ class SweepCollector(Collector):
             part = shown.fewer(few)
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(
-                    part, changes, concept, row, row + 1, self._solver.dtype
-                )
+                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)
                 sample[concept].append(tokens_of.target)
         return [self._processes.gather(torch.cat(parts)) for parts in sample]
