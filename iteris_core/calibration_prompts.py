@@ -37,13 +37,23 @@ _READ_ALIKE = 8
 def concept_prompts(
     concept: Concept, calibration: Calibration, generator: torch.Generator
 ) -> list[str]:
-    """``calibration.samples`` prompts in random order, repeated evenly if there are fewer. Several
+    """:func:`samples_of` prompts in random order, repeated evenly if there are fewer. Several
     phrases take turns. Raises :class:`IterisError` if the concept has none."""
     pools = prompt_pools(concept, calibration)
-    each = -(-calibration.samples // len(pools))
-    columns = [in_random_order(pool, each, generator) for pool in pools]
+    count = samples_of(concept, calibration)
+    columns = [in_random_order(pool, -(-count // len(pools)), generator) for pool in pools]
     turns = zip(*columns, strict=True)
-    return [prompt for turn in turns for prompt in turn][: calibration.samples]
+    return [prompt for turn in turns for prompt in turn][:count]
+
+
+def turns_of(concept: Concept) -> int:
+    """The number of phrases that take turns in :func:`concept_prompts`."""
+    return 1 if concept.prompts is not None else max(1, len(concept.phrases))
+
+
+def samples_of(concept: Concept, calibration: Calibration) -> int:
+    """The number of a concept's samples: the calibration's, but at least one for every phrase."""
+    return max(calibration.samples, turns_of(concept))
 
 
 def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:

@@ -92,7 +92,7 @@ def ssr(job: Job, settings: SsrSettings) -> RegressionSpec:
     weighted = [one.name for one in job.concepts if one.lora is not None and one.weight != 1]
     if weighted:
         raise SettingsError(
-            f"ssr cannot weigh its LoRAs, but {', '.join(weighted)} has a weight other than 1; leave "
-            "the weight out, or use another method, such as iteris."
+            f"ssr cannot weigh its LoRAs, but {', '.join(weighted)} has a weight other than 1; "
+            "leave the weight out, or use another method, such as iteris."
         )
     return RegressionSpec(job.weights, settings.ridge, "none")

@@ -55,6 +55,19 @@ def test_every_phrase_has_its_turn():
     assert concept.subject == "sks cat and zwx dog and abc bird"
 
 
+def test_every_phrase_has_rows_of_its_own():
+    """Also of more phrases than samples, and whichever rows get the empty prompt."""
+    many = Concept(Lora({}), subjects=[f"sks{n} cat" for n in range(20)])
+    concepts = [many, Concept(Lora({}), trigger="zwx", class_word="dog")]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        calibration = Calibration(samples=12)
+        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5, denoises=True)
+        assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
+        texts = said(drawn.texts(2))
+        assert all(any(phrase in text for text in texts) for phrase in many.phrases)
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
