@@ -73,7 +73,9 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
     if not pools:
         raise ConceptError(
             f"LoRA {concept.name!r} has no trigger word and no prompts. Type its trigger word: in "
-            "the node under words, in Python as Concept(trigger=…) or Concept(prompts=[…])."
+            "the node under words, in Python as Concept(trigger=…). A style, slider or detailer "
+            "that acts on every prompt has none: make it always on, in Python always_on='include'. "
+            "Prompts of its own (Concept(prompts=[…])) are for a LoRA that only these invoke."
         )
     return pools
 

@@ -94,10 +94,35 @@ def test_the_words_of_a_file(metadata, words):
     assert found == {"trigger": "", "class_word": "", "subjects": (), **words}
 
 
+@pytest.mark.parametrize(
+    ("phrase", "words"),
+    [
+        ("sks dog", ("sks", "dog", ())),
+        ("a sks dog", ("sks", "dog", ())),
+        ("The Sks big dog", ("Sks", "big dog", ())),
+        ("a photo of a sks dog", ("sks", "dog", ())),
+        ("<s0><s1> cat", ("<s0><s1>", "cat", ())),
+        ("zwx style", ("zwx", "style", ())),
+        ("big sks dog", ("sks", "", ("big sks dog",))),
+        ("in the style of zwx", ("zwx", "", ("in the style of zwx",))),
+        ("anime style", ("anime style", "", ())),
+        ("a red hat", ("red hat", "", ())),
+        ("a", ("a", "", ())),
+    ],
+)
+def test_the_trigger_of_a_phrase_is_its_first_word_that_is_not_common(phrase, words):
+    found = words_in([phrase])
+    assert tuple(found.values()) == words
+    concept = Concept(Lora({}), **found)
+    assert calling_words([concept]) == set(words[0].lower().split())
+    assert " ".join(concept.phrases) in phrase
+
+
 def test_no_prompts_are_errors():
     with pytest.raises(IterisError, match="empty prompt list"):
         prompts(Concept(None, prompts=[]))
-    with pytest.raises(IterisError, match="has no trigger word and no prompts"):
+    said = r"has no trigger word and no prompts.*always_on='include'"
+    with pytest.raises(IterisError, match=said):
         prompts(Concept(Lora({}, "cat")))
 
 
