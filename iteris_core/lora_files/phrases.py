@@ -4,6 +4,7 @@ knows them already, and captions of other LoRAs contain them too."""
 from __future__ import annotations
 
 import re
+from itertools import dropwhile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parents[1] / "prompts"
@@ -16,9 +17,9 @@ _LEADING = re.compile(r"^\s*((a|an|the|(photo|photograph|picture|image) of)\s+)*
 
 
 def cleaned(phrase: str) -> str:
-    """``phrase`` without ``<lora:…>`` and without common tags between its commas; may be empty."""
-    parts = (part.strip() for part in _LORA.sub(" ", phrase).split(","))
-    return ", ".join(part for part in parts if part and not _is_tag(part))
+    """``phrase`` without ``<lora:…>`` and without common tags at its start; may be empty."""
+    parts = filter(None, (part.strip() for part in _LORA.sub(" ", phrase).split(",")))
+    return ", ".join(dropwhile(_is_tag, parts))
 
 
 def is_common(phrase: str) -> bool:

@@ -52,9 +52,9 @@ def test_a_common_tag_is_no_trigger(tmp_path: Path, tag: str) -> None:
     assert find_phrases(file, {"ss_tag_frequency": json.dumps({"d": {tag: 9}})}).phrases == ()
     said = {"modelspec.trigger_phrase": f"{tag}, mychar"}
     assert find_phrases(file, said) == (("mychar",), "file")
-    words = {"trainedWords": ["<lora:foo:1>", tag, f"{tag}, mychar,  blue hat"]}
+    words = {"trainedWords": ["<lora:foo:1>", tag, f"{tag}, mychar,  red hair"]}
     (tmp_path / "toy.civitai.info").write_text(json.dumps(words))
-    assert find_phrases(file, {}) == (("mychar, blue hat",), ".civitai.info")
+    assert find_phrases(file, {}) == (("mychar, red hair",), ".civitai.info")
 
 
 @pytest.mark.parametrize(
