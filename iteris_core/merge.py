@@ -162,7 +162,7 @@ def merge_loras(
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     else:
         with switched_on(host, always):
-            made = _by_features(job, chosen, settings, unmergeable)
+            made = _by_features(job, always, chosen, settings, unmergeable)
         calibration = replace(calibration, samples=made.samples, minutes=None)  # for the recipe
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
@@ -233,10 +233,17 @@ def prepared(
     return job, found, others
 
 
-def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
+def _by_features(
+    job: Job,
+    always: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    unmergeable: Unmergeable,
+) -> _Made:
     concepts, wanted = job.concepts, job.calibration.samples
     job, found, others = prepared(job, method, settings)
-    noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
+    added = job.concepts[len(concepts) :]
+    noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
     if job.calibration.samples < wanted:
         few, minutes = job.calibration.samples, job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
@@ -343,13 +350,19 @@ def _read(host: Host | None, concepts: Sequence[Any]) -> list[Concept]:
     return read
 
 
-def _added_note(added: Concept) -> str:
-    count = len(set(added.prompts or ()))
+def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:
+    count, weight = len(set(added.prompts or ())), f"at weight {added.weight:g}"
     if isinstance(added, Composite):
-        what = "that name both get the sum of both LoRAs"
-    else:
-        what = "that name no concept keep the base as it is"
-    return f"{count} prompts {what}, at weight {added.weight:g}"
+        return f"{count} prompts that name both get the sum of both LoRAs, {weight}"
+    base = ", ".join(["the base", *(concept.name for concept in always)])
+    note = f"{count} prompts that name no concept ask for {base} alone, {weight}"
+    wordless = [one.name for one in concepts if one.lora is not None and not one.phrases]
+    if not wordless:
+        return note
+    return (
+        f"{note}. {', '.join(wordless)} has no trigger word, so a part of it may reach them; if it "
+        "should act on every prompt, mark it as always on (always_on=include)"
+    )
 
 
 def _learned(

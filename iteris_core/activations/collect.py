@@ -206,13 +206,11 @@ class SweepCollector(Collector):
         few = math.ceil(tokens / max(rows, 1) * offered / max(counted, 1))
         changes, shown = self._changes[site], waiting[0]
         none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
-        sample = [[none] for _ in changes]
+        sample = [[none] for _ in range(len(changes))]
         for shown in waiting:
             part = shown.fewer(few)
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(
-                    part, changes[concept], concept, row, row + 1, self._solver.dtype
-                )
+                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)
                 sample[concept].append(tokens_of.target)
         return [self._processes.gather(torch.cat(parts)) for parts in sample]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UsageError
-from ..lora import LowRank, SiteChanges
+from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
 from .micro_batch import MicroBatch
 from .modes import Modes
@@ -208,7 +208,13 @@ class Lockstep:
         the observer sees both, the forward waits for the solve, and merged rows get the merged
         change."""
         # A zero change, as at repair sites, adds nothing.
-        changes = [c if c is None or bool(c.up.any()) else None for c in self.changes[name]]
+        given = self.changes[name]
+        some = (c if c is None or bool(c.up.any()) else None for c in given.by_concept)
+        changes = SiteChanges(tuple(some), given.sums)
+
+        def change_of(concept: int, inputs: Tensor) -> LowRank | None:
+            parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
+            return in_one(parts) if parts else None
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active
@@ -216,9 +222,8 @@ class Lockstep:
                 return None
             inputs: Tensor = args[0]
             if batch.of_one:
-                change = changes[batch.owners[0]]
+                change = change_of(batch.owners[0], inputs)
                 if change is not None:
-                    change = self._ready(name, batch.owners[0], change, inputs)
                     site.add(change, inputs, output)
                 return output
             rows, shape = len(batch.owners), output.shape
@@ -236,9 +241,8 @@ class Lockstep:
                 changed = output + site.delta(self._ready(name, None, merged, inputs), inputs)
                 return changed.reshape(shape)
             for concept, start, stop in batch.spans:
-                change = changes[concept]
+                change = change_of(concept, inputs)
                 if change is not None:
-                    change = self._ready(name, concept, change, inputs)
                     site.add(change, inputs[start:stop], output[start:stop])
             stream = None if name in self._joined else self._stream_of(name, batch, output)
             call = batch.call_of(name)
@@ -292,17 +296,17 @@ class Lockstep:
             merged = self._ready(name, None, merged, inputs)
             site.add(merged, inputs[rows:], output[rows:])
 
-    def _ready(self, site: str, concept: int | None, change: LowRank, inputs: Tensor) -> LowRank:
-        """The concept's change, or with None the merged one, in the inputs' dtype and on their
-        device, converted once."""
+    def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
+        """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
+        converted once."""
         if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
             return change
         if change.up.requires_grad:  # a step of training changes it in place
             return change.to(inputs.dtype, inputs.device)
-        source, cast = self._cast.get((site, concept), (None, change))
+        source, cast = self._cast.get((site, which), (None, change))
         if source is not change or cast.up.dtype != inputs.dtype:
             cast = change.to(inputs.dtype, inputs.device)
-            self._cast[site, concept] = change, cast
+            self._cast[site, which] = change, cast
         return cast
 
 

@@ -52,13 +52,11 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
     for name in streams:
         if name not in job.changes:
             site = site_of(name, modules[name])
-            added[name] = SiteChanges(
-                tuple(
-                    site.zero(rank).to(like.dtype, like.device) if rank else None
-                    for rank in ranks[name.partition(".")[0]]
-                ),
-                sums,
+            zeros = (
+                site.zero(rank).to(like.dtype, like.device) if rank else None
+                for rank in ranks[name.partition(".")[0]]
             )
+            added[name] = SiteChanges(tuple(zeros), sums)
             inputs[name] = _evenly(*site.shape, share)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
 
@@ -87,8 +85,8 @@ def _evenly(out: int, width: int, share: float) -> Tensor | None:
 def _largest_ranks(changes: Mapping[str, SiteChanges]) -> dict[str, list[int]]:
     """Component → the largest rank of every concept there, 0 if it changes nothing."""
     ranks: dict[str, list[int]] = {}
-    for site, by_concept in changes.items():
-        largest = ranks.setdefault(site.partition(".")[0], [0] * len(by_concept))
-        for concept, change in by_concept.present.items():
+    for site, some in changes.items():
+        largest = ranks.setdefault(site.partition(".")[0], [0] * len(some.by_concept))
+        for concept, change in some.own.items():
             largest[concept] = max(largest[concept], change.rank)
     return ranks

@@ -74,7 +74,7 @@ class RegressionSpec:
         mean = changes.mean(self.weights, torch.float64).squared_norm()
         if mean <= 0:
             return 1.0
-        count = len(changes) - changes.sums
+        count = len(changes.by_concept)
         squares = {i: change.squared_norm() for i, change in changes.own.items()}
         own = sum(self.weights[i] * square for i, square in squares.items())
         own /= sum(self.weights[:count])
