@@ -40,6 +40,7 @@ PRESETS: Mapping[PresetName, Preset] = {
             "objective": "adapter",
             "weighting": "adapter",
             "ridge": 1e-4,
+            "bound": 0.0,
             "shrink": 1.0,
             "rank": None,
             "row_tokens": "all",

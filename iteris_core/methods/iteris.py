@@ -25,7 +25,7 @@ from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
-from .repair import Repairs, at_all_inputs, with_repairs, without_idle
+from .repair import Repairs, at_all_inputs, sizes_of, with_repairs, without_idle
 from .shared_ranks import shared_ranks
 
 _NO_RANKS: Mapping[str, int] = {}
@@ -127,8 +127,12 @@ def _solver(
     repairing = replace(fit, dtype=dtype, residuals=residuals)  # many inputs wide
     inputs = {site: chosen for site, chosen in repairs.items() if chosen is not None}
 
+    sizes = sizes_of(job.changes) if settings.bound else {}
+
     def fit_of(site: str) -> RegressionSpec:
         of = repairing if site in repairs else fit
+        if sizes:
+            of = replace(of, bound=settings.bound * sizes[site])
         return replace(of, rank=ranks[site]) if ranks else of
 
     def solve(site: str, reduction: Reduction) -> Solution:

@@ -54,6 +54,14 @@ class IterisSettings(Settings):
         "that mean scaled to the LoRAs' size (size), because a mean of unlike changes is small.",
         none="mean; size, if prompts are few and the automatic ridge is larger",
     )
+    bound: float = setting(
+        4.0,
+        "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. The "
+        "ridge of a layer is raised until it holds, so that the merge also works at other strengths "
+        "and beside other LoRAs. 0: no bound.",
+        low=0,
+        most=1000,
+    )
     shrink: float = setting(
         1.0,
         "Factor on off-diagonal entries of the moments. Use less than 1 if a concept has hardly "

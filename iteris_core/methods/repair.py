@@ -16,8 +16,10 @@ of them cost a quarter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -72,6 +74,24 @@ def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
     down = change.down.new_zeros(change.rank, width)
     down[:, inputs.to(down.device)] = change.down
     return LowRank(change.up, down)
+
+
+def sizes_of(changes: Mapping[str, SiteChanges]) -> dict[str, float]:
+    """(Σ ‖ΔW_i‖²)^½ of every site; of a repair site, which no LoRA changes, the root mean square
+    over the others of its component."""
+    squares = {
+        site: sum(change.squared_norm() for change in at_site.own.values())
+        for site, at_site in changes.items()
+    }
+    of_component: dict[str, list[float]] = {}
+    for site, square in squares.items():
+        if square:
+            of_component.setdefault(site.partition(".")[0], []).append(square)
+    typical = {component: fmean(some) for component, some in of_component.items()}
+    return {
+        site: math.sqrt(square or typical[site.partition(".")[0]])
+        for site, square in squares.items()
+    }
 
 
 def _evenly(out: int, width: int, share: float) -> Tensor | None:

@@ -50,13 +50,17 @@ class MomentReduction(Reduction):
         changes, like = self.changes.to(device=device), self.changes.like
         rank = fit.rank_of(changes)
         lambdas = fit.lambdas(self.weigher.values(changes, self.inputs))
-        factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
-        if factor is None:
-            mean = changes.mean(fit.weights, torch.float64)
-            change, lost = cut_factors(mean, rank)
-        else:
+        while True:
+            factor = self.inputs.factor(lambdas, fit.ridge, fit.shrink, fit.dtype)
+            if factor is None:
+                mean = changes.mean(fit.weights, torch.float64)
+                change, lost = cut_factors(mean, rank)
+                break
             with full_precision(device):
                 change, lost = self._change(changes, lambdas, factor, fit, rank)
+            if not change.squared_norm() > fit.bound**2:
+                break
+            fit = fit.tighter()
         if isinstance(fit.rank, float):
             change, more = cut_factors(change, fit.rank, factor and factor.cholesky.lower)
             lost = 1 - (1 - lost) * (1 - more)

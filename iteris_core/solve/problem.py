@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +27,8 @@ from ..lora import LowRank, Rank, SiteChanges
 Objective = Literal["adapter", "output"]
 Weighting = Literal["adapter", "tokens", "full", "none"]
 Pull = Literal["mean", "size"]
+
+_LEAST_RIDGE = 1e-9  # above none at all, where a bound is to be kept
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class RegressionSpec:
     RegMean, and T_iᵀX̃_i becomes s T_iᵀX̃_i + (1 − s) ΔW_i diag(X̃_iᵀX̃_i): a ridge of (1 − s) / s
     times each feature's own energy, toward ΔW_i.
 
+    ``bound`` is the largest ‖ΔW‖_F allowed: the ridge is tripled until the solution keeps it. A
+    change is free where inputs have hardly any energy; there large parts cancel on the rows and
+    nowhere else. As ρ grows, ΔW tends to τ times the mean, which is no larger than (Σ ‖ΔW_i‖²)^½.
+
     ``rank`` is the largest rank of the result, or the share of output energy to keep (None: Σ r_i).
     ``dtype`` is the precision of the normal equations if it suffices; otherwise float64.
     ``residuals``: report the solution's distance from the targets.
@@ -52,10 +58,15 @@ class RegressionSpec:
     ridge: float
     weighting: Weighting = "tokens"
     shrink: float = 1.0
+    bound: float = math.inf
     rank: Rank | None = None
     dtype: torch.dtype = torch.float64
     residuals: bool = True
     pull: Pull = "mean"
+
+    def tighter(self) -> RegressionSpec:
+        """A copy with three times the ridge, for a solution beyond the bound."""
+        return replace(self, ridge=max(3 * self.ridge, _LEAST_RIDGE))
 
     def rank_of(self, changes: SiteChanges) -> int:
         """The largest rank that a site's change may have."""
