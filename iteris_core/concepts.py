@@ -228,6 +228,13 @@ class Calibration(Settings):
         low=0,
         most=10,
     )
+    conditions: float = setting(
+        0.5,
+        "Share of rows as merged files are used: at other strengths, or beside another LoRA, so "
+        "that the merge holds there too. For image models; 0 merges for strength 1 alone.",
+        low=0,
+        high=1,
+    )
     composites: float = setting(
         0.2,
         "Weight of prompts that name a subject and a style at once; a concept has 1. Both LoRAs "

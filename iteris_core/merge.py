@@ -222,6 +222,8 @@ def prepared(
     job = replace(job, concepts=concepts, changes=changes_of(concepts))
     check_sites(job.host, job.changes)
     sweeps = method.sweeps(settings)
+    if not sweeps:  # a fit to reference rows alone learns nothing from them
+        job = replace(job, calibration=replace(job.calibration, conditions=0.0))
     looked = preflight.unmergeable_sites(job, sweep=sweeps > 0)
     found = dict(looked.refused)
     kept = {site: some for site, some in job.changes.items() if site not in found}

@@ -54,6 +54,7 @@ PRESETS: Mapping[PresetName, Preset] = {
             "empty_share": 0.0,
             "contexts": 0.0,
             "generic": 0.0,
+            "conditions": 0.0,
             "composites": 0.0,
         },
     ),

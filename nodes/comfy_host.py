@@ -198,12 +198,12 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                 "the whole model is not possible; set polish_steps to 0 and use block_steps "
                 "instead."
             )
-        owners, tokens = samples.text.text_owners, samples.tokens
-        batches = self._texts.batches(owners, tokens, self._found.names, frozenset())
+        loaded, tokens = samples.text.loaded, samples.tokens
+        batches = self._texts.batches(loaded, tokens, self._found.names, frozenset())
         self._texts.load()
         for batch in batches.values():
             batch.run_all(self._batch, self._lockstep)
-        texts = self._texts.assemble(owners, tokens, batches, 0, self._lockstep)
+        texts = self._texts.assemble(loaded, tokens, batches, 0, self._lockstep)
         if not samples.noisy:
             return torch.cat([texts[row][0] for row in rows])
         (noisy,) = samples.noisy
@@ -222,8 +222,8 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
 
     def stages(self, samples: ComfySamples, sites: Set[str]) -> Iterator[Stage]:
         text, tokens = samples.text, samples.tokens
-        owners = text.text_owners
-        batches = self._texts.batches(owners, tokens, self._found.names, sites)
+        loaded = text.loaded
+        batches = self._texts.batches(loaded, tokens, self._found.names, sites)
         self._running = self._texts
         self._texts.load(self._wanted.get(self._texts, 0))
         for batch in batches.values():
@@ -238,13 +238,14 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
                     batch_keys=batch.lengths,
                     lengths=batch.lengths,
                     samples=samples.worth,
+                    conditions=batch.conditions,
                 )
             else:
                 batch.run_all(self._batch, self._lockstep)
         if not samples.noisy:
             return
         conditionings = [
-            self._texts.assemble(owners, tokens, batches, copy, self._lockstep)
+            self._texts.assemble(loaded, tokens, batches, copy, self._lockstep)
             for copy in range(2)
             if all(batch.has(copy) for batch in batches.values())
         ]
@@ -275,6 +276,7 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
             patches=denoiser.patches,
             batch_keys=[(kinds[row], step) for row, step in zip(texts, steps, strict=True)],
             lengths=[size(inputs[0][row]) for row in texts],
+            conditions=noisy.conditions,
             gradients=training,
         )
 
@@ -317,13 +319,12 @@ class ComfyHost(AbstractContextManager["ComfyHost"]):
         """For each sample, its text and the empty text, both with its own LoRA active."""
         count = max(owners) + 1
         rows = TextRows.of([*owners, *range(count)], [*prompts, *[""] * count])
-        pair_owners = rows.text_owners
-        tokens = self._texts.tokenize(pair_owners, rows.texts)
-        batches = self._texts.batches(pair_owners, tokens, self._found.names, sites)
+        tokens = self._texts.tokenize(rows.text_owners, rows.texts)
+        batches = self._texts.batches(rows.loaded, tokens, self._found.names, sites)
         self._texts.load()
         for batch in batches.values():
             batch.run_all(self._batch, self._lockstep, tick)
-        pairs = self._texts.assemble(pair_owners, tokens, batches, 0, self._lockstep)
+        pairs = self._texts.assemble(rows.loaded, tokens, batches, 0, self._lockstep)
         of_rows = [pairs[row] for row in rows.text_rows]
         return [(of_rows[row], of_rows[len(owners) + owner]) for row, owner in enumerate(owners)]
 

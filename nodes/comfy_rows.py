@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..iteris_core.activations.conditions import Condition
 from ..iteris_core.hosts.rows import SamplePrompts, TextRows
 from .comfy_sampling import Kept
 
@@ -23,6 +24,7 @@ class DenoiserRows:
     latents: Tensor
     times: Tensor
     schedule: Tensor
+    conditions: Sequence[Condition]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def comfy_samples(
     text = TextRows.of(
         [owner for part in parts for owner in part.owners],
         [part.texts[row] for part in parts for row in part.text_rows],
+        uses=[use for part in parts for use in part.uses],
     )
     which = iter(text.text_rows)
     noisy = [
@@ -56,6 +59,7 @@ def comfy_samples(
             kept.latents.flatten(0, 1)[list(part.latent_rows)],
             kept.sigmas.flatten()[list(part.latent_rows)],
             kept.schedule,
+            part.conditions,
         )
         for part, kept in zip(parts, kept_by, strict=False)  # empty without a denoiser
     ]

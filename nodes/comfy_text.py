@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..iteris_core.activations.conditions import PLAIN, Condition
 from ..iteris_core.activations.lockstep import Lockstep
 from ..iteris_core.activations.micro_batch import MicroBatch
 from ..iteris_core.errors import IterisError
@@ -28,6 +29,12 @@ from .comfy_learned import EmbeddingTokenizer, tokenizers
 from .comfy_runtime import free_beside
 
 Conditioning = tuple[Tensor, dict[str, Any]]
+
+
+Loaded = tuple[int, Condition]
+"""A text's concept, and how its LoRA is loaded in the text encoders."""
+
+_NOTHING: Loaded = -1, PLAIN
 
 
 class TextEncoders:
@@ -100,23 +107,23 @@ class TextEncoders:
 
     def batches(
         self,
-        owners: Sequence[int],
+        loaded: Sequence[Loaded],
         tokens: Sequence[Any],
         names: Mapping[str, str],
         sites: Set[str],
     ) -> dict[str, TextBatch]:
-        """Encoder → its distinct token lists, separated by owner if it contains one of ``sites``;
-        ``names`` maps weight keys to sites."""
+        """Encoder → its distinct token lists, separated by what is ``loaded`` if it contains one of
+        ``sites``; ``names`` maps weight keys to sites."""
         batches: dict[str, TextBatch] = {}
         for name, encoder in self._encoders.items():
             prefix = f"{name}."
             own = [s for key, s in names.items() if s in sites and key.startswith(prefix)]
-            rows: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
-            for owner, some in zip(owners, tokens, strict=True):
+            rows: dict[tuple[Loaded, tuple[int, ...]], list[Any]] = {}
+            for of_text, some in zip(loaded, tokens, strict=True):
                 for key in some:
                     for section in _sections(encoder, some[key]) if _is_of(key, name) else ():
-                        rows.setdefault((owner if own else -1, _key(section)), section)
-            ordered = dict(sorted(rows.items(), key=lambda item: item[0][0]))
+                        rows.setdefault((of_text if own else _NOTHING, _key(section)), section)
+            ordered = dict(sorted(rows.items(), key=lambda item: item[0][0][0]))
             batches[name] = TextBatch(name, encoder, own, ordered)
         return batches
 
@@ -140,7 +147,7 @@ class TextEncoders:
 
     def assemble(
         self,
-        owners: Sequence[int],
+        loaded: Sequence[Loaded],
         tokens: Sequence[Any],
         batches: Mapping[str, TextBatch],
         copy: int,
@@ -149,9 +156,9 @@ class TextEncoders:
         """The conditioning of every prompt, from the stored outputs of the text encoders."""
         conditionings: list[Conditioning] = []
         try:
-            for owner, some in zip(owners, tokens, strict=True):
+            for of_text, some in zip(loaded, tokens, strict=True):
                 for batch in batches.values():  # encoders return their stored outputs
-                    batch.encoder.encode = partial(batch.answer, copy, owner, lockstep)
+                    batch.encoder.encode = partial(batch.answer, copy, of_text, lockstep)
                 cond, extra = self._clip.encode_from_tokens_scheduled(some, show_pbar=False)[0]
                 conditionings.append((cond, extra))
         finally:
@@ -174,11 +181,12 @@ class TextBatch:
         name: str,
         encoder: Any,
         sites: Sequence[str],
-        rows: Mapping[tuple[int, tuple[int, ...]], list[Any]],
+        rows: Mapping[tuple[Loaded, tuple[int, ...]], list[Any]],
     ) -> None:
         self.name, self.encoder, self.sites = name, encoder, sites
         self._keys, self._tokens = list(rows), list(rows.values())
-        self.owners = [owner for owner, _ in rows]
+        self.owners = [owner for (owner, _), _ in rows]
+        self.conditions = [condition for (_, condition), _ in rows]
         self.lengths = [len(section) for section in self._tokens]
         self._found: list[dict[Any, Any]] = [{}, {}]
 
@@ -202,7 +210,9 @@ class TextBatch:
                     tick("encoding prompts", done, len(self.owners))
                 if self.sites:
                     own = [self.owners[row] for row in rows]
-                    lockstep.run(MicroBatch(partial(self.run, rows, 1), own, 1))
+                    conditions = [self.conditions[row] for row in rows]
+                    run = partial(self.run, rows, 1)
+                    lockstep.run(MicroBatch(run, own, 1, conditions=conditions))
                 else:
                     self.run(rows, 1)
         if not self.sites:
@@ -211,9 +221,9 @@ class TextBatch:
     def has(self, copy: int) -> bool:
         return bool(self._found[copy]) or not self._keys
 
-    def answer(self, copy: int, owner: int, lockstep: Lockstep, sections: list[Any]) -> Any:
-        """The encoder's outputs for token lists of a concept."""
-        keys = [(owner if self.sites else -1, _key(section)) for section in sections]
+    def answer(self, copy: int, loaded: Loaded, lockstep: Lockstep, sections: list[Any]) -> Any:
+        """The encoder's outputs for token lists of a text."""
+        keys = [(loaded if self.sites else _NOTHING, _key(section)) for section in sections]
         outputs_of = self._found[copy]
         if all(key in outputs_of for key in keys):
             return _join([outputs_of[key] for key in keys])
@@ -222,8 +232,9 @@ class TextBatch:
         def run() -> None:
             outputs.append(self.encoder(sections))
 
+        owners, conditions = zip(*[loaded] * len(sections), strict=True)
         merged = copy == 1
-        lockstep.run(MicroBatch(run, [owner] * len(sections), 1, merged_only=merged))
+        lockstep.run(MicroBatch(run, owners, 1, merged_only=merged, conditions=conditions))
         return outputs[0]
 
 

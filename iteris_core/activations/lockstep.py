@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import SiteError, UsageError
 from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
+from .conditions import under_conditions
 from .micro_batch import MicroBatch
 from .modes import Modes
 from .processes import ALONE, Processes
@@ -234,10 +235,13 @@ class Lockstep:
                     f"Site {name} received {inputs.shape[0]} rows where {rows * batch.copies} were "
                     "expected: the model mixes or splits the batch, which lockstep cannot follow."
                 )
+            if batch.conditions:
+                of = batch.conditions
+                inputs = under_conditions(name, site, of, inputs, output, change_of)
             if batch.merged_only:
                 merged = self.merged.get(name)
                 if merged is None:
-                    return None
+                    return output.reshape(shape) if batch.conditions else None
                 changed = output + site.delta(self._ready(name, None, merged, inputs), inputs)
                 return changed.reshape(shape)
             for concept, start, stop in batch.spans:

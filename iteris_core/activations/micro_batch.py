@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import SiteError
+from .conditions import Condition
 from .saliency import Saliency
 from .token_sampling import TokenSampling
 from .tokens import Group, Observation
@@ -44,10 +45,10 @@ class MicroBatch:
     With ``merged_only`` all rows get the merged changes, and none its LoRA's. ``of_one``: all rows
     belong to the first owner, however many rows the model makes of them. ``mask_of(site)`` says
     which tokens of the site's inputs count, (rows, tokens); ``choice`` selects some of them, and
-    ``saliency`` weights them. With ``pause`` the forward stops at the end of every level:
-    ``pause``, called with the level's last site, returns when its sites are solved. ``passed`` are
-    the solved sites, ``reached`` those of the current level; ``pending`` add their merged changes
-    once known. ``until`` is where a replay ends.
+    ``saliency`` weights them. ``conditions`` are the rows' (empty: all plain). With ``pause`` the
+    forward stops at the end of every level: ``pause``, called with the level's last site, returns
+    when its sites are solved. ``passed`` are the solved sites, ``reached`` those of the current
+    level; ``pending`` add their merged changes once known. ``until`` is where a replay ends.
     """
 
     run: Callable[[], None]
@@ -61,6 +62,7 @@ class MicroBatch:
     stage: str = ""
     choice: TokenSampling = field(default_factory=lambda: TokenSampling((), None, 0))
     saliency: Saliency | None = None
+    conditions: Sequence[Condition] = ()
     streams: dict[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
     passed: set[str] = field(default_factory=set[str])
     until: str | None = None

@@ -24,15 +24,16 @@ class Observation:
     """The inputs and outputs of one micro-batch at one site, before the merged change is added.
 
     ``inputs`` and ``outputs`` are the site's own tensors, rows first, reference rows before merged
-    rows; ``outputs`` includes the reference rows' changes. ``spans`` lists (concept, start, stop)
-    in reference rows; a merged row is ``rows`` further down (``copies=2``) or the reference row
-    itself (``copies=1``). ``group`` is the same for sites that received the same tensor; ``alive``
-    lists the groups that may still occur; ``call`` counts the site's earlier calls in this forward.
-    ``choice`` selects some of every row's tokens. ``mask`` is (rows, tokens), True for tokens that
-    count; None if all do. ``stream`` is the residual stream to which the output will be added,
-    shaped like ``outputs``; None if there is none. ``saliency`` is the micro-batch's, and
-    ``weights``, (rows, tokens), its values at this site; None if all count equally. Copy or reduce:
-    the model may change these tensors later.
+    rows; ``inputs`` are multiplied by their rows' strengths, ``outputs`` include the reference
+    rows' changes. ``spans`` lists (concept, start, stop) in reference rows; a merged row is
+    ``rows`` further down (``copies=2``) or the reference row itself (``copies=1``). ``group`` is
+    the same for sites that received the same tensor; ``alive`` lists the groups that may still
+    occur; ``call`` counts the site's earlier calls in this forward. ``choice`` selects some of
+    every row's tokens. ``mask`` is (rows, tokens), True for tokens that count; None if all do.
+    ``stream`` is the residual stream to which the output will be added, shaped like ``outputs``;
+    None if there is none. ``saliency`` is the micro-batch's, and ``weights``, (rows, tokens), its
+    values at this site; None if all count equally. Copy or reduce: the model may change these
+    tensors later.
     """
 
     name: str

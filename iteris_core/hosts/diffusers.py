@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..activations.meter import free_memory, usable
 from ..architectures import text as text_wirings
@@ -245,10 +246,12 @@ class DiffusersHost:
         """Without ``sites``, text encoders give the same output for every concept and for the
         merge."""
         text, arguments = samples.text, samples.arguments
-        where: dict[tuple[int, str], list[int]] = {}
-        for number, (owner, prompt) in enumerate(zip(text.text_owners, text.texts, strict=True)):
-            where.setdefault((owner if sites else 0, prompt), []).append(number)
-        prompts, numbers = [prompt for _, prompt in where], list(where.values())
+        where: dict[tuple[int, str, Condition], list[int]] = {}
+        known = zip(text.text_owners, text.texts, text.text_conditions, strict=True)
+        for number, (owner, prompt, condition) in enumerate(known):
+            key = (owner, prompt, condition) if sites else (0, prompt, PLAIN)
+            where.setdefault(key, []).append(number)
+        prompts, numbers = [prompt for _, prompt, _ in where], list(where.values())
 
         def run(rows: Sequence[int], copies: int) -> None:
             texts = [prompts[row] for row in rows]
@@ -262,8 +265,9 @@ class DiffusersHost:
         return Stage(
             "text encoder",
             sites,
-            [owner for owner, _ in where],
+            [owner for owner, _, _ in where],
             run,
+            conditions=[condition for *_, condition in where],
             feeds_next=feeds,
             batch_keys=None if arguments.alike else self._lengths(prompts),
             samples=samples.worth,
@@ -309,6 +313,7 @@ class DiffusersHost:
             lengths=None if arguments.alike else [size(call) for call in firsts],
             samples=samples.worth,
             rows=rows,
+            conditions=[text.conditions[row] for row in rows],
             gradients=partial(without_checkpointing, self._models()),
         )
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..activations.conditions import PLAIN, Condition
 from ..activations.lockstep import Lockstep
 from ..architectures.sites import plain_parameter, plain_weight
 from ..concepts import Calibration, Concept
@@ -58,6 +59,7 @@ class Stage:
     - ``samples``: the number of samples behind the rows, for the concept with the fewest (None: the
       calibration's number).
     - ``rows``: indices among the samples' rows, if several stages share them (None: all).
+    - ``conditions``: how the LoRAs are loaded in every row (empty: at their strength, alone).
     - ``gradients()``: a context to enter before differentiating a part of the model.
     """
 
@@ -74,7 +76,13 @@ class Stage:
     lengths: Sequence[int] | None = None
     samples: int | None = None
     rows: Sequence[int] | None = None
+    conditions: Sequence[Condition] = ()
     gradients: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def conditions_of(self, rows: Sequence[int]) -> Sequence[Condition]:
+        """The conditions of these rows; empty if all are plain."""
+        some = [self.conditions[row] for row in rows] if self.conditions else []
+        return some if any(of != PLAIN for of in some) else ()
 
 
 class Host(Protocol):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations.conditions import Condition
 from ..calibration_prompts import (
     Wording,
     calling_words,
@@ -23,6 +24,7 @@ from ..calibration_prompts import (
 )
 from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
+from .uses import Use, drawn_uses
 
 GENERIC = "generic"
 """The name of the generic-prompt concept."""
@@ -36,29 +38,49 @@ _PRESERVED_ROWS = 0.4
 
 @dataclass(frozen=True)
 class TextRows:
-    """Rows sorted by concept. ``text_owners`` and ``texts`` list the distinct (concept, prompt)
-    pairs; ``text_rows`` gives each row's index into them. ``owners`` is each row's concept and
-    ``latent_rows`` the index of its latent; concepts without a LoRA use latents of others."""
+    """Rows sorted by concept. ``text_owners``, ``texts`` and ``text_conditions`` list the distinct
+    (concept, prompt, condition); ``text_rows`` gives each row's index into them. ``owners`` is each
+    row's concept, ``latent_rows`` the index of its latent, and ``conditions`` how it uses the
+    denoiser's LoRAs; concepts without a LoRA use latents of others."""
 
     owners: Sequence[int]
     text_rows: Sequence[int]
     text_owners: Sequence[int]
     texts: Sequence[str]
     latent_rows: Sequence[int]
+    text_conditions: Sequence[Condition]
+    conditions: Sequence[Condition]
 
     @staticmethod
     def of(
-        owners: Sequence[int], prompts: Sequence[str], latent_rows: Sequence[int] | None = None
+        owners: Sequence[int],
+        prompts: Sequence[str],
+        latent_rows: Sequence[int] | None = None,
+        uses: Sequence[Use] | None = None,
     ) -> TextRows:
-        keys = list(zip(owners, prompts, strict=True))
-        pairs = {pair: index for index, pair in enumerate(dict.fromkeys(keys))}
+        uses = uses or [Use()] * len(owners)
+        keys = list(zip(owners, prompts, (use.text for use in uses), strict=True))
+        texts = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         return TextRows(
             owners,
-            [pairs[key] for key in keys],
-            [o for o, _ in pairs],
-            [p for _, p in pairs],
+            [texts[key] for key in keys],
+            [owner for owner, _, _ in texts],
+            [prompt for _, prompt, _ in texts],
             range(len(owners)) if latent_rows is None else latent_rows,
+            [condition for *_, condition in texts],
+            [use.denoiser for use in uses],
         )
+
+    @property
+    def loaded(self) -> list[tuple[int, Condition]]:
+        """What is loaded in the text encoders for every text: a concept's LoRA, and how."""
+        return list(zip(self.text_owners, self.text_conditions, strict=True))
+
+    @property
+    def uses(self) -> list[Use]:
+        """Every row's use."""
+        of_texts = (self.text_conditions[row] for row in self.text_rows)
+        return [Use(text, own) for text, own in zip(of_texts, self.conditions, strict=True)]
 
 
 def added_concepts(
@@ -171,7 +193,11 @@ class SamplePrompts:
                 picks = torch.randint(len(free), (wanted,), generator=generator).tolist()
                 rows += [(owner, p, free[pick]) for p, pick in zip(said, picks, strict=True)]
         rows.sort(key=lambda row: row[0])
-        return TextRows.of([o for o, _, _ in rows], [p for _, p, _ in rows], [n for *_, n in rows])
+        owners, prompts, latents = map(list, zip(*rows, strict=True))
+        loras = [i for i, concept in enumerate(self.concepts) if concept.lora is not None]
+        samples = [(owner, latent // count) for owner, _, latent in rows]
+        uses = drawn_uses(samples, loras, self.calibration)
+        return TextRows.of(owners, prompts, latents, uses)
 
     def _in_contexts(self, owners: Sequence[int], prompts: Sequence[str]) -> list[str]:
         """``prompts``, where a share given by :func:`context_shares` gets extra words. The empty
@@ -188,7 +214,8 @@ class SamplePrompts:
     def worth(self, text: TextRows) -> int:
         """The effective number of samples of the concept with a LoRA and the fewest distinct
         prompts; with new noise, a repeated prompt counts once more."""
-        prompts = Counter(o for o, p in zip(text.text_owners, text.texts, strict=True) if p)
+        distinct = set(zip(text.text_owners, text.texts, strict=True))
+        prompts = Counter(owner for owner, prompt in distinct if prompt)
         own = [prompts[o] for o, concept in enumerate(self.concepts) if concept.lora is not None]
         return min(self.calibration.samples, _REPEATS * min(own, default=0))
 

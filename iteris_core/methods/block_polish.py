@@ -226,7 +226,8 @@ class _StagePolish:
 
     def _batch(self, rows: Sequence[int]) -> MicroBatch:
         owners = [self.stage.concept_ids[row] for row in rows]
-        return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2)
+        conditions = self.stage.conditions_of(rows)
+        return MicroBatch(lambda: self.stage.run(rows, 2), owners, 2, conditions=conditions)
 
     def _rows(self) -> list[int]:
         """Equally many rows of every concept, in random order."""

@@ -56,8 +56,8 @@ class IterisSettings(Settings):
     )
     bound: float = setting(
         4.0,
-        "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. The "
-        "ridge of a layer is raised until it holds, so that the merge also works at other strengths "
+        "Largest norm of a layer's change, as a multiple of what the LoRAs together have there. A "
+        "layer's ridge is raised until it holds, so that the merge also works at other strengths "
         "and beside other LoRAs. 0: no bound.",
         low=0,
         most=1000,

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils import _pytree
 
 from ..activations.barriers import Found, alike
+from ..activations.conditions import Condition
 from ..activations.lockstep import Lockstep
 from ..activations.meter import is_out_of_memory, tensors_in
 from ..activations.micro_batch import MicroBatch
@@ -58,6 +59,7 @@ class SegmentBatch:
     given: Any
     wanted: Sequence[Tensor]
     found: Sequence[Tensor]
+    conditions: Sequence[Condition] = ()
 
     @property
     def bytes(self) -> int:
@@ -137,6 +139,7 @@ def pass_through(
         given,
         [leaf[:count] for leaf in outputs],
         [leaf[count:] for leaf in outputs],
+        batch.conditions,
     )
 
 
@@ -210,7 +213,8 @@ class SegmentForward:
             output = functional_call(self.segment.module, dict(self.weights), args, kwargs)
             outputs.extend(self.by_row.outputs_of(output))
 
-        batch = MicroBatch(run, [first for first, *_ in passage.owners], 1, merged_only=True)
+        owners = [first for first, *_ in passage.owners]
+        batch = MicroBatch(run, owners, 1, merged_only=True, conditions=passage.conditions)
         self.lockstep.run(batch, grad=torch.is_grad_enabled())
         return outputs
 

@@ -132,6 +132,7 @@ def _of(
             stage=stage.name,
             choice=TokenSampling(rows, limit, batching.seed),
             saliency=Saliency(batching.saliency) if weighs else None,
+            conditions=stage.conditions_of(rows),
         )
 
 
@@ -186,5 +187,6 @@ def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
         mask=None if mask is None else selected_mask,
         batch_keys=None if stage.batch_keys is None else [stage.batch_keys[row] for row in rows],
         lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
+        conditions=[stage.conditions[row] for row in rows] if stage.conditions else (),
         samples=None if samples is None else max(1, samples * len(rows) // len(stage.concept_ids)),
     )

@@ -1,0 +1,67 @@
+"""How a file is loaded where a row stands for its use: at another strength, beside another LoRA.
+
+Rows with the LoRAs at strength 1 and nothing beside them leave open what a merge does elsewhere. In
+a row of strength s, LoRA i's change is s ΔW_i and the merged one s ΔW, so the fit has s X̃ as its
+input. Another LoRA, the phantom, is on in both copies of a row and belongs to the base there. It is
+made from one of the merged LoRAs: its inputs, with random signs of its outputs, so that its effect
+has a LoRA's size and no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ..lora import LowRank
+from .site import Site
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The ``strength`` of a row's LoRA and of the merged one. The phantom is made from the LoRA of
+    the concept ``phantom`` (None: there is none), at ``beside`` times its strength, by ``seed``."""
+
+    strength: float = 1.0
+    phantom: int | None = None
+    beside: float = 0.0
+    seed: int = 0
+
+
+PLAIN = Condition()
+
+
+def under_conditions(
+    name: str,
+    site: Site,
+    conditions: Sequence[Condition],
+    inputs: Tensor,
+    outputs: Tensor,
+    change_of: Callable[[int, Tensor], LowRank | None],
+) -> Tensor:
+    """Add the rows' phantoms to ``outputs`` in place; returns ``inputs`` times the rows' strengths.
+
+    Both are the tensors of ``site`` called ``name``, rows first, every row as often as there are
+    copies. ``change_of(concept, inputs)`` is a LoRA's change in the inputs' dtype.
+    """
+    rows, out = len(conditions), site.shape[0]
+    others = [row for row, of in enumerate(conditions) if of.phantom is not None]
+    signs = torch.empty(len(others), out)
+    for index, row in enumerate(others):
+        seed = crc32(name.encode(), conditions[row].seed)
+        signs[index].bernoulli_(0.5, generator=torch.Generator().manual_seed(seed))
+    signs = (2 * signs - 1).to(inputs)
+    for index, row in enumerate(others):
+        of = conditions[row]
+        change = change_of(of.phantom, inputs) if of.phantom is not None else None
+        if change is not None:
+            phantom = LowRank(change.up * (signs[index] * of.beside)[:, None], change.down)
+            outputs[row::rows] += site.delta(phantom, inputs[row::rows])
+    if all(of.strength == 1 for of in conditions):
+        return inputs
+    strengths = torch.tensor([of.strength for of in conditions]).to(inputs)
+    strengths = strengths.repeat(len(inputs) // rows)
+    return inputs * strengths.reshape(-1, *[1] * (inputs.ndim - 1))

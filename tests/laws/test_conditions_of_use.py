@@ -1,0 +1,226 @@
+"""A merge for how files are used: bounded changes, other strengths, another LoRA beside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import (
+    SITES,
+    ModuleHost,
+    Net,
+    captured_inputs,
+    changed,
+    dense_changes,
+    difference,
+    make_data,
+    make_lora,
+)
+from reductions import by_adapter, by_moments, solved
+from tiny import two_concepts
+
+from iteris_core import Calibration, Concept, Lora, LowRank, merge_loras
+from iteris_core.activations.conditions import PLAIN, Condition, under_conditions
+from iteris_core.activations.site import site_of
+from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.hosts.uses import drawn_uses
+from iteris_core.methods.repair import sizes_of
+from iteris_core.passes.changes import changes_of
+
+LORAS = [make_lora(1), make_lora(2, rank=3)]
+OUT, WIDTH = 6, 8
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def flat_problem():
+    """Changes, and inputs with hardly any energy in half of the directions."""
+    changes = [LowRank(randn(OUT, 2, seed=i), randn(2, WIDTH, seed=10 + i)) for i in (1, 2)]
+    scale = torch.tensor([1.0] * 4 + [1e-5] * 4, dtype=torch.float64)
+    inputs = [randn(30, WIDTH, seed=20 + i) * scale for i in (1, 2)]
+    targets = [randn(30, OUT, seed=30 + i) for i in (1, 2)]
+    return changes, inputs, targets
+
+
+def merged(loras, data, *, conditions=None, **settings) -> Lora:
+    class Host(ModuleHost):
+        def stages(self, samples, sites):
+            for stage in super().stages(samples, sites):
+                rows = len(stage.concept_ids)
+                yield replace(stage, conditions=[conditions or PLAIN] * rows)
+
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    settings = {"precision": "float64", "bound": 0.0, **settings}
+    return merge_loras(Host(Net(), data), concepts, settings=settings).lora
+
+
+@pytest.mark.parametrize("bound", [3.0, 10.0])
+@pytest.mark.parametrize("rank", [3, OUT])
+def test_the_ridge_is_raised_until_a_change_keeps_the_bound(bound, rank):
+    changes, inputs, targets = flat_problem()
+    settings = {"ridge": 1e-9, "rank": rank}
+    free = solved(by_moments(changes, inputs, targets), [1.0, 1.0], **settings)
+    size = sum(change.squared_norm() for change in changes) ** 0.5
+    assert free.change.squared_norm() ** 0.5 > 100 * size
+    kept = solved(by_moments(changes, inputs, targets), [1.0, 1.0], bound=bound * size, **settings)
+    assert bound * size / 3 < kept.change.squared_norm() ** 0.5 <= bound * size
+    ridges = [1e-9 * 3**power for power in range(20)]
+    alike = [
+        solved(by_moments(changes, inputs, targets), [1.0, 1.0], ridge=ridge, rank=rank)
+        for ridge in ridges
+    ]
+    first = next(one for one in alike if one.change.squared_norm() ** 0.5 <= bound * size)
+    torch.testing.assert_close(kept.change.dense(), first.change.dense(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_change_within_the_bound_is_the_free_one():
+    changes, inputs, targets = flat_problem()
+    free, kept = (
+        solved(by_moments(changes, inputs, targets), [1.0, 1.0], ridge=1e-2, rank=OUT, bound=bound)
+        for bound in (float("inf"), 1e9)
+    )
+    assert torch.equal(free.change.dense(), kept.change.dense())
+
+
+def test_without_a_ridge_a_bound_holds_too():
+    changes, inputs, _ = flat_problem()
+    references = [randn(30, WIDTH, seed=50 + i) for i in (1, 2)]
+    size = sum(change.squared_norm() for change in changes) ** 0.5
+    kept = solved(by_adapter(changes, inputs, references), [1.0, 1.0], ridge=0.0, bound=4 * size)
+    assert kept.change.squared_norm() ** 0.5 <= 4 * size
+
+
+@pytest.mark.parametrize("objective", ["adapter", "output"])
+@pytest.mark.parametrize("schedule", ["sweep", "jacobi"])
+def test_every_layer_of_a_merge_keeps_the_bound(objective, schedule):
+    concepts = [Concept(lora, prompts=["unused"]) for lora in LORAS]
+    settings = {"bound": 1.0, "objective": objective, "schedule": schedule, "iterations": 2}
+    sizes = sizes_of(changes_of(concepts))
+    found = {bound: merged(LORAS, make_data(), **{**settings, "bound": bound}) for bound in (0, 1)}
+    norms = {
+        bound: [c.squared_norm() ** 0.5 / sizes[s] for s, c in lora.sites.items()]
+        for bound, lora in found.items()
+    }
+    assert max(norms[1]) <= 1.0
+    assert max(norms[0]) > 1.0
+
+
+def test_a_repair_is_bounded_by_its_components_layers():
+    change = LowRank(torch.eye(2), torch.eye(2))
+    zero = LowRank(torch.zeros(2, 1), torch.zeros(1, 2))
+    changes = {
+        "unet.a": [change, change.scaled(2.0)],
+        "unet.b": [change, None],
+        "unet.repair": [zero, zero],
+        "text.a": [change.scaled(9.0), None],
+    }
+    from iteris_core.lora import SiteChanges
+
+    sizes = sizes_of({site: SiteChanges.of(some) for site, some in changes.items()})
+    assert sizes == pytest.approx(
+        {"unet.a": 10**0.5, "unet.b": 2**0.5, "unet.repair": 6**0.5, "text.a": 162**0.5}
+    )
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0, 1.3])
+def test_rows_at_a_strength_ask_for_what_each_lora_does_at_it(strength):
+    """Site after site by plain least squares, with s ΔW on the weights of both copies."""
+    base, data = Net(), make_data()
+    ours = merged(LORAS, data, conditions=Condition(strength), ridge=1e-9, weighting="none")
+
+    def at(changes):
+        return {site: strength * change for site, change in changes.items()}
+
+    references = [
+        captured_inputs(changed(base, at(dense_changes(lora))), x)
+        for lora, x in zip(LORAS, data, strict=True)
+    ]
+    seen = [captured_inputs(changed(base, at(dense_changes(ours))), x) for x in data]
+    for site in SITES:
+        weight = base.get_submodule(site).weight.detach().flatten(1)
+        found = ours.sites[site].dense()
+        left = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        right = torch.zeros_like(weight)
+        for lora, reference, x in zip(LORAS, references, seen, strict=True):
+            own = strength * lora.sites[site].dense()
+            target = reference[site] @ (weight + own).mT - x[site] @ weight.mT
+            left += strength**2 * x[site].mT @ x[site]
+            right += strength * target.mT @ x[site]
+        slope = found @ left - right
+        # A cut to Σ r_i leaves a slope outside of its outputs.
+        within = found @ torch.linalg.pinv(found)
+        assert float((within @ slope).norm()) < 1e-5 * float(right.norm()), site
+
+
+def test_one_lora_under_any_condition_stays_as_it_is():
+    condition = Condition(0.7, phantom=0, beside=0.8, seed=3)
+    found = merged([LORAS[0]], make_data(1), conditions=condition)
+    assert difference(found, dense_changes(LORAS[0])) < 1e-5
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_phantom_has_a_loras_inputs_and_the_size_of_its_effect(conv):
+    module = (
+        torch.nn.Conv2d(3, 4, 3, padding=1).double() if conv else torch.nn.Linear(5, 4).double()
+    )
+    site = site_of("site", module)
+    out, width = site.shape
+    own = LowRank(randn(out, 2, seed=1), randn(2, width, seed=2), (3, 3) if conv else None)
+    inputs = randn(4, 3, 6, 6, seed=3) if conv else randn(4, 7, 5, seed=3)
+    conditions = [Condition(), Condition(0.5, 0, 0.8, seed=9)]  # two rows in two copies
+    before = module(inputs).detach()
+    outputs = before.clone()
+    scaled = under_conditions("site", site, conditions, inputs, outputs, lambda *_: own)
+    torch.testing.assert_close(scaled[[0, 2]], inputs[[0, 2]])
+    torch.testing.assert_close(scaled[[1, 3]], inputs[[1, 3]] * 0.5)
+    torch.testing.assert_close(outputs[[0, 2]], before[[0, 2]])
+    added = (outputs - before)[[1, 3]]
+    wanted = site.delta(own, inputs)[[1, 3]]
+    torch.testing.assert_close(added.abs(), 0.8 * wanted.abs())
+    signs = (added / wanted).sign().movedim(1 if conv else -1, 0).flatten(1)
+    assert bool((signs == signs[:, :1]).all())  # one for each output, the same in both copies
+    other = before.clone()
+    under_conditions("another", site, conditions, inputs, other, lambda *_: own)
+    assert not torch.equal(other, outputs)
+
+
+def test_uses_are_drawn_for_a_share_of_each_samples_rows():
+    calibration = Calibration(conditions=0.5, seed=3)
+    samples = [(owner, sample) for owner in (0, 1) for sample in range(25) for _ in range(4)]
+    uses = drawn_uses(samples, [0, 1], calibration)
+    plain = [use.text == PLAIN == use.denoiser for use in uses]
+    assert 0.45 < sum(plain) / len(plain) < 0.65
+    for sample in set(samples):
+        own = {use for of, use in zip(samples, uses, strict=True) if of == sample}
+        assert 1 <= len(own - {type(uses[0])()}) + 1 <= 2
+    assert uses == drawn_uses(samples, [0, 1], calibration)
+    assert uses != drawn_uses(samples, [0, 1], replace(calibration, seed=4))
+    strengths = {use.denoiser.strength for use in uses} | {use.text.strength for use in uses}
+    assert min(strengths) >= 0.6
+    assert max(strengths) <= 1.3
+    assert {use.denoiser.phantom for use in uses} == {None, 0, 1}
+    none = drawn_uses(samples, [0, 1], replace(calibration, conditions=0.0))
+    assert {use.text for use in none} == {PLAIN}
+
+
+def test_a_text_is_encoded_once_for_each_condition(pipeline):
+    """The rows of a real pipeline; a method that does not sweep has plain ones alone."""
+    seen: dict[str, set[Condition]] = {}
+
+    class Host(DiffusersHost):
+        def stages(self, samples, sites):
+            for stage in super().stages(samples, sites):
+                seen.setdefault(stage.name, set()).update(stage.conditions)
+                yield stage
+
+    host = Host(pipeline)
+    calibration = {"samples": 4, "denoising_steps": 4, "latent_size": 4, "conditions": 0.5}
+    for method, several in (("iteris", True), ("regmean", False)):
+        seen.clear()
+        merge_loras(host, two_concepts(host), method, calibration=calibration)
+        assert len(seen) == 2
+        for conditions in seen.values():
+            assert (len(conditions - {PLAIN}) > 1) == several
