@@ -94,7 +94,8 @@ def progress_bars(*, visible: bool = True) -> Generator[OnProgress]:
             if not progress.total:
                 if what not in tasks:
                     tasks[what] = None
-                    bars.console.print(what, style="dim", highlight=False)
+                    if visible:
+                        bars.console.print(what, style="dim", highlight=False)
                 return
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=progress.total, count="", left="")
@@ -153,8 +154,13 @@ def run_merge(
 def foresee(
     device: str | None, load: Load, options: Mapping[str, Any], *, quiet: bool = False
 ) -> Preview:
-    """Preview this merge; nothing is merged."""
-    with progress_bars(visible=not quiet) as on_progress:
+    """Preview this merge; nothing is merged. The caller prints the plan."""
+    with progress_bars(visible=not quiet) as show:
+
+        def on_progress(progress: Progress) -> None:
+            if not progress.plan:
+                show(progress)
+
         loaded = _loaded(load, device_of(device), on_progress)
         return preview_merge(*loaded, on_progress=on_progress, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -114,7 +115,8 @@ def found_in(folders: Sequence[Path], concept: ConceptConfig) -> ConceptConfig:
 def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     """The file in one of ``folders``, by its recorded path or file name; its content must be the
     same."""
-    names = dict.fromkeys((name, PureWindowsPath(name).name))  # either kind of slash
+    whole = os.path.expanduser(name)
+    names = dict.fromkeys((whole, PureWindowsPath(name).name))  # either kind of slash
     candidates = [folder / part for folder in folders for part in names]
     present = [path for path in candidates if path.exists()]
     for path in present:

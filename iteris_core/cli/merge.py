@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
@@ -54,6 +54,7 @@ _ASKED = (
 @command(MergeOptions)
 def merge(context: typer.Context, options: MergeOptions) -> None:
     """Merge LoRAs into one, on a diffusers pipeline or a transformers model."""
+    console.quiet = options.quiet
     file = context.obj if isinstance(context.obj, MergeFile) else None
     config, adapter = requested(file, options)
     output = options.output
@@ -81,12 +82,15 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):
         console.print(escape(line), style="yellow", highlight=False)
-    how = {**config.choices, "memory_budget": bytes_of(options.memory)}
+    memory = bytes_of(options.memory)
+    how = {**config.choices, "unmergeable": config.unmergeable, "memory_budget": memory}
     if options.plan:
         preview = foresee(options.device, load, how, quiet=options.quiet)
-        typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
+        if options.as_json:
+            typer.echo(json.dumps(asdict(preview)))
+        elif not options.quiet:
+            typer.echo("\n".join([*preview.lines(), "Nothing was merged or written."]))
         return
-    how |= {"unmergeable": config.unmergeable}
     result = run_merge(options.device, load, how, quiet=options.quiet)
     if result is not None:
         if not adapter:

@@ -35,8 +35,9 @@ class MergeFile:
 
     def find(self, name: str) -> Path:
         """The path of a file: beside the merge file, otherwise relative to the current folder."""
-        beside = self.path.parent / name
-        return beside if beside.exists() else Path(name)
+        path = Path(os.path.expanduser(name))
+        beside = self.path.parent / path
+        return beside if beside.exists() else path
 
     def place(self, base: str) -> str:
         """The path of the base; a hub name stays as it is."""
@@ -126,9 +127,11 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise MergeFileError(f"{path} cannot be read ({brief(error)}).") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise MergeFileError(f"{path} is not valid YAML: {brief(error)}") from error
-    if data is not None and not isinstance(data, dict):
+    if data is None:
+        raise MergeFileError(f"{path} is empty; iteris init FOLDER writes one for your LoRAs.")
+    if not isinstance(data, dict):
         raise MergeFileError(f"{path}: the file must be a mapping of names to values, not {data!r}")
-    return data or {}
+    return data
 
 
 def _parameters(context: typer.Context) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def _defaults(context: typer.Context, file: MergeFile, values: Mapping[Any, Any]
             raise MergeFileError(f"{file.path}: {key}: {error.message}") from error
         if isinstance(converted, Path):
             target = parameter.name in _TARGETS
-            converted = file.path.parent / converted if target else file.find(str(converted))
+            beside = file.path.parent / os.path.expanduser(converted)
+            converted = beside if target else file.find(str(converted))
         defaults[parameter.name] = converted
     return defaults

@@ -66,13 +66,11 @@ class MergeOptions:
     preset: PresetName | None = given_by(PRESET_HELP)
     overwrite: bool = given_by("Replace an existing output file", "--overwrite", default=False)
     plan: bool = given_by(
-        "Check everything, show the memory plan, and stop",
+        "Check everything, show the plan of the merge, and stop",
         "--plan",
         default=False,
     )
-    quiet: bool = given_by(
-        "Show only warnings and errors", "--quiet", "-q", panel=RESULT, default=False
-    )
+    quiet: bool = given_by("Show nothing but errors", "--quiet", "-q", panel=RESULT, default=False)
     method: str | None = given_by(
         "Default: iteris; the command iteris methods lists all",
         autocompletion=method_names,
@@ -100,7 +98,8 @@ class MergeOptions:
         panel=AGAIN,
     )
     loras: Path | None = given_by(
-        "With --from or a merge file: the LoRAs' folder, if they are not beside it",
+        "With --from or a merge file: the LoRAs' folder, if they are not beside it; its subfolders "
+        "count too",
         panel=AGAIN,
     )
     templates: Path | None = given_by(
@@ -139,7 +138,9 @@ class MergeOptions:
     energy: float = given_by(
         "Share to keep of changes that are not low rank", panel=READING, default=0.999
     )
-    rename: list[str] | None = given_by("LORA:NAME=NEW: rename an embedding", panel=READING)
+    rename: list[str] | None = given_by(
+        "LORA:NAME=NEW: rename an embedding, in the LoRA's trigger words too", panel=READING
+    )
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
     card: bool = given_by(
         "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",

@@ -140,7 +140,7 @@ def fewer(stage: Stage, count: int) -> Stage:
     many of its samples as possible."""
     total = len(stage.concept_ids)
     kept = [_evenly(rows, len(rows) * count // total) for rows in _by_concept(stage)]
-    return _selected(stage, [row for rows in kept for row in rows])
+    return selected(stage, [row for rows in kept for row in rows])
 
 
 def _by_concept(stage: Stage) -> list[list[int]]:
@@ -170,8 +170,9 @@ def _spread(total: int, count: int) -> list[int]:
     ]
 
 
-def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
-    mask, samples = stage.mask, stage.samples
+def selected(stage: Stage, rows: Sequence[int]) -> Stage:
+    """``stage`` with some of its rows."""
+    mask, samples, every = stage.mask, stage.samples, stage.rows
 
     def run(some: Sequence[int], copies: int) -> None:
         stage.run([rows[row] for row in some], copies)
@@ -187,4 +188,5 @@ def _selected(stage: Stage, rows: Sequence[int]) -> Stage:
         batch_keys=None if stage.batch_keys is None else [stage.batch_keys[row] for row in rows],
         lengths=None if stage.lengths is None else [stage.lengths[row] for row in rows],
         samples=None if samples is None else max(1, samples * len(rows) // len(stage.concept_ids)),
+        rows=rows if every is None else [every[row] for row in rows],
     )

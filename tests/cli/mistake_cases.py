@@ -323,6 +323,8 @@ CASES = [
     ("M --empty-share 1", "empty_share must be in [0, 1), not 1.0"),
     ("M --contexts -1", "contexts must be in [0, 1], not -1.0 (or none)."),
     ("M --latent-size 0", "latent_size must be at least 1, not 0 (or none)"),
+    ("M --minutes 0", "minutes must be above 0, not 0.0 (or none)"),
+    ("M --minutes long", "minutes must be above 0, not 'long' (or none)"),
     ("M --frames 0", "frames must be at least 1, not 0 (or none)"),
     (
         "M --seed x",
@@ -472,7 +474,20 @@ CASES = [
         "The cut {'rank': 0, 'ordered': True} is invalid",
     ),
     # merge files
-    ("Y", "merge.yaml has no LoRAs: list them under concepts:, or give them with --concept"),
+    ("Y", "merge.yaml is empty; iteris init FOLDER writes one for your LoRAs"),
+    ("Y |# later\\n", "merge.yaml is empty; iteris init FOLDER writes one for your LoRAs"),
+    (
+        'Y |base: ~/none\\nconcepts: ["{one}:s1:dog"]',
+        "The base '~/none' does not exist: there is no such folder or file",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: ["~/none.safetensors:s1:dog"]',
+        "~/none.safetensors is not in any of the folders",
+    ),
+    (
+        'Y |base: {base}\\nconcepts: [{file: {one}, trigger: x, always_on: yes}]',
+        "merge.yaml: concept 1: always_on must be one of no, include, outside, not 'yes'",
+    ),
     ("Y |- a", "merge.yaml: the file must be a mapping of names to values, not ['a']"),
     (
         "Y |base: [",
