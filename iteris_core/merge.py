@@ -317,8 +317,8 @@ def _read(host: Host | None, concepts: Any) -> list[Concept]:
     """``concepts`` with their LoRAs. Raises :class:`SettingsError` for anything but a list of
     concepts."""
     if isinstance(concepts, str | Path | Concept):
-        what = repr(str(concepts)) if isinstance(concepts, str | Path) else "a single Concept"
-        raise SettingsError(f"concepts must be a list, not {what}; write [{what}].")
+        what = "a single Concept" if isinstance(concepts, Concept) else repr(str(concepts))
+        raise SettingsError(f"concepts must be a list, not {what}; put it in brackets: [...].")
     read: list[Concept] = []
     for one in concepts:
         if isinstance(one, str | Path):

@@ -82,8 +82,7 @@ def merge(context: typer.Context, options: MergeOptions) -> None:
     settings_over(config.preset, config.method, config.settings, config.calibration)
     for line in warnings_of(config.concepts):
         console.print(escape(line), style="yellow", highlight=False)
-    memory = bytes_of(options.memory)
-    how = {**config.choices, "unmergeable": config.unmergeable, "memory_budget": memory}
+    how = {**config.choices, "memory_budget": bytes_of(options.memory)}
     if options.plan:
         preview = foresee(options.device, load, how, quiet=options.quiet)
         if options.as_json:

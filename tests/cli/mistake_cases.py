@@ -485,7 +485,7 @@ CASES = [
         "~/none.safetensors is not in any of the folders",
     ),
     (
-        'Y |base: {base}\\nconcepts: [{file: {one}, trigger: x, always_on: yes}]',
+        "Y |base: {base}\\nconcepts: [{file: {one}, trigger: x, always_on: yes}]",
         "merge.yaml: concept 1: always_on must be one of no, include, outside, not 'yes'",
     ),
     ("Y |- a", "merge.yaml: the file must be a mapping of names to values, not ['a']"),

@@ -319,6 +319,19 @@ def test_the_inner_probe_does_not_warn_of_a_long_prompt(monkeypatch):
     assert "Token indices" in "".join(seen)  # of other prompts it still warns
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("cat.safetensors", r"must be a list, not 'cat.safetensors'; put it in brackets"),
+        (Path("cat.safetensors"), r"must be a list, not 'cat.safetensors'"),
+        (Concept(Lora({}), trigger="sks"), r"must be a list, not a single Concept"),
+    ],
+)
+def test_a_single_concept_is_not_a_list(given, message):
+    with pytest.raises(IterisError, match=message):
+        merge_loras(None, given, "sum")
+
+
 def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, capsys):
     """All of them would go into the file: 31 MB of metadata for a million."""
     lines = tmp_path / "lines.txt"

@@ -55,5 +55,12 @@ def test_a_merge_in_no_time_has_twelve_samples_and_says_so():
     again = merge_loras(host, concepts, calibration={**given, "samples": LEAST})
     assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
     assert "samples" not in again.report.notes
+    generic = {**given, "generic": 0.2}
+    result, again = (
+        merge_loras(host, concepts, calibration={**generic, **more})
+        for more in ({"samples": 40, "minutes": 1e-6}, {"samples": LEAST})
+    )
+    assert again.lora.sites[site].dense().equal(result.lora.sites[site].dense())
+    assert result.report.notes["generic"] == again.report.notes["generic"]
     long = merge_loras(host, concepts, calibration={**given, "samples": 14, "minutes": 60.0})
     assert long.report.rows == 2 * 14
