@@ -124,7 +124,7 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
             return path
     if present:
         raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
-    places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
+    places = ", ".join(str(folder) for folder in dict.fromkeys(folders[:3]))  # not subfolders
     raise RecipeError(
         f"{name} is not in any of the folders {places}; pass its folder with --loras."
     )

@@ -148,8 +148,10 @@ def _checked(config: MergeConfig, where: str) -> MergeConfig:
 
 def _folders(loras: Path | None, file: Path) -> list[Path]:
     """The folders in which to look for the files that ``file`` names."""
-    below = [] if loras is None else sorted(path for path in loras.rglob("*") if path.is_dir())
-    return [*([] if loras is None else [loras, *below]), file.parent, Path()]
+    if loras is None:
+        return [file.parent, Path()]
+    below = sorted(path for path in loras.rglob("*") if path.is_dir())
+    return [loras, file.parent, Path(), *below]
 
 
 def _base_in(folders: Sequence[Path], base: str) -> str:

@@ -387,7 +387,7 @@ def test_a_stop_while_it_loads_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "iteris: stopped.\n"
+    assert capsys.readouterr().err == "iteris: cancelled; nothing was written.\n"
 
 
 def test_every_name_of_the_package_is_there():
