@@ -66,7 +66,7 @@ class MergeOptions:
     preset: PresetName | None = given_by(PRESET_HELP)
     overwrite: bool = given_by("Replace an existing output file", "--overwrite", default=False)
     plan: bool = given_by(
-        "Check everything, show the plan of the merge, and stop",
+        "Check everything, show the plan, and stop",
         "--plan",
         default=False,
     )
@@ -98,8 +98,7 @@ class MergeOptions:
         panel=AGAIN,
     )
     loras: Path | None = given_by(
-        "With --from or a merge file: the LoRAs' folder, if they are not beside it; its subfolders "
-        "count too",
+        "With --from or a merge file: a folder above the LoRAs, if they are not beside it",
         panel=AGAIN,
     )
     templates: Path | None = given_by(
@@ -138,9 +137,7 @@ class MergeOptions:
     energy: float = given_by(
         "Share to keep of changes that are not low rank", panel=READING, default=0.999
     )
-    rename: list[str] | None = given_by(
-        "LORA:NAME=NEW: rename an embedding, in the LoRA's trigger words too", panel=READING
-    )
+    rename: list[str] | None = given_by("LORA:NAME=NEW: rename an embedding", panel=READING)
     as_json: bool = given_by("Print the report as JSON", "--json", panel=RESULT, default=False)
     card: bool = given_by(
         "Also write a card (.md), and the notes that LoRA browsers read (.metadata.json)",

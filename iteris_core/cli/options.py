@@ -61,7 +61,7 @@ def _setting_option(kind: type[Settings], panel: str, declared: Setting) -> Any:
     help = f"{declared.explained()} Default: {declared.shown(declared.default)}."
     if declared.optional:
         number = "INTEGER" if declared.kind is int else "FLOAT"
-        return Annotated[str | None, option(help, panel=panel, metavar=f"{number}|none")]
+        return Annotated[str | None, option(help, panel=panel, metavar=number)]
     return Annotated[get_type_hints(kind)[declared.name] | None, option(help, panel=panel)]
 
 
