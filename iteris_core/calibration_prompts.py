@@ -8,11 +8,14 @@ Separate rows have *generic* prompts, which name no concept; on them the base sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from typing import TypeVar
 
 import torch
 
 from .concepts import KINDS, Calibration, Concept, prompt_list
 from .errors import ConceptError
+
+_T = TypeVar("_T")
 
 CAPTIONS = prompt_list("generic")
 """Things, places, people, light, cameras, art and tags, in a few languages."""
@@ -34,13 +37,23 @@ _READ_ALIKE = 8
 def concept_prompts(
     concept: Concept, calibration: Calibration, generator: torch.Generator
 ) -> list[str]:
-    """``calibration.samples`` prompts in random order, repeated evenly if there are fewer. Several
+    """:func:`samples_of` prompts in random order, repeated evenly if there are fewer. Several
     phrases take turns. Raises :class:`IterisError` if the concept has none."""
     pools = prompt_pools(concept, calibration)
-    each = -(-calibration.samples // len(pools))
-    columns = [in_random_order(pool, each, generator) for pool in pools]
+    count = samples_of(concept, calibration)
+    columns = [in_random_order(pool, -(-count // len(pools)), generator) for pool in pools]
     turns = zip(*columns, strict=True)
-    return [prompt for turn in turns for prompt in turn][: calibration.samples]
+    return [prompt for turn in turns for prompt in turn][:count]
+
+
+def turns_of(concept: Concept) -> int:
+    """The number of phrases that take turns in :func:`concept_prompts`."""
+    return 1 if concept.prompts is not None else max(1, len(concept.phrases))
+
+
+def samples_of(concept: Concept, calibration: Calibration) -> int:
+    """The number of a concept's samples: the calibration's, but at least one for every phrase."""
+    return max(calibration.samples, turns_of(concept))
 
 
 def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
@@ -60,7 +73,9 @@ def prompt_pools(concept: Concept, calibration: Calibration) -> list[list[str]]:
     if not pools:
         raise ConceptError(
             f"LoRA {concept.name!r} has no trigger word and no prompts. Type its trigger word: in "
-            "the node under words, in Python as Concept(trigger=…) or Concept(prompts=[…])."
+            "the node under words, in Python as Concept(trigger=…). A style, slider or detailer "
+            "that acts on every prompt has none: make it always on, in Python always_on='include'. "
+            "Prompts of its own (Concept(prompts=[…])) are for a LoRA that only these invoke."
         )
     return pools
 
@@ -105,13 +120,13 @@ def pair_prompts(left: Concept, right: Concept, calibration: Calibration) -> lis
     ]
 
 
-def in_random_order(pool: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+def in_random_order(pool: Sequence[_T], count: int, generator: torch.Generator) -> list[_T]:
     """``count`` items of ``pool`` in random order; each occurs once before any repeats."""
-    prompts: list[str] = []
-    while len(prompts) < count:
+    items: list[_T] = []
+    while len(items) < count:
         order: list[int] = torch.randperm(len(pool), generator=generator).tolist()
-        prompts += [pool[index] for index in order]
-    return prompts[:count]
+        items += [pool[index] for index in order]
+    return items[:count]
 
 
 def whole_words(pieces: Iterable[str]) -> list[str]:

@@ -7,11 +7,12 @@ target is the sum of its parts' changes, T = X (ΔW_subject + ΔW_style)ᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product, takewhile
+from itertools import takewhile
+from math import lcm
 
-from .calibration_prompts import Wording, concept_prompts
+from .calibration_prompts import Wording, concept_prompts, in_random_order
 from .concepts import Calibration, Concept
 
 
@@ -29,33 +30,47 @@ class Composite(Concept):
 def composites_of(
     concepts: Sequence[Concept], calibration: Calibration, wording: Wording, rows: int
 ) -> list[Composite]:
-    """One composite per subject and style, each with ``rows`` rows. If there are more pairs than
-    LoRAs, they share the rows that one pair per LoRA would have. Half of the prompts get extra
-    words.
+    """One composite per subject and style, each with ``rows`` rows. There are no more than subjects
+    and styles; the seed then chooses among the pairs, and every subject and style is in one. Each
+    subject, or each style if there are more styles, brings the calibration's weight, which all
+    composites share. Half of the prompts get extra words.
 
     A style is invoked by its phrases, or by the words with which all of its own prompts end. A LoRA
     with embeddings takes no part: its words mean something only under that LoRA.
     """
-    pairs = list(_pairs(concepts)) if calibration.composites else []
-    loras = sum(concept.lora is not None for concept in concepts)
-    each = min(rows, max(1, rows * loras // max(len(pairs), 1)))
+    fit = [c for c in concepts if c.lora is not None and not c.lora.embeddings and c.inputs is None]
+    subjects = [c for c in fit if c.kind == "subject" and (c.prompts is not None or c.phrases)]
+    styles = [concept for concept in fit if concept.kind == "style" and _words_of(concept)]
+    if not calibration.composites or not subjects or not styles:
+        return []
+    pairs = _pairs(subjects, styles, wording)
+    weight = calibration.composites * (max(len(subjects), len(styles)) / len(pairs))
     return [
         Composite(
             None,
-            _prompts(subject, style, calibration, wording, each),
+            _prompts(subject, style, calibration, wording, rows),
             trigger=f"{subject.name} in {style.name}",
-            weight=calibration.composites,
+            weight=weight,
             parts=(subject, style),
         )
         for subject, style in pairs
     ]
 
 
-def _pairs(concepts: Sequence[Concept]) -> Iterator[tuple[Concept, Concept]]:
-    fit = [c for c in concepts if c.lora is not None and not c.lora.embeddings and c.inputs is None]
-    subjects = [c for c in fit if c.kind == "subject" and (c.prompts is not None or c.phrases)]
-    styles = [concept for concept in fit if concept.kind == "style" and _words_of(concept)]
-    yield from product(subjects, styles)
+def _pairs(
+    subjects: Sequence[Concept], styles: Sequence[Concept], wording: Wording
+) -> list[tuple[Concept, Concept]]:
+    """Different pairs in which every subject, and every style, occurs about equally often."""
+    every, most = len(subjects) * len(styles), len(subjects) + len(styles)
+    if every > most:
+        subjects, styles = (
+            in_random_order(some, len(some), wording.generator) for some in (subjects, styles)
+        )
+    turn = lcm(len(subjects), len(styles))  # then both begin again, one of them a step further
+    return [
+        (subjects[n % len(subjects)], styles[(n + n // turn) % len(styles)])
+        for n in range(min(every, most))
+    ]
 
 
 def _words_of(style: Concept) -> Sequence[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from .errors import ConceptError, SettingsError
 from .lora import Lora
+from .lora_files.phrases import bare, parted
 from .lora_files.sidecars import find_phrases
 from .settings import Settings, setting
 
@@ -49,13 +50,14 @@ class LoraReader(Protocol):
 class Concept(Settings):
     """One LoRA, its trigger words and its weight.
 
-    ``prompts`` are used as they are. Without them, the templates of ``kind`` make prompts from
-    ``trigger`` and ``class_word``, or from each of several ``subjects`` in turn (for a LoRA that is
-    itself a merge). ``inputs``, or what calling it returns, are batches of keyword arguments for
-    hosts that do not work from prompts. ``lora=None`` keeps the base model as it is, see
-    :meth:`preserve`.
+    ``prompts`` are used as they are; on others the merge keeps only a part of the LoRA. Without
+    them, the templates of ``kind`` make prompts from ``trigger`` and ``class_word``, or from each
+    of several ``subjects`` in turn (for a LoRA that is itself a merge). ``inputs``, or what calling
+    it returns, are batches of keyword arguments for hosts that do not work from prompts.
+    ``lora=None`` keeps the base model as it is, see :meth:`preserve`.
 
-    ``always_on`` is for a speed LoRA (turbo, lightning). It is on while the others are merged. With
+    ``always_on`` is for a LoRA that acts on every prompt: a speed LoRA (turbo, lightning), or a
+    style, slider or detailer without a trigger. It is on while the others are merged. With
     ``include`` its change becomes part of the merged LoRA; with ``outside`` it is loaded beside it.
     Such a LoRA needs no words and no prompts.
     """
@@ -283,9 +285,16 @@ def lines_of(text: str) -> list[str]:
 
 
 def words_in(phrases: Sequence[str]) -> dict[str, Any]:
-    """``trigger``, ``class_word`` and ``subjects`` for a :class:`Concept`. A single phrase is split
-    at its first space: "sks dog" becomes "sks" and "dog". Several are kept as they are."""
-    several = len(phrases) > 1
-    trigger, _, class_word = "".join(() if several else phrases).partition(" ")
-    subjects = tuple(phrases if several else ())
-    return {"trigger": trigger, "class_word": class_word.strip(), "subjects": subjects}
+    """``trigger``, ``class_word`` and ``subjects`` for a :class:`Concept`. The trigger of a single
+    phrase is its first word that is not common: "sks dog" becomes "sks" and "dog". If common words
+    precede it, the phrase is the only subject; if there are no others, it is the trigger. Several
+    phrases are kept as they are."""
+    if len(phrases) != 1:
+        return {"trigger": "", "class_word": "", "subjects": tuple(phrases)}
+    phrase = bare(phrases[0])
+    before, trigger, after = parted(phrase)
+    return {
+        "trigger": trigger or before,
+        "class_word": "" if before else after,
+        "subjects": (phrase,) if before and trigger else (),
+    }

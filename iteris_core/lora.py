@@ -132,46 +132,59 @@ def concatenate(changes: Sequence[LowRank]) -> LowRank:
     return LowRank(up, down, first.kernel)
 
 
+def in_one(changes: Sequence[LowRank]) -> LowRank:
+    """The only one of ``changes``, by reference, or the sum of several."""
+    return changes[0] if len(changes) == 1 else concatenate(changes)
+
+
 @dataclass(frozen=True)
 class SiteChanges:
     """The LoRAs' changes of one site, one for each concept.
 
     None stands for a LoRA that does not change the site. At least one concept has a change, and all
-    changes have the same shape. The last ``sums`` entries are sums of others: targets of composite
-    rows, which count neither in the rank nor in the mean.
+    changes have the same shape. ``sums`` are further concepts, after the others: the indices of
+    those whose changes add up to theirs. They are targets of composite rows, which count neither in
+    the rank nor in the mean, and have no factors of their own.
     """
 
     by_concept: tuple[LowRank | None, ...]
-    sums: int = 0
+    sums: tuple[tuple[int, ...], ...] = ()
 
     @staticmethod
     def of(changes: SiteChanges | Sequence[LowRank | None]) -> SiteChanges:
         return changes if isinstance(changes, SiteChanges) else SiteChanges(tuple(changes))
 
     def __len__(self) -> int:
-        return len(self.by_concept)
+        return len(self.by_concept) + len(self.sums)
 
     def __iter__(self) -> Iterator[LowRank | None]:
-        return iter(self.by_concept)
+        return (self[concept] for concept in range(len(self)))
 
     def __getitem__(self, concept: int) -> LowRank | None:
-        return self.by_concept[concept]
+        """A concept's change; a sum is concatenated anew each time."""
+        parts = self.parts(concept)
+        return in_one(parts) if parts else None
 
-    @cached_property
+    def parts(self, concept: int) -> list[LowRank]:
+        """The changes that add up to a concept's: its own, or those of a sum."""
+        sums = concept - len(self.by_concept)
+        parts = (concept,) if sums < 0 else self.sums[sums]
+        return [self.own[part] for part in parts if part in self.own]
+
+    @property
     def present(self) -> dict[int, LowRank]:
         """Concept → its change, for concepts that have one, in order."""
-        return {i: change for i, change in enumerate(self.by_concept) if change is not None}
+        return {i: change for i, change in enumerate(self) if change is not None}
 
     @cached_property
     def own(self) -> dict[int, LowRank]:
         """The changes that are present and not sums of others."""
-        first = len(self) - self.sums
-        return {i: change for i, change in self.present.items() if i < first}
+        return {i: change for i, change in enumerate(self.by_concept) if change is not None}
 
     @property
     def like(self) -> LowRank:
         """The first change; a merged change has its dtype, device and kernel."""
-        return next(iter(self.present.values()))
+        return next(iter(self.own.values()))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -186,7 +199,7 @@ class SiteChanges:
     @property
     def listed_rank(self) -> int:
         """Σ r_i, including sums."""
-        return sum(change.rank for change in self.present.values())
+        return sum(part.rank for concept in range(len(self)) for part in self.parts(concept))
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -211,7 +224,7 @@ class SiteChanges:
 
     def mean(self, weights: Sequence[float], dtype: torch.dtype) -> LowRank:
         """Σ w_i ΔW_i / Σ w_i, exactly; Σ runs over all concepts that are not sums of others."""
-        total = sum(weights[: len(self) - self.sums])
+        total = sum(weights[: len(self.by_concept)])
         return concatenate(self.to(dtype).weighted([weight / total for weight in weights]))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,12 +18,14 @@ from .composites import Composite
 from .concept_config import ConceptConfig
 from .concepts import Calibration, Concept
 from .config import Unmergeable
-from .errors import SettingsError, SiteError
+from .errors import IterisError, SettingsError, SiteError
+from .hosts.diffusers_lora import load_adapter
 from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .lora import Lora, SiteChanges
-from .lora_files import Layout, write_lora
+from .lora_files import Layout
+from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
 from .passes import preflight
@@ -42,6 +45,7 @@ from .presets import PresetName
 from .progress import OnProgress
 from .report.provenance import join_embeddings, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
+from .saving import rescued
 from .settings import Settings
 from .solve.choose import POLICY, Policy
 from .solve.problem import Solution
@@ -77,18 +81,33 @@ class MergeResult:
         dtype: str | torch.dtype = "float16",
         overwrite: bool = False,
     ) -> Path:
-        """Write the merged LoRA; see :func:`.lora_files.write_lora`."""
-        return write_lora(self.lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
+        """Write the merged LoRA; see :func:`.lora_files.write_lora`. If that fails, the error says
+        where the merge is instead, as float32. One for two experts becomes two files,
+        ``<stem>_high_noise`` and ``<stem>_low_noise``; returns the first."""
+        with self._rescued():
+            return write_by_expert(
+                self.lora, Path(path), layout=layout, dtype=dtype, overwrite=overwrite
+            )[0]
 
     def load_into(self, pipeline: Any, adapter_name: str = "iteris") -> None:
-        """Load the merged LoRA into a diffusers pipeline, just like its file.
+        """Load the merged LoRA into a diffusers pipeline, just like its file, as the only active
+        adapter; an earlier one of that name is replaced.
 
         ``pipeline.unload_lora_weights()`` removes it. Embeddings that came with the LoRAs are not
-        loaded; to use them, save the LoRA.
+        loaded; to use them, save the LoRA. Raises :class:`OutputError` if the pipeline cannot load
+        all of it, which also says in which file the merge is.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = self.save(Path(folder) / "merged.safetensors", dtype="float32")
-            pipeline.load_lora_weights(str(path), adapter_name=adapter_name)
+        with self._rescued():
+            load_adapter(pipeline, self.lora, adapter_name)
+
+    @contextmanager
+    def _rescued(self) -> Generator[None]:
+        """Context whose errors say in which file the merge is."""
+        try:
+            yield
+        except IterisError as error:
+            write = partial(write_by_expert, self.lora, dtype="float32")
+            raise rescued(write, "merged.safetensors", error) from error
 
 
 def merge_loras(
@@ -143,7 +162,7 @@ def merge_loras(
         raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     else:
         with switched_on(host, always):
-            made = _by_features(job, chosen, settings, unmergeable)
+            made = _by_features(job, always, chosen, settings, unmergeable)
         calibration = replace(calibration, samples=made.samples, minutes=None)  # for the recipe
     zero = "left out of the merge: its strength or weight is 0"
     made.noted[:0] = [(concept.name, [zero]) for concept in concepts if not concept.counts]
@@ -197,12 +216,17 @@ class _Made:
 
 
 def prepared(
-    job: Job, method: Method, settings: Settings, unmergeable: Unmergeable
+    job: Job,
+    always: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    unmergeable: Unmergeable,
 ) -> tuple[Job, dict[str, SiteChanges], Notes]:
     """``job`` with as many samples as its time allows, the concepts that its host adds and
     ``method`` supports, and the changes of the sites whose features can be collected. Also returns
-    the changes of all other sites, and notes. Raises :class:`SiteError` if there are other sites
-    and ``unmergeable`` is ``"refuse"``, or if there are no others."""
+    the changes of all other sites, and notes; the concepts ``always`` are on already. Raises
+    :class:`SiteError` if there are other sites and ``unmergeable`` is ``"refuse"``, or if there
+    are no others."""
     concepts, wanted = job.concepts, job.calibration.samples
     job = _with_added(job, concepts, method)
     check_sites(job.host, job.changes)
@@ -219,7 +243,8 @@ def prepared(
     kept = {site: some for site, some in job.changes.items() if site not in found}
     for seen in looked.stages:
         job.eta.saw(seen, job.concepts, job.calibration)
-    noted = [(one.name, [_added_note(one)]) for one in job.concepts[len(concepts) :]]
+    added = job.concepts[len(concepts) :]
+    noted = [(one.name, [_added_note(one, concepts, always)]) for one in added]
     if job.calibration.samples < wanted:
         few, minutes = job.calibration.samples, job.calibration.minutes
         note = f"{few} of {wanted} prompts per concept, for a merge of about {minutes:g} min"
@@ -238,9 +263,15 @@ def _with_added(job: Job, concepts: Sequence[Concept], method: Method) -> Job:
     return replace(job, concepts=[*concepts, *taken], changes=changes_of([*concepts, *taken]))
 
 
-def _by_features(job: Job, method: Method, settings: Settings, unmergeable: Unmergeable) -> _Made:
+def _by_features(
+    job: Job,
+    always: Sequence[Concept],
+    method: Method,
+    settings: Settings,
+    unmergeable: Unmergeable,
+) -> _Made:
     concepts = job.concepts
-    job, others, noted = prepared(job, method, settings, unmergeable)
+    job, others, noted = prepared(job, always, method, settings, unmergeable)
     calls = [embedding_triggers(concept, job.host.learned) for concept in job.concepts]
     with job.host.activate(calls) as in_force:
         noted += _learned(job.concepts, calls, in_force)
@@ -340,13 +371,19 @@ def _read(host: Host | None, concepts: Any) -> list[Concept]:
     return read
 
 
-def _added_note(added: Concept) -> str:
-    count = len(set(added.prompts or ()))
+def _added_note(added: Concept, concepts: Sequence[Concept], always: Sequence[Concept]) -> str:
+    count, weight = len(set(added.prompts or ())), f"at weight {added.weight:g}"
     if isinstance(added, Composite):
-        what = "that name both get the sum of both LoRAs"
-    else:
-        what = "that name no concept keep the base as it is"
-    return f"{count} prompts {what}, at weight {added.weight:g}"
+        return f"{count} prompts that name both get the sum of both LoRAs, {weight}"
+    base = ", ".join(["the base", *(concept.name for concept in always)])
+    note = f"{count} prompts that name no concept ask for {base} alone, {weight}"
+    wordless = [one.name for one in concepts if one.lora is not None and not one.phrases]
+    if not wordless:
+        return note
+    return (
+        f"{note}. {', '.join(wordless)} has no trigger word, so a part of it may reach them; if it "
+        "should act on every prompt, mark it as always on (always_on=include)"
+    )
 
 
 def _learned(

@@ -70,7 +70,7 @@ def preview_merge(
         changes_of(job.concepts)  # raises if there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"])
     with switched_on(host, always):
-        job, _, noted = prepared(job, chosen, chosen_settings, unmergeable)
+        job, _, noted = prepared(job, always, chosen, chosen_settings, unmergeable)
         triggers = [embedding_triggers(concept, host.learned) for concept in job.concepts]
         try:
             with host.activate(triggers):

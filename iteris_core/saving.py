@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import IterisError, OutputError, SaveError, brief
@@ -22,17 +23,27 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def atomically(path: Path) -> Generator[Path]:
+def together() -> Generator[Callable[[Path], Path]]:
+    """Yield :func:`atomically` for several files, of which all appear or none."""
+    with ExitStack() as undo, ExitStack() as files:
+        yield lambda path: files.enter_context(atomically(path, undo))
+
+
+@contextmanager
+def atomically(path: Path, undo: ExitStack | None = None) -> Generator[Path]:
     """Yield a path at which to write the file or folder ``path``: it lies in a temporary folder
     beside it, and is renamed at the end.
 
     If the disk is full, or anything else is raised, nothing is left behind and an existing file
-    stays. Operating system errors, including safetensors', become :class:`SaveError`.
+    stays. Operating system errors, including safetensors', become :class:`SaveError`. An error that
+    closes ``undo`` later also brings the existing file back.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
             unfinished = Path(folder, path.name)
             yield unfinished
+            if undo is not None:
+                _undone(path, undo)
             unfinished.replace(path)
     except IterisError:
         raise
@@ -41,6 +52,40 @@ def atomically(path: Path) -> Generator[Path]:
         if code is None:
             raise
         raise SaveError(_sentence(path, error, code)) from error
+
+
+def _undone(path: Path, undo: ExitStack) -> None:
+    """On an error, ``undo`` makes ``path`` what it is now."""
+    folder = tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent)
+    earlier = Path(undo.enter_context(folder), path.name)
+    if path.is_file():
+        try:
+            os.link(path, earlier)
+        except OSError:  # a file system without links
+            shutil.copy2(path, earlier)
+
+    def restore(error: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError):
+            if error is not None and earlier.exists():
+                earlier.replace(path)
+            elif error is not None and path.is_file():
+                path.unlink()
+
+    undo.push(restore)
+
+
+def rescued(write: Callable[[Path], Sequence[Path]], name: str, error: IterisError) -> IterisError:
+    """``error``, plus where ``write`` wrote what would be lost otherwise: under ``name`` in the
+    system's folder for temporary files, if possible."""
+    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
+    try:
+        folder.mkdir()
+        files = write(folder / name)
+    except (IterisError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return error
+    names = " and ".join(map(str, files))
+    return type(error)(f"{error} The merge is not lost: it is in {names}.")
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:

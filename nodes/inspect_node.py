@@ -64,9 +64,13 @@ class InspectLoras(io.ComfyNode):
                 if pair.conflict > _ALIKE
             ]
             lines += [
-                f"{concept.name}: no trigger words and no prompts; a merge needs one of them."
+                f"{concept.name}: no trigger words and no prompts; a merge needs one of them, or "
+                "always on for a style, slider or detailer."
                 for spec, concept in zip(specs, loaded, strict=True)
-                if spec.file is not None and spec.prompts is None and not spec.phrases
+                if spec.file is not None
+                and spec.prompts is None
+                and not spec.phrases
+                and spec.always_on == "no"
             ]
             try:
                 lines += preview_merge(

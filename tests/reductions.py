@@ -12,7 +12,6 @@ from iteris_core.solve.adapter import AdapterMoments
 from iteris_core.solve.inputs import CrossMoments, InputMoments
 from iteris_core.solve.output import OutputMoments
 from iteris_core.solve.problem import Bytes, RegressionSpec, SiteContext, Solution, StageSolver
-from iteris_core.solve.rows import OutputRows
 
 CPU = torch.device("cpu")
 
@@ -47,11 +46,6 @@ def by_moments(changes, inputs, targets, weighting="tokens", directions=None) ->
     dtype = inputs[0].dtype
     reduction = OutputMoments(opening(changes, dtype), weighting, dtype, directions)
     return filled(reduction, inputs, targets)
-
-
-def by_rows(changes, inputs, targets) -> OutputRows:
-    dtype = inputs[0].dtype
-    return filled(OutputRows(opening(changes, dtype), dtype), inputs, targets)
 
 
 def by_adapter(changes, inputs, references, weighting="tokens") -> AdapterMoments:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,9 @@ class Collector:
         self._shared.clear()
         self._order.clear()
 
-    def _opened(self, shown: Observation, **known: Any) -> Reduction:
+    def _opened(
+        self, shown: Observation, sample: Callable[[int], list[Tensor]] | None = None
+    ) -> Reduction:
         changes, inputs = self._changes[shown.name], self._inputs.get(shown.name)
         # Only tensors still alive can be shared; the rest is freed.
         for key in [key for key in self._shared if key[0] not in shown.alive]:
@@ -97,10 +98,8 @@ class Collector:
                 changes if inputs is None else changes.at(inputs),
                 shown.inputs.device,
                 share,
-                shared=inputs is None and key in self._shared,
-                processes=self._processes.size,
                 agree=self._processes.first,
-                **known,
+                sample=sample,
             )
         )
 
@@ -173,14 +172,13 @@ class SweepCollector(Collector):
         rows = sum(shown.rows for shown in waiting)
         if rows < self._rows and sum(map(len, map(self._sample_of, waiting))) == len(self._sampled):
             with self._aside():
-                self._reduce(shown.name, self._rows, rows)
+                self._reduce(shown.name)
 
-    def _reduce(self, site: str, rows: int = 1, waiting_rows: int = 1) -> None:
-        """Reduce the waiting tensors, which cover that many of all ``rows``."""
+    def _reduce(self, site: str) -> None:
+        """Reduce the waiting tensors."""
         waiting = self._waiting[site]
-        tokens = sum(shown.count(0, shown.rows) for shown in waiting) * rows // waiting_rows
         sample = partial(self._sample, site, waiting)
-        reduction = self._opened(waiting[0], tokens=tokens, sample=sample)
+        reduction = self._opened(waiting[0], sample=sample)
         for shown in waiting:
             self._add(reduction, shown)
         self._reductions[site] = reduction
@@ -208,13 +206,11 @@ class SweepCollector(Collector):
         few = math.ceil(tokens / max(rows, 1) * offered / max(counted, 1))
         changes, shown = self._changes[site], waiting[0]
         none = shown.outputs.new_zeros(0, changes.shape[0], dtype=self._solver.dtype)
-        sample = [[none] for _ in changes]
+        sample = [[none] for _ in range(len(changes))]
         for shown in waiting:
             part = shown.fewer(few)
             for row in self._sample_of(shown):
                 concept = next(c for c, start, stop in shown.spans if start <= row < stop)
-                tokens_of = ConceptTokens(
-                    part, changes[concept], concept, row, row + 1, self._solver.dtype
-                )
+                tokens_of = ConceptTokens(part, changes, concept, row, row + 1, self._solver.dtype)
                 sample[concept].append(tokens_of.target)
         return [self._processes.gather(torch.cat(parts)) for parts in sample]

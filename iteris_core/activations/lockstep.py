@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UsageError
-from ..lora import LowRank, SiteChanges
+from ..lora import LowRank, SiteChanges, in_one
 from .activation_offload import ActivationOffload
 from .micro_batch import MicroBatch
 from .modes import Modes
@@ -58,7 +58,7 @@ class Lockstep:
         self._joined = joined
         self._active: MicroBatch | None = None
         self._hooks = ExitStack()
-        self._cast: dict[tuple[str, int], LowRank] = {}  # by site and id of its change
+        self._cast: dict[tuple[str, int | None], tuple[LowRank, LowRank]] = {}
         self._barriers = Barriers()
         self.merged: dict[str, LowRank] = {}
 
@@ -94,7 +94,7 @@ class Lockstep:
     @property
     def cast_bytes(self) -> int:
         """Bytes of changes that were cast to the model's dtype or moved to its device."""
-        factors = (f for change in self._cast.values() for f in (change.up, change.down))
+        factors = (f for _, cast in self._cast.values() for f in (cast.up, cast.down))
         return sum(factor.numel() * factor.element_size() for factor in factors)
 
     def close(self) -> None:
@@ -208,7 +208,13 @@ class Lockstep:
         the observer sees both, the forward waits for the solve, and merged rows get the merged
         change."""
         # A zero change, as at repair sites, adds nothing.
-        changes = [c if c is None or bool(c.up.any()) else None for c in self.changes[name]]
+        given = self.changes[name]
+        some = (c if c is None or bool(c.up.any()) else None for c in given.by_concept)
+        changes = SiteChanges(tuple(some), given.sums)
+
+        def change_of(concept: int, inputs: Tensor) -> LowRank | None:
+            parts = [self._ready(name, id(p), p, inputs) for p in changes.parts(concept)]
+            return in_one(parts) if parts else None
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             batch = self._active
@@ -216,9 +222,8 @@ class Lockstep:
                 return None
             inputs: Tensor = args[0]
             if batch.of_one:
-                change = changes[batch.owners[0]]
+                change = change_of(batch.owners[0], inputs)
                 if change is not None:
-                    change = self._ready(name, change, inputs)
                     site.add(change, inputs, output)
                 return output
             rows, shape = len(batch.owners), output.shape
@@ -233,12 +238,11 @@ class Lockstep:
                 merged = self.merged.get(name)
                 if merged is None:
                     return None
-                changed = output + site.delta(merged.to(inputs.dtype, inputs.device), inputs)
+                changed = output + site.delta(self._ready(name, None, merged, inputs), inputs)
                 return changed.reshape(shape)
             for concept, start, stop in batch.spans:
-                change = changes[concept]
+                change = change_of(concept, inputs)
                 if change is not None:
-                    change = self._ready(name, change, inputs)
                     site.add(change, inputs[start:stop], output[start:stop])
             stream = None if name in self._joined else self._stream_of(name, batch, output)
             call = batch.call_of(name)
@@ -289,17 +293,21 @@ class Lockstep:
     ) -> None:
         merged, rows = self.merged.get(name), len(batch.owners)
         if merged is not None and batch.copies == 2:
-            merged = merged.to(inputs.dtype, inputs.device)
+            merged = self._ready(name, None, merged, inputs)
             site.add(merged, inputs[rows:], output[rows:])
 
-    def _ready(self, site: str, change: LowRank, inputs: Tensor) -> LowRank:
-        """The change in the inputs' dtype and on their device, converted once."""
+    def _ready(self, site: str, which: int | None, change: LowRank, inputs: Tensor) -> LowRank:
+        """A LoRA's change, with None the merged one, in the inputs' dtype and on their device,
+        converted once."""
         if change.up.dtype == inputs.dtype and change.up.device == inputs.device:
             return change
-        cached = self._cast.get((site, id(change)))
-        if cached is None or cached.up.dtype != inputs.dtype:
-            cached = self._cast[site, id(change)] = change.to(inputs.dtype, inputs.device)
-        return cached
+        if change.up.requires_grad:  # a step of training changes it in place
+            return change.to(inputs.dtype, inputs.device)
+        source, cast = self._cast.get((site, which), (None, change))
+        if source is not change or cast.up.dtype != inputs.dtype:
+            cast = change.to(inputs.dtype, inputs.device)
+            self._cast[site, which] = change, cast
+        return cast
 
 
 def _by_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
@@ -109,10 +110,12 @@ def with_spare(size: int) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Free bytes on the device or the machine, including PyTorch's cache."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept
+    if is_apart(device):
+        of_device: Any = getattr(torch, device.type)
+        with suppress(RuntimeError):  # an integrated XPU has none, and shares the machine's memory
+            free, _ = of_device.mem_get_info(device)
+            kept = of_device.memory_reserved(device) - of_device.memory_allocated(device)
+            return free + kept
     import psutil
 
     return int(psutil.virtual_memory().available)

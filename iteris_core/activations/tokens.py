@@ -141,7 +141,7 @@ class Observation:
     ) -> Iterator[ConceptTokens]:
         """The tokens of every span; ``inputs`` are the input indices that count (None: all)."""
         for concept, start, stop in self.spans:
-            yield ConceptTokens(self, changes[concept], concept, start, stop, dtype, inputs)
+            yield ConceptTokens(self, changes, concept, start, stop, dtype, inputs)
 
     def changed(self, change: LowRank, start: int, stop: int) -> Tensor:
         inputs = self.inputs[start:stop]
@@ -187,7 +187,7 @@ class ConceptTokens:
     multiplied by the root of its weight; see :class:`..solve.problem.Tokens`."""
 
     shown: Observation
-    change: LowRank | None
+    changes: SiteChanges
     concept: int
     start: int
     stop: int
@@ -228,10 +228,11 @@ class ConceptTokens:
         """W0 X̃, (tokens, out)."""
         if self.shown.copies == 2:
             return self.shown.output_tokens(self.start, self.stop, merged=True)
-        if self.change is None:
+        change = self.changes[self.concept]
+        if change is None:
             return full
         rows = self.start, self.stop
-        return full - self.shown.chosen(self.shown.changed(self.change, *rows), *rows)
+        return full - self.shown.chosen(self.shown.changed(change, *rows), *rows)
 
     def _weighted(self, tokens: Tensor) -> Tensor:
         weights = self.shown.token_weights(self.start, self.stop)

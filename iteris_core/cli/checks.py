@@ -35,8 +35,9 @@ def check_concepts(concepts: Sequence[ConceptConfig], *, run_base: bool) -> None
         if not option.with_found_words(metadata[0]).phrases:
             raise ConceptError(
                 f"{option.file} has no trigger word, neither in its metadata nor in a note beside "
-                f"it. Give one ({option.file}:TRIGGER:CLASS), or prompts that invoke it "
-                "(,prompts=FILE)."
+                f"it. Give one ({option.file}:TRIGGER:CLASS). A style, slider or detailer that "
+                "acts on every prompt has none: add ,always_on=include. ,prompts=FILE is for a "
+                "LoRA that certain prompts invoke; on others the merge keeps only a part of it."
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,39 +28,40 @@ _HUB = {
 _SOURCES = {
     "file": "words from the file's metadata",
     "captions": "words guessed from the captions in the file's metadata",
-    "": "NO TRIGGER WORDS FOUND: type them, or give prompts: FILE",
+    "": "NO TRIGGER WORDS FOUND: type them; always_on: include for a style, slider or detailer",
 }
 
 
 @dataclass(frozen=True)
 class FoundLora:
     """``family`` is the title of the base model's architecture, or :data:`UNKNOWN`; ``source``
-    describes briefly where the trigger words come from."""
+    describes briefly where the trigger words come from; ``folder`` is the one that was searched."""
 
     option: ConceptConfig
     family: str
     source: str
+    folder: Path
 
     @property
     def name(self) -> str:
-        return " + ".join(file.name for file in self.option.files)
+        return " + ".join(file.relative_to(self.folder).as_posix() for file in self.option.files)
 
 
 def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
-    """The LoRAs of the most common family in ``folder``, by name, and why other files are left out.
+    """The LoRAs of the most common family in ``folder`` and its subfolders, by name, and why other
+    files are left out. Pipelines and hidden folders are skipped.
 
     Raises :class:`IterisError` if there is no LoRA.
     """
     if not folder.is_dir():
         raise InputFileError(f"{folder} is not a folder; give the folder with your LoRAs.")
-    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     loras: list[FoundLora] = []
     left_out: dict[str, str] = {}
-    for file in files:
+    for file in _files_in(folder):
         try:
-            loras.append(_look_at(file))
+            loras.append(_look_at(file, folder))
         except LoraFileError as error:
-            left_out[file.name] = str(error)
+            left_out[file.relative_to(folder).as_posix()] = str(error)
     if not loras:
         seen = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no .safetensors"
         raise InputFileError(f"{folder} contains no LoRA ({seen}).")
@@ -70,7 +72,19 @@ def loras_in(folder: Path) -> tuple[list[FoundLora], dict[str, str]]:
     return _pairs([one for one in loras if one.family == family]), left_out
 
 
-def _look_at(file: Path) -> FoundLora:
+def _files_in(folder: Path) -> Iterator[Path]:
+    seen = set[str]()  # links may go round in a circle
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        ends = real in seen or any(name in names for name in INDEXES)
+        folders[:] = [] if ends else sorted(n for n in folders if not n.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        yield from (Path(parent, name) for name in sorted(names) if name.endswith(".safetensors"))
+
+
+def _look_at(file: Path, folder: Path) -> FoundLora:
     """The LoRA in ``file``. Raises :class:`LoraFileError` that says what the file is instead."""
     shapes, metadata = read_header(file)
     if not is_lora(shapes):
@@ -83,7 +97,7 @@ def _look_at(file: Path) -> FoundLora:
         family = said_base(metadata) or UNKNOWN
     option = ConceptConfig(file=file).with_found_words(metadata)
     source = _SOURCES.get(option.source, f"words from {file.stem}{option.source}")
-    return FoundLora(option, family, source)
+    return FoundLora(option, family, source, folder)
 
 
 def _pairs(loras: Sequence[FoundLora]) -> list[FoundLora]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,11 +10,12 @@ from rich.markup import escape
 from ..concepts import Concept
 from ..errors import IterisError, OutputError, SaveError
 from ..lora import Lora
-from ..lora_files import Layout, write_loras
+from ..lora_files import Layout
 from ..lora_files.embeddings import embedding_targets
-from ..lora_files.experts import expert_files, second_of, split_experts
+from ..lora_files.experts import by_expert, expert_files, write_by_expert
 from ..lora_files.metadata import trigger_phrases
 from ..report.provenance import join_embeddings
+from ..saving import rescued
 from .common import console
 
 
@@ -25,21 +23,7 @@ def save_lora(
     lora: Lora, overwrite: bool, path: Path, layout: Layout | None, dtype: str
 ) -> list[Path]:
     """Write a LoRA to ``path``; a LoRA for two experts becomes two files."""
-    denoiser = _denoiser(lora)
-    parts = {path: lora}
-    if _has_second(lora):
-        parts = dict(zip(expert_files(path), split_experts(lora, denoiser), strict=True))
-    return write_loras(parts, layout=layout, dtype=dtype, overwrite=overwrite)
-
-
-def _denoiser(lora: Lora) -> str:
-    return lora.base.architecture.denoiser if lora.base is not None else ""
-
-
-def _has_second(lora: Lora) -> bool:
-    """True if the LoRA is for two experts, which get one file each."""
-    second = f"{second_of(_denoiser(lora))}."
-    return any(site.startswith(second) for site in lora.sites)
+    return write_by_expert(lora, path, layout=layout, dtype=dtype, overwrite=overwrite)
 
 
 def check_embeddings(
@@ -48,7 +32,7 @@ def check_embeddings(
     """Raise :class:`IterisError` before the merge if its embeddings cannot be written beside
     ``output``, or its base has no names in ``layout``."""
     loras = [concept.lora for concept in concepts if concept.lora is not None]
-    beside = expert_files(output)[0] if any(map(_has_second, loras)) else output
+    beside = expert_files(output)[0] if any(len(by_expert(lora)) > 1 for lora in loras) else output
     embedding_targets(beside, list(join_embeddings(concepts).embeddings), overwrite)
     for base in (lora.base for lora in loras):
         if layout == "kohya" and base is not None and not base.written:
@@ -69,33 +53,24 @@ def save_or_keep(path: Path, write: Write, layout: Layout | None, dtype: str) ->
     written at all, the merge goes into the system's folder for temporary files, in the base's own
     layout as float32, and the error says where it is.
     """
+
+    def kept(error: IterisError) -> IterisError:
+        return rescued(lambda other: write(other, None, "float32"), path.name, error)
+
     try:
         return write(path, layout, dtype)
     except SaveError as error:
-        raise _kept(path, write, error) from error
+        raise kept(error) from error
     except IterisError as error:
         if dtype == "float32":
-            raise _kept(path, write, error) from error
+            raise kept(error) from error
         first = error
     try:
         paths = write(path, layout, "float32")
     except IterisError as error:
-        raise _kept(path, write, error) from first
+        raise kept(error) from first
     console.print(f"Written as float32, not {dtype}: {escape(str(first))}", style="yellow")
     return paths
-
-
-def _kept(path: Path, write: Write, error: IterisError) -> IterisError:
-    """``error``, plus where the merge was written instead, if possible."""
-    folder = Path(tempfile.gettempdir(), f"iteris-{secrets.token_hex(4)}")
-    try:
-        folder.mkdir()
-        kept = write(folder / path.name, None, "float32")
-    except (IterisError, OSError):
-        shutil.rmtree(folder, ignore_errors=True)
-        return error
-    names = " and ".join(map(str, kept))
-    return type(error)(f"{error} The merge is not lost: it is in {names}.")
 
 
 def lines_of_embeddings(lora: Lora, path: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..architectures.sites import weight_shape
 from ..concepts import Concept, words_in
 from ..errors import ConceptError, LoraFileError, SettingsError
 from ..hosts.diffusers import DiffusersHost
-from ..hosts.diffusers_lora import COMPONENTS
+from ..hosts.diffusers_lora import COMPONENTS, base_of
 from ..hosts.peft_layers import change_of, has_bias, peft_layers, without_adapters
 from ..hosts.protocol import Host
 from ..hosts.transformers import TransformersHost
@@ -93,7 +94,8 @@ def merge_loaded(
     **choices: Any,
 ) -> MergeResult:
     """Merge the active adapters of a diffusers pipeline, at the weights from ``set_adapters``, into
-    a new one, which is then the only active one.
+    a new one, which is then the only active one. Called again, it merges the same adapters and
+    replaces the earlier merge.
 
     :param words: for each active adapter its trigger words ("sks cat"), a list of prompts that
         invoke it, or fields of :class:`.Concept` by name, such as ``{"trigger": "sks", "weight":
@@ -101,12 +103,15 @@ def merge_loaded(
     :param call: further arguments of the pipeline, as for :class:`.DiffusersHost`.
     :param choices: further arguments of :func:`.merge_loras`.
     :raises IterisError: like :func:`.merge_loras`; also for an adapter that is unsupported or has
-        no words. All adapters are then as before.
+        no words. All adapters are then as before. If the pipeline cannot load the merge, the error
+        says in which file it is.
     """
+    if adapter_name in words:
+        raise SettingsError(f"{adapter_name!r} is an adapter to merge; choose another name.")
     names: list[str] = list(pipeline.get_active_adapters())
-    known = {name for some in pipeline.get_list_adapters().values() for name in some}
-    if adapter_name in known:
-        raise SettingsError(f"There is an adapter {adapter_name!r} already; choose another name.")
+    every = pipeline.get_list_adapters().values()
+    if names == [adapter_name]:  # merged before
+        names = [name for name in words if any(name in some for some in every)]
     _check_names(list(words), names, what="active adapter")
     _check_names(names, names, words)
     fields = {name: _fields(name, words[name]) for name in names}
@@ -119,11 +124,10 @@ def merge_loaded(
                     "deactivate it."
                 )
         host = DiffusersHost(pipeline, **(call or {}))
-        loras = _loaded(host, of_base, names)
-        concepts = [Concept(loras[name], **fields[name]) for name in names]
+        loras, base = _loaded(host, of_base, names), base_of(pipeline, host.sites())
+        concepts = [Concept(replace(loras[name], base=base), **fields[name]) for name in names]
         result = merge_loras(host, concepts, **choices)
     result.load_into(pipeline, adapter_name)
-    pipeline.set_adapters([adapter_name])
     return result
 
 

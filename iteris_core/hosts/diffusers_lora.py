@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from ..architectures import Architecture, architecture_of_sites, architectures
 from ..architectures.sites import named_sites, other_parameters, plain_weight, weight_shape
 from ..architectures.text import CONNECTORS
-from ..errors import BaseError
+from ..errors import BaseError, IterisError, OutputError, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file
+from ..lora_files import BaseModel, ReadOptions, base_model, read_lora_file, write_lora
 from ..lora_files.aliases import file_names
+from ..lora_files.experts import by_expert
 from .diffusers_converters import by_loader
+from .peft_layers import peft_layers
 from .protocol import check_uncompiled
 
 OF_TEXT = ("text_encoder", *CONNECTORS)
@@ -125,6 +128,57 @@ def read_lora(
         return tensors if own else by_loader(pipeline, path, base, tensors, allow_partial=partial)
 
     return read_lora_file(path, base, weight, options, convert)
+
+
+def load_adapter(pipeline: Any, lora: Lora, name: str) -> None:
+    """Load ``lora`` as the adapter ``name``, then the only active one, in place of an earlier one.
+
+    Raises :class:`OutputError` if the pipeline's own loader fails or leaves out a layer. There is
+    then no adapter of that name, and the others are as before.
+    """
+    kind = type(pipeline).__name__
+    before = {layer: [*layer.active_adapters] for layer in _adapter_layers(pipeline).values()}
+    try:
+        pipeline.delete_adapters(name)
+        _load(pipeline, lora, name)
+        # transformers 5 dropped ``text_model.`` from its names
+        loaded = {s for s, layer in _adapter_layers(pipeline).items() if name in layer.lora_A}
+        left = [s for s in lora.sites if not {s, s.replace(".text_model.", ".", 1)} & loaded]
+        if left:
+            raise OutputError(
+                f"{kind} loads {len(lora.sites) - len(left)} of the LoRA's {len(lora.sites)} "
+                f"changes, and not that of {left[0]}."
+            )
+        pipeline.set_adapters([name])
+    except Exception as error:
+        if not before and hasattr(pipeline, "unload_lora_weights"):
+            pipeline.unload_lora_weights()
+        elif before:
+            pipeline.delete_adapters(name)
+        for layer, active in before.items():
+            layer.set_adapter([other for other in active if other != name])
+        if isinstance(error, IterisError):
+            raise
+        raise OutputError(f"{kind} cannot load the LoRA ({brief(error)}).") from error
+
+
+def _load(pipeline: Any, lora: Lora, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for number, part in enumerate(by_expert(lora)):
+            if part.sites:
+                path = Path(folder, f"{number}.safetensors")
+                write_lora(part, path, layout="peft", dtype="float32")
+                second = {"load_into_transformer_2": True} if number else {}
+                pipeline.load_lora_weights(str(path), adapter_name=name, **second)
+
+
+def _adapter_layers(pipeline: Any) -> dict[str, Any]:
+    """peft's layers in all components, by the site's name."""
+    return {
+        f"{component}.{place}": layer
+        for component, model in _components(pipeline)
+        for place, layer in peft_layers(model).items()
+    }
 
 
 def single_file_pipeline(path: Path) -> Any:

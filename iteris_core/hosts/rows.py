@@ -19,6 +19,7 @@ from ..calibration_prompts import (
     context_shares,
     in_random_order,
     prompt_pools,
+    turns_of,
 )
 from ..composites import Composite, composites_of
 from ..concepts import Calibration, Concept
@@ -134,8 +135,8 @@ class SamplePrompts:
 
     def texts(self, count: int | None) -> TextRows:
         """The texts of ``count`` rows per sample. Some rows get the empty prompt, but never all of
-        a concept's, and some of the others get extra words. Concepts without a LoRA get rows on
-        some of the same latents (composites: on those of their parts), because noisy latents hardly
+        a phrase, and some of the others get extra words. Concepts without a LoRA get rows on some
+        of the same latents (composites: on those of their parts), because noisy latents hardly
         depend on the prompt. With None (no denoiser runs) each sample is one row."""
         if count is None:
             return TextRows.of(self.owners, self._in_contexts(self.owners, self.prompts))
@@ -143,8 +144,13 @@ class SamplePrompts:
         row_prompts = [prompt for prompt in self.prompts for _ in range(count)]
         generator = self.wording.generator
         empty = torch.rand(len(row_owners), generator=generator) < self.empty_share
-        for owner in dict.fromkeys(row_owners):
-            own = [row for row, of in enumerate(row_owners) if of == owner]
+        turns = [turns_of(concept) for concept in self.concepts]
+        taken, rows_of = Counter[int](), dict[tuple[int, int], list[int]]()
+        for sample, owner in enumerate(self.owners):
+            own = rows_of.setdefault((owner, taken[owner] % turns[owner]), [])
+            own += range(sample * count, (sample + 1) * count)
+            taken[owner] += 1
+        for own in rows_of.values():
             if bool(empty[own].all()):
                 empty[own[0]] = False
         for row in empty.nonzero().flatten().tolist():

@@ -48,7 +48,7 @@ def split_embeddings(
     embeddings, rest = unbundled(path, tensors)
     names = parse_object(metadata.get("iteris")).get("embeddings")  # for a merged file
     listed = [str(name) for name in names] if isinstance(names, list) else []
-    for file in _beside(path, listed):
+    for file in _beside(path, None if names is None else listed):
         for name, parts in _embeddings_of(file, path.stem).items():
             if name in embeddings:
                 raise LoraFileError(f"{path} and {file} both contain an embedding {name!r}.")
@@ -127,7 +127,7 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:80].strip("._") or "embedding"
 
 
-def _beside(path: Path, listed: Sequence[str]) -> list[Path]:
+def _beside(path: Path, listed: Sequence[str] | None) -> list[Path]:
     """The embedding files beside a LoRA. For a merged file, only those that it lists: others may be
     left over from an earlier merge of that name."""
     files = [path.with_name(f"{path.stem}_{end}.safetensors") for end in _ENDS]
@@ -138,7 +138,7 @@ def _beside(path: Path, listed: Sequence[str]) -> list[Path]:
         name = "" if of_another else _name_in(file)
         if name and re.fullmatch(rf"{re.escape(file_name(name))}(-\d+)?", middle):
             names[file] = name
-    return [file for file, name in names.items() if not (listed and name) or name in listed]
+    return [file for file, name in names.items() if listed is None or not name or name in listed]
 
 
 def _name_in(file: Path) -> str:

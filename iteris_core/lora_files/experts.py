@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import LoraFileError
 from ..lora import Lora
 from .embeddings import without_embeddings
+from .write import Layout, write_loras
 
 HIGH, LOW = "high_noise", "low_noise"
 
@@ -54,6 +57,29 @@ def split_experts(lora: Lora, denoiser: str) -> tuple[Lora, Lora]:
     metadata = without_embeddings(lora.metadata)
     low = replace(_renamed(lora, second, first), metadata=metadata, embeddings={})
     return high, low
+
+
+def by_expert(lora: Lora) -> tuple[Lora, ...]:
+    """``lora``, or its two parts if it changes the second denoiser of its base."""
+    denoiser = "" if lora.base is None else lora.base.architecture.denoiser
+    if any(site.startswith(f"{second_of(denoiser)}.") for site in lora.sites):
+        return split_experts(lora, denoiser)
+    return (lora,)
+
+
+def write_by_expert(
+    lora: Lora,
+    path: Path,
+    *,
+    layout: Layout | None = None,
+    dtype: str | torch.dtype = "float16",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Like :func:`.write_lora`; a LoRA for two experts becomes two files. Returns the paths."""
+    parts = by_expert(lora)
+    files = [path] if len(parts) == 1 else expert_files(path)
+    loras = dict(zip(files, parts, strict=True))
+    return write_loras(loras, layout=layout, dtype=dtype, overwrite=overwrite)
 
 
 def expert_files(path: Path) -> tuple[Path, Path]:

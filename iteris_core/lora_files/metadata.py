@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 
+from .phrases import cleaned, is_common
+
 Purpose = Literal["speed", "edit"]
 """The purpose of a LoRA that is not a concept: it makes a base draw in few steps without guidance,
 or edit images. It belongs on the base model."""
@@ -46,13 +48,14 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """A LoRA's trigger words, as its trainer recorded them, best first.
 
     ``modelspec.trigger_phrase``; the triggers in a merged file; the names of sd-scripts' dataset
-    folders (``10_sks dog``); the tag in every caption (``ss_tag_frequency``).
+    folders (``10_sks dog``); the tag in every caption (``ss_tag_frequency``). The last two are
+    guesses, so common words and tags are left out.
     """
-    words = [part.strip() for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    words = _named(metadata)
     words += [str(concept.get("trigger") or "") for concept in merged_concepts(metadata)]
     for folder in parse_object(metadata.get("ss_dataset_dirs")):
         number, _, name = folder.partition("_")
-        if number.isdigit():
+        if number.isdigit() and not is_common(name):
             words.append(name.strip())
     words += _constant_tags(metadata)
     return list(dict.fromkeys(word for word in words if word))
@@ -71,8 +74,12 @@ def noted_phrases(metadata: Mapping[str, str]) -> list[str]:
         called = concept.get("called") or concept.get("subjects")
         several = [str(phrase) for phrase in called] if isinstance(called, list) else []
         phrases += several or [f"{concept.get('trigger') or ''} {concept.get('class') or ''}"]
-    phrases = phrases or metadata.get("modelspec.trigger_phrase", "").split(",")
+    phrases = phrases or _named(metadata)
     return list(dict.fromkeys(phrase.strip() for phrase in phrases if phrase.strip()))
+
+
+def _named(metadata: Mapping[str, str]) -> list[str]:
+    return [cleaned(part) for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
 
 
 def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -83,10 +90,12 @@ def merged_concepts(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _constant_tags(metadata: Mapping[str, str]) -> list[str]:
-    """Per dataset folder, the most frequent tag if no other tag is as frequent."""
+    """Per dataset folder, the most frequent tag if no other tag is as frequent; common ones do not
+    count."""
     constant: list[str] = []
     for tags in tag_frequency(metadata).values():
-        common = Counter(tags).most_common(2)
+        own = {tag: count for tag, count in tags.items() if not is_common(tag)}
+        common = Counter(own).most_common(2)
         if common and (len(common) == 1 or common[0][1] > common[1][1]):
             constant.append(common[0][0].strip())
     return constant

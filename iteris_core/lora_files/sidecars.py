@@ -1,7 +1,7 @@
 """Files beside a LoRA in which LoRA browsers and download helpers keep its trigger words:
 Lora-Manager's ``.metadata.json``, Civitai Helper's ``.civitai.info``, rgthree's
-``.rgthree-info.json``. They are untrusted and may contain any text. Lora-Manager's is also
-written."""
+``.rgthree-info.json``, and the ``.json`` of Automatic1111's user interface. They are untrusted and
+may contain any text. Lora-Manager's is also written."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 from ..saving import atomically
 from .metadata import noted_phrases, trigger_words
+from .phrases import cleaned
 from .tensors import file_digest
 
 _PREVIEWS = tuple(f".preview.{kind}" for kind in ("png", "jpg", "jpeg", "webp"))
 _BASES = {"sd_v1": "SD 1.5", "sd_v2": "SD 2.1", "sdxl_base_v1-0": "SDXL 1.0", "flux1": "Flux.1 D"}
 """``ss_base_model_version`` → Lora-Manager's name for that base."""
 
-_ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json")
+_ENDINGS = (".metadata.json", ".civitai.info", ".rgthree-info.json", ".json")
 _NAMES = ("trainedWords", "trigger_words")
+_ACTIVATION = "activation text"
+"""The words as one text, in Automatic1111's notes."""
 
 
 class FoundPhrases(NamedTuple):
@@ -113,6 +116,7 @@ def _phrases(path: Path) -> list[str]:
     tables = [content, content.get("civitai")]
     lists = [table.get(name) for table in tables if isinstance(table, dict) for name in _NAMES]
     words = [word for some in lists if isinstance(some, list) for word in some]
+    words.append(content.get(_ACTIVATION))
     texts = [word.get("word") if isinstance(word, dict) else word for word in words]
-    phrases = [text.strip(" ,\n") for text in texts if isinstance(text, str)]
+    phrases = [cleaned(text) for text in texts if isinstance(text, str)]
     return list(dict.fromkeys(phrase for phrase in phrases if phrase))

@@ -19,7 +19,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +30,7 @@ from ..architectures.row_mapping import Alias, file_rows
 from ..architectures.text import text_component
 from ..errors import OutputError
 from ..lora import Lora
-from ..saving import atomically, check_new
+from ..saving import check_new, together
 from .aliases import BaseModel, base_model
 from .alphas import lora_config
 from .embeddings import embedding_targets, to_file
@@ -82,9 +81,9 @@ def write_loras(
         files[path] = to_tensors(lora, layout=layout, dtype=dtype)
         for name, target in embedding_targets(path, list(lora.embeddings), overwrite).items():
             files[target] = to_file(name, lora.embeddings[name]), {"name": name}
-    with ExitStack() as stack:
+    with together() as beside:
         for path, (tensors, metadata) in files.items():
-            save_tensors(tensors, stack.enter_context(atomically(path)), metadata)
+            save_tensors(tensors, beside(path), metadata)
     for lora in loras.values():
         _warn_of_unread(lora, layout or _own_layout(lora))
     return list(loras)
@@ -272,8 +271,8 @@ def _recognisable_to_peft(stored: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _zeros(width: int, like: Factors) -> Factors:
-    zeros = torch.zeros(width, like.rank, dtype=like.up.dtype)
-    return Factors(zeros, zeros.mT.contiguous(), like.scale)
+    up, down = like.up.new_zeros(width, like.rank), like.up.new_zeros(like.rank, width)
+    return Factors(up, down, like.scale)
 
 
 def _network_metadata(modules: Mapping[str, Factors], network: str) -> dict[str, str]:

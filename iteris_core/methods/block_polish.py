@@ -114,7 +114,9 @@ class _StagePolish:
     def run(self) -> list[str]:
         """Polish the stage; returns notes on what is not polished."""
         share = self.job.policy.segment_share
-        segments = segments_of(find(self.stage, self.lockstep), share)
+        found = find(self.stage, self.lockstep)
+        found.sites = [site for site in found.sites if site in self.lockstep.merged]
+        segments = segments_of(found, share)
         for number, segment in enumerate(segments):
             before = {site: self.lockstep.merged[site] for site in segment.sites}
             if not self._gains(segment, number, len(segments), before):

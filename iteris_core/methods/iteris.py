@@ -8,7 +8,6 @@ so one sweep gives the same result as the iteration, if that converges.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from .block_polish import BlockSteps, expect_block_polish, polish_blocks
 from .iteris_settings import IterisSettings
 from .polish import expect_polish, polish
 from .registry import Merged, on_model
-from .repair import Repairs, at_all_inputs, with_repairs
+from .repair import Repairs, at_all_inputs, with_repairs, without_idle
 from .shared_ranks import shared_ranks
 
 _NO_RANKS: Mapping[str, int] = {}
@@ -67,6 +66,7 @@ def iteris(job: Job, settings: IterisSettings) -> Merged:
         if settings.share_ranks:
             solver_of = partial(solver_of, ranks=_shared(run, settings, acting, repairs, batching))
         solutions, log = solve_sites(run, solver_of, batching, schedule)
+        solutions = without_idle(solutions, repairs)
         changes = {site: solution.change for site, solution in solutions.items()}
         if by_blocks.steps:
             changes, notes = polish_blocks(run, changes, by_blocks)
@@ -88,13 +88,12 @@ def _shared(
 ) -> dict[str, int]:
     """Ranks of all sites, for a file as large as with ``settings.rank`` at every site of a LoRA."""
     job, rank = run.job, cast(int, settings.rank)
-    whole = replace(job, policy=replace(job.policy, rows_gain=math.inf))
     uncut = replace(settings, rank=None, share_ranks=False)
     own = [changes for site, changes in job.changes.items() if site not in repairs]
     numbers = sum(min(rank, changes.rank) * sum(changes.shape) for changes in own)
 
     def solver_of(stage: Stage) -> StageSolver:
-        return _solver(whole, uncut, stage, acting, repairs, residuals=True)
+        return _solver(job, uncut, stage, acting, repairs, residuals=True)
 
     return shared_ranks(run, solver_of, batching, numbers)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..activations.site import site_of
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
+from ..solve.problem import Solution
 
 Repairs = Mapping[str, Tensor | None]
 """Repair sites, and which of their inputs they may use (None: all)."""
@@ -51,15 +52,19 @@ def with_repairs(job: Job, share: float | None = None) -> tuple[Job, Repairs]:
     for name in streams:
         if name not in job.changes:
             site = site_of(name, modules[name])
-            added[name] = SiteChanges(
-                tuple(
-                    site.zero(rank).to(like.dtype, like.device) if rank else None
-                    for rank in ranks[name.partition(".")[0]]
-                ),
-                sums,
+            zeros = (
+                site.zero(rank).to(like.dtype, like.device) if rank else None
+                for rank in ranks[name.partition(".")[0]]
             )
+            added[name] = SiteChanges(tuple(zeros), sums)
             inputs[name] = _evenly(*site.shape, share)
     return replace(job, changes={**job.changes, **added}, streams=streams), inputs
+
+
+def without_idle(solutions: Mapping[str, Solution], repairs: Repairs) -> dict[str, Solution]:
+    """``solutions`` without repairs of zero, such as those before the first site of a LoRA, where
+    nothing has drifted yet."""
+    return {s: one for s, one in solutions.items() if s not in repairs or one.change.squared_norm()}
 
 
 def at_all_inputs(change: LowRank, inputs: Tensor, width: int) -> LowRank:
@@ -80,8 +85,8 @@ def _evenly(out: int, width: int, share: float) -> Tensor | None:
 def _largest_ranks(changes: Mapping[str, SiteChanges]) -> dict[str, list[int]]:
     """Component → the largest rank of every concept there, 0 if it changes nothing."""
     ranks: dict[str, list[int]] = {}
-    for site, by_concept in changes.items():
-        largest = ranks.setdefault(site.partition(".")[0], [0] * len(by_concept))
-        for concept, change in by_concept.present.items():
+    for site, some in changes.items():
+        largest = ranks.setdefault(site.partition(".")[0], [0] * len(some.by_concept))
+        for concept, change in some.own.items():
             largest[concept] = max(largest[concept], change.rank)
     return ranks

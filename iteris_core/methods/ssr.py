@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import SettingsError
 from ..linalg.precision import full_precision
 from ..lora import LowRank, SiteChanges
 from ..passes.job import Job
@@ -88,4 +89,10 @@ def routed(stacked: LowRank, router: Tensor) -> Solution:
 @on_activations("ssr", SsrSettings, Router, merged_inputs=False, sums=False)
 def ssr(job: Job, settings: SsrSettings) -> RegressionSpec:
     """Least squares in the row space of all LoRAs together (SSR-Merge, ICML 2026)."""
+    weighted = [one.name for one in job.concepts if one.lora is not None and one.weight != 1]
+    if weighted:
+        raise SettingsError(
+            f"ssr cannot weigh its LoRAs, but {', '.join(weighted)} has a weight other than 1; "
+            "leave the weight out, or use another method, such as iteris."
+        )
     return RegressionSpec(job.weights, settings.ridge, "none")

@@ -23,8 +23,14 @@ from ..lora import LowRank, SiteChanges, concatenate
 
 def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     """Every concept's change, at its strength, at every site that any concept changes; composites
-    come last."""
-    sums = sum(isinstance(concept, Composite) for concept in concepts)
+    come last, as sums of others."""
+    own = [concept for concept in concepts if not isinstance(concept, Composite)]
+    place = {id(concept): number for number, concept in enumerate(own)}
+    sums = tuple(
+        tuple(place[id(part)] for part in concept.parts)
+        for concept in concepts
+        if isinstance(concept, Composite)
+    )
     loras = [concept.lora for concept in concepts if concept.lora is not None]
     if not loras:
         raise MismatchError("There is no LoRA to merge: none is selected, or all have strength 0.")
@@ -34,10 +40,10 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
     sites = {site: None for lora in loras for site in lora.sites}
     changes: dict[str, SiteChanges] = {}
     for site in sites:
-        at_site = SiteChanges(tuple(_change(concept, site) for concept in concepts), sums)
-        if not at_site.present:
+        at_site = SiteChanges(tuple(_change(concept, site) for concept in own), sums)
+        if not at_site.own:
             continue
-        shapes = {change.shape for change in at_site.present.values()}
+        shapes = {change.shape for change in at_site.own.values()}
         if len(shapes) > 1:
             raise MismatchError(
                 f"Site {site} has changes of different shapes {sorted(shapes)}; the LoRAs were "
@@ -53,15 +59,13 @@ def changes_of(concepts: Sequence[Concept]) -> dict[str, SiteChanges]:
 
 
 def _change(concept: Concept, site: str) -> LowRank | None:
-    """The change of the concept's LoRA at ``site``, at its strength, or the sum over its parts;
-    None if there is none."""
-    if isinstance(concept, Composite):
-        found = [change for part in concept.parts if (change := _change(part, site)) is not None]
-        return concatenate(found) if found else None
+    """The change of the concept's LoRA at ``site``, at its strength; None if there is none, or it
+    is zero."""
     strength = concept.strength_at(site)
-    if concept.lora is None or site not in concept.lora.sites or strength == 0:
+    change = None if concept.lora is None else concept.lora.sites.get(site)
+    if change is None or strength == 0 or not (change.up.any() and change.down.any()):
         return None
-    return concept.lora.sites[site].scaled(strength)
+    return change.scaled(strength)
 
 
 def check_sites(host: Host, changes: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from ..calibration_prompts import context_shares, distinct_prompts
+from ..calibration_prompts import context_shares, distinct_prompts, samples_of
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import DENOISING, Stage
 from ..linalg.precision import full_precision
@@ -86,8 +86,9 @@ class Eta:
         predicts roughly how many rows the stage will have."""
         rows = Counter(seen.stage.concept_ids)
         if seen.stage.spatial:
-            more = calibration.samples * calibration.rows_each / calibration.denoising_steps
-            each = [round(rows[owner] * more) for owner in range(len(concepts))]
+            part = calibration.rows_each / calibration.denoising_steps
+            times = _times_as_many(concepts, calibration)
+            each = [round(rows[owner] * many * part) for owner, many in enumerate(times)]
         else:
             shares = context_shares(concepts, calibration)
             each = [_texts(*of, calibration) for of in zip(concepts, shares, strict=True)]
@@ -208,11 +209,22 @@ def _product_seconds(device: str) -> float:
     return min(took) / (2 * size**3)
 
 
+def _times_as_many(concepts: Sequence[Concept], calibration: Calibration) -> list[float]:
+    """For each concept, its samples per sample of a short pass; without a LoRA it has as many rows
+    as the others' most samples give it."""
+    every, short = (
+        [samples_of(one, given) if one.lora is not None else 0 for one in concepts]
+        for given in (calibration, replace(calibration, samples=1))
+    )
+    of_most = max(every) / max(short)
+    return [many / one if one else of_most for many, one in zip(every, short, strict=True)]
+
+
 def _texts(concept: Concept, contexts: float, calibration: Calibration) -> int:
     """Roughly the number of different prompts per concept, including the empty one."""
     pool = distinct_prompts(concept, calibration)
     if concept.lora is None:
         return pool
     of_rows = calibration.samples * calibration.rows_each * (1 - calibration.empty_share)
-    plain = min(calibration.samples, pool)
+    plain = min(samples_of(concept, calibration), pool)
     return round(plain + contexts * of_rows) + (calibration.empty_share > 0)

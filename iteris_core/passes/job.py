@@ -13,6 +13,7 @@ from torch import nn
 
 from ..activations.lockstep import Lockstep
 from ..activations.processes import ALONE, Processes
+from ..calibration_prompts import samples_of
 from ..concepts import Calibration, Concept
 from ..hosts.protocol import Host, Stage
 from ..lora import SiteChanges
@@ -79,8 +80,8 @@ class Job:
         calibration = self.calibration
         if calibration.latents == "noise":
             return 0
-        each = calibration.samples * calibration.denoising_steps
-        return self.loras * each * (2 if calibration.guidance > 1 else 1)
+        samples = sum(samples_of(one, calibration) for one in self.concepts if one.lora is not None)
+        return samples * calibration.denoising_steps * (2 if calibration.guidance > 1 else 1)
 
     @contextmanager
     def run(self) -> Generator[Run]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from ..lora_files.metadata import (
     public_name,
     purpose_of,
 )
+from ..lora_files.phrases import parted
 from .report import MergeReport
 
 _NO_CONCEPT: Mapping[Purpose, str] = {
@@ -178,23 +178,40 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
 
 
 def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
-    """For each concept, a sentence about each trigger that another one shares."""
-    words: list[set[str]] = []
-    for concept in concepts:
-        texts = [] if concept.preserves else concept.subjects or [concept.trigger]
-        triggers = {" ".join(text.lower().split()) for text in texts}
-        # The first word too: "sks dog" and "sks cat" share a token.
-        words.append({w for text in triggers for w in (text, text.partition(" ")[0])} - {""})
-    count = Counter(word for triggers_of in words for word in triggers_of)
+    """For each concept, a sentence about each earlier one that prompts for either invoke too."""
     return [
-        [
-            f"another concept has the trigger {word!r} too: a prompt cannot tell them apart. Give "
-            "other class words, or train one of them with another trigger"
-            for word in sorted(triggers_of)
-            if count[word] > 1
-        ]
-        for triggers_of in words
+        [told for other in concepts[:at] if (told := _clash(other, concept))]
+        for at, concept in enumerate(concepts)
     ]
+
+
+def _clash(one: Concept, two: Concept) -> str:
+    if one.preserves or two.preserves:
+        return ""
+    if both := _triggers(one) & _triggers(two):
+        return (
+            f"another concept has the trigger {max(both, key=len)!r} too: a prompt cannot tell "
+            "them apart. Give other class words, or train one of them with another trigger"
+        )
+    for triggers, other in ((_triggers(one), two), (_triggers(two), one)):
+        for phrase in map(_in_lower_case, other.phrases):
+            if within := [word for word in triggers if f" {word} " in f" {phrase} "]:
+                return (
+                    f"{max(within, key=len)!r} is the trigger of one concept and part of "
+                    f"{phrase!r}, which invokes another: a prompt for that one invokes both. Give "
+                    "one of them other words"
+                )
+    return ""
+
+
+def _triggers(concept: Concept) -> set[str]:
+    """In lower case, whole and by the word that is not common: "sks dog" and "sks cat" share it."""
+    texts = map(_in_lower_case, [concept.trigger] if concept.trigger else concept.subjects)
+    return {word for text in texts for word in (text, parted(text)[1])} - {""}
+
+
+def _in_lower_case(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _of_the_base(concept: Concept) -> list[str]:

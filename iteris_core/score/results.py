@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 
 from PIL import Image
 
 from ..errors import OutputError, SaveError, brief
-from ..saving import atomically
+from ..saving import together
 from .compare import Comparison
 from .compare_progress import ALONE, BASE
 from .page import html_details, html_gallery, html_page, html_table, picture_bytes
@@ -110,9 +109,9 @@ def write_results(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
         "index.html": _page(rows, comparisons, names).encode(),
         **{name: picture_bytes(sheet) for name, sheet in sheets.items()},
     }
-    with ExitStack() as stack:
+    with together() as beside:
         for name, content in files.items():
-            stack.enter_context(atomically(folder / name)).write_bytes(content)
+            beside(folder / name).write_bytes(content)
     return [folder / name for name in files]
 
 

@@ -18,21 +18,19 @@ from .adapter import AdapterMoments
 from .directions import OTHERS, Directions, find_directions
 from .output import OutputMoments
 from .problem import Bytes, Objective, Pull, Reduction, RegressionSpec, SiteContext
-from .rows import OutputRows
 
 
 @dataclass(frozen=True)
 class Policy:
     """Thresholds, and the choices based on them.
 
-    Rows replace moments if that takes ``rows_gain`` times fewer operations. TᵀX̃ is restricted to
-    output directions, ``reserve`` times the rank plus ``more_directions``, if it has more than
-    ``small_target`` entries and this takes ``directions_gain`` times fewer operations. Directions
-    are found from ``tokens_a_direction`` tokens each; for images, from those of ``sample_rows``
-    rows per concept. An image row contributes ``least_row_tokens`` tokens, or as many as give every
-    concept ``tokens_an_input`` tokens per input of a site. With fewer prompts than
-    ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit follows
-    its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
+    TᵀX̃ is restricted to output directions, ``reserve`` times the rank plus ``more_directions``, if
+    it has more than ``small_target`` entries and this takes ``directions_gain`` times fewer
+    operations. Directions are found from ``tokens_a_direction`` tokens each; for images, from those
+    of ``sample_rows`` rows per concept. An image row contributes ``least_row_tokens`` tokens, or as
+    many as give every concept ``tokens_an_input`` tokens per input of a site. With fewer prompts
+    than ``enough_samples`` per LoRA for two LoRAs (proportionally fewer with more LoRAs), a fit
+    follows its sample. The ``ridge`` then grows with the ``ridge_power`` of the shortfall, up to
     ``most_ridge``, and pulls to the mean at the changes' own size. Two concepts on an image model
     hardly compete, so repair uses only ``repair_share`` of a feed-forward's hidden units.
 
@@ -48,7 +46,6 @@ class Policy:
     quarter of all.
     """
 
-    rows_gain: float = 3.0
     small_target: int = 1 << 16
     directions_gain: float = 1.5
     reserve: float = 1.25
@@ -82,8 +79,6 @@ class Policy:
         """The reduction for a site; ``dtype`` is that of its moments."""
         if objective == "adapter":
             return AdapterMoments(opening, fit.weighting, dtype)
-        if self.takes_rows(opening, fit):
-            return OutputRows(opening, dtype)
         directions = self._directions(opening, fit)
         return OutputMoments(opening, fit.weighting, dtype, directions)
 
@@ -102,20 +97,6 @@ class Policy:
         count = self.directions(*changes.shape, changes.rank) if sweep else None
         rows = None if count is None else min(changes.shape[0], count + OTHERS)
         return OutputMoments.bytes(changes, itemsize, rows, fit.dtype)
-
-    def takes_rows(self, opening: SiteContext, fit: RegressionSpec) -> bool:
-        """True if a site is solved from its rows, see :mod:`.rows`."""
-        if fit.weighting not in ("tokens", "none") or fit.ridge <= 0 or fit.shrink != 1:
-            return False
-        if opening.tokens is None or opening.shared or opening.processes > 1:
-            return False
-        return self.rows_are_fewer(opening.tokens, *opening.changes.shape)
-
-    def rows_are_fewer(self, tokens: int, out: int, width: int) -> bool:
-        """True if ``tokens`` rows take enough fewer operations than the (in, in) moments."""
-        by_rows = tokens**2 * (width + 2 * out) + 3 * tokens * out**2
-        moments = tokens * width * (width // 2 + out) + width**3 // 3 + out * width**2
-        return self.rows_gain * by_rows < moments
 
     def directions(self, out: int, width: int, rank: int) -> int | None:
         """The number of directions that represent all ``out`` outputs at a site that keeps ``rank``

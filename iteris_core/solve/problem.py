@@ -74,7 +74,7 @@ class RegressionSpec:
         mean = changes.mean(self.weights, torch.float64).squared_norm()
         if mean <= 0:
             return 1.0
-        count = len(changes) - changes.sums
+        count = len(changes.by_concept)
         squares = {i: change.squared_norm() for i, change in changes.own.items()}
         own = sum(self.weights[i] * square for i, square in squares.items())
         own /= sum(self.weights[:count])
@@ -136,19 +136,15 @@ class SiteContext:
 
     ``changes`` are the LoRAs', restricted to the inputs that count. ``share(kind)`` returns the
     input moments, shared by sites that receive the same tensor, and whether this site should add to
-    them; ``shared`` says that another site already does. ``tokens`` counts those of all rows, and
-    ``sample(n)`` returns about n of all targets T by concept, (tokens, out); both are None if
-    tokens are streamed and unknown until the end. ``processes`` share the rows; ``agree(x)``
-    returns the first process's ``x`` on all of them.
+    them. ``sample(n)`` returns about n of all targets T by concept, (tokens, out); None if tokens
+    are streamed and unknown until the end. ``agree(x)`` returns the first process's ``x`` on all
+    processes.
     """
 
     changes: SiteChanges
     device: torch.device
     share: Callable[[type[Any]], tuple[Any, bool]]
-    shared: bool = False
-    tokens: int | None = None
     sample: Callable[[int], list[Tensor]] | None = None
-    processes: int = 1
     agree: Callable[[Any], Any] = lambda value: value
 
 

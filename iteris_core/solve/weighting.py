@@ -50,25 +50,25 @@ class ByAdapter(Weigher):
     """
 
     def __init__(self, changes: SiteChanges, dtype: torch.dtype, device: torch.device) -> None:
-        self._present = changes.present
+        self._changes = changes
         self._grams = {
             i: torch.zeros(change.rank, change.rank, dtype=dtype, device=device)
             for i, change in changes.present.items()
         }
 
     def add(self, tokens: Tokens) -> None:
-        gram = self._grams.get(tokens.concept)
-        if gram is not None:
+        change = self._changes[tokens.concept]
+        if change is not None:
             reference = tokens.reference
-            hidden = reference @ self._present[tokens.concept].down.to(reference).mT
-            gram.addmm_(hidden.mT, hidden)
+            hidden = reference @ change.down.to(reference).mT
+            self._grams[tokens.concept].addmm_(hidden.mT, hidden)
 
     def sums(self) -> list[Tensor]:
         return list(self._grams.values())
 
     def energy(self, concept: int) -> float:
         """‖X_i ΔW_iᵀ‖²_F; 0 if the LoRA does not change the site."""
-        change = self._present.get(concept)
+        change = self._changes[concept]
         if change is None:
             return 0.0
         up = change.up.double()

@@ -72,6 +72,28 @@ def test_the_file_that_is_written_runs(place, monkeypatch, capsys):
     assert yaml.safe_load((place / "again.yaml").read_text())["output"] == "merged-2.safetensors"
 
 
+def test_loras_in_subfolders_are_found(place, monkeypatch, capsys):
+    """But no weights of a pipeline, and no circle of links."""
+    inner = place / "loras" / "animals" / "small"
+    inner.mkdir(parents=True)
+    (place / "loras" / "dog.safetensors").rename(inner / "cat.safetensors")
+    (place / "loras" / "dog.civitai.info").unlink()
+    (inner / "cat.json").write_text(json.dumps({"activation text": "zwx dog"}))
+    (inner / "again").symlink_to(place / "loras")
+    (place / "loras" / "base").symlink_to(place / "base")
+    (place / "loras" / ".hidden").mkdir()
+    shutil.copy(inner / "cat.safetensors", place / "loras" / ".hidden")
+    code, text, err = run(monkeypatch, capsys, "init", "loras", "--yes")
+    assert code == 0, err
+    assert text.startswith("Wrote merge.yaml: 2 LoRAs")
+    assert "base" not in err
+    assert yaml.safe_load((place / "merge.yaml").read_text())["concepts"] == [
+        {"file": "loras/cat.safetensors", "trigger": "sks", "class": "cat"},
+        {"file": "loras/animals/small/cat.safetensors", "trigger": "zwx", "class": "dog"},
+    ]
+    assert "# words from cat.json" in (place / "merge.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -237,8 +237,8 @@ def test_recipes_that_cannot_be_followed(world, tmp_path, monkeypatch, capsys):
 def test_triggers_are_found_where_trainers_put_them():
     assert trigger_words({"modelspec.trigger_phrase": "sks, zwx"}) == ["sks", "zwx"]
     assert trigger_words({"ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10}}'}) == ["sks dog"]
-    assert trigger_words({"ss_tag_frequency": '{"d": {"a": 2, "b": 9}}'}) == ["b"]
-    assert trigger_words({"ss_tag_frequency": '{"d": {"a": 9, "b": 9}}'}) == []
+    assert trigger_words({"ss_tag_frequency": '{"d": {"k": 2, "b": 9}}'}) == ["b"]
+    assert trigger_words({"ss_tag_frequency": '{"d": {"k": 9, "b": 9}}'}) == []
     assert trigger_words({"ss_tag_frequency": "broken", "iteris": "[]"}) == []
     one, two = ({"ss_tag_frequency": '{"d": {"a": 2}}'}, {"ss_tag_frequency": '{"d": {"a": 1}}'})
     assert merge_tag_frequency([one, two, {}]) == {"d": {"a": 3}}
@@ -272,8 +272,26 @@ def test_shared_triggers_and_embeddings_are_warned_of(tmp_path):
     ):  # fmt: skip
         concepts = [Concept(loras[0], trigger=one), Concept(loras[1], trigger=two)]
         text = merge_loras(None, concepts, "sum").report.summary()
-        assert ("the trigger" in text) == bool(shared)
+        assert text.count("the trigger") == bool(shared)  # once
         assert shared is None or f"another concept has the trigger {shared} too" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([{"trigger": "star"}, {"trigger": "sks1", "class_word": "Star"}], True),
+        ([{"trigger": "sks1 star"}, {"trigger": "star", "class_word": "shape"}], True),
+        ([{"trigger": "star"}, {"subjects": ["zwx", "a sks star"]}], True),
+        ([{"trigger": "star"}, {"trigger": "sks1", "class_word": "starfish"}], False),
+        ([{"trigger": "sks", "class_word": "star"}, {"trigger": "zwx", "class_word": "star"}], 0),
+    ],
+)
+def test_a_trigger_within_another_phrase_is_warned_of(words, said):
+    concepts = [Concept(simple(f"l{n}"), **one) for n, one in enumerate(words)]
+    notes = merge_loras(None, concepts, "sum").report.notes
+    told = [note for of_one in notes.values() for note in of_one if "is the trigger" in note]
+    assert len(told) == said
+    assert all("'star' is the trigger of one concept and part of" in note for note in told)
 
 
 def test_bundled_embeddings_and_those_beside_a_file_are_kept(host, tmp_path):

@@ -16,6 +16,8 @@ SIDECARS = {
         "trainedWords": [{"word": "sks cat", "civitai": True}, {"word": " red hat, sks,"}]
     },
 }
+TAGS = ["1girl", "1boy, solo", "2girls", "6+boys", "looking at viewer", "smile", "very long hair",
+        "highres", "simple_background", "white background", "realistic", "score_9"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SIDECARS)
@@ -32,6 +34,37 @@ def test_words_of_every_helper(tmp_path: Path, name: str) -> None:
 def test_any_text_may_stand_there(tmp_path: Path, text: str) -> None:
     (tmp_path / "toy.civitai.info").write_text(text)
     assert sidecar_phrases(tmp_path / "toy.safetensors") == ((), "")
+
+
+def test_words_of_a1111_are_one_phrase(tmp_path: Path) -> None:
+    note = {"description": "", "activation text": "<lora:toy:0.8> sks cat, hat", "notes": "x"}
+    (tmp_path / "toy.json").write_text(json.dumps(note))
+    assert sidecar_phrases(tmp_path / "toy.safetensors") == (("sks cat, hat",), ".json")
+    (tmp_path / "toy.civitai.info").write_text(json.dumps(SIDECARS["toy.civitai.info"]))
+    assert sidecar_phrases(tmp_path / "toy.safetensors").source == ".civitai.info"
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_common_tag_is_no_trigger(tmp_path: Path, tag: str) -> None:
+    file = tmp_path / "toy.safetensors"
+    counts = json.dumps({"d": {tag: 90, "mychar": 80, "hat": 5}})
+    assert find_phrases(file, {"ss_tag_frequency": counts}) == (("mychar",), "captions")
+    assert find_phrases(file, {"ss_tag_frequency": json.dumps({"d": {tag: 9}})}).phrases == ()
+    said = {"modelspec.trigger_phrase": f"{tag}, mychar"}
+    assert find_phrases(file, said) == (("mychar",), "file")
+    words = {"trainedWords": ["<lora:foo:1>", tag, f"{tag}, mychar,  red hair"]}
+    (tmp_path / "toy.civitai.info").write_text(json.dumps(words))
+    assert find_phrases(file, {}) == (("mychar, red hair",), ".civitai.info")
+
+
+@pytest.mark.parametrize(
+    ("folder", "phrases"),
+    [("10_sks dog", ("sks dog",)), ("1_anime style", ()), ("5_woman", ()), ("3_ohwx", ("ohwx",)),
+     ("img", ())],
+)  # fmt: skip
+def test_a_folder_of_common_words_is_no_trigger(folder: str, phrases: tuple[str, ...]) -> None:
+    metadata = {"ss_dataset_dirs": json.dumps({folder: {"n_repeats": 1}})}
+    assert find_phrases(Path("none.safetensors"), metadata).phrases == phrases
 
 
 def test_what_the_file_says_comes_first_and_a_guess_last(tmp_path: Path) -> None:

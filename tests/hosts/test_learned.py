@@ -265,6 +265,17 @@ def test_embeddings_in_every_place(pipeline, tmp_path):
         host.read_lora(tmp_path / "bad.safetensors")
 
 
+def test_what_an_earlier_merge_left_is_none_of_a_later_ones(pipeline, tmp_path):
+    """Of one that comes with no embedding, over a file that came with one."""
+    host = DiffusersHost(pipeline)
+    lora = random_lora(host, 1, select=small)
+    for embeddings in ({"toy": {"clip_l": vectors(1)}}, {}):
+        result = merge_loras(None, [concept(embeddings, "sks", "dog", lora)], "sum")
+        path = result.save(tmp_path / "m.safetensors", overwrite=True)
+        assert (tmp_path / "m_emb.safetensors").exists()
+        assert host.read_lora(path).embeddings.keys() == embeddings.keys()
+
+
 def test_names_that_no_file_can_have(pipeline, tmp_path):
     assert [file_name(name) for name in ("<toy>", "a/b c", "…", "日本")] == [
         "toy", "a_b_c", "embedding", "日本",

@@ -55,6 +55,19 @@ def test_every_phrase_has_its_turn():
     assert concept.subject == "sks cat and zwx dog and abc bird"
 
 
+def test_every_phrase_has_rows_of_its_own():
+    """Also of more phrases than samples, and whichever rows get the empty prompt."""
+    many = Concept(Lora({}), subjects=[f"sks{n} cat" for n in range(20)])
+    concepts = [many, Concept(Lora({}), trigger="zwx", class_word="dog")]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        calibration = Calibration(samples=12)
+        drawn = SamplePrompts.drawn(concepts, calibration, WORDS, generator, 0.5, denoises=True)
+        assert [drawn.owners.count(owner) for owner in range(2)] == [20, 12]
+        texts = said(drawn.texts(2))
+        assert all(any(phrase in text for text in texts) for phrase in many.phrases)
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
@@ -81,10 +94,35 @@ def test_the_words_of_a_file(metadata, words):
     assert found == {"trigger": "", "class_word": "", "subjects": (), **words}
 
 
+@pytest.mark.parametrize(
+    ("phrase", "words"),
+    [
+        ("sks dog", ("sks", "dog", ())),
+        ("a sks dog", ("sks", "dog", ())),
+        ("The Sks big dog", ("Sks", "big dog", ())),
+        ("a photo of a sks dog", ("sks", "dog", ())),
+        ("<s0><s1> cat", ("<s0><s1>", "cat", ())),
+        ("zwx style", ("zwx", "style", ())),
+        ("big sks dog", ("sks", "", ("big sks dog",))),
+        ("in the style of zwx", ("zwx", "", ("in the style of zwx",))),
+        ("anime style", ("anime style", "", ())),
+        ("a red hat", ("red hat", "", ())),
+        ("a", ("a", "", ())),
+    ],
+)
+def test_the_trigger_of_a_phrase_is_its_first_word_that_is_not_common(phrase, words):
+    found = words_in([phrase])
+    assert tuple(found.values()) == words
+    concept = Concept(Lora({}), **found)
+    assert calling_words([concept]) == set(words[0].lower().split())
+    assert " ".join(concept.phrases) in phrase
+
+
 def test_no_prompts_are_errors():
     with pytest.raises(IterisError, match="empty prompt list"):
         prompts(Concept(None, prompts=[]))
-    with pytest.raises(IterisError, match="has no trigger word and no prompts"):
+    said = r"has no trigger word and no prompts.*always_on='include'"
+    with pytest.raises(IterisError, match=said):
         prompts(Concept(Lora({}, "cat")))
 
 

@@ -112,12 +112,13 @@ def test_the_parts_strengths_count():
 def test_a_sum_counts_neither_in_the_mean_nor_when_all_are_stacked():
     one, two = (make_lora(seed).sites["q"] for seed in (1, 2))
     plain = SiteChanges((one, two))
-    more = SiteChanges((one, two, one.scaled(9.0)), 1)
+    more = SiteChanges((one, two), ((0, 1),))
+    assert torch.equal(more[2].dense(), plain.stacked().dense())
     weights = [1.0, 2.0, 5.0]
     assert torch.equal(more.stacked().dense(), plain.stacked().dense())
     means = more.mean(weights, torch.float64), plain.mean(weights[:2], torch.float64)
     assert torch.equal(means[0].dense(), means[1].dense())
-    assert more.to(torch.float32).sums == more.at(torch.tensor([0, 2])).sums == 1
+    assert more.to(torch.float32).sums == more.at(torch.tensor([0, 2])).sums == more.sums
 
 
 def made(concepts, rows=40, **values):
@@ -137,14 +138,55 @@ def test_prompts_name_the_subject_and_then_the_style():
     assert 10 < len(plain) < 40  # others have words behind
 
 
-def test_each_subject_meets_each_style_and_many_pairs_share_their_rows():
-    subjects = [Concept(Lora({}), trigger=f"sks{i}") for i in range(4)]
-    styles = [Concept(Lora({}), trigger=f"st{i}", kind="style") for i in range(3)]
-    composites = made([*subjects, *styles])
-    assert {tuple(part.trigger for part in c.parts) for c in composites} == {
-        (s.trigger, t.trigger) for s in subjects for t in styles
-    }
-    assert {len(composite.prompts) for composite in composites} == {40 * 7 // 12}
+def subjects_and_styles(subjects, styles, lora=lambda _: Lora({})):
+    return [
+        *(Concept(lora(i), trigger=f"sks{i}") for i in range(subjects)),
+        *(Concept(lora(-i), trigger=f"st{i}", kind="style") for i in range(1, styles + 1)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("subjects", "styles", "pairs", "weight"),
+    [(1, 1, 1, 0.2), (3, 1, 3, 0.6), (2, 2, 4, 0.4), (5, 5, 10, 1.0), (15, 15, 30, 3.0),
+     (2, 40, 42, 8.0)],
+)  # fmt: skip
+def test_all_composites_weigh_as_one_for_each_lora_of_the_larger_side(
+    subjects, styles, pairs, weight
+):
+    concepts = subjects_and_styles(subjects, styles)
+    composites = made(concepts)
+    assert len({tuple(map(id, one.parts)) for one in composites}) == len(composites) == pairs
+    assert sum(one.weight for one in composites) == pytest.approx(weight)
+    assert {len(one.prompts) for one in composites} == {40}
+    times = [sum(one.has(concept) for one in composites) for concept in concepts]
+    assert max(times[:subjects]) - min(times[:subjects]) <= 1
+    assert max(times[subjects:]) - min(times[subjects:]) <= 1
+    assert min(times) > 0
+
+
+def test_the_seed_chooses_among_many_pairs():
+    def chosen(seed):
+        concepts = subjects_and_styles(5, 5)
+        wording = Wording(WORDS, concepts, torch.Generator().manual_seed(seed))
+        return [one.name for one in composites_of(concepts, Calibration(), wording, 4)]
+
+    assert chosen(0) == chosen(0)
+    assert set(chosen(0)) != set(chosen(1))
+
+
+@pytest.mark.parametrize("count", [5, 15])
+def test_composites_copy_no_factors(count):
+    concepts = subjects_and_styles(count, count, lambda seed: make_lora(seed + 20))
+    composites = made(concepts, rows=1)
+    wanted, changes = changes_of(concepts), changes_of([*concepts, *composites])
+    for site, at in changes.items():
+        assert len(at) == 2 * count + len(composites)
+        assert len(at.by_concept) == 2 * count
+        for number, composite in enumerate(composites, 2 * count):
+            parts = [n for n, concept in enumerate(concepts) if composite.has(concept)]
+            assert all(a is at.own[b] for a, b in zip(at.parts(number), parts, strict=True))
+            both = sum(wanted[site][part].dense() for part in parts)
+            assert torch.allclose(at[number].dense(), both)
 
 
 @pytest.mark.parametrize(

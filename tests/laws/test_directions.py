@@ -29,13 +29,10 @@ def find_directions(changes, targets, count):
 
 
 class Few(Policy):
-    """Directions at every site, a few more than the rank; never rows."""
+    """Directions at every site, a few more than the rank."""
 
     def directions(self, out, width, rank):
         return min(out, rank + 4)
-
-    def rows_are_fewer(self, tokens, out, width):
-        return False
 
 
 def problem(noise=0.0, beyond=2, dtype=torch.float64):
@@ -196,9 +193,6 @@ def test_short_texts_are_sampled_where_they_have_tokens():
 
         def directions(self, out, width, rank):
             return 10
-
-        def rows_are_fewer(self, tokens, out, width):
-            return False
 
     change = LowRank(torch.randn(70, 2), torch.randn(2, 4))
     fit = RegressionSpec([1.0, 1.0], 1e-3)

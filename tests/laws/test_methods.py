@@ -17,7 +17,7 @@ from oracle import (
 )
 from peft.utils import merge_utils
 
-from iteris_core import Concept, all_methods, merge_loras
+from iteris_core import Concept, SettingsError, all_methods, merge_loras
 from iteris_core.methods.trimming import least_kept
 
 WIDE = 1000
@@ -238,6 +238,19 @@ def test_ssr_passes_sites_of_one_lora_through():
     ours = merge([one, two], "ssr")
     for lora, site in ((one, "q"), (two, "up")):
         assert torch.equal(ours.lora.sites[site].dense(), lora.sites[site].dense())
+
+
+def test_ssr_refuses_weights_before_its_run():
+    class Idle(ModuleHost):
+        def samples(self, *args):
+            raise AssertionError("it ran")
+
+    concepts = [
+        Concept(lora, prompts=["unused"], trigger=f"t{n}", weight=1.0 + n)
+        for n, lora in enumerate(LORAS)
+    ]
+    with pytest.raises(SettingsError, match="cannot weigh its LoRAs, but t1"):
+        merge_loras(Idle(Net(), make_data(3)), concepts, "ssr")
 
 
 def test_the_subspace_form_is_the_least_squares_router():

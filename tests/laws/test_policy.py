@@ -145,9 +145,6 @@ def test_processes_take_the_first_ones_directions():
         def directions(self, out, width, rank):
             return min(out, rank + 1)
 
-        def rows_are_fewer(self, tokens, out, width):
-            return False
-
     host = ModuleHost(Net(), make_data())
     concepts = [Concept(make_lora(seed), prompts=["unused"]) for seed in (1, 2)]
     merge_loras(host, concepts, runtime=Runtime(Unlike(), Few()), memory_budget=None)

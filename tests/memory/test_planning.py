@@ -263,6 +263,20 @@ def test_free_memory_is_some():
     assert free_memory(torch.device("cpu")) > MIB
 
 
+def test_free_memory_of_an_xpu_is_its_own(monkeypatch):
+    """A card that this machine need not have answers with what torch asks it."""
+    known = {"mem_get_info": (1000, 4000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value)
+    assert free_memory(torch.device("xpu", 0)) == 1200
+
+    def refused(device):
+        raise RuntimeError("doesn't support querying the available free memory")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", refused)
+    assert free_memory(torch.device("xpu", 0)) > MIB
+
+
 def test_the_longest_row_is_what_the_host_says():
     ran = []
     Measure(stage_of([0, 0, 1], ran, lengths=[3, 9, 4]), Runs(), 2).row()

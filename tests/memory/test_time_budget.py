@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,9 @@ from bases import make_lora, tiny
 
 from iteris_core import Calibration, Concept, merge_loras
 from iteris_core.hosts.diffusers import DiffusersHost
+from iteris_core.merge import Runtime, begun, prepared
+from iteris_core.methods import find_method
+from iteris_core.methods.regmean import RegMeanSettings
 from iteris_core.passes import time_budget
 from iteris_core.passes.job import Job
 from iteris_core.passes.time_budget import LEAST, within_time
@@ -34,6 +38,23 @@ def test_a_few_samples_and_unknown_forwards_stay():
     assert within_time(job(minutes=0.01), []).calibration.samples == 50
     unknown = [SimpleNamespace(a_row=0.0)]
     assert within_time(job(minutes=0.01), unknown).calibration.samples == 50
+
+
+def test_rows_of_more_phrases_than_samples_are_foreseen():
+    host = DiffusersHost(tiny("sd1"))
+    site = next(site for site in host.sites() if site.endswith("attn1.to_q"))
+    concepts = [
+        Concept(make_lora("sd1", (site,), 0), subjects=[f"s{n} cat" for n in range(6)]),
+        Concept(make_lora("sd1", (site,), 1), trigger="zwx", class_word="dog"),
+    ]
+    calibration = Calibration(samples=3, timesteps=2, denoising_steps=2, latent_size=8)
+    begun_job, _ = begun(host, concepts, calibration, None, None, Runtime())
+    job, *_ = prepared(begun_job, [], find_method("regmean"), RegMeanSettings(), "refuse")
+    owners = job.eta._seen["unet"].stage.concept_ids
+    result = merge_loras(host, concepts, "regmean", calibration=calibration)
+    assert Counter(owners) == {0: 12, 1: 6, 2: 5}  # the last is of generic prompts
+    assert result.report.rows == len(owners)
+    assert job.denoised == 9 * 2
 
 
 def test_a_merge_in_no_time_has_twelve_samples_and_says_so():

@@ -1,0 +1,171 @@
+"""Laws of every least-squares merge: it is where the gradient vanishes, does not depend on how a
+change is factorised, is no worse at a higher rank, and leaves a merged LoRA as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import SITES, ModuleHost, Net, make_data, make_lora
+from reductions import Rows, by_adapter, by_moments, opening, solved
+from torch import Tensor
+
+from iteris_core import Concept, Lora, LowRank, merge_loras
+from iteris_core.lora import SiteChanges
+from iteris_core.solve.adapter import Gram
+
+OUT, WIDTH, RIDGE = 6, 8, 1e-2
+WEIGHTS = [1.0, 0.5, 2.0]
+COUNTS = (9, 7, 5)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem():
+    """Two LoRAs and, last, the sum of both: (changes, inputs, reference inputs, targets)."""
+    one, two = (LowRank(randn(OUT, 2, seed=i), randn(2, WIDTH, seed=10 + i)) for i in (1, 2))
+    inputs, references, targets = (
+        [randn(n, width, seed=seed + n) for n in COUNTS]
+        for seed, width in ((20, WIDTH), (40, WIDTH), (60, OUT))
+    )
+    return SiteChanges((one, two), sums=((0, 1),)), inputs, references, targets
+
+
+def gradient(loss, at: Tensor) -> float:
+    """‖∇ loss‖ at a point, relative to its value at zero."""
+    sizes = []
+    for value in (at, torch.zeros_like(at)):
+        point = value.clone().requires_grad_()
+        loss(point).backward()
+        assert point.grad is not None
+        sizes.append(float(point.grad.norm()))
+    return sizes[0] / sizes[1]
+
+
+def test_the_layers_objective_has_no_slope_at_its_solution():
+    changes, inputs, _, targets = problem()
+
+    def loss(change: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for own, x, t, weight in zip(changes, inputs, targets, WEIGHTS, strict=True):
+            rho = RIDGE * (x.mT @ x).norm()
+            distance = (t - x @ change.mT).square().sum()
+            total = total + weight / len(x) * distance
+            total = total + weight / len(x) * rho * (change - own.dense()).square().sum()
+        return total
+
+    found = solved(by_moments(changes, inputs, targets), WEIGHTS, ridge=RIDGE, rank=OUT)
+    assert gradient(loss, found.change.dense()) < 1e-9
+
+
+def test_the_papers_objective_has_no_slope_at_its_solution():
+    changes, inputs, references, _ = problem()
+
+    def loss(change: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for own, x, ref, weight in zip(changes, inputs, references, WEIGHTS, strict=True):
+            target = ref @ own.dense().mT
+            left, right = RIDGE * (x.mT @ x).norm(), RIDGE * (ref.mT @ x).norm()
+            total = total + weight / len(x) * (target - x @ change.mT).square().sum()
+            pull = left * change.square() - 2 * right * change * own.dense()
+            total = total + weight / len(x) * pull.sum()
+        return total
+
+    found = solved(by_adapter(changes, inputs, references), WEIGHTS, ridge=RIDGE, rank=OUT)
+    assert gradient(loss, found.change.dense()) < 1e-9
+
+
+def test_regmean_has_no_slope_at_its_solution():
+    changes, inputs, _, _ = problem()
+    changes, shrink = SiteChanges(changes.by_concept), 0.7
+    reduction = Gram(opening(changes, torch.float32))
+    for concept, x in enumerate(inputs[:2]):
+        reduction.add(Rows(concept, x.float(), x.float()))
+
+    def loss(change: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for own, x, weight in zip(changes, inputs[:2], WEIGHTS, strict=False):
+            gram = x.mT @ x
+            gram = shrink * gram + (1 - shrink) * gram.diag().diag()
+            away = change - own.dense()
+            total = total + weight * (away @ gram * away).sum()
+        return total
+
+    found = reduction_solution(reduction, shrink)
+    assert gradient(loss, found) < 1e-5  # moments of float32
+
+
+def reduction_solution(reduction: Gram, shrink: float) -> Tensor:
+    found = solved(reduction, WEIGHTS[:2], ridge=0.0, weighting="none", shrink=shrink)
+    return found.change.dense().double()
+
+
+def test_a_higher_rank_is_no_worse():
+    changes, inputs, _, targets = problem()
+
+    def distance(rank: int) -> float:
+        reduction = by_moments(changes, inputs, targets)
+        change = solved(reduction, WEIGHTS, ridge=RIDGE, rank=rank).change.dense()
+        return sum(
+            weight
+            / len(x)
+            * float(
+                (t - x @ change.mT).square().sum()
+                + RIDGE * (x.mT @ x).norm() * (change - own.dense()).square().sum()
+            )
+            for own, x, t, weight in zip(changes, inputs, targets, WEIGHTS, strict=True)
+        )
+
+    found = [distance(rank) for rank in range(1, 5)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] * 1.01
+
+
+METHODS = ["iteris", "regmean", "regmean++", "chain-of-merges", "average", "ties", "knots"]
+
+
+def merged(loras: list[Lora], method: str) -> dict[str, Tensor]:
+    host = ModuleHost(Net(), make_data(len(loras)))
+    concepts = [Concept(lora, prompts=["unused"]) for lora in loras]
+    settings = {"precision": "float64"} if method == "iteris" else {}
+    found = merge_loras(host, concepts, method, settings=settings).lora
+    return {site: change.dense() for site, change in found.sites.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_do_not_matter_only_their_product(method):
+    loras = [make_lora(1), make_lora(2, rank=3)]
+
+    def turned(lora: Lora, seed: int) -> Lora:
+        """Other factors of the same changes: up R, R⁻¹ down."""
+        sites = {}
+        for site, change in lora.sites.items():
+            matrix = randn(change.rank, change.rank, seed=seed) + 2 * torch.eye(change.rank)
+            down = torch.linalg.solve(matrix, change.down)
+            sites[site] = LowRank(change.up @ matrix, down, change.kernel)
+        return Lora(sites, lora.name)
+
+    ours = merged(loras, method)
+    theirs = merged([turned(lora, 5 + i) for i, lora in enumerate(loras)], method)
+    for site in SITES:
+        gap = float((ours[site] - theirs[site]).norm() / ours[site].norm())
+        assert gap < (1e-8 if method in ("iteris", "average", "ties", "knots") else 1e-3), site
+
+
+@pytest.mark.parametrize("method", ["iteris", "regmean", "regmean++", "chain-of-merges", "average"])
+def test_a_merged_lora_merged_with_itself_stays_as_it_is(method):
+    first = merged([make_lora(1), make_lora(2)], method)
+    kernels = {site: change.kernel for site, change in make_lora(1).sites.items()}
+    again = Lora({site: LowRank.whole(dense, kernels[site]) for site, dense in first.items()})
+    second = merged([again, again], method)
+    for site in SITES:
+        gap = float((first[site] - second[site]).norm() / first[site].norm())
+        assert gap < (1e-8 if method == "average" else 1e-3), site
+
+
+def test_one_lora_alone_stays_as_it_is():
+    lora = make_lora(1)
+    found = merged([lora], "iteris")
+    for site in SITES:
+        torch.testing.assert_close(found[site], lora.sites[site].dense(), rtol=1e-6, atol=1e-8)
