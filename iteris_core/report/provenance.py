@@ -22,7 +22,7 @@ from ..config import MergeConfig
 from ..errors import RecipeError
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
-from ..lora import Lora
+from ..lora import LEFT_OUT, Lora
 from ..lora_files.metadata import (
     Purpose,
     merge_tag_frequency,
@@ -179,6 +179,20 @@ def notes_of(concepts: Sequence[Concept]) -> dict[str, list[str]]:
         if notes_of_one := [*of_file, *_of_the_base(concept), *shared]:
             notes.setdefault(concept.name, []).extend(notes_of_one)
     return notes
+
+
+def lacks_of(concepts: Sequence[Concept]) -> list[str]:
+    """The parts of the concepts' LoRAs that are not in a merge."""
+    lacks: list[str] = []
+    for concept in concepts:
+        lora = concept.lora
+        if lora is None:
+            continue
+        if count := sum(note.startswith(LEFT_OUT) for note in lora.notes):
+            lacks.append(f"{count} tensors of {concept.name}")
+        if not any(change.squared_norm() for change in lora.sites.values()):
+            lacks.append(f"all of {concept.name}, whose LoRA changes nothing")
+    return lacks
 
 
 def shared_triggers(concepts: Sequence[Concept]) -> list[list[str]]:
