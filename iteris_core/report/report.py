@@ -13,10 +13,10 @@ SETTLED = 1e-3
 """Iterations count as converged below this relative change of every site."""
 FEW = 12
 """With fewer prompts per LoRA, errors on them say little about other prompts."""
-HARDLY = 0.93
-"""A merge with more of the mean's error than this keeps little more of a LoRA than the mean does.
-See docs/decisions.md, "What is kept is drawn and measured"."""
-LOW = 0.1
+HARDLY = 0.94
+"""With a strong ridge or a low rank, a merge with more of the mean's error than this keeps little
+more of a LoRA than the mean does (docs/decisions.md, "What is kept is drawn and measured")."""
+LOW = 0.25
 """A rank is low if it cuts more than this share of the output energy."""
 
 
@@ -123,10 +123,11 @@ class MergeReport:
                 f"TOO FEW PROMPTS: {samples} per LoRA; with other prompts the merge does less of "
                 f"what the LoRAs do. Give at least {FEW} (samples)."
             )
-        if self.loras > 1 and (far := [name for share, name in left if share > HARDLY]):
+        limit, advice = self._limit()
+        if self.loras > 1 and (far := [name for share, name in left if share > limit]):
             wrong.append(
-                f"HARDLY CLOSER to what {' and '.join(far)} does than the mean of the LoRAs is, "
-                f"which keeps little. {self._advice()}, and check images (iteris compare)."
+                f"HARDLY CLOSER to what {' and '.join(far)} does than the mean of the LoRAs is. "
+                f"{advice}, and check images (iteris compare)."
             )
         if wrong or not own:
             return " ".join(wrong)
@@ -139,13 +140,14 @@ class MergeReport:
             f"{max(left)[1]}."
         )
 
-    def _advice(self) -> str:
+    def _limit(self) -> tuple[float, str]:
+        """The share of the mean's error above which a merge is hardly closer, and what to do."""
         lost = [site.truncated for site in self.sites.values() if site.after]
         if sum(lost) > LOW * len(lost):
-            return "Raise rank"
+            return HARDLY, "Raise rank"
         if self.settings.get("ridge"):
-            return "Lower ridge, or leave it to the merge"
-        return "Give it more prompts or a larger weight"
+            return HARDLY, "Lower ridge, or leave it to the merge"
+        return 1.0, "Give it more prompts or a larger weight"
 
     def _convergence(self) -> str:
         passes, change = len(self.convergence) + 1, self.convergence[-1]
