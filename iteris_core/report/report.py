@@ -16,7 +16,7 @@ FEW = 12
 HARDLY = 0.94
 """With a strong ridge or a low rank, a merge with more of the mean's error than this keeps little
 more of a LoRA than the mean does (docs/decisions.md, "What is kept is drawn and measured")."""
-LOW = 0.25
+LOW = 0.15
 """A rank is low if it cuts more than this share of the output energy."""
 
 
@@ -126,7 +126,7 @@ class MergeReport:
         limit, advice = self._limit()
         if self.loras > 1 and (far := [name for share, name in left if share > limit]):
             wrong.append(
-                f"HARDLY CLOSER to what {' and '.join(far)} does than the mean of the LoRAs is. "
+                f"HARDLY CLOSER to {', '.join(far)} than the mean of the LoRAs is. "
                 f"{advice}, and check images (iteris compare)."
             )
         if wrong or not own:

@@ -71,7 +71,7 @@ def test_the_verdict_says_what_is_wrong_and_what_to_do():
         (replace(found, settings={"ridge": 0.01}), "Lower ridge"),
         (replace(found, sites={"unet.a": replace(site, truncated=0.3)}), "Raise rank"),
     ):
-        assert of.verdict().startswith("HARDLY CLOSER to what dog does than the mean of the LoRAs")
+        assert of.verdict().startswith("HARDLY CLOSER to dog than the mean of the LoRAs is")
         assert advice in of.verdict()
     good = replace(found, sites={"unet.a": replace(site, after=(0.1, 0.2))})
     few = replace(good, calibration={"samples": 3})
