@@ -15,6 +15,9 @@ from .errors import MismatchError
 if TYPE_CHECKING:
     from .lora_files.aliases import BaseModel
 
+LEFT_OUT = "left out: "
+"""Start of the note on a tensor that a LoRA's reader left out."""
+
 
 @dataclass(frozen=True)
 class LowRank:

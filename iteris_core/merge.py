@@ -43,7 +43,7 @@ from .passes.job import Budget, Job
 from .passes.time_budget import within_time
 from .presets import PresetName
 from .progress import OnProgress
-from .report.provenance import join_embeddings, merge_metadata, notes_of
+from .report.provenance import join_embeddings, lacks_of, merge_metadata, notes_of
 from .report.report import MergeReport, SiteReport
 from .saving import rescued
 from .settings import Settings
@@ -333,6 +333,7 @@ def _result(
         short=list(log.short),
         convergence=list(log.convergence),
         preserved=[concept.name for concept in concepts if concept.lora is None],
+        lacks=lacks_of(every),
     )
     lora = Lora(
         sites,

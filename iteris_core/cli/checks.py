@@ -88,7 +88,7 @@ def warnings_of(concepts: Sequence[ConceptConfig]) -> Iterator[str]:
     for option, shared in zip(counting, shared_triggers(counting), strict=True):
         yield from (f"{option.name}: {note}." for note in shared)
         trigger = " ".join(option.trigger.lower().split())
-        prompts = option.prompts or []
+        prompts = () if option.preserves else option.prompts or ()
         if trigger and prompts and not any(trigger in prompt.lower() for prompt in prompts):
             yield (
                 f"None of the {len(prompts)} prompts of {option.name} contains its trigger "

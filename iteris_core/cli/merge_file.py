@@ -16,6 +16,7 @@ from ..concept_config import ConceptConfig
 from ..config import KEYS, MergeConfig
 from ..errors import MergeFileError, OutputError, brief, did_you_mean
 from ..saving import atomically, check_new
+from .base import BUNDLED
 from .concept_options import first_name
 
 SUFFIXES = (".yaml", ".yml")
@@ -40,9 +41,9 @@ class MergeFile:
         return beside if beside.exists() else path
 
     def place(self, base: str) -> str:
-        """The path of the base; a hub name stays as it is."""
+        """The path of the base; a hub name or a bundled base's stays as it is."""
         path = self.find(base)
-        return str(path) if path.exists() else base
+        return base if base in BUNDLED or not path.exists() else str(path)
 
     def folders(self) -> list[str]:
         """The first name in each concept; for peft adapters, their folders."""
@@ -98,9 +99,10 @@ def given_options(context: typer.Context, folder: Path, left_out: Sequence[str])
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """``path`` relative to ``folder``; a path that does not exist (a hub name, a file from a
-    recipe) stays as it is."""
-    return (Path(os.path.relpath(path, folder)) if path.exists() else path).as_posix()
+    """``path`` relative to ``folder``; the name of a bundled base, and a path that does not exist
+    (a hub name, a file from a recipe), stay as they are."""
+    stays = str(path) in BUNDLED or not path.exists()
+    return (path if stays else Path(os.path.relpath(path, folder))).as_posix()
 
 
 class _Loader(yaml.SafeLoader):

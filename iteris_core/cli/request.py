@@ -18,6 +18,7 @@ from ..lora_files.metadata import parse_object
 from ..methods import find_method
 from ..report.provenance import check_cut
 from .adapters import is_model
+from .base import BUNDLED
 from .concept_options import concept_of, first_name, found_in, parse_concept
 from .merge_file import MergeFile, relative_name
 from .merge_options import MergeOptions
@@ -155,6 +156,8 @@ def _folders(loras: Path | None, file: Path) -> list[Path]:
 
 
 def _base_in(folders: Sequence[Path], base: str) -> str:
+    if base in BUNDLED:
+        return base
     local = base and PureWindowsPath(base).name == base
     for folder in folders if local else ():
         if (folder / base).exists():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..architectures.row_mapping import Alias, Piece, file_rows
 from ..errors import LoraFileError, SettingsError
 from ..linalg.lowrank import extract
-from ..lora import Lora, LowRank, concatenate
+from ..lora import LEFT_OUT, Lora, LowRank, concatenate
 from .aliases import BaseModel
 from .alphas import adapter_configs, scale_of
 from .blocks import check_layers, filtered, weights_by_block
@@ -167,7 +167,7 @@ def lora_of(
             for site, parts in pieces.items()
             if len({scale for _, scale in parts}) == 1
         },
-        notes=[f"left out: {what}" for what in left_out.values()]
+        notes=[f"{LEFT_OUT}{what}" for what in left_out.values()]
         + [f"{counts[kind]} sites {text}" for kind, text in texts.items() if counts[kind]]
         + ([more] if vectors else []),
         reading={"allow_partial": options.allow_partial, "energy": options.energy},

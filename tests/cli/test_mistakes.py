@@ -242,6 +242,11 @@ def test_what_is_probably_not_meant_is_said_before_the_merge(
     _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", *more))
     assert "stop here" in err
     assert message.format(**names) in err
+    # What is preserved has a name of its own, which its prompts need not contain.
+    preserve = f"--preserve={names['lines']}"
+    _, _, err = run(monkeypatch, capsys, *merge(world, tmp_path / "out.safetensors", preserve))
+    assert "stop here" in err
+    assert "None of" not in err
 
 
 def test_nothing_to_merge(world, tmp_path, monkeypatch, capsys):
