@@ -776,5 +776,6 @@ CASES = [
     ("bake {base} --lora {one}:x -o {out}", "is not FILE.safetensors, FILE.safetensors:0.8 or"),
     ("bake none --lora {one} -o {out}", "The base 'none' does not exist"),
     ("bake {base} --lora {one} -o {empty}", "{empty} exists already; choose another name"),
-    ("bake {base} --lora {one} -o {out} --dtype fp8", "cannot hold fp8 with scales"),
+    ("bake {base} --lora {one} -o {out}", "{base} is a folder, and so is the result; give"),
+    ("bake {base} --lora {one} -o {tmp}/new --dtype fp8", "cannot hold fp8 with scales"),
 ]
