@@ -66,13 +66,13 @@ def check_apart(outputs: Sequence[Path], concepts: Sequence[ConceptConfig]) -> N
                     )
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(path: Path | None, *, overwrite: bool) -> None:
     """Raise :class:`IterisError` if a plot could not be drawn or written."""
     if path is None:
         return
     if path.suffix.lower() not in _PLOTS:
         raise OutputError(f"--plot {path}: the name must end in one of {', '.join(_PLOTS)}.")
-    check_new(path, overwrite=True)
+    check_new(path, overwrite=overwrite)
     if importlib.util.find_spec("matplotlib") is None:
         raise OutputError("--plot needs matplotlib: pip install matplotlib")
 

@@ -18,6 +18,7 @@ from ..saving import atomically
 from .base import lora_reader
 from .checks import check_plot
 from .common import option, print_table
+from .sizing import Overwrite
 
 _HEADINGS = ("pair", "block", "row spaces", "column spaces", "conflict")
 _BLOCK_HEADINGS = ("block", "layers", "norm", "share of energy")
@@ -37,9 +38,10 @@ def inspect(
     plot: Annotated[
         Path | None, option("Write a PNG of each block's content and the interference")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show what LoRA files contain, and where two of them will interfere."""
-    check_plot(plot)
+    check_plot(plot, overwrite=overwrite)
     options = ReadOptions(allow_partial=True, of_weight=False, vectors=True)
     read = lora_reader(base)
     tensors = [read_tensors(path)[0] for path in files]

@@ -112,7 +112,7 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     )
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
-    check_plot(options.plot)
+    check_plot(options.plot, overwrite=options.overwrite)
     check_base(config.base)
     runs = find_method(config.method).needs_host
     check_concepts(config.concepts, run_base=runs)

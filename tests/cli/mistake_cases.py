@@ -393,6 +393,7 @@ CASES = [
     ("M --image {tmp}/lines.txt", "{tmp}/lines.txt is not a readable image"),
     ("M --mask-image {tmp}/none.png", "{tmp}/none.png is not a readable image"),
     ("M --loras {tmp}", "--loras is for --from; --concept already names the LoRA files"),
+    ("M --plot {pic}", "{pic} exists already; choose another name, or overwrite it"),
     (
         "M --plot {tmp}/plot.xyz",
         "--plot {tmp}/plot.xyz: the name must end in one of .png, .svg, .pdf, .jpg, .jpeg, .webp",
@@ -734,6 +735,7 @@ CASES = [
         "inspect {one} --plot {tmp}/none/x.png",
         "The folder {tmp}/none does not exist; create it first",
     ),
+    ("inspect {one} --plot {pic}", "{pic} exists already; choose another name, or overwrite it"),
     # init
     ("init", "Missing argument 'FOLDER'."),
     ("init none", "none is not a folder; give the folder with your LoRAs"),
@@ -746,7 +748,7 @@ CASES = [
     ),
     (
         "init {world} -o {tmp}/mine.yaml",
-        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (--overwrite",
+        "{tmp}/mine.yaml exists already; choose another name, or overwrite it (option overwrite)",
     ),
     # resize
     ("resize {one} -o {out}", "Give exactly one of rank, size and energy"),
@@ -777,5 +779,6 @@ CASES = [
     ("bake none --lora {one} -o {out}", "The base 'none' does not exist"),
     ("bake {base} --lora {one} -o {empty}", "{empty} exists already; choose another name"),
     ("bake {base} --lora {one} -o {out}", "{base} is a folder, and so is the result; give"),
+    ("bake {base} --lora {one} -o {tmp}/none/new", "The folder {tmp}/none does not exist"),
     ("bake {base} --lora {one} -o {tmp}/new --dtype fp8", "cannot hold fp8 with scales"),
 ]

@@ -96,7 +96,7 @@ def no_base(monkeypatch):
         (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
         (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
-         "or overwrite it (--overwrite"),
+         "or overwrite it (option overwrite)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found_before_the_base_is_loaded(
