@@ -141,9 +141,13 @@ class ConceptConfig(Concept):
         if self.file is None:
             return self.concept()
         lora = _joined(host, self.files, self.reading_options(reading or ReadOptions()))
-        again = [str(text) for text in self.reading.get("rename") or ()]
         named = self if self.prompts is not None else self.with_found_words(lora.metadata)
-        return named.concept(rename_embeddings(lora, [*again, *renames]))
+        return named.concept(self.renamed(lora, renames))
+
+    def renamed(self, lora: Lora, renames: Sequence[str]) -> Lora:
+        """``lora`` with its embeddings renamed as the recipe says, and then by ``renames``."""
+        again = [str(text) for text in self.reading.get("rename") or ()]
+        return rename_embeddings(lora, [*again, *renames])
 
     def reading_options(self, reading: ReadOptions) -> ReadOptions:
         """The options that a recipe recorded, or else ``reading``, with the selected blocks and

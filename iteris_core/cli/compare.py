@@ -15,7 +15,6 @@ from rich.markup import escape
 from ..concept_config import ConceptConfig
 from ..concepts import Calibration
 from ..errors import UsageError
-from ..lora_files import ReadOptions
 from ..methods import find_method
 from ..methods.registry import settings_over
 from ..presets import PresetName
@@ -37,7 +36,7 @@ from .common import (
     console,
     progress_bars,
 )
-from .concept_options import parse_concept, read_concepts
+from .concept_options import parse_concept
 from .options import (
     CONCEPT_HELP,
     PRESET_HELP,
@@ -125,7 +124,7 @@ def compare(context: typer.Context, options: CompareOptions) -> None:
             options.base, device, dtype=options.base_dtype, offload=options.offload
         )
         host = DiffusersHost(pipeline)
-        concepts = read_concepts(listed, host, ReadOptions())
+        concepts = [one.read(host) for one in listed]
         scorer = ClipScorer.load(options.clip, options.clip_weights, device=device)
         other = DinoScorer.load(options.dino, device=device) if options.dino else None
 

@@ -9,11 +9,8 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..concept_config import KEYS, WORDS, ConceptConfig, parse_rename
-from ..concepts import Concept
-from ..errors import ConceptError, RecipeError, UsageError, did_you_mean
-from ..hosts.protocol import Host
-from ..lora_files import ReadOptions
+from ..concept_config import KEYS, WORDS, ConceptConfig
+from ..errors import ConceptError, RecipeError, did_you_mean
 from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
@@ -126,21 +123,3 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     raise RecipeError(
         f"{name} is not in any of the folders {places}; pass its folder with --loras."
     )
-
-
-def read_concepts(
-    options: Sequence[ConceptConfig], host: Host, reading: ReadOptions, renames: Sequence[str] = ()
-) -> list[Concept]:
-    """The concepts with their LoRAs, from :meth:`ConceptConfig.read`; each of ``renames`` must
-    match an embedding."""
-    concepts = [option.read(host, reading, renames) for option in options]
-    loras = [concept.lora for concept in concepts if concept.lora is not None]
-    for text in renames:
-        owner, _, new = parse_rename(text)
-        if not any(new in lora.embeddings and owner in ("", lora.name) for lora in loras):
-            brought = [f"{lora.name}:{name}" for lora in loras for name in lora.embeddings]
-            raise UsageError(
-                f"--rename {text!r} matches no embedding of these LoRAs, which have "
-                f"{', '.join(brought) or 'none'}."
-            )
-    return concepts

@@ -75,6 +75,19 @@ CASES = [
     ("merge {one} -o {out} --concept {one}:s1:dog", "The base '{one}' is a LoRA, not a model"),
     # the LoRA files
     (
+        "B --concept {tmp}/nan.safetensors:a:b",
+        "contains NaN or infinite values; the file is broken or its training diverged",
+    ),
+    ("B --concept {tmp}/part.safetensors:a:b", "which are not a complete change; its other half"),
+    (
+        "merge {base} -o {tmp}/mine.safetensors --concept {tmp}/with_emb.safetensors:a:b",
+        "{tmp}/mine_emb.safetensors exists already; choose another name",
+    ),
+    (
+        "B --concept {one}:s1:dog,blocks=NONE",
+        "{one}: blocks='NONE' leaves nothing of it; leave it out",
+    ),
+    (
         "B --concept {tmp}/none.safetensors:a:b",
         "{tmp}/none.safetensors does not exist or is not a file",
     ),
@@ -357,6 +370,7 @@ CASES = [
         "Invalid value for '--energy': Input should be a valid number, unable to parse string as a",
     ),
     ("M --rename x", "--rename 'x' is not LORA:NAME=NEW or NAME=NEW"),
+    ("M --rename x=y", "--rename 'x=y' matches no embedding of these LoRAs, which have none"),
     ("M --rename =y", "--rename '=y' is not LORA:NAME=NEW or NAME=NEW"),
     (
         "M --unmergeable ignore",
