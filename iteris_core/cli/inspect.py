@@ -47,7 +47,8 @@ def inspect(
     tensors = [read_tensors(path)[0] for path in files]
     loras = [read(path, options) for path in files]
     facts = [describe(*pair) for pair in zip(loras, tensors, strict=True)]
-    pairs = [interference(one, two) for one, two in combinations(loras, 2)]
+    both = combinations(zip(loras, facts, strict=True), 2)
+    pairs = [interference(a, b) for (a, of_a), (b, of_b) in both if of_a.base == of_b.base]
     if plot is not None:
         from ..report.plots import plot_loras
 
@@ -67,6 +68,12 @@ def inspect(
     for pair in pairs:
         if pair.spikes:
             typer.echo(spike_note(pair.spikes, pair.first, pair.second))
+    for one, two in combinations(facts, 2):
+        if one.base != two.base:
+            typer.echo(
+                f"{one.name} is a LoRA for {one.base}, {two.name} for {two.base}: they have no "
+                "layer in common and cannot be merged."
+            )
 
 
 def _fact_rows(facts: LoraFacts) -> list[tuple[str, str]]:
@@ -92,7 +99,10 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 def _pair_rows(pairs: Sequence[Interference]) -> Iterator[Sequence[str]]:
     for pair in pairs:
-        name = f"{pair.first} / {pair.second}: {pair.shared} shared sites"
+        name = f"{pair.first} / {pair.second}: {pair.shared or 'no'} shared sites"
+        if not pair.shared:
+            yield name, "", "", "", ""
+            continue
         for block, figures in pair.rated.items():
             yield name, block, *(f"{figure:.3f}" for figure in figures)
             name = ""

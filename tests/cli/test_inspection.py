@@ -144,6 +144,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     other = write_lora(real_lora("sdxl", 1), tmp_path / "xl.safetensors")
     code, text, _ = run(monkeypatch, capsys, files[0], other, "--json")
     assert code == 0
+    assert json.loads(text)["interference"] == []
+    code, text, _ = run(monkeypatch, capsys, files[0], other)
+    assert "one is a LoRA for SD 1.x, xl for SDXL: they have no layer in common" in text
+    assert "shared sites" not in text
     code, _, err = run(monkeypatch, capsys, tmp_path / "nothing.safetensors")
     assert code == 2
     assert "does not exist" in err
