@@ -91,8 +91,9 @@ def read_lora_file(
     tensors, metadata = read_tensors(path)
     embeddings, tensors, missing = split_embeddings(path, tensors, metadata)
     configs = adapter_configs(path, metadata)
+    tensors = convert(tensors)
     try:
-        lora = lora_of(path, convert(tensors), configs, base, weight, options)
+        lora = lora_of(path, tensors, configs, base, weight, options)
     except LoraFileError as error:
         other = _other_base(tensors, metadata, base)
         if not other:
