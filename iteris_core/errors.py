@@ -125,7 +125,8 @@ class SolveError(IterisError, code="IT-14"):
     """A site has no usable solution (NaN inputs, a singular system).
 
     Look for a LoRA with broken values, use more prompts (`--samples`), or more ridge (`--set
-    ridge=0.01`). A float16 base may overflow: use `--base-dtype bfloat16`.
+    ridge=0.001`; above that most of a merge is lost). A float16 base may overflow: use
+    `--base-dtype bfloat16`.
     """
 
 

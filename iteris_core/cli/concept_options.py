@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..concept_config import KEYS, WORDS, ConceptConfig
-from ..errors import ConceptError, RecipeError, did_you_mean
+from ..errors import ConceptError, LoraFileError, RecipeError, did_you_mean
 from ..lora_files.tensors import file_digest
 from .options import read_prompts
 
@@ -73,7 +73,7 @@ def _short(text: str, alone: bool) -> dict[str, Any]:
         f"--concept {text!r} is not FILE:TRIGGER:CLASS, FILE:TRIGGER:CLASS:STRENGTH or "
         "FILE:TRIGGER:CLASS:STRENGTH/TEXT (the strength of the text encoders), such as "
         "cat.safetensors:sks:cat:0.8/0.5, optionally followed by ,weight=2 or ,prompts=cat.txt; "
-        "or FILE alone, if its metadata contain a trigger."
+        "or FILE,trigger=sks without a class, or FILE alone, if its metadata contain a trigger."
     )
 
 
@@ -120,6 +120,5 @@ def find_file(folders: Sequence[Path], name: str, digest: str) -> Path:
     if present:
         raise RecipeError(f"{present[0]} is not the file that was merged: its SHA-256 differs.")
     places = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise RecipeError(
-        f"{name} is not in any of the folders {places}; pass its folder with --loras."
-    )
+    kind = RecipeError if digest else LoraFileError  # only a recipe has a digest
+    raise kind(f"{name} is not in any of the folders {places}; pass its folder with --loras.")

@@ -48,6 +48,12 @@ CONCEPT = (
     (",weight=2", "how much it counts in the merge (1)"),
     (",prompts=FILE", "its own prompts, one per line, instead of templates"),
     (",kind=style", "templates for a style; also tags, video (subject)"),
+    (
+        ",always_on=include",
+        "not merged but always on, and in the result; outside: not in it",
+    ),
+    (",blocks=OUTS", "part of it: a weight for each block, or the name of such a list"),
+    (",layers=*attn2*,-*ff*", "part of it: the layers that match, without those after a -"),
     (",trigger= ,class= ,strength= ,text_strength= ,samples=", "the same by name"),
 )
 """The forms of ``--concept``, and the keys that may follow."""

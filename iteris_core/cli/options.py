@@ -49,6 +49,11 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
 
 
+def is_setting(name: str) -> bool:
+    """True if a method has a setting of that name."""
+    return any(name in declared_settings(method.settings) for method in all_methods())
+
+
 def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:
     """A field that holds the given settings of ``kind`` by name. Each setting is an option of its
     own; ``names`` restricts them."""

@@ -17,6 +17,11 @@ CASES = [
         "merge {base} -o {out} --smaples 3 --concept {one}",
         "No such option: --smaples (Possible options",
     ),
+    (
+        "M --rank 8",
+        "rank is a setting of the method: --set rank=VALUE. All options:",
+    ),
+    ("C --block-steps 8", "block_steps is a setting of the method: --set block_steps=VALUE."),
     ("merge {base} -o {out}", "Give the LoRAs with --concept, or a merged file with --from"),
     ("merge {base} {base} -o {out}", "Got unexpected extra argument(s) ({base})"),
     ("methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
@@ -72,7 +77,11 @@ CASES = [
         "merge a/b/c -o {out} --concept {one}:s1:dog",
         "The base 'a/b/c' does not exist: there is no such folder or file, and a hub name has the form",
     ),
-    ("merge {one} -o {out} --concept {one}:s1:dog", "The base '{one}' is a LoRA, not a model"),
+    (
+        "merge {one} -o {out} --concept {one}:s1:dog",
+        "The base '{one}' is a LoRA, not a model; give the model for which it was made",
+    ),
+    ("merge {base} -o {out} --concept {one}:s1", "or FILE,trigger=sks without a class"),
     # the LoRA files
     (
         "B --concept {tmp}/nan.safetensors:a:b",
@@ -516,7 +525,7 @@ CASES = [
     ),
     (
         "Y |base: {base}\\nconcepts: [none.safetensors:a:b]",
-        "none.safetensors is not in any of the folders",
+        "pass its folder with --loras. [IT-08]",
     ),
     (
         'Y |base: {base}\\nconcepts: ["{one}:s1:dog"]\\nsettings: 3',
