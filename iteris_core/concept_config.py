@@ -12,7 +12,7 @@ from .concepts import PRESERVE_WEIGHT, Concept, words_in
 from .errors import ConceptError, SettingsError, UsageError, did_you_mean
 from .hosts.protocol import Host
 from .lora import Lora
-from .lora_files import ReadOptions
+from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.blocks import check_layers, weights_by_block
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
@@ -131,7 +131,10 @@ class ConceptConfig(Concept):
         return self.called(*find_phrases(self.file, metadata))
 
     def read(
-        self, host: Host, reading: ReadOptions | None = None, renames: Sequence[str] = ()
+        self,
+        host: Host | ReleasedBases,
+        reading: ReadOptions | None = None,
+        renames: Sequence[str] = (),
     ) -> Concept:
         """The concept with its LoRA.
 
@@ -220,7 +223,7 @@ _READERS: Mapping[str, Callable[[Any, str], Any]] = {
 """Key → the function that checks its value, and raises with its name."""
 
 
-def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
+def _joined(host: Host | ReleasedBases, files: Sequence[Path], reading: ReadOptions) -> Lora:
     """The LoRA in one file, or in two for a model with two experts: high noise and low noise."""
     high, *others = [host.read_lora(file, reading) for file in files]
     if not others:

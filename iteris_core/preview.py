@@ -50,7 +50,7 @@ class Preview:
 
 
 def preview_merge(
-    host: Host,
+    host: Host | None,
     concepts: Sequence[Concept],
     method: str = "iteris",
     *,
@@ -74,6 +74,8 @@ def preview_merge(
     if not chosen.needs_host:
         changes_of(job.concepts)  # raises if there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"], {}, "", 0)
+    if host is None:
+        raise UsageError(f"Method {method!r} runs the base model; pass a host.")
     with switched_on(host, always):
         return _preview(job, chosen, chosen_settings)
 

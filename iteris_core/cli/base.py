@@ -12,9 +12,9 @@ import torch
 
 from ..activations.meter import is_out_of_memory
 from ..architectures import architecture_of_file
-from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMemory, brief
+from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
+from ..lora_files import BaseModel, ReadOptions, ReleasedBases, is_lora, read_header, released_base
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
@@ -139,23 +139,12 @@ def known_base(path: Path) -> BaseModel:
 def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
     """A function that reads LoRA files for the ``base``; without a base, each file is read for the
     released model for which it was made."""
-    if base is not None:
-        check_base(base)
-        from ..hosts.diffusers import DiffusersHost
+    if base is None:
+        return ReleasedBases.read_lora
+    check_base(base)
+    from ..hosts.diffusers import DiffusersHost
 
-        return DiffusersHost(load_base(base, "cpu")).read_lora
-
-    def read(path: Path, options: ReadOptions) -> Lora:
-        known = known_base(path)
-        try:
-            return read_lora_file(path, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "pass --base BASE."
-            ) from error
-
-    return read
+    return DiffusersHost(load_base(base, "cpu")).read_lora
 
 
 @contextmanager

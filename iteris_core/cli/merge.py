@@ -14,7 +14,7 @@ from ..concepts import Concept
 from ..config import MergeConfig
 from ..errors import UsageError
 from ..hosts.protocol import Host
-from ..lora_files import DTYPES, Layout, ReadOptions, check_target
+from ..lora_files import DTYPES, Layout, ReadOptions, ReleasedBases, check_target
 from ..lora_files.experts import expert_files
 from ..lora_files.peft_folder import check_folder, write_adapter
 from ..merge import MergeResult
@@ -109,7 +109,11 @@ def _check_pipeline(config: MergeConfig, options: MergeOptions) -> None:
     _refuse(only, options, "generate", "model_class")
     check_target(options.output, options.layout, options.dtype, options.overwrite)
     check_plot(options.plot, overwrite=options.overwrite)
-    check_base(config.base)
+    if config.base:
+        check_base(config.base)
+    else:
+        why = "merges on a base; name it before the LoRAs."
+        _refuse(why, options, "image", "mask_image", "base_dtype", "offload")
     runs = find_method(config.method).needs_host
     read = check_concepts(config.concepts, run_base=runs, renames=options.rename or [])
     low = any(one.low for one in config.concepts)
@@ -126,15 +130,18 @@ def _loading(config: MergeConfig, adapter: bool, options: MergeOptions) -> Load:
     pictures = given(image=options.image, mask_image=options.mask_image)
     call = {name: open_picture(path) for name, path in pictures.items()}
 
-    def load(device: str) -> tuple[Host, list[Concept]]:
+    def load(device: str) -> tuple[Host | None, list[Concept]]:
         if adapter:
             model_class, generate = options.model_class, options.generate
             return load_adapters(config.base, config.concepts, model_class, generate, device)
-        from ..hosts.diffusers import DiffusersHost
+        host = None
+        if config.base:
+            from ..hosts.diffusers import DiffusersHost
 
-        pipeline = load_base(config.base, device, dtype=options.base_dtype, offload=options.offload)
-        host = DiffusersHost(pipeline, **call)
-        concepts = [one.read(host, reading, options.rename or []) for one in config.concepts]
+            how = {"dtype": options.base_dtype, "offload": options.offload}
+            host = DiffusersHost(load_base(config.base, device, **how), **call)
+        reader, renames = host or ReleasedBases(), options.rename or []
+        concepts = [one.read(reader, reading, renames) for one in config.concepts]
         check_embeddings(concepts, options.output, options.layout, overwrite=options.overwrite)
         return host, concepts
 

@@ -27,7 +27,7 @@ from .formulas import Parts, Rebuilt
 from .of_weight import needs_weight
 from .parts import refusal, split_key
 from .rebuild import rebuild
-from .tensors import all_finite, file_digest, read_tensors
+from .tensors import all_finite, file_digest, read_header, read_tensors
 from .vectors import vectors_of_file
 
 _NO_MODULE = "matches no module of the base model"
@@ -104,6 +104,23 @@ def read_lora_file(
         ) from error
     notes = [*lora.notes, *missing]
     return replace(lora, metadata=metadata, embeddings=embeddings, notes=notes)
+
+
+class ReleasedBases:
+    """Reads every file for the released model for which it was made, where no base is loaded."""
+
+    @staticmethod
+    def read_lora(path: str | Path, options: ReadOptions | None = None) -> Lora:
+        """As :func:`read_lora_file`; needs diffusers and transformers."""
+        path = Path(path)
+        known = released_base(architecture_of_file(*read_header(path)).name)
+        try:
+            return read_lora_file(path, known, options=options)
+        except LoraFileError as error:
+            raise LoraFileError(
+                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
+                "give the base."
+            ) from error
 
 
 def _other_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: BaseModel) -> str:

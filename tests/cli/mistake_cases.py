@@ -662,8 +662,7 @@ CASES = [
     # compare
     ("compare", "Missing argument 'base'."),
     ("compare {base} -o {results}", "Missing option '--concept'."),
-    ("compare {base} -o {results} --concept {one}:s1:dog", "Missing option '--refs'."),
-    ("C --refs {pics}", "Give --refs once for each --concept, in the same order"),
+    ("C --refs {pics}", "Give --refs once for each --concept, in the same order, or not at all"),
     ("C --methods iterris", "There is no method 'iterris'; did you mean 'iteris'"),
     ('C --methods ""', "--methods is empty; give names, such as base,alone,average,iteris"),
     ("C --methods ,", "--methods is empty; give names, such as base,alone,average,iteris"),

@@ -276,8 +276,8 @@ def test_a_file_is_no_host_and_a_lora_no_concept():
         merge_loras(pipeline, [lora])
     with pytest.raises(IterisError, match="Pipeline reads no LoRA; pass Concept"):
         Concept.from_file(pipeline, "a.safetensors")
-    with pytest.raises(IterisError, match="reading a file requires a base model; pass a host"):
-        merge_loras(None, ["a.safetensors"], "average")
+    with pytest.raises(IterisError, match="'iteris' runs the base model; pass a host"):
+        merge_loras(None, ["a.safetensors"])
 
 
 def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
