@@ -32,8 +32,8 @@ PRESET_HELP = (
 )
 
 CONCEPT_HELP = (
-    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; repeat for each LoRA. All "
-    "forms are listed below"
+    "A LoRA and its words, as cat.safetensors:sks:cat; repeat for each LoRA. All forms are listed "
+    "below"
 )
 
 

@@ -119,7 +119,7 @@ class ReleasedBases:
         except LoraFileError as error:
             raise LoraFileError(
                 f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "give the base."
+                "name its base: BASE for merge, --base BASE for other commands, a host in Python."
             ) from error
 
 

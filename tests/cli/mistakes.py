@@ -62,7 +62,7 @@ def make_mess(folder: Path) -> dict[str, str]:
     save_file({"emb_params": torch.ones(1, 32)}, tmp / "with_emb_emb.safetensors")
     (tmp / "mine_emb.safetensors").write_text("mine")
     recipe = {
-        "method": "sum", "settings": {}, "calibration": {},
+        "method": "iteris", "settings": {}, "calibration": {},
         "concepts": [{"file": one.name, "trigger": "s1", "sha256": file_digest(one)}],
     }  # fmt: skip
     recipes = {

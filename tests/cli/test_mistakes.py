@@ -337,7 +337,7 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
     assert code == 2
-    assert "pass --base BASE" in err
+    assert "--base BASE for other commands" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
     code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
     assert code == 0, err
