@@ -13,7 +13,7 @@ from .errors import ConceptError, SettingsError, UsageError, did_you_mean
 from .hosts.learned import embedding_triggers
 from .hosts.protocol import Host
 from .lora import Lora
-from .lora_files import ReadOptions
+from .lora_files import ReadOptions, ReleasedBases
 from .lora_files.blocks import check_layers, weights_by_block
 from .lora_files.experts import joined_experts
 from .lora_files.sidecars import find_phrases
@@ -132,7 +132,10 @@ class ConceptConfig(Concept):
         return self.called(*find_phrases(self.file, metadata))
 
     def read(
-        self, host: Host, reading: ReadOptions | None = None, renames: Sequence[str] = ()
+        self,
+        host: Host | ReleasedBases,
+        reading: ReadOptions | None = None,
+        renames: Sequence[str] = (),
     ) -> Concept:
         """The concept with its LoRA.
 
@@ -142,9 +145,13 @@ class ConceptConfig(Concept):
         if self.file is None:
             return self.concept()
         lora = _joined(host, self.files, self.reading_options(reading or ReadOptions()))
-        again = [str(text) for text in self.reading.get("rename") or ()]
         named = self if self.prompts is not None else self.with_found_words(lora.metadata)
-        return renamed_in(named.concept(lora), [*again, *renames])
+        return self.renamed(named.concept(lora), renames)
+
+    def renamed(self, concept: Concept, renames: Sequence[str]) -> Concept:
+        """``concept`` with its embeddings renamed as the recipe says, and then by ``renames``."""
+        again = [str(text) for text in self.reading.get("rename") or ()]
+        return renamed_in(concept, [*again, *renames])
 
     def reading_options(self, reading: ReadOptions) -> ReadOptions:
         """The options that a recipe recorded, or else ``reading``, with the selected blocks and
@@ -220,7 +227,7 @@ _READERS: Mapping[str, Callable[[Any, str], Any]] = {
 """Key → the function that checks its value, and raises with its name."""
 
 
-def _joined(host: Host, files: Sequence[Path], reading: ReadOptions) -> Lora:
+def _joined(host: Host | ReleasedBases, files: Sequence[Path], reading: ReadOptions) -> Lora:
     """The LoRA in one file, or in two for a model with two experts: high noise and low noise."""
     high, *others = [host.read_lora(file, reading) for file in files]
     if not others:

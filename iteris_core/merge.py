@@ -24,7 +24,7 @@ from .hosts.learned import EmbeddingTriggers, embedding_triggers
 from .hosts.of_model import host_of
 from .hosts.protocol import Host
 from .lora import Lora, SiteChanges
-from .lora_files import Layout
+from .lora_files import Layout, ReleasedBases
 from .lora_files.experts import write_by_expert
 from .methods import Method, find_method
 from .methods.registry import Merged, settings_over
@@ -152,14 +152,14 @@ def merge_loras(
     """
     started = time.perf_counter()
     chosen = find_method(method)
+    if chosen.needs_host and host is None:
+        raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     settings, calibration = settings_over(preset, method, settings, calibration)
     host = None if host is None else host_of(host)
     concepts = _read(host, concepts)
     job, always = begun(host, concepts, calibration, on_progress, memory_budget, runtime)
-    if not chosen.needs_host:
+    if host is None or not chosen.needs_host:
         made = _by_weights(job, chosen, settings)
-    elif host is None:
-        raise SettingsError(f"Method {method!r} runs the base model; pass a host.")
     else:
         with switched_on(host, always):
             made = _by_features(job, always, chosen, settings, unmergeable)
@@ -356,11 +356,7 @@ def _read(host: Host | None, concepts: Any) -> list[Concept]:
         if isinstance(one, str | Path):
             one = ConceptConfig(file=Path(one))
         if isinstance(one, ConceptConfig):
-            if host is None:
-                raise SettingsError(
-                    f"{one.name}: reading a file requires a base model; pass a host."
-                )
-            one = one.read(host)
+            one = one.read(host or ReleasedBases())
         if not isinstance(one, Concept):
             raise SettingsError(
                 f"concepts must be a list of Concept, not of {type(one).__name__}; pass "

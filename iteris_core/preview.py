@@ -44,7 +44,7 @@ class Preview:
 
 
 def preview_merge(
-    host: Host,
+    host: Host | None,
     concepts: Sequence[Concept],
     method: str = "iteris",
     *,
@@ -69,6 +69,8 @@ def preview_merge(
     if not chosen.needs_host:
         changes_of(job.concepts)  # raises if there is nothing to merge
         return Preview([f"{method} looks at weights only: no rows"])
+    if host is None:
+        raise UsageError(f"Method {method!r} runs the base model; pass a host.")
     with switched_on(host, always):
         job, _, noted = prepared(job, always, chosen, chosen_settings, unmergeable)
         triggers = [embedding_triggers(concept, host.learned) for concept in job.concepts]

@@ -23,6 +23,7 @@ from .init import init
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
+from .options import is_setting
 from .resize import resize
 from .score import score
 
@@ -79,7 +80,7 @@ def main() -> None:
         _stop(str(error), error.code)
     except _TyperError as error:
         where = error.ctx.command_path if error.ctx is not None else "iteris"
-        message = error.format_message()
+        message = _of_a_setting(error) or error.format_message()
         end = "" if message.endswith((".", "?")) else "."
         _stop(f"{message}{end} All options: {where} -h", UsageError.code)
     except typer.Abort:
@@ -88,6 +89,15 @@ def main() -> None:
         if error.filename is None:
             raise
         _stop(f"{error.filename}: {error.strerror}.")
+
+
+def _of_a_setting(error: Any) -> str:
+    """The advice for a setting that was given as an option; empty for any other mistake."""
+    name = getattr(error, "option_name", "").removeprefix("--").replace("-", "_")
+    options = [] if error.ctx is None else error.ctx.command.params
+    if not is_setting(name) or not any("--set" in one.opts for one in options):
+        return ""
+    return f"{name} is a setting of the method: --set {name}=VALUE"
 
 
 def _stop(what: str, code: str = "", status: int = 2) -> NoReturn:

@@ -107,5 +107,9 @@ def _check(
         check_target(output, None, "float16", overwrite)
         return
     check_folder(output)
+    if output.suffix == ".safetensors":
+        raise OutputError(
+            f"{base} is a folder, and so is the result; give {output.with_suffix('')} as its name."
+        )
     if dtype == "fp8":
         raise OutputError("A diffusers folder cannot hold fp8 with scales; bake a single file.")

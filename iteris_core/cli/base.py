@@ -14,9 +14,9 @@ import torch
 
 from ..activations.meter import is_out_of_memory
 from ..architectures import architecture_of_file
-from ..errors import BaseError, DeviceError, IterisError, LoraFileError, OutOfMemory, brief
+from ..errors import BaseError, DeviceError, IterisError, OutOfMemory, brief
 from ..lora import Lora
-from ..lora_files import BaseModel, ReadOptions, is_lora, read_header, read_lora_file, released_base
+from ..lora_files import BaseModel, ReadOptions, ReleasedBases, is_lora, read_header, released_base
 
 INDEXES = ("model_index.json", "modular_model_index.json")
 """A diffusers pipeline folder has one of these files; a modular pipeline has the second."""
@@ -78,8 +78,8 @@ def check_base(base: str) -> None:
         )
     if path.is_file() and is_lora(read_header(path)[0]):
         raise BaseError(
-            f"The base {base!r} is a LoRA, not a model. BASE is the model on which LoRAs are "
-            "merged; pass this file with --concept."
+            f"The base {base!r} is a LoRA, not a model; give the model for which it was made. "
+            "LoRAs are given by --concept to merge and compare, and by --lora to bake."
         )
     if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise BaseError(
@@ -171,16 +171,8 @@ def lora_reader(base: str | None) -> Callable[[Path, ReadOptions], Lora]:
         return reader_for(base)
 
     def read(path: Path, options: ReadOptions) -> Lora:
-        if named := named_base(read_header(path)[1]):
-            return reader_for(named)(path, options)
-        known = known_base(path)
-        try:
-            return read_lora_file(path, known, options=options)
-        except LoraFileError as error:
-            raise LoraFileError(
-                f"{error} If it is a DoRA, or its base differs in shape from the released models, "
-                "pass --base BASE."
-            ) from error
+        named = named_base(read_header(path)[1])
+        return (reader_for(named) if named else ReleasedBases.read_lora)(path, options)
 
     return read
 

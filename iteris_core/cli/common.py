@@ -132,8 +132,9 @@ def processes(device: str | None) -> Generator[tuple[Processes, str]]:
         state.destroy_process_group()
 
 
-Load = Callable[[str], tuple[Host, Sequence[Concept]]]
-"""The base on a device, and the concepts with their LoRAs."""
+Loaded = tuple[Host | None, Sequence[Concept]]
+Load = Callable[[str], Loaded]
+"""The base on a device (None: not needed), and the concepts with their LoRAs."""
 
 
 def run_merge(
@@ -165,7 +166,7 @@ def foresee(
         return preview_merge(*loaded, on_progress=on_progress, **options)
 
 
-def _loaded(load: Load, device: str, on_progress: OnProgress) -> tuple[Host, Sequence[Concept]]:
+def _loaded(load: Load, device: str, on_progress: OnProgress) -> Loaded:
     on_progress(Progress("loading the base", 0, 1))
     base_and_concepts = load(device)
     on_progress(Progress("loading the base", 1, 1))

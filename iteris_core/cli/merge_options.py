@@ -55,7 +55,8 @@ class MergeOptions:
         metadata={
             OPTION: typer.Argument(
                 help="A diffusers pipeline (a folder, a .safetensors, a hub name), a transformers "
-                "model, or a merge file (.yaml), which can set every option.",
+                "model, or a merge file (.yaml), which can set every option. Methods that look at "
+                "weights only, such as average, need none.",
                 metavar="BASE",
                 is_eager=True,
                 callback=use_merge_file,

@@ -32,8 +32,8 @@ PRESET_HELP = (
 )
 
 CONCEPT_HELP = (
-    "A LoRA and its trigger words, such as cat.safetensors:sks:cat; repeat for each LoRA. All "
-    "forms are listed below"
+    "A LoRA and its words, as cat.safetensors:sks:cat; repeat for each LoRA. All forms are listed "
+    "below"
 )
 
 
@@ -47,6 +47,11 @@ def setting_names(incomplete: str) -> list[tuple[str, str]]:
     owners = (find_method("iteris").settings, Calibration)
     declared = {name: one for owner in owners for name, one in declared_settings(owner).items()}
     return [(f"{n}=", one.help) for n, one in declared.items() if n.startswith(incomplete)]
+
+
+def is_setting(name: str) -> bool:
+    """True if a method has a setting of that name."""
+    return any(name in declared_settings(method.settings) for method in all_methods())
 
 
 def settings_of(kind: type[Settings], panel: str, *names: str) -> Any:

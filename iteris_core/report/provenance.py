@@ -21,7 +21,7 @@ from ..config import MergeConfig
 from ..errors import RecipeError
 from ..hosts.learned import EmbeddingTriggers
 from ..linalg.lowrank import at_rank
-from ..lora import LEFT_OUT, Lora
+from ..lora import Lora
 from ..lora_files.metadata import (
     Purpose,
     merge_tag_frequency,
@@ -188,8 +188,8 @@ def lacks_of(concepts: Sequence[Concept]) -> list[str]:
         lora = concept.lora
         if lora is None:
             continue
-        if count := sum(note.startswith(LEFT_OUT) for note in lora.notes):
-            lacks.append(f"{count} tensors of {concept.name}")
+        if lora.left_out:
+            lacks.append(f"{lora.left_out} tensors of {concept.name}")
         if not any(change.squared_norm() for change in lora.sites.values()):
             lacks.append(f"all of {concept.name}, whose LoRA changes nothing")
     return lacks

@@ -43,7 +43,6 @@ CALIBRATION = [
     ("--generic=0", "generic", 0.0),
     ("--composites=0.5", "composites", 0.5),
     ("--latent-size=4", "latent_size", 4),
-    ("--frames=5", "frames", 5),
     ("--minutes=600", "minutes", None),  # the recipe has the samples that ran
     ("--minutes=none", "minutes", None),
     ("--contexts=none", "contexts", None),
@@ -223,6 +222,24 @@ def test_a_concept_that_is_wrong(world, tmp_path, monkeypatch, capsys, concept, 
     code, _, err = run(
         monkeypatch, capsys, "merge", world / "base", "-o", out, *QUICK, "--concept", given
     )
+    assert code == 2
+    assert message in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--frames=5", "frames is for videos, and StableDiffusionPipeline draws none"),
+        ("--image={world}/picture.png", "StableDiffusionPipeline takes no image; leave it out"),
+    ],
+)
+def test_what_the_base_does_not_take_is_refused(
+    world, tmp_path, monkeypatch, capsys, extra, message
+):
+    Image.new("RGB", (8, 8)).save(world / "picture.png")
+    out = tmp_path / "out.safetensors"
+    code, _, err = run(monkeypatch, capsys, *merge(world, out, extra.format(world=world)))
     assert code == 2
     assert message in err
     assert not out.exists()

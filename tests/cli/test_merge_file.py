@@ -233,7 +233,7 @@ def test_a_recipe_reads_no_file_that_it_names_and_fetches_no_base(place, monkeyp
     secret = place / "secret.txt"
     secret.write_text("a secret\n")
     concept = {"file": "lora1.safetensors", "prompts": str(secret)}
-    recipe = {"method": "sum", "settings": {}, "calibration": {}, "base": "somebody/model"}
+    recipe = {"method": "iteris", "settings": {}, "calibration": {}, "base": "somebody/model"}
     for changes, message in (
         ({"concepts": [concept], "base": "base"}, "prompts must be a list"),
         ({"concepts": []}, "merged on somebody/model, which was not found; give BASE"),

@@ -96,7 +96,7 @@ def no_base(monkeypatch):
         (["--preserve={tmp}/latin.txt"], "latin.txt is not text in UTF-8 (byte 3)"),
         (["--preserve={tmp}/zeros.txt"], "zeros.txt is not a text file"),
         (["-o", "{tmp}/lora.safetensors"], "lora.safetensors exists already; choose another name, "
-         "or overwrite it (--overwrite"),
+         "or overwrite it (option overwrite)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found_before_the_base_is_loaded(
@@ -281,8 +281,8 @@ def test_a_file_is_no_host_and_a_lora_no_concept():
         merge_loras(pipeline, [lora])
     with pytest.raises(IterisError, match="Pipeline reads no LoRA; pass Concept"):
         Concept.from_file(pipeline, "a.safetensors")
-    with pytest.raises(IterisError, match="reading a file requires a base model; pass a host"):
-        merge_loras(None, ["a.safetensors"], "average")
+    with pytest.raises(IterisError, match="'iteris' runs the base model; pass a host"):
+        merge_loras(None, ["a.safetensors"])
 
 
 def test_a_checkpoint_is_called_one(world, tmp_path, monkeypatch, capsys):
@@ -355,7 +355,7 @@ def test_far_too_many_prompts_are_thinned_out(world, tmp_path, monkeypatch, caps
 def test_inspect_says_how_to_name_another_base(world, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "inspect", world / "lora1.safetensors")
     assert code == 2
-    assert "pass --base BASE" in err
+    assert "--base BASE for other commands" in err
     files = [world / f"lora{number}.safetensors" for number in (1, 2)]
     code, text, err = run(monkeypatch, capsys, "inspect", *files, "--base", world / "base")
     assert code == 0, err

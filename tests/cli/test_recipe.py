@@ -25,10 +25,11 @@ from iteris_core import (
     merge_loras,
     write_lora,
 )
-from iteris_core.cli.concept_options import find_file, parse_concept, read_concepts
+from iteris_core.cli.checks import check_concepts
+from iteris_core.cli.concept_options import find_file, parse_concept
 from iteris_core.concept_config import renamed_in
 from iteris_core.hosts.diffusers import DiffusersHost
-from iteris_core.lora_files import ReadOptions, read_lora_file
+from iteris_core.lora_files import read_lora_file
 from iteris_core.lora_files.metadata import merge_tag_frequency, trigger_words
 from iteris_core.lora_files.peft_folder import write_adapter
 from iteris_core.report.provenance import with_recipe, with_run
@@ -542,8 +543,12 @@ def test_a_renaming_that_fits_nothing_is_refused(tmp_path):
     host = DiffusersHost(make_pipeline())
     lora = replace(random_lora(host, 1), embeddings={"<toy>": {"clip_l": torch.ones(1, 32)}})
     option = parse_concept(f"{write_lora(lora, tmp_path / 'one.safetensors')}:sks:dog")
-    (concept,) = read_concepts([option], host, ReadOptions(), ["one:<toy>=bear"])
-    assert list(concept.lora.embeddings) == ["bear"]
+    renames = ["one:<toy>=bear"]
+    for concept in (
+        option.read(host, renames=renames),
+        *check_concepts([option], run_base=True, renames=renames),
+    ):
+        assert list(concept.lora.embeddings) == ["bear"]
     for text in ("tyo=bear", "two:<toy>=bear"):
         with pytest.raises(IterisError, match=r"matches no embedding .* which have one:<toy>"):
-            read_concepts([option], host, ReadOptions(), [text])
+            check_concepts([option], run_base=True, renames=[text])

@@ -8,7 +8,6 @@ import torch
 from oracle import ModuleHost, Net, make_data, make_lora
 
 from iteris_core import Concept, IterisError, Lora, LowRank, merge_loras
-from iteris_core.lora import LEFT_OUT
 from iteris_core.report.plots import plot_residuals
 from iteris_core.report.report import MergeReport, SiteReport, block_of
 from iteris_core.solve.problem import Solution
@@ -100,7 +99,7 @@ def test_one_lora_is_not_compared_with_its_own_mean():
 
 def test_a_lora_that_changes_nothing_or_was_read_in_part_is_named():
     none = Lora({site: change.scaled(0.0) for site, change in make_lora(2).sites.items()})
-    part = replace(make_lora(1), notes=[LEFT_OUT + "a", LEFT_OUT + "b", "rank 2"])
+    part = replace(make_lora(1), left_out=2)
     concepts = [Concept(part, trigger="cat"), Concept(none, trigger="dog")]
     assert merge_loras(None, concepts, "average").report.verdict() == (
         "INCOMPLETE: the merge lacks 2 tensors of cat and all of dog, whose LoRA changes nothing."
